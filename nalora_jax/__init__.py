@@ -1,0 +1,1 @@
+"""Nonlinearity-aware LoRA for gated-FFN Transformers in JAX."""

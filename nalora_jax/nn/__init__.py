@@ -1,0 +1,1 @@
+"""Pure functional layers: adapters, gated feed-forward blocks, attention, loss."""

@@ -1,0 +1,113 @@
+"""Matrix products with frozen kernels: the one room that knows each platform's quirks.
+
+Model code says ``matmul(x, kernel, numerics)`` and reads the same on every platform. What differs is here:
+
+- operand and result dtypes. On CPU only bf16 x bf16 -> float32 reaches the fast kernels, in both passes, so that
+  activations stay float32 between products; on TPU and GPU the result is rounded to bf16, accumulated in float32.
+- how a bf16 kernel is held while layers are scanned (`pack`).
+- the backward pass of a frozen kernel: it has no gradient, so its input is not kept for one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Dtypes of one forward pass."""
+
+    operand: str = "float32"  # what frozen kernels and their inputs are rounded to
+    result: str = "float32"  # what products, and with them the residual stream, are rounded to
+    adapter: str = "float32"  # what the adapters' operands are rounded to; masters stay float32
+
+
+def numerics_for(dtype: str, platform: str) -> Numerics:
+    """The numerics that were measured to be best for base weights of ``dtype`` on ``platform`` ("cpu", "gpu", "tpu").
+
+    Raises:
+      NaloraError: ``dtype`` is neither "float32" nor "bfloat16".
+    """
+    if dtype == "float32":
+        return Numerics()
+    if dtype != "bfloat16":
+        raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
+    if platform == "cpu":
+        return Numerics(operand="bfloat16", result="float32", adapter="float32")
+    return Numerics(operand="bfloat16", result="bfloat16", adapter="bfloat16")
+
+
+def matmul(x: jax.Array, kernel: jax.Array, numerics: Numerics) -> jax.Array:
+    """``x @ kernel`` for a frozen kernel, accumulated in float32.
+
+    Args:
+      x: ``[..., d_in]``.
+      kernel: ``[d_in, d_out]``; float, or bf16 packed by `pack`. It receives **no gradient**: zeros.
+      numerics: dtypes of operands and result.
+
+    Returns:
+      ``[..., d_out]`` in ``numerics.result``.
+    """
+    kernel = lax.stop_gradient(unpack_leaf(kernel))
+    # Two-dimensional operands: XLA:CPU needs 60% more time for the same product over a [batch, seq, d] operand.
+    flat = x.reshape(-1, x.shape[-1])
+    if numerics.operand == "float32":
+        y = dot(flat, kernel.astype(jnp.float32), "float32")
+    else:
+        y = _low_precision(flat, kernel, numerics)
+    return y.astype(numerics.result).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The product of two matrices over dimensions ``dims``, operands rounded to ``operand``, result float32."""
+    contract = (((dims[0],), (dims[1],)), ((), ()))
+    return lax.dot_general(x.astype(operand), y.astype(operand), contract, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _low_precision(x: jax.Array, kernel: jax.Array, numerics: Numerics) -> jax.Array:
+    # Without the custom rule the backward product would mix a float32 cotangent with a bf16 kernel: the slow path.
+    return dot(x, kernel, numerics.operand)
+
+
+def _low_precision_fwd(x: jax.Array, kernel: jax.Array, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
+    return dot(x, kernel, numerics.operand), (kernel, jnp.zeros((0,), x.dtype))
+
+
+def _low_precision_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kernel, like_x = residuals
+    dx = dot(g, kernel, numerics.operand, dims=(1, 1)).astype(like_x.dtype)
+    return dx, jnp.zeros_like(kernel)
+
+
+_low_precision.defvjp(_low_precision_fwd, _low_precision_bwd)
+
+
+def pack(params: Any) -> Any:
+    """``params`` with bf16 leaves of rank 3 and more (layer stacks) viewed as uint16; a no-op elsewhere than on CPU.
+
+    XLA:CPU widens a scanned bf16 stack to float32 as a whole, in every iteration; integers it leaves alone. The view is
+    taken inside the compiled step, so that trees outside always hold real dtypes.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    return jax.tree.map(_pack_leaf, params)
+
+
+def _pack_leaf(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype == jnp.bfloat16 and leaf.ndim >= 3:
+        return lax.bitcast_convert_type(leaf, jnp.uint16)
+    return leaf
+
+
+def unpack_leaf(leaf: jax.Array) -> jax.Array:
+    """One leaf as `pack` found it."""
+    return lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf

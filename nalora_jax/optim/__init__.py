@@ -1,0 +1,1 @@
+"""The two mechanisms as optax transforms."""

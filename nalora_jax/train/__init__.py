@@ -1,0 +1,1 @@
+"""Mesh, state, step, loop, checkpoints."""

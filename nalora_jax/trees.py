@@ -1,0 +1,90 @@
+"""Named leaves: paths, ordered path rules, and size accounting of pytrees of nested dicts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+
+T = TypeVar("T")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by slash-joined path.
+
+    Example:
+      >>> flatten({"ffn": {"gate_proj": {"a": 1, "b": 2}}})
+      {'ffn/gate_proj/a': 1, 'ffn/gate_proj/b': 2}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose `flatten` is ``flat``."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path as text: dict keys, indices and attribute names joined by slashes."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """``tree_map`` whose function also gets the leaf's path: ``function(path, leaf, *others)``."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
+
+
+def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | None:
+    """Index and value of the first (regex, value) rule found in ``path`` by `re.search`, or None."""
+    for index, (pattern, value) in enumerate(rules):
+        if re.search(pattern, path):
+            return index, value
+    return None
+
+
+def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str) -> dict[str, T]:
+    """The value of each path by the first rule that matches it; paths without a rule are left out.
+
+    Raises:
+      NaloraError: a pattern is not a regular expression, or a rule matched no path at all (a rule shadowed by
+        earlier ones, but matching, is fine). The message lists what exists.
+    """
+    names = list(paths)
+    for pattern, _ in rules:
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise NaloraError(where, expected="a regular expression", found=f"{pattern!r} ({error})") from error
+        if not any(compiled.search(name) for name in names):
+            shown = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
+            raise NaloraError(
+                where,
+                expected="every pattern to match something",
+                found=f"{pattern!r}, which matches nothing",
+                remedy="these exist: " + ", ".join(shown),
+            )
+    matches = {name: first_match(rules, name) for name in names}
+    return {name: match[1] for name, match in matches.items() if match is not None}
+
+
+def size_bytes(tree: Any) -> int:
+    """Bytes of all leaves, arrays or ``ShapeDtypeStruct``."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def count(tree: Any) -> int:
+    """Elements of all leaves."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

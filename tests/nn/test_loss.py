@@ -1,0 +1,89 @@
+"""The chunked cross-entropy against the plain one in float64, value and gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.nn.loss import Head, cross_entropy
+
+
+def _problem(seed: int = 0, batch: int = 3, seq: int = 7, d: int = 8, vocab: int = 33) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(0, 2, (batch, seq)) * rng.uniform(0.5, 2.0, (batch, seq))
+    return rng.normal(size=(batch, seq, d)), rng.normal(size=(d, vocab)), rng.integers(0, vocab, (batch, seq)), weights
+
+
+def _reference(
+    hidden: np.ndarray, kernel: np.ndarray, targets: np.ndarray, weights: np.ndarray, softcap: float, scale: float
+) -> tuple[float, np.ndarray]:
+    logits = hidden @ kernel * scale
+    slope = np.full_like(logits, scale)
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+        slope = scale * (1 - (logits / softcap) ** 2)
+    logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    logp -= logits.max(-1, keepdims=True)
+    onehot = np.eye(kernel.shape[1])[targets]
+    loss = -(weights * (logp * onehot).sum(-1)).sum()
+    return loss, ((np.exp(logp) - onehot) * slope * weights[..., None]) @ kernel.T
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("softcap", "scale", "chunk"), [(0.0, 1.0, 4), (5.0, 0.5, 5), (0.0, 1.0, 0), (30.0, 2.0, 100)])
+def test_value_and_gradient(compact: bool, transposed: bool, softcap: float, scale: float, chunk: int) -> None:
+    hidden, kernel, targets, weights = _problem()
+    head = Head(transposed=transposed, softcap=softcap, scale=scale)
+
+    def loss(h: jax.Array) -> jax.Array:
+        return cross_entropy(
+            h,
+            jnp.asarray(kernel.T if transposed else kernel, jnp.float32),
+            jnp.asarray(targets),
+            jnp.asarray(weights, jnp.float32),
+            head=head,
+            chunk=chunk,
+            compact=compact,
+        )
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda h: 3.0 * loss(h)))(jnp.asarray(hidden, jnp.float32))
+    want, want_gradient = _reference(hidden, kernel, targets, weights, softcap, scale)
+    np.testing.assert_allclose(value, 3 * want, rtol=1e-5)
+    np.testing.assert_allclose(gradient, 3 * want_gradient, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss(jnp.asarray(hidden, jnp.float32)), want, rtol=1e-5)
+
+
+def test_no_targets_is_zero_with_zero_gradient() -> None:
+    hidden, kernel, targets, _ = _problem()
+    weights = jnp.zeros(targets.shape)
+    value, gradient = jax.value_and_grad(cross_entropy)(
+        jnp.asarray(hidden, jnp.float32), jnp.asarray(kernel, jnp.float32), jnp.asarray(targets), weights
+    )
+    assert float(value) == 0.0
+    assert not np.any(gradient)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, kernel, targets, weights = _problem()
+    value, gradient = jax.value_and_grad(cross_entropy)(
+        jnp.asarray(1e4 * hidden, jnp.float32),
+        jnp.asarray(kernel, jnp.float32),
+        jnp.asarray(targets),
+        jnp.asarray(weights, jnp.float32),
+    )
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_the_logits_of_all_tokens_never_exist(compact: bool) -> None:
+    tokens, vocab, d = 512, 4096, 16
+    shapes = [((4, tokens // 4, d), "float32"), ((d, vocab), "float32"), ((4, tokens // 4), "int32")]
+    hidden, kernel, targets = (jax.ShapeDtypeStruct(*s) for s in shapes)
+    weights = jax.ShapeDtypeStruct(targets.shape, "float32")
+    step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, chunk=32, compact=compact))
+    analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.25 * tokens * vocab * 4
