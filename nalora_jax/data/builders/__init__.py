@@ -1,0 +1,1 @@
+"""TFDS builders of this library; importing one registers its name with TFDS."""

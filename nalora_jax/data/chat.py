@@ -1,0 +1,138 @@
+"""Records to text: what a model reads, and which parts of it are answers that count in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nalora_jax.config import DataConfig
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text and its answers.
+
+    Example (a completion):
+      >>> Rendered("2 + 2 = 4", answers=((7, 9),), special=True)
+    """
+
+    text: str
+    # Character ranges that count in the loss, in order, not overlapping.
+    answers: tuple[tuple[int, int], ...]
+    # Whether the model's begin-of-sequence id goes in front (a chat template writes its own).
+    special: bool
+
+
+def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
+    """The training text of a record, by the fields that it has: chat messages, or prompt and completion.
+
+    Args:
+      record: one record of the data set.
+      config: names of the fields, ``loss_on`` and ``chat``.
+      tokenizer: renders chat templates.
+      where: names the record in messages.
+
+    Raises:
+      NaloraError: a field is missing or of the wrong type, there is no answer, or the chat template is one whose
+        earlier turns change when later ones are added, so that no exact mask exists.
+    """
+    if config.messages_field in record:
+        return render_chat(messages_of(record, config, where), config.loss_on, tokenizer, where)
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
+    completion = text_field(record, config.completion_field, where, "--data.completion-field")
+    if not completion:
+        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found="an empty text")
+    if config.chat:
+        return render_chat(as_messages(prompt, completion), config.loss_on, tokenizer, where)
+    text = prompt + completion
+    return Rendered(text, ((0 if config.loss_on == "all" else len(prompt), len(text)),), special=True)
+
+
+def render_chat(messages: Sequence[Message], loss_on: str, tokenizer: Tokenizer, where: str) -> Rendered:
+    """A conversation as its model's template writes it.
+
+    An answer runs from where generation would start to the end of its end-of-turn token; white space that a template
+    puts between turns is not part of it. With loss on the answer only, what follows the last answer is left out.
+
+    Example (ChatML, answers in brackets, loss on every assistant turn):
+      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n[Hello<|im_end|>]\\n
+    """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns and loss_on != "all":
+        raise NaloraError(where, expected="an assistant's turn, whose tokens are the targets", found="none")
+    if loss_on == "answer":
+        turns = turns[-1:]
+        messages = messages[: turns[0] + 1]
+    text = tokenizer.render_chat(messages)
+    if loss_on == "all":
+        text = text.rstrip()
+        return Rendered(text, ((0, len(text)),), special=False)
+    answers = tuple(_turn(messages, turn, text, tokenizer, where) for turn in turns)
+    end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
+    return Rendered(text[:end], answers, special=False)
+
+
+def _turn(messages: Sequence[Message], turn: int, text: str, tokenizer: Tokenizer, where: str) -> tuple[int, int]:
+    """Character range of the answer of message ``turn`` in ``text``, the whole conversation."""
+    if turn == 0:
+        raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
+    before = tokenizer.render_chat(messages[:turn], add_generation_prompt=True)
+    upto = text if turn == len(messages) - 1 else tokenizer.render_chat(messages[: turn + 1])
+    if not (text.startswith(upto) and upto.startswith(before)):
+        raise NaloraError(
+            where,
+            expected="a chat template whose earlier turns stay as they are when turns are added",
+            found="one that rewrites them, so that no exact loss mask exists",
+            remedy="use --data.loss-on answer (one turn a record), --data.loss-on all, or prompt/completion records",
+        )
+    return len(before), len(upto.rstrip())
+
+
+def as_messages(prompt: str, completion: str | None = None) -> list[Message]:
+    """Prompt and completion as a user's and an assistant's turn; the completion loses its leading space."""
+    messages = [{"role": "user", "content": prompt}]
+    return messages if completion is None else [*messages, {"role": "assistant", "content": completion.strip()}]
+
+
+def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:
+    """The chat messages of a record, checked.
+
+    Raises:
+      NaloraError: not a list of messages with a role and a text.
+    """
+    field, value = config.messages_field, record[config.messages_field]
+    if isinstance(value, dict):  # TFDS stores a sequence of dicts as a dict of sequences
+        value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
+    if not isinstance(value, list) or not value:
+        found = "none" if value == [] else f"a {type(value).__name__}"
+        raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=found)
+    for number, message in enumerate(value):
+        here = f"{where}: {field}[{number}]"
+        if not isinstance(message, dict):
+            raise NaloraError(here, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
+        text_field(message, "role", here)
+        text_field(message, "content", here)
+    return value
+
+
+def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", others: str = "") -> str:
+    """``record[field]``, a text.
+
+    Raises:
+      NaloraError: it is missing (the message lists what is there) or no text.
+    """
+    if field not in record:
+        wanted = f"a field {field!r}" + (f" (or {others!r})" if others else "")
+        remedy = f"name the right one by {flag}" if flag else ""
+        raise NaloraError(where, expected=wanted, found=", ".join(map(repr, record)) or "no field", remedy=remedy)
+    value = record[field]
+    if not isinstance(value, str):
+        raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")
+    return value

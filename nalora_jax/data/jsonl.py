@@ -1,0 +1,78 @@
+"""JSON Lines with random access: a table of where lines begin, and the file itself left on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+
+
+class JsonLines:
+    """The objects of a JSON Lines file, by index; blank lines do not count.
+
+    One pass over the file finds its lines and its sha256; memory is 8 bytes a line.
+
+    Raises:
+      NaloraError: on opening, where there is no such file or no line in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._starts, self._blanks, self.sha256 = _index(self.path)
+            with self.path.open("rb") as handle:
+                self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
+        except OSError as error:
+            raise NaloraError(
+                str(path),
+                expected="a readable file of JSON lines",
+                found=error.strerror or error,
+                remedy="check the path",
+            ) from error
+        if not len(self._starts):
+            raise NaloraError(str(path), expected="at least one JSON line", found="an empty file")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The object on line ``index``.
+
+        Raises:
+          NaloraError: the line is no JSON object; says which line.
+        """
+        start = int(self._starts[index])
+        end = self._bytes.find(b"\n", start)
+        try:
+            value = json.loads(self._bytes[start : len(self._bytes) if end < 0 else end])
+        except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
+            raise NaloraError(
+                self.where(index), expected="a JSON object", found=error, remedy="fix or remove this line"
+            ) from error
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise NaloraError(self.where(index), expected="a JSON object", found=f"a {kind}", remedy="fix this line")
+        return value
+
+    def where(self, index: int) -> str:
+        """``path:line``, the line counted from 1 as editors do."""
+        skipped = int(np.searchsorted(self._blanks, self._starts[index]))
+        return f"{self.path}:{range(len(self))[index] + skipped + 1}"
+
+
+def _index(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Byte offsets of the lines with text and of the blank ones, and the file's sha256."""
+    starts, blanks, digest, position = array("q"), array("q"), hashlib.sha256(), 0
+    with path.open("rb") as handle:
+        for line in handle:
+            (starts if line.strip() else blanks).append(position)
+            position += len(line)
+            digest.update(line)
+    return np.array(starts, np.int64), np.array(blanks, np.int64), digest.hexdigest()

@@ -1,0 +1,236 @@
+"""Fixed-length rows: which examples share a row, decided once per data set and shuffled anew in every epoch.
+
+Rows are packed by the histogram of lengths, so that their number does not depend on the shuffle: row i of epoch e is a
+pure function of (seed, e, i), and a position in the endless stream of rows is one number. An epoch deals its examples
+at random to the slots of their length and orders the rows at random.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Rows of equal content: the lengths in one, and how many there are.
+Group = tuple[tuple[int, ...], int]
+# Share of filled positions from which best fit is good enough.
+_FULL = 0.99
+# Distinct lengths times capacity up to which the slower method is tried: it takes half a second there.
+_EFFORT = 1 << 22
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Lengths of the slots of every row.
+
+    Example (rows of 8 positions, each with two slots):
+      >>> pack([5, 3, 3, 2], 8)
+      Pattern(lengths=array([3, 2, 5, 3]), starts=array([0, 2, 4]), capacity=8)
+    """
+
+    # Length of each slot, row by row, int64 [examples].
+    lengths: np.ndarray
+    # First slot of each row, and the number of slots at the end, int64 [rows + 1].
+    starts: np.ndarray
+    # Positions in a row.
+    capacity: int
+
+    @property
+    def rows(self) -> int:
+        """Rows in an epoch."""
+        return len(self.starts) - 1
+
+    @property
+    def filling(self) -> float:
+        """Share of the positions that hold a token."""
+        return float(self.lengths.sum() / (self.rows * self.capacity))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one epoch."""
+
+    pattern: Pattern
+    # Example in each slot of the pattern, int64 [examples].
+    examples: np.ndarray
+    # Pattern row at each place of the epoch, int64 [rows].
+    order: np.ndarray
+
+    def row(self, index: int) -> np.ndarray:
+        """Examples in row ``index`` of the epoch, int64 [examples in it]."""
+        place = self.order[index]
+        return self.examples[self.pattern.starts[place] : self.pattern.starts[place + 1]]
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = True) -> Pattern:
+    """Packs examples into few rows: best fit, longest first, and where that leaves gaps, the fullest rows first.
+
+    The work is in the distinct lengths, not in the examples: 33,408 examples of 33 tokens on average take 4 ms in rows
+    of 128, of which best fit fills 94.3% and the fullest rows first 99.99%.
+
+    Args:
+      lengths: positions of each example, all in 1..capacity.
+      capacity: positions in a row.
+      several: let examples share rows; else one example a row.
+    """
+    counts = np.bincount(np.asarray(lengths, np.int64), minlength=1)
+    assert counts[0] == 0, "no example is empty"
+    assert len(counts) <= capacity + 1, "no example is longer than a row"
+    sizes = [(int(size), int(counts[size])) for size in np.flatnonzero(counts)[::-1]]
+    groups: list[Group] = _best_fit(sizes, capacity) if several else [((size,), count) for size, count in sizes]
+    filled = int(counts @ np.arange(len(counts)))
+    if several and filled < _FULL * capacity * _rows(groups) and len(sizes) * capacity <= _EFFORT:
+        groups = min(groups, _fullest_first(counts, capacity), key=_rows)
+    slots = [np.tile(np.array(row, np.int64), count) for row, count in groups]
+    per_row = np.concatenate([np.full(count, len(row)) for row, count in groups])
+    return Pattern(np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity)
+
+
+def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> Plan:
+    """The rows of ``epoch``: every example exactly once, in a slot of its own length.
+
+    Args:
+      pattern: from `pack` of the same lengths.
+      lengths: positions of each example, int [examples].
+      seed: of the run.
+      epoch: counted from 0.
+    """
+    shuffled = permutation(len(lengths), seed, epoch, 0)
+    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    examples = np.empty(len(lengths), np.int64)
+    examples[np.argsort(pattern.lengths, kind="stable")] = by_length
+    return Plan(pattern, examples, permutation(pattern.rows, seed, epoch, 1))
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A random order of 0..n-1 that depends on ``key`` alone: the same in every release of NumPy.
+
+    NumPy promises a stable stream for its bit generators, not for ``Generator.permutation``.
+    """
+    draws = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(draws, kind="stable")
+
+
+def assemble(
+    rows: Sequence[np.ndarray], tokens: np.ndarray, answer: np.ndarray, offsets: np.ndarray, capacity: int
+) -> dict[str, np.ndarray]:
+    """Puts examples into rows.
+
+    An example of n tokens takes n - 1 positions: its last token is only ever a target.
+
+    Args:
+      rows: the examples of each row.
+      tokens: ids of all examples, one after another, int32 [total].
+      answer: whether each token counts in the loss, [total].
+      offsets: where examples begin in these, and their end, int64 [examples + 1].
+      capacity: positions in a row.
+
+    Returns:
+      tokens, targets (the next token of the same example), loss_weights, segment_ids (1.. per row, 0 is padding) and
+      positions (from 0 in each example), each [rows, capacity]. With examples [7, 8, 9] and [4, 5], capacity 4:
+
+        tokens 7 8 4 0   targets 8 9 5 0   segment_ids 1 1 2 0   positions 0 1 0 0
+    """
+    examples = np.concatenate(rows)
+    lengths = offsets[examples + 1] - offsets[examples] - 1
+    ends = np.cumsum(lengths)
+    position = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    source = np.repeat(offsets[examples], lengths) + position
+    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    segment = np.concatenate([np.arange(1, len(row) + 1) for row in rows])
+    filled = np.bincount(row_of, lengths).astype(np.int64)
+    gap = np.arange(len(rows)) * capacity - np.cumsum(filled) + filled  # padding before each row
+    place = np.arange(ends[-1]) + np.repeat(gap[row_of], lengths)
+    values = {
+        "tokens": tokens[source],
+        "targets": tokens[source + 1],
+        "loss_weights": answer[source + 1].astype(np.float32),
+        "segment_ids": np.repeat(segment, lengths).astype(np.int32),
+        "positions": position.astype(np.int32),
+    }
+    return {name: _scatter(value, place, len(rows), capacity) for name, value in values.items()}
+
+
+def _scatter(value: np.ndarray, place: np.ndarray, rows: int, capacity: int) -> np.ndarray:
+    flat = np.zeros(rows * capacity, value.dtype)
+    flat[place] = value
+    return flat.reshape(rows, capacity)
+
+
+def _rows(groups: Sequence[Group]) -> int:
+    return sum(count for _, count in groups)
+
+
+def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
+    """Each length, from the longest on, into the rows with the least room for it; ``sizes`` are (length, count)."""
+    groups: dict[int, list[Group]] = defaultdict(list)  # by the positions left in a row
+    free: list[int] = []  # the keys of `groups` that hold something, sorted
+
+    def put(row: tuple[int, ...], count: int, room: int) -> None:
+        if count:
+            if not groups[room]:
+                insort(free, room)
+            groups[room].append((row, count))
+
+    for size, count in sizes:
+        while count:
+            tightest = bisect_left(free, size)
+            if tightest == len(free):
+                room, available = capacity, count
+                row: tuple[int, ...] = ()
+            else:
+                room = free[tightest]
+                row, available = groups[room].pop()
+                if not groups[room]:
+                    free.pop(tightest)
+            each = room // size
+            full = min(available, count // each)
+            put(row + (size,) * each, full, room - each * size)
+            count -= full * each
+            available -= full
+            if available and count:
+                put(row + (size,) * count, 1, room - count * size)
+                count, available = 0, available - 1
+            if row:
+                put(row, available, room)
+    return [group for stack in groups.values() for group in stack]
+
+
+def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
+    """Again and again the fullest row that holds the longest example left, as often as the counts allow."""
+    counts = counts.copy()
+    groups: list[Group] = []
+    while counts.any():
+        longest = int(np.flatnonzero(counts)[-1])
+        counts[longest] -= 1
+        row = (longest, *_fill(counts, capacity - longest))
+        counts[longest] += 1
+        sizes, each = np.unique(row, return_counts=True)
+        times = int((counts[sizes] // each).min())
+        counts[sizes] -= times * each
+        groups.append((row, times))
+    return groups
+
+
+def _fill(counts: np.ndarray, room: int) -> list[int]:
+    """Lengths with the largest sum up to ``room``, long ones preferred: a subset sum over bits of an integer."""
+    fits, sums = (2 << room) - 1, 1  # bit s of `sums`: some of the lengths so far add up to s
+    history: list[tuple[int, int]] = []  # (sums before, length added)
+    for size in np.flatnonzero(counts[: room + 1])[::-1].tolist():
+        for _ in range(min(int(counts[size]), room // size)):
+            more = (sums | sums << size) & fits
+            if more == sums:
+                break
+            history.append((sums, size))
+            sums = more
+        if sums >> room:
+            break
+    total, chosen = sums.bit_length() - 1, []
+    for before, size in reversed(history):
+        if not before >> total & 1:
+            chosen.append(size)
+            total -= size
+    return chosen

@@ -1,0 +1,191 @@
+"""Batches for training: an endless, checkpointable stream of packed rows, read ahead by Grain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grain
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.packing import Pattern, Plan, assemble, pack, plan
+from nalora_jax.data.sources import open_source
+from nalora_jax.data.store import TokenStore, open_store
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+# Arrays [accumulate, rows of this host, max_length]: tokens, targets, loss_weights, segment_ids, positions.
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The training rows of a run: row r of the endless stream is row ``r % rows`` of epoch ``r // rows``."""
+
+    store: TokenStore
+    pattern: Pattern
+    seed: int
+    # Rows of a batch over all hosts, and the micro-batches that they are split into.
+    batch_size: int
+    accumulate: int
+    # This host reads part ``host_index`` of ``host_count`` of every micro-batch.
+    host_index: int
+    host_count: int
+    # Threads that put batches together ahead of their use.
+    workers: int
+    _plan: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        lengths = self.store.lengths
+        cached = lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
+        object.__setattr__(self, "_plan", cached)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold every example once."""
+        return self.pattern.rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the stream: the same on any number of hosts and at any batch size."""
+        packed = int(self.pattern.rows < len(self.pattern.lengths))
+        return f"{self.store.fingerprint}:{self.pattern.capacity}:{packed}:{self.seed}"
+
+    def describe(self) -> dict[str, Any]:
+        """Figures for the log."""
+        counts = self.store.counts
+        return {
+            "examples": counts.examples,
+            "dropped": counts.dropped,
+            "truncated": counts.truncated,
+            "tokens": counts.tokens,
+            "targets": counts.targets,
+            "rows_per_epoch": self.rows_per_epoch,
+            "steps_per_epoch": round(self.rows_per_epoch / self.batch_size, 2),
+            "filling": round(self.pattern.filling, 4),
+        }
+
+    def batch_at(self, row: int) -> Batch:
+        """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
+        micro = self.batch_size // self.accumulate
+        local = micro // self.host_count
+        first = np.arange(self.accumulate)[:, None] * micro + self.host_index * local
+        rows = (row + first + np.arange(local)).ravel().tolist()
+        store = self.store
+        flat = assemble(
+            [self._row(index) for index in rows], store.tokens, store.answer, store.offsets, self.pattern.capacity
+        )
+        return {name: value.reshape(self.accumulate, local, -1) for name, value in flat.items()}
+
+    def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
+        """Batches without end, from the start or from where `BatchIterator.get_state` was taken.
+
+        Raises:
+          NaloraError: the state belongs to other data.
+        """
+        iterator = BatchIterator(self)
+        if state is not None:
+            iterator.set_state(state)
+        return iterator
+
+    def _row(self, index: int) -> np.ndarray:
+        """Examples in row ``index`` of the stream."""
+        epoch, row = divmod(index, self.rows_per_epoch)
+        epoch_plan: Plan = self._plan(epoch)
+        return epoch_plan.row(row)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in order, read ahead by Grain's threads, with a state that is one number.
+
+    The state counts rows over all hosts, so a run may be continued with another number of hosts or batch size.
+    """
+
+    def __init__(self, data: TrainData) -> None:
+        self._data, self._row = data, 0
+        self._batches = self._open()
+
+    def _open(self) -> grain.DatasetIterator[Batch]:
+        rows = grain.MapDataset.range(self._row, sys.maxsize, self._data.batch_size)
+        threads = self._data.workers
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+        return iter(rows.map(self._data.batch_at).to_iter_dataset(options))
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._row += self._data.batch_size
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._row / self._data.rows_per_epoch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch begins, as JSON-able values: ``{"row": 1280, "data": "<fingerprint>"}``."""
+        return {"row": self._row, "data": self._data.fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where ``state`` was taken.
+
+        Raises:
+          NaloraError: the state belongs to other data, or is none.
+        """
+        if state.get("data") != self._data.fingerprint:
+            raise NaloraError(
+                "checkpoint: data position",
+                expected=f"a position in {self._data.fingerprint}",
+                found=state.get("data"),
+                remedy="continue with the data, tokenizer, --data options and --seed of the run, or start a new run",
+            )
+        self.close()
+        self._row = int(state["row"])
+        self._batches = self._open()
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._batches.close()
+
+
+def train_data(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+    cache: Path | None = None,
+) -> TrainData:
+    """Opens, tokenizes and packs the training split.
+
+    Args:
+      config: what to read and how.
+      tokenizer: of the model.
+      batch_size: rows per step over all hosts.
+      accumulate: micro-batches per step.
+      seed: of the shuffle.
+      host_index: which part of the rows this host reads.
+      host_count: how many parts there are.
+      cache: folder for prepared and tokenized data; `assets.cache_dir` by default.
+
+    Raises:
+      NaloraError: bad data (see `open_source` and `open_store`), or rows that hosts and micro-batches do not divide.
+    """
+    if batch_size % (accumulate * host_count):
+        raise NaloraError(
+            "--train.batch-size",
+            expected=f"a multiple of {accumulate} micro-batches x {host_count} hosts",
+            found=batch_size,
+        )
+    store = open_store(open_source(config, config.train_split, cache=cache), config, tokenizer, seed, cache)
+    pattern = pack(store.lengths, config.max_length, several=config.pack)
+    return TrainData(store, pattern, seed, batch_size, accumulate, host_index, host_count, config.workers)

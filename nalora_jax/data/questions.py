@@ -1,0 +1,140 @@
+"""The held-out questions of an evaluation, drawn once and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
+from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.sources import check_disjoint, open_source, require_some
+from nalora_jax.data.tokenize import tokenize
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+# One draw for every run, so that runs with different seeds answer the same questions.
+_SEED = 20260101
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Texts of a question: one (whole text, where its answer lies) per choice, or a single one."""
+
+    texts: list[Rendered]
+    choices: list[str]
+    gold: int
+    own_prompts: bool
+
+
+def eval_examples(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    cache: Path | None = None,
+) -> list[Item]:
+    """Questions of the evaluation split: multiple choice where records have choices, else completions.
+
+    An item's prompt and answer are tokenized exactly as in training, so that what is trained is what is scored; the
+    end-of-turn token is left out.
+
+    Args:
+      config: what to read and how; records with "choices" (texts) and "gold" (an index) are multiple choice, with
+        "choice_prompts" where the choices differ in their prompt instead of their answer.
+      tokenizer: of the model.
+      split: in place of ``config.eval_split``.
+      limit: in place of ``config.eval_limit``; 0 means all.
+      cache: folder for prepared data; `assets.cache_dir` by default.
+
+    Raises:
+      NaloraError: bad data, or records that are trained on too.
+    """
+    source = open_source(config, split or config.eval_split, cache=cache)
+    if split is None and config.train_split != config.eval_split:
+        check_disjoint(open_source(config, config.train_split, cache=cache), source)
+    require_some(source)
+    count = config.eval_limit if limit is None else limit
+    drawn = permutation(len(source), _SEED)
+    indices = np.sort(drawn[:count] if count else drawn).tolist()
+    records = zip(indices, source.read(indices), strict=True)
+    questions = [_question(record, config, tokenizer, source.where(index)) for index, record in records]
+    examples = iter(tokenize([text for question in questions for text in question.texts], tokenizer, end=False))
+    return [_item(question, [next(examples) for _ in question.texts]) for question in questions]
+
+
+def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
+    """The texts to score of one record."""
+    if config.messages_field in record:
+        return _Question([_chat_text(messages_of(record, config, where), tokenizer, where)], [], 0, False)
+    prompts, completions, choices, gold = _choices(record, config, where)
+    pairs = zip(prompts, completions, strict=True)
+    texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
+    return _Question(texts, choices, gold, bool(record.get("choice_prompts")))
+
+
+def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[list[str], list[str], list[str], int]:
+    """Prompt and completion of each choice, texts to show, and the right one; a plain completion is one choice."""
+    prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
+    if not record.get("choices"):
+        return [prompt], [text_field(record, config.completion_field, where, "--data.completion-field")], [], 0
+    choices, gold = _texts(record, "choices", where), record.get("gold")
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise NaloraError(f"{where}: gold", expected=f"the index of one of {len(choices)} choices", found=repr(gold))
+    if not record.get("choice_prompts"):
+        return [prompt] * len(choices), [f" {choice}" for choice in choices], choices, gold
+    prompts = _texts(record, "choice_prompts", where)
+    if len(prompts) != len(choices):
+        raise NaloraError(f"{where}: choice_prompts", expected=f"{len(choices)}, one a choice", found=len(prompts))
+    completion = text_field(record, config.completion_field, where, "--data.completion-field")
+    return prompts, [completion] * len(choices), choices, gold
+
+
+def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
+    value = record[field]
+    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+        raise NaloraError(f"{where}: {field}", expected="a list of texts, none empty", found=repr(value)[:80])
+    return value
+
+
+def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
+    """A prompt with one of its answers, as in training but for the end-of-turn token."""
+    if not completion.strip():
+        raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found="an empty text")
+    if not config.chat:
+        return Rendered(prompt + completion, ((len(prompt), len(prompt + completion)),), special=True)
+    return _chat_text(as_messages(prompt, completion), tokenizer, where)
+
+
+def _chat_text(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> Rendered:
+    """A conversation up to the end of its last answer, without the end-of-turn token."""
+    text = render_chat(messages, "answer", tokenizer, where)
+    ((start, _),) = text.answers
+    answer = next(turn["content"] for turn in reversed(messages) if turn["role"] == "assistant").strip()
+    found = text.text.find(answer, start)
+    if not answer or found < 0:
+        raise NaloraError(where, expected="an answer that the chat template writes as it is", found=repr(answer[:80]))
+    end = found + len(answer)
+    return Rendered(text.text[:end], ((start, end),), special=False)
+
+
+def _item(question: _Question, examples: Sequence[Any]) -> Item:
+    """Splits the tokens of each text into prompt and answer."""
+    starts = [int(np.argmax(example.answer)) for example in examples]
+    prompts = [example.ids[:start].tolist() for example, start in zip(examples, starts, strict=True)]
+    answers = [example.ids[start:].tolist() for example, start in zip(examples, starts, strict=True)]
+    gold = question.texts[question.gold]
+    ((start, stop),) = gold.answers
+    prompt = gold.text[:start]
+    if not question.choices:
+        return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop])
+    own = prompts if question.own_prompts else None
+    return ChoiceItem(prompts[question.gold], answers, question.gold, prompt, question.choices, own)

@@ -1,0 +1,131 @@
+"""Texts with marked answers to token ids with a loss mask, exact at every boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nalora_jax.data.chat import Rendered
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized text.
+
+    Example (a prompt of 3 tokens, an answer of 2 that ends with the end-of-sequence id 0):
+      >>> Example(ids=[5, 9, 4, 7, 0], answer=[False, False, False, True, True])
+    """
+
+    # Token ids, int32 [n].
+    ids: np.ndarray
+    # Whether a token belongs to an answer, bool [n].
+    answer: np.ndarray
+
+    @property
+    def has_target(self) -> bool:
+        """Whether any token counts in the loss: the first never does, as nothing predicts it."""
+        return bool(self.answer[1:].any())
+
+
+def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = True) -> list[Example]:
+    """Token ids and answer masks of many texts at once.
+
+    The tokens before an answer are those of the text before it on its own, which is what the model reads when it
+    generates or when a choice is scored. Where the tokenizer would merge across the boundary, the text is split there.
+
+    Args:
+      texts: as rendered from records.
+      tokenizer: of the model.
+      end: an answer that ends its text without a special token gets the end-of-sequence id.
+    """
+    pieces = [_pieces(text) for text in texts]
+    whole = _encode_batch([text.text for text in texts], tokenizer)
+    parts = iter(_encode_batch([piece for group in pieces for piece in group], tokenizer))
+    stops = _special_ids(tokenizer)
+    examples = []
+    for text, group, ids in zip(texts, pieces, whole, strict=True):
+        split = [next(parts) for _ in group]
+        if list(chain.from_iterable(split)) == ids:
+            cuts = np.cumsum([len(part) for part in split])[:-1].tolist()
+        else:
+            ids, cuts = _cut(text, tokenizer)
+        examples.append(_example(text, ids, cuts, tokenizer, stops if end else None))
+    return examples
+
+
+def fit(example: Example, max_length: int, bos_id: int | None) -> Example:
+    """``example`` cut to ``max_length + 1`` tokens: ``max_length`` inputs, each with the token after it.
+
+    The prompt goes first, from its left (a begin-of-sequence id stays), down to the one token that the first target
+    needs before it; only then the answer, from its right.
+    """
+    excess = len(example.ids) - (max_length + 1)
+    if excess <= 0:
+        return example
+    keep = int(bos_id is not None and example.ids[0] == bos_id)
+    first = 1 + int(np.argmax(example.answer[1:]))
+    cut = max(0, min(excess, first - 1))
+    index = np.r_[0:keep, keep + cut : len(example.ids)][: max_length + 1]
+    return Example(example.ids[index], example.answer[index])
+
+
+def _cuts(text: Rendered) -> list[int]:
+    """Character positions inside ``text`` where an answer begins or ends."""
+    return sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
+
+
+def _pieces(text: Rendered) -> list[str]:
+    return [text.text[start:stop] for start, stop in pairwise([0, *_cuts(text), len(text.text)])]
+
+
+def _encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """``tokenizer.encode(text, special=False)`` of each text, on all cores."""
+    return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _cut(text: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of ``text`` and the token position of each cut, where its pieces do not simply concatenate.
+
+    Tokenizers that mark the start of a text do so in every piece, so prefixes are compared instead. A cut that falls
+    inside a token starts a text of its own.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    start, rest = 0, tokenizer.encode(text.text, special=False)
+    for cut in _cuts(text):
+        head = tokenizer.encode(text.text[start:cut], special=False)
+        if rest[: len(head)] == head:
+            positions.append(len(ids) + len(head))
+            continue
+        ids += head
+        positions.append(len(ids))
+        start, rest = cut, tokenizer.encode(text.text[cut:], special=False)
+    return ids + rest, positions
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that can end a turn: where generation stops, and every special token."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return frozenset(tokenizer.eos_ids) | {index for index, token in added.items() if token.special}
+
+
+def _example(
+    text: Rendered, ids: list[int], cuts: list[int], tokenizer: Tokenizer, stops: frozenset[int] | None
+) -> Example:
+    """Puts mask, end and begin of sequence on the ids of ``text``; ``cuts`` are the token positions of `_cuts`."""
+    position = dict(zip([0, *_cuts(text), len(text.text)], [0, *cuts, len(ids)], strict=True))
+    answer = np.zeros(len(ids), bool)
+    for start, stop in text.answers:
+        answer[position[start] : position[stop]] = True
+    if stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops):
+        ids, answer = [*ids, tokenizer.eos_id], np.append(answer, True)
+    if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
+        ids, answer = [tokenizer.bos_id, *ids], np.insert(answer, 0, False)
+    return Example(np.array(ids, np.int32), answer)

@@ -1,0 +1,53 @@
+"""A small real tokenizer and small real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nalora_jax.tokenizer import Tokenizer
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = [
+    "Question: What is the capital of France?\nAnswer: Paris, the city of light.",
+    "Question: Which way is up?\nAnswer: the way that is not down.\n\n\nYes\n\n\nNo",
+    "system user assistant You are a helpful assistant. Tell me more about the sea, the sky and the green hills.",
+] * 8
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE with ChatML's special tokens: every text can be encoded, words take one or two tokens."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_CORPUS, trainer)
+    return Tokenizer(backend, bos_id=1, eos_id=2, pad_id=0, eos_ids=(2, 0), chat_template=CHATML)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Writes records, one a line (texts go in as they are), and returns the path."""
+
+    def write(*records: Any, name: str = "data.jsonl") -> str:
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write

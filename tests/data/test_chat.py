@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.chat import Rendered, render
+from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.errors import NaloraError
+
+CONFIG = DataConfig()
+TALK = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "Which way is up?"},
+    {"role": "assistant", "content": "the sky"},
+    {"role": "user", "content": "Tell me more"},
+    {"role": "assistant", "content": "\n\nYes, the green hills"},
+]
+
+
+def answers(record, tokenizer, **options):
+    """What the loss sees of a record: the text of each run of target tokens."""
+    config = dataclasses.replace(CONFIG, **options)
+    (example,) = tokenize([render(record, config, tokenizer, "here")], tokenizer)
+    runs, ids = [], []
+    for token, counts in zip(example.ids, example.answer, strict=True):
+        if counts:
+            ids.append(token)
+        elif ids:
+            runs.append(tokenizer.decode(ids, skip_special=False))
+            ids = []
+    return [*runs, tokenizer.decode(ids, skip_special=False)] if ids else runs
+
+
+def test_completion_counts_with_its_end(tokenizer):
+    record = {"prompt": "Question: Which way is up?\nAnswer:", "completion": " the sky"}
+    assert answers(record, tokenizer) == [" the sky<|im_end|>"]
+    assert answers(record, tokenizer, loss_on="all") == [record["prompt"] + " the sky<|im_end|>"]
+
+
+def test_boundary_is_that_of_separate_texts(tokenizer):
+    # Also where one token would span it: the prompt's tokens are what the model reads when it answers.
+    for prompt, completion in [("Answer:", " Paris"), ("Yes\n", "\n\nNo"), ("the capit", "al of"), ("", "Paris")]:
+        (example,) = tokenize([render({"prompt": prompt, "completion": completion}, CONFIG, tokenizer, "")], tokenizer)
+        cut = len(tokenizer.encode(prompt))
+        assert example.ids.tolist() == [*tokenizer.encode(prompt), *tokenizer.encode(completion), tokenizer.eos_id]
+        assert example.answer.tolist() == [index >= cut for index in range(len(example.ids))]
+
+
+def test_begin_of_sequence_goes_in_front(tokenizer):
+    wanting = dataclasses.replace(tokenizer, add_bos=True)
+    (example,) = tokenize([render({"prompt": "up", "completion": " is"}, CONFIG, wanting, "")], wanting)
+    assert example.ids.tolist() == [*wanting.encode("up"), *wanting.encode(" is", special=False), wanting.eos_id]
+    (chat,) = tokenize([render({"messages": TALK}, CONFIG, wanting, "")], wanting)
+    assert chat.ids[:2].tolist() == wanting.encode("<|im_start|>system", special=False)[:2]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [
+        ("answer", ["\n\nYes, the green hills<|im_end|>"]),
+        ("assistant", ["the sky<|im_end|>", "\n\nYes, the green hills<|im_end|>"]),
+        ("all", ["".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK).rstrip()]),
+    ],
+)
+def test_chat_masks_are_exact(tokenizer, loss_on, expected):
+    assert answers({"messages": TALK}, tokenizer, loss_on=loss_on) == expected
+
+
+def test_prompt_tokens_are_those_that_generation_reads(tokenizer):
+    # The second answer begins with line breaks, which this tokenizer merges with the template's own.
+    assert len(tokenizer.encode("\n\n\nYes")) < len(tokenizer.encode("\n") + tokenizer.encode("\n\nYes"))
+    (example,) = tokenize([render({"messages": TALK}, CONFIG, tokenizer, "")], tokenizer)
+    prompt = tokenizer.encode(tokenizer.render_chat(TALK[:-1], add_generation_prompt=True), special=False)
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.answer.tolist() == [index >= len(prompt) for index in range(len(example.ids))]
+
+
+def test_what_follows_the_last_answer(tokenizer):
+    talk = [*TALK[:3], {"role": "user", "content": "more"}]
+    assert answers({"messages": talk}, tokenizer) == ["the sky<|im_end|>"]
+    (short,) = tokenize([render({"messages": talk}, CONFIG, tokenizer, "")], tokenizer)
+    (whole,) = tokenize([render({"messages": talk}, DataConfig(loss_on="assistant"), tokenizer, "")], tokenizer)
+    assert short.ids.tolist() == whole.ids[: len(short.ids)].tolist()
+    assert tokenizer.decode(whole.ids[len(short.ids) :]).endswith("more\n")
+
+
+def test_prompt_and_completion_in_the_chat_template(tokenizer):
+    record = {"prompt": "Which way is up?", "completion": " the sky"}
+    assert answers(record, tokenizer, chat=True) == ["the sky<|im_end|>"]
+
+
+def test_turn_without_special_end_gets_one(tokenizer):
+    plain = dataclasses.replace(
+        tokenizer,
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+    )
+    assert answers({"messages": TALK[1:3]}, plain) == ["the sky<|im_end|>"]
+    assert answers({"messages": TALK[1:]}, plain, loss_on="assistant")[0] == "the sky"
+
+
+def test_tokenizer_that_marks_the_start_of_a_text(tokenizer):
+    """As Llama 2's: encoding pieces alone would put a mark in front of each."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    pieces = ["<unk>", "</s>", "▁", "▁up", "▁is", "up", "is", ":", "▁the", "▁sky", "s", "k", "y", "A"]
+    backend = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    backend.model = models.WordPiece(
+        {piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>", continuing_subword_prefix=""
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Replace("▁", " ")
+    marking = dataclasses.replace(tokenizer, backend=backend, eos_id=1, eos_ids=(1,), chat_template=None)
+    (example,) = tokenize([render({"prompt": "up is", "completion": " the sky"}, CONFIG, marking, "")], marking)
+    words = [pieces[index] for index in example.ids]
+    assert words == ["▁up", "▁is", "▁the", "▁sky", "</s>"]
+    assert example.answer.tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "x"}, r"here: expected a field 'prompt' \(or 'messages'\), found 'text'; .*--data.prompt-field"),
+        ({}, "found no field"),
+        ({"prompt": "x"}, "expected a field 'completion', found 'prompt'; .*--data.completion-field"),
+        ({"prompt": 3, "completion": "x"}, "here: prompt: expected a text, found a int"),
+        ({"prompt": "x", "completion": ""}, "here: completion: expected an answer, found an empty text"),
+        ({"messages": []}, "here: messages: expected a list of chat messages, found none"),
+        ({"messages": "hi"}, "found a str"),
+        ({"messages": ["hi"]}, r"here: messages\[0\]: expected \{\"role\""),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]: expected a field 'content', found 'role'"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: expected a text"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "expected an assistant's turn"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "expected a user's or system's message first"),
+    ],
+)
+def test_bad_records_name_the_field(tokenizer, record, message):
+    with pytest.raises(NaloraError, match=message):
+        render(record, CONFIG, tokenizer, "here")
+
+
+def test_template_that_rewrites_earlier_turns(tokenizer):
+    # As templates of reasoning models: the last answer keeps its thoughts, earlier ones lose them.
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}"
+        "{{ m.content.split('.')[-1] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rewriting = dataclasses.replace(tokenizer, chat_template=template)
+    talk = [
+        {"role": "user", "content": "Which way"},
+        {"role": "assistant", "content": "The sky.up"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "Hills.green"},
+    ]
+    with pytest.raises(NaloraError, match="here: expected a chat template whose earlier turns stay"):
+        render({"messages": talk}, DataConfig(loss_on="assistant"), rewriting, "here")
+
+
+def test_no_template_is_an_error(tokenizer):
+    with pytest.raises(NaloraError, match="chat template"):
+        render({"messages": TALK}, CONFIG, dataclasses.replace(tokenizer, chat_template=None), "here")
+
+
+def example(prompt: int, answer: int) -> Example:
+    return Example(np.arange(1, prompt + answer + 1), np.arange(prompt + answer) >= prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "bos", "expected"),
+    [
+        (3, 2, None, [1, 2, 3, 4, 5]),  # fits: 4 inputs and the token after
+        (5, 2, None, [3, 4, 5, 6, 7]),  # the prompt goes from the left
+        (5, 2, 1, [1, 4, 5, 6, 7]),  # but for its begin-of-sequence id
+        (3, 9, None, [3, 4, 5, 6, 7]),  # one token stays before the answer, which goes from the right
+        (3, 9, 1, [1, 4, 5, 6, 7]),
+        (0, 9, None, [1, 2, 3, 4, 5]),
+    ],
+)
+def test_truncation_keeps_answers(prompt, answer, bos, expected):
+    cut = fit(example(prompt, answer), 4, bos)
+    assert cut.ids.tolist() == expected
+    assert cut.answer.tolist() == [index > prompt for index in expected]
+    assert cut.has_target
+
+
+def test_many_texts_at_once_equal_each_alone(tokenizer):
+    texts = [Rendered("up" * n + " Paris\n\nNo", ((2 * n, 2 * n + 6),), special=True) for n in range(6)]
+    for one, text in zip(tokenize(texts, tokenizer), texts, strict=True):
+        (alone,) = tokenize([text], tokenizer)
+        np.testing.assert_array_equal(one.ids, alone.ids)
+        np.testing.assert_array_equal(one.answer, alone.answer)

@@ -1,0 +1,82 @@
+"""The library's own TFDS builder, on the real package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.assets import cache_dir
+from nalora_jax.config import DataConfig
+from nalora_jax.data import open_source, tasks
+
+READ = """
+import sys, time
+from pathlib import Path
+from nalora_jax.config import DataConfig
+from nalora_jax.data import open_source, train_data, eval_examples
+
+source = open_source(DataConfig(dataset="socialiqa"), "train", cache=Path(sys.argv[1]))
+print(len(source), source[0]["prompt"])
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.mark.network
+def test_prepares_and_reads_without_tensorflow(tmp_path):
+    """From the package to records in a fresh process; the package itself comes from the shared cache."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "NALORA_CACHE": str(cache_dir())}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("33410 Question: Cameron decided to have a barbecue")  # nothing of TFDS's own
+    folder = tmp_path / "tfds" / "commonsense" / "socialiqa" / tasks.VERSION
+    assert (folder / "dataset_info.json").exists()
+    assert not list(folder.parent.glob("incomplete*"))
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_socialiqa(split):
+    source = open_source(DataConfig(dataset="socialiqa"), split)
+    assert len(source) == {"train": 33_410, "validation": 1_954}[split]
+    for record in source.read(range(0, len(source), 500)):
+        assert len(record["choices"]) == 3
+        assert record["completion"] == f" {record['choices'][record['gold']]}"
+        assert record["prompt"].startswith("Question: ")
+        assert record["prompt"].endswith("\nAnswer:")
+        assert record["prompt"].count("Question:") == 1, "worked examples are left out"
+        assert record["choice_prompts"] == []
+
+
+@pytest.mark.network
+def test_answers_by_letter():
+    record = open_source(DataConfig(dataset="arc_challenge_mc"), "test")[0]
+    assert record["choices"] == ["A", "B", "C", "D"]
+    assert record["completion"] == f" {'ABCD'[record['gold']]}"
+    assert "\n A. " in record["prompt"]
+
+
+@pytest.mark.network
+def test_fill_in_sentences_have_a_prompt_per_choice():
+    records = open_source(DataConfig(dataset="winogrande"), "validation").read(range(50))
+    for record in records:
+        first, second = record["choice_prompts"]
+        assert first.endswith(record["choices"][0])
+        assert second.endswith(record["choices"][1])
+        assert record["prompt"] == record["choice_prompts"][record["gold"]]
+        assert record["completion"].startswith(" ")
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("task", ["openbookqa", "arc_easy"])
+def test_sizes(task):
+    for split, size in tasks.SIZES[task].items():
+        assert len(open_source(DataConfig(dataset=task), split)) == size
+    assert (
+        len(open_source(DataConfig(dataset=task), "train[:10%]+test[:7]")) == round(tasks.SIZES[task]["train"] / 10) + 7
+    )

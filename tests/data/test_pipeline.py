@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data import store, train_data
+from nalora_jax.errors import NaloraError
+
+COUNT = 37
+
+
+@pytest.fixture
+def config(write_jsonl) -> DataConfig:
+    records = [
+        {"prompt": f"Question: {'which way ' * (n % 7)}{n}?\nAnswer:", "completion": f" up {n}"} for n in range(COUNT)
+    ]
+    return DataConfig(dataset=write_jsonl(*records), max_length=64)
+
+
+@pytest.fixture
+def open_data(tokenizer, tmp_path):
+    def open_data(config, **options):
+        return train_data(config, tokenizer, **{"batch_size": 4, "cache": tmp_path / "cache", **options})
+
+    return open_data
+
+
+def take(data, count, state=None):
+    batches = data.batches(state)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken, batches.get_state()
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+
+
+def test_batches_have_the_contract_s_shape(open_data, config):
+    data = open_data(config, accumulate=2)
+    ((batch,), _) = take(data, 1)
+    assert {name: (value.shape, value.dtype) for name, value in batch.items()} == {
+        "tokens": ((2, 2, 64), np.int32),
+        "targets": ((2, 2, 64), np.int32),
+        "loss_weights": ((2, 2, 64), np.float32),
+        "segment_ids": ((2, 2, 64), np.int32),
+        "positions": ((2, 2, 64), np.int32),
+    }
+    assert ((batch["segment_ids"] > 0) | (batch["tokens"] == 0)).all()
+
+
+def answers_of(batches, tokenizer):
+    """Text of the target tokens of each example in the batches."""
+    texts = []
+    for batch in batches:
+        for targets, weights, segments in zip(
+            *(batch[name].reshape(-1, batch[name].shape[-1]) for name in ("targets", "loss_weights", "segment_ids")),
+            strict=True,
+        ):
+            for segment in range(1, segments.max() + 1):
+                chosen = targets[(segments == segment) & (weights > 0)]
+                texts.append(tokenizer.decode(chosen, skip_special=False))
+    return texts
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_epoch_holds_every_example_once(open_data, config, tokenizer, pack):
+    data = open_data(dataclasses.replace(config, pack=pack), batch_size=1)
+    batches, _ = take(data, 2 * data.rows_per_epoch)
+    expected = sorted(f" up {n}<|im_end|>" for n in range(COUNT))
+    for epoch in (batches[: data.rows_per_epoch], batches[data.rows_per_epoch :]):
+        assert sorted(answers_of(epoch, tokenizer)) == expected
+    first, second = (answers_of(batches[part], tokenizer) for part in (slice(0, 5), slice(data.rows_per_epoch, None)))
+    assert first != second[: len(first)]
+    assert data.describe()["rows_per_epoch"] == (COUNT if not pack else data.rows_per_epoch) <= COUNT
+    assert data.describe()["targets"] == sum(int(batch["loss_weights"].sum()) for batch in batches) // 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_across_epochs(open_data, config, workers):
+    config = dataclasses.replace(config, workers=workers)
+    data = open_data(config)
+    steps = 3 * data.rows_per_epoch // 4
+    everything, _ = take(data, steps)
+    for stop in (0, 1, steps // 2):
+        _, state = take(data, stop)
+        rest, _ = take(open_data(config), steps - stop, json.loads(json.dumps(state)))
+        assert_same(rest, everything[stop:])
+
+
+def test_state_can_be_set_on_a_running_iterator(open_data, config):
+    data = open_data(config)
+    batches = data.batches()
+    first, second = next(batches), next(batches)
+    batches.set_state({**batches.get_state(), "row": 4})
+    assert_same([next(batches)], [second])
+    batches.set_state({**batches.get_state(), "row": 0})
+    assert_same([next(batches)], [first])
+    assert batches.epoch == 4 / data.rows_per_epoch
+    batches.close()
+
+
+def test_hosts_read_parts_of_the_same_batches(open_data, config):
+    whole, state = take(open_data(config, batch_size=8, accumulate=2), 5)
+    parts = [take(open_data(config, batch_size=8, accumulate=2, host_index=n, host_count=4), 5) for n in range(4)]
+    assert all(part_state == state for _, part_state in parts)
+    joined = [
+        {name: np.concatenate([batch[name] for batch in hosts], axis=1) for name in hosts[0]}
+        for hosts in zip(*(batches for batches, _ in parts), strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+def test_another_batch_size_continues_the_same_rows(open_data, config):
+    _, state = take(open_data(config, batch_size=4), 3)
+    small, _ = take(open_data(config, batch_size=2), 4, state)
+    large, _ = take(open_data(config, batch_size=4), 2, state)
+    for name in large[0]:
+        np.testing.assert_array_equal(*(np.concatenate([b[name][0] for b in side]) for side in (small, large)))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"max_length": 48}, {"train_limit": 9}, {"pack": False}])
+def test_position_of_other_data_is_refused(open_data, config, change):
+    _, state = take(open_data(config), 1)
+    options = {"seed": change.pop("seed")} if "seed" in change else {}
+    other = open_data(dataclasses.replace(config, **change), **options)
+    with pytest.raises(NaloraError, match="checkpoint: data position"):
+        other.batches(state)
+
+
+def test_rows_that_hosts_do_not_divide(open_data, config):
+    with pytest.raises(NaloraError, match=r"--train.batch-size: expected a multiple of 2 micro-batches x 3 hosts"):
+        open_data(config, batch_size=8, accumulate=2, host_count=3)
+
+
+def test_limit_takes_the_first_of_the_shuffle(open_data, config):
+    def tokens(seed):
+        return open_data(dataclasses.replace(config, train_limit=5), seed=seed).store
+
+    one = tokens(0)
+    assert one.counts.examples == 5
+    assert one.fingerprint == tokens(0).fingerprint != tokens(1).fingerprint
+
+
+def test_too_long(open_data, write_jsonl, tokenizer, caplog):
+    long = {"prompt": "up " * 60, "completion": " Paris"}
+    path = write_jsonl({"prompt": "up", "completion": " Paris"}, long, {"prompt": "down", "completion": " Paris"})
+    base = DataConfig(dataset=path, max_length=10)
+    size = len(tokenizer.encode(long["prompt"])) + len(tokenizer.encode(" Paris")) + 1
+    with pytest.raises(
+        NaloraError, match=rf"data.jsonl:2: expected at most --data.max-length 10 .*found {size} tokens"
+    ):
+        open_data(dataclasses.replace(base, too_long="error"))
+    caplog.set_level(logging.INFO)
+    dropped = open_data(base).describe()
+    assert (dropped["examples"], dropped["dropped"], dropped["truncated"]) == (2, 1, 0)
+    assert "2 examples" in caplog.text
+    data = open_data(dataclasses.replace(base, too_long="truncate"), batch_size=1)
+    assert (data.describe()["examples"], data.describe()["truncated"]) == (3, 1)
+    assert answers_of(take(data, data.rows_per_epoch)[0], tokenizer) == [" Paris<|im_end|>"] * 3
+    with pytest.raises(NaloraError, match="found 3 records, all of them longer"):
+        open_data(dataclasses.replace(base, max_length=1))
+
+
+def test_example_exactly_as_long_as_a_row(open_data, write_jsonl, tokenizer):
+    record = {"prompt": "up up up", "completion": " Paris"}
+    size = len(tokenizer.encode(record["prompt"])) + len(tokenizer.encode(record["completion"])) + 1
+    path = write_jsonl(record)
+    data = open_data(DataConfig(dataset=path, max_length=size - 1, too_long="error"), batch_size=1)
+    assert data.describe()["filling"] == 1.0
+    with pytest.raises(NaloraError):
+        open_data(DataConfig(dataset=path, max_length=size - 2, too_long="error"))
+
+
+def test_record_without_a_token_to_learn(open_data, write_jsonl, tokenizer):
+    talk = [{"role": "user", "content": "up"}]
+    path = write_jsonl({"prompt": "a", "completion": "b"}, {"messages": talk})
+    with pytest.raises(NaloraError, match=r"data.jsonl:2: expected an assistant's turn"):
+        open_data(DataConfig(dataset=path))
+    with pytest.raises(NaloraError, match=r"eos.jsonl:1: expected a token to learn, found none in 1 tokens"):
+        open_data(DataConfig(dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl")))
+
+
+def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatch):
+    first = open_data(config).store
+
+    def never(*args, **options):
+        raise AssertionError("tokenized again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "tokenize", never)
+        again = open_data(config).store
+        np.testing.assert_array_equal(first.tokens, again.tokens)
+        np.testing.assert_array_equal(first.offsets, again.offsets)
+        for change in ({"max_length": 65}, {"loss_on": "all"}, {"train_limit": 3}):
+            with pytest.raises(AssertionError, match="tokenized again"):
+                open_data(dataclasses.replace(config, **change))
+        bos = dataclasses.replace(tokenizer, add_bos=True)
+        with pytest.raises(AssertionError, match="tokenized again"):
+            train_data(config, bos, batch_size=4, cache=tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache" / "tokens").glob("incomplete-*")) == []
+
+
+def test_broken_data_leave_nothing_behind(open_data, write_jsonl, tmp_path):
+    path = write_jsonl(*({"prompt": "a", "completion": "b"} for _ in range(5)), "{oops")
+    with pytest.raises(NaloraError, match=r"data.jsonl:6: expected a JSON object"):
+        open_data(DataConfig(dataset=path))
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_full_disk(open_data, config, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store.np, "save", full)
+    with pytest.raises(
+        NaloraError, match=r"room for the tokenized data, found No space left on device; .*NALORA_CACHE"
+    ):
+        open_data(config)
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_loss_on_every_turn_reaches_the_batch(open_data, write_jsonl, tokenizer):
+    turns = [
+        {"role": role, "content": text}
+        for role, text in [("user", "up"), ("assistant", "the sky"), ("user", "more"), ("assistant", "green hills")]
+    ]
+    data = open_data(DataConfig(dataset=write_jsonl({"messages": turns}), loss_on="assistant"), batch_size=1)
+    assert answers_of(take(data, 1)[0], tokenizer) == ["the sky<|im_end|>green hills<|im_end|>"]

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data import ChoiceItem, CompletionItem, eval_examples, train_data
+from nalora_jax.errors import NaloraError
+
+
+def choice(n: int) -> dict:
+    return {
+        "prompt": f"Question: which way is {n}?\nAnswer:",
+        "completion": " down" if n % 2 else " up",
+        "choices": ["up", "down"],
+        "gold": n % 2,
+    }
+
+
+@pytest.fixture
+def ask(write_jsonl, tokenizer):
+    def ask(*records, tokenizer=tokenizer, **options):
+        config = DataConfig(dataset="unused.jsonl", eval_split=write_jsonl(*records, name="eval.jsonl"), **options)
+        return eval_examples(config, tokenizer, split=config.eval_split)
+
+    return ask
+
+
+def test_choices(ask, tokenizer):
+    items = ask(*map(choice, range(6)))
+    assert [item.gold for item in items] == [0, 1, 0, 1, 0, 1]
+    for n, item in enumerate(items):
+        assert isinstance(item, ChoiceItem)
+        assert item.prompt == choice(n)["prompt"]
+        assert item.prompt_ids == tokenizer.encode(item.prompt)
+        assert item.choice_ids == [tokenizer.encode(" up"), tokenizer.encode(" down")]
+        assert item.choices == ["up", "down"]
+        assert list(item.contexts) == [item.prompt_ids] * 2
+
+
+def test_choices_that_change_the_prompt(ask, tokenizer):
+    (item,) = ask(
+        {
+            "prompt": "the sea because No",
+            "completion": " is green.",
+            "choices": ["Yes", "No"],
+            "choice_prompts": ["the sea because Yes", "the sea because No"],
+            "gold": 1,
+        }
+    )
+    assert item.choice_ids == [tokenizer.encode(" is green.")] * 2
+    assert list(item.contexts) == [tokenizer.encode(f"the sea because {name}") for name in ("Yes", "No")]
+    assert item.prompt_ids == item.contexts[1]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_is_trained_is_what_is_scored(ask, write_jsonl, tokenizer, tmp_path, chat):
+    """The tokens of a training example are the item's prompt, its gold choice, and the end."""
+    (item,) = ask(choice(1), chat=chat)
+    config = DataConfig(dataset=write_jsonl(choice(1)), chat=chat)
+    store = train_data(config, tokenizer, batch_size=1, cache=tmp_path).store
+    assert store.tokens.tolist() == [*item.prompt_ids, *item.choice_ids[1], tokenizer.eos_id]
+    first = len(item.prompt_ids)
+    assert store.answer.tolist() == [index >= first for index in range(len(store.tokens))]
+    assert item.prompt.endswith("<|im_start|>assistant\n" if chat else "Answer:")
+
+
+def test_completions(ask, tokenizer):
+    (item,) = ask({"prompt": "Tell me", "completion": " more"})
+    assert item == CompletionItem(tokenizer.encode("Tell me"), tokenizer.encode(" more"), "Tell me", " more")
+
+
+def test_messages(ask, tokenizer):
+    talk = [
+        {"role": "user", "content": "up?"},
+        {"role": "assistant", "content": "the sky"},
+        {"role": "user", "content": "x"},
+    ]
+    (item,) = ask({"messages": talk})
+    assert item.prompt == tokenizer.render_chat(talk[:1], add_generation_prompt=True)
+    assert item.completion == "the sky"
+    assert tokenizer.decode(item.completion_ids, skip_special=False) == "the sky"
+
+
+def test_draw_depends_on_nothing_but_the_data(ask):
+    records = [choice(n) for n in range(50)]
+    few = ask(*records, eval_limit=10)
+    assert [item.prompt for item in few] == [item.prompt for item in ask(*records, eval_limit=10, max_length=9)]
+    assert [item.prompt for item in few] != [record["prompt"] for record in records[:10]]
+    assert len(ask(*records, eval_limit=0)) == 50
+    assert len(ask(*records, eval_limit=400)) == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gold": 2}, "eval.jsonl:1: gold: expected the index of one of 2 choices, found 2"),
+        ({"gold": None}, "gold: expected the index"),
+        ({"choices": ["up", ""]}, "choices: expected a list of texts, none empty"),
+        ({"choices": "up"}, "choices: expected a list of texts"),
+        ({"choice_prompts": ["a"]}, "choice_prompts: expected 2, one a choice, found 1"),
+        ({"choices": [], "completion": " "}, "completion: expected an answer, found an empty text"),
+    ],
+)
+def test_bad_questions_name_the_field(ask, change, message):
+    with pytest.raises(NaloraError, match=message):
+        ask({**choice(0), **change})
+
+
+def test_template_that_changes_answers(ask, tokenizer):
+    shouting = dataclasses.replace(tokenizer, chat_template=tokenizer.chat_template.replace("nt'] }}", "nt']|upper }}"))
+    with pytest.raises(NaloraError, match="an answer that the chat template writes as it is"):
+        ask(choice(0), chat=True, tokenizer=shouting)
+
+
+def test_evaluating_on_training_data_is_refused(write_jsonl, tokenizer):
+    config = DataConfig(dataset=write_jsonl(*map(choice, range(20))), eval_split="train[-10%:]")
+    with pytest.raises(NaloraError, match=r"--data.eval-split"):
+        eval_examples(config, tokenizer)
+    assert len(eval_examples(dataclasses.replace(config, train_split="train[:-10%]"), tokenizer)) == 2

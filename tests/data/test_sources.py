@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.data.sources import check_disjoint, open_source
+from nalora_jax.errors import NaloraError
+
+RECORDS = [{"prompt": f"p{index}", "completion": f"ü{index}"} for index in range(20)]
+
+
+def test_lines_by_index_past_blank_ones(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\n{"a": "\xc3\xbc"}\n   \r\n{"a": 2}\r\n\n{"a": 3}')
+    lines = JsonLines(path)
+    assert [lines[index] for index in (2, 0, 1)] == [{"a": 3}, {"a": "ü"}, {"a": 2}]
+    assert [lines.where(index) for index in range(3)] == [f"{path}:2", f"{path}:4", f"{path}:6"]
+    assert lines[-1] == {"a": 3}
+    assert lines.where(-1) == f"{path}:6"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [("{broken", "Expecting property name"), ("[1]", "found a list"), ("[" * 100_000, "recursion"), ("\x00", "")],
+)
+def test_broken_line_is_named(write_jsonl, line, found):
+    path = write_jsonl({"prompt": "a", "completion": "b"}, "", line)
+    with pytest.raises(NaloraError, match=rf"data.jsonl:3: expected a JSON object, .*{found}"):
+        JsonLines(path)[1]
+
+
+def test_bad_utf8_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(NaloraError, match=r"x.jsonl:1: .*utf-8"):
+        JsonLines(tmp_path / "x.jsonl")[0]
+
+
+@pytest.mark.parametrize("text", ["", "\n \n\n"])
+def test_empty_file(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(NaloraError, match=r"x.jsonl: expected at least one JSON line, found an empty file"):
+        open_source(DataConfig(dataset=str(tmp_path / "x.jsonl")), "train")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(NaloraError, match=r"no.jsonl: expected a readable file of JSON lines, found No such file"):
+        open_source(DataConfig(dataset=str(tmp_path / "no.jsonl")), "train")
+
+
+def test_unknown_name_lists_the_tasks():
+    with pytest.raises(NaloraError, match=r"--data.dataset: expected a task.*found 'socialqa'; .*socialiqa_mc"):
+        open_source(DataConfig(dataset="socialqa"), "train")
+
+
+def test_unknown_split_of_a_task_is_refused_before_any_download():
+    with pytest.raises(NaloraError, match=r"socialiqa, split: expected one of train, validation, .*found 'test'"):
+        open_source(DataConfig(dataset="socialiqa"), "test")
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", range(20)),
+        ("train[:10%]", [0, 1]),
+        ("train[-25%:]", range(15, 20)),
+        ("train[3:5]+train[18:]", [3, 4, 18, 19]),
+    ],
+)
+def test_jsonl_splits(write_jsonl, split, expected):
+    path = write_jsonl(*RECORDS)
+    source = open_source(DataConfig(dataset=path), split)
+    assert source.read(range(len(source))) == [RECORDS[index] for index in expected]
+    assert source.where(0) == f"{path}:{expected[0] + 1}"
+
+
+def test_jsonl_evaluation_file(write_jsonl):
+    train, other = write_jsonl(*RECORDS), write_jsonl({"prompt": "x", "completion": "y"}, name="eval.jsonl")
+    assert open_source(DataConfig(dataset=train), other).read([0]) == [{"prompt": "x", "completion": "y"}]
+
+
+@pytest.mark.parametrize("split", ["validation", "train[x]", "train[:0]"])
+def test_bad_jsonl_split(write_jsonl, split):
+    with pytest.raises(NaloraError, match=r"data.jsonl"):
+        open_source(DataConfig(dataset=write_jsonl(*RECORDS)), split)
+
+
+def test_fingerprint_follows_content_and_split(write_jsonl):
+    def fingerprint(name, split="train"):
+        return open_source(DataConfig(dataset=name), split).fingerprint
+
+    one = fingerprint(write_jsonl(*RECORDS))
+    assert one == fingerprint(write_jsonl(*RECORDS, name="same.jsonl"))
+    assert one != fingerprint(write_jsonl(*RECORDS[1:], RECORDS[0], name="other.jsonl"))
+    assert one != fingerprint(write_jsonl(*RECORDS), "train[1:]")
+
+
+def test_overlap_of_training_and_evaluation(write_jsonl):
+    config = DataConfig(dataset=write_jsonl(*RECORDS))
+    train, tail = open_source(config, "train"), open_source(config, "train[-5%:]")
+    with pytest.raises(NaloraError, match=r"--data.eval-split: .*shares 1 with it; hold some out"):
+        check_disjoint(train, tail)
+    check_disjoint(open_source(config, "train[:-5%]"), tail)
+    check_disjoint(train, open_source(config, write_jsonl(*RECORDS, name="eval.jsonl")))
+
+
+BUILDER = """
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.2.0")
+
+    def _info(self):
+        text = tfds.features.Text()
+        turns = tfds.features.Sequence({"role": text, "content": text})
+        return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=tfds.features.FeaturesDict(
+            {"question": text, "reply": text, "turns": turns, "score": tfds.features.Scalar(np.float32)}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(40), "test": self._generate_examples(5)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            turns = [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": f"A{i}"}]
+            yield i, {"question": f"Qü{i}", "reply": f" A{i}", "turns": turns, "score": i / 2}
+"""
+READ = """
+import sys
+from nalora_jax.config import DataConfig
+from nalora_jax.data.chat import messages_of
+from nalora_jax.data.sources import open_source
+
+config = DataConfig(dataset="tfds:pond_talk", data_dir=sys.argv[1], messages_field="turns")
+source = open_source(config, "train[50%:]")
+record = source[1]
+assert len(source) == 20 and record["question"] == "Qü21" and record["reply"] == " A21", record
+assert record["score"] == 10.5 and type(record["score"]) is float, record
+assert messages_of(record, config, "")[1] == {"role": "assistant", "content": "A21"}, record
+assert source.spans == [("train", 20, 40)]
+assert "pond_talk/1.2.0" in source.fingerprint
+for split in ("valid", "train[oops"):
+    try:
+        open_source(config, split)
+    except ValueError as error:
+        print(error)
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_users_own_tfds_data_set(tmp_path):
+    """Prepared with its builder, then read in a process that has only its files."""
+    package = tmp_path / "code" / "pond_talk"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "pond_talk_dataset_builder.py").write_text(BUILDER)
+    prepare = (
+        "from pond_talk.pond_talk_dataset_builder import Builder; import sys;"
+        "Builder(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()"
+    )
+    root = str(Path(__file__).parents[2])
+    for code, path in ((prepare, str(package.parent)), (READ, root)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "data")],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    unknown, malformed = done.stdout.strip().splitlines()
+    assert "tfds:pond_talk[valid]: expected a readable TFDS data set" in unknown
+    assert "train" in unknown
+    assert "tfds:pond_talk[train[oops]" in malformed
+
+
+def test_unknown_tfds_name(tmp_path):
+    with pytest.raises(NaloraError, match=r"tfds:no_such_pond\[train\]: expected a readable TFDS data set"):
+        open_source(DataConfig(dataset="tfds:no_such_pond", data_dir=str(tmp_path)), "train")
+
+
+def test_records_survive_json(write_jsonl):
+    source = open_source(DataConfig(dataset=write_jsonl(*RECORDS)), "train")
+    assert json.loads(json.dumps(source[3])) == RECORDS[3]

@@ -1,0 +1,104 @@
+"""The run's settings: every default is valid, and every range is checked by the name of its flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from nalora_jax.config import LoRARule, RunConfig, check
+from nalora_jax.errors import NaloraError
+
+RULE = LoRARule("x", 1)
+RANGES = [
+    # flag, values that are refused, values at the edge that are accepted
+    ("steps", [0, -1], [1]),
+    ("train.batch_size", [0, -8], [1]),
+    ("train.accumulate", [0], [1, 4]),
+    ("train.log_every", [0], [1]),
+    ("train.eval_every", [-1], [0]),
+    ("train.save_every", [-1], [0]),
+    ("train.keep", [-1], [0]),
+    ("train.patience", [-1], [0]),
+    ("data.max_length", [0], [1]),
+    ("data.eval_limit", [-1], [0]),
+    ("data.train_limit", [-1], [0]),
+    ("compute.stats_stride", [0], [1, 8]),
+    ("compute.probe_stride", [0], [1]),
+    ("compute.loss_chunk", [0], [1]),
+    ("mask.keep", [0.0, -0.1, 1.01, math.nan], [1.0, 1e-6]),
+    ("mask.low", [-0.1, 1.0, math.nan], [0.0, 0.99]),
+    ("mask.high", [1.0, 0.0, math.nan], [1.01]),
+    ("mask.power", [0.0, -1.0, math.nan], [0.5]),
+    ("mask.decay", [-0.1, 1.0, math.nan], [0.0, 0.999]),
+    ("mask.warmup", [-1], [0]),
+    ("step_scale.decay", [-0.1, 1.0], [0.0]),
+    ("step_scale.warmup", [-1], [0]),
+    ("step_scale.min_occupancy", [-0.1, 0.5], [0.0, 0.49]),
+    ("step_scale.gains", [(-1.0, 1, 1, 1), (0.0, 0, 0, 0)], [(0.0, 0, 0, 1)]),
+    ("optimizer.learning_rate", [0.0, -1.0, math.nan, math.inf], [1e-9]),
+    ("optimizer.b1", [-0.1, 1.0], [0.0]),
+    ("optimizer.b2", [-0.1, 1.0], [0.0]),
+    ("optimizer.weight_decay", [-0.1, math.nan], [0.0]),
+    ("optimizer.clip_norm", [-1.0, math.inf], [0.0]),
+    ("optimizer.warmup_share", [-0.1, 1.1], [0.0, 1.0]),
+    ("optimizer.final_ratio", [-0.1], [0.0, 1.0]),
+    ("optimizer.eps", [0.0, math.nan], [1e-12]),
+    ("debug.tolerance", [0.0], [1e-9]),
+    ("lora.dropout", [-0.1, 1.0, math.nan], [0.0, 0.99]),
+    ("lora.plus_ratio", [0.0, -1.0], [16.0]),
+    ("lora.rules", [(), (RULE, LoRARule("x", -1)), (LoRARule("x", 4, math.nan),), (LoRARule("x", 4, 0.0),)], [(RULE,)]),
+]
+REFUSED = [(name, value) for name, bad, _ in RANGES for value in bad]
+ACCEPTED = [(name, value) for name, _, good in RANGES for value in good]
+
+
+def with_field(name, value):
+    """The default config with one (dotted) field replaced."""
+    config = RunConfig()
+    *groups, last = name.split(".")
+    if not groups:
+        return dataclasses.replace(config, **{last: value})
+    group = dataclasses.replace(getattr(config, groups[0]), **{last: value})
+    return dataclasses.replace(config, **{groups[0]: group})
+
+
+def test_the_defaults_are_valid_and_returned_as_they_are():
+    config = RunConfig()
+    assert check(config) is config
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_what_is_out_of_range_is_refused_by_the_name_of_its_flag(name, value):
+    with pytest.raises(NaloraError) as caught:
+        check(with_field(name, value))
+    assert caught.value.where == f"--{name.replace('_', '-')}"
+
+
+@pytest.mark.parametrize(("name", "value"), ACCEPTED)
+def test_what_is_at_the_edge_is_accepted(name, value):
+    check(with_field(name, value))
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused():
+    with pytest.raises(NaloraError, match=r"--train\.batch-size: expected a multiple of --train\.accumulate \(3\)"):
+        check(with_field("train.accumulate", 3))
+
+
+def test_a_probe_off_the_statistics_grid_is_refused():
+    with pytest.raises(NaloraError, match=r"--compute\.probe-stride: expected a multiple of --compute\.stats-stride"):
+        check(with_field("compute.stats_stride", 3))
+
+
+def test_to_dict_is_nested_plain_data_that_json_takes():
+    config = RunConfig()
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert plain["mask"]["keep"] == config.mask.keep
+    assert plain["lora"]["rules"][0] == {"pattern": config.lora.rules[0].pattern, "rank": 8, "alpha": None}
+
+
+def test_configs_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().steps = 3
