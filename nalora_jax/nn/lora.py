@@ -317,6 +317,7 @@ class LoRADense(nn.Module):
         magnitude = self.variable("lora", "magnitude", start).value
         # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
         ratio = magnitude / lax.stop_gradient(column_norm(frozen, a, b, scale))
+        ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
         base32 = base.astype(jnp.float32)
         if self.use_bias:  # a bias is not part of the decomposed weight
             base32 = base32 - jnp.broadcast_to(self.get_variable("params", "bias").astype(jnp.float32), base.shape)

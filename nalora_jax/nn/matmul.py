@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nalora_jax.errors import NaloraError
@@ -106,6 +107,23 @@ def _pack_leaf(leaf: jax.Array) -> jax.Array:
     if leaf.dtype == jnp.bfloat16 and leaf.ndim >= 3:
         return lax.bitcast_convert_type(leaf, jnp.uint16)
     return leaf
+
+
+def pack_views(params: Any) -> Any:
+    """`pack` outside of a compiled program, without a copy: the views share the memory of ``params``.
+
+    For programs that run for milliseconds (one token), where the copy that `pack` makes on entry would count. Arrays
+    of several devices are returned as they are, for `pack` to view.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    return jax.tree.map(_view_leaf, params)
+
+
+def _view_leaf(leaf: jax.Array) -> jax.Array:
+    if leaf.dtype != jnp.bfloat16 or leaf.ndim < 3 or len(leaf.devices()) > 1:
+        return leaf
+    return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding, may_alias=True)
 
 
 def unpack_leaf(leaf: jax.Array) -> jax.Array:

@@ -1,0 +1,155 @@
+"""Causal attention with grouped heads, segments, sliding windows and soft caps, behind one function.
+
+What a query sees is decided by integers, not by a stored mask: keys of its own segment, at positions up to its own,
+fewer than ``window`` before it. So packing, padding, windows that differ by layer and cached keys are one rule. Tokens
+of a segment lie in order along the sequence, so keys after a query's block are never touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+# Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
+_UNSEEN = -1e30
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are made; static."""
+
+    scale: float  # multiplies q . k
+    softcap: float = 0.0  # c tanh(score / c); 0: none
+    operand: str = "float32"  # dtype of the products' operands; sums and softmax are float32
+    dropout: float = 0.0  # rate on the probabilities
+
+
+class Keys(NamedTuple):
+    """Keys, values and what decides who sees them."""
+
+    k: jax.Array  # [batch, keys, kv_heads, head_dim]
+    v: jax.Array  # [batch, keys, kv_heads, head_dim]
+    positions: jax.Array  # int [batch or 1, keys]
+    segments: jax.Array  # int [batch or 1, keys]; 0: nothing there
+
+
+def attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    scoring: Scoring,
+    *,
+    cached: Keys | None = None,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention of every token over the tokens that it sees.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``; head h reads key head ``h // (heads // kv_heads)``.
+      keys: of the same tokens.
+      window: scalar; a query at position p sees positions in ``(p - window, p]``.
+      scoring: scale, soft cap, dtypes.
+      cached: keys of earlier calls, seen under the same rule.
+      dropout_rng: key for ``scoring.dropout``; None for no dropout.
+
+    Returns:
+      ``[batch, seq, heads, head_dim]`` float32.
+    """
+    chex.assert_rank([q, keys.k, keys.v], 4)
+    chex.assert_equal_shape([keys.k, keys.v])
+    return _attend_in_blocks(q, keys, window, scoring, cached, dropout_rng)
+
+
+def _attend_in_blocks(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    scoring: Scoring,
+    cached: Keys | None,
+    dropout_rng: jax.Array | None,
+) -> jax.Array:
+    """Blocks of queries, each against the keys up to its own end."""
+    size = _block_size(q.shape[1])
+    outputs = []
+    for start in range(0, q.shape[1], size):
+        end = min(start + size, q.shape[1])
+        seen = Keys(*(x[:, :end] for x in keys))
+        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
+        here = (keys.positions[:, start:end], keys.segments[:, start:end])
+        outputs.append(_attend(q[:, start:end], here, seen, window, scoring, cached, rng))
+    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+
+
+def _block_size(seq: int) -> int:
+    """Queries per block: small enough to skip much of the upper triangle, few enough to compile fast."""
+    return max(128, -(-seq // 8))
+
+
+def _attend(
+    q: jax.Array,
+    here: tuple[jax.Array, jax.Array],
+    keys: Keys,
+    window: jax.Array | int,
+    scoring: Scoring,
+    cached: Keys | None,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """One block of queries against given keys; without a stored score outside it."""
+    batch, seq, heads, dim = q.shape
+    groups = heads // keys.k.shape[2]
+    # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head.
+    q = q.reshape(batch, seq, -1, groups, dim).transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * seq, dim)
+    sources = [keys] if cached is None else [cached, keys]
+    scores = [_scores(q, here, source, window, scoring, groups) for source in sources]
+    # [batch, kv_heads, groups, seq, all keys]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+    if rng is not None and scoring.dropout > 0:
+        kept = jax.random.bernoulli(rng, 1.0 - scoring.dropout, weights.shape)
+        weights = jnp.where(kept, weights / (1.0 - scoring.dropout), 0.0)
+    out, first = jnp.zeros((), jnp.float32), 0
+    for source in sources:
+        last = first + source.v.shape[1]
+        part = weights[..., first:last].reshape(batch, -1, groups * seq, last - first)
+        values = source.v.astype(scoring.operand).transpose(0, 2, 1, 3)
+        out = out + jnp.einsum(
+            "bkqt,bktd->bkqd", part.astype(scoring.operand), values, preferred_element_type=jnp.float32
+        )
+        first = last
+    out = out.reshape(batch, -1, groups, seq, dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, seq, heads, dim)
+
+
+def _scores(
+    q: jax.Array,
+    here: tuple[jax.Array, jax.Array],
+    keys: Keys,
+    window: jax.Array | int,
+    scoring: Scoring,
+    groups: int,
+) -> jax.Array:
+    """Masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
+    k = keys.k.astype(scoring.operand).transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkqd,bktd->bkqt", q.astype(scoring.operand), k, preferred_element_type=jnp.float32)
+    scores = scores * scoring.scale
+    if scoring.softcap:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    visible = visibility(*here, keys.positions, keys.segments, window)
+    scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
+    return jnp.where(visible[:, None, None], scores, _UNSEEN)
+
+
+def visibility(
+    positions: jax.Array,
+    segments: jax.Array,
+    key_positions: jax.Array,
+    key_segments: jax.Array,
+    window: jax.Array | int,
+) -> jax.Array:
+    """Whether each query sees each key: bool ``[batch or 1, queries, keys]`` from int ``[batch or 1, ...]``."""
+    ahead = positions[:, :, None] - key_positions[:, None, :]
+    same = segments[:, :, None] == key_segments[:, None, :]
+    return same & (ahead >= 0) & (ahead < window)

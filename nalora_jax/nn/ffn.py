@@ -1,0 +1,243 @@
+"""Self-gated feed-forward blocks with nonlinearity-aware low-rank parameters.
+
+    gated       z = x W_gate,  u = x W_up,  y = (phi(z) * u) W_down        (SwiGLU, GeGLU, ...)
+    self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP, ViT, BERT)
+
+An adapter on the gate moves the selection weight rho(z), not only the feature. The block therefore reads a channel
+mask (collection ``gate_mask``, optional, training only), which shapes the gradient of the gate's A, and writes the
+channel statistics that the next step's mask and step scale are made of (collection ``gate_stats``, output only).
+Neither touches the forward value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax import activations, selection
+from nalora_jax.nn.lora import LoRADense, TargetSpec, combine
+from nalora_jax.nn.matmul import Numerics
+
+
+@dataclass(frozen=True)
+class GateStatsConfig:
+    """What a block measures when ``gate_stats`` is mutable."""
+
+    stride: int = 1  # statistics on every n-th position of a row
+    probe_stride: int = 8  # misalignment on every n-th position
+    tolerance: float = 0.05  # |h - 1| at which the linear region starts
+    check: bool = False  # also measure the error of the gate-compensation identity on the live tensors
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of one block, by projection name, and their common options."""
+
+    targets: tuple[tuple[str, TargetSpec], ...] = ()
+    dora: bool = False
+    dropout: float = 0.0
+
+    def get(self, name: str) -> TargetSpec | None:
+        """The spec of projection ``name``, or None."""
+        return dict(self.targets).get(name)
+
+
+def gated_product(z: jax.Array, u: jax.Array, activation: activations.Activation) -> tuple[jax.Array, jax.Array]:
+    """``(a * u, a)`` with ``a = phi(z)``; the backward pass keeps z and u only.
+
+    Autodiff would keep the sigmoid and phi(z) as well. ``a`` is there for the identity check, which reads the very
+    tensor that u multiplies; it has no gradient of its own, and unused it costs nothing.
+    """
+    chex.assert_equal_shape([z, u])
+    return _gated_product(z, u, activation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated_product(z: jax.Array, u: jax.Array, activation: activations.Activation) -> tuple[jax.Array, jax.Array]:
+    a = activation.phi(z)
+    return a * u, a
+
+
+def _gated_product_fwd(z: jax.Array, u: jax.Array, activation: activations.Activation) -> tuple[Any, Any]:
+    return _gated_product(z, u, activation), (z, u)
+
+
+def _gated_product_bwd(activation: activations.Activation, kept: Any, g: Any) -> tuple[jax.Array, jax.Array]:
+    z, u = kept
+    return g[0] * u * activation.dphi(z), g[0] * activation.phi(z)
+
+
+_gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
+
+
+def gate_statistics(
+    base: jax.Array,
+    delta: jax.Array | None,
+    z: jax.Array,
+    weights: jax.Array,
+    activation: activations.Activation,
+    config: GateStatsConfig,
+) -> dict[str, jax.Array]:
+    """Sums over real tokens that the mechanisms and the metrics are made of; constants of the backward pass.
+
+    Args:
+      base: ``[batch, seq, d_ff]``, the frozen gate pre-activation.
+      delta: the adapter's residual dz, same shape, or None.
+      z: ``[batch, seq, d_ff]``, what the block really feeds to phi.
+      weights: ``[batch, seq]``, 1 for real tokens, 0 for padding.
+      activation: the gate's.
+      config: strides and tolerance.
+
+    Returns:
+      ``tokens []``, ``slope [d_ff]``, ``occupancy [4, d_ff]``, ``probe_tokens []``, ``feature``, ``selection`` and
+      ``linear`` ``[d_ff]``, all float32 (see `nalora_jax.selection`).
+    """
+    chex.assert_shape(weights, z.shape[:-1])
+    base, z = lax.stop_gradient((base, z))
+    partition = activations.partition(activation.name, config.tolerance)
+    take = slice(None, None, config.stride)
+    stats = selection.channel_statistics(z[..., take, :], weights[..., take], activation, partition)
+    probe = slice(None, None, config.probe_stride)
+    dz = jnp.zeros_like(base) if delta is None else lax.stop_gradient(delta)
+    stats |= selection.probe_statistics(base[..., probe, :], dz[..., probe, :], weights[..., probe], activation)
+    return stats
+
+
+class _Block(nn.Module):
+    """What both kinds of block share: dense layers with adapters, the mask, the statistics."""
+
+    d_model: int
+    d_ff: int
+    activation: str = "silu"
+    adapters: Adapters = Adapters()
+    use_bias: bool = False
+    numerics: Numerics = Numerics()
+    stats: GateStatsConfig = GateStatsConfig()
+
+    def _dense(self, name: str, features: int) -> LoRADense:
+        return LoRADense(
+            features,
+            self.adapters.get(name),
+            use_bias=self.use_bias,
+            dora=self.adapters.dora,
+            dropout=self.adapters.dropout,
+            numerics=self.numerics,
+            name=name,
+        )
+
+    def _mask(self) -> jax.Array | None:
+        return self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
+
+    def _write(self, name: str, value: jax.Array) -> None:
+        self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+    def _observe(
+        self,
+        base: jax.Array,
+        delta: jax.Array | None,
+        z: jax.Array,
+        selected: jax.Array,
+        weights: jax.Array | None,
+    ) -> None:
+        """Writes the statistics, and the identity's error where asked; free when ``gate_stats`` is not mutable."""
+        if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
+            return
+        activation = activations.get(self.activation)
+        if weights is None:
+            weights = jnp.ones(z.shape[:-1], jnp.float32)
+        for name, value in gate_statistics(base, delta, z, weights, activation, self.stats).items():
+            self._write(name, value)
+        if self.stats.check:
+            for name, value in identity_error(base, delta, selected, activation).items():
+                self._write(name, value)
+
+
+def identity_error(
+    base: jax.Array, delta: jax.Array | None, selected: jax.Array, activation: activations.Activation
+) -> dict[str, jax.Array]:
+    """How far a live block is from the gate-compensation identity.
+
+    Args:
+      base: frozen pre-activation z.
+      delta: residual dz, or None.
+      selected: ``a``, the very tensor that the block multiplies by u (or by W_out).
+      activation: the one that the block says it uses.
+
+    Returns:
+      ``identity_error``: max |F + S - (a - phi(z))|, and ``identity_scale``: max |a| + |phi(z)|, float32 scalars.
+    """
+    base32 = lax.stop_gradient(base).astype(jnp.float32)
+    dz = jnp.zeros_like(base32) if delta is None else lax.stop_gradient(delta).astype(jnp.float32)
+    a = lax.stop_gradient(selected).astype(jnp.float32)
+    feature, moved = selection.gate_decomposition(base32, dz, activation)
+    frozen = activation.phi(base32)
+    return {
+        "identity_error": jnp.max(jnp.abs(feature + moved - (a - frozen))),
+        "identity_scale": jnp.max(jnp.abs(a) + jnp.abs(frozen)),
+    }
+
+
+class GatedFFN(_Block):
+    """``(phi(x W_gate) * x W_up) W_down`` with adapters on any of gate_proj, up_proj, down_proj."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Mapping[str, jax.Array | float] | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """``[batch, seq, d_model]`` -> ``[batch, seq, d_model]``.
+
+        Args:
+          x: input.
+          scales: the adapters' ``s`` by projection name; 1 where absent.
+          token_weights: ``[batch, seq]`` weights of the statistics, 0 for padding.
+          deterministic: no adapter dropout.
+          adapter_ids: ``[batch]``, see `LoRADense`.
+        """
+        scales = scales or {}
+        options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        activation = activations.get(self.activation)
+        gate = self._dense("gate_proj", self.d_ff)
+        base, delta = gate(x, scales.get("gate_proj", 1.0), self._mask(), **options)
+        z = combine(base, delta)
+        u = combine(*self._dense("up_proj", self.d_ff)(x, scales.get("up_proj", 1.0), **options))
+        hidden, selected = gated_product(z, u, activation)
+        self._observe(base, delta, z, selected, token_weights)
+        return combine(*self._dense("down_proj", self.d_model)(hidden, scales.get("down_proj", 1.0), **options))
+
+
+class SelfGatedFFN(_Block):
+    """``phi(x W_in) W_out`` with adapters on any of in_proj, out_proj; in_proj is the gate."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Mapping[str, jax.Array | float] | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """``[batch, seq, d_model]`` -> ``[batch, seq, d_model]``; arguments as in `GatedFFN`."""
+        scales = scales or {}
+        options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        activation = activations.get(self.activation)
+        base, delta = self._dense("in_proj", self.d_ff)(x, scales.get("in_proj", 1.0), self._mask(), **options)
+        z = combine(base, delta)
+        hidden, selected = gated_product(z, jnp.ones_like(z), activation)
+        self._observe(base, delta, z, selected, token_weights)
+        return combine(*self._dense("out_proj", self.d_model)(hidden, scales.get("out_proj", 1.0), **options))

@@ -1,0 +1,153 @@
+"""The optimizer: clipping, an inner optimizer with its schedule, then the two mechanisms on the gates' updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from nalora_jax import trees
+from nalora_jax.config import MaskConfig, OptimizerConfig, StepScaleConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.optim.columns import find_gates
+from nalora_jax.optim.gate_state import GateState, gate_shapes, init_gate_state, update_gate_state
+from nalora_jax.optim.importance_mask import gate_masks, hard_mask, mask_collection, scale_by_channel_mask, soft_mask
+from nalora_jax.optim.step_scale import homogeneity_scale, scale_by_channel_step, step_scales
+
+__all__ = [
+    "GateState",
+    "find_gates",
+    "gate_masks",
+    "gate_shapes",
+    "hard_mask",
+    "homogeneity_scale",
+    "init_gate_state",
+    "make_optimizer",
+    "make_schedule",
+    "mask_collection",
+    "nalora",
+    "scale_by_channel_mask",
+    "scale_by_channel_step",
+    "soft_mask",
+    "step_scales",
+    "update_gate_state",
+]
+
+
+def nalora(
+    inner: optax.GradientTransformation | OptimizerConfig,
+    gates: Mapping[str, str],
+    *,
+    mask: MaskConfig | None = None,
+    step_scale: StepScaleConfig | None = None,
+    total_steps: int | None = None,
+    plus_ratio: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer whose updates of the gates' B pass through the mask and the step scale.
+
+        inner (clip -> preconditioner -> weight decay -> learning rate) -> mask -> step scale
+
+    Args:
+      inner: any optax optimizer, or the settings of one (then ``total_steps`` is needed, as by `make_optimizer`).
+      gates: block of each adapted gate (`find_gates`), e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}``.
+      mask, step_scale: the mechanisms' settings, by default both on. One that is off leaves no trace in the chain:
+        with both off the updates are those of ``inner`` to the bit.
+      plus_ratio: LoRA+ ratio of an ``inner`` given by its settings.
+
+    Returns:
+      A transform whose ``update`` takes ``gate_mask`` and ``gate_step`` (`gate_masks`, `step_scales`) for the
+      mechanisms that are on, and ignores other keyword arguments.
+
+    Example:
+      >>> optimizer = nalora(optax.adamw(1e-3), find_gates(lora))
+      >>> state = optimizer.init(lora)
+      >>> updates, state = optimizer.update(grads, state, lora, gate_mask=masks, gate_step=scales)
+    """
+    if isinstance(inner, OptimizerConfig):
+        if total_steps is None:
+            raise NaloraError("nalora(total_steps=)", expected="the number of optimizer steps", found=None)
+        inner = make_optimizer(inner, total_steps, plus_ratio)
+    mechanisms = []
+    if (mask or MaskConfig()).kind != "off":
+        mechanisms.append(scale_by_channel_mask(gates))
+    if (step_scale or StepScaleConfig()).kind != "off":
+        mechanisms.append(scale_by_channel_step(gates))
+    chain = optax.chain(inner, *mechanisms) if mechanisms else inner
+    return optax.with_extra_args_support(chain)
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, plus_ratio: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """The plain optimizer of LoRA: clip by global norm, then the named optimizer with its schedule.
+
+    Args:
+      total_steps: optimizer steps of the run, which the schedule spans.
+      plus_ratio: LoRA+ (arXiv 2402.12354): factor on the learning rate of every leaf named "b".
+
+    Raises:
+      NaloraError: an unknown optimizer, or weight decay with one that has none.
+    """
+    stages = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    stages.append(_named_optimizer(config, make_schedule(config, total_steps)))
+    if plus_ratio != 1:
+        # After learning rate and weight decay, so that B trains as with its own, larger learning rate.
+        stages.append(_scale_leaves("b", plus_ratio))
+    return optax.with_extra_args_support(optax.chain(*stages))
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up to the peak, then constant, or a decay to ``final_ratio`` of it.
+
+    Warm-up covers ``ceil(warmup_share * total_steps)`` steps and begins above 0, so that no step is wasted.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+    warmup = min(math.ceil(config.warmup_share * total_steps), total_steps - 1)
+    decay_steps = max(1, total_steps - warmup)
+    decays: dict[str, optax.Schedule] = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, final, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_ratio),
+    }
+    if config.schedule not in decays:
+        raise NaloraError("--optimizer.schedule", expected=f"one of {', '.join(decays)}", found=config.schedule)
+    if warmup <= 0:
+        return decays[config.schedule]
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, decays[config.schedule]], [warmup])
+
+
+def _named_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    decay = config.weight_decay
+    match config.name:
+        case "adamw":
+            return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=decay)
+        case "adam" if decay == 0:
+            return optax.adam(schedule, config.b1, config.b2, config.eps)
+        case "adam":
+            raise NaloraError("--optimizer.weight-decay", expected="0 with adam", found=decay, remedy="use adamw")
+        case "lion":
+            return optax.lion(schedule, config.b1, config.b2, weight_decay=decay)
+        case "sgd":
+            return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule))
+        case "adafactor":
+            # Not optax.adafactor, whose step follows the parameter's size (B starts at 0) and whose decay ignores the
+            # learning rate.
+            factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+            return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
+    known = "adamw, adam, sgd, lion, adafactor"
+    raise NaloraError("--optimizer.name", expected=f"one of {known}", found=config.name)
+
+
+def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:
+    def scale(path: str, update: jax.Array) -> jax.Array:
+        return update * factor if path.split("/")[-1] == name else update
+
+    def update_fn(updates: Any, params: Any = None) -> Any:
+        del params
+        return trees.map_named(scale, updates)
+
+    return optax.stateless(update_fn)

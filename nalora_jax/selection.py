@@ -1,0 +1,221 @@
+"""The gate-compensation identity and the channel statistics: pure functions of gate pre-activations.
+
+    phi(z + dz) - phi(z) = F + S,   F = rho(z) dz,   S = (rho(z + dz) - rho(z)) (z + dz)
+
+F is what a low-rank update of the gate promises; S, the movement of the selection weight, is what it leaves out.
+Statistics are sums over tokens, weighted, in float32 and under ``stop_gradient``; `means` turns them into expectations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nalora_jax.activations import Activation, Partition
+
+Statistics = dict[str, Array]
+
+# Below this a denominator counts as 0: far under any gate movement that float32 resolves.
+_EPS = 1e-12
+# The count that each sum is divided by.
+_COUNTS = {"slope": "tokens", "occupancy": "tokens"} | dict.fromkeys(("feature", "selection", "linear"), "probe_tokens")
+
+
+def gate_decomposition(z: Array, dz: Array, activation: Activation) -> tuple[Array, Array]:
+    """Feature and selection term of a gate's movement: ``F + S = phi(z + dz) - phi(z)``, exact but for rounding.
+
+    Args:
+      z: pre-activations of the frozen gate, any shape.
+      dz: what the adapter adds to them, same shape.
+
+    Returns:
+      ``(F, S)``, each of z's shape.
+    """
+    chex.assert_equal_shape([z, dz])
+    rho = activation.rho(z)
+    return rho * dz, (activation.rho(z + dz) - rho) * (z + dz)
+
+
+def compensated_gate(z: Array, dz: Array, activation: Activation) -> Array:
+    """``rho(z) (z + dz)``: the adapted gate with its selection frozen, that is with S removed."""
+    chex.assert_equal_shape([z, dz])
+    return activation.rho(z) * (z + dz)
+
+
+def misalignment(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
+    """``E|S| / E|F|`` per channel over weighted tokens, 0 where nothing moves.
+
+    Args:
+      z, dz: [..., d_ff].
+      weights: [...], 1 for a real token and 0 for padding.
+
+    Returns:
+      [d_ff] float32.
+    """
+    return ratios(probe_statistics(z, dz, weights, activation))["misalignment"]
+
+
+def misalignment_limit(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
+    """``E|z rho'(z) dz| / E|rho(z) dz|`` per channel: what `misalignment` tends to as dz shrinks; same arguments."""
+    return ratios(probe_statistics(z, dz, weights, activation))["limit"]
+
+
+def channel_statistics(z: Array, weights: Array, activation: Activation, partition: Partition) -> Statistics:
+    """Sums over tokens of how responsive each channel is, and of where its pre-activations lie.
+
+    Args:
+      z: [..., tokens, d_ff] full gate pre-activations, adapter included.
+      weights: [..., tokens] token weights, 0 for padding. A bool mask counts regions about three times faster.
+
+    Returns:
+      ``tokens`` [] = sum of weights; ``slope`` [d_ff] = sum of |phi'(z)|; ``occupancy`` [4, d_ff] = tokens per region,
+      in the partition's order.
+    """
+    z = _float32(z, weights)
+    rho, drho = activation.gate(z)
+    tokens = _tokens(weights)
+    block = _count_block(z.shape[-2])
+    if weights.dtype == jnp.bool_ and block:
+        inside = _packed_counts(z, weights, partition, block)
+    else:
+        inside = _weighted_counts(z, weights, partition)
+    occupancy = jnp.stack([*inside, jnp.maximum(tokens - sum(inside), 0)])
+    return {"tokens": tokens, "slope": _total(jnp.abs(rho + z * drho), weights), "occupancy": occupancy}
+
+
+def probe_statistics(z_base: Array, dz: Array, weights: Array, activation: Activation) -> Statistics:
+    """Sums over tokens of the identity's two terms, and of the selection term's linear limit.
+
+    Args:
+      z_base: [..., tokens, d_ff] pre-activations without the adapter.
+      dz: [..., tokens, d_ff] what the adapter adds.
+      weights: [..., tokens] token weights or bool mask.
+
+    Returns:
+      ``probe_tokens`` []; ``feature``, ``selection``, ``linear`` [d_ff]: sums of |F|, |S| and |z rho'(z) dz|.
+    """
+    chex.assert_equal_shape([z_base, dz])
+    z, dz = _float32(z_base, weights), _float32(dz, weights)
+    rho, drho = activation.gate(z)
+    moved = (activation.gate(z + dz)[0] - rho) * (z + dz)
+    return {
+        "probe_tokens": _tokens(weights),
+        "feature": _total(jnp.abs(rho * dz), weights),
+        "selection": _total(jnp.abs(moved), weights),
+        "linear": _total(jnp.abs(z * drho * dz), weights),
+    }
+
+
+def merge_statistics(*statistics: Statistics) -> Statistics:
+    """Statistics of the union of disjoint sets of tokens (micro-batches, hosts): their sums added."""
+    return jax.tree.map(lambda *sums: sum(sums[1:], start=sums[0]), *statistics)
+
+
+def means(statistics: Mapping[str, Array]) -> Statistics:
+    """Sums turned into expectations over tokens; 0 where there were none.
+
+    Leading axes (layers, experts) are those of ``tokens``: [L] with ``slope`` [L, d_ff] and ``occupancy`` [L, 4, d_ff].
+    The counts ``tokens`` and ``probe_tokens`` stay as they are.
+    """
+    return {name: _per_token(total, statistics.get(_COUNTS.get(name, ""))) for name, total in statistics.items()}
+
+
+def ratios(statistics: Mapping[str, Array], *, over_channels: bool = False) -> Statistics:
+    """``misalignment`` and its small-movement ``limit`` from probe sums: per channel [..., d_ff], or per layer [...].
+
+    Args:
+      over_channels: divide sums over all channels (a layer's figure), instead of each channel's own.
+    """
+    feature, selection, linear = (
+        jnp.sum(statistics[name], axis=-1) if over_channels else statistics[name]
+        for name in ("feature", "selection", "linear")
+    )
+    return {"misalignment": _ratio(selection, feature), "limit": _ratio(linear, feature)}
+
+
+def meaningful(occupancy: Array, partition: Partition, min_occupancy: float) -> Array:
+    """Whether regions of at least two different degrees hold their share of tokens.
+
+    Args:
+      occupancy: [..., 4, d_ff] mean occupancies of each channel.
+      min_occupancy: the share of (token, channel) pairs from which a region counts as occupied.
+
+    Returns:
+      [...] bool; always false for an activation whose regions all have one degree.
+    """
+    chex.assert_axis_dimension(occupancy, -2, 4)
+    share = jnp.mean(occupancy, axis=-1)
+    occupied = (share >= min_occupancy) & (share > 0)
+    degrees = jnp.broadcast_to(jnp.asarray(partition.degrees, jnp.float32), occupied.shape)
+    highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
+    lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
+    return highest > lowest
+
+
+def _float32(z: Array, weights: Array) -> Array:
+    """z in float32, cut off from differentiation, its shape checked against that of its token weights."""
+    chex.assert_shape(weights, z.shape[:-1])
+    assert z.ndim >= 2, z.shape
+    return lax.stop_gradient(z).astype(jnp.float32)
+
+
+def _tokens(weights: Array) -> Array:
+    return jnp.sum(lax.stop_gradient(weights).astype(jnp.float32))
+
+
+def _total(values: Array, weights: Array) -> Array:
+    """Weighted sum over tokens: [..., tokens, d_ff] -> [d_ff] float32."""
+    weights = lax.stop_gradient(weights)
+    if weights.dtype == jnp.bool_:
+        return jnp.sum(jnp.where(weights[..., None], values, 0), axis=tuple(range(values.ndim - 1)))
+    # As a product, because XLA's CPU reductions of several weighted sums at once are up to ten times slower.
+    axes = tuple(range(weights.ndim))
+    contraction = ((axes, axes), ((), ()))
+    return lax.dot_general(weights.astype(jnp.float32), values, contraction, precision=lax.Precision.HIGHEST)
+
+
+def _weighted_counts(z: Array, weights: Array, partition: Partition) -> list[Array]:
+    """Total weight in the first three regions, each [d_ff]."""
+    below = [_total((z < cut).astype(jnp.float32), weights) for cut in (partition.z0, 0.0, partition.z1)]
+    return [below[0], below[1] - below[0], below[2] - below[1]]
+
+
+# Three counts of up to 1023 tokens share one int32, so that the regions cost one reduction instead of three.
+_FIELD = 10
+_MAX_BLOCK = (1 << _FIELD) - 1
+
+
+def _count_block(tokens: int) -> int:
+    """The largest number of tokens that can be counted in one int32 and divides ``tokens``; 0 if that is too few."""
+    block = next(size for size in range(min(tokens, _MAX_BLOCK), 0, -1) if tokens % size == 0)
+    return block if block == tokens or block >= 32 else 0
+
+
+def _packed_counts(z: Array, mask: Array, partition: Partition, block: int) -> list[Array]:
+    """`_weighted_counts` for a bool mask.
+
+    Blocks are cut along the last token axis, so that leading axes (a sharded batch) are reduced where they lie.
+    """
+    # An expanding token counts 1 << 20, a contracting one 1 << 10, an inverted one 1.
+    code = jnp.where(
+        z < partition.z0, 1, jnp.where(z < 0, 1 << _FIELD, jnp.where(z < partition.z1, 1 << 2 * _FIELD, 0))
+    )
+    code = jnp.where(mask[..., None], code, 0)
+    packed = jnp.sum(code.reshape(*z.shape[:-2], -1, block, z.shape[-1]), axis=-2, dtype=jnp.int32)
+    fields = (packed & _MAX_BLOCK, (packed >> _FIELD) & _MAX_BLOCK, packed >> 2 * _FIELD)
+    return [jnp.sum(field.astype(jnp.float32), axis=tuple(range(field.ndim - 1))) for field in fields]
+
+
+def _per_token(total: Array, tokens: Array | None) -> Array:
+    if tokens is None:
+        return total
+    tokens = tokens.reshape(tokens.shape + (1,) * (total.ndim - tokens.ndim))
+    return total / jnp.where(tokens > 0, tokens, 1)
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    return numerator / (denominator + _EPS)

@@ -1,0 +1,181 @@
+"""The training loop: flat, and blind to devices between log steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from nalora_jax.errors import TrainingDivergedError
+from nalora_jax.train.state import TrainState
+
+
+class Hooks(Protocol):
+    """What happens beside the steps; the loop decides when."""
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Show and write the numbers of a log step."""
+
+    def evaluate(self, step: int, state: TrainState) -> float:
+        """Measure the held-out metric (higher is better), write it, and return it."""
+
+    def save(self, step: int, state: TrainState, metric: float | None) -> None:
+        """Start saving a checkpoint; ``metric`` is the evaluation of this very step, if there was one."""
+
+    def advance(self, step: int) -> None:
+        """Note that a step has been dispatched."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the loop does what; intervals of 0 mean never (but for the last step)."""
+
+    steps: int
+    log_every: int
+    eval_every: int
+    save_every: int
+    patience: int = 0  # evaluations without a better metric before stopping; 0: never stop early
+
+
+@dataclass
+class FitResult:
+    """How the loop ended."""
+
+    state: TrainState
+    step: int
+    metrics: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out metric)
+    stopped_early: bool = False
+
+
+def fit(
+    step_fn: Callable[[Any, TrainState, Any], tuple[TrainState, dict[str, Any]]],
+    params: Any,
+    state: TrainState,
+    batches: Iterator[Any],
+    hooks: Hooks,
+    schedule: Schedule,
+    learning_rate: Callable[[int], Any],
+    *,
+    start: int = 0,
+) -> FitResult:
+    """Steps ``start + 1 .. schedule.steps``; evaluates and saves at its intervals and after the last step.
+
+    Args:
+      step_fn: the compiled step.
+      params: frozen base weights.
+      state: state after ``start`` steps; donated to the step.
+      batches: one (sharded) batch per step, from where ``start`` left off.
+      hooks: logging, evaluation, saving.
+      schedule: intervals.
+      learning_rate: schedule value at a step count, for the log.
+      start: steps done before.
+
+    Raises:
+      TrainingDivergedError: a loss is not finite. Checkpoints of earlier steps are kept; none is written of a state
+        whose loss was not seen to be finite.
+    """
+    result = FitResult(state, start)
+    meter = _Meter()
+    for step in range(start + 1, schedule.steps + 1):
+        state, metrics = step_fn(params, state, next(batches))
+        hooks.advance(step)
+        meter.add(step, metrics)
+        last = step == schedule.steps
+        evaluates = last or _due(step, schedule.eval_every)
+        saves = last or _due(step, schedule.save_every) or evaluates
+        if last or _due(step, schedule.log_every) or saves:
+            hooks.log(step, meter.record(float(learning_rate(step - 1))))
+        result.state, result.step = state, step
+        metric = None
+        if evaluates:
+            metric = hooks.evaluate(step, state)
+            result.metrics.append((step, metric))
+        if saves:
+            hooks.save(step, state, metric)
+        if evaluates or saves:
+            meter.restart_clock()
+        if evaluates and not last and _exhausted([m for _, m in result.metrics], schedule.patience):
+            result.stopped_early = True
+            break
+    return result
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _exhausted(metrics: list[float], patience: int) -> bool:
+    """Whether the last ``patience`` evaluations all failed to beat the best one before them."""
+    return patience > 0 and len(metrics) > patience and max(metrics[-patience:]) <= max(metrics[:-patience])
+
+
+class _Meter:
+    """Device metrics of the steps since the last record, fetched together when it is made."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, dict[str, Any]]] = []
+        self._compiled = False
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last record (evaluation, saving) out of tokens/s."""
+        self._since = time.perf_counter()
+        self._timed = 0
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        if not self._compiled:
+            # The first call compiles; its time would drown the speed of the steps.
+            jax.block_until_ready(metrics["loss"])
+            self._compiled = True
+            self.restart_clock()
+        else:
+            self._timed += 1
+        self._steps.append((step, metrics))
+
+    def record(self, learning_rate: float) -> dict[str, Any]:
+        """The log line: means over the steps since the last one, layers of the last step."""
+        slim = [{k: m[k] for k in ("loss", "tokens", "target_tokens", "grad_norm")} for _, m in self._steps]
+        fetched = jax.device_get((slim, self._steps[-1][1]["layers"]))
+        seconds = time.perf_counter() - self._since
+        rows: list[dict[str, float]] = [{k: float(v) for k, v in row.items()} for row in fetched[0]]
+        for (step, _), row in zip(self._steps, rows, strict=True):
+            if not math.isfinite(row["loss"]):
+                raise TrainingDivergedError(
+                    f"step {step}: loss",
+                    expected="a finite number",
+                    found=row["loss"],
+                    remedy="the last good checkpoint is kept; lower --optimizer.learning-rate, or raise its warm-up",
+                )
+        timed = rows[len(rows) - self._timed :] if self._timed else []
+        targets = sum(row["target_tokens"] for row in rows)
+        record = {
+            "loss": sum(row["loss"] * row["target_tokens"] for row in rows) / max(targets, 1.0),
+            "learning_rate": learning_rate,
+            "grad_norm": rows[-1]["grad_norm"],
+            "tokens": sum(row["tokens"] for row in rows),
+            "tokens_per_second": sum(row["tokens"] for row in timed) / seconds if timed else None,
+            "seconds": seconds,
+        }
+        record |= summarise_layers(fetched[1])
+        self._steps = []
+        self.restart_clock()
+        return record
+
+
+def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Whole-model means, and the per-layer rows of the (only) kind of gated block."""
+    if not blocks:
+        return {}
+    layers = next(iter(blocks.values()))
+    feature = np.sum(layers["feature"])
+    weights = layers["feature"] / feature if feature > 0 else np.zeros_like(layers["feature"])
+    return {
+        "misalignment": float(np.sum(weights * layers["misalignment"])) if feature > 0 else None,
+        "misalignment_limit": float(np.sum(weights * layers["limit"])) if feature > 0 else None,
+        "layers": {name: np.asarray(value) for name, value in layers.items()},
+    }

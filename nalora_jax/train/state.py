@@ -1,0 +1,46 @@
+"""What training changes: adapters, optimizer, gate averages, and the counters that make a step repeatable."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nalora_jax.optim.nalora import GateState, init_gate_state
+
+
+class TrainState(NamedTuple):
+    """One pytree that a step maps to the next; base weights are not in it.
+
+    Attributes:
+      step: int32, optimizer steps done.
+      lora: the adapters, float32.
+      opt_state: the optimizer's.
+      gate: averages of importance and occupancy that masks and step scales come from.
+      key: uint32 key data; a step's dropout key is this one folded with ``step``, so that a resumed run continues
+        exactly.
+    """
+
+    step: jax.Array
+    lora: Any
+    opt_state: Any
+    gate: GateState
+    key: jax.Array
+
+
+def init_state(
+    lora: Any, optimizer: optax.GradientTransformation, gate_shapes: dict[str, tuple[int, ...]], seed: int
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      lora: fresh adapters.
+      optimizer: the one that the step will use.
+      gate_shapes: shape of the channel statistics by path, e.g. ``{"layers/ffn": (30, 1536)}``.
+      seed: of the dropout keys.
+    """
+    key = jax.random.key_data(jax.random.key(seed))
+    start = jnp.zeros((), jnp.int32)
+    return TrainState(start, lora, optimizer.init(lora), init_gate_state(gate_shapes), key)

@@ -1,0 +1,229 @@
+"""One optimizer step as a pure function: statistics and gradients of the micro-batches, then masks, then the update.
+
+The only place that knows both the blocks that write statistics (`nalora_jax.nn`) and the transforms that consume what
+becomes of them (`nalora_jax.optim`). The order within step t:
+
+1. masks and step scales come from the averages of step t - 1;
+2. every micro-batch gives a loss sum, gradient sums and statistics, added up over the (global) batch;
+3. gradients are divided by the number of target tokens, so that any split of the batch is the same step;
+4. the optimizer updates the adapters, masks and scales acting after its preconditioner;
+5. the averages take in the statistics, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from nalora_jax import activations, trees
+from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax.nn.loss import Head, cross_entropy
+from nalora_jax.nn.matmul import pack
+from nalora_jax.optim.nalora import gate_masks, step_scales, update_gate_state
+from nalora_jax.train.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+
+# A statistic that is a maximum, not a sum, over micro-batches.
+_MAXIMA = ("identity_error", "identity_scale")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The static choices of a step."""
+
+    mask: MaskConfig
+    step_scale: StepScaleConfig
+    head: Head
+    activation: str
+    loss_chunk: int = 0
+    compact_loss: bool = True  # off on a mesh that splits the batch
+    check_gates: bool = False
+    tolerance: float = 1e-4  # of that check, relative to the largest gate output
+
+
+def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs, config: StepConfig) -> Step:
+    """The pure step ``(params, state, batch) -> (state, metrics)``, to be jitted by the caller.
+
+    Args:
+      model: a `nalora_jax.models.decoder.Decoder` (or any module with its call and its ``gate_stats``).
+      optimizer: from `nalora_jax.optim.nalora`; takes ``gate_mask`` and ``gate_step``.
+      config: static choices.
+
+    Returns:
+      A function of params (frozen), a `TrainState`, and a batch of ``tokens, targets, loss_weights, segment_ids,
+      positions``, each ``[micro_batches, rows, seq]``. Metrics are ``loss`` (mean per target token), ``grad_norm``,
+      ``tokens`` (real), ``target_tokens`` and ``layers`` (see `layer_metrics`).
+    """
+    gradients = _micro_gradients(model, config)
+    partition = activations.partition(config.activation)
+
+    def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        chex.assert_rank(batch["tokens"], 3)
+        masks = gate_masks(state.gate, config.mask)
+        scales = step_scales(state.gate, config.step_scale, partition)
+        use_mask = config.mask.kind != "off" and config.mask.mask_gradient
+        collection = _collection(masks) if use_mask else None
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        sums = _accumulate(lambda b, k: gradients(pack(params), state.lora, collection, b, k), batch, key)
+        if config.check_gates:
+            _check_identity(sums["stats"], config.tolerance)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums["target_tokens"], 1.0), sums["grads"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_mask=masks, gate_step=scales)
+        gate = update_gate_state(state.gate, sums["stats"], config.mask, config.step_scale)
+        lora = optax.apply_updates(state.lora, updates)
+        metrics = {
+            "loss": sums["loss"] / jnp.maximum(sums["target_tokens"], 1.0),
+            "grad_norm": optax.tree.norm(grads),
+            "tokens": sums["tokens"],
+            "target_tokens": sums["target_tokens"],
+            "layers": layer_metrics(sums["stats"], masks, scales),
+        }
+        return TrainState(state.step + 1, lora, opt_state, gate, state.key), metrics
+
+    return step
+
+
+def _collection(masks: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """``{"layers/ffn": m}`` as the variable collection that blocks read."""
+    return trees.unflatten({f"{path}/mask": mask for path, mask in masks.items()})
+
+
+def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, Any]]:
+    """Sums of one micro-batch: loss, grads, statistics, token counts."""
+
+    def loss_sum(
+        lora: Any, params: Any, masks: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+        variables = {"params": params, "lora": lora} | ({"gate_mask": masks} if masks else {})
+        hidden, written = model.apply(
+            variables,
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            deterministic=False,
+            rngs={"dropout": key},
+            mutable=["gate_stats"],
+        )
+        kernel = params["embed"]["embedding"] if config.head.transposed else params["lm_head"]["kernel"]
+        loss = cross_entropy(
+            hidden,
+            kernel,
+            batch["targets"],
+            batch["loss_weights"],
+            head=config.head,
+            chunk=config.loss_chunk,
+            compact=config.compact_loss,
+        )
+        return loss, _by_block(written["gate_stats"])
+
+    def sums(params: Any, lora: Any, masks: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        (loss, stats), grads = jax.value_and_grad(loss_sum, has_aux=True)(lora, params, masks, batch, key)
+        return {
+            "loss": loss,
+            "grads": grads,
+            "stats": stats,
+            "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+            "target_tokens": jnp.sum(batch["loss_weights"], dtype=jnp.float32),
+        }
+
+    return sums
+
+
+def _by_block(collection: Any) -> dict[str, dict[str, jax.Array]]:
+    """``{"layers": {"ffn": {"slope": ...}}}`` -> ``{"layers/ffn": {"slope": ...}}``."""
+    blocks: dict[str, dict[str, jax.Array]] = {}
+    for path, value in trees.flatten(collection).items():
+        block, _, name = path.rpartition("/")
+        blocks.setdefault(block, {})[name] = value
+    return blocks
+
+
+def _accumulate(sums: Callable[[Batch, jax.Array], dict[str, Any]], batch: Batch, key: jax.Array) -> dict[str, Any]:
+    """``sums`` added up over the leading axis of the batch."""
+    count = batch["tokens"].shape[0]
+    first = sums({name: value[0] for name, value in batch.items()}, jax.random.fold_in(key, 0))
+    if count == 1:
+        return first
+
+    def body(total: dict[str, Any], item: tuple[Batch, jax.Array]) -> tuple[dict[str, Any], None]:
+        micro, index = item
+        return _add(total, sums(micro, jax.random.fold_in(key, index))), None
+
+    rest = {name: value[1:] for name, value in batch.items()}
+    return lax.scan(body, first, (rest, jnp.arange(1, count)))[0]
+
+
+def _add(total: Any, part: Any) -> Any:
+    def add(path: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.maximum(x, y) if path.endswith(_MAXIMA) else x + y
+
+    return trees.map_named(add, total, part)
+
+
+def layer_metrics(
+    stats: Mapping[str, Mapping[str, jax.Array]], masks: Mapping[str, jax.Array], scales: Mapping[str, jax.Array]
+) -> dict[str, dict[str, jax.Array]]:
+    """What the log keeps of each block, per layer.
+
+    Args:
+      stats: sums by block; channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``.
+      masks: by block, ``[layers, ..., d_ff]``.
+      scales: likewise.
+
+    Returns:
+      By block: ``misalignment`` sum|S| / sum|F|, its linear ``limit``, ``feature`` E|F|, ``importance`` E|phi'|,
+      ``responsive`` (share of channels with a mask of 1 or more), ``mask_mean``, ``step_scale_min``,
+      ``step_scale_max``, each ``[layers]``, and ``occupancy`` ``[layers, 4]``. Experts are averaged over.
+    """
+    return {path: _block_metrics(sums, masks[path], scales[path]) for path, sums in stats.items()}
+
+
+def _block_metrics(sums: Mapping[str, jax.Array], mask: jax.Array, scale: jax.Array) -> dict[str, jax.Array]:
+    layers = mask.shape[0]
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(x.reshape(layers, -1), axis=1)
+
+    d_ff = mask.shape[-1]
+    tokens = jnp.maximum(total(sums["tokens"]) * d_ff, 1.0)
+    probed = jnp.maximum(total(sums["probe_tokens"]) * d_ff, 1.0)
+    feature = total(sums["feature"])
+    safe = jnp.where(feature > 0, feature, 1.0)
+    occupancy = jnp.moveaxis(sums["occupancy"], -2, 1)  # [layers, 4, ..., d_ff]
+    flat = mask.reshape(layers, -1)
+    return {
+        "misalignment": total(sums["selection"]) / safe,
+        "limit": total(sums["linear"]) / safe,
+        "feature": feature / probed,
+        "importance": total(sums["slope"]) / tokens,
+        "occupancy": jnp.sum(occupancy.reshape(layers, 4, -1), axis=2) / tokens[:, None],
+        "responsive": jnp.mean((flat >= 1.0).astype(jnp.float32), axis=1),
+        "mask_mean": jnp.mean(flat, axis=1),
+        "step_scale_min": jnp.min(scale.reshape(layers, -1), axis=1),
+        "step_scale_max": jnp.max(scale.reshape(layers, -1), axis=1),
+    }
+
+
+def _check_identity(stats: Mapping[str, Mapping[str, jax.Array]], tolerance: float) -> None:
+    """F + S equals what the live blocks did, to ``tolerance``; a value check, so the step must be chexified.
+
+    Stands here because a check inside a differentiated scan is silently dropped.
+    """
+    for path, sums in stats.items():
+        ratio = sums["identity_error"] / jnp.maximum(sums["identity_scale"], 1e-30)
+        chex.assert_trees_all_close(
+            ratio,
+            jnp.zeros_like(ratio),
+            rtol=0.0,
+            atol=tolerance,
+            custom_message=f"gate-compensation identity broken in {path}: the gate's output is not phi(z + dz)",
+        )

@@ -1,0 +1,170 @@
+"""Self-gated blocks: values against numpy, statistics against their definition, and a forward pass left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from nalora_jax import activations
+from nalora_jax.nn import ffn
+from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN, gated_product
+from nalora_jax.nn.lora import TargetSpec
+
+D, F, R = 8, 20, 3
+TARGET = TargetSpec((R,), (6.0,))
+GATED = Adapters((("gate_proj", TARGET), ("up_proj", TARGET), ("down_proj", TARGET)))
+SELF_GATED = Adapters((("in_proj", TARGET), ("out_proj", TARGET)))
+SCALES = {"gate_proj": 2.0, "up_proj": 0.5, "down_proj": 1.5, "in_proj": 2.0, "out_proj": 0.5}
+
+
+def _build(block: Any, seed: int = 0) -> tuple[dict, jax.Array, jax.Array]:
+    x = jax.random.normal(jax.random.key(seed), (2, 5, D))
+    variables = block.init(jax.random.key(1), x)
+    rng = np.random.default_rng(seed)
+    lora = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) * 0.5, jnp.float32), variables["lora"])
+    weights = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], jnp.float32)
+    return {"params": variables["params"], "lora": lora}, x, weights
+
+
+def _project(variables: dict, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kernel = np.asarray(variables["params"][name]["kernel"], np.float64)
+    a, b = (np.asarray(variables["lora"][name][k], np.float64) for k in "ab")
+    return x @ kernel, SCALES[name] * (x @ a) @ b
+
+
+def test_a_gated_block_is_swiglu_with_adapters() -> None:
+    block = GatedFFN(D, F, "silu", GATED)
+    variables, x, _ = _build(block)
+    z = sum(_project(variables, "gate_proj", np.asarray(x, np.float64)))
+    u = sum(_project(variables, "up_proj", np.asarray(x, np.float64)))
+    want = sum(_project(variables, "down_proj", z * special.expit(z) * u))
+    np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_self_gated_block_is_a_gelu_mlp_with_adapters() -> None:
+    block = SelfGatedFFN(D, F, "gelu", SELF_GATED)
+    variables, x, _ = _build(block)
+    z = sum(_project(variables, "in_proj", np.asarray(x, np.float64)))
+    want = sum(_project(variables, "out_proj", z * special.ndtr(z)))
+    np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
+def test_statistics_are_sums_over_real_tokens(kind: type) -> None:
+    gate = "gate_proj" if kind is GatedFFN else "in_proj"
+    block = kind(D, F, "silu", GATED if kind is GatedFFN else SELF_GATED, stats=GateStatsConfig(probe_stride=1))
+    variables, x, weights = _build(block)
+    _, written = block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+    stats = written["gate_stats"]
+
+    base, dz = (v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0] for v in _project(variables, gate, np.asarray(x)))
+    z, rho = base + dz, special.expit(base)
+    moved = special.expit(z)
+    part = activations.partition("silu")
+    regions = [z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1]
+    assert float(stats["tokens"]) == float(stats["probe_tokens"]) == 7.0
+    np.testing.assert_allclose(stats["slope"], np.abs(moved * (1 + z * (1 - moved))).sum(0), rtol=1e-4)
+    np.testing.assert_array_equal(stats["occupancy"], np.stack([r.sum(0) for r in regions]))
+    np.testing.assert_allclose(stats["feature"], np.abs(rho * dz).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["selection"], np.abs((moved - rho) * z).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["linear"], np.abs(base * rho * (1 - rho) * dz).sum(0), rtol=1e-4)
+
+
+def test_strides_take_every_nth_position() -> None:
+    variables, x, weights = _build(GatedFFN(D, F, "silu", GATED))
+    full = GateStatsConfig(probe_stride=1)
+    dense = GatedFFN(D, F, "silu", GATED, stats=full)
+    thin = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(stride=2, probe_stride=4))
+    _, got = thin.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+    for stride, names in {2: ("tokens", "slope", "occupancy"), 4: ("probe_tokens", "feature", "selection")}.items():
+        picked = x[:, ::stride]
+        _, want = dense.apply(variables, picked, SCALES, token_weights=weights[:, ::stride], mutable=["gate_stats"])
+        for name in names:
+            np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)
+
+
+def test_mechanisms_leave_the_forward_pass_alone() -> None:
+    block = GatedFFN(D, F, "silu", GATED)
+    variables, x, weights = _build(block)
+    plain = block.apply(variables, x, SCALES)
+    masked = variables | {"gate_mask": {"mask": jnp.linspace(0, 2, F)}}
+    with_all, _ = block.apply(masked, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+    np.testing.assert_allclose(plain, with_all, rtol=1e-6, atol=1e-6)
+
+
+def test_the_evaluation_program_does_not_know_the_mechanisms() -> None:
+    variables, x, weights = _build(GatedFFN(D, F, "silu", GATED))
+
+    def program(stats: GateStatsConfig) -> str:
+        block = GatedFFN(D, F, "silu", GATED, stats=stats)
+        return str(jax.make_jaxpr(lambda v, x, w: block.apply(v, x, SCALES, token_weights=w))(variables, x, weights))
+
+    assert program(GateStatsConfig()) == program(GateStatsConfig(stride=3, check=True))
+
+
+def test_the_mask_shapes_the_gradient_of_the_gates_a_only() -> None:
+    block = GatedFFN(D, F, "silu", GATED)
+    variables, x, _ = _build(block)
+
+    def grads(mask: jax.Array | None) -> tuple[Any, jax.Array]:
+        extra = {} if mask is None else {"gate_mask": {"mask": mask}}
+
+        def loss(lora: Any, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(block.apply(variables | {"lora": lora} | extra, x, SCALES)))
+
+        return jax.grad(loss, argnums=(0, 1))(variables["lora"], x)
+
+    (plain, dx), (ones, dx_ones) = grads(None), grads(jnp.ones(F))
+    (masked, dx_masked) = grads(jnp.zeros(F).at[:5].set(2.0))
+    np.testing.assert_allclose(dx, dx_ones, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, dx_masked, rtol=1e-5, atol=1e-5)
+    for name, leaf in plain.items():
+        for key, value in leaf.items():
+            np.testing.assert_allclose(ones[name][key], value, rtol=1e-4, atol=1e-4)
+            same = np.allclose(masked[name][key], value, rtol=1e-4, atol=1e-4)
+            assert same == ((name, key) != ("gate_proj", "a"))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity"])
+def test_gated_product_has_autodiffs_gradient(name: str) -> None:
+    activation = activations.get(name)
+    z, u, g = (jax.random.normal(k, (4, 30)) * 3 for k in jax.random.split(jax.random.key(0), 3))
+    ours = jax.vjp(lambda z, u: gated_product(z, u, activation)[0], z, u)[1](g)
+    plain = jax.vjp(lambda z, u: activation.phi(z) * u, z, u)[1](g)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+FAULTS = {
+    "activation": lambda monkeypatch: monkeypatch.setattr(
+        ffn, "gated_product", lambda z, u, _: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
+    ),
+    "scale": lambda monkeypatch: monkeypatch.setattr(ffn, "combine", lambda base, delta: base + 1.1 * delta),
+    "sign": lambda monkeypatch: monkeypatch.setattr(ffn, "combine", lambda base, delta: base - delta),
+}
+
+
+def _identity_ratio(block: Any, variables: dict, x: jax.Array) -> float:
+    _, written = block.apply(variables, x, SCALES, mutable=["gate_stats"])
+    stats = written["gate_stats"]
+    return float(stats["identity_error"] / stats["identity_scale"])
+
+
+@pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
+def test_the_identity_holds_on_the_live_block(kind: type) -> None:
+    block = kind(D, F, "silu", GATED if kind is GatedFFN else SELF_GATED, stats=GateStatsConfig(check=True))
+    variables, x, _ = _build(block)
+    assert _identity_ratio(block, variables, x) < 1e-5
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_injected_faults_break_the_identity(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(check=True))
+    variables, x, _ = _build(block)
+    FAULTS[fault](monkeypatch)
+    assert _identity_ratio(block, variables, x) > 1e-2
