@@ -1,1 +1,55 @@
-"""Nonlinearity-aware LoRA for gated-FFN Transformers in JAX."""
+"""Nonlinearity-aware LoRA for gated-FFN Transformers in JAX: see README.md.
+
+The names below are the library's front door; they are imported when they are first used, so that ``import nalora_jax``
+is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nalora_jax.adapted import AdaptedModel, load
+    from nalora_jax.config import RunConfig
+    from nalora_jax.errors import NaloraError
+    from nalora_jax.generate import Generator
+    from nalora_jax.run import RunResult, run
+    from nalora_jax.weights import LoadedModel, load_model
+    from nalora_jax.weights.peft import export_adapter, import_adapter
+
+__all__ = [
+    "AdaptedModel",
+    "Generator",
+    "LoadedModel",
+    "NaloraError",
+    "RunConfig",
+    "RunResult",
+    "export_adapter",
+    "import_adapter",
+    "load",
+    "load_model",
+    "run",
+]
+
+_HOMES = {
+    "AdaptedModel": "adapted",
+    "Generator": "generate",
+    "LoadedModel": "weights",
+    "NaloraError": "errors",
+    "RunConfig": "config",
+    "RunResult": "run",
+    "export_adapter": "weights.peft",
+    "import_adapter": "weights.peft",
+    "load": "adapted",
+    "load_model": "weights",
+    "run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # also where a submodule has the same name, as `run` does
+    return value

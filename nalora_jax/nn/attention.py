@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 # Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
 _UNSEEN = -1e30
+_RECOMPUTE_FROM = 1024
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def attention(
     """
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
+    if cached is not None and cached.k.shape[1] == 0:  # a cache without slots: there were no earlier calls
+        cached = None
     return _attend_in_blocks(q, keys, window, scoring, cached, dropout_rng)
 
 
@@ -73,20 +76,22 @@ def _attend_in_blocks(
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
     """Blocks of queries, each against the keys up to its own end."""
-    size = _block_size(q.shape[1])
+    size = block_size(q.shape[1])
+    # From here on stored probabilities would outweigh all other activations: they are recomputed instead.
+    attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4,))
     outputs = []
     for start in range(0, q.shape[1], size):
         end = min(start + size, q.shape[1])
         seen = Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
-        outputs.append(_attend(q[:, start:end], here, seen, window, scoring, cached, rng))
+        outputs.append(attend(q[:, start:end], here, seen, window, scoring, cached, rng))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 
-def _block_size(seq: int) -> int:
-    """Queries per block: small enough to skip much of the upper triangle, few enough to compile fast."""
-    return max(128, -(-seq // 8))
+def block_size(seq: int) -> int:
+    """Queries per block: small enough to skip most of the upper triangle, at most 8 blocks to compile."""
+    return max(64, -(-seq // 8))
 
 
 def _attend(

@@ -72,7 +72,8 @@ def _gated_product_fwd(z: jax.Array, u: jax.Array, activation: activations.Activ
 
 def _gated_product_bwd(activation: activations.Activation, kept: Any, g: Any) -> tuple[jax.Array, jax.Array]:
     z, u = kept
-    return g[0] * u * activation.dphi(z), g[0] * activation.phi(z)
+    rho, drho = activation.gate(z)  # one exponential for both
+    return g[0] * u * (rho + z * drho), g[0] * (z * rho)
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
@@ -92,7 +93,7 @@ def gate_statistics(
       base: ``[batch, seq, d_ff]``, the frozen gate pre-activation.
       delta: the adapter's residual dz, same shape, or None.
       z: ``[batch, seq, d_ff]``, what the block really feeds to phi.
-      weights: ``[batch, seq]``, 1 for real tokens, 0 for padding.
+      weights: ``[batch, seq]``, which tokens are real; bool is faster than float.
       activation: the gate's.
       config: strides and tolerance.
 
@@ -152,7 +153,7 @@ class _Block(nn.Module):
             return
         activation = activations.get(self.activation)
         if weights is None:
-            weights = jnp.ones(z.shape[:-1], jnp.float32)
+            weights = jnp.ones(z.shape[:-1], bool)
         for name, value in gate_statistics(base, delta, z, weights, activation, self.stats).items():
             self._write(name, value)
         if self.stats.check:
@@ -203,7 +204,7 @@ class GatedFFN(_Block):
         Args:
           x: input.
           scales: the adapters' ``s`` by projection name; 1 where absent.
-          token_weights: ``[batch, seq]`` weights of the statistics, 0 for padding.
+          token_weights: ``[batch, seq]``, which tokens the statistics count; bool is faster than float.
           deterministic: no adapter dropout.
           adapter_ids: ``[batch]``, see `LoRADense`.
         """

@@ -26,7 +26,7 @@ from nalora_jax import activations, trees
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.nn.loss import Head, cross_entropy
 from nalora_jax.nn.matmul import pack
-from nalora_jax.optim.nalora import gate_masks, step_scales, update_gate_state
+from nalora_jax.optim.nalora import gate_masks, mask_collection, step_scales, update_gate_state
 from nalora_jax.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -71,7 +71,7 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
         masks = gate_masks(state.gate, config.mask)
         scales = step_scales(state.gate, config.step_scale, partition)
         use_mask = config.mask.kind != "off" and config.mask.mask_gradient
-        collection = _collection(masks) if use_mask else None
+        collection = mask_collection(masks) if use_mask else None
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         sums = _accumulate(lambda b, k: gradients(pack(params), state.lora, collection, b, k), batch, key)
         if config.check_gates:
@@ -90,11 +90,6 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
         return TrainState(state.step + 1, lora, opt_state, gate, state.key), metrics
 
     return step
-
-
-def _collection(masks: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """``{"layers/ffn": m}`` as the variable collection that blocks read."""
-    return trees.unflatten({f"{path}/mask": mask for path, mask in masks.items()})
 
 
 def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, Any]]:

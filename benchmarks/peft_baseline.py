@@ -1,0 +1,174 @@
+"""One LoRA training process of transformers + PEFT on torch: what this library is measured against.
+
+    python benchmarks/peft_baseline.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
+    python benchmarks/peft_baseline.py --search --dtype bfloat16      # which of PEFT's own settings is the fastest here
+
+Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or the real ones with --gguf). The
+last line printed is a JSON object: tokens per second of each step, losses, peak memory, settings.
+
+The defaults are the fastest settings found on the machines named in docs/benchmarks.md; --search repeats that
+comparison: every setting in a process of its own, alternating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import SMOLLM2, alternate_processes, peak_rss_mb, random_tokens, summary, write
+
+# How bfloat16 is had: "pure" holds base and adapters in bfloat16; "mixed" is PEFT's default for a bfloat16 base
+# (float32 adapters, casts around them); "autocast" adds torch.autocast to it; "autocast32" is autocast over a float32
+# base.
+BF16_MODES = ("pure", "mixed", "autocast", "autocast32")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--bf16-mode", choices=BF16_MODES, default="pure")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--optimizer", choices=("fused", "foreach", "plain"), default="fused")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--gguf", type=Path, help="real weights; default: random ones of the same shape")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--search", action="store_true", help="compare PEFT's settings instead of running once")
+    parser.add_argument("--rounds", type=int, default=3, help="of --search")
+    return parser.parse_args(arguments)
+
+
+def load_base(options: argparse.Namespace) -> Any:
+    """The frozen causal language model, in its training mode's dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    full = options.dtype == "float32" or options.bf16_mode == "autocast32"
+    choices = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": options.attention}
+    if options.gguf:
+        folder, name = options.gguf.absolute().parent, options.gguf.name
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **choices)
+    torch.manual_seed(options.seed)
+    shape = dict(SMOLLM2, num_hidden_layers=options.layers)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**shape), **choices)
+
+
+def adapt(base: Any, options: argparse.Namespace) -> Any:
+    """The PEFT model in training mode."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    base.config.use_cache = False
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        target_modules=["gate_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    pure = options.dtype == "bfloat16" and options.bf16_mode == "pure"
+    model = get_peft_model(base, config, autocast_adapter_dtype=not pure)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    return torch.compile(model) if options.compile else model
+
+
+def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the timed steps (losses of the warm-up come first)."""
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = {} if options.optimizer == "plain" else {options.optimizer: True}
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0, **kind)
+    mixed = options.dtype == "bfloat16" and options.bf16_mode.startswith("autocast")
+    batches = random_tokens(
+        options.warmup + options.steps, options.batch, options.seq, SMOLLM2["vocab_size"], options.seed
+    )
+    seconds, losses = [], []
+    for tokens in torch.from_numpy(batches):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        seconds.append(time.perf_counter() - start)
+    return seconds[options.warmup :], losses
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """One training process's figures."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    begun = time.perf_counter()
+    model = adapt(load_base(options), options)
+    loaded = time.perf_counter() - begun
+    seconds, losses = train(model, options)
+    rates = [options.batch * options.seq / second for second in seconds]
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    return {
+        "library": "peft",
+        "settings": settings,
+        "load_seconds": loaded,
+        "tokens_per_second": rates,
+        "tokens_per_second_median": float(np.median(rates)),
+        "loss": losses,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def search(options: argparse.Namespace) -> dict[str, Any]:
+    """The same training under each of PEFT's own settings, alternating; the fastest is its best."""
+    variants: dict[str, list[str]] = {"foreach": ["--optimizer", "foreach"], "eager": ["--attention", "eager"]}
+    modes = BF16_MODES if options.dtype == "bfloat16" else ("pure",)
+    variants |= {f"fused sdpa {mode}": ["--bf16-mode", mode] for mode in modes}
+    variants["compile"] = ["--compile"]
+    shared = ["--dtype", options.dtype, "--bf16-mode", options.bf16_mode, "--batch", str(options.batch)]
+    shared += ["--seq", str(options.seq), "--steps", str(options.steps), "--layers", str(options.layers)]
+    shared += ["--checkpointing"] if options.checkpointing else []
+    commands = {name: [sys.executable, __file__, *shared, *extra] for name, extra in variants.items()}
+    found = alternate_processes(commands, rounds=options.rounds)
+    return {
+        name: {
+            "tokens_per_second": summary([rate for run in runs for rate in run.record["tokens_per_second"]]),
+            "peak_rss_mb": summary([run.record["peak_rss_mb"] for run in runs]),
+        }
+        for name, runs in found.items()
+    }
+
+
+def main() -> None:
+    options = parse()
+    if not options.search:
+        print(json.dumps(run(options)))
+        return
+    table = search(options)
+    for name, row in sorted(table.items(), key=lambda item: -item[1]["tokens_per_second"]["median"]):
+        rate, memory = row["tokens_per_second"], row["peak_rss_mb"]
+        print(f"{name:22} {rate['min']:6.0f} {rate['median']:6.0f} {rate['max']:6.0f} tokens/s {memory['max']:7.0f} MB")
+    suffix = "-checkpointing" if options.checkpointing else ""
+    print("wrote", write(f"peft-search-{options.dtype}-{options.batch}x{options.seq}{suffix}", {"search": table}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""One LoRA training process of this library, with the same work as peft_baseline.py.
+
+    python benchmarks/training.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
+    python benchmarks/training.py --dtype bfloat16 --method nalora
+
+Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M with random weights (real ones with --model).
+The last line printed is a JSON object: tokens per second of each step, losses, peak memory, settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import numpy as np
+from common import SMOLLM2, peak_rss_mb, random_tokens, summary
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--method", choices=("lora", "nalora"), default="lora")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
+    parser.add_argument("--remat", choices=("auto", "none", "full", "dots"), default="auto")
+    parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
+    """The library's settings of this work."""
+    from nalora_jax import config as c
+
+    off = (method or options.method) == "lora"
+    return c.RunConfig(
+        steps=10_000,
+        seed=options.seed,
+        lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", options.rank),)),
+        mask=c.MaskConfig(kind="off") if off else c.MaskConfig(warmup=0),
+        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig(warmup=0),
+        optimizer=c.OptimizerConfig(
+            learning_rate=options.learning_rate, schedule="constant", warmup_share=0.0, clip_norm=0.0
+        ),
+        compute=c.ComputeConfig(dtype=options.dtype, remat=options.remat),
+    )
+
+
+def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
+    """Architecture and weights."""
+    import jax
+
+    from nalora_jax.models.config import ModelConfig
+    from nalora_jax.models.decoder import init_params
+    from nalora_jax.weights import load_model
+
+    if options.model:
+        loaded = load_model(options.model, dtype=options.dtype, mesh=mesh)
+        return loaded.config, loaded.params
+    base = ModelConfig.from_hf({"model_type": "llama", **SMOLLM2, "num_hidden_layers": options.layers})
+    return base, jax.jit(init_params, static_argnums=(0, 2))(base, jax.random.key(options.seed), options.dtype)
+
+
+def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
+    """Rows of random tokens with a target at every position but the last."""
+    from nalora_jax.train import mesh as layout
+
+    rows, seq = tokens.shape
+    weights = np.ones((rows, seq), np.float32)
+    weights[:, -1] = 0
+    flat = {
+        "tokens": tokens.astype(np.int32),
+        "targets": np.roll(tokens, -1, axis=1).astype(np.int32),
+        "loss_weights": weights,
+        "segment_ids": np.ones((rows, seq), np.int32),
+        "positions": np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq)).copy(),
+    }
+    return layout.make_global_batch({k: v[None] for k, v in flat.items()}, mesh, rows_axis=1)
+
+
+def main() -> None:
+    options = parse()
+    start = time.perf_counter()
+    from nalora_jax.assembly import assemble
+    from nalora_jax.config import MeshConfig
+    from nalora_jax.train import mesh as layout
+
+    mesh = layout.make_mesh(MeshConfig())
+    base, params = base_model(options, mesh)
+    assembly = assemble(run_config(options), base, params, mesh)
+    state, step, params = assembly.state, assembly.step, assembly.view(params)
+    tokens = random_tokens(options.warmup + options.steps, options.batch, options.seq, base.vocab_size, options.seed)
+    losses, seconds = [], []
+    for i, rows in enumerate(tokens):
+        batch = batch_of(rows, mesh)
+        began = time.perf_counter()
+        state, metrics = step(params, state, batch)
+        losses.append(float(metrics["loss"]))
+        ended = time.perf_counter()
+        if i == 0:
+            first = ended - start
+        if i >= options.warmup:
+            seconds.append(ended - began)
+    count = options.batch * options.seq
+    speeds = [count / s for s in seconds]
+    record = {
+        "tokens_per_second": speeds,
+        "summary": summary(speeds),
+        "losses": losses,
+        "first_step_seconds": first,
+        "peak_rss_mb": peak_rss_mb(),
+        "settings": vars(options),
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The held-out metric of a run, as its log and its report keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.multiple_choice import multiple_choice
+from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.generate import Generator
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.tokenizer import Tokenizer
+
+_SAMPLE_TOKENS = 24  # of a sample answer to a prompt without choices
+
+
+class Evaluator:
+    """Asks one model the same questions again and again, with one adapter after another, compiling once.
+
+    Args:
+      model: the decoder, with the adapters' spec.
+      tokenizer: of the base model.
+      items: questions of one kind: multiple choice (metric: accuracy) or completions (metric: loss per token).
+      mesh: where the weights are sharded, if they are.
+      samples: questions shown with their answers.
+
+    Attributes:
+      metric: name of the headline metric, "accuracy" or "loss".
+      mode: whether more of it is better ("max") or less ("min").
+    """
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, items: Sequence[Item], *, mesh: Mesh | None = None, samples: int = 4
+    ) -> None:
+        self.choices = [item for item in items if isinstance(item, ChoiceItem)]
+        self.completions = [item for item in items if isinstance(item, CompletionItem)]
+        if bool(self.choices) == bool(self.completions):
+            found = "both" if self.choices else "no questions"
+            raise NaloraError("evaluation data", expected="questions with choices, or all without", found=found)
+        self._model, self._tokenizer, self._mesh, self._samples = model, tokenizer, mesh, samples
+        self.metric: Literal["accuracy", "loss"] = "accuracy" if self.choices else "loss"
+        self.mode: Literal["max", "min"] = "max" if self.choices else "min"
+
+    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
+        """The metrics of ``params`` with adapter ``lora`` (None: the base alone).
+
+        Returns:
+          ``accuracy`` (of questions with choices), ``loss`` per answer token, ``low`` and ``high`` (95% interval of the
+          headline metric), ``n``, and with ``samples`` a few questions with the answers given.
+        """
+        variables = {"params": params} | ({} if lora is None else {"lora": lora})
+        if self.choices:
+            return self._choose(variables, samples)
+        return self._complete(variables, samples)
+
+    def _choose(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
+        count = self._samples if samples else 0
+        result = multiple_choice(self._model, variables, self.choices, mesh=self._mesh, samples=count)
+        names = ("accuracy", "low", "high", "accuracy_per_character", "loss", "n")
+        values = {name: getattr(result, name) for name in names}
+        return values | ({"samples": [vars(sample) for sample in result.samples]} if samples else {})
+
+    def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
+        result = completion_loss(self._model, variables, self.completions, mesh=self._mesh)
+        values = {name: getattr(result, name) for name in ("loss", "low", "high", "perplexity", "n")}
+        return values | ({"samples": self._answers(variables)} if samples else {})
+
+    def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+        shown = self.completions[: self._samples]
+        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
+        answers = generator.generate([item.prompt_ids for item in shown], max_new_tokens=_SAMPLE_TOKENS)
+        return [
+            {"prompt": item.prompt, "answer": answer.strip(), "expected": item.completion.strip()}
+            for item, answer in zip(shown, answers, strict=True)
+        ]
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """One line for the log.
+
+    Example:
+      >>> describe({"accuracy": 0.51, "low": 0.46, "high": 0.56, "loss": 3.6, "n": 400})
+      'held-out accuracy 0.510 (95% interval 0.460 to 0.560, n 400), loss 3.600'
+    """
+    interval = f"95% interval {values['low']:.3f} to {values['high']:.3f}, n {values['n']}"
+    if "accuracy" in values:
+        return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"
+    return f"held-out loss {values['loss']:.3f} ({interval})"

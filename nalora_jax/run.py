@@ -1,0 +1,326 @@
+"""One fine-tuning run from a config: wiring only, in the order in which things happen.
+
+settings -> devices -> base model -> adapters and step -> data -> evaluate -> train -> evaluate -> export -> report
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from nalora_jax import trees
+from nalora_jax.adapted import ADAPTER
+from nalora_jax.assembly import Assembly, assemble
+from nalora_jax.assets import cache_dir
+from nalora_jax.config import RunConfig, check
+from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
+from nalora_jax.data.questions import eval_examples
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.heldout import Evaluator, describe
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.report import write_report
+from nalora_jax.train import mesh as layout
+from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
+from nalora_jax.train.checkpoint import Checkpointer, prepare_output
+from nalora_jax.train.loop import FitResult, Schedule, fit
+from nalora_jax.train.metrics import MetricsLog, write_atomically
+from nalora_jax.train.progress import Progress
+from nalora_jax.train.state import TrainState
+from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.weights.card import Card, write_card
+from nalora_jax.weights.hub import ALIASES
+from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    folder: Path
+    adapter: Path  # PEFT files of the best checkpoint
+    report: Path
+    before: Mapping[str, Any]  # held-out metrics of the base model
+    after: Mapping[str, Any]  # of the adapter that was exported
+    best_step: int
+
+
+def run(config: RunConfig) -> RunResult:
+    """Fine-tunes; see the module's docstring.
+
+    Raises:
+      NaloraError: bad settings, files or data; nothing of an earlier run is touched.
+      TrainingDivergedError: the loss stopped being finite; the last good checkpoint is kept.
+    """
+    check(config)
+    layout.initialize_distributed()
+    folder = prepare_output(config.output, config.resume)
+    if config.compute.compilation_cache:
+        use_compilation_cache()
+    mesh = layout.make_mesh(config.mesh)
+    started = time.perf_counter()
+    loaded = load_model(config.model, dtype=config.compute.dtype, mesh=mesh)
+    log.info(
+        "%s: %s parameters in %s, loaded in %.1f s",
+        loaded.source,
+        f"{trees.count(loaded.params):,}",
+        config.compute.dtype,
+        time.perf_counter() - started,
+    )
+    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
+    data = _train_data(config, loaded, mesh)
+    log.info("training data: %s", json.dumps(data.describe()))
+    items = eval_examples(config.data, loaded.tokenizer)
+    evaluator = Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
+    with Checkpointer(
+        folder / CHECKPOINTS,
+        fingerprint=loaded.fingerprint,
+        config=config.to_dict(),
+        keep=config.train.keep,
+        best_metric=evaluator.metric,
+        best_mode=evaluator.mode,
+    ) as checkpointer:
+        return _Run(config, folder, loaded, assembly, data, evaluator, checkpointer).execute()
+
+
+class _Run:
+    """The stages after everything is in place; also the loop's hooks."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        loaded: LoadedModel,
+        assembly: Assembly,
+        data: TrainData,
+        evaluator: Evaluator,
+        checkpointer: Checkpointer,
+    ) -> None:
+        self.config, self.folder, self.loaded, self.assembly = config, folder, loaded, assembly
+        self.evaluator, self.checkpointer = evaluator, checkpointer
+        self.batches: BatchIterator = data.batches()
+        self.latest: dict[str, Any] = {}  # the evaluation of the current step
+
+    def execute(self) -> RunResult:
+        state, start = self._start()
+        with (
+            MetricsLog(self.folder, tensorboard=self.config.tensorboard, resume=start or None) as self.metrics,
+            Progress(self.config.steps, start=start) as self.progress,
+        ):
+            self.metrics.start(self.config.to_dict(), versions=versions(), device=describe_device())
+            before = self._before(start)
+            result = self._fit(state, start)
+            best, after = self._best(result)
+            adapter = self._export(best, before, after)
+            self.metrics.write({"done": {"step": result.step, "best_step": after["step"], "adapter": str(adapter)}})
+        report = write_report(self.folder)
+        log.info("report: %s", report)
+        return RunResult(self.folder, adapter, report, before, after, after["step"])
+
+    def _start(self) -> tuple[TrainState, int]:
+        if not self.config.resume:
+            return self.assembly.state, 0
+        state, position = self.checkpointer.restore("latest", self.assembly.state)
+        self.batches.set_state(position)
+        start = int(state.step)
+        log.info("resumed from step %d", start)
+        return state, start
+
+    def _before(self, start: int) -> dict[str, Any]:
+        """Held-out metrics of the base model: measured by a new run, read back by a resumed one."""
+        saved = self.folder / "before.json"
+        if start and saved.exists():
+            return json.loads(saved.read_text())
+        before = self.evaluator.measure(self.loaded.params, None, samples=True) | {"step": 0}
+        write_atomically(saved, json.dumps(before))
+        self._record_evaluation(0, before)
+        return before
+
+    def _fit(self, state: TrainState, start: int) -> FitResult:
+        train = self.config.train
+        schedule = Schedule(self.config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
+        rate = make_schedule(self.config.optimizer, self.config.steps)
+        with_mesh = _on_mesh(self.batches, self.assembly.mesh)
+        return fit(
+            self.assembly.step,
+            self.assembly.view(self.loaded.params),
+            state,
+            with_mesh,
+            self,
+            schedule,
+            rate,
+            start=start,
+        )
+
+    def _best(self, result: FitResult) -> tuple[TrainState, dict[str, Any]]:
+        """The state whose evaluation was best, and that evaluation with sample answers."""
+        self.checkpointer.wait()
+        step = self.checkpointer.best_step()
+        state = result.state
+        if step is not None and step != result.step:
+            log.info("the best evaluation was at step %d: exporting that one", step)
+            state, _ = self.checkpointer.restore(step, self.assembly.state)
+        after = self.evaluator.measure(self.loaded.params, state.lora, samples=True)
+        after["step"] = int(state.step)
+        self.metrics.write({"step": after["step"], "final": True, "eval": after})
+        return state, after
+
+    def _export(self, state: TrainState, before: Mapping[str, Any], after: Mapping[str, Any]) -> Path:
+        """PEFT files of the trained adapter, read back and compared before anybody is told that they exist."""
+        folder, loaded = self.folder / ADAPTER, self.loaded
+        lora = jax.device_get(state.lora)
+        export_adapter(
+            lora,
+            self.assembly.spec,
+            loaded.config,
+            folder,
+            base_model_name=loaded.source,
+            fingerprint=loaded.fingerprint,
+            overwrite=True,
+        )
+        verify_export(folder, lora, self.assembly.spec, loaded.config, fingerprint=loaded.fingerprint)
+        difference = self._exported_difference(lora, folder)
+        write_card(folder, self._card(before, after))
+        log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
+        return folder
+
+    def _exported_difference(self, lora: Any, folder: Path) -> float:
+        """Largest difference between the logits of the trained adapter and of the files, on one training row."""
+        batch = next(iter(self.batches))
+        row = {name: batch[name][0, :1] for name in ("tokens", "positions", "segment_ids")}
+        files, spec = import_adapter(folder, self.loaded.config, fingerprint=self.loaded.fingerprint)
+
+        def logits(model: Decoder, lora: Any) -> Any:
+            @jax.jit
+            def apply(variables: Any) -> jax.Array:
+                hidden = model.apply(
+                    variables, row["tokens"], positions=row["positions"], segment_ids=row["segment_ids"]
+                )
+                return model.apply(variables, hidden[:, ::8], method="unembed")
+
+            return apply({"params": self.loaded.params, "lora": lora})
+
+        model = self.assembly.eval_model
+        found = max_logit_difference(
+            lambda _: logits(model, lora), lambda _: logits(model.clone(adapters=spec), files), row["tokens"]
+        )
+        if not found < 1e-3:
+            raise NaloraError(
+                str(folder), expected="the trained adapter's logits", found=f"a difference of {found:.1e}"
+            )
+        return found
+
+    def _card(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> Card:
+        alias = ALIASES.get(self.config.model)
+        return Card(
+            "adapter",
+            self.loaded.source,
+            self.assembly.spec,
+            run=self.config,
+            license=alias.parts[0].licence if alias else "",
+            before=before,
+            after=after,
+            versions=versions(),
+            device=describe_device(),
+        )
+
+    # ------------------------------------------------------------ hooks of the loop
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self.progress.advance(step)
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write and show a log step."""
+        self.metrics.write({"step": step, **record})
+        self.progress.log(step, record)
+
+    def evaluate(self, step: int, state: TrainState) -> float:
+        """Measure the adapter on the held-out items."""
+        self.latest = self.evaluator.measure(self.loaded.params, state.lora) | {"step": step}
+        self._record_evaluation(step, self.latest)
+        value = float(self.latest[self.evaluator.metric])
+        return value if self.evaluator.mode == "max" else -value
+
+    def save(self, step: int, state: TrainState, metric: float | None) -> None:
+        """Start writing a checkpoint."""
+        name: str = self.evaluator.metric
+        measured = None if metric is None else {name: float(self.latest[name])}
+        self.checkpointer.save(step, state, self.batches.get_state(), measured)
+
+    def _record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        self.metrics.write({"step": step, "eval": {k: v for k, v in values.items() if k != "step"}})
+        self.progress.say(f"step {step}: {describe(values)}")
+
+
+def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData:
+    """The rows of this process; the mesh decides which those are."""
+    train = config.train
+    micro = train.batch_size // train.accumulate
+    rows = layout.process_rows(mesh, micro)
+    return train_data(
+        config.data,
+        loaded.tokenizer,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        seed=config.seed,
+        host_index=int(rows[0]) // len(rows),
+        host_count=micro // len(rows),
+    )
+
+
+def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    for batch in batches:
+        yield layout.make_global_batch(batch, mesh, rows_axis=1)
+
+
+def describe_targets(assembly: Assembly) -> str:
+    """Adapted projections with their ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
+    return ", ".join(f"{path.removeprefix('layers/')} ({spec.rank})" for path, spec in assembly.spec.targets)
+
+
+def describe_device() -> str:
+    """Kind and number of devices, and the processor behind a CPU device."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else _processor()
+    return f"{jax.device_count()} x {device.platform} ({kind})"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a run computes."""
+    names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # this library, run from a checkout that was never installed
+        return "not installed"
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the cache folder."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,247 @@
+"""The compiled step on a small decoder: splits, meshes and switches that must not matter, and those that must."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nalora_jax import trees
+from nalora_jax.assembly import Assembly, assemble
+from nalora_jax.config import (
+    ComputeConfig,
+    DebugConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+)
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.nn import ffn
+from nalora_jax.optim.nalora import make_optimizer
+from nalora_jax.train import mesh as layout
+
+BASE = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+)
+CONFIG = RunConfig(
+    steps=8,
+    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
+    mask=MaskConfig(warmup=1),
+    step_scale=StepScaleConfig(warmup=1),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    compute=ComputeConfig(dtype="float32", probe_stride=1),
+)
+ROWS, SEQ = 8, 16
+
+
+def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
+    """Two packed examples and padding in every row; the rows have very different numbers of targets."""
+    rng = np.random.default_rng(seed)
+    cut, end = rng.integers(2, 7, (ROWS, 1)), rng.integers(9, SEQ + 1, (ROWS, 1))
+    place = np.arange(SEQ)[None, :]
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    positions = np.where(place < cut, place, place - cut).astype(np.int32)
+    weights = (rng.uniform(size=(ROWS, SEQ)) < np.linspace(0.05, 1, ROWS)[:, None]) & (segments > 0)
+    flat = {
+        "tokens": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
+        "targets": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": positions,
+    }
+    return {k: v.reshape(accumulate, ROWS // accumulate, SEQ) for k, v in flat.items()}
+
+
+def _assemble(config: RunConfig, mesh: MeshConfig | None = None) -> tuple[Assembly, Any]:
+    devices = jax.devices()[:1] if mesh is None else jax.devices()
+    made = layout.make_mesh(mesh or MeshConfig(), devices)
+    params = init_params(BASE, jax.random.key(1))
+    params = jax.device_put(params, layout.shardings(params, made, layout.PARAM_RULES))
+    assembly = assemble(config, BASE, params, made)
+    # B nonzero: a fresh adapter's gradient of A vanishes, and Adam's first step on B is a mere sign.
+    rng = np.random.default_rng(3)
+    lora = trees.map_named(
+        lambda path, x: (
+            jax.device_put(jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), x.sharding)
+            if path.endswith("/b")
+            else x
+        ),
+        assembly.state.lora,
+    )
+    return replace(assembly, state=assembly.state._replace(lora=lora)), params
+
+
+def _run(config: RunConfig, mesh: MeshConfig | None = None, steps: int = 3, accumulate: int = 1) -> Any:
+    assembly, params = _assemble(config, mesh)
+    state, history = assembly.state, []
+    for i in range(steps):
+        batch = layout.make_global_batch(_batch(i, accumulate), assembly.mesh, rows_axis=1)
+        state, metrics = assembly.step(params, state, batch)
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+def _assert_close(one: Any, other: Any, *, atol: float) -> None:
+    first, second = trees.flatten(one), trees.flatten(other)
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        np.testing.assert_allclose(value, second[path], rtol=1e-4, atol=atol, err_msg=path)
+
+
+# SGD makes the adapters' movement proportional to the gradient, so that comparing them compares gradients; Adam would
+# divide rounding noise by itself where a gradient is tiny. Gradients here are of size 0.01 to 1.
+SGD = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_any_split_into_micro_batches_is_the_same_step(accumulate: int) -> None:
+    whole, metrics = _run(SGD)
+    split, split_metrics = _run(SGD, accumulate=accumulate)
+    _assert_close(whole.lora, split.lora, atol=2e-6)
+    _assert_close(whole.gate, split.gate, atol=1e-6)
+    for one, other in zip(metrics, split_metrics, strict=True):
+        _assert_close(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 4, 1), MeshConfig(1, 2, 4), MeshConfig(2, 2, 2)], ids=str)
+def test_a_mesh_is_one_device(mesh: MeshConfig) -> None:
+    if mesh.tensor == 4:
+        with pytest.raises(NaloraError, match="2 key/value heads"):
+            _run(SGD, mesh)
+        return
+    alone, metrics = _run(SGD)
+    spread, spread_metrics = _run(SGD, mesh)
+    _assert_close(alone.lora, spread.lora, atol=2e-6)
+    _assert_close(alone.gate, spread.gate, atol=1e-6)
+    for one, other in zip(metrics, spread_metrics, strict=True):
+        _assert_close(one, other, atol=1e-5)
+
+
+def test_four_way_tensor_parallelism_is_one_device() -> None:
+    base = replace(BASE, n_kv_heads=4)
+    results = []
+    for shape in (None, MeshConfig(1, 2, 4)):
+        made = layout.make_mesh(shape or MeshConfig(), jax.devices()[: 8 if shape else 1])
+        params = init_params(base, jax.random.key(1))
+        params = jax.device_put(params, layout.shardings(params, made, layout.PARAM_RULES))
+        assembly = assemble(SGD, base, params, made)
+        state = assembly.state
+        for i in range(2):
+            batch = layout.make_global_batch(_batch(i), made, rows_axis=1)
+            state, metrics = assembly.step(params, state, batch)
+        results.append(jax.device_get((state.lora, metrics["loss"], metrics["grad_norm"])))
+    _assert_close(results[0], results[1], atol=2e-6)
+
+
+def test_weights_and_state_are_sharded_not_replicated() -> None:
+    assembly, params = _assemble(CONFIG, MeshConfig(2, 2, 2))
+    batch = layout.make_global_batch(_batch(0), assembly.mesh, rows_axis=1)
+    state, _ = assembly.step(params, assembly.state, batch)
+    for tree in (params, {"lora": state.lora, "opt": state.opt_state}):
+        per_device = layout.bytes_per_device(tree)
+        assert len(per_device) == 8
+        # Norms are replicated, data is a replica axis of size 2: a quarter of the rest, and a little.
+        assert max(per_device.values()) < 0.35 * trees.size_bytes(tree)
+
+
+def test_base_weights_stay_and_every_adapter_moves() -> None:
+    assembly, params = _assemble(CONFIG)
+    before = jax.device_get((params, assembly.state.lora))
+    state = assembly.state
+    for i in range(2):
+        state, _ = assembly.step(params, state, layout.make_global_batch(_batch(i), assembly.mesh, rows_axis=1))
+    for path, value in trees.flatten(params).items():
+        np.testing.assert_array_equal(value, trees.flatten(before[0])[path], err_msg=path)
+    for path, value in trees.flatten(state.lora).items():
+        moved = np.abs(np.asarray(value) - trees.flatten(before[1])[path]).reshape(BASE.n_layers, -1).max(axis=1)
+        assert np.all(moved > 0), path
+
+
+def test_with_both_mechanisms_off_it_is_plain_lora_to_the_bit() -> None:
+    off = replace(CONFIG, mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+    ours, _ = _run(off)
+    assembly, params = _assemble(off)
+    optimizer = make_optimizer(off.optimizer, off.steps)
+    assert jax.tree.structure(optimizer.init(assembly.state.lora)) == jax.tree.structure(assembly.state.opt_state)
+    on, _ = _run(CONFIG)
+    gate = "layers/ffn/gate_proj/b"
+    assert np.abs(trees.flatten(ours.lora)[gate] - trees.flatten(on.lora)[gate]).max() > 1e-3
+
+    # A plain LoRA step, written out: no masks, no statistics, no extra arguments.
+    def loss(lora: Any, batch: Any) -> jax.Array:
+        hidden = assembly.model.apply(
+            {"params": params, "lora": lora},
+            batch["tokens"][0],
+            positions=batch["positions"][0],
+            segment_ids=batch["segment_ids"][0],
+        )
+        logits = assembly.model.apply({"params": params}, hidden, method="unembed")
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"][0])
+        return jnp.sum(losses * batch["loss_weights"][0]) / jnp.sum(batch["loss_weights"])
+
+    @jax.jit
+    def step(lora: Any, opt_state: Any, batch: Any) -> Any:
+        updates, opt_state = optimizer.update(jax.grad(loss)(lora, batch), opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state
+
+    lora, opt_state = assembly.state.lora, optimizer.init(assembly.state.lora)
+    for i in range(3):
+        lora, opt_state = step(lora, opt_state, _batch(i))
+    _assert_close(ours.lora, jax.device_get(lora), atol=1e-5)
+
+
+def test_one_trace_and_the_same_bits_twice() -> None:
+    first, _ = _run(CONFIG, steps=4)  # assemble() allows one trace only
+    second, _ = _run(CONFIG, steps=4)
+    for path, value in trees.flatten(first).items():
+        np.testing.assert_array_equal(value, trees.flatten(second)[path], err_msg=path)
+
+
+def test_masks_and_scales_act_after_the_warmup() -> None:
+    _, history = _run(CONFIG, steps=3)
+    layers = [step["layers"]["layers/ffn"] for step in history]
+    np.testing.assert_array_equal(layers[0]["mask_mean"], np.ones(3))
+    np.testing.assert_array_equal(layers[0]["step_scale_max"], np.ones(3))
+    assert np.all(layers[2]["step_scale_max"] > 1)
+    assert np.all((layers[2]["responsive"] > 0) & (layers[2]["responsive"] < 1))
+    for step in layers:
+        np.testing.assert_allclose(step["occupancy"].sum(axis=1), 1, rtol=1e-5)
+        assert np.all(step["misalignment"] > 0)
+
+
+@pytest.mark.parametrize("fault", ["activation", "scale", "sign"])
+def test_the_debug_check_catches_injected_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
+    _run(debug, steps=1)  # the sound model passes
+    if fault == "activation":
+        monkeypatch.setattr(ffn, "gated_product", lambda z, u, _: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+    elif fault == "scale":
+        monkeypatch.setattr(ffn, "combine", lambda base, delta: base if delta is None else base + 1.1 * delta)
+    else:
+        monkeypatch.setattr(ffn, "combine", lambda base, delta: base if delta is None else base - delta)
+    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+        _run(debug, steps=1)
