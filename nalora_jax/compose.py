@@ -1,0 +1,172 @@
+"""Several adapters on one base: stacked and chosen per example, or combined into one.
+
+A bank has a fixed number of slots of a fixed rank, so that loading, replacing and unloading adapters never changes a
+shape, and a compiled program serves them all:
+
+    bank = AdapterBank.empty(config, slots=4, rank=16)
+    bank = bank.load("legal", lora, spec).load("chat", other, other_spec)
+    model = Decoder(config, bank.spec, ...)
+    model.apply({"params": params, "lora": bank.lora}, tokens, adapter_ids=bank.ids(["chat", None, "legal"]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+
+Adapter = tuple[Mapping[str, Any], AdapterSpec]  # a lora tree and its spec
+
+
+@dataclass(frozen=True)
+class AdapterBank:
+    """Slots for adapters of one base; immutable, every change gives a new bank.
+
+    Attributes:
+      config: the base.
+      names: what is in each slot, None where it is empty.
+      spec: of the stack, for the decoder; scales are folded into B, so every scale is 1.
+      lora: the stack, ``layers/ffn/gate_proj/a [layers, slots, d_in, rank]`` and ``b [layers, slots, rank, d_out]``.
+    """
+
+    config: ModelConfig
+    names: tuple[str | None, ...]
+    spec: AdapterSpec
+    lora: dict[str, Any]
+
+    @staticmethod
+    def empty(config: ModelConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None) -> AdapterBank:
+        """A bank without adapters.
+
+        Args:
+          config: the base model.
+          slots: how many adapters fit.
+          rank: the largest rank that fits; smaller ones are zero-padded.
+          targets: stacked paths that can be adapted, by default every projection.
+
+        Raises:
+          NaloraError: no slot, a rank out of range, an unknown target, or a mixture of experts.
+        """
+        shapes = projection_shapes(config)
+        paths = sorted(shapes) if targets is None else sorted(targets)
+        unknown = sorted(set(paths) - set(shapes))
+        if unknown:
+            raise NaloraError("targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown))
+        if config.n_experts:
+            found = f"{config.n_experts} experts"
+            raise NaloraError("adapter bank", expected="a dense model", found=found, remedy="merge, or switch trees")
+        if slots < 1 or rank < 1:
+            raise NaloraError("adapter bank", expected="at least one slot of rank 1", found=f"{slots} of rank {rank}")
+        target = TargetSpec((rank,) * config.n_layers, (float(rank),) * config.n_layers)
+        leaves = {}
+        for path in paths:
+            d_in, d_out = shapes[path]
+            leaves[f"{path}/a"] = jnp.zeros((config.n_layers, slots, d_in, rank), jnp.float32)
+            leaves[f"{path}/b"] = jnp.zeros((config.n_layers, slots, rank, d_out), jnp.float32)
+        spec = AdapterSpec(tuple((path, target) for path in paths))
+        return AdapterBank(config, (None,) * slots, spec, trees.unflatten(leaves))
+
+    def load(self, name: str, lora: Mapping[str, Any], spec: AdapterSpec) -> AdapterBank:
+        """The bank with an adapter in the slot of ``name``, or in the first empty one.
+
+        Raises:
+          NaloraError: no slot is free, the rank is too large, a target is missing in the bank, or it is DoRA.
+        """
+        if name not in self.names and None not in self.names:
+            held = ", ".join(str(held) for held in self.names)
+            raise NaloraError("adapter bank", expected="a free slot", found=held, remedy="unload one first")
+        if spec.dora:
+            raise NaloraError(f"adapter {name}", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+        slot = self.names.index(name if name in self.names else None)
+        bank = self._with_slot(slot, _folded(lora, spec), f"adapter {name}")
+        return replace(bank, names=(*self.names[:slot], name, *self.names[slot + 1 :]))
+
+    def unload(self, name: str) -> AdapterBank:
+        """The bank without ``name``; its slot is the base again."""
+        slot = self._slot(name)
+        return replace(self._with_slot(slot, {}, name), names=(*self.names[:slot], None, *self.names[slot + 1 :]))
+
+    def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
+        """``adapter_ids`` of a batch: the slot of each example's adapter, -1 for the base."""
+        return jnp.asarray([-1 if name is None else self._slot(name) for name in names], jnp.int32)
+
+    def _slot(self, name: str) -> int:
+        if name not in self.names:
+            held = ", ".join(str(n) for n in self.names if n is not None) or "an empty bank"
+            raise NaloraError("adapter", expected=f"one of: {held}", found=repr(name))
+        return self.names.index(name)
+
+    def _with_slot(self, slot: int, adapter: Mapping[str, tuple[Any, Any]], where: str) -> AdapterBank:
+        stack = trees.flatten(self.lora)
+        missing = sorted(path for path in adapter if f"{path}/a" not in stack)
+        if missing:
+            held = ", ".join(path for path, _ in self.spec.targets)
+            raise NaloraError(where, expected=f"adapters on {held}", found=f"one on {', '.join(missing)}")
+        for path, target in self.spec.targets:
+            a, b = adapter.get(path, (None, None))
+            for leaf, value, axis in ((f"{path}/a", a, -1), (f"{path}/b", b, -2)):
+                empty = stack[leaf][:, slot]
+                filled = empty * 0 if value is None else _padded(value, target.rank, axis, f"{where}: {path}")
+                if filled.shape != empty.shape:
+                    raise NaloraError(f"{where}: {leaf}", expected=f"shape {empty.shape}", found=filled.shape)
+                stack[leaf] = stack[leaf].at[:, slot].set(filled)
+        return replace(self, lora=trees.unflatten(stack))
+
+
+def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Any], AdapterSpec]:
+    """One adapter whose update is the weighted sum of the others', exactly: ranks add up.
+
+    Args:
+      adapters: trees and specs on the same base.
+      weights: one factor each, any sign.
+
+    Returns:
+      Tree and spec; alpha equals rank everywhere, because the scales are folded into B.
+
+    Raises:
+      NaloraError: none given, another number of weights, or DoRA (whose update is not linear).
+    """
+    if not adapters or len(adapters) != len(weights):
+        found = f"{len(adapters)} adapters and {len(weights)} weights"
+        raise NaloraError("combine_adapters", expected="one weight per adapter, at least one", found=found)
+    if any(spec.dora for _, spec in adapters):
+        raise NaloraError("combine_adapters", expected="linear adapters", found="DoRA", remedy="merge it instead")
+    folded = [_folded(lora, spec) for lora, spec in adapters]
+    leaves: dict[str, Any] = {}
+    targets = []
+    for path in sorted({path for adapter in folded for path in adapter}):
+        parts = [(*adapter[path], weight) for adapter, weight in zip(folded, weights, strict=True) if path in adapter]
+        leaves[f"{path}/a"] = jnp.concatenate([a for a, _, _ in parts], axis=-1)
+        leaves[f"{path}/b"] = jnp.concatenate([b * weight for _, b, weight in parts], axis=-2)
+        layers, rank = leaves[f"{path}/a"].shape[0], leaves[f"{path}/a"].shape[-1]
+        targets.append((path, TargetSpec((rank,) * layers, (float(rank),) * layers)))
+    return trees.unflatten(leaves), AdapterSpec(tuple(targets))
+
+
+def _folded(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
+    """A and ``s B`` by path, ``[layers, ...]`` each."""
+    flat = trees.flatten(lora)
+    found = {}
+    for path, _ in spec.targets:
+        b = jnp.asarray(flat[f"{path}/b"], jnp.float32)
+        scales = np.reshape(spec.scales(path), (-1,) + (1,) * (b.ndim - 1))
+        found[path] = (jnp.asarray(flat[f"{path}/a"], jnp.float32), b * scales)
+    return found
+
+
+def _padded(value: Any, rank: int, axis: int, where: str) -> Any:
+    """``value`` with zeros up to ``rank`` along its rank axis."""
+    if value.shape[axis] > rank:
+        remedy = "make the bank with a larger rank"
+        raise NaloraError(f"{where}: rank", expected=f"at most {rank}", found=value.shape[axis], remedy=remedy)
+    widths = [(0, 0)] * value.ndim
+    widths[axis] = (0, rank - value.shape[axis])
+    return jnp.pad(value, widths)
