@@ -1,0 +1,230 @@
+"""Model cards: the README.md of an adapter or a merged model, with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCardData
+
+from nalora_jax.config import RunConfig
+from nalora_jax.nn.lora import AdapterSpec
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# SPDX names of licences that the hub calls otherwise than in lower case.
+_HUB_LICENSES = {"LicenseRef-Gemma": "gemma"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says. Evaluations are lines of metrics.jsonl: ``{"accuracy":, "low":, "high":, "loss":, "n":}``."""
+
+    kind: Literal["adapter", "merged"]
+    base_model: str  # hub id or path
+    spec: AdapterSpec
+    run: RunConfig | None = None  # settings of the training run, where it was one of this library
+    command: str = ""  # what was typed
+    license: str = ""  # of the base model: an SPDX name or a hub identifier
+    before: Mapping[str, Any] | None = None  # evaluation of the base
+    after: Mapping[str, Any] | None = None  # evaluation with the adapter
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that trained it
+    device: str = ""  # what it was trained on
+
+
+def render_card(card: Card) -> str:
+    """The card's text: YAML front matter, and Markdown for people.
+
+    A local path of a base model or a data file is named in the text by its last part only, and not at all in the front
+    matter, which holds hub identifiers.
+    """
+    parts = [
+        f"---\n{_front_matter(card)}\n---",
+        f"# {_title(card)}",
+        _summary(card),
+        _results(card),
+        _usage(card),
+        _settings(card),
+        _provenance(card),
+        _licence(card),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_card(folder: str | Path, card: Card) -> Path:
+    """Writes the card as ``README.md`` of an existing folder."""
+    path = Path(folder) / "README.md"
+    path.write_text(render_card(card), encoding="utf-8")
+    return path
+
+
+def hub_license(name: str) -> str:
+    """The hub's identifier of a licence given by its SPDX name: ``Apache-2.0`` -> ``apache-2.0``."""
+    return _HUB_LICENSES.get(name, name.lower())
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _front_matter(card: Card) -> str:
+    on_hub = _on_hub(card.base_model)
+    data = ModelCardData(
+        base_model=card.base_model if on_hub else None,
+        library_name="peft" if card.kind == "adapter" else "transformers",
+        license=hub_license(card.license) if card.license else None,
+        pipeline_tag="text-generation",
+        tags=["nalora_jax", "na-lora", "lora"] + (["dora"] if card.spec.dora else []),
+        base_model_relation=("adapter" if card.kind == "adapter" else "finetune") if on_hub else None,
+    )
+    text: str = data.to_yaml()
+    return text.strip()
+
+
+def _title(card: Card) -> str:
+    what = "adapter of" if card.kind == "adapter" else "fine-tuned from"
+    data = f" for {_short(card.run.data.dataset)}" if card.run else ""
+    return f"LoRA {what} {_short(card.base_model)}{data}"
+
+
+def _summary(card: Card) -> str:
+    kind = "DoRA" if card.spec.dora else "rsLoRA" if card.spec.rslora else "LoRA"
+    lines = [f"Base model: {_base_link(card.base_model)}. Adapters ({kind}), rank and alpha per projection:"]
+    rows = [(f"`{path}`", _range(target.ranks), _range(target.alphas)) for path, target in card.spec.targets]
+    lines += ["", *_table(("projection", "rank", "alpha"), rows)]
+    if card.run:
+        lines += ["", _method(card.run)]
+    if card.kind == "merged":
+        lines += ["", "The adapters are folded into these weights: in float32, rounded once."]
+    return "\n".join(lines)
+
+
+def _method(run: RunConfig) -> str:
+    mask, step = run.mask.kind, run.step_scale.kind
+    if mask == step == "off":
+        return "Trained with plain LoRA."
+    used = [f"a {mask} temporal-importance mask on the gate's updates"] if mask != "off" else []
+    used += [f"a step scale by {step}"] if step != "off" else []
+    return (
+        f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
+        f"{' and '.join(used)}. Both act in training only: the result is a plain adapter."
+    )
+
+
+def _results(card: Card) -> str:
+    rows = [
+        (name, *_measured(found))
+        for name, found in (("base", card.before), ("with the adapter", card.after))
+        if found is not None
+    ]
+    if not rows:
+        return ""
+    split = f" on `{_short(card.run.data.dataset)}`, split `{card.run.data.eval_split}`" if card.run else ""
+    head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
+    return head + "\n".join(_table(("", "accuracy", "interval", "loss", "examples"), rows))
+
+
+def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
+    accuracy, low, high, loss = (found.get(name) for name in ("accuracy", "low", "high", "loss"))
+    interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+    values = ("" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4)))
+    shown_accuracy, shown_loss = values
+    return shown_accuracy, interval, shown_loss, str(found.get("n", ""))
+
+
+def _usage(card: Card) -> str:
+    base = card.base_model if _on_hub(card.base_model) else "path/to/the/base"
+    if card.kind == "merged":
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
+        )
+    else:
+        code = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})\n"
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+        )
+    return f"## Use\n\n```python\n{code}\n```"
+
+
+def _settings(card: Card) -> str:
+    if card.run is None:
+        return ""
+    run, optimizer = card.run, card.run.optimizer
+    rows = [
+        ("data", f"`{_short(run.data.dataset)}`, split `{run.data.train_split}`"),
+        ("steps", run.steps),
+        ("rows per step", f"{run.train.batch_size} of up to {run.data.max_length} tokens"),
+        ("loss on", run.data.loss_on),
+        ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}"),
+        ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}, {optimizer.warmup_share:.0%} warm-up"),
+        ("adapter dropout", f"{run.lora.dropout:g}"),
+        ("initialisation", run.lora.init),
+        ("dtype of the base", run.compute.dtype),
+        ("seed", run.seed),
+    ]
+    full = {**run.to_dict(), "model": _short(run.model), "output": _short(run.output)}
+    full["data"] = {**full["data"], "dataset": _short(run.data.dataset), "eval_split": _short(run.data.eval_split)}
+    full["data"]["data_dir"] = _short(run.data.data_dir)
+    everything = _fenced(json.dumps(full, indent=2), "json")
+    details = f"<details><summary>Every setting</summary>\n\n{everything}\n\n</details>"
+    return "## Training\n\n" + "\n".join(_table(("setting", "value"), rows)) + f"\n\n{details}"
+
+
+def _provenance(card: Card) -> str:
+    lines = []
+    if card.command:
+        lines += ["Made by this command:", "", _fenced(card.command, "sh"), ""]
+    if card.versions:
+        lines += [
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(card.versions.items())) + "."
+        ]
+    if card.device:
+        lines += [f"Device: {card.device}."]
+    return "## How it was made\n\n" + "\n".join(lines).strip() if lines else ""
+
+
+def _licence(card: Card) -> str:
+    known = (
+        f" ({card.license})"
+        if card.license
+        else ", which this library does not know: look it up where the base is from"
+    )
+    return f"## Licence\n\nThe licence of the base model{known}. The licence of the training data may add conditions."
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def _on_hub(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _short(name: str) -> str:
+    """A hub id or a plain name as it is, a path by its last part: cards are published, folders are private."""
+    return name if _on_hub(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _base_link(name: str) -> str:
+    return f"[{name}](https://huggingface.co/{name})" if _on_hub(name) else f"`{_short(name)}`"
+
+
+def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    cells = [[re.sub(r"\s+", " ", str(cell)).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks in ``text``."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

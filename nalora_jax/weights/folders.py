@@ -1,0 +1,106 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name when the block ends without an error.
+
+    Args:
+      folder: must not exist or be empty, unless ``replaces`` allows more.
+      replaces: file names that an existing ``folder`` may hold; it is then replaced as a whole. Anything else in it,
+        subfolders too, is other people's content.
+
+    Raises:
+      NaloraError: the folder holds something else, or the file system refused (a full disk, no permission). Nothing
+        of the attempt is left behind, and what was there stays as it was.
+    """
+    target = Path(folder)
+    _check_free(target, replaces)
+    with _scratch(target) as scratch:
+        scratch.chmod(0o755)  # mkdtemp's 0700 would travel with the rename
+        yield scratch
+        _move(scratch, target)
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file name; what is written there becomes ``path`` when the block ends without an error.
+
+    Raises:
+      NaloraError: ``path`` exists, or the file system refused. Nothing of the attempt is left behind.
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        raise NaloraError(str(target), expected="a new file", found="an existing one", remedy="choose another name")
+    with _scratch(target) as scratch:
+        yield scratch / target.name
+        (scratch / target.name).rename(target)
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target``, gone in the end; what the file system refuses is a NaloraError."""
+    scratch = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield scratch
+    except OSError as error:
+        raise NaloraError(
+            str(target),
+            expected="a place that can be written",
+            found=error.strerror or str(error),
+            remedy="free some space or choose another folder; nothing was left behind",
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, keys sorted as the ecosystem's own writers do."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_free(target: Path, replaces: Collection[str]) -> None:
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise NaloraError(str(target), expected="a new folder", found="a file or a link", remedy="choose another name")
+    foreign = sorted(path.name for path in target.iterdir() if path.is_dir() or path.name not in replaces)
+    if foreign:
+        raise NaloraError(
+            str(target),
+            expected="a new or empty folder",
+            found=f"one that holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}",
+            remedy="choose another folder, or empty this one yourself",
+        )
+
+
+def _move(scratch: Path, target: Path) -> None:
+    """Renames ``scratch`` to ``target``; an old folder there is moved aside first and removed last."""
+    if not target.exists():
+        scratch.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(aside / target.name)
+    try:
+        scratch.rename(target)
+    except OSError:
+        (aside / target.name).rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

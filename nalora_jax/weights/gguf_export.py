@@ -1,0 +1,223 @@
+"""GGUF files for llama.cpp: a merged model, or an adapter for ``--lora``.
+
+A merged file copies the base GGUF's metadata field by field (tokenizer, hyper-parameters, chat template), so the base
+must have come from one. For another base, write a merged Hugging Face folder and convert that with llama.cpp's own
+``convert_hf_to_gguf.py``. An adapter file carries no tokenizer, so it can be written for every family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import (
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFType,
+    GGUFValueType,
+    GGUFWriter,
+    Keys,
+    LlamaFileType,
+)
+from gguf.quants import quant_shape_to_byte_shape, quantize
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.trees import flatten
+from nalora_jax.weights.folders import new_file
+from nalora_jax.weights.keymaps import SourceTensor, keymap_for
+from nalora_jax.weights.merge import merged_tensors
+from nalora_jax.weights.peft_modules import Adapter, fuse
+from nalora_jax.weights.peft_write import layer_adapter
+
+# What a file can be written as, and llama.cpp's number of it in general.file_type.
+KINDS = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+} | {name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "smollm3", "granite")}
+# Metadata of a file as such, not of the model in it.
+_OWN_FIELDS = ("GGUF.", "split.", "quantize.")
+_OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version")
+_BLOCK = 32  # numbers that Q8_0 quantizes together; rows must be multiples
+
+
+def write_merged_gguf(
+    path: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any] | None,
+    spec: AdapterSpec,
+    *,
+    base: str | Path,
+    kind: str = "F16",
+) -> Path:
+    """Writes the merged model as one GGUF file, one tensor in memory at a time.
+
+    Args:
+      path: a new file.
+      config: the model.
+      params: base parameters, on any device.
+      lora: adapters, or None to write the base.
+      spec: their spec.
+      base: the GGUF file that the base was loaded from.
+      kind: format of the matrices, one of `KINDS`; vectors and routers stay float32, as llama.cpp wants them.
+
+    Raises:
+      NaloraError: an unknown kind, a base that is not a GGUF file of this architecture, an existing file or a failed
+        write.
+    """
+    if kind not in KINDS:
+        raise NaloraError("GGUF format", expected=f"one of {', '.join(KINDS)}", found=repr(kind))
+    reader = _open(base)
+    items = [
+        _Item(tensor.name, tensor.shape, _tensor_kind(tensor, kind)) for tensor in keymap_for(config, "gguf").tensors
+    ]
+    _check_base(base, reader, items)
+    kinds = {item.name: item.kind for item in items}
+    # Frequency factors are tensors there, and settings here.
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    items += [_Item(factor.name, tuple(factor.shape[::-1].tolist()), factor.tensor_type) for factor in factors]
+    merged = merged_tensors(config, params, lora, spec, dtype=np.dtype(np.float32), source="gguf")
+    data = chain((quantize(value, kinds[name]) for name, value in merged), (factor.data for factor in factors))
+    with new_file(path) as scratch:
+        writer = GGUFWriter(scratch, reader.fields["general.architecture"].contents())
+        _copy_fields(reader, writer)
+        writer.add_file_type(KINDS[kind])
+        if kind == "Q8_0":
+            writer.add_quantization_version(GGML_QUANT_VERSION)
+        _write(writer, items, data)
+    return Path(path)
+
+
+def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> Path:
+    """Writes the adapter as a GGUF file that llama.cpp adds to a base of any quantization (``--lora``).
+
+    The file has one alpha, and llama.cpp divides it by each tensor's own rank: what differs is folded into B.
+
+    Args:
+      path: a new file.
+      config: the base model.
+      lora: stacked tree.
+      spec: ranks, alphas and variant.
+
+    Raises:
+      NaloraError: DoRA (llama.cpp has none), a family that llama.cpp's names are not known of, an existing file or a
+        failed write.
+    """
+    if spec.dora:
+        rule = "LoRA or rsLoRA: llama.cpp has no DoRA"
+        raise NaloraError("GGUF adapter", expected=rule, found="DoRA", remedy="write the merged model instead")
+    adapters = list(_adapters(config, lora, spec))
+    alpha = adapters[0][1].scale * adapters[0][1].rank
+    tensors: dict[str, np.ndarray] = {}
+    for tensor, adapter in adapters:
+        factor = adapter.scale * adapter.rank / alpha
+        b = adapter.b if factor == 1 else adapter.b * np.float32(factor)
+        tensors[f"{tensor.name}.lora_a"] = adapter.a.swapaxes(-1, -2)  # [..., r, d_in]
+        # [..., d_out, r]: the kernel's way back to the file (a transposition, for some a regrouping of rows) is B's too
+        tensors[f"{tensor.name}.lora_b"] = np.asarray(tensor.transform.back(b))
+    with new_file(path) as scratch:
+        writer = GGUFWriter(scratch, ARCHITECTURES[config.model_type])
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        _write(writer, [_Item(name, array.shape) for name, array in tensors.items()], tensors.values())
+    return Path(path)
+
+
+def _adapters(
+    config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec
+) -> Iterator[tuple[SourceTensor, Adapter]]:
+    """Every adapted tensor of llama.cpp's files and its adapter, fused where they fuse."""
+    leaves = flatten(lora)
+    for tensor in keymap_for(config, "gguf").tensors:
+        layer = tensor.slots[0].layer
+        if layer is None:
+            continue
+        paths = [slot.path.removesuffix("/kernel") for slot in tensor.slots]
+        adapter = fuse([layer_adapter(leaves, spec, path, layer) for path in paths], tensor.rows)
+        if adapter is not None:
+            yield tensor, adapter
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]  # slowest axis first
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32
+
+
+def _write(writer: GGUFWriter, items: Iterable[_Item], data: Iterable[np.ndarray]) -> None:
+    """Header, metadata, and then the tensors' bytes one after the other."""
+    for item in items:
+        shape = quant_shape_to_byte_shape(item.shape, item.kind)
+        writer.add_tensor_info(item.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=item.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for array in data:
+        writer.write_tensor_data(np.ascontiguousarray(array))
+    writer.close()
+
+
+def _tensor_kind(tensor: SourceTensor, kind: str) -> GGMLQuantizationType:
+    """Matrices in ``kind``; vectors and routers in float32; float16 where rows do not fill Q8_0's blocks."""
+    if len(tensor.shape) < 2 or "router" in tensor.slots[0].path:
+        return GGMLQuantizationType.F32
+    if kind == "Q8_0" and tensor.shape[-1] % _BLOCK:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType[kind]
+
+
+def _open(base: str | Path) -> GGUFReader:
+    try:
+        return GGUFReader(base)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise NaloraError(
+            str(base),
+            expected="the GGUF file that the base came from",
+            found=str(error)[:200],
+            remedy="for another base write a merged folder and run llama.cpp's convert_hf_to_gguf.py on it",
+        ) from error
+
+
+def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item]) -> None:
+    """The metadata that will be copied must describe these very tensors."""
+    stored = {tensor.name: tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
+    for item in items:
+        if stored.get(item.name) != item.shape:
+            raise NaloraError(
+                f"{base}: {item.name}",
+                expected=f"shape {item.shape}, as the merged model has it",
+                found=f"shape {stored[item.name]}" if item.name in stored else "no such tensor",
+                remedy="give the GGUF file that this base was loaded from",
+            )
+
+
+def _copy_fields(reader: GGUFReader, writer: GGUFWriter) -> None:
+    """Every field of the model itself, with its type."""
+    for name, stored in reader.fields.items():
+        if name in _OWN_KEYS or name.startswith(_OWN_FIELDS):
+            continue
+        kind = stored.types[0]
+        inner = stored.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(name, stored.contents(), kind, inner)

@@ -1,0 +1,271 @@
+"""Which tensor of a file is which leaf of ours: one table per family and file format, and its way back.
+
+A table's row names a tensor, the leaves that its rows are shared among (fused projections have several), and what is
+done to each. Shapes follow from the model's config, so a `KeyMap` knows every tensor that a file must hold, no other::
+
+    HF    model.layers.3.mlp.gate_proj.weight  [d_ff, d]            -> layers/ffn/gate_proj/kernel [3]  (transposed)
+    HF    model.layers.3.mlp.gate_up_proj.weight  [2 d_ff, d]       -> gate_proj/kernel [3], up_proj/kernel [3]
+    GGUF  blk.3.attn_q.weight  [heads * head_dim, d]                -> q_proj/kernel [3]  (row pairs regrouped)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights import keytables
+from nalora_jax.weights.keytables import Row, Source
+
+Array = Any  # numpy or jax arrays: every conversion uses methods that both have
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the parameter tree: ``layer`` indexes a stacked leaf, ``expert`` the axis after it."""
+
+    path: str  # e.g. "layers/ffn/gate_proj/kernel"
+    layer: int | None = None
+    expert: int | None = None  # None in a mixture: the tensor holds all experts
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to a tensor on the way in, and its inverse on the way out."""
+
+    into: Callable[[Array], Array]
+    back: Callable[[Array], Array]
+    swaps: bool = False  # the last two axes change places
+    mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a file and the slots that it fills."""
+
+    name: str  # canonical name, see `KeyMap.canonical`
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
+    rows: tuple[int, ...]  # of each slot along axis 0; a single entry where nothing is fused
+    transform: Transform
+
+    def split(self, array: Array) -> tuple[Array, ...]:
+        """The tensor's slots, in order, each in our layout."""
+        if len(self.slots) == 1:
+            return (self.transform.into(array),)
+        ends = np.cumsum(self.rows).tolist()
+        return tuple(self.transform.into(array[end - size : end]) for end, size in zip(ends, self.rows, strict=True))
+
+    def join(self, parts: Sequence[Array]) -> np.ndarray:
+        """The inverse of `split`: the file's tensor from its slots."""
+        arrays = [np.asarray(self.transform.back(part)) for part in parts]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One slot seen from the file: ``leaf[layer, expert] = convert(file[source])``."""
+
+    path: str
+    layer: int | None
+    expert: int | None
+    source: str
+    source_shape: tuple[int, ...]
+    convert: Callable[[Array], Array]
+
+    @property
+    def slot(self) -> Slot:
+        """Where the converted tensor goes."""
+        return Slot(self.path, self.layer, self.expert)
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Everything between one family's files of one format and the parameter tree."""
+
+    tensors: tuple[SourceTensor, ...]
+    ignored: tuple[str, ...] = ()  # regexes of canonical names that carry no weights of ours
+    aliases: tuple[tuple[str, str], ...] = ()  # (name, other): may be present, then it must equal `other`
+    renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) that turn a file's name into the canonical one
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every slot with its source, fused tensors split into one entry each."""
+        return tuple(
+            Entry(slot.path, slot.layer, slot.expert, tensor.name, tensor.shape, _part(tensor, i))
+            for tensor in self.tensors
+            for i, slot in enumerate(tensor.slots)
+        )
+
+    @cached_property
+    def by_slot(self) -> dict[Slot, tuple[SourceTensor, int]]:
+        """For every slot its tensor and its index among that tensor's slots."""
+        return {slot: (tensor, i) for tensor in self.tensors for i, slot in enumerate(tensor.slots)}
+
+    @cached_property
+    def by_name(self) -> dict[str, SourceTensor]:
+        """Every tensor by its canonical name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    def canonical(self, name: str) -> str:
+        """A file's tensor name without the prefixes of wrappers (e.g. a multimodal model's)."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a file's tensor is known and not needed."""
+        return any(re.search(pattern, self.canonical(name)) for pattern in self.ignored)
+
+    def check(self, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
+        """The file's name of every canonical tensor, once names and shapes are exactly the expected ones.
+
+        Args:
+          found: shape of every tensor of the file(s), by the file's own name.
+          where: the file or folder, for the message.
+
+        Raises:
+          NaloraError: a tensor is missing, unknown, twice there, or has another shape.
+        """
+        names: dict[str, str] = {}
+        for name, shape in found.items():
+            canonical = self.canonical(name)
+            if canonical in dict(self.aliases) or self.is_ignored(name):
+                continue
+            tensor = self.by_name.get(canonical)
+            if tensor is None:
+                raise NaloraError(where, expected=self._nearest(canonical), found=f"the unknown tensor {name} {shape}")
+            if canonical in names:
+                raise NaloraError(where, expected=f"{canonical} once", found=f"{names[canonical]} and {name}")
+            if tuple(shape) != tensor.shape:
+                raise NaloraError(f"{where}: {name}", expected=f"the shape {tensor.shape}", found=tuple(shape))
+            names[canonical] = name
+        missing = [name for name in self.by_name if name not in names]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise NaloraError(
+                where, expected=f"{len(self.by_name)} tensors", found=f"no {', '.join(missing[:3])}{more}"
+            )
+        return names
+
+    def _nearest(self, name: str) -> str:
+        """What the config lets one expect in the place of an unknown name."""
+        stem = re.sub(r"\d+", "0", name).rsplit(".", 2)[0]
+        near = [tensor for tensor in self.by_name if tensor.startswith(stem)][:4]
+        return "only tensors that config.json asks for" + (f" (here {', '.join(near)})" if near else "")
+
+
+def _part(tensor: SourceTensor, index: int) -> Callable[[Array], Array]:
+    return lambda array: tensor.split(array)[index]
+
+
+def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
+    """The key map of a model's files.
+
+    Args:
+      config: the model.
+      source: "hf" (safetensors with transformers' names) or "gguf" (llama.cpp's names).
+
+    Raises:
+      NaloraError: llama.cpp's names of this family are not known here.
+    """
+    table = keytables.table(config, source)
+    shapes = param_shapes(config)
+    rows = [row for row in table.rows if any(path in shapes for path in row.paths)]
+    covered = [path for row in rows for path in row.paths]
+    assert sorted(covered) == sorted(shapes), f"{config.model_type}: {set(covered) ^ set(shapes)}"
+    tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
+    return KeyMap(tensors, table.ignored, table.aliases, table.renames)
+
+
+def _tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
+    """The tensors of one row: one, one per layer, or one per layer and expert."""
+    layers = range(config.n_layers) if "{layer}" in row.name else [None]
+    experts = range(config.n_experts) if "{expert}" in row.name else [None]
+    lead = ("{layer}" in row.name) + ("{expert}" in row.name)
+    transform = _transform(row, config)
+    ours = [shapes[path][lead:] for path in row.paths]
+    theirs = [(*s[:-2], s[-1], s[-2]) if transform.swaps else s for s in ours]
+    shape = (sum(s[0] for s in theirs), *theirs[0][1:])
+    for layer in layers:
+        for expert in experts:
+            slots = tuple(Slot(path, layer, expert) for path in row.paths)
+            name = row.name.format(layer=layer, expert=expert)
+            yield SourceTensor(name, shape, slots, tuple(s[0] for s in theirs), transform)
+
+
+def _transform(row: Row, config: ModelConfig) -> Transform:
+    if row.change == "transpose":
+        return Transform(_swap, _swap, swaps=True)
+    if row.change == "minus_one":
+        return Transform(lambda array: array - 1, lambda array: array + 1)
+    if row.change in ("pairs", "pairs_transpose"):
+        heads = config.n_heads if "q_proj" in row.paths[0] else config.n_kv_heads
+        if row.change == "pairs":
+            return Transform(
+                lambda x: halves_from_pairs(x, heads), lambda x: pairs_from_halves(x, heads), mixes_rows=True
+            )
+        return Transform(
+            lambda x: _swap(halves_from_pairs(x, heads)),
+            lambda x: pairs_from_halves(_swap(x), heads),
+            swaps=True,
+            mixes_rows=True,
+        )
+    return Transform(_same, _same)
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+def _swap(array: Array) -> Array:
+    return array.swapaxes(-1, -2)
+
+
+def halves_from_pairs(rows: Array, heads: int) -> Array:
+    """Rows of each head from llama.cpp's order (rotated partners adjacent) to transformers' (half a head apart).
+
+    Example, one head of four rows: ``[0, 2, 1, 3] -> [0, 1, 2, 3]``.
+    """
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def pairs_from_halves(rows: Array, heads: int) -> Array:
+    """The inverse of `halves_from_pairs`."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+# ---------------------------------------------------------------- whole trees, for tests and small models
+
+
+def params_from_tensors(
+    config: ModelConfig, get_tensor: Callable[[str], Array], source: Source = "hf", dtype: Any = np.float32
+) -> dict[str, Any]:
+    """The parameter tree of a model whose tensors ``get_tensor`` returns by canonical name."""
+    leaves = {path: np.zeros(shape, dtype) for path, shape in param_shapes(config).items()}
+    for tensor in keymap_for(config, source).tensors:
+        for slot, part in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
+            leaves[slot.path][_index(slot)] = part
+    return unflatten(leaves)
+
+
+def tensors_from_params(
+    config: ModelConfig, params: Mapping[str, Any], source: Source = "hf"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of a model's file, one at a time: the inverse of `params_from_tensors`."""
+    leaves = flatten(params)
+    for tensor in keymap_for(config, source).tensors:
+        yield tensor.name, tensor.join([leaves[slot.path][_index(slot)] for slot in tensor.slots])
+
+
+def _index(slot: Slot) -> tuple[int, ...]:
+    return tuple(i for i in (slot.layer, slot.expert) if i is not None)

@@ -1,0 +1,219 @@
+"""The tables of `keymaps`: tensor names of every family, as transformers' files and as llama.cpp's have them.
+
+A row is (name, leaves, change). ``{layer}`` and ``{expert}`` in a name run over the stack. Rows whose leaves a config
+does not have (biases, an untied head) drop out, so one table serves every variant of its family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+
+Source = Literal["hf", "gguf"]
+Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of tensor."""
+
+    name: str
+    paths: tuple[str, ...]  # several where the file fuses them along its first axis
+    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows.
+    change: Change = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All tensors of one family in one format, and what else may be in a file."""
+
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+
+
+def table(config: ModelConfig, source: Source) -> Table:
+    """The table of ``config``'s family.
+
+    Raises:
+      NaloraError: ``source`` is "gguf" and the family's names there are not known.
+    """
+    if source == "hf":
+        aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
+        return Table(HF[config.model_type], HF_IGNORED.get(config.model_type, _ROTARY), aliases, HF_RENAMES)
+    if config.model_type not in GGUF:
+        raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
+    aliases = (("output.weight", "token_embd.weight"),) if config.tie_embeddings else ()
+    return Table(GGUF[config.model_type], GGUF_IGNORED, aliases)
+
+
+# ---------------------------------------------------------------- transformers
+
+_ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
+# A multimodal Gemma 3 holds the text model beside these.
+HF_IGNORED = {"gemma3_text": (*_ROTARY, r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")}
+HF_RENAMES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
+)
+
+_HF_ENDS = (
+    Row("model.embed_tokens.weight", ("embed/embedding",)),
+    Row("model.norm.weight", ("final_norm/scale",)),
+    Row("lm_head.weight", ("lm_head/kernel",), "transpose"),
+)
+
+
+def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[Row, ...]:
+    """Kernels and biases of projections that transformers and we call by the same names."""
+    stem = f"model.layers.{{layer}}.{module}"
+    kernels = (Row(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
+    biases = (Row(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)
+    return (*kernels, *biases)
+
+
+def _hf_norms(**names: str) -> tuple[Row, ...]:
+    return tuple(
+        Row(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",)) for ours, theirs in names.items()
+    )
+
+
+_HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
+_HF_FFN = _hf_dense("mlp", "ffn", ("gate_proj", "up_proj", "down_proj"))
+_HF_QK_NORMS = tuple(
+    Row(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",)) for n in ("q_norm", "k_norm")
+)
+_HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+_HF_POST_NORMS = _hf_norms(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm")
+_HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm")
+_HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
+_HF_PHI3 = (
+    *_HF_ENDS,
+    *_HF_PRE_NORMS,
+    Row(
+        "model.layers.{layer}.self_attn.qkv_proj.weight",
+        tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"),
+        "transpose",
+    ),
+    Row("model.layers.{layer}.self_attn.o_proj.weight", ("layers/attn/o_proj/kernel",), "transpose"),
+    Row(
+        "model.layers.{layer}.mlp.gate_up_proj.weight",
+        ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
+        "transpose",
+    ),
+    Row("model.layers.{layer}.mlp.down_proj.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
+)
+
+
+def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    stem = f"model.layers.{{layer}}.{module}"
+    names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    experts = (
+        Row(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
+        for ours, theirs in names.items()
+    )
+    return (Row(f"{stem}.gate.weight", ("layers/ffn/router/kernel",), "transpose"), *experts)
+
+
+_HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
+_HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
+
+HF: dict[str, tuple[Row, ...]] = {
+    "llama": _HF_LLAMA,
+    "mistral": _HF_LLAMA,
+    "qwen2": _HF_LLAMA,
+    "qwen3": (*_HF_LLAMA, *_HF_QK_NORMS),
+    "gemma": _HF_LLAMA,
+    "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
+    "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "phi3": _HF_PHI3,
+    "olmo2": (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "smollm3": _HF_LLAMA,
+    "granite": _HF_LLAMA,
+    "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
+    "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
+}
+
+# ---------------------------------------------------------------- llama.cpp
+
+# Frequency factors (llama3, LongRoPE) are tensors there: the loader reads them into the config, not into parameters.
+GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$")
+
+_GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+_GGUF_FFN_NAMES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+
+
+def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    rows = []
+    for ours, theirs in names.items():
+        stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
+        rows.append(Row(f"{stem}.weight", (f"{leaf}/kernel",), "pairs_transpose" if ours in pairs else "transpose"))
+        rows.append(Row(f"{stem}.bias", (f"{leaf}/bias",), "pairs" if ours in pairs else ""))
+    return tuple(rows)
+
+
+def _gguf_norms(names: dict[str, str], change: Change = "") -> tuple[Row, ...]:
+    return tuple(
+        Row(f"blk.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",), change) for ours, theirs in names.items()
+    )
+
+
+def _gguf_ends(change: Change = "") -> tuple[Row, ...]:
+    return (
+        Row("token_embd.weight", ("embed/embedding",)),
+        Row("output_norm.weight", ("final_norm/scale",), change),
+        Row("output.weight", ("lm_head/kernel",), "transpose"),
+    )
+
+
+_GGUF_PRE = {"attn_norm": "attn_norm", "ffn_norm": "ffn_norm"}
+_GGUF_POST = {"attn_post_norm": "post_attention_norm", "ffn_post_norm": "post_ffw_norm"}
+_GGUF_QK = {"attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm"}
+_GGUF_FFN = _gguf_dense("ffn", _GGUF_FFN_NAMES)
+_GGUF_ATTENTION = _gguf_dense("attn", _GGUF_NAMES)
+# Families whose rotation llama.cpp does on adjacent pairs; the others rotate half a head apart, as transformers does.
+_GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
+_GGUF_LLAMA = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_FFN)
+_GGUF_QWEN2 = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_ATTENTION, *_GGUF_FFN)
+_GGUF_EXPERTS = (
+    Row("blk.{layer}.ffn_gate_inp.weight", ("layers/ffn/router/kernel",), "transpose"),
+    *(
+        Row(f"blk.{{layer}}.{theirs}_exps.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
+        for ours, theirs in _GGUF_FFN_NAMES.items()
+    ),
+)
+
+
+def _gguf_gemma(norms: dict[str, str]) -> tuple[Row, ...]:
+    """llama.cpp's Gemma files hold 1 + w."""
+    return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
+
+
+_GGUF_PHI3 = (
+    *_gguf_ends(),
+    *_gguf_norms(_GGUF_PRE),
+    Row("blk.{layer}.attn_qkv.weight", tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"), "transpose"),
+    Row("blk.{layer}.attn_output.weight", ("layers/attn/o_proj/kernel",), "transpose"),
+    Row("blk.{layer}.ffn_up.weight", ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"), "transpose"),
+    Row("blk.{layer}.ffn_down.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
+)
+
+GGUF: dict[str, tuple[Row, ...]] = {
+    "llama": _GGUF_LLAMA,
+    "mistral": _GGUF_LLAMA,
+    "qwen2": _GGUF_QWEN2,
+    "qwen3": (*_GGUF_QWEN2, *_gguf_norms(_GGUF_QK)),
+    "gemma": _gguf_gemma(_GGUF_PRE),
+    "gemma2": _gguf_gemma(_GGUF_PRE | _GGUF_POST),
+    "gemma3_text": _gguf_gemma(_GGUF_PRE | _GGUF_POST | _GGUF_QK),
+    "phi3": _GGUF_PHI3,
+    "olmo2": (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN),
+    "smollm3": _GGUF_LLAMA,
+    "granite": _GGUF_LLAMA,
+    "mixtral": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_EXPERTS),
+    "qwen3_moe": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_EXPERTS),
+}

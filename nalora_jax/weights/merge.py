@@ -1,0 +1,196 @@
+"""Adapters folded into the base: merged parameters, and a Hugging Face folder of them.
+
+    W' = W + s A B                                 LoRA
+    W' = m (W + s A B) / |W + s A B|               DoRA, norm over the inputs of each output channel
+
+computed in float32 and rounded once to the weight's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.keymaps import Slot, SourceTensor, keymap_for
+from nalora_jax.weights.keytables import Source
+from nalora_jax.weights.peft_write import layer_adapter
+from nalora_jax.weights.shards import TensorInfo, write_shards
+from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
+
+DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
+    """The base parameters with every adapter folded in: the same function without a ``lora`` collection.
+
+    Args:
+      params: base parameters, layers stacked; adapted kernels are replaced, all other leaves are shared.
+      lora: adapters, stacked.
+      spec: their ranks, alphas and variant.
+    """
+    leaves, adapters = dict(flatten(params)), flatten(lora)
+    for path, _ in spec.targets:
+        a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
+        magnitude = jnp.asarray(adapters[f"{path}/magnitude"]) if spec.dora else None
+        kernel = jnp.asarray(leaves[f"{path}/kernel"])
+        leaves[f"{path}/kernel"] = _merge_stack(kernel, a, b, jnp.asarray(spec.scales(path)), magnitude)
+    return unflatten(leaves)
+
+
+@partial(jax.jit)
+def _merge_stack(
+    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
+) -> jax.Array:
+    """Every layer of a stacked kernel ``[layers, ..., d_in, d_out]``, one at a time."""
+
+    def one(layer: tuple[Any, ...]) -> jax.Array:
+        w, a, b, s, m = layer
+        merged = w.astype(jnp.float32) + s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+        if m is not None:
+            scaled = merged * jnp.expand_dims(m / jnp.linalg.norm(merged, axis=-2), -2)
+            merged = jnp.where(s == 0, merged, scaled)  # scale 0 is rank 0: unadapted
+        return merged.astype(w.dtype)
+
+    merged: jax.Array = lax.map(one, (kernel, a, b, scale, magnitude))
+    return merged
+
+
+def merged_tensors(
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any] | None,
+    spec: AdapterSpec,
+    *,
+    dtype: np.dtype | None = None,
+    source: Source = "hf",
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of the merged model's file, one at a time, on the host.
+
+    Args:
+      config: the model.
+      params: base parameters, on any device.
+      lora: adapters, or None for the base as it is.
+      spec: their spec.
+      dtype: of every tensor; by default each keeps its parameter's.
+      source: whose names and layouts: transformers' or llama.cpp's.
+    """
+    leaves, adapters = flatten(params), flatten(lora or {})
+    for tensor in keymap_for(config, source).tensors:
+        parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
+        yield tensor.name, tensor.join(parts)
+
+
+def _slot_value(
+    leaves: Mapping[str, Any], adapters: Mapping[str, Any], spec: AdapterSpec, slot: Slot, dtype: np.dtype | None
+) -> np.ndarray:
+    """One layer's (or one expert's) parameter, adapter folded in, in the dtype that it is written in."""
+    index = tuple(i for i in (slot.layer, slot.expert) if i is not None)
+    value = np.asarray(leaves[slot.path][index])
+    target = dtype or value.dtype
+    path = slot.path.removesuffix("/kernel")
+    adapter = None if slot.layer is None or not adapters else layer_adapter(adapters, spec, path, slot.layer)
+    if adapter is not None:
+        expert = () if slot.expert is None else slot.expert
+        merged = value.astype(np.float32) + np.float32(adapter.scale) * (adapter.a[expert] @ adapter.b[expert])
+        if adapter.magnitude is not None:
+            norm = np.linalg.norm(merged, axis=-2)
+            merged *= np.expand_dims(adapter.magnitude[expert] / norm, -2)
+        value = merged
+    return value.astype(target)
+
+
+def write_merged(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    lora: Mapping[str, Any] | None,
+    spec: AdapterSpec,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer: Tokenizer | Path,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    card: str | None = None,
+) -> Path:
+    """Writes the merged model as a folder that transformers loads, without a second copy of it in memory.
+
+    The folder holds config.json, generation_config.json, the tokenizer's files, the chat template, the weights as one
+    safetensors file or as shards with an index, and the card. It appears whole or not at all.
+
+    Args:
+      folder: new or empty.
+      config: the model.
+      params: base parameters, on any device.
+      lora: adapters, or None to write the base.
+      spec: their spec.
+      hf_config: the base's ``config.json`` (`LoadedModel.hf_config`).
+      tokenizer: the base's folder, whose files are copied, or a `Tokenizer` (of a GGUF file), which is written.
+      dtype: "float32", "float16" or "bfloat16"; by default each tensor keeps its parameter's.
+      shard_bytes: largest file.
+      card: text of README.md (`nalora_jax.weights.card`).
+
+    Raises:
+      NaloraError: an unknown dtype, a ``config.json`` that describes another model, a folder with other content, or a
+        failed write (nothing is left behind).
+    """
+    chosen = _dtype(dtype)
+    leaves = flatten(params)
+    tensors = keymap_for(config, "hf").tensors
+    infos = [TensorInfo(t.name, t.shape, chosen or _stored_dtype(leaves, t)) for t in tensors]
+    settings = _settings(hf_config, config, infos)
+    with new_folder(folder) as scratch:
+        write_json(scratch / "config.json", settings)
+        if isinstance(tokenizer, Tokenizer):
+            write_tokenizer(tokenizer, scratch, max_length=config.max_positions)
+        else:
+            copy_tokenizer(tokenizer, scratch)
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        write_shards(scratch, infos, merged_tensors(config, params, lora, spec, dtype=chosen), shard_bytes=shard_bytes)
+    return Path(folder)
+
+
+def _dtype(name: str | None) -> np.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise NaloraError("dtype", expected=f"one of {', '.join(DTYPES)}", found=repr(name))
+    return DTYPES[name]
+
+
+def _stored_dtype(leaves: Mapping[str, Any], tensor: SourceTensor) -> np.dtype:
+    return np.dtype(leaves[tensor.slots[0].path].dtype)
+
+
+def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
+    """``config.json`` of the merged model: the base's, of its text model alone, in the written dtype."""
+    settings = dict(raw)
+    if raw.get("model_type") == "gemma3":  # multimodal: only the text model is here
+        settings = {**raw["text_config"], "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+        settings["tie_word_embeddings"] = raw.get("tie_word_embeddings", True)
+    described = ModelConfig.from_hf(settings)
+    if described != config:
+        fields = [name for name, value in described.to_dict().items() if value != config.to_dict()[name]]
+        raise NaloraError(
+            f"config.json: {', '.join(fields)}",
+            expected=str([config.to_dict()[name] for name in fields]),
+            found=str([described.to_dict()[name] for name in fields]),
+            remedy="pass the config.json of the model whose parameters these are",
+        )
+    largest = max(infos, key=lambda info: info.nbytes)
+    settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
+    return settings

@@ -1,0 +1,290 @@
+"""``adapter_config.json``: read, checked, and matched against module names exactly as PEFT matches them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+CONFIG_NAME = "adapter_config.json"
+_MAX_CONFIG_BYTES = 64 << 20
+
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) train on a
+# changed base, so their factors mean nothing on the original one until they are converted.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+# Fields without influence on the adapter's function. `init_lora_weights` and its settings matter only through
+# `_PLAIN_INITS`; `fan_in_fan_out` is ignored by PEFT for Linear layers.
+_INERT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}
+_READ = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of ``adapter_config.json`` that decides an adapter's function.
+
+    Module names are those of the transformers model, without PEFT's prefix: ``model.layers.3.mlp.gate_proj``.
+    """
+
+    where: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] | str  # names and suffixes, or one regular expression, or "all-linear"
+    target_parameters: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] = ()  # () means every layer
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+
+    def rank_of(self, name: str) -> int:
+        """Rank at the module or parameter ``name``."""
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, name), self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """Alpha at the module or parameter ``name``."""
+        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, name), self.alpha)
+
+    def targets_module(self, name: str) -> bool:
+        """Whether PEFT would put an adapter on the Linear module ``name`` (not the output head)."""
+        if self._excludes(name):
+            return False
+        if isinstance(self.target_modules, str):
+            everything = self.target_modules.lower() == "all-linear"
+            return everything or re.fullmatch(self.target_modules, name) is not None
+        return _has_suffix(name, self.target_modules) and self._transforms_layer(name)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT would put an adapter on the parameter ``name``, e.g. a stack of experts."""
+        return _has_suffix(name, self.target_parameters)
+
+    def _excludes(self, name: str) -> bool:
+        if isinstance(self.exclude_modules, str):
+            return re.fullmatch(self.exclude_modules, name) is not None
+        return _has_suffix(name, self.exclude_modules)
+
+    def _transforms_layer(self, name: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        match = next((found for found in (re.match(p, name) for p in patterns) if found), None)
+        return match is not None and int(match["idx"]) in self.layers_to_transform
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """The checked ``adapter_config.json`` of ``folder``.
+
+    Raises:
+      NaloraError: the file is missing or no JSON object, rank, alpha or targets are missing or ill-typed, or the
+        adapter uses a feature that this library does not have. The message names the field.
+    """
+    path = folder / CONFIG_NAME
+    raw = _read_json(path)
+    fields = _Fields(raw, str(path))
+    _refuse_unsupported(fields)
+    targets = _targets(fields)
+    config = PeftConfig(
+        where=str(path),
+        rank=fields.integer("r", low=1),
+        alpha=fields.number("lora_alpha"),
+        target_modules=targets,
+        target_parameters=fields.strings("target_parameters"),
+        exclude_modules=fields.strings_or_regex("exclude_modules"),
+        layers_to_transform=fields.integers("layers_to_transform"),
+        layers_pattern=fields.strings("layers_pattern"),
+        rank_pattern=fields.pattern("rank_pattern", lambda sub, key: sub.integer(key, low=1)),
+        alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.number(key)),
+        rslora=fields.flag("use_rslora"),
+        dora=fields.flag("use_dora"),
+        dropout=fields.number("lora_dropout", default=0.0, low=0.0, high=1.0),
+    )
+    if isinstance(targets, str) and (config.layers_to_transform or config.layers_pattern):
+        raise NaloraError(
+            f"{path}: layers_to_transform",
+            expected="null beside a target_modules that is a pattern (PEFT refuses the pair too)",
+            found=raw.get("layers_to_transform"),
+        )
+    return config
+
+
+def _targets(fields: _Fields) -> tuple[str, ...] | str:
+    targets = fields.strings_or_regex("target_modules")
+    if not targets and not fields.strings("target_parameters"):
+        raise NaloraError(
+            f"{fields.where}: target_modules",
+            expected="the adapted modules, as a list or a pattern",
+            found=fields.raw.get("target_modules"),
+            remedy="name them: PEFT would fall back to defaults of its own and drop the other tensors",
+        )
+    return targets
+
+
+def _refuse_unsupported(fields: _Fields) -> None:
+    kind = fields.raw.get("peft_type")
+    if kind != "LORA":
+        raise NaloraError(f"{fields.where}: peft_type", expected='"LORA"', found=repr(kind))
+    task = fields.raw.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise NaloraError(f"{fields.where}: task_type", expected='"CAUSAL_LM"', found=repr(task))
+    bias = fields.raw.get("bias", "none")
+    if bias != "none":
+        raise NaloraError(
+            f"{fields.where}: bias", expected='"none" (trained biases are not supported)', found=repr(bias)
+        )
+    init = fields.raw.get("init_lora_weights", True)
+    if not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS):
+        raise NaloraError(
+            f"{fields.where}: init_lora_weights",
+            expected="an adapter of the unchanged base weights",
+            found=repr(init),
+            remedy="convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    for key, value in fields.raw.items():
+        # A field of a newer PEFT that is off changes nothing; one that is on might.
+        if key not in _INERT | _READ and value not in (None, False, "none") and value != [] and value != {}:
+            raise NaloraError(
+                f"{fields.where}: {key}",
+                expected="null or false (the feature is not supported)",
+                found=json.dumps(value)[:80],
+            )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Typed access to a JSON object; every error names the field."""
+
+    raw: Mapping[str, Any]
+    where: str
+
+    def integer(self, key: str, *, low: int) -> int:
+        value = self.raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self._error(key, f"an integer of {low} or more", value)
+        return value
+
+    def number(
+        self, key: str, *, default: float | None = None, low: float | None = None, high: float = math.inf
+    ) -> float:
+        value = self.raw.get(key, default)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38  # float32's range
+        if not fits or not (value > 0 if low is None else low <= value < high):
+            span = "a number above 0" if low is None else f"a number in [{low:g}, {high:g})"
+            raise self._error(key, span, value)
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.raw.get(key, False)
+        if value not in (True, False, None) or (isinstance(value, int | float) and not isinstance(value, bool)):
+            raise self._error(key, "true or false", value)
+        return bool(value)
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self.raw.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._error(key, "a list of names", value)
+        return tuple(value)
+
+    def strings_or_regex(self, key: str) -> tuple[str, ...] | str:
+        value = self.raw.get(key)
+        if not isinstance(value, str) or not value:
+            return self.strings(key)
+        return self._regex(key, value)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        value = self.raw.get(key)
+        value = [] if value is None else [value] if isinstance(value, int) else value
+        if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
+            raise self._error(key, "a list of layer numbers", value)
+        return tuple(value)
+
+    def pattern(self, key: str, read: Any) -> dict[str, Any]:
+        value = self.raw.get(key) or {}
+        if not isinstance(value, dict):
+            raise self._error(key, "an object of pattern: value", value)
+        inner = _Fields(value, f"{self.where}: {key}")
+        return {self._regex(key, name): read(inner, name) for name in value}
+
+    def _regex(self, key: str, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise self._error(key, "a regular expression", f"{pattern!r} ({error})") from error
+        return pattern
+
+    def _error(self, key: str, expected: str, found: object) -> NaloraError:
+        shown = "nothing" if key not in self.raw else "null" if found is None else found
+        return NaloraError(f"{self.where}: {key}", expected=expected, found=str(shown)[:200])
+
+
+def _pattern_key(patterns: Mapping[str, Any], name: str) -> str:
+    """The first key that matches the end of ``name`` from a dot on, or ``name`` (PEFT's ``get_pattern_key``)."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
+
+
+def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as handle:
+            text = handle.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise NaloraError(
+            str(path),
+            expected="the configuration of a PEFT adapter",
+            found=error.strerror or str(error),
+            remedy="an adapter folder holds adapter_config.json and adapter_model.safetensors",
+        ) from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise NaloraError(str(path), expected=f"at most {_MAX_CONFIG_BYTES} bytes", found="more")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NaloraError(str(path), expected="a JSON object", found=f"unreadable text ({error})") from error
+    if not isinstance(value, dict):
+        raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
+    return value

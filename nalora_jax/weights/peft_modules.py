@@ -1,0 +1,173 @@
+"""Which transformers module holds which projection: the shape of PEFT adapters, family by family.
+
+Most families have one Linear module per projection. Phi-3 fuses q, k, v and gate, up into one module each. Mixtures of
+experts hold all experts of a layer in two parameters (transformers 5: PEFT's ``target_parameters``), or one Linear
+module per expert and projection (transformers 4, and what vLLM reads).
+
+An adapter of a fused module is exact: with parts of rank r1, r2, ... it has rank r1 + r2 + ...::
+
+    A = [A1; A2]           [r1 + r2, d_in]       (torch layout)
+    B = [[B1, 0], [0, B2]] [d_out1 + d_out2, r1 + r2]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.weights import keytables
+
+
+@dataclass(frozen=True)
+class HostModule:
+    """A module (or parameter) of one layer, and the projections whose outputs it concatenates."""
+
+    name: str  # within the layer: "mlp.gate_up_proj"
+    parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """Where a family keeps its projections."""
+
+    modules: tuple[HostModule, ...]  # Linear modules
+    parameters: tuple[HostModule, ...] = ()  # stacks of experts, in the order in which they are registered
+    experts: Mapping[str, str] = field(default_factory=dict)  # path -> Linear module of one expert, "experts.{}.w1"
+    prefix: str = "model.layers"
+
+    def full_name(self, layer: int, name: str) -> str:
+        """``mlp.gate_proj`` of layer 3 -> ``model.layers.3.mlp.gate_proj``."""
+        return f"{self.prefix}.{layer}.{name}"
+
+
+_STACKS = (
+    HostModule("mlp.experts.gate_up_proj", ("layers/ffn/gate_proj", "layers/ffn/up_proj")),
+    HostModule("mlp.experts.down_proj", ("layers/ffn/down_proj",)),
+)
+_LAYER, _EXPERT = ".{layer}.", "{expert}"
+
+
+def module_layout(config: ModelConfig) -> ModuleLayout:
+    """The layout of the family of ``config``: the modules whose weights its checkpoints hold.
+
+    Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the module
+    ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
+    """
+    shapes = projection_shapes(config)
+    modules: list[HostModule] = []
+    experts: dict[str, str] = {}
+    for row in keytables.table(config, "hf").rows:
+        paths = tuple(path.removesuffix("/kernel") for path in row.paths)
+        if paths[0] not in shapes or not row.paths[0].endswith("/kernel"):
+            continue
+        name = row.name.partition(_LAYER)[2].removesuffix(".weight")
+        if _EXPERT in name:
+            experts[paths[0]] = name.replace(_EXPERT, "{}")
+        else:
+            modules.append(HostModule(name, paths))
+    return ModuleLayout(tuple(modules), _STACKS if experts else (), experts)
+
+
+def part_widths(config: ModelConfig, module: HostModule) -> list[int]:
+    """``d_out`` of every part of ``module``."""
+    shapes = projection_shapes(config)
+    return [shapes[part][-1] for part in module.parts]
+
+
+def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
+    """Kernel shape ``(..., d_in, d_out)`` of ``module`` as a whole."""
+    shape = projection_shapes(config)[module.parts[0]]
+    return (*shape[:-1], sum(part_widths(config, module)))
+
+
+# ---------------------------------------------------------------- adapters of one layer
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One layer's adapter without padding, in this library's layout; experts lead with their axis."""
+
+    a: np.ndarray  # [..., d_in, r] float32
+    b: np.ndarray  # [..., r, d_out] float32
+    scale: float
+    magnitude: np.ndarray | None = None  # [d_out] float32
+
+    @property
+    def rank(self) -> int:
+        """The adapter's rank."""
+        return int(self.a.shape[-1])
+
+
+def fuse(parts: Sequence[Adapter | None], widths: Sequence[int]) -> Adapter | None:
+    """One adapter of a fused module from those of its parts; None if no part is adapted.
+
+    Args:
+      parts: per part its adapter, or None where the part is unadapted (its outputs get zeros).
+      widths: ``d_out`` of every part.
+
+    Scales that differ are folded into B, relative to the first part's.
+    """
+    present = [part for part in parts if part is not None]
+    if len(parts) == 1 or not present:
+        return parts[0]
+    scale = present[0].scale
+    rank, lead = sum(part.rank for part in present), present[0].b.shape[:-2]
+    b = np.zeros((*lead, rank, sum(widths)), np.float32)
+    row = column = 0
+    for part, width in zip(parts, widths, strict=True):
+        if part is not None:
+            block = part.b if part.scale == scale else part.b * np.float32(part.scale / scale)
+            b[..., row : row + part.rank, column : column + width] = block
+            row += part.rank
+        column += width
+    magnitude = None
+    if present[0].magnitude is not None and len(present) == len(parts):
+        magnitude = np.concatenate([part.magnitude for part in present if part.magnitude is not None])
+    return Adapter(np.concatenate([part.a for part in present], axis=-1), b, scale, magnitude)
+
+
+def split(adapter: Adapter, widths: Sequence[int]) -> list[Adapter | None]:
+    """The parts of a fused module's adapter: the exact inverse of `fuse`, up to folded scales.
+
+    A part keeps the ranks that reach its outputs; a part that no rank reaches is unadapted. A fresh adapter (B all
+    zero) keeps every rank in every part.
+    """
+    if len(widths) == 1:
+        return [adapter]
+    fresh = not adapter.b.any()
+    parts: list[Adapter | None] = []
+    for start, width in zip(np.cumsum([0, *widths[:-1]]), widths, strict=True):
+        block = adapter.b[..., start : start + width]
+        magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
+        # Without its magnitude a part would lose its column norms, so DoRA keeps every part.
+        keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))
+        found = Adapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
+        parts.append(found if found.rank else None)
+    return parts
+
+
+def compact(adapter: Adapter) -> Adapter:
+    """The adapter without the ranks whose row of B is zero: the same function."""
+    keep = _live_ranks(adapter.b)
+    return Adapter(adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude)
+
+
+def without_padding(adapter: Adapter) -> Adapter:
+    """The adapter without ranks that do nothing, unless none does anything yet (a fresh adapter)."""
+    return compact(adapter) if adapter.b.any() else adapter
+
+
+def _live_ranks(b: np.ndarray) -> np.ndarray:
+    """Bool ``[r]``: ranks with a nonzero entry in ``b [..., r, d_out]`` (of any expert)."""
+    return np.any(b != 0, axis=tuple(i for i in range(b.ndim) if i != b.ndim - 2))
+
+
+def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
+    """The alpha that gives ``scale`` at ``rank``, rid of the rounding of ``alpha / rank * rank``."""
+    alpha = scale * (math.sqrt(rank) if rslora else rank)
+    neat = round(alpha, 6)
+    return neat if math.isclose(alpha, neat, rel_tol=1e-12) else alpha

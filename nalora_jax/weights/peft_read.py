@@ -1,0 +1,296 @@
+"""PEFT adapter folders read: ``adapter_config.json`` + ``adapter_model.safetensors`` -> stacked tree and spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs to read it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec, adapter_scale
+from nalora_jax.trees import unflatten
+from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
+from nalora_jax.weights.peft_modules import (
+    Adapter,
+    HostModule,
+    ModuleLayout,
+    alpha_for,
+    module_layout,
+    module_shape,
+    part_widths,
+    split,
+    without_padding,
+)
+
+TENSORS_NAME = "adapter_model.safetensors"
+FINGERPRINT_KEY = "nalora.base_fingerprint"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+_KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def import_adapter(
+    folder: str | Path, config: ModelConfig, *, fingerprint: str | None = None, layout: ModuleLayout | None = None
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """A PEFT LoRA adapter as this library's ``lora`` tree.
+
+    Understands rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and "all-linear" (matched
+    as PEFT matches them), layers_to_transform, exclude_modules, fused projections, mixtures of experts as PEFT writes
+    them for transformers 4 and 5, and float32, float16 and bfloat16 files. Every tensor is consumed and every targeted
+    module must have its tensors, so an adapter never does less than its file says.
+
+    Args:
+      folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+      config: the base model.
+      fingerprint: of the base model's weights; compared with the one that `export_adapter` noted, where it did.
+      layout: module names, for a model outside the known families.
+
+    Returns:
+      ``(lora, spec)``: nested dict of float32 numpy arrays, stacked and zero-padded to the largest rank of each
+      projection, and the spec that describes them.
+
+    Raises:
+      NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field or tensor.
+    """
+    folder = Path(folder)
+    peft = read_peft_config(folder)
+    tensors, metadata = read_tensors(folder)
+    _check_fingerprint(folder, metadata, fingerprint)
+    slots = {slot.key: slot for slot in _slots(layout or module_layout(config), config, peft)}
+    modules = _group(tensors, folder / TENSORS_NAME, dora=peft.dora)
+    _check_complete(peft, folder / TENSORS_NAME, slots, modules)
+    pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
+    return _stack(config, peft, pieces)
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of ``adapter_model.safetensors`` in float32, and the file's metadata."""
+    path = folder / TENSORS_NAME
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
+        raise NaloraError(
+            str(path),
+            expected="the adapter's tensors",
+            found=f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no such file",
+            remedy="save it again with safe_serialization=True" if pickles else "",
+        )
+    try:
+        with safe_open(path, framework="np") as handle:
+            names = list(handle.keys())
+            tensors = {name: _floats(path, handle, name) for name in names}
+            metadata = dict(handle.metadata() or {})
+    except (SafetensorError, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        if isinstance(error, NaloraError):
+            raise
+        raise NaloraError(
+            str(path),
+            expected="a whole safetensors file",
+            found=str(error)[:200],
+            remedy="the file is truncated or damaged: copy or download it again",
+        ) from error
+    return tensors, metadata
+
+
+def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
+    dtype = handle.get_slice(name).get_dtype()
+    if dtype not in _FLOATS:
+        raise NaloraError(f"{path}: {name}", expected=f"one of {', '.join(_FLOATS)}", found=dtype)
+    values = handle.get_tensor(name).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise NaloraError(f"{path}: {name}", expected="finite numbers", found="NaN or infinity")
+    return values
+
+
+def _check_fingerprint(folder: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
+    noted = metadata.get(FINGERPRINT_KEY)
+    if noted and fingerprint and noted != fingerprint:
+        raise NaloraError(
+            str(folder / TENSORS_NAME),
+            expected=f"an adapter of the base model {fingerprint}",
+            found=f"one of the base model {noted}",
+            remedy="load the model that the adapter was trained on (its name is in adapter_config.json)",
+        )
+
+
+# ---------------------------------------------------------------- what the configuration asks for
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place where tensors can be: a Linear module, one expert's module, or a stack of experts."""
+
+    key: str  # module name in the tensors' keys
+    name: str  # module or parameter name that patterns are matched with
+    layer: int
+    module: HostModule
+    targeted: bool
+    expert: int | None = None
+    stacked: bool = False
+
+
+def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[_Slot]:
+    for layer in range(config.n_layers):
+        for module in layout.modules:
+            name = layout.full_name(layer, module.name)
+            yield _Slot(name, name, layer, module, peft.targets_module(name))
+        for path, pattern in layout.experts.items():
+            for expert in range(config.n_experts):
+                name = layout.full_name(layer, pattern.format(expert))
+                yield _Slot(name, name, layer, HostModule(pattern, (path,)), peft.targets_module(name), expert=expert)
+        stacks = [(layout.full_name(layer, stack.name), stack) for stack in layout.parameters]
+        chosen = [(name, stack) for name, stack in stacks if peft.targets_parameter(name)]
+        # PEFT wraps the module once per parameter: the first one registered is the innermost.
+        for depth, (name, stack) in enumerate(reversed(chosen)):
+            key = name.rpartition(".")[0] + ".base_layer" * depth
+            yield _Slot(key, name, layer, stack, True, stacked=True)
+
+
+def _group(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
+    """Tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ..., "b": ...}}``."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        kind = _KINDS.get(match[2], "magnitude") if match else ""
+        if match is None or (kind == "magnitude" and not dora):
+            raise NaloraError(
+                f"{path}: {key}",
+                expected="keys such as base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
+                found="a tensor that no LoRA module reads" if key.startswith(_PREFIX) else "another prefix",
+                remedy="PEFT would ignore it silently; save the adapter with PEFT's save_pretrained",
+            )
+        modules.setdefault(match[1], {})[kind] = tensor
+    kinds = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if dora else {})
+    for module, parts in modules.items():
+        missing = [name for kind, name in kinds.items() if kind not in parts]
+        if missing:
+            raise NaloraError(f"{path}: {module}", expected=" and ".join(missing), found="nothing")
+    return modules
+
+
+def _check_complete(
+    peft: PeftConfig, path: Path, slots: Mapping[str, _Slot], modules: Mapping[str, dict[str, np.ndarray]]
+) -> None:
+    """Every module of the file is known and targeted, and every targeted module is in the file."""
+    for key in modules:
+        if key not in slots:
+            known = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in slots})
+            raise NaloraError(
+                f"{path}: {_PREFIX}{key}",
+                expected="a module of this model that takes adapters",
+                found="an unknown module",
+                remedy="is it an adapter of another architecture or prefix? These exist: " + ", ".join(known),
+            )
+        if not slots[key].targeted:
+            raise NaloraError(
+                f"{peft.where}: target_modules",
+                expected=f"to cover {key}, which has tensors in {path.name}",
+                found=str(peft.target_modules)[:200],
+                remedy="PEFT would drop these tensors silently; add the module to the list",
+            )
+    missing = [slot.name for slot in slots.values() if slot.targeted and slot.key not in modules]
+    if missing or not modules:
+        raise NaloraError(
+            f"{path}: {missing[0] if missing else 'tensors'}",
+            expected="lora_A and lora_B of every module that target_modules names",
+            found=f"{len(missing)} modules without" if missing else "none, and no module that target_modules matches",
+            remedy="the file is incomplete, or the adapter belongs to another model",
+        )
+
+
+# ---------------------------------------------------------------- tensors into the tree
+
+
+def _pieces(
+    config: ModelConfig, peft: PeftConfig, path: Path, found: list[tuple[_Slot, dict[str, np.ndarray]]]
+) -> dict[str, dict[int, Adapter]]:
+    """Adapters by stacked path and layer."""
+    pieces: dict[str, dict[int, Adapter]] = {}
+    experts: dict[tuple[str, int], dict[int, Adapter]] = {}
+    for slot, parts in found:
+        adapter = _adapter(config, peft, path, slot, parts)
+        if slot.expert is not None:
+            experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
+            continue
+        for part, piece in zip(slot.module.parts, split(adapter, part_widths(config, slot.module)), strict=True):
+            if piece is not None:
+                pieces.setdefault(part, {})[slot.layer] = piece
+    for (part, layer), members in experts.items():
+        if len(members) != config.n_experts:
+            raise NaloraError(
+                f"{path}: experts of layer {layer}", expected=f"adapters on all {config.n_experts}", found=len(members)
+            )
+        pieces.setdefault(part, {})[layer] = _join_experts([members[e] for e in range(config.n_experts)])
+    return pieces
+
+
+def _adapter(config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, parts: dict[str, np.ndarray]) -> Adapter:
+    """One slot's tensors, checked, in this library's layout."""
+    shape = module_shape(config, slot.module)
+    d_in, d_out = shape[-2:]
+    rank = peft.rank_of(slot.name)
+    count = config.n_experts if slot.stacked else 1
+    wanted = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
+    for kind, tensor in parts.items():
+        if tensor.shape != wanted[kind]:
+            raise NaloraError(
+                f"{path}: {slot.key} ({kind})",
+                expected=f"shape {wanted[kind]} (rank {rank}, {d_in} -> {d_out})",
+                found=f"shape {tensor.shape}",
+                remedy="the adapter belongs to another base model, or r in adapter_config.json is wrong",
+            )
+    if peft.dora and len(shape) > 2:
+        raise NaloraError(
+            f"{peft.where}: use_dora", expected="false for experts (PEFT has no such adapter)", found="true"
+        )
+    a, b = parts["a"].T, parts["b"].T
+    if slot.stacked:  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
+        a = parts["a"].reshape(count, rank, d_in).transpose(0, 2, 1)
+        b = parts["b"].reshape(d_out, rank, count).transpose(2, 1, 0)
+    scale = adapter_scale(peft.alpha_of(slot.name), rank, rslora=peft.rslora)
+    adapter = Adapter(a, b, scale, parts.get("magnitude"))
+    return without_padding(adapter) if slot.stacked else adapter
+
+
+def _join_experts(members: list[Adapter]) -> Adapter:
+    """One adapter with an expert axis; ranks padded, scales folded relative to the first expert's."""
+    rank, scale = max(member.rank for member in members), members[0].scale
+    a = np.zeros((len(members), members[0].a.shape[0], rank), np.float32)
+    b = np.zeros((len(members), rank, members[0].b.shape[1]), np.float32)
+    for index, member in enumerate(members):
+        a[index, :, : member.rank] = member.a
+        b[index, : member.rank] = member.b * np.float32(member.scale / scale)
+    return Adapter(a, b, scale)
+
+
+def _stack(
+    config: ModelConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, Adapter]]
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """The tree, zero-padded over layers, and its spec."""
+    shapes = projection_shapes(config)
+    leaves: dict[str, np.ndarray] = {}
+    targets = []
+    for path, layers in sorted(pieces.items()):
+        *lead, d_in, d_out = shapes[path]
+        ranks = [layers[i].rank if i in layers else 0 for i in range(config.n_layers)]
+        a = np.zeros((config.n_layers, *lead, d_in, max(ranks)), np.float32)
+        b = np.zeros((config.n_layers, *lead, max(ranks), d_out), np.float32)
+        alphas = [1.0] * config.n_layers
+        for layer, piece in layers.items():
+            a[layer, ..., : piece.rank], b[layer, ..., : piece.rank, :] = piece.a, piece.b
+            alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
+        leaves |= {f"{path}/a": a, f"{path}/b": b}
+        if peft.dora:
+            ones = np.ones(d_out, np.float32)  # an unadapted layer never reads its magnitude
+            rows = [layers[i].magnitude if i in layers else ones for i in range(config.n_layers)]
+            leaves[f"{path}/magnitude"] = np.stack([row for row in rows if row is not None])
+        targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))
+    spec = AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)
+    return unflatten(leaves), spec

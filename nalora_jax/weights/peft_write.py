@@ -1,0 +1,329 @@
+"""PEFT adapter folders written: stacked tree and spec -> ``adapter_config.json`` + ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.nn.lora import AdapterSpec, adapter_scale
+from nalora_jax.trees import flatten
+from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.peft_config import CONFIG_NAME
+from nalora_jax.weights.peft_modules import (
+    Adapter,
+    HostModule,
+    ModuleLayout,
+    alpha_for,
+    fuse,
+    module_layout,
+    module_shape,
+    part_widths,
+)
+from nalora_jax.weights.peft_read import FINGERPRINT_KEY, TENSORS_NAME
+
+OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md"})
+
+
+def export_adapter(
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    base_model_name: str,
+    target: Literal["peft", "vllm"] = "peft",
+    max_lora_rank: int = 16,
+    fingerprint: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    layout: ModuleLayout | None = None,
+) -> Path:
+    """Writes an adapter that PEFT (and, with ``target="vllm"``, vLLM) loads as it stands.
+
+    Ranks are trimmed to each layer's own. What differs between layers or modules goes to rank_pattern and
+    alpha_pattern for PEFT; vLLM ignores those, so for vLLM ranks are zero-padded to the largest and scales are folded
+    into B, under one r and alpha. Projections that the family fuses get one exact adapter of the fused module. Experts
+    are written as PEFT's target_parameters for transformers 5, and expert by expert for vLLM.
+
+    Args:
+      lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
+      spec: ranks, alphas and variant of every projection in ``lora``.
+      config: the base model.
+      folder: new or empty; the two files appear in it together or not at all.
+      base_model_name: hub id or path that other tools load as the base.
+      target: which tool the files must work in.
+      max_lora_rank: vLLM's setting of that name.
+      fingerprint: of the base weights; noted in the file, checked by `import_adapter`.
+      extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
+      overwrite: allow ``folder`` to hold an earlier adapter (its two files and a README.md), which is replaced.
+      layout: module names, for a model outside the known families.
+
+    Raises:
+      NaloraError: something that the tool cannot serve, by name; a folder with other content; a failed write.
+    """
+    layout = layout or module_layout(config)
+    if target == "vllm":
+        _check_vllm(spec)
+    entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
+    entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
+    rslora = spec.rslora and target == "peft"
+    if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
+        spec = replace(spec, dropout=0.0)  # it acts in training only, and PEFT refuses to load it for experts
+    settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
+    metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
+        write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
+        save_file(dict(_tensors(entries, layout)), scratch / TENSORS_NAME, metadata=metadata)
+    return Path(folder)
+
+
+def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> Adapter | None:
+    """The adapter of one layer of ``path`` without its padding, or None where the layer is unadapted.
+
+    Args:
+      leaves: the flattened ``lora`` tree.
+      spec: its spec.
+      path: stacked path of the projection.
+      layer: index on the stack.
+    """
+    target = spec.target(path)
+    if target is None or target.ranks[layer] == 0:
+        return None
+    rank = target.ranks[layer]
+    a, b = (np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b"))
+    magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32) if spec.dora else None
+    scale = adapter_scale(target.alphas[layer], rank, rslora=spec.rslora)
+    return Adapter(a[..., :rank], b[..., :rank, :], scale, magnitude)
+
+
+# ---------------------------------------------------------------- adapters by module
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One module's adapter, under its full name."""
+
+    name: str
+    layer: int
+    module: HostModule
+    adapter: Adapter
+    stacked: bool = False
+
+
+def _entries(
+    lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig, layout: ModuleLayout, *, per_expert: bool
+) -> Iterator[_Entry]:
+    """Every adapted module, fused where the family fuses."""
+    leaves = flatten(lora)
+    _check_known(spec, layout)
+    for layer in range(config.n_layers):
+        for module in (*layout.modules, *layout.parameters):
+            parts = [layer_adapter(leaves, spec, path, layer) for path in module.parts]
+            stacked = module in layout.parameters
+            if stacked and per_expert:
+                yield from _expert_entries(layout, config, module, layer, parts)
+                continue
+            adapter = fuse(parts, part_widths(config, module))
+            if adapter is None:
+                continue
+            name = layout.full_name(layer, module.name)
+            _check_dora(spec, name, adapter, stacked=stacked)
+            yield _Entry(name, layer, module, adapter, stacked)
+
+
+def _even_stacks(entries: list[_Entry]) -> list[_Entry]:
+    """The same adapters, with one rank and one scale in all stacks of experts.
+
+    PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": better to need none.
+    """
+    stacks = [entry.adapter for entry in entries if entry.stacked]
+    if not stacks:
+        return entries
+    rank = max(adapter.rank for adapter in stacks)
+    scale = _common(adapter.scale for adapter in stacks)
+    return [replace(entry, adapter=_fold(entry.adapter, rank, scale)) if entry.stacked else entry for entry in entries]
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value met most often, the first of them where several are."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _expert_entries(
+    layout: ModuleLayout, config: ModelConfig, module: HostModule, layer: int, parts: list[Adapter | None]
+) -> Iterator[_Entry]:
+    for path, part in zip(module.parts, parts, strict=True):
+        for expert in range(config.n_experts if part is not None else 0):
+            assert part is not None
+            one = Adapter(part.a[expert], part.b[expert], part.scale)
+            pattern = layout.experts[path]
+            yield _Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), one)
+
+
+def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
+    known = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
+    for path, _ in spec.targets:
+        if path not in known:
+            raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
+
+
+def _check_dora(spec: AdapterSpec, name: str, adapter: Adapter, *, stacked: bool) -> None:
+    if spec.dora and (stacked or adapter.magnitude is None):
+        raise NaloraError(
+            f"DoRA at {name}",
+            expected="a Linear module (PEFT has no DoRA for experts)"
+            if stacked
+            else "an adapter on every projection that the family fuses into this module, for its column norms",
+            found="experts" if stacked else "some without",
+            remedy="merge the adapter instead",
+        )
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def _check_vllm(spec: AdapterSpec) -> None:
+    if spec.dora:
+        rule = "no DoRA (vLLM's rule: use_dora is refused)"
+        raise NaloraError("--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead")
+
+
+def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[_Entry]:
+    """The same adapters with one rank and one scale, on every layer of every module that they touch."""
+    rank = max(entry.adapter.rank for entry in entries)
+    if rank > limit:
+        raise NaloraError(
+            "--for vllm: rank",
+            expected=f"at most {limit} (vLLM's rule: max_lora_rank)",
+            found=rank,
+            remedy=f"start vLLM with --max-lora-rank {rank} or more and export with the same max_lora_rank",
+        )
+    scale = _common(entry.adapter.scale for entry in entries)
+    given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
+    adapted = {entry.module.name: entry.module for entry in entries}
+    if any(module.parts[0] in layout.experts for module in adapted.values()):  # vLLM wants all three, or none
+        adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
+    return [
+        _Entry(name, layer, module, given[name] if name in given else _zeros(config, module, rank, scale))
+        for layer in range(config.n_layers)
+        for module in adapted.values()
+        for name in _names(config, layout, layer, module)
+    ]
+
+
+def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
+    """Full names of ``module`` in a layer: one, or one per expert."""
+    count = config.n_experts if module.parts[0] in layout.experts else 1
+    return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
+
+
+def _fold(adapter: Adapter, rank: int, scale: float) -> Adapter:
+    """Zero-padded to ``rank``, with B carrying the difference to ``scale``."""
+    pad = rank - adapter.rank
+    b = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
+    still = [(0, 0)] * (b.ndim - 2)
+    return Adapter(np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale)
+
+
+def _zeros(config: ModelConfig, module: HostModule, rank: int, scale: float) -> Adapter:
+    d_in, d_out = module_shape(config, module)[-2:]
+    return Adapter(np.zeros((d_in, rank), np.float32), np.zeros((rank, d_out), np.float32), scale)
+
+
+# ---------------------------------------------------------------- the two files
+
+
+def _tensors(entries: list[_Entry], layout: ModuleLayout) -> Iterator[tuple[str, np.ndarray]]:
+    stacks = {(entry.layer, entry.module.name) for entry in entries if entry.stacked}
+    for entry in entries:
+        key, a, b = entry.name, entry.adapter.a.T, entry.adapter.b.T
+        if entry.stacked:
+            # PEFT wraps the experts once per parameter: those registered later are further out.
+            later = layout.parameters[layout.parameters.index(entry.module) + 1 :]
+            depth = sum((entry.layer, module.name) in stacks for module in later)
+            key = entry.name.rpartition(".")[0] + ".base_layer" * depth
+            # [experts, d_in, r] -> [experts * r, d_in]; [experts, r, d_out] -> [d_out, r * experts]
+            a = entry.adapter.a.transpose(0, 2, 1).reshape(-1, entry.adapter.a.shape[1])
+            b = entry.adapter.b.transpose(2, 1, 0).reshape(entry.adapter.b.shape[2], -1)
+        yield f"base_model.model.{key}.lora_A.weight", np.ascontiguousarray(a)
+        yield f"base_model.model.{key}.lora_B.weight", np.ascontiguousarray(b)
+        if entry.adapter.magnitude is not None:
+            yield f"base_model.model.{key}.lora_magnitude_vector", np.ascontiguousarray(entry.adapter.magnitude)
+
+
+def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, rslora: bool) -> dict[str, Any]:
+    """``adapter_config.json`` without the base model's name."""
+    ranks = {entry.name: entry.adapter.rank for entry in entries}
+    alphas = {
+        entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)) for entry in entries
+    }
+    rank, rank_pattern = _pattern(ranks, entries)
+    alpha, alpha_pattern = _pattern(alphas, entries)
+    stacks = [entry for entry in entries if entry.stacked]
+    settings = {
+        "alpha_pattern": alpha_pattern,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "target_modules": _target_names([entry for entry in entries if not entry.stacked], config),
+        "task_type": "CAUSAL_LM",
+        "use_dora": spec.dora,
+        "use_rslora": rslora,
+    }
+    if stacks:
+        settings["target_parameters"] = _target_names(stacks, config)
+    return settings
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
+
+
+def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
+    """The default (that of the experts, else the commonest), and a pattern for the others.
+
+    Keys are ``mlp.up_proj`` where all layers agree, full names otherwise.
+    """
+    stacks = [values[entry.name] for entry in entries if entry.stacked]
+    common = _common(stacks or values.values())
+    modules: dict[str, list[str]] = {}
+    for entry in entries:
+        modules.setdefault(entry.module.name, []).append(entry.name)
+    pattern = {}
+    for module, names in modules.items():
+        found = {values[name] for name in names}
+        if found == {common}:
+            continue
+        if len(found) == 1:
+            pattern[module] = found.pop()
+        else:
+            pattern |= {name: values[name] for name in names if values[name] != common}
+    return common, dict(sorted(pattern.items()))
+
+
+def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
+    """Short names of modules adapted in every layer, full names of the others."""
+    modules: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        modules.setdefault(entry.module.name, []).append(entry)
+    names: set[str] = set()
+    for module, members in modules.items():
+        everywhere = {member.layer for member in members} == set(range(config.n_layers))
+        short = module if members[0].stacked else module.rpartition(".")[2]
+        names |= {short} if everywhere else {member.name for member in members}
+    return sorted(names)

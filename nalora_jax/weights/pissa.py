@@ -1,0 +1,103 @@
+"""PiSSA: adapters that start as a kernel's principal components (arXiv 2404.02948), and their way back to plain LoRA.
+
+The kernel is split as ``W = W_res + s A0 B0``; training moves A and B on the frozen residual ``W_res``. Tools that hold
+the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
+
+
+def pissa_init(
+    kernel: jax.Array, rank: int, scale: float, *, iterations: int | None = None, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Principal factors of a kernel and what they leave.
+
+    Args:
+      kernel: ``[d_in, d_out]``, or ``[..., d_in, d_out]``: each matrix is split on its own.
+      rank: components taken, at most ``min(d_in, d_out)``.
+      scale: the adapter's ``s``; ``s A B`` is the best rank-``rank`` approximation of the kernel.
+      iterations: None for the exact decomposition; else that many subspace iterations of a randomized one, which costs
+        ``O(d_in d_out rank)`` instead of ``O(d_in d_out min(d_in, d_out))`` (PEFT's ``pissa_niter_<iterations>``).
+      key: source of the random subspace, with ``iterations``; ``jax.random.key(0)`` if None.
+
+    Returns:
+      ``(a [..., d_in, rank], b [..., rank, d_out], residual)``: factors in float32, the residual in the kernel's dtype,
+      rounded once (in bfloat16 that rounding is the only difference between residual + adapter and the kernel).
+    """
+    w = kernel.astype(jnp.float32)
+    if iterations is None:
+        u, s, vt = (part[..., :rank] for part in _svd(w))
+    else:
+        u, s, vt = _randomized_svd(w, rank, iterations, jax.random.key(0) if key is None else key)
+    root = jnp.sqrt(s / scale)
+    a, b = u * root[..., None, :], jnp.swapaxes(vt * root[..., None, :], -1, -2)
+    residual = w - scale * jnp.matmul(a, b, precision="highest")
+    return a, b, residual.astype(kernel.dtype)
+
+
+def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``u [..., d_in, k], s [..., k], v [..., d_out, k]``: the last axis of all three counts components."""
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    return u, s, jnp.swapaxes(vt, -1, -2)
+
+
+def _randomized_svd(w: jax.Array, rank: int, iterations: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1: orthonormalised at every half step."""
+    width = min(rank + max(8, rank // 2), *w.shape[-2:])  # oversampling: the subspace is wider than what is kept
+    q = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), jnp.float32)
+    q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
+    wt = jnp.swapaxes(w, -1, -2)
+    for _ in range(iterations):
+        p = jnp.linalg.qr(jnp.matmul(wt, q, precision="highest"))[0]
+        q = jnp.linalg.qr(jnp.matmul(w, p, precision="highest"))[0]
+    u, s, v = _svd(jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest"))
+    u = jnp.matmul(q, u, precision="highest")
+    return u[..., :rank], s[..., :rank], v[..., :rank]
+
+
+def pissa_to_lora(
+    lora: Mapping[str, Any], initial: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """The plain adapter of the original kernels that equals a PiSSA adapter of their residuals.
+
+    ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times sqrt(2) with rsLoRA), so
+    that the scale stays. Magnitudes of DoRA are kept: ``|W_res + s A B|`` is the norm of the same sum.
+
+    Args:
+      lora: the trained tree, stacked (``layers/ffn/gate_proj/{a, b}``).
+      initial: the tree that `pissa_init` gave before training, same shapes.
+      spec: the trained adapter's spec.
+    """
+    now, start = flatten(lora), flatten(initial)
+    factor = math.sqrt(2.0) if spec.rslora else 2.0
+    targets, leaves = [], {}
+    for path, target in spec.targets:
+        ranks = tuple(2 * rank for rank in target.ranks)
+        targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
+        pairs = ((np.asarray(now[f"{path}/{n}"]), np.asarray(start[f"{path}/{n}"])) for n in ("a", "b"))
+        (a, a0), (b, b0) = pairs
+        leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
+        leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
+    kept = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+    plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
+    return unflatten(leaves | kept), plain
+
+
+def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
+    """Both factors side by side on the rank axis, layer by layer, without the padding between them."""
+    joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
+    for layer, rank in enumerate(target.ranks):
+        place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))
+        place[:rank], place[rank : 2 * rank] = first[:rank], second[:rank]
+    return joined

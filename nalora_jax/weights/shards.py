@@ -1,0 +1,95 @@
+"""Safetensors files written one tensor at a time.
+
+The library's own writer wants every tensor of a file in memory at once, which for a model is the model again. The
+format is a header that lists names, dtypes, shapes and byte ranges, and then the bytes, so that it can be streamed:
+
+    8 bytes  length of the header, little endian
+    header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {"format": "pt"}}
+    data     the tensors' bytes in the header's order
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from nalora_jax.weights.folders import write_json
+
+# Names of numpy dtypes in safetensors, and back; those that model files use.
+DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    folder: Path, infos: Iterable[TensorInfo], tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int
+) -> None:
+    """``model.safetensors``, or numbered shards and their index where one file would exceed ``shard_bytes``.
+
+    Args:
+      folder: exists.
+      infos: what will come, in order.
+      tensors: name and array of each, in the same order; only one is held at a time.
+      shard_bytes: largest file; a tensor that is larger gets a file of its own.
+    """
+    shards = _plan(infos, shard_bytes)
+    names = [_SINGLE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    stream = iter(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, stream)
+    if len(shards) > 1:
+        weight_map = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
+        total = sum(info.nbytes for shard in shards for info in shard)
+        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _plan(infos: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
+    for info in infos:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + info.nbytes > limit:
+            shards.append([])
+        shards[-1].append(info)
+    return shards
+
+
+def _write_file(path: Path, infos: list[TensorInfo], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    header = json.dumps(_header(infos), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # readers map the data aligned
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for info in infos:
+            name, array = next(tensors)
+            assert (name, array.shape, array.dtype) == (info.name, info.shape, info.dtype), (name, info)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _header(infos: list[TensorInfo]) -> Mapping[str, object]:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for info in infos:
+        end = start + info.nbytes
+        header[info.name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        start = end
+    return header

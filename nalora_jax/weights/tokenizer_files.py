@@ -1,0 +1,85 @@
+"""A tokenizer's files as transformers reads them: copied from the base's folder, or written from a `Tokenizer`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.folders import write_json
+
+# Everything beside the weights that a causal language model's folder may hold for its text side.
+FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies what ``source`` holds of `FILES`.
+
+    Raises:
+      NaloraError: there is no tokenizer among them.
+    """
+    found = [name for name in FILES if (source / name).is_file()]
+    if not {"tokenizer.json", "tokenizer.model"} & set(found):
+        raise NaloraError(str(source), expected="tokenizer.json", found="no tokenizer", remedy="give the base's folder")
+    for name in found:
+        shutil.copyfile(source / name, folder / name)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and, if there is one, chat_template.jinja.
+
+    Args:
+      tokenizer: what is written; transformers will encode as its ``encode`` does.
+      folder: exists.
+      max_length: the model's context.
+    """
+    _with_bos(tokenizer).save(str(folder / "tokenizer.json"))
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    special = {name: tokenizer.backend.id_to_token(number) for name, number in ids.items() if number is not None}
+    settings = {
+        **(tokenizer.special_tokens or {}),
+        **special,
+        "add_bos_token": tokenizer.add_bos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "generation_config.json", _generation(tokenizer))
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """A copy of the backend whose post-processor adds the begin-of-sequence token where the model wants it."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        token = backend.id_to_token(tokenizer.bos_id)
+        backend.post_processor = TemplateProcessing(
+            single=[f"{token}:0", "$A:0"],
+            pair=[f"{token}:0", "$A:0", f"{token}:1", "$B:1"],
+            special_tokens=[(token, tokenizer.bos_id)],
+        )
+    return backend
+
+
+def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+    stops = list(tokenizer.eos_ids)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_id}
+    return {name: value for name, value in ids.items() if value is not None} | {"pad_token_id": tokenizer.pad_id}

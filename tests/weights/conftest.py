@@ -1,0 +1,139 @@
+"""Tiny transformers models of every family, and adapters for them, as references that nobody here wrote."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.keymaps import params_from_tensors
+
+COMMON = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": False},
+    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
+}
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
+    """``tiny_model("llama", **changes) -> (torch model with random weights in eval mode, our config)``."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    def build(model_type: str, **changes: Any) -> tuple[Any, ModelConfig]:
+        torch.manual_seed(0)
+        settings = COMMON | FEATURES[model_type] | changes
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():  # the defaults leave logits near zero and norms at one
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
+        return model, ModelConfig.from_hf(model.config.to_dict())
+
+    return build
+
+
+@pytest.fixture
+def params_of() -> Callable[[Any, ModelConfig], dict[str, Any]]:
+    """``params_of(torch model, config)``: our float32 parameter tree of its checkpoint."""
+
+    def build(model: Any, config: ModelConfig) -> dict[str, Any]:
+        from safetensors.numpy import load_file
+
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(folder)
+            tensors = load_file(f"{folder}/model.safetensors")
+        return params_from_tensors(config, tensors.__getitem__)
+
+    return build
+
+
+@pytest.fixture
+def random_lora() -> Callable[..., tuple[dict[str, Any], AdapterSpec]]:
+    """``random_lora(config, {"ffn/gate_proj": ((4, 4, 2), (8., 8., 6.))}, dora=True) -> (lora, spec)``, B nonzero."""
+
+    def build(
+        config: ModelConfig,
+        targets: dict[str, tuple[tuple[int, ...], tuple[float, ...]]],
+        seed: int = 0,
+        **variant: Any,
+    ) -> tuple[dict[str, Any], AdapterSpec]:
+        rng = np.random.default_rng(seed)
+        shapes, leaves, specs = projection_shapes(config), {}, []
+        for name, (ranks, alphas) in sorted(targets.items()):
+            path = f"layers/{name}"
+            *lead, d_in, d_out = shapes[path]
+            a = rng.normal(0, 0.3, (config.n_layers, *lead, d_in, max(ranks))).astype(np.float32)
+            b = rng.normal(0, 0.3, (config.n_layers, *lead, max(ranks), d_out)).astype(np.float32)
+            for layer, rank in enumerate(ranks):
+                a[layer, ..., rank:], b[layer, ..., rank:, :] = 0, 0
+            leaves |= {f"{path}/a": a, f"{path}/b": b}
+            if variant.get("dora"):
+                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (config.n_layers, *lead, d_out)).astype(np.float32)
+            specs.append((path, TargetSpec(ranks, alphas)))
+        return unflatten(leaves), AdapterSpec(tuple(specs), **variant)
+
+    return build
+
+
+@pytest.fixture
+def deltas() -> Callable[[dict[str, Any], AdapterSpec], dict[tuple[str, int], np.ndarray]]:
+    """``deltas(lora, spec)[path, layer]``: ``s A B`` in float64, layers of rank 0 left out."""
+
+    def build(lora: dict[str, Any], spec: AdapterSpec) -> dict[tuple[str, int], np.ndarray]:
+        leaves = flatten(lora)
+        return {
+            (path, layer): np.float64(spec.scales(path)[layer])
+            * (leaves[f"{path}/a"][layer].astype(np.float64) @ leaves[f"{path}/b"][layer].astype(np.float64))
+            for path, target in spec.targets
+            for layer, rank in enumerate(target.ranks)
+            if rank
+        }
+
+    return build

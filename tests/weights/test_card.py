@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import dataclasses
+
+import huggingface_hub
+import pytest
+
+from nalora_jax.config import DataConfig, MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.weights.card import Card, hub_license, render_card, write_card
+
+SPEC = AdapterSpec((("layers/ffn/gate_proj", TargetSpec((8, 8, 4), (16.0, 16.0, 16.0))),))
+BEFORE = {"accuracy": 0.4012, "low": 0.35, "high": 0.452, "loss": 6.16612, "n": 400}
+AFTER = {"accuracy": 0.5101, "low": 0.461, "high": 0.559, "loss": 3.6, "n": 400}
+CARD = Card(
+    kind="adapter",
+    base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    spec=SPEC,
+    run=RunConfig(steps=123, seed=7),
+    command="python train.py --steps 123",
+    license="Apache-2.0",
+    before=BEFORE,
+    after=AFTER,
+    versions={"jax": "0.10.2", "flax": "0.12.8"},
+    device="cpu, 2 cores",
+)
+
+
+def test_front_matter_is_what_the_hub_reads():
+    data = huggingface_hub.ModelCard(render_card(CARD)).data.to_dict()
+    assert data == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["nalora_jax", "na-lora", "lora"],
+    }
+    merged = dataclasses.replace(CARD, kind="merged", spec=dataclasses.replace(SPEC, dora=True))
+    data = huggingface_hub.ModelCard(render_card(merged)).data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["base_model_relation"] == "finetune"
+    assert "dora" in data["tags"]
+
+
+def test_card_states_base_data_method_result_and_command():
+    text = render_card(CARD)
+    for fact in (
+        "[HuggingFaceTB/SmolLM2-135M-Instruct](https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
+        "| `layers/ffn/gate_proj` | 4 to 8 | 16 |",
+        "| base | 0.401 | 0.350 to 0.452 | 6.1661 | 400 |",
+        "| with the adapter | 0.510 | 0.461 to 0.559 | 3.6000 | 400 |",
+        "`socialiqa`, split `validation`",
+        "| steps | 123 |",
+        "| learning rate | 0.001, cosine, 5% warm-up |",
+        "| seed | 7 |",
+        "```sh\npython train.py --steps 123\n```",
+        "flax 0.12.8, jax 0.10.2",
+        "cpu, 2 cores",
+        "a soft temporal-importance mask",
+        'PeftModel.from_pretrained(base, "path/to/this/folder")',
+        "The licence of the base model (Apache-2.0)",
+        '"warmup_share": 0.05',
+    ):
+        assert fact in text, fact
+
+
+def test_plain_lora_is_not_called_nalora():
+    run = RunConfig(mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+    text = render_card(dataclasses.replace(CARD, run=run))
+    assert "Trained with plain LoRA." in text
+    assert "NA-LoRA" not in text
+
+
+def test_local_paths_stay_private():
+    run = RunConfig(
+        model="/home/me/secret/base",
+        output="/home/me/runs/one",
+        data=DataConfig(dataset="/home/me/data/mine.jsonl", data_dir="/home/me/tfds"),
+    )
+    text = render_card(dataclasses.replace(CARD, base_model="/home/me/secret/base", run=run, license="", command=""))
+    assert "base_model:" not in text
+    assert "license:" not in text
+    assert "mine.jsonl" in text
+    assert "look it up" in text
+    assert "/home" not in text
+
+
+@pytest.mark.parametrize("command", ["echo '```' | tee x", "a | b\nc"])
+def test_any_command_keeps_the_markdown_whole(command):
+    text = render_card(dataclasses.replace(CARD, command=command))
+    fence = text.split("Made by this command:\n\n")[1].split("sh\n")[0]
+    assert set(fence) == {"`"}
+    assert fence not in command
+    assert f"{fence}sh\n{command}\n{fence}\n" in text
+
+
+def test_without_a_run_or_results(tmp_path):
+    path = write_card(tmp_path, Card(kind="adapter", base_model="org/base", spec=SPEC))
+    text = path.read_text()
+    assert path.name == "README.md"
+    assert huggingface_hub.ModelCard(text).data.base_model == "org/base"
+    assert "Measured result" not in text
+    assert "## Training" not in text
+
+
+def test_hub_names_of_licences():
+    assert [hub_license(name) for name in ("Apache-2.0", "MIT", "LicenseRef-Gemma", "llama3.1")] == [
+        "apache-2.0",
+        "mit",
+        "gemma",
+        "llama3.1",
+    ]

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import json
+import tracemalloc
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from safetensors import safe_open
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.trees import flatten, map_named, size_bytes, unflatten
+from nalora_jax.weights.merge import merge, merged_tensors, write_merged
+from nalora_jax.weights.peft import export_adapter, max_logit_difference
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+TARGETS = {
+    "ffn/gate_proj": ((4, 2, 4), (8.0, 8.0, 3.0)),
+    "ffn/up_proj": ((3, 3, 3), (8.0, 8.0, 8.0)),
+    "ffn/down_proj": ((0, 4, 0), (1.0, 5.0, 1.0)),
+    "attn/q_proj": ((1, 2, 5), (1.5, 2.5, 3.5)),
+    "attn/o_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
+}
+ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
+    f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
+}
+NO_ADAPTERS = AdapterSpec()
+TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.float().numpy()
+
+
+@partial(jax.jit, static_argnames=("config", "spec"))
+def our_logits(config: ModelConfig, params: Any, lora: Any = None, spec: AdapterSpec = NO_ADAPTERS) -> jax.Array:
+    model = Decoder(config, spec)
+    variables = {"params": params} | ({} if lora is None else {"lora": lora})
+    return model.apply(variables, model.apply(variables, TOKENS), method="unembed")
+
+
+def tokenizer() -> Tokenizer:
+    words = ["<pad>", "<s>", "</s>", "<|im_start|>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .,", "th", "the", "in"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {word: i for i, word in enumerate(words)}, [("t", "h"), ("th", "e"), ("i", "n")], unk_token="<unk>"
+        )
+    )
+    backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens(["<pad>", "<s>", "</s>", "<|im_start|>"])
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return Tokenizer(backend, 1, 2, 0, (2, 3), template, add_bos=True, special_tokens=special)
+
+
+def write(
+    folder: Path, config: ModelConfig, params: Any, lora: Any, spec: AdapterSpec, raw: Any, **options: Any
+) -> Path:
+    options = {"tokenizer": tokenizer()} | options
+    return write_merged(folder, config, params, lora, spec, hf_config=raw, **options)
+
+
+def load(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated")
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_merge_is_the_formula(family, variant, tiny_model, params_of, random_lora):
+    model, config = tiny_model(family)
+    params = params_of(model, config)
+    lora, spec = random_lora(config, TARGETS, **variant)
+
+    merged, leaves, adapters = flatten(merge(params, lora, spec)), flatten(params), flatten(lora)
+
+    written = dict(merged_tensors(config, params, lora, spec))
+    assert len(written) > 9
+    for path, target in spec.targets:
+        for layer, rank in enumerate(target.ranks):
+            w = leaves[f"{path}/kernel"][layer].astype(np.float64)
+            a, b = (adapters[f"{path}/{name}"][layer].astype(np.float64) for name in "ab")
+            expected = w + (target.alphas[layer] / (rank**0.5 if spec.rslora else rank) * a @ b if rank else 0)
+            if spec.dora and rank:
+                norm = np.sqrt((expected**2).sum(-2, keepdims=True))
+                expected = adapters[f"{path}/magnitude"][layer][..., None, :] * expected / norm
+            np.testing.assert_allclose(merged[f"{path}/kernel"][layer], expected, atol=2e-6)
+    untouched = [path for path in leaves if path.removesuffix("/kernel") not in dict(spec.targets)]
+    assert all(merged[path] is leaves[path] for path in untouched)
+    # The writer's arithmetic (numpy, one layer at a time) is the same.
+    name = (
+        "model.layers.1.mlp.gate_proj.weight"
+        if family == "llama"
+        else "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    )
+    kernel = merged["layers/ffn/gate_proj/kernel"][1]
+    np.testing.assert_allclose(written[name], (kernel if family == "llama" else kernel[2]).T, atol=2e-6)
+
+
+def test_merge_rounds_once(tiny_model, params_of, random_lora):
+    """bfloat16 weights: the sum is formed in float32 and rounded to nearest, not product and sum each."""
+    model, config = tiny_model("llama")
+    params = map_named(lambda _, leaf: jnp.asarray(leaf, jnp.bfloat16), params_of(model, config))
+    lora, spec = random_lora(config, TARGETS)
+    exact = merge(map_named(lambda _, leaf: leaf.astype(jnp.float32), params), lora, spec)
+    for path, leaf in flatten(merge(params, lora, spec)).items():
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, flatten(exact)[path].astype(jnp.bfloat16))
+
+
+FAMILIES = {
+    "llama": (TARGETS, {}),
+    "mistral": (ALL, {}),
+    "qwen2": (TARGETS, {"rslora": True}),
+    "qwen3": (ALL, {"dora": True}),
+    "gemma": (ALL, {}),
+    "gemma2": (ALL, {}),
+    "gemma3_text": (TARGETS, {"dora": True}),
+    "phi3": (ALL, {"dora": True}),
+    "olmo2": (TARGETS, {}),
+    "smollm3": (ALL, {}),
+    "granite": (ALL, {"rslora": True}),
+    "mixtral": (TARGETS, {}),
+    "qwen3_moe": (ALL, {"rslora": True}),
+}
+WITH_DECODER = ("llama", "gemma3_text", "phi3", "mixtral")  # the others would only repeat it, at a compilation each
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_and_merged_folder_agree(family, tiny_model, params_of, random_lora, tmp_path):
+    """The exported adapter in PEFT, the merged folder in transformers, base + adapter here: the same logits."""
+    model, config = tiny_model(family)
+    targets, variant = FAMILIES[family]
+    params = params_of(model, config)
+    lora, spec = random_lora(config, targets, **variant)
+    raw = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    base = torch_logits(model)
+
+    export_adapter(lora, spec, config, tmp_path / "adapter", base_model_name="org/base")
+    write(tmp_path / "merged", config, params, lora, spec, raw, shard_bytes=20_000)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    adapted = torch_logits(wrapped)
+    found = {"merged folder": torch_logits(load(tmp_path / "merged"))}
+    if family in WITH_DECODER:
+        found["decoder and adapter"] = our_logits(config, params, lora, spec)
+        found["decoder and merged params"] = our_logits(config, merge(params, lora, spec))
+        assert max_logit_difference(lambda _: base, lambda _: our_logits(config, params), TOKENS) < 1e-5
+    assert max_logit_difference(lambda _: base, lambda _: adapted, TOKENS) > 0.05
+    for name, logits in found.items():
+        assert max_logit_difference(lambda _: adapted, lambda _, x=logits: x, TOKENS) < 2e-5, name
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def random_params(config: ModelConfig) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(config)
+    return unflatten({path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()})
+
+
+@pytest.fixture
+def small(tiny_model, random_lora):
+    model, config = tiny_model("llama")
+    params = random_params(config)
+    lora, spec = random_lora(config, TARGETS)
+    return config, params, lora, spec, model.config.to_dict()
+
+
+def test_folder_holds_what_tools_expect(small, tmp_path):
+    config, params, lora, spec, raw = small
+    write(tmp_path / "m", config, params, lora, spec, raw, shard_bytes=10_000, dtype="bfloat16", card="# Mine\n")
+
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in (tmp_path / "m").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    stored = {}
+    for shard in shards:
+        assert (tmp_path / "m" / shard).stat().st_size < 10_000 + 4_000
+        with safe_open(tmp_path / "m" / shard, "np") as file:
+            assert file.metadata() == {"format": "pt"}
+            stored |= {name: (shard, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    assert index["weight_map"] == {name: shard for name, (shard, _) in stored.items()}
+    assert index["metadata"]["total_size"] == sum(array.nbytes for _, array in stored.values())
+    for name, array in merged_tensors(config, params, lora, spec):
+        np.testing.assert_array_equal(stored[name][1], array.astype(ml_dtypes.bfloat16))
+    settings = json.loads((tmp_path / "m/config.json").read_text())
+    assert settings["dtype"] == settings["torch_dtype"] == "bfloat16"
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *shards,
+    }
+    assert load(tmp_path / "m").dtype == torch.bfloat16
+
+
+def test_base_alone_is_written_as_it_is(small, tmp_path):
+    config, params, _, _, raw = small
+    write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
+    with safe_open(tmp_path / "m/model.safetensors", "np") as file:
+        kernel = file.get_tensor("model.layers.2.self_attn.k_proj.weight")
+    np.testing.assert_array_equal(kernel, flatten(params)["layers/attn/k_proj/kernel"][2].T)
+    assert not (tmp_path / "m/model.safetensors.index.json").exists()
+
+
+def test_written_tokenizer_works_in_transformers(small, tmp_path):
+    config, params, lora, spec, raw = small
+    ours = tokenizer()
+    write(tmp_path / "m", config, params, lora, spec, raw)
+
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+
+    text = "the thing in there, then."
+    assert theirs(text).input_ids == ours.encode(text)
+    assert ours.encode(text)[0] == 1
+    assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(ours.encode(text)) == text
+    messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "there"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == ours.render_chat(messages)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
+    assert load(tmp_path / "m").generation_config.eos_token_id == [2, 3]
+    again = Tokenizer.from_folder(tmp_path / "m")
+    assert again.encode(text) == ours.encode(text)
+    assert again.eos_ids == ours.eos_ids
+    assert again.render_chat(messages) == ours.render_chat(messages)
+
+
+def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
+    config, params, lora, spec, raw = small
+    write(tmp_path / "base", config, params, None, NO_ADAPTERS, raw)
+    (tmp_path / "base/special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    write(tmp_path / "m", config, params, lora, spec, raw, tokenizer=tmp_path / "base")
+    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NaloraError, match=r"tokenizer\.json"):
+        write(tmp_path / "n", config, params, lora, spec, raw, tokenizer=tmp_path / "empty")
+
+
+def test_multimodal_base_becomes_its_text_model(tiny_model, tmp_path):
+    model, config = tiny_model("gemma3_text")
+    raw = {"model_type": "gemma3", "text_config": model.config.to_dict(), "tie_word_embeddings": True}
+    params = random_params(config)
+    write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
+    loaded = load(tmp_path / "m")
+    assert type(loaded).__name__ == "Gemma3ForCausalLM"
+    np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
+
+
+def test_one_tensor_in_memory_at_a_time(tiny_model, random_lora, tmp_path):
+    raw = tiny_model("llama")[0].config.to_dict()
+    raw |= {"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 64}
+    config = ModelConfig.from_hf(raw)
+    params = random_params(config)
+    lora, spec = random_lora(config, {"ffn/gate_proj": ((8,) * 12, (8.0,) * 12)})
+    total, largest = size_bytes(params), 256 * 512 * 4
+    tracemalloc.start()
+    write(tmp_path / "m", config, params, lora, spec, raw)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 20 * largest
+    assert peak < 6 * largest
+
+
+def test_sharded_parameters_are_written_whole(small):
+    config, params, lora, spec, _ = small
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
+    spread = map_named(lambda _, leaf: jax.device_put(leaf, split) if leaf.ndim == 3 else leaf, params)
+    expected = dict(merged_tensors(config, params, lora, spec))
+    for name, tensor in merged_tensors(config, spread, lora, spec):
+        np.testing.assert_array_equal(tensor, expected.pop(name))
+    assert not expected
+
+
+def test_bad_requests_leave_nothing(small, tiny_model, tmp_path, monkeypatch):
+    config, params, lora, spec, raw = small
+    with pytest.raises(NaloraError, match="d_ff"):
+        write(tmp_path / "m", config, params, lora, spec, raw | {"intermediate_size": 32})
+    with pytest.raises(NaloraError, match="float32, float16, bfloat16"):
+        write(tmp_path / "m", config, params, lora, spec, raw, dtype="int8")
+
+    def disk_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nalora_jax.weights.merge.write_shards", disk_full)
+        with pytest.raises(NaloraError, match="No space left"):
+            write(tmp_path / "m", config, params, lora, spec, raw)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/other.txt").write_text("mine")
+    with pytest.raises(NaloraError, match=r"other\.txt"):
+        write(tmp_path / "m", config, params, lora, spec, raw)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["other.txt"]

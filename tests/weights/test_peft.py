@@ -1,0 +1,446 @@
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import projection_shapes
+from nalora_jax.trees import flatten, map_named
+from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+from nalora_jax.weights.peft_modules import module_layout
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+FFN = {
+    "ffn/gate_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
+    "ffn/up_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
+    "ffn/down_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
+}
+ATTENTION = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"}
+MIXED = {
+    "ffn/gate_proj": ((4, 2, 4), (8.0, 8.0, 3.0)),
+    "ffn/up_proj": ((3, 3, 3), (8.0, 8.0, 8.0)),
+    "ffn/down_proj": ((0, 4, 0), (1.0, 5.0, 1.0)),
+    "attn/q_proj": ((1, 2, 5), (1.5, 2.5, 3.5)),
+    "attn/v_proj": ((4, 4, 4), (8.0, 8.0, 8.0)),
+}
+TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
+
+
+def wrap(model: Any, **config: Any) -> Any:
+    """The model in PEFT, every adapter parameter random."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + ("magnitude" in name))
+    return wrapped
+
+
+def load(model: Any, folder: Path) -> Any:
+    """The folder as PEFT loads it; a key that PEFT misses or ignores warns, and warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # PEFT on transformers
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def peft_deltas(wrapped: Any, layout: Any, config: Any) -> dict[tuple[str, int], np.ndarray]:
+    """PEFT's own delta weights by stacked path and layer, in our orientation; fused modules split."""
+    found: dict[tuple[str, int], np.ndarray] = {}
+    modules = dict(wrapped.get_base_model().named_modules())
+    shapes = projection_shapes(config)
+    for layer in range(config.n_layers):
+        for host in (*layout.modules, *layout.parameters):
+            name = layout.full_name(layer, host.name)
+            module = modules.get(name)
+            if host in layout.parameters:
+                module = modules[name.rpartition(".")[0]]
+                while hasattr(module, "parameter_name") and module.parameter_name != host.name.rpartition(".")[2]:
+                    module = module.base_layer
+            if not hasattr(module, "get_delta_weight"):
+                continue
+            delta = module.get_delta_weight("default").detach().double().numpy().swapaxes(-1, -2)
+            for part, ours in zip(
+                host.parts, np.split(delta, np.cumsum([shapes[p][-1] for p in host.parts])[:-1], -1), strict=True
+            ):
+                found[part, layer] = ours
+    return found
+
+
+def assert_same(ours: dict[Any, np.ndarray], theirs: dict[Any, np.ndarray], tolerance: float = 1e-5) -> None:
+    assert ours.keys() | theirs.keys()
+    for key in ours.keys() | theirs.keys():
+        a, b = ours.get(key, np.zeros(1)), theirs.get(key, np.zeros(1))
+        np.testing.assert_allclose(*np.broadcast_arrays(a, b), atol=tolerance, err_msg=str(key))
+
+
+def logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.double().numpy()
+
+
+def write(folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings_))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+
+
+# ---------------------------------------------------------------- PEFT -> here
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+    "regex": {"r": 2, "lora_alpha": 3, "target_modules": r".*\.(0|2)\..*(up|q)_proj"},
+    "regex of whole names": {"r": 2, "lora_alpha": 3, "target_modules": r".*mlp\.up_proj|.*q_pro"},
+    "patterns of whole parts": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up_proj"],
+        "rank_pattern": {"p_proj": 2, "layers.1": 2, "mlp.up": 2, "0.mlp.up_proj": 3},
+        "alpha_pattern": {"roj": 1, "model": 1},
+    },
+    "all linear": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "lora_dropout": 0.1},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "gate_proj", "mlp.down_proj"],
+        "rank_pattern": {"model.layers.1.mlp.gate_proj": 2, "q_proj": 3, r"^model\.layers\.[02].*down_proj": 5},
+        "alpha_pattern": {"gate_proj": 5, "layers.2.self_attn.q_proj": 7.5},
+    },
+    "patterns and rslora": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["gate_proj"],
+        "rank_pattern": {"layers.1.mlp.gate_proj": 2},
+        "alpha_pattern": {"layers.0.mlp.gate_proj": 1},
+        "use_rslora": True,
+    },
+    "some layers": {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj", "o_proj"], "layers_to_transform": [0, 2]},
+    "one layer": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "excluded": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up_proj", "o_proj"],
+        "exclude_modules": ["layers.1.mlp.up_proj"],
+    },
+    "excluded regex": {"r": 4, "lora_alpha": 8, "target_modules": ["up_proj"], "exclude_modules": r".*\.1\..*"},
+    "dora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "gate_proj"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_import_equals_peft(variant, tiny_model, deltas, tmp_path):
+    model, config = tiny_model("llama")
+    wrapped = wrap(model, **VARIANTS[variant])
+    wrapped.save_pretrained(tmp_path)
+
+    lora, spec = import_adapter(tmp_path, config)
+
+    layout = module_layout(config)
+    theirs = peft_deltas(wrapped, layout, config)
+    ours = deltas(lora, spec)
+    assert ours.keys() == theirs.keys()
+    assert_same(ours, theirs, 1e-6)
+    assert spec.dropout == VARIANTS[variant].get("lora_dropout", 0.0)
+    if spec.dora:
+        path = "layers/ffn/gate_proj"
+        magnitude = flatten(lora)[f"{path}/magnitude"]
+        for layer in range(config.n_layers):
+            module = wrapped.get_base_model().model.layers[layer].mlp.gate_proj
+            np.testing.assert_array_equal(
+                magnitude[layer], module.lora_magnitude_vector["default"].weight.detach().numpy()
+            )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_import_low_precision(dtype, tiny_model, deltas, tmp_path):
+    model, config = tiny_model("llama")
+    wrapped = wrap(model, **VARIANTS["plain"])
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+    wrapped.save_pretrained(tmp_path)
+    assert {t.dtype.name for t in map_named(lambda _, t: t, load_any(tmp_path)).values()} == {dtype}
+
+    lora, spec = import_adapter(tmp_path, config)
+
+    assert {leaf.dtype for leaf in flatten(lora).values()} == {np.dtype("float32")}
+    assert_same(deltas(lora, spec), peft_deltas(wrapped.float(), module_layout(config), config), 1e-6)
+
+
+def load_any(folder: Path) -> dict[str, Any]:
+    from safetensors.flax import load_file as load_jax
+
+    return load_jax(folder / "adapter_model.safetensors")
+
+
+def test_import_converted_pissa(tiny_model, deltas, tmp_path):
+    model, config = tiny_model("llama")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings_ = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=["gate_proj", "q_proj"], init_lora_weights="pissa"
+        )
+        wrapped = peft.get_peft_model(model, settings_)
+        wrapped.peft_config["default"].init_lora_weights = True
+        wrapped.save_pretrained(tmp_path / "start")
+        wrapped.peft_config["default"].init_lora_weights = "pissa"
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn(parameter.shape) * 0.1)
+        trained = logits(wrapped.eval())
+        wrapped.save_pretrained(tmp_path / "raw")
+        wrapped.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+    with pytest.raises(NaloraError, match="path_initial_model_for_weight_conversion"):
+        import_adapter(tmp_path / "raw", config)
+    lora, spec = import_adapter(tmp_path / "plain", config)
+
+    assert dict(spec.targets)["layers/ffn/gate_proj"].ranks == (6, 6, 6)
+    fresh, _ = tiny_model("llama")
+    with torch.no_grad():
+        for (path, layer), delta in deltas(lora, spec).items():
+            name = f"model.layers.{layer}." + path.removeprefix("layers/").replace("attn/", "self_attn.").replace(
+                "ffn/", "mlp."
+            )
+            weight = fresh.get_submodule(name).weight
+            torch.testing.assert_close(weight, before[f"{name}.weight"])
+            weight.add_(torch.from_numpy(delta.T).float())
+    np.testing.assert_allclose(logits(fresh), trained, atol=1e-4 * np.abs(trained).max())
+
+
+# ---------------------------------------------------------------- here -> PEFT
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama ffn": ("llama", FFN, {}),
+    "llama rslora": ("llama", FFN | ATTENTION, {"rslora": True}),
+    "llama mixed": ("llama", MIXED, {"dropout": 0.25}),
+    "llama mixed rslora": ("llama", MIXED, {"rslora": True}),
+    "llama dora": ("llama", MIXED, {"dora": True}),
+    "qwen2": ("qwen2", FFN | ATTENTION, {}),
+    "gemma2": ("gemma2", FFN, {}),
+    "olmo2": ("olmo2", FFN | ATTENTION, {}),
+    "phi3": ("phi3", FFN | ATTENTION, {}),
+    "phi3 mixed": ("phi3", MIXED, {}),
+    "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
+    "phi3 dora": ("phi3", FFN | ATTENTION, {"dora": True}),
+    "mixtral": ("mixtral", FFN | ATTENTION, {}),
+    "mixtral mixed": ("mixtral", MIXED, {"rslora": True}),
+    "qwen3_moe": ("qwen3_moe", FFN, {}),
+    "qwen3_moe gate": ("qwen3_moe", {"ffn/gate_proj": FFN["ffn/gate_proj"]}, {"dropout": 0.5}),
+    "qwen3_moe mixed": ("qwen3_moe", MIXED, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_loads_in_peft(case, tiny_model, random_lora, deltas, tmp_path):
+    family, targets, variant = CASES[case]
+    model, config = tiny_model(family)
+    lora, spec = random_lora(config, targets, **variant)
+    folder = tmp_path / "adapter"
+
+    export_adapter(lora, spec, config, folder, base_model_name="org/base")
+
+    wrapped = load(model, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
+    verify_export(folder, lora, spec, config)
+    # And back: what was exported is what is imported, bit for bit where no scale was folded.
+    again, spec_again = import_adapter(folder, config)
+    assert_same(deltas(lora, spec), deltas(again, spec_again), 1e-6)
+    if config.model_type not in ("phi3", "mixtral", "qwen3_moe"):
+        assert spec_again == spec
+        for path, _target in spec.targets:
+            for name in ("a", "b"):
+                np.testing.assert_array_equal(flatten(again)[f"{path}/{name}"], flatten(lora)[f"{path}/{name}"])
+
+
+def test_folded_scales_keep_everything_else(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("phi3")
+    lora, spec = random_lora(config, MIXED)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base")
+    assert 0 < verify_export(tmp_path / "a", lora, spec, config) < 2**-21
+    lora, spec = random_lora(config, FFN)
+    export_adapter(lora, spec, config, tmp_path / "b", base_model_name="org/base")
+    assert verify_export(tmp_path / "b", lora, spec, config) == 0.0
+    assert import_adapter(tmp_path / "b", config)[1] == spec
+
+
+def test_config_file_is_the_contract(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, FFN | {"attn/q_proj": ((0, 4, 0), (1.0, 8.0, 1.0))}, dropout=0.1)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", extra={"revision": "main"})
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text()) == {
+        "alpha_pattern": {},
+        "base_model_name_or_path": "org/base",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "rank_pattern": {},
+        "revision": "main",
+        "target_modules": ["down_proj", "gate_proj", "model.layers.1.self_attn.q_proj", "up_proj"],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    key = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"
+    np.testing.assert_array_equal(tensors[key], flatten(lora)["layers/ffn/down_proj/a"][2].T)
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" not in tensors
+
+
+def test_verify_export_notices_any_change(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, MIXED, dora=True)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base")
+    file, settings_ = tmp_path / "a/adapter_model.safetensors", tmp_path / "a/adapter_config.json"
+    tensors, text = load_file(file), settings_.read_text()
+    for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):
+        changed = {k: t.copy() for k, t in tensors.items()}
+        changed[f"base_model.model.model.layers.1.mlp.gate_proj.{kind}"].flat[3] *= 1.0001
+        save_file(changed, file)
+        with pytest.raises(NaloraError, match="layers/ffn/gate_proj, layer 1"):
+            verify_export(tmp_path / "a", lora, spec, config)
+    save_file(tensors, file)
+    settings_.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 9'))
+    with pytest.raises(NaloraError, match="another one"):
+        verify_export(tmp_path / "a", lora, spec, config)
+
+
+# ---------------------------------------------------------------- mixtures of experts, as PEFT itself writes them
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("style", ["parameters", "one parameter", "modules"])
+def test_import_experts_from_peft(family, style, tiny_model, deltas, tmp_path):
+    model, config = tiny_model(family)
+    old_names = ["w1", "w2", "w3"] if family == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    targets = {
+        "parameters": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        "one parameter": {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj"]},
+        "modules": {"target_modules": [*old_names, "o_proj"]},
+    }[style]
+    wrapped = wrap(model, r=3, lora_alpha=5, **({"target_modules": []} | targets))
+    wrapped.save_pretrained(tmp_path)
+
+    lora, spec = import_adapter(tmp_path, config)
+
+    assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
+
+
+def test_import_experts_of_transformers_4(tiny_model, random_lora, deltas, tmp_path):
+    _, config = tiny_model("mixtral")
+    lora, spec = random_lora(config, FFN)
+    leaves = flatten(lora)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    stem = "base_model.model.model.layers.{}.block_sparse_moe.experts.{}.{}.lora_{}.weight"
+    tensors = {
+        stem.format(layer, e, theirs, kind.upper()): leaves[f"layers/ffn/{ours}/{kind}"][layer, e].T.copy()
+        for ours, theirs in names.items()
+        for layer in range(config.n_layers)
+        for e in range(config.n_experts)
+        for kind in "ab"
+    }
+    settings_ = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["w1", "w2", "w3"]}
+    settings_ |= {"alpha_pattern": {"layers.1.block_sparse_moe.experts.2.w3": 4}}
+    write(tmp_path, settings_, tensors)
+
+    found, found_spec = import_adapter(tmp_path, config)
+
+    expected = deltas(lora, spec)
+    expected["layers/ffn/up_proj", 1][2] /= 2
+    assert_same(deltas(found, found_spec), expected, 1e-6)
+    del tensors["base_model.model.model.layers.1.block_sparse_moe.experts.2.w3.lora_A.weight"]
+    del tensors["base_model.model.model.layers.1.block_sparse_moe.experts.2.w3.lora_B.weight"]
+    write(tmp_path, settings_, tensors)
+    with pytest.raises(NaloraError, match=r"experts\.2\.w3"):
+        import_adapter(tmp_path, config)
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def vllm_accepts(folder: Path, max_lora_rank: int = 16) -> dict[str, Any]:
+    """vLLM's own adapter checks (vllm/lora/peft_helper.py and lora_model.py), stated as rules."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
+    assert config["r"] <= max_lora_rank
+    assert config["bias"] == "none"
+    assert not config.get("modules_to_save")
+    assert not config.get("use_dora")
+    assert not config.get("rank_pattern")
+    assert not config.get("alpha_pattern")
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        prefix, _, rest = key.rpartition(".lora_")
+        assert prefix.startswith("base_model.model.model.layers.")
+        assert rest in ("A.weight", "B.weight")
+        assert prefix.rpartition(".")[2] in config["target_modules"]
+        assert tensor.shape[0 if rest[0] == "A" else 1] == config["r"]
+    return config
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "mixtral", "qwen3_moe"])
+def test_vllm_export(family, tiny_model, random_lora, deltas, tmp_path):
+    model, config = tiny_model(family)
+    lora, spec = random_lora(config, MIXED, rslora=True, dropout=0.1)
+
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="org/base", target="vllm")
+
+    settings_ = vllm_accepts(tmp_path / "a")
+    assert settings_["use_rslora"] is False
+    assert settings_["r"] == {"phi3": 9}.get(family, 5)
+    verify_export(tmp_path / "a", lora, spec, config)
+    with warnings.catch_warnings():
+        # PEFT warns of its own patterns for fused experts.
+        warnings.filterwarnings("ignore", r".*gate_up_proj'\]", RuntimeWarning)
+        wrapped = load(model, tmp_path / "a")
+    assert_same(deltas(lora, spec), peft_deltas(wrapped, module_layout(config), config))
+    if config.n_experts:  # vLLM packs gate, up and down of every expert: all or none
+        names = {key.rpartition(".lora_")[0] for key in load_file(tmp_path / "a/adapter_model.safetensors")}
+        assert sum(".experts." in name for name in names) == 3 * config.n_layers * config.n_experts
+
+
+def test_vllm_refusals_name_the_rule(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, FFN, dora=True)
+    with pytest.raises(NaloraError, match="use_dora"):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm")
+    lora, spec = random_lora(config, FFN)
+    with pytest.raises(NaloraError, match="max_lora_rank"):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=3)
+    export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", target="vllm", max_lora_rank=4)
+
+
+def test_max_logit_difference_is_relative():
+    first, second = (lambda x: x * 10.0), (lambda x: x * 10.0 + (x == 2))
+    assert max_logit_difference(first, first, np.arange(3)) == 0
+    assert max_logit_difference(first, second, np.arange(3)) == pytest.approx(0.05)

@@ -1,0 +1,237 @@
+"""Adapters that must not be read, requests that must not be written: one error that names the field, nothing left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.trees import map_named
+from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
+
+FFN = {f"ffn/{name}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for name in ("gate", "up", "down")}
+
+
+def write(folder: Path, settings_: dict[str, Any], tensors: dict[str, np.ndarray], metadata: Any = None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings_))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
+
+
+@pytest.fixture
+def good(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, FFN)
+    export_adapter(lora, spec, config, tmp_path / "good", base_model_name="org/base", fingerprint="abc")
+    settings_ = json.loads((tmp_path / "good/adapter_config.json").read_text())
+    return config, tmp_path / "good", settings_, load_file(tmp_path / "good/adapter_model.safetensors")
+
+
+MISSING = object()
+BAD_CONFIGS = [
+    ({"r": MISSING}, "r: expected an integer of 1 or more, found nothing"),
+    ({"r": None}, "r: expected an integer of 1 or more, found null"),
+    ({"r": 0}, "r: expected"),
+    ({"r": 4.0}, "r: expected"),
+    ({"r": True}, "r: expected"),
+    ({"r": 8}, "shape"),
+    ({"lora_alpha": MISSING}, "lora_alpha: expected a number above 0, found nothing"),
+    ({"lora_alpha": None}, "lora_alpha"),
+    ({"lora_alpha": float("nan")}, "lora_alpha"),
+    ({"lora_alpha": "16"}, "lora_alpha"),
+    ({"peft_type": "LOHA"}, "peft_type"),
+    ({"task_type": "SEQ_CLS"}, "task_type"),
+    ({"bias": "lora_only"}, "bias"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+    ({"some_future_feature": 1}, "some_future_feature"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    ({"target_modules": None}, "target_modules"),
+    ({"target_modules": MISSING}, "target_modules"),
+    ({"target_modules": ["gate_proj", "up_proj"]}, "cover model.layers.0.mlp.down_proj"),
+    ({"target_modules": ["gate_proj", "up_proj", "down_proj", "q_proj"]}, "model.layers.0.self_attn.q_proj"),
+    ({"target_modules": "gate_proj"}, "target_modules"),
+    ({"target_modules": "(gate"}, "regular expression"),
+    ({"target_modules": {"gate_proj": 1}}, "target_modules"),
+    ({"target_modules": "all-linear"}, "self_attn.q_proj"),
+    ({"target_modules": r".*mlp.*", "layers_to_transform": [0]}, "layers_to_transform"),
+    ({"layers_to_transform": [0, 1]}, "cover model.layers.2.mlp.down_proj"),
+    ({"exclude_modules": ["up_proj"]}, "cover model.layers.0.mlp.up_proj"),
+    ({"rank_pattern": {"up_proj": 3}}, r"up_proj \(a\): expected shape \(3, 16\)"),
+    ({"rank_pattern": {"up_proj": None}}, "rank_pattern: up_proj"),
+    ({"rank_pattern": ["up_proj"]}, "rank_pattern"),
+    ({"alpha_pattern": {"up_(proj": 3}}, "regular expression"),
+    ({"use_dora": True}, "lora_magnitude_vector"),
+    ({"use_dora": "yes"}, "use_dora"),
+    ({"lora_dropout": 1.5}, "lora_dropout"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), BAD_CONFIGS, ids=[str(next(iter(c))) + str(i) for i, (c, _) in enumerate(BAD_CONFIGS)]
+)
+def test_bad_configs_are_refused_by_name(change, message, good, tmp_path):
+    config, _, settings_, tensors = good
+    settings_ = {key: value for key, value in (settings_ | change).items() if value is not MISSING}
+    write(tmp_path / "bad", settings_, tensors)
+    with pytest.raises(NaloraError, match=message):
+        import_adapter(tmp_path / "bad", config)
+
+
+KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+BAD_TENSORS = [
+    (lambda t: {k.removeprefix("base_model.model."): v for k, v in t.items()}, "another prefix"),
+    (lambda t: {k.replace("lora_A.", "lora_A.default."): v for k, v in t.items()}, "save_pretrained"),
+    (lambda t: {k.replace("model.layers", "transformer.layers"): v for k, v in t.items()}, "unknown module"),
+    (lambda t: t | {KEY.replace("layers.1", "layers.9"): t[KEY]}, r"layers\.9"),
+    (lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[KEY]}, "lm_head"),
+    (lambda t: t | {"base_model.model.lm_head.weight": t[KEY]}, "lm_head"),
+    (lambda t: {k: v for k, v in t.items() if k != KEY}, "lora_A"),
+    (lambda t: {k: v for k, v in t.items() if "layers.1.mlp.up" not in k}, "layers.1.mlp.up_proj"),
+    (lambda t: {}, "layers.0.mlp"),
+    (lambda t: t | {KEY: t[KEY][:, :-1].copy()}, "another base model"),
+    (lambda t: t | {KEY: t[KEY].T.copy()}, "shape"),
+    (lambda t: t | {KEY: t[KEY].astype(np.int32)}, "I32"),
+    (lambda t: t | {KEY: t[KEY] * np.float32("nan")}, "NaN"),
+    (lambda t: t | {KEY.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(24, np.float32)}, "magnitude"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TENSORS, ids=range(len(BAD_TENSORS)))
+def test_bad_tensors_are_refused_by_name(change, message, good, tmp_path):
+    config, _, settings_, tensors = good
+    write(tmp_path / "bad", settings_, change(tensors))
+    with pytest.raises(NaloraError, match=message):
+        import_adapter(tmp_path / "bad", config)
+
+
+def test_bad_files_are_refused(good, tiny_model, tmp_path):
+    config, folder, *_ = good
+    with pytest.raises(NaloraError, match="abc"):
+        import_adapter(folder, config, fingerprint="another")
+    import_adapter(folder, config, fingerprint="abc")
+    with pytest.raises(NaloraError, match="another base model"):
+        import_adapter(folder, tiny_model("llama", intermediate_size=32)[1])
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    for size in (0, 7, 100, len(data) - 1):
+        (folder / "adapter_model.safetensors").write_bytes(data[:size])
+        with pytest.raises(NaloraError, match="whole safetensors file"):
+            import_adapter(folder, config)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(NaloraError, match="pickle"):
+        import_adapter(folder, config)
+    for text in ("", "[1, 2]", "{", "\xff\xfe", '{"r": ' + "[" * 100_000):
+        (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(NaloraError, match="JSON object"):
+            import_adapter(folder, config)
+    with pytest.raises(NaloraError, match=r"adapter_config\.json"):
+        import_adapter(tmp_path / "nothing", config)
+
+
+def test_mutated_files_only_raise_the_library_error(good):
+    """300 mutations of the two files: an adapter, or this library's error, and nothing else."""
+    config, folder, settings_, _ = good
+    rng = np.random.default_rng(0)
+    text, data = (folder / "adapter_config.json").read_bytes(), (folder / "adapter_model.safetensors").read_bytes()
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        1e300,
+        "",
+        "x",
+        "(",
+        [],
+        [1],
+        ["q_proj"],
+        {},
+        {"up_proj": 2},
+        {"(": 1},
+        [[]],
+    ]
+    header = 8 + int.from_bytes(data[:8], "little")
+    refused = 0
+    for round_ in range(300):
+        new_text, new_data = bytearray(text), bytearray(data)
+        if round_ % 3 == 0:
+            changed = settings_ | {rng.choice(list(settings_)): values[rng.integers(len(values))]}
+            new_text = bytearray(json.dumps(changed).encode())
+        elif round_ % 3 == 1:
+            for _ in range(rng.integers(1, 4)):
+                new_text[rng.integers(len(new_text))] = rng.integers(256)
+        else:
+            for _ in range(rng.integers(1, 4)):
+                new_data[rng.integers(header)] = rng.integers(256)
+            new_data = new_data[: rng.integers(len(new_data)) if round_ % 2 else None]
+        (folder / "adapter_config.json").write_bytes(new_text)
+        (folder / "adapter_model.safetensors").write_bytes(new_data)
+        try:
+            import_adapter(folder, config)
+        except NaloraError:
+            refused += 1
+    assert refused > 200
+
+
+def test_folder_is_whole_or_absent(tiny_model, random_lora, tmp_path, monkeypatch):
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, FFN)
+
+    def export(**options: Any) -> None:
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b", **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nalora_jax.weights.peft_write.save_file", disk_full)
+        with pytest.raises(NaloraError, match="No space left"):
+            export()
+    assert list(tmp_path.iterdir()) == []
+    export()
+    before = (tmp_path / "a/adapter_model.safetensors").read_bytes()
+    with pytest.raises(NaloraError, match=r"holds adapter_config\.json"):
+        export()
+    lora = map_named(lambda _, leaf: leaf * 2, lora)
+    with monkeypatch.context() as patch:
+        patch.setattr("nalora_jax.weights.peft_write.save_file", disk_full)
+        with pytest.raises(NaloraError):
+            export(overwrite=True)
+    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == before
+    export(overwrite=True)
+    verify_export(tmp_path / "a", lora, spec, config)
+    (tmp_path / "a/notes.txt").write_text("mine")
+    with pytest.raises(NaloraError, match=r"notes\.txt"):
+        export(overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def disk_full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_adapter_of_an_unknown_projection_is_refused(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("llama")
+    lora, spec = random_lora(config, FFN)
+    spec = AdapterSpec((*spec.targets, ("layers/ffn/extra_proj", spec.targets[0][1])))
+    with pytest.raises(NaloraError, match="extra_proj"):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b")
+
+
+def test_dora_of_half_a_fused_module_is_refused(tiny_model, random_lora, tmp_path):
+    _, config = tiny_model("phi3")
+    lora, spec = random_lora(config, {"ffn/gate_proj": FFN["ffn/gate_proj"]}, dora=True)
+    with pytest.raises(NaloraError, match=r"mlp\.gate_up_proj"):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b")
+    _, config = tiny_model("mixtral")
+    lora, spec = random_lora(config, FFN, dora=True)
+    with pytest.raises(NaloraError, match="experts"):
+        export_adapter(lora, spec, config, tmp_path / "a", base_model_name="b")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.peft import export_adapter, import_adapter
+from nalora_jax.weights.pissa import pissa_init, pissa_to_lora
+
+
+def kernel(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.3, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (3, 16, 24), (2, 4, 8, 12)])
+def test_exact_split_is_the_best_approximation(shape):
+    w = kernel(shape)
+    a, b, residual = pissa_init(jnp.asarray(w), 4, 2.0)
+    u, s, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+    best = (u[..., :4] * s[..., None, :4]) @ vt[..., :4, :]
+    np.testing.assert_allclose(2.0 * a @ b, best, atol=2e-6)
+    np.testing.assert_allclose(residual + 2.0 * a @ b, w, atol=1e-6)
+    # The singular values are shared evenly, as in PEFT: both factors have the same column norms.
+    np.testing.assert_allclose(jnp.linalg.norm(a, axis=-2), jnp.linalg.norm(b, axis=-1), rtol=1e-5)
+    assert a.dtype == b.dtype == residual.dtype == jnp.float32
+
+
+def test_equals_peft(tiny_model):
+    peft = pytest.importorskip("peft")
+    model, _ = tiny_model("llama")
+    w = model.model.layers[0].mlp.gate_proj.weight.detach().numpy().T.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["gate_proj"], init_lora_weights="pissa")
+        )
+    theirs = wrapped.get_base_model().model.layers[0].mlp.gate_proj
+    a, b, residual = pissa_init(jnp.asarray(w), 3, 2.0)
+    np.testing.assert_allclose(residual, theirs.base_layer.weight.detach().numpy().T, atol=1e-5)
+    their_a, their_b = (getattr(theirs, f"lora_{x}")["default"].weight.detach().numpy().T for x in "AB")
+    signs = np.sign(np.sum(np.asarray(a) * their_a, axis=0))  # singular vectors are determined up to a sign
+    np.testing.assert_allclose(a, their_a * signs, atol=1e-4)
+    np.testing.assert_allclose(b, their_b * signs[:, None], atol=1e-4)
+
+
+def test_randomized_split_is_nearly_the_best():
+    rng = np.random.default_rng(1)
+    u, v = (np.linalg.qr(rng.normal(size=(size, 48)))[0] for size in (96, 64))
+    w = jnp.asarray((u * 0.8 ** np.arange(48)) @ v.T, jnp.float32)
+    a, b, residual = pissa_init(w, 8, 1.0, iterations=4)
+    exact = pissa_init(w, 8, 1.0)[2]
+    assert float(jnp.linalg.norm(residual)) < 1.001 * float(jnp.linalg.norm(exact))
+    np.testing.assert_allclose(residual + a @ b, w, atol=1e-6)
+    again = pissa_init(w, 8, 1.0, iterations=4)[0]
+    np.testing.assert_array_equal(a, again)
+    assert not np.array_equal(a, pissa_init(w, 8, 1.0, iterations=4, key=jax.random.key(1))[0])
+
+
+def test_low_precision_kernel_is_rounded_once():
+    w = jnp.asarray(kernel((16, 24)), jnp.bfloat16)
+    a, b, residual = pissa_init(w, 4, 1.0)
+    assert a.dtype == b.dtype == jnp.float32
+    assert residual.dtype == jnp.bfloat16
+    exact = w.astype(jnp.float32) - a @ b
+    np.testing.assert_array_equal(residual, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}], ids=str)
+def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant, tiny_model, tmp_path):
+    """Ranks that differ by layer; converted, exported, read back: residual + s A B = W + s' A' B'."""
+    _, config = tiny_model("llama")
+    path, ranks, alphas = "layers/ffn/gate_proj", (4, 0, 2), (8.0, 1.0, 3.0)
+    spec = AdapterSpec(((path, TargetSpec(ranks, alphas)),), **variant)
+    w = kernel((3, 16, 24))
+    a0, b0 = np.zeros((3, 16, 4), np.float32), np.zeros((3, 4, 24), np.float32)
+    residual = w.copy()
+    for layer, rank in enumerate(ranks):
+        if rank:
+            a0[layer, :, :rank], b0[layer, :rank], residual[layer] = pissa_init(
+                jnp.asarray(w[layer]), rank, float(spec.scales(path)[layer])
+            )
+    used = (np.arange(4) < np.array(ranks)[:, None])[:, None, :]
+    a = a0 + used * kernel(a0.shape, 1)
+    b = b0 + used.swapaxes(1, 2) * kernel(b0.shape, 2)
+    magnitude = {f"{path}/magnitude": np.ones((3, 24), np.float32)} if spec.dora else {}
+    trained, initial = (
+        unflatten({f"{path}/a": a, f"{path}/b": b} | magnitude),
+        unflatten({f"{path}/a": a0, f"{path}/b": b0}),
+    )
+
+    lora, plain = pissa_to_lora(trained, initial, spec)
+
+    assert plain.target(path).ranks == (8, 0, 4)
+    np.testing.assert_allclose(plain.scales(path), spec.scales(path), rtol=1e-6)
+    if not spec.dora:
+        export_adapter(lora, plain, config, tmp_path / "a", base_model_name="org/base")
+        lora, plain = import_adapter(tmp_path / "a", config)
+    leaves = flatten(lora)
+    assert (f"{path}/magnitude" in leaves) == spec.dora
+    for layer in range(3):
+        ours = w[layer] + plain.scales(path)[layer] * leaves[f"{path}/a"][layer] @ leaves[f"{path}/b"][layer]
+        expected = residual[layer] + spec.scales(path)[layer] * a[layer] @ b[layer]
+        np.testing.assert_allclose(ours, expected, atol=3e-6)
