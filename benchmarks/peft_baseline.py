@@ -89,8 +89,8 @@ def adapt(base: Any, options: argparse.Namespace) -> Any:
     return torch.compile(model) if options.compile else model
 
 
-def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the timed steps (losses of the warm-up come first)."""
+def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float], list[float]]:
+    """Wall seconds and CPU seconds of the timed steps, and the losses of all (the warm-up's come first)."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -100,9 +100,9 @@ def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[fl
     batches = random_tokens(
         options.warmup + options.steps, options.batch, options.seq, SMOLLM2["vocab_size"], options.seed
     )
-    seconds, losses = [], []
+    seconds, busy, losses = [], [], []
     for tokens in torch.from_numpy(batches):
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -110,7 +110,8 @@ def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[fl
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - start)
-    return seconds[options.warmup :], losses
+        busy.append(time.process_time() - start_busy)
+    return seconds[options.warmup :], busy[options.warmup :], losses
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     model = adapt(load_base(options), options)
     loaded = time.perf_counter() - begun
-    seconds, losses = train(model, options)
+    seconds, busy, losses = train(model, options)
     rates = [options.batch * options.seq / second for second in seconds]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return {
@@ -132,6 +133,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "load_seconds": loaded,
         "tokens_per_second": rates,
         "tokens_per_second_median": float(np.median(rates)),
+        # Well below the number of threads: something else had the processor, and the rates above mean little.
+        "cores_busy": sum(busy) / sum(seconds),
+        "cpu_seconds_per_step": busy,
         "loss": losses,
         "peak_rss_mb": peak_rss_mb(),
     }

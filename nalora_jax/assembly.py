@@ -25,6 +25,7 @@ from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
 from nalora_jax.train import mesh as layout
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import Step, StepConfig, make_train_step
+from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,15 @@ _STEPS = itertools.count()
 class Assembly:
     """What a run compiles, and the state that it starts from."""
 
+    config: RunConfig
     model: Decoder
     spec: AdapterSpec
     mesh: Mesh
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # before the first step, on the mesh
+    params: Any  # frozen weights that the adapters sit on: the base's, with PiSSA what its components leave of them
     step: Step  # compiled on first use; donates the state
+    initial: Any = None  # PiSSA's adapters before the first step, in host memory
 
     @property
     def eval_model(self) -> Decoder:
@@ -58,7 +62,7 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
     Args:
       config: the run's settings, checked.
       base: architecture of the base model.
-      params: its weights on ``mesh`` (read for DoRA's magnitudes).
+      params: its weights on ``mesh``.
       mesh: the run's devices.
 
     Raises:
@@ -69,13 +73,28 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
     model = build_model(base, spec, config.compute, mesh, check=config.debug.check_gates)
     optimizer = build_optimizer(config, base, spec)
 
-    def fresh() -> TrainState:
+    initial = None
+    if config.lora.init == "pissa":
+        params, lora = pissa_split(params, spec)
+        initial = jax.device_get(lora)
+    else:
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
+
+    def fresh(lora: Any) -> TrainState:
         return init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, config.seed)
 
-    placed = layout.shardings(jax.eval_shape(fresh), mesh, layout.STATE_RULES)
-    state = jax.jit(fresh, out_shardings=placed)()
-    return Assembly(model, spec, mesh, optimizer, state, compile_step(config, base, model, optimizer, mesh, placed))
+    placed = layout.shardings(jax.eval_shape(fresh, lora), mesh, layout.STATE_RULES)
+    state = jax.jit(fresh, out_shardings=placed)(lora)
+    step = compile_step(config, base, model, optimizer, mesh, placed)
+    return Assembly(config, model, spec, mesh, optimizer, state, params, step, initial)
+
+
+def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
+    """The trained adapter as one of the original base, in host memory: itself, or PiSSA's difference."""
+    lora = jax.device_get(lora)
+    if assembly.initial is None:
+        return lora, assembly.spec
+    return pissa_to_lora(lora, assembly.initial, assembly.spec)
 
 
 def build_model(

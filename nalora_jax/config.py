@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,8 +119,10 @@ class DataConfig:
     train_split: str = "train"
     # Split held out for evaluation. For JSONL: another file's path, or a slice such as "train[-5%:]".
     eval_split: str = "validation"
-    # Examples evaluated at most (0: all), drawn once by a fixed seed.
+    # Held-out examples that before and after are measured on (0: all that are left), drawn once by a fixed seed.
     eval_limit: int = 400
+    # Other held-out examples, measured along the way, which choose the checkpoint that is exported.
+    select_limit: int = 200
     # Tokens per row.
     max_length: int = 128
     # Pack several examples into one row (they never attend to each other); off: one example a row.
@@ -176,14 +179,16 @@ class ComputeConfig:
 
     # Dtype of base weights and matrix operands; adapters, sums and norms stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # Hold the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), or "none".
+    quantize: Literal["none", "int8", "nf4"] = "none"
     # Rematerialisation: "auto" (by platform and dtype, as measured), "none", "full", or "dots" (keep matmul results).
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     # Take the channel statistics on every n-th position of each row (1: on all).
     stats_stride: int = 1
     # Take the misalignment probe on every n-th position (a multiple of stats_stride).
     probe_stride: int = 8
-    # Rows of hidden states per chunk of the cross-entropy.
-    loss_chunk: int = 512
+    # Rows of hidden states per chunk of the cross-entropy; 0 chooses by the vocabulary's size.
+    loss_chunk: int = 0
     # Keep compiled programs in the cache folder, so that the next start skips compilation.
     compilation_cache: bool = True
 
@@ -230,6 +235,27 @@ class RunConfig:
         return dataclasses.asdict(self)
 
 
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The config whose `RunConfig.to_dict` is ``values``, also after JSON has made its tuples lists.
+
+    Fields that this version does not know are ignored, and fields that are missing have their defaults, so that logs of
+    other versions can be read.
+    """
+    groups = {}
+    for one in dataclasses.fields(RunConfig):
+        if one.name not in values:
+            continue
+        found = values[one.name]
+        if isinstance(one.default_factory, type):  # a nested dataclass
+            known = {name.name for name in dataclasses.fields(one.default_factory)}
+            inner = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in known}
+            if one.name == "lora" and "rules" in inner:
+                inner["rules"] = tuple(LoRARule(**rule) for rule in inner["rules"])
+            found = one.default_factory(**inner)
+        groups[one.name] = found
+    return RunConfig(**groups)
+
+
 def check(config: RunConfig) -> RunConfig:
     """``config`` itself, once every field that can be judged without data is in range.
 
@@ -244,7 +270,7 @@ def check(config: RunConfig) -> RunConfig:
         "--data.max-length": config.data.max_length,
         "--compute.stats-stride": config.compute.stats_stride,
         "--compute.probe-stride": config.compute.probe_stride,
-        "--compute.loss-chunk": config.compute.loss_chunk,
+        "--data.select-limit": config.data.select_limit,
     }
     for flag, value in positive.items():
         _require(flag, value >= 1, "at least 1", value)
@@ -254,6 +280,7 @@ def check(config: RunConfig) -> RunConfig:
         "--train.keep": config.train.keep,
         "--train.patience": config.train.patience,
         "--data.eval-limit": config.data.eval_limit,
+        "--compute.loss-chunk": config.compute.loss_chunk,
         "--data.train-limit": config.data.train_limit,
         "--data.workers": config.data.workers,
         "--mask.warmup": config.mask.warmup,
@@ -298,6 +325,8 @@ def check(config: RunConfig) -> RunConfig:
         alpha = rule.alpha
         scale = alpha is None or (math.isfinite(alpha) and alpha > 0)
         _require("--lora.rules", scale, "a finite alpha above 0", f"{rule.pattern}:{rule.rank}:{alpha}")
+    both = config.compute.quantize != "none" and config.lora.init == "pissa"
+    _require("--compute.quantize", not both, 'none with --lora.init "pissa"', config.compute.quantize)
     accumulate, batch = config.train.accumulate, config.train.batch_size
     _require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
     strides = config.compute.probe_stride % config.compute.stats_stride == 0

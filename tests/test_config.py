@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from nalora_jax.config import LoRARule, RunConfig, check
+from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, StepScaleConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
 
 RULE = LoRARule("x", 1)
@@ -97,6 +97,19 @@ def test_to_dict_is_nested_plain_data_that_json_takes():
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain["mask"]["keep"] == config.mask.keep
     assert plain["lora"]["rules"][0] == {"pattern": config.lora.rules[0].pattern, "rank": 8, "alpha": None}
+
+
+def test_a_config_comes_back_from_json():
+    rules = (LoRARule("a", 4, 2.0), LoRARule("b", 0))
+    config = RunConfig(steps=7, lora=LoRAConfig(rules=rules), step_scale=StepScaleConfig(gains=(0.1, 0.2, 0.3, 0.4)))
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_logs_of_other_versions_can_be_read():
+    assert config_from_dict({"steps": 7, "gone": 1, "mask": {"keep": 0.25, "gone": 1}}) == RunConfig(
+        steps=7, mask=dataclasses.replace(RunConfig().mask, keep=0.25)
+    )
+    assert config_from_dict({}) == RunConfig()
 
 
 def test_configs_cannot_be_changed_in_place():

@@ -71,6 +71,25 @@ def eval_examples(
     return [_item(question, [next(examples) for _ in question.texts]) for question in questions]
 
 
+def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tuple[list[Item], list[Item]]:
+    """Questions that results are reported on, and others that choose a checkpoint; no question is in both.
+
+    Args:
+      items: at least two.
+      reported: how many to report on at most (0: all that are left).
+      selecting: how many choose; no more than a third of all.
+
+    Raises:
+      NaloraError: fewer than two questions.
+    """
+    if len(items) < 2:
+        raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
+    order = permutation(len(items), _SEED + 1).tolist()
+    cut = max(1, min(selecting, len(items) // 3))
+    rest = order[cut:] if not reported else order[cut : cut + reported]
+    return [items[i] for i in sorted(rest)], [items[i] for i in sorted(order[:cut])]
+
+
 def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
     """The texts to score of one record."""
     if config.messages_field in record:

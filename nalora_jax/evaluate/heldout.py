@@ -50,7 +50,8 @@ class Evaluator:
 
         Returns:
           ``accuracy`` (of questions with choices), ``loss`` per answer token, ``low`` and ``high`` (95% interval of the
-          headline metric), ``n``, and with ``samples`` a few questions with the answers given.
+          headline metric), ``n``, and with ``samples`` a few questions with the answers given, and ``right``: for each
+          question with choices, whether it was answered rightly.
         """
         variables = {"params": params} | ({} if lora is None else {"lora": lora})
         if self.choices:
@@ -62,7 +63,9 @@ class Evaluator:
         result = multiple_choice(self._model, variables, self.choices, mesh=self._mesh, samples=count)
         names = ("accuracy", "low", "high", "accuracy_per_character", "loss", "n")
         values = {name: getattr(result, name) for name in names}
-        return values | ({"samples": [vars(sample) for sample in result.samples]} if samples else {})
+        if samples:
+            values |= {"samples": [vars(sample) for sample in result.samples], "right": result.correct.tolist()}
+        return values
 
     def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
         result = completion_loss(self._model, variables, self.completions, mesh=self._mesh)

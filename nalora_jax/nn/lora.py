@@ -27,7 +27,8 @@ from jax import lax
 
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.matmul import Numerics, dot, matmul, unpack_leaf
+from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
+from nalora_jax.nn.quantize import Quantized
 from nalora_jax.trees import match_rules
 
 
@@ -278,7 +279,7 @@ class LoRADense(nn.Module):
           deterministic: no dropout.
           adapter_ids: ``[batch]``, with a stack of adapters in the ``lora`` collection.
         """
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = self._kernel(x.shape[-1])
         base = matmul(x, kernel, self.numerics)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -300,6 +301,14 @@ class LoRADense(nn.Module):
             delta = self._dora(base, delta, kernel, a, b, scale)
         return base, delta.astype(base.dtype)
 
+    def _kernel(self, d_in: int) -> jax.Array | Quantized:
+        if self.has_variable("params", "kernel"):
+            stored = self.get_variable("params", "kernel")
+            if isinstance(stored, Quantized):  # `param` would compare the shape of its codes
+                return stored
+        kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features))
+        return kernel
+
     def _adapter(self, d_in: int) -> tuple[jax.Array, jax.Array] | None:
         if self.target is None or not (self.is_initializing() or self.has_variable("lora", "a")):
             return None
@@ -309,10 +318,16 @@ class LoRADense(nn.Module):
         return a.value, b.value
 
     def _dora(
-        self, base: jax.Array, delta: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float
+        self,
+        base: jax.Array,
+        delta: jax.Array,
+        kernel: jax.Array | Quantized,
+        a: jax.Array,
+        b: jax.Array,
+        scale: jax.Array | float,
     ) -> jax.Array:
         """The residual that makes ``base + residual`` equal ``m (x W + s x A B) / |W + s A B|``."""
-        frozen = lax.stop_gradient(unpack_leaf(kernel))
+        frozen = lax.stop_gradient(expand(kernel))
         start = lambda: jnp.linalg.norm(frozen.astype(jnp.float32), axis=0)  # noqa: E731
         magnitude = self.variable("lora", "magnitude", start).value
         # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.

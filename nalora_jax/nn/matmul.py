@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.nn.quantize import Quantized, dequantize
 
 
 @dataclass(frozen=True)
@@ -46,50 +47,56 @@ def numerics_for(dtype: str, platform: str) -> Numerics:
     return Numerics(operand="bfloat16", result="bfloat16", adapter="bfloat16")
 
 
-def matmul(x: jax.Array, kernel: jax.Array, numerics: Numerics) -> jax.Array:
+def matmul(x: jax.Array, kernel: jax.Array | Quantized, numerics: Numerics) -> jax.Array:
     """``x @ kernel`` for a frozen kernel, accumulated in float32.
 
     Args:
       x: ``[..., d_in]``.
-      kernel: ``[d_in, d_out]``; float, or bf16 packed by `pack`. It receives **no gradient**: zeros.
+      kernel: ``[d_in, d_out]``: float, bf16 packed by `pack`, or quantized. It receives **no gradient**: zeros.
       numerics: dtypes of operands and result.
 
     Returns:
       ``[..., d_out]`` in ``numerics.result``.
     """
-    kernel = lax.stop_gradient(unpack_leaf(kernel))
     # Two-dimensional operands: XLA:CPU needs 60% more time for the same product over a [batch, seq, d] operand.
-    flat = x.reshape(-1, x.shape[-1])
-    if numerics.operand == "float32":
-        y = dot(flat, kernel.astype(jnp.float32), "float32")
-    else:
-        y = _low_precision(flat, kernel, numerics)
+    y = _frozen(x.reshape(-1, x.shape[-1]), kernel, numerics)
     return y.astype(numerics.result).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)) -> jax.Array:
     """The product of two matrices over dimensions ``dims``, operands rounded to ``operand``, result float32."""
     contract = (((dims[0],), (dims[1],)), ((), ()))
-    return lax.dot_general(x.astype(operand), y.astype(operand), contract, preferred_element_type=jnp.float32)
+    rows = x.shape[0]
+    if rows == 1 and dims[0] == 1 and operand == "bfloat16" and jax.default_backend() == "cpu":
+        # XLA:CPU multiplies a single row in float32, after widening the whole bf16 matrix; two rows it does not.
+        x = jnp.concatenate([x, x])
+    y = lax.dot_general(x.astype(operand), y.astype(operand), contract, preferred_element_type=jnp.float32)
+    return y[:rows] if dims[0] == 1 else y
+
+
+def expand(kernel: jax.Array | Quantized) -> jax.Array:
+    """A stored kernel as floats."""
+    return dequantize(kernel) if isinstance(kernel, Quantized) else unpack_leaf(kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _low_precision(x: jax.Array, kernel: jax.Array, numerics: Numerics) -> jax.Array:
-    # Without the custom rule the backward product would mix a float32 cotangent with a bf16 kernel: the slow path.
-    return dot(x, kernel, numerics.operand)
+def _frozen(x: jax.Array, kernel: Any, numerics: Numerics) -> jax.Array:
+    return dot(x, expand(kernel), numerics.operand)
 
 
-def _low_precision_fwd(x: jax.Array, kernel: jax.Array, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
-    return dot(x, kernel, numerics.operand), (kernel, jnp.zeros((0,), x.dtype))
+def _frozen_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
+    # The kernel is kept as it is stored: packed or quantized, a slice of what the scan reads anyway.
+    return _frozen(x, kernel, numerics), (kernel, jnp.zeros((0,), x.dtype))
 
 
-def _low_precision_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _frozen_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, Any]:
+    # Autodiff would mix a float32 cotangent with a bf16 kernel, the slow path on CPU; here both are operands.
     kernel, like_x = residuals
-    dx = dot(g, kernel, numerics.operand, dims=(1, 1)).astype(like_x.dtype)
-    return dx, jnp.zeros_like(kernel)
+    dx = dot(g, expand(kernel), numerics.operand, dims=(1, 1)).astype(like_x.dtype)
+    return dx, None
 
 
-_low_precision.defvjp(_low_precision_fwd, _low_precision_bwd)
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)
 
 
 def pack(params: Any) -> Any:
@@ -109,21 +116,24 @@ def _pack_leaf(leaf: jax.Array) -> jax.Array:
     return leaf
 
 
-def pack_views(params: Any) -> Any:
+def pack_views(params: Any, *, rank: int = 3) -> Any:
     """`pack` outside of a compiled program, without a copy: the views share the memory of ``params``.
 
-    For programs that run for milliseconds (one token), where the copy that `pack` makes on entry would count. Arrays
-    of several devices are returned as they are, for `pack` to view.
+    For programs that run for milliseconds (one token), where the copy that `pack` makes on entry would count.
+
+    Args:
+      params: arrays; those on several devices are returned as they are, for `pack` to view.
+      rank: of the smallest arrays that are viewed.
     """
     if jax.default_backend() != "cpu":
         return params
-    return jax.tree.map(_view_leaf, params)
 
+    def view(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.dtype != jnp.bfloat16 or leaf.ndim < rank or len(leaf.devices()) > 1:
+            return leaf
+        return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding, may_alias=True)
 
-def _view_leaf(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype != jnp.bfloat16 or leaf.ndim < 3 or len(leaf.devices()) > 1:
-        return leaf
-    return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding, may_alias=True)
+    return jax.tree.map(view, params)
 
 
 def unpack_leaf(leaf: jax.Array) -> jax.Array:

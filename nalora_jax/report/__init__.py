@@ -1,1 +1,6 @@
-"""Plots and pages from logged metrics."""
+"""Plots and the HTML report, from logged metrics only; and the table and picture of ``nalora inspect``."""
+
+from nalora_jax.report.html import write_report
+from nalora_jax.report.inspect import LayerSummary, layer_summary, layer_table, save_picture
+
+__all__ = ["LayerSummary", "layer_summary", "layer_table", "save_picture", "write_report"]

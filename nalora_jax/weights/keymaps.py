@@ -157,8 +157,10 @@ class KeyMap:
 
     def _nearest(self, name: str) -> str:
         """What the config lets one expect in the place of an unknown name."""
-        stem = re.sub(r"\d+", "0", name).rsplit(".", 2)[0]
-        near = [tensor for tensor in self.by_name if tensor.startswith(stem)][:4]
+        stems = (re.sub(r"\d+", "0", name).rsplit(".", cut)[0] for cut in (1, 2))
+        near = next(filter(None, ([known for known in self.by_name if known.startswith(stem)] for stem in stems)), [])[
+            :4
+        ]
         return "only tensors that config.json asks for" + (f" (here {', '.join(near)})" if near else "")
 
 

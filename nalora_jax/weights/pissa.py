@@ -46,6 +46,52 @@ def pissa_init(
     return a, b, residual.astype(kernel.dtype)
 
 
+def pissa_split(
+    params: Mapping[str, Any], spec: AdapterSpec, *, iterations: int = 4
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model's weights without the principal components of every adapted kernel, and the adapters that hold those.
+
+    Args:
+      params: base weights, layers stacked; they are not changed.
+      spec: of the adapters; each layer gives as many components as its rank.
+      iterations: of the randomized decomposition (deterministic: the same weights give the same split).
+
+    Returns:
+      ``(params, lora)``; together they compute what ``params`` alone did, up to the rounding of the residual's dtype.
+    """
+    leaves: dict[str, Any] = flatten(params)
+    adapters: dict[str, Any] = {}
+    for path, target in spec.targets:
+        kernel, scales = leaves[f"{path}/kernel"], spec.scales(path)
+        parts = [
+            _padded_init(kernel[layer], rank, target.rank, float(scale), iterations)
+            for layer, (rank, scale) in enumerate(zip(target.ranks, scales, strict=True))
+        ]
+        a, b, residual = (jnp.stack(part) for part in zip(*parts, strict=True))
+        adapters |= {f"{path}/a": a, f"{path}/b": b}
+        leaves[f"{path}/kernel"] = jax.device_put(residual, kernel.sharding)
+        if spec.dora:
+            adapters[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+    return unflatten(leaves), unflatten(adapters)
+
+
+_init = jax.jit(pissa_init, static_argnums=(1,), static_argnames=("iterations",))
+
+
+def _padded_init(
+    kernel: jax.Array, rank: int, stored: int, scale: float, iterations: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`pissa_init` of one layer, its factors zero-padded to the stack's rank."""
+    if rank == 0:
+        lead = kernel.shape[:-2]
+        zeros = jnp.zeros((*lead, kernel.shape[-2], stored)), jnp.zeros((*lead, stored, kernel.shape[-1]))
+        return (*zeros, kernel)
+    a, b, residual = _init(kernel, rank, scale, iterations=iterations)
+    widen = [(0, 0)] * (a.ndim - 2)
+    missing = (0, stored - rank)
+    return jnp.pad(a, [*widen, (0, 0), missing]), jnp.pad(b, [*widen, missing, (0, 0)]), residual
+
+
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``u [..., d_in, k], s [..., k], v [..., d_out, k]``: the last axis of all three counts components."""
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)

@@ -1,0 +1,15 @@
+"""The main job with plain LoRA: both mechanisms off, everything else equal. The run to compare NA-LoRA with.
+
+Expected result: near the main job's; docs say how far apart over paired seeds.
+Cost: that of the main job.
+Command: python train.py --config configs/lora_baseline.py
+"""
+
+from __future__ import annotations
+
+from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
+
+
+def config() -> RunConfig:
+    """The main job without mask and step scale."""
+    return RunConfig(output="runs/lora", mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))

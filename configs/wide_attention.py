@@ -1,0 +1,16 @@
+"""Adapters everywhere, more on the gates: per-module ranks by ordered rules, rsLoRA scaling, LoRA+ learning rates.
+
+Expected result: near the main job's accuracy; more trained parameters do not have to help on a small task.
+Cost: somewhat above the main job's.
+Command: python train.py --config configs/wide_attention.py
+"""
+
+from __future__ import annotations
+
+from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
+
+
+def config() -> RunConfig:
+    """Rank 16 on gates, 8 on the rest of the block, 4 on attention."""
+    rules = (LoRARule("gate_proj", rank=16), LoRARule("ffn/", rank=8), LoRARule("attn/", rank=4))
+    return RunConfig(output="runs/wide", lora=LoRAConfig(rules=rules, rslora=True, plus_ratio=4.0))

@@ -1,0 +1,97 @@
+"""Generated answers against reference answers, after normalisation."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.data.items import CompletionItem
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.statistics import wilson
+from nalora_jax.generate import Generator
+
+Normalise = Callable[[str], str]
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# A sign counts where nothing is subtracted ("10-5" has a 5); a comma only between groups of three digits.
+_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Share of answers that equal their reference, with its 95% interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    answers: tuple[str, ...]  # as generated
+    correct: np.ndarray  # bool [n], for paired comparisons
+
+
+def exact_match(
+    generator: Generator,
+    items: Sequence[CompletionItem],
+    *,
+    normalise: Normalise | None = None,
+    batch_size: int = 16,
+    **settings: Any,
+) -> Result:
+    """Lets the model answer every prompt and compares.
+
+    Args:
+      generator: the model.
+      items: prompts with reference answers.
+      normalise: applied to both before they are compared; `plain_text` by default, `last_number` for arithmetic.
+      batch_size: prompts at once.
+      **settings: of the generation, the fields of `nalora_jax.generate.Settings`.
+
+    Raises:
+      NaloraError: there are no items, or one cannot be continued.
+    """
+    if not items:
+        raise NaloraError("evaluation data", expected="at least one question", found="none")
+    clean = normalise or plain_text
+    answers = generator.generate([item.prompt_ids for item in items], batch_size=batch_size, **settings)
+    pairs = zip(answers, items, strict=True)
+    correct = np.array([matches(answer, item.completion, clean) for answer, item in pairs])
+    low, high = wilson(int(correct.sum()), len(items))
+    return Result(float(correct.mean()), low, high, len(items), tuple(answers), correct)
+
+
+def matches(answer: str, reference: str, normalise: Normalise) -> bool:
+    """Whether both are the same and not empty after normalisation; a reference that is empty then matches itself."""
+    expected = normalise(reference)
+    found = normalise(answer)
+    return found == expected and (bool(found) or answer.strip() == reference.strip())
+
+
+def plain_text(text: str) -> str:
+    """Lower case, without punctuation, English articles and repeated spaces, as SQuAD compares answers.
+
+    Example:
+      >>> plain_text("  The Eiffel-Tower, Paris. ")
+      'eiffeltower paris'
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def last_number(text: str) -> str:
+    """The last number in a text in its shortest form, or "" if there is none.
+
+    Example:
+      >>> last_number("12 eggs at $3 make $1,036.50. #### 1,036.50")
+      '1036.5'
+    """
+    found = _NUMBER.findall(text)
+    if not found:
+        return ""
+    number = format(Decimal(found[-1].replace(",", "")).normalize(), "f")
+    return "0" if number in ("-0", "+0") else number

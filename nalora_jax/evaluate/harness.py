@@ -1,0 +1,154 @@
+"""This library's models in EleutherAI's lm-evaluation-harness (the extra ``eval``).
+
+from lm_eval import simple_evaluate
+from nalora_jax.evaluate.harness import harness_model
+
+results = simple_evaluate(harness_model(model, variables, tokenizer), tasks=["arc_easy"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from jax.sharding import Mesh
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.likelihood import Score, score_groups
+from nalora_jax.generate import Generator
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.tokenizer import Tokenizer
+
+
+def harness_model(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+) -> Any:
+    """An ``lm_eval.api.model.LM`` over a model of this library.
+
+    Args:
+      model: the decoder.
+      variables: ``params``, and ``lora`` where there are adapters.
+      tokenizer: of the same model.
+      max_length: longest context and continuation together; longer contexts lose their beginning.
+      batch_size: prompts generated at once.
+      mesh: where the weights are sharded, if they are.
+
+    Raises:
+      NaloraError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval.api.model import LM
+    except ImportError as error:
+        raise NaloraError(
+            "lm-eval", expected="the package", found="not installed", remedy="pip install 'nalora_jax[eval]'"
+        ) from error
+    # The harness wants an instance of its own class; everything that matters is in Requests.
+    kind = type("NaloraLM", (Requests, LM), {"__init__": _init})
+    return kind(Generator(model, variables, tokenizer, max_length=max_length, mesh=mesh), batch_size)
+
+
+def _init(self: Any, generator: Generator, batch_size: int) -> None:
+    super(Requests, self).__init__()
+    Requests.__init__(self, generator, batch_size)
+
+
+class Requests:
+    """The three kinds of request that the harness makes; a request's ``args`` hold its texts."""
+
+    def __init__(self, generator: Generator, batch_size: int = 16) -> None:
+        self._generator, self._batch_size = generator, batch_size
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Log-likelihood of a continuation after its context, and whether it is what greedy decoding would give."""
+        pairs = [self._pair(*request.args) for request in requests]
+        return [(score.log_prob, score.greedy) for score in self._scores(pairs)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the model's context where they are longer."""
+        windows = [_windows(self._encode(request.args[0]), self._start, self._longest) for request in requests]
+        scores = iter(self._scores([pair for text in windows for pair in text]))
+        return [sum(next(scores).log_prob for _ in text) for text in windows]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Continuations up to the stop texts of each request; requests with equal settings share batches."""
+        texts: dict[int, str] = {}
+        numbered = sorted(enumerate(requests), key=lambda item: repr(sorted(item[1].args[1].items())))
+        for _, same in groupby(numbered, key=lambda item: item[1].args[1]):
+            batch = list(same)
+            options = _generation(batch[0][1].args[1])
+            room = self._longest - options["max_new_tokens"]
+            if room < 1:
+                raise NaloraError("max_gen_toks", expected=f"below {self._longest}", found=options["max_new_tokens"])
+            prompts = [self._encode(request.args[0])[-room:] or [self._start] for _, request in batch]
+            made = self._generator.generate(prompts, batch_size=self._batch_size, **options)
+            texts |= {index: text for (index, _), text in zip(batch, made, strict=True)}
+        return [texts[i] for i in range(len(requests))]
+
+    @property
+    def _start(self) -> int:
+        """What stands for "nothing before": the token that begins texts, else the one that ends them."""
+        tokenizer = self._generator.tokenizer
+        return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+    @property
+    def _longest(self) -> int:
+        return self._generator.max_length
+
+    def _encode(self, text: str) -> list[int]:
+        return self._generator.tokenizer.encode(text)
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of both, split where the harness splits them: a context's last spaces belong to what follows."""
+        if not context:
+            ids = self._generator.tokenizer.encode(continuation, special=False)
+            return [self._start], ids[-self._longest + 1 :]
+        bare = context.rstrip()
+        continuation = context[len(bare) :] + continuation
+        whole, before = self._encode(bare + continuation), self._encode(bare)
+        room = self._longest + 1  # the last token is only predicted
+        context_ids, ids = whole[: len(before)], whole[len(before) :]
+        ids = ids[-self._longest :]
+        return context_ids[-(room - len(ids)) :], ids
+
+    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
+        """Scores in order; neighbours with one context, the choices of a question, share it."""
+        groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
+        generator = self._generator
+        scored = score_groups(generator.model, generator.variables, groups, mesh=generator.mesh)
+        return [score for group in scored for score in group]
+
+
+def _windows(ids: list[int], start: int, longest: int) -> list[tuple[list[int], list[int]]]:
+    """Disjoint pieces that cover ``ids``, each after one token of context (the last also after what fits before it).
+
+    Example (a context of 3 tokens, start token 0):
+      >>> _windows([5, 6, 7, 8], 0, 3)
+      [([0], [5, 6, 7]), ([6, 7], [8])]
+    """
+    windows = []
+    for begin in range(0, len(ids), longest):
+        end = min(begin + longest, len(ids))
+        context = ids[max(0, end - longest - 1) : begin] if begin else [start]
+        windows.append((context, ids[begin:end]))
+    return windows
+
+
+def _generation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The harness's names for generation settings, in this library's."""
+    until = options.get("until") or ()
+    sampled = options.get("do_sample", False) or float(options.get("temperature") or 0.0) > 0
+    settings = {
+        "max_new_tokens": int(options.get("max_gen_toks", options.get("max_new_tokens", 256))),
+        "stop": (until,) if isinstance(until, str) else tuple(until),
+    }
+    if sampled:
+        settings["temperature"] = float(options.get("temperature") or 1.0)
+        settings |= {name: options[name] for name in ("top_k", "top_p") if options.get(name) is not None}
+    return settings

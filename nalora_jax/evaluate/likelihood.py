@@ -1,0 +1,174 @@
+"""Log-likelihoods of given tokens: the measure under multiple choice, perplexity and the harness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from nalora_jax.evaluate.plan import Batch, Pair, choose_layout, make_batches, split_group
+from nalora_jax.generate.shapes import batch_shards, place_batch
+from nalora_jax.models.cache import Cache, grow, init_cache
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.nn.matmul import pack, pack_views
+
+# Floats of one chunk of logits.
+_CHUNK_FLOATS = 1 << 23
+
+
+class Score(NamedTuple):
+    """How likely a continuation is."""
+
+    log_prob: float  # natural logarithm, summed over its tokens
+    tokens: int
+    greedy: bool  # every token is the likeliest one
+
+
+def score_groups(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    groups: Sequence[Sequence[Pair]],
+    *,
+    batch_tokens: int = 1024,
+    mesh: Mesh | None = None,
+) -> list[list[Score]]:
+    """The score of every continuation after its context.
+
+    Pairs of a group should have contexts that begin alike (the choices of a question): what they share is computed
+    once. The program is compiled once per model and layout of the data; weights and adapters are its arguments.
+
+    Args:
+      model: the decoder.
+      variables: ``params``, and ``lora`` where there are adapters.
+      groups: lists of (context ids, continuation ids), neither empty.
+      batch_tokens: shared tokens at once, about.
+      mesh: where the weights are sharded: the mesh over whose data axes the work is split.
+
+    Returns:
+      Scores in the order of ``groups``.
+
+    Raises:
+      NaloraError: a group, a context or a continuation is empty.
+    """
+    if not groups:
+        return []
+    splits = [split_group(index, pairs) for index, pairs in enumerate(groups)]
+    layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
+    variables = viewed(variables)
+    scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
+    for batch, pairs in make_batches(splits, layout):
+        log_probs, greedy = _score_batch(model, variables, batch, mesh)
+        for (group, pair), score in zip(pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True):
+            scores[group][pair] = score
+    return scores
+
+
+def viewed(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """``variables`` as compiled programs take them fastest; see `pack_views`."""
+    return {**variables, "params": pack_views(variables["params"])}
+
+
+def packed(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The same within a compiled program, for what could not be viewed."""
+    return {**variables, "params": pack(variables["params"])}
+
+
+def _score_batch(model: Decoder, variables: Any, batch: Batch, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
+    placed = place_batch((batch.stem, batch.tails, batch.targets, batch.owner >= 0), mesh)
+    log_probs, greedy = _stems_and_tails(model, variables, *placed)
+    return np.asarray(log_probs, np.float64), np.asarray(greedy)
+
+
+def _by_owner(owner: np.ndarray, log_probs: np.ndarray, greedy: np.ndarray, count: int) -> list[Score]:
+    scored = owner >= 0
+    who = owner[scored]
+    sums = np.bincount(who, log_probs[scored], minlength=count)
+    tokens = np.bincount(who, minlength=count)
+    hits = np.bincount(who, greedy[scored], minlength=count)
+    return [Score(float(s), int(n), bool(h == n)) for s, n, h in zip(sums, tokens, hits, strict=True)]
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _stems_and_tails(
+    model: Decoder,
+    variables: Any,
+    stem: dict[str, jax.Array],
+    tails: dict[str, jax.Array],
+    targets: jax.Array,
+    scored: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the scored targets ``[rows, lanes, tail]``, and whether each is the likeliest token."""
+    variables = packed(variables)
+    lanes, tail = targets.shape[1:]
+    tokens, positions, segments = (tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments"))
+    call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
+    if stem["tokens"].shape[1] == 0:
+        hidden = call()
+    else:
+        hidden, _ = call(cache=_stem_cache(model, variables, stem, lanes, tail))
+    return target_log_probs(model, variables, hidden.reshape(*targets.shape, -1), targets, scored)
+
+
+def _stem_cache(model: Decoder, variables: Any, stem: dict[str, jax.Array], lanes: int, tail: int) -> Cache:
+    """Keys and values of the stems, for every lane of their row, with room for what the tails' call will add."""
+    rows, size = stem["tokens"].shape
+    _, cache = model.apply(
+        variables,
+        stem["tokens"],
+        positions=stem["positions"],
+        segment_ids=stem["segments"],
+        cache=init_cache(model.config, rows, 0, model.numerics.result),
+    )
+    cache = grow(cache, max(size, tail))
+    return replace(
+        cache,
+        k=jnp.repeat(cache.k, lanes, axis=1),
+        v=jnp.repeat(cache.v, lanes, axis=1),
+        positions=jnp.repeat(cache.positions, lanes, axis=0),
+        segments=jnp.repeat(cache.segments, lanes, axis=0),
+        lengths=jnp.repeat(cache.lengths, lanes, axis=0),
+    )
+
+
+def target_log_probs(
+    model: Decoder, variables: Any, hidden: jax.Array, targets: jax.Array, scored: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each scored target; logits exist for a chunk of scored positions at a time.
+
+    Args:
+      model: the decoder.
+      variables: its variables.
+      hidden: ``[..., d_model]`` after the final norm.
+      targets: int ``[...]``.
+      scored: bool ``[...]``, which targets count.
+
+    Returns:
+      float32 ``[...]``, 0 where not scored; bool ``[...]``, whether no other token is likelier, false where not scored.
+    """
+    shape, n = targets.shape, targets.size
+    rows = min(n, max(16, _CHUNK_FLOATS // model.config.vocab_size))
+    flat, targets, scored = hidden.reshape(n, -1), targets.reshape(n), scored.reshape(n)
+    # Scored positions first; as many chunks as those need.
+    order = jnp.pad(jnp.argsort(~scored, stable=True), (0, -n % rows), constant_values=n)
+    chunks = (jnp.sum(scored) + rows - 1) // rows
+
+    def body(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index = lax.dynamic_slice(order, (i * rows,), (rows,))
+        logits = model.apply(variables, jnp.take(flat, index, axis=0, mode="clip"), method="unembed")
+        chosen = jnp.take(targets, index, mode="clip")
+        picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        top = jnp.max(logits, axis=-1)
+        log_prob = picked - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+        log_probs, greedy = results
+        return log_probs.at[index].set(log_prob, mode="drop"), greedy.at[index].set(picked >= top, mode="drop")
+
+    start = jnp.zeros((n,), jnp.float32), jnp.zeros((n,), bool)
+    log_probs, greedy = lax.fori_loop(0, chunks, body, start)
+    return jnp.where(scored, log_probs, 0.0).reshape(shape), (scored & greedy).reshape(shape)

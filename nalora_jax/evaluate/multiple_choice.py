@@ -1,0 +1,127 @@
+"""Multiple choice: the answer is the choice whose tokens are likeliest after the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax.data.items import ChoiceItem
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.likelihood import Score, score_groups
+from nalora_jax.evaluate.statistics import wilson
+from nalora_jax.models.decoder import Decoder
+
+# What the log-likelihood of a choice is divided by.
+Per = Literal["choice", "token", "character", "byte"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its answer, for people to read."""
+
+    prompt: str
+    answer: str  # the model's
+    expected: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """Accuracy on a set of questions, with its 95% interval."""
+
+    accuracy: float  # by summed log-likelihood
+    low: float
+    high: float
+    accuracy_per_character: float  # by log-likelihood per character of the choice ("acc_norm")
+    accuracy_per_token: float
+    loss: float  # of the right choices, nats per token
+    n: int
+    predictions: np.ndarray  # int [n]: the choice of each question, by summed log-likelihood
+    correct: np.ndarray  # bool [n], for paired comparisons
+    samples: tuple[Sample, ...]
+
+
+def score_choices(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    items: Sequence[ChoiceItem],
+    *,
+    batch_tokens: int = 1024,
+    mesh: Mesh | None = None,
+) -> list[list[Score]]:
+    """The score of every choice of every question; see `score_groups` for the arguments."""
+    groups = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in items]
+    return score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)
+
+
+def multiple_choice(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    items: Sequence[ChoiceItem],
+    *,
+    batch_tokens: int = 1024,
+    mesh: Mesh | None = None,
+    samples: int = 3,
+) -> Result:
+    """Asks the model all questions.
+
+    Args:
+      model: the decoder; its programs are compiled once, whatever adapters come.
+      variables: ``params``, and ``lora`` where there are adapters.
+      items: the questions.
+      batch_tokens: prompt tokens at once, about.
+      mesh: where the weights are sharded, if they are.
+      samples: questions shown with their answers.
+
+    Raises:
+      NaloraError: there are no questions, or one has an empty prompt or choice.
+    """
+    if not items:
+        raise NaloraError("evaluation data", expected="at least one question", found="none")
+    scores = score_choices(model, variables, items, batch_tokens=batch_tokens, mesh=mesh)
+    gold = np.array([item.gold for item in items])
+    answers = predict(items, scores)
+    correct = answers == gold
+    low, high = wilson(int(correct.sum()), len(items))
+    right = [row[item.gold] for row, item in zip(scores, items, strict=True)]
+    return Result(
+        accuracy=float(correct.mean()),
+        low=low,
+        high=high,
+        accuracy_per_character=float(np.mean(predict(items, scores, "character") == gold)),
+        accuracy_per_token=float(np.mean(predict(items, scores, "token") == gold)),
+        loss=-sum(score.log_prob for score in right) / sum(score.tokens for score in right),
+        n=len(items),
+        predictions=answers,
+        correct=correct,
+        samples=tuple(_sample(*row) for row in zip(items[:samples], answers[:samples].tolist(), strict=True)),
+    )
+
+
+def predict(items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per: Per = "choice") -> np.ndarray:
+    """The likeliest choice of each question, ``int [n]``; the first of equals.
+
+    Args:
+      items: the questions.
+      scores: of their choices.
+      per: what log-likelihoods are divided by; characters and bytes are those of the choice without outer spaces.
+    """
+    chosen = []
+    for item, row in zip(items, scores, strict=True):
+        sizes = [_size(text, score, per) for text, score in zip(item.choices, row, strict=True)]
+        chosen.append(int(np.argmax([score.log_prob / size for score, size in zip(row, sizes, strict=True)])))
+    return np.array(chosen, np.int64)
+
+
+def _size(text: str, score: Score, per: Per) -> int:
+    text = text.strip()
+    sizes = {"choice": 1, "token": score.tokens, "character": len(text), "byte": len(text.encode())}
+    return max(sizes[per], 1)
+
+
+def _sample(item: ChoiceItem, answer: int) -> Sample:
+    return Sample(item.prompt, item.choices[answer].strip(), item.choices[item.gold].strip(), answer == item.gold)

@@ -1,0 +1,196 @@
+"""Which tokens of an evaluation share which row: every context is read once, however many continuations it has.
+
+A group is a list of (context, continuation) pairs whose texts begin alike: the choices of a question. Its *stem*, what
+all of them share, is read once; its *tails*, the rest of each, see the stem and not each other. Stems of several groups
+are packed into one row, and their tails into as many rows (lanes) as a group has tails at most:
+
+    stem row      s s s s s t t t t u u u .          three groups s, t, u; "." is padding
+    lane 0        s s t u u .                        first tails
+    lane 1        s s s t u .                        second tails
+
+The last shared token stays in the tails, so that everything to be scored is predicted by a tail's position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+
+Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, as token ids
+
+# Open rows that a group is tried in.
+_OPEN_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """A group as stem and tails."""
+
+    index: int  # of the group
+    stem: list[int]
+    tails: list[list[int]]  # inputs of the model
+    targets: list[list[int]]  # the next token of each input
+    scored: list[int]  # how many of a tail's last targets are continuation
+
+
+@dataclass
+class Row:
+    """A stem row, its lanes, and who is in them."""
+
+    room: int  # of the stem row
+    lane_room: list[int]
+    groups: list[Split] = field(default_factory=list)
+    lanes: list[list[int]] = field(default_factory=list)  # by group: the lane of each tail
+
+    def add(self, group: Split) -> bool:
+        """Takes ``group`` in if it fits: the longest tail into the emptiest lane, and so on."""
+        order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
+        emptiest = sorted(range(len(self.lane_room)), key=lambda i: -self.lane_room[i])
+        chosen = dict(zip(order, emptiest, strict=False))
+        if len(group.stem) > self.room or any(len(group.tails[i]) > self.lane_room[j] for i, j in chosen.items()):
+            return False
+        self.room -= len(group.stem)
+        for tail, lane in chosen.items():
+            self.lane_room[lane] -= len(group.tails[tail])
+        self.groups.append(group)
+        self.lanes.append([chosen[i] for i in range(len(group.tails))])
+        return True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of every batch of a plan, so that one program scores all of them."""
+
+    rows: int  # stem rows in a batch
+    stem: int  # tokens in a stem row
+    lanes: int  # tail rows for each stem row
+    tail: int  # tokens in a tail row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays of one call. Integer segments tell groups apart, 0 is padding."""
+
+    stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
+    tails: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, lanes, tail]
+    targets: np.ndarray  # int32 [rows, lanes, tail]
+    owner: np.ndarray  # int32 [rows, lanes, tail]: number of the pair that a scored target belongs to, -1 elsewhere
+
+
+def split_group(index: int, pairs: Sequence[Pair]) -> Split:
+    """Stem and tails of one group.
+
+    Example (context [5, 6, 7], continuations [8] and [9, 8]):
+      stem [5, 6], tails [7] and [7, 9], targets [8] and [9, 8]
+
+    Raises:
+      NaloraError: there is no pair, or a context or a continuation is empty.
+    """
+    if not pairs or not all(len(context) and len(continuation) for context, continuation in pairs):
+        raise NaloraError(
+            f"evaluation item {index}",
+            expected="at least one token of context and one to score",
+            found="none",
+            remedy="put a begin- or end-of-text token in front of an empty context",
+        )
+    texts = [[*context, *continuation] for context, continuation in pairs]
+    shortest = min(len(context) for context, _ in pairs)
+    shared = _common_prefix([text[:shortest] for text in texts])
+    # Contexts that differ from their first token on share nothing, not even the token that stays in the tails.
+    cut = max(shared - 1, 0)
+    return Split(
+        index,
+        stem=texts[0][:cut],
+        tails=[text[cut:-1] for text in texts],
+        targets=[text[cut + 1 :] for text in texts],
+        scored=[len(continuation) for _, continuation in pairs],
+    )
+
+
+def _common_prefix(texts: Sequence[list[int]]) -> int:
+    first, last = min(texts), max(texts)  # what these two share, all share
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> Layout:
+    """Shapes that fit all groups and leave little padding.
+
+    Args:
+      splits: the groups.
+      tokens: stem tokens in a batch, about.
+      shards: the number of rows is a multiple of it.
+    """
+    lanes = max(len(split.tails) for split in splits)
+    longest_stem = max(len(split.stem) for split in splits)
+    longest_tail = max(len(tail) for split in splits for tail in split.tails)
+    stems = sum(len(split.stem) for split in splits)
+    tails = sum(len(tail) for split in splits for tail in split.tails) / lanes
+    # Long rows pack well, and attention within them costs more; a few hundred tokens are a good balance.
+    stem = _rounded(max(longest_stem, min(256, stems)))  # 0 where nothing is shared
+    tail = _rounded(max(longest_tail, min(1.05 * tails * (stem / stems if stems else 1), 512)))
+    needed = max(-(-stems // max(stem, 1)), int(-(-tails // tail)))
+    rows = min(max(1, tokens // max(stem, tail)), needed)
+    return Layout(-(-rows // shards) * shards, stem, lanes, tail)
+
+
+def _rounded(size: float) -> int:
+    """Up to a multiple of 8, or of 32 beyond 128: few distinct shapes."""
+    step = 8 if size <= 128 else 32
+    return int(-(-size // step) * step)
+
+
+def pack_rows(splits: Sequence[Split], layout: Layout) -> list[Row]:
+    """Rows that hold every group, long ones first, each into the first open row with room."""
+    open_rows: list[Row] = []
+    rows: list[Row] = []
+    for split in sorted(splits, key=lambda split: -len(split.stem) - max(map(len, split.tails))):
+        if not any(row.add(split) for row in open_rows):
+            row = Row(layout.stem, [layout.tail] * layout.lanes)
+            fits = row.add(split)
+            assert fits, "the layout holds every group"
+            rows.append(row)
+            open_rows = [*open_rows, row][-_OPEN_ROWS:]
+    return rows
+
+
+def make_batches(splits: Sequence[Split], layout: Layout) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+    """Batches of all groups, each with the (group, pair) that its owner numbers stand for."""
+    rows = pack_rows(splits, layout)
+    for start in range(0, len(rows), layout.rows):
+        yield _fill(rows[start : start + layout.rows], layout)
+
+
+def _fill(rows: Sequence[Row], layout: Layout) -> tuple[Batch, list[tuple[int, int]]]:
+    shape = (layout.rows, layout.lanes, layout.tail)
+    stem, tails = _empty(layout.rows, layout.stem), _empty(*shape)
+    targets, owner = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    pairs: list[tuple[int, int]] = []
+    for r, row in enumerate(rows):
+        filled, used = 0, [0] * layout.lanes
+        for segment, (group, lanes) in enumerate(zip(row.groups, row.lanes, strict=True), start=1):
+            _write(stem, (r, slice(filled, filled + len(group.stem))), group.stem, 0, segment)
+            filled += len(group.stem)
+            for tail, (tokens, lane) in enumerate(zip(group.tails, lanes, strict=True)):
+                begin, end = used[lane], used[lane] + len(tokens)
+                _write(tails, (r, lane, slice(begin, end)), tokens, len(group.stem), segment)
+                targets[r, lane, begin:end] = group.targets[tail]
+                owner[r, lane, end - group.scored[tail] : end] = len(pairs)
+                pairs.append((group.index, tail))
+                used[lane] = end
+    return Batch(stem, tails, targets, owner), pairs
+
+
+def _empty(*shape: int) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segments")}
+
+
+def _write(
+    arrays: dict[str, np.ndarray], at: tuple[int | slice, ...], tokens: list[int], first: int, segment: int
+) -> None:
+    arrays["tokens"][at] = tokens
+    arrays["positions"][at] = np.arange(first, first + len(tokens))
+    arrays["segments"][at] = segment

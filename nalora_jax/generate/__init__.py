@@ -1,0 +1,5 @@
+"""Generation: KV cache, sampling, streaming."""
+
+from nalora_jax.generate.generator import Completion, Generator, Settings
+
+__all__ = ["Completion", "Generator", "Settings"]

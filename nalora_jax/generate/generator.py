@@ -1,0 +1,288 @@
+"""Text from a model: batches of prompts at once, or one prompt streamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, view_weights
+from nalora_jax.generate.sampling import make_sampling
+from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.generate.text import TextStream
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]  # a text, or its token ids
+
+# Tokens per call: calls cost little, so small enough that a stream flows and a stop is noticed soon.
+_STREAM_TOKENS = 4
+_BATCH_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to go on from a prompt."""
+
+    # Tokens made at most; fewer where the context ends.
+    max_new_tokens: int = 128
+    # 0 takes the likeliest token; otherwise logits are divided by it.
+    temperature: float = 0.0
+    # Draw from this many likeliest tokens; 0: from all.
+    top_k: int = 0
+    # Draw from the fewest tokens that hold this probability.
+    top_p: float = 1.0
+    # The draw is a function of seed, prompt and weights; a sequence gives each prompt its own.
+    seed: int | Sequence[int] = 0
+    # Texts that end the answer, and are not part of it.
+    stop: str | Sequence[str] = ()
+    # Tokens that end the answer; None: those of the tokenizer.
+    stop_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises a NaloraError that names the first setting out of range."""
+        finite = math.isfinite(self.temperature) and self.temperature >= 0
+        _require("max_new_tokens", self.max_new_tokens >= 1, "at least 1", self.max_new_tokens)
+        _require("temperature", finite, "a number, 0 (greedy) or above", self.temperature)
+        _require("top_k", self.top_k >= 0, "0 (all) or more", self.top_k)
+        _require("top_p", 0 < self.top_p <= 1, "a share in (0, 1]", self.top_p)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def seeds(self, count: int) -> tuple[int, ...]:
+        """One seed for each of ``count`` prompts."""
+        if isinstance(self.seed, int):
+            return (self.seed,) * count
+        _require("seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed))
+        return tuple(self.seed)
+
+
+def _require(setting: str, holds: bool, expected: str, found: object) -> None:
+    if not holds:
+        raise NaloraError(setting, expected=expected, found=found)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model made of one prompt."""
+
+    text: str
+    ids: tuple[int, ...]  # without the token that ended it
+    reason: Literal["stop", "length"]  # a stop token or text, or the end of the tokens allowed
+
+
+class Generator:
+    """A model that continues prompts.
+
+    Example:
+      >>> generator = Generator(model, {"params": params, "lora": lora}, tokenizer)
+      >>> generator.generate(["The capital of France is"], max_new_tokens=8)
+      [' Paris.']
+
+    Programs are compiled once per bucket of batch, prompt length and total length, and shared by all generators of the
+    same model: `with_lora` costs nothing.
+
+    Args:
+      model: the decoder.
+      variables: ``{"params": ...}``, and ``"lora"`` where there are adapters.
+      tokenizer: of the same model.
+      max_length: longest prompt and answer together; the model's context by default.
+      mesh: where the weights are sharded: the mesh over whose data axes prompts are split.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        variables: Mapping[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
+        self.max_length = min(max_length or model.config.max_positions, model.config.max_positions)
+        self.variables = variables
+        self._weights = view_weights(variables)
+
+    def with_lora(self, lora: Any) -> Generator:
+        """The same model with another adapter of the same shape (None: the base), without compiling anything."""
+        rest = {name: tree for name, tree in self.variables.items() if name != "lora"}
+        variables = rest if lora is None else {**rest, "lora": lora}
+        return Generator(self.model, variables, self.tokenizer, max_length=self.max_length, mesh=self.mesh)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int = 16,
+        adapter_ids: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """The continuation of each prompt, without the prompt.
+
+        Args:
+          prompts: texts, or token ids.
+          batch_size: prompts at once.
+          adapter_ids: the adapter of each prompt, where ``lora`` is a stack; -1 for none.
+          **settings: the fields of `Settings`.
+
+        Raises:
+          NaloraError: a prompt is empty or fills the context, or a setting is out of range.
+        """
+        completions = self.complete(prompts, batch_size=batch_size, adapter_ids=adapter_ids, **settings)
+        return [completion.text for completion in completions]
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int = 16,
+        adapter_ids: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> list[Completion]:
+        """As `generate`, with token ids and the reason why each answer ended."""
+        chosen = Settings(**settings)
+        ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+        seeds = chosen.seeds(len(ids))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: less padding
+        made: dict[int, Completion] = {}
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            adapters = None if adapter_ids is None else [adapter_ids[i] for i in rows]
+            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters)
+            made |= zip(rows, batch.run(), strict=True)
+        return [made[i] for i in range(len(ids))]
+
+    def stream(self, prompt: Prompt, *, adapter_id: int | None = None, **settings: Any) -> Iterator[str]:
+        """The continuation in pieces, as they are made; joined, they are what `generate` gives.
+
+        Never half a character, and nothing of a stop text. Raises as `generate` does, at the call.
+        """
+        chosen = Settings(**settings)
+        adapters = None if adapter_id is None else [adapter_id]
+        batch = _Batch(self, [self._encode(prompt, "prompt")], chosen, chosen.seeds(1), adapters)
+        return (pieces[0] for pieces in batch.pieces(_STREAM_TOKENS) if pieces[0])
+
+    def _encode(self, prompt: Prompt, where: str) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not prompt or not ids:
+            raise NaloraError(where, expected="a text", found="an empty one", remedy="write a prompt to go on from")
+        if len(ids) >= self.max_length:
+            raise NaloraError(
+                where,
+                expected=f"fewer than {self.max_length} tokens (the context)",
+                found=len(ids),
+                remedy="shorten it",
+            )
+        return ids
+
+
+class _Batch:
+    """Prompts that are continued together."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        ids: Sequence[list[int]],
+        settings: Settings,
+        seeds: Sequence[int],
+        adapters: Sequence[int] | None,
+    ) -> None:
+        self._generator, self._count = generator, len(ids)
+        self._limits = np.array([min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids])
+        chosen = generator.tokenizer.eos_ids if settings.stop_ids is None else settings.stop_ids
+        self._stop_ids = frozenset(chosen)
+        self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
+        self._ids: list[list[int]] = [[] for _ in ids]
+        self._ended = np.zeros(len(ids), bool)  # by a stop token or text
+        longest = max(len(row) for row in ids)
+        self._prompts = self._make_prompts(ids, bucket(longest, minimum=16), settings, seeds, adapters)
+        self._slots = bucket(self._prompts.tokens.shape[1] + int(self._limits.max()), minimum=32)
+
+    def _make_prompts(
+        self,
+        ids: Sequence[list[int]],
+        seq: int,
+        settings: Settings,
+        seeds: Sequence[int],
+        adapters: Sequence[int] | None,
+    ) -> Prompts:
+        mesh = self._generator.mesh
+        batch = bucket(len(ids), multiple=batch_shards(mesh))
+        tokens = np.zeros((batch, seq), np.int32)
+        for row, values in enumerate(ids):
+            tokens[row, : len(values)] = values
+        spare = batch - len(ids)
+        rows = {
+            "tokens": tokens,
+            "lengths": np.array([*map(len, ids), *[1] * spare], np.int32),
+            "live": np.arange(batch) < len(ids),
+            "sampling": make_sampling(
+                batch,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                seeds=seeds,
+            ),
+            "adapter_ids": None if adapters is None else np.array([*adapters, *[-1] * spare], np.int32),
+        }
+        # A fixed number of stop ids, so that a few more or less are the same program.
+        stops = sorted(self._stop_ids)
+        padded = np.full((bucket(len(stops), minimum=8),), NO_TOKEN, np.int32)
+        padded[: len(stops)] = stops
+        return Prompts(**place_batch(rows, mesh), stop_ids=padded)
+
+    def run(self) -> list[Completion]:
+        """All tokens of all rows."""
+        texts = [""] * self._count
+        for pieces in self.pieces(_BATCH_TOKENS):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        reasons = np.where(self._ended, "stop", "length").tolist()
+        return [Completion(*row) for row in zip(texts, map(tuple, self._ids), reasons, strict=True)]
+
+    def pieces(self, size: int) -> Iterator[list[str]]:
+        """New text of every row, ``size`` tokens at a time."""
+        generator, mesh = self._generator, self._generator.mesh
+        model, weights = generator.model, generator._weights
+        state = prefill(model, weights, self._prompts, slots=self._slots)
+        made = np.asarray(state.token)[:, None]
+        remaining = int(self._limits.max())
+        while True:
+            remaining -= made.shape[1]
+            pieces = [self._take(row, made[row]) for row in range(self._count)]
+            finished = self._ended | (np.array([len(ids) for ids in self._ids]) >= self._limits)
+            if finished.all() or remaining <= 0:
+                yield [p + stream.finish() for p, stream in zip(pieces, self._streams, strict=True)]
+                return
+            yield pieces
+            padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), mesh)
+            steps = min(size, remaining)
+            state, tokens = decode(model, weights, state, self._prompts, padded, np.int32(steps), size=size)
+            made = np.asarray(jax.device_get(tokens))[:, :steps]
+
+    def _take(self, row: int, made: np.ndarray) -> str:
+        """Text of a row's new tokens, up to its end."""
+        if self._ended[row]:
+            return ""
+        ids = self._ids[row]
+        kept: list[int] = []
+        for token in made[: self._limits[row] - len(ids)].tolist():
+            if token == NO_TOKEN:
+                break
+            if token in self._stop_ids:
+                self._ended[row] = True
+                break
+            kept.append(token)
+        ids.extend(kept)
+        piece = self._streams[row].push(kept)
+        self._ended[row] |= self._streams[row].stopped
+        return piece

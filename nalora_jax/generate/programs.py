@@ -1,0 +1,146 @@
+"""The two compiled programs of generation: read the prompts, then make tokens, several per call.
+
+Both take weights, adapters, settings and the number of steps as arguments, so that another adapter, temperature or
+length is not another program. Shapes are all that they are specialised to, and `shapes.bucket` keeps those few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.generate.sampling import Array, Sampling, next_tokens
+from nalora_jax.models.cache import Cache, grow, init_cache
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.nn.matmul import pack, pack_views
+
+# Parameters that logits are made from, tied or not.
+_HEAD = ("embed", "lm_head")
+# What `decode` puts where a finished row makes no token.
+NO_TOKEN = -1
+
+
+class Weights(NamedTuple):
+    """A model's variables as the programs take them, sharing their memory."""
+
+    body: Any  # for the layers and for looking tokens up; bf16 arrays packed
+    head: Any  # for the logits
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of tokenized prompts and how to go on from them."""
+
+    tokens: Array  # int32 [batch, seq], padded on the right
+    lengths: Array  # int32 [batch], at least 1
+    live: Array  # bool [batch]; false for rows that only fill up the batch
+    stop_ids: Array  # int32 [stops]
+    sampling: Sampling
+    adapter_ids: Array | None = None  # int32 [batch], with a stack of adapters
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Generation between two calls."""
+
+    cache: Cache
+    token: jax.Array  # int32 [batch], the newest, not yet in the cache
+    done: jax.Array  # bool [batch]
+    step: jax.Array  # int32 [], tokens made so far
+
+
+def view_weights(variables: Mapping[str, Any]) -> Weights:
+    """``{"params": ...}``, and ``"lora"`` where there are adapters, as the programs take them."""
+    params = variables["params"]
+    # XLA:CPU widens a bf16 table as a whole before it looks up a row, but not one of integers.
+    body = {**pack_views(params), "embed": pack_views(params["embed"], rank=2)}
+    return Weights({**variables, "params": body}, {"params": {k: v for k, v in params.items() if k in _HEAD}})
+
+
+@partial(jax.jit, static_argnames=("model", "slots"))
+def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -> State:
+    """Reads all prompts and makes the first token of each.
+
+    Args:
+      model: the decoder.
+      weights: from `view_weights`.
+      prompts: the batch.
+      slots: size of the cache: the padded prompt and every token to come.
+    """
+    batch, seq = prompts.tokens.shape
+    cache = init_cache(model.config, batch, 0, model.numerics.result)
+    segments = (jnp.arange(seq)[None, :] < prompts.lengths[:, None]).astype(jnp.int32)
+    hidden, cache = model.apply(
+        _packed(weights.body),
+        prompts.tokens,
+        segment_ids=segments,
+        cache=cache,
+        adapter_ids=prompts.adapter_ids,
+    )
+    last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
+    step = jnp.zeros((), jnp.int32)
+    token = next_tokens(model.apply(weights.head, last, method="unembed"), prompts.sampling, step)
+    return State(grow(cache, slots), token, _stops(token, prompts.stop_ids) | ~prompts.live, step + 1)
+
+
+@partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("state",))
+def decode(
+    model: Decoder,
+    weights: Weights,
+    state: State,
+    prompts: Prompts,
+    finished: jax.Array,
+    steps: jax.Array,
+    *,
+    size: int,
+) -> tuple[State, jax.Array]:
+    """Makes up to ``steps`` more tokens, fewer if every row is done.
+
+    Args:
+      model: as for `prefill`.
+      weights: likewise.
+      state: of the call before; its buffers are reused.
+      prompts: as for `prefill`; its settings and stop ids.
+      finished: bool ``[batch]``, rows that need no more tokens for reasons that only the host knows.
+      steps: int scalar, at most ``size``.
+      size: length of the result.
+
+    Returns:
+      The state, and int32 ``[batch, size]``: the tokens, `NO_TOKEN` beyond a row's end.
+    """
+    variables = _packed(weights.body)
+
+    def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+        i, state, made = carry
+        hidden, cache = model.apply(variables, state.token[:, None], cache=state.cache, adapter_ids=prompts.adapter_ids)
+        token = next_tokens(model.apply(weights.head, hidden[:, 0], method="unembed"), prompts.sampling, state.step)
+        column = jnp.where(state.done, NO_TOKEN, token)[:, None]
+        made = lax.dynamic_update_slice(made, column, (jnp.zeros_like(i), i))
+        done = state.done | _stops(token, prompts.stop_ids)
+        return i + 1, State(cache, token, done, state.step + 1), made
+
+    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+        i, state, _ = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    made = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
+    state = replace(state, done=state.done | finished)
+    _, state, made = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, made))
+    return state, made
+
+
+def _packed(variables: Any) -> Any:
+    return {**variables, "params": pack(variables["params"])}
+
+
+def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:
+    """Which of ``[batch]`` tokens are stop ids."""
+    return jnp.any(token[:, None] == stop_ids[None, :], axis=-1)

@@ -1,0 +1,131 @@
+"""The next token from logits: greedy, or drawn after temperature, top-k and top-p; every setting is an array.
+
+Because settings are arguments of the compiled step, changing them compiles nothing, and each row of a batch can have
+its own. Neither filter sorts the vocabulary: both keep the tokens above a threshold, and a threshold is found by
+bisection over the floats, exactly, in one pass over the row per bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# From the host, or within a program.
+Array = jax.Array | np.ndarray
+
+# Bit patterns of non-negative floats are ordered as the floats are; those of [0, 1] end here.
+_ONE_BITS = 0x3F800000
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampling:
+    """How each row of a batch draws its tokens."""
+
+    temperature: Array  # float32 [batch]; 0: greedy
+    top_k: Array  # int32 [batch]; tokens kept, 0: all
+    top_p: Array  # float32 [batch]; probability kept, 1: all
+    seed: Array  # uint32 [batch]
+
+
+def make_sampling(
+    batch: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seeds: Sequence[int] = (0,)
+) -> Sampling:
+    """One setting for all rows; ``seeds`` are those of the first rows, the last one is repeated."""
+    rows = [*seeds, *[seeds[-1]] * (batch - len(seeds))][:batch]
+    return Sampling(
+        temperature=np.full((batch,), temperature, np.float32),
+        top_k=np.full((batch,), top_k, np.int32),
+        top_p=np.full((batch,), top_p, np.float32),
+        seed=np.array([seed & 0xFFFFFFFF for seed in rows], np.uint32),
+    )
+
+
+def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+    """One token for each row.
+
+    A row's draw depends on its logits, its seed and ``step``, never on its place in the batch.
+
+    Args:
+      logits: float32 ``[batch, vocab]``.
+      sampling: settings of each row.
+      step: int scalar, how many tokens were drawn before.
+
+    Returns:
+      int32 ``[batch]``.
+    """
+    greedy = likeliest(logits)
+    drawn = lax.cond(jnp.any(sampling.temperature > 0), lambda: _draw(logits, sampling, step), lambda: greedy)
+    return jnp.where(sampling.temperature > 0, drawn, greedy)
+
+
+def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+    kept = kept_tokens(scaled, sampling.top_k, sampling.top_p)
+
+    def gumbel(seed: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:], jnp.float32)
+
+    noisy = jnp.where(kept, scaled, -jnp.inf) + jax.vmap(gumbel)(jnp.asarray(sampling.seed))
+    return likeliest(noisy)
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """The index of the largest value of each row, the first of equals: int32 ``[batch]`` of ``[batch, vocab]``.
+
+    Two plain reductions; `jnp.argmax` is one over pairs, which XLA:CPU does not vectorise (five times slower).
+    """
+    vocab = logits.shape[-1]
+    at = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32)[None], vocab)
+    return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)  # within the vocabulary even if all is NaN
+
+
+def kept_tokens(logits: Array, top_k: Array, top_p: Array) -> jax.Array:
+    """Which tokens may be drawn: the ``top_k`` likeliest, and of those the fewest that hold ``top_p``.
+
+    Ties at a threshold are kept together.
+
+    Args:
+      logits: float32 ``[batch, vocab]``, after temperature.
+      top_k: int ``[batch]``; 0 keeps all.
+      top_p: float ``[batch]``; 1 keeps all.
+
+    Returns:
+      bool ``[batch, vocab]``, true at least at the likeliest token.
+    """
+    # Relative probabilities in [0, 1]; the likeliest token has 1.
+    p = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+
+    def first_k() -> jax.Array:
+        limit = jnp.where(top_k > 0, top_k, p.shape[-1]).astype(jnp.float32)
+        return p >= _threshold(p, jnp.ones_like(p), limit)
+
+    def nucleus(within: jax.Array) -> jax.Array:
+        mass = jnp.where(within, p, 0.0)
+        # A limit beyond the total keeps all, where rounding of the sum could drop the last token.
+        limit = jnp.where(top_p < 1, top_p * jnp.sum(mass, axis=-1), jnp.inf)
+        return within & (p >= _threshold(p, mass, limit))
+
+    within = lax.cond(jnp.any(top_k > 0), first_k, lambda: jnp.ones_like(p, bool))
+    return lax.cond(jnp.any(top_p < 1), nucleus, lambda kept: kept, within)
+
+
+def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
+    """The smallest t for which the weights of ``p > t`` sum to less than ``limit``: ``[batch, 1]`` of ``[batch]``."""
+    bits = lax.bitcast_convert_type(p, jnp.int32)
+
+    def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends  # the answer lies in [low, high]
+        middle = (low + high) // 2
+        above = jnp.sum(jnp.where(bits > middle[:, None], weights, 0.0), axis=-1)
+        holds = above < limit
+        return jnp.where(holds, low, middle + 1), jnp.where(holds, middle, high)
+
+    start = jnp.zeros(p.shape[:1], jnp.int32)
+    low, _ = lax.fori_loop(0, _ONE_BITS.bit_length(), halve, (start, start + _ONE_BITS))
+    return lax.bitcast_convert_type(low, jnp.float32)[:, None]

@@ -1,0 +1,147 @@
+"""What a decoder is made of: one frozen description for every family, read from a Hugging Face ``config.json``.
+
+`families.py` holds one small reader per ``model_type``; this module holds what they fill in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nalora_jax.nn.layers import RopeSpec
+
+# A window that no sequence reaches: "attend to everything before", as a number that can be scanned with the others.
+GLOBAL_WINDOW = 2**30
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Every default means "the feature is absent"."""
+
+    model_type: str  # the family, e.g. "llama", "gemma3_text"
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int  # channels of the FFN, of one expert in a mixture
+    activation: str  # a name of nalora_jax.activations
+    max_positions: int
+    norm_eps: float
+    ropes: tuple[RopeSpec, ...]  # the distinct rotary embeddings
+    rope_index: tuple[int, ...] = ()  # per layer: its entry of `ropes`, -1 for none; () means 0 everywhere
+    windows: tuple[int, ...] = ()  # per layer: keys seen, the token itself included; () means GLOBAL_WINDOW everywhere
+    tie_embeddings: bool = False  # the head is the transposed embedding
+    gated: bool = True  # phi(x W_gate) * (x W_up), against phi(x W_in)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: Literal["", "head", "projection"] = ""  # RMS norm of queries and keys, per head or over all heads
+    pre_norm: bool = True  # norms of the inputs of attention and FFN
+    post_norm: bool = False  # norms of their outputs, before the residual sum
+    norm_offset: float = 0.0  # 1 where files hold w of the norm scale 1 + w
+    query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
+    attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
+    attn_dropout: float = 0.0  # rate on attention probabilities, in training only
+    embed_scale: float = 1.0  # multiplies the embeddings
+    residual_scale: float = 1.0  # multiplies the outputs of attention and FFN
+    logit_scale: float = 1.0  # multiplies the logits
+    final_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 means none
+    n_experts: int = 0  # 0: a dense FFN
+    experts_per_token: int = 0
+    norm_topk: bool = True  # the chosen experts' weights are scaled to sum to 1
+
+    @property
+    def rope_theta(self) -> float:
+        """Base wavelength of the (first) rotary embedding."""
+        return self.ropes[0].theta
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.query_scale or self.head_dim**-0.5
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The window of every layer."""
+        return self.windows or (GLOBAL_WINDOW,) * self.n_layers
+
+    @property
+    def layer_ropes(self) -> tuple[int, ...]:
+        """The rotary table of every layer; layers without RoPE get the identity, after the last of `ropes`."""
+        indices = self.rope_index or (0,) * self.n_layers
+        return tuple(len(self.ropes) if index < 0 else index for index in indices)
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """The description that a parsed ``config.json`` gives, of transformers 4 or 5.
+
+        Raises:
+          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
+        """
+        from nalora_jax.models.families import read  # families fills this class in, so it imports this module
+
+        return read(raw, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON and fingerprints."""
+        return dataclasses.asdict(self)
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every base parameter by path, layers stacked.
+
+    Example (Llama, tied):
+      ``{"embed/embedding": (V, D), "layers/attn/q_proj/kernel": (L, D, H * hd), ..., "final_norm/scale": (D,)}``
+    """
+    d, v = config.d_model, config.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (v, d)}
+    shapes |= {f"layers/{path}": (config.n_layers, *shape) for path, shape in _layer_shapes(config).items()}
+    shapes["final_norm/scale"] = (d,)
+    if not config.tie_embeddings:
+        shapes["lm_head/kernel"] = (d, v)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    norms = ["attn_norm", "ffn_norm"] if config.pre_norm else []
+    norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
+    shapes: dict[str, tuple[int, ...]] = {f"{name}/scale": (config.d_model,) for name in norms}
+    widths = {"q": config.n_heads * config.head_dim, "k": config.n_kv_heads * config.head_dim}
+    for name in ("q", "k") if config.qk_norm else ():
+        shapes[f"attn/{name}_norm/scale"] = (config.head_dim if config.qk_norm == "head" else widths[name],)
+    if config.n_experts:
+        shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
+    for path, shape in projection_shapes(config).items():
+        path = path.removeprefix("layers/")
+        shapes[f"{path}/kernel"] = shape
+        if _has_bias(config, path):
+            shapes[f"{path}/bias"] = shape[-1:]
+    return shapes
+
+
+def _has_bias(config: ModelConfig, path: str) -> bool:
+    if path.startswith("ffn/"):
+        return config.ffn_bias
+    return config.o_bias if path == "attn/o_proj" else config.qkv_bias
+
+
+def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Per-layer kernel shape of everything an adapter can be put on, by stacked path.
+
+    Example:
+      ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``; experts lead with their axis.
+    """
+    d, f = config.d_model, config.d_ff
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    ffn = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    if not config.gated:
+        ffn = {"in_proj": (d, f), "out_proj": (f, d)}
+    experts = (config.n_experts,) if config.n_experts else ()
+    attn = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+    return {f"layers/attn/{name}": shape for name, shape in attn.items()} | {
+        f"layers/ffn/{name}": (*experts, *shape) for name, shape in ffn.items()
+    }

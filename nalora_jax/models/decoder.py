@@ -1,0 +1,265 @@
+"""The decoder: embedding, a scanned stack of blocks, final norm, head. Families differ by `ModelConfig` only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
+from nalora_jax.models.cache import Cache, default_positions, extend
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
+from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec, init_a
+from nalora_jax.nn.matmul import Numerics, dot, unpack_leaf
+from nalora_jax.trees import flatten, unflatten
+
+# What the backward pass finds stored: everything, the layer's input only, or matrix products too.
+REMAT = ("none", "full", "dots")
+
+
+class Decoder(nn.Module):
+    """A causal language model over the collections ``params``, ``lora``, ``gate_mask`` and ``gate_stats``.
+
+    Attributes:
+      config: the architecture.
+      adapters: ranks and alphas of the adapters; the collection ``lora`` may still be absent (the base alone).
+      numerics: dtypes.
+      remat: one of `REMAT`.
+      stats: strides of the gate statistics, which are taken where ``gate_stats`` is mutable.
+      activation_sharding: of ``[batch, seq, d_model]`` between layers, on a mesh; None leaves it to the compiler.
+    """
+
+    config: ModelConfig
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+    remat: str = "none"
+    stats: GateStatsConfig | None = None
+    activation_sharding: NamedSharding | None = None
+
+    def setup(self) -> None:  # noqa: D102
+        c = self.config
+        self.embed = Embedding(c.vocab_size, c.d_model)
+        self.layers = _stack(self.remat, c.n_layers)(
+            c, self.adapters, self.numerics, self.stats or GateStatsConfig(), self.activation_sharding
+        )
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
+        if not c.tie_embeddings:
+            self.lm_head = Head(c.vocab_size)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        token_weights: jax.Array | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> Any:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: int ``[batch, seq]``.
+          positions: int ``[batch, seq]``; by default they restart with every segment and go on after the cache's.
+          segment_ids: int ``[batch, seq]``, from 1, 0 for padding; tokens attend within their segment only. By
+            default everything is segment 1.
+          token_weights: ``[batch, seq]`` of the gate statistics, bool (fast) or float; the real tokens by default.
+          cache: keys and values of earlier calls (`init_cache`); the rows' segments are then 1 throughout.
+          deterministic: no dropout; otherwise the rng ``dropout`` is needed where a rate is set.
+          adapter_ids: int ``[batch]``, which adapter of a stack each example uses.
+
+        Returns:
+          ``[batch, seq, d_model]``; with a cache, that and the extended cache.
+        """
+        shared = _shared_inputs(
+            self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
+        )
+        x = self.embed(tokens).astype(jnp.float32) * self.config.embed_scale
+        x = constrain(x, self.activation_sharding)
+        x, new_keys = self.layers(
+            x.astype(self.numerics.result), _layer_inputs(self.config, self.adapters, cache), shared
+        )
+        hidden = self.final_norm(x)
+        if self.is_initializing():
+            self.unembed(hidden)
+        if cache is None:
+            return hidden
+        k, v = new_keys
+        positions, segments = (jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments))
+        return hidden, extend(cache, k, v, positions, segments)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits ``[..., vocab]`` float32 of hidden states ``[..., d_model]``, scale and soft cap applied."""
+        c = self.config
+        flat = hidden.reshape(-1, c.d_model)
+        if c.tie_embeddings:
+            logits = dot(flat, self.embed.table(), self.numerics.operand, dims=(1, 1))
+        else:
+            logits = self.lm_head(flat, self.numerics.operand)
+        logits = (logits * c.logit_scale).reshape(*hidden.shape[:-1], c.vocab_size)
+        return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
+
+
+class Embedding(nn.Module):
+    """Rows of a frozen table."""
+
+    vocab_size: int
+    d_model: int
+
+    def setup(self) -> None:  # noqa: D102
+        shape = (self.vocab_size, self.d_model)
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int ``[...]`` -> ``[..., d_model]`` in the table's dtype; the table may be packed (`nn.matmul.pack`)."""
+        return unpack_leaf(jnp.take(self.table(), tokens, axis=0))
+
+    def table(self) -> jax.Array:
+        """``[vocab, d_model]``, without a gradient."""
+        return lax.stop_gradient(self.embedding)
+
+
+class Head(nn.Module):
+    """The untied output projection."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, operand: str) -> jax.Array:
+        """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.vocab_size))
+        return dot(x, lax.stop_gradient(kernel), operand)
+
+
+def _stack(remat: str, n_layers: int) -> Any:
+    """`Block` scanned over layers, rematerialised as asked."""
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat not in REMAT:
+        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
+    block = Block if remat == "none" else nn.remat(Block, policy=policies[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=n_layers,
+    )
+
+
+def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | None) -> LayerInputs:
+    """What is scanned along the layers."""
+    scales: dict[str, dict[str, jax.Array]] = {}
+    for path, _ in adapters.targets:
+        _, block, name = path.split("/")
+        scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
+    windows, ropes = config.layer_windows, config.layer_ropes
+    return LayerInputs(
+        window=None if set(windows) == {GLOBAL_WINDOW} else jnp.asarray(windows, jnp.int32),
+        rope=None if set(ropes) == {0} else jnp.asarray(ropes, jnp.int32),
+        scales=scales,
+        cached=None if cache is None else (cache.k, cache.v),
+    )
+
+
+def _shared_inputs(
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    segment_ids: jax.Array | None,
+    token_weights: jax.Array | None,
+    cache: Cache | None,
+    adapter_ids: jax.Array | None,
+    deterministic: bool,
+) -> SharedInputs:
+    """What every layer reads; without segments and positions its leading axis is 1, so that masks are small."""
+    segments = jnp.ones((1, tokens.shape[1]), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    if token_weights is None and segment_ids is not None:
+        token_weights = segment_ids > 0
+    if positions is None:
+        positions = default_positions(segments)
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]
+    rows = max(positions.shape[0], segments.shape[0])
+    positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
+    return SharedInputs(
+        tables=_rope_tables(config, positions, segments),
+        positions=positions,
+        segments=segments,
+        token_weights=token_weights,
+        adapter_ids=adapter_ids,
+        cached_positions=None if cache is None else cache.positions,
+        cached_segments=None if cache is None else cache.segments,
+        deterministic=deterministic,
+    )
+
+
+def _rope_tables(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """``[tables, 2, batch or 1, seq, dim / 2]``: every rotary embedding, and the identity where a layer has none."""
+    lengths = None
+    if any(spec.depends_on_length for spec in config.ropes):
+        lengths = sequence_lengths(positions, segments)
+    tables = [rope_table(spec, positions, lengths) for spec in config.ropes]
+    if len(config.ropes) in config.layer_ropes:
+        tables.append(identity_table(config.ropes[0], positions))
+    return jnp.stack(tables)
+
+
+# ---------------------------------------------------------------- fresh trees
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random base weights, for tests and benchmarks; not the same on every platform."""
+    # Threefry would take seconds to compile, once per leaf.
+    key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
+    leaves = {}
+    for i, (path, shape) in enumerate(param_shapes(config).items()):
+        noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+        if path.endswith("/scale"):
+            leaf = 1.0 - config.norm_offset + 0.1 * noise
+        elif path.endswith("/bias"):
+            leaf = 0.02 * noise
+        else:
+            leaf = noise * (0.02 if path == "embed/embedding" else 1.0 / math.sqrt(shape[-2]))
+        leaves[path] = leaf.astype(dtype)
+    return unflatten(leaves)
+
+
+def init_lora(
+    config: ModelConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fresh adapters: A random, B zero, so that the model is still the base.
+
+    Args:
+      config: the model.
+      spec: which projections, which ranks; a layer's A is zero beyond its own rank.
+      key: random key.
+      params: base weights, needed for DoRA's magnitudes.
+    """
+    leaves = _fresh(config, spec.targets, key)
+    for path, _ in spec.targets if spec.dora else ():
+        kernel = flatten(params)[f"{path}/kernel"]
+        leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+    return unflatten(leaves)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _fresh(config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array) -> dict[str, jax.Array]:
+    leaves = {}
+    for i, (path, target) in enumerate(targets):
+        *lead, d_in, d_out = (config.n_layers, *projection_shapes(config)[path])
+        a = init_a(jax.random.fold_in(key, i), (*lead, d_in, target.rank))
+        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
+        leaves[f"{path}/a"] = jnp.where(used.reshape(config.n_layers, *(1,) * (a.ndim - 2), target.rank), a, 0.0)
+        leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
+    return leaves

@@ -1,0 +1,88 @@
+"""Typed access to a parsed ``config.json``: every value is checked once, here, and named when it is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+
+class Fields:
+    """Reads fields of one family; JSON's null counts as absent, and an absent field has the family's default.
+
+    Args:
+      raw: the parsed file.
+      defaults: what transformers assumes where the file is silent.
+      where: the file's name, for messages.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+        self.raw, self.defaults, self.where = raw, defaults, where
+
+    def get(self, name: str) -> Any:
+        """The value, the default, or None."""
+        value = self.raw.get(name)
+        return self.defaults.get(name) if value is None else value
+
+    def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
+        """An error that names the field."""
+        return NaloraError(f"{self.where}: {name}", expected=expected, found=found, remedy=remedy)
+
+    def integer(self, name: str, *, low: int = 1, high: int = 2**24, default: int | None = None) -> int:
+        """A whole number between ``low`` and ``high``."""
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(name, f"a whole number from {low} to {high}", "nothing" if value is None else repr(value))
+        return value
+
+    def number(self, name: str, *, default: float | None = None, zero: bool = False) -> float:
+        """A finite number above 0 (or from 0)."""
+        value = self.get(name)
+        value = default if value is None else value
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30 and (zero or value):
+            return float(value)
+        bound = "of 0 or more" if zero else "above 0"
+        raise self.error(name, f"a finite number {bound}", "nothing" if value is None else repr(value)[:40])
+
+    def flag(self, name: str) -> bool:
+        """true or false; false if absent."""
+        value = self.get(name)
+        if not isinstance(value, bool | None):
+            raise self.error(name, "true or false", repr(value))
+        return bool(value)
+
+    def text(self, name: str) -> str:
+        """A string."""
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self.error(name, "a string", "nothing" if value is None else repr(value))
+        return value
+
+    def items(
+        self, name: str, length: int, kinds: type | tuple[type, ...], *, longer: bool = False
+    ) -> list[Any] | None:
+        """A list of ``length`` items of ``kinds`` (or at least that many), or None if absent."""
+        value = self.get(name)
+        if value is None:
+            return None
+        right = isinstance(value, list) and (len(value) == length or (longer and len(value) > length))
+        if not right or not all(isinstance(item, kinds) for item in value):
+            raise self.error(name, f"a list of {length} entries", f"{type(value).__name__} {str(value)[:60]}")
+        return list(value[:length])
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty if absent."""
+        value = self.get(name)
+        if not isinstance(value, Mapping | None):
+            raise self.error(name, "a JSON object", repr(value)[:60])
+        return dict(value or {})
+
+    def refuse(self, name: str, remedy: str = "") -> None:
+        """Raises if the file asks for the feature ``name``, which is not implemented."""
+        value = self.get(name)
+        if value not in (None, False, 0, [], {}, ""):
+            raise self.error(name, "nothing: this is not implemented", repr(value)[:60], remedy)

@@ -1,0 +1,321 @@
+"""A mixture of gated experts: router, top-k, and the gated FFN of each chosen expert, with adapters and statistics.
+
+Rows of tokens are sorted by expert, so that every projection is one grouped product (`lax.ragged_dot`) over exactly the
+tokens that reached each expert; nothing is dropped and no capacity is assumed. The mechanisms work per expert channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax import activations, selection
+from nalora_jax.errors import NaloraError
+from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product, identity_error
+from nalora_jax.nn.lora import TargetSpec, column_norm, combine, init_a
+from nalora_jax.nn.matmul import Numerics, unpack_leaf
+
+
+class Routing(NamedTuple):
+    """Which rows go where: row i of the sorted rows is token ``token[i]`` in expert ``expert[i]``."""
+
+    token: jax.Array  # int [tokens * top_k]
+    expert: jax.Array  # int [tokens * top_k], ascending
+    sizes: jax.Array  # int [experts], rows of each
+    weight: jax.Array  # float32 [tokens * top_k]
+    back: jax.Array  # int [tokens * top_k], inverse of the sorting: rows of token 0, of token 1, ...
+
+
+def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
+    """The ``top_k`` experts of every token and their weights.
+
+    Args:
+      logits: float32 ``[tokens, experts]``.
+      top_k: experts per token.
+      normalize: scale the chosen experts' probabilities to sum to 1.
+    """
+    n_experts = logits.shape[-1]
+    weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+    if normalize:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    return Routing(
+        token=order // top_k,
+        expert=flat[order],
+        sizes=jnp.bincount(flat, length=n_experts).astype(jnp.int32),
+        weight=weights.reshape(-1)[order],
+        back=jnp.argsort(order),
+    )
+
+
+def grouped_matmul(x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    """Every row through its expert's frozen kernel: no gradient for the kernels.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      kernels: ``[experts, d_in, d_out]``.
+      sizes: int ``[experts]``.
+      numerics: dtypes of operands and result.
+
+    Returns:
+      ``[rows, d_out]`` in ``numerics.result``.
+    """
+    chex.assert_rank([x, kernels, sizes], [2, 3, 1])
+    kernels = lax.stop_gradient(unpack_leaf(kernels))
+    return _frozen(x, kernels, sizes, numerics.operand).astype(numerics.result)
+
+
+def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+    return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _frozen(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+    return _ragged(x, kernels, sizes, operand)
+
+
+def _frozen_fwd(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> tuple[jax.Array, Any]:
+    return _ragged(x, kernels, sizes, operand), (kernels, sizes, jnp.zeros((0,), x.dtype))
+
+
+def _frozen_bwd(operand: str, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    kernels, sizes, like_x = kept
+    dx = _ragged(g, kernels.swapaxes(1, 2), sizes, operand).astype(like_x.dtype)
+    return dx, jnp.zeros_like(kernels), None
+
+
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)
+
+
+def grouped_residual(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    sizes: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    operand: str = "float32",
+) -> jax.Array:
+    """`nalora_jax.nn.lora.residual` per expert: ``s (x A_e) B_e`` with the gated gradient of A where there is a mask.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      a: ``[experts, d_in, r]`` float32.
+      b: ``[experts, r, d_out]`` float32.
+      scale: scalar.
+      sizes: int ``[experts]``.
+      mask: ``[experts, d_out]`` or None.
+      operand: dtype of the operands.
+
+    Returns:
+      ``[rows, d_out]`` float32.
+    """
+    chex.assert_rank([x, a, b], [2, 3, 3])
+    return _residual(x, a, b, jnp.asarray(scale, jnp.float32), sizes, mask, operand)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _residual(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, sizes: jax.Array, mask: jax.Array | None, operand: str
+) -> jax.Array:
+    return _residual_fwd(x, a, b, scale, sizes, mask, operand)[0]
+
+
+def _residual_fwd(
+    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, sizes: jax.Array, mask: jax.Array | None, operand: str
+) -> tuple[jax.Array, Any]:
+    hidden = scale * _ragged(x, a, sizes, operand)
+    return _ragged(hidden, b, sizes, operand), (x, a, b, scale, sizes, mask, hidden)
+
+
+def _residual_bwd(operand: str, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    x, a, b, scale, sizes, mask, hidden = kept
+    back = scale * _ragged(g, b.swapaxes(1, 2), sizes, operand)
+    shaping = back if mask is None else scale * _ragged(g, (b * mask[:, None, :]).swapaxes(1, 2), sizes, operand)
+    dx = _ragged(back, a.swapaxes(1, 2), sizes, operand).astype(x.dtype)
+    da, db = _per_expert(x, shaping, a, sizes, operand), _per_expert(hidden, g, b, sizes, operand)
+    return dx, da, db, jnp.zeros_like(scale), None, None if mask is None else jnp.zeros_like(mask)
+
+
+def _per_expert(x: jax.Array, g: jax.Array, like: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+    """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
+    return jax.linear_transpose(lambda kernels: _ragged(x, kernels, sizes, operand), like)(g)[0]
+
+
+_residual.defvjp(_residual_fwd, _residual_bwd)
+
+
+def expert_statistics(
+    base: jax.Array,
+    delta: jax.Array | None,
+    z: jax.Array,
+    weights: jax.Array,
+    activation: activations.Activation,
+    config: GateStatsConfig,
+) -> dict[str, jax.Array]:
+    """`nalora_jax.nn.ffn.gate_statistics` of every expert, over the tokens that reached it.
+
+    Args:
+      base: ``[rows, d_ff]`` frozen pre-activations of rows sorted by expert.
+      delta: ``[rows, d_ff]`` residual, or None.
+      z: ``[rows, d_ff]`` full pre-activations.
+      weights: ``[experts, rows]``: the row's token weight in its own expert, 0 in the others.
+      activation: the gate's.
+      config: strides and tolerance; a stride takes every n-th sorted row.
+
+    Returns:
+      The same names with a leading ``[experts]`` axis.
+    """
+    partition = activations.partition(activation.name, config.tolerance)
+    dz = jnp.zeros_like(base) if delta is None else delta
+    take, probe = slice(None, None, config.stride), slice(None, None, config.probe_stride)
+
+    def one(w: jax.Array) -> dict[str, jax.Array]:
+        stats = selection.channel_statistics(z[take], w[take], activation, partition)
+        return stats | selection.probe_statistics(base[probe], dz[probe], w[probe], activation)
+
+    return jax.vmap(one)(lax.stop_gradient(weights))
+
+
+class ExpertDense(nn.Module):
+    """The frozen kernels of one projection of all experts, with optional adapters: `LoRADense` over grouped rows."""
+
+    n_experts: int
+    features: int
+    target: TargetSpec | None = None
+    dora: bool = False
+    dropout: float = 0.0
+    numerics: Numerics = Numerics()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        routing: Routing,
+        scale: jax.Array | float = 1.0,
+        mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """``[rows, d_in]`` sorted by expert -> ``(base, residual)``, each ``[rows, features]``."""
+        shape = (self.n_experts, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
+        base = grouped_matmul(x, kernel, routing.sizes, self.numerics)
+        if self.target is None or not (self.is_initializing() or self.has_variable("lora", "a")):
+            return base, None
+        rank = self.target.rank
+        a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], rank))).value
+        b = self.variable("lora", "b", lambda: jnp.zeros((self.n_experts, rank, self.features), jnp.float32)).value
+        if a.ndim != 3:
+            raise NaloraError("adapters", expected="one adapter on expert projections", found="a stack of adapters")
+        inner = nn.Dropout(self.dropout, deterministic=deterministic)(x) if self.dropout > 0 else x
+        delta = grouped_residual(inner, a, b, scale, routing.sizes, mask, operand=self.numerics.adapter)
+        if self.dora:
+            frozen = lax.stop_gradient(unpack_leaf(kernel)).astype(jnp.float32)
+            start = lambda: jnp.linalg.norm(frozen, axis=1)  # noqa: E731
+            magnitude = self.variable("lora", "magnitude", start).value
+            norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(frozen, a, b, scale)
+            ratio = (magnitude / lax.stop_gradient(norm))[routing.expert]
+            ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
+            ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
+            delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
+        return base, delta.astype(base.dtype)
+
+
+class MoEFFN(nn.Module):
+    """A top-k mixture of gated FFNs; the call is `GatedFFN`'s."""
+
+    d_model: int
+    d_ff: int
+    n_experts: int
+    top_k: int
+    norm_topk: bool = True
+    activation: str = "silu"
+    adapters: Adapters = Adapters()
+    use_bias: bool = False
+    numerics: Numerics = Numerics()
+    stats: GateStatsConfig = GateStatsConfig()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Mapping[str, jax.Array | float] | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """``[batch, seq, d_model]`` -> the same; ``adapter_ids`` has no meaning here."""
+        del adapter_ids
+        scales = scales or {}
+        flat = x.reshape(-1, self.d_model)
+        routing = route(Router(self.n_experts, name="router")(flat), self.top_k, normalize=self.norm_topk)
+        rows = flat[routing.token]
+        options = {"deterministic": deterministic}
+        mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
+        gate = self._experts("gate_proj", self.d_ff)
+        base, delta = gate(rows, routing, scales.get("gate_proj", 1.0), mask, **options)
+        z = combine(base, delta)
+        u = combine(*self._experts("up_proj", self.d_ff)(rows, routing, scales.get("up_proj", 1.0), **options))
+        hidden, selected = gated_product(z, u, activations.get(self.activation))
+        self._observe(base, delta, z, selected, routing, token_weights)
+        down = self._experts("down_proj", self.d_model)
+        y = combine(*down(hidden, routing, scales.get("down_proj", 1.0), **options))
+        y = y * routing.weight[:, None].astype(y.dtype)
+        # [tokens, top_k, d_model] in the tokens' own order
+        return jnp.sum(y[routing.back].reshape(-1, self.top_k, self.d_model), axis=1).reshape(x.shape)
+
+    def _experts(self, name: str, features: int) -> ExpertDense:
+        return ExpertDense(
+            self.n_experts,
+            features,
+            self.adapters.get(name),
+            dora=self.adapters.dora,
+            dropout=self.adapters.dropout,
+            numerics=self.numerics,
+            name=name,
+        )
+
+    def _observe(
+        self,
+        base: jax.Array,
+        delta: jax.Array | None,
+        z: jax.Array,
+        selected: jax.Array,
+        routing: Routing,
+        token_weights: jax.Array | None,
+    ) -> None:
+        if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
+            return
+        activation = activations.get(self.activation)
+        rows = jnp.ones(z.shape[0]) if token_weights is None else token_weights.reshape(-1)[routing.token]
+        own = routing.expert[None, :] == jnp.arange(self.n_experts)[:, None]
+        weights = jnp.where(own, rows.astype(jnp.float32)[None, :], 0.0)
+        written = expert_statistics(base, delta, z, weights, activation, self.stats)
+        if self.stats.check:
+            written |= identity_error(base, delta, selected, activation)
+        for name, value in written.items():
+            self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+class Router(nn.Module):
+    """Expert logits, in float32 whatever the model's dtype: a rounding error here would pick another expert."""
+
+    n_experts: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[tokens, d_model]`` -> float32 ``[tokens, experts]``."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.n_experts))
+        frozen = lax.stop_gradient(unpack_leaf(kernel)).astype(jnp.float32)
+        return lax.dot_general(x.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))

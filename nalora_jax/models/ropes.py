@@ -1,0 +1,163 @@
+"""Rotary embeddings as a ``config.json`` describes them, in the form of transformers 4 and of transformers 5.
+
+4:  {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+5:  {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+    {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}          one per kind of layer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.models.fields import Fields
+from nalora_jax.nn.layers import ROPE_KINDS, RopeSpec
+
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+_ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+}
+
+
+def read_ropes(
+    f: Fields, head_dim: int, kinds: list[str] | None, defaults: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[tuple[RopeSpec, ...], tuple[int, ...]]:
+    """The distinct rotary embeddings of a model and, per layer, which of them it uses.
+
+    Args:
+      f: the config's fields.
+      head_dim: dimensions of a head.
+      kinds: the kind of every layer, or None where all are alike.
+      defaults: parameters by kind of layer, for a family whose kinds differ; scaling is then of full attention only.
+
+    Returns:
+      The specs, and indices into them (empty where there is one spec).
+    """
+    flat = f.mapping("rope_scaling") or f.mapping("rope_parameters")
+    nested = {kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None}
+    if kinds is None and nested:
+        raise f.error("rope_parameters", "one rotary embedding", f"one per kind of layer ({', '.join(nested)})")
+    if kinds is None or (defaults is None and not nested):
+        return (_spec(f, "rope_parameters", flat, head_dim),), ()
+    specs = []
+    for kind in sorted(set(kinds)):
+        own = nested.get(kind, {}) if nested or kind != "full_attention" else flat
+        if not isinstance(own, Mapping):
+            raise f.error(f"rope_parameters: {kind}", "a JSON object", repr(own)[:60])
+        theta = {"rope_theta": f.get("rope_theta")} if f.get("rope_theta") and kind == "full_attention" else {}
+        own = {**(defaults or {}).get(kind, {}), **theta, **{k: v for k, v in own.items() if v is not None}}
+        specs.append(_spec(f, f"rope_parameters: {kind}", own, head_dim))
+    order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
+    return tuple(specs), tuple(order[kind] for kind in kinds)
+
+
+def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int) -> RopeSpec:
+    rope = Fields(own, {"rope_theta": f.get("rope_theta") or 10_000.0}, f"{f.where}: {name}")
+    kind = own.get("rope_type") or own.get("type") or "default"
+    phi3 = f.raw.get("model_type") == "phi3"
+    if phi3 and kind in ("su", "yarn"):  # LongRoPE under its earlier names
+        kind = "longrope"
+    if kind not in ROPE_KINDS or (phi3 and kind not in ("default", "longrope")):
+        raise rope.error("rope_type", f"one of {', '.join(ROPE_KINDS)}", repr(kind), "this scaling is not implemented")
+    for key in sorted(own.keys() - _ALWAYS - _KEYS[kind]):
+        rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
+    partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
+    if partial != 1.0 and not phi3:
+        raise rope.error("partial_rotary_factor", "1: partial rotation is Phi-3's only", partial)
+    dim = int(head_dim * partial)
+    if dim % 2 or not 2 <= dim <= head_dim:
+        raise rope.error("partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions")
+    theta = rope.number("rope_theta")
+    if theta <= 1:
+        raise rope.error("rope_theta", "a number above 1", theta)
+    return RopeSpec(dim=dim, theta=theta, kind=kind, **_SCALINGS[kind](f, rope, dim))
+
+
+def _linear(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
+    return {"factor": rope.number("factor")}
+
+
+def _dynamic(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
+    if dim == 2:
+        raise rope.error("rope_type", "a head of more than 2 dimensions for 'dynamic'", dim)
+    return {"factor": _stretch(rope), "max_positions": f.integer("max_position_embeddings", high=2**30)}
+
+
+def _stretch(rope: Fields, default: float | None = None) -> float:
+    factor = rope.number("factor", default=default)
+    if factor < 1:
+        raise rope.error("factor", "1 or more", factor)
+    return factor
+
+
+def _original(f: Fields, rope: Fields) -> int:
+    """The context before the stretch; a field outside the scaling's object wins, as in transformers."""
+    fallback = 4096 if f.raw.get("model_type") == "phi3" else f.integer("max_position_embeddings", high=2**30)
+    inner = rope.integer("original_max_position_embeddings", low=2, high=2**30, default=fallback)
+    return f.integer("original_max_position_embeddings", low=2, high=2**30, default=inner)
+
+
+def _llama3(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})", high)
+    return {
+        "factor": rope.number("factor"),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "max_positions": _original(f, rope),
+    }
+
+
+def _yarn(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
+    original = _original(f, rope)
+    factor = _stretch(rope, f.integer("max_position_embeddings", high=2**30) / original)
+    scale, all_dim = (rope.number(key, default=0.0, zero=True) for key in ("mscale", "mscale_all_dim"))
+    derived = _yarn_magnitude(factor, 1.0)
+    if scale and all_dim:
+        derived = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
+    return {
+        "factor": factor,
+        "max_positions": original,
+        "attention_factor": rope.number("attention_factor", default=derived),
+        "beta_fast": rope.number("beta_fast", default=32.0),
+        "beta_slow": rope.number("beta_slow", default=1.0),
+        "truncate": True if rope.get("truncate") is None else rope.flag("truncate"),
+    }
+
+
+def _yarn_magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _longrope(f: Fields, rope: Fields, dim: int) -> dict[str, Any]:
+    original = _original(f, rope)
+    factor = rope.number("factor", default=f.integer("max_position_embeddings", high=2**30) / original)
+    derived = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    factors = {key: _factors(rope, key, dim // 2) for key in ("short_factor", "long_factor")}
+    attention_factor = rope.number("attention_factor", default=derived)
+    return {"factor": factor, "max_positions": original, "attention_factor": attention_factor, **factors}
+
+
+def _factors(rope: Fields, key: str, length: int) -> tuple[float, ...]:
+    values = rope.items(key, length, (int, float)) or []
+    if len(values) != length or not all(0 < value < 1e30 for value in values):
+        raise rope.error(key, f"{length} numbers above 0", str(values)[:60])
+    return tuple(float(value) for value in values)
+
+
+_SCALINGS = {
+    "default": lambda f, rope, dim: {},
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

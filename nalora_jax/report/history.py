@@ -1,0 +1,138 @@
+"""A run's log as arrays: what the report draws and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.metrics import FILE, read_metrics
+
+REGIONS = ("inverted", "contracting", "expanding", "linear")
+# Headline metrics by preference: key in an evaluation, its name, and whether more is better.
+METRICS = (("accuracy", "accuracy", True), ("exact_match", "exact match", True), ("loss", "held-out loss", False))
+
+
+@dataclass(frozen=True)
+class Score:
+    """The headline metric of one evaluation."""
+
+    step: int
+    value: float
+    low: float | None  # 95% interval, where the evaluation gave one
+    high: float | None
+    n: int | None  # items behind it
+
+
+@dataclass(frozen=True)
+class History:
+    """The lines of one metrics.jsonl, sorted by what they are."""
+
+    header: Mapping[str, Any]  # the line with "run", "versions" and "device"; empty if the log has none
+    steps: tuple[Mapping[str, Any], ...]  # log steps
+    evals: tuple[Mapping[str, Any], ...]  # evaluations along the way, on the examples that choose the checkpoint
+    initial: Mapping[str, Any]  # evaluation of the base, on the same examples as `final`; empty if there is none
+    final: Mapping[str, Any]  # evaluation of what was exported (the best step); empty if there is none
+    resumed: tuple[int, ...]  # steps that the run was continued from
+    done: Mapping[str, Any]  # how the run ended; empty while it is running
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's config as nested dicts."""
+        return self.header.get("run", {})
+
+    @property
+    def total_steps(self) -> int:
+        """Steps the run was to take, or the last one logged if the config is not known."""
+        return int(self.config.get("steps", self.last_step))
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the log knows of."""
+        return max((int(record["step"]) for record in (*self.steps, *self.evals)), default=0)
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps [T], values [T]) of one number of the log steps; null becomes NaN, lines without it are left out."""
+        rows = [(record["step"], record[name]) for record in self.steps if name in record]
+        return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
+
+    def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps [T], values [T, L] or [T, L, 4]) of one per-layer number; null becomes NaN."""
+        rows = [(record["step"], record["layers"][name]) for record in self.steps if _has(record, name)]
+        return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
+
+    def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps [E], values [E]) of one number of the evaluations."""
+        rows = [(record["step"], record["eval"][name]) for record in self.evals if name in record["eval"]]
+        return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
+
+    @property
+    def metric(self) -> tuple[str, str, bool] | None:
+        """The headline metric (key, name, more is better) that the evaluations have, or None."""
+        return next((m for m in METRICS if any(e["eval"].get(m[0]) is not None for e in self.measured)), None)
+
+    @property
+    def scores(self) -> list[Score]:
+        """The headline metric of every evaluation along the way, by step."""
+        return self._scores(self.evals)
+
+    @property
+    def outcome(self) -> list[Score]:
+        """The headline metric before training and of the result; one alone, or none, where not both are known."""
+        scores = self._scores(self.measured)
+        return [scores[0], scores[-1]] if len(scores) > 1 else scores
+
+    @property
+    def measured(self) -> tuple[Mapping[str, Any], ...]:
+        """Every evaluation, that of the result last."""
+        ends = ((self.initial,) if self.initial else (), (self.final,) if self.final else ())
+        return (*ends[0], *self.evals, *ends[1])
+
+    def _scores(self, records: Sequence[Mapping[str, Any]]) -> list[Score]:
+        if self.metric is None:
+            return []
+        key = self.metric[0]
+        return [_score(record, key) for record in records if record["eval"].get(key) is not None]
+
+    def total(self, name: str) -> float:
+        """Sum of a number that counts since the last log step (seconds, tokens); 0 where there is none."""
+        return float(np.nansum(self.column(name)[1]))
+
+
+def read_history(folder: str | Path) -> History:
+    """The history of the run in ``folder``.
+
+    Raises:
+      NaloraError: there is no metrics.jsonl, it is damaged, or it holds no line of a run.
+    """
+    path = Path(folder) / FILE
+    history = history_of(read_metrics(path))
+    if not history.header and not history.steps and not history.measured:
+        raise NaloraError(str(path), expected="the lines of a run", found="none", remedy="train first")
+    return history
+
+
+def history_of(records: Sequence[Mapping[str, Any]]) -> History:
+    """The records of a log, sorted by kind; unknown kinds are ignored."""
+    return History(
+        header=next((record for record in records if "run" in record), {}),
+        steps=tuple(record for record in records if "step" in record and "eval" not in record),
+        evals=tuple(r for r in records if {"step", "eval"} <= r.keys() and not {"initial", "final"} & r.keys()),
+        initial=next((record for record in records if "eval" in record and "initial" in record), {}),
+        final=next((record for record in reversed(records) if "eval" in record and "final" in record), {}),
+        resumed=tuple(record["resumed"]["step"] for record in records if "resumed" in record),
+        done=next((record["done"] for record in reversed(records) if "done" in record), {}),
+    )
+
+
+def _score(record: Mapping[str, Any], key: str) -> Score:
+    found = record["eval"]  # its low and high are the interval of the headline metric
+    return Score(int(record["step"]), float(found[key]), found.get("low"), found.get("high"), found.get("n"))
+
+
+def _has(record: Mapping[str, Any], name: str) -> bool:
+    return record.get("layers", {}).get(name) is not None

@@ -1,0 +1,317 @@
+"""report.html: one self-contained page about a run, made from its metrics.jsonl alone.
+
+The page loads nothing (its content security policy forbids it), follows the reader's light or dark setting and fits a
+phone. Everything that comes from the log is escaped by the template engine.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from nalora_jax.config import RunConfig
+from nalora_jax.report import plots
+from nalora_jax.report.history import History, Score, read_history
+from nalora_jax.train.metrics import write_atomically
+from nalora_jax.train.progress import duration
+
+FILE = "report.html"
+LONGEST_SAMPLE = 1200  # characters of a sample's prompt or answer that are shown
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot of the report with its heading and what to read in it."""
+
+    draw: Callable[[History], str | None]
+    title: str
+    caption: str
+
+
+TRAINING = (
+    Picture(plots.metric, "Held-out metric", "Each point is one evaluation; its bar is the 95% interval."),
+    Picture(plots.loss, "Loss", "Mean negative log-likelihood per target token."),
+    Picture(plots.learning_rate, "Learning rate", "The schedule, as applied."),
+    Picture(
+        plots.speed, "Speed", "Real tokens per second between two log steps, without compiling, evaluating and saving."
+    ),
+    Picture(plots.gradient, "Gradient norm", "Over all adapters, before clipping."),
+)
+GATES = (
+    Picture(
+        plots.misalignment,
+        "Misalignment",
+        "What the adapters move by changing the gate's selection (S), over what they move in its features (F). The "
+        "dashed line is the value for vanishing adapters, a property of the base model and the data; only the excess "
+        "above it comes from how far the adapters move the gate. Both are for the whole model: sums over all layers.",
+    ),
+    Picture(
+        plots.misalignment_map,
+        "Misalignment of every layer",
+        "Left: misalignment over the steps. Right: its linear limit, in the same colours.",
+    ),
+    Picture(
+        plots.excess_map,
+        "Excess over the limit",
+        "The difference of the two maps, in colours of its own: what comes from how far the adapters move the gate.",
+    ),
+    Picture(
+        plots.feature,
+        "Feature movement",
+        "How far the adapters move the gate's features. Compare misalignment between runs at equal movement.",
+    ),
+    Picture(
+        plots.importance,
+        "Importance and mask",
+        "Importance is the mean slope E|φ′| of a layer's gate channels; channels above their layer's mean have the "
+        "larger mask, and get the larger updates.",
+    ),
+    Picture(
+        plots.occupancy,
+        "Region occupancy",
+        "Where the gate's pre-activations lie: inverted (output falls as the input rises), contracting, expanding, "
+        "linear (selection saturated open).",
+    ),
+    Picture(
+        plots.step_scale,
+        "Step scale",
+        "What the step-scaling rule multiplies the gate's updates by; its mean over a layer is 1.",
+    ),
+)
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` into the run's folder, from its metrics.jsonl; returns the page's path.
+
+    Raises:
+      NaloraError: there is no log in the folder, or it is damaged.
+    """
+    folder = Path(folder)
+    page = render(read_history(folder), has_adapter=(folder / "adapter" / "adapter_config.json").exists())
+    write_atomically(folder / FILE, page)
+    return folder / FILE
+
+
+def render(history: History, *, has_adapter: bool = False) -> str:
+    """The page as text.
+
+    Args:
+      history: the run's log.
+      has_adapter: the run's folder holds an exported adapter, so say how to use it.
+    """
+    config = history.config
+    return _template().render(
+        css=Markup(_resource("style.css")),
+        title=_title(config),
+        status=_status(history),
+        tiles=list(_tiles(history)),
+        headline=_headline(history),
+        sections=[
+            ("Training", _draw(TRAINING, history)),
+            ("Gates", _draw(GATES, history)),
+        ],
+        samples=_samples(history),
+        folder=shlex.quote(str(config.get("output", "RUN"))) if has_adapter else None,
+        config=_config_rows(config),
+        layers=_layer_rows(history),
+        versions=history.header.get("versions", {}),
+        device=history.header.get("device", ""),
+    )
+
+
+def _draw(pictures: tuple[Picture, ...], history: History) -> list[tuple[Picture, Markup]]:
+    drawn = [(picture, picture.draw(history)) for picture in pictures]
+    # The plots escape their text themselves; letting the template do it again would show the markup.
+    return [(picture, Markup(svg)) for picture, svg in drawn if svg is not None]
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    model, dataset = config.get("model", "a model"), config.get("data", {}).get("dataset", "a data set")
+    return f"{model} on {dataset}"
+
+
+def _status(history: History) -> str:
+    last, total, best = history.last_step, history.total_steps, history.done.get("best_step")
+    if not history.done:
+        return f"step {last} of {total}, not finished"
+    ended = history.done.get("message") or (
+        f"{total} steps" if last >= total else f"stopped early, step {last} of {total}"
+    )
+    return f"{ended}, best at step {best}" if best is not None and best != last else str(ended)
+
+
+def _headline(history: History) -> dict[str, Any] | None:
+    """The headline metric before and after training, placed on a common scale, or None without an evaluation."""
+    if history.metric is None:
+        return None
+    _, name, more_is_better = history.metric
+    shown = history.outcome
+    edges = [edge for s in shown for edge in (s.low, s.value, s.high) if edge is not None]
+    low, high = min(edges), max(edges)
+    pad = 0.08 * (high - low) or 1.0
+    scale = (low - pad, high + pad)
+    labels = ["before", "after"] if len(shown) == 2 else [f"step {shown[0].step}"]
+    return {
+        "name": name,
+        "rows": [_range(label, score, scale) for label, score in zip(labels, shown, strict=True)],
+        "verdict": _verdict(shown, more_is_better, history.final.get("eval", {}).get("paired")),
+        "n": shown[-1].n,
+    }
+
+
+def _range(label: str, score: Score, scale: tuple[float, float]) -> dict[str, Any]:
+    def at(value: float) -> str:
+        return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
+
+    row: dict[str, Any] = {"label": label, "value": f"{score.value:.3f}", "at": at(score.value), "interval": None}
+    if score.low is not None and score.high is not None:
+        width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
+        row |= {"interval": f"{score.low:.3f} to {score.high:.3f}", "low": at(score.low), "width": width}
+    return row
+
+
+def _verdict(shown: Sequence[Score], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
+    """One honest sentence about the difference; item by item where the last evaluation holds a comparison.
+
+    Args:
+      shown: before and after, or one of them.
+      more_is_better: of the metric.
+      paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
+    """
+    if len(shown) < 2:
+        return ""
+    gain = shown[1].value - shown[0].value
+    if gain == 0:
+        return "No change."
+    change = f"{gain:+.3f}, {'better' if (gain > 0) == more_is_better else 'worse'}"
+    if paired:
+        interval = f"95% of the difference, item by item: {paired['low']:+.3f} to {paired['high']:+.3f}"
+        counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
+        return f"{change} ({interval}; {counts})."
+    apart = _apart(shown[0], shown[1])
+    if apart is None:
+        return f"{change}."
+    return f"{change}; the intervals {'do not overlap' if apart else 'overlap, so more items would be needed to tell'}."
+
+
+def _apart(first: Score, second: Score) -> bool | None:
+    """Whether two intervals do not overlap; None where one is not known."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return None
+    return first.high < second.low or second.high < first.low
+
+
+def _tiles(history: History) -> Iterator[tuple[str, str, str]]:
+    """(name, value, note) of the small boxes at the top."""
+    losses = [record["eval"]["loss"] for record in history.measured if record["eval"].get("loss") is not None]
+    if len(losses) > 1:
+        yield "Held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "before → after"
+    speed = history.column("tokens_per_second")[1]
+    if np.isfinite(speed).any():
+        tokens = history.total("tokens")
+        yield (
+            "Tokens per second",
+            f"{np.nanmedian(speed):,.0f}",
+            f"median; {tokens:,.0f} tokens" if tokens else "median",
+        )
+    seconds = history.total("seconds")
+    if seconds:
+        yield "Training time", duration(seconds), "min:s, without compiling" if seconds < 3600 else "h:min:s"
+    values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
+    if values.size and np.isfinite(values[-1]):
+        known = limit.size and np.isfinite(limit[-1])
+        note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}" if known else "of the whole model"
+        yield "Misalignment", f"{values[-1]:.3f}", note
+
+
+def _samples(history: History) -> list[dict[str, Any]]:
+    """Sample answers of the first evaluation that has some, each with the last one's answer to the same prompt."""
+    sampled = [record for record in history.measured if record["eval"].get("samples")]
+    if not sampled:
+        return []
+    last = {_clip(sample["prompt"]): sample for sample in sampled[-1]["eval"]["samples"]}
+    rows = []
+    for sample in sampled[0]["eval"]["samples"]:
+        prompt = _clip(sample["prompt"])
+        later = last.get(prompt) if len(sampled) > 1 else None
+        answers = [("before", sample)] + ([("after", later)] if later else [])
+        rows.append(
+            {
+                "prompt": prompt,
+                "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
+                "answers": [(label, _clip(one.get("answer")), one.get("correct")) for label, one in answers],
+            }
+        )
+    return rows
+
+
+def _clip(value: object) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= LONGEST_SAMPLE else text[:LONGEST_SAMPLE] + " …"
+
+
+def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """(dotted name, value, differs from the default) of every field."""
+    defaults = dict(_flatten(RunConfig().to_dict()))
+    return [(name, _plain(value), name in defaults and defaults[name] != value) for name, value in _flatten(config)]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+def _plain(value: Any) -> str:
+    """A value as a reader would type it; adapter rules as on the command line."""
+    if isinstance(value, list):
+        return "  ".join(map(_plain, value))
+    if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
+        alpha = value.get("alpha")
+        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{alpha:g}")
+    return str(value)
+
+
+def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of every layer at the last log step."""
+    names = [
+        "misalignment",
+        "limit",
+        "feature",
+        "importance",
+        "responsive",
+        "mask_mean",
+        "step_scale_min",
+        "step_scale_max",
+    ]
+    columns = [(name, history.layers(name)[1]) for name in names]
+    columns = [(name, values[-1]) for name, values in columns if values.ndim == 2]
+    if not columns:
+        return [], []
+    rows = [[str(i), *(_number(values[i]) for _, values in columns)] for i in range(len(columns[0][1]))]
+    return ["layer", *(name.replace("_", " ") for name, _ in columns)], rows
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if np.isfinite(value) else "–"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_resource("page.html.j2"))
+
+
+def _resource(name: str) -> str:
+    return files("nalora_jax.report").joinpath(name).read_text(encoding="utf-8")

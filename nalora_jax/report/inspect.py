@@ -1,0 +1,190 @@
+"""What the gates of a model look like, layer by layer: the table and the picture of ``nalora inspect``.
+
+Pure functions of the statistics that the blocks write (`nalora_jax.nn.ffn`); running texts through a model is the
+caller's part.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.report.history import REGIONS
+from nalora_jax.report.plots import stacked_bars
+
+# A channel is responsive if its mean slope is at least this share of its layer's mean slope.
+RESPONSIVE = 0.5
+CAPTION = (
+    "slope: mean of |phi'| over tokens and channels. responsive: share of channels whose own mean |phi'| is at least "
+    "half of their layer's mean (the default soft mask gives the others less than a quarter of an update). Regions: "
+    "share of pre-activations. misalignment: sum|S| / sum|F| of the adapter; limit: the same for a vanishing one."
+)
+_COLOURS = ("#b5382f", "#eda676", "#8fbfe0", "#2b63a8")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """Per-layer means over real tokens, ``[L]`` each."""
+
+    slope: np.ndarray  # E|phi'|, mean over channels
+    responsive: np.ndarray  # share of channels, see `responsive_share`
+    occupancy: np.ndarray  # [L, 4], shares of the regions inverted, contracting, expanding, linear
+    misalignment: np.ndarray  # sum|S| / sum|F|; NaN in a layer whose gate no adapter moves
+    limit: np.ndarray  # its linear limit; NaN in a layer where no residual was probed
+
+
+def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> LayerSummary:
+    """Means per layer of one block's statistics.
+
+    Args:
+      stats: sums over real tokens as in ``gate_stats``: ``tokens [L, ...]``, ``slope [L, ..., C]``,
+        ``occupancy [L, ..., 4, C]``, ``feature``, ``selection`` and ``linear`` ``[L, ..., C]``; the dots are an expert
+        axis, or nothing. Sums of several batches may be added up.
+      probe: the same from a run with a small random residual. The linear limit is a property of the pre-activations
+        and of the residual's direction, so this gives it before any training, when the adapter's own is 0/0.
+
+    Returns:
+      The summary; the limit comes from ``probe`` in the layers whose gate the adapter does not move.
+
+    Raises:
+      NaloraError: no real token went through a layer.
+    """
+    sums = {name: np.asarray(value, np.float64) for name, value in stats.items()}
+    layers, channels = sums["slope"].shape[0], sums["slope"].shape[-1]
+    counts = sums["tokens"].reshape(layers, -1)
+    if not (counts.sum(1) > 0).all():
+        raise NaloraError(
+            "inspect: texts", expected="real tokens in every layer", found="none", remedy="give more text"
+        )
+    total = counts.sum(1) * channels
+    occupancy = np.moveaxis(sums["occupancy"], -2, 1).reshape(layers, 4, -1).sum(-1)
+    slope = sums["slope"].reshape(layers, -1, channels)
+    misalignment, limit = _ratio(sums, "selection"), _ratio(sums, "linear")
+    if probe is not None:
+        probed = _ratio({name: np.asarray(value, np.float64) for name, value in probe.items()}, "linear")
+        limit = np.where(np.isnan(limit), probed, limit)
+    return LayerSummary(
+        slope=slope.sum((1, 2)) / total,
+        responsive=responsive_share(slope, counts),
+        occupancy=occupancy / total[:, None],
+        misalignment=misalignment,
+        limit=limit,
+    )
+
+
+def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Share of gate channels that still respond: mean |phi'| at least half (`RESPONSIVE`) of their layer's mean.
+
+    Relative to the layer, because the mask is: with the default soft mask, (slope / mean)^2, the channels left out are
+    those that get less than a quarter of an update. Whether a whole layer responds shows in its mean slope.
+
+    Args:
+      slope: ``[L, E, C]`` sums of |phi'| over tokens, E the experts (1 without).
+      tokens: ``[L, E]`` counts; an expert that no token reached has no channels to judge.
+
+    Returns:
+      ``[L]``, each expert weighted by its tokens.
+    """
+    mean = slope / np.maximum(tokens, 1.0)[..., None]
+    share = np.mean(mean >= RESPONSIVE * mean.mean(-1, keepdims=True), axis=-1)
+    return np.sum(share * tokens, axis=1) / np.sum(tokens, axis=1)
+
+
+def layer_table(summary: LayerSummary, title: str = "") -> Table:
+    """The summary as a table for the terminal, the mean over layers last."""
+    table = Table(title=title or None, caption=CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.pad_edge = table.show_edge = False
+    columns = _columns(summary)
+    table.add_column("layer", justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for layer in range(len(summary.slope)):
+        table.add_row(str(layer), *(cell(values[layer], name) for name, values in columns.items()))
+    table.add_section()
+    table.add_row("mean", *(cell(np.nanmean(values), name) for name, values in columns.items()), style="bold")
+    return table
+
+
+def cell(value: float, name: str) -> str:
+    """One number of the table: shares as percentages; four decimals where small differences count; NaN is a dash."""
+    if np.isnan(value):
+        return "–"
+    if name in (*REGIONS, "responsive"):
+        return f"{value:.1%}"
+    return f"{value:.4f}" if name in ("limit", "misalignment") else f"{value:.3f}"
+
+
+def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Path:
+    """Draw the summary into ``path`` (.png, .svg or .pdf by its suffix): occupancy, slope and share, misalignment.
+
+    Raises:
+      NaloraError: the suffix is another one, or the file cannot be written.
+    """
+    path = check_picture(path)
+    picture = _draw(summary, title)
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format=path.suffix[1:], dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    except OSError as error:
+        raise NaloraError("--picture", expected="a file that can be written", found=error) from error
+    return path
+
+
+def check_picture(path: str | Path) -> Path:
+    """``path``, if `save_picture` can draw into a file of its suffix.
+
+    Raises:
+      NaloraError: it cannot.
+    """
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise NaloraError("--picture", expected="a name that ends in .png, .svg or .pdf", found=str(path))
+    return Path(path)
+
+
+def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Sum of ``name`` over sum of |F|, per layer; NaN in a layer whose gate did not move."""
+    layers = sums["feature"].shape[0]
+    feature = sums["feature"].reshape(layers, -1).sum(1)
+    moved = np.where(feature > 0, feature, np.nan)
+    return sums[name].reshape(layers, -1).sum(1) / moved
+
+
+def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
+    """The table's columns by head; one that is NaN in every layer is left out."""
+    columns = {"slope": summary.slope, "responsive": summary.responsive}
+    columns |= dict(zip(REGIONS, summary.occupancy.T, strict=True))
+    columns |= {"limit": summary.limit, "misalignment": summary.misalignment}
+    return {name: values for name, values in columns.items() if not np.isnan(values).all()}
+
+
+def _draw(summary: LayerSummary, title: str) -> Figure:
+    lines: list[Sequence[tuple[str, np.ndarray]]] = [
+        [("mean slope E|φ′|", summary.slope), ("responsive share", summary.responsive)],
+        [("misalignment", summary.misalignment), ("its linear limit", summary.limit)],
+    ]
+    panels = [[line for line in panel if not np.isnan(line[1]).all()] for panel in lines]
+    panels = [panel for panel in panels if panel]
+    figure = Figure(figsize=(7.0, 2.6 * (1 + len(panels))), layout="constrained")
+    axes = figure.subplots(1 + len(panels), 1, sharex=True)
+    stacked_bars(axes[0], summary.occupancy, _COLOURS)
+    axes[0].set(ylabel="share of tokens", title=title)
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=4, frameon=False)
+    for axis, panel in zip(axes[1:], panels, strict=True):
+        for label, values in panel:
+            axis.plot(values, "o-", markersize=3.5, label=label)
+        axis.set_ylim(0, 1.15 * max(np.nanmax(values) for _, values in panel))
+        axis.grid(color="#e4e5e7")
+        axis.legend(frameon=False)
+    axes[-1].set_xlabel("layer")
+    return figure

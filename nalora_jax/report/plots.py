@@ -1,0 +1,263 @@
+"""The report's pictures: each takes a `History` and returns an ``<svg>``, or None where the log has no such numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from nalora_jax.report.history import REGIONS, History
+from nalora_jax.report.svg import COLOURS, REGION_COLOURS, evenly, new_figure, smooth, style, thin, to_svg
+
+MAP_COLUMNS = 160  # most steps drawn in a heat map
+
+
+def loss(history: History) -> str | None:
+    """Training loss (each log step, and its running mean) and held-out loss."""
+    steps, values = history.column("loss")
+    eval_steps, eval_values = history.eval_column("loss")
+    if not np.isfinite(values).any() and not np.isfinite(eval_values).any():
+        return None
+    with style():
+        figure, axis = new_figure()
+        if values.size:
+            _noisy_line(axis, steps, values, "c1", "training")
+        if eval_values.size:
+            axis.plot(eval_steps, eval_values, "o-", color=COLOURS["c2"], markersize=4.5, label="held out")
+        axis.set(xlabel="step", ylabel="loss per target token")
+        axis.legend(loc="best")
+        return to_svg(figure, "loss", "Training and held-out loss over the steps")
+
+
+def metric(history: History) -> str | None:
+    """The headline metric of every evaluation with its 95% interval, beside its value before training."""
+    if history.metric is None or len(history.scores) < 2:
+        return None
+    _, name, _ = history.metric
+    scores = history.scores
+    steps, values = [s.step for s in scores], np.array([s.value for s in scores])
+    with style():
+        figure, axis = new_figure()
+        axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="before training")
+        bounded = [s for s in scores if s.low is not None and s.high is not None]
+        if bounded:
+            axis.vlines(
+                [s.step for s in bounded],
+                [s.low for s in bounded],
+                [s.high for s in bounded],
+                color=COLOURS["c2"],
+                linewidth=1.4,
+                label="95% interval",
+            )
+        axis.plot(steps, values, "o-", color=COLOURS["c2"], markersize=5, label=name)
+        axis.set(xlabel="step", ylabel=name)
+        axis.legend(loc="best")
+        return to_svg(figure, "metric", f"Held-out {name} over the steps")
+
+
+def learning_rate(history: History) -> str | None:
+    """Learning rate over the steps."""
+    return _single_line(history, "learning_rate", "learning rate", "c1")
+
+
+def speed(history: History) -> str | None:
+    """Tokens per second over the steps."""
+    return _single_line(history, "tokens_per_second", "tokens per second", "c3", zero=True, noisy=True)
+
+
+def gradient(history: History) -> str | None:
+    """Global norm of the gradient, before clipping."""
+    return _single_line(history, "grad_norm", "gradient norm", "c1", zero=True, noisy=True)
+
+
+def misalignment(history: History) -> str | None:
+    """Misalignment of the whole model and its linear limit; the excess between them is shaded."""
+    steps, values = history.column("misalignment")
+    limit_steps, limit = history.column("misalignment_limit")
+    if not np.isfinite(values).any():
+        return None
+    with style():
+        figure, axis = new_figure()
+        if np.array_equal(limit_steps, steps) and np.isfinite(limit).any():
+            axis.fill_between(steps, limit, values, color=COLOURS["c1"], alpha=0.2, linewidth=0, label="excess")
+            axis.plot(*thin(steps, limit), "--", color=COLOURS["c3"], label="linear limit (dz → 0)")
+        axis.plot(*thin(steps, values), color=COLOURS["c1"], label="misalignment E|S| / E|F|")
+        axis.set(xlabel="step", ylabel="whole model")
+        axis.legend(loc="best")
+        return to_svg(figure, "misalignment", "Misalignment and its linear limit over the steps")
+
+
+def misalignment_map(history: History) -> str | None:
+    """Misalignment by layer and step, and the linear limit beside it on the same scale of colours."""
+    steps, values = history.layers("misalignment")
+    limit_steps, limit = history.layers("limit")
+    maps = [("misalignment", steps, values), ("its linear limit", limit_steps, limit)]
+    maps = [one for one in maps if one[2].ndim == 2 and np.isfinite(one[2]).any()]
+    if not maps:
+        return None
+    return _heat_maps(maps, "map", "Misalignment of every layer over the steps, beside its linear limit")
+
+
+def excess_map(history: History) -> str | None:
+    """Misalignment above its linear limit, by layer and step, on a scale of colours of its own."""
+    steps, values = history.layers("misalignment")
+    limit = history.layers("limit")[1]
+    if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
+        return None
+    return _heat_maps([("", steps, values - limit)], "excess", "Misalignment above its linear limit, of every layer")
+
+
+def feature(history: History) -> str | None:
+    """How far the adapters move the gate: E|F| over the steps, mean and range over layers."""
+    steps, values = history.layers("feature")
+    if values.ndim != 2 or not np.isfinite(values).any():
+        return None
+    with style():
+        figure, axis = new_figure()
+        _band(axis, steps, values, "c3", "mean over layers", "lowest to highest layer")
+        axis.set(xlabel="step", ylabel="feature movement E|F|")
+        axis.set_ylim(bottom=0)
+        axis.legend(loc="best")
+        return to_svg(figure, "feature", "Feature movement over the steps")
+
+
+def importance(history: History) -> str | None:
+    """Importance by layer at the first and last log step; below it the mask: mean, and share of favoured channels."""
+    steps, slope = history.layers("importance")
+    if slope.ndim != 2 or not np.isfinite(slope).any():
+        return None
+    with style():
+        figure, (upper, lower) = new_figure(4.6, rows=2, sharex=True)
+        layers = np.arange(slope.shape[1])
+        upper.plot(layers, slope[0], ":", color=COLOURS["muted"], label=f"step {steps[0]:.0f}")
+        upper.plot(layers, slope[-1], "o-", markersize=3, color=COLOURS["c1"], label=f"step {steps[-1]:.0f}")
+        upper.set(ylabel="mean slope E|φ′|")
+        upper.legend(loc="best")
+        for name, label, colour in (
+            ("mask_mean", "mean mask", "c2"),
+            ("responsive", "share of channels with mask ≥ 1", "c3"),
+        ):
+            _, values = history.layers(name)
+            if values.ndim == 2:
+                lower.plot(layers, values[-1], "o-", markersize=3, color=COLOURS[colour], label=label)
+        lower.set(xlabel="layer", ylabel="at the last step")
+        lower.set_ylim(bottom=0)
+        if lower.lines:
+            lower.legend(loc="best")
+        return to_svg(figure, "importance", "Importance and mask of every layer")
+
+
+def occupancy(history: History) -> str | None:
+    """Region occupancy of every layer, at the first and the last log step, as stacked bars."""
+    steps, values = history.layers("occupancy")
+    if values.ndim != 3 or not np.isfinite(values).any():
+        return None
+    shown = [0, -1] if len(steps) > 1 else [0]
+    with style():
+        figure, axes = new_figure(2.3 * len(shown) + 0.5, rows=len(shown), sharex=True, squeeze=False)
+        for axis, index in zip(axes[:, 0], shown, strict=True):
+            stacked_bars(axis, values[index])
+            axis.set(title=f"step {steps[index]:.0f}", ylabel="share of tokens")
+        axes[-1, 0].set_xlabel("layer")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, columnspacing=1, handlelength=1)
+        return to_svg(figure, "occupancy", "Region occupancy of every layer at the first and the last step")
+
+
+def step_scale(history: History) -> str | None:
+    """Range of the step scale over each layer's channels, at the last log step."""
+    steps, low = history.layers("step_scale_min")
+    _, high = history.layers("step_scale_max")
+    if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
+        return None
+    with style():
+        figure, axis = new_figure()
+        layers = np.arange(low.shape[1])
+        axis.axhline(1, color=COLOURS["muted"], linewidth=1.2, linestyle="--")
+        axis.vlines(layers, low[-1], high[-1], color=COLOURS["c2"], linewidth=4)
+        axis.set(xlabel="layer", ylabel="step scale", title=f"lowest to highest channel, step {steps[-1]:.0f}")
+        return to_svg(figure, "scale", "Range of the step scale of every layer")
+
+
+def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = REGION_COLOURS) -> None:
+    """Draw occupancy [L, 4] as one bar a layer, its regions stacked in order."""
+    layers, bottom = np.arange(len(occupancy)), np.zeros(len(occupancy))
+    for region, colour, share in zip(REGIONS, colours, occupancy.T, strict=True):
+        axis.bar(layers, share, bottom=bottom, width=0.86, color=colour, label=region)
+        bottom = bottom + share
+    axis.set_ylim(0, 1)
+    axis.set_xlim(-0.6, len(occupancy) - 0.4)
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.grid(False)
+
+
+def _single_line(
+    history: History, name: str, label: str, colour: str, *, zero: bool = False, noisy: bool = False
+) -> str | None:
+    steps, values = history.column(name)
+    if not np.isfinite(values).any():
+        return None
+    with style():
+        figure, axis = new_figure()
+        if noisy:
+            _noisy_line(axis, steps, values, colour, label)
+        else:
+            axis.plot(*thin(steps, values), color=COLOURS[colour])
+        axis.set(xlabel="step", ylabel=label)
+        if zero:
+            axis.set_ylim(bottom=0)
+        return to_svg(figure, name.replace("_", "-"), f"{label} over the steps")
+
+
+def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    """A faint line of the values and, where there are enough, a strong one of their running mean."""
+    window = max(len(values) // 20, 1)
+    if window > 1:
+        axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
+        axis.plot(*thin(steps, smooth(values, window)), color=COLOURS[colour], label=f"{label} (mean of {window})")
+    else:
+        axis.plot(steps, values, color=COLOURS[colour], label=label)
+
+
+def _band(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str, range_label: str) -> None:
+    kept = np.isfinite(values).any(axis=1)
+    steps, values = thin(steps[kept], values[kept])
+    low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
+    axis.fill_between(steps, low, high, color=COLOURS[colour], alpha=0.2, linewidth=0, label=range_label)
+    axis.plot(steps, np.nanmean(values, axis=1), color=COLOURS[colour], label=label)
+
+
+def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str) -> str:
+    """(title, steps, values [T, L]) side by side, on one scale of colours."""
+    low, high = min(np.nanmin(v) for _, _, v in maps), max(np.nanmax(v) for _, _, v in maps)
+    with style():
+        figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)
+        for axis, (title, at, grid) in zip(axes[0], maps, strict=True):
+            image = _heat_map(axis, at, grid, low, high)
+            axis.set(title=title, xlabel="step")
+        axes[0][0].set_ylabel("layer")
+        bar = figure.colorbar(image, ax=list(axes[0]), location="bottom", aspect=40, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(4)
+        return to_svg(figure, name, label)
+
+
+def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high: float) -> Any:
+    steps, values = evenly(steps, values, MAP_COLUMNS)
+    half = 0.5 * (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or 0.5
+    image = axis.imshow(
+        values.T,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        extent=(steps[0] - half, steps[-1] + half, -0.5, values.shape[1] - 0.5),
+        cmap="viridis",
+        vmin=low,
+        vmax=high if high > low else low + 1e-6,
+    )
+    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.grid(False)
+    return image

@@ -1,0 +1,113 @@
+"""Matplotlib figures as inline SVG whose colours follow the page: light or dark, by CSS variables.
+
+Figures are drawn in placeholder colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text stays
+text, in the page's font. A figure is about as wide as a phone, so that its text is never scaled down to nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Placeholder colour of each CSS variable of the page; none of them is a colour that a figure would use by itself.
+COLOURS = {
+    name: f"#0102{index:02x}"
+    for index, name in enumerate(("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3"), start=1)
+}
+REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
+WIDTH = 5.0  # inches at 72 points: 360 CSS pixels
+POINTS = 400  # most points drawn of one line
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["fg"],
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "text.color": COLOURS["fg"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def style() -> Any:
+    """The context in which figures are made: ``with style(): ...``."""
+    return mpl.rc_context(_STYLE)
+
+
+def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A phone-wide figure and its axes; call it inside `style`."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for axis in np.ravel(axes):
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure, axes
+
+
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """The figure as an ``<svg>`` element.
+
+    Args:
+      figure: drawn in `COLOURS`.
+      name: unique in the page; keeps the ids of two figures apart.
+      label: what a screen reader says in its place.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name, "svg.id": None}):
+        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups and images; the other ids are salted
+    text = re.sub(r' id="image[0-9a-f]*"', "", text)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{variable})")
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
+    text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
+    text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1)
+    return re.sub(r"\n\s*", "\n", text)
+
+
+def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:
+    """The same rows of every column, at most about ``most`` of them, the last one kept."""
+    count = len(columns[0])
+    rows = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return tuple(column[rows] for column in columns)
+
+
+def evenly(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows at evenly spaced steps, ``most`` at most: of each, the nearest log step's (log steps need not be even)."""
+    spaced = np.linspace(steps[0], steps[-1], int(min(most, steps[-1] - steps[0] + 1)))
+    nearest = np.abs(steps[None, :] - spaced[:, None]).argmin(1)
+    return spaced, values[nearest]
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and of those before it, ``window`` at most; NaN are left out."""
+    kept = np.isfinite(values)
+    total = np.cumsum(np.where(kept, values, 0.0))
+    count = np.cumsum(kept)
+    total[window:] -= total[:-window].copy()
+    count[window:] -= count[:-window].copy()
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,0 +1,216 @@
+"""The run's log: ``metrics.jsonl`` (one JSON object a line), and TensorBoard event files when asked for.
+
+Lines, told apart by their keys:
+
+    {"run": {...config...}, "versions": {...}, "device": "..."}                     the first line
+    {"resumed": {"step": 50, "versions": {...}, "device": "..."}}                   once per resume
+    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step
+    {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
+    {"step": 50, "final": true, "eval": {...}}                                      that of the exported adapter
+    {"done": {"step": 100, "best_step": 50}}                                        the run has ended
+
+The evaluations before training and of the exported adapter may carry ``"samples": [{"prompt", "answer", "expected",
+"correct"}]``, the last two optional.
+
+Every value is a host number: the loop fetches from the device at log steps only. JSON has no NaN or infinity, so both
+are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends lines to ``folder/metrics.jsonl``; a context manager that closes its files.
+
+    Args:
+      folder: the run's folder; made if it is missing.
+      tensorboard: also write event files to ``folder/tensorboard``.
+      resume: step of the restored checkpoint, or None for a new run. Lines of later steps are dropped, because the
+        resumed run writes them again, and so is a last line that a crash left half written.
+
+    Raises:
+      NaloraError: a new run's folder already holds a log, or the log that is resumed is damaged before its last line.
+    """
+
+    def __init__(self, folder: str | Path, *, tensorboard: bool = False, resume: int | None = None) -> None:
+        self.path = Path(folder) / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume is None and self.path.exists():
+            raise NaloraError(
+                str(self.path),
+                expected="a new run's folder",
+                found="the log of another run",
+                remedy="choose another --output, or continue that run with --resume",
+            )
+        self._resume = resume
+        kept = [] if resume is None else _rewind(self.path, resume)
+        self._has_header = any("run" in record for record in kept)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = _event_writer(self.path.parent, resume) if tensorboard else None
+
+    def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
+        """Write the first line of a new run (config, versions, device), or the note of a resumed one."""
+        machine = {"versions": dict(versions), "device": device}
+        if self._has_header:
+            self.write({"resumed": {"step": self._resume, **machine, **more}})
+        else:
+            self.write({"run": dict(config), **machine, **more})
+            self._has_header = True
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line; numbers at a step also go to TensorBoard.
+
+        Args:
+          record: nested dicts and lists of numbers, strings, booleans, None, numpy scalars and arrays.
+
+        Raises:
+          NaloraError: the line cannot be written, e.g. because the disk is full.
+        """
+        plain = to_json(record)
+        try:
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            remedy = "free some space, then continue with --resume"
+            raise NaloraError(str(self.path), expected="to append a line", found=error, remedy=remedy) from error
+        if self._events is not None and "step" in plain:
+            for tag, value in scalars(plain):
+                self._events.add_scalar(tag, value, plain["step"])
+
+    def close(self) -> None:
+        """Close the files; more than once is fine."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        del kind, error, trace
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All lines of a log in order; a last line that a crash left half written is ignored.
+
+    Raises:
+      NaloraError: the file is missing, or a line before the last is not a JSON object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise NaloraError(
+            str(path),
+            expected="the log of a run",
+            found=error.strerror or error,
+            remedy="give the folder that `nalora train --output` wrote",
+        ) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: torn, not foreign
+                break
+            raise NaloraError(
+                f"{path}: line {number}",
+                expected="one JSON object",
+                found=repr(line[:60].decode(errors="replace")),
+                remedy="repair or delete that line",
+            ) from error
+        records.append(record)
+    return records
+
+
+def to_json(value: Any) -> Any:
+    """``value`` as plain JSON types.
+
+    Numpy scalars and arrays become numbers and nested lists; floats keep nine significant digits (enough to tell
+    any two float32 apart); NaN and infinity become None.
+
+    Example:
+      >>> to_json({"loss": np.float32(0.1), "mask": np.array([1.0, np.nan])})
+      {'loss': 0.100000001, 'mask': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return to_json(np.asarray(value).tolist())
+
+
+def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """TensorBoard tags and numbers of one line: top-level numbers, the evaluation's, and one tag per layer.
+
+    Example:
+      >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})
+      [('train/loss', 2.0), ('eval/n', 4), ('limit/layer_00', 0.2)]
+    """
+    found = [(f"train/{name}", value) for name, value in record.items() if name != "step"]
+    found += [(f"eval/{name}", value) for name, value in record.get("eval", {}).items()]
+    for name, rows in record.get("layers", {}).items():
+        found += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
+    return [(tag, value) for tag, value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step: readers see the old file or the new one, never a half."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    scratch = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o666 & ~umask)  # mkstemp makes private files
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines up to ``step``, after the file holds nothing else."""
+    if not path.exists():
+        return []
+    whole = read_metrics(path)
+    kept = [r for r in whole if _step(r) <= step and not {"done", "final"} & r.keys()]  # a run has one end
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
+
+
+def _step(record: Mapping[str, Any]) -> int:
+    return int(record.get("step", record.get("resumed", {}).get("step", 0)))
+
+
+def _event_writer(folder: Path, resume: int | None) -> Any:
+    from tensorboardX import SummaryWriter  # heavy (protobuf), and rarely asked for
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume is None else resume + 1)

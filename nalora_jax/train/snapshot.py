@@ -1,0 +1,126 @@
+"""A train state as a checkpoint holds it, and whether a saved one belongs to this run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+
+# Settings that may differ between a run and its continuation: they change where, how long and how fast it runs, what
+# it writes and when, but not what one of its steps computes (beyond the order of a sum). The model's name is among them
+# because the fingerprint decides.
+FREE_SETTINGS = (
+    r"^(model|output|resume|steps|tensorboard)$",
+    r"^train\.(log_every|eval_every|save_every|keep|patience)$",
+    r"^mesh\.",
+    r"^data\.workers$",
+    r"^compute\.(remat|loss_chunk|compilation_cache)$",
+    r"^debug\.",
+)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON gives it back: tuples are lists, numpy scalars are numbers."""
+    return json.loads(json.dumps(value, default=lambda other: other.item()))
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def to_arrays(state: Any) -> dict[str, Any]:
+    """``state`` as nested dicts of plain arrays: independent of its classes, typed random keys as their words.
+
+    Empty arrays are left out: they hold nothing, and Orbax refuses them.
+    """
+    flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
+    return trees.unflatten({path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()})
+
+
+def abstract(like: Any) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of `to_arrays` of ``like``."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+        words = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=sharding)
+
+    return trees.unflatten(
+        {path: describe(leaf) for path, leaf in trees.flatten(like).items() if math.prod(leaf.shape)}
+    )
+
+
+def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
+    """The inverse of `to_arrays`, in the structure of ``like``."""
+    flat = trees.flatten(arrays)
+
+    def back(path: str, leaf: Any) -> Any:
+        if not math.prod(leaf.shape):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jax.random.wrap_key_data(flat[path], impl=_key_impl(leaf)) if _is_key(leaf) else flat[path]
+
+    return trees.map_named(back, like)
+
+
+def _key_impl(leaf: Any) -> str:
+    """Name of a random key's generator, from an array or its abstract value."""
+    names: list[str] = []
+    jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
+    return names[0]
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The settings that a continuation must share, by dotted name; None is a value."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda value: value is None)
+    named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
+    return {name: value for name, value in named.items() if not any(re.search(free, name) for free in FREE_SETTINGS)}
+
+
+def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another base model or of settings that compute something else."""
+    if saved["base"] != now["base"]:
+        raise NaloraError(
+            where,
+            expected=f"the base model that it was trained on, {saved['config'].get('model')} ({saved['base']})",
+            found=f"{now['config'].get('model')} ({now['base']})",
+            remedy="name that model with --model, or start a new run in another --output",
+        )
+    before, after = _settings(saved["config"]), _settings(now["config"])
+    absent = "(absent)"
+    pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted(before.keys() | after.keys())}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if differing:
+        raise NaloraError(
+            where,
+            expected="the settings that it was made with: "
+            + ", ".join(f"{n} = {b!r}" for n, (b, _) in differing.items()),
+            found=", ".join(f"{name} = {value!r}" for name, (_, value) in differing.items()),
+            remedy="restore these settings, or start a new run in another --output",
+        )
+
+
+def check_arrays(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse arrays of other names, shapes or dtypes, naming the first few."""
+
+    def show(tree: Mapping[str, Any], name: str) -> str:
+        return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}" if name in tree else "absent"
+
+    differing = [name for name in sorted(saved.keys() | wanted.keys()) if show(saved, name) != show(wanted, name)]
+    if differing:
+        shown = differing[:5]
+        raise NaloraError(
+            where,
+            expected=", ".join(f"{name} {show(wanted, name)}" for name in shown),
+            found=", ".join(f"{name} {show(saved, name)}" for name in shown),
+            remedy=f"{len(differing)} array(s) differ: it was written by another version or for another model",
+        )

@@ -1,0 +1,279 @@
+"""GGUF files: metadata, and tensors dequantized block by block.
+
+Block layouts and dequantization are the ``gguf`` package's. Its `GGUFReader` is not used: it makes several Python
+objects for every token of the vocabulary (3 s for 49,152 tokens, 10 s for 262,144), and believes every count of a
+damaged file. The header is read here instead, with every count and offset held against the file's size before use.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.load import Index
+
+T = TypeVar("T")
+
+READABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+# Value types by number; 8 is a string, 9 an array.
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")))
+_STRING, _ARRAY = 8, 9
+_MAX_ITEMS = 1 << 16  # metadata keys, tensors
+_MAX_STRINGS = 1 << 22  # of all arrays together; the largest vocabularies and merge lists have 2^18 to 2^19
+_MAX_DIMENSIONS = 4
+_SAMPLES = 8
+_SAMPLE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor as the header describes it."""
+
+    shape: tuple[int, ...]  # slowest axis first
+    kind: GGMLQuantizationType
+    offset: int  # in the file
+    row_bytes: int  # of one row along the last axis
+    nbytes: int
+
+
+class GGUFFile:
+    """A GGUF file, as a `TensorSource`.
+
+    Attributes:
+      metadata: values by key: numbers, strings, numpy arrays, or lists of strings.
+
+    Raises:
+      NaloraError: not a GGUF file, another version or byte order, or a header that does not fit the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+                self.metadata, self._tensors = _read_header(_Cursor(memory, str(self.path)))
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            if isinstance(error, NaloraError):
+                raise
+            raise NaloraError(str(self.path), expected="a GGUF file", found=error) from error
+
+    @property
+    def where(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor by llama.cpp's name, slowest axis first."""
+        return {name: stored.shape for name, stored in self._tensors.items()}
+
+    def check_readable(self, name: str) -> None:
+        """Refuses a quantization that is not read."""
+        kind = self._tensors[name].kind
+        if kind.name not in READABLE:
+            raise NaloraError(
+                f"{self.path}: {name}",
+                expected=f"one of {', '.join(READABLE)}",
+                found=kind.name,
+                remedy="use another quantization of the model",
+            )
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A slice of a tensor, float32 unless the file holds 16-bit floats."""
+        stored = self._tensors[name]
+        if len(stored.shape) == 1:
+            return self._rows(name, stored, 0, 1)[0][index]
+        per_row = math.prod(stored.shape[1:-1])  # rows of bytes in one row of the tensor
+        first, *rest = index
+        flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
+        return flat.reshape(-1, *stored.shape[1:])[(slice(None), *rest)]
+
+    def sample(self, name: str) -> bytes:
+        """Bytes from eight places."""
+        stored = self._tensors[name]
+        last = max(0, stored.nbytes - _SAMPLE_BYTES)
+        places = sorted({stored.offset + last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
+        size = min(stored.nbytes, _SAMPLE_BYTES)
+        return b"".join(self._bytes(name, place, size).tobytes() for place in places)
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """The metadata value of ``key``, of Python type ``kind`` (an int passes for a float).
+
+        Raises:
+          NaloraError: it is not there and has no default, or is of another type.
+        """
+        value = self.metadata.get(key, default)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = "no such key" if value is None else f"{type(value).__name__} {str(value)[:40]}"
+            raise NaloraError(f"{self.path}: {key}", expected=f"{kind.__name__}", found=found)
+        return value
+
+    def _rows(self, name: str, stored: _Stored, start: int, stop: int) -> np.ndarray:
+        """Rows along the last axis as numbers: ``[stop - start, shape[-1]]``."""
+        raw = self._bytes(name, stored.offset + start * stored.row_bytes, (stop - start) * stored.row_bytes)
+        raw = raw.reshape(stop - start, stored.row_bytes)
+        if stored.kind is GGMLQuantizationType.F16:
+            return raw.view(np.float16)
+        if stored.kind is GGMLQuantizationType.BF16:
+            return raw.view(ml_dtypes.bfloat16)
+        values: np.ndarray = dequantize(raw, stored.kind)
+        return values
+
+    def _bytes(self, name: str, offset: int, count: int) -> np.ndarray:
+        # Read, not mapped: a mapped file's pages would count as this process's memory.
+        try:
+            raw = np.fromfile(self.path, np.uint8, count, offset=offset)
+        except OSError as error:
+            raise NaloraError(str(self.path), expected="a file that can be read", found=error) from error
+        if raw.size != count:
+            raise NaloraError(
+                f"{self.path}: {name}", expected=f"{count} bytes", found=raw.size, remedy="the file changed; load again"
+            )
+        return raw
+
+
+# ---------------------------------------------------------------- the header
+
+
+class _Cursor:
+    """Reads forward through a mapped file and never past its end."""
+
+    def __init__(self, memory: mmap.mmap, where: str) -> None:
+        self.memory, self.where = memory, where
+        self.size, self.at = len(memory), 0
+        self.strings_left = _MAX_STRINGS
+
+    def error(self, expected: object, found: object) -> NaloraError:
+        return NaloraError(
+            f"{self.where}: GGUF header, byte {self.at}",
+            expected=expected,
+            found=found,
+            remedy="download the file again: it is truncated or damaged",
+        )
+
+    def skip(self, count: int) -> int:
+        """Where the next ``count`` bytes begin, once they are known to exist."""
+        if count > self.size - self.at:
+            raise self.error(f"{count} more bytes", f"{self.size - self.at} until the end of the file")
+        self.at += count
+        return self.at - count
+
+    def numbers(self, form: str, size: int) -> tuple[Any, ...]:
+        return struct.unpack_from(form, self.memory, self.skip(size))
+
+    def count(self, limit: int, what: str) -> int:
+        """A count of things, each of at least one byte."""
+        (count,) = self.numbers("<Q", 8)
+        if count > min(limit, self.size - self.at):
+            raise self.error(f"at most {min(limit, self.size - self.at)} {what}", count)
+        return int(count)
+
+    def string(self) -> str:
+        (length,) = self.numbers("<Q", 8)
+        start = self.skip(length)
+        try:
+            return self.memory[start : start + length].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error("a UTF-8 string", error.reason) from error
+
+    def array(self, kind: int) -> Any:
+        dtype = np.dtype(_SCALARS[kind])
+        count = self.count(self.size, "numbers")
+        start = self.skip(count * dtype.itemsize)
+        return np.frombuffer(self.memory, dtype, count, start).copy()
+
+    def strings(self) -> list[str]:
+        count = self.count(self.strings_left, "strings")
+        self.strings_left -= count
+        return [self.string() for _ in range(count)]
+
+    def value(self) -> Any:
+        (kind,) = self.numbers("<I", 4)
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            (kind,) = self.numbers("<I", 4)
+            if kind == _STRING:
+                return self.strings()
+            if _SCALARS.get(kind):
+                return self.array(kind)
+            raise self.error("an array of numbers or strings", f"element type {kind}")
+        if not _SCALARS.get(kind):
+            raise self.error("a value type of GGUF", kind)
+        dtype = np.dtype(_SCALARS[kind])
+        number = np.frombuffer(self.memory, dtype, 1, self.skip(dtype.itemsize))[0]
+        # A float32 as the decimal that it was written from: 1e-05, not 9.999999747378752e-06.
+        return float(str(number)) if dtype == np.float32 else number.item()
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    magic = cursor.memory[cursor.skip(4) : 4]
+    if magic != b"GGUF":
+        raise NaloraError(cursor.where, expected="a GGUF file", found=f"a file that begins with {magic!r}")
+    (version,) = cursor.numbers("<I", 4)
+    if version not in (2, 3):
+        found = f"version {version}" if version < 1 << 16 else "a big-endian file or a damaged version number"
+        raise NaloraError(cursor.where, expected="GGUF version 2 or 3, little-endian", found=found)
+    n_tensors = cursor.count(_MAX_ITEMS, "tensors")
+    n_keys = cursor.count(_MAX_ITEMS, "metadata keys")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_keys):
+        key = cursor.string()
+        if key in metadata:
+            raise cursor.error("each key once", f"{key} again")
+        metadata[key] = cursor.value()
+    if metadata.get("split.count", 1) != 1:
+        raise NaloraError(
+            cursor.where,
+            expected="a model in one file",
+            found=f"a part of {metadata['split.count']}",
+            remedy="join the parts with llama.cpp's llama-gguf-split --merge",
+        )
+    return metadata, _read_tensor_table(cursor, n_tensors, metadata.get("general.alignment", 32))
+
+
+def _read_tensor_table(cursor: _Cursor, count: int, alignment: object) -> dict[str, _Stored]:
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise cursor.error("a power of two as general.alignment", alignment)
+    described = [_read_tensor_info(cursor) for _ in range(count)]
+    data_start = -(-cursor.at // alignment) * alignment
+    tensors: dict[str, _Stored] = {}
+    for name, shape, kind, offset in described:
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise cursor.error(f"{name}: rows of whole {kind.name} blocks of {block}", f"rows of {shape[-1]}")
+        row_bytes = shape[-1] // block * block_bytes
+        nbytes = row_bytes * math.prod(shape[:-1])
+        beyond = data_start + offset + nbytes - cursor.size
+        if beyond > 0:
+            raise cursor.error(f"{name} to end within the file", f"its end {beyond} bytes beyond")
+        if name in tensors:
+            raise cursor.error("each tensor once", f"{name} again")
+        tensors[name] = _Stored(shape, kind, data_start + offset, row_bytes, nbytes)
+    return tensors
+
+
+def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    name = cursor.string()
+    (dimensions,) = cursor.numbers("<I", 4)
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        raise cursor.error(f"{name}: 1 to {_MAX_DIMENSIONS} dimensions", dimensions)
+    shape = cursor.numbers(f"<{dimensions}Q", 8 * dimensions)[::-1]
+    kind, offset = cursor.numbers("<IQ", 12)
+    if min(shape) < 1:
+        raise cursor.error(f"{name}: dimensions of 1 or more", shape)
+    try:
+        return name, shape, GGMLQuantizationType(kind), offset
+    except ValueError as error:
+        raise cursor.error(f"{name}: a tensor type of GGUF", kind) from error

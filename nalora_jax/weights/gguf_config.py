@@ -1,0 +1,265 @@
+"""A GGUF file's metadata as the ``config.json`` that the same model has on the hub.
+
+So there is one reader of model descriptions (`ModelConfig.from_hf`), and a model that came from a GGUF file can be
+written as a Hugging Face folder. What llama.cpp hard-codes per architecture instead of storing it is marked below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.nn.layers import RopeSpec, inverse_frequencies
+from nalora_jax.weights.gguf import GGUFFile
+
+# architecture -> (model_type, class of transformers)
+_FAMILIES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+    "olmo2": ("olmo2", "Olmo2ForCausalLM"),
+    "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
+    "granite": ("granite", "GraniteForCausalLM"),
+}
+_SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """The ``config.json`` of the model in ``file``.
+
+    Raises:
+      NaloraError: an architecture that is not read, or a metadata key that is missing or of the wrong type.
+    """
+    architecture = file.get("general.architecture", str)
+    if architecture not in _FAMILIES:
+        raise NaloraError(
+            f"{file.path}: general.architecture",
+            expected=f"one of {', '.join(_FAMILIES)}",
+            found=repr(architecture),
+            remedy="this architecture is not supported",
+        )
+    reader = _Reader(file, architecture)
+    model_type, class_name = _FAMILIES[architecture]
+    raw = {"architectures": [class_name], "model_type": model_type, **_shape(reader), **_rope(reader)}
+    raw |= _EXTRAS.get(architecture, _no_extras)(reader)
+    for key, theirs in _SPECIAL.items():
+        if f"tokenizer.ggml.{theirs}" in file.metadata:
+            raw[key] = file.get(f"tokenizer.ggml.{theirs}", int)
+    return raw
+
+
+class _Reader:
+    """Metadata of one architecture, by the part of the key after its name."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        self.file, self.architecture = file, architecture
+
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.file.metadata
+
+    def number(self, key: str, kind: type[Any], default: Any = None) -> Any:
+        """A number, also where the file lists it once per layer and all layers agree."""
+        name = f"{self.architecture}.{key}"
+        value = self.file.metadata.get(name)
+        if not isinstance(value, np.ndarray):
+            return self.file.get(name, kind, default)
+        if value.size == 0 or (value != value[0]).any():
+            raise NaloraError(
+                f"{self.file.path}: {name}",
+                expected="the same value for every layer",
+                found=value[:8].tolist(),
+                remedy="models whose layers differ in shape are not supported",
+            )
+        return kind(value[0].item())
+
+    def tensor(self, name: str) -> np.ndarray | None:
+        """A small tensor as float64, or None."""
+        shape = self.file.shapes().get(name)
+        if shape is None:
+            return None
+        self.file.check_readable(name)
+        return self.file.read(name, tuple(slice(0, size) for size in shape)).astype(np.float64)
+
+    def has_tensor(self, name: str) -> bool:
+        return name in self.file.shapes()
+
+
+def _shape(r: _Reader) -> dict[str, Any]:
+    """Sizes; those of heads and vocabulary are where llama.cpp looks for them."""
+    width, heads = r.number("embedding_length", int), r.number("attention.head_count", int)
+    vocabulary = r.file.shapes().get("token_embd.weight")
+    if vocabulary is None:
+        raise NaloraError(str(r.file.path), expected="the tensor token_embd.weight", found="none of that name")
+    if heads < 1:
+        raise NaloraError(f"{r.file.path}: {r.architecture}.attention.head_count", expected="1 or more", found=heads)
+    raw = {
+        "vocab_size": vocabulary[0],
+        "hidden_size": width,
+        "num_hidden_layers": r.number("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": r.number("attention.head_count_kv", int, heads),
+        "head_dim": r.number("attention.key_length", int, width // heads),
+        "max_position_embeddings": r.number("context_length", int),
+        "rms_norm_eps": r.number("attention.layer_norm_rms_epsilon", float),
+        "tie_word_embeddings": not r.has_tensor("output.weight"),
+        "attention_bias": r.has_tensor("blk.0.attn_q.bias"),
+        "mlp_bias": r.has_tensor("blk.0.ffn_up.bias"),
+    }
+    if r.has("feed_forward_length"):
+        raw["intermediate_size"] = r.number("feed_forward_length", int)
+    return raw
+
+
+# ---------------------------------------------------------------- rotary embeddings
+
+
+def _rope(r: _Reader) -> dict[str, Any]:
+    theta = r.number("rope.freq_base", float, 10_000.0)
+    head_dim = r.number("attention.key_length", int, 0)
+    rotated = r.number("rope.dimension_count", int, head_dim)
+    raw: dict[str, Any] = {"rope_theta": theta}
+    if head_dim and rotated != head_dim:
+        raw["partial_rotary_factor"] = rotated / head_dim
+    scaling = _long_factors(r) or _frequency_factors(r, theta) or _named_scaling(r)
+    if scaling:
+        raw["rope_scaling"] = scaling
+    return raw
+
+
+def _named_scaling(r: _Reader) -> dict[str, Any] | None:
+    kind = r.number("rope.scaling.type", str, "none")
+    if kind == "none":
+        return None
+    scaling = {"rope_type": kind, "factor": r.number("rope.scaling.factor", float)}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = r.number("rope.scaling.original_context_length", int)
+    return scaling
+
+
+def _long_factors(r: _Reader) -> dict[str, Any] | None:
+    """LongRoPE, whose two lists of divisors are tensors."""
+    short, long = r.tensor("rope_factors_short.weight"), r.tensor("rope_factors_long.weight")
+    if short is None or long is None:
+        return None
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short.tolist(),
+        "long_factor": long.tolist(),
+        "original_max_position_embeddings": r.number("rope.scaling.original_context_length", int),
+    }
+    if r.has("rope.scaling.attn_factor"):
+        scaling["attention_factor"] = r.number("rope.scaling.attn_factor", float)
+    return scaling
+
+
+def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
+    """Llama 3's scaling, stored as one divisor per frequency; divisors that it cannot give are kept as they are."""
+    divisors = r.tensor("rope_freqs.weight")
+    if divisors is None:
+        return None
+    plain = RopeSpec(dim=2 * divisors.size, theta=theta)
+    # The settings that Llama 3.1, 3.2 and 3.3 share; their largest divisor is the stretch itself.
+    spec = replace(plain, kind="llama3", factor=float(divisors.max()), max_positions=8192)
+    if np.allclose(inverse_frequencies(plain) / inverse_frequencies(spec), divisors, rtol=1e-4):
+        return {
+            "rope_type": "llama3",
+            "factor": spec.factor,
+            "low_freq_factor": spec.low_freq_factor,
+            "high_freq_factor": spec.high_freq_factor,
+            "original_max_position_embeddings": spec.max_positions,
+        }
+    length = r.number("context_length", int)
+    both = {"short_factor": divisors.tolist(), "long_factor": divisors.tolist()}
+    return {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": length, **both}
+
+
+# ---------------------------------------------------------------- what one architecture has and others do not
+
+
+def _no_extras(r: _Reader) -> dict[str, Any]:
+    if r.number("attention.sliding_window", int, 0):
+        raise NaloraError(
+            f"{r.file.path}: {r.architecture}.attention.sliding_window",
+            expected="no sliding window for this architecture",
+            found=r.number("attention.sliding_window", int),
+            remedy="this variant is not supported",
+        )
+    return {}
+
+
+def _llama(r: _Reader) -> dict[str, Any]:
+    if not r.number("expert_count", int, 0):
+        return _no_extras(r)
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": r.number("expert_count", int),
+        "num_experts_per_tok": r.number("expert_used_count", int),
+        "sliding_window": None,
+    }
+
+
+def _qwen3moe(r: _Reader) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": r.number("expert_feed_forward_length", int),
+        "num_experts": r.number("expert_count", int),
+        "num_experts_per_tok": r.number("expert_used_count", int),
+        "norm_topk_prob": True,  # not stored: llama.cpp always does
+    }
+
+
+def _gemma2(r: _Reader) -> dict[str, Any]:
+    return {
+        "sliding_window": r.number("attention.sliding_window", int, 4096),
+        "query_pre_attn_scalar": _query_scalar(r, largest=46),
+        "attn_logit_softcapping": r.number("attn_logit_softcapping", float, 50.0),
+        "final_logit_softcapping": r.number("final_logit_softcapping", float, 30.0),
+    }
+
+
+def _gemma3(r: _Reader) -> dict[str, Any]:
+    return {
+        "sliding_window": r.number("attention.sliding_window", int),
+        "rope_local_base_freq": r.number("rope.freq_base_swa", float, 10_000.0),
+        "query_pre_attn_scalar": _query_scalar(r, largest=62),
+    }
+
+
+def _query_scalar(r: _Reader, *, largest: int) -> int:
+    """Not stored: llama.cpp takes a head's width, and in the family's 27B model the model's width per head."""
+    if r.number("block_count", int) == largest:
+        return int(r.number("embedding_length", int) // r.number("attention.head_count", int))
+    return int(r.number("attention.key_length", int))
+
+
+def _phi3(r: _Reader) -> dict[str, Any]:
+    return {"sliding_window": r.number("attention.sliding_window", int, 0) or None}
+
+
+def _granite(r: _Reader) -> dict[str, Any]:
+    names = {
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "attention_multiplier": "attention.scale",
+        "logits_scaling": "logit_scale",
+    }
+    return {ours: r.number(theirs, float) for ours, theirs in names.items()}
+
+
+_EXTRAS: dict[str, Callable[[_Reader], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen3moe": _qwen3moe,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "granite": _granite,
+}

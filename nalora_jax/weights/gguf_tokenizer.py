@@ -1,0 +1,216 @@
+"""The tokenizer that a GGUF file's metadata describes.
+
+Two kinds of vocabulary are read: byte-level BPE ("gpt2", with its merges listed, and named rules for splitting text
+first) and SentencePiece BPE ("llama": Llama 2, Mistral, Gemma, Phi-3; merges follow from the scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from nalora_jax import tokenizer as ours
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.gguf import GGUFFile
+
+_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "▁"
+# What ends an answer, by name: metadata has one end-of-sequence id, chat models stop at others too.
+_STOPS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> the expression that cuts text into words; "" is GPT-2's own, "digits" that after single digits
+_SPLITS = {
+    "": "",
+    "default": "",
+    "gpt-2": "",
+    "smollm": "digits",
+    "refact": "digits",  # Granite
+    "starcoder": "digits",
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "dbrx": _LLAMA3,  # OLMo 2
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
+}
+# Vocabularies in which a whole word that is a token wins over what the merges would make of it.
+_WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+
+
+def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
+    """The tokenizer in ``file``.
+
+    Raises:
+      NaloraError: a kind of vocabulary or a splitting rule that is not known, or metadata that does not fit together.
+    """
+    kind = file.get("tokenizer.ggml.model", str)
+    tokens = _strings(file, "tokenizer.ggml.tokens")
+    if kind not in ("gpt2", "llama"):
+        raise _error(file, "model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)", repr(kind))
+    try:
+        backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
+        _add_special(backend, tokens, _numbers(file, "token_type", len(tokens), default=1))
+    except NaloraError:
+        raise
+    except Exception as error:  # the only type that the binding raises
+        raise _error(file, "tokens", "a vocabulary and merges that fit together", error) from error
+    return _wrapped(file, backend, tokens, adds_bos=kind == "llama")
+
+
+def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos: bool) -> ours.Tokenizer:
+    """The special ids, and the texts that chat templates refer to."""
+    names = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+    ids = {name: _token_id(file, key, len(tokens)) for name, key in names.items()}
+    eos_id = ids["eos"]
+    if eos_id is None:
+        raise _error(file, "eos_token_id", "the id of the token that ends a text", "no such key")
+    other = [_token_id(file, key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
+    by_name = [backend.token_to_id(name) for name in _STOPS]
+    stops = [eos_id, *(i for i in (*other, *by_name) if i is not None)]
+    template = file.metadata.get("tokenizer.chat_template")
+    return ours.Tokenizer(
+        backend=backend,
+        bos_id=ids["bos"],
+        eos_id=eos_id,
+        pad_id=eos_id if ids["pad"] is None else ids["pad"],
+        eos_ids=tuple(dict.fromkeys(stops)),
+        chat_template=template if isinstance(template, str) else None,
+        add_bos=ids["bos"] is not None and file.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
+        special_tokens={f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
+    )
+
+
+# ---------------------------------------------------------------- byte-level BPE
+
+
+def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    rule = file.get("tokenizer.ggml.pre", str, "")
+    if rule not in _SPLITS:
+        raise _error(file, "pre", f"one of {', '.join(name for name in _SPLITS if name)}", repr(rule))
+    listed = _strings(file, "tokenizer.ggml.merges")
+    if any(pair.count(" ") != 1 for pair in listed):
+        raise _error(file, "merges", "two tokens and one space in each", "another form")
+    merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in listed)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
+    backend.pre_tokenizer = _splitter(_SPLITS[rule])
+    if _SPLITS[rule] == _QWEN2:  # its own tokenizer.json composes characters first
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _splitter(rule: str) -> Any:
+    if rule == "":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if rule == "digits":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = pre_tokenizers.Split(Regex(rule), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# ---------------------------------------------------------------- SentencePiece BPE
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+    known = set(tokens)
+    # Files spell runs of spaces as spaces where everything else has the visible mark.
+    spelled = [t if t.strip(" ") or not t or _SPACE * len(t) in known else _SPACE * len(t) for t in tokens]
+    kinds = _numbers(file, "token_type", len(tokens), default=1)
+    scores = _numbers(file, "scores", len(tokens), default=0)
+    vocabulary = {token: i for i, token in enumerate(spelled)}
+    unknown = _token_id(file, "unknown_token_id", len(tokens))
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges_from_scores(vocabulary, spelled, scores, kinds),
+            unk_token=None if unknown is None else spelled[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    if not prefix:
+        backend.normalizer = normalizers.Replace(" ", _SPACE)
+    elif file.get("general.architecture", str) == "phi3":  # as its tokenizer.json: in front of every piece of text
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if prefix else steps)
+    return backend
+
+
+def _merges_from_scores(
+    vocabulary: dict[str, int], tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray
+) -> list[tuple[str, str]]:
+    """Every split of a token into two tokens, the best token's first.
+
+    SentencePiece merges the pair whose result has the highest score; of equal scores the first token in the file wins.
+    User-defined tokens carry no meaningful score and come before all others, as in the models' own merge lists.
+    """
+    order = np.lexsort((np.arange(len(tokens)), -scores, kinds != _USER_DEFINED))
+    return [pair for i in order.tolist() for pair in _splits(tokens[i], vocabulary)]
+
+
+def _splits(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Its cuts into two tokens, the longest left part first, as in the models' own merge lists."""
+    cuts = [k for k in range(len(token) - 1, 0, -1) if token[:k] in vocabulary and token[k:] in vocabulary]
+    return [(token[:k], token[k:]) for k in cuts]
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
+    """Control and user-defined tokens are recognised in text before anything else is split."""
+    for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
+        chosen = [tokens[i] for i in np.flatnonzero(kinds == kind)]
+        known = [token for token in chosen if backend.token_to_id(token) is not None]  # others would get new ids
+        add([AddedToken(token, normalized=False, special=kind == _CONTROL) for token in known])
+
+
+def _strings(file: GGUFFile, key: str) -> list[str]:
+    value = file.get(key, list)
+    return [str(item) for item in value]
+
+
+def _numbers(file: GGUFFile, name: str, length: int, *, default: float) -> np.ndarray:
+    """One number per token."""
+    key = f"tokenizer.ggml.{name}"
+    if key not in file.metadata:
+        return np.full(length, default)
+    value = file.get(key, np.ndarray)
+    if value.size != length:
+        raise _error(file, name, f"{length} numbers, one per token", value.size)
+    return value
+
+
+def _token_id(file: GGUFFile, name: str, length: int) -> int | None:
+    key = f"tokenizer.ggml.{name}"
+    if key not in file.metadata:
+        return None
+    value = file.get(key, int)
+    if not 0 <= value < length:
+        raise _error(file, name, f"an id below {length}", value)
+    return value
+
+
+def _error(file: GGUFFile, name: str, expected: object, found: object) -> NaloraError:
+    return NaloraError(f"{file.path}: tokenizer.ggml.{name}", expected=expected, found=found)

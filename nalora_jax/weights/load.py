@@ -1,0 +1,219 @@
+"""Tensors of a file into the parameter tree, one block at a time, straight to the devices that hold them.
+
+A file format is a `TensorSource`; what its tensors are called and how they are turned is a `KeyMap`. Every device's
+part of every leaf is one buffer that is filled from slices of the file. On a CPU JAX takes such a buffer over without a
+copy, so loading needs the parameters' own bytes and one block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.weights.keymaps import KeyMap, SourceTensor
+
+DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+BLOCK = 1 << 18  # elements read at once: about a megabyte, which stays in the processor's cache
+_ALIGNMENT = 64  # bytes; what XLA asks of a host buffer that it uses as it is
+
+Index = tuple[slice, ...]  # start and stop given, no step
+
+
+class TensorSource(Protocol):
+    """The named tensors of a file or folder, in PyTorch's orientation (``[out, in]``)."""
+
+    @property
+    def where(self) -> str:
+        """The file or folder, for messages."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor by the file's own name."""
+
+    def check_readable(self, name: str) -> None:
+        """Raises a NaloraError unless the tensor's number format is one that `read` knows."""
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A slice of a tensor as floating-point numbers, reading little more of the file than that."""
+
+    def sample(self, name: str) -> bytes:
+        """Some of a tensor's stored bytes, spread over all of it, for a fingerprint."""
+
+
+def load_params(
+    config: ModelConfig,
+    source: TensorSource,
+    keymap: KeyMap,
+    *,
+    dtype: str,
+    shardings: Mapping[str, Sharding] | None = None,
+) -> dict[str, Any]:
+    """The parameter tree of a model.
+
+    Args:
+      config: the model; its shapes are checked against the source's before anything is read.
+      source: the file(s).
+      keymap: of the same model and file format.
+      dtype: of every parameter, "bfloat16" or "float32".
+      shardings: where each leaf lives, by slash-joined path; by default on the first device.
+
+    Raises:
+      NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a separate output head where
+        the config says that it is the embedding.
+    """
+    names = check_tensors(source, keymap, dtype)
+    fills: dict[str, list[_Fill]] = defaultdict(list)
+    for tensor in keymap.tensors:
+        for number, slot in enumerate(tensor.slots):
+            lead = tuple(i for i in (slot.layer, slot.expert) if i is not None)
+            fills[slot.path].append(_Fill(names[tensor.name], tensor, number, lead))
+    where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
+    leaves = {
+        path: _leaf(shape, DTYPES[dtype], where[path], fills[path], source)
+        for path, shape in param_shapes(config).items()
+    }
+    return trees.unflatten(leaves)
+
+
+def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") -> dict[str, str]:
+    """The file's name of every canonical tensor, after every check that needs no weights (and the tied head's)."""
+    if dtype not in DTYPES:
+        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=dtype)
+    names = keymap.check(source.shapes(), source.where)
+    for name in names.values():
+        source.check_readable(name)
+    _check_aliases(source, keymap, names)
+    return names
+
+
+def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str]) -> None:
+    """A tied head may be stored as well, but only as the embedding's equal."""
+    aliases = dict(keymap.aliases)
+    for name, shape in source.shapes().items():
+        other = aliases.get(keymap.canonical(name))
+        if other is None:
+            continue
+        twin = names[other]
+        same = shape == source.shapes()[twin] and all(
+            np.array_equal(source.read(name, block), source.read(twin, block)) for block in _blocks(_whole(shape))
+        )
+        if not same:
+            raise NaloraError(
+                f"{source.where}: {name}",
+                expected=f"the same numbers as {twin}, since the config ties the output head to the embedding",
+                found="a different tensor",
+                remedy='set "tie_word_embeddings": false in config.json if the model has its own head',
+            )
+
+
+# ---------------------------------------------------------------- one leaf
+
+
+class _Fill:
+    """One tensor's (or, of a fused one, one part's) place in a leaf."""
+
+    def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
+        self.name = name  # in the file
+        self.tensor = tensor
+        self.lead = lead  # the leaf's leading indices: layer, expert
+        self.first_row = sum(tensor.rows[:number])
+        self.rows = tensor.rows[number]
+
+    def into(self, target: np.ndarray, index: Index, source: TensorSource) -> None:
+        """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape."""
+        if self.tensor.transform.mixes_rows:
+            whole = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
+            target[...] = self.tensor.transform.into(whole)[index].astype(target.dtype)
+            return
+        swaps = self.tensor.transform.swaps
+        theirs = (*index[:-2], index[-1], index[-2]) if swaps else index
+        for block in _blocks(theirs):
+            part = self.tensor.transform.into(source.read(self.name, self._shifted(block)).astype(target.dtype))
+            relative = tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True))
+            target[(*relative[:-2], relative[-1], relative[-2]) if swaps else relative] = part
+
+    def _shifted(self, index: Index) -> Index:
+        first, *rest = index
+        return (slice(first.start + self.first_row, first.stop + self.first_row), *rest)
+
+
+def _leaf(
+    shape: tuple[int, ...], dtype: Any, sharding: Sharding, fills: list[_Fill], source: TensorSource
+) -> jax.Array:
+    """The leaf as a global array; each distinct slice of this process's devices is read once, on its own."""
+    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def shard(index: Index | None) -> np.ndarray:
+        given = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), shape, strict=True))
+        key = tuple((part.start, part.stop) for part in given)
+        if key not in read:
+            read[key] = _filled(given, dtype, fills, source)
+        return read[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _filled(index: Index, dtype: Any, fills: list[_Fill], source: TensorSource) -> np.ndarray:
+    buffer = _aligned(tuple(part.stop - part.start for part in index), dtype)
+    with np.errstate(all="ignore"):  # a file's own infinities and NaNs are not ours to warn about
+        for fill in fills:
+            n = len(fill.lead)
+            if all(part.start <= i < part.stop for i, part in zip(fill.lead, index, strict=False)):
+                place = tuple(i - part.start for i, part in zip(fill.lead, index, strict=False))
+                fill.into(buffer[place], index[n:], source)
+    return buffer
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array that JAX can use on a CPU without copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _whole(shape: tuple[int, ...]) -> Index:
+    return tuple(slice(0, size) for size in shape)
+
+
+def _blocks(index: Index) -> Iterator[Index]:
+    """``index`` cut along its first axis into pieces of about `BLOCK` elements."""
+    first, *rest = index
+    step = max(1, BLOCK // max(1, math.prod(part.stop - part.start for part in rest)))
+    for start in range(first.start, first.stop, step):
+        yield (slice(start, min(start + step, first.stop)), *rest)
+
+
+# ---------------------------------------------------------------- identity
+
+
+def fingerprint(config: ModelConfig, source: TensorSource) -> str:
+    """A sha256 that differs between models: their description, and names, shapes and samples of all tensors.
+
+    How a folder is cut into shards does not matter; a conversion to another number format does.
+    """
+    digest = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
+    for name, shape in sorted(source.shapes().items()):
+        digest.update(f"\n{name} {shape}\n".encode())
+        digest.update(source.sample(name))
+    return digest.hexdigest()
+
+
+def _stated(value: Any) -> Any:
+    """A dataclass as the fields that differ from their defaults: a field that is added later changes no fingerprint."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _stated(item) for field, item in pairs if item != field.default}
+    return [_stated(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,82 @@
+"""A model's name in, everything that a run needs of it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.tokenizer import Tokenizer, read_json
+from nalora_jax.weights import hub
+from nalora_jax.weights.gguf import GGUFFile
+from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.keymaps import keymap_for
+from nalora_jax.weights.load import DTYPES, TensorSource, fingerprint, load_params
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model, ready to run."""
+
+    config: ModelConfig
+    params: dict[str, Any]  # the frozen tree of the contract: embed, layers (stacked), final_norm, lm_head
+    tokenizer: Tokenizer
+    source: str  # what its adapters call their base: a hub id or a path
+    fingerprint: str  # sha256; see `weights.load.fingerprint`
+    hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
+
+
+def load_model(source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None) -> LoadedModel:
+    """Loads a model by name.
+
+    Args:
+      source: an alias, a Hugging Face folder, a GGUF file or a hub id; see `weights.hub.resolve`.
+      dtype: of the parameters, "bfloat16" or "float32".
+      mesh: devices that share the parameters, by the rules of `train.mesh`; by default the first device holds all.
+      cache: where packages are kept.
+
+    Raises:
+      NaloraError: the model cannot be found, read or understood; the message names the file and the field.
+    """
+    if dtype not in DTYPES:  # before anything is downloaded
+        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+    found = hub.resolve(source, cache)
+    raw, config, tensors, tokenizer = _opened(found)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise NaloraError(
+            f"{found.path}: tokenizer",
+            expected=f"at most {config.vocab_size} tokens, the rows of the embedding",
+            found=tokenizer.vocab_size,
+            remedy="use the tokenizer that belongs to the model",
+        )
+    keymap = keymap_for(config, found.kind)
+    shardings = None if mesh is None else _shardings(config, mesh)
+    params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings)
+    return LoadedModel(config, params, tokenizer, found.name, fingerprint(config, tensors), raw)
+
+
+def _opened(found: hub.ResolvedSource) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
+    """Description, tensors (not read yet) and tokenizer of either kind of source."""
+    if found.kind == "gguf":
+        file = GGUFFile(found.path)
+        raw = hf_config(file)
+        return raw, ModelConfig.from_hf(raw, str(found.path)), file, read_tokenizer(file)
+    where = found.path / "config.json"
+    raw = read_json(where)
+    config = ModelConfig.from_hf(raw, str(where))
+    return raw, config, SafetensorsFolder(found.path), Tokenizer.from_folder(found.path)
+
+
+def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    from nalora_jax.train import mesh as rules  # the one place where weights are told how a run lays them out
+
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
+    return trees.flatten(rules.shardings(trees.unflatten(shapes), mesh, rules.PARAM_RULES))

@@ -1,0 +1,67 @@
+"""Answers compared with references."""
+
+from __future__ import annotations
+
+import pytest
+
+from nalora_jax.data.items import CompletionItem
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.exact_match import exact_match, last_number, matches, plain_text
+from nalora_jax.evaluate.statistics import wilson
+from nalora_jax.generate import Generator
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("  The Eiffel-Tower, Paris. ", "eiffeltower paris"),
+        ("An apple a day", "apple day"),
+        ("theatre", "theatre"),
+        ("Über-Größe!", "übergröße"),
+        ("...", ""),
+    ],
+)
+def test_plain_text(text, expected):
+    assert plain_text(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12 eggs at $3 make $1,036.50.", "1036.5"),
+        ("#### -42", "-42"),
+        ("about 007", "7"),
+        ("1, 2", "2"),
+        ("10-5", "5"),
+        ("x = -5.", "-5"),
+        ("1,2345", "2345"),
+        ("1,000,000 people", "1000000"),
+        (".5 of it", "0.5"),
+        ("-0.0", "0"),
+        ("120", "120"),
+        ("none", ""),
+    ],
+)
+def test_last_number(text, expected):
+    assert last_number(text) == expected
+
+
+def test_an_answer_without_a_number_matches_no_other_answer_without_one():
+    assert matches("so it is 7.0", "#### 7", last_number)
+    assert not matches("no idea", "none", last_number)
+    assert not matches("a", "the", plain_text)
+    assert matches("a", "a", plain_text)
+
+
+def test_generated_answers_are_compared_with_references(model, variables, tokenizer):
+    generator = Generator(model, variables, tokenizer)
+    prompts = [list(b"one"), list(b"two two"), list(b"3")]
+    texts = generator.generate(prompts, max_new_tokens=6)
+    references = [f" {texts[0].upper()}", "something else", texts[2]]
+    items = [CompletionItem(p, [1], "", r) for p, r in zip(prompts, references, strict=True)]
+    result = exact_match(generator, items, normalise=lambda text: text.strip().lower(), max_new_tokens=6, batch_size=2)
+    assert result.correct.tolist() == [True, False, True]
+    assert result.answers == tuple(texts)
+    assert (result.low, result.high) == wilson(2, 3)
+    with pytest.raises(NaloraError, match="at least one question"):
+        exact_match(generator, [])

@@ -1,0 +1,115 @@
+"""The harness's requests: against transformers always, against the harness's own model where it is installed."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.harness import Requests, harness_model
+from nalora_jax.generate import Generator
+
+END = 256  # the tokenizer's end-of-text token, which begins texts here
+
+
+def request(*args):
+    return SimpleNamespace(args=args)
+
+
+LONG = (
+    "A text that is far longer than the context of this tiny model, which holds only sixty-four tokens, so it is cut."
+)
+PAIRS = [
+    ("Which way is up?", " up"),
+    ("Which way is up?", " down"),
+    ("spaces move to what follows  ", "x"),
+    ("", "without a context"),
+    (LONG, " end"),
+]
+
+
+@pytest.fixture(scope="module")
+def requests(model, variables, tokenizer) -> Requests:
+    return Requests(Generator(model, variables, tokenizer))
+
+
+def test_log_likelihoods_equal_transformers(requests, torch_log_probs):
+    scores = requests.loglikelihood([request(*pair) for pair in PAIRS])
+    texts = [(b"Which way is up?", b" up"), (b"Which way is up?", b" down"), (b"spaces move to what follows", b"  x")]
+    expected = [torch_log_probs(byte_ids(context), byte_ids(ending)) for context, ending in texts]
+    expected.append(torch_log_probs([END], byte_ids(b"without a context")))
+    whole = byte_ids(LONG.encode() + b" end")[-65:]
+    expected.append(torch_log_probs(whole[:-4], whole[-4:]))
+    np.testing.assert_allclose([s for s, _ in scores], [table.sum() for table, _ in expected], rtol=1e-5)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+
+
+def byte_ids(text: bytes) -> list[int]:
+    """Ids of printable ASCII in the byte-level alphabet, sorted by character: "!" is the first, " " among the last."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [alphabet.index("Ġ" if byte == 32 else chr(byte)) for byte in text]
+
+
+def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fits(requests, torch_log_probs):
+    short, long = "a short text", LONG
+    scores = requests.loglikelihood_rolling([request(short), request(long)])
+    ids = byte_ids(long.encode())
+    first = torch_log_probs([END], ids[:64])[0].sum()
+    second = torch_log_probs(ids[len(ids) - 65 : 64], ids[64:])[0].sum()
+    expected = [torch_log_probs([END], byte_ids(short.encode()))[0].sum(), first + second]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_texts_are_generated_up_to_each_requests_own_end(requests):
+    generator = requests._generator
+    whole = generator.generate(["one"], max_new_tokens=12)[0]
+    stop = whole[4]
+    wanted = [
+        request("one", {"until": [stop], "max_gen_toks": 12}),
+        request("two", {"until": [], "max_gen_toks": 5}),
+        request("one", {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}),
+        request("one", {"max_gen_toks": 12, "do_sample": True, "temperature": 0.7, "top_k": 1}),
+        request(LONG, {"max_gen_toks": 8}),
+    ]
+    made = requests.generate_until(wanted)
+    assert made[0] == whole[: whole.index(stop)]
+    assert made[1] == generator.generate(["two"], max_new_tokens=5)[0]
+    assert made[2] == made[3] == whole
+    assert made[4] == generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
+
+
+def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, tokenizer):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(NaloraError, match=r"pip install 'nalora_jax\[eval\]'"):
+        harness_model(model, variables, tokenizer)
+
+
+def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model, variables, tokenizer):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, eos_token="<end>", pad_token="<end>")
+    theirs = HFLM(pretrained=llama, tokenizer=fast, batch_size=2, device="cpu")
+    ours = harness_model(model, variables, tokenizer)
+    assert isinstance(ours, LM)
+
+    def instances(kind, arguments):
+        return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+
+    pairs = instances("loglikelihood", PAIRS)
+    for mine, other in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
+        np.testing.assert_allclose(mine[0], other[0], rtol=1e-4)
+        assert mine[1] == other[1]
+    texts = instances("loglikelihood_rolling", [("a short text",), (LONG,)])
+    np.testing.assert_allclose(ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), rtol=1e-4)
+    options = {"until": ["e"], "max_gen_toks": 10, "do_sample": False}
+    prompts = instances("generate_until", [("one", options), ("two", options)])
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts)

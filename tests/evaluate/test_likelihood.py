@@ -1,0 +1,147 @@
+"""Log-likelihoods against transformers, and the packing of stems and tails behind them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate import likelihood
+from nalora_jax.evaluate.likelihood import score_groups
+from nalora_jax.evaluate.plan import choose_layout, make_batches, split_group
+from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.lora import resolve
+
+
+def random_groups(count: int, seed: int = 0, *, own_contexts: bool = False) -> list:
+    """Questions of 1 to 4 choices; some contexts of one token, some differing within the question."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for i in range(count):
+        context = rng.integers(0, 256, [1, 9, 22][i % 3]).tolist()
+        pairs = [(context, rng.integers(0, 256, rng.integers(1, 7)).tolist()) for _ in range(1 + i % 4)]
+        if own_contexts and i % 2:
+            pairs = [(context[: len(context) // 2] + [100 + j] * (j + 1), pairs[0][1]) for j in range(len(pairs))]
+        groups.append(pairs)
+    return groups
+
+
+def log_probs(scores) -> list[float]:
+    return [score.log_prob for row in scores for score in row]
+
+
+def assert_scores_equal_torch(scores, groups, torch_log_probs):
+    for row, pairs in zip(scores, groups, strict=True):
+        for score, (context, continuation) in zip(row, pairs, strict=True):
+            expected, greedy = torch_log_probs(context, continuation)
+            np.testing.assert_allclose(score.log_prob, expected.sum(), rtol=1e-5, atol=1e-5)
+            assert score.tokens == len(continuation)
+            assert score.greedy == greedy
+
+
+@pytest.mark.parametrize("own_contexts", [False, True])
+def test_log_likelihoods_equal_transformers(model, variables, torch_log_probs, own_contexts):
+    groups = random_groups(10, own_contexts=own_contexts)
+    scores = score_groups(model, variables, groups, batch_tokens=64)
+    assert_scores_equal_torch(scores, groups, torch_log_probs)
+
+
+def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(model, variables, llama):
+    import torch
+
+    context = [5, 77, 3]
+    made = llama.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    wrong = [*made[:-1], (made[-1] + 1) % 256]
+    right, almost = score_groups(model, variables, [[(context, made), (context, wrong)]])[0]
+    assert right.greedy
+    assert not almost.greedy
+
+
+def test_adapters_are_arguments_of_one_program(model, variables):
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn", rank=2),)), projection_shapes(model.config), model.config.n_layers)
+    adapted, groups = model.clone(adapters=spec), random_groups(4)
+    fresh = init_lora(model.config, spec, jax.random.key(0))
+    trained = jax.tree.map(lambda x: x + 0.3, fresh)
+    base = score_groups(model, variables, groups)
+    start = likelihood._stems_and_tails._cache_size()
+    same = score_groups(adapted, {**variables, "lora": fresh}, groups)
+    other = score_groups(adapted, {**variables, "lora": trained}, groups)
+    assert likelihood._stems_and_tails._cache_size() == start + 1
+    np.testing.assert_allclose(same[0][0].log_prob, base[0][0].log_prob, rtol=1e-6)
+    assert abs(other[0][0].log_prob - base[0][0].log_prob) > 1e-2
+
+
+def test_a_mesh_gives_the_same_scores(model, variables):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    split = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "tensor"))), variables
+    )
+    groups = random_groups(9)
+    sharded = score_groups(model, split, groups, mesh=mesh, batch_tokens=32)
+    single = score_groups(model, variables, groups, batch_tokens=32)
+    np.testing.assert_allclose(log_probs(sharded), log_probs(single), rtol=1e-5)
+
+
+def test_bf16_weights_score_close_to_float32(model, variables):
+    half = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
+    widened = {"params": jax.tree.map(lambda x: x.astype(jnp.float32), half["params"])}
+    groups = random_groups(3)
+    ours, theirs = (log_probs(score_groups(model, v, groups)) for v in (half, widened))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [[], [([], [1])], [([1], [2]), ([1], [])]])
+def test_nothing_to_score_is_an_error_that_names_the_item(model, variables, group):
+    with pytest.raises(NaloraError, match="evaluation item 1"):
+        score_groups(model, variables, [[([1], [2])], group])
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_a_group_splits_after_what_all_texts_share():
+    split = split_group(0, [([5, 6, 7], [8]), ([5, 6, 7], [9, 8])])
+    assert (split.stem, split.tails, split.targets) == ([5, 6], [[7], [7, 9]], [[8], [9, 8]])
+    split = split_group(0, [([5, 6, 1], [4]), ([5, 6, 2, 3], [4])])
+    assert (split.stem, split.tails, split.scored) == ([5], [[6, 1], [6, 2, 3]], [1, 1])
+    # A continuation that begins as the other's context ends is still scored.
+    split = split_group(0, [([5], [6, 7]), ([5, 6], [7])])
+    assert (split.stem, split.tails, split.scored) == ([], [[5, 6], [5, 6]], [2, 1])
+    assert split_group(0, [([1, 2], [4]), ([2, 2], [4])]).stem == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 25), tokens=st.sampled_from([16, 64, 1024]))
+def test_batches_hold_every_text_once_and_all_have_one_shape(seed, count, tokens):
+    groups = random_groups(count, seed, own_contexts=True)
+    splits = [split_group(i, pairs) for i, pairs in enumerate(groups)]
+    layout = choose_layout(splits, tokens=tokens, shards=3)
+    assert layout.rows % 3 == 0
+    seen = {}
+    for batch, pairs in make_batches(splits, layout):
+        assert batch.stem["tokens"].shape == (layout.rows, layout.stem)
+        assert batch.targets.shape == (layout.rows, layout.lanes, layout.tail)
+        for number, at in enumerate(pairs):
+            row, lane, column = (int(axis[0]) for axis in np.nonzero(batch.owner == number))
+            segment = batch.tails["segments"][row, lane, column]
+            stem = batch.stem["segments"][row] == segment
+            tail = batch.tails["segments"][row, lane] == segment
+            positions = [*batch.stem["positions"][row, stem], *batch.tails["positions"][row, lane, tail]]
+            text = [*batch.stem["tokens"][row, stem], *batch.tails["tokens"][row, lane, tail]]
+            scored = batch.targets[row, lane][batch.owner[row, lane] == number]
+            assert positions == list(range(len(text)))
+            assert at not in seen
+            seen[at] = (text, list(scored))
+    expected = {
+        (i, j): ([*context, *continuation][:-1], list(continuation))
+        for i, pairs in enumerate(groups)
+        for j, (context, continuation) in enumerate(pairs)
+    }
+    assert seen == expected

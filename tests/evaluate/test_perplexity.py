@@ -1,0 +1,78 @@
+"""Loss of packed documents against transformers, one document at a time."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from nalora_jax.data.items import CompletionItem
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.perplexity import completion_loss, perplexity
+from nalora_jax.evaluate.statistics import bootstrap
+
+
+def pack(rows: list[list[list[int]]], seq: int, first_target: int) -> dict[str, np.ndarray]:
+    """Rows of documents; targets before ``first_target`` don't count."""
+    names = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32}
+    batch = {name: np.zeros((len(rows), seq), dtype) for name, dtype in {**names, "positions": np.int32}.items()}
+    for r, documents in enumerate(rows):
+        begin = 0
+        for segment, ids in enumerate(documents, start=1):
+            at = (r, slice(begin, begin + len(ids) - 1))
+            batch["tokens"][at], batch["targets"][at] = ids[:-1], ids[1:]
+            batch["segment_ids"][at], batch["positions"][at] = segment, np.arange(len(ids) - 1)
+            batch["loss_weights"][r, begin + first_target - 1 : begin + len(ids) - 1] = 1
+            begin += len(ids) - 1
+    return batch
+
+
+@pytest.fixture
+def documents() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (5, 9, 4, 12, 7, 6)]
+
+
+def expected_sums(documents, torch_log_probs, first_target):
+    tables = [torch_log_probs(d[:first_target], d[first_target:])[0] for d in documents]
+    return np.array([-t.sum() for t in tables]), np.array([len(t) for t in tables])
+
+
+@pytest.mark.parametrize("first_target", [1, 3])
+def test_loss_equals_transformers_and_is_weighted_by_tokens(model, variables, documents, torch_log_probs, first_target):
+    a, b, c, d, e, f = documents
+    batches = [pack([[a, b], [c]], 16, first_target), pack([[d], [e, f]], 16, first_target)]
+    result = perplexity(model, variables, batches)
+    sums, counts = expected_sums(documents, torch_log_probs, first_target)
+    np.testing.assert_allclose(result.loss, sums.sum() / counts.sum(), rtol=1e-5)
+    np.testing.assert_allclose(result.perplexity, math.exp(sums.sum() / counts.sum()), rtol=1e-4)
+    assert (result.tokens, result.n) == (counts.sum(), 6)
+    np.testing.assert_allclose((result.low, result.high), bootstrap(sums, counts), rtol=1e-4)
+
+
+def test_batches_on_a_mesh_give_the_same_loss(model, variables, documents):
+    batch = pack([[document] for document in documents[:4]], 16, 1)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices())
+    batch = {name: np.concatenate([values, values]) for name, values in batch.items()}
+    sharded, single = perplexity(model, variables, [batch], mesh=mesh), perplexity(model, variables, [batch])
+    np.testing.assert_allclose(sharded.loss, single.loss, rtol=1e-6)
+    assert sharded.n == single.n == 8
+
+
+def test_completions_are_scored_after_their_prompts(model, variables, documents, torch_log_probs):
+    items = [CompletionItem(d[:3], d[3:], "", "") for d in documents]
+    sums, counts = expected_sums(documents, torch_log_probs, 3)
+    result = completion_loss(model, variables, items)
+    np.testing.assert_allclose(result.loss, sums.sum() / counts.sum(), rtol=1e-5)
+    assert result.n == 6
+
+
+def test_nothing_to_predict_is_an_error(model, variables, documents):
+    batch = pack([[documents[0]]], 16, 1)
+    batch["loss_weights"][:] = 0
+    for batches in ([batch], []):
+        with pytest.raises(NaloraError, match="at least one target token"):
+            perplexity(model, variables, batches)

@@ -1,0 +1,180 @@
+"""config.json in the forms that are out there, and everything in it that is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.families import supported
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+# As the hub has them: transformers 4's fields, and nested configs that only say what differs from the class.
+OLD_FORMS = {
+    "Llama 3.1": {
+        **LLAMA,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+            "rope_type": "llama3",
+        },
+    },
+    "linear, by its first name": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "YaRN": {**LLAMA, "model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "Mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 8, "rope_theta": 1e6, "head_dim": None},
+    "Qwen2.5": {**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8, "rope_theta": 1e6},
+    "Qwen2.5, sliding": {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+    "Gemma": {**LLAMA, "model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None, "head_dim": 16},
+    "Gemma 2": {**LLAMA, "model_type": "gemma2", "cache_implementation": "hybrid", "sliding_window": 8},
+    "Gemma 3": {
+        **LLAMA,
+        "model_type": "gemma3_text",
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+    },
+    "Phi-3.5": {
+        **LLAMA,
+        "model_type": "phi3",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        "sliding_window": 32,
+    },
+    "Phi-4 mini": {
+        **LLAMA,
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3},
+    },
+    "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
+    "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
+    "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", OLD_FORMS.values(), ids=OLD_FORMS)
+def test_old_form_reads_as_transformers_rewrites_it(old):
+    new = transformers.AutoConfig.for_model(**old).to_dict()
+    assert "rope_parameters" in new
+    assert "rope_theta" not in new
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+
+
+def test_multimodal_gemma3_is_its_text_model():
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "sliding_window": 8, "head_dim": 16}
+    config = ModelConfig.from_hf({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    assert (config.model_type, config.vocab_size, config.n_heads) == ("gemma3_text", 262_208, 8)
+    assert config.layer_windows == (8, 8, 8, 8, 8, GLOBAL_WINDOW, 8)
+    assert [config.ropes[i].theta for i in config.layer_ropes] == [1e4] * 5 + [1e6, 1e4]
+    assert config.tie_embeddings
+
+
+def test_unknown_family_names_the_supported_ones():
+    with pytest.raises(NaloraError, match="model_type") as error:
+        ModelConfig.from_hf({**LLAMA, "model_type": "gpt2"})
+    assert all(name in str(error.value) for name in supported())
+
+
+REFUSED = {
+    "no vocab_size": ({"vocab_size": None}, "vocab_size: expected a whole number .* found nothing"),
+    "heads as text": ({"num_attention_heads": "4"}, "num_attention_heads"),
+    "uneven heads": ({"num_attention_heads": 3}, "hidden_size: expected a multiple"),
+    "uneven groups": ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor"),
+    "a million layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+    "unknown activation": ({"hidden_act": "swoosh"}, "hidden_act: expected one of .*silu"),
+    "NaN epsilon": ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "quantized files": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "truthy text": ({"attention_bias": "yes"}, "attention_bias: expected true or false"),
+    "unknown scaling": ({"rope_scaling": {"type": "xpos", "factor": 2.0}}, "rope_type: expected one of .*yarn"),
+    "scaling without factor": ({"rope_scaling": {"type": "linear"}}, "factor"),
+    "multimodal rotation": ({"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, "mrope_section"),
+    "partial rotation": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "rope by layer kind": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+    "short list": (
+        {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
+        "short_factor: expected a list of 4",
+    ),
+    "dense layers in a mixture": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0]}, "mlp_only"),
+    "every second layer": ({"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 2}, "sparse_step"),
+    "more chosen than there are": ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok"),
+    "auxiliary loss": ({"model_type": "mixtral", "output_router_logits": True}, "output_router_logits"),
+    "chunked attention": ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
+    "sliding without a window": ({"model_type": "gemma2", "sliding_window": 0}, "sliding_window"),
+    "sliding while switched off": ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "layer_types"),
+    "mixed windows in Mistral": (
+        {"model_type": "mistral", "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "layer_types",
+    ),
+    "attention to the future": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
+    "capped scores in Gemma 3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "logit_softcapping"),
+    "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
+    "a list": ([1, 2], "a JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_by_name(change, message):
+    raw = {**LLAMA, **change} if isinstance(change, dict) else change
+    with pytest.raises(NaloraError, match=message) as error:
+        ModelConfig.from_hf(raw, "some/config.json")
+    assert error.value.where.startswith("some/config.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted(
+    {key for raw in OLD_FORMS.values() for key in raw}
+    | {"rope_parameters", "layer_types", "attention_bias", "attention_dropout", "text_config", "no_rope_layers"}
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([*supported(), "gemma3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
+def test_only_this_librarys_error_comes_out(family, changes):
+    try:
+        config = ModelConfig.from_hf({**LLAMA, "head_dim": 8, **changes, "model_type": family})
+    except NaloraError:
+        return
+    assert len(config.layer_windows) == len(config.layer_ropes) == config.n_layers
+    assert all(min(shape) > 0 for shape in param_shapes(config).values())
+
+
+def test_shapes_of_adaptable_projections_are_those_of_their_kernels():
+    for raw in ({**LLAMA}, {**LLAMA, "model_type": "mixtral", "num_key_value_heads": 2}):
+        config = ModelConfig.from_hf(raw)
+        shapes = param_shapes(config)
+        for path, shape in projection_shapes(config).items():
+            assert shapes[f"{path}/kernel"] == (config.n_layers, *shape)
+
+
+def test_self_gated_ffn_has_two_projections():
+    config = dataclasses.replace(ModelConfig.from_hf(LLAMA), gated=False)
+    assert [path for path in projection_shapes(config) if "ffn" in path] == [
+        "layers/ffn/in_proj",
+        "layers/ffn/out_proj",
+    ]

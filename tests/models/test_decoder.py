@@ -1,0 +1,274 @@
+"""The decoder's own promises: cache, adapters, mask and statistics through the scanned stack, rematerialisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.models.cache import default_positions, init_cache
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import Decoder, init_lora, init_params
+from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.nn.matmul import Numerics, numerics_for, pack
+from nalora_jax.trees import flatten, unflatten
+
+BASE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+CONFIGS = {
+    "dense": ModelConfig.from_hf({**BASE, "model_type": "gemma3_text", "sliding_window": 5, "attention_bias": True}),
+    "experts": ModelConfig.from_hf({**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "self-gated": dataclasses.replace(
+        ModelConfig.from_hf({**BASE, "model_type": "llama", "hidden_act": "gelu", "mlp_bias": True}), gated=False
+    ),
+}
+RANKS = TargetSpec(ranks=(3, 0, 2), alphas=(6.0, 1.0, 1.0))
+
+
+def everywhere(config: ModelConfig, **options) -> AdapterSpec:
+    return AdapterSpec(tuple((path, RANKS) for path in sorted(projection_shapes(config))), **options)
+
+
+def trained(config: ModelConfig, spec: AdapterSpec, params=None):
+    """Adapters whose B is not zero; the padding beyond a layer's rank stays zero, as in training."""
+    lora, rng = flatten(init_lora(config, spec, jax.random.key(1), params)), np.random.default_rng(0)
+    for path, leaf in lora.items():
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if path.endswith("/b"):
+            used = np.any(np.asarray(lora[f"{path[:-2]}/a"]) != 0, axis=-2)[..., None]
+            lora[path] = np.where(used, 0.1 * noise, 0.0).astype(np.float32)
+        elif path.endswith("/magnitude"):
+            lora[path] = np.asarray(leaf) * (1 + 0.1 * noise)
+    return unflatten(lora)
+
+
+def tokens_of(rows: int, seq: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 64, (rows, seq))
+
+
+@pytest.fixture(params=["dense", "experts"], scope="module")
+def config(request) -> ModelConfig:
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return init_params(config, jax.random.key(0))
+
+
+@functools.cache
+def program(model: Decoder):
+    return jax.jit(lambda variables, tokens, options: model.apply(variables, tokens, **options))
+
+
+def run(model, params, tokens, lora=None, **options):
+    variables = {"params": params} | ({} if lora is None else {"lora": lora})
+    return program(model)(variables, tokens, options)
+
+
+def test_chunks_through_the_cache_equal_one_run(config, params):
+    """Right padding leaves holes in the cache, and rows of different lengths go on at their own positions."""
+    model, tokens, lengths = Decoder(config), tokens_of(2, 14), (9, 6)
+    whole = np.asarray(run(model, params, tokens))
+    cache, rows = init_cache(config, 2, 20), [[], []]
+    first = np.zeros((2, 9), int)
+    for row, length in enumerate(lengths):
+        first[row, :length] = tokens[row, :length]
+    real = (np.arange(9)[None] < np.array(lengths)[:, None]).astype(int)
+    hidden, cache = run(model, params, first, segment_ids=real, cache=cache)
+    for row, length in enumerate(lengths):
+        rows[row] += list(np.asarray(hidden)[row, :length])
+    for step in (3, 1, 1):
+        part = np.stack([tokens[row, len(rows[row]) : len(rows[row]) + step] for row in range(2)])
+        hidden, cache = run(model, params, part, cache=cache)
+        for row in range(2):
+            rows[row] += list(np.asarray(hidden)[row])
+    assert np.asarray(cache.lengths).tolist() == [14, 11]
+    for row in range(2):
+        np.testing.assert_allclose(np.stack(rows[row]), whole[row, : len(rows[row])], atol=2e-5)
+
+
+def test_default_positions_restart():
+    segments = jnp.array([[0, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]])
+    assert default_positions(segments).tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 2, 3, 0, 1]]
+
+
+def test_fresh_adapters_are_the_identity(config, params):
+    spec, tokens = everywhere(config, dora=True), tokens_of(2, 8)
+    lora = init_lora(config, spec, jax.random.key(1), params)
+    adapted = run(Decoder(config, spec), params, tokens, lora)
+    np.testing.assert_allclose(adapted, run(Decoder(config), params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_adapters_equal_merged_weights(config, dora):
+    """Every projection, ranks that differ by layer, a layer without: ``W + s A B``, for DoRA its columns rescaled."""
+    spec, params = everywhere(config, dora=dora), init_params(config, jax.random.key(0))
+    lora, tokens = trained(config, spec, params), tokens_of(2, 8)
+    merged, adapters = flatten(params), flatten(lora)
+    for path, _ in spec.targets:
+        a, b = adapters[f"{path}/a"], adapters[f"{path}/b"]
+        scale = spec.scales(path).reshape(-1, *(1,) * (a.ndim - 1))
+        kernel = merged[f"{path}/kernel"] + scale * jnp.einsum("...dr,...ro->...do", a, b)
+        if dora:
+            norm = jnp.linalg.norm(kernel, axis=-2, keepdims=True)
+            kernel = jnp.where(scale == 0, kernel, kernel / norm * adapters[f"{path}/magnitude"][..., None, :])
+        merged[f"{path}/kernel"] = kernel
+    ours = run(Decoder(config, spec), params, tokens, lora)
+    np.testing.assert_allclose(ours, run(Decoder(config), unflatten(merged), tokens), atol=3e-5)
+    assert np.abs(ours - run(Decoder(config), params, tokens)).max() > 0.05
+
+
+def loss_of(model, params, tokens, lora, **collections):
+    hidden = model.apply({"params": params, "lora": lora, **collections}, tokens)
+    return jnp.sum(jnp.sin(hidden))
+
+
+def test_rematerialisation_changes_no_gradient(config, params):
+    spec, tokens = everywhere(config), tokens_of(2, 8)
+    lora = trained(config, spec)
+
+    def gradient(remat: str):
+        model = Decoder(config, spec, remat=remat)
+        return jax.jit(jax.grad(lambda lora: loss_of(model, params, tokens, lora)))(lora)
+
+    plain = gradient("none")
+    assert all(np.abs(leaf[0]).max() > 0 for leaf in jax.tree.leaves(plain))
+    for remat in ("full",) if config.n_experts else ("full", "dots"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat))
+
+
+def test_base_weights_get_no_gradient(config, params):
+    """Norms and biases included in the tree may have one; kernels and embeddings must not."""
+    model, tokens = Decoder(config), tokens_of(1, 6)
+    grads = flatten(jax.jit(jax.grad(lambda p: loss_of(model, p, tokens, {})))(params))
+    for path, grad in grads.items():
+        if path.endswith(("kernel", "embedding")):
+            assert not np.any(grad), path
+
+
+def test_mask_shapes_the_gates_a_and_nothing_else(config, params):
+    gate = "layers/ffn/gate_proj" if config.gated else "layers/ffn/in_proj"
+    spec, tokens = everywhere(config), tokens_of(2, 8)
+    lora = trained(config, spec)
+    shape = (config.n_layers, *((config.n_experts,) if config.n_experts else ()), config.d_ff)
+    mask = {"layers": {"ffn": {"mask": jax.random.uniform(jax.random.key(3), shape)}}}
+    model = Decoder(config, spec)
+    value = jax.jit(jax.value_and_grad(lambda lora, **c: loss_of(model, params, tokens, lora, **c)))
+    (plain, without), (masked, with_mask) = value(lora), value(lora, gate_mask=mask)
+    assert plain == masked
+    without, with_mask = flatten(without), flatten(with_mask)
+    for path in without:
+        same = np.allclose(without[path], with_mask[path], rtol=1e-5, atol=1e-5)
+        assert same == (path != f"{gate}/a"), path
+
+
+def statistics(config, params, lora, tokens, segments):
+    model = Decoder(config, everywhere(config), stats=GateStatsConfig(stride=1, probe_stride=1))
+    variables = {"params": params, "lora": lora}
+    _, out = jax.jit(lambda v, t, s: model.apply(v, t, segment_ids=s, mutable=["gate_stats"]))(
+        variables, tokens, segments
+    )
+    return flatten(out["gate_stats"])
+
+
+def test_statistics_are_sums_over_real_tokens(config, params):
+    """Packed rows with padding give the sum of what the sequences give alone, per layer (and expert) and channel."""
+    lora, tokens = trained(config, everywhere(config)), tokens_of(1, 12)
+    packed = statistics(config, params, lora, tokens, np.repeat([1, 2, 0], [6, 4, 2])[None])
+    parts = [(0, 6), (6, 10)]
+    alone = [statistics(config, params, lora, tokens[:, a:b], np.ones((1, b - a), int)) for a, b in parts]
+    lead = (config.n_layers, config.n_experts) if config.n_experts else (config.n_layers,)
+    assert packed["layers/ffn/slope"].shape == (*lead, config.d_ff)
+    assert packed["layers/ffn/occupancy"].shape == (*lead, 4, config.d_ff)
+    routed = config.experts_per_token or 1
+    assert packed["layers/ffn/tokens"].reshape(config.n_layers, -1).sum(1).tolist() == [10.0 * routed] * config.n_layers
+    for path, value in packed.items():
+        np.testing.assert_allclose(value, alone[0][path] + alone[1][path], rtol=1e-4, atol=1e-4)
+
+
+def test_each_example_uses_its_own_adapter():
+    config = CONFIGS["dense"]
+    spec, tokens = everywhere(config), tokens_of(3, 8)
+    params, adapters = init_params(config, jax.random.key(0)), [trained(config, everywhere(config))]
+    adapters.append(jax.tree.map(lambda x: -0.5 * x, adapters[0]))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *adapters)
+    model = Decoder(config, spec)
+    ours = run(model, params, tokens, stacked, adapter_ids=jnp.array([1, -1, 0]))
+    np.testing.assert_allclose(ours[0], run(model, params, tokens, adapters[1])[0], atol=1e-5)
+    np.testing.assert_allclose(ours[1], run(model, params, tokens)[1], atol=1e-5)
+    np.testing.assert_allclose(ours[2], run(model, params, tokens, adapters[0])[2], atol=1e-5)
+
+
+def test_the_program_does_not_grow_with_depth(config):
+    def size(n_layers: int) -> int:
+        c = dataclasses.replace(config, n_layers=n_layers, windows=(), rope_index=())
+        shapes = jax.eval_shape(lambda: init_params(c, jax.random.key(0)))
+        jaxpr = jax.make_jaxpr(lambda p, t: Decoder(c).apply({"params": p}, t))(shapes, jnp.zeros((1, 4), int))
+        return len(str(jaxpr).splitlines())
+
+    assert size(2) == size(9)
+
+
+def test_low_precision_stays_close(config, params):
+    """bf16 base weights, packed as the training step packs them, on both kinds of platform."""
+    spec, tokens = everywhere(config), tokens_of(2, 8)
+    lora = trained(config, spec)
+    exact = run(Decoder(config, spec), params, tokens, lora)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for numerics in (numerics_for("bfloat16", "cpu"), numerics_for("bfloat16", "tpu")):
+        ours = run(Decoder(config, spec, numerics), pack(half), tokens, lora)
+        assert ours.dtype == numerics.result
+        if config.n_experts:  # a rounded hidden state may choose another expert for a token
+            off = np.abs(ours.astype(jnp.float32) - exact).max(axis=-1)
+            assert np.median(off) < 0.2
+        else:
+            np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=0.25)
+
+
+def test_dropout_of_attention_is_for_training_only():
+    config = dataclasses.replace(CONFIGS["dense"], attn_dropout=0.5)
+    params, tokens, model = init_params(config, jax.random.key(0)), tokens_of(2, 8), Decoder(config)
+    np.testing.assert_array_equal(run(model, params, tokens), run(Decoder(CONFIGS["dense"]), params, tokens))
+    drop = jax.jit(lambda rng: model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": rng}))
+    noisy = [drop(jax.random.key(i)) for i in (0, 0, 1)]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert np.abs(noisy[0] - noisy[2]).max() > 0.01
+
+
+def test_adapters_beyond_a_layers_rank_are_zero():
+    config = CONFIGS["experts"]
+    lora = flatten(init_lora(config, everywhere(config), jax.random.key(0)))
+    a = lora["layers/ffn/gate_proj/a"]
+    assert a.shape == (3, 4, 16, 3)
+    assert lora["layers/ffn/gate_proj/b"].shape == (3, 4, 3, 24)
+    assert np.any(a[0, ..., 2])
+    assert not np.any(a[1])
+    assert not np.any(a[2, ..., 2])
+    assert np.abs(a).max() <= 1 / np.sqrt(16)
+
+
+def test_unknown_remat_is_an_error():
+    with pytest.raises(ValueError, match="remat"):
+        Decoder(CONFIGS["dense"], remat="some").init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def test_logits_are_float32_of_the_numerics_given():
+    config = CONFIGS["dense"]
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(config, jax.random.key(0)))
+    model = Decoder(config, numerics=Numerics("bfloat16", "bfloat16", "bfloat16"))
+    hidden = model.apply({"params": params}, tokens_of(1, 4))
+    assert model.apply({"params": params}, hidden, method="unembed").dtype == jnp.float32

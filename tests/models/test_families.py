@@ -1,0 +1,397 @@
+"""Every family against transformers: tiny random models with every feature of their config switched on, in float32.
+
+`docs/make_parity.py` runs the same measurements and writes the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from nalora_jax.models.cache import init_cache
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
+
+TOLERANCE = 1e-5  # largest logit difference over the largest logit
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+# Lengths that pass the sliding windows (8) and the original contexts (16) below.
+SEQ, SHORT, WINDOW, ORIGINAL = 40, 20, 8, 16
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 3.5],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model: its family, what is switched on, and what transformers can be compared on."""
+
+    family: str
+    features: str
+    config: dict = field(hash=False)
+    # transformers takes the longest row of a batch for everybody's RoPE length: compare rows of one length there.
+    one_length: bool = False
+
+
+CASES = (
+    Case(
+        "llama",
+        "llama3 RoPE, attention and FFN biases",
+        {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    ),
+    Case(
+        "llama",
+        "tied, linear RoPE",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    Case("llama", "YaRN", {"rope_parameters": YARN, "head_dim": 16}),
+    Case(
+        "llama",
+        "YaRN, mscale, no truncation",
+        {
+            "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 16.0},
+            "head_dim": 16,
+        },
+    ),
+    Case(
+        "llama",
+        "dynamic RoPE",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": ORIGINAL,
+        },
+        one_length=True,
+    ),
+    Case("mistral", "sliding window, head_dim", {"sliding_window": WINDOW, "head_dim": 16}),
+    Case(
+        "qwen2",
+        "qkv biases, sliding window from layer 2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    Case(
+        "qwen3",
+        "qk-norm, biases, sliding window from layer 1",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    Case("gemma", "1 + w norms, embedding scale, GeGLU, biases", {"head_dim": 16, "attention_bias": True}),
+    Case(
+        "gemma2",
+        "soft caps, alternating windows, four norms, query scale, biases",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+        },
+    ),
+    Case(
+        "gemma3_text",
+        "local and global RoPE, qk-norm, windows, linear scaling, final soft cap, biases",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 24,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    Case(
+        "phi3",
+        "fused projections, LongRoPE, partial rotation, sliding window",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": ORIGINAL, "sliding_window": WINDOW},
+        one_length=True,
+    ),
+    Case("olmo2", "post-norms only, qk-norm over projections, biases", {"attention_bias": True}),
+    Case(
+        "smollm3",
+        "layers without RoPE, sliding there, biases",
+        {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    Case(
+        "granite",
+        "embedding, attention, residual and logit multipliers, biases",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    Case(
+        "mixtral",
+        "4 experts, top-2, sliding window",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "head_dim": 16},
+    ),
+    Case(
+        "qwen3_moe",
+        "8 experts, top-3, normalised, qk-norm, biases, sliding window",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+        },
+    ),
+    Case(
+        "qwen3_moe",
+        "8 experts, top-2, not normalised",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+        },
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same weights in transformers and here; ours come from the files that transformers wrote."""
+
+    theirs: torch.nn.Module
+    config: ModelConfig
+    params: dict
+    tensors: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        return Decoder(self.config)
+
+    @functools.cached_property
+    def logits(self):
+        @jax.jit
+        def run(tokens, segment_ids):
+            hidden = self.model.apply({"params": self.params}, tokens, segment_ids=segment_ids)
+            return self.model.apply({"params": self.params}, hidden, method="unembed")
+
+        return run
+
+
+@functools.cache
+def build(case: Case) -> Pair:
+    """A random model of the case, saved by transformers and read back through the key map."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(case.family, **(SIZES | case.config))
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        raw = json.loads((Path(folder) / "config.json").read_text())
+        tensors = safetensors.numpy.load_file(Path(folder) / "model.safetensors")
+    ours = ModelConfig.from_hf(raw)
+    names = keymap_for(ours, "hf").check({name: x.shape for name, x in tensors.items()}, case.family)
+    return Pair(theirs, ours, params_from_tensors(ours, lambda name: tensors[names[name]]), tensors)
+
+
+def random_tokens(rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 128, (rows, length))
+
+
+def reset_rope(pair: Pair) -> None:
+    """Dynamic RoPE in transformers remembers the longest sequence that it has seen: each comparison starts afresh."""
+    rope = pair.theirs.model.rotary_emb
+    if getattr(rope, "rope_type", None) == "dynamic":
+        rope.inv_freq, rope.max_seq_len_cached = rope.original_inv_freq, rope.original_max_seq_len
+
+
+def reference(pair: Pair, tokens: np.ndarray, real: np.ndarray | None = None) -> np.ndarray:
+    """transformers' logits; ``real`` marks tokens that are not padding."""
+    reset_rope(pair)
+    with torch.no_grad():
+        if real is None:
+            return pair.theirs(torch.tensor(tokens)).logits.numpy()
+        mask = torch.tensor(real.astype(np.int64))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return pair.theirs(torch.tensor(tokens), attention_mask=mask, position_ids=positions).logits.numpy()
+
+
+def difference(ours: jax.Array, theirs: np.ndarray, where: np.ndarray | None = None) -> float:
+    """Largest difference over the largest logit."""
+    ours = np.asarray(ours)
+    where = np.ones(ours.shape[:2], bool) if where is None else where
+    return float(np.abs(ours - theirs)[where].max() / np.abs(theirs[where]).max())
+
+
+def measure_plain(case: Case) -> float:
+    pair, tokens = build(case), random_tokens(2, SEQ)
+    return difference(pair.logits(tokens, np.ones_like(tokens)), reference(pair, tokens))
+
+
+def measure_padding(case: Case, side: str) -> float:
+    pair, tokens = build(case), random_tokens(2, SEQ)
+    lengths = np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
+    index = np.arange(SEQ)[None]
+    real = index < lengths if side == "right" else index >= SEQ - lengths
+    tokens = np.where(real, tokens, 0)
+    return difference(pair.logits(tokens, real.astype(int)), reference(pair, tokens, real), real)
+
+
+def measure_packing(case: Case) -> float:
+    """One row of three sequences and padding, against three runs of their own."""
+    pair, lengths = build(case), (SHORT, 11, 6)
+    tokens = random_tokens(2, SEQ)
+    segments = np.repeat([1, 2, 3, 0], [*lengths, SEQ - sum(lengths)])[None].repeat(2, axis=0)
+    ours, start, worst = np.asarray(pair.logits(tokens, segments)), 0, 0.0
+    for length in lengths:
+        part = slice(start, start + length)
+        worst = max(worst, difference(ours[:, part], reference(pair, tokens[:, part])))
+        start += length
+    return worst
+
+
+def greedy(pair: Pair, tokens: np.ndarray, real: np.ndarray, steps: int) -> np.ndarray:
+    """Greedy continuation with the cache: one prefill, then one token at a time."""
+    model, variables = pair.model, {"params": pair.params}
+    cache = init_cache(pair.config, tokens.shape[0], tokens.shape[1] + steps)
+
+    def next_token(hidden):
+        return jnp.argmax(model.apply(variables, hidden[:, -1:], method="unembed"), axis=-1)
+
+    @jax.jit
+    def run(tokens, segments, cache):
+        hidden, cache = model.apply(variables, tokens, segment_ids=segments, cache=cache)
+
+        def step(carry, _):
+            token, cache = carry
+            hidden, cache = model.apply(variables, token, cache=cache)
+            return (next_token(hidden), cache), token[:, 0]
+
+        return jax.lax.scan(step, (next_token(hidden), cache), length=steps)[1].T
+
+    return np.asarray(run(tokens, real.astype(np.int32), cache))
+
+
+def measure_greedy(case: Case, steps: int = 64) -> int:
+    """Tokens in agreement with ``transformers.generate``, of ``steps`` in each of two rows (left padding)."""
+    pair, tokens = build(case), random_tokens(2, SHORT)
+    real = np.ones_like(tokens, bool)
+    if not case.one_length:
+        real[1, :7] = False
+    tokens = np.where(real, tokens, 0)
+    reset_rope(pair)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = pair.theirs.generate(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(real.astype(np.int64)),
+            max_new_tokens=steps,
+            do_sample=False,
+        ).numpy()[:, SHORT:]
+    ours = greedy(pair, tokens, real, steps)
+    return int(np.cumprod(ours == theirs, axis=1).sum(axis=1).min())
+
+
+# The continuation needs a program of its own to compile: one case per family, and RoPE that changes as it grows.
+GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple(
+    case for case in CASES if case.family == "llama" and case.one_length
+)
+
+
+def by_name(case: Case) -> str:
+    return f"{case.family}: {case.features}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=by_name)
+class TestFamily:
+    def test_logits_agree_beyond_the_window(self, case):
+        assert measure_plain(case) <= TOLERANCE
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_logits_agree_with_padding(self, case, side):
+        assert measure_padding(case, side) <= TOLERANCE
+
+    def test_packing_equals_separate_runs(self, case):
+        assert measure_packing(case) <= TOLERANCE
+
+    def test_tensors_go_back_to_the_files_form(self, case):
+        pair = build(case)
+        back = dict(tensors_from_params(pair.config, pair.params))
+        aliases = dict(keymap_for(pair.config, "hf").aliases)
+        assert back.keys() | aliases.keys() >= pair.tensors.keys()
+        for name, tensor in back.items():
+            np.testing.assert_array_equal(tensor, pair.tensors[name])
+
+    def test_shapes_are_the_modules_own(self, case):
+        pair = build(case)
+        made = jax.eval_shape(pair.model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+        flat = {
+            jax.tree_util.keystr(k, simple=True, separator="/"): x.shape for k, x in jax.tree.leaves_with_path(made)
+        }
+        assert flat == param_shapes(pair.config)
+
+
+@pytest.mark.parametrize("case", GREEDY, ids=by_name)
+def test_greedy_continuation_with_cache_is_identical(case):
+    assert measure_greedy(case) == 64
+
+
+def test_every_family_has_a_case():
+    from nalora_jax.models.families import supported
+
+    assert {case.family for case in CASES} == set(supported())

@@ -1,0 +1,127 @@
+"""The mixture against loops over experts: routing, products, gradients of adapters, statistics per expert channel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from nalora_jax import activations
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.moe import ExpertDense, MoEFFN, grouped_matmul, grouped_residual, route
+from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gate_statistics
+from nalora_jax.nn.lora import TargetSpec, residual
+from nalora_jax.nn.matmul import Numerics, matmul
+
+EXPERTS, D, F, RANK = 4, 8, 12, 3
+SIZES = np.array([5, 0, 3, 2], np.int32)
+EXPERT = np.repeat(np.arange(EXPERTS), SIZES)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_routing_is_torchs_top_k(normalize):
+    logits = normal(9, EXPERTS)
+    weights, chosen = torch.topk(torch.softmax(torch.tensor(logits), -1), 2)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    routing = route(jnp.asarray(logits), 2, normalize=normalize)
+    assert np.all(np.diff(routing.expert) >= 0)
+    assert routing.sizes.tolist() == np.bincount(chosen.numpy().ravel(), minlength=EXPERTS).tolist()
+    np.testing.assert_array_equal(np.asarray(routing.expert)[routing.back], chosen.numpy().ravel())
+    np.testing.assert_array_equal(np.asarray(routing.token)[routing.back], np.repeat(np.arange(9), 2))
+    np.testing.assert_allclose(np.asarray(routing.weight)[routing.back], weights.numpy().ravel(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("operand", ["float32", "bfloat16"])
+def test_grouped_product_is_each_experts_own(operand):
+    x, kernels, numerics = normal(10, D), normal(EXPERTS, D, F, seed=1), Numerics(operand)
+
+    def loop(x):
+        return jnp.stack([matmul(x[i], jnp.asarray(kernels[e]), numerics) for i, e in enumerate(EXPERT)])
+
+    ours, back = jax.vjp(lambda x: grouped_matmul(x, kernels, SIZES, numerics), x)
+    theirs, back_loop = jax.vjp(loop, x)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(back(ours)[0], back_loop(ours)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_adapter_is_each_experts_own_with_gradients(masked):
+    x, a, b = normal(10, D), normal(EXPERTS, D, RANK, seed=1), normal(EXPERTS, RANK, F, seed=2)
+    mask = np.random.default_rng(3).uniform(size=(EXPERTS, F)).astype(np.float32) if masked else None
+
+    def loop(x, a, b):
+        ends = np.cumsum(SIZES)
+        rows = [slice(end - n, end) for end, n in zip(ends, SIZES, strict=True)]
+        own = [None if mask is None else mask[e] for e in range(EXPERTS)]
+        return jnp.concatenate([residual(x[rows[e]], a[e], b[e], 0.7, own[e]) for e in range(EXPERTS)])
+
+    ours, back = jax.vjp(lambda x, a, b: grouped_residual(x, a, b, 0.7, SIZES, mask), x, a, b)
+    theirs, back_loop = jax.vjp(loop, x, a, b)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    g = normal(10, F, seed=4)
+    for one, other in zip(back(g), back_loop(g), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert not np.any(back(g)[1][1])  # an expert that no token reached
+
+
+def block(**options) -> MoEFFN:
+    spec = TargetSpec((RANK,), (3.0,))
+    adapters = Adapters((("gate_proj", spec), ("up_proj", spec), ("down_proj", spec)), dora=options.pop("dora", False))
+    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, **options)
+
+
+def variables_of(module: MoEFFN):
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 2, D)))
+    lora = {name: {**leaf, "b": normal(*leaf["b"].shape)} for name, leaf in variables["lora"].items()}
+    return {"params": variables["params"], "lora": lora}
+
+
+def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
+    module, x = block(stats=GateStatsConfig(stride=1, probe_stride=1)), normal(2, 5, D)
+    variables, weights = variables_of(module), np.array([[1, 1, 0.5, 1, 0], [1, 0, 1, 1, 1]], np.float32)
+    _, out = module.apply(variables, x, token_weights=weights, mutable=["gate_stats"])
+    flat, w = x.reshape(-1, D), weights.ravel()
+    gate, lora = variables["params"]["gate_proj"]["kernel"], variables["lora"]["gate_proj"]
+    chosen = jax.lax.top_k(flat @ variables["params"]["router"]["kernel"], 2)[1]
+    activation = activations.get("silu")
+    one_expert = jax.jit(lambda base, delta, w: gate_statistics(base, delta, base + delta, w, activation, module.stats))
+    for e in range(EXPERTS):
+        reached = np.any(np.asarray(chosen) == e, axis=1)
+        one = one_expert(flat @ gate[e], flat @ lora["a"][e] @ lora["b"][e], np.where(reached, w, 0.0))
+        for name, value in one.items():
+            np.testing.assert_allclose(out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_identity_check_measures_the_live_gate():
+    module, x = block(stats=GateStatsConfig(check=True)), normal(2, 5, D)
+    _, out = module.apply(variables_of(module), x, mutable=["gate_stats"])
+    stats = out["gate_stats"]
+    assert stats["identity_error"] < 1e-5 * stats["identity_scale"]
+
+
+def test_a_stack_of_adapters_is_refused_by_name():
+    module, variables = ExpertDense(EXPERTS, F, TargetSpec((RANK,), (3.0,))), {}
+    variables["params"] = {"kernel": normal(EXPERTS, D, F)}
+    variables["lora"] = {"a": normal(2, EXPERTS, D, RANK), "b": normal(2, EXPERTS, RANK, F)}
+    with pytest.raises(NaloraError, match="stack of adapters"):
+        module.apply(variables, normal(10, D), route(jnp.asarray(normal(5, EXPERTS)), 2, normalize=True))
+
+
+def test_dropout_acts_on_the_adapters_input_only():
+    module, x = block(), normal(1, 6, D)
+    variables = variables_of(module)
+    noisy = MoEFFN(D, F, EXPERTS, 2, adapters=Adapters(module.adapters.targets, dropout=0.5))
+    still = noisy.apply(variables, x)
+    np.testing.assert_array_equal(still, module.apply(variables, x))
+    dropped = noisy.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    assert np.abs(dropped - still).max() > 1e-3
+    base = {"params": variables["params"]}
+    same = noisy.apply(base, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(same, module.apply(base, x))

@@ -1,0 +1,126 @@
+"""Attention against a float64 loop, block by block, cached, capped, windowed, packed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.nn import attention as module
+from nalora_jax.nn.attention import Keys, Scoring, attention
+
+BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
+FAR = 2**30
+
+
+def draw(seq: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(BATCH, seq, HEADS, DIM))
+    k, v = rng.normal(size=(2, BATCH, seq, KV_HEADS, DIM))
+    return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
+
+
+def plain(q, k, v, positions, segments, window, scale, softcap=0.0):
+    """Every query on its own, in float64."""
+    out = np.zeros(q.shape)
+    for b, s, h in np.ndindex(*q.shape[:3]):
+        kv = h // (HEADS // KV_HEADS)
+        ahead = positions[b, s] - positions[b]
+        seen = np.flatnonzero((segments[b] == segments[b, s]) & (ahead >= 0) & (ahead < window))
+        scores = k[b, seen, kv].astype(np.float64) @ q[b, s, h].astype(np.float64) * scale
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, s, h] = weights @ v[b, seen, kv].astype(np.float64) / weights.sum()
+    return out
+
+
+def layout(seq: int):
+    """Row 0: three segments and padding; row 1: left padding and one segment."""
+    lengths = [[seq // 2, seq // 4, seq - seq // 2 - seq // 4 - 3, 3], [5, seq - 5]]
+    segments = np.array([np.repeat([1, 2, 3, 0], lengths[0]), np.repeat([0, 1], lengths[1])])
+    positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    return positions.astype(np.int32), segments.astype(np.int32)
+
+
+@pytest.mark.parametrize("seq", [24, 150])
+@pytest.mark.parametrize(("window", "softcap"), [(FAR, 0.0), (7, 0.0), (FAR, 1.5), (70, 1.5)])
+def test_equals_the_plain_loop(seq, window, softcap):
+    q, k, v = draw(seq)
+    positions, segments = layout(seq)
+    ours = attention(q, Keys(k, v, positions, segments), window, Scoring(0.4, softcap))
+    np.testing.assert_allclose(ours, plain(q, k, v, positions, segments, window, 0.4, softcap), atol=2e-6)
+
+
+def test_shared_layout_may_have_one_row():
+    q, k, v = draw(20)
+    positions, segments = np.arange(20, dtype=np.int32)[None], np.ones((1, 20), np.int32)
+    one = attention(q, Keys(k, v, positions, segments), 6, Scoring(0.4))
+    wide = [np.repeat(x, BATCH, axis=0) for x in (positions, segments)]
+    np.testing.assert_array_equal(one, attention(q, Keys(k, v, *wide), 6, Scoring(0.4)))
+
+
+@pytest.mark.parametrize("window", [FAR, 6])
+def test_cached_keys_equal_one_run(window):
+    q, k, v = draw(30)
+    positions = np.tile(np.arange(30, dtype=np.int32), (BATCH, 1))
+    segments = np.ones_like(positions)
+    whole = attention(q, Keys(k, v, positions, segments), window, Scoring(0.4))
+    # The cache has room to spare: slots of segment 0 that hold anything.
+    spare = [np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions)]
+    empty = np.concatenate([segments[:, :20], np.zeros_like(segments[:, :4])], axis=1)
+    new = Keys(*(x[:, 20:] for x in (k, v, positions, segments)))
+    ours = attention(q[:, 20:], new, window, Scoring(0.4), cached=Keys(*spare, empty))
+    np.testing.assert_allclose(ours, whole[:, 20:], atol=2e-6)
+
+
+def test_gradients_equal_those_of_one_block(monkeypatch):
+    q, k, v = draw(150)
+    positions, segments = layout(150)
+    real = jnp.asarray(segments > 0)[:, :, None, None]
+
+    def loss(q, k, v):
+        out = attention(q, Keys(k, v, positions, segments), 40, Scoring(0.4, 2.0))
+        return jnp.sum(jnp.where(real, jnp.sin(out), 0.0))
+
+    def gradients():  # a new function each time: jit would keep the first program
+        return jax.jit(jax.grad(lambda q, k, v: loss(q, k, v), argnums=(0, 1, 2)))(q, k, v)
+
+    blocked = gradients()
+    monkeypatch.setattr(module, "_RECOMPUTE_FROM", 64)
+    recomputed = gradients()
+    monkeypatch.setattr(module, "block_size", lambda seq: seq)
+    whole = gradients()
+    for a, b, c in zip(blocked, recomputed, whole, strict=True):
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-5)
+
+
+def test_the_upper_triangle_is_skipped():
+    q, k, v = draw(256)
+    keys = Keys(k, v, np.arange(256, dtype=np.int32)[None], np.ones((1, 256), np.int32))
+    flops = jax.jit(lambda q: attention(q, keys, FAR, Scoring(0.4))).lower(q).compile().cost_analysis()["flops"]
+    products = 2 * 2 * BATCH * HEADS * 256 * 256 * DIM
+    assert flops < 0.8 * products + 20 * BATCH * HEADS * 256 * 256  # the masks and the softmax, generously
+
+
+def test_dropout_keeps_the_mean_and_needs_its_key():
+    q, k, v = draw(16)
+    keys = Keys(k, v, np.arange(16, dtype=np.int32)[None], np.ones((1, 16), np.int32))
+    scoring = Scoring(0.4, dropout=0.3)
+    still = attention(q, keys, FAR, scoring)
+    np.testing.assert_array_equal(still, attention(q, keys, FAR, Scoring(0.4)))
+    drop = jax.jit(jax.vmap(lambda key: attention(q, keys, FAR, scoring, dropout_rng=key)))
+    many = drop(jax.random.split(jax.random.key(0), 300))
+    assert np.abs(many[0] - still).max() > 0.1
+    np.testing.assert_allclose(many.mean(0), still, atol=0.3)
+
+
+def test_low_precision_operands_stay_close():
+    q, k, v = draw(64)
+    positions, segments = layout(64)
+    exact = attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4))
+    rounded = attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4, operand="bfloat16"))
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(rounded, exact, atol=0.05)

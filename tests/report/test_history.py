@@ -1,0 +1,69 @@
+"""A log as arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.report.history import history_of, read_history
+
+RECORDS = [
+    {"run": {"steps": 30}, "versions": {}, "device": "cpu"},
+    {"step": 0, "eval": {"accuracy": 0.4, "low": 0.3, "high": 0.5, "loss": 5.0, "n": 100}},
+    {"step": 10, "loss": 2.0, "seconds": 4.0, "layers": {"limit": [0.1, None], "feature": None}},
+    {"step": 20, "loss": None, "seconds": 3.0},
+    {"resumed": {"step": 20}},
+    {"step": 30, "seconds": 5.0, "layers": {"limit": [0.3, 0.4], "occupancy": [[1, 0, 0, 0], [0, 1, 0, 0]]}},
+    {"step": 30, "eval": {"accuracy": 0.6, "loss": 3.0}},
+    {"step": 10, "final": True, "eval": {"accuracy": 0.7, "loss": 2.5}},
+    {"done": {"step": 30, "best_step": 10}},
+]
+
+
+def test_lines_are_told_apart_by_their_keys():
+    history = history_of(RECORDS)
+    assert history.config == {"steps": 30}
+    assert [record["step"] for record in history.steps] == [10, 20, 30]
+    assert [record["step"] for record in history.evals] == [0, 30]
+    assert history.resumed == (20,)
+    assert history.final["eval"]["accuracy"] == 0.7
+    assert history.done == {"step": 30, "best_step": 10}
+    assert (history.last_step, history.total_steps) == (30, 30)
+
+
+def test_columns_leave_out_missing_numbers_and_turn_null_into_nan():
+    history = history_of(RECORDS)
+    steps, loss = history.column("loss")
+    np.testing.assert_array_equal(steps, [10, 20])
+    np.testing.assert_array_equal(loss, [2.0, np.nan])
+    steps, limit = history.layers("limit")
+    np.testing.assert_array_equal(steps, [10, 30])
+    np.testing.assert_array_equal(limit, [[0.1, np.nan], [0.3, 0.4]])
+    assert history.layers("occupancy")[1].shape == (1, 2, 4)
+    assert history.layers("feature")[1].size == 0
+    assert history.total("seconds") == 12.0
+
+
+def test_the_headline_metric_is_the_first_that_was_measured():
+    history = history_of(RECORDS)
+    assert history.metric == ("accuracy", "accuracy", True)
+    before, last = history.scores
+    assert (before.value, before.low, before.high, before.n) == (0.4, 0.3, 0.5, 100)
+    assert (last.value, last.low, last.n) == (0.6, None, None)
+    only_loss = history_of([{"step": 0, "eval": {"loss": 5.0, "accuracy": None}}])
+    assert only_loss.metric == ("loss", "held-out loss", False)
+
+
+def test_the_outcome_is_that_of_the_exported_adapter():
+    assert [(score.step, score.value) for score in history_of(RECORDS).outcome] == [(0, 0.4), (10, 0.7)]
+    unfinished = history_of([record for record in RECORDS if "final" not in record])
+    assert [(score.step, score.value) for score in unfinished.outcome] == [(0, 0.4), (30, 0.6)]
+    assert len(history_of(RECORDS[:2]).outcome) == 1
+    assert history_of(RECORDS[:1]).outcome == []
+
+
+def test_a_log_without_a_run_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"something": 1}\n')
+    with pytest.raises(NaloraError, match="expected the lines of a run, found none"):
+        read_history(tmp_path)

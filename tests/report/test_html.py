@@ -1,0 +1,220 @@
+"""report.html: what it says, that it loads nothing, and that it holds for any log."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.report.html import write_report
+
+VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; refuses tags that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def page_of(folder):
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_the_page_says_what_the_run_did(fake_run):
+    words = page_of(fake_run).words
+    assert "smollm2-135m-instruct on socialiqa" in words
+    assert "before 0.401 95%: 0.353 to 0.449" in words
+    assert "after 0.523 95%: 0.474 to 0.572" in words
+    assert "+0.122, better; the intervals do not overlap. Measured on 400 held-out items." in words
+    assert "Held-out loss 5.100 → 3.310" in words
+    assert "Training time 3:40" in words
+    assert "200,000 tokens" in words
+    assert "expected grateful before angry at Kai ✗ wrong after grateful ✓ right" in words
+    assert "jax 0.10.2" in words
+    assert "device 2 x cpu" in words
+
+
+def test_every_picture_is_there_and_described(fake_run):
+    labels = [attributes.get("aria-label") for tag, attributes in page_of(fake_run).tags if tag == "svg"]
+    assert labels == [
+        "Held-out accuracy over the steps",
+        "Training and held-out loss over the steps",
+        "learning rate over the steps",
+        "tokens per second over the steps",
+        "gradient norm over the steps",
+        "Misalignment and its linear limit over the steps",
+        "Misalignment of every layer over the steps, beside its linear limit",
+        "Misalignment above its linear limit, of every layer",
+        "Feature movement over the steps",
+        "Importance and mask of every layer",
+        "Region occupancy of every layer at the first and the last step",
+        "Range of the step scale of every layer",
+    ]
+
+
+def test_the_page_is_small_and_loads_nothing(fake_run):
+    path = write_report(fake_run)
+    assert path.stat().st_size < 1_500_000
+    page = Page(path.read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object", "form"}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert not re.search(r"url\((?!#)|@import", path.read_text(encoding="utf-8"))
+
+
+def test_ids_are_unique_in_the_page_and_references_resolve(fake_run):
+    page = page_of(fake_run)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = {attributes["xlink:href"][1:] for tag, attributes in page.tags if tag == "use"}
+    used |= {a["clip-path"][5:-1] for _, a in page.tags if "clip-path" in a}
+    assert used <= set(ids)
+
+
+def test_colours_follow_the_readers_setting(fake_run):
+    text = write_report(fake_run).read_text(encoding="utf-8")
+    assert "prefers-color-scheme: dark" in text
+    assert "#0102" not in text  # no placeholder is left
+    drawn = set(re.findall(r"var\(--(\w+)\)", text))
+    assert drawn <= set(re.findall(r"--(\w+):", text))
+    pictures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    fixed = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", pictures))
+    assert fixed == set()
+
+
+def test_a_page_of_the_same_log_is_the_same(fake_run):
+    first = write_report(fake_run).read_bytes()
+    assert write_report(fake_run).read_bytes() == first
+
+
+def test_text_from_the_log_is_escaped(make_run):
+    attack = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
+    sample = {"prompt": attack, "answer": attack, "expected": attack, "correct": False}
+    records = [{"step": 0, "eval": {"accuracy": 0.5, "samples": [sample]}}, {"done": {"message": attack}}]
+    config = RunConfig(model=attack, output=attack, lora=LoRAConfig(rules=(LoRARule(attack),)))
+    folder = make_run(records, config)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    text = write_report(folder).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "<script" not in text
+    assert "49" not in page.words
+    assert page.words.count("<script>alert(1)</script>") >= 7
+
+
+def test_how_to_use_the_adapter_is_said_where_there_is_one(fake_run):
+    assert "nalora generate" not in page_of(fake_run).words
+    (fake_run / "adapter").mkdir()
+    (fake_run / "adapter" / "adapter_config.json").write_text("{}")
+    assert 'nalora generate runs/default --prompt "..."' in page_of(fake_run).words
+
+
+def test_fields_that_differ_from_the_defaults_stand_out(make_run):
+    config = RunConfig(steps=7, lora=LoRAConfig(rules=(LoRARule("attn", 4, 8.0), LoRARule("ffn", 2))))
+    text = write_report(make_run([], config)).read_text(encoding="utf-8")
+    changed = re.findall(r'<tr class="changed"><th scope="row">([\w.]+)</th><td>(.*?)</td>', text)
+    assert changed == [("steps", "7"), ("lora.rules", "attn:4:8  ffn:2")]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [{"step": 0, "eval": {"accuracy": 0.5}}],
+        [{"step": 0, "eval": {"loss": 2.0, "n": 5}}, {"step": 5, "eval": {"loss": 2.5, "n": 5}}],
+        [{"step": 0, "eval": {"accuracy": 0.5, "low": 0.5, "high": 0.5}}] * 2,
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 1, "loss": None, "misalignment": None, "tokens_per_second": None, "layers": {"limit": [None]}}],
+        [{"step": step, "loss": None, "layers": {"feature": [None, None]}} for step in (1, 2)],
+        [{"step": 1, "misalignment": 0.2, "layers": {"misalignment": [0.2], "importance": [0.1]}}],
+        [{"step": 1, "layers": {"occupancy": [[0.25] * 4], "step_scale_min": [1], "step_scale_max": [1]}}],
+        [{"step": 1, "layers": {name: [0.0] * 3 for name in ("misalignment", "limit", "feature", "mask_mean")}}],
+    ],
+)
+def test_logs_that_lack_almost_everything_still_make_a_page(make_run, records):
+    assert "nalora_jax" in page_of(make_run(records)).words
+
+
+def test_a_long_run_stays_small(make_run):
+    layers = {"misalignment": [0.2] * 48, "limit": [0.1] * 48, "feature": [0.1] * 48}
+    records = [{"step": step, "loss": 1.0 / step, "layers": layers} for step in range(1, 5001)]
+    assert write_report(make_run(records)).stat().st_size < 500_000
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"accuracy": 0.5, "low": 0.4, "high": 0.6}, {"accuracy": 0.45, "low": 0.35, "high": 0.55}, "-0.050, worse"),
+        (
+            {"accuracy": 0.5, "low": 0.4, "high": 0.6},
+            {"accuracy": 0.55, "low": 0.45, "high": 0.65},
+            "intervals overlap",
+        ),
+        ({"loss": 3.0}, {"loss": 2.5}, "-0.500, better."),
+        ({"loss": 3.0}, {"loss": 3.0}, "No change."),
+    ],
+)
+def test_the_verdict_is_honest(make_run, before, after, said):
+    words = page_of(make_run([{"step": 0, "eval": before}, {"step": 9, "eval": after}])).words
+    assert said in words
+
+
+def test_a_comparison_item_by_item_is_said_where_there_is_one(make_run):
+    paired = {"difference": 0.12, "low": 0.071, "high": 0.17, "p_value": 0.00031, "gained": 61, "lost": 12, "n": 400}
+    final = {"step": 9, "final": True, "eval": {"accuracy": 0.62, "n": 400, "paired": paired}}
+    words = page_of(make_run([{"step": 0, "eval": {"accuracy": 0.5, "n": 400}}, final])).words
+    assert (
+        "+0.120, better (95% of the difference, item by item: +0.071 to +0.170; 61 gained, 12 lost, p = 0.00031)."
+        in words
+    )
+
+
+@pytest.mark.parametrize(
+    ("last", "done", "said"),
+    [
+        (20, None, "step 20 of 100, not finished"),
+        (100, {"step": 100, "best_step": 100}, "run · 100 steps smollm2"),
+        (100, {"step": 100, "best_step": 50}, "100 steps, best at step 50"),
+        (60, {"step": 60, "best_step": 40}, "stopped early, step 60 of 100, best at step 40"),
+        (60, {"step": 60, "message": "the loss became NaN"}, "the loss became NaN"),
+    ],
+)
+def test_how_far_a_run_got(make_run, last, done, said):
+    records = [{"step": last, "loss": 1.0}] + ([{"done": done}] if done else [])
+    assert said in page_of(make_run(records, RunConfig(steps=100))).words
+
+
+def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected the log of a run"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,136 @@
+"""`nalora inspect`: numbers against a direct float64 computation, the table and the picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.report.inspect import LayerSummary, layer_summary, layer_table, responsive_share, save_picture
+
+CUTS = (-1.2785, 0.0, 4.485)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def silu_sums(z, dz):
+    """The statistics of pre-activations ``[tokens, L, C]``, as the blocks sum them, by their definitions."""
+    rho = sigmoid(z)
+    slope = np.abs(rho * (1 + z * (1 - rho)))
+    region = np.stack([np.digitize(z, CUTS) == k for k in range(4)], -2)
+    tokens = np.full(z.shape[1], float(len(z)))
+    return {
+        "tokens": tokens,
+        "slope": slope.sum(0),
+        "occupancy": region.sum(0).astype(float),
+        "probe_tokens": tokens,
+        "feature": np.abs(rho * dz).sum(0),
+        "selection": np.abs((sigmoid(z + dz) - rho) * (z + dz)).sum(0),
+        "linear": np.abs(z * rho * (1 - rho) * dz).sum(0),
+    }
+
+
+@pytest.fixture
+def sums():
+    rng = np.random.default_rng(0)
+    z = rng.normal(-0.3, 1.5, (400, 3, 16)) * np.linspace(0.2, 3, 16)
+    return silu_sums(z, 0.3 * rng.standard_normal(z.shape))
+
+
+def test_means_per_layer(sums):
+    summary = layer_summary(sums)
+    np.testing.assert_allclose(summary.slope, (sums["slope"] / 400).mean(-1), rtol=1e-12)
+    np.testing.assert_allclose(summary.occupancy, (sums["occupancy"] / 400).mean(-1), rtol=1e-12)
+    np.testing.assert_allclose(summary.occupancy.sum(1), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(summary.misalignment, sums["selection"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
+    np.testing.assert_allclose(summary.limit, sums["linear"].sum(1) / sums["feature"].sum(1), rtol=1e-12)
+
+
+def test_the_limit_of_standard_normal_silu_is_what_the_design_page_measured():
+    rng = np.random.default_rng(1)
+    z = rng.standard_normal((4000, 1, 64))
+    summary = layer_summary(silu_sums(z, 1e-4 * rng.standard_normal(z.shape)))
+    assert summary.limit[0] == pytest.approx(0.275, abs=0.003)
+    assert summary.misalignment[0] == pytest.approx(summary.limit[0], abs=1e-3)
+
+
+def test_responsive_channels_reach_half_of_their_layers_mean():
+    slope = np.array([[[0.1, 0.3, 0.8]], [[0.4, 0.4, 0.4]]]) * 10  # means 0.4 and 0.4
+    np.testing.assert_allclose(responsive_share(slope, np.array([[10.0], [10.0]])), [2 / 3, 1.0])
+
+
+def test_layers_that_no_adapter_moves_take_the_limit_of_the_probe(sums):
+    probe = sums
+    still = sums | {name: sums[name] * [[1.0], [0.0], [1.0]] for name in ("feature", "selection", "linear")}
+    alone, probed = layer_summary(still), layer_summary(still, probe)
+    np.testing.assert_array_equal(np.isnan(alone.misalignment), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(alone.limit), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(probed.misalignment), [False, True, False])
+    np.testing.assert_allclose(probed.limit, layer_summary(probe).limit, rtol=1e-12)
+
+
+def test_experts_count_by_the_tokens_that_reached_them():
+    def split(value):  # [L, ..., C] -> two experts, the second without tokens
+        return np.stack([value, np.zeros_like(value)], 1)
+
+    rng = np.random.default_rng(2)
+    z = rng.standard_normal((50, 2, 8))
+    dense = silu_sums(z, 0.1 * z)
+    routed = layer_summary({name: split(value) for name, value in dense.items()})
+    whole = layer_summary(dense)
+    for name in ("slope", "responsive", "occupancy", "misalignment", "limit"):
+        np.testing.assert_allclose(getattr(routed, name), getattr(whole, name), rtol=1e-12)
+
+
+def test_no_tokens_is_an_error(sums):
+    with pytest.raises(NaloraError, match="expected real tokens in every layer, found none"):
+        layer_summary(sums | {"tokens": np.array([1.0, 0.0, 1.0])})
+
+
+def printed(summary):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(layer_table(summary, "gates"))
+    return console.file.getvalue()
+
+
+def test_the_table_fits_eighty_columns_and_states_its_definitions(sums):
+    summary = layer_summary(sums)
+    lines = printed(summary).splitlines()
+    heads = "layer slope responsive inverted contracting expanding linear limit misalignment"
+    assert heads.split() == lines[1].split()
+    first = lines[3].split()
+    assert first[0] == "0"
+    assert first[1] == f"{summary.slope[0]:.3f}"
+    assert first[2] == f"{summary.responsive[0]:.1%}"
+    assert first[-2:] == [f"{summary.limit[0]:.4f}", f"{summary.misalignment[0]:.4f}"]
+    assert any(line.split()[:2] == ["mean", f"{summary.slope.mean():.3f}"] for line in lines)
+    assert "at least half" in " ".join(printed(summary).split())
+
+
+def test_the_table_leaves_out_what_was_not_measured(sums):
+    summary = layer_summary(sums | {"feature": np.zeros((3, 16))})
+    heads = printed(summary).splitlines()[1].split()
+    assert "misalignment" not in heads
+    assert "limit" not in heads
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("sub/a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_the_picture_is_what_its_suffix_says(tmp_path, sums, name, start):
+    path = save_picture(layer_summary(sums), tmp_path / name, "gates")
+    assert path.read_bytes().startswith(start)
+
+
+def test_a_picture_without_an_adapter(tmp_path):
+    nan = np.full(2, np.nan)
+    summary = LayerSummary(np.ones(2), np.ones(2), np.full((2, 4), 0.25), nan, nan)
+    assert save_picture(summary, tmp_path / "a.svg").read_text().count("misalignment") == 0
+
+
+def test_other_suffixes_are_refused(tmp_path, sums):
+    with pytest.raises(NaloraError, match=r"--picture: expected a name that ends in \.png, \.svg or \.pdf"):
+        save_picture(layer_summary(sums), tmp_path / "a.jpeg")

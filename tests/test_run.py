@@ -1,0 +1,315 @@
+"""Whole runs on a tiny model: what they leave behind, exact resumption, and how they end when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import string
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+from tokenizers import models, pre_tokenizers
+
+from nalora_jax import trees
+from nalora_jax.__main__ import main
+from nalora_jax.adapted import load
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    DebugConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+)
+from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.merge import write_merged
+
+nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
+
+WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
+HF = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama as a Hugging Face folder; its words are letters."""
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    config = ModelConfig.from_hf(HF)
+    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
+    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answer is always z: a few steps learn that."""
+    path = tmp_path_factory.mktemp("data") / "z.jsonl"
+    rng = np.random.default_rng(0)
+    letters = list(string.ascii_lowercase[:-1])
+    with path.open("w") as file:
+        for _ in range(300):
+            a, b, c = rng.choice(letters, 3, replace=False)
+            record = {"prompt": f"{a} {b}", "completion": " z", "choices": [str(c), "z"], "gold": 1}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture
+def config(base: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Forty quick steps."""
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    return RunConfig(
+        model=str(base),
+        output=str(tmp_path / "run"),
+        steps=40,
+        lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
+        mask=MaskConfig(warmup=3),
+        step_scale=StepScaleConfig(warmup=3),
+        optimizer=OptimizerConfig(learning_rate=2e-2),
+        data=DataConfig(
+            dataset=str(questions),
+            train_split="train[:80%]",
+            eval_split="train[80%:]",
+            max_length=16,
+            eval_limit=30,
+            select_limit=10,
+        ),
+        mesh=MeshConfig(data=1, fsdp=1, tensor=1),
+        train=TrainConfig(batch_size=8, log_every=5, eval_every=20, save_every=10),
+        compute=ComputeConfig(dtype="float32", compilation_cache=False),
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs use one of the simulated devices, but where a test asks for a mesh."""
+    make = nalora_run.layout.make_mesh
+    monkeypatch.setattr(
+        nalora_run.layout,
+        "make_mesh",
+        lambda mesh: make(mesh, jax.devices()[:1] if mesh == MeshConfig(1, 1, 1) else None),
+    )
+
+
+def _lines(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _adapter(folder: str) -> dict[str, np.ndarray]:
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(config: RunConfig) -> None:
+    result = nalora_run.run(config)
+    assert result.after["loss"] < 0.7 * result.before["loss"]
+    assert result.report.read_text().startswith("<!doctype html>")
+    assert {p.name for p in result.adapter.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    lines = _lines(config.output)
+    assert lines[0]["run"]["steps"] == 40
+    initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))
+    assert initial["eval"]["loss"] == pytest.approx(result.before["loss"])
+    assert final["eval"]["n"] == 30
+    assert final["eval"]["paired"]["n"] == 30
+    assert {line["step"] for line in lines if "eval" in line and not {"initial", "final"} & line.keys()} == {0, 20, 40}
+    last = [line for line in lines if "layers" in line][-1]["layers"]
+    assert max(last["step_scale_max"]) > 1
+    assert min(last["mask_mean"]) != 1
+    assert lines[-1]["done"]["step"] == 40
+
+
+def test_the_run_folder_is_a_model_for_every_verb(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    nalora_run.run(config)
+    assert main(["generate", config.output, "--prompt", "k m", "--max-new-tokens", "1", "--dtype", "float32"]) == 0
+    assert main(["eval", config.output, "--dtype", "float32"]) == 0
+    assert main(["export", config.output, "--output", config.output + "-vllm", "--for", "vllm"]) == 0
+    assert main(["merge", config.output, "--output", config.output + "-merged", "--dtype", "float32"]) == 0
+    assert main(["inspect", config.output, "--texts", "a b c", "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    tokens = jax.numpy.asarray([[2, 5, 9]])
+    with_adapter, merged = load(config.output, dtype="float32"), load(config.output + "-merged", dtype="float32")
+    first = with_adapter.module.apply(with_adapter.variables, tokens)
+    second = merged.module.apply(merged.variables, tokens)
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [10, 20])
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(config: RunConfig, stop: int) -> None:
+    nalora_run.run(config)
+    parts = replace(config, output=config.output + "-parts")
+
+    class Interrupt(Exception):
+        pass
+
+    fit = nalora_run.fit
+
+    def interrupted(step_fn: Any, *args: Any, **options: Any) -> Any:
+        done = 0
+
+        def step(*inner: Any) -> Any:
+            nonlocal done
+            if done == stop + 3:  # a crash between two checkpoints: the steps since the last one are done again
+                raise Interrupt
+            done += 1
+            return step_fn(*inner)
+
+        return fit(step, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nalora_run, "fit", interrupted)
+        with pytest.raises(Interrupt):
+            nalora_run.run(parts)
+    nalora_run.run(replace(parts, resume=True))
+    for name, tensor in _adapter(config.output).items():
+        np.testing.assert_array_equal(tensor, _adapter(parts.output)[name], err_msg=name)
+    whole, resumed = (
+        [(line["step"], line["loss"]) for line in _lines(folder) if "loss" in line]
+        for folder in (config.output, parts.output)
+    )
+    assert dict(whole).keys() == dict(resumed).keys()
+    assert dict(whole)[40] == dict(resumed)[40]
+
+
+def test_a_mesh_of_eight_runs_like_one_device(config: RunConfig) -> None:
+    alone = nalora_run.run(replace(config, steps=6))
+    spread = nalora_run.run(
+        replace(config, steps=6, output=config.output + "-mesh", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    )
+    assert spread.after["loss"] == pytest.approx(alone.after["loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LoRAConfig(rules=(LoRARule("ffn", 4),), dora=True)},
+        {"lora": LoRAConfig(rules=(LoRARule("ffn", 4),), init="pissa")},
+        {"lora": LoRAConfig(rules=(LoRARule("ffn", 4),), rslora=True, dropout=0.1, plus_ratio=4.0)},
+        {"compute": ComputeConfig(dtype="float32", quantize="int8", compilation_cache=False)},
+        {"compute": ComputeConfig(dtype="bfloat16", compilation_cache=False)},
+        {"debug": DebugConfig(check_gates=True)},
+        {"lora": LoRAConfig(rules=(LoRARule("attn", 4),))},
+    ],
+    ids=["dora", "pissa", "rslora", "int8", "bfloat16", "check-gates", "no-gates"],
+)
+def test_every_variant_runs_through(config: RunConfig, changes: dict[str, Any]) -> None:
+    result = nalora_run.run(replace(config, steps=8, **changes))
+    assert result.after["loss"] < result.before["loss"]
+    model = load(config.output, dtype="float32")
+    assert any(np.any(leaf) for path, leaf in trees.flatten(model.lora).items() if path.endswith("/b"))
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = nalora_run.fit
+
+    def poisoned(step_fn: Any, *args: Any, **options: Any) -> Any:
+        done = 0
+
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            nonlocal done
+            done += 1
+            state, metrics = step_fn(params, state, batch)
+            return state, metrics | {"loss": metrics["loss"] * (np.nan if done >= 17 else 1.0)}
+
+        return fit(step, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nalora_run, "fit", poisoned)
+        with pytest.raises(TrainingDivergedError, match=r"step 17: loss.*nan.*last good checkpoint"):
+            nalora_run.run(config)
+    assert sorted(int(p.name) for p in (Path(config.output) / "checkpoints").iterdir()) == [10]
+    assert "step 17" in _lines(config.output)[-1]["done"]["message"]
+    result = nalora_run.run(replace(config, resume=True))
+    assert np.isfinite(result.after["loss"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora.rules", "nothing:4"], "'nothing', which matches nothing"),
+        (["--lora.rules", "ffn:17"], "rank"),
+        (["--mask.keep", "0"], "--mask.keep: expected a share in (0, 1], found 0"),
+        (["--data.dataset", "missing.jsonl"], "missing.jsonl"),
+        (["--model", "missing-folder/model.gguf"], "missing-folder/model.gguf"),
+        (["--mesh.data", "3"], "--mesh"),
+        (["--resume"], "--resume: expected a checkpoint"),
+        (["--data.max-length", "1", "--data.too-long", "error"], "expected at most"),
+        (["--train.batch-size", "9", "--train.accumulate", "2"], "--train.batch-size"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    config: RunConfig, base: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = config.data
+    common = ["--model", str(base), "--output", config.output, "--steps", "1", "--compute.dtype", "float32"]
+    common += ["--data.dataset", data.dataset, "--data.train-split", data.train_split]
+    common += ["--data.eval-split", data.eval_split, "--data.max-length", "16", "--no-compute.compilation-cache"]
+    assert main(["train", *common, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (Path(config.output) / "adapter").exists()
+
+
+def test_another_runs_folder_is_refused_and_left_alone(config: RunConfig) -> None:
+    nalora_run.run(replace(config, steps=5))
+    before = {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()}
+    with pytest.raises(NaloraError, match="--output.*--resume"):
+        nalora_run.run(config)
+    assert before == {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()}
+
+
+def test_resuming_with_other_settings_names_them(config: RunConfig) -> None:
+    nalora_run.run(replace(config, steps=10))
+    with pytest.raises(NaloraError, match=r"optimizer\.learning_rate"):
+        nalora_run.run(replace(config, resume=True, optimizer=OptimizerConfig(learning_rate=1e-3)))
+
+
+def test_a_full_disk_while_exporting_loses_nothing(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nalora_jax.weights.peft_write.save_file", full)
+        with pytest.raises(NaloraError, match="No space left"):
+            nalora_run.run(replace(config, steps=10))
+    assert not (Path(config.output) / "adapter" / "adapter_config.json").exists()
+    result = nalora_run.run(replace(config, steps=10, resume=True))
+    assert (result.adapter / "adapter_config.json").exists()

@@ -1,0 +1,233 @@
+"""Tokenizers of Hugging Face folders, against transformers reading the same folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import Tokenizer, read_json
+
+transformers = pytest.importorskip("transformers")
+
+CORPUS = [
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "def add(first, second):\n    return first + second\n",
+    "I have 12345 apples; you've got 67.890 pears — naïve café, 東京, Привет 🙂",
+]
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "  two  spaces\n\n\tand tabs\r\n",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "<|im_start|><|im_start|>nested<|im_end",
+    "e\u0301 \u00e9 \u200d \ufeff \U0001f468\u200d\U0001f469\u200d\U0001f467",
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be <b>brief</b> & kind."},
+    {"role": "user", "content": "What's 2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def byte_level() -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def save(folder: Path, backend: Backend | None = None, **settings: Any) -> Path:
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend or byte_level(), **(names | settings))
+    fast.save_pretrained(folder)
+    return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_ids_and_text_equal_transformers(tmp_path: Path) -> None:
+    ours, theirs = Tokenizer.from_folder(save(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special=False) == theirs.decode(ids, skip_special_tokens=False)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.vocab_size == len(theirs) == 320
+    assert not ours.add_bos
+
+
+def test_begin_of_sequence_comes_from_the_post_processor(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", backend.token_to_id("<|im_start|>"))]
+    )
+    ours, theirs = Tokenizer.from_folder(save(tmp_path, backend)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.add_bos
+    assert ours.encode("Paris") == theirs.encode("Paris")
+    assert ours.encode("Paris", special=False) == theirs.encode("Paris", add_special_tokens=False)
+    assert ours.encode("Paris")[1:] == ours.encode("Paris", special=False)
+
+
+def test_begin_of_sequence_setting_wins(tmp_path: Path) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, add_bos_token=True))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("Paris") == theirs.encode("Paris")
+    assert ours.encode("Paris")[0] == ours.bos_id
+
+
+def test_truncation_and_padding_of_the_saver_are_dropped(tmp_path: Path) -> None:
+    backend = byte_level()
+    save(tmp_path, backend)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.from_folder(tmp_path).encode(CORPUS[0])) == len(byte_level().encode(CORPUS[0]).ids)
+
+
+def test_vocabulary_counts_added_tokens_beyond_a_gap(tmp_path: Path) -> None:
+    save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 320, "content": "<extra>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert Tokenizer.from_folder(tmp_path).vocab_size == 321
+
+
+def test_special_tokens_as_objects_and_stop_ids(tmp_path: Path) -> None:
+    save(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", eos_token={"content": "<|im_end|>", "lstrip": False}, pad_token=None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.eos_id == ours.pad_id == 2
+    assert ours.eos_ids == (2, 0)
+
+
+# ---------------------------------------------------------------- chat templates
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "special tokens": "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    "whitespace control": "{% for m in messages %}\n  {%- if m.role == 'user' %}\n"
+    "    {{ m.content }}\n  {% endif %}\n{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}",
+    "json": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ 'é' | tojson }}",
+    "tools": "{% if tools %}tools{% endif %}{% if documents is defined and documents %}docs{% endif %}ok",
+    "namespace": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}",
+    "scope": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "strings": "{{ messages[0].content.strip().split(' ')[0] | trim | upper }}{{ messages[1:] | length }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_chat_templates_render_as_in_transformers(tmp_path: Path, name: str, prompt: bool) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, chat_template=TEMPLATES[name]))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
+    assert ours.render_chat(CHAT, add_generation_prompt=prompt) == expected
+
+
+def test_template_may_ask_for_the_date(tmp_path: Path) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, chat_template="{{ strftime_now('%Y') }}"))
+    assert ours.render_chat(CHAT) in (time.strftime("%Y"), str(int(time.strftime("%Y")) - 1))
+
+
+@pytest.mark.parametrize("where", ["file", "config", "named"])
+def test_where_a_template_is_found(tmp_path: Path, where: str) -> None:
+    save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    if where == "file":
+        (tmp_path / "chat_template.jinja").write_text("new{{ messages[0].role }}")
+        edit(tmp_path / "tokenizer_config.json", chat_template="old")
+    elif where == "config":
+        edit(tmp_path / "tokenizer_config.json", chat_template="new{{ messages[0].role }}")
+    else:
+        listed = [{"name": "rag", "template": "other"}, {"name": "default", "template": "new{{ messages[0].role }}"}]
+        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
+    assert Tokenizer.from_folder(tmp_path).render_chat(CHAT) == "newsystem"
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}", "UndefinedError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% for m in messages %}", "endfor"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_template_failures_are_user_errors(tmp_path: Path, template: str, found: str) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path, chat_template=template))
+    with pytest.raises(NaloraError, match="chat template") as error:
+        ours.render_chat(CHAT)
+    assert found in str(error.value)
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match="chat template.*prompt/completion"):
+        Tokenizer.from_folder(save(tmp_path)).render_chat(CHAT)
+
+
+# ---------------------------------------------------------------- bad folders
+
+
+def test_missing_tokenizer_file(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match=r"tokenizer\.json.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"model": 3}', "\0\1", '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
+    save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(NaloraError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [None, "<nowhere>", 7])
+def test_an_end_of_sequence_token_is_needed(tmp_path: Path, eos: object) -> None:
+    save(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", eos_token=eos)
+    with pytest.raises(NaloraError, match="eos_token"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(b"[]", "list"), (b"{", "Expecting"), (b"\xff\xfe", "decode"), (b"[" * 100_000, "recursion")],
+)
+def test_json_files_that_are_not_objects(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(NaloraError, match=r"x\.json") as error:
+        read_json(tmp_path / "x.json")
+    assert found in str(error.value)
+
+
+def test_missing_json_file(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match="nothing of that name"):
+        read_json(tmp_path / "x.json")
+    assert read_json(tmp_path / "x.json", missing={"a": 1}) == {"a": 1}

@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from orbax.checkpoint import path as ocp_path
+
+from nalora_jax import trees
+from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.checkpoint import FOLDER, Checkpointer, prepare_output
+from nalora_jax.train.mesh import STATE_RULES, bytes_per_device, make_mesh, shardings
+
+
+class State(NamedTuple):
+    step: jax.Array
+    lora: dict
+    opt_state: optax.OptState
+    gate: dict
+    rng: jax.Array
+
+
+CHAIN = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+DATA = {"epoch": 1, "row": 48, "seed": 7, "sources": ["socialiqa"]}
+
+
+def make_state(seed: int, width: int = 64) -> State:
+    """A small train state with every kind of leaf: float32, integers, bfloat16, an empty array, typed keys."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    adapter = {"a": jax.random.normal(keys[0], (3, width, 8)), "b": jax.random.normal(keys[1], (3, 8, 128))}
+    lora = {"layers": {"ffn": {"gate_proj": adapter}}}
+    opt_state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), CHAIN.init(lora))
+    gate = {
+        "importance": {"layers": {"ffn": jax.random.uniform(keys[2], (3, 128))}},
+        "half": jnp.full((4,), 1 / 3, jnp.bfloat16),
+        "none": jnp.zeros((0, 4)),
+    }
+    return State(jnp.int32(seed), lora, opt_state, gate, jax.random.split(keys[3], 2))
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for path, a, b in zip(trees.flatten(left), jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert jax.random.key_impl(a) == jax.random.key_impl(b)
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+DEFAULT = RunConfig()
+
+
+def opened(folder, config: RunConfig = DEFAULT, fingerprint: str = "sha256:aa", **options) -> Checkpointer:
+    return Checkpointer(folder, fingerprint=fingerprint, config=config.to_dict(), **options)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_round_trip_is_bit_exact_through_a_new_manager(tmp_path, asynchronous):
+    state = make_state(3)
+    with opened(tmp_path, asynchronous=asynchronous) as checkpoints:
+        assert checkpoints.save(3, state, DATA)
+    with opened(tmp_path) as checkpoints:
+        abstract = jax.eval_shape(lambda: make_state(0))
+        for like in (abstract, make_state(0)):
+            restored, data = checkpoints.restore("latest", like)
+            assert_same_bits(restored, state)
+            assert data == DATA
+
+
+def test_base_weights_and_only_base_weights_are_absent(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, make_state(3), DATA)
+    assert sorted(entry.name for entry in (tmp_path / "3").iterdir() if entry.is_dir()) == ["data", "run", "state"]
+
+
+def test_other_generators_keep_their_name(tmp_path):
+    state = {"rng": jax.random.key(5, impl="rbg")}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, {"rng": jax.random.key(0, impl="rbg")})
+    assert_same_bits(restored, state)
+
+
+def place(state, sizes):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    return jax.device_put(state, shardings(state, mesh, STATE_RULES))
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 1, 1), (1, 2, 4)), ((2, 4, 1), (1, 1, 1)), ((2, 4, 1), (1, 2, 4))])
+def test_another_topology_restores_the_same_bits_where_it_wants_them(tmp_path, before, after):
+    state, target = place(make_state(3), before), place(make_state(0), after)
+    with opened(tmp_path, RunConfig(mesh=MeshConfig(*before))) as checkpoints:
+        checkpoints.save(3, state, DATA)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), target)
+    with opened(tmp_path, RunConfig(mesh=MeshConfig(*after))) as checkpoints:
+        restored, _ = checkpoints.restore("latest", like)
+    assert_same_bits(restored, state)
+    for path, leaf in trees.flatten(restored).items():
+        assert leaf.sharding == trees.flatten(target)[path].sharding or not leaf.size, path
+    sizes = bytes_per_device(restored.lora)
+    assert len(sizes) == np.prod(after)
+    a, b = state.lora["layers"]["ffn"]["gate_proj"].values()
+    assert set(sizes.values()) == {a.nbytes // after[1] + b.nbytes // after[2]}
+
+
+def test_donating_the_state_right_after_save_changes_nothing_that_is_written(tmp_path):
+    advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    state = {"lora": {f"layer_{i}": jnp.full((256, 1024), float(i)) for i in range(8)}}
+    expected = jax.tree.map(np.array, state)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(3):
+            state = advance(state)
+        restored, _ = checkpoints.restore(1, expected)
+    assert_same_bits(restored, expected)
+
+
+def test_the_best_is_kept_beside_the_latest(tmp_path):
+    with opened(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+        for step, accuracy in enumerate([0.2, 0.9, float("nan"), 0.3, 0.4], start=1):
+            checkpoints.save(step, make_state(step), {"row": step}, {"accuracy": accuracy, "loss": 1.0})
+        checkpoints.save(6, make_state(6), {"row": 6})
+        checkpoints.wait()
+        kept = sorted(entry.name for entry in tmp_path.iterdir())
+        assert kept == ["2", "5", "6"]
+        assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.metrics(2) == {"accuracy": 0.9, "loss": 1.0}
+        best, data = checkpoints.restore("best", make_state(0))
+        assert (int(best.step), data) == (2, {"row": 2})
+        assert int(checkpoints.restore("latest", make_state(0))[0].step) == 6
+        assert int(checkpoints.restore(5, make_state(0))[0].step) == 5
+
+
+def test_smaller_is_better_where_asked(tmp_path):
+    with opened(tmp_path, keep=1, best_metric="loss", best_mode="min") as checkpoints:
+        for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)]:
+            checkpoints.save(step, {"x": jnp.ones(3)}, {}, {"loss": loss})
+        checkpoints.wait()
+        assert checkpoints.best_step() == 2
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4"]
+
+
+def test_a_step_is_written_once_and_an_earlier_one_can_follow(tmp_path):
+    with opened(tmp_path, keep=5) as checkpoints:
+        assert checkpoints.save(4, {"x": jnp.ones(3)}, {})
+        assert not checkpoints.save(4, {"x": jnp.zeros(3)}, {})
+        assert checkpoints.save(2, {"x": jnp.ones(3)}, {})
+        np.testing.assert_array_equal(checkpoints.restore(4, {"x": jnp.ones(3)})[0]["x"], np.ones(3))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(NaloraError, match="expected a latest checkpoint, found no checkpoint"):
+            checkpoints.restore("latest", {})
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+        with pytest.raises(NaloraError, match=r"expected a checkpoint of step 7, found steps \[1\]"):
+            checkpoints.restore(7, {})
+        with pytest.raises(NaloraError, match="expected a best checkpoint"):
+            checkpoints.restore("best", {})
+
+
+def test_another_base_model_is_refused_by_both_names(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    other = opened(tmp_path, RunConfig(model="gemma-3-270m"), fingerprint="sha256:bb")
+    with other as checkpoints, pytest.raises(NaloraError) as caught:
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+    for part in ("smollm2-135m-instruct (sha256:aa)", "gemma-3-270m (sha256:bb)", "--model"):
+        assert part in str(caught.value)
+
+
+def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    rules = (LoRARule("ffn/gate_proj", rank=4, alpha=8.0), LoRARule("attn"))
+    changed = RunConfig(mask=MaskConfig(keep=0.25), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1)
+    with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError) as caught:
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+    before, after = str(caught.value).split("found ")
+    for part in (
+        "mask.keep = 0.5",
+        "lora.dropout = 0.0",
+        "seed = 0",
+        "lora.rules.0.rank = 8",
+        "lora.rules.1.rank = '(ab",
+    ):
+        assert part in before
+    for part in (
+        "mask.keep = 0.25",
+        "lora.dropout = 0.1",
+        "seed = 1",
+        "lora.rules.0.rank = 4",
+        "lora.rules.1.rank = 8",
+    ):
+        assert part in after
+    assert "lora.rules.0.alpha = None" in before
+    assert "lora.rules.0.alpha = 8.0" in after
+    assert "mask.power" not in str(caught.value)
+
+
+def test_settings_that_do_not_may_change(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    train = TrainConfig(log_every=1, eval_every=7, save_every=3, keep=9, patience=2)
+    moved = RunConfig(model="elsewhere", output="b", resume=True, steps=500, mesh=MeshConfig(1, 1, -1), train=train)
+    with opened(tmp_path, moved) as checkpoints:
+        checkpoints.restore("latest", {"x": jnp.ones(3)})
+
+
+def test_arrays_of_another_shape_dtype_or_name_are_refused(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"lora": {"a": jnp.ones((3, 4))}, "count": jnp.int32(1)}, {})
+        like = {"lora": {"a": jnp.ones((3, 8))}, "count": jnp.float32(1), "extra": jnp.ones(2)}
+        with pytest.raises(NaloraError) as caught:
+            checkpoints.restore("latest", like)
+    for part in ("float32[3, 8]", "float32[3, 4]", "count float32[]", "count int32[]", "extra absent"):
+        assert part in str(caught.value)
+
+
+@contextmanager
+def no_file_above(n_bytes: int):
+    """As a full disk does, refuse to write beyond a size; unlike one it needs no privileges to set up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_write_that_fails_in_the_background_surfaces_and_spares_earlier_checkpoints(tmp_path, caplog):
+    state = {"x": jax.random.normal(jax.random.key(0), (700, 1000))}
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.save(1, state, DATA)
+    checkpoints.wait()
+    caplog.set_level(logging.ERROR)
+    with no_file_above(100_000):
+        checkpoints.save(2, state, DATA)
+        with pytest.raises(NaloraError, match=r"found File too large; steps \[1\] are intact.*--resume"):
+            checkpoints.wait()
+        checkpoints.save(3, state, DATA)
+        with pytest.raises(NaloraError, match="File too large"):
+            checkpoints.save(4, state, DATA)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]
+    assert checkpoints.latest_step() == 1
+    assert not caplog.records
+    assert_same_bits(checkpoints.restore("latest", state)[0], state)
+    checkpoints.save(5, state, DATA)
+    checkpoints.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["5"]
+
+
+def test_a_failed_write_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    state = {"x": jax.random.normal(jax.random.key(0), (700, 1000))}
+
+    def run():
+        with opened(tmp_path) as checkpoints:
+            checkpoints.save(1, state, DATA)
+            raise ZeroDivisionError
+
+    with no_file_above(100_000), pytest.raises(ZeroDivisionError) as caught:
+        run()
+    assert "File too large" in caught.value.__notes__[0]
+
+
+def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    scrap = tmp_path / f"2{ocp_path.atomicity_types.TMP_DIR_SUFFIX}"
+    (scrap / "state").mkdir(parents=True)
+    (scrap / "state" / "half").write_bytes(b"x" * 100)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        checkpoints.save(2, {"x": jnp.zeros(3)}, {})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1", "2"]
+
+
+KILLED = """
+import sys, jax.numpy as jnp
+from nalora_jax.train.checkpoint import Checkpointer
+checkpoints = Checkpointer(sys.argv[1], fingerprint="f", config={})
+state = {f"x{i}": jnp.full((1 << 18,), float(i)) for i in range(16)}
+checkpoints.save(1, state, {})
+checkpoints.wait()
+print("first", flush=True)
+for step in range(2, 10_000):
+    checkpoints.save(step, state, {})
+"""
+
+
+def test_a_run_that_is_killed_while_it_saves_leaves_whole_checkpoints(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"first\n"
+        time.sleep(0.3)
+        process.kill()
+    like = {f"x{i}": jnp.zeros((1 << 18,)) for i in range(16)}
+    with Checkpointer(tmp_path, fingerprint="f", config={}) as checkpoints:
+        latest = checkpoints.latest_step()
+        assert latest is not None
+        restored, _ = checkpoints.restore("latest", like)
+        assert not list(tmp_path.glob(f"*{ocp_path.atomicity_types.TMP_DIR_SUFFIX}*"))
+    assert all(np.all(restored[f"x{i}"] == i) for i in range(16))
+
+
+def test_damaged_files_are_named(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": jax.random.normal(jax.random.key(0), (64, 64))}, {})
+    largest = max(
+        (path for path in (tmp_path / "2").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:100])
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(NaloraError, match=r"2: expected a readable checkpoint, .*these steps exist: \[1, 2\]"):
+            checkpoints.restore("latest", {"x": jnp.ones((64, 64))})
+        checkpoints.restore(1, {"x": jnp.ones((64, 64))})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(NaloraError, match="expected a folder that can be written"):
+        opened(tmp_path / "file")
+
+
+def test_output_must_be_new_or_resumed(tmp_path):
+    new = tmp_path / "runs" / "one"
+    assert prepare_output(new, resume=False) == new
+    assert new.is_dir()
+    assert prepare_output(new, resume=False) == new
+    with pytest.raises(NaloraError, match=r"--resume: expected a checkpoint in .*checkpoints, found none"):
+        prepare_output(new, resume=True)
+    with pytest.raises(NaloraError, match="--resume"):
+        prepare_output(tmp_path / "never", resume=True)
+    assert not (tmp_path / "never").exists()
+    with opened(new / FOLDER) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    assert prepare_output(new, resume=True) == new
+    with pytest.raises(NaloraError, match=r"--output: expected a new or empty folder, .*checkpoints; .*--resume"):
+        prepare_output(new, resume=False)
+
+
+def test_output_that_is_or_lies_under_a_file_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(NaloraError, match="expected a folder, found the file"):
+        prepare_output(tmp_path / "notes.txt", resume=False)
+    with pytest.raises(NaloraError, match="a folder that can be written"):
+        prepare_output(tmp_path / "notes.txt" / "run", resume=False)
+    with pytest.raises(NaloraError, match=r"which holds notes.txt"):
+        prepare_output(tmp_path, resume=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_an_interrupted_first_save_is_no_checkpoint(tmp_path):
+    (tmp_path / FOLDER / f"5{ocp_path.atomicity_types.TMP_DIR_SUFFIX}").mkdir(parents=True)
+    with pytest.raises(NaloraError, match="stopped before its first checkpoint: delete the folder"):
+        prepare_output(tmp_path, resume=True)
+    with pytest.raises(NaloraError, match="choose another folder$"):
+        prepare_output(tmp_path, resume=False)

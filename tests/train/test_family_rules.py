@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+import transformers
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.config import MeshConfig
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.families import supported
+from nalora_jax.train.mesh import PARAM_RULES, make_mesh, shardings
+
+
+@pytest.mark.parametrize("family", supported())
+def test_every_weight_of_every_family_has_a_rule_and_every_large_one_is_split(family):
+    config = ModelConfig.from_hf(transformers.AutoConfig.for_model(family).to_dict())
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in param_shapes(config).items()}
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    placed = shardings(shapes, mesh, PARAM_RULES)
+    whole = [path for path, sharding in placed.items() if sharding.spec == P()]
+    assert all("norm" in path for path in whole)

@@ -1,0 +1,175 @@
+"""metrics.jsonl: what is written, what survives a crash and a resume, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.metrics import MetricsLog, read_metrics, scalars, to_json, write_atomically
+
+MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
+
+
+def write_steps(folder, steps, **options):
+    with MetricsLog(folder, **options) as log:
+        log.start({"steps": 100}, **MACHINE)
+        for step in steps:
+            log.write({"step": step, "loss": np.float32(1.0 / step)})
+
+
+def steps_of(folder):
+    return [record["step"] for record in read_metrics(folder / "metrics.jsonl") if "step" in record]
+
+
+def test_lines_are_json_and_values_are_plain(tmp_path):
+    with MetricsLog(tmp_path / "run") as log:
+        log.start({"steps": 2, "rules": ({"rank": 8},)}, **MACHINE)
+        log.write({"step": 1, "loss": np.float32(0.1), "layers": {"limit": np.array([[1.0, 2.0]], np.float32)}})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"run": {"steps": 2, "rules": [{"rank": 8}]}, **MACHINE}
+    assert json.loads(lines[1]) == {"step": 1, "loss": 0.100000001, "layers": {"limit": [[1.0, 2.0]]}}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array(-np.inf)])
+def test_what_json_lacks_becomes_null(tmp_path, value):
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 1, "loss": value, "list": [value, 1]})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "list": [null, 1]}\n'
+
+
+def test_floats_tell_any_two_float32_apart():
+    value = np.float32(0.1)
+    nearby = np.nextafter(value, np.float32(1))
+    assert np.float32(to_json(value)) == value
+    assert np.float32(to_json(nearby)) == nearby
+
+
+def test_every_line_is_on_disk_at_once(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1})
+    assert steps_of(tmp_path) == [1]
+    log.close()
+
+
+def test_a_new_run_never_touches_another_runs_log(tmp_path):
+    write_steps(tmp_path, [10])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected a new run's folder.*--resume"):
+        MetricsLog(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_drops_what_comes_after_the_restored_step(tmp_path):
+    write_steps(tmp_path, [10, 20, 30])
+    with MetricsLog(tmp_path, resume=20) as log:
+        assert steps_of(tmp_path) == [10, 20]  # before anything new is written
+        log.start({"steps": 100}, **MACHINE)
+        log.write({"step": 30, "loss": 9.0})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record.get("step") for record in records] == [None, 10, 20, None, 30]
+    assert records[3]["resumed"] == {"step": 20, **MACHINE}
+    assert records[4]["loss"] == 9.0
+
+
+def test_resume_from_before_an_earlier_resume_forgets_it_and_the_end(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    with MetricsLog(tmp_path, resume=20) as log:
+        log.start({}, **MACHINE)
+        log.write({"step": 10, "final": True, "eval": {"loss": 1.0}})
+        log.write({"done": {"step": 20}})
+    with MetricsLog(tmp_path, resume=10):
+        pass
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [sorted(record)[-1] for record in records] == ["versions", "step"]
+
+
+def test_a_line_that_a_crash_tore_is_dropped(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert steps_of(tmp_path) == [10]
+    with MetricsLog(tmp_path, resume=20) as log:
+        log.write({"step": 30})
+    assert steps_of(tmp_path) == [10, 30]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    write_steps(tmp_path, [10, 20])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    with MetricsLog(tmp_path, resume=20) as log:
+        log.write({"step": 30})
+    assert steps_of(tmp_path) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 1', b"[1]", b"\xff\xfe", b"NaN {"])
+def test_a_broken_line_before_the_last_is_named_and_nothing_is_changed(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(NaloraError, match="line 2: expected one JSON object"):
+        MetricsLog(tmp_path, resume=1)
+    assert path.read_bytes() == before
+
+
+def test_resume_without_a_log_starts_one(tmp_path):
+    write_steps(tmp_path, [30], resume=20)
+    assert "run" in read_metrics(tmp_path / "metrics.jsonl")[0]
+
+
+def test_a_missing_log_says_what_to_give(tmp_path):
+    with pytest.raises(NaloraError, match="expected the log of a run, found No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_full_disk_is_said_in_one_error(tmp_path):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    log = MetricsLog(tmp_path)
+    log.close()
+    log._file = Full()
+    with pytest.raises(NaloraError, match=r"metrics\.jsonl: .*No space left on device; free some space"):
+        log.write({"step": 1})
+
+
+def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):
+    path = tmp_path / "page"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
+    record = {"step": 5, "loss": 2.0, "grad_norm": None, "note": "x", "layers": {"limit": [0.2, None], "occ": [[1, 0]]}}
+    assert scalars(record) == [("train/loss", 2.0), ("limit/layer_00", 0.2)]
+    assert scalars({"step": 5, "eval": {"accuracy": 0.5, "samples": [1]}}) == [("eval/accuracy", 0.5)]
+
+
+def test_tensorboard_events_hold_the_scalars(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    with MetricsLog(tmp_path, tensorboard=True) as log:
+        log.write({"step": 7, "loss": 1.5, "layers": {"limit": [0.25]}})
+    data = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    found, at = {}, 0
+    while at < len(data):  # TFRecord: length (8 bytes), crc (4), the event, crc (4)
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        at += 16 + size
+    assert found == {("train/loss", 7): 1.5, ("limit/layer_00", 7): 0.25}
+
+
+def test_no_event_files_unless_asked_for(tmp_path):
+    write_steps(tmp_path, [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,474 @@
+"""GGUF files: against the gguf package's own reader and against transformers reading the same file."""
+
+from __future__ import annotations
+
+import resource
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from safetensors.numpy import load_file
+
+from nalora_jax.config import MeshConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.mesh import make_mesh
+from nalora_jax.trees import flatten
+from nalora_jax.weights import load, load_model
+from nalora_jax.weights.gguf import READABLE, GGUFFile
+from nalora_jax.weights.gguf_config import hf_config
+from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
+from nalora_jax.weights.load import load_params
+
+TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", *(f"<extra{i}>" for i in range(38))]
+KINDS = [2, 3, 3, *[1] * 7, *[5] * 38]
+MERGES = ["a b", "ab c", "Ġ a"]
+
+
+MODEL = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+Write = Callable[[gguf.GGUFWriter], Any]
+
+
+def write_model(
+    path: Path, architecture: str, raw: dict[str, Any], params: dict[str, Any], more: Write = lambda _: None
+) -> Path:
+    """A GGUF file as llama.cpp's converter would write it; ``more`` adds what the architecture has besides."""
+    writer = gguf.GGUFWriter(path, architecture)
+    add_shape(writer, raw)
+    more(writer)
+    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), params, "gguf"):
+        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+    return finish(writer, path)
+
+
+def add_shape(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
+    """The metadata that every architecture has, and a tokenizer."""
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_context_length(raw["max_position_embeddings"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(raw["num_attention_heads"])
+    writer.add_head_count_kv(raw["num_key_value_heads"])
+    writer.add_key_length(raw["head_dim"])
+    writer.add_value_length(raw["head_dim"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    add_tokenizer(writer)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types(KINDS)
+    writer.add_token_merges(MERGES)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_params(raw: dict[str, Any]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    config = ModelConfig.from_hf(raw)
+    shapes = {tensor.name: tensor.shape for tensor in keymap_for(config, "hf").tensors}
+    return params_from_tensors(config, lambda name: rng.normal(size=shapes[name]))
+
+
+def saved_params(model: Any, config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """A torch model's parameters as our tree, by the names that it is saved under."""
+    model.save_pretrained(folder)
+    return params_from_tensors(config, load_file(folder / "model.safetensors").__getitem__)
+
+
+def write_llama(path: Path, more: Write = lambda _: None, **changes: Any) -> Path:
+    raw = {"model_type": "llama", **MODEL, **changes}
+    return write_model(path, "llama", raw, random_params(raw), more)
+
+
+# ---------------------------------------------------------------- the header
+
+
+def test_metadata_equals_the_gguf_packages_reader(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    values = {"uint8": 7, "int8": -7, "uint16": 700, "int16": -700, "uint32": 70_000, "int32": -70_000}
+    values |= {"uint64": 2**40, "int64": -(2**40), "float32": 0.1, "float64": 0.1, "bool": True, "string": "é\n"}
+    for kind, value in values.items():
+        getattr(writer, f"add_{kind}")(f"a.{kind}", value)
+    writer.add_array("a.ints", [1, -2, 3])
+    writer.add_array("a.floats", [0.5, 1e-5])
+    writer.add_array("a.flags", [True, False])
+    writer.add_array("a.strings", ["", "x", "日本"])
+    writer.add_tensor("t", np.ones((2, 3), np.float32))
+    path = finish(writer, tmp_path / "m.gguf")
+
+    ours, theirs = GGUFFile(path), gguf.GGUFReader(path)
+    for key, value in values.items():
+        assert ours.metadata[f"a.{key}"] == value, key
+    for key in ("ints", "floats", "flags", "strings"):
+        assert list(ours.metadata[f"a.{key}"]) == theirs.fields[f"a.{key}"].contents()
+    assert ours.metadata.keys() == {key for key in theirs.fields if not key.startswith("GGUF.")}
+    assert ours.shapes() == {"t": (2, 3)}
+
+
+def quantized(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
+    """Stored bytes of random numbers; K-quants, which the package cannot write, from random blocks."""
+    rng = np.random.default_rng(0)
+    if kind.name.endswith("_K"):
+        block, size = GGML_QUANT_SIZES[kind]
+        raw = rng.integers(0, 256, (rows, columns // block, size), np.uint8)
+        place = size - 2 if kind.name == "Q6_K" else 0  # of the 16-bit scales
+        raw[..., place : place + 2] = rng.uniform(-1, 1, (rows, columns // block, 1)).astype(np.float16).view(np.uint8)
+        if kind.name != "Q6_K":
+            raw[..., 2:4] = raw[..., 0:2]
+        return raw.reshape(rows, -1)
+    return gguf.quants.quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_every_number_format_is_read_whole_and_in_slices(tmp_path: Path, name: str) -> None:
+    kind = GGMLQuantizationType[name]
+    stored = quantized(kind, 6, 512)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("first", np.ones(3, np.float32))
+    writer.add_tensor("two", stored, raw_dtype=None if kind.name in ("F32", "F16") else kind)
+    writer.add_tensor("three", stored.reshape(3, 2, -1), raw_dtype=None if kind.name in ("F32", "F16") else kind)
+    file = GGUFFile(finish(writer, tmp_path / "m.gguf"))
+    tensor = next(t for t in gguf.GGUFReader(file.path).tensors if t.name == "two")
+    expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(6, 512)
+
+    assert file.shapes() == {"first": (3,), "two": (6, 512), "three": (3, 2, 512)}
+    whole = file.read("two", (slice(0, 6), slice(0, 512)))
+    np.testing.assert_array_equal(whole.astype(np.float32), expected)
+    np.testing.assert_array_equal(file.read("two", (slice(2, 5), slice(7, 70))), whole[2:5, 7:70])
+    third = file.read("three", (slice(1, 3), slice(1, 2), slice(3, 9)))
+    np.testing.assert_array_equal(third, whole.reshape(3, 2, 512)[1:3, 1:2, 3:9])
+    np.testing.assert_array_equal(file.read("first", (slice(1, 3),)), [1, 1])
+    file.check_readable("two")
+
+
+# ---------------------------------------------------------------- models
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
+    "llama": ("llama", {}, lambda w: w.add_rope_freq_base(10_000.0)),
+    "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
+    "qwen3": ("qwen3", {"sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
+    "gemma": ("gemma", {"head_dim": 8}, lambda w: None),
+    "gemma2": (
+        "gemma2",
+        {},
+        lambda w: (w.add_sliding_window(4), w.add_attn_logit_softcapping(50.0), w.add_final_logit_softcapping(30.0)),
+    ),
+    "gemma3_text": ("gemma3", {}, lambda w: (w.add_sliding_window(4), w.add_rope_freq_base(1e6))),
+    "phi3": ("phi3", {"sliding_window": 4}, lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8))),
+    "olmo2": ("olmo2", {}, lambda w: w.add_rope_freq_base(1e4)),
+    "smollm3": (
+        "smollm3",
+        {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5},
+        lambda w: w.add_rope_freq_base(2e6),
+    ),
+    "granite": (
+        "granite",
+        {},
+        lambda w: (
+            w.add_embedding_scale(3.0),
+            w.add_residual_scale(0.5),
+            w.add_attention_scale(0.3),
+            w.add_logit_scale(2.0),
+        ),
+    ),
+    "mixtral": (
+        "llama",
+        {"sliding_window": None},
+        lambda w: (w.add_expert_count(4), w.add_expert_used_count(2), w.add_rope_freq_base(1e6)),
+    ),
+    "qwen3_moe": (
+        "qwen3moe",
+        {"sliding_window": None},
+        lambda w: (w.add_expert_count(4), w.add_expert_used_count(2), w.add_expert_feed_forward_length(20)),
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_comes_back_from_its_file(
+    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
+) -> None:
+    architecture, changes, more = FAMILIES[model_type]
+    model, config = tiny_model(model_type, **changes)
+    params = saved_params(model, config, tmp_path / "hf")
+    file = GGUFFile(write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more))
+
+    assert ModelConfig.from_hf(hf_config(file)) == config
+    loaded = load_params(config, file, keymap_for(config, "gguf"), dtype="float32")
+    for path, leaf in flatten(params).items():
+        np.testing.assert_allclose(flatten(loaded)[path], leaf, rtol=0, atol=1e-6, err_msg=path)
+
+
+# What transformers takes for granted instead of reading it from the file.
+TRANSFORMERS_READS = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"moe_intermediate_size": 768, "head_dim": 128},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "qwen3_moe"])
+def test_the_files_of_these_tests_are_what_transformers_expects(
+    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
+) -> None:
+    """An independent reader of names, row orders and norms: it must find the model that the file was written from."""
+    import torch
+    import transformers
+
+    architecture, changes, more = FAMILIES[model_type]
+    model, config = tiny_model(model_type, **changes, **TRANSFORMERS_READS.get(model_type, {}), hidden_size=32)
+    params = saved_params(model, config, tmp_path / "hf")
+    path = write_model(tmp_path / "m.gguf", architecture, model.config.to_dict(), params, more)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_quantized_model_loads_in_either_dtype(tmp_path: Path) -> None:
+    """Rows of 32 in Q8_0 beside float32: the values are the dequantized ones, cast once."""
+    raw = {"model_type": "llama", **MODEL, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    params, stored = random_params(raw), {}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    add_shape(writer, raw)
+    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), params, "gguf"):
+        tensor = np.ascontiguousarray(tensor, np.float32)
+        if tensor.ndim == 2:
+            blocks = gguf.quants.quantize(tensor, GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q8_0)
+            tensor = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, tensor)
+        stored[name] = tensor
+    path = finish(writer, tmp_path / "m.gguf")
+    expected = flatten(params_from_tensors(ModelConfig.from_hf(raw), stored.__getitem__, "gguf"))
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(str(path), dtype=dtype)
+        for name, leaf in flatten(model.params).items():
+            assert leaf.dtype == dtype
+            np.testing.assert_array_equal(leaf, expected[name].astype(leaf.dtype), err_msg=name)
+    assert model.source == str(path)
+    assert model.hf_config == hf_config(GGUFFile(path))
+    assert model.tokenizer.vocab_size == model.config.vocab_size == 48
+    assert len(model.fingerprint) == 64
+
+
+def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(write_llama(tmp_path / "m.gguf"))
+    alone = flatten(load_model(path, dtype="float32").params)
+    monkeypatch.setattr(load, "BLOCK", 40)
+    for sizes in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
+        spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(*sizes)))
+        for name, leaf in flatten(spread.params).items():
+            np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
+
+
+def test_untied_head(tmp_path: Path) -> None:
+    model = load_model(str(write_llama(tmp_path / "m.gguf", tie_word_embeddings=False)), dtype="float32")
+    assert not model.config.tie_embeddings
+    assert model.params["lm_head"]["kernel"].shape == (16, 48)
+
+
+# ---------------------------------------------------------------- rotary embeddings
+
+
+def rope(tmp_path: Path, more: Write, **changes: Any) -> dict[str, Any]:
+    return hf_config(GGUFFile(write_llama(tmp_path / "m.gguf", more, **changes))).get("rope_scaling", {})
+
+
+def test_llama3_divisors_become_its_settings_and_others_are_kept(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    settings |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    wide = {"hidden_size": 64, "head_dim": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(**(MODEL | wide | {"max_position_embeddings": 131_072}), rope_parameters=settings)
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    divisors = 5e5 ** -(np.arange(0, 64, 2) / 64) / stretched.numpy()
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_freq_base(5e5)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+
+    found = rope(tmp_path, more, **wide)
+    assert found == {key: pytest.approx(value) for key, value in settings.items() if key != "rope_theta"}
+
+    divisors[3] = 1.5  # nothing that Llama 3's rule gives
+    found = rope(tmp_path, more, **wide)
+    np.testing.assert_allclose(found["short_factor"], divisors, rtol=1e-6)
+    assert found["long_factor"] == found["short_factor"]
+    assert found["attention_factor"] == 1.0
+
+
+def test_named_scaling(tmp_path: Path) -> None:
+    def linear(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+
+    def yarn(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(16)
+
+    assert rope(tmp_path, linear) == {"rope_type": "linear", "factor": 4.0}
+    assert rope(tmp_path, yarn) == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    assert rope(tmp_path, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)) == {}
+
+
+# ---------------------------------------------------------------- bad files
+
+
+def test_gguf_errors_name_file_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_llama(path)
+    good = path.read_bytes()
+    count_at = 8
+    bad = {
+        "begins with b'PK": b"PK\x03\x04" + good[4:],
+        "found version 1": good[:4] + struct.pack("<I", 1) + good[8:],
+        "big-endian": good[:4] + struct.pack(">I", 3) + good[8:],
+        "at most": good[:count_at] + struct.pack("<Q", 2**60) + good[count_at + 8 :],
+        "until the end of the file": good[: len(good) // 20],
+        "bytes beyond": good[:-4],
+        "found cannot mmap an empty file": b"",
+    }
+    for found, content in bad.items():
+        path.write_bytes(content)
+        with pytest.raises(NaloraError, match="m.gguf") as error:
+            GGUFFile(path)
+        assert found in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda w: w.add_uint32("split.count", 3), "part of 3.*llama-gguf-split"),
+        (lambda w: w.add_custom_alignment(32) or w.add_tensor("extra.weight", np.ones(3, np.float32)), "extra.weight"),
+        (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(16, np.float32)), "attn_k.bias"),
+        (
+            lambda w: w.add_tensor("output.weight", np.ones((48, 8), np.float32)),
+            r"output.weight.*\(48, 16\).*\(48, 8\)",
+        ),
+        (lambda w: w.add_uint32("llama.attention.sliding_window", 64), "sliding_window.*not supported"),
+        (lambda w: w.add_rope_dimension_count(2), "partial_rotary_factor"),
+        (lambda w: w.add_string("llama.rope.scaling.type", "magic"), "scaling.factor"),
+    ],
+)
+def test_models_that_are_refused(tmp_path: Path, change: Write, match: str) -> None:
+    path = write_llama(tmp_path / "m.gguf", change)
+    with pytest.raises(NaloraError, match=match):
+        load_model(str(path), dtype="float32")
+
+
+def test_unsupported_architecture_and_quantization(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", "mamba", raw := {"model_type": "llama", **MODEL}, random_params(raw))
+    with pytest.raises(NaloraError, match="general.architecture.*llama.*'mamba'"):
+        load_model(str(path), dtype="float32")
+    writer = gguf.GGUFWriter(path, "llama")
+    add_shape(writer, raw)
+    for name, tensor in tensors_from_params(ModelConfig.from_hf(raw), random_params(raw), "gguf"):
+        wide = name == "blk.1.ffn_up.weight"
+        writer.add_tensor(name, np.asarray(tensor, np.float64 if wide else np.float32))
+    finish(writer, path)
+    with pytest.raises(NaloraError, match=r"blk.1.ffn_up.weight: expected one of F32.*found F64"):
+        load_model(str(path), dtype="float32")
+
+
+def test_layers_of_different_width_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"block_count": 2, "context_length": 64, "embedding_length": 16}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_array("llama.attention.head_count", [4, 2])
+    writer.add_tensor("token_embd.weight", np.ones((48, 16), np.float32))
+    finish(writer, path)
+    with pytest.raises(NaloraError, match=r"head_count: expected the same value for every layer, found \[4, 2\]"):
+        hf_config(GGUFFile(path))
+
+
+def test_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf", vocab_size=40)
+    with pytest.raises(NaloraError, match="tokenizer: expected at most 40 tokens.*found 48"):
+        load_model(str(path), dtype="float32")
+
+
+def test_unknown_dtype_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match="dtype: expected bfloat16 or float32, found 'int8'"):
+        load_model(str(tmp_path / "m.gguf"), dtype="int8")
+    with pytest.raises(NaloraError, match="nothing of that name"):
+        load_model(str(tmp_path / "m.gguf"), dtype="float32")
+
+
+# ---------------------------------------------------------------- damaged on purpose
+
+
+COUNTS = (0, 1, 2**31, 2**32, 2**60, 2**64 - 1, 1000)
+
+
+def mutated(rng: np.random.Generator, good: bytes, header: int) -> bytes:
+    """``good`` with one to four changes in its first ``header`` bytes, and sometimes cut."""
+    data = bytearray(good)
+    for _ in range(rng.integers(1, 5)):
+        at = int(rng.integers(0, header - 8))
+        kind = rng.integers(0, 4)
+        if kind == 0:
+            data[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            data[at : at + 8] = struct.pack("<Q", COUNTS[rng.integers(0, len(COUNTS))])
+        elif kind == 2:
+            data[at : at + int(rng.integers(1, 9))] = rng.bytes(int(rng.integers(0, 9)))
+        else:
+            data[at : at + 4] = struct.pack("<I", int(rng.integers(0, 40)))
+    return bytes(data[: int(rng.integers(0, len(data)))] if rng.random() < 0.1 else data)
+
+
+def test_mutated_headers_give_only_our_error(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.gguf")
+    good = path.read_bytes()
+    header = len(good) - sum(4 * int(np.prod(shape)) for shape in GGUFFile(path).shapes().values())
+    rng, refused, before = np.random.default_rng(0), 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    for number in range(1000):
+        path.write_bytes(mutated(rng, good, header))
+        try:
+            load_model(str(path), dtype="bfloat16")
+        except NaloraError:
+            refused += 1
+        except BaseException as error:
+            raise AssertionError(f"mutation {number}: {type(error).__name__}: {error}") from error
+    assert refused > 500
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+    assert time.process_time() - start < 30

