@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -126,7 +126,8 @@ def choose_remat(compute: ComputeConfig, platform: str) -> str:
 
 def build_optimizer(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer with its schedule, and the mechanisms on the adapters that sit on gates."""
-    gates = find_gates(jax.eval_shape(lambda key: init_lora(base, spec, key), jax.random.key(0)))
+    linear = replace(spec, dora=False)  # magnitudes would need the weights, and are no gates
+    gates = find_gates(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
     if not gates and (config.mask.kind, config.step_scale.kind) != ("off", "off"):
         log.warning("no adapter sits on a gate (gate_proj or in_proj): the mask and the step scale act on nothing")
     inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)

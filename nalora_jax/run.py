@@ -24,9 +24,8 @@ from nalora_jax.adapted import ADAPTER
 from nalora_jax.assembly import Assembly, assemble, plain_adapter
 from nalora_jax.assets import cache_dir
 from nalora_jax.config import RunConfig, check
-from nalora_jax.data.items import Item
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
-from nalora_jax.data.questions import eval_examples, split_questions
+from nalora_jax.data.questions import held_out
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
@@ -89,7 +88,7 @@ def run(config: RunConfig) -> RunResult:
     log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
     data = _train_data(config, loaded, mesh)
     log.info("training data: %s", json.dumps(data.describe()))
-    reported, selecting = _questions(config, loaded)
+    reported, selecting = held_out(config.data, loaded.tokenizer)
     evaluator, selector = (
         Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
         for items in (reported, selecting)
@@ -288,14 +287,6 @@ class _Run:
     def _record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write({"step": step, "eval": values})
         self.progress.say(f"step {step}: {describe(values)}")
-
-
-def _questions(config: RunConfig, loaded: LoadedModel) -> tuple[list[Item], list[Item]]:
-    """Questions to report on, and others that choose the checkpoint."""
-    data = config.data
-    limit = data.eval_limit + data.select_limit if data.eval_limit else 0
-    items = eval_examples(data, loaded.tokenizer, limit=limit)
-    return split_questions(items, data.eval_limit, data.select_limit)
 
 
 def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def train(args: cli.TrainArgs) -> None:
 def evaluate(args: cli.EvalArgs) -> None:
     """Print the held-out metric with its interval, and write it to a file if asked for."""
     from nalora_jax.adapted import load
-    from nalora_jax.data.questions import eval_examples
+    from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.evaluate.heldout import Evaluator, describe
     from nalora_jax.train.metrics import to_json, write_atomically
 
@@ -42,7 +42,10 @@ def evaluate(args: cli.EvalArgs) -> None:
     model = load(args.model, adapter=args.adapter, dtype=args.dtype)
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
     data = data_of(model.located.run, asked)
-    items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
+    if any(value is not None for value in asked.values()):
+        items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
+    else:  # the very questions that the run reported on
+        items, _ = held_out(data, model.base.tokenizer)
     evaluator = Evaluator(model.module, model.base.tokenizer, items)
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")

@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on each
+# other, devices may wait in different ones until no thread is left to finish either.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 

@@ -71,6 +71,13 @@ def eval_examples(
     return [_item(question, [next(examples) for _ in question.texts]) for question in questions]
 
 
+def held_out(config: DataConfig, tokenizer: Tokenizer, *, cache: Path | None = None) -> tuple[list[Item], list[Item]]:
+    """A run's held-out questions: those that results are reported on, and others that choose its checkpoint."""
+    limit = config.eval_limit + config.select_limit if config.eval_limit else 0
+    items = eval_examples(config, tokenizer, limit=limit, cache=cache)
+    return split_questions(items, config.eval_limit, config.select_limit)
+
+
 def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tuple[list[Item], list[Item]]:
     """Questions that results are reported on, and others that choose a checkpoint; no question is in both.
 

@@ -49,9 +49,9 @@ class Evaluator:
         """The metrics of ``params`` with adapter ``lora`` (None: the base alone).
 
         Returns:
-          ``accuracy`` (of questions with choices), ``loss`` per answer token, ``low`` and ``high`` (95% interval of the
-          headline metric), ``n``, and with ``samples`` a few questions with the answers given, and ``right``: for each
-          question with choices, whether it was answered rightly.
+          ``accuracy`` (of questions with choices, by log-likelihood per character), ``loss`` per answer token, ``low``
+          and ``high`` (95% interval of the headline metric), ``n``, and with ``samples`` a few questions with the
+          answers given, and ``right``: for each question with choices, whether it was answered rightly.
         """
         variables = {"params": params} | ({} if lora is None else {"lora": lora})
         if self.choices:
@@ -60,8 +60,9 @@ class Evaluator:
 
     def _choose(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
         count = self._samples if samples else 0
-        result = multiple_choice(self._model, variables, self.choices, mesh=self._mesh, samples=count)
-        names = ("accuracy", "low", "high", "accuracy_per_character", "loss", "n")
+        # Per character, so that long answers are not at a disadvantage; choices of one length are not affected.
+        result = multiple_choice(self._model, variables, self.choices, per="character", mesh=self._mesh, samples=count)
+        names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}
         if samples:
             values |= {"samples": [vars(sample) for sample in result.samples], "right": result.correct.tolist()}

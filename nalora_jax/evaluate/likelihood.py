@@ -124,7 +124,7 @@ def _stem_cache(model: Decoder, variables: Any, stem: dict[str, jax.Array], lane
         stem["tokens"],
         positions=stem["positions"],
         segment_ids=stem["segments"],
-        cache=init_cache(model.config, rows, 0, model.numerics.result),
+        cache=init_cache(model.config, rows, 0, model.numerics.operand),
     )
     cache = grow(cache, max(size, tail))
     return replace(

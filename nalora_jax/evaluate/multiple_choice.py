@@ -33,14 +33,15 @@ class Sample:
 class Result:
     """Accuracy on a set of questions, with its 95% interval."""
 
-    accuracy: float  # by summed log-likelihood
+    accuracy: float  # by the rule that was asked for
     low: float
     high: float
+    accuracy_per_choice: float  # by summed log-likelihood ("acc")
     accuracy_per_character: float  # by log-likelihood per character of the choice ("acc_norm")
     accuracy_per_token: float
     loss: float  # of the right choices, nats per token
     n: int
-    predictions: np.ndarray  # int [n]: the choice of each question, by summed log-likelihood
+    predictions: np.ndarray  # int [n]: the choice of each question, by the rule that was asked for
     correct: np.ndarray  # bool [n], for paired comparisons
     samples: tuple[Sample, ...]
 
@@ -63,6 +64,7 @@ def multiple_choice(
     variables: Mapping[str, Any],
     items: Sequence[ChoiceItem],
     *,
+    per: Per = "choice",
     batch_tokens: int = 1024,
     mesh: Mesh | None = None,
     samples: int = 3,
@@ -73,6 +75,7 @@ def multiple_choice(
       model: the decoder; its programs are compiled once, whatever adapters come.
       variables: ``params``, and ``lora`` where there are adapters.
       items: the questions.
+      per: what the headline accuracy divides log-likelihoods by.
       batch_tokens: prompt tokens at once, about.
       mesh: where the weights are sharded, if they are.
       samples: questions shown with their answers.
@@ -84,7 +87,7 @@ def multiple_choice(
         raise NaloraError("evaluation data", expected="at least one question", found="none")
     scores = score_choices(model, variables, items, batch_tokens=batch_tokens, mesh=mesh)
     gold = np.array([item.gold for item in items])
-    answers = predict(items, scores)
+    answers = predict(items, scores, per)
     correct = answers == gold
     low, high = wilson(int(correct.sum()), len(items))
     right = [row[item.gold] for row, item in zip(scores, items, strict=True)]
@@ -92,6 +95,7 @@ def multiple_choice(
         accuracy=float(correct.mean()),
         low=low,
         high=high,
+        accuracy_per_choice=float(np.mean(predict(items, scores) == gold)),
         accuracy_per_character=float(np.mean(predict(items, scores, "character") == gold)),
         accuracy_per_token=float(np.mean(predict(items, scores, "token") == gold)),
         loss=-sum(score.log_prob for score in right) / sum(score.tokens for score in right),

@@ -161,11 +161,11 @@ def test_weights_and_state_are_sharded_not_replicated() -> None:
     assembly, params = _assemble(CONFIG, MeshConfig(2, 2, 2))
     batch = layout.make_global_batch(_batch(0), assembly.mesh, rows_axis=1)
     state, _ = assembly.step(params, assembly.state, batch)
-    for tree in (params, {"lora": state.lora, "opt": state.opt_state}):
+    # Weights are split over fsdp and tensor (4), adapters over the axis of their wide side (2); norms are replicated.
+    for tree, share in ((params, 0.3), ({"lora": state.lora, "opt": state.opt_state}, 0.55)):
         per_device = layout.bytes_per_device(tree)
         assert len(per_device) == 8
-        # Norms are replicated, data is a replica axis of size 2: a quarter of the rest, and a little.
-        assert max(per_device.values()) < 0.35 * trees.size_bytes(tree)
+        assert max(per_device.values()) < share * trees.size_bytes(tree)
 
 
 def test_base_weights_stay_and_every_adapter_moves() -> None:
