@@ -71,15 +71,16 @@ def model() -> Decoder:
 
 @pytest.fixture(scope="module")
 def variables(model: Decoder) -> dict:
-    params = init_params(model.config, jax.random.key(0))
+    params = jax.jit(lambda key: init_params(model.config, key))(jax.random.key(0))
     # Sharper logits than a random model's, so that greedy choices are no coin tosses.
     params["embed"]["embedding"] = params["embed"]["embedding"] * 20
     return {"params": params, "lora": random_lora(model, 1)}
 
 
 def random_lora(model: Decoder, seed: int) -> dict:
-    lora = init_lora(model.config, model.adapters, jax.random.key(seed))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(seed + 7), x.shape), lora)
+    lora = jax.eval_shape(lambda: init_lora(model.config, model.adapters, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), lora)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def without_cache(model: Decoder, variables: dict, prompt: Sequence[int], count:
     apply = jax.jit(lambda v, t: model.apply(v, model.apply(v, t), method="unembed"))
     ids = list(prompt)
     for _ in range(count):
-        padded = np.zeros((1, 64), np.int32)
+        padded = np.zeros((1, 32), np.int32)
         padded[0, : len(ids)] = ids
         ids.append(int(jnp.argmax(apply(variables, padded)[0, len(ids) - 1])))
     return ids[len(prompt) :]
@@ -107,14 +108,14 @@ def prompts_of(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
 
 
 def test_greedy_equals_recomputation_for_every_prompt_of_a_batch(model, variables, generator):
-    prompts = prompts_of([3, 17, 9])
-    made = generator.complete(prompts, max_new_tokens=20, stop_ids=())
-    assert [list(c.ids) for c in made] == [without_cache(model, variables, p, 20) for p in prompts]
+    prompts = prompts_of([3, 15, 9])
+    made = generator.complete(prompts, max_new_tokens=16, stop_ids=())
+    assert [list(c.ids) for c in made] == [without_cache(model, variables, p, 16) for p in prompts]
     assert {c.reason for c in made} == {"length"}
 
 
 def test_batches_of_any_size_give_what_single_prompts_give(generator):
-    prompts = prompts_of([5, 20, 11, 2, 33])
+    prompts = prompts_of([5, 14, 2])
     single = [generator.generate([p], max_new_tokens=12)[0] for p in prompts]
     assert generator.generate(prompts, max_new_tokens=12) == single
     assert generator.generate(prompts, max_new_tokens=12, batch_size=2) == single
@@ -212,7 +213,7 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, spread):
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    ours = kept_tokens(logits, np.full(3, top_k, np.int32), np.full(3, top_p, np.float32))
+    ours = jax.jit(kept_tokens)(logits, np.full(3, top_k, np.int32), np.full(3, top_p, np.float32))
     kept = torch.isfinite(expected).numpy()
     # Tokens whose probability float32 rounds to nothing can't be drawn: either way is right.
     p = torch.softmax(torch.tensor(logits), -1).numpy()
@@ -234,7 +235,8 @@ def test_a_greedy_row_stays_greedy_beside_a_drawn_one():
     logits = jax.random.normal(jax.random.key(0), (2, 50))
     sampling = make_sampling(2, temperature=0.0, seeds=[0])
     sampling = replace(sampling, temperature=np.array([0.0, 5.0], np.float32))
-    drawn = {tuple(np.asarray(next_tokens(logits, sampling, jnp.int32(i)))) for i in range(8)}
+    draw = jax.jit(next_tokens)
+    drawn = {tuple(np.asarray(draw(logits, sampling, jnp.int32(i)))) for i in range(8)}
     assert {row[0] for row in drawn} == {int(jnp.argmax(logits[0]))}
     assert len(drawn) > 1
 
@@ -245,7 +247,7 @@ def test_a_greedy_row_stays_greedy_beside_a_drawn_one():
 def test_streamed_pieces_join_to_the_whole_text(generator):
     for seed in range(4):
         prompt = prompts_of([5], seed)[0]
-        options = {"max_new_tokens": 33, "temperature": 1.5, "seed": seed}
+        options = {"max_new_tokens": 15, "temperature": 1.5, "seed": seed}
         pieces = list(generator.stream(prompt, **options))
         assert len(pieces) > 1
         assert "".join(pieces) == generator.generate([prompt], **options)[0]
@@ -270,9 +272,7 @@ def test_text_streams_stop_before_a_stop_text_that_comes_in_parts():
     tokenizer = byte_tokenizer()
     stream = TextStream(tokenizer, ["###", "END"])
     pieces = [stream.push(tokenizer.encode(text)) for text in ("one #", "# two EN", "D three", "more")]
-    assert pieces == ["one ", "## two ", "", ""] or "".join(pieces) == "one ## two "
-    assert "".join(pieces) == "one ## two "
-    assert pieces[0] == "one "
+    assert pieces == ["one ", "## two ", "", ""]
     assert stream.stopped
     assert stream.finish() == ""
 
@@ -296,7 +296,7 @@ def test_a_decoder_that_strips_the_first_space_keeps_the_others():
 
 def test_a_stop_text_ends_generation(generator):
     prompt = prompts_of([7], seed=2)
-    options = {"max_new_tokens": 30, "temperature": 1.0, "stop_ids": ()}
+    options = {"max_new_tokens": 16, "temperature": 1.0, "stop_ids": ()}
     whole = generator.generate(prompt, **options)[0]
     stop = whole[6:8]
     made = generator.complete(prompt, stop=stop, **options)[0]

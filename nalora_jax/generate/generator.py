@@ -21,9 +21,9 @@ from nalora_jax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or its token ids
 
-# Tokens per call: calls cost little, so small enough that a stream flows and a stop is noticed soon.
+# Tokens per call: calls cost little, so few enough that a stream flows and a stop text is noticed soon.
 _STREAM_TOKENS = 4
-_BATCH_TOKENS = 32
+_BATCH_TOKENS = 32  # and the most that one call can make
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,8 @@ class _Batch:
         reasons = np.where(self._ended, "stop", "length").tolist()
         return [Completion(*row) for row in zip(texts, map(tuple, self._ids), reasons, strict=True)]
 
-    def pieces(self, size: int) -> Iterator[list[str]]:
-        """New text of every row, ``size`` tokens at a time."""
+    def pieces(self, tokens: int) -> Iterator[list[str]]:
+        """New text of every row, as many ``tokens`` at a time, at most `_BATCH_TOKENS`."""
         generator, mesh = self._generator, self._generator.mesh
         model, weights = generator.model, generator._weights
         state = prefill(model, weights, self._prompts, slots=self._slots)
@@ -265,9 +265,9 @@ class _Batch:
                 return
             yield pieces
             padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), mesh)
-            steps = min(size, remaining)
-            state, tokens = decode(model, weights, state, self._prompts, padded, np.int32(steps), size=size)
-            made = np.asarray(jax.device_get(tokens))[:, :steps]
+            steps = np.int32(min(tokens, remaining))
+            state, new = decode(model, weights, state, self._prompts, padded, steps, size=_BATCH_TOKENS)
+            made = np.asarray(jax.device_get(new))[:, :steps]
 
     def _take(self, row: int, made: np.ndarray) -> str:
         """Text of a row's new tokens, up to its end."""

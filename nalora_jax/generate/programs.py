@@ -76,7 +76,7 @@ def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -
       slots: size of the cache: the padded prompt and every token to come.
     """
     batch, seq = prompts.tokens.shape
-    cache = init_cache(model.config, batch, 0, model.numerics.result)
+    cache = init_cache(model.config, batch, 0, model.numerics.operand)
     segments = (jnp.arange(seq)[None, :] < prompts.lengths[:, None]).astype(jnp.int32)
     hidden, cache = model.apply(
         _packed(weights.body),

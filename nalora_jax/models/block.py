@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding
 
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.nn.attention import Keys, Scoring, attention
+from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
+from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
 from nalora_jax.nn.layers import RMSNorm, apply_rope
 from nalora_jax.nn.lora import AdapterSpec, LoRADense, combine
@@ -66,6 +67,7 @@ class Attention(nn.Module):
     config: ModelConfig
     adapters: Adapters = Adapters()
     numerics: Numerics = Numerics()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
@@ -110,11 +112,11 @@ class Attention(nn.Module):
         if layer.cached is not None:
             assert shared.cached_positions is not None
             assert shared.cached_segments is not None
-            cached = Keys(*layer.cached, shared.cached_positions, shared.cached_segments)
+            cached = CachedKeys(*layer.cached, shared.cached_positions, shared.cached_segments)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
         scoring = Scoring(c.score_scale, c.attn_softcap, self.numerics.operand, c.attn_dropout)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
-        return attention(q, keys, window, scoring, cached=cached, dropout_rng=rng)
+        return attention(q, keys, window, scoring, cached=cached, dropout_rng=rng, kernel=self.kernel)
 
 
 class Block(nn.Module):
@@ -125,12 +127,14 @@ class Block(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     activation_sharding: NamedSharding | None = None
+    attention_kernel: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys | None]:
         """``[batch, seq, d_model]`` -> the same, and the new keys and values where there is a cache."""
         c = self.config
-        attn = Attention(c, block_adapters(self.adapters, "attn"), self.numerics, name="attn")
+        kernel = Kernel(self.attention_kernel, tuple(sorted(set(c.layer_windows))), self.activation_sharding)
+        attn = Attention(c, block_adapters(self.adapters, "attn"), self.numerics, kernel, name="attn")
         y, keys = attn(self._norm("attn_norm", x, c.pre_norm), layer, shared)
         x = self._add(x, self._norm("attn_post_norm", y, c.post_norm))
         y = self._ffn()(

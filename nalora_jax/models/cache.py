@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.attention import Keys
+from nalora_jax.nn.matmul import pack
 
 
 @jax.tree_util.register_dataclass
@@ -21,8 +21,8 @@ from nalora_jax.nn.attention import Keys
 class Cache:
     """Keys and values of all layers, and who may see each slot."""
 
-    k: jax.Array  # [layers, batch, slots, kv_heads, head_dim]
-    v: jax.Array  # [layers, batch, slots, kv_heads, head_dim]
+    k: jax.Array  # [layers, batch, kv_heads, head_dim, slots]
+    v: jax.Array  # [layers, batch, kv_heads, slots, head_dim]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
     lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
@@ -32,17 +32,17 @@ class Cache:
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache with ``length`` slots: room for all tokens of all calls, padding included.
 
-    With ``length`` 0 the first call finds nothing to attend to but its own tokens, and makes room for just those; `grow`
-    makes more.
+    With ``length`` 0 the first call finds nothing to attend to but its own tokens, and makes room for just those;
+    `grow` makes more.
 
     Writing beyond the last slot is not detected inside a compiled program (it would overwrite the last slots): callers
     give ``length`` accordingly.
     """
-    shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
+    lead = (config.n_layers, batch, config.n_kv_heads)
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=pack(jnp.zeros((*lead, config.head_dim, length), dtype)),
+        v=pack(jnp.zeros((*lead, length, config.head_dim), dtype)),
         positions=slots,
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -59,7 +59,7 @@ def grow(cache: Cache, length: int) -> Cache:
         return jnp.pad(x, more)
 
     positions, segments = pad(cache.positions, 1), pad(cache.segments, 1)
-    return replace(cache, k=pad(cache.k, 2), v=pad(cache.v, 2), positions=positions, segments=segments)
+    return replace(cache, k=pad(cache.k, 4), v=pad(cache.v, 3), positions=positions, segments=segments)
 
 
 def extend(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> Cache:
@@ -72,13 +72,13 @@ def extend(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segme
       positions: int ``[batch, seq]``.
       segments: int ``[batch, seq]``, 0 for padding.
     """
-    if cache.k.shape[2] == 0:
+    if cache.positions.shape[1] == 0:
         cache = grow(cache, positions.shape[1])
     zero = jnp.zeros((), jnp.int32)
-    at = (zero, zero, cache.index, zero, zero)
+    columns, rows = _stored(k.transpose(0, 1, 3, 4, 2), cache.k), _stored(v.transpose(0, 1, 3, 2, 4), cache.v)
     return Cache(
-        k=jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-        v=jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
+        k=jax.lax.dynamic_update_slice(cache.k, columns, (zero, zero, zero, zero, cache.index)),
+        v=jax.lax.dynamic_update_slice(cache.v, rows, (zero, zero, zero, cache.index, zero)),
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, (zero, cache.index)),
         segments=jax.lax.dynamic_update_slice(cache.segments, segments, (zero, cache.index)),
         lengths=cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32),
@@ -86,9 +86,9 @@ def extend(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segme
     )
 
 
-def layer_keys(cache: Cache, k: jax.Array, v: jax.Array) -> Keys:
-    """One layer's slice of the cache, as attention takes it."""
-    return Keys(k, v, cache.positions, cache.segments)
+def _stored(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x`` in the cache's dtype; bf16 on CPU as integers, see `nalora_jax.nn.matmul.pack`."""
+    return pack(x.astype(jnp.bfloat16)) if like.dtype == jnp.uint16 else x.astype(like.dtype)
 
 
 def default_positions(segments: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ class Decoder(nn.Module):
       remat: one of `REMAT`.
       stats: strides of the gate statistics, which are taken where ``gate_stats`` is mutable.
       activation_sharding: of ``[batch, seq, d_model]`` between layers, on a mesh; None leaves it to the compiler.
+      attention_kernel: "auto" (the platform's best), "xla", "cudnn" (GPU) or "splash" (TPU).
     """
 
     config: ModelConfig
@@ -44,12 +45,18 @@ class Decoder(nn.Module):
     remat: str = "none"
     stats: GateStatsConfig | None = None
     activation_sharding: NamedSharding | None = None
+    attention_kernel: str = "auto"
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
         self.embed = Embedding(c.vocab_size, c.d_model)
         self.layers = _stack(self.remat, c.n_layers)(
-            c, self.adapters, self.numerics, self.stats or GateStatsConfig(), self.activation_sharding
+            c,
+            self.adapters,
+            self.numerics,
+            self.stats or GateStatsConfig(),
+            self.activation_sharding,
+            self.attention_kernel,
         )
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:

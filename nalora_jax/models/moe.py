@@ -260,7 +260,7 @@ class MoEFFN(nn.Module):
         scales = scales or {}
         flat = x.reshape(-1, self.d_model)
         routing = route(Router(self.n_experts, name="router")(flat), self.top_k, normalize=self.norm_topk)
-        rows = flat[routing.token]
+        rows = jnp.take(flat, routing.token, axis=0)
         options = {"deterministic": deterministic}
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
         gate = self._experts("gate_proj", self.d_ff)
@@ -298,7 +298,7 @@ class MoEFFN(nn.Module):
         if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
             return
         activation = activations.get(self.activation)
-        rows = jnp.ones(z.shape[0]) if token_weights is None else token_weights.reshape(-1)[routing.token]
+        rows = jnp.ones(z.shape[0]) if token_weights is None else jnp.take(token_weights.reshape(-1), routing.token)
         own = routing.expert[None, :] == jnp.arange(self.n_experts)[:, None]
         weights = jnp.where(own, rows.astype(jnp.float32)[None, :], 0.0)
         written = expert_statistics(base, delta, z, weights, activation, self.stats)

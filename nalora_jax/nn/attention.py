@@ -14,9 +14,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from nalora_jax.nn import attention_kernels
+from nalora_jax.nn.attention_kernels import Kernel
+from nalora_jax.nn.matmul import unpack_leaf
+
 # Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
 _UNSEEN = -1e30
 _RECOMPUTE_FROM = 1024
+PLATFORM = Kernel()
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,24 @@ class Keys(NamedTuple):
     segments: jax.Array  # int [batch or 1, keys]; 0: nothing there
 
 
+class CachedKeys(NamedTuple):
+    """Keys and values of earlier calls, laid out as the products of one token read them; bf16 ones may be packed."""
+
+    k: jax.Array  # [batch, kv_heads, head_dim, slots]
+    v: jax.Array  # [batch, kv_heads, slots, head_dim]
+    positions: jax.Array  # int [batch or 1, slots]
+    segments: jax.Array  # int [batch or 1, slots]; 0: nothing there
+
+
 def attention(
     q: jax.Array,
     keys: Keys,
     window: jax.Array | int,
     scoring: Scoring,
     *,
-    cached: Keys | None = None,
+    cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
+    kernel: Kernel = PLATFORM,
 ) -> jax.Array:
     """Softmax attention of every token over the tokens that it sees.
 
@@ -56,14 +71,22 @@ def attention(
       scoring: scale, soft cap, dtypes.
       cached: keys of earlier calls, seen under the same rule.
       dropout_rng: key for ``scoring.dropout``; None for no dropout.
+      kernel: which implementation, by default the platform's best; all of them compute the same.
 
     Returns:
       ``[batch, seq, heads, head_dim]`` float32.
     """
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
-    if cached is not None and cached.k.shape[1] == 0:  # a cache without slots: there were no earlier calls
+    if cached is not None and cached.positions.shape[1] == 0:  # a cache without slots: there were no earlier calls
         cached = None
+    plain_only = cached is not None or (dropout_rng is not None and scoring.dropout > 0)
+    name = attention_kernels.choose(kernel, q, keys, scoring, plain_only=plain_only)
+    if name == "splash":
+        return attention_kernels.splash(q, keys, window, scoring, kernel)
+    if name == "cudnn":
+        visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
+        return attention_kernels.dot_product(q, keys.k, keys.v, visible, scoring, "cudnn")
     return _attend_in_blocks(q, keys, window, scoring, cached, dropout_rng)
 
 
@@ -72,7 +95,7 @@ def _attend_in_blocks(
     keys: Keys,
     window: jax.Array | int,
     scoring: Scoring,
-    cached: Keys | None,
+    cached: CachedKeys | None,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
     """Blocks of queries, each against the keys up to its own end."""
@@ -100,7 +123,7 @@ def _attend(
     keys: Keys,
     window: jax.Array | int,
     scoring: Scoring,
-    cached: Keys | None,
+    cached: CachedKeys | None,
     rng: jax.Array | None,
 ) -> jax.Array:
     """One block of queries against given keys; without a stored score outside it."""
@@ -108,7 +131,7 @@ def _attend(
     groups = heads // keys.k.shape[2]
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head.
     q = q.reshape(batch, seq, -1, groups, dim).transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * seq, dim)
-    sources = [keys] if cached is None else [cached, keys]
+    sources: list[Keys | CachedKeys] = [keys] if cached is None else [cached, keys]
     scores = [_scores(q, here, source, window, scoring, groups) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
@@ -117,12 +140,10 @@ def _attend(
         weights = jnp.where(kept, weights / (1.0 - scoring.dropout), 0.0)
     out, first = jnp.zeros((), jnp.float32), 0
     for source in sources:
-        last = first + source.v.shape[1]
+        last = first + source.positions.shape[1]
         part = weights[..., first:last].reshape(batch, -1, groups * seq, last - first)
-        values = source.v.astype(scoring.operand).transpose(0, 2, 1, 3)
-        out = out + jnp.einsum(
-            "bkqt,bktd->bkqd", part.astype(scoring.operand), values, preferred_element_type=jnp.float32
-        )
+        values = unpack_leaf(source.v) if isinstance(source, CachedKeys) else source.v.transpose(0, 2, 1, 3)
+        out = out + _product("bkqt,bktd->bkqd", part, values, scoring.operand)
         first = last
     out = out.reshape(batch, -1, groups, seq, dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, seq, heads, dim)
@@ -131,20 +152,27 @@ def _attend(
 def _scores(
     q: jax.Array,
     here: tuple[jax.Array, jax.Array],
-    keys: Keys,
+    keys: Keys | CachedKeys,
     window: jax.Array | int,
     scoring: Scoring,
     groups: int,
 ) -> jax.Array:
     """Masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
-    k = keys.k.astype(scoring.operand).transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkqd,bktd->bkqt", q.astype(scoring.operand), k, preferred_element_type=jnp.float32)
+    if isinstance(keys, CachedKeys):
+        scores = _product("bkqd,bkdt->bkqt", q, unpack_leaf(keys.k), scoring.operand)
+    else:
+        scores = _product("bkqd,bktd->bkqt", q, keys.k.transpose(0, 2, 1, 3), scoring.operand)
     scores = scores * scoring.scale
     if scoring.softcap:
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
     visible = visibility(*here, keys.positions, keys.segments, window)
     scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
     return jnp.where(visible[:, None, None], scores, _UNSEEN)
+
+
+def _product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
+    """`jnp.einsum` with operands rounded to ``operand`` and a float32 result."""
+    return jnp.einsum(equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)
 
 
 def visibility(

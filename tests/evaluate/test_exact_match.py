@@ -56,7 +56,7 @@ def test_an_answer_without_a_number_matches_no_other_answer_without_one():
 def test_generated_answers_are_compared_with_references(model, variables, tokenizer):
     generator = Generator(model, variables, tokenizer)
     prompts = [list(b"one"), list(b"two two"), list(b"3")]
-    texts = generator.generate(prompts, max_new_tokens=6)
+    texts = generator.generate(prompts, max_new_tokens=6, batch_size=2)
     references = [f" {texts[0].upper()}", "something else", texts[2]]
     items = [CompletionItem(p, [1], "", r) for p, r in zip(prompts, references, strict=True)]
     result = exact_match(generator, items, normalise=lambda text: text.strip().lower(), max_new_tokens=6, batch_size=2)

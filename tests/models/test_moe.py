@@ -78,7 +78,7 @@ def block(**options) -> MoEFFN:
 
 
 def variables_of(module: MoEFFN):
-    variables = module.init(jax.random.key(0), jnp.zeros((1, 2, D)))
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
     lora = {name: {**leaf, "b": normal(*leaf["b"].shape)} for name, leaf in variables["lora"].items()}
     return {"params": variables["params"], "lora": lora}
 
@@ -86,7 +86,8 @@ def variables_of(module: MoEFFN):
 def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
     module, x = block(stats=GateStatsConfig(stride=1, probe_stride=1)), normal(2, 5, D)
     variables, weights = variables_of(module), np.array([[1, 1, 0.5, 1, 0], [1, 0, 1, 1, 1]], np.float32)
-    _, out = module.apply(variables, x, token_weights=weights, mutable=["gate_stats"])
+    apply = jax.jit(lambda v: module.apply(v, x, token_weights=weights, mutable=["gate_stats"]))
+    _, out = apply(variables)
     flat, w = x.reshape(-1, D), weights.ravel()
     gate, lora = variables["params"]["gate_proj"]["kernel"], variables["lora"]["gate_proj"]
     chosen = jax.lax.top_k(flat @ variables["params"]["router"]["kernel"], 2)[1]
@@ -101,7 +102,7 @@ def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
 
 def test_identity_check_measures_the_live_gate():
     module, x = block(stats=GateStatsConfig(check=True)), normal(2, 5, D)
-    _, out = module.apply(variables_of(module), x, mutable=["gate_stats"])
+    _, out = jax.jit(lambda v: module.apply(v, x, mutable=["gate_stats"]))(variables_of(module))
     stats = out["gate_stats"]
     assert stats["identity_error"] < 1e-5 * stats["identity_scale"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.nn import attention as module
-from nalora_jax.nn.attention import Keys, Scoring, attention
+from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
 FAR = 2**30
@@ -71,7 +71,8 @@ def test_cached_keys_equal_one_run(window):
     spare = [np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions)]
     empty = np.concatenate([segments[:, :20], np.zeros_like(segments[:, :4])], axis=1)
     new = Keys(*(x[:, 20:] for x in (k, v, positions, segments)))
-    ours = attention(q[:, 20:], new, window, Scoring(0.4), cached=Keys(*spare, empty))
+    k, v = spare[0].transpose(0, 2, 3, 1), spare[1].transpose(0, 2, 1, 3)
+    ours = attention(q[:, 20:], new, window, Scoring(0.4), cached=CachedKeys(k, v, spare[2], empty))
     np.testing.assert_allclose(ours, whole[:, 20:], atol=2e-6)
 
 
