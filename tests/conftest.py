@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -19,6 +20,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "32")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out (visibly, as deselected) what this machine's owner has not chosen to have."""
+    missing = set()
+    if importlib.util.find_spec("lm_eval") is None:  # the extra `eval`, not `test`
+        missing.add("lm_eval")
+    if "gemma" not in os.environ.get("NALORA_ACCEPT_LICENSE", ""):  # only a person can accept terms
+        missing.add("gemma_terms")
+    left_out = [item for item in items if missing & {mark.name for mark in item.iter_markers()}]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

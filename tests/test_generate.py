@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from tokenizers import decoders, models, pre_tokenizers
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
@@ -190,13 +188,18 @@ def test_packed_views_share_memory_and_generate_the_same(model, variables):
 
 
 def test_a_draw_depends_on_the_seed_but_not_on_the_place_in_the_batch(generator):
-    prompts = prompts_of([9, 4, 13])
+    prompts = prompts_of([9, 9, 9])  # of one length, so that batches keep their order
     options = {"max_new_tokens": 10, "temperature": 1.0, "top_p": 0.95, "stop_ids": ()}
     drawn = generator.complete(prompts, seed=[1, 2, 3], **options)
     again = generator.complete(prompts[::-1], seed=[3, 2, 1], **options)[::-1]
     assert drawn == again
     assert generator.complete([prompts[1]], seed=2, **options)[0] == drawn[1]
     assert generator.complete([prompts[1]], seed=4, **options)[0] != drawn[1]
+
+
+def test_every_step_draws_anew(generator):
+    hot = generator.complete(prompts_of([9]), max_new_tokens=16, temperature=1e4, stop_ids=())[0]
+    assert len(set(hot.ids)) > 8
 
 
 @settings(max_examples=15, deadline=None)
@@ -207,6 +210,9 @@ def test_a_draw_depends_on_the_seed_but_not_on_the_place_in_the_batch(generator)
     spread=st.sampled_from([0.01, 1.0, 30.0]),
 )
 def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, spread):
+    import torch
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
     logits = spread * np.random.default_rng(seed).standard_normal((3, 64)).astype(np.float32)
     expected = torch.tensor(logits)
     if top_k:
@@ -309,12 +315,27 @@ def test_a_stop_text_ends_generation(generator):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "where"), [("", "prompt 1"), ([], "prompt 1"), ([1] * 96, "prompt 1"), ("x" * 200, "prompt 1")]
+    ("prompt", "found"),
+    [
+        ("", "an empty one"),
+        ([], "an empty one"),
+        ([1] * 96, 96),
+        ("x" * 200, 200),
+        ([1, 257], "1 to 257"),
+        ([-1], "-1 to -1"),
+    ],
 )
-def test_prompts_that_cannot_be_continued_are_named(generator, prompt, where):
+def test_prompts_that_cannot_be_continued_are_named(generator, prompt, found):
     with pytest.raises(NaloraError) as caught:
         generator.generate(["fine", prompt])
-    assert caught.value.where == where
+    assert (caught.value.where, caught.value.found) == ("prompt 1", found)
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"adapter_ids": [0]}, {"seed": [1]}])
+def test_arguments_that_do_not_fit_the_prompts_are_named(generator, bad):
+    with pytest.raises(NaloraError) as caught:
+        generator.generate(["a", "b"], **bad)
+    assert caught.value.where == next(iter(bad))
 
 
 @pytest.mark.parametrize(
@@ -325,11 +346,6 @@ def test_settings_out_of_range_are_named(bad):
     with pytest.raises(NaloraError) as caught:
         Settings(**bad)
     assert caught.value.where == next(iter(bad))
-
-
-def test_one_seed_per_prompt_or_one_for_all(generator):
-    with pytest.raises(NaloraError, match="seed"):
-        generator.generate(["a", "b"], seed=[1])
 
 
 @given(size=st.integers(1, 5000), multiple=st.sampled_from([1, 3, 8]))

@@ -8,6 +8,7 @@ results = simple_evaluate(harness_model(model, variables, tokenizer), tasks=["ar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -74,7 +75,7 @@ class Requests:
         """Log-likelihood of whole texts, in windows of the model's context where they are longer."""
         windows = [_windows(self._encode(request.args[0]), self._start, self._longest) for request in requests]
         scores = iter(self._scores([pair for text in windows for pair in text]))
-        return [sum(next(scores).log_prob for _ in text) for text in windows]
+        return [sum((next(scores).log_prob for _ in text), 0.0) for text in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Continuations up to the stop texts of each request; requests with equal settings share batches."""
@@ -91,6 +92,15 @@ class Requests:
             texts |= {index: text for (index, _), text in zip(batch, made, strict=True)}
         return [texts[i] for i in range(len(requests))]
 
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's own template writes it."""
+        return self._generator.tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's caches: a fingerprint, since files may share a name."""
+        return hashlib.sha256(self._generator.tokenizer.backend.to_str().encode()).hexdigest()[:16]
+
     @property
     def _start(self) -> int:
         """What stands for "nothing before": the token that begins texts, else the one that ends them."""
@@ -102,13 +112,18 @@ class Requests:
         return self._generator.max_length
 
     def _encode(self, text: str) -> list[int]:
-        return self._generator.tokenizer.encode(text)
+        """Token ids, with one begin-of-text token where the model wants it, also if a chat template wrote it."""
+        tokenizer = self._generator.tokenizer
+        ids = tokenizer.encode(text)
+        twice = tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2
+        return ids[1:] if twice else ids
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both, split where the harness splits them: a context's last spaces belong to what follows."""
         if not context:
-            ids = self._generator.tokenizer.encode(continuation, special=False)
-            return [self._start], ids[-self._longest + 1 :]
+            ids = self._generator.tokenizer.encode(continuation, special=False)[-self._longest :]
+            # What begins with the start token itself has its context.
+            return (ids[:1], ids[1:]) if ids[:1] == [self._start] and len(ids) > 1 else ([self._start], ids)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = self._encode(bare + continuation), self._encode(bare)

@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from nalora_jax.evaluate.plan import Batch, Pair, choose_layout, make_batches, split_group
-from nalora_jax.generate.shapes import batch_shards, place_batch
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.plan import Batch, Pair, Split, choose_layout, make_batches, split_group
+from nalora_jax.generate.shapes import batch_shards, fetch, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.matmul import pack, pack_views
@@ -55,11 +56,12 @@ def score_groups(
       Scores in the order of ``groups``.
 
     Raises:
-      NaloraError: a group, a context or a continuation is empty.
+      NaloraError: a group, a context or a continuation is empty, or a text is longer than the model's context.
     """
     if not groups:
         return []
     splits = [split_group(index, pairs) for index, pairs in enumerate(groups)]
+    _check_lengths(splits, model.config.max_positions)
     layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
     variables = viewed(variables)
     scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
@@ -68,6 +70,18 @@ def score_groups(
         for (group, pair), score in zip(pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True):
             scores[group][pair] = score
     return scores
+
+
+def _check_lengths(splits: Sequence[Split], context: int) -> None:
+    for split in splits:
+        length = len(split.stem) + max(len(tail) for tail in split.tails)
+        if length > context:
+            raise NaloraError(
+                f"evaluation item {split.index}",
+                expected=f"at most {context} tokens before the last (the model's context)",
+                found=length,
+                remedy="drop or shorten long items",
+            )
 
 
 def viewed(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +97,7 @@ def packed(variables: Mapping[str, Any]) -> dict[str, Any]:
 def _score_batch(model: Decoder, variables: Any, batch: Batch, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
     placed = place_batch((batch.stem, batch.tails, batch.targets, batch.owner >= 0), mesh)
     log_probs, greedy = _stems_and_tails(model, variables, *placed)
-    return np.asarray(log_probs, np.float64), np.asarray(greedy)
+    return fetch(log_probs).astype(np.float64), fetch(greedy)
 
 
 def _by_owner(owner: np.ndarray, log_probs: np.ndarray, greedy: np.ndarray, count: int) -> list[Score]:

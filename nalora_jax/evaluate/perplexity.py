@@ -16,7 +16,7 @@ from nalora_jax.data.items import CompletionItem
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import packed, score_groups, target_log_probs, viewed
 from nalora_jax.evaluate.statistics import bootstrap
-from nalora_jax.generate.shapes import place_batch
+from nalora_jax.generate.shapes import fetch, place_batch
 from nalora_jax.models.decoder import Decoder
 
 
@@ -51,8 +51,8 @@ def perplexity(
     sums: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     for batch in batches:
-        log_probs = np.asarray(_batch_log_probs(model, variables, place_batch(dict(batch), mesh)), np.float64)
-        loss, tokens = _by_document(batch, -log_probs)
+        log_probs = fetch(_batch_log_probs(model, variables, place_batch(dict(batch), mesh)))
+        loss, tokens = _by_document(batch, -log_probs.astype(np.float64))
         sums.append(loss)
         counts.append(tokens)
     return _result(np.concatenate([*sums, np.zeros(0)]), np.concatenate([*counts, np.zeros(0)]))

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, view_weights
 from nalora_jax.generate.sampling import make_sampling
-from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.generate.shapes import batch_shards, bucket, fetch, place_batch
 from nalora_jax.generate.text import TextStream
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
@@ -109,7 +108,9 @@ class Generator:
         mesh: Mesh | None = None,
     ) -> None:
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
-        self.max_length = min(max_length or model.config.max_positions, model.config.max_positions)
+        context = model.config.max_positions
+        self.max_length = context if max_length is None else min(max_length, context)
+        _require("max_length", self.max_length > 1, "at least 2", max_length)
         self.variables = variables
         self._weights = view_weights(variables)
 
@@ -153,6 +154,11 @@ class Generator:
         chosen = Settings(**settings)
         ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         seeds = chosen.seeds(len(ids))
+        _require("batch_size", batch_size >= 1, "at least 1", batch_size)
+        if adapter_ids is not None:
+            _require(
+                "adapter_ids", len(adapter_ids) == len(ids), f"one for each of {len(ids)} prompts", len(adapter_ids)
+            )
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: less padding
         made: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
@@ -176,6 +182,14 @@ class Generator:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not prompt or not ids:
             raise NaloraError(where, expected="a text", found="an empty one", remedy="write a prompt to go on from")
+        vocab = self.model.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab:
+            raise NaloraError(
+                where,
+                expected=f"token ids of the model, 0 to {vocab - 1}",
+                found=f"{min(ids)} to {max(ids)}",
+                remedy="use the model's own tokenizer",
+            )
         if len(ids) >= self.max_length:
             raise NaloraError(
                 where,
@@ -254,7 +268,7 @@ class _Batch:
         generator, mesh = self._generator, self._generator.mesh
         model, weights = generator.model, generator._weights
         state = prefill(model, weights, self._prompts, slots=self._slots)
-        made = np.asarray(state.token)[:, None]
+        made = fetch(state.token)[:, None]
         remaining = int(self._limits.max())
         while True:
             remaining -= made.shape[1]
@@ -267,7 +281,7 @@ class _Batch:
             padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), mesh)
             steps = np.int32(min(tokens, remaining))
             state, new = decode(model, weights, state, self._prompts, padded, steps, size=_BATCH_TOKENS)
-            made = np.asarray(jax.device_get(new))[:, :steps]
+            made = fetch(new)[:, :steps]
 
     def _take(self, row: int, made: np.ndarray) -> str:
         """Text of a row's new tokens, up to its end."""

@@ -19,7 +19,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, p
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import AdapterSpec, TargetSpec, init_a
-from nalora_jax.nn.matmul import Numerics, dot, unpack_leaf
+from nalora_jax.nn.matmul import PRODUCT, Numerics, dot, unpack_leaf
 from nalora_jax.trees import flatten, unflatten
 
 # What the backward pass finds stored: everything, the layer's input only, or matrix products too.
@@ -150,7 +150,7 @@ class Head(nn.Module):
 
 def _stack(remat: str, n_layers: int) -> Any:
     """`Block` scanned over layers, rematerialised as asked."""
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
     block = Block if remat == "none" else nn.remat(Block, policy=policies[remat], prevent_cse=False)

@@ -134,7 +134,10 @@ def _attend(
     sources: list[Keys | CachedKeys] = [keys] if cached is None else [cached, keys]
     scores = [_scores(q, here, source, window, scoring, groups) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0], axis=-1)
+    scored = jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0]
+    weights = jnp.exp(scored - jax.lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True)))
+    # The softmax's division comes after the product with the values: a pass over [seq, head_dim], not [seq, keys].
+    total = jnp.sum(weights, axis=-1)[..., None]
     if rng is not None and scoring.dropout > 0:
         kept = jax.random.bernoulli(rng, 1.0 - scoring.dropout, weights.shape)
         weights = jnp.where(kept, weights / (1.0 - scoring.dropout), 0.0)
@@ -145,8 +148,8 @@ def _attend(
         values = unpack_leaf(source.v) if isinstance(source, CachedKeys) else source.v.transpose(0, 2, 1, 3)
         out = out + _product("bkqt,bktd->bkqd", part, values, scoring.operand)
         first = last
-    out = out.reshape(batch, -1, groups, seq, dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, seq, heads, dim)
+    out = out.reshape(batch, -1, groups, seq, dim) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim)
 
 
 def _scores(

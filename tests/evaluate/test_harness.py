@@ -27,6 +27,7 @@ PAIRS = [
     ("Which way is up?", " down"),
     ("spaces move to what follows  ", "x"),
     ("", "without a context"),
+    ("", "<end>begins with the start token"),
     (LONG, " end"),
 ]
 
@@ -41,6 +42,7 @@ def test_log_likelihoods_equal_transformers(requests, torch_log_probs):
     texts = [(b"Which way is up?", b" up"), (b"Which way is up?", b" down"), (b"spaces move to what follows", b"  x")]
     expected = [torch_log_probs(byte_ids(context), byte_ids(ending)) for context, ending in texts]
     expected.append(torch_log_probs([END], byte_ids(b"without a context")))
+    expected.append(torch_log_probs([END], byte_ids(b"begins with the start token")))
     whole = byte_ids(LONG.encode() + b" end")[-65:]
     expected.append(torch_log_probs(whole[:-4], whole[-4:]))
     np.testing.assert_allclose([s for s, _ in scores], [table.sum() for table, _ in expected], rtol=1e-5)
@@ -89,8 +91,8 @@ def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, t
         harness_model(model, variables, tokenizer)
 
 
+@pytest.mark.lm_eval
 def test_the_harness_gets_the_same_from_this_model_as_from_its_own(llama, model, variables, tokenizer):
-    pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.models.huggingface import HFLM

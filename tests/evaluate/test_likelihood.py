@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -54,12 +55,12 @@ def test_log_likelihoods_equal_transformers(model, variables, torch_log_probs, o
 
 
 def test_a_continuation_is_greedy_where_every_token_is_the_likeliest(model, variables, llama):
-    import torch
-
-    context = [5, 77, 3]
-    made = llama.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False, pad_token_id=0)[0, 3:].tolist()
-    wrong = [*made[:-1], (made[-1] + 1) % 256]
-    right, almost = score_groups(model, variables, [[(context, made), (context, wrong)]])[0]
+    ids = [5, 77, 3]
+    for _ in range(4):
+        with torch.no_grad():
+            likeliest, second = llama(torch.tensor([ids])).logits[0, -1].topk(2).indices.tolist()
+        ids.append(likeliest)
+    right, almost = score_groups(model, variables, [[(ids[:3], ids[3:]), (ids[:3], [*ids[3:-1], second])]])[0]
     assert right.greedy
     assert not almost.greedy
 
@@ -101,6 +102,11 @@ def test_bf16_weights_score_close_to_float32(model, variables):
 def test_nothing_to_score_is_an_error_that_names_the_item(model, variables, group):
     with pytest.raises(NaloraError, match="evaluation item 1"):
         score_groups(model, variables, [[([1], [2])], group])
+
+
+def test_a_text_beyond_the_context_is_an_error_that_names_the_item(model, variables):
+    with pytest.raises(NaloraError, match="evaluation item 1: expected at most 64 tokens"):
+        score_groups(model, variables, [[([1], [2])], [([1] * 60, [2] * 6)]])
 
 
 # ---------------------------------------------------------------- plan

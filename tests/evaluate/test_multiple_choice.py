@@ -37,6 +37,7 @@ def test_accuracy_and_loss_equal_transformers(model, variables, torch_log_probs)
     assert (result.low, result.high) == wilson(int(result.correct.sum()), 4)
     assert result.accuracy_per_token == np.mean([a == g for a, g in zip(per_token, gold, strict=True)])
     np.testing.assert_allclose(result.loss, -right.mean(), rtol=1e-5)
+    assert multiple_choice(model, variables, QUESTIONS, per="token").predictions.tolist() == per_token
     first = result.samples[0]
     assert (first.prompt, first.expected) == ("Which way is up?", "up")
     assert first.answer == QUESTIONS[0].choices[answers[0]].strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def test_smollm2_tokens_and_chat_equal_transformers(smollm: LoadedModel) -> None
     assert (smollm.tokenizer.bos_id, smollm.tokenizer.eos_id, smollm.tokenizer.add_bos) == (1, 2, False)
 
 
-@pytest.mark.skipif("gemma" not in os.environ.get(hub.ACCEPT_VARIABLE, ""), reason="the Gemma terms are not accepted")
+@pytest.mark.gemma_terms
 def test_gemma_3_equals_transformers() -> None:
     import transformers
 
