@@ -1,6 +1,6 @@
 """The main job with plain LoRA: both mechanisms off, everything else equal. The run to compare NA-LoRA with.
 
-Expected result: near the main job's; docs say how far apart over paired seeds.
+Expected result: near the main job's; which of the two is better is a question for paired seeds, not for one run.
 Cost: that of the main job.
 Command: python train.py --config configs/lora_baseline.py
 """
