@@ -23,7 +23,6 @@ from jax.ad_checkpoint import checkpoint_name
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.quantize import Quantized, dequantize
 
-
 # Name of every frozen product's result, for rematerialisation policies.
 PRODUCT = "frozen_product"
 
