@@ -156,6 +156,7 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
         "adapter_model.safetensors",
         "README.md",
     }
+    assert {p.stat().st_mode & 0o777 for p in result.adapter.iterdir()} == {0o644}
     lines = _lines(config.output)
     assert lines[0]["run"]["steps"] == 40
     initial, final = (next(line for line in lines if name in line) for name in ("initial", "final"))

@@ -32,6 +32,9 @@ def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterato
     with _scratch(target) as scratch:
         scratch.chmod(0o755)  # mkdtemp's 0700 would travel with the rename
         yield scratch
+        for path in scratch.iterdir():
+            if path.is_file():
+                path.chmod(0o644)  # safetensors makes private files; others may have to serve them
         _move(scratch, target)
 
 
