@@ -186,7 +186,7 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
         _, args = cli.parse(["train", "--seed", "4", *given])
         assert args.run == dataclasses.replace(RunConfig(steps=7, seed=4), lora=args.run.lora)
         assert args.run.lora.dropout == 0.1
-    assert re.search(r"--steps INT .*\(default: 7\)", help_of(capsys, monkeypatch, "train", "--config", str(path)))
+    assert re.search(r"--steps INT\s[^-]*\(default: 7\)", help_of(capsys, monkeypatch, "train", "--config", str(path)))
     assert [found.name for found in tmp_path.iterdir()] == ["settings.py"]  # no bytecode beside it
 
 
