@@ -177,13 +177,13 @@ def answers_file(tmp_path):
 
 
 def scores(model, row):
-    """Log-probability of each choice, one token at a time."""
+    """Log-probability of each choice per character, one token at a time."""
     tokenizer, found = model.base.tokenizer, []
     for choice in row["choices"]:
         prompt, answer = tokenizer.encode(row["prompt"]), tokenizer.encode(choice)
         hidden = model.module.apply(model.variables, jnp.asarray([prompt + answer]))
         logs = jax.nn.log_softmax(model.module.apply(model.variables, hidden, method="unembed")[0])
-        found.append(sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
+        found.append(sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(choice))
     return found
 
 

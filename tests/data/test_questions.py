@@ -6,6 +6,7 @@ import pytest
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data import ChoiceItem, CompletionItem, eval_examples, train_data
+from nalora_jax.data.questions import split_questions
 from nalora_jax.errors import NaloraError
 
 
@@ -119,3 +120,23 @@ def test_evaluating_on_training_data_is_refused(write_jsonl, tokenizer):
     with pytest.raises(NaloraError, match=r"--data.eval-split"):
         eval_examples(config, tokenizer)
     assert len(eval_examples(dataclasses.replace(config, train_split="train[:-10%]"), tokenizer)) == 2
+
+
+@pytest.mark.parametrize(
+    ("total", "reported", "selecting", "sizes"), [(900, 400, 200, (400, 200)), (30, 400, 200, (20, 10))]
+)
+def test_questions_that_choose_are_never_reported_on(total, reported, selecting, sizes):
+    items = [CompletionItem([i], [i], str(i), str(i)) for i in range(total)]
+    first, second = split_questions(items, reported, selecting)
+    assert (len(first), len(second)) == sizes
+    assert not {item.prompt for item in first} & {item.prompt for item in second}
+    assert (first, second) == split_questions(items, reported, selecting)
+
+
+def test_all_that_are_left_can_be_reported_on():
+    items = [CompletionItem([i], [i], str(i), str(i)) for i in range(50)]
+    first, second = split_questions(items, 0, 5)
+    assert len(first) == 45
+    assert len(second) == 5
+    with pytest.raises(NaloraError, match="at least two"):
+        split_questions(items[:1], 0, 5)
