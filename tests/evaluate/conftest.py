@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 LAYERS = 2
 
 
 @pytest.fixture(scope="session")
 def llama() -> LlamaForCausalLM:
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=257,
         hidden_size=32,
         intermediate_size=48,
@@ -31,7 +35,7 @@ def llama() -> LlamaForCausalLM:
         tie_word_embeddings=True,
         initializer_range=0.3,
     )
-    return LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +80,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def torch_log_probs(llama: LlamaForCausalLM):
     """Log-probabilities ``[continuation]`` of a continuation's tokens, one forward pass over one unpadded text."""
+
+    torch = pytest.importorskip("torch")
 
     def log_probs(context: list[int], continuation: list[int]) -> tuple[np.ndarray, bool]:
         ids = torch.tensor([[*context, *continuation]])
