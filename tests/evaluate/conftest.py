@@ -74,6 +74,7 @@ def tokenizer() -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab | {"<end>": 256}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
     return Tokenizer(backend, bos_id=None, eos_id=256, pad_id=256, eos_ids=(256,))
 
 
