@@ -121,7 +121,9 @@ def choose_remat(compute: ComputeConfig, platform: str) -> str:
     """The policy that "auto" stands for: what was measured to cost least on each platform (docs/benchmarks.md)."""
     if compute.remat != "auto":
         return compute.remat
-    return "none" if platform == "cpu" and compute.dtype == "float32" else "full"
+    if platform == "cpu":
+        return "none" if compute.dtype == "float32" else "dots"
+    return "full"
 
 
 def build_optimizer(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> optax.GradientTransformationExtraArgs:

@@ -181,10 +181,10 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # Hold the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), or "none".
     quantize: Literal["none", "int8", "nf4"] = "none"
-    # Rematerialisation: "auto" (by platform and dtype, as measured), "none", "full", or "dots" (keep matmul results).
+    # Rematerialisation: "auto" (by platform and dtype, as measured), "none", "full", "dots" (keep what takes a matmul).
     remat: Literal["auto", "none", "full", "dots"] = "auto"
     # Take the channel statistics on every n-th position of each row (1: on all).
-    stats_stride: int = 1
+    stats_stride: int = 4
     # Take the misalignment probe on every n-th position (a multiple of stats_stride).
     probe_stride: int = 8
     # Rows of hidden states per chunk of the cross-entropy; 0 chooses by the vocabulary's size.

@@ -69,7 +69,7 @@ def channel_statistics(z: Array, weights: Array, activation: Activation, partiti
 
     Args:
       z: [..., tokens, d_ff] full gate pre-activations, adapter included.
-      weights: [..., tokens] token weights, 0 for padding. A bool mask counts regions about three times faster.
+      weights: [..., tokens] token weights, 0 for padding; or a bool mask.
 
     Returns:
       ``tokens`` [] = sum of weights; ``slope`` [d_ff] = sum of |phi'(z)|; ``occupancy`` [4, d_ff] = tokens per region,
@@ -78,12 +78,8 @@ def channel_statistics(z: Array, weights: Array, activation: Activation, partiti
     z = _float32(z, weights)
     rho, drho = activation.gate(z)
     tokens = _tokens(weights)
-    block = _count_block(z.shape[-2])
-    if weights.dtype == jnp.bool_ and block:
-        inside = _packed_counts(z, weights, partition, block)
-    else:
-        inside = _weighted_counts(z, weights, partition)
-    occupancy = jnp.stack([*inside, jnp.maximum(tokens - sum(inside), 0)])
+    below = [_total((z < cut).astype(jnp.float32), weights) for cut in (partition.z0, 0.0, partition.z1)]
+    occupancy = jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])
     return {"tokens": tokens, "slope": _total(jnp.abs(rho + z * drho), weights), "occupancy": occupancy}
 
 
@@ -169,45 +165,11 @@ def _tokens(weights: Array) -> Array:
 
 def _total(values: Array, weights: Array) -> Array:
     """Weighted sum over tokens: [..., tokens, d_ff] -> [d_ff] float32."""
-    weights = lax.stop_gradient(weights)
-    if weights.dtype == jnp.bool_:
-        return jnp.sum(jnp.where(weights[..., None], values, 0), axis=tuple(range(values.ndim - 1)))
-    # As a product, because XLA's CPU reductions of several weighted sums at once are up to ten times slower.
-    axes = tuple(range(weights.ndim))
-    contraction = ((axes, axes), ((), ()))
-    return lax.dot_general(weights.astype(jnp.float32), values, contraction, precision=lax.Precision.HIGHEST)
-
-
-def _weighted_counts(z: Array, weights: Array, partition: Partition) -> list[Array]:
-    """Total weight in the first three regions, each [d_ff]."""
-    below = [_total((z < cut).astype(jnp.float32), weights) for cut in (partition.z0, 0.0, partition.z1)]
-    return [below[0], below[1] - below[0], below[2] - below[1]]
-
-
-# Three counts of up to 1023 tokens share one int32, so that the regions cost one reduction instead of three.
-_FIELD = 10
-_MAX_BLOCK = (1 << _FIELD) - 1
-
-
-def _count_block(tokens: int) -> int:
-    """The largest number of tokens that can be counted in one int32 and divides ``tokens``; 0 if that is too few."""
-    block = next(size for size in range(min(tokens, _MAX_BLOCK), 0, -1) if tokens % size == 0)
-    return block if block == tokens or block >= 32 else 0
-
-
-def _packed_counts(z: Array, mask: Array, partition: Partition, block: int) -> list[Array]:
-    """`_weighted_counts` for a bool mask.
-
-    Blocks are cut along the last token axis, so that leading axes (a sharded batch) are reduced where they lie.
-    """
-    # An expanding token counts 1 << 20, a contracting one 1 << 10, an inverted one 1.
-    code = jnp.where(
-        z < partition.z0, 1, jnp.where(z < 0, 1 << _FIELD, jnp.where(z < partition.z1, 1 << 2 * _FIELD, 0))
-    )
-    code = jnp.where(mask[..., None], code, 0)
-    packed = jnp.sum(code.reshape(*z.shape[:-2], -1, block, z.shape[-1]), axis=-2, dtype=jnp.int32)
-    fields = (packed & _MAX_BLOCK, (packed >> _FIELD) & _MAX_BLOCK, packed >> 2 * _FIELD)
-    return [jnp.sum(field.astype(jnp.float32), axis=tuple(range(field.ndim - 1))) for field in fields]
+    # As a product, because XLA's CPU reductions of several weighted sums at once are up to ten times slower, and
+    # because a mask spread over the channels would be made once for all layers and read by each.
+    weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
+    values = values.reshape(weights.shape[1], -1)
+    return lax.dot_general(weights, values, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)[0]
 
 
 def _per_token(total: Array, tokens: Array | None) -> Array:

@@ -126,13 +126,6 @@ def test_cut_points_belong_to_the_region_above():
         np.testing.assert_array_equal(stats["occupancy"][:, 0], [1, 1, 2, 2])
 
 
-def test_a_block_holds_its_largest_count():
-    for cut in (PARTITION.z0 - 1, -0.5, 1.0, 9.0):
-        z = jnp.full((2, 1023, 2), cut, jnp.float32)
-        stats = channel_statistics(z, jnp.ones((2, 1023), bool), SILU, PARTITION)
-        assert sorted(stats["occupancy"][:, 0].tolist()) == [0, 0, 0, 2046]
-
-
 def test_padding_does_not_count():
     z, dz = normal(11, 2, 6, 4), normal(12, 2, 6, 4)
     mask = jnp.array([[True] * 6, [True] * 2 + [False] * 4])

@@ -16,8 +16,8 @@ from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
 from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
 from nalora_jax.nn.layers import RMSNorm, apply_rope
-from nalora_jax.nn.lora import AdapterSpec, LoRADense, combine
-from nalora_jax.nn.matmul import Numerics
+from nalora_jax.nn.lora import AdapterSpec, LoRADense
+from nalora_jax.nn.matmul import Numerics, kept
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +76,8 @@ class Attention(nn.Module):
         q = self._project(x, "q_proj", c.n_heads * c.head_dim, c.qkv_bias, layer, shared)
         k = self._project(x, "k_proj", c.n_kv_heads * c.head_dim, c.qkv_bias, layer, shared)
         v = self._project(x, "v_proj", c.n_kv_heads * c.head_dim, c.qkv_bias, layer, shared)
+        if c.qk_norm:
+            q, k = kept(q, self.numerics.kept), kept(k, self.numerics.kept)
         if c.qk_norm == "projection":
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         # [batch, seq, heads, head_dim]
@@ -101,7 +103,7 @@ class Attention(nn.Module):
             name=name,
         )
         scale = layer.scales.get("attn", {}).get(name, 1.0)
-        return combine(*dense(x, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids))
+        return dense(x, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)[0]
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -114,7 +116,7 @@ class Attention(nn.Module):
             assert shared.cached_segments is not None
             cached = CachedKeys(*layer.cached, shared.cached_positions, shared.cached_segments)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
-        scoring = Scoring(c.score_scale, c.attn_softcap, self.numerics.operand, c.attn_dropout)
+        scoring = Scoring(c.score_scale, c.attn_softcap, self.numerics.operand, self.numerics.kept, c.attn_dropout)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         return attention(q, keys, window, scoring, cached=cached, dropout_rng=rng, kernel=self.kernel)
 
@@ -136,6 +138,7 @@ class Block(nn.Module):
         kernel = Kernel(self.attention_kernel, tuple(sorted(set(c.layer_windows))), self.activation_sharding)
         attn = Attention(c, block_adapters(self.adapters, "attn"), self.numerics, kernel, name="attn")
         y, keys = attn(self._norm("attn_norm", x, c.pre_norm), layer, shared)
+        y = kept(y, self.numerics.kept)
         x = self._add(x, self._norm("attn_post_norm", y, c.post_norm))
         y = self._ffn()(
             self._norm("ffn_norm", x, c.pre_norm),

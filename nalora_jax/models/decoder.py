@@ -19,10 +19,10 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, p
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import AdapterSpec, TargetSpec, init_a
-from nalora_jax.nn.matmul import PRODUCT, Numerics, dot, unpack_leaf
+from nalora_jax.nn.matmul import KEPT, Numerics, dot, take_rows
 from nalora_jax.trees import flatten, unflatten
 
-# What the backward pass finds stored: everything, the layer's input only, or matrix products too.
+# What the backward pass finds stored: everything, the layer's input only, or also what takes a matrix product to make.
 REMAT = ("none", "full", "dots")
 
 
@@ -129,7 +129,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int ``[...]`` -> ``[..., d_model]`` in the table's dtype; the table may be packed (`nn.matmul.pack`)."""
-        return unpack_leaf(jnp.take(self.table(), tokens, axis=0))
+        return take_rows(self.table(), tokens)
 
     def table(self) -> jax.Array:
         """``[vocab, d_model]``, without a gradient."""
@@ -150,7 +150,7 @@ class Head(nn.Module):
 
 def _stack(remat: str, n_layers: int) -> Any:
     """`Block` scanned over layers, rematerialised as asked."""
-    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
+    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(KEPT)}
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
     block = Block if remat == "none" else nn.remat(Block, policy=policies[remat], prevent_cse=False)

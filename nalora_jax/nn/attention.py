@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from nalora_jax.nn import attention_kernels
 from nalora_jax.nn.attention_kernels import Kernel
-from nalora_jax.nn.matmul import unpack_leaf
+from nalora_jax.nn.blockwise_attention import UNSEEN, block_size, blockwise_attention, visibility
+from nalora_jax.nn.matmul import kept, unpack_leaf
 
-# Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
-_UNSEEN = -1e30
+# With dropout: from this length stored probabilities would outweigh all other activations, so they are made again.
 _RECOMPUTE_FROM = 1024
 PLATFORM = Kernel()
 
@@ -31,6 +31,7 @@ class Scoring:
     scale: float  # multiplies q . k
     softcap: float = 0.0  # c tanh(score / c); 0: none
     operand: str = "float32"  # dtype of the products' operands; sums and softmax are float32
+    kept: str = "float32"  # what queries, keys, values and the result are rounded to for the backward pass
     dropout: float = 0.0  # rate on the probabilities
 
 
@@ -82,8 +83,11 @@ def attention(
         cached = None
     plain_only = cached is not None or (dropout_rng is not None and scoring.dropout > 0)
     name = attention_kernels.choose(kernel, q, keys, scoring, plain_only=plain_only)
+    if name == "xla" and not plain_only:
+        return blockwise_attention(q, keys.k, keys.v, keys.positions, keys.segments, window, scoring)
     if name == "splash":
-        return attention_kernels.splash(q, keys, window, scoring, kernel)
+        q, k, v = (kept(x, scoring.kept) for x in (q, keys.k, keys.v))
+        return attention_kernels.splash(q, keys._replace(k=k, v=v), window, scoring, kernel)
     if name == "cudnn":
         visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
         return attention_kernels.dot_product(q, keys.k, keys.v, visible, scoring, "cudnn")
@@ -98,9 +102,8 @@ def _attend_in_blocks(
     cached: CachedKeys | None,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
-    """Blocks of queries, each against the keys up to its own end."""
+    """Cached keys and dropout: blocks of queries, each against the cache and the keys up to its own end."""
     size = block_size(q.shape[1])
-    # From here on stored probabilities would outweigh all other activations: they are recomputed instead.
     attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4,))
     outputs = []
     for start in range(0, q.shape[1], size):
@@ -110,11 +113,6 @@ def _attend_in_blocks(
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
         outputs.append(attend(q[:, start:end], here, seen, window, scoring, cached, rng))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
-
-
-def block_size(seq: int) -> int:
-    """Queries per block: small enough to skip most of the upper triangle, at most 8 blocks to compile."""
-    return max(64, -(-seq // 8))
 
 
 def _attend(
@@ -170,22 +168,9 @@ def _scores(
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
     visible = visibility(*here, keys.positions, keys.segments, window)
     scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
-    return jnp.where(visible[:, None, None], scores, _UNSEEN)
+    return jnp.where(visible[:, None, None], scores, UNSEEN)
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
     """`jnp.einsum` with operands rounded to ``operand`` and a float32 result."""
     return jnp.einsum(equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)
-
-
-def visibility(
-    positions: jax.Array,
-    segments: jax.Array,
-    key_positions: jax.Array,
-    key_segments: jax.Array,
-    window: jax.Array | int,
-) -> jax.Array:
-    """Whether each query sees each key: bool ``[batch or 1, queries, keys]`` from int ``[batch or 1, ...]``."""
-    ahead = positions[:, :, None] - key_positions[:, None, :]
-    same = segments[:, :, None] == key_segments[:, None, :]
-    return same & (ahead >= 0) & (ahead < window)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax import activations, selection
-from nalora_jax.nn.lora import LoRADense, TargetSpec, combine
-from nalora_jax.nn.matmul import Numerics
+from nalora_jax.nn.lora import LoRADense, Probe, TargetSpec
+from nalora_jax.nn.matmul import Numerics, restored, stored
 
 
 @dataclass(frozen=True)
@@ -50,49 +50,51 @@ class Adapters:
         return dict(self.targets).get(name)
 
 
-def gated_product(z: jax.Array, u: jax.Array, activation: activations.Activation) -> tuple[jax.Array, jax.Array]:
-    """``(a * u, a)`` with ``a = phi(z)``; the backward pass keeps z and u only.
+def gated_product(
+    z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str = "float32"
+) -> tuple[jax.Array, jax.Array]:
+    """``(a * u, a)`` with ``a = phi(z)``, of z and u rounded to ``kept``: all that the backward pass keeps.
 
     Autodiff would keep the sigmoid and phi(z) as well. ``a`` is there for the identity check, which reads the very
-    tensor that u multiplies; it has no gradient of its own, and unused it costs nothing.
+    tensor that u multiplies; it has no gradient of its own, and unused it costs nothing. Without u it is 1.
     """
-    chex.assert_equal_shape([z, u])
-    return _gated_product(z, u, activation)
+    if u is not None:
+        chex.assert_equal_shape([z, u])
+    return _gated_product(z, u, activation, kept)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gated_product(z: jax.Array, u: jax.Array, activation: activations.Activation) -> tuple[jax.Array, jax.Array]:
-    a = activation.phi(z)
-    return a * u, a
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gated_product(z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str) -> Any:
+    return _gated_product_fwd(z, u, activation, kept)[0]
 
 
-def _gated_product_fwd(z: jax.Array, u: jax.Array, activation: activations.Activation) -> tuple[Any, Any]:
-    return _gated_product(z, u, activation), (z, u)
+def _gated_product_fwd(z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str) -> Any:
+    # The value is made of what is kept, so that a rematerialised layer makes it again without the products.
+    held, like_z = (stored(z, kept), None if u is None else stored(u, kept)), jnp.zeros((0,), z.dtype)
+    a = activation.phi(restored(held[0], z.dtype))
+    return (a if held[1] is None else a * restored(held[1], z.dtype), a), (*held, like_z)
 
 
-def _gated_product_bwd(activation: activations.Activation, kept: Any, g: Any) -> tuple[jax.Array, jax.Array]:
-    z, u = kept
+def _gated_product_bwd(activation: activations.Activation, kept: str, residuals: Any, g: Any) -> Any:
+    z, u, like_z = residuals
+    z = restored(z, like_z.dtype)
     rho, drho = activation.gate(z)  # one exponential for both
-    return g[0] * u * (rho + z * drho), g[0] * (z * rho)
+    if u is None:
+        return g[0] * (rho + z * drho), None
+    return g[0] * restored(u, z.dtype) * (rho + z * drho), g[0] * (z * rho)
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
 
 
 def gate_statistics(
-    base: jax.Array,
-    delta: jax.Array | None,
-    z: jax.Array,
-    weights: jax.Array,
-    activation: activations.Activation,
-    config: GateStatsConfig,
+    z: jax.Array, probe: Probe, weights: jax.Array, activation: activations.Activation, config: GateStatsConfig
 ) -> dict[str, jax.Array]:
     """Sums over real tokens that the mechanisms and the metrics are made of; constants of the backward pass.
 
     Args:
-      base: ``[batch, seq, d_ff]``, the frozen gate pre-activation.
-      delta: the adapter's residual dz, same shape, or None.
-      z: ``[batch, seq, d_ff]``, what the block really feeds to phi.
+      z: ``[batch, seq, d_ff]``, what the block feeds to phi.
+      probe: its frozen part and the adapter's residual on every ``config.probe_stride``-th position.
       weights: ``[batch, seq]``, which tokens are real; bool is faster than float.
       activation: the gate's.
       config: strides and tolerance.
@@ -102,14 +104,12 @@ def gate_statistics(
       ``linear`` ``[d_ff]``, all float32 (see `nalora_jax.selection`).
     """
     chex.assert_shape(weights, z.shape[:-1])
-    base, z = lax.stop_gradient((base, z))
+    z, probe = lax.stop_gradient((z, probe))
     partition = activations.partition(activation.name, config.tolerance)
     take = slice(None, None, config.stride)
     stats = selection.channel_statistics(z[..., take, :], weights[..., take], activation, partition)
-    probe = slice(None, None, config.probe_stride)
-    dz = jnp.zeros_like(base) if delta is None else lax.stop_gradient(delta)
-    stats |= selection.probe_statistics(base[..., probe, :], dz[..., probe, :], weights[..., probe], activation)
-    return stats
+    probed = weights[..., :: config.probe_stride]
+    return stats | selection.probe_statistics(probe.base, probe.delta, probed, activation)
 
 
 class _Block(nn.Module):
@@ -142,10 +142,12 @@ class _Block(nn.Module):
 
     def _observe(
         self,
-        base: jax.Array,
-        delta: jax.Array | None,
+        gate: LoRADense,
+        x: jax.Array,
         z: jax.Array,
+        delta: jax.Array | None,
         selected: jax.Array,
+        scale: jax.Array | float,
         weights: jax.Array | None,
     ) -> None:
         """Writes the statistics, and the identity's error where asked; free when ``gate_stats`` is not mutable."""
@@ -154,11 +156,14 @@ class _Block(nn.Module):
         activation = activations.get(self.activation)
         if weights is None:
             weights = jnp.ones(z.shape[:-1], bool)
-        for name, value in gate_statistics(base, delta, z, weights, activation, self.stats).items():
-            self._write(name, value)
+        probe = gate.probe(x, z, delta, self.stats.probe_stride, scale)
+        written = gate_statistics(z, probe, weights, activation, self.stats)
         if self.stats.check:
-            for name, value in identity_error(base, delta, selected, activation).items():
-                self._write(name, value)
+            # Both parts made apart from z, which may be one product: a wrong product must not hide in a difference.
+            base, _ = gate(x, adapted=False)
+            written |= identity_error(base, gate.probe(x, z, delta, 1, scale).delta, selected, activation)
+        for name, value in written.items():
+            self._write(name, value)
 
 
 def identity_error(
@@ -210,14 +215,12 @@ class GatedFFN(_Block):
         """
         scales = scales or {}
         options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
-        activation = activations.get(self.activation)
-        gate = self._dense("gate_proj", self.d_ff)
-        base, delta = gate(x, scales.get("gate_proj", 1.0), self._mask(), **options)
-        z = combine(base, delta)
-        u = combine(*self._dense("up_proj", self.d_ff)(x, scales.get("up_proj", 1.0), **options))
-        hidden, selected = gated_product(z, u, activation)
-        self._observe(base, delta, z, selected, token_weights)
-        return combine(*self._dense("down_proj", self.d_model)(hidden, scales.get("down_proj", 1.0), **options))
+        gate, scale = self._dense("gate_proj", self.d_ff), scales.get("gate_proj", 1.0)
+        z, delta = gate(x, scale, self._mask(), **options)
+        u, _ = self._dense("up_proj", self.d_ff)(x, scales.get("up_proj", 1.0), **options)
+        hidden, selected = gated_product(z, u, activations.get(self.activation), self.numerics.kept)
+        self._observe(gate, x, z, delta, selected, scale, token_weights)
+        return self._dense("down_proj", self.d_model)(hidden, scales.get("down_proj", 1.0), **options)[0]
 
 
 class SelfGatedFFN(_Block):
@@ -236,9 +239,8 @@ class SelfGatedFFN(_Block):
         """``[batch, seq, d_model]`` -> ``[batch, seq, d_model]``; arguments as in `GatedFFN`."""
         scales = scales or {}
         options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
-        activation = activations.get(self.activation)
-        base, delta = self._dense("in_proj", self.d_ff)(x, scales.get("in_proj", 1.0), self._mask(), **options)
-        z = combine(base, delta)
-        hidden, selected = gated_product(z, jnp.ones_like(z), activation)
-        self._observe(base, delta, z, selected, token_weights)
-        return combine(*self._dense("out_proj", self.d_model)(hidden, scales.get("out_proj", 1.0), **options))
+        gate, scale = self._dense("in_proj", self.d_ff), scales.get("in_proj", 1.0)
+        z, delta = gate(x, scale, self._mask(), **options)
+        hidden, selected = gated_product(z, None, activations.get(self.activation), self.numerics.kept)
+        self._observe(gate, x, z, delta, selected, scale, token_weights)
+        return self._dense("out_proj", self.d_model)(hidden, scales.get("out_proj", 1.0), **options)[0]

@@ -159,12 +159,13 @@ def identity_table(spec: RopeSpec, positions: jax.Array) -> jax.Array:
     return jnp.stack([jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)])
 
 
+@jax.custom_vjp
 def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     """Rotates the first ``dim`` dimensions of every head.
 
     Args:
       x: ``[batch, seq, heads, head_dim]``.
-      table: ``[2, batch, seq, dim / 2]``.
+      table: ``[2, batch, seq, dim / 2]``; it receives no gradient.
 
     Returns:
       ``x`` rotated, in float32.
@@ -174,3 +175,17 @@ def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _apply_rope_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return apply_rope(x, table), (table, jnp.zeros((0,), x.dtype))
+
+
+def _apply_rope_bwd(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    # The rotation back. Autodiff's sums of padded halves are four times slower on CPU.
+    table, like_x = kept
+    back = jnp.stack([table[0], -table[1]])
+    return apply_rope(g, back).astype(like_x.dtype), None
+
+
+apply_rope.defvjp(_apply_rope_fwd, _apply_rope_bwd)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -27,6 +27,7 @@ from jax import lax
 
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
 from nalora_jax.nn.quantize import Quantized
 from nalora_jax.trees import match_rules
@@ -241,6 +242,13 @@ def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 # ---------------------------------------------------------------- module
 
 
+class Probe(NamedTuple):
+    """The two parts of an adapted layer's output on every n-th position; constants of the backward pass."""
+
+    base: jax.Array  # [batch, seq / n, d_out], the frozen layer
+    delta: jax.Array  # the same shape, the adapter's residual
+
+
 class LoRADense(nn.Module):
     """A frozen dense layer with an optional low-rank adapter.
 
@@ -269,8 +277,12 @@ class LoRADense(nn.Module):
         *,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
+        adapted: bool = True,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns ``(base, residual)``; the layer's output is `combine` of the two. Each ``[..., d_out]``.
+        """Returns ``(y, residual)``: the layer's output ``[..., d_out]``, and the adapter's part of it.
+
+        The residual is None without an adapter, and where base and adapter were one product (``numerics.fused``); see
+        `probe`.
 
         Args:
           x: ``[..., d_in]``.
@@ -278,28 +290,72 @@ class LoRADense(nn.Module):
           mask: ``[d_out]`` for the gated gradient of A (gates only).
           deterministic: no dropout.
           adapter_ids: ``[batch]``, with a stack of adapters in the ``lora`` collection.
+          adapted: False for the frozen layer alone.
         """
         kernel = self._kernel(x.shape[-1])
-        base = matmul(x, kernel, self.numerics)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            base = base + jnp.broadcast_to(bias.astype(base.dtype), base.shape)
+        bias = self._bias()
         adapter = self._adapter(x.shape[-1])
-        if adapter is None:
-            return base, None
+        if adapter is None or not adapted:
+            return _biased(matmul(x, kernel, self.numerics), bias), None
         a, b = adapter
-        inner = x
-        if self.dropout > 0:
-            inner = nn.Dropout(self.dropout, deterministic=deterministic)(x)
-        operand = self.numerics.adapter
-        if a.ndim == 3:
-            if adapter_ids is None:
-                raise ValueError("a stack of adapters needs adapter_ids")
-            return base, batched_residual(inner, a, b, scale, adapter_ids, operand=operand).astype(base.dtype)
-        delta = residual(inner, a, b, scale, mask, operand=operand)
+        drops = self.dropout > 0 and not deterministic
+        if self.numerics.fused and a.ndim == 2 and not (self.dora or drops or self.is_initializing()):
+            return _biased(adapted_matmul(x, kernel, a, b, scale, mask, self.numerics), bias), None
+        base = matmul(x, kernel, self.numerics)
+        inner = nn.Dropout(self.dropout, deterministic=deterministic)(x) if self.dropout > 0 else x
+        delta = self._residual(inner, a, b, scale, mask, adapter_ids)
         if self.dora:
             delta = self._dora(base, delta, kernel, a, b, scale)
-        return base, delta.astype(base.dtype)
+        delta = delta.astype(base.dtype)
+        return combine(_biased(base, bias), delta), delta
+
+    def probe(
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        delta: jax.Array | None,
+        stride: int,
+        scale: jax.Array | float = 1.0,
+    ) -> Probe:
+        """Base and adapter apart on every ``stride``-th position, given what the call received and returned.
+
+        Args:
+          x: ``[batch, seq, d_in]``.
+          y: ``[batch, seq, d_out]``.
+          delta: of the same call; None where it was fused, and is made again here for those positions.
+          stride: 1 or more.
+          scale: the layer's ``s``.
+        """
+        x, y = lax.stop_gradient((x[:, ::stride], y[:, ::stride]))
+        if delta is not None:
+            delta = lax.stop_gradient(delta[:, ::stride])
+        elif self.target is not None and self.has_variable("lora", "a"):
+            a, b = lax.stop_gradient((self.get_variable("lora", "a"), self.get_variable("lora", "b")))
+            delta = residual(x, a, b, scale, operand=self.numerics.adapter).astype(y.dtype)
+        else:
+            delta = jnp.zeros_like(y)
+        return Probe(y - delta, delta)
+
+    def _residual(
+        self,
+        x: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        scale: jax.Array | float,
+        mask: jax.Array | None,
+        adapter_ids: jax.Array | None,
+    ) -> jax.Array:
+        if a.ndim == 2:
+            return residual(x, a, b, scale, mask, operand=self.numerics.adapter)
+        if adapter_ids is None:
+            raise ValueError("a stack of adapters needs adapter_ids")
+        return batched_residual(x, a, b, scale, adapter_ids, operand=self.numerics.adapter)
+
+    def _bias(self) -> jax.Array | None:
+        if not self.use_bias:
+            return None
+        bias: jax.Array = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return bias
 
     def _kernel(self, d_in: int) -> jax.Array | Quantized:
         if self.has_variable("params", "kernel"):
@@ -333,13 +389,14 @@ class LoRADense(nn.Module):
         # The norm is a constant of the backward pass, as in the paper (section 4.3) and in PEFT.
         ratio = magnitude / lax.stop_gradient(column_norm(frozen, a, b, scale))
         ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
-        base32 = base.astype(jnp.float32)
-        if self.use_bias:  # a bias is not part of the decomposed weight
-            base32 = base32 - jnp.broadcast_to(self.get_variable("params", "bias").astype(jnp.float32), base.shape)
         ratio = jnp.broadcast_to(ratio, base.shape)
-        return (ratio - 1.0) * base32 + ratio * delta
+        return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
 
 
 def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
     """Base and residual added; the base itself where there is no adapter."""
     return base if delta is None else base + delta
+
+
+def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import dot
+from nalora_jax.nn.matmul import dot, take_rows
 
 # Floats of one chunk of logits when the chunk is chosen here: 64 MB keeps within caches' reach and far below a model.
 _CHUNK_FLOATS = 1 << 24
@@ -112,7 +112,7 @@ def _chunk(
         wide = wide * (1 - jnp.square(logits / head.softcap))
         narrow = narrow * (1 - jnp.square(picked[:, 0] / head.softcap))
     back = dot(wide, kernel, head.operand, dims=(1, 0) if head.transposed else (1, 1))
-    rows = jnp.take(kernel, targets, axis=0) if head.transposed else jnp.take(kernel, targets, axis=1).T
+    rows = take_rows(kernel, targets) if head.transposed else jnp.take(kernel, targets, axis=1).T
     return loss, back - narrow[:, None] * rows.astype(jnp.float32)
 
 

@@ -23,8 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.quantize import Quantized, dequantize
 
-# Name of every frozen product's result, for rematerialisation policies.
-PRODUCT = "frozen_product"
+# Name of what a rematerialised layer keeps nonetheless: what costs a product to make again.
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Numerics:
     operand: str = "float32"  # what frozen kernels and their inputs are rounded to
     result: str = "float32"  # what products, and with them the residual stream, are rounded to
     adapter: str = "float32"  # what the adapters' operands are rounded to; masters stay float32
+    kept: str = "float32"  # what activations are rounded to where they wait for the backward pass
+    fused: bool = False  # adapters ride along in the frozen product (`nalora_jax.nn.fused_lora`)
 
 
 def numerics_for(dtype: str, platform: str) -> Numerics:
@@ -47,8 +49,8 @@ def numerics_for(dtype: str, platform: str) -> Numerics:
     if dtype != "bfloat16":
         raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
     if platform == "cpu":
-        return Numerics(operand="bfloat16", result="float32", adapter="float32")
-    return Numerics(operand="bfloat16", result="bfloat16", adapter="bfloat16")
+        return Numerics(operand="bfloat16", result="float32", adapter="bfloat16", kept="bfloat16", fused=True)
+    return Numerics("bfloat16", "bfloat16", adapter="bfloat16", kept="bfloat16")
 
 
 def matmul(x: jax.Array, kernel: jax.Array | Quantized, numerics: Numerics) -> jax.Array:
@@ -64,8 +66,32 @@ def matmul(x: jax.Array, kernel: jax.Array | Quantized, numerics: Numerics) -> j
     """
     # Two-dimensional operands: XLA:CPU needs 60% more time for the same product over a [batch, seq, d] operand.
     y = _frozen(x.reshape(-1, x.shape[-1]), kernel, numerics)
-    y = y.astype(numerics.result).reshape(*x.shape[:-1], kernel.shape[-1])
-    return checkpoint_name(y, PRODUCT)
+    return y.astype(numerics.result).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def stored(x: jax.Array, dtype: str) -> jax.Array:
+    """``x`` as it waits for the backward pass: rounded to ``dtype``, and named for rematerialised layers.
+
+    On CPU bf16 is held as integers, for the reason that `pack` gives; `restored` undoes it.
+    """
+    x = x.astype(dtype)
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        x = lax.bitcast_convert_type(x, jnp.uint16)
+    return checkpoint_name(x, KEPT)
+
+
+def restored(x: jax.Array, dtype: Any) -> jax.Array:
+    """What `stored` was given, as ``dtype``."""
+    return unpack_leaf(x).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def kept(x: jax.Array, dtype: str) -> jax.Array:
+    """``x`` rounded to ``dtype``, and kept so by a rematerialised layer; its gradient is passed on as it is."""
+    return restored(stored(x, dtype), x.dtype)
+
+
+kept.defvjp(lambda x, dtype: (restored(stored(x, dtype), x.dtype), None), lambda dtype, _, g: (g,))
 
 
 def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -77,6 +103,14 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
         x = jnp.concatenate([x, x])
     y = lax.dot_general(x.astype(operand), y.astype(operand), contract, preferred_element_type=jnp.float32)
     return y[:rows] if dims[0] == 1 else y
+
+
+def take_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """``table[rows]`` of a ``[n, d]`` table, packed or not."""
+    if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        # XLA:CPU would widen the whole table to float32 before it takes a row.
+        table = lax.bitcast_convert_type(table, jnp.uint16)
+    return unpack_leaf(jnp.take(table, rows, axis=0))
 
 
 def expand(kernel: jax.Array | Quantized) -> jax.Array:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.config import LoRAConfig
 from nalora_jax.models.cache import default_positions, init_cache
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.nn.lora import AdapterSpec, TargetSpec, resolve
 from nalora_jax.nn.matmul import Numerics, numerics_for, pack
 from nalora_jax.trees import flatten, unflatten
 
@@ -259,6 +260,24 @@ def test_adapters_beyond_a_layers_rank_are_zero():
     assert not np.any(a[1])
     assert not np.any(a[2, ..., 2])
     assert np.abs(a).max() <= 1 / np.sqrt(16)
+
+
+def test_keeping_products_makes_no_frozen_product_again():
+    config = CONFIGS["dense"]
+    params, tokens = init_params(config, jax.random.key(0)), jnp.ones((2, 16), jnp.int32)
+    spec = resolve(LoRAConfig(), projection_shapes(config), config.n_layers)
+    lora = init_lora(config, spec, jax.random.key(1))
+
+    def flops(remat: str) -> float:
+        model = Decoder(config, spec, numerics_for("bfloat16", "cpu"), remat=remat)
+
+        def loss(lora):
+            return jnp.sum(model.apply({"params": params, "lora": lora}, tokens))
+
+        return jax.jit(jax.grad(loss)).lower(lora).compile().cost_analysis()["flops"]
+
+    none, dots, full = (flops(remat) for remat in ("none", "dots", "full"))
+    assert dots < none + 0.3 * (full - none)
 
 
 def test_unknown_remat_is_an_error():

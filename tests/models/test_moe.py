@@ -12,7 +12,7 @@ from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.moe import ExpertDense, MoEFFN, grouped_matmul, grouped_residual, route
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import TargetSpec, residual
+from nalora_jax.nn.lora import Probe, TargetSpec, residual
 from nalora_jax.nn.matmul import Numerics, matmul
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
@@ -92,10 +92,11 @@ def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
     gate, lora = variables["params"]["gate_proj"]["kernel"], variables["lora"]["gate_proj"]
     chosen = jax.lax.top_k(flat @ variables["params"]["router"]["kernel"], 2)[1]
     activation = activations.get("silu")
-    one_expert = jax.jit(lambda base, delta, w: gate_statistics(base, delta, base + delta, w, activation, module.stats))
+    one_expert = jax.jit(lambda z, probe, w: gate_statistics(z, probe, w, activation, module.stats))
     for e in range(EXPERTS):
         reached = np.any(np.asarray(chosen) == e, axis=1)
-        one = one_expert(flat @ gate[e], flat @ lora["a"][e] @ lora["b"][e], np.where(reached, w, 0.0))
+        probe = Probe(flat @ gate[e], flat @ lora["a"][e] @ lora["b"][e])
+        one = one_expert(probe.base + probe.delta, probe, np.where(reached, w, 0.0))
         for name, value in one.items():
             np.testing.assert_allclose(out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name)
 

@@ -76,26 +76,65 @@ def test_cached_keys_equal_one_run(window):
     np.testing.assert_allclose(ours, whole[:, 20:], atol=2e-6)
 
 
-def test_gradients_equal_those_of_one_block(monkeypatch):
+def dense(q, k, v, positions, segments, window, scoring):
+    """All scores at once, for autodiff."""
+    k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scoring.scale
+    if scoring.softcap:
+        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    ahead = positions[:, :, None] - positions[:, None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < window)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("seq", [40, 150, 600])  # one block, three, the most there are
+def test_gradients_are_autodiffs(seq, softcap):
+    q, k, v = draw(seq)
+    positions, segments = layout(seq)
+    scoring = Scoring(0.4, softcap)
+
+    def gradients(attend):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(attend(q, k, v)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    ours = gradients(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 40, scoring))
+    want = gradients(lambda q, k, v: dense(q, k, v, positions, segments, 40, scoring))
+    for a, b in zip(ours, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_in_bf16_costs_its_rounding_only():
+    q, k, v = draw(100)
+    positions, segments = layout(100)
+
+    def gradients(kept):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4, kept=kept))))
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    for a, b in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+        assert 0 < np.abs(a - b).max() < 0.03 * np.abs(b).max()
+
+
+def test_dropout_in_blocks_recomputes_the_same(monkeypatch):
     q, k, v = draw(150)
     positions, segments = layout(150)
-    real = jnp.asarray(segments > 0)[:, :, None, None]
-
-    def loss(q, k, v):
-        out = attention(q, Keys(k, v, positions, segments), 40, Scoring(0.4, 2.0))
-        return jnp.sum(jnp.where(real, jnp.sin(out), 0.0))
 
     def gradients():  # a new function each time: jit would keep the first program
-        return jax.jit(jax.grad(lambda q, k, v: loss(q, k, v), argnums=(0, 1, 2)))(q, k, v)
+        def loss(q, k, v):
+            keys, rng = Keys(k, v, positions, segments), jax.random.key(3)
+            return jnp.sum(jnp.sin(attention(q, keys, FAR, Scoring(0.4, dropout=0.3), dropout_rng=rng)))
 
-    blocked = gradients()
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    stored = gradients()
     monkeypatch.setattr(module, "_RECOMPUTE_FROM", 64)
-    recomputed = gradients()
-    monkeypatch.setattr(module, "block_size", lambda seq: seq)
-    whole = gradients()
-    for a, b, c in zip(blocked, recomputed, whole, strict=True):
-        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-5)
+    for a, b in zip(stored, gradients(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_the_upper_triangle_is_skipped():

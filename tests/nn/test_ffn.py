@@ -11,9 +11,11 @@ import pytest
 from scipy import special
 
 from nalora_jax import activations
-from nalora_jax.nn import ffn
+from nalora_jax.nn import ffn, lora
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN, gated_product
+from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.lora import TargetSpec
+from nalora_jax.nn.matmul import Numerics
 
 D, F, R = 8, 20, 3
 TARGET = TargetSpec((R,), (6.0,))
@@ -142,11 +144,16 @@ def test_gated_product_has_autodiffs_gradient(name: str) -> None:
 
 FAULTS = {
     "activation": lambda monkeypatch: monkeypatch.setattr(
-        ffn, "gated_product", lambda z, u, _: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
+        ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
     ),
-    "scale": lambda monkeypatch: monkeypatch.setattr(ffn, "combine", lambda base, delta: base + 1.1 * delta),
-    "sign": lambda monkeypatch: monkeypatch.setattr(ffn, "combine", lambda base, delta: base - delta),
+    "scale": lambda monkeypatch: monkeypatch.setattr(lora, "combine", lambda base, delta: base + 1.1 * delta),
+    "sign": lambda monkeypatch: monkeypatch.setattr(lora, "combine", lambda base, delta: base - delta),
+    "fused scale": lambda monkeypatch: monkeypatch.setattr(lora, "adapted_matmul", _wrong_product),
 }
+
+
+def _wrong_product(x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: Any, *rest: Any) -> jax.Array:
+    return adapted_matmul(x, kernel, a, b, 1.1 * scale, *rest)
 
 
 def _identity_ratio(block: Any, variables: dict, x: jax.Array) -> float:
@@ -164,7 +171,9 @@ def test_the_identity_holds_on_the_live_block(kind: type) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_break_the_identity(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(check=True))
+    numerics = Numerics(fused=fault.startswith("fused"))
+    block = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(check=True), numerics=numerics)
     variables, x, _ = _build(block)
+    assert _identity_ratio(block, variables, x) < 1e-5
     FAULTS[fault](monkeypatch)
     assert _identity_ratio(block, variables, x) > 1e-2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.matmul import Numerics, matmul, numerics_for, pack
+from nalora_jax.nn.matmul import Numerics, kept, matmul, numerics_for, pack
 
 
 def _operands() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -66,3 +66,11 @@ def test_numerics_by_platform() -> None:
     assert numerics_for("bfloat16", "tpu").result == "bfloat16"
     with pytest.raises(NaloraError, match="float16"):
         numerics_for("float16", "cpu")
+
+
+def test_kept_rounds_the_value_and_passes_the_gradient_on() -> None:
+    x = jnp.linspace(-1, 1, 31)
+    value, back = jax.vjp(lambda x: kept(x, "bfloat16"), x)
+    np.testing.assert_array_equal(value, x.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(back(x)[0], x)
+    np.testing.assert_array_equal(kept(x, "float32"), x)

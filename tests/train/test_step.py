@@ -27,7 +27,7 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn import ffn
+from nalora_jax.nn import ffn, lora
 from nalora_jax.optim.nalora import make_optimizer
 from nalora_jax.train import mesh as layout
 
@@ -238,10 +238,10 @@ def test_the_debug_check_catches_injected_faults(fault: str, monkeypatch: pytest
     debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
     _run(debug, steps=1)  # the sound model passes
     if fault == "activation":
-        monkeypatch.setattr(ffn, "gated_product", lambda z, u, _: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     elif fault == "scale":
-        monkeypatch.setattr(ffn, "combine", lambda base, delta: base if delta is None else base + 1.1 * delta)
+        monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base + 1.1 * delta)
     else:
-        monkeypatch.setattr(ffn, "combine", lambda base, delta: base if delta is None else base - delta)
+        monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base - delta)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run(debug, steps=1)

@@ -1,0 +1,136 @@
+"""A frozen kernel and its adapter as one product: ``x W + s (x A) B`` without a second pass over the wide side.
+
+The adapter's arithmetic is nothing, but its passes over ``[tokens, d_ff]`` are not where memory is the limit: on CPU
+they cost a third of the frozen products that they accompany. Here the low-rank factor on the wide side rides along in
+the frozen product, as ``r`` more rows or columns of its kernel::
+
+    wide output (gate, up)   y  = [x, s x A] [W; B]      dx = g [W; B]^T, its last r columns being g B^T
+    wide input (down)        y  = x [W, A], whose last r columns are x A
+                             dx = [g, s g B^T] [W, A]^T
+
+Equal to `nalora_jax.nn.matmul.matmul` plus `nalora_jax.nn.lora.residual`, masks included, but for the rounding of the
+factors to the operand dtype.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.nn.matmul import Numerics, dot, expand, stored
+from nalora_jax.nn.quantize import Quantized
+
+
+def adapted_matmul(
+    x: jax.Array,
+    kernel: jax.Array | Quantized,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    mask: jax.Array | None,
+    numerics: Numerics,
+) -> jax.Array:
+    """``x W + s (x A) B`` with the gated gradient of A where there is a mask.
+
+    Args:
+      x: ``[..., d_in]``.
+      kernel: frozen ``[d_in, d_out]``: float, packed or quantized. It receives no gradient.
+      a: ``[d_in, r]`` float32.
+      b: ``[r, d_out]`` float32.
+      scale: scalar ``s``.
+      mask: ``[d_out]`` weights of the output channels in A's gradient, or None.
+      numerics: dtypes of operands and result; sums are float32.
+
+    Returns:
+      ``[..., d_out]`` in ``numerics.result``.
+    """
+    chex.assert_shape(a, (x.shape[-1], b.shape[0]))
+    chex.assert_shape(b, (a.shape[1], kernel.shape[-1]))
+    product = _wide_output if kernel.shape[-1] > kernel.shape[-2] else _wide_input
+    flat = x.reshape(-1, x.shape[-1])
+    y = product(flat, kernel, a, b, jnp.asarray(scale, jnp.float32), mask, numerics.operand)
+    return y.astype(numerics.result).reshape(*x.shape[:-1], b.shape[-1])
+
+
+def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str) -> jax.Array:
+    parts = [first.astype(operand), second.astype(operand)]
+    if operand != "bfloat16":
+        return jnp.concatenate(parts, axis=axis)
+    # As integers: XLA:CPU would join bf16 in float32, and convert both ways.
+    parts = [lax.bitcast_convert_type(part, jnp.uint16) for part in parts]
+    return lax.bitcast_convert_type(jnp.concatenate(parts, axis=axis), jnp.bfloat16)
+
+
+def _masked(b: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """B for dx, and below it the masked B for dA where there is a mask."""
+    return b if mask is None else jnp.concatenate([b, b * mask[None, :]], axis=0)
+
+
+# ---------------------------------------------------------------- gate, up: d_in < d_out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _wide_output(
+    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
+) -> jax.Array:
+    return _wide_output_fwd(x, kernel, a, b, scale, mask, operand)[0]
+
+
+def _wide_output_fwd(
+    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    hidden = scale * dot(x, a, operand)
+    y = dot(_joined(x, hidden, 1, operand), _joined(expand(kernel), b, 0, operand), operand)
+    return y, (x, kernel, a, b, scale, mask, hidden)
+
+
+def _wide_output_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+    x, kernel, a, b, scale, mask, hidden = kept
+    rank, d_in = b.shape[0], x.shape[1]
+    both = dot(g, _joined(expand(kernel), _masked(b, mask), 0, operand), operand, dims=(1, 1))
+    back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
+    dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
+    da = dot(x, back[:, -rank:], operand, dims=(0, 0))
+    db = dot(hidden, g, operand, dims=(0, 0))
+    return dx.astype(x.dtype), None, da, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
+
+
+_wide_output.defvjp(_wide_output_fwd, _wide_output_bwd)
+
+
+# ---------------------------------------------------------------- down: d_in >= d_out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _wide_input(
+    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
+) -> jax.Array:
+    return _wide_input_fwd(x, kernel, a, b, scale, mask, operand)[0]
+
+
+def _wide_input_fwd(
+    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    d_out = b.shape[1]
+    both = dot(x, _joined(expand(kernel), a, 1, operand), operand)
+    # Kept, or a rematerialised layer would make the whole product again for these few columns.
+    hidden = stored(scale * both[:, d_out:], "float32")
+    return both[:, :d_out] + dot(hidden, b, operand), (x, kernel, a, b, scale, mask, hidden)
+
+
+def _wide_input_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+    x, kernel, a, b, scale, mask, hidden = kept
+    rank = b.shape[0]
+    back = scale * dot(g, _masked(b, mask), operand, dims=(1, 1))
+    dx = dot(_joined(g, back[:, :rank], 1, operand), _joined(expand(kernel), a, 1, operand), operand, dims=(1, 1))
+    da = dot(x, back[:, -rank:], operand, dims=(0, 0))
+    db = dot(hidden, g, operand, dims=(0, 0))
+    return dx.astype(x.dtype), None, da, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
+
+
+_wide_input.defvjp(_wide_input_fwd, _wide_input_bwd)
