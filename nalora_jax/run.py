@@ -11,10 +11,10 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -30,7 +30,6 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.quantize import quantize_params
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.report import write_report
 from nalora_jax.train import mesh as layout
@@ -74,16 +73,15 @@ def run(config: RunConfig) -> RunResult:
         use_compilation_cache()
     mesh = layout.make_mesh(config.mesh)
     started = time.perf_counter()
-    loaded = load_model(config.model, dtype=config.compute.dtype, mesh=mesh)
+    kind = None if config.compute.quantize == "none" else config.compute.quantize
+    loaded = load_model(config.model, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
     log.info(
-        "%s: %s parameters in %s, loaded in %.1f s",
+        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
         loaded.source,
-        f"{trees.count(loaded.params):,}",
-        config.compute.dtype,
+        trees.size_bytes(loaded.params) / 1e6,
+        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
         time.perf_counter() - started,
     )
-    if config.compute.quantize != "none":
-        loaded = replace(loaded, params=quantized(loaded, config.compute.quantize))
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
     data = _train_data(config, loaded, mesh)
@@ -291,17 +289,6 @@ class _Run:
 
 def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
-
-
-def quantized(loaded: LoadedModel, kind: Literal["int8", "nf4"]) -> dict[str, Any]:
-    """The base's weights with quantized projections."""
-    if loaded.config.n_experts:
-        found = f"{loaded.config.n_experts} experts"
-        raise NaloraError("--compute.quantize", expected="a dense model", found=found, remedy='use "none"')
-    before = trees.size_bytes(loaded.params)
-    params = quantize_params(loaded.params, kind)
-    log.info("quantized to %s: %.0f MB instead of %.0f MB", kind, trees.size_bytes(params) / 1e6, before / 1e6)
-    return params
 
 
 def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData:

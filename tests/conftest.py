@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = set()
     if importlib.util.find_spec("lm_eval") is None:  # the extra `eval`, not `test`
         missing.add("lm_eval")
+    if importlib.util.find_spec("tunix") is None:  # brings a training stack of its own
+        missing.add("tunix")
     if "gemma" not in os.environ.get("NALORA_ACCEPT_LICENSE", ""):  # only a person can accept terms
         missing.add("gemma_terms")
     left_out = [item for item in items if missing & {mark.name for mark in item.iter_markers()}]

@@ -11,8 +11,8 @@ import numpy as np
 README = Path(__file__).parent.parent / "README.md"
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def _blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_a_users_own_module_trains_with_both_mechanisms() -> None:
@@ -31,6 +31,20 @@ def test_a_users_own_module_trains_with_both_mechanisms() -> None:
     scales = space["step_scales"](gates, space["scale"], space["regions"])["ffn"]
     np.testing.assert_allclose(jnp.mean(scales), 1.0, rtol=1e-5)
     assert float(jnp.std(scales)) > 1e-3
+
+
+def test_the_page_on_own_models_trains_one() -> None:
+    page = README.parent / "docs" / "own_models.md"
+    (code,) = _blocks("python", page)
+    space: dict = {}
+    exec(compile(code, str(page), "exec"), space)
+    lora, opt_state, gates = space["lora"], space["opt_state"], space["gates"]
+    losses = []
+    for _ in range(30):
+        lora, opt_state, gates, loss = space["step"](space["variables"], lora, opt_state, gates)
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    assert float(jnp.std(space["gate_masks"](gates, space["mask"])["layers/1/ffn"])) > 0.1
 
 
 def test_the_commands_are_the_files_that_exist() -> None:

@@ -20,7 +20,8 @@ from nalora_jax import activations, selection
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product, identity_error
 from nalora_jax.nn.lora import TargetSpec, column_norm, combine, init_a
-from nalora_jax.nn.matmul import Numerics, unpack_leaf
+from nalora_jax.nn.matmul import Numerics, expand, unpack_leaf
+from nalora_jax.nn.quantize import Quantized
 
 
 class Routing(NamedTuple):
@@ -56,20 +57,20 @@ def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
     )
 
 
-def grouped_matmul(x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+def grouped_matmul(x: jax.Array, kernels: jax.Array | Quantized, sizes: jax.Array, numerics: Numerics) -> jax.Array:
     """Every row through its expert's frozen kernel: no gradient for the kernels.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.
-      kernels: ``[experts, d_in, d_out]``.
+      kernels: ``[experts, d_in, d_out]``: float, packed or quantized.
       sizes: int ``[experts]``.
       numerics: dtypes of operands and result.
 
     Returns:
       ``[rows, d_out]`` in ``numerics.result``.
     """
-    chex.assert_rank([x, kernels, sizes], [2, 3, 1])
-    kernels = lax.stop_gradient(unpack_leaf(kernels))
+    chex.assert_rank([x, sizes], [2, 1])
+    assert kernels.ndim == 3
     return _frozen(x, kernels, sizes, numerics.operand).astype(numerics.result)
 
 
@@ -78,18 +79,18 @@ def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) ->
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _frozen(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
-    return _ragged(x, kernels, sizes, operand)
+def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> jax.Array:
+    return _ragged(x, expand(kernels), sizes, operand)
 
 
-def _frozen_fwd(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> tuple[jax.Array, Any]:
-    return _ragged(x, kernels, sizes, operand), (kernels, sizes, jnp.zeros((0,), x.dtype))
+def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> tuple[jax.Array, Any]:
+    return _frozen(x, kernels, sizes, operand), (kernels, sizes, jnp.zeros((0,), x.dtype))
 
 
-def _frozen_bwd(operand: str, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _frozen_bwd(operand: str, kept: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
     kernels, sizes, like_x = kept
-    dx = _ragged(g, kernels.swapaxes(1, 2), sizes, operand).astype(like_x.dtype)
-    return dx, jnp.zeros_like(kernels), None
+    dx = _ragged(g, expand(kernels).swapaxes(1, 2), sizes, operand).astype(like_x.dtype)
+    return dx, None, None
 
 
 _frozen.defvjp(_frozen_fwd, _frozen_bwd)
@@ -208,7 +209,7 @@ class ExpertDense(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """``[rows, d_in]`` sorted by expert -> ``(base, residual)``, each ``[rows, features]``."""
         shape = (self.n_experts, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
+        kernel = self._kernel(shape)
         base = grouped_matmul(x, kernel, routing.sizes, self.numerics)
         if self.target is None or not (self.is_initializing() or self.has_variable("lora", "a")):
             return base, None
@@ -220,15 +221,22 @@ class ExpertDense(nn.Module):
         inner = nn.Dropout(self.dropout, deterministic=deterministic)(x) if self.dropout > 0 else x
         delta = grouped_residual(inner, a, b, scale, routing.sizes, mask, operand=self.numerics.adapter)
         if self.dora:
-            frozen = lax.stop_gradient(unpack_leaf(kernel)).astype(jnp.float32)
+            frozen = lax.stop_gradient(expand(kernel)).astype(jnp.float32)
             start = lambda: jnp.linalg.norm(frozen, axis=1)  # noqa: E731
             magnitude = self.variable("lora", "magnitude", start).value
             norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(frozen, a, b, scale)
             ratio = (magnitude / lax.stop_gradient(norm))[routing.expert]
             ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
-            ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
             delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
         return base, delta.astype(base.dtype)
+
+    def _kernel(self, shape: tuple[int, ...]) -> jax.Array | Quantized:
+        if self.has_variable("params", "kernel"):
+            stored = self.get_variable("params", "kernel")
+            if isinstance(stored, Quantized):  # `param` would compare the shape of its codes
+                return stored
+        kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
+        return kernel
 
 
 class MoEFFN(nn.Module):

@@ -5,7 +5,8 @@
 
 A quantized kernel takes the place of the array in the ``params`` tree; `nalora_jax.nn.matmul` expands it one layer at a
 time, in the forward and again in the backward pass, so that the float kernel is never kept. Adapters and their
-gradients stay float32.
+gradients stay float32. Norms, biases, embeddings and routers stay as they are. `nalora_jax.weights.load` quantizes a
+model tensor by tensor while it reads it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nalora_jax.errors import NaloraError
 
 Kind = Literal["int8", "nf4"]
 _BLOCK = 64
+KERNELS = r"layers/.*_proj/kernel$"  # the leaves that a quantized model holds quantized
 # The 16 levels of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0,
@@ -85,7 +87,9 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
         return Quantized(codes, largest / 127, kind)
-    nearest = jnp.searchsorted(jnp.asarray(_midpoints()), unit.reshape(kernel.shape)).astype(jnp.uint8)
+    # Compared with all midpoints at once, which XLA fuses; a search would keep several integer copies of the kernel.
+    middle = jnp.asarray(_midpoints())
+    nearest = jnp.searchsorted(middle, unit.reshape(kernel.shape), method="compare_all").astype(jnp.uint8)
     return Quantized(nearest[..., 0::2, :] | (nearest[..., 1::2, :] << 4), largest, kind)
 
 
@@ -107,11 +111,8 @@ def dequantize(kernel: Quantized) -> jax.Array:
     return (blocks * kernel.scales[..., None, :]).reshape(*lead, d_in, d_out)
 
 
-def quantize_params(params: Any, kind: Kind, pattern: str = r"layers/.*_proj/kernel$") -> dict[str, Any]:
-    """``params`` with every kernel that ``pattern`` matches quantized, one layer at a time.
-
-    Norms, biases, embeddings and routers stay as they are.
-    """
+def quantize_params(params: Any, kind: Kind, pattern: str = KERNELS) -> dict[str, Any]:
+    """``params``, already in memory, with every kernel that ``pattern`` matches quantized, one layer at a time."""
     one = jax.jit(quantize, static_argnums=1)
 
     def replace(path: str, leaf: jax.Array) -> Any:

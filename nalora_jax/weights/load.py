@@ -11,18 +11,22 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.nn.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -59,6 +63,7 @@ def load_params(
     *,
     dtype: str,
     shardings: Mapping[str, Sharding] | None = None,
+    quantized: Kind | None = None,
 ) -> dict[str, Any]:
     """The parameter tree of a model.
 
@@ -68,6 +73,8 @@ def load_params(
       keymap: of the same model and file format.
       dtype: of every parameter, "bfloat16" or "float32".
       shardings: where each leaf lives, by slash-joined path; by default on the first device.
+      quantized: what the projections' kernels are held as, in place of ``dtype``; each tensor is quantized from the
+        file's own numbers as it is read, so that no more than one is ever held as floats.
 
     Raises:
       NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a separate output head where
@@ -80,10 +87,12 @@ def load_params(
             lead = tuple(i for i in (slot.layer, slot.expert) if i is not None)
             fills[slot.path].append(_Fill(names[tensor.name], tensor, number, lead))
     where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
-    leaves = {
-        path: _leaf(shape, DTYPES[dtype], where[path], fills[path], source)
-        for path, shape in param_shapes(config).items()
-    }
+    leaves: dict[str, Any] = {}
+    for path, shape in param_shapes(config).items():
+        if quantized and re.search(KERNELS, path):
+            leaves[path] = _quantized_leaf(shape, quantized, where[path], fills[path], source)
+        else:
+            leaves[path] = _leaf(shape, DTYPES[dtype], where[path], fills[path], source)
     return trees.unflatten(leaves)
 
 
@@ -163,6 +172,39 @@ def _leaf(
         return read[key]
 
     return jax.make_array_from_callback(shape, sharding, shard)
+
+
+_quantize = jax.jit(quantize, static_argnums=1)
+
+
+def _quantized_leaf(
+    shape: tuple[int, ...], kind: Kind, sharding: Sharding, fills: list[_Fill], source: TensorSource
+) -> Quantized:
+    """The leaf's codes and scales, some output channels of one layer (one expert) after the other.
+
+    On several devices each process quantizes all of the leaf, since blocks of weights may cross the devices' borders.
+    """
+    like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
+    codes, scales = (_aligned(part.shape, part.dtype) for part in (like.codes, like.scales))
+    columns = max(1, BLOCK // shape[-2])
+    for lead in np.ndindex(*shape[:-2]):
+        for start in range(0, shape[-1], columns):
+            channels = slice(start, min(start + columns, shape[-1]))
+            index = (*(slice(i, i + 1) for i in lead), slice(0, shape[-2]), channels)
+            one = _quantize(_filled(index, np.float32, fills, source), kind)
+            for whole, part in ((codes, one.codes), (scales, one.scales)):
+                whole[(*lead, slice(None), channels)] = np.asarray(part).reshape(part.shape[-2:])
+    return Quantized(_placed(codes, sharding), _placed(scales, sharding), kind)
+
+
+def _placed(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """``array`` where the float kernel would be; an axis that became too short to be split is whole everywhere."""
+    if isinstance(sharding, NamedSharding):
+        parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]
+        ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
+        kept = [names if size % n == 0 else None for names, n, size in zip(parts, ways, array.shape, strict=False)]
+        sharding = NamedSharding(sharding.mesh, P(*kept))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _filled(index: Index, dtype: Any, fills: list[_Fill], source: TensorSource) -> np.ndarray:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.nn.quantize import Kind
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights import hub
 from nalora_jax.weights.gguf import GGUFFile
@@ -34,7 +35,14 @@ class LoadedModel:
     hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
 
 
-def load_model(source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None) -> LoadedModel:
+def load_model(
+    source: str,
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    cache: Path | None = None,
+    quantized: Kind | None = None,
+) -> LoadedModel:
     """Loads a model by name.
 
     Args:
@@ -42,6 +50,7 @@ def load_model(source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters, by the rules of `train.mesh`; by default the first device holds all.
       cache: where packages are kept.
+      quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.nn.quantize`) instead of ``dtype``.
 
     Raises:
       NaloraError: the model cannot be found, read or understood; the message names the file and the field.
@@ -59,7 +68,7 @@ def load_model(source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path
         )
     keymap = keymap_for(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
-    params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings)
+    params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     return LoadedModel(config, params, tokenizer, found.name, fingerprint(config, tensors), raw)
 
 

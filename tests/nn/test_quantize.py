@@ -61,9 +61,10 @@ def test_nf4_wants_whole_blocks() -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool, family: str) -> None:
     raw = {
-        "model_type": "llama",
+        "model_type": family,
         "vocab_size": 50,
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -75,7 +76,7 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool) -> None:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
-    }
+    } | ({"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {})
     config = ModelConfig.from_hf(raw)
     target = TargetSpec((4, 4), (8.0, 8.0))
     spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=dora)

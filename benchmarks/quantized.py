@@ -1,0 +1,136 @@
+"""Quantized base weights against bfloat16: bytes, peak memory, training speed, and quality on two tasks.
+
+    python benchmarks/quantized.py                       # bfloat16, int8, nf4: some minutes each on two cores
+    python benchmarks/quantized.py --kinds nf4           # one of them; what the result file has of others is kept
+
+Each kind is a process of its own: SmolLM2-135M-Instruct is loaded (quantized tensor by tensor), asked held-out
+questions of two tasks, fine-tuned on the first of them for a few steps, and asked again. The same questions, data order
+and adapters throughout, so that differences between kinds come from the weights alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, peak_rss_mb, run_process, summary, write
+
+NAME = "quantized"
+KINDS = ("bfloat16", "int8", "nf4")
+TASKS = ("socialiqa", "openbookqa")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=60, help="of each task")
+    parser.add_argument("--measure", choices=KINDS, help="measure one kind in this process, and print it as JSON")
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One kind: load, ask, train, ask again."""
+    from nalora_jax import config as c
+    from nalora_jax.assembly import assemble
+    from nalora_jax.data.pipeline import train_data
+    from nalora_jax.data.questions import eval_examples
+    from nalora_jax.evaluate.heldout import Evaluator
+    from nalora_jax.train import mesh as layout
+    from nalora_jax.weights import load_model
+
+    kind = None if options.measure == "bfloat16" else options.measure
+    start, floor = time.perf_counter(), peak_rss_mb()
+    loaded = load_model(options.model, dtype="bfloat16", quantized=kind)
+    record = {"bytes": sizes(loaded.params), "load_seconds": time.perf_counter() - start}
+    record["load_peak_mb"] = peak_rss_mb() - floor
+    config = c.RunConfig(steps=options.steps, data=c.DataConfig(max_length=64))
+    mesh = layout.make_mesh(c.MeshConfig())
+    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    data = train_data(
+        config.data, loaded.tokenizer, batch_size=options.batch, accumulate=1, seed=0, host_index=0, host_count=1
+    )
+    evaluators = {}
+    for task in TASKS:
+        items = eval_examples(c.DataConfig(dataset=task), loaded.tokenizer, limit=options.questions)
+        evaluators[task] = Evaluator(assembly.eval_model, loaded.tokenizer, items)
+    state, batches, params = assembly.state, iter(data.batches()), assembly.view(loaded.params)
+    seconds = []
+    for _ in range(options.steps):
+        batch = layout.make_global_batch(next(batches), mesh, rows_axis=1)
+        began = time.perf_counter()
+        state, metrics = assembly.step(params, state, batch)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - began)
+    record["training"] = {
+        "tokens_per_second": summary([options.batch * config.data.max_length / s for s in seconds[2:]]),
+        "peak_mb": peak_rss_mb(),  # before any question is asked
+        "last_loss": loss,
+    }
+    record["before"] = {task: asked.measure(loaded.params, None) for task, asked in evaluators.items()}
+    record["after"] = {task: asked.measure(loaded.params, state.lora) for task, asked in evaluators.items()}
+    return record
+
+
+def sizes(params: Any) -> dict[str, int]:
+    """Bytes of the projections' kernels, of the embedding, and of everything."""
+    from nalora_jax import trees
+
+    flat = {path: leaf.nbytes for path, leaf in trees.flatten(params).items()}
+    kernels = sum(size for path, size in flat.items() if re.search(r"layers/.*_proj/kernel", path))
+    return {"kernels": kernels, "embedding": flat["embed/embedding"], "all": sum(flat.values())}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The result as Markdown, a row for each kind: loading is growth of the process, peak that of training."""
+    plain = record["kinds"]["bfloat16"]["bytes"]
+    first, second = TASKS
+    lines = [
+        "| base | kernels MB (of bf16) | embedding MB | all MB (of bf16) | loading MB | peak MB | tokens/s "
+        f"| {first} accuracy, loss: before | after | {second} accuracy, loss: before | after |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, found in record["kinds"].items():
+        size, training = found["bytes"], found["training"]
+        asked = [found[when][task] for task in TASKS for when in ("before", "after")]
+        cells = [
+            kind,
+            f"{size['kernels'] / 1e6:.0f} ({size['kernels'] / plain['kernels']:.2f})",
+            f"{size['embedding'] / 1e6:.0f}",
+            f"{size['all'] / 1e6:.0f} ({size['all'] / plain['all']:.2f})",
+            f"{found['load_peak_mb']:.0f}",
+            f"{training['peak_mb']:.0f}",
+            f"{training['tokens_per_second']['median']:.0f}",
+            *(f"{values['accuracy']:.3f}, {values['loss']:.3f}" for values in asked),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse()
+    if options.measure:
+        print(json.dumps(measure(options)))
+        return
+    settings = {"model": options.model, "steps": options.steps, "batch": options.batch, "questions": options.questions}
+    path = RESULTS / f"{NAME}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    kinds = known.get("kinds", {}) if known.get("settings") == settings else {}
+    for kind in options.kinds:
+        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        kinds[kind] = run_process([sys.executable, str(Path(__file__)), "--measure", kind, *flags]).record
+        write(NAME, {"settings": settings, "kinds": {name: kinds[name] for name in KINDS if name in kinds}})
+    if "bfloat16" in kinds:
+        print(table({"kinds": {name: kinds[name] for name in KINDS if name in kinds}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""What a Linen and an NNX model of somebody else's have in common once they are adapted.
+
+The user's tree is never changed. Adapters are a tree of their own, under the names that the keymap gives; for one call
+they are laid beside the kernels that they belong to, so that they pass whatever the module does to its parameters
+(``nn.scan``, ``nn.remat``, ``nn.vmap``). Statistics come out the same way, as the gradient of a zero leaf: a module
+that was not written to return them has no other way out of a scan.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from nalora_jax import activations, trees
+from nalora_jax.config import LoRAConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
+from nalora_jax.nn.lora import adapter_scale, init_a, residual
+from nalora_jax.optim.columns import find_gates
+
+log = logging.getLogger(__name__)
+
+Keymap = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One dense layer of the user's model: ``x @ kernel``, perhaps with a bias."""
+
+    own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
+    lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
+    inputs: tuple[int, ...]  # axes of the kernel that are contracted with the last ones of x
+    outputs: tuple[int, ...]
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the stored kernel."""
+        return (*self.lead, *self.inputs, *self.outputs)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An adapted projection."""
+
+    projection: Projection
+    path: str  # its name by the keymap, e.g. "layers/3/ffn/gate_proj"
+    rank: int
+    scale: float
+    gate: str = ""  # the activation that it feeds, if it is a gate
+
+
+@dataclass(frozen=True)
+class Foreign(ABC):
+    """A model with adapters on; the same functions for Linen and NNX.
+
+    Attributes:
+      targets: what is adapted.
+      stats: strides of the statistics.
+    """
+
+    targets: tuple[Target, ...]
+    stats: GateStatsConfig
+
+    @abstractmethod
+    def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
+        """The user's model with ``leaves`` (by own path) beside its kernels."""
+
+    @abstractmethod
+    def merge(self, variables: Any, lora: Any) -> Any:
+        """The user's variables with every adapter folded into its kernel: what is served."""
+
+    @property
+    def gates(self) -> dict[str, str]:
+        """The block of every adapted gate, as `nalora_jax.optim.nalora.nalora` takes it."""
+        return find_gates(jax.eval_shape(self.init, jax.random.key(0)))
+
+    @property
+    def gate_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the statistics of every block, as ``init_gate_state`` takes it."""
+        return {block: (*t.projection.lead, math.prod(t.projection.outputs)) for block, t in self._blocks.items()}
+
+    @property
+    def _blocks(self) -> dict[str, Target]:
+        return {target.path.rpartition("/")[0]: target for target in self.targets if target.gate}
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh adapters, float32, nested by the keymap's names: A random, B zero."""
+        leaves: dict[str, jax.Array] = {}
+        for target, one in zip(self.targets, jax.random.split(key, len(self.targets)), strict=True):
+            lead, d_in, d_out = _flat_shape(target.projection)
+            leaves[f"{target.path}/a"] = init_a(one, (*lead, d_in, target.rank))
+            leaves[f"{target.path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
+        return trees.unflatten(leaves)
+
+    def apply(
+        self,
+        variables: Any,
+        lora: Any,
+        *args: Any,
+        gate_mask: Mapping[str, jax.Array] | None = None,
+        token_weights: jax.Array | None = None,
+        sinks: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """The user's model with its adapters.
+
+        Args:
+          variables: what the model was adapted with (a Linen module's variables, an NNX model's state).
+          lora: adapters.
+          args: the model's own.
+          gate_mask: masks by block for the gated gradient of A; they never change the result.
+          token_weights: which tokens the statistics count, shaped like the gates' input without its last axis.
+          sinks: zeros whose gradient is the statistics; see `gradients`.
+          options: passed on to the model.
+        """
+        flat = trees.flatten(lora)
+        leaves: dict[str, dict[str, Any]] = {}
+        for target in self.targets:
+            found = {name: flat[f"{target.path}/{name}"] for name in ("a", "b")}
+            block = target.path.rpartition("/")[0]
+            if target.gate and gate_mask is not None:
+                found["mask"] = gate_mask[block]
+            if target.gate and sinks is not None:
+                found["sink"] = sinks[block]
+                if token_weights is not None:
+                    lead = target.projection.lead
+                    found["weights"] = jnp.broadcast_to(token_weights, (*lead, *token_weights.shape))
+            leaves[target.projection.own] = found
+        return self._call(variables, leaves, args, options)
+
+    def gradients(
+        self,
+        loss: Callable[[Callable[..., Any]], Any],
+        variables: Any,
+        lora: Any,
+        *,
+        gate_mask: Mapping[str, jax.Array] | None = None,
+        token_weights: jax.Array | None = None,
+        has_aux: bool = False,
+    ) -> tuple[Any, Any, dict[str, dict[str, jax.Array]]]:
+        """Value, gradients of the adapters, and statistics of the gates.
+
+        Args:
+          loss: gets the adapted model as a function of the model's own arguments, returns a scalar (and, with
+            ``has_aux``, anything else).
+          variables, lora, gate_mask, token_weights: see `apply`.
+          has_aux: as in `jax.value_and_grad`.
+
+        Returns:
+          The value, the gradients, and by block the sums that ``update_gate_state`` takes.
+        """
+
+        def run(lora: Any, sinks: Any) -> Any:
+            call = partial(self.apply, variables, lora, gate_mask=gate_mask, token_weights=token_weights, sinks=sinks)
+            return loss(call)
+
+        value, (grads, stats) = jax.value_and_grad(run, argnums=(0, 1), has_aux=has_aux)(lora, self._sinks())
+        return value, grads, stats
+
+    def _sinks(self) -> dict[str, dict[str, jax.Array]]:
+        """Zeros shaped as the statistics of every block."""
+
+        def zeros(target: Target) -> dict[str, jax.Array]:
+            z = jax.ShapeDtypeStruct((1, math.prod(target.projection.outputs)), jnp.float32)
+            weights = jax.ShapeDtypeStruct((1,), jnp.bool_)
+            one = jax.eval_shape(lambda z, w: self._statistics(target.gate, z, z, w), z, weights)
+            return jax.tree.map(lambda leaf: jnp.zeros((*target.projection.lead, *leaf.shape), jnp.float32), one)
+
+        return {block: zeros(target) for block, target in self._blocks.items()}
+
+    def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
+        stats = gate_statistics(base, delta, base + delta, weights, activations.get(gate), self.stats)
+        return {name: value.astype(jnp.float32) for name, value in stats.items()}
+
+    def _adapted(self, target: Target, x: jax.Array, base: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
+        """The output of one call of a projection, adapter added.
+
+        Args:
+          target: the projection.
+          x: ``[..., *inputs]``, what the layer got.
+          base: ``[..., *outputs]``, what the layer returned.
+          leaves: ``a [d_in, r]``, ``b [r, d_out]`` and, of a gate, perhaps ``mask``, ``sink``, ``weights``.
+        """
+        _, d_in, d_out = _flat_shape(target.projection)
+        rows = base.reshape(-1, d_out)
+        delta = residual(x.reshape(-1, d_in), leaves["a"], leaves["b"], target.scale, leaves.get("mask"))
+        delta = delta.astype(base.dtype)
+        if "sink" not in leaves:
+            return (rows + delta).reshape(base.shape)
+        weights = leaves.get("weights")
+        tokens = base.shape[: base.ndim - len(target.projection.outputs)]
+        if weights is not None and weights.shape != tokens:
+            raise NaloraError(
+                "token_weights", expected=f"shape {tokens}, as {target.path} sees it", found=weights.shape
+            )
+        flat = jnp.ones(rows.shape[:1], bool) if weights is None else weights.reshape(-1)
+        observe = partial(self._statistics, target.gate)
+        return _observed(rows, delta, flat, dict(leaves["sink"]), observe).reshape(base.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _observed(base: jax.Array, delta: jax.Array, weights: jax.Array, sink: Any, statistics: Any) -> jax.Array:
+    """``base + delta``, whose backward pass gives ``sink`` the statistics of the forward pass as its gradient."""
+    return base + delta
+
+
+def _observed_fwd(base: jax.Array, delta: jax.Array, weights: jax.Array, sink: Any, statistics: Any) -> Any:
+    return base + delta, statistics(base, delta, weights)
+
+
+def _observed_bwd(statistics: Any, sums: Any, g: jax.Array) -> Any:
+    return g, g, None, sums
+
+
+_observed.defvjp(_observed_fwd, _observed_bwd)
+
+
+def _flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:
+    return projection.lead, math.prod(projection.inputs), math.prod(projection.outputs)
+
+
+# ---------------------------------------------------------------- names and rules
+
+
+def choose_targets(
+    projections: Sequence[Projection], keymap: Keymap, lora: LoRAConfig, activation: str
+) -> tuple[Target, ...]:
+    """The adapters that the rules give a model's projections.
+
+    Args:
+      projections: all that exist.
+      keymap: see `adapt_linen`.
+      lora: rules, searched in the keymap's names, and ``rslora``.
+      activation: the gates'.
+
+    Raises:
+      NaloraError: a pattern of the keymap or a rule that matches nothing, two projections of one name, a rank or alpha
+        out of range, a variant that needs the layer's own code.
+    """
+    _check_variant(lora)
+    activations.get(activation)  # an unknown name is an error whether there is a gate or not
+    named = _named(projections, keymap)
+    rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
+    targets = []
+    for path, rule in rules.items():
+        if rule.rank == 0:
+            continue
+        _, d_in, d_out = _flat_shape(named[path])
+        alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
+        if not 0 < rule.rank <= min(d_in, d_out):
+            limit = f"0 to {min(d_in, d_out)} (the smaller side of {path})"
+            raise NaloraError(f"lora.rules {rule.pattern!r}: rank", expected=limit, found=rule.rank)
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise NaloraError(f"lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=alpha)
+        scale = adapter_scale(alpha, rule.rank, rslora=lora.rslora)
+        gate = activation if find_gates({path: {"b": 0}}) else ""
+        targets.append(Target(named[path], path, rule.rank, scale, gate))
+    if not targets:
+        raise NaloraError("lora.rules", expected="at least one adapter", found="rank 0 everywhere")
+    if not any(target.gate for target in targets):
+        log.warning("no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing")
+    return tuple(targets)
+
+
+def _check_variant(lora: LoRAConfig) -> None:
+    asked = {"dora": lora.dora, "dropout": lora.dropout > 0, "init": lora.init != "default"}
+    for name, on in asked.items():
+        if on:
+            found = f"{name}={getattr(lora, name)!r}"
+            raise NaloraError(
+                "lora", expected="LoRA or rsLoRA, which need a layer's input and output alone", found=found
+            )
+
+
+def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
+    """Projections by the keymap's names; those that it does not mention keep their own."""
+    own = [projection.own for projection in projections]
+    trees.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
+    named: dict[str, Projection] = {}
+    for projection in projections:
+        path = _renamed(projection.own, keymap)
+        if path in named:
+            found = f"{named[path].own} and {projection.own}"
+            raise NaloraError("keymap", expected=f"one projection called {path}", found=found)
+        named[path] = projection
+    return named
+
+
+def _renamed(own: str, keymap: Keymap) -> str:
+    matches = ((re.fullmatch(pattern, own), to) for pattern, to in keymap)
+    return next((match.expand(to) for match, to in matches if match), own)
+
+
+def folded(kernel: Any, target: Target, lora: Mapping[str, Any]) -> jax.Array:
+    """A kernel with its adapter folded in, computed in float32; ``lora`` is flattened."""
+    a, b = (lora[f"{target.path}/{name}"] for name in ("a", "b"))
+    chex.assert_shape(kernel, target.projection.kernel_shape)
+    delta = target.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + delta.reshape(kernel.shape)).astype(kernel.dtype)

@@ -1,0 +1,23 @@
+"""The table that the quantization benchmark makes of its record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_the_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quantized
+
+    record = json.loads((BENCHMARKS / "results" / "quantized.json").read_text())
+    _, _, *rows = quantized.table(record).splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(quantized.KINDS)
+    assert "(1.00)" in rows[0]
+    kernels = {kind: found["bytes"]["kernels"] for kind, found in record["kinds"].items()}
+    assert kernels["nf4"] <= 0.35 * kernels["bfloat16"]
+    for name in ("quantized", "common"):
+        sys.modules.pop(name, None)
