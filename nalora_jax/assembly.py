@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax import mesh as layout
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
@@ -22,7 +23,6 @@ from nalora_jax.nn.lora import AdapterSpec, resolve
 from nalora_jax.nn.loss import Head
 from nalora_jax.nn.matmul import Numerics, numerics_for, pack_views
 from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
-from nalora_jax.train import mesh as layout
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import Step, StepConfig, make_train_step
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from nalora_jax import mesh as layout
 from nalora_jax import trees
 from nalora_jax.adapted import ADAPTER
 from nalora_jax.assembly import Assembly, assemble, plain_adapter
@@ -33,7 +34,6 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.quantize import quantize_params
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.report import write_report
-from nalora_jax.train import mesh as layout
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
 from nalora_jax.train.loop import FitResult, Schedule, fit

@@ -12,7 +12,7 @@ import sys, time
 import jax, jax.numpy as jnp, numpy as np
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import mesh as M
+from nalora_jax import mesh as M
 from nalora_jax.train.checkpoint import FOLDER, Checkpointer, prepare_output
 
 assert M.initialize_distributed() and jax.process_count() == 2
