@@ -76,7 +76,7 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
     initial = None
     if config.lora.init == "pissa":
         params, lora = pissa_split(params, spec)
-        initial = jax.device_get(lora)
+        initial = jax.tree.map(layout.fetch, lora)
     else:
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
 
@@ -91,7 +91,7 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
 
 def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
     """The trained adapter as one of the original base, in host memory: itself, or PiSSA's difference."""
-    lora = jax.device_get(lora)
+    lora = jax.tree.map(layout.fetch, lora)
     if assembly.initial is None:
         return lora, assembly.spec
     return pissa_to_lora(lora, assembly.initial, assembly.spec)

@@ -90,11 +90,12 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own; runs use one of the simulated devices, but where a test asks for a mesh."""
+    """A cache of this module's own; runs use one or two of the simulated devices where their mesh is no larger."""
     make = nalora_run.layout.make_mesh
 
     def make_mesh(mesh: MeshConfig) -> Any:
-        return make(mesh, jax.devices()[:1] if mesh == MeshConfig(1, 1, 1) else None)
+        count = mesh.data * mesh.fsdp * mesh.tensor
+        return make(mesh, jax.devices()[:count] if count in (1, 2) else None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -227,6 +228,31 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
 def test_a_mesh_of_eight_runs_like_one_device(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
     spread = nalora_run.run(replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     assert spread.after["loss"] == pytest.approx(finished[1].after["loss"], rel=5e-2)
+
+
+def test_two_processes_run_like_one(config: RunConfig, tmp_path: Path, two_processes: Any) -> None:
+    train = TrainConfig(batch_size=8, accumulate=2, log_every=5, eval_every=5, save_every=5)
+    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="pissa")  # exported against what all processes started from
+    config = replace(config, steps=10, mesh=MeshConfig(data=1, fsdp=2), train=train, lora=lora)
+    alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
+    settings = tmp_path / "settings.py"
+    settings.write_text(
+        f"from nalora_jax.config import config_from_dict\ndef config(): return config_from_dict({config.to_dict()!r})\n"
+    )
+    command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+    matmuls = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    (first, out, error), (second, *silence) = two_processes(command, devices=1, **matmuls)
+    assert (first, second) == (0, 0), error + silence[1]
+    assert "after (step" in out
+    assert "parameters in float32" in error
+    assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
+    assert "parameters in float32" not in silence[1]
+    for name, tensor in _adapter(config.output).items():
+        np.testing.assert_allclose(tensor, _adapter(str(tmp_path / "alone"))[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    ours, theirs = (_lines(str(folder)) for folder in (config.output, tmp_path / "alone"))
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    assert ours[-1] == theirs[-1] == {"done": {"step": 10, "best_step": alone.best_step}}
+    assert {path.name for path in Path(config.output).iterdir()} == {path.name for path in alone.folder.iterdir()}
 
 
 @pytest.mark.parametrize(
