@@ -93,9 +93,9 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own; runs use one or two of the simulated devices where their mesh is no larger."""
     make = nalora_run.layout.make_mesh
 
-    def make_mesh(mesh: MeshConfig) -> Any:
+    def make_mesh(mesh: MeshConfig, devices: Any = None) -> Any:
         count = mesh.data * mesh.fsdp * mesh.tensor
-        return make(mesh, jax.devices()[:count] if count in (1, 2) else None)
+        return make(mesh, jax.devices()[:count] if count in (1, 2) else devices)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -188,6 +188,30 @@ def test_the_run_folder_is_a_model_for_every_verb(
     first = with_adapter.module.apply(with_adapter.variables, tokens)
     second = merged.module.apply(merged.variables, tokens)
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("compute", "mesh", "flags"),
+    [
+        (ComputeConfig(dtype="float32", compilation_cache=False), MeshConfig(1, 1, 1), []),
+        (ComputeConfig(quantize="int8", compilation_cache=False), MeshConfig(1, 1, 1), []),
+        (ComputeConfig(compilation_cache=False), MeshConfig(1, 2, 1), ["--mesh.fsdp", "2"]),
+    ],
+    ids=["float32", "int8", "bfloat16-mesh"],
+)
+def test_eval_of_a_run_gives_the_run_s_own_numbers_to_the_bit(
+    config: RunConfig, compute: ComputeConfig, mesh: MeshConfig, flags: list[str]
+) -> None:
+    train = TrainConfig(batch_size=8, eval_every=0, save_every=0)
+    nalora_run.run(replace(config, steps=3, train=train, compute=compute, mesh=mesh))
+    measured = config.output + ".json"
+    assert main(["eval", config.output, "--output", measured, *flags]) == 0
+    reported = next(line["eval"] for line in _lines(config.output) if "final" in line)
+    found = json.loads(Path(measured).read_text())
+    del reported["paired"]
+    assert {name: found[name] for name in reported} == reported
+    assert 0 < reported["accuracy"] < 1
+    assert reported["n"] == 30
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
