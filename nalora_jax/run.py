@@ -321,7 +321,7 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
     train = config.train
     micro = train.batch_size // train.accumulate
     rows = layout.process_rows(mesh, micro)
-    return train_data(
+    data = train_data(
         config.data,
         loaded.tokenizer,
         batch_size=train.batch_size,
@@ -330,6 +330,15 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
         host_index=int(rows[0]) // len(rows),
         host_count=micro // len(rows),
     )
+    longest, context = int(data.store.lengths.max()), loaded.config.max_positions
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"examples of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {context} or less",
+        )
+    return data
 
 
 def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
