@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from nalora_jax.__main__ import train_main
+from nalora_jax.__main__ import train_command
 
 if __name__ == "__main__":
-    sys.exit(train_main())
+    sys.exit(train_command())

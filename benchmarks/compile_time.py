@@ -16,9 +16,9 @@ from training import base_model, batch_of, parse, run_config
 
 def compile_seconds(layers: int, dtype: str) -> float:
     """Lowering and compiling one NA-LoRA step."""
+    from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.train import mesh as layout
 
     options = parse(["--dtype", dtype, "--layers", str(layers), "--method", "nalora"])
     mesh = layout.make_mesh(MeshConfig())

@@ -27,9 +27,9 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
+    from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.train import mesh as layout
 
     given = options()
     shared = parse(["--dtype", given.dtype, "--layers", str(given.layers), "--remat", given.remat])

@@ -70,7 +70,7 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
 
 def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
     """Rows of random tokens with a target at every position but the last."""
-    from nalora_jax.train import mesh as layout
+    from nalora_jax import mesh as layout
 
     rows, seq = tokens.shape
     weights = np.ones((rows, seq), np.float32)
@@ -88,9 +88,9 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
 def main() -> None:
     options = parse()
     start = time.perf_counter()
+    from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.train import mesh as layout
 
     mesh = layout.make_mesh(MeshConfig())
     base, params = base_model(options, mesh)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from nalora_jax import cli
+from nalora_jax import hugepages
 from nalora_jax.errors import NaloraError
 
 # What the machine, not the library, has to answer for.
@@ -24,16 +24,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        verb, args = cli.parse(given)
-        # Imported only now, so that help and refused flags need no JAX.
+        # Imported only now: a process that restarts needs neither, and help and refused flags need no JAX.
+        verb, args = importlib.import_module("nalora_jax.cli").parse(given)
         importlib.import_module("nalora_jax.verbs").VERBS[verb](args)
 
     return guarded(run)
 
 
-def train_main(argv: Sequence[str] | None = None) -> int:
-    """``train.py``: the flags of ``nalora train`` without the verb; returns the exit status."""
-    return main(["train", *(sys.argv[1:] if argv is None else argv)])
+def command() -> int:
+    """The process ``nalora``: `main` with huge pages where the machine has them."""
+    hugepages.restart()
+    return main()
+
+
+def train_command() -> int:
+    """The process ``train.py``: the flags of ``nalora train`` without the verb."""
+    hugepages.restart()
+    return main(["train", *sys.argv[1:]])
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -78,4 +85,4 @@ def _log_to_stderr() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

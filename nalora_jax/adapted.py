@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from nalora_jax import mesh as layout
+from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.lora import AdapterSpec
@@ -86,18 +88,25 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
 
 
 def load(
-    model: str | Path, *, adapter: str | Path | None = None, dtype: str = "bfloat16", mesh: Mesh | None = None
+    model: str | Path, *, adapter: str | Path | None = None, dtype: str | None = None, mesh: Mesh | None = None
 ) -> AdaptedModel:
     """The model called ``model``, with its adapter on; the arguments are those of `locate` and `weights.load_model`.
 
+    Without a dtype the base has that of the run that made the adapter, else bfloat16.
+
     Raises:
-      NaloraError: see `locate`, `weights.load_model` and `weights.peft.import_adapter`.
+      NaloraError: see `locate`, `weights.load_model` and `weights.peft.import_adapter`; or a tensor axis of the mesh
+        splits a head.
     """
     located = locate(model, adapter)
+    dtype = dtype or config_from_dict(located.run).compute.dtype
     base = load_model(located.base, dtype=dtype, mesh=mesh)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
+    if mesh is not None:
+        layout.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
+        lora = jax.device_put(lora, layout.shardings(lora, mesh, layout.STATE_RULES))
     module = Decoder(base.config, spec, numerics_for(dtype, jax.default_backend()))
     return AdaptedModel(base, module, lora, located)
 

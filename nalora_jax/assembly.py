@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax import mesh as layout
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
@@ -22,7 +23,6 @@ from nalora_jax.nn.lora import AdapterSpec, resolve
 from nalora_jax.nn.loss import Head
 from nalora_jax.nn.matmul import Numerics, numerics_for, pack_views
 from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
-from nalora_jax.train import mesh as layout
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import Step, StepConfig, make_train_step
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
@@ -76,7 +76,7 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
     initial = None
     if config.lora.init == "pissa":
         params, lora = pissa_split(params, spec)
-        initial = jax.device_get(lora)
+        initial = jax.tree.map(layout.fetch, lora)
     else:
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
 
@@ -91,7 +91,7 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
 
 def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
     """The trained adapter as one of the original base, in host memory: itself, or PiSSA's difference."""
-    lora = jax.device_get(lora)
+    lora = jax.tree.map(layout.fetch, lora)
     if assembly.initial is None:
         return lora, assembly.spec
     return pissa_to_lora(lora, assembly.initial, assembly.spec)

@@ -24,11 +24,16 @@ from tyro import MISSING_NONPROP
 from tyro.conf import DisallowNone, Positional, PositionalMetavarFromFieldName, arg, subcommand
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nalora_jax.config import LoRARule, RunConfig
+from nalora_jax.config import LoRARule, MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 
 Dtype = Literal["bfloat16", "float32"]
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
+
+
+def one_device() -> MeshConfig:
+    """The mesh of a verb that was not asked for another one."""
+    return MeshConfig(data=1)
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,11 @@ class EvalArgs:
     chat: bool | None = None
     # Write the numbers to this new JSON file as well.
     output: Path | None = None
-    # Dtype of the base weights.
-    dtype: Dtype = "bfloat16"
+    # Dtype of the base weights. By default the run's, else bfloat16.
+    dtype: Dtype | None = None
+    # Hold the adapted model's projections quantized. By default as the run did, else not.
+    quantize: Literal["none", "int8", "nf4"] | None = None
+    mesh: MeshConfig = field(default_factory=one_device)
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,9 @@ class GenerateArgs:
     seed: int = 0
     # Wrap the prompt in the model's chat template. By default as the run was trained, else not.
     chat: bool | None = None
-    # Dtype of the base weights.
-    dtype: Dtype = "bfloat16"
+    # Dtype of the base weights. By default the run's, else bfloat16.
+    dtype: Dtype | None = None
+    mesh: MeshConfig = field(default_factory=one_device)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from rich.console import Console
 
+from nalora_jax import mesh as layout
 from nalora_jax import trees
 from nalora_jax.adapted import ADAPTER
 from nalora_jax.assembly import Assembly, assemble, plain_adapter
@@ -31,12 +34,12 @@ from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.optim.nalora import make_schedule
-from nalora_jax.report import write_report
-from nalora_jax.train import mesh as layout
+from nalora_jax.report.html import FILE as REPORT
+from nalora_jax.report.html import write_report
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
 from nalora_jax.train.loop import FitResult, Schedule, fit
-from nalora_jax.train.metrics import MetricsLog, write_atomically
+from nalora_jax.train.metrics import MetricsLog, SilentLog, write_atomically
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
@@ -60,7 +63,7 @@ class RunResult:
 
 
 def run(config: RunConfig) -> RunResult:
-    """Fine-tunes; see the module's docstring.
+    """Fine-tunes; see the module's docstring. With several processes all of them do, and the first one logs and writes.
 
     Raises:
       NaloraError: bad settings, files or data; nothing of an earlier run is touched.
@@ -123,10 +126,8 @@ class _Run:
 
     def execute(self) -> RunResult:
         state, start = self._start()
-        with (
-            MetricsLog(self.folder, tensorboard=self.config.tensorboard, resume=start or None) as self.metrics,
-            Progress(self.config.steps, start=start) as self.progress,
-        ):
+        self.metrics, self.progress = self._records(start)
+        with self.metrics, self.progress:
             self.metrics.start(self.config.to_dict(), versions=versions(), device=describe_device())
             try:
                 before = self._before(start)
@@ -137,9 +138,15 @@ class _Run:
                 self.metrics.write({"done": {"message": str(error) or "interrupted"}})
                 raise
             self.metrics.write({"done": {"step": result.step, "best_step": after["step"]}})
-        report = write_report(self.folder)
-        log.info("report: %s", report)
-        return RunResult(self.folder, adapter, report, before, after, after["step"])
+        layout.on_first_process(lambda: log.info("report: %s", write_report(self.folder)))
+        return RunResult(self.folder, adapter, self.folder / REPORT, before, after, after["step"])
+
+    def _records(self, start: int) -> tuple[MetricsLog, Progress]:
+        """The log and what is shown: of process 0; those of other processes keep and show nothing."""
+        if jax.process_index():
+            return SilentLog(), Progress(self.config.steps, console=Console(quiet=True))
+        log = MetricsLog(self.folder, tensorboard=self.config.tensorboard, resume=start or None)
+        return log, Progress(self.config.steps, start=start)
 
     def _start(self) -> tuple[TrainState, int]:
         if not self.config.resume:
@@ -157,7 +164,7 @@ class _Run:
             found: dict[str, Any] = json.loads(saved.read_text())
             return found
         before = self.evaluator.measure(self.loaded.params, None, samples=True)
-        write_atomically(saved, json.dumps(before))
+        layout.on_first_process(lambda: write_atomically(saved, json.dumps(before)))
         self.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
         self.progress.say(f"before: {describe(before)}")
         self._record_evaluation(0, self.selector.measure(self.loaded.params, None))
@@ -199,18 +206,22 @@ class _Run:
         """PEFT files of the trained adapter, read back and compared before anybody is told that they exist."""
         folder, loaded = self.folder / ADAPTER, self.loaded
         lora, spec = plain_adapter(self.assembly, state.lora)
-        export_adapter(
-            lora,
-            spec,
-            loaded.config,
-            folder,
-            base_model_name=loaded.source,
-            fingerprint=loaded.fingerprint,
-            overwrite=True,
-        )
-        verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
+
+        def write() -> None:
+            export_adapter(
+                lora,
+                spec,
+                loaded.config,
+                folder,
+                base_model_name=loaded.source,
+                fingerprint=loaded.fingerprint,
+                overwrite=True,
+            )
+            verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
+
+        layout.on_first_process(write)
         difference = self._exported_difference(state.lora, folder)
-        write_card(folder, self._card(before, after))
+        layout.on_first_process(lambda: write_card(folder, self._card(before, after)))
         log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
         return folder
 
@@ -218,6 +229,7 @@ class _Run:
         """Largest difference between the logits of the trained adapter and of the files, on one training row."""
         batch = next(iter(self.batches))
         row = {name: batch[name][0, :1] for name in ("tokens", "positions", "segment_ids")}
+        row = multihost_utils.broadcast_one_to_all(row)
         files, spec = import_adapter(folder, self.loaded.config, fingerprint=self.loaded.fingerprint)
 
         def logits(model: Decoder, params: Any, lora: Any) -> Any:
@@ -228,7 +240,7 @@ class _Run:
                 )
                 return model.apply(variables, hidden[:, ::8], method="unembed")
 
-            return apply({"params": params, "lora": lora})
+            return layout.fetch(apply({"params": params, "lora": lora}))
 
         model = self.assembly.eval_model
         found = max_logit_difference(
@@ -296,7 +308,7 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
     train = config.train
     micro = train.batch_size // train.accumulate
     rows = layout.process_rows(mesh, micro)
-    return train_data(
+    data = train_data(
         config.data,
         loaded.tokenizer,
         batch_size=train.batch_size,
@@ -305,6 +317,15 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
         host_index=int(rows[0]) // len(rows),
         host_count=micro // len(rows),
     )
+    longest, context = int(data.store.lengths.max()), loaded.config.max_positions
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"examples of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {context} or less",
+        )
+    return data
 
 
 def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:

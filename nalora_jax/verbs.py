@@ -6,6 +6,7 @@ Heavy modules are imported by the verb that needs them, so that ``nalora report`
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax import cli
-from nalora_jax.config import DataConfig, config_from_dict
+from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from nalora_jax.adapted import AdaptedModel
     from nalora_jax.tokenizer import Tokenizer
 
@@ -29,25 +32,33 @@ def train(args: cli.TrainArgs) -> None:
 
 
 def evaluate(args: cli.EvalArgs) -> None:
-    """Print the held-out metric with its interval, and write it to a file if asked for."""
+    """Print the held-out metric with its interval, and write it to a file if asked for.
+
+    Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
+    with PiSSA up to rounding, as it is exported to another base than it was trained on).
+    """
     from nalora_jax.adapted import load
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.evaluate.heldout import Evaluator, describe
+    from nalora_jax.run import quantized
     from nalora_jax.train.metrics import to_json, write_atomically
 
     if args.output is not None and args.output.exists():
         raise NaloraError(
             str(args.output), expected="a new file", found="one that exists", remedy="choose another name"
         )
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype)
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh)
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
     data = data_of(model.located.run, asked)
     if any(value is not None for value in asked.values()):
         items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
     else:  # the very questions that the run reported on
         items, _ = held_out(data, model.base.tokenizer)
-    evaluator = Evaluator(model.module, model.base.tokenizer, items)
-    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
+    kind = args.quantize or config_from_dict(model.located.run).compute.quantize
+    params = model.base.params if kind == "none" else quantized(model.base, kind)
+    evaluator = Evaluator(model.module, model.base.tokenizer, items, mesh=mesh)
+    values = evaluator.measure(params, model.lora, samples=args.output is not None)
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     if args.output is not None:
         origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
@@ -63,13 +74,14 @@ def generate(args: cli.GenerateArgs) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     Settings(**settings)  # refuses what is out of range before a model is loaded
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype)
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh)
     tokenizer = model.base.tokenizer
     tokens: str | list[int] = prompt
     if model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
         text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         tokens = tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token itself
-    for piece in Generator(model.module, model.variables, tokenizer).stream(tokens, **settings):
+    for piece in Generator(model.module, model.variables, tokenizer, mesh=mesh).stream(tokens, **settings):
         print(piece, end="", flush=True)
     print()
 
@@ -196,6 +208,18 @@ def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     count = min(len(source), data.eval_limit or len(source))
     records = enumerate(source.read(range(count)))
     return [render(record, data, tokenizer, source.where(index)).text for index, record in records]
+
+
+def mesh_of(config: MeshConfig) -> Mesh | None:
+    """The mesh of a verb, over no more devices than its axes need (-1: all); None for one device."""
+    import jax
+
+    from nalora_jax.mesh import make_mesh
+
+    sizes = (config.data, config.fsdp, config.tensor)
+    count = None if min(sizes) < 0 else math.prod(sizes)
+    mesh = make_mesh(config, jax.devices()[:count])
+    return mesh if mesh.size > 1 else None
 
 
 def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -39,3 +43,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture
+def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
+    """Runs Python with the same arguments as two processes that know of each other: a pod at its smallest."""
+
+    def run(arguments: list[str], *, devices: int, **variables: str) -> list[tuple[int, str, str]]:
+        """Exit status, standard output and error of both, each with ``devices`` simulated devices."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        # JAX warns about, and may stall on, proxies in a distributed run's environment.
+        clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+        clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        clean |= {"PYTHONPATH": os.pathsep.join(sys.path)} | variables
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, *arguments]
+        started = [subprocess.Popen(command, env=clean | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
+        outputs = [process.communicate(timeout=240) for process in started]
+        return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
+
+    return run

@@ -98,8 +98,8 @@ def test_every_setting_of_a_run_has_a_flag_with_help_and_default(capsys, monkeyp
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
 def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
     shown = entries(help_of(capsys, monkeypatch, verb))
-    for field in dataclasses.fields(cli.VERBS[verb]):
-        name = {"target": "for"}.get(field.name, field.name).replace("_", "-")
+    for flag in flags(cli.VERBS[verb]):
+        name = {"target": "for"}.get(flag[2:], flag[2:])
         assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), ""))), name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import shutil
 import string
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
 from nalora_jax import trees
@@ -90,11 +91,12 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of this module's own; runs use one of the simulated devices, but where a test asks for a mesh."""
+    """A cache of this module's own; runs use one or two of the simulated devices where their mesh is no larger."""
     make = nalora_run.layout.make_mesh
 
-    def make_mesh(mesh: MeshConfig) -> Any:
-        return make(mesh, jax.devices()[:1] if mesh == MeshConfig(1, 1, 1) else None)
+    def make_mesh(mesh: MeshConfig, devices: Any = None) -> Any:
+        count = mesh.data * mesh.fsdp * mesh.tensor
+        return make(mesh, jax.devices()[:count] if count in (1, 2) else devices)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -189,6 +191,30 @@ def test_the_run_folder_is_a_model_for_every_verb(
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("compute", "mesh", "flags"),
+    [
+        (ComputeConfig(dtype="float32", compilation_cache=False), MeshConfig(1, 1, 1), []),
+        (ComputeConfig(quantize="int8", compilation_cache=False), MeshConfig(1, 1, 1), []),
+        (ComputeConfig(compilation_cache=False), MeshConfig(1, 2, 1), ["--mesh.fsdp", "2"]),
+    ],
+    ids=["float32", "int8", "bfloat16-mesh"],
+)
+def test_eval_of_a_run_gives_the_run_s_own_numbers_to_the_bit(
+    config: RunConfig, compute: ComputeConfig, mesh: MeshConfig, flags: list[str]
+) -> None:
+    train = TrainConfig(batch_size=8, eval_every=0, save_every=0)
+    nalora_run.run(replace(config, steps=3, train=train, compute=compute, mesh=mesh))
+    measured = config.output + ".json"
+    assert main(["eval", config.output, "--output", measured, *flags]) == 0
+    reported = next(line["eval"] for line in _lines(config.output) if "final" in line)
+    found = json.loads(Path(measured).read_text())
+    del reported["paired"]
+    assert {name: found[name] for name in reported} == reported
+    assert 0 < reported["accuracy"] < 1
+    assert reported["n"] == 30
+
+
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
     whole_run, stop, parts = finished[0], 20, config
 
@@ -227,6 +253,31 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
 def test_a_mesh_of_eight_runs_like_one_device(finished: tuple[RunConfig, Any], config: RunConfig) -> None:
     spread = nalora_run.run(replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     assert spread.after["loss"] == pytest.approx(finished[1].after["loss"], rel=5e-2)
+
+
+def test_two_processes_run_like_one(config: RunConfig, tmp_path: Path, two_processes: Any) -> None:
+    train = TrainConfig(batch_size=8, accumulate=2, log_every=5, eval_every=5, save_every=5)
+    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="pissa")  # exported against what all processes started from
+    config = replace(config, steps=10, mesh=MeshConfig(data=1, fsdp=2), train=train, lora=lora)
+    alone = nalora_run.run(replace(config, output=str(tmp_path / "alone")))
+    settings = tmp_path / "settings.py"
+    settings.write_text(
+        f"from nalora_jax.config import config_from_dict\ndef config(): return config_from_dict({config.to_dict()!r})\n"
+    )
+    command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+    matmuls = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    (first, out, error), (second, *silence) = two_processes(command, devices=1, **matmuls)
+    assert (first, second) == (0, 0), error + silence[1]
+    assert "after (step" in out
+    assert "parameters in float32" in error
+    assert [line for line in silence[0].splitlines() if not line.startswith("[Gloo]")] == []
+    assert "parameters in float32" not in silence[1]
+    for name, tensor in _adapter(config.output).items():
+        np.testing.assert_allclose(tensor, _adapter(str(tmp_path / "alone"))[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    ours, theirs = (_lines(str(folder)) for folder in (config.output, tmp_path / "alone"))
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    assert ours[-1] == theirs[-1] == {"done": {"step": 10, "best_step": alone.best_step}}
+    assert {path.name for path in Path(config.output).iterdir()} == {path.name for path in alone.folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -286,21 +337,129 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
         (["--mesh.data", "3"], "--mesh"),
         (["--resume"], "--resume: expected a checkpoint"),
         (["--data.max-length", "1", "--data.too-long", "error"], "expected at most"),
+        (
+            ["--data.dataset", "LONG", "--data.max-length", "128"],
+            "the model's context, found one of 81",
+        ),
         (["--train.batch-size", "9", "--train.accumulate", "2"], "--train.batch-size"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    config: RunConfig, base: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    config: RunConfig,
+    base: Path,
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = config.data
     common = ["--model", str(base), "--output", config.output, "--steps", "1", "--compute.dtype", "float32"]
     common += ["--data.dataset", data.dataset, "--data.train-split", data.train_split]
     common += ["--data.eval-split", data.eval_split, "--data.max-length", "16", "--compute.no-compilation-cache"]
+    long = tmp_path / "long.jsonl"
+    records = [{"prompt": f"{letter} a", "completion": " z"} for letter in string.ascii_lowercase]
+    long.write_text("".join(json.dumps(one) + "\n" for one in [{"prompt": "a " * 80, "completion": " z"}, *records]))
+    flags = [str(long) if flag == "LONG" else flag for flag in flags]
     assert main(["train", *common, *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
     assert not (Path(config.output) / "adapter").exists()
+
+
+def _truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _foreign(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(200)))
+
+
+def _weights(change: Any) -> Any:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+def _settings_of(name: str, **changes: Any) -> Any:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def _larger_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["more"] = len(WORDS)
+    path.write_text(json.dumps(values))
+
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "model.safetensors: expected a complete safetensors file"),
+        (_foreign, "model.safetensors: expected a complete safetensors file"),
+        (_weights(lambda tensors: tensors.pop(GATE)), f"found no {GATE}"),
+        (_weights(lambda tensors: tensors.update(more=np.zeros(2, np.float32))), "the unknown tensor more (2,)"),
+        (
+            _weights(lambda tensors: tensors.update({GATE: tensors[GATE][1:]})),
+            "expected the shape (64, 16), found",
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), "found no safetensors file"),
+        (_settings_of("config.json", hidden_act="frobnicate"), "'frobnicate'"),
+        (_settings_of("config.json", model_type="mystery"), "'mystery'"),
+        (_larger_tokenizer, "tokenizer: expected at most 28 tokens"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line_and_exit_code_2(
+    base: Path, tmp_path: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(shutil.copytree(base, tmp_path / "model"))
+    _refused(capsys, message, tmp_path / "out", "--model", str(tmp_path / "model"))
+
+
+EXAMPLE = {"prompt": "a b", "completion": " z"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "data.jsonl: expected at least one JSON line"),
+        (['{"prompt": "a"'], "data.jsonl:9: "),
+        ([{"prompt": "a"}], "data.jsonl:9: "),
+        ([{"prompt": "a", "completion": ""}], "data.jsonl:9: completion: expected an answer"),
+        ([{"prompt": "a " * 20, "completion": " z"}], "data.jsonl:9: "),
+    ],
+    ids=["empty", "broken", "field", "no-target", "too-long"],
+)
+def test_bad_data_is_one_line_and_exit_code_2(
+    base: Path, tmp_path: Path, lines: list[Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    written = [EXAMPLE] * 8 + lines + [EXAMPLE] * 3 if lines else []
+    data.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in written))
+    flags = ["--data.train-split", "train[:90%]", "--data.eval-split", "train[90%:]", "--data.max-length", "16"]
+    flags += ["--data.dataset", str(data), "--data.too-long", "error"]
+    _refused(capsys, message, tmp_path / "out", "--model", str(base), *flags)
+
+
+def _refused(capsys: pytest.CaptureFixture[str], message: str, output: Path, *flags: str) -> None:
+    mesh = ["--mesh.data", "1", "--train.batch-size", "2", "--steps", "1", "--compute.no-compilation-cache"]
+    assert main(["train", "--output", str(output), *mesh, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert [line.startswith("error: ") for line in error.splitlines()].count(True) == 1
+    assert "Traceback" not in error
+    assert not [path for path in output.rglob("*") if path.is_file()]
 
 
 def test_another_runs_folder_is_refused_and_left_alone(finished: tuple[RunConfig, Any]) -> None:

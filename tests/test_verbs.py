@@ -129,6 +129,29 @@ def test_generate_refuses_settings_before_it_loads_anything(capsys):
     assert "top_p: expected a share" in capsys.readouterr().err
 
 
+def test_generate_on_a_mesh_says_the_same(run, capsys):
+    arguments = ["generate", str(run), "--prompt", "a b c", "--max-new-tokens", "5", "--dtype", "float32"]
+    answers = []
+    for flags in ([], ["--mesh.data", "-1"], ["--mesh.fsdp", "2"]):
+        assert main([*arguments, *flags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert len(set(answers)) == 1
+
+
+@pytest.mark.parametrize("verb", [["eval"], ["generate", "--prompt", "a"]])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mesh.data", "9"], "--mesh: expected a product that equals the 8 device(s)"),
+        (["--mesh.data", "0"], "--mesh: expected axis sizes of 1 or more"),
+        (["--mesh.tensor", "8"], "--mesh.tensor: expected a divisor of the model's"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(run, capsys, verb, flags, said):
+    assert main([*verb, str(run), *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["peft", "vllm"])
 def test_export_writes_an_adapter_that_means_the_same(run, base, tmp_path, capsys, target):
     out = tmp_path / "out"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,13 +44,6 @@ def place_batch(tree: Any, mesh: Mesh | None) -> Any:
     if mesh is None:
         return tree
     return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))
-
-
-def fetch(x: jax.Array) -> np.ndarray:
-    """``x`` on the host, also where its parts live on several hosts."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def _batch_axes(mesh: Mesh | None) -> tuple[str, ...]:

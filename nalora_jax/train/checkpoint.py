@@ -23,13 +23,12 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.mesh import on_first_process
 from nalora_jax.train import snapshot
 
 FOLDER = "checkpoints"  # inside a run's output folder
@@ -228,29 +227,23 @@ def prepare_output(folder: Path | str, resume: bool) -> Path:
         it cannot be written.
     """
     path = Path(folder)
-    problem = _claim(path, resume) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-        refused = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
-        if refused and problem is None:
-            problem = NaloraError(f"--output {path}", expected="process 0 to accept it", found="that it refused it")
-    if problem is not None:
-        raise problem
+    on_first_process(lambda: _claim(path, resume))
     return path
 
 
-def _claim(path: Path, resume: bool) -> NaloraError | None:
-    """Make or check the folder; what is wrong with it, if anything."""
+def _claim(path: Path, resume: bool) -> None:
+    """Make or check the folder."""
     if path.exists() and not path.is_dir():
-        return NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
+        raise NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
     saved = path / FOLDER
     holds_files = path.is_dir() and any(path.iterdir())
     resumable = saved.is_dir() and any(ocp.path.step.standard_name_format().find_all(saved))
     if resume and not resumable:
         stopped = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
         remedy = stopped if holds_files else "start without --resume, or name the run's own --output"
-        return NaloraError("--resume", expected=f"a checkpoint in {saved}", found="none", remedy=remedy)
+        raise NaloraError("--resume", expected=f"a checkpoint in {saved}", found="none", remedy=remedy)
     if holds_files and not resume:
-        return NaloraError(
+        raise NaloraError(
             "--output",
             expected="a new or empty folder",
             found=f"{path}, which holds {_listing(path)}",
@@ -259,8 +252,7 @@ def _claim(path: Path, resume: bool) -> NaloraError | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return NaloraError(f"--output {path}", expected="a folder that can be written", found=_reason(error))
-    return None
+        raise NaloraError(f"--output {path}", expected="a folder that can be written", found=_reason(error)) from error
 
 
 def _listing(path: Path) -> str:

@@ -106,6 +106,22 @@ class MetricsLog:
         self.close()
 
 
+class SilentLog(MetricsLog):
+    """Keeps nothing: the log of every process but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
+        """Nothing."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All lines of a log in order; a last line that a crash left half written is ignored.
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from nalora_jax import mesh as layout
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
@@ -48,7 +49,7 @@ def load_model(
     Args:
       source: an alias, a Hugging Face folder, a GGUF file or a hub id; see `weights.hub.resolve`.
       dtype: of the parameters, "bfloat16" or "float32".
-      mesh: devices that share the parameters, by the rules of `train.mesh`; by default the first device holds all.
+      mesh: devices that share the parameters, by the rules of `nalora_jax.mesh`; by default the first device holds all.
       cache: where packages are kept.
       quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.nn.quantize`) instead of ``dtype``.
 
@@ -85,7 +86,5 @@ def _opened(found: hub.ResolvedSource) -> tuple[dict[str, Any], ModelConfig, Ten
 
 
 def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    from nalora_jax.train import mesh as rules  # the one place where weights are told how a run lays them out
-
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
-    return trees.flatten(rules.shardings(trees.unflatten(shapes), mesh, rules.PARAM_RULES))
+    return trees.flatten(layout.shardings(trees.unflatten(shapes), mesh, layout.PARAM_RULES))

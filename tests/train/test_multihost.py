@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 WORKER = """
 import sys, time
 import jax, jax.numpy as jnp, numpy as np
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import mesh as M
+from nalora_jax import mesh as M
 from nalora_jax.train.checkpoint import FOLDER, Checkpointer, prepare_output
 
 assert M.initialize_distributed() and jax.process_count() == 2
@@ -51,21 +46,8 @@ except NaloraError as error:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def test_two_processes_share_a_batch_and_a_checkpoint(tmp_path):
-    # JAX warns about, and may stall on, proxies in a distributed run's environment.
-    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-    clean |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env=clean | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
-    outputs = [process.communicate(timeout=120) for process in started]
-    for process, (out, error) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, error
-        assert "DONE --output" in out
+def test_two_processes_share_a_batch_and_a_checkpoint(tmp_path, two_processes):
+    finished = two_processes(["-c", WORKER, str(tmp_path / "run")], devices=2)
+    for (status, out, error), said in zip(finished, ("--output", "process 0"), strict=True):
+        assert status == 0, error
+        assert f"DONE {said}" in out

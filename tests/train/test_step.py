@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from nalora_jax import mesh as layout
 from nalora_jax import trees
 from nalora_jax.assembly import Assembly, assemble
 from nalora_jax.config import (
@@ -29,7 +30,6 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn import ffn, lora
 from nalora_jax.optim.nalora import make_optimizer
-from nalora_jax.train import mesh as layout
 
 BASE = ModelConfig.from_hf(
     {

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.mesh import make_mesh
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.train.mesh import make_mesh
 from nalora_jax.trees import flatten
 from nalora_jax.weights import load, load_model
 from nalora_jax.weights.gguf import READABLE, GGUFFile

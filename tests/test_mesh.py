@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax import mesh as M
 from nalora_jax import trees
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.optim.gate_state import init_gate_state
-from nalora_jax.train import mesh as M
 
 L, D, F, V, R = 3, 64, 128, 256, 8
 HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2

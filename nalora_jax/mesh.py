@@ -13,13 +13,15 @@ An optimizer's moments end in the path of the parameter that they belong to, so 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,6 +29,7 @@ from nalora_jax import trees
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 
+T = TypeVar("T")
 Rules = Sequence[tuple[str, P]]
 
 AXES = ("data", "fsdp", "tensor")
@@ -214,6 +217,37 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis:
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
+def fetch(x: jax.Array) -> np.ndarray:
+    """``x`` on the host, also where its parts live on several hosts; all of them have to ask for it."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def on_first_process(action: Callable[[], T]) -> T | None:
+    """Does ``action`` in process 0 alone, while the others wait; where it fails, all of them raise.
+
+    For everything that writes to storage, which the processes share.
+
+    Returns:
+      What ``action`` returns, in process 0; None elsewhere.
+
+    Raises:
+      NaloraError: in the other processes, where ``action`` raised in process 0.
+    """
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(failure is not None)):
+        failure = failure or NaloraError("process 0", expected="to go on", found="that it stopped; it says why")
+    if failure is not None:
+        raise failure
+    return result
+
+
 def _check_rows(rows: int, parts: int) -> None:
     if rows % parts:
         raise NaloraError(
@@ -227,9 +261,9 @@ def _check_rows(rows: int, parts: int) -> None:
 def initialize_distributed() -> bool:
     """Join this process to the others of a multi-host run, before any other use of JAX; one process per host.
 
-    Does nothing (and returns False) on a single machine. A run is multi-host where JAX_COORDINATOR_ADDRESS is set
-    (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, unless a cluster manager tells JAX), on a Cloud TPU VM, or under
-    Slurm or Open MPI with more than one task.
+    Does nothing (and returns False) on a single machine. Processes other than the first log warnings only. A run is
+    multi-host where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, unless a cluster manager
+    tells JAX), on a Cloud TPU VM, or under Slurm or Open MPI with more than one task.
 
     Raises:
       NaloraError: the environment names a coordinator, but not the number or the index of processes.
@@ -250,6 +284,8 @@ def initialize_distributed() -> bool:
             found=str(error),
             remedy="set all three on every host (docs/sharding.md)",
         ) from error
+    if jax.process_index():
+        logging.getLogger("nalora_jax").setLevel(logging.WARNING)
     return True
 
 
