@@ -1,0 +1,194 @@
+"""Every benchmark of this library, and the page docs/benchmarks.md made from what they measured.
+
+    python benchmarks/run.py                               # all parts (hours), then the page
+    python benchmarks/run.py --only overhead load_time     # some parts, then the page
+    python benchmarks/run.py --quick                       # one short round of everything, to see that it works
+    python benchmarks/run.py --page                        # the page alone, from the recorded figures
+
+Each part is a command of its own, which measures this library and what a user would pick instead side by side and puts
+raw figures into benchmarks/results/<part>.json; a part that fails is reported, and the others go on. Peers need the
+extra `bench`; those that want an environment of their own are named by --peer-python (lm-eval) and --tpu-path
+(libtpu): see the parts' own help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import tables
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+NOTES = Path(__file__).parent / "notes"
+DTYPES = ("float32", "bfloat16")
+SHAPES = ("8x128", "8x256", "4x512")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script of this folder and the arguments of its runs."""
+
+    name: str
+    runs: tuple[str, ...]  # argument lines: the published figures
+    quick: str = ""  # added to every line by --quick
+
+
+def _lines(*patterns: str) -> tuple[str, ...]:
+    """Argument lines, each pattern with both dtypes in place of "{dtype}"."""
+    return tuple(dict.fromkeys(pattern.format(dtype=dtype) for pattern in patterns for dtype in DTYPES))
+
+
+PARTS = (
+    Part(
+        "versus_peft",
+        (
+            *_lines(*(f"--dtype {{dtype}} --shape {shape}" for shape in SHAPES)),
+            *(f"--dtype bfloat16 --shape {shape} --checkpointing" for shape in SHAPES[:2]),
+        ),
+        "--rounds 1 --steps 2",
+    ),
+    Part("packed", _lines("--dtype {dtype}"), "--rounds 1 --steps 2"),
+    Part("peers", _lines("--dtype {dtype}"), "--rounds 1 --steps 2"),
+    Part("overhead", _lines("--dtype {dtype}"), "--pairs 3 --layers 2"),
+    Part("tpu", ("",), "--quick"),
+    Part(
+        "flops",
+        _lines(
+            "--count --dtype {dtype}", "--peak --dtype {dtype} --shape 8x128", "--peak --dtype {dtype} --shape 8x256"
+        ),
+        "--steps 1",
+    ),
+    Part("loss_memory", ("",)),
+    Part("first_step", _lines("--dtype {dtype}"), "--rounds 1"),
+    Part("load_time", _lines("--format safetensors --dtype {dtype}", "--format gguf --dtype {dtype}"), "--rounds 1"),
+    Part("compile_time", _lines("--dtype {dtype}"), "--rounds 1"),
+    Part(
+        "generation",
+        _lines("--dtype {dtype} --batch 1", "--dtype {dtype} --batch 16"),
+        "--rounds 1 --repeats 1",
+    ),
+    Part(
+        "multiple_choice",
+        _lines("--task socialiqa --dtype {dtype}", "--task arc_easy --dtype {dtype}"),
+        "--rounds 1 --repeats 1 --count 20",
+    ),
+    Part("growth", ("",), "--quick"),
+)
+
+
+def measure(part: Part, options: argparse.Namespace) -> bool:
+    """Runs all lines of a part; whether every one succeeded."""
+    extra = {"multiple_choice": ["--peer-python", options.peer_python], "tpu": ["--tpu-path", options.tpu_path]}
+    environment = common.with_environment(
+        {**common.ENVIRONMENT, **({"NALORA_BENCH_QUICK": "1"} if options.quick else {})}
+    )
+    succeeded = True
+    for line in part.runs:
+        arguments = line.split() + (part.quick.split() if options.quick else []) + extra.get(part.name, [])
+        command = common.script(f"{part.name}.py", *arguments)
+        print("$", " ".join(["python", *command[1:]]), flush=True)
+        start = time.perf_counter()
+        done = subprocess.run(command, env=environment, check=False)
+        print(f"exit {done.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
+        succeeded &= done.returncode == 0
+    return succeeded
+
+
+# ---------------------------------------------------------------- the page
+
+HEADER = """# Speed and memory
+
+Made by `python benchmarks/run.py` from `benchmarks/results/*.json`; every section names the command of each figure.
+Where repeated, a figure is the median, with minimum and maximum behind it; a ratio is that of the medians, or the
+median of paired ratios with its 95% interval. Both sides of a comparison run on the same machine, in turn, in processes
+of their own, with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. The machine is shared: differences below 5% mean nothing.
+"""
+
+
+def render(folder: Path = common.PUBLISHED, notes: Path = NOTES) -> str:
+    """The page's Markdown from the recorded figures."""
+    found = [(part.name, importlib.import_module(part.name), common.load(part.name, folder)) for part in PARTS]
+    measured = [item for item in found if item[2]["cases"]]
+    sections = [section(*item, notes) for item in measured]
+    return "\n\n".join([HEADER.strip(), overview(found), *sections]) + "\n"
+
+
+def overview(found: Sequence[tuple[str, Any, dict[str, Any]]]) -> str:
+    """Every figure that something was required of, by part; parts without figures are named as such."""
+    lines = []
+    for _, module, record in found:
+        if not record["cases"]:
+            lines.append((module.TITLE, "not measured", "", "", ""))
+        for row in module.rows(record):
+            if row.limit is not None:
+                lines.append(
+                    (module.TITLE, row.what, f"{row.limit}, found {tables.ratio_text(row.ratio)}", row.verdict)
+                )
+    required = [line for line in lines if line[-1]]
+    met = sum(line[-1] == "met" for line in required)
+    head = f"## Required and measured\n\n{met} of {len(required)} measured figures are as required.\n\n"
+    return head + tables.markdown(("part", "figure", "required", "measured", ""), lines)
+
+
+def section(name: str, module: Any, record: dict[str, Any], notes: Path) -> str:
+    """A part's table, what its figures mean, and where they come from."""
+    about = module.__doc__.strip().split("\n\n")
+    text = [f"## {module.TITLE}", *(block for block in about if not block.startswith("    ")), module.table(record)]
+    note = notes / f"{name}.md"
+    if note.exists():
+        text.append(note.read_text().strip())
+    return "\n\n".join([*text, sources(record)])
+
+
+def sources(record: dict[str, Any]) -> str:
+    """Commands, and the machine that each ran on."""
+    commands: dict[str, list[str]] = {}
+    for case in record["cases"].values():
+        commands.setdefault(describe(case["machine"]), []).append(f"`{case['command']}`")
+    blocks = [
+        f"{machine}:\n\n" + "\n".join(f"- {c}" for c in dict.fromkeys(found)) for machine, found in commands.items()
+    ]
+    return "\n\n".join(blocks)
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """A machine and its versions in one line."""
+    flags = ", ".join(name for name, there in machine["flags"].items() if there)
+    missing = "" if machine["flags"].get("amx_bf16") else ", no AMX"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['cpu']} ({flags}{missing}), {machine['cores']} cores, {machine['memory_gb']:.0f} GB; "
+        f"Python {machine['python']}, {versions}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
+    parser.add_argument("--quick", action="store_true", help="short runs; figures go to results/quick, not to the page")
+    parser.add_argument("--page", action="store_true", help="measure nothing")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has lm-eval")
+    parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
+    options = parser.parse_args()
+    chosen = [] if options.page else [part for part in PARTS if part.name in options.only]
+    failed = [part.name for part in chosen if not measure(part, options)]
+    if options.quick:
+        print(render(common.QUICK))
+    else:
+        PAGE.write_text(render())
+        print("wrote", PAGE)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
