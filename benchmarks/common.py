@@ -70,8 +70,13 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(int(memory) / 2**20, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, as far as this Python has them."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
 
 
 def _proc_fields(path: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common import add_rounds, alternate_processes, compare, peak_rss_mb, save, script, summary, values
+from common import add_rounds, alternate_processes, compare, peak_rss_mb, save, script, summary, values, versions
 from model_files import files
 from tables import Row, at_least, compared, requirements
 
@@ -84,7 +84,7 @@ def one(options: argparse.Namespace) -> None:
         "chosen": chosen,
         "accuracy": sum(a == gold for a, (_, _, gold) in zip(chosen, questions, strict=True)) / len(questions),
         "peak_rss_mb": peak_rss_mb(),
-    }
+    } | ({"versions": versions()} if options.one == "lm_eval" else {})
     print(json.dumps(record))
 
 

@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, script, values
+from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, script, values, versions
 from tables import Row, at_least, compared, requirements
 
 TITLE = "Training against Tunix with Qwix LoRA"
@@ -89,7 +89,8 @@ def one(options: argparse.Namespace) -> None:
         losses.append(step(tokens.astype(np.int32)))
         seconds.append(time.perf_counter() - start)
     speeds = [batch * seq / s for s in seconds[2:]]
-    print(json.dumps({"tokens_per_second": speeds, "losses": losses, "peak_rss_mb": peak_rss_mb()}))
+    record = {"tokens_per_second": speeds, "losses": losses, "peak_rss_mb": peak_rss_mb(), "versions": versions()}
+    print(json.dumps(record))
 
 
 def rows(record: dict[str, Any]) -> list[Row]:

@@ -6,9 +6,9 @@
     python benchmarks/run.py --page                        # the page alone, from the recorded figures
 
 Each part is a command of its own, which measures this library and what a user would pick instead side by side and puts
-raw figures into benchmarks/results/<part>.json; a part that fails is reported, and the others go on. Peers need the
-extra `bench`; those that want an environment of their own are named by --peer-python (lm-eval) and --tpu-path
-(libtpu): see the parts' own help.
+raw figures into benchmarks/results/<part>.json; a part that fails is reported, and the others go on. Peers come with
+the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python, --trl-path
+and --tpu-path: see the help of the parts multiple_choice, peers, packed and tpu.
 """
 
 from __future__ import annotations
@@ -86,13 +86,18 @@ PARTS = (
 
 def measure(part: Part, options: argparse.Namespace) -> bool:
     """Runs all lines of a part; whether every one succeeded."""
-    extra = {"multiple_choice": ["--peer-python", options.peer_python], "tpu": ["--tpu-path", options.tpu_path]}
+    where = {
+        "multiple_choice": ["--peer-python", options.lm_eval_python],
+        "peers": ["--peer-python", options.tunix_python],
+        "packed": ["--trl-path", options.trl_path],
+        "tpu": ["--tpu-path", options.tpu_path],
+    }
     environment = common.with_environment(
         {**common.ENVIRONMENT, **({"NALORA_BENCH_QUICK": "1"} if options.quick else {})}
     )
     succeeded = True
     for line in part.runs:
-        arguments = line.split() + (part.quick.split() if options.quick else []) + extra.get(part.name, [])
+        arguments = line.split() + (part.quick.split() if options.quick else []) + where.get(part.name, [])
         command = common.script(f"{part.name}.py", *arguments)
         print("$", " ".join(["python", *command[1:]]), flush=True)
         start = time.perf_counter()
@@ -123,25 +128,26 @@ def render(folder: Path = common.PUBLISHED, notes: Path = NOTES) -> str:
 
 def overview(found: Sequence[tuple[str, Any, dict[str, Any]]]) -> str:
     """Every figure that something was required of, by part; parts without figures are named as such."""
-    lines = []
+    lines, verdicts = [], []
     for _, module, record in found:
         if not record["cases"]:
             lines.append((module.TITLE, "not measured", "", "", ""))
         for row in module.rows(record):
             if row.limit is not None:
-                lines.append(
-                    (module.TITLE, row.what, f"{row.limit}, found {tables.ratio_text(row.ratio)}", row.verdict)
-                )
-    required = [line for line in lines if line[-1]]
-    met = sum(line[-1] == "met" for line in required)
-    head = f"## Required and measured\n\n{met} of {len(required)} measured figures are as required.\n\n"
-    return head + tables.markdown(("part", "figure", "required", "measured", ""), lines)
+                measured = tables.ratio_text(row.ratio)
+                lines.append((module.TITLE, row.what, str(row.limit), measured, row.verdict))
+                verdicts.append(row.verdict)
+    missing = sum(not record["cases"] for _, _, record in found)
+    head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required; {missing} parts not measured."
+    table = tables.markdown(("part", "figure", "required", "measured", ""), lines)
+    return f"## Required and measured\n\n{head}\n\n{table}"
 
 
 def section(name: str, module: Any, record: dict[str, Any], notes: Path) -> str:
     """A part's table, what its figures mean, and where they come from."""
-    about = module.__doc__.strip().split("\n\n")
-    text = [f"## {module.TITLE}", *(block for block in about if not block.startswith("    ")), module.table(record)]
+    about = module.__doc__.strip().split("\n\n")[1:]
+    prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
+    text = [f"## {module.TITLE}", *prose, module.table(record)]
     note = notes / f"{name}.md"
     if note.exists():
         text.append(note.read_text().strip())
@@ -152,18 +158,26 @@ def sources(record: dict[str, Any]) -> str:
     """Commands, and the machine that each ran on."""
     commands: dict[str, list[str]] = {}
     for case in record["cases"].values():
-        commands.setdefault(describe(case["machine"]), []).append(f"`{case['command']}`")
-    blocks = [
-        f"{machine}:\n\n" + "\n".join(f"- {c}" for c in dict.fromkeys(found)) for machine, found in commands.items()
-    ]
-    return "\n\n".join(blocks)
+        commands.setdefault(describe(case), []).append(f"`{case['command']}`")
+    return "\n\n".join(
+        f"{machine}:\n\n" + "\n".join(f"- {command}" for command in dict.fromkeys(found))
+        for machine, found in commands.items()
+    )
 
 
-def describe(machine: dict[str, Any]) -> str:
-    """A machine and its versions in one line."""
+def describe(case: dict[str, Any]) -> str:
+    """The machine of a case, its versions, and those of peers that ran in an environment of their own, in one line."""
+    machine = case["machine"]
     flags = ", ".join(name for name, there in machine["flags"].items() if there)
     missing = "" if machine["flags"].get("amx_bf16") else ", no AMX"
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    environments = {"": machine["versions"]}
+    environments |= {
+        name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]
+    }
+    versions = "; ".join(
+        f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in found.items())
+        for name, found in {"": machine["versions"], **own}.items()
+    )
     return (
         f"{machine['cpu']} ({flags}{missing}), {machine['cores']} cores, {machine['memory_gb']:.0f} GB; "
         f"Python {machine['python']}, {versions}"
@@ -176,7 +190,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="short runs; figures go to results/quick, not to the page")
     parser.add_argument("--page", action="store_true", help="measure nothing")
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has lm-eval")
+    parser.add_argument("--lm-eval-python", default=sys.executable, help="a Python that has lm-eval")
+    parser.add_argument("--tunix-python", default=sys.executable, help="a Python that has google-tunix")
+    parser.add_argument("--trl-path", default="", help="folders that have TRL and datasets")
     parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
     options = parser.parse_args()
     chosen = [] if options.page else [part for part in PARTS if part.name in options.only]

@@ -184,9 +184,7 @@ def _along_sequence(
         return loss + part, kept
 
     rows_of = split(_target_rows(kernel, targets, head.transposed)) if grad else None
-    loss, parts = lax.scan(
-        body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights), rows_of)
-    )
+    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights), rows_of))
     if not grad:
         return loss, parts
     whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)
