@@ -170,10 +170,7 @@ def describe(case: dict[str, Any]) -> str:
     machine = case["machine"]
     flags = ", ".join(name for name, there in machine["flags"].items() if there)
     missing = "" if machine["flags"].get("amx_bf16") else ", no AMX"
-    environments = {"": machine["versions"]}
-    environments |= {
-        name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]
-    }
+    own = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
     versions = "; ".join(
         f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in found.items())
         for name, found in {"": machine["versions"], **own}.items()
