@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 from common import save
-from tables import growth_exponent, markdown
+from tables import Row, at_most, growth_exponent, markdown
 
 TITLE = "Growth"
 PLOT = Path(__file__).parents[1] / "docs" / "growth.svg"
 BASE = {"depth": 4, "width": 256, "seq": 256, "batch": 4, "rank": 8, "vocabulary": 8192}
+NOISE = 0.15  # allowed on top of an expected exponent
 # Sizes of each axis, and the expected exponents of time and of memory.
 AXES = {
     "depth": ((2, 4, 8, 16), 1, 1),
@@ -135,10 +136,15 @@ def _timed(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def rows(record: dict[str, Any]) -> list[Any]:
-    """Nothing here has a required ratio."""
-    del record
-    return []
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Measured exponents; what noise adds to an expected one is allowed."""
+    found_rows = []
+    for axis, found in record["cases"].items():
+        for key, order in zip(("seconds", "bytes"), AXES[axis][1:], strict=True):
+            name = "step time" if key == "seconds" else "memory"
+            exponent = growth_exponent(found["sizes"], found[key])
+            found_rows.append(Row(f"exponent of {name} in {axis}", "", "", exponent, at_most(order + NOISE)))
+    return found_rows
 
 
 def table(record: dict[str, Any]) -> str:
