@@ -7,7 +7,8 @@ A small model (4 layers, width 256, feed-forward 1024, 4 heads, vocabulary 8,192
 256 tokens, float32) trains NA-LoRA steps while one size at a time doubles; "adapters" is the number of adapters that
 one compiled forward pass serves, each row its own. Time is the fastest of several steps, memory the compiled program's
 arguments and temporaries. The growth is the exponent between the last two sizes: 1 doubles with the size, 0 stays.
-The expected one is what the operations' count says once that size dominates; smaller is better.
+The expected one is what the operations' count says once that size dominates; smaller is better. In the plot the dashed
+line has the expected order and ends in the largest size: what lies above it at small sizes is cost that does not grow.
 """
 
 from __future__ import annotations
@@ -184,6 +185,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
             panel.loglog(sizes, costs, "o-", color="#1f5fa8", label="measured")
             panel.loglog(sizes, costs[-1] * (sizes / sizes[-1]) ** order, "--", color="#999999", label="expected order")
             panel.set_xticks(sizes, [_short(size) for size in sizes], fontsize=7)
+            ends = (costs.min(), costs.max())
+            panel.set_yticks(ends, [f"{end:,.0f}" for end in ends])
             panel.minorticks_off()
             panel.tick_params(axis="y", labelsize=7)
         panels[0, column].set_title(axis, fontsize=10)
