@@ -8,6 +8,7 @@ the machine hits both, and `ratio` gives the median ratio with its 95% bootstrap
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -25,11 +26,20 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+# Where figures go; short trial runs (run.py --quick) keep theirs apart from the published ones.
+PUBLISHED = Path(__file__).parent / "results"
+QUICK = PUBLISHED / "quick"
+RESULTS = QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED
 
 # Instruction sets that decide how fast a CPU multiplies matrices; every figure names those that it had.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft", "qwix")
+_PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers"),
+    *("peft", "trl", "lm_eval", "qwix", "google-tunix"),
+)
+# Of both sides of every comparison: large pages for the buffers that glibc hands out (8 to 12% faster steps of either
+# library). This library's command sets it for itself; torch's user would have to know of it.
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 # SmolLM2-135M, the model of the published figures: transformers' names.
 SMOLLM2 = {
@@ -58,10 +68,15 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "flags": {name: name in flags for name in _CPU_FLAGS},
         "memory_gb": round(int(memory) / 2**20, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, as far as this Python has them."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
 
 
 def _proc_fields(path: str) -> dict[str, str]:
@@ -167,25 +182,44 @@ def peak_rss_mb() -> float:
     return usage / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
-def run_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
+def run_process(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) -> Measured:
     """Run a command that prints one JSON object on its last line, and time it.
+
+    A record with ``done_at`` (what `time.time` said at a moment of interest) gets ``seconds_until_done``: from the
+    start of the process to that moment.
 
     Raises:
       RuntimeError: it failed, or printed no JSON object last; with the end of what it said.
     """
-    start = time.perf_counter()
-    done = subprocess.run(
-        command, env=dict(os.environ) | dict(environment or {}), capture_output=True, text=True, check=False
-    )
+    began, start = time.time(), time.perf_counter()
+    done = subprocess.run(command, env=with_environment(environment), capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines or not lines[-1].startswith("{"):
         raise RuntimeError(f"{' '.join(command)} (exit {done.returncode}): {done.stderr[-2000:]}")
-    return Measured(json.loads(lines[-1]), seconds)
+    record = json.loads(lines[-1])
+    if "done_at" in record:
+        record["seconds_until_done"] = record["done_at"] - began
+    return Measured(record, seconds)
+
+
+def with_environment(environment: Mapping[str, str] = ENVIRONMENT) -> dict[str, str]:
+    """This process's environment with ``environment`` on top."""
+    return dict(os.environ) | dict(environment)
+
+
+def script(name: str, *arguments: object, python: str = sys.executable) -> list[str]:
+    """The command that runs a script of this folder."""
+    return [python, str(Path(__file__).parent / name), *map(str, arguments)]
+
+
+def run_script(name: str, *arguments: object) -> dict[str, Any]:
+    """The record that a script of this folder prints."""
+    return run_process(script(name, *arguments)).record
 
 
 def alternate_processes(
-    commands: Mapping[str, Sequence[str]], *, rounds: int, seed: int = 0, environment: Mapping[str, str] | None = None
+    commands: Mapping[str, Sequence[str]], *, rounds: int, seed: int = 0, environment: Mapping[str, str] = ENVIRONMENT
 ) -> dict[str, list[Measured]]:
     """Run each command once per round, in random order within a round."""
     order = random.Random(seed)
@@ -196,10 +230,80 @@ def alternate_processes(
     return found
 
 
-def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """``record``, the machine and the command as ``<folder>/<name>.json``."""
+# ---------------------------------------------------------------- results
+
+
+def load(part: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """What was measured of a part: ``{"cases": {case: {"machine", "command", ...}}}``, no cases where nothing was."""
+    path = folder / f"{part}.json"
+    return json.loads(path.read_text()) if path.exists() else {"cases": {}}
+
+
+def save(part: str, case: str, found: Mapping[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
+    """Put ``found``, the machine and the command into ``<folder>/<part>.json``; other cases stay as they are.
+
+    Returns:
+      A record as `load` gives it, of this case alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    command = " ".join(["python", *sys.argv])
-    path.write_text(json.dumps({"machine": machine(), "command": command, **record}, indent=1) + "\n")
-    return path
+    record = load(part, folder)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
+    entry = {"machine": machine(), "command": command, **found}
+    record["cases"][case] = _public(json.loads(json.dumps(entry, default=str)))
+    (folder / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return {"cases": {case: record["cases"][case]}}
+
+
+def _public(value: Any) -> Any:
+    """``value`` without the paths of this machine: of an absolute one, only the last name stays."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return f".../{Path(value).name}" if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The options of a part that compares processes."""
+    parser.add_argument("--rounds", type=int, default=rounds, help="each process runs once in a round")
+    parser.add_argument("--add", action="store_true", help="keep the recorded rounds of this case and add these")
+
+
+def compare(
+    part: str,
+    case: str,
+    commands: Mapping[str, Sequence[str]],
+    options: argparse.Namespace,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run alternating processes for ``options.rounds`` rounds and save their records as a case, with ``more``.
+
+    With ``options.add`` the rounds of earlier calls are kept, so that a long comparison can be had in pieces. Returns
+    as `save` does.
+    """
+    runs = load(part)["cases"].get(case, {}).get("runs", {}) if options.add else {}
+    found = alternate_processes(commands, rounds=options.rounds, seed=len(next(iter(runs.values()), [])))
+    for name, items in found.items():
+        runs[name] = [*runs.get(name, []), *(item.record for item in items)]
+    return save(part, case, {"settings": vars(options), "runs": runs, **(more or {})})
+
+
+def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Field ``key`` of every run; a list of repeated measurements counts as such."""
+    found = [run[key] for run in runs]
+    return [x for item in found for x in (item if isinstance(item, list) else [item])]
+
+
+def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Batches of several named arrays as one file; see `load_batches`."""
+    np.savez(path, **{f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in batch.items()})
+
+
+def load_batches(path: Path) -> list[dict[str, np.ndarray]]:
+    """What `save_batches` was given."""
+    batches: dict[int, dict[str, np.ndarray]] = {}
+    with np.load(path) as file:
+        for key in file.files:
+            index, name = key.split("/")
+            batches.setdefault(int(index), {})[name] = file[key]
+    return [batches[i] for i in sorted(batches)]

@@ -6,16 +6,20 @@ python benchmarks/compile_time.py --rounds 3
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
+from typing import Any
 
-import jax
-from common import random_tokens, summary, write
+from common import random_tokens, save
+from tables import Row, at_most, compared, requirements
 from training import base_model, batch_of, parse, run_config
+
+TITLE = "Compile time in depth"
 
 
 def compile_seconds(layers: int, dtype: str) -> float:
     """Lowering and compiling one NA-LoRA step."""
+    import jax
+
     from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.config import MeshConfig
@@ -32,6 +36,25 @@ def compile_seconds(layers: int, dtype: str) -> float:
     return time.perf_counter() - start
 
 
+def rows(record: dict[str, Any]) -> list[Row]:
+    """One row for each dtype; "flat" is read as within 15%."""
+    return [
+        compared(
+            f"compile the step, {case}: 30 layers over 2",
+            *(found["seconds"]["30"], found["seconds"]["2"]),
+            at_most(1.15),
+            digits=2,
+            unit="s",
+        )
+        for case, found in record["cases"].items()
+    ]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), ours="30 layers", other="2 layers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -41,11 +64,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for layers, seconds in found.items():
             seconds.append(compile_seconds(layers, options.dtype))
-    ratio = statistics.median(found[30]) / statistics.median(found[2])
-    print(
-        f"compile time, 30 layers / 2 layers, {options.dtype}: {ratio:.2f}", {k: summary(v) for k, v in found.items()}
-    )
-    write(f"compile_time_{options.dtype}", {"ratio": ratio, "seconds": {str(k): v for k, v in found.items()}})
+    record = {"settings": vars(options), "seconds": {str(layers): seconds for layers, seconds in found.items()}}
+    print(table(save("compile_time", options.dtype, record)))
 
 
 if __name__ == "__main__":

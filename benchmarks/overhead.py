@@ -3,16 +3,19 @@
     python benchmarks/overhead.py --dtype bfloat16 --pairs 40
 
 Both compiled steps alternate in random order, statistics are taken in every step, mask and step scale act from the
-first one. Prints the median ratio with its 95% bootstrap interval; writes results/overhead_<dtype>_<batch>x<seq>.json.
+first one. Prints the median ratio with its 95% bootstrap interval.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-import numpy as np
-from common import alternate, random_tokens, write
+from common import alternate, random_tokens, save
+from tables import Row, at_most, requirements, spread
 from training import base_model, batch_of, parse, run_config
+
+TITLE = "What the mechanisms cost: NA-LoRA over LoRA"
 
 
 def options() -> argparse.Namespace:
@@ -49,14 +52,26 @@ def main() -> None:
         return step
 
     pairs = alternate(stepper("nalora"), stepper("lora"), pairs=given.pairs)
-    found = pairs.to_dict()
+    case = f"{given.dtype} {given.batch}x{given.seq}"
+    record = {"settings": vars(given), **pairs.to_dict()}
+    print(table(save("overhead", case, record)))
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """One row for each dtype and shape."""
+    return [_row(case, found) for case, found in record["cases"].items()]
+
+
+def _row(case: str, found: dict[str, Any]) -> Row:
     ratio = found["ratio"]
-    print(
-        f"NA-LoRA / LoRA, {given.dtype} {given.batch}x{given.seq}: {ratio['median']:.3f} "
-        f"({ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['pairs']} pairs); "
-        f"median step {np.median(pairs.first):.3f} s over {np.median(pairs.second):.3f} s"
-    )
-    write(f"overhead_{given.dtype}_{given.batch}x{given.seq}", {"settings": vars(given), **found})
+    ours, other = (spread(found["seconds"][name], 2, "s") for name in ("first", "second"))
+    interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['pairs']} pairs"
+    return Row(f"step, {case}", ours, other, ratio["median"], at_most(1.02), interval)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), ours="NA-LoRA", other="LoRA")
 
 
 if __name__ == "__main__":

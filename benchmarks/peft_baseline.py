@@ -3,7 +3,7 @@
     python benchmarks/peft_baseline.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
     python benchmarks/peft_baseline.py --search --dtype bfloat16      # which of PEFT's own settings is the fastest here
 
-Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or the real ones with --gguf). The
+Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or real ones with --model). The
 last line printed is a JSON object: tokens per second of each step, losses, peak memory, settings.
 
 The defaults are the fastest settings found at 8 x 128 on a CPU with AVX512-BF16: scaled-dot-product attention for
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, alternate_processes, peak_rss_mb, random_tokens, summary, write
+from common import SMOLLM2, alternate_processes, load_batches, peak_rss_mb, random_tokens, save, summary, values
 
 # How bfloat16 is had: "pure" holds base and adapters in bfloat16; "mixed" is PEFT's default for a bfloat16 base
 # (float32 adapters, casts around them); "autocast" adds torch.autocast to it; "autocast32" is autocast over a float32
@@ -49,7 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: for bfloat16"
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--gguf", type=Path, help="real weights; default: random ones of the same shape")
+    parser.add_argument("--model", type=Path, help="folder of real weights; default: random ones of the same shape")
+    parser.add_argument("--batches", type=Path, help="file of `common.save_batches`; default: random tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--search", action="store_true", help="compare PEFT's settings instead of running once")
     parser.add_argument("--rounds", type=int, default=3, help="of --search")
@@ -68,9 +69,8 @@ def load_base(options: argparse.Namespace) -> Any:
 
     full = options.dtype == "float32" or options.bf16_mode == "autocast32"
     choices = {"dtype": torch.float32 if full else torch.bfloat16, "attn_implementation": options.attention}
-    if options.gguf:
-        folder, name = options.gguf.absolute().parent, options.gguf.name
-        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **choices)
+    if options.model:
+        return AutoModelForCausalLM.from_pretrained(options.model, **choices)
     torch.manual_seed(options.seed)
     shape = dict(SMOLLM2, num_hidden_layers=options.layers)
     return AutoModelForCausalLM.from_config(LlamaConfig(**shape), **choices)
@@ -97,29 +97,50 @@ def adapt(base: Any, options: argparse.Namespace) -> Any:
     return torch.compile(model) if options.compile else model
 
 
-def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float], list[float]]:
-    """Wall seconds and CPU seconds of the timed steps, and the losses of all (the warm-up's come first)."""
+def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the model is called with in each step, the warm-up's first."""
+    import torch
+
+    if options.batches:
+        return [_given(batch, options) for batch in load_batches(options.batches)]
+    shape = (options.warmup + options.steps, options.batch, options.seq)
+    random = torch.from_numpy(random_tokens(*shape, SMOLLM2["vocab_size"], options.seed))
+    return [{"input_ids": tokens, "labels": tokens} for tokens in random]
+
+
+def _given(batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
+    """A recorded batch as tensors; a mask of every pair of tokens as what attention adds to its scores."""
+    import torch
+
+    tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+    if tensors["attention_mask"].ndim == 4:
+        dtype = torch.bfloat16 if options.dtype == "bfloat16" and options.bf16_mode == "pure" else torch.float32
+        seen = tensors["attention_mask"]
+        tensors["attention_mask"] = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return tensors
+
+
+def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float], list[float], float]:
+    """Wall and CPU seconds of the timed steps, the losses of all (the warm-up's first), and when the first was done."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = {} if options.optimizer == "plain" else {options.optimizer: True}
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0, **kind)
     mixed = options.dtype == "bfloat16" and options.bf16_mode.startswith("autocast")
-    batches = random_tokens(
-        options.warmup + options.steps, options.batch, options.seq, SMOLLM2["vocab_size"], options.seed
-    )
-    seconds, busy, losses = [], [], []
-    for tokens in torch.from_numpy(batches):
+    seconds, busy, losses, done_at = [], [], [], 0.0
+    for batch in inputs_of(options):
         start, start_busy = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
+        done_at = done_at or time.time()
         seconds.append(time.perf_counter() - start)
         busy.append(time.process_time() - start_busy)
-    return seconds[options.warmup :], busy[options.warmup :], losses
+    return seconds[options.warmup :], busy[options.warmup :], losses, done_at
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -132,17 +153,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     model = adapt(load_base(options), options)
     loaded = time.perf_counter() - begun
-    seconds, busy, losses = train(model, options)
+    seconds, busy, losses, done_at = train(model, options)
     rates = [options.batch * options.seq / second for second in seconds]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     return {
         "library": "peft",
         "settings": settings,
         "load_seconds": loaded,
+        "seconds": seconds,
         "tokens_per_second": rates,
-        "tokens_per_second_median": float(np.median(rates)),
+        "done_at": done_at,
         # Well below the number of threads: something else had the processor, and the rates above mean little.
-        "cores_busy": sum(busy) / sum(seconds),
+        "cores_busy": sum(busy) / sum(seconds) if seconds else None,
         "cpu_seconds_per_step": busy,
         "loss": losses,
         "peak_rss_mb": peak_rss_mb(),
@@ -170,7 +192,7 @@ def search(options: argparse.Namespace) -> dict[str, Any]:
     found = alternate_processes(commands, rounds=options.rounds)
     return {
         name: {
-            "tokens_per_second": summary([rate for run in runs for rate in run.record["tokens_per_second"]]),
+            "tokens_per_second": summary(values([run.record for run in runs], "tokens_per_second")),
             "peak_rss_mb": summary([run.record["peak_rss_mb"] for run in runs]),
         }
         for name, runs in found.items()
@@ -186,8 +208,8 @@ def main() -> None:
     for name, row in sorted(table.items(), key=lambda item: -item[1]["tokens_per_second"]["median"]):
         rate, memory = row["tokens_per_second"], row["peak_rss_mb"]
         print(f"{name:22} {rate['min']:6.0f} {rate['median']:6.0f} {rate['max']:6.0f} tokens/s {memory['max']:7.0f} MB")
-    suffix = "-checkpointing" if options.checkpointing else ""
-    print("wrote", write(f"peft-search-{options.dtype}-{options.batch}x{options.seq}{suffix}", {"search": table}))
+    suffix = ", checkpointing" if options.checkpointing else ""
+    save("peft_search", f"{options.dtype} {options.batch}x{options.seq}{suffix}", {"search": table})
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One kind: load, ask, train, ask again."""
     from nalora_jax import config as c
+    from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.data.pipeline import train_data
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.evaluate.heldout import Evaluator
-    from nalora_jax.train import mesh as layout
     from nalora_jax.weights import load_model
 
     kind = None if options.measure == "bfloat16" else options.measure

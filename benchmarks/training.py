@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, peak_rss_mb, random_tokens, summary
+from common import SMOLLM2, load_batches, peak_rss_mb, random_tokens, summary
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,6 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
     parser.add_argument("--remat", choices=("auto", "none", "full", "dots"), default="auto")
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
+    parser.add_argument("--batches", type=Path, help="file of `common.save_batches`; default: random tokens")
+    parser.add_argument("--compilation-cache", action="store_true", help="keep compiled programs, as a run does")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -70,8 +73,6 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
 
 def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
     """Rows of random tokens with a target at every position but the last."""
-    from nalora_jax import mesh as layout
-
     rows, seq = tokens.shape
     weights = np.ones((rows, seq), np.float32)
     weights[:, -1] = 0
@@ -82,41 +83,56 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
         "segment_ids": np.ones((rows, seq), np.int32),
         "positions": np.broadcast_to(np.arange(seq, dtype=np.int32), (rows, seq)).copy(),
     }
-    return layout.make_global_batch({k: v[None] for k, v in flat.items()}, mesh, rows_axis=1)
+    return placed({k: v[None] for k, v in flat.items()}, mesh)
+
+
+def placed(batch: dict[str, np.ndarray], mesh: Any) -> Any:
+    """A batch of the library's pipeline, [micro-batches, rows, seq], on the mesh."""
+    from nalora_jax import mesh as layout
+
+    return layout.make_global_batch(batch, mesh, rows_axis=1)
+
+
+def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
+    """The batches of all steps, the warm-up's first."""
+    if options.batches:
+        return [placed(batch, mesh) for batch in load_batches(options.batches)]
+    steps = options.warmup + options.steps
+    return [batch_of(rows, mesh) for rows in random_tokens(steps, options.batch, options.seq, vocab, options.seed)]
 
 
 def main() -> None:
     options = parse()
-    start = time.perf_counter()
     from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.config import MeshConfig
 
+    if options.compilation_cache:
+        from nalora_jax.run import use_compilation_cache
+
+        use_compilation_cache()
     mesh = layout.make_mesh(MeshConfig())
     base, params = base_model(options, mesh)
     assembly = assemble(run_config(options), base, params, mesh)
     state, step, params = assembly.state, assembly.step, assembly.view(params)
-    tokens = random_tokens(options.warmup + options.steps, options.batch, options.seq, base.vocab_size, options.seed)
+    batches = batches_of(options, base.vocab_size, mesh)
     losses, seconds = [], []
-    for i, rows in enumerate(tokens):
-        batch = batch_of(rows, mesh)
+    for i, batch in enumerate(batches):
         began = time.perf_counter()
         state, metrics = step(params, state, batch)
         losses.append(float(metrics["loss"]))
-        ended = time.perf_counter()
         if i == 0:
-            first = ended - start
-        if i >= options.warmup:
-            seconds.append(ended - began)
-    count = options.batch * options.seq
-    speeds = [count / s for s in seconds]
+            done_at = time.time()
+        seconds.append(time.perf_counter() - began)
+    speeds = [options.batch * options.seq / s for s in seconds[options.warmup :]]
     record = {
+        "seconds": seconds[options.warmup :],
         "tokens_per_second": speeds,
-        "summary": summary(speeds),
+        "summary": summary(speeds) if speeds else None,
         "losses": losses,
-        "first_step_seconds": first,
+        "done_at": done_at,
         "peak_rss_mb": peak_rss_mb(),
-        "settings": vars(options),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
     }
     print(json.dumps(record))
 

@@ -1,23 +1,59 @@
 """Training speed and memory against transformers + PEFT on torch: same model, shapes and work, in one run.
 
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x128 --rounds 2
-    python benchmarks/versus_peft.py --dtype float32 --shape 8x128
+    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # more rounds of the same
+    python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings that peft_baseline.py
-knows for the dtype. Prints tokens/s of both, the ratio of their medians, and the ratio of peak memory; writes
-results/versus_peft_<dtype>_<shape>.json.
+knows for the dtype; with --checkpointing it runs with gradient checkpointing, for the comparison of memory. Speed is
+tokens/s of all timed steps, memory the peak of the whole process.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-from pathlib import Path
+from typing import Any
 
-from common import alternate_processes, write
+from common import add_rounds, compare, script, values
+from tables import Limit, Row, at_least, at_most, compared, has_amx, requirements
 
-HERE = Path(__file__).parent
+TITLE = "Training against transformers + PEFT"
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Speeds first, then memory."""
+    speeds, memory = [], []
+    for case, found in record["cases"].items():
+        ours, other = found["runs"]["nalora_jax"], found["runs"]["peft"]
+        fast = None if found["settings"]["checkpointing"] else _speed_limit(found)
+        pair = (values(ours, "tokens_per_second"), values(other, "tokens_per_second"))
+        speeds.append(compared(f"tokens/s, {case}", *pair, fast))
+        pair = (values(ours, "peak_rss_mb"), values(other, "peak_rss_mb"))
+        memory.append(compared(f"peak memory, {case}", *pair, _memory_limit(found), unit="MB"))
+    return speeds + memory
+
+
+def _speed_limit(found: dict[str, Any]) -> Limit:
+    if not has_amx(found):
+        return at_least(1.2)
+    small = found["settings"]["shape"] == "8x128"
+    if found["settings"]["dtype"] == "float32":
+        return at_least(1.05 if small else 1.0)
+    return at_least(1.4 if small else 1.25)
+
+
+def _memory_limit(found: dict[str, Any]) -> Limit | None:
+    settings = found["settings"]
+    if settings["checkpointing"]:
+        return at_most(0.75) if settings["dtype"] == "bfloat16" else None
+    if has_amx(found):
+        return at_most(0.5) if settings["dtype"] == "bfloat16" else None
+    return at_most(0.5 if settings["shape"] == "8x256" else 0.8)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), other="PEFT")
 
 
 def main() -> None:
@@ -25,26 +61,19 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--shape", default="8x128", help="batch x sequence")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--method", choices=("lora", "nalora"), default="nalora", help="what this library runs")
+    parser.add_argument("--checkpointing", action="store_true", help="PEFT with gradient checkpointing")
+    add_rounds(parser, 2)
     options = parser.parse_args()
     batch, seq = options.shape.split("x")
-    work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq, "--steps", str(options.steps)]
+    work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq, "--steps", options.steps]
+    extra = ["--checkpointing"] if options.checkpointing else []
     commands = {
-        "nalora_jax": [sys.executable, str(HERE / "training.py"), *work, "--method", options.method],
-        "peft": [sys.executable, str(HERE / "peft_baseline.py"), *work],
+        "nalora_jax": script("training.py", *work, "--method", options.method),
+        "peft": script("peft_baseline.py", *work, *extra),
     }
-    found = alternate_processes(commands, rounds=options.rounds)
-    speeds = {name: [s for run in runs for s in run.record["tokens_per_second"]] for name, runs in found.items()}
-    memory = {name: statistics.median(run.record["peak_rss_mb"] for run in runs) for name, runs in found.items()}
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(
-        f"{options.dtype} {options.shape}, {options.method}: {medians['nalora_jax']:.0f} tokens/s against "
-        f"{medians['peft']:.0f} of PEFT, {medians['nalora_jax'] / medians['peft']:.2f}x; peak memory "
-        f"{memory['nalora_jax']:.0f} against {memory['peft']:.0f} MB, {memory['nalora_jax'] / memory['peft']:.2f}x"
-    )
-    runs = {name: [run.record for run in items] for name, items in found.items()}
-    write(f"versus_peft_{options.dtype}_{options.shape}", {"settings": vars(options), "runs": runs})
+    case = f"{options.dtype} {options.shape}{', PEFT checkpointing' if options.checkpointing else ''}"
+    print(table(compare("versus_peft", case, commands, options)))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def score_groups(
     variables: Mapping[str, Any],
     groups: Sequence[Sequence[Pair]],
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
     """The score of every continuation after its context.

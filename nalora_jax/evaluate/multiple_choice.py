@@ -51,7 +51,7 @@ def score_choices(
     variables: Mapping[str, Any],
     items: Sequence[ChoiceItem],
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
     """The score of every choice of every question; see `score_groups` for the arguments."""
@@ -65,7 +65,7 @@ def multiple_choice(
     items: Sequence[ChoiceItem],
     *,
     per: Per = "choice",
-    batch_tokens: int = 1024,
+    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
     samples: int = 3,
 ) -> Result:

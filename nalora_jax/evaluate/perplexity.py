@@ -64,7 +64,7 @@ def completion_loss(
     variables: Mapping[str, Any],
     items: Sequence[CompletionItem],
     *,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> Result:
     """Loss of the reference completions after their prompts; an item is a document."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import dot, take_rows
+from nalora_jax.nn.matmul import dot, unpack_leaf
 
 # Floats of one chunk of logits when the chunk is chosen here: 64 MB keeps within caches' reach and far below a model.
 _CHUNK_FLOATS = 1 << 24
@@ -91,10 +91,30 @@ def _bwd(head: Head, rows: int, compact: bool, kept: Any, g: jax.Array) -> tuple
 _cross_entropy.defvjp(_fwd, _bwd)
 
 
+def _target_rows(kernel: jax.Array, targets: jax.Array, transposed: bool) -> jax.Array:
+    """The head's weights of every target, ``[..., d_model]`` of ``[...]``, as `unpack_leaf` takes them.
+
+    Looked up once, before the chunks: XLA:CPU widens a bf16 table as a whole before it looks up a row (though not one
+    of integers), and would take any view of the table out of the loop as a copy.
+    """
+    if kernel.dtype == jnp.bfloat16:
+        kernel = lax.bitcast_convert_type(kernel, jnp.uint16)
+    rows = jnp.take(kernel, targets.reshape(-1), axis=0 if transposed else 1)
+    return (rows if transposed else rows.T).reshape(*targets.shape, -1)
+
+
 def _chunk(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, grad: bool
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    target_rows: jax.Array | None,
+    head: Head,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Loss sum of one chunk, hidden ``[rows, d_model]``, targets and weights ``[rows]``, and the hidden's gradient."""
+    """Loss sum of one chunk, hidden ``[rows, d_model]``, targets and weights ``[rows]``.
+
+    And the hidden's gradient, where ``target_rows [rows, d_model]`` are given.
+    """
     logits = dot(hidden, kernel, head.operand, dims=(1, 1) if head.transposed else (1, 0)) * head.scale
     if head.softcap:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
@@ -103,7 +123,7 @@ def _chunk(
     total = jnp.sum(exps, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     loss = jnp.sum(weights * (jnp.log(total) + top - picked)[:, 0])
-    if not grad:
+    if target_rows is None:
         return loss, None
     # d loss / d logits = w (softmax - onehot). The one-hot part is one row of the kernel: no [rows, vocab] one-hot.
     wide = exps * ((weights * head.scale)[:, None] / total)
@@ -112,8 +132,7 @@ def _chunk(
         wide = wide * (1 - jnp.square(logits / head.softcap))
         narrow = narrow * (1 - jnp.square(picked[:, 0] / head.softcap))
     back = dot(wide, kernel, head.operand, dims=(1, 0) if head.transposed else (1, 1))
-    rows = take_rows(kernel, targets) if head.transposed else jnp.take(kernel, targets, axis=1).T
-    return loss, back - narrow[:, None] * rows.astype(jnp.float32)
+    return loss, back - narrow[:, None] * unpack_leaf(target_rows).astype(jnp.float32)
 
 
 def _compacted(
@@ -127,14 +146,14 @@ def _compacted(
     order = jnp.argsort(weights == 0, stable=True)
     order = jnp.pad(order, (0, -n % rows), constant_values=n)
     chunks = (jnp.sum(weights != 0) + rows - 1) // rows
+    wanted = _target_rows(kernel, targets, head.transposed) if grad else None
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         loss, gradient = carry
         index = lax.dynamic_slice(order, (i * rows,), (rows,))
-        h = jnp.take(flat, index, axis=0, mode="clip")
-        t = jnp.take(targets, index, mode="clip")
-        w = jnp.where(index < n, jnp.take(weights, index, mode="clip"), 0.0)
-        part, back = _chunk(h, kernel, t, w, head, grad)
+        h, t, w = (jnp.take(x, index, axis=0, mode="clip") for x in (flat, targets, weights))
+        r = None if wanted is None else jnp.take(wanted, index, axis=0, mode="clip")
+        part, back = _chunk(h, kernel, t, jnp.where(index < n, w, 0.0), r, head)
         if back is not None:
             gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
         return loss + part, gradient
@@ -157,13 +176,15 @@ def _along_sequence(
         padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
 
-    def body(loss: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h, t, w = chunk
-        part, back = _chunk(h.reshape(-1, d_model), kernel, t.reshape(-1), w.reshape(-1), head, grad)
+    def body(loss: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        h, t, w, r = chunk
+        wanted = None if r is None else r.reshape(-1, d_model)
+        part, back = _chunk(h.reshape(-1, d_model), kernel, t.reshape(-1), w.reshape(-1), wanted, head)
         kept = jnp.zeros((0,)) if back is None else back.astype(h.dtype).reshape(h.shape)
         return loss + part, kept
 
-    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights)))
+    rows_of = split(_target_rows(kernel, targets, head.transposed)) if grad else None
+    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights), rows_of))
     if not grad:
         return loss, parts
     whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import argparse
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -64,9 +64,49 @@ def test_peak_memory_is_the_process_s_own_whatever_its_parent_holds(common):
     assert large - small == pytest.approx(199, abs=20)
 
 
-def test_results_name_their_machine_and_command(common, tmp_path):
-    path = common.write("one", {"value": common.summary([3.0, 1.0, 2.0])}, folder=tmp_path)
-    record = json.loads(path.read_text())
-    assert record["value"] == {"min": 1.0, "median": 2.0, "max": 3.0, "n": 3}
-    assert set(record["machine"]) >= {"cpu", "cores", "flags", "versions", "python"}
-    assert record["command"].startswith("python ")
+def test_results_name_their_machine_and_command_and_other_cases_stay(common, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/part.py", "--model", "/home/me/model", "--steps", "3"])
+    common.save("part", "one", {"value": common.summary([3.0, 1.0, 2.0])}, folder=tmp_path)
+    alone = common.save("part", "two", {"value": 2, "path": "/home/me/model"}, folder=tmp_path)
+    record = common.load("part", tmp_path)
+    assert list(alone["cases"]) == ["two"]
+    assert list(record["cases"]) == ["one", "two"]
+    one = record["cases"]["one"]
+    assert one["value"] == {"min": 1.0, "median": 2.0, "max": 3.0, "n": 3}
+    assert set(one["machine"]) >= {"cpu", "cores", "flags", "versions", "python"}
+    assert one["command"] == "python benchmarks/part.py --model .../model --steps 3"
+    assert "/home" not in (tmp_path / "part.json").read_text()
+
+
+def test_rounds_are_added_to_those_recorded(common, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common.save, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(common.load, "__defaults__", (tmp_path,))
+    commands = {"a": [sys.executable, "-c", "print('{\"x\": [1, 2]}')"]}
+    options = argparse.Namespace(rounds=2, add=False)
+    common.compare("part", "case", commands, options)
+    record = common.compare("part", "case", commands, argparse.Namespace(rounds=1, add=True), {"more": 1})
+    runs = record["cases"]["case"]["runs"]
+    assert common.values(runs["a"], "x") == [1, 2] * 3
+    assert record["cases"]["case"]["more"] == 1
+    record = common.compare("part", "case", commands, argparse.Namespace(rounds=1, add=False))
+    assert len(record["cases"]["case"]["runs"]["a"]) == 1
+
+
+def test_both_sides_of_a_comparison_get_large_pages(common):
+    code = "import os, json; print(json.dumps({'found': os.environ['GLIBC_TUNABLES']}))"
+    assert common.run_process([sys.executable, "-c", code]).record["found"] == "glibc.malloc.hugetlb=1"
+
+
+def test_seconds_until_a_moment_count_from_the_start_of_the_process(common):
+    code = "import time, json; time.sleep(0.2); print(json.dumps({'done_at': time.time()})); time.sleep(0.3)"
+    measured = common.run_process([sys.executable, "-c", code])
+    assert 0.2 < measured.record["seconds_until_done"] < measured.seconds - 0.29
+
+
+def test_batches_come_back_in_order(common, tmp_path):
+    batches = [{"tokens": np.full((1, 2), i), "mask": np.ones(i + 1, bool)} for i in range(12)]
+    common.save_batches(tmp_path / "b.npz", batches)
+    found = common.load_batches(tmp_path / "b.npz")
+    assert [int(batch["tokens"][0, 0]) for batch in found] == list(range(12))
+    assert found[3]["mask"].shape == (4,)

@@ -87,3 +87,16 @@ def test_the_logits_of_all_tokens_never_exist(compact: bool) -> None:
     step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, chunk=32, compact=compact))
     analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 0.25 * tokens * vocab * 4
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transposed: bool) -> None:
+    tokens, vocab, d = 64, 65536, 64
+    shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), "bfloat16")]
+    hidden, kernel = (jax.ShapeDtypeStruct(*s) for s in shapes)
+    targets, weights = (jax.ShapeDtypeStruct((4, tokens // 4), dtype) for dtype in ("int32", "float32"))
+    head = Head(transposed, "bfloat16")
+    step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, head=head, chunk=4, compact=compact))
+    analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.8 * vocab * d * 2

@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from nalora_jax.config import MeshConfig
+from nalora_jax.mesh import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.quantize import quantize_params
-from nalora_jax.train.mesh import make_mesh
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import load_model
 from nalora_jax.weights.keymaps import tensors_from_params

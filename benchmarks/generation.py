@@ -1,0 +1,159 @@
+"""Generated tokens per second with an adapter and a KV cache, against transformers' `generate`.
+
+    python benchmarks/generation.py --dtype bfloat16 --batch 1
+    python benchmarks/generation.py --dtype float32 --batch 16
+    python benchmarks/generation.py --search --dtype float32 --batch 1    # which of transformers' settings is fastest
+
+SmolLM2-135M-Instruct with a rank 8 adapter on gate, up and down, not merged; greedy; 64 prompt tokens and 128 new ones,
+end-of-text ignored, so that both libraries make the same number of tokens. Each process generates --repeats times after
+a warm-up (compilation). In float32 both must make the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from common import add_rounds, alternate_processes, compare, peak_rss_mb, random_tokens, save, script, summary, values
+from model_files import files
+from tables import Row, at_least, compared, requirements
+
+TITLE = "Generation against transformers"
+PROMPT, NEW = 64, 128
+# transformers' own settings: attention implementation, cache, torch.compile of the forward pass.
+SETTINGS = {
+    "sdpa": ("sdpa", None, False),
+    "eager": ("eager", None, False),
+    "sdpa static": ("sdpa", "static", False),
+    "sdpa static compiled": ("sdpa", "static", True),
+    "eager static compiled": ("eager", "static", True),
+}
+# The fastest of them by --search.
+BEST = {"float32": "sdpa", "bfloat16": "sdpa"}
+
+
+def prompts(batch: int) -> Any:
+    """``[batch, PROMPT]`` tokens."""
+    return random_tokens(1, batch, PROMPT, 49152)[0]
+
+
+def generate_ours(options: argparse.Namespace) -> Any:
+    """A function that generates once and returns the new tokens."""
+    from nalora_jax.adapted import load
+    from nalora_jax.generate import Generator
+
+    adapted = load(options.model, adapter=options.adapter, dtype=options.dtype)
+    generator = Generator(adapted.module, adapted.variables, adapted.base.tokenizer)
+    rows = prompts(options.batch).tolist()
+
+    def generate() -> list[list[int]]:
+        made = generator.complete(rows, batch_size=options.batch, max_new_tokens=NEW, stop_ids=())
+        return [list(completion.ids) for completion in made]
+
+    return generate
+
+
+def generate_theirs(options: argparse.Namespace) -> Any:
+    """The same with transformers and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    attention, cache, compiled = SETTINGS[options.setting]
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype), attn_implementation=attention
+    )
+    model = PeftModel.from_pretrained(model, options.adapter, autocast_adapter_dtype=False).eval()
+    base = model.get_base_model()
+    base.generation_config.eos_token_id = None
+    if compiled:
+        base.forward = torch.compile(base.forward)
+    rows = torch.from_numpy(prompts(options.batch))
+    given = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+
+    def generate() -> list[list[int]]:
+        with torch.inference_mode():
+            made = model.generate(
+                input_ids=rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=NEW, **given
+            )
+        return made[:, PROMPT:].tolist()
+
+    return generate
+
+
+def one(options: argparse.Namespace) -> None:
+    """The measured process."""
+    generate = (generate_ours if options.one == "nalora_jax" else generate_theirs)(options)
+    generate()
+    speeds = []
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        made = generate()
+        speeds.append(options.batch * NEW / (time.perf_counter() - start))
+    assert all(len(row) == NEW for row in made), "every row is of full length"
+    print(json.dumps({"tokens_per_second": speeds, "tokens": made[0], "peak_rss_mb": peak_rss_mb()}))
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """One row for each dtype and batch."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        pair = [values(found["runs"][name], "tokens_per_second") for name in ("nalora_jax", "transformers")]
+        found_rows.append(compared(f"tokens/s, {case}", *pair, at_least(1.5)))
+    return found_rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), other="transformers")
+
+
+def search(commands: dict[str, list[str]], options: argparse.Namespace) -> None:
+    """Prints transformers' speed under each of its settings."""
+    found = alternate_processes(commands, rounds=options.rounds)
+    speeds = {name: values([run.record for run in runs], "tokens_per_second") for name, runs in found.items()}
+    for name, found_speeds in speeds.items():
+        print(f"{name:24}", summary(found_speeds))
+    save("generation_search", f"{options.dtype} batch {options.batch}", {"settings": vars(options), "speeds": speeds})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--setting", choices=tuple(SETTINGS), help="transformers' (default: the fastest)")
+    parser.add_argument("--one", choices=("nalora_jax", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
+    add_rounds(parser, 2)
+    options = parser.parse_args()
+    options.setting = options.setting or BEST[options.dtype]
+    if options.one:
+        one(options)
+        return
+    paths = files(options.dtype)
+    work = ["--dtype", options.dtype, "--batch", options.batch, "--repeats", options.repeats]
+    work += ["--model", paths["model"], "--adapter", paths["adapter"]]
+
+    def process(name: str, setting: str) -> list[str]:
+        return script("generation.py", "--one", name, "--setting", setting, *work)
+
+    if options.search:
+        search({setting: process("transformers", setting) for setting in SETTINGS}, options)
+        return
+    commands = {name: process(name, options.setting) for name in ("nalora_jax", "transformers")}
+    record = compare("generation", f"{options.dtype}, batch {options.batch}", commands, options)
+    print(table(record))
+    runs = next(iter(record["cases"].values()))["runs"]
+    same = runs["nalora_jax"][-1]["tokens"] == runs["transformers"][-1]["tokens"]
+    print(f"the same tokens: {same}")
+
+
+if __name__ == "__main__":
+    main()

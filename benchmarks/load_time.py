@@ -1,0 +1,106 @@
+"""Load time of SmolLM2-135M-Instruct, weights and tokenizer, against transformers.
+
+    python benchmarks/load_time.py --format safetensors --dtype bfloat16
+    python benchmarks/load_time.py --format gguf --dtype float32
+
+Each load is a process of its own, alternating, with the files in the page cache. The clock runs around the load alone,
+after the library's import, and stops when one number of every page of every weight has been read: transformers maps
+safetensors files into memory, and would else leave the reading to the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import add_rounds, compare, peak_rss_mb, script, values
+from model_files import files
+from tables import Row, at_most, compared, requirements
+
+TITLE = "Load time"
+FORMATS = ("safetensors", "gguf")
+
+
+def load_ours(path: Path, dtype: str) -> tuple[float, int]:
+    """Seconds of a load, and parameters loaded."""
+    import jax
+
+    from nalora_jax.weights import load_model
+
+    jax.devices()
+    start = time.perf_counter()
+    loaded = load_model(str(path), dtype=dtype)
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(loaded.params)]
+    touch(arrays)
+    return time.perf_counter() - start, sum(array.size for array in arrays)
+
+
+def load_theirs(path: Path, dtype: str) -> tuple[float, int]:
+    """Seconds of a load, and parameters loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, logging
+
+    logging.set_verbosity_error()
+    del LlamaForCausalLM  # imported above, so that the clock does not count the import of the model's code
+    where, file = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **file)
+    AutoTokenizer.from_pretrained(where, **file)
+    arrays = [parameter.detach().view(torch.uint8).numpy() for parameter in model.parameters()]
+    touch(arrays)
+    return time.perf_counter() - start, sum(parameter.numel() for parameter in model.parameters())
+
+
+def touch(arrays: list[np.ndarray]) -> int:
+    """Reads a byte of every page."""
+    return sum(int(array.reshape(-1).view(np.uint8)[::4096].sum()) for array in arrays)
+
+
+def one(options: argparse.Namespace) -> None:
+    """The measured process."""
+    load = load_ours if options.one == "nalora_jax" else load_theirs
+    seconds, count = load(options.path, options.dtype)
+    print(json.dumps({"seconds": seconds, "parameters": count, "done_at": time.time(), "peak_rss_mb": peak_rss_mb()}))
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """The load alone, which has a requirement, and the process up to its end."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        ours, other = found["runs"]["nalora_jax"], found["runs"]["transformers"]
+        limit = at_most(0.4 if found["settings"]["format"] == "gguf" else 1.0)
+        pair = (values(ours, "seconds"), values(other, "seconds"))
+        found_rows.append(compared(f"load, {case}", *pair, limit, digits=2, unit="s"))
+        pair = (values(ours, "seconds_until_done"), values(other, "seconds_until_done"))
+        found_rows.append(compared(f"from process start, imports included, {case}", *pair, None, digits=1, unit="s"))
+    return found_rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), other="transformers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, default="safetensors")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--one", choices=("nalora_jax", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
+    add_rounds(parser, 5)
+    options = parser.parse_args()
+    if options.one:
+        one(options)
+        return
+    path = files(options.dtype)["gguf" if options.format == "gguf" else "model"]
+    work = ["--path", path, "--dtype", options.dtype]
+    commands = {name: script("load_time.py", "--one", name, *work) for name in ("nalora_jax", "transformers")}
+    print(table(compare("load_time", f"{options.format}, {options.dtype}", commands, options)))
+
+
+if __name__ == "__main__":
+    main()

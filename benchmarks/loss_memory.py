@@ -1,0 +1,93 @@
+"""Memory of the loss and its gradient over a large vocabulary, against materialised logits.
+
+    python benchmarks/loss_memory.py
+    python benchmarks/loss_memory.py --vocab 131072 --dtype bfloat16
+
+Both programs give the summed cross-entropy of [batch, seq] tokens and the gradient of the hidden states over the same
+frozen head; what counts is the temporary memory of each compiled program. Neither is run, so that the figure depends on
+shapes and the compiler alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from common import save
+from tables import Row, at_most, requirements
+
+TITLE = "Loss over a large vocabulary: peak memory"
+DTYPES = ("float32", "bfloat16")
+VOCABULARIES = (131_072, 262_144)
+
+
+def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict[str, int]:
+    """Temporary memory of the chunked and of the plain program."""
+    import jax
+    import jax.numpy as jnp
+
+    from nalora_jax.nn.loss import Head, cross_entropy
+
+    rows = (options.batch, options.seq)
+    hidden = jax.ShapeDtypeStruct((*rows, options.d_model), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((options.d_model, vocab), dtype)
+    targets = jax.ShapeDtypeStruct(rows, jnp.int32)
+    weights = jax.ShapeDtypeStruct(rows, jnp.float32)
+    head = Head(operand=dtype)
+
+    def chunked(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return cross_entropy(hidden, kernel, targets, weights, head=head)
+
+    def materialised(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        operands = hidden.astype(dtype), jax.lax.stop_gradient(kernel)
+        logits = jnp.matmul(*operands, preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+
+    def measure(loss: Any) -> int:
+        program = jax.jit(jax.value_and_grad(loss)).lower(hidden, kernel, targets, weights).compile()
+        return int(program.memory_analysis().temp_size_in_bytes)
+
+    return {"chunked": measure(chunked), "materialised": measure(materialised)}
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """One row for each vocabulary and dtype."""
+    return [
+        Row(case, _mb(found["bytes"]["chunked"]), _mb(found["bytes"]["materialised"]), _ratio(found), at_most(0.1))
+        for case, found in record["cases"].items()
+    ]
+
+
+def _ratio(found: dict[str, Any]) -> float:
+    return found["bytes"]["chunked"] / found["bytes"]["materialised"]
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), other="materialised logits")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, action="append", help=f"default: {' and '.join(map(str, VOCABULARIES))}")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--d-model", type=int, default=1024)
+    options = parser.parse_args()
+    record: dict[str, Any] = {"cases": {}}
+    for vocab in options.vocab or VOCABULARIES:
+        for dtype in options.dtype or DTYPES:
+            case = f"{vocab:,} tokens, {dtype} head, {options.batch}x{options.seq} x {options.d_model}"
+            found = {"settings": vars(options), "bytes": temporary_bytes(vocab, dtype, options)}
+            record["cases"] |= save("loss_memory", case, found)["cases"]
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Multiple-choice questions per second, against lm-evaluation-harness with transformers.
+
+    python benchmarks/multiple_choice.py --task socialiqa --dtype bfloat16 --peer-python lmeval/bin/python
+    python benchmarks/multiple_choice.py --search --peer-python lmeval/bin/python    # the harness's batch sizes
+
+Both libraries answer the same requests (texts of contexts and choices) through the harness's own interface,
+`loglikelihood`, tokenization included, on SmolLM2-135M-Instruct. A process answers all of them --repeats + 1 times; the
+first time, which also compiles, is reported apart. In float32 both must give the same answers.
+
+--peer-python names a Python that has lm-eval, transformers and torch; by default the one that runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from common import add_rounds, alternate_processes, compare, peak_rss_mb, save, script, summary, values, versions
+from model_files import files
+from tables import Row, at_least, compared, requirements
+
+TITLE = "Evaluation against lm-eval with transformers"
+BATCH_SIZES = (8, 16, 32, 64)
+BEST = {"float32": 16, "bfloat16": 16}  # of the harness, by --search
+
+
+def write_requests(path: Path, task: str, count: int) -> None:
+    """Contexts, choices and right answers of ``count`` held-out questions."""
+    from nalora_jax.config import DataConfig
+    from nalora_jax.data.questions import eval_examples
+    from nalora_jax.weights import load_model
+
+    tokenizer = load_model(files("float32")["model"], dtype="float32").tokenizer
+    items = eval_examples(DataConfig(dataset=task, chat=False), tokenizer, split="validation", limit=count)
+    path.write_text(json.dumps([[item.prompt, [f" {c.strip()}" for c in item.choices], item.gold] for item in items]))
+
+
+def answers_ours(options: argparse.Namespace) -> Any:
+    """A function from requests to their log-likelihoods."""
+    from nalora_jax.adapted import load
+    from nalora_jax.evaluate.harness import Requests
+    from nalora_jax.generate import Generator
+
+    adapted = load(options.model, dtype=options.dtype)
+    return Requests(Generator(adapted.module, adapted.variables, adapted.base.tokenizer)).loglikelihood
+
+
+def answers_theirs(options: argparse.Namespace) -> Any:
+    """The same of lm-eval's transformers model."""
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(
+        pretrained=options.model, dtype=options.dtype, device="cpu", batch_size=options.batch_size, backend="causal"
+    )
+    return lambda requests: model.loglikelihood(requests, disable_tqdm=True)
+
+
+def one(options: argparse.Namespace) -> None:
+    """The measured process."""
+    questions = json.loads(options.requests.read_text())
+    requests = [
+        SimpleNamespace(args=(context, choice), idx=i, doc=None, request_type="loglikelihood", repeats=1)
+        for i, (context, choices, _) in enumerate(questions)
+        for choice in choices
+    ]
+    answer = (answers_ours if options.one == "nalora_jax" else answers_theirs)(options)
+    seconds = []
+    for _ in range(options.repeats + 1):
+        start = time.perf_counter()
+        scores = answer(requests)
+        seconds.append(time.perf_counter() - start)
+    by_question = groupby(zip(requests, scores, strict=True), key=lambda pair: pair[0].idx)
+    chosen = [max(enumerate(pairs), key=lambda item: item[1][1][0])[0] for _, pairs in by_question]
+    record = {
+        "first_seconds": seconds[0],
+        "items_per_second": [len(questions) / s for s in seconds[1:]],
+        "chosen": chosen,
+        "accuracy": sum(a == gold for a, (_, _, gold) in zip(chosen, questions, strict=True)) / len(questions),
+        "peak_rss_mb": peak_rss_mb(),
+    } | ({"versions": versions()} if options.one == "lm_eval" else {})
+    print(json.dumps(record))
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Speed once everything is compiled, which has a requirement, and the first pass."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        ours, other = found["runs"]["nalora_jax"], found["runs"]["lm_eval"]
+        pair = (values(ours, "items_per_second"), values(other, "items_per_second"))
+        found_rows.append(compared(f"items/s, {case}", *pair, at_least(2.0), digits=1))
+        count = len(ours[0]["chosen"])
+        pair = tuple([count / s for s in values(runs, "first_seconds")] for runs in (ours, other))
+        found_rows.append(compared(f"items/s of the first pass, compilation included, {case}", *pair, None, digits=1))
+    return found_rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), other="lm-eval")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="socialiqa")
+    parser.add_argument("--count", type=int, default=200, help="questions")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, help="of the harness (default: its fastest)")
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--one", choices=("nalora_jax", "lm_eval"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--requests", type=Path, help=argparse.SUPPRESS)
+    add_rounds(parser, 2)
+    options = parser.parse_args()
+    options.batch_size = options.batch_size or BEST[options.dtype]
+    if options.one:
+        one(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, Path(folder) / "requests.json")
+
+
+def measure(options: argparse.Namespace, requests: Path) -> None:
+    """All processes of one case."""
+    write_requests(requests, options.task, options.count)
+    work = ["--dtype", options.dtype, "--repeats", options.repeats, "--requests", requests]
+    work += ["--model", files(options.dtype)["model"]]
+
+    def peer(batch_size: int) -> list[str]:
+        arguments = ["--one", "lm_eval", "--batch-size", batch_size, *work]
+        return script("multiple_choice.py", *arguments, python=options.peer_python)
+
+    case = f"{options.task}, {options.dtype}"
+    if options.search:
+        found = alternate_processes({str(size): peer(size) for size in BATCH_SIZES}, rounds=options.rounds)
+        speeds = {size: values([run.record for run in runs], "items_per_second") for size, runs in found.items()}
+        for size, items in speeds.items():
+            print(f"batch size {size:4}", summary(items))
+        save("multiple_choice_search", case, {"settings": vars(options), "speeds": speeds})
+        return
+    commands = {
+        "nalora_jax": script("multiple_choice.py", "--one", "nalora_jax", *work),
+        "lm_eval": peer(options.batch_size),
+    }
+    record = compare("multiple_choice", case, commands, options)
+    print(table(record))
+    runs = record["cases"][case]["runs"]
+    same = sum(a == b for a, b in zip(*(runs[name][-1]["chosen"] for name in commands), strict=True))
+    print(f"equal answers: {same} of {options.count}; accuracy {runs['nalora_jax'][-1]['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

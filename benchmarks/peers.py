@@ -1,0 +1,145 @@
+"""Training speed against the other JAX libraries' LoRA: Tunix, whose adapters are Qwix's, at the same shapes.
+
+    python -m venv peers && peers/bin/pip install google-tunix qwix
+    python benchmarks/peers.py --dtype float32 --peer-python peers/bin/python
+
+Tunix's own Llama 3 model with SmolLM2-135M's shapes and random weights, Qwix's `LoraProvider` of rank 8 on gate, up and
+down, and the step that Tunix's `PeftTrainer` compiles (AdamW, loss on all tokens), without rematerialisation or with it
+around decoder layers: the faster one counts. --peer-python names a Python that has google-tunix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, script, values, versions
+from tables import Row, at_least, compared, requirements
+
+TITLE = "Training against Tunix with Qwix LoRA"
+REMAT = ("NONE", "DECODER")
+
+
+def tunix_model(dtype: str, remat: str) -> Any:
+    """Tunix's decoder with Qwix's adapters."""
+    import jax
+    import qwix
+    from flax import nnx
+    from tunix.models.llama3 import model as llama
+
+    config = llama.ModelConfig(
+        num_layers=SMOLLM2["num_hidden_layers"],
+        vocab_size=SMOLLM2["vocab_size"],
+        embed_dim=SMOLLM2["hidden_size"],
+        hidden_dim=SMOLLM2["intermediate_size"],
+        num_heads=SMOLLM2["num_attention_heads"],
+        head_dim=SMOLLM2["head_dim"],
+        num_kv_heads=SMOLLM2["num_key_value_heads"],
+        rope_theta=int(SMOLLM2["rope_theta"]),
+        norm_eps=SMOLLM2["rms_norm_eps"],
+        weight_tying=True,
+        remat_config=llama.RematConfig[remat],
+    )
+    base = llama.Llama3(config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(base)
+    noise = np.random.default_rng(0)
+    # The feed-forward kernels start as zeros there, which would train to nothing.
+    state = jax.tree.map(
+        lambda x: np.asarray(noise.normal(0, 0.02, x.shape), dtype) if x.ndim > 1 else x.astype(dtype), state
+    )
+    base = nnx.merge(graph, jax.tree.map(jax.numpy.asarray, state))
+    provider = qwix.LoraProvider(module_path=".*(gate_proj|up_proj|down_proj)", rank=8, alpha=16.0)
+    return qwix.apply_lora_to_model(base, provider, **base.get_model_input())
+
+
+def tunix_step(dtype: str, remat: str) -> Any:
+    """Tunix's compiled step as a function of tokens ``[batch, seq]`` that returns the loss."""
+    import jax.numpy as jnp
+    import optax
+    from tunix.sft import peft_trainer
+
+    config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=100, checkpoint_root_directory=None)
+    trainer = peft_trainer.PeftTrainer(tunix_model(dtype, remat), optax.adamw(1e-3, weight_decay=0.0), config)
+    trainer = trainer.with_gen_model_input_fn(lambda inputs: inputs)
+    compiled, _ = trainer.jit_train_and_eval_step()
+
+    def step(tokens: np.ndarray) -> float:
+        rows, seq = tokens.shape
+        positions = np.broadcast_to(np.arange(seq), (rows, seq))
+        mask = np.broadcast_to(np.tril(np.ones((seq, seq), bool)), (rows, seq, seq))
+        inputs = {"input_tokens": tokens, "input_mask": np.ones_like(tokens), "positions": positions}
+        loss, *_ = compiled({name: jnp.asarray(x) for name, x in (inputs | {"attention_mask": mask}).items()})
+        return float(loss)
+
+    return step
+
+
+def one(options: argparse.Namespace) -> None:
+    """The measured process of Tunix."""
+    batch, seq = map(int, options.shape.split("x"))
+    step = tunix_step(options.dtype, options.one)
+    seconds, losses = [], []
+    for tokens in random_tokens(options.steps + 2, batch, seq, SMOLLM2["vocab_size"]):
+        start = time.perf_counter()
+        losses.append(step(tokens.astype(np.int32)))
+        seconds.append(time.perf_counter() - start)
+    speeds = [batch * seq / s for s in seconds[2:]]
+    record = {"tokens_per_second": speeds, "losses": losses, "peak_rss_mb": peak_rss_mb(), "versions": versions()}
+    print(json.dumps(record))
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Speed, which has a requirement, and memory, against the faster of the peer's two."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        runs = dict(found["runs"])
+        ours = runs.pop("nalora_jax")
+        best = max(runs, key=lambda name: statistics.median(values(runs[name], "tokens_per_second")))
+        what = f"{case}, {best}"
+        pair = (values(ours, "tokens_per_second"), values(runs[best], "tokens_per_second"))
+        found_rows.append(compared(f"tokens/s, {what}", *pair, at_least(1.6)))
+        pair = (values(ours, "peak_rss_mb"), values(runs[best], "peak_rss_mb"))
+        found_rows.append(compared(f"peak memory, {what}", *pair, None, unit="MB"))
+    return found_rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), other="Tunix")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--shape", default="8x128", help="batch x sequence")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--remat", nargs="*", choices=REMAT, default=REMAT, help="of Tunix's layers (with --add)")
+    parser.add_argument("--no-ours", action="store_true", help="leave this library out (with --add)")
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--one", choices=REMAT, help=argparse.SUPPRESS)
+    add_rounds(parser, 1)
+    options = parser.parse_args()
+    if options.one:
+        one(options)
+        return
+    batch, seq = options.shape.split("x")
+    shared = ["--dtype", options.dtype, "--steps", options.steps]
+    commands = {}
+    if not options.no_ours:
+        commands["nalora_jax"] = script("training.py", *shared, "--batch", batch, "--seq", seq, "--method", "nalora")
+    for remat in options.remat:
+        arguments = ["--one", remat, *shared, "--shape", options.shape]
+        name = "Tunix" if remat == "NONE" else "Tunix, rematerialised"
+        commands[name] = script("peers.py", *arguments, python=options.peer_python)
+    record = compare("peers", f"{options.dtype} {options.shape}", commands, options)
+    if len(next(iter(record["cases"].values()))["runs"]) > 1:
+        print(table(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What the mechanisms cost on a TPU, and what an 8B model needs there, by the real TPU compiler (no TPU is used).
+
+    pip install --no-deps --target tpu libtpu==0.0.42.1         # the version that `jax[tpu]` asks for
+    python benchmarks/tpu.py --tpu-path tpu
+
+Compiles the training step for v5e and v5p topologies with Llama-3.1-8B shapes, rank 8 on gate and up, FSDP over all
+chips, rematerialisation per layer, bfloat16:
+
+- flops and bytes accessed of NA-LoRA over LoRA: XLA counts a loop's body once, so that programs of two small unrolled
+  depths are compiled and the whole model's figure extrapolated from them; the loss is one chunk for the same reason;
+- temporary memory per chip of both whole programs (32 layers, scanned), beside the chip's memory.
+
+A program of a topology with few chips stands for the ratios: they do not depend on the number of chips that share the
+batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+from common import save
+from tables import Row, at_most, requirements
+
+TITLE = "On TPU topologies"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+CHIP_BYTES = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
+METHODS = ("lora", "nalora")
+
+
+def topology_mesh(name: str) -> Any:
+    """A mesh of the abstract chips of a topology, all of them on the axis "fsdp"."""
+    from jax.experimental import topologies
+
+    from nalora_jax import mesh as layout
+    from nalora_jax.config import MeshConfig
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return layout.make_mesh(MeshConfig(data=1, fsdp=-1), list(devices))
+
+
+def program(method: str, layers: int, topology: str, rows: int, seq: int, *, unroll: bool) -> Any:
+    """The compiled training step."""
+    import jax
+    from flax import linen as nn
+
+    # Platform choices in the model code go by the default backend, which is a CPU here.
+    scan = partial(nn.scan, unroll=layers) if unroll else nn.scan
+    with mock.patch.object(jax, "default_backend", return_value="tpu"), mock.patch.object(nn, "scan", scan):
+        step, arguments = _step(method, layers, topology_mesh(topology), rows, seq, chunk=rows * seq if unroll else 0)
+        return step.lower(*arguments).compile()
+
+
+def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: int) -> tuple[Any, tuple[Any, ...]]:
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from nalora_jax import config as c
+    from nalora_jax import mesh as layout
+    from nalora_jax import trees
+    from nalora_jax.assembly import build_model, build_optimizer, compile_step
+    from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+    from nalora_jax.models.decoder import init_lora
+    from nalora_jax.nn.lora import resolve
+    from nalora_jax.train.state import init_state
+
+    off = method == "lora"
+    config = c.RunConfig(
+        steps=1000,
+        lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up)_proj", 8),)),
+        mask=c.MaskConfig(kind="off") if off else c.MaskConfig(warmup=0),
+        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig(warmup=0),
+        compute=c.ComputeConfig(dtype="bfloat16", remat="full", loss_chunk=chunk),
+    )
+    base = replace(ModelConfig.from_hf({**LLAMA, "num_hidden_layers": layers}))
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    model = build_model(base, spec, config.compute, mesh)
+    optimizer = build_optimizer(config, base, spec)
+
+    def fresh() -> Any:
+        lora = init_lora(base, spec, jax.random.key(0))
+        return init_state(lora, optimizer, {"layers/ffn": (base.n_layers, base.d_ff)}, 0)
+
+    def described(tree: Any, rules: Any) -> tuple[Any, Any]:
+        places = layout.shardings(tree, mesh, rules)
+        shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+        return shapes, places
+
+    shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in param_shapes(base).items()}
+    params, _ = described(trees.unflatten(shapes), layout.PARAM_RULES)
+    state, places = described(jax.eval_shape(fresh), layout.STATE_RULES)
+    by_rows = NamedSharding(mesh, P(None, layout.BATCH_AXES))
+    batch = {
+        name: jax.ShapeDtypeStruct((1, rows, seq), np.dtype(dtype), sharding=by_rows)
+        for name, dtype in {
+            "tokens": "int32",
+            "targets": "int32",
+            "loss_weights": "float32",
+            "segment_ids": "int32",
+            "positions": "int32",
+        }.items()
+    }
+    return compile_step(config, base, model, optimizer, mesh, places), (params, state, batch)
+
+
+def costs(topology: str, rows: int, seq: int, depths: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Flops and bytes accessed per chip of the whole model, by method."""
+    found = {}
+    for method in METHODS:
+        few, more = (program(method, layers, topology, rows, seq, unroll=True).cost_analysis() for layers in depths)
+        layers = LLAMA["num_hidden_layers"]
+        per_layer = {key: (more[key] - few[key]) / (depths[1] - depths[0]) for key in ("flops", "bytes accessed")}
+        found[method] = {key: few[key] + (layers - depths[0]) * value for key, value in per_layer.items()}
+    return found
+
+
+def memory(topology: str, rows: int, seq: int, layers: int) -> dict[str, dict[str, int]]:
+    """Bytes per chip of the whole program, by method."""
+    found = {}
+    for method in METHODS:
+        analysis = program(method, layers, topology, rows, seq, unroll=False).memory_analysis()
+        found[method] = {
+            "arguments": int(analysis.argument_size_in_bytes),
+            "temporary": int(analysis.temp_size_in_bytes),
+        }
+    return found
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Costs of NA-LoRA over LoRA, and memory beside that of the chip."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        ours, other = found["nalora"], found["lora"]
+        if "flops" in ours:
+            for key, limit, unit, scale in (("flops", 1.01, "TF", 1e12), ("bytes accessed", 1.02, "GB", 1e9)):
+                texts = [f"{side[key] / scale:,.2f} {unit}" for side in (ours, other)]
+                found_rows.append(Row(f"{key} per chip, {case}", *texts, ours[key] / other[key], at_most(limit)))
+            continue
+        texts = [f"{side['temporary'] / 1e9:.2f} GB" for side in (ours, other)]
+        ratio = ours["temporary"] / other["temporary"]
+        found_rows.append(Row(f"temporary memory per chip, {case}", *texts, ratio, at_most(1.01)))
+        chip = CHIP_BYTES[found["settings"]["topology"].split(":")[0]]
+        total = ours["arguments"] + ours["temporary"]
+        what = f"all memory of NA-LoRA per chip, {case}, over the chip's"
+        found_rows.append(Row(what, f"{total / 1e9:.2f} GB", f"{chip / 1e9:.0f} GB", total / chip, at_most(1.0)))
+    return found_rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), ours="NA-LoRA", other="LoRA")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
+    parser.add_argument("--what", nargs="+", choices=("costs", "memory"), default=("costs", "memory"))
+    parser.add_argument("--small", nargs="+", default=["v5e:4x4", "v5p:2x2x4"], help="topologies of the costs")
+    parser.add_argument("--large", nargs="+", default=["v5e:16x16"], help="topologies of the memory")
+    parser.add_argument("--quick", action="store_true", help="few layers")
+    options = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    if options.tpu_path:
+        sys.path.append(options.tpu_path)
+    record: dict[str, Any] = {"cases": {}}
+    for topology in options.small if "costs" in options.what else ():
+        chips = topology_mesh(topology).size
+        found = costs(topology, chips, 2048, (1, 2))
+        case = f"{topology}, one sequence of 2,048 tokens a chip"
+        record["cases"] |= save("tpu", case, {"settings": {"topology": topology}, **found})["cases"]
+    for topology in options.large if "memory" in options.what else ():
+        chips = topology_mesh(topology).size
+        layers = 4 if options.quick else LLAMA["num_hidden_layers"]
+        found = memory(topology, chips, 4096, layers)
+        case = f"Llama-3.1-8B, {topology}, one sequence of 4,096 tokens a chip"
+        record["cases"] |= save("tpu", case, {"settings": {"topology": topology, "layers": layers}, **found})["cases"]
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
