@@ -1,7 +1,7 @@
 """Quantized base weights against bfloat16: bytes, peak memory, training speed, and quality on two tasks.
 
     python benchmarks/quantized.py                       # bfloat16, int8, nf4: some minutes each on two cores
-    python benchmarks/quantized.py --kinds nf4           # one of them; what the result file has of others is kept
+    python benchmarks/quantized.py --kinds bfloat16 nf4  # some of them; what the result file has of others is kept
 
 Each kind is a process of its own: SmolLM2-135M-Instruct is loaded (quantized tensor by tensor), asked held-out
 questions of two tasks, fine-tuned on the first of them for a few steps, and asked again. The same questions, data order
@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, peak_rss_mb, run_process, summary, write
+from common import load, peak_rss_mb, run_process, save, summary
+from tables import Row, at_most
 
-NAME = "quantized"
+TITLE = "Quantized base weights"
 KINDS = ("bfloat16", "int8", "nf4")
 TASKS = ("socialiqa", "openbookqa")
 
@@ -89,16 +90,33 @@ def sizes(params: Any) -> dict[str, int]:
     return {"kernels": kernels, "embedding": flat["embed/embedding"], "all": sum(flat.values())}
 
 
+def rows(record: Mapping[str, Any]) -> list[Row]:
+    """One row for each kind beside bfloat16: bytes of the projections' kernels."""
+    plain = record["cases"]["bfloat16"]["bytes"]["kernels"] if "bfloat16" in record["cases"] else None
+    return [
+        Row(
+            f"bytes of the projections, {kind}",
+            f"{(size := record['cases'][kind]['bytes']['kernels']) / 1e6:.0f} MB",
+            f"{plain / 1e6:.0f} MB",
+            size / plain,
+            at_most(0.35) if kind == "nf4" else None,
+        )
+        for kind in KINDS[1:]
+        if plain and kind in record["cases"]
+    ]
+
+
 def table(record: Mapping[str, Any]) -> str:
     """The result as Markdown, a row for each kind: loading is growth of the process, peak that of training."""
-    plain = record["kinds"]["bfloat16"]["bytes"]
+    kinds = {kind: record["cases"][kind] for kind in KINDS if kind in record["cases"]}
+    plain = kinds["bfloat16"]["bytes"]
     first, second = TASKS
     lines = [
         "| base | kernels MB (of bf16) | embedding MB | all MB (of bf16) | loading MB | peak MB | tokens/s "
         f"| {first} accuracy, loss: before | after | {second} accuracy, loss: before | after |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for kind, found in record["kinds"].items():
+    for kind, found in kinds.items():
         size, training = found["bytes"], found["training"]
         asked = [found[when][task] for task in TASKS for when in ("before", "after")]
         cells = [
@@ -121,15 +139,11 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     settings = {"model": options.model, "steps": options.steps, "batch": options.batch, "questions": options.questions}
-    path = RESULTS / f"{NAME}.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    kinds = known.get("kinds", {}) if known.get("settings") == settings else {}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     for kind in options.kinds:
-        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        kinds[kind] = run_process([sys.executable, str(Path(__file__)), "--measure", kind, *flags]).record
-        write(NAME, {"settings": settings, "kinds": {name: kinds[name] for name in KINDS if name in kinds}})
-    if "bfloat16" in kinds:
-        print(table({"kinds": {name: kinds[name] for name in KINDS if name in kinds}}))
+        found = run_process([sys.executable, str(Path(__file__)), "--measure", kind, *flags]).record
+        save("quantized", kind, {"settings": settings, **found})
+    print(table(load("quantized")))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ PARTS = (
         _lines("--task socialiqa --dtype {dtype}", "--task arc_easy --dtype {dtype}"),
         "--rounds 1 --repeats 1 --count 20",
     ),
+    Part("quantized", ("",), "--steps 2 --questions 8"),
     Part("growth", ("",), "--quick"),
 )
 

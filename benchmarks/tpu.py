@@ -26,6 +26,7 @@ from unittest import mock
 
 from common import save
 from tables import Row, at_most, requirements
+from training import without_statistics
 
 TITLE = "On TPU topologies"
 LLAMA = {
@@ -121,7 +122,8 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
             "positions": "int32",
         }.items()
     }
-    return compile_step(config, base, model, optimizer, mesh, places), (params, state, batch)
+    compiled = compile_step(config, base, model, optimizer, mesh, places)
+    return without_statistics(compiled) if off else compiled, (params, state, batch)
 
 
 def costs(topology: str, rows: int, seq: int, depths: tuple[int, int]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -88,19 +88,27 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
 
 
 def load(
-    model: str | Path, *, adapter: str | Path | None = None, dtype: str | None = None, mesh: Mesh | None = None
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    quantize: Literal["none", "int8", "nf4", "run"] = "none",
+    mesh: Mesh | None = None,
 ) -> AdaptedModel:
     """The model called ``model``, with its adapter on; the arguments are those of `locate` and `weights.load_model`.
 
-    Without a dtype the base has that of the run that made the adapter, else bfloat16.
+    Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
+    with ``quantize="run"``.
 
     Raises:
       NaloraError: see `locate`, `weights.load_model` and `weights.peft.import_adapter`; or a tensor axis of the mesh
         splits a head.
     """
     located = locate(model, adapter)
-    dtype = dtype or config_from_dict(located.run).compute.dtype
-    base = load_model(located.base, dtype=dtype, mesh=mesh)
+    compute = config_from_dict(located.run).compute
+    dtype = dtype or compute.dtype
+    kind = compute.quantize if quantize == "run" else quantize
+    base = load_model(located.base, dtype=dtype, mesh=mesh, quantized=None if kind == "none" else kind)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)

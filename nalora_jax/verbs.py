@@ -40,7 +40,6 @@ def evaluate(args: cli.EvalArgs) -> None:
     from nalora_jax.adapted import load
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.evaluate.heldout import Evaluator, describe
-    from nalora_jax.run import quantized
     from nalora_jax.train.metrics import to_json, write_atomically
 
     if args.output is not None and args.output.exists():
@@ -48,17 +47,16 @@ def evaluate(args: cli.EvalArgs) -> None:
             str(args.output), expected="a new file", found="one that exists", remedy="choose another name"
         )
     mesh = mesh_of(args.mesh)
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh)
+    quantize = args.quantize or "run"
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
     data = data_of(model.located.run, asked)
     if any(value is not None for value in asked.values()):
         items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
     else:  # the very questions that the run reported on
         items, _ = held_out(data, model.base.tokenizer)
-    kind = args.quantize or config_from_dict(model.located.run).compute.quantize
-    params = model.base.params if kind == "none" else quantized(model.base, kind)
     evaluator = Evaluator(model.module, model.base.tokenizer, items, mesh=mesh)
-    values = evaluator.measure(params, model.lora, samples=args.output is not None)
+    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     if args.output is not None:
         origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}

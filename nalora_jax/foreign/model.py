@@ -25,7 +25,7 @@ from nalora_jax import activations, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import adapter_scale, init_a, residual
+from nalora_jax.nn.lora import Probe, adapter_scale, init_a, residual
 from nalora_jax.optim.columns import find_gates
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,8 @@ class Foreign(ABC):
         return {block: zeros(target) for block, target in self._blocks.items()}
 
     def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-        stats = gate_statistics(base, delta, base + delta, weights, activations.get(gate), self.stats)
+        probe = Probe(base[:: self.stats.probe_stride], delta[:: self.stats.probe_stride])
+        stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 
     def _adapted(self, target: Target, x: jax.Array, base: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
