@@ -88,11 +88,6 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused():
         check(with_field("train.accumulate", 3))
 
 
-def test_a_probe_off_the_statistics_grid_is_refused():
-    with pytest.raises(NaloraError, match=r"--compute\.probe-stride: expected a multiple of --compute\.stats-stride"):
-        check(with_field("compute.stats_stride", 3))
-
-
 def test_to_dict_is_nested_plain_data_that_json_takes():
     config = RunConfig()
     plain = json.loads(json.dumps(config.to_dict()))

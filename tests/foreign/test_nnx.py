@@ -16,7 +16,7 @@ from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.foreign import adapt_nnx
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import residual
+from nalora_jax.nn.lora import Probe, residual
 from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
 
 D, F, LAYERS = 16, 40, 2
@@ -74,7 +74,8 @@ def test_values_gradients_and_statistics_are_those_of_the_functions(remat: bool)
             delta = residual(x, own["gate_proj"]["a"], own["gate_proj"]["b"], 2.0, masks[f"layers/{i}/ffn"])
             z = base + delta
             ones = jnp.ones(z.shape[:-1], bool)
-            stats[f"layers/{i}/ffn"] = gate_statistics(base, delta, z, ones, activations.get("silu"), GateStatsConfig())
+            probe = Probe(*(v[..., :: GateStatsConfig().probe_stride, :] for v in (base, delta)))
+            stats[f"layers/{i}/ffn"] = gate_statistics(z, probe, ones, activations.get("silu"), GateStatsConfig())
             h = jax.nn.silu(z) * (x @ up)
             x = x + h @ down + residual(h, own["down_proj"]["a"], own["down_proj"]["b"], 2.0)
         y = x @ kernels["head/kernel"] + jnp.broadcast_to(kernels["head/bias"], x.shape)
