@@ -52,6 +52,7 @@ PARTS = (
         (
             *_lines(*(f"--dtype {{dtype}} --shape {shape}" for shape in SHAPES)),
             *(f"--dtype bfloat16 --shape {shape} --checkpointing" for shape in SHAPES[:2]),
+            "--dtype bfloat16 --shape 8x128 --bf16-mode mixed",
         ),
         "--rounds 1 --steps 2",
     ),

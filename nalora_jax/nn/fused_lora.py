@@ -84,7 +84,8 @@ def _wide_output(
 def _wide_output_fwd(
     x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    hidden = scale * dot(x, a, operand)
+    # Kept by a rematerialised layer: r columns, and a pass over x to make them again.
+    hidden = stored(scale * dot(x, a, operand), "float32")
     y = dot(_joined(x, hidden, 1, operand), _joined(expand(kernel), b, 0, operand), operand)
     return y, (x, kernel, a, b, scale, mask, hidden)
 
