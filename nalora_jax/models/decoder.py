@@ -19,7 +19,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, p
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import AdapterSpec, TargetSpec, init_a
-from nalora_jax.nn.matmul import KEPT, Numerics, dot, take_rows
+from nalora_jax.nn.matmul import KEPT, Numerics, dot, look_up, unpack_leaf
 from nalora_jax.trees import flatten, unflatten
 
 # What the backward pass finds stored: everything, the layer's input only, or also what takes a matrix product to make.
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
           positions: int ``[batch, seq]``; by default they restart with every segment and go on after the cache's.
           segment_ids: int ``[batch, seq]``, from 1, 0 for padding; tokens attend within their segment only. By
             default everything is segment 1.
-          token_weights: ``[batch, seq]`` of the gate statistics, bool (fast) or float; the real tokens by default.
+          token_weights: ``[batch, seq]`` of the gate statistics, bool or float; the real tokens by default.
           cache: keys and values of earlier calls (`init_cache`); the rows' segments are then 1 throughout.
           deterministic: no dropout; otherwise the rng ``dropout`` is needed where a rate is set.
           adapter_ids: int ``[batch]``, which adapter of a stack each example uses.
@@ -129,7 +129,7 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int ``[...]`` -> ``[..., d_model]`` in the table's dtype; the table may be packed (`nn.matmul.pack`)."""
-        return take_rows(self.table(), tokens)
+        return unpack_leaf(look_up(self.table(), tokens))
 
     def table(self) -> jax.Array:
         """``[vocab, d_model]``, without a gradient."""

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 
 from nalora_jax.nn import attention_kernels
 from nalora_jax.nn.attention_kernels import Kernel
-from nalora_jax.nn.blockwise_attention import UNSEEN, block_size, blockwise_attention, visibility
+from nalora_jax.nn.blockwise_attention import (
+    UNSEEN,
+    blocks,
+    blockwise_attention,
+    by_key_head,
+    by_token,
+    capped,
+    product,
+    visibility,
+)
 from nalora_jax.nn.matmul import kept, unpack_leaf
 
 # With dropout: from this length stored probabilities would outweigh all other activations, so they are made again.
@@ -103,11 +112,9 @@ def _attend_in_blocks(
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
     """Cached keys and dropout: blocks of queries, each against the cache and the keys up to its own end."""
-    size = block_size(q.shape[1])
     attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4,))
     outputs = []
-    for start in range(0, q.shape[1], size):
-        end = min(start + size, q.shape[1])
+    for start, end in blocks(q.shape[1]):
         seen = Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
@@ -128,7 +135,7 @@ def _attend(
     batch, seq, heads, dim = q.shape
     groups = heads // keys.k.shape[2]
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head.
-    q = q.reshape(batch, seq, -1, groups, dim).transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * seq, dim)
+    q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
     sources: list[Keys | CachedKeys] = [keys] if cached is None else [cached, keys]
     scores = [_scores(q, here, source, window, scoring, groups) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
@@ -144,10 +151,9 @@ def _attend(
         last = first + source.positions.shape[1]
         part = weights[..., first:last].reshape(batch, -1, groups * seq, last - first)
         values = unpack_leaf(source.v) if isinstance(source, CachedKeys) else source.v.transpose(0, 2, 1, 3)
-        out = out + _product("bkqt,bktd->bkqd", part, values, scoring.operand)
+        out = out + product("bkqt,bktd->bkqd", part, values, scoring.operand)
         first = last
-    out = out.reshape(batch, -1, groups, seq, dim) / total
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, dim)
+    return by_token(out.reshape(batch, -1, groups, seq, dim) / total)
 
 
 def _scores(
@@ -160,17 +166,10 @@ def _scores(
 ) -> jax.Array:
     """Masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
     if isinstance(keys, CachedKeys):
-        scores = _product("bkqd,bkdt->bkqt", q, unpack_leaf(keys.k), scoring.operand)
+        scores = product("bkqd,bkdt->bkqt", q, unpack_leaf(keys.k), scoring.operand)
     else:
-        scores = _product("bkqd,bktd->bkqt", q, keys.k.transpose(0, 2, 1, 3), scoring.operand)
-    scores = scores * scoring.scale
-    if scoring.softcap:
-        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+        scores = product("bkqd,bktd->bkqt", q, keys.k.transpose(0, 2, 1, 3), scoring.operand)
+    scores = capped(scores * scoring.scale, scoring)
     visible = visibility(*here, keys.positions, keys.segments, window)
     scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
     return jnp.where(visible[:, None, None], scores, UNSEEN)
-
-
-def _product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
-    """`jnp.einsum` with operands rounded to ``operand`` and a float32 result."""
-    return jnp.einsum(equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)

@@ -77,9 +77,9 @@ def _fwd(
     window: jax.Array | int,
     scoring: Scoring,
 ) -> tuple[jax.Array, Any]:
-    heads = tuple(stored(_by_key_head(x, k.shape[2]), scoring.kept) for x in (q * scoring.scale, k, v))
+    heads = tuple(stored(by_key_head(x, k.shape[2]), scoring.kept) for x in (q * scoring.scale, k, v))
     outs, totals = [], []
-    for start, end in _blocks(q.shape[1]):
+    for start, end in blocks(q.shape[1]):
         query, key, value = _block(heads, start, end)
         scores, unseen = _scores(query, key, positions, segments, window, start, end, scoring)
         scores = scores + unseen
@@ -87,44 +87,44 @@ def _fwd(
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         # The softmax's division comes after the product with the values: a pass over head_dim, not over all keys.
-        outs.append(_product("bkgqt,bktd->bkgqd", weights, value, scoring.operand) / total)
+        outs.append(product("bkgqt,bktd->bkgqd", weights, value, scoring.operand) / total)
         totals.append(top + jnp.log(total))
     out, logsumexp = _joined(outs), _joined(totals)  # [batch, kv_heads, groups, seq, head_dim or 1]
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     held = stored(out, scoring.kept)
     kept = (*heads, held, stored(logsumexp, "float32"), positions, segments, window, like)
-    return _by_token(restored(held, jnp.float32)), kept
+    return by_token(restored(held, jnp.float32)), kept
 
 
 def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     *heads, out, logsumexp, positions, segments, window, like = kept
     kv_heads, seq = heads[1].shape[1], g.shape[1]
-    g = _by_key_head(g, kv_heads)
+    g = by_key_head(g, kv_heads)
     inner = jnp.sum(g * restored(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
     batch, dim = g.shape[0], g.shape[-1]
-    dk = dv = jnp.zeros((batch, kv_heads, seq, dim), jnp.float32)
-    for start, end in _blocks(seq):
+    dk = dv = jnp.zeros((batch, kv_heads, 1, seq, dim), jnp.float32)
+    for start, end in blocks(seq):
         query, key, value = _block(heads, start, end)
         scores, unseen = _scores(query, key, positions, segments, window, start, end, scoring)
         rows = slice(start, end)
         weights = jnp.exp(scores + (unseen - logsumexp[..., rows, :]))
         back = g[..., rows, :]
-        slope = weights * (_product("bkgqd,bktd->bkgqt", back, value, scoring.operand) - inner[..., rows, :])
+        slope = weights * (product("bkgqd,bktd->bkgqt", back, value, scoring.operand) - inner[..., rows, :])
         if scoring.softcap:
             slope = slope * (1 - jnp.square(scores / scoring.softcap))
-        dq.append(_product("bkgqt,bktd->bkgqd", slope, key, scoring.operand))
-        # Made with the keys last, so that what XLA:CPU transposes is [queries, head_dim] and not [queries, keys].
-        dk = dk.at[:, :, :end].add(_product("bkgqt,bkgqd->bktd", slope, query, scoring.operand))
-        dv = dv.at[:, :, :end].add(_product("bkgqt,bkgqd->bktd", weights, back, scoring.operand))
-    grads = (_by_token(_joined(dq)) * scoring.scale, _from_last(dk), _from_last(dv))
+        dq.append(product("bkgqt,bktd->bkgqd", slope, key, scoring.operand))
+        dk = dk.at[:, :, 0, :end].add(product("bkgqt,bkgqd->bktd", slope, query, scoring.operand))
+        dv = dv.at[:, :, 0, :end].add(product("bkgqt,bkgqd->bktd", weights, back, scoring.operand))
+    grads = (by_token(_joined(dq)) * scoring.scale, by_token(dk), by_token(dv))
     return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None)
 
 
 blockwise_attention.defvjp(_fwd, _bwd)
 
 
-def _blocks(seq: int) -> Iterator[tuple[int, int]]:
+def blocks(seq: int) -> Iterator[tuple[int, int]]:
+    """First and last position (exclusive) of every block of queries."""
     size = block_size(seq)
     return ((start, min(start + size, seq)) for start in range(0, seq, size))
 
@@ -150,35 +150,33 @@ def _scores(
     """Scores ``[batch, kv_heads, groups, block, keys]``, soft cap applied, and which of them are seen."""
     # Tied to the queries, or the mask of every layer would be made ahead of them all and held: [batch, seq, seq].
     query, positions = lax.optimization_barrier((query, positions))
-    scores = _product("bkgqd,bktd->bkgqt", query, key, scoring.operand)
-    if scoring.softcap:
-        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    scores = capped(product("bkgqd,bktd->bkgqt", query, key, scoring.operand), scoring)
     own = (positions[:, start:end], segments[:, start:end])
     seen = visibility(*own, positions[:, :end], segments[:, :end], window)[:, None, None]
     return scores, jnp.where(seen, 0.0, UNSEEN)
 
 
-def _by_key_head(x: jax.Array, kv_heads: int) -> jax.Array:
+def capped(scores: jax.Array, scoring: Scoring) -> jax.Array:
+    """``c tanh(score / c)`` where there is a soft cap."""
+    return scoring.softcap * jnp.tanh(scores / scoring.softcap) if scoring.softcap else scores
+
+
+def by_key_head(x: jax.Array, kv_heads: int) -> jax.Array:
     """``[batch, seq, heads, head_dim]`` -> ``[batch, kv_heads, groups, seq, head_dim]``."""
     batch, seq, _, dim = x.shape
     return x.reshape(batch, seq, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
 
 
-def _by_token(x: jax.Array) -> jax.Array:
-    """The inverse of `_by_key_head`."""
+def by_token(x: jax.Array) -> jax.Array:
+    """The inverse of `by_key_head`."""
     batch, kv_heads, groups, seq, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, seq, kv_heads * groups, dim)
-
-
-def _from_last(x: jax.Array) -> jax.Array:
-    """``[batch, kv_heads, head_dim, seq]`` -> ``[batch, seq, kv_heads, head_dim]``."""
-    return x.transpose(0, 2, 1, 3)
 
 
 def _joined(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
 
 
-def _product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
+def product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
     """`jnp.einsum` with operands rounded to ``operand`` and a float32 result."""
     return jnp.einsum(equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)

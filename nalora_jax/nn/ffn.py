@@ -95,7 +95,7 @@ def gate_statistics(
     Args:
       z: ``[batch, seq, d_ff]``, what the block feeds to phi.
       probe: its frozen part and the adapter's residual on every ``config.probe_stride``-th position.
-      weights: ``[batch, seq]``, which tokens are real; bool is faster than float.
+      weights: ``[batch, seq]``, which tokens are real.
       activation: the gate's.
       config: strides and tolerance.
 
@@ -209,7 +209,7 @@ class GatedFFN(_Block):
         Args:
           x: input.
           scales: the adapters' ``s`` by projection name; 1 where absent.
-          token_weights: ``[batch, seq]``, which tokens the statistics count; bool is faster than float.
+          token_weights: ``[batch, seq]``, which tokens the statistics count.
           deterministic: no adapter dropout.
           adapter_ids: ``[batch]``, see `LoRADense`.
         """

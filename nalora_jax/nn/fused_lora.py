@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import Numerics, dot, expand, stored
+from nalora_jax.nn.matmul import Numerics, beside_masked, dot, expand, stored
 from nalora_jax.nn.quantize import Quantized
 
 
@@ -51,9 +51,8 @@ def adapted_matmul(
     """
     chex.assert_shape(a, (x.shape[-1], b.shape[0]))
     chex.assert_shape(b, (a.shape[1], kernel.shape[-1]))
-    product = _wide_output if kernel.shape[-1] > kernel.shape[-2] else _wide_input
     flat = x.reshape(-1, x.shape[-1])
-    y = product(flat, kernel, a, b, jnp.asarray(scale, jnp.float32), mask, numerics.operand)
+    y = _adapted(flat, kernel, a, b, jnp.asarray(scale, jnp.float32), mask, numerics.operand)
     return y.astype(numerics.result).reshape(*x.shape[:-1], b.shape[-1])
 
 
@@ -66,72 +65,42 @@ def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str) -> jax
     return lax.bitcast_convert_type(jnp.concatenate(parts, axis=axis), jnp.bfloat16)
 
 
-def _masked(b: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """B for dx, and below it the masked B for dA where there is a mask."""
-    return b if mask is None else jnp.concatenate([b, b * mask[None, :]], axis=0)
-
-
-# ---------------------------------------------------------------- gate, up: d_in < d_out
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _wide_output(
+def _adapted(
     x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
 ) -> jax.Array:
-    return _wide_output_fwd(x, kernel, a, b, scale, mask, operand)[0]
+    return _adapted_fwd(x, kernel, a, b, scale, mask, operand)[0]
 
 
-def _wide_output_fwd(
+def _adapted_fwd(
     x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    # Kept by a rematerialised layer: r columns, and a pass over x to make them again.
-    hidden = stored(scale * dot(x, a, operand), "float32")
-    y = dot(_joined(x, hidden, 1, operand), _joined(expand(kernel), b, 0, operand), operand)
+    d_in, d_out = kernel.shape
+    # s x A is kept by a rematerialised layer: r columns, for which it would make a product (or a pass over x) again.
+    if d_out > d_in:
+        hidden = stored(scale * dot(x, a, operand), "float32")
+        y = dot(_joined(x, hidden, 1, operand), _joined(expand(kernel), b, 0, operand), operand)
+    else:
+        both = dot(x, _joined(expand(kernel), a, 1, operand), operand)
+        hidden = stored(scale * both[:, d_out:], "float32")
+        y = both[:, :d_out] + dot(hidden, b, operand)
     return y, (x, kernel, a, b, scale, mask, hidden)
 
 
-def _wide_output_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+def _adapted_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     x, kernel, a, b, scale, mask, hidden = kept
-    rank, d_in = b.shape[0], x.shape[1]
-    both = dot(g, _joined(expand(kernel), _masked(b, mask), 0, operand), operand, dims=(1, 1))
-    back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
-    dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
+    (d_in, d_out), rank = kernel.shape, b.shape[0]
+    wide = beside_masked(b, mask)
+    if d_out > d_in:
+        both = dot(g, _joined(expand(kernel), wide, 0, operand), operand, dims=(1, 1))
+        back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
+        dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
+    else:
+        back = scale * dot(g, wide, operand, dims=(1, 1))
+        dx = dot(_joined(g, back[:, :rank], 1, operand), _joined(expand(kernel), a, 1, operand), operand, dims=(1, 1))
     da = dot(x, back[:, -rank:], operand, dims=(0, 0))
     db = dot(hidden, g, operand, dims=(0, 0))
     return dx.astype(x.dtype), None, da, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
 
 
-_wide_output.defvjp(_wide_output_fwd, _wide_output_bwd)
-
-
-# ---------------------------------------------------------------- down: d_in >= d_out
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _wide_input(
-    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
-) -> jax.Array:
-    return _wide_input_fwd(x, kernel, a, b, scale, mask, operand)[0]
-
-
-def _wide_input_fwd(
-    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    d_out = b.shape[1]
-    both = dot(x, _joined(expand(kernel), a, 1, operand), operand)
-    # Kept, or a rematerialised layer would make the whole product again for these few columns.
-    hidden = stored(scale * both[:, d_out:], "float32")
-    return both[:, :d_out] + dot(hidden, b, operand), (x, kernel, a, b, scale, mask, hidden)
-
-
-def _wide_input_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-    x, kernel, a, b, scale, mask, hidden = kept
-    rank = b.shape[0]
-    back = scale * dot(g, _masked(b, mask), operand, dims=(1, 1))
-    dx = dot(_joined(g, back[:, :rank], 1, operand), _joined(expand(kernel), a, 1, operand), operand, dims=(1, 1))
-    da = dot(x, back[:, -rank:], operand, dims=(0, 0))
-    db = dot(hidden, g, operand, dims=(0, 0))
-    return dx.astype(x.dtype), None, da, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
-
-
-_wide_input.defvjp(_wide_input_fwd, _wide_input_bwd)
+_adapted.defvjp(_adapted_fwd, _adapted_bwd)

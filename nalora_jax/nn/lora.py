@@ -28,7 +28,7 @@ from jax import lax
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.fused_lora import adapted_matmul
-from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
+from nalora_jax.nn.matmul import Numerics, beside_masked, dot, expand, matmul
 from nalora_jax.nn.quantize import Quantized
 from nalora_jax.trees import match_rules
 
@@ -182,9 +182,7 @@ def _residual_fwd(
 def _residual_bwd(operand: str, residuals: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     x, a, b, scale, mask, hidden = residuals
     rank = a.shape[1]
-    # One product over the wide cotangent serves both dx (exact B) and dA (masked B).
-    wide = b if mask is None else jnp.concatenate([b, b * mask[None, :]], axis=0)
-    back = scale * dot(g, wide, operand, dims=(1, 1))  # [tokens, r] or [tokens, 2 r]
+    back = scale * dot(g, beside_masked(b, mask), operand, dims=(1, 1))  # [tokens, r] or [tokens, 2 r]
     dx = dot(back[:, :rank], a, operand, dims=(1, 1)).astype(x.dtype)
     da = dot(x, back[:, -rank:], operand, dims=(0, 0))
     db = dot(hidden, g, operand, dims=(0, 0))

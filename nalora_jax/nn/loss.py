@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import dot, unpack_leaf
+from nalora_jax.nn.matmul import dot, look_up, unpack_leaf
 
 # Floats of one chunk of logits when the chunk is chosen here: 64 MB keeps within caches' reach and far below a model.
 _CHUNK_FLOATS = 1 << 24
@@ -94,12 +94,9 @@ _cross_entropy.defvjp(_fwd, _bwd)
 def _target_rows(kernel: jax.Array, targets: jax.Array, transposed: bool) -> jax.Array:
     """The head's weights of every target, ``[..., d_model]`` of ``[...]``, as `unpack_leaf` takes them.
 
-    Looked up once, before the chunks: XLA:CPU widens a bf16 table as a whole before it looks up a row (though not one
-    of integers), and would take any view of the table out of the loop as a copy.
+    Looked up once, before the chunks: XLA:CPU would take the view of the table (`look_up`) out of the loop as a copy.
     """
-    if kernel.dtype == jnp.bfloat16:
-        kernel = lax.bitcast_convert_type(kernel, jnp.uint16)
-    rows = jnp.take(kernel, targets.reshape(-1), axis=0 if transposed else 1)
+    rows = look_up(kernel, targets.reshape(-1), axis=0 if transposed else 1)
     return (rows if transposed else rows.T).reshape(*targets.shape, -1)
 
 

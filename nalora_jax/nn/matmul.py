@@ -105,12 +105,22 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
     return y[:rows] if dims[0] == 1 else y
 
 
-def take_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """``table[rows]`` of a ``[n, d]`` table, packed or not."""
+def beside_masked(b: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """An adapter's B ``[r, d_out]`` for dx, and below it ``B * mask`` for dA where there is a mask: ``[2 r, d_out]``.
+
+    One product over the wide cotangent then serves both.
+    """
+    return b if mask is None else jnp.concatenate([b, b * mask[None, :]], axis=0)
+
+
+def look_up(table: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
+    """``jnp.take`` of a table, packed or not; what comes out may be packed: `unpack_leaf`.
+
+    XLA:CPU would widen a whole bf16 table to float32 before it takes a row; integers it leaves alone.
+    """
     if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # XLA:CPU would widen the whole table to float32 before it takes a row.
         table = lax.bitcast_convert_type(table, jnp.uint16)
-    return unpack_leaf(jnp.take(table, rows, axis=0))
+    return jnp.take(table, rows, axis=axis)
 
 
 def expand(kernel: jax.Array | Quantized) -> jax.Array:
