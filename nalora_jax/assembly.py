@@ -21,7 +21,7 @@ from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.lora import AdapterSpec, resolve
 from nalora_jax.nn.loss import Head
-from nalora_jax.nn.matmul import Numerics, numerics_for, pack_views
+from nalora_jax.nn.matmul import Numerics, numerics_for, view_params
 from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import Step, StepConfig, make_train_step
@@ -52,8 +52,8 @@ class Assembly:
         return self.model.clone(remat="none", activation_sharding=None)
 
     def view(self, params: Any) -> Any:
-        """``params`` as the compiled step takes them without copying; see `nalora_jax.nn.matmul.pack_views`."""
-        return pack_views(params) if self.mesh.size == 1 else params
+        """``params`` as the compiled step takes them without copying; see `nalora_jax.nn.matmul.view_params`."""
+        return view_params(params) if self.mesh.size == 1 else params
 
 
 def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> Assembly:

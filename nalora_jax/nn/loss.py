@@ -1,8 +1,9 @@
 """Cross-entropy over a frozen output head, without ever holding the logits of all tokens.
 
-Logits exist for one chunk of rows at a time. Because the head has no gradient, the gradient of the hidden states is
-made in the same pass, while the chunk's probabilities are at hand: nothing is computed twice and nothing of size
-``[tokens, vocab]`` is kept for the backward pass.
+Logits exist for one chunk of rows and one block of the vocabulary at a time. Because the head has no gradient, the
+gradient of the hidden states is made in the same pass, while the block's probabilities are at hand: nothing is computed
+twice and nothing of size ``[tokens, vocab]`` is kept for the backward pass. That gradient is ``softmax(h E^T) E``, an
+attention over the vocabulary, and blocks of it add up as flash attention's do, under a running maximum.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import dot, look_up, unpack_leaf
+from nalora_jax.nn.matmul import block_of, dot, look_up, unpack_leaf
 
-# Floats of one chunk of logits when the chunk is chosen here: 64 MB keeps within caches' reach and far below a model.
+# Floats of one chunk of whole rows of logits, where the vocabulary is not cut: 64 MB, far below a model.
 _CHUNK_FLOATS = 1 << 24
+# On CPU a block of logits (4 MB) stays in the caches, and the head is packed for the products only once per 512 rows:
+# a fifth faster than whole rows. The rest of the rows goes in smaller chunks, so that few targets cost little.
+_BLOCK = 2048
+_ROWS = (512, 128)
 
 
 class Head(NamedTuple):
@@ -47,11 +52,12 @@ def cross_entropy(
 
     Args:
       hidden: ``[batch, seq, d_model]`` after the final norm.
-      kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``. No gradient.
+      kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``; a view
+        (`pack_views`) will do. No gradient.
       targets: int ``[batch, seq]``.
       weights: ``[batch, seq]``, 0 where a position has no target.
       head: static options.
-      chunk: rows of logits at a time; 0 chooses by vocabulary size.
+      chunk: rows of logits at a time; 0 chooses by platform and vocabulary.
       compact: gather the rows that have a target and compute logits for those only. On a mesh that splits the batch
         this would move rows between devices; there, chunks run along the sequence instead.
 
@@ -61,31 +67,60 @@ def cross_entropy(
     chex.assert_rank(hidden, 3)
     chex.assert_equal_shape([targets, weights])
     chex.assert_shape(targets, hidden.shape[:2])
-    vocab = kernel.shape[0] if head.transposed else kernel.shape[1]
-    rows = chunk or max(16, _CHUNK_FLOATS // vocab)
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, rows, compact)
+    tiles = _tiles(_vocab(kernel, head), chunk, compact)
+    return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles, compact)
+
+
+class _Tiles(NamedTuple):
+    """Sizes of what is computed at a time."""
+
+    rows: tuple[int, ...]  # hidden states, from large to small: the smaller ones for what the larger ones leave
+    block: int  # entries of the vocabulary
+
+
+def _vocab(kernel: jax.Array, head: Head) -> int:
+    return kernel.shape[0 if head.transposed else 1]
+
+
+def _tiles(vocab: int, chunk: int, compact: bool) -> _Tiles:
+    # A mesh may split the vocabulary, which blocks would cut across.
+    if compact and jax.default_backend() == "cpu":
+        return _Tiles((chunk,) if chunk else _ROWS, min(_BLOCK, vocab))
+    return _Tiles((chunk or max(16, _CHUNK_FLOATS // vocab),), vocab)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, rows: int, compact: bool
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head,
+    tiles: _Tiles,
+    compact: bool,
 ) -> jax.Array:
     run = _compacted if compact else _along_sequence
-    return run(hidden, kernel, targets, weights, head, rows, False)[0]
+    return run(hidden, kernel, targets, weights, head, tiles, False)[0]
 
 
 def _fwd(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, rows: int, compact: bool
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head,
+    tiles: _Tiles,
+    compact: bool,
 ) -> tuple[jax.Array, Any]:
     run = _compacted if compact else _along_sequence
-    loss, gradient = run(hidden, kernel, targets, weights, head, rows, True)
-    return loss, (gradient, kernel, targets, weights)
+    loss, gradient = run(hidden, kernel, targets, weights, head, tiles, True)
+    return loss, (gradient, weights)
 
 
-def _bwd(head: Head, rows: int, compact: bool, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    gradient, kernel, _, weights = kept
-    return (gradient * g.astype(gradient.dtype), jnp.zeros_like(kernel), None, jnp.zeros_like(weights))
+def _bwd(head: Head, tiles: _Tiles, compact: bool, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    gradient, weights = kept
+    return (gradient * g.astype(gradient.dtype), None, None, jnp.zeros_like(weights))
 
 
 _cross_entropy.defvjp(_fwd, _bwd)
@@ -103,69 +138,107 @@ def _target_rows(kernel: jax.Array, targets: jax.Array, transposed: bool) -> jax
 def _chunk(
     hidden: jax.Array,
     kernel: jax.Array,
-    targets: jax.Array,
+    target_rows: jax.Array,
     weights: jax.Array,
-    target_rows: jax.Array | None,
     head: Head,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Loss sum of one chunk, hidden ``[rows, d_model]``, targets and weights ``[rows]``.
+    block: int,
+    grad: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Loss sum of one chunk, hidden and target_rows ``[rows, d_model]``, weights ``[rows]``; and hidden's gradient.
 
-    And the hidden's gradient, where ``target_rows [rows, d_model]`` are given.
+    The gradient is of shape ``[rows, 0]`` where it is not wanted.
     """
-    logits = dot(hidden, kernel, head.operand, dims=(1, 1) if head.transposed else (1, 0)) * head.scale
+    top, total, attended = _over_vocabulary(hidden, kernel, head, block, grad)
+    # The target's own logit and its part of the gradient take one row of the head, no [rows, vocab] one-hot.
+    wanted = unpack_leaf(target_rows).astype(jnp.float32)
+    picked, slope = _shaped(jnp.sum(hidden.astype(head.operand).astype(jnp.float32) * wanted, axis=-1), head)
+    loss = jnp.sum(weights * (jnp.log(total) + top - picked))
+    if not grad:
+        return loss, attended
+    return loss, weights[:, None] * (attended / total[:, None] - slope[:, None] * wanted)
+
+
+def _shaped(products: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
+    """Logits of hidden states' products with the head, and their derivative by these."""
+    logits = products * head.scale
+    slope = jnp.full_like(logits, head.scale)
     if head.softcap:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    exps = jnp.exp(logits - top)
-    total = jnp.sum(exps, axis=-1, keepdims=True)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    loss = jnp.sum(weights * (jnp.log(total) + top - picked)[:, 0])
-    if target_rows is None:
-        return loss, None
-    # d loss / d logits = w (softmax - onehot). The one-hot part is one row of the kernel: no [rows, vocab] one-hot.
-    wide = exps * ((weights * head.scale)[:, None] / total)
-    narrow = weights * head.scale
-    if head.softcap:
-        wide = wide * (1 - jnp.square(logits / head.softcap))
-        narrow = narrow * (1 - jnp.square(picked[:, 0] / head.softcap))
-    back = dot(wide, kernel, head.operand, dims=(1, 0) if head.transposed else (1, 1))
-    return loss, back - narrow[:, None] * unpack_leaf(target_rows).astype(jnp.float32)
+        slope = slope * (1 - jnp.square(logits / head.softcap))
+    return logits, slope
+
+
+def _over_vocabulary(
+    hidden: jax.Array, kernel: jax.Array, head: Head, block: int, grad: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``max l``, ``sum exp(l - max)`` of the logits ``l`` of hidden ``[rows, d_model]``, both ``[rows]``, and, where
+    ``grad``, ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the logits' derivative by their products.
+    """
+    (rows, d_model), vocab = hidden.shape, _vocab(kernel, head)
+    inner, outer = ((1, 1), (1, 0)) if head.transposed else ((1, 0), (1, 1))
+
+    def add(i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        top, total, attended = carry
+        # The last block ends with the vocabulary, and leaves out what the one before it had.
+        start = jnp.minimum(i * block, vocab - block)
+        part = kernel if block == vocab else block_of(kernel, start, block, axis=0 if head.transposed else 1)
+        logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
+        if vocab % block:
+            logits = jnp.where(start + jnp.arange(block) >= i * block, logits, -jnp.inf)
+        higher = jnp.maximum(top, jnp.max(logits, axis=-1))
+        fade, exps = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
+        if grad:
+            attended = fade[:, None] * attended + dot(exps * slope, part, head.operand, dims=outer)
+        return higher, fade * total + jnp.sum(exps, axis=-1), attended
+
+    lowest = jnp.full((rows,), jnp.finfo(jnp.float32).min)
+    carry = (lowest, jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, d_model if grad else 0), jnp.float32))
+    blocks = -(-vocab // block)
+    return add(0, carry) if blocks == 1 else lax.fori_loop(0, blocks, add, carry)
 
 
 def _compacted(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, rows: int, grad: bool
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles, grad: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks over the rows that have a target; as many iterations as those need."""
     shape, n = hidden.shape, targets.size
-    rows = min(rows, n)
-    flat, targets, weights = hidden.reshape(n, -1), targets.reshape(n), weights.reshape(n)
+    flat, weights = hidden.reshape(n, -1), weights.reshape(n)
     # Rows with a target first; the last chunk is filled with rows of weight zero.
     order = jnp.argsort(weights == 0, stable=True)
-    order = jnp.pad(order, (0, -n % rows), constant_values=n)
-    chunks = (jnp.sum(weights != 0) + rows - 1) // rows
-    wanted = _target_rows(kernel, targets, head.transposed) if grad else None
+    order = jnp.pad(order, (0, max(tiles.rows)), constant_values=n)
+    wanted = _target_rows(kernel, targets.reshape(n), head.transposed)
 
-    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        loss, gradient = carry
-        index = lax.dynamic_slice(order, (i * rows,), (rows,))
-        h, t, w = (jnp.take(x, index, axis=0, mode="clip") for x in (flat, targets, weights))
-        r = None if wanted is None else jnp.take(wanted, index, axis=0, mode="clip")
-        part, back = _chunk(h, kernel, t, jnp.where(index < n, w, 0.0), r, head)
-        if back is not None:
-            gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
-        return loss + part, gradient
+    def chunks(rows: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
+        def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            loss, gradient = carry
+            index = lax.dynamic_slice(order, (start + i * rows,), (rows,))
+            h, w, r = (jnp.take(x, index, axis=0, mode="clip") for x in (flat, weights, wanted))
+            part, back = _chunk(h, kernel, r, jnp.where(index < n, w, 0.0), head, tiles.block, grad)
+            if grad:
+                gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
+            return loss + part, gradient
 
-    start = jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype)
-    loss, gradient = lax.fori_loop(0, chunks, body, (jnp.zeros((), jnp.float32), start))
+        return lax.fori_loop(0, count, body, carry)
+
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype))
+    start, left = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32)
+    smallest = min(tiles.rows)
+    for rows in tiles.rows:
+        # One chunk more than fits, unless a single smallest chunk takes what is left.
+        count = left // rows if rows > smallest else -(-left // rows)
+        count = jnp.where((rows > smallest) & (left - count * rows > smallest), count + 1, count)
+        carry = chunks(rows, start, count, carry)
+        start, left = start + count * rows, jnp.maximum(left - count * rows, 0)
+    loss, gradient = carry
     return loss, gradient.reshape(shape) if grad else gradient
 
 
 def _along_sequence(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, rows: int, grad: bool
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles, grad: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
     batch, seq, d_model = hidden.shape
-    step = max(1, min(seq, rows // max(batch, 1)))
+    step = max(1, min(seq, tiles.rows[0] // max(batch, 1)))
     count = -(-seq // step)
 
     def split(x: jax.Array) -> jax.Array:
@@ -173,15 +246,14 @@ def _along_sequence(
         padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
 
-    def body(loss: jax.Array, chunk: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        h, t, w, r = chunk
-        wanted = None if r is None else r.reshape(-1, d_model)
-        part, back = _chunk(h.reshape(-1, d_model), kernel, t.reshape(-1), w.reshape(-1), wanted, head)
-        kept = jnp.zeros((0,)) if back is None else back.astype(h.dtype).reshape(h.shape)
-        return loss + part, kept
+    def body(loss: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        h, w, r = chunk
+        flat, wanted = h.reshape(-1, d_model), r.reshape(-1, d_model)
+        part, back = _chunk(flat, kernel, wanted, w.reshape(-1), head, tiles.block, grad)
+        return loss + part, back.astype(h.dtype).reshape(*h.shape[:-1], -1)
 
-    rows_of = split(_target_rows(kernel, targets, head.transposed)) if grad else None
-    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights), rows_of))
+    rows = _target_rows(kernel, targets, head.transposed)
+    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(weights), split(rows)))
     if not grad:
         return loss, parts
     whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)

@@ -123,6 +123,13 @@ def look_up(table: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
     return jnp.take(table, rows, axis=axis)
 
 
+def block_of(table: jax.Array, start: jax.Array, size: int, axis: int = 0) -> jax.Array:
+    """``size`` rows (or columns) of a table from ``start`` on, as floats; the table may be packed, as for `look_up`."""
+    if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        table = lax.bitcast_convert_type(table, jnp.uint16)
+    return unpack_leaf(lax.dynamic_slice_in_dim(table, start, size, axis=axis))
+
+
 def expand(kernel: jax.Array | Quantized) -> jax.Array:
     """A stored kernel as floats."""
     return dequantize(kernel) if isinstance(kernel, Quantized) else unpack_leaf(kernel)
@@ -183,6 +190,12 @@ def pack_views(params: Any, *, rank: int = 3) -> Any:
         return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding, may_alias=True)
 
     return jax.tree.map(view, params)
+
+
+def view_params(params: Any) -> Any:
+    """`pack_views` of a model's ``params``: its stacks of layers, and the tables at both ends of it."""
+    tables = {name: pack_views(params[name], rank=2) for name in ("embed", "lm_head") if name in params}
+    return {**pack_views(params), **tables}
 
 
 def unpack_leaf(leaf: jax.Array) -> jax.Array:

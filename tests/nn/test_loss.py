@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.nn.loss import Head, cross_entropy
+from nalora_jax.nn.matmul import pack_views
 
 
 def _problem(seed: int = 0, batch: int = 3, seq: int = 7, d: int = 8, vocab: int = 33) -> tuple[np.ndarray, ...]:
@@ -93,10 +94,39 @@ def test_the_logits_of_all_tokens_never_exist(compact: bool) -> None:
 @pytest.mark.parametrize("compact", [True, False])
 def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transposed: bool) -> None:
     tokens, vocab, d = 64, 65536, 64
-    shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), "bfloat16")]
+    dtype = "uint16" if compact else "bfloat16"  # as the step has it: a view on one device, bf16 on a mesh
+    shapes = [((4, tokens // 4, d), "float32"), ((vocab, d) if transposed else (d, vocab), dtype)]
     hidden, kernel = (jax.ShapeDtypeStruct(*s) for s in shapes)
     targets, weights = (jax.ShapeDtypeStruct((4, tokens // 4), dtype) for dtype in ("int32", "float32"))
     head = Head(transposed, "bfloat16")
     step = jax.grad(lambda h, k, t, w: cross_entropy(h, k, t, w, head=head, chunk=4, compact=compact))
     analysis = jax.jit(step).lower(hidden, kernel, targets, weights).compile().memory_analysis()
     assert analysis.temp_size_in_bytes < 0.8 * vocab * d * 2
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("vocab", [4096, 5000])
+@pytest.mark.parametrize("targets_of", [0.02, 0.4, 1.0])
+def test_blocks_of_a_large_vocabulary_and_every_size_of_chunk(transposed: bool, vocab: int, targets_of: float) -> None:
+    hidden, kernel, targets, weights = _problem(seed=1, batch=6, seq=130, vocab=vocab)
+    weights = weights * (np.random.default_rng(2).uniform(size=weights.shape) < targets_of)
+    matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.float32)
+    head = Head(transposed=transposed, softcap=4.0)
+    arguments = (matrix, jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
+    value, gradient = jax.value_and_grad(cross_entropy)(jnp.asarray(hidden, jnp.float32), *arguments, head=head)
+    want, want_gradient = _reference(hidden, kernel, targets, weights, 4.0, 1.0)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    np.testing.assert_allclose(gradient, want_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_viewed_bf16_head_is_the_head(transposed: bool) -> None:
+    hidden, kernel, targets, weights = _problem(vocab=3000)
+    matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.bfloat16)
+    head = Head(transposed, "bfloat16")
+    arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
+    results = [
+        jax.value_and_grad(cross_entropy)(jnp.asarray(hidden, jnp.float32), table, *arguments, head=head)
+        for table in (matrix, pack_views(matrix, rank=2))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
