@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.nn.matmul import stored
+
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -41,7 +43,8 @@ class RMSNorm(nn.Module):
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
     x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    # Kept by a rematerialised layer: one number a token, for which it would read all of x again.
+    inverse = stored(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), "float32")
     return x * inverse * jnp.broadcast_to(scale, x.shape)
 
 
