@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import restored, stored
+from nalora_jax.nn.matmul import restored, rounded, stored
 
 if TYPE_CHECKING:
     from nalora_jax.nn.attention import Scoring
@@ -179,4 +179,4 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
 
 def product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
     """`jnp.einsum` with operands rounded to ``operand`` and a float32 result."""
-    return jnp.einsum(equation, x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, rounded(x, operand), rounded(y, operand), preferred_element_type=jnp.float32)

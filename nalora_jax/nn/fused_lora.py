@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import Numerics, beside_masked, dot, expand, stored
+from nalora_jax.nn.matmul import Numerics, beside_masked, dot, expand, rounded, stored
 from nalora_jax.nn.quantize import Quantized
 
 
@@ -57,7 +57,7 @@ def adapted_matmul(
 
 
 def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str) -> jax.Array:
-    parts = [first.astype(operand), second.astype(operand)]
+    parts = [rounded(first, operand), rounded(second, operand)]
     if operand != "bfloat16":
         return jnp.concatenate(parts, axis=axis)
     # As integers: XLA:CPU would join bf16 in float32, and convert both ways.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.matmul import block_of, dot, look_up, unpack_leaf
+from nalora_jax.nn.matmul import block_of, dot, look_up, rounded, unpack_leaf
 
 # Floats of one chunk of whole rows of logits, where the vocabulary is not cut: 64 MB, far below a model.
 _CHUNK_FLOATS = 1 << 24
@@ -151,7 +151,7 @@ def _chunk(
     top, total, attended = _over_vocabulary(hidden, kernel, head, block, grad)
     # The target's own logit and its part of the gradient take one row of the head, no [rows, vocab] one-hot.
     wanted = unpack_leaf(target_rows).astype(jnp.float32)
-    picked, slope = _shaped(jnp.sum(hidden.astype(head.operand).astype(jnp.float32) * wanted, axis=-1), head)
+    picked, slope = _shaped(jnp.sum(rounded(hidden, head.operand).astype(jnp.float32) * wanted, axis=-1), head)
     loss = jnp.sum(weights * (jnp.log(total) + top - picked))
     if not grad:
         return loss, attended

@@ -69,12 +69,37 @@ def matmul(x: jax.Array, kernel: jax.Array | Quantized, numerics: Numerics) -> j
     return y.astype(numerics.result).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x.astype(dtype)``, and as differentiable, by the fastest way that the platform has.
+
+    On CPU a conversion to bf16 keeps XLA from vectorising what it is fused with: ``silu(z) * u`` takes twice as long.
+    """
+    if jax.default_backend() != "cpu" or (jnp.dtype(dtype), x.dtype) != (jnp.bfloat16, jnp.float32):
+        return x.astype(dtype)
+    return _rounded(x)
+
+
+@jax.custom_vjp
+def _rounded(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(_upper_bits(x), jnp.bfloat16)
+
+
+_rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float32),))
+
+
+def _upper_bits(x: jax.Array) -> jax.Array:
+    """The bits of float32 ``x`` in bf16, rounded to nearest even, as uint16; infinities and NaN stay what they are."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> 16) & jnp.uint32(1)
+    return ((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16)
+
+
 def stored(x: jax.Array, dtype: str) -> jax.Array:
     """``x`` as it waits for the backward pass: rounded to ``dtype``, and named for rematerialised layers.
 
     On CPU bf16 is held as integers, for the reason that `pack` gives; `restored` undoes it.
     """
-    x = x.astype(dtype)
+    x = rounded(x, dtype)
     if dtype == "bfloat16" and jax.default_backend() == "cpu":
         x = lax.bitcast_convert_type(x, jnp.uint16)
     return checkpoint_name(x, KEPT)
@@ -101,7 +126,7 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
     if rows == 1 and dims[0] == 1 and operand == "bfloat16" and jax.default_backend() == "cpu":
         # XLA:CPU multiplies a single row in float32, after widening the whole bf16 matrix; two rows it does not.
         x = jnp.concatenate([x, x])
-    y = lax.dot_general(x.astype(operand), y.astype(operand), contract, preferred_element_type=jnp.float32)
+    y = lax.dot_general(rounded(x, operand), rounded(y, operand), contract, preferred_element_type=jnp.float32)
     return y[:rows] if dims[0] == 1 else y
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.matmul import Numerics, kept, matmul, numerics_for, pack
+from nalora_jax.nn.matmul import Numerics, kept, matmul, numerics_for, pack, rounded
 
 
 def _operands() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -74,3 +74,17 @@ def test_kept_rounds_the_value_and_passes_the_gradient_on() -> None:
     np.testing.assert_array_equal(value, x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_array_equal(back(x)[0], x)
     np.testing.assert_array_equal(kept(x, "float32"), x)
+
+
+def test_rounding_by_integers_is_the_conversion_to_bf16_and_differentiable() -> None:
+    rng = np.random.default_rng(0)
+    ties = np.array([1.00390625, 1.01171875, -1.00390625])  # halfway between two bf16 numbers: to even
+    edges = np.array([0.0, -0.0, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 1e-39, np.finfo(np.float32).max])
+    bits = rng.integers(0, 2**32, 100_000, dtype=np.uint32).view(np.float32)
+    x = jnp.asarray(np.concatenate([ties, edges, bits[np.isfinite(bits)]]).astype(np.float32))
+    got = jax.jit(lambda x: rounded(x, "bfloat16"))(x)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint16), np.asarray(x).astype(got.dtype).view(np.uint16))
+    assert np.all(np.isnan(np.asarray(rounded(jnp.asarray([np.nan, -np.nan], jnp.float32), "bfloat16"), np.float32)))
+    slope = jax.grad(lambda x: jnp.sum(rounded(x, "bfloat16").astype(jnp.float32) ** 2))(x[:3])
+    np.testing.assert_array_equal(slope, 2 * np.asarray(got[:3], np.float32))
