@@ -19,7 +19,7 @@ from typing import Any
 
 from common import add_rounds, alternate_processes, compare, peak_rss_mb, random_tokens, save, script, summary, values
 from model_files import files
-from tables import Row, at_least, compared, requirements
+from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Generation against transformers"
 PROMPT, NEW = 64, 128
@@ -100,11 +100,10 @@ def one(options: argparse.Namespace) -> None:
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """One row for each dtype and batch."""
-    found_rows = []
-    for case, found in record["cases"].items():
-        pair = [values(found["runs"][name], "tokens_per_second") for name in ("nalora_jax", "transformers")]
-        found_rows.append(compared(f"tokens/s, {case}", *pair, at_least(1.5)))
-    return found_rows
+    return [
+        compared_runs(f"tokens/s, {case}", found["runs"], "transformers", "tokens_per_second", at_least(1.5))
+        for case, found in record["cases"].items()
+    ]
 
 
 def table(record: dict[str, Any]) -> str:

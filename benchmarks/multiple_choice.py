@@ -24,7 +24,7 @@ from typing import Any
 
 from common import add_rounds, alternate_processes, compare, peak_rss_mb, save, script, summary, values, versions
 from model_files import files
-from tables import Row, at_least, compared, requirements
+from tables import Row, at_least, compared, compared_runs, requirements
 
 TITLE = "Evaluation against lm-eval with transformers"
 BATCH_SIZES = (8, 16, 32, 64)
@@ -92,11 +92,12 @@ def rows(record: dict[str, Any]) -> list[Row]:
     """Speed once everything is compiled, which has a requirement, and the first pass."""
     found_rows = []
     for case, found in record["cases"].items():
-        ours, other = found["runs"]["nalora_jax"], found["runs"]["lm_eval"]
-        pair = (values(ours, "items_per_second"), values(other, "items_per_second"))
-        found_rows.append(compared(f"items/s, {case}", *pair, at_least(2.0), digits=1))
-        count = len(ours[0]["chosen"])
-        pair = tuple([count / s for s in values(runs, "first_seconds")] for runs in (ours, other))
+        runs = found["runs"]
+        found_rows.append(
+            compared_runs(f"items/s, {case}", runs, "lm_eval", "items_per_second", at_least(2.0), digits=1)
+        )
+        count = len(runs["nalora_jax"][0]["chosen"])
+        pair = [[count / s for s in values(runs[name], "first_seconds")] for name in ("nalora_jax", "lm_eval")]
         found_rows.append(compared(f"items/s of the first pass, compilation included, {case}", *pair, None, digits=1))
     return found_rows
 
