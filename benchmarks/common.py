@@ -35,7 +35,7 @@ RESULTS = QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers"),
-    *("peft", "trl", "lm_eval", "qwix", "google-tunix"),
+    *("peft", "trl", "lm_eval", "qwix", "google-tunix", "easydel"),
 )
 # Of both sides of every comparison: large pages for the buffers that glibc hands out (8 to 12% faster steps of either
 # library). This library's command sets it for itself; torch's user would have to know of it.
