@@ -288,6 +288,25 @@ def compare(
     return save(part, case, {"settings": vars(options), "runs": runs, **(more or {})})
 
 
+def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str, options: argparse.Namespace) -> None:
+    """Run a peer under each of its settings, print their speeds (field ``key``) and record them for `fastest`.
+
+    Speeds of other settings that ``<part>_search.json`` has of this case stay, so that a search can be had in pieces.
+    """
+    found = alternate_processes(commands, rounds=options.rounds)
+    speeds = load(f"{part}_search")["cases"].get(case, {}).get("speeds", {})
+    speeds |= {name: values([run.record for run in runs], key) for name, runs in found.items()}
+    for name, measured in sorted(speeds.items(), key=lambda item: -statistics.median(item[1])):
+        print(f"{name:28}", summary(measured))
+    save(f"{part}_search", case, {"settings": vars(options), "speeds": speeds})
+
+
+def fastest(part: str, case: str, default: str, folder: Path = PUBLISHED) -> str:
+    """The setting with the highest median speed that `search` recorded of a case; ``default`` where there is none."""
+    speeds = load(f"{part}_search", folder)["cases"].get(case, {}).get("speeds", {})
+    return max(speeds, key=lambda name: statistics.median(speeds[name]), default=default)
+
+
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Field ``key`` of every run; a list of repeated measurements counts as such."""
     found = [run[key] for run in runs]
