@@ -35,7 +35,7 @@ RESULTS = QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers"),
-    *("peft", "trl", "lm_eval", "qwix", "google-tunix"),
+    *("peft", "trl", "lm_eval", "qwix", "google-tunix", "easydel"),
 )
 # Of both sides of every comparison: large pages for the buffers that glibc hands out (8 to 12% faster steps of either
 # library). This library's command sets it for itself; torch's user would have to know of it.
@@ -286,6 +286,25 @@ def compare(
     for name, items in found.items():
         runs[name] = [*runs.get(name, []), *(item.record for item in items)]
     return save(part, case, {"settings": vars(options), "runs": runs, **(more or {})})
+
+
+def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str, options: argparse.Namespace) -> None:
+    """Run a peer under each of its settings, print their speeds (field ``key``) and record them for `fastest`.
+
+    Speeds of other settings that ``<part>_search.json`` has of this case stay, so that a search can be had in pieces.
+    """
+    found = alternate_processes(commands, rounds=options.rounds)
+    speeds = load(f"{part}_search")["cases"].get(case, {}).get("speeds", {})
+    speeds |= {name: values([run.record for run in runs], key) for name, runs in found.items()}
+    for name, measured in sorted(speeds.items(), key=lambda item: -statistics.median(item[1])):
+        print(f"{name:28}", summary(measured))
+    save(f"{part}_search", case, {"settings": vars(options), "speeds": speeds})
+
+
+def fastest(part: str, case: str, default: str, folder: Path = PUBLISHED) -> str:
+    """The setting with the highest median speed that `search` recorded of a case; ``default`` where there is none."""
+    speeds = load(f"{part}_search", folder)["cases"].get(case, {}).get("speeds", {})
+    return max(speeds, key=lambda name: statistics.median(speeds[name]), default=default)
 
 
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:

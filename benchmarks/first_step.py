@@ -12,20 +12,21 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common import add_rounds, compare, run_process, script, values
+from common import add_rounds, compare, run_process, script
 from model_files import files
-from tables import Row, at_most, compared, requirements
+from tables import Row, at_most, compared_runs, requirements
 
 TITLE = "Time from command to the first step"
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """One row for each dtype."""
-    found_rows = []
-    for case, found in record["cases"].items():
-        pair = [values(found["runs"][name], "seconds_until_done") for name in ("nalora_jax", "peft")]
-        found_rows.append(compared(f"first step, {case}", *pair, at_most(1.0), digits=1, unit="s"))
-    return found_rows
+    return [
+        compared_runs(
+            f"first step, {case}", found["runs"], "peft", "seconds_until_done", at_most(1.0), digits=1, unit="s"
+        )
+        for case, found in record["cases"].items()
+    ]
 
 
 def table(record: dict[str, Any]) -> str:

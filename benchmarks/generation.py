@@ -3,10 +3,13 @@
     python benchmarks/generation.py --dtype bfloat16 --batch 1
     python benchmarks/generation.py --dtype float32 --batch 16
     python benchmarks/generation.py --search --dtype float32 --batch 1    # which of transformers' settings is fastest
+    python benchmarks/generation.py --search --dtype float32 --batch 1 --settings sdpa eager       # of these
 
 SmolLM2-135M-Instruct with a rank 8 adapter on gate, up and down, not merged; greedy; 64 prompt tokens and 128 new ones,
 end-of-text ignored, so that both libraries make the same number of tokens. Each process generates --repeats times after
-a warm-up (compilation). In float32 both must make the same tokens.
+a warm-up (compilation). In float32 both must make the same tokens. transformers runs at its fastest setting for the
+dtype and batch, as --search found it: attention sdpa or eager, cache dynamic or static, the forward pass compiled or
+not; always in inference mode, with adapters in the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import add_rounds, alternate_processes, compare, peak_rss_mb, random_tokens, save, script, summary, values
+from common import add_rounds, compare, fastest, peak_rss_mb, random_tokens, script, search
 from model_files import files
-from tables import Row, at_least, compared, requirements
+from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Generation against transformers"
 PROMPT, NEW = 64, 128
@@ -28,11 +31,10 @@ SETTINGS = {
     "sdpa": ("sdpa", None, False),
     "eager": ("eager", None, False),
     "sdpa static": ("sdpa", "static", False),
+    "eager static": ("eager", "static", False),
     "sdpa static compiled": ("sdpa", "static", True),
     "eager static compiled": ("eager", "static", True),
 }
-# The fastest of them by --search.
-BEST = {"float32": "sdpa", "bfloat16": "sdpa"}
 
 
 def prompts(batch: int) -> Any:
@@ -100,11 +102,10 @@ def one(options: argparse.Namespace) -> None:
 
 def rows(record: dict[str, Any]) -> list[Row]:
     """One row for each dtype and batch."""
-    found_rows = []
-    for case, found in record["cases"].items():
-        pair = [values(found["runs"][name], "tokens_per_second") for name in ("nalora_jax", "transformers")]
-        found_rows.append(compared(f"tokens/s, {case}", *pair, at_least(1.5)))
-    return found_rows
+    return [
+        compared_runs(f"tokens/s, {case}", found["runs"], "transformers", "tokens_per_second", at_least(1.5))
+        for case, found in record["cases"].items()
+    ]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -112,28 +113,21 @@ def table(record: dict[str, Any]) -> str:
     return requirements(rows(record), other="transformers")
 
 
-def search(commands: dict[str, list[str]], options: argparse.Namespace) -> None:
-    """Prints transformers' speed under each of its settings."""
-    found = alternate_processes(commands, rounds=options.rounds)
-    speeds = {name: values([run.record for run in runs], "tokens_per_second") for name, runs in found.items()}
-    for name, found_speeds in speeds.items():
-        print(f"{name:24}", summary(found_speeds))
-    save("generation_search", f"{options.dtype} batch {options.batch}", {"settings": vars(options), "speeds": speeds})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--search", action="store_true", help="compare transformers' settings")
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="of --search")
     parser.add_argument("--setting", choices=tuple(SETTINGS), help="transformers' (default: the fastest)")
     parser.add_argument("--one", choices=("nalora_jax", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     add_rounds(parser, 2)
     options = parser.parse_args()
-    options.setting = options.setting or BEST[options.dtype]
+    case = f"{options.dtype}, batch {options.batch}"
+    options.setting = options.setting or fastest("generation", case, "sdpa")
     if options.one:
         one(options)
         return
@@ -145,10 +139,11 @@ def main() -> None:
         return script("generation.py", "--one", name, "--setting", setting, *work)
 
     if options.search:
-        search({setting: process("transformers", setting) for setting in SETTINGS}, options)
+        commands = {setting: process("transformers", setting) for setting in options.settings}
+        search("generation", case, commands, "tokens_per_second", options)
         return
     commands = {name: process(name, options.setting) for name in ("nalora_jax", "transformers")}
-    record = compare("generation", f"{options.dtype}, batch {options.batch}", commands, options)
+    record = compare("generation", case, commands, options)
     print(table(record))
     runs = next(iter(record["cases"].values()))["runs"]
     same = runs["nalora_jax"][-1]["tokens"] == runs["transformers"][-1]["tokens"]

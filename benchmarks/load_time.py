@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import add_rounds, compare, peak_rss_mb, script, values
+from common import add_rounds, compare, peak_rss_mb, script
 from model_files import files
-from tables import Row, at_most, compared, requirements
+from tables import Row, at_most, compared_runs, requirements
 
 TITLE = "Load time"
 FORMATS = ("safetensors", "gguf")
@@ -71,12 +71,11 @@ def rows(record: dict[str, Any]) -> list[Row]:
     """The load alone, which has a requirement, and the process up to its end."""
     found_rows = []
     for case, found in record["cases"].items():
-        ours, other = found["runs"]["nalora_jax"], found["runs"]["transformers"]
+        peer = (found["runs"], "transformers")
         limit = at_most(0.4 if found["settings"]["format"] == "gguf" else 1.0)
-        pair = (values(ours, "seconds"), values(other, "seconds"))
-        found_rows.append(compared(f"load, {case}", *pair, limit, digits=2, unit="s"))
-        pair = (values(ours, "seconds_until_done"), values(other, "seconds_until_done"))
-        found_rows.append(compared(f"from process start, imports included, {case}", *pair, None, digits=1, unit="s"))
+        found_rows.append(compared_runs(f"load, {case}", *peer, "seconds", limit, digits=2, unit="s"))
+        what = f"from process start, imports included, {case}"
+        found_rows.append(compared_runs(what, *peer, "seconds_until_done", None, digits=1, unit="s"))
     return found_rows
 
 

@@ -1,11 +1,12 @@
 """Multiple-choice questions per second, against lm-evaluation-harness with transformers.
 
     python benchmarks/multiple_choice.py --task socialiqa --dtype bfloat16 --peer-python lmeval/bin/python
-    python benchmarks/multiple_choice.py --search --peer-python lmeval/bin/python    # the harness's batch sizes
+    python benchmarks/multiple_choice.py --search --peer-python lmeval/bin/python    # the harness's settings
 
 Both libraries answer the same requests (texts of contexts and choices) through the harness's own interface,
 `loglikelihood`, tokenization included, on SmolLM2-135M-Instruct. A process answers all of them --repeats + 1 times; the
-first time, which also compiles, is reported apart. In float32 both must give the same answers.
+first time, which also compiles, is reported apart. In float32 both must give the same answers. The harness runs at its
+fastest setting for the dtype, as --search found it on the first task: batch size (its "auto" too) and attention.
 
 --peer-python names a Python that has lm-eval, transformers and torch; by default the one that runs this.
 """
@@ -22,13 +23,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common import add_rounds, alternate_processes, compare, peak_rss_mb, save, script, summary, values, versions
+from common import add_rounds, compare, fastest, peak_rss_mb, script, search, values, versions
 from model_files import files
-from tables import Row, at_least, compared, requirements
+from tables import Row, at_least, compared, compared_runs, requirements
 
 TITLE = "Evaluation against lm-eval with transformers"
-BATCH_SIZES = (8, 16, 32, 64)
-BEST = {"float32": 16, "bfloat16": 16}  # of the harness, by --search
+# The harness's own settings: batch size, attention.
+SETTINGS = {
+    **{f"batch {size}": (size, "sdpa") for size in (1, 8, 16, 32, "auto")},
+    **{f"batch {size} eager": (size, "eager") for size in (8, 16)},
+}
 
 
 def write_requests(path: Path, task: str, count: int) -> None:
@@ -56,8 +60,14 @@ def answers_theirs(options: argparse.Namespace) -> Any:
     """The same of lm-eval's transformers model."""
     from lm_eval.models.huggingface import HFLM
 
+    size, attention = SETTINGS[options.setting]
     model = HFLM(
-        pretrained=options.model, dtype=options.dtype, device="cpu", batch_size=options.batch_size, backend="causal"
+        pretrained=options.model,
+        dtype=options.dtype,
+        device="cpu",
+        batch_size=size,
+        backend="causal",
+        attn_implementation=attention,
     )
     return lambda requests: model.loglikelihood(requests, disable_tqdm=True)
 
@@ -92,11 +102,12 @@ def rows(record: dict[str, Any]) -> list[Row]:
     """Speed once everything is compiled, which has a requirement, and the first pass."""
     found_rows = []
     for case, found in record["cases"].items():
-        ours, other = found["runs"]["nalora_jax"], found["runs"]["lm_eval"]
-        pair = (values(ours, "items_per_second"), values(other, "items_per_second"))
-        found_rows.append(compared(f"items/s, {case}", *pair, at_least(2.0), digits=1))
-        count = len(ours[0]["chosen"])
-        pair = tuple([count / s for s in values(runs, "first_seconds")] for runs in (ours, other))
+        runs = found["runs"]
+        found_rows.append(
+            compared_runs(f"items/s, {case}", runs, "lm_eval", "items_per_second", at_least(2.0), digits=1)
+        )
+        count = len(runs["nalora_jax"][0]["chosen"])
+        pair = [[count / s for s in values(runs[name], "first_seconds")] for name in ("nalora_jax", "lm_eval")]
         found_rows.append(compared(f"items/s of the first pass, compilation included, {case}", *pair, None, digits=1))
     return found_rows
 
@@ -112,15 +123,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="questions")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, help="of the harness (default: its fastest)")
+    parser.add_argument("--setting", choices=tuple(SETTINGS), help="of the harness (default: its fastest)")
     parser.add_argument("--peer-python", default=sys.executable)
-    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--search", action="store_true", help="compare the harness's settings")
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS), help="of --search")
     parser.add_argument("--one", choices=("nalora_jax", "lm_eval"), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--requests", type=Path, help=argparse.SUPPRESS)
     add_rounds(parser, 2)
     options = parser.parse_args()
-    options.batch_size = options.batch_size or BEST[options.dtype]
+    options.setting = options.setting or fastest("multiple_choice", options.dtype, "batch 16")
     if options.one:
         one(options)
         return
@@ -134,22 +146,19 @@ def measure(options: argparse.Namespace, requests: Path) -> None:
     work = ["--dtype", options.dtype, "--repeats", options.repeats, "--requests", requests]
     work += ["--model", files(options.dtype)["model"]]
 
-    def peer(batch_size: int) -> list[str]:
-        arguments = ["--one", "lm_eval", "--batch-size", batch_size, *work]
+    def peer(setting: str) -> list[str]:
+        arguments = ["--one", "lm_eval", "--setting", setting, *work]
         return script("multiple_choice.py", *arguments, python=options.peer_python)
 
-    case = f"{options.task}, {options.dtype}"
     if options.search:
-        found = alternate_processes({str(size): peer(size) for size in BATCH_SIZES}, rounds=options.rounds)
-        speeds = {size: values([run.record for run in runs], "items_per_second") for size, runs in found.items()}
-        for size, items in speeds.items():
-            print(f"batch size {size:4}", summary(items))
-        save("multiple_choice_search", case, {"settings": vars(options), "speeds": speeds})
+        commands = {setting: peer(setting) for setting in options.settings}
+        search("multiple_choice", options.dtype, commands, "items_per_second", options)
         return
     commands = {
         "nalora_jax": script("multiple_choice.py", "--one", "nalora_jax", *work),
-        "lm_eval": peer(options.batch_size),
+        "lm_eval": peer(options.setting),
     }
+    case = f"{options.task}, {options.dtype}"
     record = compare("multiple_choice", case, commands, options)
     print(table(record))
     runs = record["cases"][case]["runs"]

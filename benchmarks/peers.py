@@ -1,11 +1,15 @@
-"""Training speed against the other JAX libraries' LoRA: Tunix, whose adapters are Qwix's, at the same shapes.
+"""Training speed against the other JAX libraries' LoRA, Tunix (whose adapters are Qwix's) and EasyDeL, at equal shapes.
 
-    python -m venv peers && peers/bin/pip install google-tunix qwix
-    python benchmarks/peers.py --dtype float32 --peer-python peers/bin/python
+    python -m venv tunix && tunix/bin/pip install google-tunix qwix
+    python benchmarks/peers.py --peer Tunix --dtype float32 --peer-python tunix/bin/python
+    python -m venv easydel && easydel/bin/pip install easydel
+    python benchmarks/peers.py --peer EasyDeL --dtype float32 --peer-python easydel/bin/python
 
-Tunix's own Llama 3 model with SmolLM2-135M's shapes and random weights, Qwix's `LoraProvider` of rank 8 on gate, up and
-down, and the step that Tunix's `PeftTrainer` compiles (AdamW, loss on all tokens), without rematerialisation or with it
-around decoder layers: the faster one counts. --peer-python names a Python that has google-tunix.
+Each peer trains its own Llama model with SmolLM2-135M's shapes and random weights, its own adapters of rank 8 on gate,
+up and down, and the step that its own trainer compiles, with AdamW and the loss on all tokens: Tunix with Qwix's
+`LoraProvider` and the step of `PeftTrainer`, EasyDeL with `apply_lora_to_layers` and the `training_step` of `Trainer`.
+Both run without rematerialisation and with it around decoder layers, EasyDeL also keeping the results of products: the
+fastest one counts. --peer-python names a Python that has the peer.
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ from typing import Any
 
 import numpy as np
 from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, script, values, versions
-from tables import Row, at_least, compared, requirements
+from tables import Row, at_least, compared_runs, requirements
 
-TITLE = "Training against Tunix with Qwix LoRA"
-REMAT = ("NONE", "DECODER")
+TITLE = "Training against other JAX libraries: Tunix with Qwix LoRA, EasyDeL"
+# What a peer calls each way of rematerialisation.
+REMAT = {
+    "Tunix": {"none": "NONE", "layers": "DECODER"},
+    "EasyDeL": {"none": "", "layers": "nothing_saveable", "products kept": "checkpoint_dots"},
+}
 
 
 def tunix_model(dtype: str, remat: str) -> Any:
@@ -79,10 +87,45 @@ def tunix_step(dtype: str, remat: str) -> Any:
     return step
 
 
+def easydel_state(dtype: str, remat: str) -> Any:
+    """EasyDeL's decoder with its adapters, and the optimizer's state; base weights are no part of what is trained."""
+    import easydel
+    import optax
+    from flax import nnx
+
+    config = easydel.LlamaConfig(
+        **SMOLLM2, gradient_checkpointing=remat, use_cache=False, sharding_axis_dims=(1, 1, 1, 1, 1)
+    )
+    with config.mesh:
+        model = easydel.LlamaForCausalLM(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+        model = model.apply_lora_to_layers(8, ".*(gate_proj|up_proj|down_proj).*", rngs=nnx.Rngs(1))
+        optimizer = optax.adamw(1e-3, weight_decay=0.0)
+        return easydel.EasyDeLState.create(model=model, tx=optimizer, init_opt_state=True)
+
+
+def easydel_step(dtype: str, remat: str) -> Any:
+    """EasyDeL's compiled step as a function of tokens ``[batch, seq]`` that returns the loss."""
+    import jax
+    from easydel.trainers.trainer._fn import training_step
+
+    held = [easydel_state(dtype, remat)]
+    mesh = held[0].model.mesh
+    compiled = jax.jit(training_step, donate_argnums=0)
+
+    def step(tokens: np.ndarray) -> float:
+        batch = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "labels": tokens}
+        with mesh:
+            held[0], metrics = compiled(held[0], batch)
+        return float(metrics.loss)
+
+    return step
+
+
 def one(options: argparse.Namespace) -> None:
-    """The measured process of Tunix."""
+    """The measured process of a peer."""
     batch, seq = map(int, options.shape.split("x"))
-    step = tunix_step(options.dtype, options.one)
+    build = {"Tunix": tunix_step, "EasyDeL": easydel_step}[options.peer]
+    step = build(options.dtype, REMAT[options.peer][options.one])
     seconds, losses = [], []
     for tokens in random_tokens(options.steps + 2, batch, seq, SMOLLM2["vocab_size"]):
         start = time.perf_counter()
@@ -94,34 +137,34 @@ def one(options: argparse.Namespace) -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Speed, which has a requirement, and memory, against the faster of the peer's two."""
+    """Speed, which has a requirement, and memory, against the fastest of the peer's."""
     found_rows = []
-    for case, found in record["cases"].items():
-        runs = dict(found["runs"])
-        ours = runs.pop("nalora_jax")
-        best = max(runs, key=lambda name: statistics.median(values(runs[name], "tokens_per_second")))
-        what = f"{case}, {best}"
-        pair = (values(ours, "tokens_per_second"), values(runs[best], "tokens_per_second"))
-        found_rows.append(compared(f"tokens/s, {what}", *pair, at_least(1.6)))
-        pair = (values(ours, "peak_rss_mb"), values(runs[best], "peak_rss_mb"))
-        found_rows.append(compared(f"peak memory, {what}", *pair, None, unit="MB"))
+    for found in record["cases"].values():
+        runs = found["runs"]
+        best = max(
+            set(runs) - {"nalora_jax"}, key=lambda name: statistics.median(values(runs[name], "tokens_per_second"))
+        )
+        what = f"{found['settings']['dtype']} {found['settings']['shape']}, {best}"
+        found_rows.append(compared_runs(f"tokens/s, {what}", runs, best, "tokens_per_second", at_least(1.6)))
+        found_rows.append(compared_runs(f"peak memory, {what}", runs, best, "peak_rss_mb", None, unit="MB"))
     return found_rows
 
 
 def table(record: dict[str, Any]) -> str:
     """The section's Markdown."""
-    return requirements(rows(record), other="Tunix")
+    return requirements(rows(record))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=tuple(REMAT), default="Tunix")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--shape", default="8x128", help="batch x sequence")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--remat", nargs="*", choices=REMAT, default=REMAT, help="of Tunix's layers (with --add)")
+    parser.add_argument("--remat", nargs="*", help="of the peer's ways (with --add): none, layers, products kept")
     parser.add_argument("--no-ours", action="store_true", help="leave this library out (with --add)")
     parser.add_argument("--peer-python", default=sys.executable)
-    parser.add_argument("--one", choices=REMAT, help=argparse.SUPPRESS)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     add_rounds(parser, 1)
     options = parser.parse_args()
     if options.one:
@@ -132,12 +175,13 @@ def main() -> None:
     commands = {}
     if not options.no_ours:
         commands["nalora_jax"] = script("training.py", *shared, "--batch", batch, "--seq", seq, "--method", "nalora")
-    for remat in options.remat:
-        arguments = ["--one", remat, *shared, "--shape", options.shape]
-        name = "Tunix" if remat == "NONE" else "Tunix, rematerialised"
+    for remat in REMAT[options.peer] if options.remat is None else options.remat:
+        arguments = ["--one", remat, "--peer", options.peer, *shared, "--shape", options.shape]
+        name = options.peer if remat == "none" else f"{options.peer}, remat {remat}"
         commands[name] = script("peers.py", *arguments, python=options.peer_python)
-    record = compare("peers", f"{options.dtype} {options.shape}", commands, options)
-    if len(next(iter(record["cases"].values()))["runs"]) > 1:
+    record = compare("peers", f"{options.dtype} {options.shape}, {options.peer}", commands, options)
+    runs = next(iter(record["cases"].values()))["runs"]
+    if "nalora_jax" in runs and len(runs) > 1:
         print(table(record))
 
 

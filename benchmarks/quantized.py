@@ -31,9 +31,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--questions", type=int, default=60, help="of each task")
+    parser.add_argument("--questions", type=int, default=200, help="of each task")
     parser.add_argument("--measure", choices=KINDS, help="measure one kind in this process, and print it as JSON")
     return parser.parse_args(arguments)
 

@@ -7,8 +7,8 @@
 
 Each part is a command of its own, which measures this library and what a user would pick instead side by side and puts
 raw figures into benchmarks/results/<part>.json; a part that fails is reported, and the others go on. Peers come with
-the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python, --trl-path
-and --tpu-path: see the help of the parts multiple_choice, peers, packed and tpu.
+the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python,
+--easydel-python, --trl-path and --tpu-path: see the help of the parts multiple_choice, peers, packed and tpu.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PARTS = (
         "--rounds 1 --steps 2",
     ),
     Part("packed", _lines("--dtype {dtype}"), "--rounds 1 --steps 2"),
-    Part("peers", _lines("--dtype {dtype}"), "--rounds 1 --steps 2"),
+    Part("peers", _lines("--peer Tunix --dtype {dtype}", "--peer EasyDeL --dtype {dtype}"), "--rounds 1 --steps 2"),
     Part("overhead", _lines("--dtype {dtype}"), "--pairs 3 --layers 2"),
     Part("tpu", ("",), "--quick"),
     Part(
@@ -88,9 +88,10 @@ PARTS = (
 
 def measure(part: Part, options: argparse.Namespace) -> bool:
     """Runs all lines of a part; whether every one succeeded."""
-    where = {
+    where = {  # by the start of a line
         "multiple_choice": ["--peer-python", options.lm_eval_python],
-        "peers": ["--peer-python", options.tunix_python],
+        "peers --peer Tunix": ["--peer-python", options.tunix_python],
+        "peers --peer EasyDeL": ["--peer-python", options.easydel_python],
         "packed": ["--trl-path", options.trl_path],
         "tpu": ["--tpu-path", options.tpu_path],
     }
@@ -99,7 +100,9 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
     )
     succeeded = True
     for line in part.runs:
-        arguments = line.split() + (part.quick.split() if options.quick else []) + where.get(part.name, [])
+        arguments = line.split() + (part.quick.split() if options.quick else [])
+        for start, words in where.items():
+            arguments += words if f"{part.name} {line}".startswith(start) else []
         command = common.script(f"{part.name}.py", *arguments)
         print("$", " ".join(["python", *command[1:]]), flush=True)
         start = time.perf_counter()
@@ -191,6 +194,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="measure nothing")
     parser.add_argument("--lm-eval-python", default=sys.executable, help="a Python that has lm-eval")
     parser.add_argument("--tunix-python", default=sys.executable, help="a Python that has google-tunix")
+    parser.add_argument("--easydel-python", default=sys.executable, help="a Python that has easydel")
     parser.add_argument("--trl-path", default="", help="folders that have TRL and datasets")
     parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
     options = parser.parse_args()

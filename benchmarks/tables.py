@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common import values
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -57,9 +59,24 @@ def compared(
     return Row(what, spread(ours, digits, unit), spread(other, digits, unit), ratio, limit)
 
 
-def spread(values: Sequence[float], digits: int = 0, unit: str = "") -> str:
+def compared_runs(
+    what: str,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    other: str,
+    key: str,
+    limit: Limit | None,
+    *,
+    digits: int = 0,
+    unit: str = "",
+) -> Row:
+    """`compared` on field ``key`` of this library's runs and of those named ``other``."""
+    ours, theirs = (values(runs[name], key) for name in ("nalora_jax", other))
+    return compared(what, ours, theirs, limit, digits=digits, unit=unit)
+
+
+def spread(measured: Sequence[float], digits: int = 0, unit: str = "") -> str:
     """Median with minimum and maximum: "630 (612 to 655)"; one value alone without them."""
-    middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
+    middle, low, high = (f"{f(measured):,.{digits}f}" for f in (statistics.median, min, max))
     unit = f" {unit}" if unit else ""
     return f"{middle}{unit}" if low == high else f"{middle}{unit} ({low} to {high})"
 

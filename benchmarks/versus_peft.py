@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from common import add_rounds, compare, script, values
-from tables import Limit, Row, at_least, at_most, compared, has_amx, requirements
+from common import add_rounds, compare, script
+from tables import Limit, Row, at_least, at_most, compared_runs, has_amx, requirements
 
 TITLE = "Training against transformers + PEFT"
 
@@ -24,14 +24,12 @@ def rows(record: dict[str, Any]) -> list[Row]:
     """Speeds first, then memory."""
     speeds, memory = [], []
     for case, found in record["cases"].items():
-        ours, other = found["runs"]["nalora_jax"], found["runs"]["peft"]
         # The requirement is against the fastest of PEFT's settings.
         slower = found["settings"]["checkpointing"] or found["settings"].get("bf16_mode") == "mixed"
         fast = None if slower else _speed_limit(found)
-        pair = (values(ours, "tokens_per_second"), values(other, "tokens_per_second"))
-        speeds.append(compared(f"tokens/s, {case}", *pair, fast))
-        pair = (values(ours, "peak_rss_mb"), values(other, "peak_rss_mb"))
-        memory.append(compared(f"peak memory, {case}", *pair, _memory_limit(found), unit="MB"))
+        runs, small = found["runs"], _memory_limit(found)
+        speeds.append(compared_runs(f"tokens/s, {case}", runs, "peft", "tokens_per_second", fast))
+        memory.append(compared_runs(f"peak memory, {case}", runs, "peft", "peak_rss_mb", small, unit="MB"))
     return speeds + memory
 
 

@@ -15,7 +15,7 @@ from nalora_jax import mesh as layout
 from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.nn.matmul import numerics_for
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model

@@ -19,8 +19,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.lora import AdapterSpec, resolve
 from nalora_jax.nn.loss import Head
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.nn.matmul import Numerics, numerics_for, view_params
 from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
 from nalora_jax.train.state import TrainState, init_state

@@ -262,74 +262,105 @@ def check(config: RunConfig) -> RunConfig:
     Raises:
       NaloraError: names the flag, what was expected and what was found.
     """
-    positive = {
-        "--steps": config.steps,
-        "--train.batch-size": config.train.batch_size,
-        "--train.accumulate": config.train.accumulate,
-        "--train.log-every": config.train.log_every,
-        "--data.max-length": config.data.max_length,
-        "--compute.stats-stride": config.compute.stats_stride,
-        "--compute.probe-stride": config.compute.probe_stride,
-        "--data.select-limit": config.data.select_limit,
-    }
-    for flag, value in positive.items():
-        _require(flag, value >= 1, "at least 1", value)
-    counts = {
-        "--train.eval-every": config.train.eval_every,
-        "--train.save-every": config.train.save_every,
-        "--train.keep": config.train.keep,
-        "--train.patience": config.train.patience,
-        "--data.eval-limit": config.data.eval_limit,
-        "--compute.loss-chunk": config.compute.loss_chunk,
-        "--data.train-limit": config.data.train_limit,
-        "--data.workers": config.data.workers,
-        "--mask.warmup": config.mask.warmup,
-        "--step-scale.warmup": config.step_scale.warmup,
-    }
-    for flag, value in counts.items():
-        _require(flag, value >= 0, "0 or more", value)
-    shares = {
-        "--mask.decay": config.mask.decay,
-        "--step-scale.decay": config.step_scale.decay,
-        "--lora.dropout": config.lora.dropout,
-        "--optimizer.b1": config.optimizer.b1,
-        "--optimizer.b2": config.optimizer.b2,
-    }
-    for flag, share in shares.items():
-        _require(flag, 0 <= share < 1, "a number in [0, 1)", share)
-    _require("--mask.keep", 0 < config.mask.keep <= 1, "a share in (0, 1]", config.mask.keep)
-    _require("--mask.low", 0 <= config.mask.low < 1, "a number in [0, 1)", config.mask.low)
-    _require("--mask.high", config.mask.high > 1, "a number above 1", config.mask.high)
-    _require("--mask.power", config.mask.power > 0, "a number above 0", config.mask.power)
-    gains = config.step_scale.gains
+    _at_least(1, {"--steps": config.steps})
+    _check_lora(config.lora)
+    _check_mask(config.mask)
+    _check_step_scale(config.step_scale)
+    _check_optimizer(config.optimizer)
+    _check_data(config.data)
+    _check_train(config.train)
+    _check_compute(config.compute)
+    _above(0, {"--debug.tolerance": config.debug.tolerance})
+    both = config.compute.quantize != "none" and config.lora.init == "pissa"
+    _require("--compute.quantize", not both, 'none with --lora.init "pissa"', config.compute.quantize)
+    return config
+
+
+def _check_lora(lora: LoRAConfig) -> None:
+    _fractions({"--lora.dropout": lora.dropout})
+    _above(0, {"--lora.plus-ratio": lora.plus_ratio})
+    _require("--lora.rules", bool(lora.rules), "at least one rule", "none")
+    for rule in lora.rules:
+        name, alpha = f"{rule.pattern}:{rule.rank}", rule.alpha
+        _require("--lora.rules", rule.rank >= 0, "a rank of 0 or more", name)
+        scale = alpha is None or (math.isfinite(alpha) and alpha > 0)
+        _require("--lora.rules", scale, "a finite alpha above 0", f"{name}:{alpha}")
+
+
+def _check_mask(mask: MaskConfig) -> None:
+    _at_least(0, {"--mask.warmup": mask.warmup})
+    _fractions({"--mask.decay": mask.decay, "--mask.low": mask.low})
+    _require("--mask.keep", 0 < mask.keep <= 1, "a share in (0, 1]", mask.keep)
+    _above(1, {"--mask.high": mask.high})
+    _above(0, {"--mask.power": mask.power})
+
+
+def _check_step_scale(step_scale: StepScaleConfig) -> None:
+    _at_least(0, {"--step-scale.warmup": step_scale.warmup})
+    _fractions({"--step-scale.decay": step_scale.decay})
+    gains, share = step_scale.gains, step_scale.min_occupancy
     _require("--step-scale.gains", min(gains) >= 0 and max(gains) > 0, "four gains, none below 0, not all 0", gains)
-    share = config.step_scale.min_occupancy
     _require("--step-scale.min-occupancy", 0 <= share < 0.5, "a share in [0, 0.5)", share)
-    rate = config.optimizer.learning_rate
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    rate = optimizer.learning_rate
     _require("--optimizer.learning-rate", math.isfinite(rate) and rate > 0, "a finite number above 0", rate)
     amounts = {
-        "--optimizer.weight-decay": config.optimizer.weight_decay,
-        "--optimizer.clip-norm": config.optimizer.clip_norm,
-        "--optimizer.warmup-share": config.optimizer.warmup_share,
-        "--optimizer.final-ratio": config.optimizer.final_ratio,
+        "--optimizer.weight-decay": optimizer.weight_decay,
+        "--optimizer.clip-norm": optimizer.clip_norm,
+        "--optimizer.warmup-share": optimizer.warmup_share,
+        "--optimizer.final-ratio": optimizer.final_ratio,
     }
     for flag, amount in amounts.items():
         _require(flag, math.isfinite(amount) and amount >= 0, "a finite number, 0 or more", amount)
-    _require("--optimizer.warmup-share", config.optimizer.warmup_share <= 1, "a share", config.optimizer.warmup_share)
-    _require("--optimizer.eps", config.optimizer.eps > 0, "a number above 0", config.optimizer.eps)
-    _require("--debug.tolerance", config.debug.tolerance > 0, "a number above 0", config.debug.tolerance)
-    _require("--lora.plus-ratio", config.lora.plus_ratio > 0, "a number above 0", config.lora.plus_ratio)
-    _require("--lora.rules", bool(config.lora.rules), "at least one rule", "none")
-    for rule in config.lora.rules:
-        _require("--lora.rules", rule.rank >= 0, "a rank of 0 or more", f"{rule.pattern}:{rule.rank}")
-        alpha = rule.alpha
-        scale = alpha is None or (math.isfinite(alpha) and alpha > 0)
-        _require("--lora.rules", scale, "a finite alpha above 0", f"{rule.pattern}:{rule.rank}:{alpha}")
-    both = config.compute.quantize != "none" and config.lora.init == "pissa"
-    _require("--compute.quantize", not both, 'none with --lora.init "pissa"', config.compute.quantize)
-    accumulate, batch = config.train.accumulate, config.train.batch_size
+    _require("--optimizer.warmup-share", optimizer.warmup_share <= 1, "a share", optimizer.warmup_share)
+    _fractions({"--optimizer.b1": optimizer.b1, "--optimizer.b2": optimizer.b2})
+    _above(0, {"--optimizer.eps": optimizer.eps})
+
+
+def _check_data(data: DataConfig) -> None:
+    _at_least(1, {"--data.max-length": data.max_length, "--data.select-limit": data.select_limit})
+    limits = {"--data.eval-limit": data.eval_limit, "--data.train-limit": data.train_limit}
+    _at_least(0, limits | {"--data.workers": data.workers})
+
+
+def _check_train(train: TrainConfig) -> None:
+    batch, accumulate = train.batch_size, train.accumulate
+    _at_least(
+        1,
+        {"--train.batch-size": batch, "--train.accumulate": accumulate, "--train.log-every": train.log_every},
+    )
+    _at_least(
+        0,
+        {
+            "--train.eval-every": train.eval_every,
+            "--train.save-every": train.save_every,
+            "--train.keep": train.keep,
+            "--train.patience": train.patience,
+        },
+    )
     _require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
-    return config
+
+
+def _check_compute(compute: ComputeConfig) -> None:
+    _at_least(1, {"--compute.stats-stride": compute.stats_stride, "--compute.probe-stride": compute.probe_stride})
+    _at_least(0, {"--compute.loss-chunk": compute.loss_chunk})
+
+
+def _at_least(least: int, counts: Mapping[str, int]) -> None:
+    for flag, count in counts.items():
+        _require(flag, count >= least, f"at least {least}" if least else "0 or more", count)
+
+
+def _above(limit: int, amounts: Mapping[str, float]) -> None:
+    for flag, amount in amounts.items():
+        _require(flag, amount > limit, f"a number above {limit}", amount)
+
+
+def _fractions(shares: Mapping[str, float]) -> None:
+    for flag, share in shares.items():
+        _require(flag, 0 <= share < 1, "a number in [0, 1)", share)
 
 
 def _require(flag: str, holds: bool, expected: str, found: object) -> None:

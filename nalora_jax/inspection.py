@@ -16,7 +16,7 @@ from nalora_jax.adapted import AdaptedModel
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.report.inspect import LayerSummary, layer_summary
 from nalora_jax.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
-from nalora_jax.nn.lora import AdapterSpec, resolve
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
 
 CONFIG = ModelConfig.from_hf(
     {

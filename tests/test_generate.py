@@ -25,7 +25,7 @@ from nalora_jax.generate.shapes import bucket
 from nalora_jax.generate.text import TextStream
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
-from nalora_jax.nn.lora import resolve
+from nalora_jax.nn.low_rank import resolve
 from nalora_jax.nn.matmul import numerics_for, pack, pack_views
 from nalora_jax.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from nalora_jax import activations, selection
 from nalora_jax.config import MaskConfig, StepScaleConfig
-from nalora_jax.nn.lora import init_a, residual
+from nalora_jax.nn.low_rank import init_a, residual
 from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
 
 SILU, REGIONS = activations.get("silu"), activations.partition("silu")

@@ -21,7 +21,7 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.inspection import inspect_texts
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import init_lora, init_params
-from nalora_jax.nn.lora import AdapterSpec, resolve
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.metrics import MetricsLog

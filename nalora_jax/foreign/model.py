@@ -25,7 +25,8 @@ from nalora_jax import activations, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import Probe, adapter_scale, init_a, residual
+from nalora_jax.nn.lora import Probe
+from nalora_jax.nn.low_rank import adapter_scale, init_a, residual
 from nalora_jax.optim.columns import find_gates
 
 log = logging.getLogger(__name__)

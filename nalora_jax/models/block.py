@@ -16,7 +16,8 @@ from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
 from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
 from nalora_jax.nn.layers import RMSNorm, apply_rope
-from nalora_jax.nn.lora import AdapterSpec, LoRADense
+from nalora_jax.nn.lora import LoRADense
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.nn.matmul import Numerics, kept
 
 

@@ -18,7 +18,7 @@ from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec, init_a
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, init_a
 from nalora_jax.nn.matmul import KEPT, Numerics, dot, look_up, unpack_leaf
 from nalora_jax.trees import flatten, unflatten
 

@@ -19,7 +19,7 @@ from jax import lax
 from nalora_jax import activations, selection
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product, identity_error
-from nalora_jax.nn.lora import TargetSpec, column_norm, combine, init_a
+from nalora_jax.nn.low_rank import TargetSpec, column_norm, combine, init_a
 from nalora_jax.nn.matmul import Numerics, expand, unpack_leaf
 from nalora_jax.nn.quantize import Quantized
 
@@ -106,7 +106,7 @@ def grouped_residual(
     *,
     operand: str = "float32",
 ) -> jax.Array:
-    """`nalora_jax.nn.lora.residual` per expert: ``s (x A_e) B_e`` with the gated gradient of A where there is a mask.
+    """`low_rank.residual` per expert: ``s (x A_e) B_e`` with the gated gradient of A where there is a mask.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.

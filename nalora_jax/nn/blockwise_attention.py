@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,16 @@ from nalora_jax.nn.matmul import restored, rounded, stored
 if TYPE_CHECKING:
     from nalora_jax.nn.attention import Scoring
 
+# Queries whose scores are made at once: longer blocks go piece by piece, so that memory grows with the keys alone.
+PIECE = 256
 # Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
 UNSEEN = -1e30
 
 
 def block_size(seq: int) -> int:
     """Queries per block: small enough to skip most of the upper triangle, at most 8 blocks to compile."""
-    return max(64, -(-seq // 8))
+    size = max(64, -(-seq // 8))
+    return size if size <= PIECE else -(-size // PIECE) * PIECE
 
 
 def visibility(
@@ -80,20 +83,28 @@ def _fwd(
     heads = tuple(stored(by_key_head(x, k.shape[2]), scoring.kept) for x in (q * scoring.scale, k, v))
     outs, totals = [], []
     for start, end in blocks(q.shape[1]):
-        query, key, value = _block(heads, start, end)
-        scores, unseen = _scores(query, key, positions, segments, window, start, end, scoring)
-        scores = scores + unseen
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        # The softmax's division comes after the product with the values: a pass over head_dim, not over all keys.
-        outs.append(product("bkgqt,bktd->bkgqd", weights, value, scoring.operand) / total)
-        totals.append(top + jnp.log(total))
+        seen = _seen(heads, positions, segments, window, end)
+        rows = (heads[0][..., start:end, :], *_own(positions, segments, start, end))
+        _, (out, total) = _by_pieces(partial(_attended, seen, scoring), None, rows)
+        outs.append(out)
+        totals.append(total)
     out, logsumexp = _joined(outs), _joined(totals)  # [batch, kv_heads, groups, seq, head_dim or 1]
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     held = stored(out, scoring.kept)
     kept = (*heads, held, stored(logsumexp, "float32"), positions, segments, window, like)
     return by_token(restored(held, jnp.float32)), kept
+
+
+def _attended(seen: _Seen, scoring: Scoring, carry: None, rows: tuple[jax.Array, ...]) -> tuple[None, Any]:
+    """Results and log-sum-exps of some queries."""
+    scores, unseen = _scores(seen, scoring, *rows)
+    scores = scores + unseen
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # The softmax's division comes after the product with the values: a pass over head_dim, not over all keys.
+    out = product("bkgqt,bktd->bkgqd", weights, seen.value, scoring.operand) / total
+    return carry, (out, top + jnp.log(total))
 
 
 def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
@@ -102,58 +113,96 @@ def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     g = by_key_head(g, kv_heads)
     inner = jnp.sum(g * restored(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
-    batch, dim = g.shape[0], g.shape[-1]
-    dk = dv = jnp.zeros((batch, kv_heads, 1, seq, dim), jnp.float32)
+    dk = dv = jnp.zeros((g.shape[0], kv_heads, seq, g.shape[-1]), jnp.float32)
     for start, end in blocks(seq):
-        query, key, value = _block(heads, start, end)
-        scores, unseen = _scores(query, key, positions, segments, window, start, end, scoring)
-        rows = slice(start, end)
-        weights = jnp.exp(scores + (unseen - logsumexp[..., rows, :]))
-        back = g[..., rows, :]
-        slope = weights * (product("bkgqd,bktd->bkgqt", back, value, scoring.operand) - inner[..., rows, :])
-        if scoring.softcap:
-            slope = slope * (1 - jnp.square(scores / scoring.softcap))
-        dq.append(product("bkgqt,bktd->bkgqd", slope, key, scoring.operand))
-        dk = dk.at[:, :, 0, :end].add(product("bkgqt,bkgqd->bktd", slope, query, scoring.operand))
-        dv = dv.at[:, :, 0, :end].add(product("bkgqt,bkgqd->bktd", weights, back, scoring.operand))
-    grads = (by_token(_joined(dq)) * scoring.scale, by_token(dk), by_token(dv))
+        seen = _seen(heads, positions, segments, window, end)
+        by_query = (x[..., start:end, :] for x in (logsumexp, g, inner))
+        rows = (heads[0][..., start:end, :], *_own(positions, segments, start, end), *by_query)
+        sums = (dk[:, :, :end], dv[:, :, :end])
+        sums, dq_block = _by_pieces(partial(_gradients, seen, scoring), sums, rows)
+        dk, dv = (x.at[:, :, :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
+        dq.append(dq_block)
+    grads = (by_token(_joined(dq)) * scoring.scale, by_token(dk[:, :, None]), by_token(dv[:, :, None]))
     return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None)
+
+
+def _gradients(
+    seen: _Seen, scoring: Scoring, sums: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """``dk`` and ``dv`` with what some queries add to them, and those queries' ``dq``."""
+    query, positions, segments, logsumexp, g, inner = rows
+    scores, unseen = _scores(seen, scoring, query, positions, segments)
+    weights = jnp.exp(scores + (unseen - logsumexp))
+    slope = weights * (product("bkgqd,bktd->bkgqt", g, seen.value, scoring.operand) - inner)
+    if scoring.softcap:
+        slope = slope * (1 - jnp.square(scores / scoring.softcap))
+    dk = sums[0] + product("bkgqt,bkgqd->bktd", slope, restored(query, jnp.float32), scoring.operand)
+    dv = sums[1] + product("bkgqt,bkgqd->bktd", weights, g, scoring.operand)
+    return (dk, dv), product("bkgqt,bktd->bkgqd", slope, seen.key, scoring.operand)
 
 
 blockwise_attention.defvjp(_fwd, _bwd)
 
 
 def blocks(seq: int) -> Iterator[tuple[int, int]]:
-    """First and last position (exclusive) of every block of queries."""
-    size = block_size(seq)
-    return ((start, min(start + size, seq)) for start in range(0, seq, size))
+    """First and last position (exclusive) of every block of queries; a long one is a multiple of `PIECE`."""
+    size, start = block_size(seq), 0
+    while start < seq:
+        length = min(size, seq - start)
+        length -= length % PIECE if length > PIECE else 0
+        yield start, start + length
+        start += length
 
 
-def _block(heads: Any, start: int, end: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries of one block, ``[batch, kv_heads, groups, block, head_dim]``, and the keys and values up to its end."""
-    q, k, v = heads
-    rows = (q[:, :, :, start:end], k[:, :, 0, :end], v[:, :, 0, :end])
-    query, key, value = (restored(x, jnp.float32) for x in rows)
-    return query, key, value
+def _by_pieces(step: Any, carry: Any, rows: tuple[jax.Array, ...]) -> Any:
+    """``step(carry, rows)`` on pieces of the rows (axis -2), one after the other, the results joined on that axis."""
+    length = rows[0].shape[-2]
+    if length <= PIECE:
+        return step(carry, rows)
+    carry, made = lax.scan(step, carry, tuple(_split(x, length // PIECE) for x in rows))
+    return carry, jax.tree.map(_unsplit, made)
+
+
+def _split(x: jax.Array, count: int) -> jax.Array:
+    """``[..., rows, n]`` -> ``[count, ..., rows / count, n]``."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-2], count, -1, x.shape[-1]), -3, 0)
+
+
+def _unsplit(x: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, -3)
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+class _Seen(NamedTuple):
+    """What the queries of a block may see: the keys up to its end."""
+
+    key: jax.Array  # [batch, kv_heads, keys, head_dim]
+    value: jax.Array  # the same
+    positions: jax.Array  # int [batch or 1, keys]
+    segments: jax.Array  # int [batch or 1, keys]
+    window: jax.Array | int
+
+
+def _seen(heads: Any, positions: jax.Array, segments: jax.Array, window: jax.Array | int, end: int) -> _Seen:
+    key, value = (restored(x[:, :, 0, :end], jnp.float32) for x in heads[1:])
+    return _Seen(key, value, positions[:, :end], segments[:, :end], window)
+
+
+def _own(positions: jax.Array, segments: jax.Array, start: int, end: int) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments of a block's queries, ``[batch or 1, block, 1]``: rows on the axis that all rows have."""
+    return positions[:, start:end, None], segments[:, start:end, None]
 
 
 def _scores(
-    query: jax.Array,
-    key: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    window: jax.Array | int,
-    start: int,
-    end: int,
-    scoring: Scoring,
+    seen: _Seen, scoring: Scoring, query: jax.Array, positions: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores ``[batch, kv_heads, groups, block, keys]``, soft cap applied, and which of them are seen."""
+    """Scores ``[batch, kv_heads, groups, rows, keys]``, soft cap applied, and which of them are seen."""
     # Tied to the queries, or the mask of every layer would be made ahead of them all and held: [batch, seq, seq].
-    query, positions = lax.optimization_barrier((query, positions))
-    scores = capped(product("bkgqd,bktd->bkgqt", query, key, scoring.operand), scoring)
-    own = (positions[:, start:end], segments[:, start:end])
-    seen = visibility(*own, positions[:, :end], segments[:, :end], window)[:, None, None]
-    return scores, jnp.where(seen, 0.0, UNSEEN)
+    query, positions = lax.optimization_barrier((restored(query, jnp.float32), positions))
+    scores = capped(product("bkgqd,bktd->bkgqt", query, seen.key, scoring.operand), scoring)
+    visible = visibility(positions[..., 0], segments[..., 0], seen.positions, seen.segments, seen.window)
+    return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
 
 
 def capped(scores: jax.Array, scoring: Scoring) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from nalora_jax.config import RunConfig
-from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.nn.low_rank import AdapterSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # SPDX names of licences that the hub calls otherwise than in lower case.

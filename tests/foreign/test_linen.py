@@ -17,7 +17,7 @@ from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.foreign import adapt_linen
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
-from nalora_jax.nn.lora import TargetSpec
+from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
 
 D, F, HEADS, VOCAB, LAYERS = 16, 40, 2, 30, 3

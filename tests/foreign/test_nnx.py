@@ -16,7 +16,8 @@ from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.foreign import adapt_nnx
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import Probe, residual
+from nalora_jax.nn.lora import Probe
+from nalora_jax.nn.low_rank import residual
 from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
 
 D, F, LAYERS = 16, 40, 2

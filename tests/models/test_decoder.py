@@ -15,7 +15,7 @@ from nalora_jax.models.cache import default_positions, init_cache
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec, resolve
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, resolve
 from nalora_jax.nn.matmul import Numerics, numerics_for, pack
 from nalora_jax.trees import flatten, unflatten
 

@@ -12,7 +12,8 @@ from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.moe import ExpertDense, MoEFFN, grouped_matmul, grouped_residual, route
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import Probe, TargetSpec, residual
+from nalora_jax.nn.lora import Probe
+from nalora_jax.nn.low_rank import TargetSpec, residual
 from nalora_jax.nn.matmul import Numerics, matmul
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3

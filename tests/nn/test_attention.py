@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.nn import attention as module
+from nalora_jax.nn import blockwise_attention
 from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
@@ -104,6 +105,39 @@ def test_gradients_are_autodiffs(seq, softcap):
     want = gradients(lambda q, k, v: dense(q, k, v, positions, segments, 40, scoring))
     for a, b in zip(ours, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_long_blocks_go_in_pieces(monkeypatch, softcap):
+    q, k, v = draw(150)
+    positions, segments = layout(150)
+    weights = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def value_and_gradients():
+        def loss(q, k, v):
+            return jnp.sum(attention(q, Keys(k, v, positions, segments), 70, Scoring(0.4, softcap)) * weights)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    whole = value_and_gradients()
+    monkeypatch.setattr(blockwise_attention, "PIECE", 16)
+    assert list(blockwise_attention.blocks(150)) == [(0, 64), (64, 128), (128, 144), (144, 150)]
+    for one, other in zip(jax.tree.leaves(value_and_gradients()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_of_a_long_sequence_is_linear():
+    def temporary(seq):
+        x = jax.ShapeDtypeStruct((1, seq, 1, 8), jnp.float32)
+        row = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+
+        def loss(q, k, v, positions, segments):
+            return jnp.sum(attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4)))
+
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, row, row).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < 2.3 * temporary(4096)
 
 
 def test_what_is_kept_in_bf16_costs_its_rounding_only():

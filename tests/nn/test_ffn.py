@@ -14,7 +14,7 @@ from nalora_jax import activations
 from nalora_jax.nn import ffn, lora
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN, gated_product
 from nalora_jax.nn.fused_lora import adapted_matmul
-from nalora_jax.nn.lora import TargetSpec
+from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics
 
 D, F, R = 8, 20, 3

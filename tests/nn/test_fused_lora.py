@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.nn.fused_lora import adapted_matmul
-from nalora_jax.nn.lora import residual
+from nalora_jax.nn.low_rank import residual
 from nalora_jax.nn.matmul import Numerics, expand, matmul
 from nalora_jax.nn.quantize import quantize
 

@@ -11,7 +11,7 @@ from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.nn.matmul import Numerics, matmul
 from nalora_jax.nn.quantize import NF4_LEVELS, dequantize, quantize, quantize_params
 

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 
 from nalora_jax.config import DataConfig, MaskConfig, RunConfig, StepScaleConfig
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.weights.card import Card, hub_license, render_card, write_card
 
 SPEC = AdapterSpec((("layers/ffn/gate_proj", TargetSpec((8, 8, 4), (16.0, 16.0, 16.0))),))

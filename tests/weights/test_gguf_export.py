@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
-from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import load_model
 from nalora_jax.weights.gguf_export import ARCHITECTURES, KINDS, write_adapter_gguf, write_merged_gguf

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.lora import AdapterSpec
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.nn.lora import AdapterSpec, TargetSpec
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from nalora_jax.weights.pissa import pissa_init, pissa_to_lora
