@@ -26,4 +26,4 @@ class NaloraError(ValueError):
 
 
 class TrainingDivergedError(NaloraError):
-    """The loss became NaN or infinite; the last good checkpoint was kept."""
+    """The loss became NaN or infinite; the checkpoints of earlier steps are kept."""

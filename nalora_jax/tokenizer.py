@@ -172,7 +172,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             remedy="save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)",
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # the only type that the binding raises
         raise NaloraError(str(path), expected="a tokenizer", found=error, remedy="download the file again") from error
     backend.no_truncation()  # settings of whoever saved it last, not of the model

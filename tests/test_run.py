@@ -320,7 +320,10 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nalora_run, "fit", poisoned)
-        with pytest.raises(TrainingDivergedError, match=r"step 17: loss.*nan.*last good checkpoint"):
+        with pytest.raises(
+            TrainingDivergedError,
+            match=r"step 17: loss.*nan.*earlier steps are kept; start anew",
+        ):
             nalora_run.run(config)
     assert sorted(int(p.name) for p in (Path(config.output) / "checkpoints").iterdir()) == [10]
     assert "step 17" in _lines(config.output)[-1]["done"]["message"]

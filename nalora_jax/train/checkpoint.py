@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,7 @@ class Checkpointer:
             "run": ocp.JsonCheckpointHandler(),
         }
         logging.getLogger("absl").addFilter(_is_news)
+        _hush_cancelled_writes()
         with _io_errors(f"checkpoints {self.folder}", "a folder that can be written"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -130,7 +132,9 @@ class Checkpointer:
         """
         step = self._find(which)
         where = f"checkpoint {self.folder / str(step)}"
-        remedy = f"it is damaged; these steps exist: {self._manager.all_steps()}"
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        way_out = f"delete that folder to continue from step {max(earlier)}" if earlier else "start a new run"
+        remedy = f"it is damaged: {way_out}"
         with _io_errors(where, "a readable checkpoint", remedy):
             small = ocp.args.Composite(run=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
             meta = self._manager.restore(step, args=small)
@@ -268,6 +272,24 @@ def _is_news(record: logging.LogRecord) -> bool:
     """
     repeated = record.exc_info or "tracked_metric" in str(record.msg)
     return not (repeated and "orbax" in record.pathname)
+
+
+def _hush_cancelled_writes() -> None:
+    """Hides the traceback of every write that was still under way when another one failed.
+
+    TensorStore tells the event loop of such a write's end, which Orbax has closed by then, and prints what it gets for
+    that. The failure itself is raised.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "__name__", "") == "without_closed_loops":
+        return
+
+    def without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = without_closed_loops
 
 
 @contextmanager

@@ -149,7 +149,8 @@ class _Meter:
                     f"step {step}: loss",
                     expected="a finite number",
                     found=row["loss"],
-                    remedy="the last good checkpoint is kept; lower --optimizer.learning-rate, or raise its warm-up",
+                    remedy="the checkpoints of earlier steps are kept; start anew in another --output with a lower "
+                    "--optimizer.learning-rate or a longer warm-up",
                 )
         timed = rows[len(rows) - self._timed :] if self._timed else []
         targets = sum(row["target_tokens"] for row in rows)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from nalora_jax.errors import NaloraError
 
 
@@ -61,11 +63,11 @@ def _scratch(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield scratch
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors' writer wraps what the system says
         raise NaloraError(
             str(target),
             expected="a place that can be written",
-            found=error.strerror or str(error),
+            found=getattr(error, "strerror", None) or str(error),
             remedy="free some space or choose another folder; nothing was left behind",
         ) from error
     finally:

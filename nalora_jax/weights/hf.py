@@ -5,12 +5,13 @@ Only safetensors is read. ``.bin`` and ``.pt`` files are pickles, which run code
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.load import Index
+from nalora_jax.weights.shards import DTYPES
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_FLOATS = ("BF16", "F16", "F32")
 _SAMPLED_ROWS = 4
 _SAMPLED_COLUMNS = 1024
 _MAX_MAPPED = 16 << 20  # bytes
@@ -35,6 +36,13 @@ class _Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int  # bytes from the beginning of the file
+    stop: int
+
+    @property
+    def format(self) -> np.dtype:
+        """Of its numbers; as bare bytes where they are no floats (a mask among the tensors that are not needed)."""
+        return DTYPES.get(self.dtype) or np.dtype((np.void, (self.stop - self.start) // max(1, math.prod(self.shape))))
 
 
 class SafetensorsFolder:
@@ -47,8 +55,8 @@ class SafetensorsFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._file: tuple[Path, Any] | None = None  # the one that is open
-        self._mapped = 0  # bytes of it in memory
+        self._maps: dict[Path, np.ndarray] = {}  # the files' bytes, where they lie
+        self._mapped = 0  # bytes of them in memory
         self._tensors = self._read_headers()
 
     @property
@@ -67,20 +75,19 @@ class SafetensorsFolder:
     def check_readable(self, name: str) -> None:
         """Refuses what is not a bf16, f16 or f32 tensor."""
         stored = self._tensors[name]
-        if stored.dtype not in _FLOATS:
+        if stored.dtype not in DTYPES:
             raise NaloraError(
                 f"{stored.file}: {name}",
-                expected=f"one of {', '.join(_FLOATS)}",
+                expected=f"one of {', '.join(DTYPES)}",
                 found=stored.dtype,
                 remedy="use the model's unquantized files",
             )
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor in the file's own number format."""
+        """A slice of a tensor in the file's own number format: read-only, and read from the file as it is used."""
         stored = self._tensors[name]
-        with _complaints(stored.file):
-            file = self._opened(stored.file)
-            array: np.ndarray = file.get_slice(name)[index] if stored.shape else file.get_tensor(name)
+        flat = self._bytes(stored.file)[stored.start : stored.stop].view(stored.format)
+        array = flat.reshape(stored.shape or (1,))[index]
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
 
@@ -94,11 +101,15 @@ class SafetensorsFolder:
         chosen = sorted({round(i * (rows - 1) / (_SAMPLED_ROWS - 1)) for i in range(_SAMPLED_ROWS)}) if rows else []
         return b"".join(self.read(name, (slice(row, row + 1), *columns)).tobytes() for row in chosen)
 
-    def _opened(self, path: Path) -> Any:
-        """The open file, opened anew now and then: its mapped pages count as this process's memory until then."""
-        if self._file is None or self._file[0] is not path or self._mapped > _MAX_MAPPED:
-            self._file, self._mapped = (path, safe_open(str(path), framework="numpy")), 0
-        return self._file[1]
+    def _bytes(self, path: Path) -> np.ndarray:
+        """A file, mapped anew now and then: its pages in memory count as this process's until then."""
+        if self._mapped > _MAX_MAPPED:
+            self._maps, self._mapped = {}, 0
+        maps = self._maps  # another thread may begin anew
+        if path not in maps:
+            with _complaints(path):
+                maps[path] = np.asarray(np.memmap(path, np.uint8, "r"))
+        return maps[path]
 
     def _read_headers(self) -> dict[str, _Stored]:
         listed = self._index()
@@ -106,11 +117,9 @@ class SafetensorsFolder:
         tensors: dict[str, _Stored] = {}
         for file in files:
             path = self.folder / file
-            with _complaints(path), safe_open(str(path), framework="numpy") as handle:
-                for name in handle.keys():  # noqa: SIM118  (not a mapping)
-                    view = handle.get_slice(name)
-                    if listed is None or listed.get(name) == file:
-                        tensors[name] = _Stored(path, tuple(view.get_shape()), view.get_dtype())
+            for name, stored in _read_header(path).items():
+                if listed is None or listed.get(name) == file:
+                    tensors[name] = stored
         lost = [name for name in listed or () if name not in tensors]
         if lost and listed is not None:
             raise NaloraError(
@@ -154,6 +163,18 @@ class SafetensorsFolder:
                 remedy=_pickle_remedy(self.folder) if not found else f"add {INDEX}",
             )
         return found[0]
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of one file, once the safetensors library has found every number of its header to be right."""
+    with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"]))
+        for name, each in header.items()
+    }
 
 
 def _pickle_remedy(folder: Path) -> str:

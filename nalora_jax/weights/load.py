@@ -1,8 +1,9 @@
 """Tensors of a file into the parameter tree, one block at a time, straight to the devices that hold them.
 
 A file format is a `TensorSource`; what its tensors are called and how they are turned is a `KeyMap`. Every device's
-part of every leaf is one buffer that is filled from slices of the file. On a CPU JAX takes such a buffer over without a
-copy, so loading needs the parameters' own bytes and one block.
+part of every leaf is one buffer that is filled from slices of the file, by all cores: memory that the system has to
+find first costs more than the copy into it, and comes faster to several at once. On a CPU JAX takes such a buffer over
+without a copy, so loading needs the parameters' own bytes and a block per core.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,7 +33,9 @@ from nalora_jax.nn.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-BLOCK = 1 << 18  # elements read at once: about a megabyte, which stays in the processor's cache
+BLOCK = 1 << 16  # elements read at once: a quarter of a megabyte, which stays in a core's cache while it is turned
+_QUANTIZED = 1 << 18  # elements quantized at once
+_WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 _ALIGNMENT = 64  # bytes; what XLA asks of a host buffer that it uses as it is
 
 Index = tuple[slice, ...]  # start and stop given, no step
@@ -88,11 +93,13 @@ def load_params(
             fills[slot.path].append(_Fill(names[tensor.name], tensor, number, lead))
     where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
     leaves: dict[str, Any] = {}
-    for path, shape in param_shapes(config).items():
-        if quantized and re.search(KERNELS, path):
-            leaves[path] = _quantized_leaf(shape, quantized, where[path], fills[path], source)
-        else:
-            leaves[path] = _leaf(shape, DTYPES[dtype], where[path], fills[path], source)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for path, shape in param_shapes(config).items():
+            reader = _Reader(fills[path], source, pool)
+            if quantized and re.search(KERNELS, path):
+                leaves[path] = _quantized_leaf(shape, quantized, where[path], reader)
+            else:
+                leaves[path] = _leaf(shape, DTYPES[dtype], where[path], reader)
     return trees.unflatten(leaves)
 
 
@@ -140,27 +147,63 @@ class _Fill:
         self.first_row = sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
-    def into(self, target: np.ndarray, index: Index, source: TensorSource) -> None:
-        """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape."""
+    def into(self, target: np.ndarray, index: Index, source: TensorSource, share: tuple[int, int]) -> None:
+        """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape.
+
+        Args:
+          share: ``(k, n)`` writes the k-th of n pieces.
+        """
+        k, n = share
         if self.tensor.transform.mixes_rows:
+            if k:  # the first share is all of it
+                return
             whole = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
             target[...] = self.tensor.transform.into(whole)[index].astype(target.dtype)
             return
         swaps = self.tensor.transform.swaps
         theirs = (*index[:-2], index[-1], index[-2]) if swaps else index
-        for block in _blocks(theirs):
-            part = self.tensor.transform.into(source.read(self.name, self._shifted(block)).astype(target.dtype))
+        blocks = list(_blocks(theirs))
+        for block in blocks[len(blocks) * k // n : len(blocks) * (k + 1) // n]:
+            read = source.read(self.name, self._shifted(block)).astype(target.dtype, copy=False)
             relative = tuple(slice(b.start - t.start, b.stop - t.start) for b, t in zip(block, theirs, strict=True))
-            target[(*relative[:-2], relative[-1], relative[-2]) if swaps else relative] = part
+            place = (*relative[:-2], relative[-1], relative[-2]) if swaps else relative
+            target[place] = self.tensor.transform.into(read)
 
     def _shifted(self, index: Index) -> Index:
         first, *rest = index
         return (slice(first.start + self.first_row, first.stop + self.first_row), *rest)
 
 
-def _leaf(
-    shape: tuple[int, ...], dtype: Any, sharding: Sharding, fills: list[_Fill], source: TensorSource
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """What fills one leaf, and who does the work."""
+
+    fills: list[_Fill]
+    source: TensorSource
+    pool: Executor
+
+    def read(self, index: Index, dtype: Any) -> np.ndarray:
+        """A slice of the leaf."""
+        buffer = _aligned(tuple(part.stop - part.start for part in index), dtype)
+        jobs = []
+        for fill in self.fills:
+            lead, rest = index[: len(fill.lead)], index[len(fill.lead) :]
+            if all(part.start <= i < part.stop for i, part in zip(fill.lead, lead, strict=True)):
+                place = tuple(i - part.start for i, part in zip(fill.lead, lead, strict=True))
+                jobs.append(partial(fill.into, buffer[place], rest, self.source))
+        shares = -(-_WORKERS // max(1, len(jobs)))  # few tensors are shared by several workers each
+        tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
+        list(self.pool.map(_run, tasks))  # a list, for the errors
+        return buffer
+
+
+def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> None:
+    job, share = task
+    with np.errstate(all="ignore"):  # a file's own infinities and NaNs are not ours to warn about
+        job(share)
+
+
+def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
     """The leaf as a global array; each distinct slice of this process's devices is read once, on its own."""
     read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
@@ -168,7 +211,7 @@ def _leaf(
         given = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), shape, strict=True))
         key = tuple((part.start, part.stop) for part in given)
         if key not in read:
-            read[key] = _filled(given, dtype, fills, source)
+            read[key] = reader.read(given, dtype)
         return read[key]
 
     return jax.make_array_from_callback(shape, sharding, shard)
@@ -177,21 +220,19 @@ def _leaf(
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
-def _quantized_leaf(
-    shape: tuple[int, ...], kind: Kind, sharding: Sharding, fills: list[_Fill], source: TensorSource
-) -> Quantized:
+def _quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, reader: _Reader) -> Quantized:
     """The leaf's codes and scales, some output channels of one layer (one expert) after the other.
 
     On several devices each process quantizes all of the leaf, since blocks of weights may cross the devices' borders.
     """
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
     codes, scales = (_aligned(part.shape, part.dtype) for part in (like.codes, like.scales))
-    columns = max(1, BLOCK // shape[-2])
+    columns = max(1, _QUANTIZED // shape[-2])
     for lead in np.ndindex(*shape[:-2]):
         for start in range(0, shape[-1], columns):
             channels = slice(start, min(start + columns, shape[-1]))
             index = (*(slice(i, i + 1) for i in lead), slice(0, shape[-2]), channels)
-            one = _quantize(_filled(index, np.float32, fills, source), kind)
+            one = _quantize(reader.read(index, np.float32), kind)
             for whole, part in ((codes, one.codes), (scales, one.scales)):
                 whole[(*lead, slice(None), channels)] = np.asarray(part).reshape(part.shape[-2:])
     return Quantized(_placed(codes, sharding), _placed(scales, sharding), kind)
@@ -205,17 +246,6 @@ def _placed(array: np.ndarray, sharding: Sharding) -> jax.Array:
         kept = [names if size % n == 0 else None for names, n, size in zip(parts, ways, array.shape, strict=False)]
         sharding = NamedSharding(sharding.mesh, P(*kept))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _filled(index: Index, dtype: Any, fills: list[_Fill], source: TensorSource) -> np.ndarray:
-    buffer = _aligned(tuple(part.stop - part.start for part in index), dtype)
-    with np.errstate(all="ignore"):  # a file's own infinities and NaNs are not ours to warn about
-        for fill in fills:
-            n = len(fill.lead)
-            if all(part.start <= i < part.stop for i, part in zip(fill.lead, index, strict=False)):
-                place = tuple(i - part.start for i, part in zip(fill.lead, index, strict=False))
-                fill.into(buffer[place], index[n:], source)
-    return buffer
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -116,10 +116,11 @@ def test_fused_expert_and_norm_layouts(
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
-@pytest.mark.parametrize("block", [1, 40, 100])
-def test_tensors_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+@pytest.mark.parametrize(("block", "workers"), [(1, 2), (40, 1), (100, 7)])
+def test_tensors_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int) -> None:
     expected = flatten(params_from_tensors(ModelConfig.from_hf(RAW), write_folder(tmp_path).__getitem__))
     monkeypatch.setattr(load, "BLOCK", block)
+    monkeypatch.setattr(load, "_WORKERS", workers)
     for path, leaf in flatten(load_model(str(tmp_path), dtype="float32").params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
@@ -138,16 +139,29 @@ def test_a_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- placement
 
 
+def test_a_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path: Path) -> None:
+    class Broken(SafetensorsFolder):
+        def read(self, name: str, index: Index) -> np.ndarray:
+            if "layers.2.mlp.up_proj" in name:
+                raise NaloraError(name, expected="a tensor", found="a bad sector")
+            return super().read(name, index)
+
+    write_folder(tmp_path)
+    config = ModelConfig.from_hf(RAW)
+    with pytest.raises(NaloraError, match="bad sector"):
+        load_params(config, Broken(tmp_path), keymap_for(config, "hf"), dtype="float32")
+
+
 class Counted(SafetensorsFolder):
     """Counts the numbers that are read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.read_elements = 0
+        self.sizes: list[int] = []  # several threads append
 
     def read(self, name: str, index: Index) -> np.ndarray:
         array = super().read(name, index)
-        self.read_elements += array.size
+        self.sizes.append(array.size)
         return array
 
 
@@ -165,7 +179,7 @@ def test_every_device_gets_its_shard_alone(tmp_path: Path, sizes: tuple[int, int
     config, source = alone.config, Counted(tmp_path)
     places = flatten(shardings(alone.params, mesh, PARAM_RULES))
     load_params(config, source, keymap_for(config, "hf"), dtype="float32", shardings=places)
-    assert source.read_elements == total // 4  # each number once, replicas included
+    assert sum(source.sizes) == total // 4  # each number once, replicas included
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
@@ -237,7 +251,17 @@ def test_number_formats_that_are_not_read(tmp_path: Path) -> None:
     good = write_folder(tmp_path)
     up = "model.layers.1.mlp.up_proj.weight"
     save_file(good | {up: good[up].astype(np.int8)}, tmp_path / "model.safetensors")
-    refused(tmp_path, rf"{up}: expected one of BF16, F16, F32, found I8")
+    refused(tmp_path, rf"{up}: expected one of F32, F16, BF16, found I8")
+
+
+def test_tensors_that_are_not_needed_may_have_any_format(tmp_path: Path) -> None:
+    good = write_folder(tmp_path)
+    rotary = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    extra = {rotary.format(0): np.array(1.5, np.float32), rotary.format(1): np.array([True, False])}
+    save_file(good | extra, tmp_path / "model.safetensors")
+    first = load_model(str(tmp_path), dtype="float32")
+    save_file(good | extra | {rotary.format(1): np.array([True, True])}, tmp_path / "model.safetensors")
+    assert load_model(str(tmp_path), dtype="float32").fingerprint != first.fingerprint
 
 
 def test_damaged_shards_and_indices(tmp_path: Path) -> None:
