@@ -3,11 +3,11 @@
     python benchmarks/load_time.py --format safetensors --dtype bfloat16
     python benchmarks/load_time.py --format gguf --dtype float32
 
-Each load is a process of its own, alternating, with the files in the page cache and as much memory at hand as the
-weights need: a hypervisor that takes back what its virtual machine leaves unused is not what is measured (--cold leaves
-it in). The clock runs around the load alone, after the library's import, and stops when one number of every page of
-every weight has been read: transformers maps safetensors files into memory, and would else leave the reading to the
-first step.
+Each load is a process of its own, alternating, with the files in the page cache. The clock runs around the load alone,
+after the library's import, and stops when one number of every page of every weight has been read: transformers maps
+safetensors files into memory, and would else leave the reading to the first step. With --memory-at-hand both touch and
+free as much memory as the weights need before the clock starts, so that a hypervisor which takes back what its virtual
+machine leaves unused is not measured too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def touch(arrays: list[np.ndarray]) -> int:
 
 def one(options: argparse.Namespace) -> None:
     """The measured process."""
-    if not options.cold:
+    if options.memory_at_hand:
         bring_memory(options.dtype)
     load = load_ours if options.one == "nalora_jax" else load_theirs
     seconds, count = load(options.path, options.dtype)
@@ -82,7 +82,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
     found_rows = []
     for case, found in record["cases"].items():
         peer, settings = (found["runs"], "transformers"), found["settings"]
-        limit = None if settings["cold"] else at_most(0.4 if settings["format"] == "gguf" else 1.0)
+        limit = None if settings["memory_at_hand"] else at_most(0.4 if settings["format"] == "gguf" else 1.0)
         found_rows.append(compared_runs(f"load, {case}", *peer, "seconds", limit, digits=2, unit="s"))
         what = f"from process start, imports included, {case}"
         found_rows.append(compared_runs(what, *peer, "seconds_until_done", None, digits=1, unit="s"))
@@ -98,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--format", choices=FORMATS, default="safetensors")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--cold", action="store_true", help="the first touch of memory counts as well")
+    parser.add_argument(
+        "--memory-at-hand", action="store_true", help="the system's first touch of memory is not measured"
+    )
     parser.add_argument("--one", choices=("nalora_jax", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     add_rounds(parser, 5)
@@ -107,9 +109,9 @@ def main() -> None:
         one(options)
         return
     path = files(options.dtype)["gguf" if options.format == "gguf" else "model"]
-    work = ["--path", path, "--dtype", options.dtype, *(["--cold"] if options.cold else [])]
+    work = ["--path", path, "--dtype", options.dtype, *(["--memory-at-hand"] if options.memory_at_hand else [])]
     commands = {name: script("load_time.py", "--one", name, *work) for name in ("nalora_jax", "transformers")}
-    case = f"{options.format}, {options.dtype}" + (", cold memory" if options.cold else "")
+    case = f"{options.format}, {options.dtype}" + (", memory at hand" if options.memory_at_hand else "")
     print(table(compare("load_time", case, commands, options)))
 
 

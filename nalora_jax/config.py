@@ -183,9 +183,9 @@ class ComputeConfig:
     quantize: Literal["none", "int8", "nf4"] = "none"
     # Rematerialisation: "auto" (by platform and dtype, as measured), "none", "full", "dots" (keep what takes a matmul).
     remat: Literal["auto", "none", "full", "dots"] = "auto"
-    # Take the channel statistics on every n-th position of each row (1: on all).
+    # Take the channel statistics on one in n positions of each row (1: on all).
     stats_stride: int = 4
-    # Take the misalignment probe on every n-th position.
+    # Take the misalignment probe on one in n positions.
     probe_stride: int = 8
     # Rows of hidden states per chunk of the cross-entropy; 0 chooses by the vocabulary's size.
     loss_chunk: int = 0

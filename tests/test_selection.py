@@ -231,3 +231,24 @@ def test_shapes_are_checked():
         probe_statistics(z, jnp.ones((4, 2)), jnp.ones(4), SILU)
     with pytest.raises(AssertionError, match="dimension"):
         selection.meaningful(jnp.ones((3, 6)), PARTITION, 0.02)
+
+
+def test_positions_are_sampled_in_runs_from_the_middle_of_their_group():
+    positions = np.arange(64)
+    np.testing.assert_array_equal(selection.sampled(positions, 1, axis=0), positions)
+    np.testing.assert_array_equal(selection.sampled(positions, 4, axis=0), [*range(16, 24), *range(48, 56)])
+    np.testing.assert_array_equal(selection.sampled(positions, 8, axis=0), range(32, 40))
+
+
+def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
+    np.testing.assert_array_equal(selection.sampled(np.arange(48), 4, axis=0), range(0, 48, 4))
+    np.testing.assert_array_equal(selection.sampled(np.arange(5), 8, axis=0), [0])
+
+
+@pytest.mark.parametrize("length", [32, 30])
+def test_values_and_their_weights_are_sampled_alike(length):
+    weights = normal(0, 3, length)
+    values = jnp.broadcast_to(weights[..., None], (3, length, 5))
+    taken = selection.sampled(weights, 2, axis=-1)
+    assert taken.shape == (3, length // 2)
+    np.testing.assert_array_equal(selection.sampled(values, 2), np.broadcast_to(taken[..., None], (*taken.shape, 5)))

@@ -21,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax import activations, trees
+from nalora_jax import activations, selection, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
@@ -180,7 +180,7 @@ class Foreign(ABC):
         return {block: zeros(target) for block, target in self._blocks.items()}
 
     def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-        probe = Probe(base[:: self.stats.probe_stride], delta[:: self.stats.probe_stride])
+        probe = Probe(*(selection.sampled(part, self.stats.probe_stride) for part in (base, delta)))
         stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 

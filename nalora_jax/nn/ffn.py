@@ -31,8 +31,8 @@ from nalora_jax.nn.matmul import Numerics, restored, stored
 class GateStatsConfig:
     """What a block measures when ``gate_stats`` is mutable."""
 
-    stride: int = 1  # statistics on every n-th position of a row
-    probe_stride: int = 8  # misalignment on every n-th position
+    stride: int = 1  # statistics on one in n positions of a row (`nalora_jax.selection.sampled`)
+    probe_stride: int = 8  # misalignment on one in n positions
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
     check: bool = False  # also measure the error of the gate-compensation identity on the live tensors
 
@@ -94,7 +94,7 @@ def gate_statistics(
 
     Args:
       z: ``[batch, seq, d_ff]``, what the block feeds to phi.
-      probe: its frozen part and the adapter's residual on every ``config.probe_stride``-th position.
+      probe: its frozen part and the adapter's residual on one in ``config.probe_stride`` positions.
       weights: ``[batch, seq]``, which tokens are real.
       activation: the gate's.
       config: strides and tolerance.
@@ -106,9 +106,9 @@ def gate_statistics(
     chex.assert_shape(weights, z.shape[:-1])
     z, probe = lax.stop_gradient((z, probe))
     partition = activations.partition(activation.name, config.tolerance)
-    take = slice(None, None, config.stride)
-    stats = selection.channel_statistics(z[..., take, :], weights[..., take], activation, partition)
-    probed = weights[..., :: config.probe_stride]
+    taken = selection.sampled(z, config.stride), selection.sampled(weights, config.stride, axis=-1)
+    stats = selection.channel_statistics(*taken, activation, partition)
+    probed = selection.sampled(weights, config.probe_stride, axis=-1)
     return stats | selection.probe_statistics(probe.base, probe.delta, probed, activation)
 
 

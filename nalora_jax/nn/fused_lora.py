@@ -8,8 +8,8 @@ the frozen product, as ``r`` more rows or columns of its kernel::
     wide input (down)        y  = x [W, A], whose last r columns are x A
                              dx = [g, s g B^T] [W, A]^T
 
-Equal to `nalora_jax.nn.matmul.matmul` plus `nalora_jax.nn.low_rank.residual`, masks included, but for the rounding of the
-factors to the operand dtype.
+Equal to `nalora_jax.nn.matmul.matmul` plus `nalora_jax.nn.low_rank.residual`, masks included, but for the rounding of
+the factors to the operand dtype.
 """
 
 from __future__ import annotations

@@ -11,15 +11,16 @@ from jax import lax
 
 from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.low_rank import TargetSpec, batched_residual, column_norm, combine, init_a, residual
-from nalora_jax.nn.matmul import Numerics, expand, matmul
+from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
 from nalora_jax.nn.quantize import Quantized
+from nalora_jax.selection import sampled
 
 # A layer's spec is part of what its users name.
 __all__ = ["LoRADense", "Probe", "TargetSpec"]
 
 
 class Probe(NamedTuple):
-    """The two parts of an adapted layer's output on every n-th position; constants of the backward pass."""
+    """The two parts of an adapted layer's output on one in n positions; constants of the backward pass."""
 
     base: jax.Array  # [batch, seq / n, d_out], the frozen layer
     delta: jax.Array  # the same shape, the adapter's residual
@@ -57,8 +58,8 @@ class LoRADense(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns ``(y, residual)``: the layer's output ``[..., d_out]``, and the adapter's part of it.
 
-        The residual is None without an adapter, and where base and adapter were one product (``numerics.fused``); see
-        `probe`.
+        The residual is None without an adapter, and where `probe` can make it again at no cost: with one adapter
+        without DoRA or dropout.
 
         Args:
           x: ``[..., d_in]``.
@@ -75,7 +76,8 @@ class LoRADense(nn.Module):
             return _biased(matmul(x, kernel, self.numerics), bias), None
         a, b = adapter
         drops = self.dropout > 0 and not deterministic
-        if self.numerics.fused and a.ndim == 2 and not (self.dora or drops or self.is_initializing()):
+        plain = a.ndim == 2 and not (self.dora or drops)
+        if self.numerics.fused and plain and not self.is_initializing():
             return _biased(adapted_matmul(x, kernel, a, b, scale, mask, self.numerics), bias), None
         base = matmul(x, kernel, self.numerics)
         inner = nn.Dropout(self.dropout, deterministic=deterministic)(x) if self.dropout > 0 else x
@@ -83,7 +85,8 @@ class LoRADense(nn.Module):
         if self.dora:
             delta = self._dora(base, delta, kernel, a, b, scale)
         delta = delta.astype(base.dtype)
-        return combine(_biased(base, bias), delta), delta
+        # Handed out for a probe's few positions, it would be written whole instead of ending in the sum.
+        return combine(_biased(base, bias), delta), None if plain else delta
 
     def probe(
         self,
@@ -93,21 +96,24 @@ class LoRADense(nn.Module):
         stride: int,
         scale: jax.Array | float = 1.0,
     ) -> Probe:
-        """Base and adapter apart on every ``stride``-th position, given what the call received and returned.
+        """Base and adapter apart on one in ``stride`` positions, given what the call received and returned.
 
         Args:
           x: ``[batch, seq, d_in]``.
           y: ``[batch, seq, d_out]``.
-          delta: of the same call; None where it was fused, and is made again here for those positions.
-          stride: 1 or more.
+          delta: of the same call; None where it is to be made again here for those positions.
+          stride: 1 or more, see `nalora_jax.selection.sampled`.
           scale: the layer's ``s``.
         """
-        x, y = lax.stop_gradient((x[:, ::stride], y[:, ::stride]))
+        x, y = lax.stop_gradient((x, sampled(y, stride)))
         if delta is not None:
-            delta = lax.stop_gradient(delta[:, ::stride])
+            delta = lax.stop_gradient(sampled(delta, stride))
         elif self.target is not None and self.has_variable("lora", "a"):
             a, b = lax.stop_gradient((self.get_variable("lora", "a"), self.get_variable("lora", "b")))
-            delta = residual(x, a, b, scale, operand=self.numerics.adapter).astype(y.dtype)
+            # Sampled behind A, whose product with all of x the call has made: no further pass over x.
+            hidden = scale * dot(x.reshape(-1, x.shape[-1]), a, self.numerics.adapter)
+            hidden = sampled(hidden.reshape(*x.shape[:-1], -1), stride)
+            delta = dot(hidden.reshape(-1, b.shape[0]), b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
         else:
             delta = jnp.zeros_like(y)
         return Probe(y - delta, delta)

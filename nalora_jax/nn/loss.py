@@ -177,7 +177,9 @@ def _over_vocabulary(
     (rows, d_model), vocab = hidden.shape, _vocab(kernel, head)
     inner, outer = ((1, 1), (1, 0)) if head.transposed else ((1, 0), (1, 1))
 
-    def add(i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def add(
+        i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, attended = carry
         # The last block ends with the vocabulary, and leaves out what the one before it had.
         start = jnp.minimum(i * block, vocab - block)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nalora_jax import activations, trees
+from nalora_jax import activations, selection, trees
 from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.foreign import adapt_nnx
@@ -75,7 +75,7 @@ def test_values_gradients_and_statistics_are_those_of_the_functions(remat: bool)
             delta = residual(x, own["gate_proj"]["a"], own["gate_proj"]["b"], 2.0, masks[f"layers/{i}/ffn"])
             z = base + delta
             ones = jnp.ones(z.shape[:-1], bool)
-            probe = Probe(*(v[..., :: GateStatsConfig().probe_stride, :] for v in (base, delta)))
+            probe = Probe(*(selection.sampled(v, GateStatsConfig().probe_stride) for v in (base, delta)))
             stats[f"layers/{i}/ffn"] = gate_statistics(z, probe, ones, activations.get("silu"), GateStatsConfig())
             h = jax.nn.silu(z) * (x @ up)
             x = x + h @ down + residual(h, own["down_proj"]["a"], own["down_proj"]["b"], 2.0)

@@ -16,6 +16,7 @@ from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN,
 from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics
+from nalora_jax.selection import sampled
 
 D, F, R = 8, 20, 3
 TARGET = TargetSpec((R,), (6.0,))
@@ -77,15 +78,18 @@ def test_statistics_are_sums_over_real_tokens(kind: type) -> None:
     np.testing.assert_allclose(stats["linear"], np.abs(base * rho * (1 - rho) * dz).sum(0), rtol=1e-4)
 
 
-def test_strides_take_every_nth_position() -> None:
-    variables, x, weights = _build(GatedFFN(D, F, "silu", GATED))
+@pytest.mark.parametrize("length", [5, 64])
+def test_strides_take_one_in_n_positions(length: int) -> None:
+    variables, _, _ = _build(GatedFFN(D, F, "silu", GATED))
+    x = jax.random.normal(jax.random.key(2), (2, length, D))
+    weights = jax.random.bernoulli(jax.random.key(3), 0.8, x.shape[:2])
     full = GateStatsConfig(probe_stride=1)
     dense = GatedFFN(D, F, "silu", GATED, stats=full)
     thin = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(stride=2, probe_stride=4))
     _, got = thin.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
     for stride, names in {2: ("tokens", "slope", "occupancy"), 4: ("probe_tokens", "feature", "selection")}.items():
-        picked = x[:, ::stride]
-        _, want = dense.apply(variables, picked, SCALES, token_weights=weights[:, ::stride], mutable=["gate_stats"])
+        picked, counted = sampled(x, stride), sampled(weights, stride, axis=-1)
+        _, want = dense.apply(variables, picked, SCALES, token_weights=counted, mutable=["gate_stats"])
         for name in names:
             np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)
 
