@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax import activations, selection
-from nalora_jax.nn.lora import LoRADense, Probe, TargetSpec
+from nalora_jax.nn.lora import LoRADense, Probe
+from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics, restored, stored
 
 

@@ -15,10 +15,8 @@ from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
 from nalora_jax.nn.quantize import Quantized
 from nalora_jax.selection import sampled
 
+
 # A layer's spec is part of what its users name.
-__all__ = ["LoRADense", "Probe", "TargetSpec"]
-
-
 class Probe(NamedTuple):
     """The two parts of an adapted layer's output on one in n positions; constants of the backward pass."""
 
