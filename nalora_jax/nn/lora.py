@@ -16,7 +16,6 @@ from nalora_jax.nn.quantize import Quantized
 from nalora_jax.selection import sampled
 
 
-# A layer's spec is part of what its users name.
 class Probe(NamedTuple):
     """The two parts of an adapted layer's output on one in n positions; constants of the backward pass."""
 
