@@ -60,6 +60,7 @@ PARTS = (
     Part("peers", _lines("--peer Tunix --dtype {dtype}", "--peer EasyDeL --dtype {dtype}"), "--rounds 1 --steps 2"),
     Part("overhead", _lines("--dtype {dtype}"), "--pairs 3 --layers 2"),
     Part("tpu", ("",), "--quick"),
+    Part("tpu_ffn", ("",), "--topologies v5e:2x2 --tokens 2048"),
     Part(
         "flops",
         _lines(
@@ -94,6 +95,7 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
         "peers --peer EasyDeL": ["--peer-python", options.easydel_python],
         "packed": ["--trl-path", options.trl_path],
         "tpu": ["--tpu-path", options.tpu_path],
+        "tpu_ffn": ["--tpu-path", options.tpu_path],
     }
     environment = common.with_environment(
         {**common.ENVIRONMENT, **({"NALORA_BENCH_QUICK": "1"} if options.quick else {})}

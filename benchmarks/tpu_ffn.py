@@ -1,0 +1,152 @@
+"""Whether a hand-written kernel could win: one adapted FFN on a TPU, by the compiler's estimate, against the limit.
+
+    python benchmarks/tpu_ffn.py --tpu-path tpu
+
+Compiles the gated FFN of Llama-3.1-8B (rank 8 on gate and up, mask and statistics as in training, bfloat16) for one
+chip: forward, and a backward pass that makes the forward again, as in the training step. The compiler's estimate of
+every fusion, in cycles, is summed by kind. Beside it stand two limits:
+
+- the matrix products alone, at the chip's peak: no kernel is faster;
+- what has to move at least, at the chip's memory bandwidth: the kernels once per product, and every array of tokens
+  once in each pass (forward x, z, u, hidden, y; backward x, z, u and the gradients of y, hidden, z, u, x).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+from common import save
+from tables import Row, requirements
+from tpu import LLAMA, UNSCHEDULED
+
+TITLE = "One FFN on a TPU against the limit"
+RANK = 8
+PRODUCTS = 8  # forward 3, made again 2 (the output is not needed), backward 3: kernels have no gradients
+# Peak bfloat16 flops a second, bytes a second, cycles a second (peak / flops a cycle of the matrix units).
+CHIPS = {"v5e": (197e12, 819e9, 1.5e9), "v5p": (459e12, 2765e9, 1.75e9)}
+
+
+def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any:
+    """One adapted FFN, forward and backward, on one chip of ``topology``."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
+    from nalora_jax.nn.lora import TargetSpec
+    from nalora_jax.nn.matmul import numerics_for
+
+    place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
+    target = TargetSpec((RANK,), (2.0 * RANK,))
+    adapters = Adapters((("gate_proj", target), ("up_proj", target)))
+    block = GatedFFN(
+        d_model, d_ff, "silu", adapters, numerics=numerics_for("bfloat16", "tpu"), stats=GateStatsConfig(4)
+    )
+
+    def described(shape: tuple[int, ...], dtype: str = "bfloat16") -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def step(lora: Any, params: Any, mask: Any, x: jax.Array, g: jax.Array) -> Any:
+        def ffn(lora: Any, x: jax.Array) -> Any:
+            variables = {"params": params, "lora": lora, "gate_mask": {"mask": mask}}
+            return block.apply(variables, x, mutable=["gate_stats"])
+
+        y, pull, stats = jax.vjp(jax.checkpoint(ffn), lora, x, has_aux=True)
+        return y, stats, pull(g)
+
+    wide = ("gate_proj", "up_proj")
+    kernels = {name: {"kernel": described((d_model, d_ff))} for name in wide}
+    params = kernels | {"down_proj": {"kernel": described((d_ff, d_model))}}
+    lora = {
+        name: {"a": described((d_model, RANK), "float32"), "b": described((RANK, d_ff), "float32")} for name in wide
+    }
+    x = described((1, tokens, d_model))
+    with mock.patch.object(jax, "default_backend", return_value="tpu"):
+        lowered = jax.jit(step).lower(lora, params, described((d_ff,), "float32"), x, x)
+    return lowered.compile(compiler_options=compiler)
+
+
+def cycles(program: str) -> dict[str, float]:
+    """The compiler's estimates in a program's text, by kind: frozen products, passes over tokens, statistics."""
+    entry = program[program.index("\nENTRY") :]
+    found: Counter[str] = Counter()
+    for line in entry.splitlines():
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if not estimate:
+            continue
+        name = (re.search(r'op_name="([^"]*)"', line) or [None, ""])[1]
+        frozen = re.search(r"(gate|up|down)_proj/dot_general", name)
+        found["statistics" if "_observe" in name else "products" if frozen else "passes"] += int(estimate[1])
+    return dict(found)
+
+
+def measure(topology: str, tokens: int) -> dict[str, Any]:
+    """Flops, bytes and estimated seconds of the compiled block beside the least possible."""
+    d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
+    whole, counted = compiled(topology, tokens, None), compiled(topology, tokens, UNSCHEDULED).cost_analysis()
+    clock = CHIPS[topology.split(":")[0]][2]
+    return {
+        "settings": {"topology": topology, "tokens": tokens},
+        "flops": counted["flops"],
+        "least_flops": PRODUCTS * 2.0 * tokens * d_model * d_ff,
+        "bytes": counted["bytes accessed"],
+        "least_bytes": 2.0 * (PRODUCTS * d_model * d_ff + tokens * (5 * d_model + 8 * d_ff)),
+        "seconds": {kind: count / clock for kind, count in cycles(whole.as_text()).items()},
+        "temporary": int(whole.memory_analysis().temp_size_in_bytes),
+    }
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Flops, bytes and time of each case over the least."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        flops, bandwidth, _ = CHIPS[found["settings"]["topology"].split(":")[0]]
+        for key, unit, scale in (("flops", "TF", 1e12), ("bytes", "GB", 1e9)):
+            ours, least = found[key], found[f"least_{key}"]
+            texts = f"{ours / scale:.3f} {unit}", f"{least / scale:.3f} {unit}"
+            found_rows.append(Row(f"{key}, {case}", *texts, ours / least))
+        limit = max(found["least_flops"] / flops, found["least_bytes"] / bandwidth)
+        bound = max(found["flops"] / flops, found["bytes"] / bandwidth)
+        found_rows.append(Row(f"roofline, {case}", _ms(bound), _ms(limit), bound / limit))
+        total = sum(found["seconds"].values())
+        found_rows.append(Row(f"compiler's estimate, {case}", _ms(total), _ms(limit), total / limit))
+        for kind, seconds in sorted(found["seconds"].items()):
+            found_rows.append(Row(f"of this {kind}, {case}", _ms(seconds), _ms(limit), seconds / limit))
+    return found_rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The section's Markdown."""
+    return requirements(rows(record), ours="XLA's program", other="limit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
+    parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v5p:2x2x1"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
+    options = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    if options.tpu_path:
+        sys.path.append(options.tpu_path)
+    record: dict[str, Any] = {"cases": {}}
+    for topology in options.topologies:
+        for tokens in options.tokens:
+            case = f"{topology.split(':')[0]}, {tokens:,} tokens"
+            record["cases"] |= save("tpu_ffn", case, measure(topology, tokens))["cases"]
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
