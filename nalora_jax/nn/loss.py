@@ -183,7 +183,9 @@ def _over_vocabulary(
         top, total, attended = carry
         # The last block ends with the vocabulary, and leaves out what the one before it had.
         start = jnp.minimum(i * block, vocab - block)
-        part = kernel if block == vocab else block_of(kernel, start, block, axis=0 if head.transposed else 1)
+        part = (
+            unpack_leaf(kernel) if block == vocab else block_of(kernel, start, block, axis=0 if head.transposed else 1)
+        )
         logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
         if vocab % block:
             logits = jnp.where(start + jnp.arange(block) >= i * block, logits, -jnp.inf)

@@ -120,8 +120,9 @@ def test_blocks_of_a_large_vocabulary_and_every_size_of_chunk(transposed: bool, 
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-def test_a_viewed_bf16_head_is_the_head(transposed: bool) -> None:
-    hidden, kernel, targets, weights = _problem(vocab=3000)
+@pytest.mark.parametrize("vocab", [33, 3000])  # one block, several
+def test_a_viewed_bf16_head_is_the_head(transposed: bool, vocab: int) -> None:
+    hidden, kernel, targets, weights = _problem(vocab=vocab)
     matrix = jnp.asarray(kernel.T if transposed else kernel, jnp.bfloat16)
     head = Head(transposed, "bfloat16")
     arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
