@@ -209,7 +209,8 @@ def _compacted(
     flat, weights = hidden.reshape(n, -1), weights.reshape(n)
     # Rows with a target first; the last chunk is filled with rows of weight zero.
     order = jnp.argsort(weights == 0, stable=True)
-    order = jnp.pad(order, (0, max(tiles.rows)), constant_values=n)
+    sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
+    order = jnp.pad(order, (0, sizes[0]), constant_values=n)
     wanted = _target_rows(kernel, targets.reshape(n), head.transposed)
 
     def chunks(rows: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
@@ -226,11 +227,10 @@ def _compacted(
 
     carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype))
     start, left = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32)
-    smallest = min(tiles.rows)
-    for rows in tiles.rows:
-        # One chunk more than fits, unless a single smallest chunk takes what is left.
-        count = left // rows if rows > smallest else -(-left // rows)
-        count = jnp.where((rows > smallest) & (left - count * rows > smallest), count + 1, count)
+    for rows in sizes:
+        count = -(-left // rows)
+        if rows > sizes[-1]:  # what a single one of the smallest chunks takes is left to it
+            count = jnp.where(left - (count - 1) * rows > sizes[-1], count, count - 1)
         carry = chunks(rows, start, count, carry)
         start, left = start + count * rows, jnp.maximum(left - count * rows, 0)
     loss, gradient = carry
