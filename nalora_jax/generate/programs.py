@@ -18,7 +18,7 @@ from jax import lax
 from nalora_jax.generate.sampling import Array, Sampling, next_tokens
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.matmul import pack, pack_views
+from nalora_jax.nn.matmul import pack, view_params
 
 # Parameters that logits are made from, tied or not.
 _HEAD = ("embed", "lm_head")
@@ -60,9 +60,9 @@ class State:
 def view_weights(variables: Mapping[str, Any]) -> Weights:
     """``{"params": ...}``, and ``"lora"`` where there are adapters, as the programs take them."""
     params = variables["params"]
-    # XLA:CPU widens a bf16 table as a whole before it looks up a row, but not one of integers.
-    body = {**pack_views(params), "embed": pack_views(params["embed"], rank=2)}
-    return Weights({**variables, "params": body}, {"params": {k: v for k, v in params.items() if k in _HEAD}})
+    return Weights(
+        {**variables, "params": view_params(params)}, {"params": {k: v for k, v in params.items() if k in _HEAD}}
+    )
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))

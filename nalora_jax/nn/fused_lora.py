@@ -20,9 +20,8 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from nalora_jax.nn.matmul import Numerics, beside_masked, dot, expand, rounded, stored
+from nalora_jax.nn.matmul import Numerics, as_integers, beside_masked, dot, expand, rounded, stored, unpack_leaf
 from nalora_jax.nn.quantize import Quantized
 
 
@@ -57,12 +56,9 @@ def adapted_matmul(
 
 
 def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str) -> jax.Array:
-    parts = [rounded(first, operand), rounded(second, operand)]
-    if operand != "bfloat16":
-        return jnp.concatenate(parts, axis=axis)
     # As integers: XLA:CPU would join bf16 in float32, and convert both ways.
-    parts = [lax.bitcast_convert_type(part, jnp.uint16) for part in parts]
-    return lax.bitcast_convert_type(jnp.concatenate(parts, axis=axis), jnp.bfloat16)
+    parts = [as_integers(rounded(part, operand)) for part in (first, second)]
+    return unpack_leaf(jnp.concatenate(parts, axis=axis))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -68,8 +68,8 @@ def cross_entropy(
     chex.assert_equal_shape([targets, weights])
     chex.assert_shape(targets, hidden.shape[:2])
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    tiles = _tiles(_vocab(kernel, head), chunk, compact)
-    return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles, compact)
+    tiles = _tiles(kernel.shape[0 if head.transposed else 1], chunk, compact)
+    return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles)
 
 
 class _Tiles(NamedTuple):
@@ -77,53 +77,35 @@ class _Tiles(NamedTuple):
 
     rows: tuple[int, ...]  # hidden states, from large to small: the smaller ones for what the larger ones leave
     block: int  # entries of the vocabulary
-
-
-def _vocab(kernel: jax.Array, head: Head) -> int:
-    return kernel.shape[0 if head.transposed else 1]
+    compact: bool  # only rows that have a target
 
 
 def _tiles(vocab: int, chunk: int, compact: bool) -> _Tiles:
     # A mesh may split the vocabulary, which blocks would cut across.
     if compact and jax.default_backend() == "cpu":
-        return _Tiles((chunk,) if chunk else _ROWS, min(_BLOCK, vocab))
-    return _Tiles((chunk or max(16, _CHUNK_FLOATS // vocab),), vocab)
+        return _Tiles((chunk,) if chunk else _ROWS, min(_BLOCK, vocab), compact)
+    return _Tiles((chunk or max(16, _CHUNK_FLOATS // vocab),), vocab, compact)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    head: Head,
-    tiles: _Tiles,
-    compact: bool,
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles
 ) -> jax.Array:
-    run = _compacted if compact else _along_sequence
-    return run(hidden, kernel, targets, weights, head, tiles, False)[0]
+    return _in_chunks(False, hidden, kernel, targets, weights, head, tiles)[0]
 
 
-def _fwd(
-    hidden: jax.Array,
-    kernel: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    head: Head,
-    tiles: _Tiles,
-    compact: bool,
-) -> tuple[jax.Array, Any]:
-    run = _compacted if compact else _along_sequence
-    loss, gradient = run(hidden, kernel, targets, weights, head, tiles, True)
-    return loss, (gradient, weights)
+def _in_chunks(grad: bool, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+    """The loss, and hidden's gradient where it is wanted."""
+    *_, tiles = arguments
+    run = _compacted if tiles.compact else _along_sequence
+    return run(grad, *arguments)
 
 
-def _bwd(head: Head, tiles: _Tiles, compact: bool, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    gradient, weights = kept
-    return (gradient * g.astype(gradient.dtype), None, None, jnp.zeros_like(weights))
+def _bwd(head: Head, tiles: _Tiles, gradient: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None, None]:
+    return gradient * g.astype(gradient.dtype), None, None, None
 
 
-_cross_entropy.defvjp(_fwd, _bwd)
+_cross_entropy.defvjp(partial(_in_chunks, True), _bwd)
 
 
 def _target_rows(kernel: jax.Array, targets: jax.Array, transposed: bool) -> jax.Array:
@@ -174,7 +156,8 @@ def _over_vocabulary(
     """``max l``, ``sum exp(l - max)`` of the logits ``l`` of hidden ``[rows, d_model]``, both ``[rows]``, and, where
     ``grad``, ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the logits' derivative by their products.
     """
-    (rows, d_model), vocab = hidden.shape, _vocab(kernel, head)
+    (rows, d_model), axis = hidden.shape, 0 if head.transposed else 1
+    vocab = kernel.shape[axis]
     inner, outer = ((1, 1), (1, 0)) if head.transposed else ((1, 0), (1, 1))
 
     def add(
@@ -183,9 +166,7 @@ def _over_vocabulary(
         top, total, attended = carry
         # The last block ends with the vocabulary, and leaves out what the one before it had.
         start = jnp.minimum(i * block, vocab - block)
-        part = (
-            unpack_leaf(kernel) if block == vocab else block_of(kernel, start, block, axis=0 if head.transposed else 1)
-        )
+        part = unpack_leaf(kernel) if block == vocab else block_of(kernel, start, block, axis)
         logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
         if vocab % block:
             logits = jnp.where(start + jnp.arange(block) >= i * block, logits, -jnp.inf)
@@ -202,7 +183,7 @@ def _over_vocabulary(
 
 
 def _compacted(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles, grad: bool
+    grad: bool, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks over the rows that have a target; as many iterations as those need."""
     shape, n = hidden.shape, targets.size
@@ -238,7 +219,7 @@ def _compacted(
 
 
 def _along_sequence(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles, grad: bool
+    grad: bool, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, tiles: _Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
     batch, seq, d_model = hidden.shape

@@ -94,15 +94,19 @@ def _upper_bits(x: jax.Array) -> jax.Array:
     return ((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16)
 
 
+def as_integers(x: jax.Array) -> jax.Array:
+    """bf16 ``x`` viewed as uint16 on CPU, where XLA leaves integers alone; anything else as it is."""
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x
+
+
 def stored(x: jax.Array, dtype: str) -> jax.Array:
     """``x`` as it waits for the backward pass: rounded to ``dtype``, and named for rematerialised layers.
 
     On CPU bf16 is held as integers, for the reason that `pack` gives; `restored` undoes it.
     """
-    x = rounded(x, dtype)
-    if dtype == "bfloat16" and jax.default_backend() == "cpu":
-        x = lax.bitcast_convert_type(x, jnp.uint16)
-    return checkpoint_name(x, KEPT)
+    return checkpoint_name(as_integers(rounded(x, dtype)), KEPT)
 
 
 def restored(x: jax.Array, dtype: Any) -> jax.Array:
@@ -143,16 +147,12 @@ def look_up(table: jax.Array, rows: jax.Array, axis: int = 0) -> jax.Array:
 
     XLA:CPU would widen a whole bf16 table to float32 before it takes a row; integers it leaves alone.
     """
-    if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        table = lax.bitcast_convert_type(table, jnp.uint16)
-    return jnp.take(table, rows, axis=axis)
+    return jnp.take(as_integers(table), rows, axis=axis)
 
 
 def block_of(table: jax.Array, start: jax.Array, size: int, axis: int = 0) -> jax.Array:
     """``size`` rows (or columns) of a table from ``start`` on, as floats; the table may be packed, as for `look_up`."""
-    if table.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        table = lax.bitcast_convert_type(table, jnp.uint16)
-    return unpack_leaf(lax.dynamic_slice_in_dim(table, start, size, axis=axis))
+    return unpack_leaf(lax.dynamic_slice_in_dim(as_integers(table), start, size, axis=axis))
 
 
 def expand(kernel: jax.Array | Quantized) -> jax.Array:
@@ -192,9 +192,7 @@ def pack(params: Any) -> Any:
 
 
 def _pack_leaf(leaf: jax.Array) -> jax.Array:
-    if leaf.dtype == jnp.bfloat16 and leaf.ndim >= 3:
-        return lax.bitcast_convert_type(leaf, jnp.uint16)
-    return leaf
+    return as_integers(leaf) if leaf.ndim >= 3 else leaf
 
 
 def pack_views(params: Any, *, rank: int = 3) -> Any:
