@@ -122,7 +122,7 @@ def choose_remat(compute: ComputeConfig, platform: str) -> str:
     if compute.remat != "auto":
         return compute.remat
     if platform == "cpu":
-        return "none" if compute.dtype == "float32" else "dots"
+        return "dots"
     return "full"
 
 

@@ -113,31 +113,35 @@ def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     g = by_key_head(g, kv_heads)
     inner = jnp.sum(g * restored(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
-    dk = dv = jnp.zeros((g.shape[0], kv_heads, seq, g.shape[-1]), jnp.float32)
-    for start, end in blocks(seq):
+    dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
+    # The last block first: it alone adds to all keys, so that the others add to a part of what it made, in place.
+    for start, end in reversed(list(blocks(seq))):
         seen = _seen(heads, positions, segments, window, end)
         by_query = (x[..., start:end, :] for x in (logsumexp, g, inner))
         rows = (heads[0][..., start:end, :], *_own(positions, segments, start, end), *by_query)
-        sums = (dk[:, :, :end], dv[:, :, :end])
+        sums = (dk[..., :end], dv[..., :end])
         sums, dq_block = _by_pieces(partial(_gradients, seen, scoring), sums, rows)
-        dk, dv = (x.at[:, :, :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
+        dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
         dq.append(dq_block)
-    grads = (by_token(_joined(dq)) * scoring.scale, by_token(dk[:, :, None]), by_token(dv[:, :, None]))
+    # The barrier keeps XLA:CPU from turning a product instead of its result, which it then cannot run in bf16.
+    dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
+    grads = (by_token(_joined(dq[::-1])) * scoring.scale, by_token(dk), by_token(dv))
     return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None)
 
 
 def _gradients(
     seen: _Seen, scoring: Scoring, sums: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """``dk`` and ``dv`` with what some queries add to them, and those queries' ``dq``."""
+    """``dk`` and ``dv``, ``[..., head_dim, keys]``, with what some queries add to them, and those queries' ``dq``."""
     query, positions, segments, logsumexp, g, inner = rows
     scores, unseen = _scores(seen, scoring, query, positions, segments)
     weights = jnp.exp(scores + (unseen - logsumexp))
     slope = weights * (product("bkgqd,bktd->bkgqt", g, seen.value, scoring.operand) - inner)
     if scoring.softcap:
         slope = slope * (1 - jnp.square(scores / scoring.softcap))
-    dk = sums[0] + product("bkgqt,bkgqd->bktd", slope, restored(query, jnp.float32), scoring.operand)
-    dv = sums[1] + product("bkgqt,bkgqd->bktd", weights, g, scoring.operand)
+    # Queries on the left: a product wants its left operand turned, and scores are wider than heads.
+    dk = sums[0] + product("bkgqd,bkgqt->bkdt", restored(query, jnp.float32), slope, scoring.operand)
+    dv = sums[1] + product("bkgqd,bkgqt->bkdt", g, weights, scoring.operand)
     return (dk, dv), product("bkgqt,bktd->bkgqd", slope, seen.key, scoring.operand)
 
 

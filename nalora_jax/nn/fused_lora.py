@@ -14,6 +14,7 @@ the factors to the operand dtype.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,26 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.nn.matmul import Numerics, as_integers, beside_masked, dot, expand, rounded, stored, unpack_leaf
+from nalora_jax.nn.matmul import (
+    Numerics,
+    as_integers,
+    beside_masked,
+    contraction_multiple,
+    dot,
+    expand,
+    rounded,
+    stored,
+    unpack_leaf,
+)
 from nalora_jax.nn.quantize import Quantized
+
+
+def worthwhile(x: jax.Array, kernel: jax.Array | Quantized) -> bool:
+    """Whether x has so many rows that what a second pass costs is more than a copy of the kernel beside its factor.
+
+    It has not where text is generated: there the copy would be made for every token.
+    """
+    return 2 * math.prod(x.shape[:-1]) >= kernel.shape[-2]
 
 
 def adapted_matmul(
@@ -55,10 +74,23 @@ def adapted_matmul(
     return y.astype(numerics.result).reshape(*x.shape[:-1], b.shape[-1])
 
 
-def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str) -> jax.Array:
+def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str, multiple: int = 1) -> jax.Array:
+    """Both rounded, one behind the other, and zeros up to the next ``multiple``."""
     # As integers: XLA:CPU would join bf16 in float32, and convert both ways.
     parts = [as_integers(rounded(part, operand)) for part in (first, second)]
+    if missing := -sum(part.shape[axis] for part in parts) % multiple:
+        shape = (*parts[0].shape[:axis], missing, *parts[0].shape[axis + 1 :])
+        parts.append(jnp.zeros(shape, parts[0].dtype))
     return unpack_leaf(jnp.concatenate(parts, axis=axis))
+
+
+def _narrow(x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
+    """``x^T y`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``: ``[r, d]``."""
+    # XLA:CPU contracts the rows of a left operand in float32 only, for which the wide side would be made twice. Behind
+    # zeros the transposed side is an array of its own, which XLA does not fold back into the product.
+    turned = as_integers(rounded(x, operand)).T
+    turned = unpack_leaf(jnp.concatenate([turned, jnp.zeros_like(turned)]))
+    return dot(turned, y, operand)[: x.shape[1]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -71,11 +103,11 @@ def _adapted(
 def _adapted_fwd(
     x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    d_in, d_out = kernel.shape
+    (d_in, d_out), multiple = kernel.shape, contraction_multiple(operand)
     # s x A is kept by a rematerialised layer: r columns, for which it would make a product (or a pass over x) again.
     if d_out > d_in:
         hidden = stored(scale * dot(x, a, operand), "float32")
-        y = dot(_joined(x, hidden, 1, operand), _joined(expand(kernel), b, 0, operand), operand)
+        y = dot(_joined(x, hidden, 1, operand, multiple), _joined(expand(kernel), b, 0, operand, multiple), operand)
     else:
         both = dot(x, _joined(expand(kernel), a, 1, operand), operand)
         hidden = stored(scale * both[:, d_out:], "float32")
@@ -85,7 +117,7 @@ def _adapted_fwd(
 
 def _adapted_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     x, kernel, a, b, scale, mask, hidden = kept
-    (d_in, d_out), rank = kernel.shape, b.shape[0]
+    (d_in, d_out), rank, multiple = kernel.shape, b.shape[0], contraction_multiple(operand)
     wide = beside_masked(b, mask)
     if d_out > d_in:
         both = dot(g, _joined(expand(kernel), wide, 0, operand), operand, dims=(1, 1))
@@ -93,9 +125,10 @@ def _adapted_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any
         dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
     else:
         back = scale * dot(g, wide, operand, dims=(1, 1))
-        dx = dot(_joined(g, back[:, :rank], 1, operand), _joined(expand(kernel), a, 1, operand), operand, dims=(1, 1))
-    da = dot(x, back[:, -rank:], operand, dims=(0, 0))
-    db = dot(hidden, g, operand, dims=(0, 0))
+        factors = _joined(g, back[:, :rank], 1, operand, multiple), _joined(expand(kernel), a, 1, operand, multiple)
+        dx = dot(*factors, operand, dims=(1, 1))
+    da = _narrow(back[:, -rank:], x, operand).T
+    db = _narrow(hidden, g, operand)
     return dx.astype(x.dtype), None, da, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.nn.fused_lora import adapted_matmul
+from nalora_jax.nn.fused_lora import adapted_matmul, worthwhile
 from nalora_jax.nn.low_rank import TargetSpec, batched_residual, column_norm, combine, init_a, residual
 from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
 from nalora_jax.nn.quantize import Quantized
@@ -74,7 +74,7 @@ class LoRADense(nn.Module):
         a, b = adapter
         drops = self.dropout > 0 and not deterministic
         plain = a.ndim == 2 and not (self.dora or drops)
-        if self.numerics.fused and plain and not self.is_initializing():
+        if self.numerics.fused and plain and worthwhile(x, kernel) and not self.is_initializing():
             return _biased(adapted_matmul(x, kernel, a, b, scale, mask, self.numerics), bias), None
         base = matmul(x, kernel, self.numerics)
         inner = nn.Dropout(self.dropout, deterministic=deterministic)(x) if self.dropout > 0 else x

@@ -11,7 +11,8 @@ Model code says ``matmul(x, kernel, numerics)`` and reads the same on every plat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def numerics_for(dtype: str, platform: str) -> Numerics:
       NaloraError: ``dtype`` is neither "float32" nor "bfloat16".
     """
     if dtype == "float32":
-        return Numerics()
+        return Numerics(fused=platform == "cpu")
     if dtype != "bfloat16":
         raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
     if platform == "cpu":
@@ -132,6 +133,25 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
         x = jnp.concatenate([x, x])
     y = lax.dot_general(rounded(x, operand), rounded(y, operand), contract, preferred_element_type=jnp.float32)
     return y[:rows] if dims[0] == 1 else y
+
+
+def contraction_multiple(operand: str) -> int:
+    """What the length of a contraction should be a multiple of, for operands of dtype ``operand``.
+
+    Tiles of AMX take 32 bf16 numbers: 608 columns, the last 24 of them zeros, are a fifth faster than 584.
+    """
+    return 32 if operand == "bfloat16" and _has_amx() else 1
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether this is a CPU with matrix tiles for bf16."""
+    if jax.default_backend() != "cpu":
+        return False
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def beside_masked(b: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.nn.fused_lora import adapted_matmul
+from nalora_jax.nn import fused_lora
+from nalora_jax.nn.fused_lora import adapted_matmul, worthwhile
 from nalora_jax.nn.low_rank import residual
 from nalora_jax.nn.matmul import Numerics, expand, matmul
 from nalora_jax.nn.quantize import quantize
@@ -59,3 +60,24 @@ def test_bf16_operands_cost_their_rounding_only(widths: tuple[int, int]) -> None
 
     for low, high in zip(gradients("bfloat16"), gradients("float32"), strict=True):
         assert 0 < np.abs(low - high).max() < 0.05 * np.abs(high).max()
+
+
+@pytest.mark.parametrize("operand", ["float32", "bfloat16"])
+def test_contractions_filled_up_with_zeros_change_nothing(operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kernel, a, b, mask = _draw(64, 128, rank=5)
+
+    def results(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        x, kernel, a, b = arrays
+        monkeypatch.setattr(fused_lora, "contraction_multiple", lambda _: multiple)
+        wide = mask[: b.shape[1]]
+        y, back = jax.vjp(lambda x, a, b: adapted_matmul(x, kernel, a, b, 0.7, wide, Numerics(operand)), x, a, b)
+        return y, *back(jnp.cos(y))
+
+    for arrays in ((x, kernel, a, b), (jnp.tile(x, 2), kernel.T, b.T, a.T)):
+        for plain, filled in zip(results(1, *arrays), results(32, *arrays), strict=True):
+            np.testing.assert_allclose(plain, filled, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, False), (31, False), (32, True), (4096, True)])
+def test_few_rows_leave_the_kernel_alone(rows: int, expected: bool) -> None:
+    assert worthwhile(jnp.zeros((1, rows, 64)), jnp.zeros((64, 128))) is expected

@@ -233,15 +233,22 @@ def test_masks_and_scales_act_after_the_warmup() -> None:
         assert np.all(step["misalignment"] > 0)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("fault", ["activation", "scale", "sign"])
-def test_the_debug_check_catches_injected_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_debug_check_catches_injected_faults(fault: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
+    monkeypatch.setattr(lora, "worthwhile", lambda *_: fused)
     _run(debug, steps=1)  # the sound model passes
+    sound = lora.adapted_matmul
+
+    def scaled(factor: float) -> None:
+        """Adapters that add ``factor`` of what they should, in one product with the base or apart."""
+        monkeypatch.setattr(lora, "adapted_matmul", lambda x, w, a, b, s, *rest: sound(x, w, a, b, factor * s, *rest))
+        monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base + factor * delta)
+
     if fault == "activation":
         monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
-    elif fault == "scale":
-        monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base + 1.1 * delta)
     else:
-        monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base - delta)
+        scaled(1.1 if fault == "scale" else -1.0)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run(debug, steps=1)
