@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -26,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-# Where figures go; short trial runs (run.py --quick) keep theirs apart from the published ones.
+# Where figures go, in a folder for each kind of machine; short trial runs (run.py --quick) keep theirs apart from the
+# published ones.
 PUBLISHED = Path(__file__).parent / "results"
 QUICK = PUBLISHED / "quick"
-RESULTS = QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED
 
 # Instruction sets that decide how fast a CPU multiplies matrices; every figure names those that it had.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
@@ -74,6 +75,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_name(found: Mapping[str, Any]) -> str:
+    """A file name for the kind of machine that `machine` describes: "amd-epyc", "intel-xeon-amx"."""
+    cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
+    words = re.findall(r"[a-z0-9]+", cpu) + (["amx"] if found["flags"].get("amx_bf16") else [])
+    return "-".join(words)
+
+
 def versions() -> dict[str, str]:
     """Of the packages that figures depend on, as far as this Python has them."""
     return {name: found for name in _PACKAGES if (found := _version(name))}
@@ -94,6 +102,9 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED) / machine_name(machine())
 
 
 def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:
@@ -301,7 +312,7 @@ def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str
     save(f"{part}_search", case, {"settings": vars(options), "speeds": speeds})
 
 
-def fastest(part: str, case: str, default: str, folder: Path = PUBLISHED) -> str:
+def fastest(part: str, case: str, default: str, folder: Path = RESULTS) -> str:
     """The setting with the highest median speed that `search` recorded of a case; ``default`` where there is none."""
     speeds = load(f"{part}_search", folder)["cases"].get(case, {}).get("speeds", {})
     return max(speeds, key=lambda name: statistics.median(speeds[name]), default=default)

@@ -202,7 +202,7 @@ def _short(size: float) -> str:
 
 
 def main() -> None:
-    from common import PUBLISHED, RESULTS, load
+    from common import QUICK, RESULTS, load
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=tuple(AXES))
@@ -213,7 +213,7 @@ def main() -> None:
         sizes = AXES[axis][0][:2] if options.quick else AXES[axis][0]
         found = measure(axis, sizes, options.repeats)
         print(table(save("growth", axis, {"settings": vars(options), **found})))
-    if RESULTS == PUBLISHED:
+    if RESULTS.parent != QUICK:
         plot(load("growth"), PLOT)
 
 

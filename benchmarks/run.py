@@ -6,8 +6,8 @@
     python benchmarks/run.py --page                        # the page alone, from the recorded figures
 
 Each part is a command of its own, which measures this library and what a user would pick instead side by side and puts
-raw figures into benchmarks/results/<part>.json; a part that fails is reported, and the others go on. Peers come with
-the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python,
+raw figures into benchmarks/results/<machine>/<part>.json; a part that fails is reported, and the others go on. Peers
+come with the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python,
 --easydel-python, --trl-path and --tpu-path: see the help of the parts multiple_choice, peers, packed and tpu.
 """
 
@@ -118,47 +118,79 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
 
 HEADER = """# Speed and memory
 
-Made by `python benchmarks/run.py` from `benchmarks/results/*.json`; every section names the command of each figure.
-Where repeated, a figure is the median, with minimum and maximum behind it; a ratio is that of the medians, or the
-median of paired ratios with its 95% interval. Both sides of a comparison run on the same machine, in turn, in processes
-of their own, with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. The machine is shared: differences below 5% mean nothing.
+Made by `python benchmarks/run.py` from `benchmarks/results/<machine>/*.json`; every section names the command of each
+figure and the machine that it was measured on. Where repeated, a figure is the median, with minimum and maximum behind
+it; a ratio is that of the medians, or the median of paired ratios with its 95% interval. Both sides of a comparison run
+on the same machine, in turn, in processes of their own, with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. The machines are
+shared: differences below 5% mean nothing.
 """
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was recorded of one part on one machine."""
+
+    part: str
+    module: Any  # the part's script
+    record: dict[str, Any]
+
+    @property
+    def machine(self) -> str:
+        """The CPU, and whether it has AMX."""
+        machine = next(iter(self.record["cases"].values()))["machine"]
+        return f"{machine['cpu']}, {'AMX' if machine['flags'].get('amx_bf16') else 'no AMX'}"
+
+
+def recorded(folder: Path) -> list[Figures]:
+    """By machine, then in the order of the parts; parts without figures of a machine are left out."""
+    found = []
+    for machine in sorted(path for path in folder.iterdir() if path.is_dir() and path != common.QUICK):
+        for part in PARTS:
+            record = common.load(part.name, machine)
+            if record["cases"]:
+                found.append(Figures(part.name, importlib.import_module(part.name), record))
+    return found
 
 
 def render(folder: Path = common.PUBLISHED, notes: Path = NOTES) -> str:
     """The page's Markdown from the recorded figures."""
-    found = [(part.name, importlib.import_module(part.name), common.load(part.name, folder)) for part in PARTS]
-    measured = [item for item in found if item[2]["cases"]]
-    sections = [section(*item, notes) for item in measured]
-    return "\n\n".join([HEADER.strip(), overview(found), *sections]) + "\n"
+    found = recorded(folder)
+    machines = dict.fromkeys(figures.machine for figures in found)
+    overviews = [overview(name, [figures for figures in found if figures.machine == name]) for name in machines]
+    parts = [[figures for figures in found if figures.part == part.name] for part in PARTS]
+    sections = [section(measured, notes) for measured in parts if measured]
+    return "\n\n".join([HEADER.strip(), "## Required and measured", *overviews, *sections]) + "\n"
 
 
-def overview(found: Sequence[tuple[str, Any, dict[str, Any]]]) -> str:
-    """Every figure that something was required of, by part; parts without figures are named as such."""
+def overview(machine: str, found: Sequence[Figures]) -> str:
+    """Every figure of a machine that something was required of; parts without figures are named."""
     lines, verdicts = [], []
-    for _, module, record in found:
-        if not record["cases"]:
-            lines.append((module.TITLE, "not measured", "", "", ""))
-        for row in module.rows(record):
+    for figures in found:
+        for row in figures.module.rows(figures.record):
             if row.limit is not None:
-                measured = tables.ratio_text(row.ratio)
-                lines.append((module.TITLE, row.what, str(row.limit), measured, row.verdict))
+                lines.append(
+                    (figures.module.TITLE, row.what, str(row.limit), tables.ratio_text(row.ratio), row.verdict)
+                )
                 verdicts.append(row.verdict)
-    missing = sum(not record["cases"] for _, _, record in found)
-    head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required; {missing} parts not measured."
+    missing = [part.name for part in PARTS if part.name not in {figures.part for figures in found}]
+    head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
+    head += f" Not measured here: {', '.join(missing)}." if missing else ""
     table = tables.markdown(("part", "figure", "required", "measured", ""), lines)
-    return f"## Required and measured\n\n{head}\n\n{table}"
+    return f"### {machine}\n\n{head}\n\n{table}"
 
 
-def section(name: str, module: Any, record: dict[str, Any], notes: Path) -> str:
-    """A part's table, what its figures mean, and where they come from."""
+def section(found: Sequence[Figures], notes: Path) -> str:
+    """A part's tables, one for each machine, what its figures mean, and where they come from."""
+    module = found[0].module
     about = module.__doc__.strip().split("\n\n")[1:]
     prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
-    text = [f"## {module.TITLE}", *prose, module.table(record)]
-    note = notes / f"{name}.md"
+    text = [f"## {module.TITLE}", *prose]
+    for figures in found:
+        text += [f"**{figures.machine}**", module.table(figures.record)]
+    note = notes / f"{found[0].part}.md"
     if note.exists():
         text.append(note.read_text().strip())
-    return "\n\n".join([*text, sources(record)])
+    return "\n\n".join([*text, *(sources(figures.record) for figures in found)])
 
 
 def sources(record: dict[str, Any]) -> str:

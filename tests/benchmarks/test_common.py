@@ -110,3 +110,12 @@ def test_batches_come_back_in_order(common, tmp_path):
     found = common.load_batches(tmp_path / "b.npz")
     assert [int(batch["tokens"][0, 0]) for batch in found] == list(range(12))
     assert found[3]["mask"].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "amx", "name"),
+    [("AMD EPYC", False, "amd-epyc"), ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", True, None)],
+)
+def test_a_machine_s_folder_is_named_after_its_processor(common, cpu, amx, name):
+    found = common.machine_name({"cpu": cpu, "flags": {"amx_bf16": amx}})
+    assert found == (name or "intel-xeon-platinum-8481c-2-70ghz-amx")
