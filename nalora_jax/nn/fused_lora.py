@@ -86,10 +86,10 @@ def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str, multip
 
 def _narrow(x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
     """``x^T y`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``: ``[r, d]``."""
-    # XLA:CPU contracts the rows of a left operand in float32 only, for which the wide side would be made twice. Behind
-    # zeros the transposed side is an array of its own, which XLA does not fold back into the product.
+    # XLA:CPU contracts the rows of a left operand in float32 only, for which the wide side would be made twice. With a
+    # row of zeros the transposed side is an array of its own, which XLA does not fold back into the product.
     turned = as_integers(rounded(x, operand)).T
-    turned = unpack_leaf(jnp.concatenate([turned, jnp.zeros_like(turned)]))
+    turned = unpack_leaf(jnp.concatenate([turned, jnp.zeros_like(turned[:1])]))
     return dot(turned, y, operand)[: x.shape[1]]
 
 
