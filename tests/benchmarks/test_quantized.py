@@ -6,14 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(monkeypatch):
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*/quantized.json")), ids=lambda path: path.parent.name)
+def test_a_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import quantized
 
-    record = json.loads((BENCHMARKS / "results" / "quantized.json").read_text())
+    record = json.loads(path.read_text())
     (row,) = [row for row in quantized.rows(record) if row.limit]
     assert row.verdict == "met"
     _, _, *rows = quantized.table(record).splitlines()
