@@ -46,6 +46,14 @@ def environment(**more):
     return clean | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
 
 
+@pytest.fixture(autouse=True)
+def _listening():
+    """Tests in the background of a shell ignore the interrupt, and what they start would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(command, config, **more):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     arguments = [sys.executable, *COMMANDS[command], "--config", str(config), "--model", "a b"]
