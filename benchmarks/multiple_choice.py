@@ -8,7 +8,7 @@ Both libraries answer the same requests (texts of contexts and choices) through 
 first time, which also compiles, is reported apart. In float32 both must give the same answers. The harness runs at its
 fastest setting for the dtype, as --search found it on the first task: batch size (its "auto" too) and attention.
 
---peer-python names a Python that has lm-eval, transformers and torch; by default the one that runs this.
+--peer-python names a Python that has this package, lm-eval, transformers and torch; by default the one that runs this.
 """
 
 from __future__ import annotations
