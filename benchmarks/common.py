@@ -59,15 +59,22 @@ SMOLLM2 = {
 }
 
 
-def machine() -> dict[str, Any]:
-    """CPU, memory and versions: what a figure depends on."""
+def processor() -> dict[str, Any]:
+    """Name, cores and instruction sets of the CPU."""
     info = _proc_fields("/proc/cpuinfo")
     flags = set(info.get("flags", "").split())
-    memory = _proc_fields("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
     return {
         "cpu": info.get("model name", platform.processor() or "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "flags": {name: name in flags for name in _CPU_FLAGS},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """CPU, memory and versions: what a figure depends on."""
+    memory = _proc_fields("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
+    return {
+        **processor(),
         "memory_gb": round(int(memory) / 2**20, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -76,7 +83,7 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(found: Mapping[str, Any]) -> str:
-    """A file name for the kind of machine that `machine` describes: "amd-epyc", "intel-xeon-amx"."""
+    """A file name for the kind of machine that `processor` describes: "amd-epyc", "intel-xeon-amx"."""
     cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
     words = re.findall(r"[a-z0-9]+", cpu) + (["amx"] if found["flags"].get("amx_bf16") else [])
     return "-".join(words)
@@ -104,7 +111,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED) / machine_name(machine())
+RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED) / machine_name(processor())
 
 
 def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:

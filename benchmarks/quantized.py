@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from nalora_jax.data.pipeline import train_data
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.evaluate.heldout import Evaluator
-    from nalora_jax.train.step import ready
+    from nalora_jax.train.step import compile_ahead
     from nalora_jax.weights import load_model
 
     kind = None if options.measure == "bfloat16" else options.measure
@@ -65,13 +65,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         items = eval_examples(c.DataConfig(dataset=task), loaded.tokenizer, limit=options.questions)
         evaluators[task] = Evaluator(assembly.eval_model, loaded.tokenizer, items)
     state, batches, params = assembly.state, iter(data.batches()), assembly.view(loaded.params)
-    seconds, step = [], assembly.step
-    for i in range(options.steps):
-        batch = layout.make_global_batch(next(batches), mesh, rows_axis=1)
-        if i == 0:
-            step = ready(step, params, state, batch)
+    given = [layout.make_global_batch(next(batches), mesh, rows_axis=1) for _ in range(options.steps)]
+    compile_ahead(assembly.step, params, state, given[0])
+    seconds = []
+    for batch in given:
         began = time.perf_counter()
-        state, metrics = step(params, state, batch)
+        state, metrics = assembly.step(params, state, batch)
         loss = float(metrics["loss"])
         seconds.append(time.perf_counter() - began)
     record["training"] = {

@@ -82,7 +82,7 @@ PARTS = (
         _lines("--task socialiqa --dtype {dtype}", "--task arc_easy --dtype {dtype}"),
         "--rounds 1 --repeats 1 --count 20",
     ),
-    Part("quantized", ("",), "--steps 2 --questions 8"),
+    Part("quantized", ("",), "--steps 3 --questions 8"),
     Part("growth", ("",), "--quick"),
 )
 
@@ -137,8 +137,8 @@ class Figures:
     @property
     def machine(self) -> str:
         """The CPU, and whether it has AMX."""
-        machine = next(iter(self.record["cases"].values()))["machine"]
-        return f"{machine['cpu']}, {'AMX' if machine['flags'].get('amx_bf16') else 'no AMX'}"
+        case = next(iter(self.record["cases"].values()))
+        return f"{case['machine']['cpu']}, {'AMX' if tables.has_amx(case) else 'no AMX'}"
 
 
 def recorded(folder: Path) -> list[Figures]:
@@ -208,7 +208,7 @@ def describe(case: dict[str, Any]) -> str:
     """The machine of a case, its versions, and those of peers that ran in an environment of their own, in one line."""
     machine = case["machine"]
     flags = ", ".join(name for name, there in machine["flags"].items() if there)
-    missing = "" if machine["flags"].get("amx_bf16") else ", no AMX"
+    missing = "" if tables.has_amx(case) else ", no AMX"
     own = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
     versions = "; ".join(
         f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in found.items())

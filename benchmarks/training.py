@@ -117,7 +117,7 @@ def main() -> None:
     from nalora_jax import mesh as layout
     from nalora_jax.assembly import assemble
     from nalora_jax.config import MeshConfig
-    from nalora_jax.train.step import ready
+    from nalora_jax.train.step import compile_ahead
 
     if options.compilation_cache:
         from nalora_jax.run import use_compilation_cache
@@ -129,7 +129,7 @@ def main() -> None:
     state, step, params = assembly.state, assembly.step, assembly.view(params)
     batches = batches_of(options, base.vocab_size, mesh)
     losses, seconds = [], []
-    step = ready(step, params, state, batches[0])
+    compile_ahead(step, params, state, batches[0])
     for i, batch in enumerate(batches):
         began = time.perf_counter()
         state, metrics = step(params, state, batch)

@@ -13,7 +13,7 @@ import numpy as np
 
 from nalora_jax.errors import TrainingDivergedError
 from nalora_jax.train.state import TrainState
-from nalora_jax.train.step import ready
+from nalora_jax.train.step import compile_ahead
 
 
 class Hooks(Protocol):
@@ -85,7 +85,7 @@ def fit(
     for step in range(start + 1, schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
-            step_fn = ready(step_fn, params, state, batch)
+            compile_ahead(step_fn, params, state, batch)
         state, metrics = step_fn(params, state, batch)
         hooks.advance(step)
         meter.add(step, metrics)

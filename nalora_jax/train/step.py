@@ -36,16 +36,15 @@ Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 _MAXIMA = ("identity_error", "identity_scale")
 
 
-def ready(step: Step, params: Any, state: TrainState, batch: Batch) -> Step:
-    """``step``, compiled for arguments like these before its first call, and the compiler's memory handed back.
+def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> None:
+    """Compiles ``step`` for arguments like these before its first call, and hands the compiler's memory back.
 
     A first call would compile as well, but allocate its buffers on top of what the compiler had. A step that is not
-    jitted is returned as it is.
+    jitted is left alone.
     """
     if hasattr(step, "lower"):
         step.lower(params, state, batch).compile()  # the call finds it compiled
         heap.release()
-    return step
 
 
 @dataclass(frozen=True)
