@@ -275,7 +275,9 @@ class MoEFFN(nn.Module):
         base, delta = gate(rows, routing, scales.get("gate_proj", 1.0), mask, **options)
         z = combine(base, delta)
         u = combine(*self._experts("up_proj", self.d_ff)(rows, routing, scales.get("up_proj", 1.0), **options))
-        hidden, selected = gated_product(z, u, activations.get(self.activation), self.numerics.kept)
+        hidden, selected = gated_product(
+            z, u, activations.get(self.activation), self.numerics.kept, self.numerics.result
+        )
         self._observe(base, delta, z, selected, routing, token_weights)
         down = self._experts("down_proj", self.d_model)
         y = combine(*down(hidden, routing, scales.get("down_proj", 1.0), **options))

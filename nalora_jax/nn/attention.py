@@ -42,6 +42,7 @@ class Scoring:
     operand: str = "float32"  # dtype of the products' operands; sums and softmax are float32
     kept: str = "float32"  # what queries, keys, values and the result are rounded to for the backward pass
     dropout: float = 0.0  # rate on the probabilities
+    result: str = "float32"  # dtype of the result
 
 
 class Keys(NamedTuple):
@@ -84,8 +85,20 @@ def attention(
       kernel: which implementation, by default the platform's best; all of them compute the same.
 
     Returns:
-      ``[batch, seq, heads, head_dim]`` float32.
+      ``[batch, seq, heads, head_dim]`` in ``scoring.result``.
     """
+    return _attention(q, keys, window, scoring, cached, dropout_rng, kernel).astype(scoring.result)
+
+
+def _attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    scoring: Scoring,
+    cached: CachedKeys | None,
+    dropout_rng: jax.Array | None,
+    kernel: Kernel,
+) -> jax.Array:
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
     if cached is not None and cached.positions.shape[1] == 0:  # a cache without slots: there were no earlier calls

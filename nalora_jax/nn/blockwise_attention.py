@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nalora_jax import native
 from nalora_jax.nn.matmul import restored, rounded, stored
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def blockwise_attention(
       scoring: scale, soft cap, dtypes; its dropout is not applied.
 
     Returns:
-      ``[batch, seq, heads, head_dim]`` float32.
+      ``[batch, seq, heads, head_dim]`` in ``scoring.result``.
     """
     return _fwd(q, k, v, positions, segments, window, scoring)[0]
 
@@ -81,6 +82,8 @@ def _fwd(
     window: jax.Array | int,
     scoring: Scoring,
 ) -> tuple[jax.Array, Any]:
+    if _on_tiles(scoring):
+        return _fwd_on_tiles(q, k, v, positions, segments, window, scoring)
     heads = tuple(stored(by_key_head(x, k.shape[2]), scoring.kept) for x in (q * scoring.scale, k, v))
     outs, totals = [], []
     for start, end in blocks(q.shape[1]):
@@ -93,7 +96,42 @@ def _fwd(
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     held = stored(out, scoring.kept)
     kept = (*heads, held, stored(logsumexp, "float32"), positions, segments, window, like)
-    return by_token(restored(held, jnp.float32)), kept
+    return by_token(restored(held, scoring.result)), kept
+
+
+def _on_tiles(scoring: Scoring) -> bool:
+    """Whether `nalora_jax.native` does the work: it reads and keeps bf16, and nothing else."""
+    return scoring.operand == scoring.kept == "bfloat16" and native.available()
+
+
+def _fwd_on_tiles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    window: jax.Array | int,
+    scoring: Scoring,
+) -> tuple[jax.Array, Any]:
+    heads = native.Heads(
+        stored(q * scoring.scale, scoring.kept),
+        stored(k, scoring.kept),
+        stored(v, scoring.kept),
+        positions,
+        segments,
+        window,
+    )
+    out, logsumexp = native.attention(heads, scoring.softcap)
+    out, logsumexp = stored(out, scoring.kept), stored(logsumexp, "float32")
+    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
+    return restored(out, scoring.result), (heads, out, logsumexp, like)
+
+
+def _bwd_on_tiles(scoring: Scoring, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    heads, out, logsumexp, like = residuals
+    dq, dk, dv = native.attention_gradient(heads, out, logsumexp, rounded(g, scoring.kept), scoring.softcap)
+    grads = (rounded(x, y.dtype) for x, y in zip((dq * scoring.scale, dk, dv), like, strict=True))
+    return *grads, None, None, None
 
 
 def _attended(seen: _Seen, scoring: Scoring, carry: None, rows: tuple[jax.Array, ...]) -> tuple[None, Any]:
@@ -109,9 +147,11 @@ def _attended(seen: _Seen, scoring: Scoring, carry: None, rows: tuple[jax.Array,
 
 
 def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    if _on_tiles(scoring):
+        return _bwd_on_tiles(scoring, kept, g)
     *heads, out, logsumexp, positions, segments, window, like = kept
     kv_heads, seq = heads[1].shape[1], g.shape[1]
-    g = by_key_head(g, kv_heads)
+    g = by_key_head(g.astype(jnp.float32), kv_heads)
     inner = jnp.sum(g * restored(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)

@@ -25,7 +25,7 @@ from jax import lax
 from nalora_jax import activations, selection
 from nalora_jax.nn.lora import LoRADense, Probe
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.nn.matmul import Numerics, restored, stored
+from nalora_jax.nn.matmul import Numerics, restored, rounded, stored
 
 
 @dataclass(frozen=True)
@@ -52,37 +52,48 @@ class Adapters:
 
 
 def gated_product(
-    z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str = "float32"
+    z: jax.Array,
+    u: jax.Array | None,
+    activation: activations.Activation,
+    kept: str = "float32",
+    result: str = "float32",
 ) -> tuple[jax.Array, jax.Array]:
     """``(a * u, a)`` with ``a = phi(z)``, of z and u rounded to ``kept``: all that the backward pass keeps.
+
+    Computed in ``result``, which ``a`` has too; ``a * u`` is of z's dtype.
 
     Autodiff would keep the sigmoid and phi(z) as well. ``a`` is there for the identity check, which reads the very
     tensor that u multiplies; it has no gradient of its own, and unused it costs nothing. Without u it is 1.
     """
     if u is not None:
         chex.assert_equal_shape([z, u])
-    return _gated_product(z, u, activation, kept)
+    return _gated_product(z, u, activation, kept, result)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gated_product(z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str) -> Any:
-    return _gated_product_fwd(z, u, activation, kept)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _gated_product(
+    z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str, result: str
+) -> Any:
+    return _gated_product_fwd(z, u, activation, kept, result)[0]
 
 
-def _gated_product_fwd(z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str) -> Any:
+def _gated_product_fwd(
+    z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str, result: str
+) -> Any:
     # The value is made of what is kept, so that a rematerialised layer makes it again without the products.
     held, like_z = (stored(z, kept), None if u is None else stored(u, kept)), jnp.zeros((0,), z.dtype)
-    a = activation.phi(restored(held[0], z.dtype))
-    return (a if held[1] is None else a * restored(held[1], z.dtype), a), (*held, like_z)
+    a = activation.phi(restored(held[0], result))
+    return (rounded(a if held[1] is None else a * restored(held[1], result), z.dtype), a), (*held, like_z)
 
 
-def _gated_product_bwd(activation: activations.Activation, kept: str, residuals: Any, g: Any) -> Any:
+def _gated_product_bwd(activation: activations.Activation, kept: str, result: str, residuals: Any, g: Any) -> Any:
     z, u, like_z = residuals
-    z = restored(z, like_z.dtype)
+    z, g = restored(z, result), g[0].astype(result)
     rho, drho = activation.gate(z)  # one exponential for both
+    slope = rho + z * drho
     if u is None:
-        return g[0] * (rho + z * drho), None
-    return g[0] * restored(u, z.dtype) * (rho + z * drho), g[0] * (z * rho)
+        return rounded(g * slope, like_z.dtype), None
+    return rounded(g * restored(u, result) * slope, like_z.dtype), rounded(g * (z * rho), like_z.dtype)
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
@@ -124,14 +135,14 @@ class _Block(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
 
-    def _dense(self, name: str, features: int) -> LoRADense:
+    def _dense(self, name: str, features: int, numerics: Numerics | None = None) -> LoRADense:
         return LoRADense(
             features,
             self.adapters.get(name),
             use_bias=self.use_bias,
             dora=self.adapters.dora,
             dropout=self.adapters.dropout,
-            numerics=self.numerics,
+            numerics=self.numerics if numerics is None else numerics,
             name=name,
         )
 
@@ -155,6 +166,7 @@ class _Block(nn.Module):
         if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
             return
         activation = activations.get(self.activation)
+        z = z.astype(self.numerics.result)
         if weights is None:
             weights = jnp.ones(z.shape[:-1], bool)
         probe = gate.probe(x, z, delta, self.stats.probe_stride, scale)
@@ -216,10 +228,12 @@ class GatedFFN(_Block):
         """
         scales = scales or {}
         options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
-        gate, scale = self._dense("gate_proj", self.d_ff), scales.get("gate_proj", 1.0)
+        within = self.numerics.within()
+        gate, scale = self._dense("gate_proj", self.d_ff, within), scales.get("gate_proj", 1.0)
         z, delta = gate(x, scale, self._mask(), **options)
-        u, _ = self._dense("up_proj", self.d_ff)(x, scales.get("up_proj", 1.0), **options)
-        hidden, selected = gated_product(z, u, activations.get(self.activation), self.numerics.kept)
+        u, _ = self._dense("up_proj", self.d_ff, within)(x, scales.get("up_proj", 1.0), **options)
+        activation = activations.get(self.activation)
+        hidden, selected = gated_product(z, u, activation, self.numerics.kept, self.numerics.result)
         self._observe(gate, x, z, delta, selected, scale, token_weights)
         return self._dense("down_proj", self.d_model)(hidden, scales.get("down_proj", 1.0), **options)[0]
 
@@ -240,8 +254,9 @@ class SelfGatedFFN(_Block):
         """``[batch, seq, d_model]`` -> ``[batch, seq, d_model]``; arguments as in `GatedFFN`."""
         scales = scales or {}
         options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
-        gate, scale = self._dense("in_proj", self.d_ff), scales.get("in_proj", 1.0)
+        gate, scale = self._dense("in_proj", self.d_ff, self.numerics.within()), scales.get("in_proj", 1.0)
         z, delta = gate(x, scale, self._mask(), **options)
-        hidden, selected = gated_product(z, None, activations.get(self.activation), self.numerics.kept)
+        activation = activations.get(self.activation)
+        hidden, selected = gated_product(z, None, activation, self.numerics.kept, self.numerics.result)
         self._observe(gate, x, z, delta, selected, scale, token_weights)
         return self._dense("out_proj", self.d_model)(hidden, scales.get("out_proj", 1.0), **options)[0]

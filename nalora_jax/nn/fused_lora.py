@@ -22,6 +22,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from nalora_jax.native import Sum, Term
 from nalora_jax.nn.matmul import (
     Numerics,
     as_integers,
@@ -29,8 +30,10 @@ from nalora_jax.nn.matmul import (
     contraction_multiple,
     dot,
     expand,
+    on_tiles,
     rounded,
     stored,
+    sums_on_tiles,
     unpack_leaf,
 )
 from nalora_jax.nn.quantize import Quantized
@@ -70,8 +73,8 @@ def adapted_matmul(
     chex.assert_shape(a, (x.shape[-1], b.shape[0]))
     chex.assert_shape(b, (a.shape[1], kernel.shape[-1]))
     flat = x.reshape(-1, x.shape[-1])
-    y = _adapted(flat, kernel, a, b, jnp.asarray(scale, jnp.float32), mask, numerics.operand)
-    return y.astype(numerics.result).reshape(*x.shape[:-1], b.shape[-1])
+    y = _adapted(flat, kernel, a, b, jnp.asarray(scale, jnp.float32), mask, (numerics.operand, numerics.result))
+    return y.reshape(*x.shape[:-1], b.shape[-1])
 
 
 def _joined(first: jax.Array, second: jax.Array, axis: int, operand: str, multiple: int = 1) -> jax.Array:
@@ -95,41 +98,66 @@ def _narrow(x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _adapted(
-    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
+    x: jax.Array,
+    kernel: Any,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array,
+    mask: jax.Array | None,
+    dtypes: tuple[str, str],
 ) -> jax.Array:
-    return _adapted_fwd(x, kernel, a, b, scale, mask, operand)[0]
+    return _adapted_fwd(x, kernel, a, b, scale, mask, dtypes)[0]
 
 
 def _adapted_fwd(
-    x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale: jax.Array, mask: jax.Array | None, operand: str
+    x: jax.Array,
+    kernel: Any,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array,
+    mask: jax.Array | None,
+    dtypes: tuple[str, str],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    (d_in, d_out), multiple = kernel.shape, contraction_multiple(operand)
+    (d_in, d_out), (operand, result) = kernel.shape, dtypes
+    multiple, tiles = contraction_multiple(operand), on_tiles(x.shape[0], operand)
     # s x A is kept by a rematerialised layer: r columns, for which it would make a product (or a pass over x) again.
-    if d_out > d_in:
+    if d_out > d_in or tiles:
         hidden = stored(scale * dot(x, a, operand), "float32")
-        y = dot(_joined(x, hidden, 1, operand, multiple), _joined(expand(kernel), b, 0, operand, multiple), operand)
+        if tiles:
+            (y,) = sums_on_tiles(Sum([Term(x, expand(kernel)), Term(hidden, b)], result))
+        else:
+            y = dot(_joined(x, hidden, 1, operand, multiple), _joined(expand(kernel), b, 0, operand, multiple), operand)
     else:
         both = dot(x, _joined(expand(kernel), a, 1, operand), operand)
         hidden = stored(scale * both[:, d_out:], "float32")
         y = both[:, :d_out] + dot(hidden, b, operand)
-    return y, (x, kernel, a, b, scale, mask, hidden)
+    return rounded(y, result), (x, kernel, a, b, scale, mask, hidden)
 
 
-def _adapted_bwd(operand: str, kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+def _adapted_bwd(dtypes: tuple[str, str], kept: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
     x, kernel, a, b, scale, mask, hidden = kept
-    (d_in, d_out), rank, multiple = kernel.shape, b.shape[0], contraction_multiple(operand)
+    (d_in, d_out), rank, operand = kernel.shape, b.shape[0], dtypes[0]
+    multiple = contraction_multiple(operand)
     wide = beside_masked(b, mask)
-    if d_out > d_in:
-        both = dot(g, _joined(expand(kernel), wide, 0, operand), operand, dims=(1, 1))
-        back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
-        dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
-    else:
+    if on_tiles(x.shape[0], operand):
         back = scale * dot(g, wide, operand, dims=(1, 1))
-        factors = _joined(g, back[:, :rank], 1, operand, multiple), _joined(expand(kernel), a, 1, operand, multiple)
-        dx = dot(*factors, operand, dims=(1, 1))
-    da = _narrow(back[:, -rank:], x, operand).T
-    db = _narrow(hidden, g, operand)
-    return dx.astype(x.dtype), None, da, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
+        dx, da, db = sums_on_tiles(
+            Sum([Term(g, expand(kernel), True), Term(back[:, :rank], a, True)], x.dtype),
+            Sum([Term(back[:, -rank:].T, x)]),
+            Sum([Term(hidden.T, g)]),
+        )
+    else:
+        if d_out > d_in:
+            both = dot(g, _joined(expand(kernel), wide, 0, operand), operand, dims=(1, 1))
+            back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
+            dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
+        else:
+            back = scale * dot(g, wide, operand, dims=(1, 1))
+            factors = _joined(g, back[:, :rank], 1, operand, multiple), _joined(expand(kernel), a, 1, operand, multiple)
+            dx = dot(*factors, operand, dims=(1, 1))
+        da, db = _narrow(back[:, -rank:], x, operand), _narrow(hidden, g, operand)
+        dx = rounded(dx, x.dtype)
+    return dx, None, da.T, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
 
 
 _adapted.defvjp(_adapted_fwd, _adapted_bwd)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nalora_jax import native
 from nalora_jax.nn.matmul import block_of, dot, look_up, rounded, unpack_leaf
 
 # Floats of one chunk of whole rows of logits, where the vocabulary is not cut: 64 MB, far below a model.
@@ -70,6 +71,11 @@ def cross_entropy(
     weights = lax.stop_gradient(weights.astype(jnp.float32))
     tiles = _tiles(kernel.shape[0 if head.transposed else 1], chunk, compact)
     return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles)
+
+
+def _on_tiles(kernel: jax.Array, head: Head) -> bool:
+    """Whether `nalora_jax.native` does the work, which reads bf16 and its views."""
+    return head.operand == "bfloat16" and kernel.dtype in (jnp.bfloat16, jnp.uint16) and native.available()
 
 
 class _Tiles(NamedTuple):
@@ -130,7 +136,18 @@ def _chunk(
 
     The gradient is of shape ``[rows, 0]`` where it is not wanted.
     """
-    top, total, attended = _over_vocabulary(hidden, kernel, head, block, grad)
+    if _on_tiles(kernel, head):
+        top, total, attended = native.over_vocabulary(
+            rounded(hidden, head.operand),
+            kernel,
+            jnp.sum(weights != 0, dtype=jnp.int32),
+            turned=head.transposed,
+            scale=head.scale,
+            softcap=head.softcap,
+            gradient=grad,
+        )
+    else:
+        top, total, attended = _over_vocabulary(hidden, kernel, head, block, grad)
     # The target's own logit and its part of the gradient take one row of the head, no [rows, vocab] one-hot.
     wanted = unpack_leaf(target_rows).astype(jnp.float32)
     picked, slope = _shaped(jnp.sum(rounded(hidden, head.operand).astype(jnp.float32) * wanted, axis=-1), head)
@@ -190,6 +207,10 @@ def _compacted(
     flat, weights = hidden.reshape(n, -1), weights.reshape(n)
     # Rows with a target first; the last chunk is filled with rows of weight zero.
     order = jnp.argsort(weights == 0, stable=True)
+    if _on_tiles(kernel, head):
+        h, r = (jnp.take(x, order, axis=0) for x in (flat, _target_rows(kernel, targets.reshape(n), head.transposed)))
+        loss, back = _chunk(h, kernel, r, weights[order], head, 0, grad)
+        return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(shape) if grad else back
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)
     wanted = _target_rows(kernel, targets.reshape(n), head.transposed)

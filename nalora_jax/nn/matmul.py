@@ -10,9 +10,8 @@ Model code says ``matmul(x, kernel, numerics)`` and reads the same on every plat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from nalora_jax import native
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.quantize import Quantized, dequantize
 
@@ -37,6 +37,11 @@ class Numerics:
     adapter: str = "float32"  # what the adapters' operands are rounded to; masters stay float32
     kept: str = "float32"  # what activations are rounded to where they wait for the backward pass
     fused: bool = False  # adapters ride along in the frozen product (`nalora_jax.nn.fused_lora`)
+    inner: str | None = None  # what arrays between two products of a block are rounded to; None: as ``result``
+
+    def within(self) -> Numerics:
+        """Those of products whose results only meet elementwise functions before they are operands again."""
+        return self if self.inner is None else replace(self, result=self.inner)
 
 
 def numerics_for(dtype: str, platform: str) -> Numerics:
@@ -50,7 +55,9 @@ def numerics_for(dtype: str, platform: str) -> Numerics:
     if dtype != "bfloat16":
         raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
     if platform == "cpu":
-        return Numerics(operand="bfloat16", result="float32", adapter="bfloat16", kept="bfloat16", fused=True)
+        # Only the tiles round their sums on the way out; XLA's products would take another pass for it.
+        inner = "bfloat16" if native.available() else None
+        return Numerics("bfloat16", "float32", adapter="bfloat16", kept="bfloat16", fused=True, inner=inner)
     return Numerics("bfloat16", "bfloat16", adapter="bfloat16", kept="bfloat16")
 
 
@@ -67,7 +74,7 @@ def matmul(x: jax.Array, kernel: jax.Array | Quantized, numerics: Numerics) -> j
     """
     # Two-dimensional operands: XLA:CPU needs 60% more time for the same product over a [batch, seq, d] operand.
     y = _frozen(x.reshape(-1, x.shape[-1]), kernel, numerics)
-    return y.astype(numerics.result).reshape(*x.shape[:-1], kernel.shape[-1])
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
@@ -124,15 +131,30 @@ def kept(x: jax.Array, dtype: str) -> jax.Array:
 kept.defvjp(lambda x, dtype: (restored(stored(x, dtype), x.dtype), None), lambda dtype, _, g: (g,))
 
 
-def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)) -> jax.Array:
-    """The product of two matrices over dimensions ``dims``, operands rounded to ``operand``, result float32."""
+def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0), result: Any = "float32") -> jax.Array:
+    """The product of two matrices over dimensions ``dims``, operands rounded to ``operand``, summed in float32."""
     contract = (((dims[0],), (dims[1],)), ((), ()))
     rows = x.shape[0]
     if rows == 1 and dims[0] == 1 and operand == "bfloat16" and jax.default_backend() == "cpu":
         # XLA:CPU multiplies a single row in float32, after widening the whole bf16 matrix; two rows it does not.
         x = jnp.concatenate([x, x])
+    if dims[0] == 1 and on_tiles(rows, operand):
+        return sums_on_tiles(native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
     y = lax.dot_general(rounded(x, operand), rounded(y, operand), contract, preferred_element_type=jnp.float32)
-    return y[:rows] if dims[0] == 1 else y
+    return rounded(y[:rows] if dims[0] == 1 else y, result)
+
+
+def on_tiles(rows: int, operand: str) -> bool:
+    """Whether products of so many rows are `nalora_jax.native`'s."""
+    return rows >= 8 and operand == "bfloat16" and native.available()
+
+
+def sums_on_tiles(*sums: native.Sum) -> list[jax.Array]:
+    """`nalora_jax.native.products` of operands that are yet to be rounded."""
+    terms = (
+        [native.Term(rounded(x, "bfloat16"), rounded(y, "bfloat16"), turned) for x, y, turned in s[0]] for s in sums
+    )
+    return native.products(*(native.Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))
 
 
 def contraction_multiple(operand: str) -> int:
@@ -140,18 +162,7 @@ def contraction_multiple(operand: str) -> int:
 
     Tiles of AMX take 32 bf16 numbers: 608 columns, the last 24 of them zeros, are a fifth faster than 584.
     """
-    return 32 if operand == "bfloat16" and _has_amx() else 1
-
-
-@cache
-def _has_amx() -> bool:
-    """Whether this is a CPU with matrix tiles for bf16."""
-    if jax.default_backend() != "cpu":
-        return False
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return 32 if operand == "bfloat16" and jax.default_backend() == "cpu" and native.has_tiles() else 1
 
 
 def beside_masked(b: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -182,7 +193,7 @@ def expand(kernel: jax.Array | Quantized) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _frozen(x: jax.Array, kernel: Any, numerics: Numerics) -> jax.Array:
-    return dot(x, expand(kernel), numerics.operand)
+    return dot(x, expand(kernel), numerics.operand, result=numerics.result)
 
 
 def _frozen_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -193,8 +204,7 @@ def _frozen_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Arra
 def _frozen_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, Any]:
     # Autodiff would mix a float32 cotangent with a bf16 kernel, the slow path on CPU; here both are operands.
     kernel, like_x = residuals
-    dx = dot(g, expand(kernel), numerics.operand, dims=(1, 1)).astype(like_x.dtype)
-    return dx, None
+    return dot(g, expand(kernel), numerics.operand, dims=(1, 1), result=like_x.dtype), None
 
 
 _frozen.defvjp(_frozen_fwd, _frozen_bwd)

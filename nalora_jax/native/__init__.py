@@ -1,0 +1,259 @@
+"""Matrix products and attention on the matrix tiles (AMX) of a CPU, which XLA calls: bf16 operands, float32 sums.
+
+XLA:CPU's own products reach half of what the tiles can do at the shapes of a training step, and its attention passes
+over every score several times. The C++ sources beside this file are compiled on first use, where the CPU has tiles and
+there is a C++ compiler, and kept in the cache; everywhere else, and with ``NALORA_NATIVE=0``, the work is XLA's.
+``NALORA_NATIVE=plain`` compiles the same sources without tiles, for any CPU: slow, to try and test what calls them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+from jax import lax
+
+from nalora_jax.assets import cache_dir
+
+_log = logging.getLogger(__name__)
+
+_NAMES = ("kernels.cc", "tiles.h", "products.h", "attention.h", "vocabulary.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_TILES = (
+    "-DNALORA_TILES",
+    *(f"-m{feature}" for feature in ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
+    "-mprefer-vector-width=512",
+)
+_FUNCTIONS = ("products", "attention", "attention_gradient", "over_vocabulary")
+
+
+class Term(NamedTuple):
+    """One product of a sum; both sides bf16, or bf16 viewed as uint16."""
+
+    x: jax.Array  # [rows, depth]
+    y: jax.Array  # [depth, columns], or [columns, depth]
+    turned: bool = False  # the latter
+
+
+class Sum(NamedTuple):
+    """``sum_t x_t y_t``."""
+
+    terms: Sequence[Term]
+    dtype: Any = "float32"  # of the result; "bfloat16" is rounded once, from the float32 sum
+
+
+def products(*sums: Sum) -> list[jax.Array]:
+    """The sums ``[rows, columns]``, all in one call, so that threads share the work of them all.
+
+    Args:
+      sums: what to compute; rows and columns are free to differ.
+
+    Raises:
+      AssertionError: shapes or dtypes do not fit.
+    """
+    operands: list[jax.Array] = []
+    shapes = []
+    for terms, dtype in sums:
+        rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].turned else 1]
+        for x, y, turned in terms:
+            chex.assert_shape(x, (rows, None))
+            chex.assert_shape(y, (columns, x.shape[1]) if turned else (x.shape[1], columns))
+            operands += [_bits(x), _bits(y)]
+        bits = {"float32": jnp.float32, "bfloat16": jnp.uint16}[jnp.dtype(dtype).name]
+        shapes.append(jax.ShapeDtypeStruct((rows, columns), bits))
+    results = _call("products", shapes)(
+        *operands,
+        terms=np.array([len(terms) for terms, _ in sums], np.int64),
+        turned=np.array([turned for terms, _ in sums for *_, turned in terms], np.int64),
+    )
+    return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
+
+
+class Heads(NamedTuple):
+    """Queries, keys, values, and the integers that decide what is seen (see `nalora_jax.nn.attention`)."""
+
+    q: jax.Array  # [batch, seq, heads, head_dim], scaled; bf16 or a view of it
+    k: jax.Array  # [batch, seq, kv_heads, head_dim]
+    v: jax.Array  # the same
+    positions: jax.Array  # int [batch or 1, seq]
+    segments: jax.Array  # int [batch or 1, seq]
+    window: jax.Array | int  # scalar
+
+
+def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Attention's result, bf16 ``[batch, seq, heads, head_dim]``, and log-sum-exps, float32 ``[batch, heads, seq]``."""
+    batch, seq, n, _ = heads.q.shape
+    shapes = [
+        jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
+        jax.ShapeDtypeStruct((batch, n, seq), jnp.float32),
+    ]
+    out, logsumexp = _call("attention", shapes)(*_operands(heads), cap=np.float32(softcap))
+    return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
+
+
+def attention_gradient(
+    heads: Heads, out: jax.Array, logsumexp: jax.Array, g: jax.Array, softcap: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Float32 gradients of q, k and v, given what `attention` returned and the result's cotangent, bf16 as ``out``."""
+    chex.assert_equal_shape([heads.q, out, g])
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
+    arguments = (*_operands(heads), _bits(out), logsumexp, _bits(g))
+    dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap))
+    return dq, dk, dv
+
+
+def over_vocabulary(
+    hidden: jax.Array,
+    table: jax.Array,
+    count: jax.Array | int,
+    *,
+    turned: bool,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    gradient: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``max l``, ``sum exp(l - max)`` and ``sum exp(l - max) l' E`` of the logits ``l`` of hidden states.
+
+    Args:
+      hidden: bf16 ``[rows, d_model]``, or a view of it.
+      table: E, bf16 ``[d_model, vocab]``, or ``[vocab, d_model]`` if ``turned``; or a view of it.
+      count: how many of the rows, from the first on, are wanted; the others come out as 0, 1 and zeros.
+      turned: see table.
+      scale: products are multiplied by it, before the cap.
+      softcap: ``c tanh(l / c)``; 0: none.
+      gradient: whether the third is wanted.
+
+    Returns:
+      Float32 ``[rows]``, ``[rows]`` and ``[rows, d_model]`` (``[rows, 0]`` where it is not wanted), with ``l'`` the
+      derivative of the logits by their products.
+    """
+    rows, d_model = hidden.shape
+    chex.assert_axis_dimension(table, 1 if turned else 0, d_model)
+    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if gradient else 0), jnp.float32)]
+    attributes = {"turned": turned, "scale": np.float32(scale), "cap": np.float32(softcap)}
+    operands = (_bits(hidden), _bits(table), jnp.asarray(count, jnp.int32))
+    top, total, attended = _call("over_vocabulary", shapes)(*operands, **attributes)
+    return top, total, attended
+
+
+def _operands(heads: Heads) -> tuple[jax.Array, ...]:
+    chex.assert_rank(heads[:3], 4)
+    chex.assert_equal_shape([heads.k, heads.v])
+    integers = (jnp.asarray(x, jnp.int32) for x in heads[3:])
+    return (*map(_bits, heads[:3]), *integers)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    chex.assert_type(x, jnp.uint16)
+    return x
+
+
+def _call(function: str, shapes: list[jax.ShapeDtypeStruct]) -> Any:
+    return jax.ffi.ffi_call(_name(function), shapes, vmap_method="sequential")
+
+
+def _name(function: str, plain: bool | None = None) -> str:
+    plain = os.environ.get("NALORA_NATIVE") == "plain" if plain is None else plain
+    return f"nalora_{function}{'_plain' if plain else ''}"
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether this is a CPU with matrix tiles for bf16."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def available() -> bool:
+    """Whether these functions can run here, compiled and registered; why not is logged once if a compiler is lacking.
+
+    On several devices XLA would gather what a foreign function reads, so that they are for one CPU device only.
+    """
+    return jax.default_backend() == "cpu" and _available(os.environ.get("NALORA_NATIVE", ""), jax.device_count())
+
+
+@cache
+def _available(choice: str, devices: int) -> bool:
+    plain = choice == "plain"
+    if choice == "0" or not (plain or (devices == 1 and has_tiles() and platform.machine() == "x86_64")):
+        return False
+    try:
+        return register(build(find_compiler(), tiles=not plain), plain=plain)
+    except (OSError, RuntimeError) as error:
+        _log.warning("products and attention are XLA's, at half the speed of this CPU's tiles: %s", error)
+        return False
+
+
+def find_compiler() -> str:
+    """``$CXX``, or the first C++ compiler on the path.
+
+    Raises:
+      RuntimeError: there is none.
+    """
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if found := shutil.which(name):
+            return found
+    raise RuntimeError("no C++ compiler was found; install g++ or name one in CXX")
+
+
+def build(compiler: str, *, tiles: bool = True) -> Path:
+    """The compiled library, from the cache where it has been compiled before.
+
+    Args:
+      compiler: a C++17 compiler.
+      tiles: for the tiles; else plain C++, for any CPU.
+
+    Raises:
+      RuntimeError: the compiler fails; with what it says.
+    """
+    flags = (*_FLAGS, *(_TILES if tiles else ()))
+    parts = [
+        *(source.read_text() for source in _SOURCES),
+        jaxlib.version.__version__,
+        str(Path(compiler).resolve()),
+        *flags,
+    ]
+    target = cache_dir() / "native" / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(_SOURCES[0]), "-o", str(made)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(f"{compiler} could not compile {_SOURCES[0]}: {run.stderr.strip()[-500:]}")
+        made.replace(target)
+    return target
+
+
+def register(library: Path, *, plain: bool = False) -> bool:
+    """Makes a library's functions known to XLA; whether this process may use them."""
+    handle = ctypes.CDLL(str(library))
+    if handle.nalora_prepare() != 0:
+        return False
+    for function in _FUNCTIONS:
+        capsule = jax.ffi.pycapsule(getattr(handle, f"nalora_{function}"))
+        jax.ffi.register_ffi_target(_name(function, plain), capsule, platform="cpu")
+    return True

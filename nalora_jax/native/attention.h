@@ -1,0 +1,460 @@
+// Softmax attention of every token over the tokens that it sees, and its gradient; what is seen is decided by integers.
+//
+// As in nn/blockwise_attention.py: a key is seen by queries of its segment, at positions from its own on and less than
+// `window` after it; tokens of a segment lie in order, so that keys after a query's block are not touched. Queries come
+// scaled. Operands of products are bfloat16, everything else is float32. No array is turned or copied as a whole:
+// heads are read where they lie, [batch, seq, heads, head_dim].
+//
+// The gradient makes the probabilities again from the log-sum-exps (flash attention, arXiv 2205.14135). It works on
+// turned scores, [keys, queries]: so made, they are the left operand of the gradients of keys and values as they are,
+// and packed for that of queries by interleaving two rows.
+
+#pragma once
+
+#include <climits>
+#include <string>
+
+#include "tiles.h"
+
+namespace nalora {
+
+constexpr int64_t kQueries = 256;  // that the gradient takes at a time
+constexpr float kUnseen = -1e30f;
+
+// exp to 2 units of the last place, of x between -87 and 88; NaN stays NaN. Without branches, so that compilers
+// vectorise it (Cephes' polynomial).
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer, in the lowest bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  int32_t bits, power;
+  std::memcpy(&bits, &p, sizeof(bits));
+  std::memcpy(&power, &shifted, sizeof(power));
+  bits += power << 23;
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
+}
+
+inline float capped(float score, float cap) {
+  return cap * (1.0f - 2.0f / (exponential(2.0f * (score / cap)) + 1.0f));
+}
+
+struct Shape {
+  int64_t batch, seq, heads, kv_heads, dim;
+  int64_t groups() const { return heads / kv_heads; }
+  int64_t rows() const { return up(seq, kSide); }      // with those that fill the last block
+  int64_t width() const { return up(dim, kStep); }
+  int64_t depth_steps() const { return width() / kStep; }
+};
+
+// Positions and segments of one row of the batch, filled up with what is never seen, and which blocks can meet.
+struct Places {
+  int32_t *positions, *segments;      // [rows]
+  int32_t *least, *most;              // [2, blocks]: of positions, of segments
+  int64_t blocks;
+  int32_t window;
+
+  static int64_t room(const Shape& shape) {
+    return 2 * Scratch::room<int32_t>(shape.rows()) + 2 * Scratch::room<int32_t>(2 * shape.rows() / kSide);
+  }
+
+  Places(const Shape& shape, const int32_t* of_positions, const int32_t* of_segments, int32_t window, Scratch& scratch)
+      : blocks(shape.rows() / kSide), window(window) {
+    positions = scratch.take<int32_t>(shape.rows());
+    segments = scratch.take<int32_t>(shape.rows());
+    least = scratch.take<int32_t>(2 * blocks);
+    most = scratch.take<int32_t>(2 * blocks);
+    for (int64_t i = 0; i < shape.rows(); i++) {
+      positions[i] = i < shape.seq ? of_positions[i] : 0;
+      segments[i] = i < shape.seq ? of_segments[i] : INT_MIN;
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t end = std::min(shape.seq, (b + 1) * kSide);
+      for (int64_t what = 0; what < 2; what++) {
+        const int32_t* from = what == 0 ? positions : segments;
+        least[what * blocks + b] = *std::min_element(from + b * kSide, from + end);
+        most[what * blocks + b] = *std::max_element(from + b * kSide, from + end);
+      }
+    }
+  }
+
+  // Whether a query of one block may see a key of another.
+  bool meet(int64_t queries, int64_t keys) const {
+    return most[blocks + keys] >= least[blocks + queries] && least[blocks + keys] <= most[blocks + queries] &&
+           least[keys] <= most[queries] &&
+           static_cast<int64_t>(least[queries]) - most[keys] < window;
+  }
+
+  int64_t first_met(int64_t queries, int64_t last) const {
+    int64_t keys = 0;
+    while (keys < last && !meet(queries, keys)) keys++;
+    return keys;
+  }
+};
+
+inline bool seen(int32_t position, int32_t segment, int32_t key_position, int32_t key_segment, int32_t window) {
+  // Bitwise, and unsigned: one comparison for both ends of the window.
+  return (segment == key_segment) & (segment != INT_MIN) &
+         (static_cast<uint32_t>(position) - static_cast<uint32_t>(key_position) < static_cast<uint32_t>(window));
+}
+
+// [rows, columns] of bits, rows `stride` apart, into [up(rows, 32), width], zeros around.
+inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, Bits* to) {
+  for (int64_t i = 0; i < up(rows, kSide); i++, to += width) {
+    const int64_t n = i < rows ? columns : 0;
+    std::memcpy(to, from + i * stride, n * sizeof(Bits));
+    std::memset(to + n, 0, (width - n) * sizeof(Bits));
+  }
+}
+
+// out[j, i] = in[i, j] of 32 x 32 numbers.
+template <typename T>
+inline void turned(const T* in, int64_t stride, T* out, int64_t out_stride) {
+#ifdef NALORA_TILES
+  for (int64_t i = 0; i < kSide; i += 16) {
+    for (int64_t j = 0; j < kSide; j += 16) {
+      __m512i r[16];
+      for (int64_t k = 0; k < 16; k++) {
+        const T* from = in + (i + k) * stride + j;
+        if constexpr (sizeof(T) == 4) {
+          r[k] = _mm512_loadu_si512(from);
+        } else {
+          r[k] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        }
+      }
+      turn(r);
+      for (int64_t k = 0; k < 16; k++) {
+        T* to = out + (j + k) * out_stride + i;
+        if constexpr (sizeof(T) == 4) {
+          _mm512_storeu_si512(to, r[k]);
+        } else {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(r[k]));
+        }
+      }
+    }
+  }
+#else
+  for (int64_t i = 0; i < kSide; i++) {
+    for (int64_t j = 0; j < kSide; j++) out[j * out_stride + i] = in[i * stride + j];
+  }
+#endif
+}
+
+struct Heads {
+  Shape shape;
+  const Bits *q, *k, *v;                // [batch, seq, heads or kv_heads, dim]
+  const int32_t *positions, *segments;  // [batch or 1, seq]
+  int64_t place_rows;                   // batch or 1
+  int32_t window;
+  float cap;
+
+  Places places(int64_t b, Scratch& scratch) const {
+    const int64_t at = place_rows == 1 ? 0 : b * shape.seq;
+    return Places(shape, positions + at, segments + at, window, scratch);
+  }
+};
+
+// One head of one row of the batch.
+template <bool kCapped>
+void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& block, Scratch& scratch) {
+  const Shape& shape = in.shape;
+  const int64_t b = unit / shape.heads, head = unit % shape.heads, seq = shape.seq, dim = shape.dim;
+  const int64_t rows = shape.rows(), width = shape.width(), steps = shape.depth_steps(), blocks = rows / kSide;
+  const int64_t stride = shape.heads * dim, key_stride = shape.kv_heads * dim;
+  const Bits* q = in.q + (b * seq * shape.heads + head) * dim;
+  const int64_t key_at = (b * seq * shape.kv_heads + head / shape.groups()) * dim;
+  const int64_t key_panel = steps * kPanelStep, value_panel = blocks * kPanelStep;
+  scratch.reserve(Places::room(shape) + Scratch::room<Bits>(blocks * key_panel) +
+                  Scratch::room<Bits>(steps * value_panel) + Scratch::room<float>(kSide * rows) +
+                  Scratch::room<Bits>(kSide * rows) + Scratch::room<Bits>(kSide * width) +
+                  Scratch::room<float>(kSide * width));
+  const Places at = in.places(b, scratch);
+  Bits* keys = scratch.take<Bits>(blocks * key_panel);
+  Bits* values = scratch.take<Bits>(steps * value_panel);
+  float* scores = scratch.take<float>(kSide * rows);
+  Bits* weights = scratch.take<Bits>(kSide * rows);
+  Bits* queries = scratch.take<Bits>(kSide * width);
+  float* sums = scratch.take<float>(kSide * width);
+  for (int64_t p = 0; p < blocks; p++) {
+    const int64_t n = std::min(kSide, seq - p * kSide);
+    pack_turned(in.k + key_at + p * kSide * key_stride, key_stride, dim, n, keys + p * key_panel);
+  }
+  for (int64_t c = 0; c < steps; c++) {
+    pack(in.v + key_at + c * kStep, key_stride, seq, std::min(kStep, dim - c * kStep), values + c * value_panel);
+  }
+  for (int64_t i = 0; i < blocks; i++) {
+    const int64_t row = i * kSide, n = std::min(kSide, seq - row), first = at.first_met(i, i), end = row + kSide;
+    gather(q + row * stride, stride, n, dim, width, queries);
+    for (int64_t p = first; p <= i; p++) {
+      block.clear();
+      block.add(queries, width, keys + p * key_panel, steps);
+      block.store(scores + p * kSide, rows);
+    }
+    float scale[kSide];
+    for (int64_t r = 0; r < kSide; r++) {
+      float* s = scores + r * rows;
+      Bits* w = weights + r * rows;
+      if (r >= n) {
+        std::memset(w + first * kSide, 0, (end - first * kSide) * sizeof(Bits));
+        continue;
+      }
+      const int32_t position = at.positions[row + r], segment = at.segments[row + r];
+      float lanes[kSide];
+      std::fill_n(lanes, kSide, kUnseen);
+      for (int64_t key = first * kSide; key < end; key += kSide) {
+        for (int64_t j = 0; j < kSide; j++) {
+          float score = s[key + j];
+          if constexpr (kCapped) score = capped(score, in.cap);
+          score = seen(position, segment, at.positions[key + j], at.segments[key + j], at.window) ? score : kUnseen;
+          s[key + j] = score;
+          lanes[j] = score > lanes[j] ? score : lanes[j];
+        }
+      }
+      const float top = most_of(lanes);
+      std::fill_n(lanes, kSide, 0.0f);
+      for (int64_t key = first * kSide; key < end; key += kSide) {
+        float e[kSide];
+        for (int64_t j = 0; j < kSide; j++) {
+          const float score = s[key + j];
+          e[j] = score == kUnseen ? 0.0f : exponential(score - top);
+          lanes[j] += e[j];
+        }
+        round_row(e, kSide, w + key);
+      }
+      const float total = sum_of(lanes);
+      scale[r] = total == 0 ? 0.0f : 1.0f / total;
+      logsumexp[(b * shape.heads + head) * seq + row + r] = top + std::log(total);
+    }
+    for (int64_t c = 0; c < steps; c++) {
+      block.clear();
+      block.add(weights + first * kSide, rows, values + c * value_panel + first * kPanelStep, i + 1 - first);
+      block.store(sums + c * kStep, width);
+    }
+    for (int64_t r = 0; r < n; r++) {
+      Bits* to = out + ((b * seq + row + r) * shape.heads + head) * dim;
+      for (int64_t c = 0; c < dim; c += kStep) {
+        float part[kSide];
+        for (int64_t j = 0; j < kSide; j++) part[j] = sums[r * width + c + j] * scale[r];
+        round_row(part, dim - c, to + c);
+      }
+    }
+  }
+}
+
+struct Gradient {
+  Heads in;
+  const Bits *out, *g;     // [batch, seq, heads, dim]: the result and its cotangent
+  const float* logsumexp;  // [batch, heads, seq]
+  float *dq, *dk, *dv;     // as q, k, v
+};
+
+// One key head of one row of the batch, and the heads that read it.
+template <bool kCapped>
+void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& scratch) {
+  const Heads& in = of.in;
+  const Shape& shape = in.shape;
+  const int64_t b = unit / shape.kv_heads, kv = unit % shape.kv_heads, seq = shape.seq, dim = shape.dim;
+  const int64_t rows = shape.rows(), width = shape.width(), steps = shape.depth_steps(), blocks = rows / kSide;
+  const int64_t stride = shape.heads * dim, key_stride = shape.kv_heads * dim;
+  const int64_t key_at = (b * seq * shape.kv_heads + kv) * dim, size = std::min(kQueries, rows);
+  const int64_t panel = steps * kPanelStep, tall = size / kSide * kPanelStep, deep = blocks * kPanelStep;
+  scratch.reserve(Places::room(shape) + 3 * Scratch::room<Bits>(rows * width) +
+                  2 * Scratch::room<float>(rows * width) + 2 * Scratch::room<Bits>(size / kSide * panel) +
+                  2 * Scratch::room<Bits>(steps * tall) + Scratch::room<Bits>(size / kSide * deep) +
+                  2 * Scratch::room<Bits>(kSide * size) + 2 * Scratch::room<float>(size));
+  const Places at = in.places(b, scratch);
+  Bits* keys = scratch.take<Bits>(rows * width);
+  Bits* values = scratch.take<Bits>(rows * width);
+  Bits* keys_turned = scratch.take<Bits>(width * rows);
+  float* dk = scratch.take<float>(rows * width);
+  float* dv = scratch.take<float>(rows * width);
+  Bits* q_panels = scratch.take<Bits>(size / kSide * panel);  // for the scores
+  Bits* g_panels = scratch.take<Bits>(size / kSide * panel);
+  Bits* q_tall = scratch.take<Bits>(steps * tall);  // for the sums over queries
+  Bits* g_tall = scratch.take<Bits>(steps * tall);
+  Bits* slopes_packed = scratch.take<Bits>(size / kSide * deep);  // for the sums over keys
+  Bits* weights = scratch.take<Bits>(kSide * size);
+  Bits* slopes = scratch.take<Bits>(kSide * size);
+  float* total = scratch.take<float>(size);
+  float* inner = scratch.take<float>(size);
+  gather(in.k + key_at, key_stride, seq, dim, width, keys);
+  gather(in.v + key_at, key_stride, seq, dim, width, values);
+  for (int64_t i = 0; i < rows; i += kSide) {
+    for (int64_t c = 0; c < width; c += kSide) turned(keys + i * width + c, width, keys_turned + c * rows + i, rows);
+  }
+  std::fill_n(dk, rows * width, 0.0f);
+  std::fill_n(dv, rows * width, 0.0f);
+  alignas(64) float scores[kSide * kSide], back[kSide * kSide];
+
+  for (int64_t head = kv * shape.groups(); head < (kv + 1) * shape.groups(); head++) {
+    for (int64_t start = 0; start < seq; start += size) {
+      const int64_t n = std::min(size, seq - start), panels = ceil_div(n, kSide), first_block = start / kSide;
+      const int64_t row_at = ((b * seq + start) * shape.heads + head) * dim;
+      const Bits *q = in.q + row_at, *g = of.g + row_at, *out = of.out + row_at;
+      int64_t first = first_block + panels;  // key block that any of these queries meets
+      for (int64_t p = 0; p < panels; p++) {
+        const int64_t columns = std::min(kSide, n - p * kSide), from = p * kSide * stride;
+        pack_turned(q + from, stride, dim, columns, q_panels + p * panel);
+        pack_turned(g + from, stride, dim, columns, g_panels + p * panel);
+        first = std::min(first, at.first_met(first_block + p, first_block + p));
+      }
+      for (int64_t c = 0; c < steps; c++) {
+        const int64_t columns = std::min(kStep, dim - c * kStep);
+        pack(q + c * kStep, stride, n, columns, q_tall + c * tall);
+        pack(g + c * kStep, stride, n, columns, g_tall + c * tall);
+      }
+      for (int64_t i = 0; i < up(n, kSide); i++) {
+        float lanes[kSide] = {};
+        if (i < n) {
+          for (int64_t c = 0; c < dim; c += kStep) {
+            for (int64_t j = 0; j < std::min(kStep, dim - c); j++) {
+              lanes[j] += widened(g[i * stride + c + j]) * widened(out[i * stride + c + j]);
+            }
+          }
+        }
+        total[i] = i < n ? of.logsumexp[(b * shape.heads + head) * seq + start + i] : 0.0f;
+        inner[i] = sum_of(lanes);
+      }
+      for (int64_t kb = first; kb < first_block + panels; kb++) {
+        const int64_t skipped = std::max<int64_t>(0, kb - first_block);  // queries before these keys
+        for (int64_t p = skipped; p < panels; p++) {
+          Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
+          const bool met = at.meet(first_block + p, kb);
+          if (met) {
+            block.clear();
+            block.add(keys + kb * kSide * width, width, q_panels + p * panel, steps);
+            block.store(scores, kSide);
+            block.clear();
+            block.add(values + kb * kSide * width, width, g_panels + p * panel, steps);
+            block.store(back, kSide);
+          }
+          const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
+          for (int64_t i = 0; i < kSide; i++) {
+            Bits *w = weights + i * size + p * kSide, *d = slopes + i * size + p * kSide;
+            if (!met) {
+              std::memset(w, 0, kSide * sizeof(Bits));
+              std::memset(d, 0, kSide * sizeof(Bits));
+              continue;
+            }
+            const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
+            float weight[kSide], slope[kSide];
+            for (int64_t j = 0; j < kSide; j++) {
+              float score = scores[i * kSide + j], bend = 1.0f;
+              if constexpr (kCapped) {
+                score = capped(score, in.cap);
+                bend = 1.0f - (score / in.cap) * (score / in.cap);
+              }
+              const float e = exponential(score - total[p * kSide + j]);
+              weight[j] = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
+              slope[j] = weight[j] * (back[i * kSide + j] - inner[p * kSide + j]) * bend;
+            }
+            round_row(weight, kSide, w);
+            round_row(slope, kSide, d);
+          }
+          for (int64_t i = 0; i < kSide; i += 2) {
+            const Bits* even = slopes + i * size + p * kSide;
+            pack_pair(even, even + size, packed + i / 2 * kStep);
+          }
+        }
+        for (int64_t c = 0; c < steps; c++) {
+          const int64_t sum_at = kb * kSide * width + c * kStep, from = skipped * kSide, count = panels - skipped;
+          block.load(dv + sum_at, width);
+          block.add(weights + from, size, g_tall + c * tall + skipped * kPanelStep, count);
+          block.store(dv + sum_at, width);
+          block.load(dk + sum_at, width);
+          block.add(slopes + from, size, q_tall + c * tall + skipped * kPanelStep, count);
+          block.store(dk + sum_at, width);
+        }
+      }
+      for (int64_t p = 0; p < panels; p++) {
+        for (int64_t c = 0; c < steps; c++) {
+          // [32 of dim, 32 queries]
+          block.clear();
+          block.add(keys_turned + c * kStep * rows + first * kSide, rows, slopes_packed + p * deep + first * kPanelStep,
+                    first_block + p + 1 - first);
+          block.store(scores, kSide);
+          turned(scores, kSide, back, kSide);
+          for (int64_t i = 0; i < std::min(kSide, n - p * kSide); i++) {
+            float* to = of.dq + row_at + (p * kSide + i) * stride + c * kStep;
+            std::memcpy(to, back + i * kSide, std::min(kStep, dim - c * kStep) * sizeof(float));
+          }
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < seq; i++) {
+    std::memcpy(of.dk + key_at + i * key_stride, dk + i * width, dim * sizeof(float));
+    std::memcpy(of.dv + key_at + i * key_stride, dv + i * width, dim * sizeof(float));
+  }
+}
+
+using Numbers = ffi::Buffer<ffi::U16, 4>;
+using Integers = ffi::Buffer<ffi::S32, 2>;
+using Integer = ffi::Buffer<ffi::S32, 0>;
+using Totals = ffi::Buffer<ffi::F32, 3>;
+using Floats = ffi::Buffer<ffi::F32, 4>;
+
+// The operands, checked; false if they do not fit.
+inline bool heads_of(const Numbers& q, const Numbers& k, const Numbers& v, const Integers& positions,
+                     const Integers& segments, const Integer& window, float cap, Heads& heads) {
+  const auto of_q = q.dimensions(), of_k = k.dimensions(), of_v = v.dimensions();
+  const auto of_places = positions.dimensions();
+  heads = {{of_q[0], of_q[1], of_q[2], of_k[2], of_q[3]}, q.typed_data(), k.typed_data(), v.typed_data(),
+           positions.typed_data(), segments.typed_data(), of_places[0], *window.typed_data(), cap};
+  bool fit = of_k[2] > 0 && of_q[2] % of_k[2] == 0 && (of_places[0] == 1 || of_places[0] == of_q[0]);
+  for (int i : {0, 1, 3}) fit = fit && of_k[i] == of_q[i];
+  for (int i = 0; i < 4; i++) fit = fit && of_k[i] == of_v[i];
+  return fit && of_places[1] == of_q[1] && segments.dimensions()[0] == of_places[0] &&
+         segments.dimensions()[1] == of_places[1];
+}
+
+inline ffi::Error attention(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, Integers positions,
+                            Integers segments, Integer window,
+                            ffi::Result<Numbers> out, ffi::Result<Totals> logsumexp,
+                            float cap) {
+  Heads heads;
+  if (!heads_of(q, k, v, positions, segments, window, cap, heads)) {
+    return ffi::Error::InvalidArgument("nalora_attention: shapes do not fit");
+  }
+  Bits* to = out->typed_data();
+  float* totals = logsumexp->typed_data();
+  const auto unit = cap > 0 ? attend<true> : attend<false>;
+  const bool done = share(pool, heads.shape.batch * heads.shape.heads, [=](int64_t i, Block& block, Scratch& scratch) {
+    unit(heads, to, totals, i, block, scratch);
+  });
+  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_attention: out of memory");
+}
+
+inline ffi::Error attention_gradient(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, Integers positions,
+                                     Integers segments, Integer window, Numbers out,
+                                     Totals logsumexp, Numbers g,
+                                     ffi::Result<Floats> dq, ffi::Result<Floats> dk,
+                                     ffi::Result<Floats> dv, float cap) {
+  Gradient of;
+  if (!heads_of(q, k, v, positions, segments, window, cap, of.in)) {
+    return ffi::Error::InvalidArgument("nalora_attention_gradient: shapes do not fit");
+  }
+  of.out = out.typed_data();
+  of.g = g.typed_data();
+  of.logsumexp = logsumexp.typed_data();
+  of.dq = dq->typed_data();
+  of.dk = dk->typed_data();
+  of.dv = dv->typed_data();
+  const Shape shape = of.in.shape;
+  const auto unit = cap > 0 ? attend_gradient<true> : attend_gradient<false>;
+  const bool done = share(pool, shape.batch * shape.kv_heads, [=](int64_t i, Block& block, Scratch& scratch) {
+    unit(of, i, block, scratch);
+  });
+  return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_attention_gradient: out of memory");
+}
+
+}  // namespace nalora

@@ -1,0 +1,73 @@
+// What XLA calls (see __init__.py).
+
+#include "attention.h"
+#include "products.h"
+#include "vocabulary.h"
+
+#ifdef NALORA_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_products, nalora::products,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<ffi::Span<const int64_t>>("terms")
+                                  .Attr<ffi::Span<const int64_t>>("turned"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention, nalora::attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Integers>()
+                                  .Arg<nalora::Integers>()
+                                  .Arg<nalora::Integer>()
+                                  .Ret<nalora::Numbers>()
+                                  .Ret<nalora::Totals>()
+                                  .Attr<float>("cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention_gradient, nalora::attention_gradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Integers>()
+                                  .Arg<nalora::Integers>()
+                                  .Arg<nalora::Integer>()
+                                  .Arg<nalora::Numbers>()
+                                  .Arg<nalora::Totals>()
+                                  .Arg<nalora::Numbers>()
+                                  .Ret<nalora::Floats>()
+                                  .Ret<nalora::Floats>()
+                                  .Ret<nalora::Floats>()
+                                  .Attr<float>("cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_over_vocabulary, nalora::over_vocabulary,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Integer>()
+                                  .Ret<nalora::Row>()
+                                  .Ret<nalora::Row>()
+                                  .Ret<nalora::Rows>()
+                                  .Attr<bool>("turned")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("cap"));
+
+// Asks the kernel for the tiles, once per process; 0 if this process may use them.
+extern "C" int nalora_prepare() {
+#ifdef NALORA_TILES
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return static_cast<int>(syscall(SYS_arch_prctl, kRequestPermission, kTileData));
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,204 @@
+"""Products, attention and the sums over a vocabulary: against NumPy in float64, on random shapes and inputs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax import native
+from nalora_jax.native import Heads, Sum, Term
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16)
+
+
+def exact(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def worst(got: jax.Array, want: np.ndarray) -> float:
+    """Largest difference over the largest value."""
+    assert got.shape == want.shape
+    return float(np.abs(exact(got) - want).max() / np.abs(want).max())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sums_of_products(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sums, wanted = [], []
+    for _ in range(rng.integers(1, 4)):
+        rows, columns = (int(n) for n in rng.integers(1, 200, 2))
+        terms, want = [], np.zeros((rows, columns))
+        for _ in range(rng.integers(1, 4)):
+            depth = int(rng.choice([1, 8, 31, 32, 64, 100, 300]))
+            turned = bool(rng.integers(2))
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
+            terms.append(Term(x, y, turned))
+            want += exact(x) @ (exact(y).T if turned else exact(y))
+        sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
+        wanted.append(want)
+    for got, want, asked in zip(native.products(*sums), wanted, sums, strict=True):
+        assert got.dtype == asked.dtype
+        # Sums in float32, or rounded once to 8 bits.
+        assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
+
+
+def test_many_rows_are_shared_by_rows_and_columns() -> None:
+    rng = np.random.default_rng(0)
+    x, y = draw(rng, 1000, 40), draw(rng, 40, 33)
+    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-6
+
+
+def test_results_are_equal_in_every_run() -> None:
+    rng = np.random.default_rng(0)
+    hidden, table = draw(rng, 300, 64), draw(rng, 2000, 64)
+    runs = [native.over_vocabulary(hidden, table, 300, turned=True) for _ in range(5)]
+    for run in runs[1:]:
+        for one, other in zip(runs[0], run, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_products_pass_on_what_is_not_a_number() -> None:
+    x = jnp.ones((40, 40), jnp.bfloat16).at[3, 5].set(jnp.nan)
+    for dtype in ("float32", "bfloat16"):
+        (y,) = native.products(Sum([Term(x, jnp.ones((40, 50), jnp.bfloat16))], dtype))
+        assert bool(jnp.isnan(y[3]).all())
+        assert not bool(jnp.isnan(y[4]).any())
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [Term(jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((9, 4), jnp.bfloat16))],
+        [Term(jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((9, 4), jnp.bfloat16), True)],
+        [Term(jnp.zeros((4, 8), jnp.float32), jnp.zeros((8, 4), jnp.bfloat16))],
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(terms: list[Term]) -> None:
+    with pytest.raises(AssertionError):
+        native.products(Sum(terms))
+
+
+def test_the_library_refuses_what_python_did_not_check() -> None:
+    call = native._call("products", [jax.ShapeDtypeStruct((4, 4), jnp.float32)])
+    x, y = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((9, 4), jnp.uint16)
+    with pytest.raises(Exception, match="shapes do not fit"):
+        call(x, y, terms=np.array([1]), turned=np.array([0]))
+    with pytest.raises(Exception, match="operands do not fit the terms"):
+        call(x, y, terms=np.array([1]), turned=np.array([0, 0]))
+
+
+def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segments of rows of three segments, the first row with padding; or of plain rows."""
+    if not packed:
+        return np.arange(seq)[None], np.ones((1, seq), int)
+    segments, positions = np.zeros((batch, seq), int), np.zeros((batch, seq), int)
+    for row in range(batch):
+        starts = np.array([0, *np.sort(rng.choice(np.arange(1, seq), 2, replace=False))])
+        segments[row] = np.searchsorted(starts, np.arange(seq), side="right")
+        positions[row] = np.arange(seq) - starts[segments[row] - 1]
+    segments[0, -3:] = 0
+    return positions, segments
+
+
+def attention64(heads: Heads, softcap: float, g: np.ndarray) -> list[np.ndarray]:
+    """Result, log-sum-exps and the gradients of q, k and v for the cotangent ``g``, by the book."""
+    q, k, v = (exact(x) for x in heads[:3])
+    groups = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
+    products = np.einsum("bqhd,bkhd->bhqk", q, k)
+    scores = softcap * np.tanh(products / softcap) if softcap else products
+    positions, segments = (np.asarray(x) for x in heads[3:5])
+    ahead = positions[:, :, None] - positions[:, None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < heads.window)
+    scores = np.where(seen[:, None], scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    total = np.exp(scores - top).sum(-1, keepdims=True)
+    weights = np.exp(scores - top) / total
+    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    back = np.einsum("bqhd,bkhd->bhqk", g, v)
+    slope = weights * (back - np.einsum("bqhd,bqhd->bhq", g, out)[..., None])
+    if softcap:
+        slope = slope * (1 - np.where(seen[:, None], scores / softcap, 0) ** 2)
+    dq = np.einsum("bhqk,bkhd->bqhd", slope, k)
+    dk, dv = np.einsum("bhqk,bqhd->bkhd", slope, q), np.einsum("bhqk,bqhd->bkhd", weights, g)
+    dk, dv = (x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (dk, dv))
+    return [out, (top + np.log(total))[..., 0], dq, dk, dv]
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "kv_heads", "dim", "window", "softcap", "packed"),
+    [
+        (2, 128, 3, 1, 64, 2**30, 0.0, False),
+        (1, 40, 4, 2, 48, 2**30, 0.0, False),
+        (2, 100, 2, 2, 32, 17, 0.0, True),
+        (2, 300, 4, 2, 64, 2**30, 5.0, True),
+        (1, 520, 2, 1, 80, 200, 0.0, True),
+        (3, 7, 2, 1, 16, 2**30, 0.0, False),
+        (2, 33, 1, 1, 8, 3, 2.0, True),
+    ],
+)
+def test_attention_and_its_gradient(
+    batch: int, seq: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float, packed: bool
+) -> None:
+    rng = np.random.default_rng(seq)
+    q, k, v = draw(rng, batch, seq, heads, dim, scale=dim**-0.5), *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv")
+    given = Heads(q, k, v, *(jnp.asarray(x) for x in places(rng, batch, seq, packed)), window)
+    g = draw(rng, *q.shape)
+    out, logsumexp = native.attention(given, softcap)
+    gradients = native.attention_gradient(given, out, logsumexp, g, softcap)
+    want = attention64(given, softcap, exact(g))
+    assert worst(logsumexp, want[1]) < 1e-6
+    # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
+    for got, expected in zip((out, *gradients), (want[0], *want[2:]), strict=True):
+        assert worst(got, expected) < 2**-7
+
+
+def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
+    given = Heads(q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30)
+    out, _ = native.attention(given)
+    assert not bool(jnp.isnan(out[0, :20]).any())
+    assert bool(jnp.isnan(out[0, 20:]).all())
+
+
+@pytest.mark.parametrize(
+    ("rows", "d_model", "vocab", "turned", "scale", "softcap", "count"),
+    [
+        (70, 64, 1000, True, 1.0, 0.0, 70),
+        (33, 48, 513, False, 0.5, 0.0, 20),
+        (600, 96, 2000, True, 1.0, 30.0, 600),
+        (40, 100, 512, False, 1.0, 5.0, 40),
+        (1200, 1056, 700, True, 1.0, 0.0, 1100),  # more sums than one thread keeps at a time
+        (5, 32, 9, True, 1.0, 0.0, 0),
+    ],
+)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_sums_over_a_vocabulary(
+    rows: int, d_model: int, vocab: int, turned: bool, scale: float, softcap: float, count: int, gradient: bool
+) -> None:
+    rng = np.random.default_rng(rows)
+    hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
+    given = table if turned else table.T
+    options = {"turned": turned, "scale": scale, "softcap": softcap, "gradient": gradient}
+    top, total, attended = native.over_vocabulary(hidden, given, count, **options)
+    logits, slope = scale * exact(hidden) @ exact(table).T, scale * np.ones((rows, vocab))
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+        slope *= 1 - (logits / softcap) ** 2
+    if count:
+        np.testing.assert_allclose(top[:count], logits.max(1)[:count], rtol=1e-5, atol=1e-5)
+        exps = np.exp(logits - exact(top)[:, None])
+        np.testing.assert_allclose(total[:count], exps.sum(1)[:count], rtol=1e-4)
+        if gradient:
+            assert worst(attended[:count], ((exps * slope) @ exact(table))[:count]) < 2**-7
+    np.testing.assert_array_equal(top[count:], 0)
+    np.testing.assert_array_equal(total[count:], 1)
+    np.testing.assert_array_equal(attended[count:], 0)
+    assert attended.shape == (rows, d_model if gradient else 0)

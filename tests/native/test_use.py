@@ -1,0 +1,219 @@
+"""What calls the native kernels computes what XLA computes, to the rounding of bf16, and so does a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax import mesh as layout
+from nalora_jax import native, trees
+from nalora_jax.assembly import assemble
+from nalora_jax.config import (
+    ComputeConfig,
+    DebugConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+)
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.nn import ffn
+from nalora_jax.nn.attention import Keys, Scoring, attention
+from nalora_jax.nn.fused_lora import adapted_matmul
+from nalora_jax.nn.loss import Head, cross_entropy
+from nalora_jax.nn.matmul import Numerics, matmul, numerics_for, pack_views
+
+pytestmark = pytest.mark.usefixtures("kernels")
+CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", fused=True)
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+    """A function's results with the native kernels, which must have been called, and without."""
+    called = []
+    call = native._call
+
+    def run(function: Callable[[], Any]) -> tuple[Any, Any]:
+        with monkeypatch.context() as context:
+            context.setattr(native, "_call", lambda name, *shapes: called.append(name) or call(name, *shapes))
+            with_kernels = jax.device_get(function())
+            count = len(called)
+            jax.clear_caches()
+            context.setattr(native, "available", lambda: False)
+            without = jax.device_get(function())
+        assert len(called) == count > 0
+        return with_kernels, without
+
+    return run
+
+
+def close(one: Any, other: Any, share: float = 2**-7) -> None:
+    """Equal but for bf16's rounding."""
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.abs(x - y).max() <= share * max(np.abs(y).max(), 1e-6)
+
+
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widths", [(64, 96), (96, 64)])
+def test_adapted_products(widths: tuple[int, int], result: str, both: Any) -> None:
+    d_in, d_out = widths
+    x, kernel, a, b, mask = draw(0, (2, 40, d_in), (d_in, d_out), (d_in, 6), (6, d_out), (d_out,))
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            numerics, weights = replace(CPU, result=result), jnp.abs(mask)
+            y, back = jax.vjp(lambda x, a, b: adapted_matmul(x, kernel, a, b, 0.5, weights, numerics), *given)
+            return y, back(jnp.sin(y))
+
+        return value_and_gradients(x, a, b)
+
+    close(*both(run))
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+def test_frozen_products(result: str, both: Any) -> None:
+    x, kernel = draw(0, (2, 40, 64), (64, 96))
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradient(x: jax.Array) -> Any:
+            y, back = jax.vjp(lambda x: matmul(x, kernel.astype(jnp.bfloat16), replace(CPU, result=result)), x)
+            return y, back(jnp.sin(y))
+
+        y, (dx,) = value_and_gradient(x)
+        assert (y.dtype, dx.dtype) == (result, jnp.float32)
+        return y, dx
+
+    close(*both(run))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_attention(softcap: float, both: Any) -> None:
+    q, k, v = draw(1, (2, 70, 4, 16), (2, 70, 2, 16), (2, 70, 2, 16))
+    positions = jnp.asarray(np.r_[np.arange(30), np.arange(40)][None])
+    segments = jnp.asarray(np.r_[np.full(30, 1), np.full(40, 2)][None])
+    scoring = Scoring(0.25, softcap, "bfloat16", "bfloat16")
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            out, back = jax.vjp(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 25, scoring), *given)
+            return out, back(jnp.sin(out))
+
+        return value_and_gradients(q, k, v)
+
+    close(*both(run))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("viewed", [True, False])
+def test_cross_entropy(transposed: bool, viewed: bool, both: Any) -> None:
+    (hidden,) = draw(2, (2, 30, 32))
+    table = draw(3, (700, 32) if transposed else (32, 700))[0].astype(jnp.bfloat16)
+    table = pack_views(table, rank=2) if viewed else table
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, 700, (2, 30)))
+    weights = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 30)) < 0.6, jnp.float32)
+    head = Head(transposed, "bfloat16", softcap=9.0, scale=0.3)
+
+    def run() -> Any:
+        loss = lambda h: cross_entropy(h, table, targets, weights, head=head)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(hidden), jax.jit(loss)(hidden)
+
+    close(*both(run))
+
+
+BASE = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+)
+CONFIG = RunConfig(
+    steps=8,
+    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
+    mask=MaskConfig(warmup=1),
+    step_scale=StepScaleConfig(warmup=1),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
+    compute=ComputeConfig(dtype="bfloat16", probe_stride=1),
+)
+
+
+def steps(config: RunConfig, count: int = 3) -> Any:
+    """Adapters and losses after some steps of a small decoder, from adapters with B nonzero."""
+    mesh = layout.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = init_params(BASE, jax.random.key(1))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+    assembly = assemble(config, BASE, jax.device_put(params, layout.shardings(params, mesh, layout.PARAM_RULES)), mesh)
+    rng = np.random.default_rng(3)
+
+    def shaken(path: str, x: jax.Array) -> jax.Array:
+        return (
+            jax.device_put((rng.normal(size=x.shape) * 0.2).astype(np.float32), x.sharding)
+            if path.endswith("/b")
+            else x
+        )
+
+    state, losses = assembly.state._replace(lora=trees.map_named(shaken, assembly.state.lora)), []
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        tokens = rng.integers(0, 96, (1, 8, 17)).astype(np.int32)
+        batch = {
+            "tokens": tokens[..., :-1],
+            "targets": tokens[..., 1:],
+            "loss_weights": (rng.uniform(size=(1, 8, 16)) < 0.7).astype(np.float32),
+            "segment_ids": np.ones((1, 8, 16), np.int32),
+            "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (1, 8, 16)),
+        }
+        state, metrics = assembly.step(assembly.view(params), state, layout.make_global_batch(batch, mesh, rows_axis=1))
+        losses.append(metrics["loss"])
+    return jax.device_get((state.lora, losses))
+
+
+def test_three_steps_of_a_model(both: Any) -> None:
+    assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
+    (lora, losses), (lora_xla, losses_xla) = both(lambda: steps(CONFIG))
+    np.testing.assert_allclose(losses, losses_xla, rtol=2e-3)
+    start = steps(CONFIG, 0)[0]
+    for path, moved in trees.flatten(jax.tree.map(np.subtract, lora, start)).items():
+        want = trees.flatten(jax.tree.map(np.subtract, lora_xla, start))[path]
+        # Masks choose channels by thresholds, which roundings may cross: in norm, not element by element.
+        assert np.linalg.norm(moved - want) < 0.1 * np.linalg.norm(want), path
+
+
+def test_the_same_bits_twice() -> None:
+    for one, other in zip(*map(jax.tree.leaves, (steps(CONFIG), steps(CONFIG))), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
+    steps(debug, 1)  # the sound model passes
+    monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+        steps(debug, 1)
