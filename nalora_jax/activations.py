@@ -43,6 +43,8 @@ class Activation:
     gate: Selection
     # rho is a smooth selection weight, so that selection can be misaligned and a partition is meaningful.
     self_gated: bool
+    # (a, b) where rho(z) = sigmoid(a z + b z^3), else None.
+    logistic: tuple[float, float] | None = None
 
 
 class Partition(NamedTuple):
@@ -308,7 +310,13 @@ def _derivative(gate: Selection, z: Array) -> Array:
 
 
 def _activation(
-    name: str, gate: Selection, excess: Elementwise, *, precise: Selection | None = None, self_gated: bool = True
+    name: str,
+    gate: Selection,
+    excess: Elementwise,
+    *,
+    precise: Selection | None = None,
+    self_gated: bool = True,
+    logistic: tuple[float, float] | None = None,
 ) -> Activation:
     """Assemble the functions; ``precise`` is a slower ``gate`` for those that need not be as fast as the model."""
     reference = precise or gate
@@ -326,16 +334,23 @@ def _activation(
         homogeneity=_in_float32(lambda z: 1 + excess(z)),
         gate=gate_in_float32,
         self_gated=self_gated,
+        logistic=logistic,
     )
 
 
 _ACTIVATIONS = {
     activation.name: activation
     for activation in (
-        _activation("silu", _silu, _silu_excess),
+        _activation("silu", _silu, _silu_excess, logistic=(1.0, 0.0)),
         _activation("gelu", _gelu, _gelu_excess),
-        _activation("gelu_tanh", _gelu_tanh, _gelu_tanh_excess, precise=_gelu_tanh_precise),
-        _activation("quick_gelu", _quick_gelu, _quick_gelu_excess),
+        _activation(
+            "gelu_tanh",
+            _gelu_tanh,
+            _gelu_tanh_excess,
+            precise=_gelu_tanh_precise,
+            logistic=(_TANH_SLOPE, _TANH_CUBIC),
+        ),
+        _activation("quick_gelu", _quick_gelu, _quick_gelu_excess, logistic=(_QUICK_SLOPE, 0.0)),
         _activation("mish", _mish, _mish_excess),
         _activation("relu", _relu, jnp.zeros_like, self_gated=False),
         _activation("relu2", _relu2, _relu2_excess, self_gated=False),

@@ -8,7 +8,7 @@ Statistics are sums over tokens, weighted, in float32 and under ``stop_gradient`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import chex
 import jax
@@ -107,8 +107,13 @@ def channel_statistics(z: Array, weights: Array, activation: Activation, partiti
     rho, drho = activation.gate(z)
     tokens = _tokens(weights)
     below = [_total((z < cut).astype(jnp.float32), weights) for cut in (partition.z0, 0.0, partition.z1)]
-    occupancy = jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])
-    return {"tokens": tokens, "slope": _total(jnp.abs(rho + z * drho), weights), "occupancy": occupancy}
+    slope = _total(jnp.abs(rho + z * drho), weights)
+    return {"tokens": tokens, "slope": slope, "occupancy": occupancy_of(below, tokens)}
+
+
+def occupancy_of(below: Sequence[Array], tokens: Array) -> Array:
+    """Tokens per region, ``[4, d_ff]``, from those below each of the three cuts, ``[d_ff]``, and the sum of all."""
+    return jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])
 
 
 def probe_statistics(z_base: Array, dz: Array, weights: Array, activation: Activation) -> Statistics:

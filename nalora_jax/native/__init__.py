@@ -32,7 +32,7 @@ from nalora_jax.assets import cache_dir
 
 _log = logging.getLogger(__name__)
 
-_NAMES = ("kernels.cc", "tiles.h", "products.h", "attention.h", "vocabulary.h")
+_NAMES = ("kernels.cc", "tiles.h", "products.h", "attention.h", "vocabulary.h", "gates.h")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _TILES = (
@@ -40,7 +40,15 @@ _TILES = (
     *(f"-m{feature}" for feature in ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
     "-mprefer-vector-width=512",
 )
-_FUNCTIONS = ("products", "attention", "attention_gradient", "over_vocabulary")
+_FUNCTIONS = (
+    "products",
+    "attention",
+    "attention_gradient",
+    "over_vocabulary",
+    "gate",
+    "gate_gradient",
+    "gate_statistics",
+)
 
 
 class Term(NamedTuple):
@@ -151,6 +159,60 @@ def over_vocabulary(
     operands = (_bits(hidden), _bits(table), jnp.asarray(count, jnp.int32))
     top, total, attended = _call("over_vocabulary", shapes)(*operands, **attributes)
     return top, total, attended
+
+
+class Logistic(NamedTuple):
+    """A gate whose selection weight is ``sigmoid(a z + b z^3)``."""
+
+    a: float
+    b: float
+
+    def attributes(self) -> dict[str, Any]:
+        """As the library takes it."""
+        return {"a": np.float32(self.a), "b": np.float32(self.b)}
+
+
+def gate(z: jax.Array, u: jax.Array, logistic: Logistic) -> jax.Array:
+    """``phi(z) u`` with ``phi(z) = z sigmoid(a z + b z^3)``; all bf16 (z and u: or views of it), of one shape."""
+    chex.assert_equal_shape([z, u])
+    shapes = [jax.ShapeDtypeStruct((z.size,), jnp.uint16)]
+    (out,) = _call("gate", shapes)(_bits(z).reshape(-1), _bits(u).reshape(-1), **logistic.attributes())
+    return lax.bitcast_convert_type(out.reshape(z.shape), jnp.bfloat16)
+
+
+def gate_gradient(z: jax.Array, u: jax.Array, g: jax.Array, logistic: Logistic) -> tuple[jax.Array, jax.Array]:
+    """The gradients of z and u, given those of `gate`'s result; all bf16, of one shape."""
+    chex.assert_equal_shape([z, u, g])
+    flat = (_bits(x).reshape(-1) for x in (z, u, g))
+    results = _call("gate_gradient", [jax.ShapeDtypeStruct((z.size,), jnp.uint16)] * 2)(*flat, **logistic.attributes())
+    dz, du = (lax.bitcast_convert_type(x.reshape(z.shape), jnp.bfloat16) for x in results)
+    return dz, du
+
+
+class Sampled(NamedTuple):
+    """Tokens of a block that its statistics are taken of."""
+
+    z: jax.Array  # [tokens, d_ff], bf16 or a view of it
+    rows: jax.Array  # int [taken], which of the tokens
+    weights: jax.Array  # float32 [taken]
+    probed_rows: jax.Array  # int [probed], those whose adapter's part is known
+    delta: jax.Array  # float32 [probed, d_ff], that part of z
+    probe_weights: jax.Array  # float32 [probed]
+
+
+def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, float]) -> jax.Array:
+    """Weighted sums over tokens for every channel, float32 ``[7, d_ff]`` (see `nalora_jax.selection`).
+
+    In order: of ``|phi'(z)|``; of z below the first cut, below 0 and below the second cut; of ``|F|``, ``|S|`` and
+    ``|z rho'(z) dz|``.
+    """
+    shapes = [jax.ShapeDtypeStruct((7, sampled.z.shape[1]), jnp.float32)]
+    low, high = cuts
+    attributes = {**logistic.attributes(), "low": np.float32(low), "high": np.float32(high)}
+    rows, probed_rows = (jnp.asarray(x, jnp.int32) for x in (sampled.rows, sampled.probed_rows))
+    arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, sampled.delta, sampled.probe_weights)
+    result: jax.Array = _call("gate_statistics", shapes)(*arguments, **attributes)[0]
+    return result
 
 
 def _operands(heads: Heads) -> tuple[jax.Array, ...]:

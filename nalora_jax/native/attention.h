@@ -21,11 +21,11 @@ namespace nalora {
 constexpr int64_t kQueries = 256;  // that the gradient takes at a time
 constexpr float kUnseen = -1e30f;
 
-// exp to 2 units of the last place, of x between -87 and 88; NaN stays NaN. Without branches, so that compilers
+// exp to 2 units of the last place, of x cut off at -87 and `most`; NaN stays NaN. Without branches, so that compilers
 // vectorise it (Cephes' polynomial).
-inline float exponential(float x) {
+INLINED float exponential(float x, float most = 88.0f) {
   x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x > most ? most : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer, in the lowest bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -44,7 +44,7 @@ inline float exponential(float x) {
   return p;
 }
 
-inline float capped(float score, float cap) {
+INLINED float capped(float score, float cap) {
   return cap * (1.0f - 2.0f / (exponential(2.0f * (score / cap)) + 1.0f));
 }
 
@@ -101,7 +101,7 @@ struct Places {
   }
 };
 
-inline bool seen(int32_t position, int32_t segment, int32_t key_position, int32_t key_segment, int32_t window) {
+INLINED bool seen(int32_t position, int32_t segment, int32_t key_position, int32_t key_segment, int32_t window) {
   // Bitwise, and unsigned: one comparison for both ends of the window.
   return (segment == key_segment) & (segment != INT_MIN) &
          (static_cast<uint32_t>(position) - static_cast<uint32_t>(key_position) < static_cast<uint32_t>(window));
@@ -396,12 +396,6 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
     std::memcpy(of.dv + key_at + i * key_stride, dv + i * width, dim * sizeof(float));
   }
 }
-
-using Numbers = ffi::Buffer<ffi::U16, 4>;
-using Integers = ffi::Buffer<ffi::S32, 2>;
-using Integer = ffi::Buffer<ffi::S32, 0>;
-using Totals = ffi::Buffer<ffi::F32, 3>;
-using Floats = ffi::Buffer<ffi::F32, 4>;
 
 // The operands, checked; false if they do not fit.
 inline bool heads_of(const Numbers& q, const Numbers& k, const Numbers& v, const Integers& positions,

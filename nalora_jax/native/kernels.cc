@@ -1,6 +1,7 @@
 // What XLA calls (see __init__.py).
 
 #include "attention.h"
+#include "gates.h"
 #include "products.h"
 #include "vocabulary.h"
 
@@ -61,6 +62,41 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_over_vocabulary, nalora::over_vocabulary,
                                   .Attr<bool>("turned")
                                   .Attr<float>("scale")
                                   .Attr<float>("cap"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate, nalora::gate,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Bits1>()
+                                  .Arg<nalora::Bits1>()
+                                  .Ret<nalora::Bits1>()
+                                  .Attr<float>("a")
+                                  .Attr<float>("b"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_gradient, nalora::gate_gradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Bits1>()
+                                  .Arg<nalora::Bits1>()
+                                  .Arg<nalora::Bits1>()
+                                  .Ret<nalora::Bits1>()
+                                  .Ret<nalora::Bits1>()
+                                  .Attr<float>("a")
+                                  .Attr<float>("b"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_statistics, nalora::gate_statistics,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Indices>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Indices>()
+                                  .Arg<nalora::Rows>()
+                                  .Arg<nalora::Row>()
+                                  .Ret<nalora::Rows>()
+                                  .Attr<float>("a")
+                                  .Attr<float>("b")
+                                  .Attr<float>("low")
+                                  .Attr<float>("high"));
 
 // Asks the kernel for the tiles, once per process; 0 if this process may use them.
 extern "C" int nalora_prepare() {

@@ -24,11 +24,26 @@
 #include <immintrin.h>
 #endif
 
+// What loops must not call, lest they are not vectorised.
+#define INLINED __attribute__((always_inline)) inline
+
 namespace nalora {
 
 namespace ffi = xla::ffi;
 
 using Bits = uint16_t;  // of a bfloat16 number
+
+// What XLA hands over.
+using Bits1 = ffi::Buffer<ffi::U16, 1>;
+using Matrix = ffi::Buffer<ffi::U16, 2>;
+using Numbers = ffi::Buffer<ffi::U16, 4>;
+using Row = ffi::Buffer<ffi::F32, 1>;
+using Rows = ffi::Buffer<ffi::F32, 2>;
+using Totals = ffi::Buffer<ffi::F32, 3>;
+using Floats = ffi::Buffer<ffi::F32, 4>;
+using Integer = ffi::Buffer<ffi::S32, 0>;
+using Indices = ffi::Buffer<ffi::S32, 1>;
+using Integers = ffi::Buffer<ffi::S32, 2>;
 
 constexpr int64_t kSide = 32;              // rows and columns of a block: two tiles each way
 constexpr int64_t kStep = 32;              // depth of one tile
@@ -38,7 +53,7 @@ constexpr int64_t kPanelStep = 2 * kTile;  // numbers of one step of a packed pa
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-inline float widened(Bits bits) {
+INLINED float widened(Bits bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
   std::memcpy(&value, &wide, sizeof(value));

@@ -135,10 +135,6 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
   }
 }
 
-using Matrix = ffi::Buffer<ffi::U16, 2>;
-using Row = ffi::Buffer<ffi::F32, 1>;
-using Rows = ffi::Buffer<ffi::F32, 2>;
-
 inline ffi::Error over_vocabulary(ffi::ThreadPool pool, Matrix hidden, Matrix table, Integer count,
                                   ffi::Result<Row> top, ffi::Result<Row> total, ffi::Result<Rows> attended, bool turned,
                                   float scale, float cap) {

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import activations, selection
+from nalora_jax import activations, native, selection
 from nalora_jax.nn.lora import LoRADense, Probe
 from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics, restored, rounded, stored
@@ -57,37 +57,69 @@ def gated_product(
     activation: activations.Activation,
     kept: str = "float32",
     result: str = "float32",
+    *,
+    checked: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """``(a * u, a)`` with ``a = phi(z)``, of z and u rounded to ``kept``: all that the backward pass keeps.
 
-    Computed in ``result``, which ``a`` has too; ``a * u`` is of z's dtype.
+    Computed in ``result``, which ``a`` has too; ``a * u`` is of z's dtype. Where the identity is ``checked``, ``a`` is
+    an array of its own, and no kernel multiplies what nobody sees.
 
     Autodiff would keep the sigmoid and phi(z) as well. ``a`` is there for the identity check, which reads the very
     tensor that u multiplies; it has no gradient of its own, and unused it costs nothing. Without u it is 1.
     """
     if u is not None:
         chex.assert_equal_shape([z, u])
-    return _gated_product(z, u, activation, kept, result)
+    logistic = _logistic(z, activation) if u is not None and kept == "bfloat16" and not checked else None
+    return _gated_product(z, u, activation, kept, result, logistic)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _logistic(z: jax.Array, activation: activations.Activation) -> native.Logistic | None:
+    """The gate as `nalora_jax.native` takes it, where that can: in bf16, of a logistic function."""
+    if activation.logistic is None or z.dtype != jnp.bfloat16 or not native.available():
+        return None
+    return native.Logistic(*activation.logistic)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _gated_product(
-    z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str, result: str
+    z: jax.Array,
+    u: jax.Array | None,
+    activation: activations.Activation,
+    kept: str,
+    result: str,
+    logistic: native.Logistic | None,
 ) -> Any:
-    return _gated_product_fwd(z, u, activation, kept, result)[0]
+    return _gated_product_fwd(z, u, activation, kept, result, logistic)[0]
 
 
 def _gated_product_fwd(
-    z: jax.Array, u: jax.Array | None, activation: activations.Activation, kept: str, result: str
+    z: jax.Array,
+    u: jax.Array | None,
+    activation: activations.Activation,
+    kept: str,
+    result: str,
+    logistic: native.Logistic | None,
 ) -> Any:
     # The value is made of what is kept, so that a rematerialised layer makes it again without the products.
     held, like_z = (stored(z, kept), None if u is None else stored(u, kept)), jnp.zeros((0,), z.dtype)
     a = activation.phi(restored(held[0], result))
+    if logistic is not None and held[1] is not None:
+        return (native.gate(held[0], held[1], logistic), a), (*held, like_z)
     return (rounded(a if held[1] is None else a * restored(held[1], result), z.dtype), a), (*held, like_z)
 
 
-def _gated_product_bwd(activation: activations.Activation, kept: str, result: str, residuals: Any, g: Any) -> Any:
+def _gated_product_bwd(
+    activation: activations.Activation,
+    kept: str,
+    result: str,
+    logistic: native.Logistic | None,
+    residuals: Any,
+    g: Any,
+) -> Any:
     z, u, like_z = residuals
+    if logistic is not None:
+        return native.gate_gradient(z, u, g[0], logistic)
     z, g = restored(z, result), g[0].astype(result)
     rho, drho = activation.gate(z)  # one exponential for both
     slope = rho + z * drho
@@ -118,10 +150,44 @@ def gate_statistics(
     chex.assert_shape(weights, z.shape[:-1])
     z, probe = lax.stop_gradient((z, probe))
     partition = activations.partition(activation.name, config.tolerance)
+    if (logistic := _logistic(z, activation)) is not None:
+        return _statistics_natively(z, probe, weights, logistic, partition, config)
     taken = selection.sampled(z, config.stride), selection.sampled(weights, config.stride, axis=-1)
     stats = selection.channel_statistics(*taken, activation, partition)
     probed = selection.sampled(weights, config.probe_stride, axis=-1)
     return stats | selection.probe_statistics(probe.base, probe.delta, probed, activation)
+
+
+def _statistics_natively(
+    z: jax.Array,
+    probe: Probe,
+    weights: jax.Array,
+    logistic: native.Logistic,
+    partition: activations.Partition,
+    config: GateStatsConfig,
+) -> dict[str, jax.Array]:
+    """`gate_statistics` in one pass over the tokens that it takes, wherever they lie."""
+    weights = weights.astype(jnp.float32)
+    places = jnp.arange(weights.size, dtype=jnp.int32).reshape(weights.shape)
+    sampled = native.Sampled(
+        z.reshape(-1, z.shape[-1]),
+        selection.sampled(places, config.stride, axis=-1).reshape(-1),
+        selection.sampled(weights, config.stride, axis=-1).reshape(-1),
+        selection.sampled(places, config.probe_stride, axis=-1).reshape(-1),
+        probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1]),
+        selection.sampled(weights, config.probe_stride, axis=-1).reshape(-1),
+    )
+    slope, *below, feature, moved, linear = native.gate_statistics(sampled, logistic, (partition.z0, partition.z1))
+    tokens = jnp.sum(sampled.weights)
+    return {
+        "tokens": tokens,
+        "slope": slope,
+        "occupancy": selection.occupancy_of(below, tokens),
+        "probe_tokens": jnp.sum(sampled.probe_weights),
+        "feature": feature,
+        "selection": moved,
+        "linear": linear,
+    }
 
 
 class _Block(nn.Module):
@@ -166,15 +232,15 @@ class _Block(nn.Module):
         if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
             return
         activation = activations.get(self.activation)
-        z = z.astype(self.numerics.result)
         if weights is None:
             weights = jnp.ones(z.shape[:-1], bool)
-        probe = gate.probe(x, z, delta, self.stats.probe_stride, scale)
+        wide = z.astype(self.numerics.result)
+        probe = gate.probe(x, wide, delta, self.stats.probe_stride, scale)
         written = gate_statistics(z, probe, weights, activation, self.stats)
         if self.stats.check:
             # Both parts made apart from z, which may be one product: a wrong product must not hide in a difference.
             base, _ = gate(x, adapted=False)
-            written |= identity_error(base, gate.probe(x, z, delta, 1, scale).delta, selected, activation)
+            written |= identity_error(base, gate.probe(x, wide, delta, 1, scale).delta, selected, activation)
         for name, value in written.items():
             self._write(name, value)
 
@@ -233,7 +299,8 @@ class GatedFFN(_Block):
         z, delta = gate(x, scale, self._mask(), **options)
         u, _ = self._dense("up_proj", self.d_ff, within)(x, scales.get("up_proj", 1.0), **options)
         activation = activations.get(self.activation)
-        hidden, selected = gated_product(z, u, activation, self.numerics.kept, self.numerics.result)
+        numerics, checked = self.numerics, self.stats.check
+        hidden, selected = gated_product(z, u, activation, numerics.kept, numerics.result, checked=checked)
         self._observe(gate, x, z, delta, selected, scale, token_weights)
         return self._dense("down_proj", self.d_model)(hidden, scales.get("down_proj", 1.0), **options)[0]
 

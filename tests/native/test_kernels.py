@@ -93,6 +93,14 @@ def test_the_library_refuses_what_python_did_not_check() -> None:
         call(x, y, terms=np.array([1]), turned=np.array([0, 0]))
 
 
+def test_statistics_refuse_rows_that_are_not_there() -> None:
+    z, row = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((1,), jnp.float32)
+    for rows, probed in (([4], [0]), ([0], [-1])):
+        sampled = native.Sampled(z, jnp.array(rows), row, jnp.array(probed), jnp.zeros((1, 8)), row)
+        with pytest.raises(Exception, match="a row that z does not have"):
+            jax.block_until_ready(native.gate_statistics(sampled, native.Logistic(1.0, 0.0), (-1.0, 4.0)))
+
+
 def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Positions and segments of rows of three segments, the first row with padding; or of plain rows."""
     if not packed:

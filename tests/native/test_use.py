@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax import activations, native, trees
 from nalora_jax import mesh as layout
-from nalora_jax import native, trees
 from nalora_jax.assembly import assemble
 from nalora_jax.config import (
     ComputeConfig,
@@ -30,21 +30,24 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn import ffn
 from nalora_jax.nn.attention import Keys, Scoring, attention
+from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics, gated_product
 from nalora_jax.nn.fused_lora import adapted_matmul
+from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.loss import Head, cross_entropy
 from nalora_jax.nn.matmul import Numerics, matmul, numerics_for, pack_views
+from nalora_jax.selection import sampled
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", fused=True)
 
 
 @pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
     """A function's results with the native kernels, which must have been called, and without."""
     called = []
     call = native._call
 
-    def run(function: Callable[[], Any]) -> tuple[Any, Any]:
+    def run(function: Callable[[], Any], *, expected: bool = True) -> tuple[Any, Any]:
         with monkeypatch.context() as context:
             context.setattr(native, "_call", lambda name, *shapes: called.append(name) or call(name, *shapes))
             with_kernels = jax.device_get(function())
@@ -52,7 +55,8 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple
             jax.clear_caches()
             context.setattr(native, "available", lambda: False)
             without = jax.device_get(function())
-        assert len(called) == count > 0
+        assert len(called) == count
+        assert (count > 0) == expected
         return with_kernels, without
 
     return run
@@ -140,6 +144,32 @@ def test_cross_entropy(transposed: bool, viewed: bool, both: Any) -> None:
     close(*both(run))
 
 
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "quick_gelu", "gelu", "mish"])
+def test_gated_products(name: str, both: Any) -> None:
+    """The last two are no logistic functions, and stay XLA's."""
+    z, u, g = (3 * x.astype(jnp.bfloat16) for x in draw(4, *[(3, 7, 33)] * 3))
+    activation = activations.get(name)
+
+    def run() -> Any:
+        out, back = jax.vjp(lambda z, u: gated_product(z, u, activation, "bfloat16")[0], z, u)
+        return out, back(g)
+
+    with_kernels, without = both(run, expected=activation.logistic is not None)
+    close(with_kernels, without)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize(("batch", "seq", "stride", "probe_stride"), [(2, 32, 1, 4), (3, 10, 2, 3), (4, 64, 4, 8)])
+def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any) -> None:
+    rng = np.random.default_rng(seq)
+    z = jnp.asarray(3 * rng.standard_normal((batch, seq, 70)), jnp.bfloat16)
+    taken = sampled(z, probe_stride).astype(jnp.float32)
+    delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
+    weights = jnp.asarray(rng.integers(0, 2, (batch, seq)), bool)
+    config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
+    close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config)), share=1e-4)
+
+
 BASE = ModelConfig.from_hf(
     {
         "model_type": "llama",
@@ -214,6 +244,6 @@ def test_the_same_bits_twice() -> None:
 def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
     debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
     steps(debug, 1)  # the sound model passes
-    monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+    monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         steps(debug, 1)

@@ -148,7 +148,7 @@ def test_gated_product_has_autodiffs_gradient(name: str) -> None:
 
 FAULTS = {
     "activation": lambda monkeypatch: monkeypatch.setattr(
-        ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
+        ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
     ),
     "scale": lambda monkeypatch: monkeypatch.setattr(lora, "combine", lambda base, delta: base + 1.1 * delta),
     "sign": lambda monkeypatch: monkeypatch.setattr(lora, "combine", lambda base, delta: base - delta),

@@ -247,7 +247,7 @@ def test_the_debug_check_catches_injected_faults(fault: str, fused: bool, monkey
         monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base + factor * delta)
 
     if fault == "activation":
-        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     else:
         scaled(1.1 if fault == "scale" else -1.0)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
