@@ -26,6 +26,8 @@ from nalora_jax.nn.quantize import Quantized, dequantize
 
 # Name of what a rematerialised layer keeps nonetheless: what costs a product to make again.
 KEPT = "kept"
+# Fewer rows do not pay for packing the other side for the tiles: text generation.
+_FEWEST_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
 
 def on_tiles(rows: int, operand: str) -> bool:
     """Whether products of so many rows are `nalora_jax.native`'s."""
-    return rows >= 8 and operand == "bfloat16" and native.available()
+    return rows >= _FEWEST_ROWS and operand == "bfloat16" and native.available()
 
 
 def sums_on_tiles(*sums: native.Sum) -> list[jax.Array]:
