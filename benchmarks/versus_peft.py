@@ -3,6 +3,7 @@
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x128 --rounds 2
     python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # more rounds of the same
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
+    python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way on a CPU with AMX
 
 Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings that peft_baseline.py
 knows for the dtype; with --checkpointing both make whole layers again, for the comparison of memory. Speed is
@@ -66,11 +67,16 @@ def main() -> None:
     parser.add_argument(
         "--bf16-mode", choices=("pure", "mixed"), default="pure", help="mixed: PEFT's default, float32 adapters"
     )
+    parser.add_argument(
+        "--peft-compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: peft_baseline.py's"
+    )
     add_rounds(parser, 2)
     options = parser.parse_args()
     batch, seq = options.shape.split("x")
     work = ["--dtype", options.dtype, "--batch", batch, "--seq", seq, "--steps", options.steps]
     extra = ["--bf16-mode", options.bf16_mode, *(["--checkpointing"] if options.checkpointing else [])]
+    if options.peft_compile is not None:
+        extra.append("--compile" if options.peft_compile else "--no-compile")
     ours = ["--remat", "full"] if options.checkpointing else []  # like for like: both make layers again
     commands = {
         "nalora_jax": script("training.py", *work, "--method", options.method, *ours),

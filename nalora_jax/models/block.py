@@ -140,11 +140,13 @@ class Block(nn.Module):
         c = self.config
         kernel = Kernel(self.attention_kernel, tuple(sorted(set(c.layer_windows))), self.activation_sharding)
         attn = Attention(c, block_adapters(self.adapters, "attn"), self.numerics, kernel, name="attn")
-        y, keys = attn(self._norm("attn_norm", x, c.pre_norm), layer, shared)
-        y = kept(y, self.numerics.kept)
+        # What a norm reads is kept for its backward pass; the sum that goes from layer to layer is not rounded.
+        y, keys = attn(self._norm("attn_norm", kept(x, self.numerics.kept), c.pre_norm), layer, shared)
+        if c.post_norm:
+            y = kept(y, self.numerics.kept)
         x = self._add(x, self._norm("attn_post_norm", y, c.post_norm))
         y = self._ffn()(
-            self._norm("ffn_norm", x, c.pre_norm),
+            self._norm("ffn_norm", kept(x, self.numerics.kept), c.pre_norm),
             layer.scales.get("ffn", {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,

@@ -39,12 +39,14 @@ _MAXIMA = ("identity_error", "identity_scale")
 def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> None:
     """Compiles ``step`` for arguments like these before its first call, and hands the compiler's memory back.
 
-    A first call would compile as well, but allocate its buffers on top of what the compiler had. A step that is not
-    jitted is left alone.
+    A first call would compile as well, but allocate its buffers on top of what the compiler had. From here on memory is
+    kept from step to step. A step that is not jitted is left alone.
     """
     if hasattr(step, "lower"):
         step.lower(params, state, batch).compile()  # the call finds it compiled
         heap.release()
+        if jax.default_backend() == "cpu":
+            heap.retain()
 
 
 @dataclass(frozen=True)
