@@ -312,6 +312,12 @@ inline float most_of(const float* lanes) { return *std::max_element(lanes, lanes
 
 #endif
 
+// One for all functions: a thread runs one at a time.
+inline Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // Runs `unit(i, block, scratch)` for i in [0, count) on the threads of XLA's pool and this one; false if memory ran out.
 template <typename Unit>
 bool share(ffi::ThreadPool& pool, int64_t count, Unit unit) {
@@ -323,9 +329,9 @@ bool share(ffi::ThreadPool& pool, int64_t count, Unit unit) {
     std::atomic<bool> failed{false};
 
     void work() {
-      static thread_local Scratch scratch;
       int64_t i = next.fetch_add(1);
       if (i >= count) return;
+      Scratch& scratch = scratch_of_thread();
       Block block;
       for (; i < count; i = next.fetch_add(1)) {
         try {

@@ -136,18 +136,36 @@ def _chunk(
 
     The gradient is of shape ``[rows, 0]`` where it is not wanted.
     """
-    if _on_tiles(kernel, head):
-        top, total, attended = native.over_vocabulary(
-            rounded(hidden, head.operand),
-            kernel,
-            jnp.sum(weights != 0, dtype=jnp.int32),
-            turned=head.transposed,
-            scale=head.scale,
-            softcap=head.softcap,
-            gradient=grad,
-        )
-    else:
-        top, total, attended = _over_vocabulary(hidden, kernel, head, block, grad)
+    sums = _over_vocabulary(hidden, kernel, head, block, grad)
+    return _joined(sums, hidden, target_rows, weights, head, grad)
+
+
+def _on_tiles_at_once(
+    hidden: jax.Array, kernel: jax.Array, target_rows: jax.Array, weights: jax.Array, head: Head, grad: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`_chunk` of all rows, those with a target first."""
+    sums = native.over_vocabulary(
+        rounded(hidden, head.operand),
+        kernel,
+        jnp.sum(weights != 0, dtype=jnp.int32),
+        turned=head.transposed,
+        scale=head.scale,
+        softcap=head.softcap,
+        gradient=grad,
+    )
+    return _joined(sums, hidden, target_rows, weights, head, grad)
+
+
+def _joined(
+    sums: tuple[jax.Array, jax.Array, jax.Array],
+    hidden: jax.Array,
+    target_rows: jax.Array,
+    weights: jax.Array,
+    head: Head,
+    grad: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and gradient from the sums over the vocabulary."""
+    top, total, attended = sums
     # The target's own logit and its part of the gradient take one row of the head, no [rows, vocab] one-hot.
     wanted = unpack_leaf(target_rows).astype(jnp.float32)
     picked, slope = _shaped(jnp.sum(rounded(hidden, head.operand).astype(jnp.float32) * wanted, axis=-1), head)
@@ -209,7 +227,7 @@ def _compacted(
     order = jnp.argsort(weights == 0, stable=True)
     if _on_tiles(kernel, head):
         h, r = (jnp.take(x, order, axis=0) for x in (flat, _target_rows(kernel, targets.reshape(n), head.transposed)))
-        loss, back = _chunk(h, kernel, r, weights[order], head, 0, grad)
+        loss, back = _on_tiles_at_once(h, kernel, r, weights[order], head, grad)
         return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(shape) if grad else back
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)

@@ -127,9 +127,11 @@ def test_attention(softcap: float, both: Any) -> None:
     close(*both(run))
 
 
+@pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("viewed", [True, False])
-def test_cross_entropy(transposed: bool, viewed: bool, both: Any) -> None:
+def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any) -> None:
+    """Rows along the sequence are for meshes that split the batch, and stay XLA's."""
     (hidden,) = draw(2, (2, 30, 32))
     table = draw(3, (700, 32) if transposed else (32, 700))[0].astype(jnp.bfloat16)
     table = pack_views(table, rank=2) if viewed else table
@@ -138,9 +140,10 @@ def test_cross_entropy(transposed: bool, viewed: bool, both: Any) -> None:
     head = Head(transposed, "bfloat16", softcap=9.0, scale=0.3)
 
     def run() -> Any:
-        loss = lambda h: cross_entropy(h, table, targets, weights, head=head)  # noqa: E731
+        loss = lambda h: cross_entropy(h, table, targets, weights, head=head, compact=compact)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(hidden), jax.jit(loss)(hidden)
 
+    # XLA's own loss multiplies natively, too.
     close(*both(run))
 
 
