@@ -218,8 +218,8 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
 def _operands(heads: Heads) -> tuple[jax.Array, ...]:
     chex.assert_rank(heads[:3], 4)
     chex.assert_equal_shape([heads.k, heads.v])
-    integers = (jnp.asarray(x, jnp.int32) for x in heads[3:])
-    return (*map(_bits, heads[:3]), *integers)
+    positions, segments, window = (jnp.asarray(x, jnp.int32) for x in heads[3:])
+    return (*map(_bits, heads[:3]), *jnp.broadcast_arrays(positions, segments), window)
 
 
 def _bits(x: jax.Array) -> jax.Array:

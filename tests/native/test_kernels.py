@@ -167,6 +167,16 @@ def test_attention_and_its_gradient(
         assert worst(got, expected) < 2**-7
 
 
+def test_positions_of_one_row_serve_them_all() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (draw(rng, 2, 40, 2, 32) for _ in "qkv")
+    positions, segments = jnp.arange(40)[None], jnp.asarray(rng.integers(1, 3, (2, 1)) * np.ones((1, 40), int))
+    mixed = native.attention(Heads(q, k, v, positions, segments, 2**30))
+    whole = native.attention(Heads(q, k, v, jnp.tile(positions, (2, 1)), segments, 2**30))
+    for one, other in zip(mixed, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
