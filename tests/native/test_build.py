@@ -9,21 +9,21 @@ from pathlib import Path
 import jax
 import pytest
 
-from nalora_jax import native
+from nalora_jax.native import library
 
 
 @pytest.fixture(autouse=True)
 def _decided_anew() -> Iterator[None]:
-    native._available.cache_clear()
+    library._available.cache_clear()
     yield
-    native._available.cache_clear()
+    library._available.cache_clear()
 
 
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on one CPU with tiles."""
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
-    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library, "has_tiles", lambda: True)
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -36,8 +36,8 @@ def test_a_missing_compiler_is_named_once_and_xla_goes_on(
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with caplog.at_level(logging.WARNING):
-        assert not native.available()
-        assert not native.available()
+        assert not library.available()
+        assert not library.available()
     assert len(caplog.messages) == 1
     assert "no C++ compiler was found; install g++ or name one in CXX" in caplog.text
 
@@ -53,7 +53,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     monkeypatch.setenv("NALORA_NATIVE", "1")
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     with caplog.at_level(logging.WARNING):
-        assert not native.available()
+        assert not library.available()
     assert "unknown option -mamx-tile" in caplog.text
     assert list((tmp_path / "cache" / "native").iterdir()) == []
 
@@ -63,16 +63,16 @@ def test_where_xla_does_the_work(
     choice: str, devices: int, has_tiles: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NALORA_NATIVE", choice)
-    monkeypatch.setattr(native, "has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(library, "has_tiles", lambda: has_tiles)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert not native.available()
+    assert not library.available()
     assert caplog.messages == []
 
 
 def test_what_was_compiled_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
-    made = native.build(native.find_compiler(), tiles=False)
+    made = library.build(library.find_compiler(), tiles=False)
     written = made.stat().st_mtime_ns
-    assert native.build(native.find_compiler(), tiles=False) == made
+    assert library.build(library.find_compiler(), tiles=False) == made
     assert made.stat().st_mtime_ns == written
     assert [path.name for path in made.parent.iterdir()] == [made.name]
