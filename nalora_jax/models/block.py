@@ -87,7 +87,7 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = shared.tables[0 if layer.rope is None else layer.rope]
         q, k = apply_rope(q, table), apply_rope(k, table)
-        out = self._attend(q, k, v, layer, shared).astype(self.numerics.within().result)
+        out = self._attend(q, k, v, layer, shared)
         out = self._project(out.reshape(*x.shape[:-1], -1), "o_proj", c.d_model, c.o_bias, layer, shared)
         return out, (k, v)
 
@@ -118,8 +118,7 @@ class Attention(nn.Module):
             cached = CachedKeys(*layer.cached, shared.cached_positions, shared.cached_segments)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
         n = self.numerics
-        result = n.inner or "float32"
-        scoring = Scoring(c.score_scale, c.attn_softcap, n.operand, n.kept, c.attn_dropout, result)
+        scoring = Scoring(c.score_scale, c.attn_softcap, n.operand, n.kept, c.attn_dropout, n.within().result)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         return attention(q, keys, window, scoring, cached=cached, dropout_rng=rng, kernel=self.kernel)
 

@@ -12,41 +12,13 @@
 #pragma once
 
 #include <climits>
-#include <string>
 
+#include "elementwise.h"
 #include "tiles.h"
 
 namespace nalora {
 
 constexpr int64_t kQueries = 256;  // that the gradient takes at a time
-constexpr float kUnseen = -1e30f;
-
-// exp to 2 units of the last place, of x cut off at -87 and `most`; NaN stays NaN. Without branches, so that compilers
-// vectorise it (Cephes' polynomial).
-INLINED float exponential(float x, float most = 88.0f) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > most ? most : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest integer, in the lowest bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  int32_t bits, power;
-  std::memcpy(&bits, &p, sizeof(bits));
-  std::memcpy(&power, &shifted, sizeof(power));
-  bits += power << 23;
-  std::memcpy(&p, &bits, sizeof(p));
-  return p;
-}
-
-INLINED float capped(float score, float cap) {
-  return cap * (1.0f - 2.0f / (exponential(2.0f * (score / cap)) + 1.0f));
-}
 
 struct Shape {
   int64_t batch, seq, heads, kv_heads, dim;
@@ -105,15 +77,6 @@ INLINED bool seen(int32_t position, int32_t segment, int32_t key_position, int32
   // Bitwise, and unsigned: one comparison for both ends of the window.
   return (segment == key_segment) & (segment != INT_MIN) &
          (static_cast<uint32_t>(position) - static_cast<uint32_t>(key_position) < static_cast<uint32_t>(window));
-}
-
-// [rows, columns] of bits, rows `stride` apart, into [up(rows, 32), width], zeros around.
-inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, Bits* to) {
-  for (int64_t i = 0; i < up(rows, kSide); i++, to += width) {
-    const int64_t n = i < rows ? columns : 0;
-    std::memcpy(to, from + i * stride, n * sizeof(Bits));
-    std::memset(to + n, 0, (width - n) * sizeof(Bits));
-  }
 }
 
 // out[j, i] = in[i, j] of 32 x 32 numbers.

@@ -4,28 +4,13 @@
 
 #pragma once
 
-#include <string>
-
-#include "attention.h"
+#include "elementwise.h"
 #include "tiles.h"
 
 namespace nalora {
 
 constexpr int64_t kElements = 1 << 15;  // of a product that a thread takes at a time
 constexpr int64_t kChannels = 128;      // whose sums a thread takes at a time
-
-// 1 / x of x between 1 and 2^120: a first guess from the exponent, three of Newton's steps. A fifth of what a division
-// takes, which would be most of a pass.
-INLINED float reciprocal(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  bits = 0x7ef311c7 - bits;
-  float r;
-  std::memcpy(&r, &bits, sizeof(r));
-  r = r * (2.0f - x * r);
-  r = r * (2.0f - x * r);
-  return r * (2.0f - x * r);
-}
 
 struct Gate {
   float a, b;

@@ -20,8 +20,8 @@ from nalora_jax.assets import cache_dir
 
 _log = logging.getLogger(__name__)
 
-_NAMES = ("kernels.cc", "tiles.h", "products.h", "attention.h", "vocabulary.h", "gates.h")
-_SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+_HEADERS = ("tiles.h", "elementwise.h", "products.h", "attention.h", "vocabulary.h", "gates.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", *_HEADERS))
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _TILES = (
     "-DNALORA_TILES",

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <new>
 #include <utility>
@@ -311,6 +310,15 @@ inline float sum_of(const float* lanes) {
 inline float most_of(const float* lanes) { return *std::max_element(lanes, lanes + kSide); }
 
 #endif
+
+// [rows, columns] of bits, rows `stride` apart, into [up(rows, 32), width], zeros around.
+inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, Bits* to) {
+  for (int64_t i = 0; i < up(rows, kSide); i++, to += width) {
+    const int64_t n = i < rows ? columns : 0;
+    std::memcpy(to, from + i * stride, n * sizeof(Bits));
+    std::memset(to + n, 0, (width - n) * sizeof(Bits));
+  }
+}
 
 // One for all functions: a thread runs one at a time.
 inline Scratch& scratch_of_thread() {

@@ -8,9 +8,7 @@
 
 #pragma once
 
-#include <string>
-
-#include "attention.h"
+#include "elementwise.h"
 #include "tiles.h"
 
 namespace nalora {
