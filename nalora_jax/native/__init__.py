@@ -1,9 +1,10 @@
-"""Matrix products and attention on the matrix tiles (AMX) of a CPU, which XLA calls: bf16 operands, float32 sums.
+"""Matrix products and attention that XLA calls, on a CPU that multiplies bf16: sums are float32.
 
-XLA:CPU's own products reach half of what the tiles can do at the shapes of a training step, and its attention passes
-over every score several times. The C++ sources beside this file are compiled on first use, where the CPU has tiles and
-there is a C++ compiler, and kept in the cache; everywhere else, and with ``NALORA_NATIVE=0``, the work is XLA's.
-``NALORA_NATIVE=plain`` compiles the same sources without tiles, for any CPU: slow, to try and test what calls them.
+XLA:CPU's own products reach half of what matrix tiles (AMX) can do at the shapes of a training step; with the dot
+products of AVX512-BF16 they are fast, but adapters and roundings take passes of their own. Its attention passes over
+every score several times. The C++ sources beside this file are compiled on first use, where the CPU has either and there
+is a C++ compiler, and kept in the cache; everywhere else, and with ``NALORA_NATIVE=0``, the work is XLA's.
+``NALORA_NATIVE=plain`` compiles the same sources without such instructions, for any CPU: slow, to test what calls them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nalora_jax.native.library import available, has_tiles, name_of
+from nalora_jax.native.library import available, has_tiles, kinds, name_of
 
 __all__ = [
     "Heads",
@@ -32,6 +33,7 @@ __all__ = [
     "gate_gradient",
     "gate_statistics",
     "has_tiles",
+    "kinds",
     "over_vocabulary",
     "products",
 ]

@@ -82,7 +82,7 @@ INLINED bool seen(int32_t position, int32_t segment, int32_t key_position, int32
 // out[j, i] = in[i, j] of 32 x 32 numbers.
 template <typename T>
 inline void turned(const T* in, int64_t stride, T* out, int64_t out_stride) {
-#ifdef NALORA_TILES
+#ifdef NALORA_VECTORS
   for (int64_t i = 0; i < kSide; i += 16) {
     for (int64_t j = 0; j < kSide; j += 16) {
       __m512i r[16];
@@ -158,9 +158,7 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
     const int64_t row = i * kSide, n = std::min(kSide, seq - row), first = at.first_met(i, i), end = row + kSide;
     gather(q + row * stride, stride, n, dim, width, queries);
     for (int64_t p = first; p <= i; p++) {
-      block.clear();
-      block.add(queries, width, keys + p * key_panel, steps);
-      block.store(scores + p * kSide, rows);
+      block.multiply({queries, width, width}, keys + p * key_panel, scores + p * kSide, rows);
     }
     float scale[kSide];
     for (int64_t r = 0; r < kSide; r++) {
@@ -198,9 +196,8 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
       logsumexp[(b * shape.heads + head) * seq + row + r] = top + std::log(total);
     }
     for (int64_t c = 0; c < steps; c++) {
-      block.clear();
-      block.add(weights + first * kSide, rows, values + c * value_panel + first * kPanelStep, i + 1 - first);
-      block.store(sums + c * kStep, width);
+      block.multiply({weights + first * kSide, rows, end - first * kSide}, values + c * value_panel + first * kPanelStep,
+                     sums + c * kStep, width);
     }
     for (int64_t r = 0; r < n; r++) {
       Bits* to = out + ((b * seq + row + r) * shape.heads + head) * dim;
@@ -293,12 +290,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
           Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
           const bool met = at.meet(first_block + p, kb);
           if (met) {
-            block.clear();
-            block.add(keys + kb * kSide * width, width, q_panels + p * panel, steps);
-            block.store(scores, kSide);
-            block.clear();
-            block.add(values + kb * kSide * width, width, g_panels + p * panel, steps);
-            block.store(back, kSide);
+            block.multiply({keys + kb * kSide * width, width, width}, q_panels + p * panel, scores, kSide);
+            block.multiply({values + kb * kSide * width, width, width}, g_panels + p * panel, back, kSide);
           }
           const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
@@ -330,21 +323,16 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         }
         for (int64_t c = 0; c < steps; c++) {
           const int64_t sum_at = kb * kSide * width + c * kStep, from = skipped * kSide, count = panels - skipped;
-          block.load(dv + sum_at, width);
-          block.add(weights + from, size, g_tall + c * tall + skipped * kPanelStep, count);
-          block.store(dv + sum_at, width);
-          block.load(dk + sum_at, width);
-          block.add(slopes + from, size, q_tall + c * tall + skipped * kPanelStep, count);
-          block.store(dk + sum_at, width);
+          const int64_t tall_at = c * tall + skipped * kPanelStep;
+          block.add({weights + from, size, count * kSide}, g_tall + tall_at, dv + sum_at, width);
+          block.add({slopes + from, size, count * kSide}, q_tall + tall_at, dk + sum_at, width);
         }
       }
       for (int64_t p = 0; p < panels; p++) {
         for (int64_t c = 0; c < steps; c++) {
           // [32 of dim, 32 queries]
-          block.clear();
-          block.add(keys_turned + c * kStep * rows + first * kSide, rows, slopes_packed + p * deep + first * kPanelStep,
-                    first_block + p + 1 - first);
-          block.store(scores, kSide);
+          const Stretch met{keys_turned + c * kStep * rows + first * kSide, rows, (first_block + p + 1 - first) * kSide};
+          block.multiply(met, slopes_packed + p * deep + first * kPanelStep, scores, kSide);
           turned(scores, kSide, back, kSide);
           for (int64_t i = 0; i < std::min(kSide, n - p * kSide); i++) {
             float* to = of.dq + row_at + (p * kSide + i) * stride + c * kStep;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -17,17 +18,29 @@ import jax
 import jaxlib.version
 
 from nalora_jax.assets import cache_dir
+from nalora_jax.errors import NaloraError
 
 _log = logging.getLogger(__name__)
 
 _HEADERS = ("tiles.h", "elementwise.h", "products.h", "attention.h", "vocabulary.h", "gates.h")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", *_HEADERS))
-_FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
-_TILES = (
-    "-DNALORA_TILES",
-    *(f"-m{feature}" for feature in ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
+_COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_VECTORS = (
+    *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
     "-mprefer-vector-width=512",
 )
+# How products are computed, the fastest first; and what the compiler is told.
+_FLAGS = {
+    "tiles": ("-DNALORA_TILES", "-mamx-tile", "-mamx-bf16", *_VECTORS),
+    "vectors": ("-DNALORA_VECTORS", *_VECTORS),
+    "plain": (),
+}
+# What the CPU must have for that, in the words of Linux.
+_FEATURES = {
+    "tiles": {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"},
+    "vectors": {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"},
+}
+_CPU = Path("/proc/cpuinfo")
 _FUNCTIONS = (
     "products",
     "attention",
@@ -39,38 +52,64 @@ _FUNCTIONS = (
 )
 
 
-def name_of(function: str, plain: bool | None = None) -> str:
-    """The name under which XLA knows a function of the library."""
-    plain = os.environ.get("NALORA_NATIVE") == "plain" if plain is None else plain
-    return f"nalora_{function}{'_plain' if plain else ''}"
+def name_of(function: str) -> str:
+    """The name under which XLA knows a function of the library that is in use."""
+    return f"nalora_{function}_{kind(os.environ.get('NALORA_NATIVE', ''))}"
 
 
 @cache
+def kinds() -> tuple[str, ...]:
+    """What this CPU can run, the fastest first: of "tiles" (AMX), "vectors" (AVX512-BF16) and "plain"."""
+    has: set[str] = set()
+    if platform.machine() == "x86_64":
+        with contextlib.suppress(OSError):
+            lines = _CPU.read_text().splitlines()
+            has.update(next((line for line in lines if line.startswith("flags")), "").split())
+    return *(kind for kind, features in _FEATURES.items() if features <= has), "plain"
+
+
 def has_tiles() -> bool:
     """Whether this is a CPU with matrix tiles for bf16."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return "tiles" in kinds()
+
+
+def kind(choice: str) -> str | None:
+    """The kind of kernels that ``NALORA_NATIVE`` stands for; None if it is XLA that does the work.
+
+    Plain ones are slower than XLA, and used only if they are asked for.
+
+    Raises:
+      NaloraError: there is no such choice, or this CPU cannot run it.
+    """
+    if choice == "0":
+        return None
+    if choice in ("", "1"):
+        return kinds()[0] if kinds()[0] != "plain" else None
+    if choice not in kinds():
+        raise NaloraError("NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice)
+    return choice
 
 
 def available() -> bool:
     """Whether these functions can run here, compiled and registered; why not is logged once if a compiler is lacking.
 
     On several devices XLA would gather what a foreign function reads, so that they are for one CPU device only.
+
+    Raises:
+      NaloraError: ``NALORA_NATIVE`` is none of its choices.
     """
     return jax.default_backend() == "cpu" and _available(os.environ.get("NALORA_NATIVE", ""), jax.device_count())
 
 
 @cache
 def _available(choice: str, devices: int) -> bool:
-    plain = choice == "plain"
-    if choice == "0" or not (plain or (devices == 1 and has_tiles() and platform.machine() == "x86_64")):
+    wanted = kind(choice)
+    if wanted is None or (devices != 1 and wanted != "plain"):
         return False
     try:
-        return register(build(find_compiler(), tiles=not plain), plain=plain)
+        return register(build(find_compiler(), wanted), wanted)
     except (OSError, RuntimeError) as error:
-        _log.warning("products and attention are XLA's, at half the speed of this CPU's tiles: %s", error)
+        _log.warning("products and attention are XLA's, slower than this CPU's own instructions: %s", error)
         return False
 
 
@@ -86,17 +125,17 @@ def find_compiler() -> str:
     raise RuntimeError("no C++ compiler was found; install g++ or name one in CXX")
 
 
-def build(compiler: str, *, tiles: bool = True) -> Path:
+def build(compiler: str, kind: str) -> Path:
     """The compiled library, from the cache where it has been compiled before.
 
     Args:
       compiler: a C++17 compiler.
-      tiles: for the tiles; else plain C++, for any CPU.
+      kind: one of `kinds`.
 
     Raises:
       RuntimeError: the compiler fails; with what it says.
     """
-    flags = (*_FLAGS, *(_TILES if tiles else ()))
+    flags = (*_COMMON, *_FLAGS[kind])
     parts = [
         *(source.read_text() for source in _SOURCES),
         jaxlib.version.__version__,
@@ -117,12 +156,12 @@ def build(compiler: str, *, tiles: bool = True) -> Path:
     return target
 
 
-def register(library: Path, *, plain: bool = False) -> bool:
-    """Makes a library's functions known to XLA; whether this process may use them."""
+def register(library: Path, kind: str) -> bool:
+    """Makes the functions of a library of some kind known to XLA; whether this process may use them."""
     handle = ctypes.CDLL(str(library))
     if handle.nalora_prepare() != 0:
         return False
     for function in _FUNCTIONS:
         capsule = jax.ffi.pycapsule(getattr(handle, f"nalora_{function}"))
-        jax.ffi.register_ffi_target(name_of(function, plain), capsule, platform="cpu")
+        jax.ffi.register_ffi_target(f"nalora_{function}_{kind}", capsule, platform="cpu")
     return True

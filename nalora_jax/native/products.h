@@ -1,7 +1,7 @@
 // Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., several p in one call, so that threads share them all.
 //
 // Each x is [rows, depth], each y [depth, columns] or, turned, [columns, depth]; rows and columns are those of out[p],
-// depths are free. The work is cut into units of some columns (and, where there are few, of some rows). A unit packs its
+// depths are free. The work is cut into units of some columns (at the end, also of some rows). A unit packs its
 // part of every y, into memory of its thread that fits the second-level cache, and multiplies all of its rows with that.
 // Nothing else is copied, but edges that do not fill a tile. Sums stay in the tiles over the whole depth, because adding
 // to what was stored waits for the store: cutting the depth costs a third.
@@ -15,7 +15,8 @@
 namespace nalora {
 
 constexpr int64_t kUnitBytes = 640 * 1024;  // what a unit packs at most, but for a single panel
-constexpr int64_t kUnitsPerThread = 3;      // so that threads end together
+constexpr int64_t kCutRows = 4 * kSide;   // of a unit where rows are cut, each of which packs the columns once more
+constexpr int64_t kPacking = 32;            // rows that are multiplied with a panel while one is packed
 
 struct Term {
   const Bits* x;
@@ -29,51 +30,35 @@ struct Sum {
   void* out;
   bool rounded;  // to bfloat16
   int64_t rows, columns;
-  int64_t steps = 0;  // of all terms
-  int64_t row_chunk = 0, column_chunk = 0, column_units = 0, units = 0;
+  int64_t steps;  // of all terms
 };
 
-// A stretch of the depth that the rows of a block have in memory, in whole steps.
-struct Stretch {
-  const Bits* x;
-  int64_t stride;
-  int64_t steps;
+// What a thread does at a time.
+struct Unit {
+  int64_t sum, row, rows, column, columns;
 };
 
-// How the rows of a block are read: as they lie where they fill the tiles, else from a copy with zeros.
+// How the rows of a block are read: as they lie where they are whole units, else from a copy with zeros.
 inline void stretches_of(const Sum& sum, int64_t row, int64_t rows, Bits* edge, std::vector<Stretch>& stretches) {
   stretches.clear();
   for (const Term& term : sum.terms) {
     const Bits* x = term.x + row * term.depth;
-    const int64_t whole = rows == kSide ? term.depth / kStep : 0, done = whole * kStep;
-    if (whole > 0) stretches.push_back({x, term.depth, whole});
+    const int64_t steps = term.depth / kStep * kStep;
+    const int64_t done = rows % Block::kRowUnit != 0 ? 0 : term.depth % Block::kDepthUnit == 0 ? term.depth : steps;
+    if (done > 0) stretches.push_back({x, term.depth, done});
     if (done == term.depth) continue;
-    const int64_t steps = ceil_div(term.depth - done, kStep), stride = steps * kStep;
+    const int64_t left = term.depth - done, stride = up(left, kStep);
     std::memset(edge, 0, kSide * stride * sizeof(Bits));
-    for (int64_t i = 0; i < rows; i++) {
-      std::memcpy(edge + i * stride, x + i * term.depth + done, (term.depth - done) * sizeof(Bits));
-    }
-    stretches.push_back({edge, stride, steps});
+    for (int64_t i = 0; i < rows; i++) std::memcpy(edge + i * stride, x + i * term.depth + done, left * sizeof(Bits));
+    stretches.push_back({edge, stride, left});
     edge += kSide * stride;
   }
 }
 
-inline void multiply(Block& block, const std::vector<Stretch>& stretches, const Bits* panel, float* out,
-                     int64_t stride) {
-  block.clear();
-  for (const Stretch& part : stretches) {
-    block.add(part.x, part.stride, panel, part.steps);
-    panel += part.steps * kPanelStep;
-  }
-  block.store(out, stride);
-}
-
-inline void run_unit(const Sum& sum, int64_t unit, Block& block, Scratch& scratch) {
+inline void run_unit(const Sum& sum, const Unit& unit, Block& block, Scratch& scratch) {
   static thread_local std::vector<Stretch> stretches;
-  const int64_t first_column = unit % sum.column_units * sum.column_chunk;
-  const int64_t last_column = std::min(sum.columns, first_column + sum.column_chunk);
-  const int64_t first_row = unit / sum.column_units * sum.row_chunk;
-  const int64_t last_row = std::min(sum.rows, first_row + sum.row_chunk);
+  const int64_t first_column = unit.column, last_column = unit.column + unit.columns;
+  const int64_t first_row = unit.row, last_row = unit.row + unit.rows;
   const int64_t panel = sum.steps * kPanelStep, panels = ceil_div(last_column - first_column, kSide);
   const int64_t edges = kSide * kStep * sum.steps;
   scratch.reserve(Scratch::room<Bits>(panels * panel) + Scratch::room<Bits>(edges));
@@ -91,44 +76,43 @@ inline void run_unit(const Sum& sum, int64_t unit, Block& block, Scratch& scratc
       target += ceil_div(term.depth, kStep) * kPanelStep;
     }
   }
-  alignas(64) float sums[kSide * kSide];
+  const int64_t bytes = sum.rounded ? sizeof(Bits) : sizeof(float);
   for (int64_t row = first_row; row < last_row; row += kSide) {
     const int64_t rows = std::min(kSide, last_row - row);
     stretches_of(sum, row, rows, edge, stretches);
     for (int64_t i = 0; i < panels; i++) {
       const int64_t column = first_column + i * kSide, columns = std::min(kSide, last_column - column);
-      const int64_t at = row * sum.columns + column;
-      if (!sum.rounded && rows == kSide && columns == kSide) {
-        multiply(block, stretches, packed + i * panel, static_cast<float*>(sum.out) + at, sum.columns);
-        continue;
-      }
-      multiply(block, stretches, packed + i * panel, sums, kSide);
-      for (int64_t r = 0; r < rows; r++) {
-        const float* from = sums + r * kSide;
-        if (sum.rounded) {
-          round_row(from, columns, static_cast<Bits*>(sum.out) + at + r * sum.columns);
-        } else {
-          std::memcpy(static_cast<float*>(sum.out) + at + r * sum.columns, from, columns * sizeof(float));
-        }
-      }
+      char* out = static_cast<char*>(sum.out) + (row * sum.columns + column) * bytes;
+      block.multiply(stretches, packed + i * panel, {out, sum.columns, rows, columns, sum.rounded});
     }
   }
 }
 
-// Cuts a sum into about `wanted` units.
-inline void plan(Sum& sum, int64_t wanted) {
-  for (const Term& term : sum.terms) sum.steps += ceil_div(term.depth, kStep);
-  const int64_t panels = std::max<int64_t>(1, ceil_div(sum.columns, kSide));
-  const int64_t panel_bytes = std::max<int64_t>(1, sum.steps) * kPanelStep * sizeof(Bits);
-  const int64_t fitting = std::max<int64_t>(1, kUnitBytes / panel_bytes);
-  const int64_t cuts = std::min(panels, std::max(ceil_div(panels, fitting), wanted));
-  sum.column_chunk = ceil_div(panels, cuts) * kSide;
-  sum.column_units = std::max<int64_t>(1, ceil_div(sum.columns, sum.column_chunk));
-  // Every cut of the rows packs the same columns once more: four blocks of rows at least.
-  const int64_t row_cuts =
-      std::clamp<int64_t>(wanted / sum.column_units, 1, std::max<int64_t>(1, sum.rows / (4 * kSide)));
-  sum.row_chunk = std::max(kSide, up(ceil_div(sum.rows, row_cuts), kSide));
-  sum.units = sum.column_units * ceil_div(sum.rows, sum.row_chunk);
+// Cuts sums into units, large ones first and ever smaller ones: a thread that began late, or that another program
+// held up, leaves the others little to wait for.
+inline std::vector<Unit> units_of(const std::vector<Sum>& sums, int64_t threads) {
+  std::vector<Unit> units;
+  const auto panels_of = [](const Sum& sum) { return ceil_div(sum.columns, kSide); };
+  const auto cost_of_panel = [](const Sum& sum) { return sum.steps * (sum.rows + kPacking); };
+  int64_t left = 0;
+  for (const Sum& sum : sums) left += panels_of(sum) * cost_of_panel(sum);
+  for (size_t i = 0; i < sums.size(); i++) {
+    const Sum& sum = sums[i];
+    const int64_t panels = panels_of(sum), cost = std::max<int64_t>(1, cost_of_panel(sum));
+    const int64_t panel_bytes = std::max<int64_t>(1, sum.steps) * kPanelStep * sizeof(Bits);
+    const int64_t fitting = std::max<int64_t>(1, kUnitBytes / panel_bytes);
+    for (int64_t panel = 0, n; panel < panels; panel += n, left -= n * cost) {
+      const int64_t share = left / (2 * threads);
+      n = std::min(std::clamp<int64_t>(share / cost, 1, fitting), panels - panel);
+      const int64_t cuts = std::clamp<int64_t>(ceil_div(cost, share + 1), 1, std::max<int64_t>(1, sum.rows / kCutRows));
+      const int64_t column = panel * kSide, columns = std::min(n * kSide, sum.columns - column);
+      const int64_t rows = std::max(kSide, up(ceil_div(sum.rows, cuts), kSide));
+      for (int64_t row = 0; row < sum.rows; row += rows) {
+        units.push_back({static_cast<int64_t>(i), row, std::min(rows, sum.rows - row), column, columns});
+      }
+    }
+  }
+  return units;
 }
 
 inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -138,7 +122,6 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
   };
   if (terms.size() != rets.size() || 2 * turned.size() != args.size()) return refused("operands do not fit the terms");
   std::vector<Sum> sums;
-  int64_t units = 0;
   size_t next = 0;
   for (size_t p = 0; p < rets.size(); p++) {
     auto out = rets.get<ffi::AnyBuffer>(p);
@@ -150,6 +133,7 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
     sum.columns = shape[1];
     sum.out = (*out)->untyped_data();
     sum.rounded = (*out)->element_type() != ffi::F32;
+    sum.steps = 0;
     for (int64_t t = 0; t < terms[p]; t++, next++) {
       if (next >= turned.size()) return refused("operands do not fit the terms");
       auto x = args.get<ffi::AnyBuffer>(2 * next), y = args.get<ffi::AnyBuffer>(2 * next + 1);
@@ -164,16 +148,16 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
       if (x->element_type() != ffi::U16 || y->element_type() != ffi::U16) return refused("operands must be uint16");
       sum.terms.push_back({static_cast<const Bits*>(x->untyped_data()), static_cast<const Bits*>(y->untyped_data()),
                            left[1], turn_y});
+      sum.steps += ceil_div(left[1], kStep);
     }
-    plan(sum, ceil_div(kUnitsPerThread * std::max<int64_t>(1, pool.num_threads()), static_cast<int64_t>(rets.size())));
-    units += sum.units;
     sums.push_back(std::move(sum));
   }
-  const bool done = share(pool, units, [sums = std::move(sums)](int64_t unit, Block& block, Scratch& scratch) {
-    size_t i = 0;
-    for (; unit >= sums[i].units; i++) unit -= sums[i].units;
-    run_unit(sums[i], unit, block, scratch);
-  });
+  std::vector<Unit> units = units_of(sums, std::max<int64_t>(1, pool.num_threads()));
+  const int64_t count = units.size();
+  const auto work = [sums = std::move(sums), units = std::move(units)](int64_t i, Block& block, Scratch& scratch) {
+    run_unit(sums[units[i].sum], units[i], block, scratch);
+  };
+  const bool done = share(pool, count, work);
   return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_products: out of memory");
 }
 

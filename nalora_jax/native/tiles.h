@@ -1,6 +1,6 @@
-// Blocks of 32 x 32 sums of bfloat16 products on the matrix tiles (AMX) of a CPU, and the order in which tiles read.
-//
-// Without NALORA_TILES the same functions are plain C++, for any machine: that is what tests compare.
+// Blocks of 32 x 32 sums of bfloat16 products, and the order in which they are read: on the matrix tiles of a CPU (AMX,
+// with NALORA_TILES), with the dot products of its vectors (AVX512-BF16, with NALORA_VECTORS; tiles come with vectors), or
+// in plain C++, for any machine: that is what tests compare.
 
 #pragma once
 
@@ -20,6 +20,9 @@
 #include "xla/ffi/api/ffi.h"
 
 #ifdef NALORA_TILES
+#define NALORA_VECTORS
+#endif
+#ifdef NALORA_VECTORS
 #include <immintrin.h>
 #endif
 
@@ -102,62 +105,7 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-#ifdef NALORA_TILES
-
-// The tiles of this thread: 0 to 3 hold a block's sums, 4 and 5 rows of x, 6 and 7 a step of the panel.
-class Block {
- public:
-  Block() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    _tile_loadconfig(&config);
-  }
-  ~Block() { _tile_release(); }
-
-  void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-
-  // Sums from [32, 32], rows `stride` apart.
-  void load(const float* from, int64_t stride) {
-    _tile_loadd(0, from, stride * 4);
-    _tile_loadd(1, from + 16, stride * 4);
-    _tile_loadd(2, from + 16 * stride, stride * 4);
-    _tile_loadd(3, from + 16 * stride + 16, stride * 4);
-  }
-
-  // Adds x[32, 32 steps] panel, rows of x `stride` apart.
-  void add(const Bits* x, int64_t stride, const Bits* panel, int64_t steps) {
-    const Bits* lower = x + 16 * stride;
-    for (int64_t s = 0; s < steps; s++, panel += kPanelStep) {
-      _tile_loadd(6, panel, 64);
-      _tile_loadd(4, x + s * kStep, stride * 2);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, panel + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, lower + s * kStep, stride * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-
-  void store(float* to, int64_t stride) {
-    _tile_stored(0, to, stride * 4);
-    _tile_stored(1, to + 16, stride * 4);
-    _tile_stored(2, to + 16 * stride, stride * 4);
-    _tile_stored(3, to + 16 * stride + 16, stride * 4);
-  }
-};
+#ifdef NALORA_VECTORS
 
 inline __mmask32 first(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 
@@ -243,34 +191,6 @@ inline float most_of(const float* lanes) {
 
 #else  // plain C++
 
-class Block {
- public:
-  void clear() { std::fill_n(sums_, kSide * kSide, 0.0f); }
-
-  void load(const float* from, int64_t stride) {
-    for (int64_t i = 0; i < kSide; i++) std::copy_n(from + i * stride, kSide, sums_ + i * kSide);
-  }
-
-  void add(const Bits* x, int64_t stride, const Bits* panel, int64_t steps) {
-    for (int64_t s = 0; s < steps; s++, panel += kPanelStep) {
-      for (int64_t i = 0; i < kSide; i++) {
-        for (int64_t k = 0; k < kStep; k++) {
-          const float left = widened(x[i * stride + s * kStep + k]);
-          const Bits* row = panel + k / 2 * kStep + k % 2;
-          for (int64_t j = 0; j < kSide; j++) sums_[i * kSide + j] += left * widened(row[j / 16 * kTile + j % 16 * 2]);
-        }
-      }
-    }
-  }
-
-  void store(float* to, int64_t stride) {
-    for (int64_t i = 0; i < kSide; i++) std::copy_n(sums_ + i * kSide, kSide, to + i * stride);
-  }
-
- private:
-  float sums_[kSide * kSide];
-};
-
 inline void pack_pair(const Bits* even, const Bits* odd, Bits* panel) {
   for (int64_t j = 0; j < kSide; j++) {
     panel[j / 16 * kTile + j % 16 * 2] = even[j];
@@ -310,6 +230,210 @@ inline float sum_of(const float* lanes) {
 inline float most_of(const float* lanes) { return *std::max_element(lanes, lanes + kSide); }
 
 #endif
+
+// What a block of sums is made of: rows of x, `stride` apart, over a stretch of the depth.
+struct Stretch {
+  const Bits* x;
+  int64_t stride;
+  int64_t depth;
+  int64_t steps() const { return ceil_div(depth, kStep); }
+};
+
+// Where it goes: the first rows and columns of it, as float32 or rounded to bfloat16.
+struct Target {
+  void* out;
+  int64_t stride;
+  int64_t rows, columns;
+  bool rounded;
+};
+
+// What `Sums` are computed with: out = sum_i x[i] panel[i], added to what out holds if kAdded. The panels of the
+// stretches lie one behind the other. x is read in whole kRowUnits and kDepthUnits.
+#if defined(NALORA_VECTORS) && !defined(NALORA_TILES)
+
+class Sums {
+ public:
+  static constexpr int64_t kRowUnit = 8, kDepthUnit = 2;
+
+  template <bool kAdded>
+  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to) {
+    int64_t row = 0;
+    if (to.columns > 16) {
+      for (; row < to.rows; row += 8) rows<8, 2, kAdded>(parts, count, row, panel, to);
+      return;
+    }
+    for (; row + 8 < to.rows; row += 16) rows<16, 1, kAdded>(parts, count, row, panel, to);
+    for (; row < to.rows; row += 8) rows<8, 1, kAdded>(parts, count, row, panel, to);
+  }
+
+ private:
+  // 16 registers of sums: as many dot products under way as hide how long one takes.
+  template <int kRows, int kWide, bool kAdded>
+  static void rows(const Stretch* parts, int64_t count, int64_t row, const Bits* panel, const Target& to) {
+    __m512 sums[kRows][kWide];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; r++) {
+#pragma GCC unroll 2
+      for (int64_t w = 0; w < kWide; w++) {
+        // Only whole blocks are added to.
+        const float* from = static_cast<const float*>(to.out) + (row + r) * to.stride + 16 * w;
+        sums[r][w] = kAdded ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+      }
+    }
+    for (const Stretch* part = parts; part != parts + count; part++) {
+      const Bits* x = part->x + row * part->stride;
+      for (int64_t left = part->depth; left > 0; left -= kStep, panel += kPanelStep) {
+        const Bits* y = panel;
+#pragma GCC unroll 1
+        for (const Bits* end = panel + std::min(left + 1, kStep) / 2 * kStep; y != end; y += kStep, x += 2) {
+          __m512bh columns[kWide];
+#pragma GCC unroll 2
+          for (int64_t w = 0; w < kWide; w++) columns[w] = (__m512bh)_mm512_load_si512(y + w * kTile);
+#pragma GCC unroll 16
+          for (int64_t r = 0; r < kRows; r++) {
+            int32_t pair;
+            std::memcpy(&pair, x + r * part->stride, sizeof(pair));
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+            for (int64_t w = 0; w < kWide; w++) sums[r][w] = _mm512_dpbf16_ps(sums[r][w], both, columns[w]);
+          }
+        }
+      }
+    }
+    const int64_t n = std::min<int64_t>(kRows, to.rows - row);
+    const __mmask32 mask = first(to.columns);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRows; r++) {
+      if (r == n) break;
+      const int64_t at = (row + r) * to.stride;
+      if (to.rounded) {
+        const __m512 right = kWide == 2 ? sums[r][kWide - 1] : _mm512_setzero_ps();
+        _mm512_mask_storeu_epi16(static_cast<Bits*>(to.out) + at, mask, (__m512i)_mm512_cvtne2ps_pbh(right, sums[r][0]));
+        continue;
+      }
+#pragma GCC unroll 2
+      for (int64_t w = 0; w < kWide; w++) {
+        _mm512_mask_storeu_ps(static_cast<float*>(to.out) + at + 16 * w, mask >> 16 * w, sums[r][w]);
+      }
+    }
+  }
+};
+
+#else
+
+// Whole blocks of floats at a time; what is wanted of them otherwise goes through memory.
+class Sums {
+ public:
+  static constexpr int64_t kRowUnit = kSide, kDepthUnit = kStep;
+
+  template <bool kAdded>
+  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to) {
+    if (!to.rounded && to.rows == kSide && to.columns == kSide) {
+      whole<kAdded>(parts, count, panel, static_cast<float*>(to.out), to.stride);
+      return;
+    }
+    whole<false>(parts, count, panel, sums_, kSide);
+    for (int64_t r = 0; r < to.rows; r++) {
+      const float* from = sums_ + r * kSide;
+      if (to.rounded) {
+        round_row(from, to.columns, static_cast<Bits*>(to.out) + r * to.stride);
+      } else {
+        std::memcpy(static_cast<float*>(to.out) + r * to.stride, from, to.columns * sizeof(float));
+      }
+    }
+  }
+
+#ifdef NALORA_TILES
+  // The tiles of this thread: 0 to 3 hold a block's sums, 4 and 5 rows of x, 6 and 7 a step of the panel.
+  Sums() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; i++) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Sums() { _tile_release(); }
+#endif
+
+ private:
+  alignas(64) float sums_[kSide * kSide];
+
+  template <bool kAdded>
+  static void whole(const Stretch* parts, int64_t count, const Bits* panel, float* out, int64_t stride) {
+#ifdef NALORA_TILES
+    if constexpr (kAdded) {
+      _tile_loadd(0, out, stride * 4);
+      _tile_loadd(1, out + 16, stride * 4);
+      _tile_loadd(2, out + 16 * stride, stride * 4);
+      _tile_loadd(3, out + 16 * stride + 16, stride * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (const Stretch* part = parts; part != parts + count; part++) {
+      const Bits *x = part->x, *lower = x + 16 * part->stride;
+      for (int64_t s = 0; s < part->steps(); s++, panel += kPanelStep) {
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(4, x + s * kStep, part->stride * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + kTile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower + s * kStep, part->stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, out, stride * 4);
+    _tile_stored(1, out + 16, stride * 4);
+    _tile_stored(2, out + 16 * stride, stride * 4);
+    _tile_stored(3, out + 16 * stride + 16, stride * 4);
+#else
+    for (int64_t i = 0; !kAdded && i < kSide; i++) std::fill_n(out + i * stride, kSide, 0.0f);
+    for (const Stretch* part = parts; part != parts + count; part++) {
+      for (int64_t s = 0; s < part->steps(); s++, panel += kPanelStep) {
+        for (int64_t i = 0; i < kSide; i++) {
+          for (int64_t k = 0; k < kStep; k++) {
+            const float left = widened(part->x[i * part->stride + s * kStep + k]);
+            const Bits* row = panel + k / 2 * kStep + k % 2;
+            for (int64_t j = 0; j < kSide; j++) out[i * stride + j] += left * widened(row[j / 16 * kTile + j % 16 * 2]);
+          }
+        }
+      }
+    }
+#endif
+  }
+};
+
+#endif
+
+// Blocks of sums of one thread.
+class Block : Sums {
+ public:
+  using Sums::kDepthUnit;
+  using Sums::kRowUnit;
+
+  // sum_i x[i] panel[i].
+  void multiply(const std::vector<Stretch>& parts, const Bits* panel, const Target& to) {
+    run<false>(parts.data(), parts.size(), panel, to);
+  }
+
+  // out[32, 32] = x panel.
+  void multiply(const Stretch& part, const Bits* panel, float* out, int64_t stride) {
+    run<false>(&part, 1, panel, {out, stride, kSide, kSide, false});
+  }
+
+  // out[32, 32] += x panel.
+  void add(const Stretch& part, const Bits* panel, float* out, int64_t stride) {
+    run<true>(&part, 1, panel, {out, stride, kSide, kSide, false});
+  }
+};
 
 // [rows, columns] of bits, rows `stride` apart, into [up(rows, 32), width], zeros around.
 inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, Bits* to) {

@@ -85,9 +85,7 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
       stride = width;
     }
     for (int64_t p = 0; p < panels; p++) {
-      block.clear();
-      block.add(x, stride, entries + p * panel, steps);
-      block.store(logits + p * kSide, kEntries);
+      block.multiply({x, stride, width}, entries + p * panel, logits + p * kSide, kEntries);
     }
     float* attended = of.gradient ? sums.attended.get() + b * kSide * width : nullptr;
     for (int64_t r = 0; r < kSide; r++) {
@@ -126,9 +124,7 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
       total += sum_of(lanes);
     }
     for (int64_t c = 0; of.gradient && c < steps; c++) {
-      block.load(attended + c * kStep, width);
-      block.add(weights, kEntries, entries_tall + c * tall, panels);
-      block.store(attended + c * kStep, width);
+      block.add({weights, kEntries, panels * kSide}, entries_tall + c * tall, attended + c * kStep, width);
     }
   }
 }

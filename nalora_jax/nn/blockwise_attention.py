@@ -82,8 +82,8 @@ def _fwd(
     window: jax.Array | int,
     scoring: Scoring,
 ) -> tuple[jax.Array, Any]:
-    if _on_tiles(scoring):
-        return _fwd_on_tiles(q, k, v, positions, segments, window, scoring)
+    if _is_native(scoring):
+        return _native_fwd(q, k, v, positions, segments, window, scoring)
     heads = tuple(stored(by_key_head(x, k.shape[2]), scoring.kept) for x in (q * scoring.scale, k, v))
     outs, totals = [], []
     for start, end in blocks(q.shape[1]):
@@ -99,12 +99,12 @@ def _fwd(
     return by_token(restored(held, scoring.result)), kept
 
 
-def _on_tiles(scoring: Scoring) -> bool:
+def _is_native(scoring: Scoring) -> bool:
     """Whether `nalora_jax.native` does the work: it reads and keeps bf16, and nothing else."""
     return scoring.operand == scoring.kept == "bfloat16" and native.available()
 
 
-def _fwd_on_tiles(
+def _native_fwd(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -127,7 +127,7 @@ def _fwd_on_tiles(
     return restored(out, scoring.result), (heads, out, logsumexp, like)
 
 
-def _bwd_on_tiles(scoring: Scoring, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+def _native_bwd(scoring: Scoring, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     heads, out, logsumexp, like = residuals
     dq, dk, dv = native.attention_gradient(heads, out, logsumexp, rounded(g, scoring.kept), scoring.softcap)
     grads = (rounded(x, y.dtype) for x, y in zip((dq * scoring.scale, dk, dv), like, strict=True))
@@ -147,8 +147,8 @@ def _attended(seen: _Seen, scoring: Scoring, carry: None, rows: tuple[jax.Array,
 
 
 def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    if _on_tiles(scoring):
-        return _bwd_on_tiles(scoring, kept, g)
+    if _is_native(scoring):
+        return _native_bwd(scoring, kept, g)
     *heads, out, logsumexp, positions, segments, window, like = kept
     kv_heads, seq = heads[1].shape[1], g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)

@@ -30,10 +30,10 @@ from nalora_jax.nn.matmul import (
     contraction_multiple,
     dot,
     expand,
-    on_tiles,
+    is_native,
+    native_sums,
     rounded,
     stored,
-    sums_on_tiles,
     unpack_leaf,
 )
 from nalora_jax.nn.quantize import Quantized
@@ -119,12 +119,12 @@ def _adapted_fwd(
     dtypes: tuple[str, str],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     (d_in, d_out), (operand, result) = kernel.shape, dtypes
-    multiple, tiles = contraction_multiple(operand), on_tiles(x.shape[0], operand)
+    multiple, native = contraction_multiple(operand), is_native(x.shape[0], operand)
     # s x A is kept by a rematerialised layer: r columns, for which it would make a product (or a pass over x) again.
-    if d_out > d_in or tiles:
+    if d_out > d_in or native:
         hidden = stored(scale * dot(x, a, operand), "float32")
-        if tiles:
-            (y,) = sums_on_tiles(Sum([Term(x, expand(kernel)), Term(hidden, b)], result))
+        if native:
+            (y,) = native_sums(Sum([Term(x, expand(kernel)), Term(hidden, b)], result))
         else:
             y = dot(_joined(x, hidden, 1, operand, multiple), _joined(expand(kernel), b, 0, operand, multiple), operand)
     else:
@@ -139,9 +139,9 @@ def _adapted_bwd(dtypes: tuple[str, str], kept: tuple[Any, ...], g: jax.Array) -
     (d_in, d_out), rank, operand = kernel.shape, b.shape[0], dtypes[0]
     multiple = contraction_multiple(operand)
     wide = beside_masked(b, mask)
-    if on_tiles(x.shape[0], operand):
+    if is_native(x.shape[0], operand):
         back = scale * dot(g, wide, operand, dims=(1, 1))
-        dx, da, db = sums_on_tiles(
+        dx, da, db = native_sums(
             Sum([Term(g, expand(kernel), True), Term(back[:, :rank], a, True)], x.dtype),
             Sum([Term(back[:, -rank:].T, x)]),
             Sum([Term(hidden.T, g)]),

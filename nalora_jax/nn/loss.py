@@ -73,7 +73,7 @@ def cross_entropy(
     return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles)
 
 
-def _on_tiles(kernel: jax.Array, head: Head) -> bool:
+def _is_native(kernel: jax.Array, head: Head) -> bool:
     """Whether `nalora_jax.native` does the work, which reads bf16 and its views."""
     return head.operand == "bfloat16" and kernel.dtype in (jnp.bfloat16, jnp.uint16) and native.available()
 
@@ -140,7 +140,7 @@ def _chunk(
     return _joined(sums, hidden, target_rows, weights, head, grad)
 
 
-def _on_tiles_at_once(
+def _native_chunk(
     hidden: jax.Array, kernel: jax.Array, target_rows: jax.Array, weights: jax.Array, head: Head, grad: bool
 ) -> tuple[jax.Array, jax.Array]:
     """`_chunk` of all rows, those with a target first."""
@@ -225,9 +225,9 @@ def _compacted(
     flat, weights = hidden.reshape(n, -1), weights.reshape(n)
     # Rows with a target first; the last chunk is filled with rows of weight zero.
     order = jnp.argsort(weights == 0, stable=True)
-    if _on_tiles(kernel, head):
+    if _is_native(kernel, head):
         h, r = (jnp.take(x, order, axis=0) for x in (flat, _target_rows(kernel, targets.reshape(n), head.transposed)))
-        loss, back = _on_tiles_at_once(h, kernel, r, weights[order], head, grad)
+        loss, back = _native_chunk(h, kernel, r, weights[order], head, grad)
         return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(shape) if grad else back
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)

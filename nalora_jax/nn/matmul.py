@@ -26,7 +26,7 @@ from nalora_jax.nn.quantize import Quantized, dequantize
 
 # Name of what a rematerialised layer keeps nonetheless: what costs a product to make again.
 KEPT = "kept"
-# Fewer rows do not pay for packing the other side for the tiles: text generation.
+# Fewer rows do not pay for packing the other side: text generation.
 _FEWEST_ROWS = 32
 
 
@@ -57,7 +57,7 @@ def numerics_for(dtype: str, platform: str) -> Numerics:
     if dtype != "bfloat16":
         raise NaloraError("compute.dtype", expected="'float32' or 'bfloat16'", found=repr(dtype))
     if platform == "cpu":
-        # Only the tiles round their sums on the way out; XLA's products would take another pass for it.
+        # Only native kernels round their sums on the way out; XLA's products would take another pass for it.
         inner = "bfloat16" if native.available() else None
         return Numerics("bfloat16", "float32", adapter="bfloat16", kept="bfloat16", fused=True, inner=inner)
     return Numerics("bfloat16", "bfloat16", adapter="bfloat16", kept="bfloat16")
@@ -140,18 +140,18 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
     if rows == 1 and dims[0] == 1 and operand == "bfloat16" and jax.default_backend() == "cpu":
         # XLA:CPU multiplies a single row in float32, after widening the whole bf16 matrix; two rows it does not.
         x = jnp.concatenate([x, x])
-    if dims[0] == 1 and on_tiles(rows, operand):
-        return sums_on_tiles(native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
+    if dims[0] == 1 and is_native(rows, operand):
+        return native_sums(native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
     y = lax.dot_general(rounded(x, operand), rounded(y, operand), contract, preferred_element_type=jnp.float32)
     return rounded(y[:rows] if dims[0] == 1 else y, result)
 
 
-def on_tiles(rows: int, operand: str) -> bool:
+def is_native(rows: int, operand: str) -> bool:
     """Whether products of so many rows are `nalora_jax.native`'s."""
     return rows >= _FEWEST_ROWS and operand == "bfloat16" and native.available()
 
 
-def sums_on_tiles(*sums: native.Sum) -> list[jax.Array]:
+def native_sums(*sums: native.Sum) -> list[jax.Array]:
     """`nalora_jax.native.products` of operands that are yet to be rounded."""
     terms = (
         [native.Term(rounded(x, "bfloat16"), rounded(y, "bfloat16"), turned) for x, y, turned in s[0]] for s in sums

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from nalora_jax.errors import NaloraError
 from nalora_jax.native import library
 
 
@@ -22,8 +23,7 @@ def _decided_anew() -> Iterator[None]:
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on one CPU with tiles."""
-    monkeypatch.setattr(library, "has_tiles", lambda: True)
-    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library, "kinds", lambda: ("tiles", "vectors", "plain"))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -58,21 +58,52 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
     assert list((tmp_path / "cache" / "native").iterdir()) == []
 
 
-@pytest.mark.parametrize(("choice", "devices", "has_tiles"), [("0", 1, True), ("1", 8, True), ("1", 1, False)])
+@pytest.mark.parametrize(
+    ("choice", "devices", "kinds"),
+    [("0", 1, ("tiles", "plain")), ("1", 8, ("tiles", "plain")), ("vectors", 8, ("vectors",)), ("1", 1, ("plain",))],
+)
 def test_where_xla_does_the_work(
-    choice: str, devices: int, has_tiles: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    choice: str, devices: int, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NALORA_NATIVE", choice)
-    monkeypatch.setattr(library, "has_tiles", lambda: has_tiles)
+    monkeypatch.setattr(library, "kinds", lambda: kinds)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     assert not library.available()
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16 amx_tile amx_bf16", ("tiles", "vectors", "plain")),
+        ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16", ("vectors", "plain")),
+        ("x86_64", "fma avx512f avx512bw avx512vl", ("plain",)),
+        ("x86_64", None, ("plain",)),
+        ("aarch64", "fma avx512f avx512bw avx512vl avx512_bf16", ("plain",)),
+    ],
+)
+def test_kinds_are_those_that_the_cpu_has(
+    machine: str, flags: str | None, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = tmp_path / "cpuinfo"
+    if flags is not None:
+        about.write_text(f"processor\t: 0\nvmx flags\t: none\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(library, "_CPU", about)
+    monkeypatch.setattr(library.platform, "machine", lambda: machine)
+    assert library.kinds.__wrapped__() == expected
+
+
+def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "kinds", lambda: ("vectors", "plain"))
+    monkeypatch.setenv("NALORA_NATIVE", "tiles")
+    with pytest.raises(NaloraError, match="expected 0, 1 or, on this CPU, vectors or plain, found tiles"):
+        library.available()
+
+
 def test_what_was_compiled_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
-    made = library.build(library.find_compiler(), tiles=False)
+    made = library.build(library.find_compiler(), "plain")
     written = made.stat().st_mtime_ns
-    assert library.build(library.find_compiler(), tiles=False) == made
+    assert library.build(library.find_compiler(), "plain") == made
     assert made.stat().st_mtime_ns == written
     assert [path.name for path in made.parent.iterdir()] == [made.name]
