@@ -123,21 +123,52 @@ def _target_rows(kernel: jax.Array, targets: jax.Array, transposed: bool) -> jax
     return (rows if transposed else rows.T).reshape(*targets.shape, -1)
 
 
+def _wanted(kernel: jax.Array, targets: jax.Array, head: Head, block: int) -> jax.Array:
+    """What `_chunk` asks of every target: its row of the head, or, where all logits are there, its number alone.
+
+    Taking columns of an untied head would have TPUs and GPUs turn a copy of it: 1 GB at 128k entries of 4,096 numbers.
+    """
+    vocab = kernel.shape[0 if head.transposed else 1]
+    return targets[..., None] if block == vocab else _target_rows(kernel, targets, head.transposed)
+
+
 def _chunk(
     hidden: jax.Array,
     kernel: jax.Array,
-    target_rows: jax.Array,
+    wanted: jax.Array,
     weights: jax.Array,
     head: Head,
     block: int,
     grad: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss sum of one chunk, hidden and target_rows ``[rows, d_model]``, weights ``[rows]``; and hidden's gradient.
+    """Loss sum of one chunk, hidden ``[rows, d_model]``, weights ``[rows]``, and `_wanted`; and hidden's gradient.
 
     The gradient is of shape ``[rows, 0]`` where it is not wanted.
     """
+    if block == kernel.shape[0 if head.transposed else 1]:
+        return _whole_rows(hidden, kernel, wanted, weights, head, grad)
     sums = _over_vocabulary(hidden, kernel, head, block, grad)
-    return _joined(sums, hidden, target_rows, weights, head, grad)
+    return _joined(sums, hidden, wanted, weights, head, grad)
+
+
+def _whole_rows(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, grad: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`_chunk` with the logits of all entries at once, targets ``[rows, 1]``."""
+    inner, outer = ((1, 1), (1, 0)) if head.transposed else ((1, 0), (1, 1))
+    part = unpack_leaf(kernel)
+    logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
+    # A comparison within the passes that are made anyway; a gather would cross devices that split the vocabulary.
+    hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(shifted)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    picked = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1)
+    loss = jnp.sum(weights * (jnp.log(total[:, 0]) - picked))
+    if not grad:
+        return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
+    probabilities = exps / total
+    return loss, weights[:, None] * dot((probabilities - hit) * slope, part, head.operand, dims=outer)
 
 
 def _native_chunk(
@@ -201,7 +232,7 @@ def _over_vocabulary(
         top, total, attended = carry
         # The last block ends with the vocabulary, and leaves out what the one before it had.
         start = jnp.minimum(i * block, vocab - block)
-        part = unpack_leaf(kernel) if block == vocab else block_of(kernel, start, block, axis)
+        part = block_of(kernel, start, block, axis)
         logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
         if vocab % block:
             logits = jnp.where(start + jnp.arange(block) >= i * block, logits, -jnp.inf)
@@ -213,8 +244,7 @@ def _over_vocabulary(
 
     lowest = jnp.full((rows,), jnp.finfo(jnp.float32).min)
     carry = (lowest, jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, d_model if grad else 0), jnp.float32))
-    blocks = -(-vocab // block)
-    return add(0, carry) if blocks == 1 else lax.fori_loop(0, blocks, add, carry)
+    return lax.fori_loop(0, -(-vocab // block), add, carry)
 
 
 def _compacted(
@@ -231,7 +261,7 @@ def _compacted(
         return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(shape) if grad else back
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)
-    wanted = _target_rows(kernel, targets.reshape(n), head.transposed)
+    wanted = _wanted(kernel, targets.reshape(n), head, tiles.block)
 
     def chunks(rows: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
         def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -272,12 +302,12 @@ def _along_sequence(
 
     def body(loss: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         h, w, r = chunk
-        flat, wanted = h.reshape(-1, d_model), r.reshape(-1, d_model)
+        flat, wanted = h.reshape(-1, d_model), r.reshape(-1, r.shape[-1])
         part, back = _chunk(flat, kernel, wanted, w.reshape(-1), head, tiles.block, grad)
         return loss + part, back.astype(h.dtype).reshape(*h.shape[:-1], -1)
 
-    rows = _target_rows(kernel, targets, head.transposed)
-    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(weights), split(rows)))
+    wanted = _wanted(kernel, targets, head, tiles.block)
+    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(weights), split(wanted)))
     if not grad:
         return loss, parts
     whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)
