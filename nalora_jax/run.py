@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from nalora_jax import mesh as layout
-from nalora_jax import trees
+from nalora_jax import processor, trees
 from nalora_jax.adapted import ADAPTER
 from nalora_jax.assembly import Assembly, assemble, plain_adapter
 from nalora_jax.assets import cache_dir
@@ -341,15 +341,8 @@ def describe_targets(assembly: Assembly) -> str:
 def describe_device() -> str:
     """Kind and number of devices, and the processor behind a CPU device."""
     device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else _processor()
+    kind = device.device_kind if device.platform != "cpu" else f"{processor.name()}, {os.cpu_count()} cores"
     return f"{jax.device_count()} x {device.platform} ({kind})"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

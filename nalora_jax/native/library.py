@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +15,7 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
+from nalora_jax import processor
 from nalora_jax.assets import cache_dir
 from nalora_jax.errors import NaloraError
 
@@ -40,7 +39,6 @@ _FEATURES = {
     "tiles": {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"},
     "vectors": {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"},
 }
-_CPU = Path("/proc/cpuinfo")
 _FUNCTIONS = (
     "products",
     "attention",
@@ -60,11 +58,7 @@ def name_of(function: str) -> str:
 @cache
 def kinds() -> tuple[str, ...]:
     """What this CPU can run, the fastest first: of "tiles" (AMX), "vectors" (AVX512-BF16) and "plain"."""
-    has: set[str] = set()
-    if platform.machine() == "x86_64":
-        with contextlib.suppress(OSError):
-            lines = _CPU.read_text().splitlines()
-            has.update(next((line for line in lines if line.startswith("flags")), "").split())
+    has = processor.features()
     return *(kind for kind, features in _FEATURES.items() if features <= has), "plain"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from nalora_jax import processor
 from nalora_jax.errors import NaloraError
 from nalora_jax.native import library
 
@@ -88,8 +89,8 @@ def test_kinds_are_those_that_the_cpu_has(
     about = tmp_path / "cpuinfo"
     if flags is not None:
         about.write_text(f"processor\t: 0\nvmx flags\t: none\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
-    monkeypatch.setattr(library, "_CPU", about)
-    monkeypatch.setattr(library.platform, "machine", lambda: machine)
+    monkeypatch.setattr(processor, "_DESCRIPTION", about)
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
     assert library.kinds.__wrapped__() == expected
 
 

@@ -105,6 +105,16 @@ def test_a_bf16_head_is_never_widened_or_copied_as_a_whole(compact: bool, transp
 
 
 @pytest.mark.parametrize("transposed", [True, False])
+def test_whole_rows_of_logits_take_no_entries_of_the_head(transposed: bool) -> None:
+    # A TPU or GPU would turn a copy of an untied head for it, and one that is split would be gathered.
+    hidden, kernel, targets, weights = _problem()
+    table = jnp.asarray(kernel.T if transposed else kernel, jnp.float32)
+    arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
+    step = jax.grad(lambda h: cross_entropy(h, table, *arguments, head=Head(transposed), compact=False))
+    assert "gather" not in str(jax.make_jaxpr(step)(jnp.asarray(hidden, jnp.float32)))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("vocab", [4096, 5000])
 @pytest.mark.parametrize("targets_of", [0.02, 0.4, 1.0])
 def test_blocks_of_a_large_vocabulary_and_every_size_of_chunk(transposed: bool, vocab: int, targets_of: float) -> None:
