@@ -15,7 +15,7 @@
 namespace nalora {
 
 constexpr int64_t kUnitBytes = 640 * 1024;  // what a unit packs at most, but for a single panel
-constexpr int64_t kCutRows = 4 * kSide;   // of a unit where rows are cut, each of which packs the columns once more
+constexpr int64_t kCutRows = 4 * kSide;     // of a unit where rows are cut, each of which packs the columns once more
 constexpr int64_t kPacking = 32;            // rows that are multiplied with a panel while one is packed
 
 struct Term {

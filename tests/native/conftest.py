@@ -1,17 +1,30 @@
-"""The native kernels as plain C++, which runs everywhere, and with the vectors and the tiles of a CPU that has them."""
+"""The native kernels as plain C++, which runs everywhere, and with the vectors and the tiles of a CPU that has them.
+
+Where a CPU has vectors only, what is written for tiles is compiled with tiles that are emulated.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import jax
 import pytest
 
 from nalora_jax import native
+from nalora_jax.native import library
+
+EMULATED = Path(__file__).with_name("emulated_tiles.h")
+KINDS = [*native.kinds(), *(["emulated"] if native.kinds()[0] == "vectors" else [])]
 
 
-@pytest.fixture(params=native.kinds())
+@pytest.fixture(params=KINDS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes `nalora_jax.native` available for a test, whatever the machine."""
     monkeypatch.setenv("NALORA_NATIVE", request.param)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if request.param == "emulated":
+        flags = ("-DNALORA_TILES", "-include", str(EMULATED), *library._VECTORS)
+        monkeypatch.setitem(library._FLAGS, "emulated", flags)
+        monkeypatch.setattr(library, "kinds", lambda: ("emulated",))
     assert native.available()
     return str(request.param)
