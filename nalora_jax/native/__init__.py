@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nalora_jax.native.library import available, has_tiles, kinds, name_of
+from nalora_jax.native.library import available, has_tiles, name_of
 
 __all__ = [
     "Heads",
@@ -33,7 +33,6 @@ __all__ = [
     "gate_gradient",
     "gate_statistics",
     "has_tiles",
-    "kinds",
     "over_vocabulary",
     "products",
 ]

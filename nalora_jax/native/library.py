@@ -34,11 +34,9 @@ _FLAGS = {
     "vectors": ("-DNALORA_VECTORS", *_VECTORS),
     "plain": (),
 }
-# What the CPU must have for that, in the words of Linux.
-_FEATURES = {
-    "tiles": {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"},
-    "vectors": {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"},
-}
+# What the CPU must have for that, in the words of Linux; tiles come on top of vectors.
+_VECTOR_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"}
+_FEATURES = {"tiles": {"amx_tile", "amx_bf16", *_VECTOR_FEATURES}, "vectors": _VECTOR_FEATURES}
 _FUNCTIONS = (
     "products",
     "attention",

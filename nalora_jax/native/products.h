@@ -30,7 +30,7 @@ struct Sum {
   void* out;
   bool rounded;  // to bfloat16
   int64_t rows, columns;
-  int64_t steps;  // of all terms
+  int64_t steps = 0;  // of all terms
 };
 
 // What a thread does at a time.
@@ -133,7 +133,6 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
     sum.columns = shape[1];
     sum.out = (*out)->untyped_data();
     sum.rounded = (*out)->element_type() != ffi::F32;
-    sum.steps = 0;
     for (int64_t t = 0; t < terms[p]; t++, next++) {
       if (next >= turned.size()) return refused("operands do not fit the terms");
       auto x = args.get<ffi::AnyBuffer>(2 * next), y = args.get<ffi::AnyBuffer>(2 * next + 1);

@@ -35,6 +35,11 @@ class Head(NamedTuple):
     softcap: float = 0.0  # c tanh(logits / c); 0: none
     scale: float = 1.0  # logits are multiplied by it, before the cap
 
+    @property
+    def axis(self) -> int:
+        """The vocabulary's in the kernel; the other one is the model's."""
+        return 0 if self.transposed else 1
+
 
 PLAIN_HEAD = Head()
 
@@ -69,7 +74,7 @@ def cross_entropy(
     chex.assert_equal_shape([targets, weights])
     chex.assert_shape(targets, hidden.shape[:2])
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    tiles = _tiles(kernel.shape[0 if head.transposed else 1], chunk, compact)
+    tiles = _tiles(kernel.shape[head.axis], chunk, compact)
     return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles)
 
 
@@ -128,8 +133,8 @@ def _wanted(kernel: jax.Array, targets: jax.Array, head: Head, block: int) -> ja
 
     Taking columns of an untied head would have TPUs and GPUs turn a copy of it: 1 GB at 128k entries of 4,096 numbers.
     """
-    vocab = kernel.shape[0 if head.transposed else 1]
-    return targets[..., None] if block == vocab else _target_rows(kernel, targets, head.transposed)
+    whole = block == kernel.shape[head.axis]
+    return targets[..., None] if whole else _target_rows(kernel, targets, head.transposed)
 
 
 def _chunk(
@@ -145,7 +150,7 @@ def _chunk(
 
     The gradient is of shape ``[rows, 0]`` where it is not wanted.
     """
-    if block == kernel.shape[0 if head.transposed else 1]:
+    if block == kernel.shape[head.axis]:
         return _whole_rows(hidden, kernel, wanted, weights, head, grad)
     sums = _over_vocabulary(hidden, kernel, head, block, grad)
     return _joined(sums, hidden, wanted, weights, head, grad)
@@ -155,9 +160,8 @@ def _whole_rows(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array, head: Head, grad: bool
 ) -> tuple[jax.Array, jax.Array]:
     """`_chunk` with the logits of all entries at once, targets ``[rows, 1]``."""
-    inner, outer = ((1, 1), (1, 0)) if head.transposed else ((1, 0), (1, 1))
     part = unpack_leaf(kernel)
-    logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
+    logits, slope = _shaped(dot(hidden, part, head.operand, dims=(1, 1 - head.axis)), head)
     # A comparison within the passes that are made anyway; a gather would cross devices that split the vocabulary.
     hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
@@ -168,7 +172,7 @@ def _whole_rows(
     if not grad:
         return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
     probabilities = exps / total
-    return loss, weights[:, None] * dot((probabilities - hit) * slope, part, head.operand, dims=outer)
+    return loss, weights[:, None] * dot((probabilities - hit) * slope, part, head.operand, dims=(1, head.axis))
 
 
 def _native_chunk(
@@ -222,9 +226,8 @@ def _over_vocabulary(
     """``max l``, ``sum exp(l - max)`` of the logits ``l`` of hidden ``[rows, d_model]``, both ``[rows]``, and, where
     ``grad``, ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the logits' derivative by their products.
     """
-    (rows, d_model), axis = hidden.shape, 0 if head.transposed else 1
-    vocab = kernel.shape[axis]
-    inner, outer = ((1, 1), (1, 0)) if head.transposed else ((1, 0), (1, 1))
+    rows, d_model = hidden.shape
+    vocab = kernel.shape[head.axis]
 
     def add(
         i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]
@@ -232,14 +235,14 @@ def _over_vocabulary(
         top, total, attended = carry
         # The last block ends with the vocabulary, and leaves out what the one before it had.
         start = jnp.minimum(i * block, vocab - block)
-        part = block_of(kernel, start, block, axis)
-        logits, slope = _shaped(dot(hidden, part, head.operand, dims=inner), head)
+        part = block_of(kernel, start, block, head.axis)
+        logits, slope = _shaped(dot(hidden, part, head.operand, dims=(1, 1 - head.axis)), head)
         if vocab % block:
             logits = jnp.where(start + jnp.arange(block) >= i * block, logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1))
         fade, exps = jnp.exp(top - higher), jnp.exp(logits - higher[:, None])
         if grad:
-            attended = fade[:, None] * attended + dot(exps * slope, part, head.operand, dims=outer)
+            attended = fade[:, None] * attended + dot(exps * slope, part, head.operand, dims=(1, head.axis))
         return higher, fade * total + jnp.sum(exps, axis=-1), attended
 
     lowest = jnp.full((rows,), jnp.finfo(jnp.float32).min)
