@@ -1,9 +1,10 @@
-"""Matrix products and attention that XLA calls, on a CPU that multiplies bf16: sums are float32.
+"""Matrix products and attention of bf16 numbers that XLA calls on a CPU: sums are float32.
 
-XLA:CPU's own products reach half of what matrix tiles (AMX) can do at the shapes of a training step; with the dot
-products of AVX512-BF16 they are fast, but adapters and roundings take passes of their own. Its attention passes over
-every score several times. The C++ sources beside this file are compiled on first use, where the CPU has either and
-there is a C++ compiler, and kept in the cache; everywhere else, and with ``NALORA_NATIVE=0``, the work is XLA's.
+XLA:CPU's own products reach half of what matrix tiles (AMX) can do at the shapes of a training step, and two thirds of
+what AVX2 can; with the dot products of AVX512-BF16 they are fast, but adapters and roundings take passes of their own.
+Its attention passes over every score several times. The C++ sources beside this file are compiled on first use, where
+the CPU has one of these and there is a C++ compiler, and kept in the cache; everywhere else, and with
+``NALORA_NATIVE=0``, the work is XLA's.
 ``NALORA_NATIVE=plain`` compiles the same sources without such instructions, for any CPU: slow, to test their callers.
 """
 

@@ -13,8 +13,8 @@
 
 #include <climits>
 
+#include "block.h"
 #include "elementwise.h"
-#include "tiles.h"
 
 namespace nalora {
 
@@ -79,39 +79,6 @@ INLINED bool seen(int32_t position, int32_t segment, int32_t key_position, int32
          (static_cast<uint32_t>(position) - static_cast<uint32_t>(key_position) < static_cast<uint32_t>(window));
 }
 
-// out[j, i] = in[i, j] of 32 x 32 numbers.
-template <typename T>
-inline void turned(const T* in, int64_t stride, T* out, int64_t out_stride) {
-#ifdef NALORA_VECTORS
-  for (int64_t i = 0; i < kSide; i += 16) {
-    for (int64_t j = 0; j < kSide; j += 16) {
-      __m512i r[16];
-      for (int64_t k = 0; k < 16; k++) {
-        const T* from = in + (i + k) * stride + j;
-        if constexpr (sizeof(T) == 4) {
-          r[k] = _mm512_loadu_si512(from);
-        } else {
-          r[k] = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-        }
-      }
-      turn(r);
-      for (int64_t k = 0; k < 16; k++) {
-        T* to = out + (j + k) * out_stride + i;
-        if constexpr (sizeof(T) == 4) {
-          _mm512_storeu_si512(to, r[k]);
-        } else {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(r[k]));
-        }
-      }
-    }
-  }
-#else
-  for (int64_t i = 0; i < kSide; i++) {
-    for (int64_t j = 0; j < kSide; j++) out[j * out_stride + i] = in[i * stride + j];
-  }
-#endif
-}
-
 struct Heads {
   Shape shape;
   const Bits *q, *k, *v;                // [batch, seq, heads or kv_heads, dim]
@@ -157,8 +124,9 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
   for (int64_t i = 0; i < blocks; i++) {
     const int64_t row = i * kSide, n = std::min(kSide, seq - row), first = at.first_met(i, i), end = row + kSide;
     gather(q + row * stride, stride, n, dim, width, queries);
+    block.hold({queries, width, width});
     for (int64_t p = first; p <= i; p++) {
-      block.multiply({queries, width, width}, keys + p * key_panel, scores + p * kSide, rows);
+      block.multiply(keys + p * key_panel, scores + p * kSide, rows);
     }
     float scale[kSide];
     for (int64_t r = 0; r < kSide; r++) {
@@ -195,9 +163,9 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
       scale[r] = total == 0 ? 0.0f : 1.0f / total;
       logsumexp[(b * shape.heads + head) * seq + row + r] = top + std::log(total);
     }
+    block.hold({weights + first * kSide, rows, end - first * kSide});
     for (int64_t c = 0; c < steps; c++) {
-      block.multiply({weights + first * kSide, rows, end - first * kSide}, values + c * value_panel + first * kPanelStep,
-                     sums + c * kStep, width);
+      block.multiply(values + c * value_panel + first * kPanelStep, sums + c * kStep, width);
     }
     for (int64_t r = 0; r < n; r++) {
       Bits* to = out + ((b * seq + row + r) * shape.heads + head) * dim;
@@ -290,8 +258,10 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
           Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
           const bool met = at.meet(first_block + p, kb);
           if (met) {
-            block.multiply({keys + kb * kSide * width, width, width}, q_panels + p * panel, scores, kSide);
-            block.multiply({values + kb * kSide * width, width, width}, g_panels + p * panel, back, kSide);
+            block.hold({keys + kb * kSide * width, width, width});
+            block.multiply(q_panels + p * panel, scores, kSide);
+            block.hold({values + kb * kSide * width, width, width});
+            block.multiply(g_panels + p * panel, back, kSide);
           }
           const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
@@ -321,18 +291,18 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
             pack_pair(even, even + size, packed + i / 2 * kStep);
           }
         }
-        for (int64_t c = 0; c < steps; c++) {
-          const int64_t sum_at = kb * kSide * width + c * kStep, from = skipped * kSide, count = panels - skipped;
-          const int64_t tall_at = c * tall + skipped * kPanelStep;
-          block.add({weights + from, size, count * kSide}, g_tall + tall_at, dv + sum_at, width);
-          block.add({slopes + from, size, count * kSide}, q_tall + tall_at, dk + sum_at, width);
-        }
+        const int64_t from = skipped * kSide, depth = (panels - skipped) * kSide;
+        const int64_t sum_at = kb * kSide * width, tall_at = skipped * kPanelStep;
+        block.hold({weights + from, size, depth});
+        for (int64_t c = 0; c < steps; c++) block.add(g_tall + c * tall + tall_at, dv + sum_at + c * kStep, width);
+        block.hold({slopes + from, size, depth});
+        for (int64_t c = 0; c < steps; c++) block.add(q_tall + c * tall + tall_at, dk + sum_at + c * kStep, width);
       }
       for (int64_t p = 0; p < panels; p++) {
         for (int64_t c = 0; c < steps; c++) {
           // [32 of dim, 32 queries]
-          const Stretch met{keys_turned + c * kStep * rows + first * kSide, rows, (first_block + p + 1 - first) * kSide};
-          block.multiply(met, slopes_packed + p * deep + first * kPanelStep, scores, kSide);
+          block.hold({keys_turned + c * kStep * rows + first * kSide, rows, (first_block + p + 1 - first) * kSide});
+          block.multiply(slopes_packed + p * deep + first * kPanelStep, scores, kSide);
           turned(scores, kSide, back, kSide);
           for (int64_t i = 0; i < std::min(kSide, n - p * kSide); i++) {
             float* to = of.dq + row_at + (p * kSide + i) * stride + c * kStep;

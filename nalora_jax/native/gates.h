@@ -4,8 +4,8 @@
 
 #pragma once
 
+#include "block.h"
 #include "elementwise.h"
-#include "tiles.h"
 
 namespace nalora {
 

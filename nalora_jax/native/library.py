@@ -21,9 +21,10 @@ from nalora_jax.errors import NaloraError
 
 _log = logging.getLogger(__name__)
 
-_HEADERS = ("tiles.h", "elementwise.h", "products.h", "attention.h", "vocabulary.h", "gates.h")
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", *_HEADERS))
-_COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_MAIN = Path(__file__).with_name("kernels.cc")
+_SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
+# Comparisons may not trap: else loops that have some are vectorised only where there are masks.
+_COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
 _VECTORS = (
     *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
     "-mprefer-vector-width=512",
@@ -31,12 +32,17 @@ _VECTORS = (
 # How products are computed, the fastest first; and what the compiler is told.
 _FLAGS = {
     "tiles": ("-DNALORA_TILES", "-mamx-tile", "-mamx-bf16", *_VECTORS),
-    "vectors": ("-DNALORA_VECTORS", *_VECTORS),
+    "vectors": ("-DNALORA_DOTS", *_VECTORS),
+    "floats": ("-DNALORA_FLOATS", "-mavx2", "-mfma"),
     "plain": (),
 }
 # What the CPU must have for that, in the words of Linux; tiles come on top of vectors.
 _VECTOR_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"}
-_FEATURES = {"tiles": {"amx_tile", "amx_bf16", *_VECTOR_FEATURES}, "vectors": _VECTOR_FEATURES}
+_FEATURES = {
+    "tiles": {"amx_tile", "amx_bf16", *_VECTOR_FEATURES},
+    "vectors": _VECTOR_FEATURES,
+    "floats": {"avx2", "fma"},
+}
 _FUNCTIONS = (
     "products",
     "attention",
@@ -55,7 +61,7 @@ def name_of(function: str) -> str:
 
 @cache
 def kinds() -> tuple[str, ...]:
-    """What this CPU can run, the fastest first: of "tiles" (AMX), "vectors" (AVX512-BF16) and "plain"."""
+    """What this CPU can run, the fastest first: of "tiles" (AMX), "vectors" (AVX512-BF16), "floats" (AVX2), "plain"."""
     has = processor.features()
     return *(kind for kind, features in _FEATURES.items() if features <= has), "plain"
 
@@ -68,7 +74,8 @@ def has_tiles() -> bool:
 def kind(choice: str) -> str | None:
     """The kind of kernels that ``NALORA_NATIVE`` stands for; None if it is XLA that does the work.
 
-    Plain ones are slower than XLA, and used only if they are asked for.
+    Plain ones are slower than XLA, and used only if they are asked for; so are those for AVX2 where the CPU has AVX-512,
+    with which XLA multiplies twice as many numbers at a time.
 
     Raises:
       NaloraError: there is no such choice, or this CPU cannot run it.
@@ -76,7 +83,9 @@ def kind(choice: str) -> str | None:
     if choice == "0":
         return None
     if choice in ("", "1"):
-        return kinds()[0] if kinds()[0] != "plain" else None
+        fastest = kinds()[0]
+        slow = fastest == "plain" or (fastest == "floats" and "avx512f" in processor.features())
+        return None if slow else fastest
     if choice not in kinds():
         raise NaloraError("NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice)
     return choice
@@ -140,10 +149,10 @@ def build(compiler: str, kind: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(_SOURCES[0]), "-o", str(made)]
+        command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
-            raise RuntimeError(f"{compiler} could not compile {_SOURCES[0]}: {run.stderr.strip()[-500:]}")
+            raise RuntimeError(f"{compiler} could not compile {_MAIN}: {run.stderr.strip()[-500:]}")
         made.replace(target)
     return target
 

@@ -10,7 +10,7 @@
 
 #include <string>
 
-#include "tiles.h"
+#include "block.h"
 
 namespace nalora {
 
@@ -80,10 +80,11 @@ inline void run_unit(const Sum& sum, const Unit& unit, Block& block, Scratch& sc
   for (int64_t row = first_row; row < last_row; row += kSide) {
     const int64_t rows = std::min(kSide, last_row - row);
     stretches_of(sum, row, rows, edge, stretches);
+    block.hold(stretches, rows);
     for (int64_t i = 0; i < panels; i++) {
       const int64_t column = first_column + i * kSide, columns = std::min(kSide, last_column - column);
       char* out = static_cast<char*>(sum.out) + (row * sum.columns + column) * bytes;
-      block.multiply(stretches, packed + i * panel, {out, sum.columns, rows, columns, sum.rounded});
+      block.multiply(packed + i * panel, {out, sum.columns, rows, columns, sum.rounded});
     }
   }
 }

@@ -8,8 +8,8 @@
 
 #pragma once
 
+#include "block.h"
 #include "elementwise.h"
-#include "tiles.h"
 
 namespace nalora {
 
@@ -84,9 +84,8 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
       x = rows;
       stride = width;
     }
-    for (int64_t p = 0; p < panels; p++) {
-      block.multiply({x, stride, width}, entries + p * panel, logits + p * kSide, kEntries);
-    }
+    block.hold({x, stride, width});
+    for (int64_t p = 0; p < panels; p++) block.multiply(entries + p * panel, logits + p * kSide, kEntries);
     float* attended = of.gradient ? sums.attended.get() + b * kSide * width : nullptr;
     for (int64_t r = 0; r < kSide; r++) {
       float *l = logits + r * kEntries, lanes[kSide];
@@ -123,9 +122,9 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
       }
       total += sum_of(lanes);
     }
-    for (int64_t c = 0; of.gradient && c < steps; c++) {
-      block.add({weights, kEntries, panels * kSide}, entries_tall + c * tall, attended + c * kStep, width);
-    }
+    if (!of.gradient) continue;
+    block.hold({weights, kEntries, panels * kSide});
+    for (int64_t c = 0; c < steps; c++) block.add(entries_tall + c * tall, attended + c * kStep, width);
   }
 }
 

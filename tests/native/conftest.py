@@ -14,7 +14,7 @@ from nalora_jax import native
 from nalora_jax.native import library
 
 EMULATED = Path(__file__).with_name("emulated_tiles.h")
-KINDS = [*library.kinds(), *(["emulated"] if library.kinds()[0] == "vectors" else [])]
+KINDS = [*library.kinds(), *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else [])]
 
 
 @pytest.fixture(params=KINDS)

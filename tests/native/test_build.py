@@ -78,7 +78,9 @@ def test_where_xla_does_the_work(
     [
         ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16 amx_tile amx_bf16", ("tiles", "vectors", "plain")),
         ("x86_64", "fma avx512f avx512bw avx512vl avx512_bf16", ("vectors", "plain")),
-        ("x86_64", "fma avx512f avx512bw avx512vl", ("plain",)),
+        ("x86_64", "fma avx512f avx512bw avx512vl avx2", ("floats", "plain")),
+        ("x86_64", "fma avx2", ("floats", "plain")),
+        ("x86_64", "avx2", ("plain",)),
         ("x86_64", None, ("plain",)),
         ("aarch64", "fma avx512f avx512bw avx512vl avx512_bf16", ("plain",)),
     ],
@@ -92,6 +94,24 @@ def test_kinds_are_those_that_the_cpu_has(
     monkeypatch.setattr(processor, "_DESCRIPTION", about)
     monkeypatch.setattr(processor.platform, "machine", lambda: machine)
     assert library.kinds.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "features", "expected"),
+    [
+        (("tiles", "vectors", "floats", "plain"), {"avx512f"}, "tiles"),
+        (("vectors", "floats", "plain"), {"avx512f"}, "vectors"),
+        (("floats", "plain"), {"avx2"}, "floats"),
+        (("floats", "plain"), {"avx2", "avx512f"}, None),
+        (("plain",), set(), None),
+    ],
+)
+def test_the_fastest_kind_is_taken_unless_xla_is_faster(
+    kinds: tuple[str, ...], features: set[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "kinds", lambda: kinds)
+    monkeypatch.setattr(processor, "features", lambda: frozenset(features))
+    assert library.kind("") == library.kind("1") == expected
 
 
 def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,134 @@
+// Blocks of 32 x 32 sums of bfloat16 products, with what the CPU has for them, and the threads that share them.
+
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(NALORA_TILES)
+#include "amx.h"
+#elif defined(NALORA_DOTS)
+#include "dots.h"
+#elif defined(NALORA_FLOATS)
+#include "avx2.h"
+#else
+#include "plain.h"
+#endif
+
+namespace nalora {
+
+namespace ffi = xla::ffi;
+
+// What XLA hands over.
+using Bits1 = ffi::Buffer<ffi::U16, 1>;
+using Matrix = ffi::Buffer<ffi::U16, 2>;
+using Numbers = ffi::Buffer<ffi::U16, 4>;
+using Row = ffi::Buffer<ffi::F32, 1>;
+using Rows = ffi::Buffer<ffi::F32, 2>;
+using Totals = ffi::Buffer<ffi::F32, 3>;
+using Floats = ffi::Buffer<ffi::F32, 4>;
+using Integer = ffi::Buffer<ffi::S32, 0>;
+using Indices = ffi::Buffer<ffi::S32, 1>;
+using Integers = ffi::Buffer<ffi::S32, 2>;
+
+// Blocks of sums of one thread: what is held, by packed panels.
+//
+// `Sums` has kRowUnit and kDepthUnit, in which it reads what is held; prepare(parts, count, rows), called where that
+// changes; and run<added>(parts, count, panel, target): target = sum_i x[i] panel[i], added to what it holds if `added`.
+// The panels of the parts lie one behind the other.
+class Block : Sums {
+ public:
+  using Sums::kDepthUnit;
+  using Sums::kRowUnit;
+
+  // The left operand of what follows, of some rows, at most 32.
+  void hold(const std::vector<Stretch>& parts, int64_t rows) { hold(parts.data(), parts.size(), rows); }
+
+  // 32 rows.
+  void hold(const Stretch& part) {
+    one_ = part;
+    hold(&one_, 1, kSide);
+  }
+
+  void multiply(const Bits* panel, const Target& to) { run<false>(parts_, count_, panel, to); }
+
+  // out[32, 32] = what is held times the panel.
+  void multiply(const Bits* panel, float* out, int64_t stride) { multiply(panel, {out, stride, kSide, kSide, false}); }
+
+  // out[32, 32] += the same.
+  void add(const Bits* panel, float* out, int64_t stride) {
+    run<true>(parts_, count_, panel, {out, stride, kSide, kSide, false});
+  }
+
+ private:
+  Stretch one_;
+  const Stretch* parts_ = nullptr;
+  int64_t count_ = 0;
+
+  void hold(const Stretch* parts, int64_t count, int64_t rows) {
+    parts_ = parts;
+    count_ = count;
+    prepare(parts, count, rows);
+  }
+};
+
+// [rows, columns] of bits, rows `stride` apart, into [up(rows, 32), width], zeros around.
+inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t columns, int64_t width, Bits* to) {
+  for (int64_t i = 0; i < up(rows, kSide); i++, to += width) {
+    const int64_t n = i < rows ? columns : 0;
+    std::memcpy(to, from + i * stride, n * sizeof(Bits));
+    std::memset(to + n, 0, (width - n) * sizeof(Bits));
+  }
+}
+
+// One for all functions: a thread runs one at a time.
+inline Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// Runs `unit(i, block, scratch)` for i in [0, count) on the threads of XLA's pool and this one; false if memory ran out.
+template <typename Unit>
+bool share(ffi::ThreadPool& pool, int64_t count, Unit unit) {
+  struct Job {
+    Job(int64_t count, Unit unit) : count(count), unit(std::move(unit)) {}
+    const int64_t count;
+    Unit unit;
+    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
+
+    void work() {
+      int64_t i = next.fetch_add(1);
+      if (i >= count) return;
+      Scratch& scratch = scratch_of_thread();
+      Block block;
+      for (; i < count; i = next.fetch_add(1)) {
+        try {
+          unit(i, block, scratch);
+        } catch (const std::bad_alloc&) {
+          failed = true;
+        }
+        done.fetch_add(1);
+      }
+    }
+  };
+  // Shared with the helpers, which may only start when all is done.
+  auto job = std::make_shared<Job>(count, std::move(unit));
+  for (int64_t i = 1; i < std::min<int64_t>(pool.num_threads(), count); i++) {
+    pool.Schedule([job] { job->work(); });
+  }
+  job->work();
+  // Only for units that a helper has begun: what no helper took, this thread did.
+  for (int64_t spins = 0; job->done.load() < count; spins++) {
+    if (spins > 4096) sched_yield();
+  }
+  return !job->failed;
+}
+
+}  // namespace nalora
