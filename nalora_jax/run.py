@@ -34,8 +34,6 @@ from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.optim.nalora import make_schedule
-from nalora_jax.report.html import FILE as REPORT
-from nalora_jax.report.html import write_report
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
 from nalora_jax.train.loop import FitResult, Schedule, fit
@@ -138,8 +136,10 @@ class _Run:
                 self.metrics.write({"done": {"message": str(error) or "interrupted"}})
                 raise
             self.metrics.write({"done": {"step": result.step, "best_step": after["step"]}})
+        from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
+
         layout.on_first_process(lambda: log.info("report: %s", write_report(self.folder)))
-        return RunResult(self.folder, adapter, self.folder / REPORT, before, after, after["step"])
+        return RunResult(self.folder, adapter, self.folder / FILE, before, after, after["step"])
 
     def _records(self, start: int) -> tuple[MetricsLog, Progress]:
         """The log and what is shown: of process 0; those of other processes keep and show nothing."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -144,16 +143,21 @@ def _splash_local(
     kernel: Kernel,
 ) -> jax.Array:
     """One device's part: ``[batch, heads, seq, head_dim]``."""
+    # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
     branches = [
         _splash_for_window(q.shape[1], q.shape[2], window, scoring.softcap, kernel.interpret)
         for window in kernel.windows or (q.shape[2],)
     ]
-    ids = splash_attention_kernel.SegmentIds(segments, segments)
+    ids = SegmentIds(segments, segments)
     return jax.lax.switch(choice, [jax.vmap(branch) for branch in branches], q, k, v, ids)
 
 
 def _splash_for_window(heads: int, seq: int, window: int, softcap: float, interpret: bool) -> Callable[..., jax.Array]:
-    masks = splash_attention_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     local = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0) if window < seq else None
     mask = masks.CausalMask((seq, seq)) if local is None else local
     block = next(size for size in (512, 256, _LANES) if seq % size == 0)
