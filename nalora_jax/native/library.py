@@ -74,7 +74,7 @@ def has_tiles() -> bool:
 def kind(choice: str) -> str | None:
     """The kind of kernels that ``NALORA_NATIVE`` stands for; None if it is XLA that does the work.
 
-    Plain ones are slower than XLA, and used only if they are asked for; so are those for AVX2 where the CPU has AVX-512,
+    Plain ones are slower than XLA, and used only if they are asked for. So are those for AVX2 where the CPU has AVX-512,
     with which XLA multiplies twice as many numbers at a time.
 
     Raises:
