@@ -83,9 +83,13 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(found: Mapping[str, Any]) -> str:
-    """A file name for the kind of machine that `processor` describes: "amd-epyc", "intel-xeon-amx"."""
+    """A file name for the kind of machine that `processor` describes: "amd-epyc", "intel-xeon-amx", "amd-epyc-avx2"."""
     cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
-    words = re.findall(r"[a-z0-9]+", cpu) + (["amx"] if found["flags"].get("amx_bf16") else [])
+    words = re.findall(r"[a-z0-9]+", cpu)
+    if found["flags"].get("amx_bf16"):
+        words.append("amx")
+    elif found["flags"].get("avx512f") is False:
+        words.append("avx2")
     return "-".join(words)
 
 

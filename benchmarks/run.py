@@ -136,9 +136,9 @@ class Figures:
 
     @property
     def machine(self) -> str:
-        """The CPU, and whether it has AMX."""
+        """The CPU, and what it multiplies with."""
         case = next(iter(self.record["cases"].values()))
-        return f"{case['machine']['cpu']}, {'AMX' if tables.has_amx(case) else 'no AMX'}"
+        return f"{case['machine']['cpu']}, {tables.instructions(case)}"
 
 
 def recorded(folder: Path) -> list[Figures]:

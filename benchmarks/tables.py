@@ -114,6 +114,13 @@ def has_amx(case: Mapping[str, Any]) -> bool:
     return bool(case["machine"]["flags"].get("amx_bf16"))
 
 
+def instructions(case: Mapping[str, Any]) -> str:
+    """What sets the CPU of a case apart from others of the same name."""
+    if has_amx(case):
+        return "AMX"
+    return "AVX2 only" if case["machine"]["flags"].get("avx512f") is False else "no AMX"
+
+
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Slope of log cost over log size between the last two points: 1 is linear growth, 2 quadratic."""
     return math.log(costs[-1] / costs[-2]) / math.log(sizes[-1] / sizes[-2])

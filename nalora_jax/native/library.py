@@ -74,8 +74,8 @@ def has_tiles() -> bool:
 def kind(choice: str) -> str | None:
     """The kind of kernels that ``NALORA_NATIVE`` stands for; None if it is XLA that does the work.
 
-    Plain ones are slower than XLA, and used only if they are asked for. So are those for AVX2 where the CPU has AVX-512,
-    with which XLA multiplies twice as many numbers at a time.
+    Plain ones are slower than XLA, and used only if they are asked for. So are those for AVX2 where the CPU has
+    AVX-512, with which XLA multiplies twice as many numbers at a time.
 
     Raises:
       NaloraError: there is no such choice, or this CPU cannot run it.

@@ -113,9 +113,12 @@ def test_batches_come_back_in_order(common, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "amx", "name"),
-    [("AMD EPYC", False, "amd-epyc"), ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", True, None)],
+    ("cpu", "amx", "avx512", "name"),
+    [
+        ("AMD EPYC", False, True, "amd-epyc"),
+        ("AMD EPYC", False, False, "amd-epyc-avx2"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", True, True, "intel-xeon-platinum-8481c-2-70ghz-amx"),
+    ],
 )
-def test_a_machine_s_folder_is_named_after_its_processor(common, cpu, amx, name):
-    found = common.machine_name({"cpu": cpu, "flags": {"amx_bf16": amx}})
-    assert found == (name or "intel-xeon-platinum-8481c-2-70ghz-amx")
+def test_a_machine_s_folder_is_named_after_its_processor(common, cpu, amx, avx512, name):
+    assert common.machine_name({"cpu": cpu, "flags": {"amx_bf16": amx, "avx512f": avx512}}) == name
