@@ -34,6 +34,7 @@ __all__ = [
     "gate_gradient",
     "gate_statistics",
     "has_tiles",
+    "needs_result",
     "over_vocabulary",
     "products",
 ]
@@ -81,6 +82,10 @@ def products(*sums: Sum) -> list[jax.Array]:
     return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
 
 
+# Queries whose weights the gradient of attention holds at once, kQueries there.
+_AT_ONCE = 256
+
+
 class Heads(NamedTuple):
     """Queries, keys, values, and the integers that decide what is seen (see `nalora_jax.nn.attention`)."""
 
@@ -103,11 +108,28 @@ def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]
     return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
 
 
+def needs_result(seq: int, softcap: float) -> bool:
+    """Whether `attention_gradient` has to be given `attention`'s result."""
+    return seq > _AT_ONCE or softcap > 0
+
+
 def attention_gradient(
-    heads: Heads, out: jax.Array, logsumexp: jax.Array, g: jax.Array, softcap: float = 0.0
+    heads: Heads, out: jax.Array | None, logsumexp: jax.Array, g: jax.Array, softcap: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Float32 gradients of q, k and v, given what `attention` returned and the result's cotangent, bf16 as ``out``."""
-    chex.assert_equal_shape([heads.q, out, g])
+    """Float32 gradients of q, k and v, given what `attention` returned and the result's cotangent, bf16 as ``out``.
+
+    Args:
+      heads: as given to `attention`.
+      out: its result; may be None unless `needs_result`.
+      logsumexp: the other part of it.
+      g: the result's cotangent.
+      softcap: as given to `attention`.
+    """
+    if out is None:
+        out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
+        chex.assert_equal_shape([heads.q, g])
+    else:
+        chex.assert_equal_shape([heads.q, out, g])
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
     arguments = (*_operands(heads), _bits(out), logsumexp, _bits(g))
     dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap))

@@ -7,7 +7,9 @@
 //
 // The gradient makes the probabilities again from the log-sum-exps (flash attention, arXiv 2205.14135). It works on
 // turned scores, [keys, queries]: so made, they are the left operand of the gradients of keys and values as they are,
-// and packed for that of queries by interleaving two rows.
+// and packed for that of queries by interleaving two rows. What a query's slopes have in common, <g, out>, is also the sum
+// of its weights times their slopes: where all queries are taken at once, all weights are made first and the result need
+// not be kept.
 
 #pragma once
 
@@ -180,13 +182,13 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
 
 struct Gradient {
   Heads in;
-  const Bits *out, *g;     // [batch, seq, heads, dim]: the result and its cotangent
+  const Bits *out, *g;     // [batch, seq, heads, dim]: the result (null if it was not kept) and its cotangent
   const float* logsumexp;  // [batch, heads, seq]
   float *dq, *dk, *dv;     // as q, k, v
 };
 
-// One key head of one row of the batch, and the heads that read it.
-template <bool kCapped>
+// One key head of one row of the batch, and the heads that read it. kWhole: without the result; not capped.
+template <bool kCapped, bool kWhole>
 void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& scratch) {
   const Heads& in = of.in;
   const Shape& shape = in.shape;
@@ -198,7 +200,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
   scratch.reserve(Places::room(shape) + 3 * Scratch::room<Bits>(rows * width) +
                   2 * Scratch::room<float>(rows * width) + 2 * Scratch::room<Bits>(size / kSide * panel) +
                   2 * Scratch::room<Bits>(steps * tall) + Scratch::room<Bits>(size / kSide * deep) +
-                  2 * Scratch::room<Bits>(kSide * size) + 2 * Scratch::room<float>(size));
+                  2 * Scratch::room<Bits>(kSide * size) + 2 * Scratch::room<float>(size) +
+                  (kWhole ? 2 * Scratch::room<float>(rows * size) : 0));
   const Places at = in.places(b, scratch);
   Bits* keys = scratch.take<Bits>(rows * width);
   Bits* values = scratch.take<Bits>(rows * width);
@@ -214,6 +217,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
   Bits* slopes = scratch.take<Bits>(kSide * size);
   float* total = scratch.take<float>(size);
   float* inner = scratch.take<float>(size);
+  float* all_weights = kWhole ? scratch.take<float>(rows * size) : nullptr;  // blocks of [32 keys, 32 queries]
+  float* all_back = kWhole ? scratch.take<float>(rows * size) : nullptr;
   gather(in.k + key_at, key_stride, seq, dim, width, keys);
   gather(in.v + key_at, key_stride, seq, dim, width, values);
   for (int64_t i = 0; i < rows; i += kSide) {
@@ -242,7 +247,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
       }
       for (int64_t i = 0; i < up(n, kSide); i++) {
         float lanes[kSide] = {};
-        if (i < n) {
+        if (!kWhole && i < n) {
           for (int64_t c = 0; c < dim; c += kStep) {
             for (int64_t j = 0; j < std::min(kStep, dim - c); j++) {
               lanes[j] += widened(g[i * stride + c + j]) * widened(out[i * stride + c + j]);
@@ -252,17 +257,38 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         total[i] = i < n ? of.logsumexp[(b * shape.heads + head) * seq + start + i] : 0.0f;
         inner[i] = sum_of(lanes);
       }
+      const auto multiply = [&](int64_t kb, int64_t p, float* to_scores, float* to_back) {
+        block.hold({keys + kb * kSide * width, width, width});
+        block.multiply(q_panels + p * panel, to_scores, kSide);
+        block.hold({values + kb * kSide * width, width, width});
+        block.multiply(g_panels + p * panel, to_back, kSide);
+      };
+      for (int64_t kb = first; kWhole && kb < panels; kb++) {
+        for (int64_t p = kb; p < panels; p++) {
+          if (!at.meet(p, kb)) continue;
+          float* weight = all_weights + (kb * panels + p) * kSide * kSide;
+          const float* slope = all_back + (kb * panels + p) * kSide * kSide;
+          multiply(kb, p, weight, all_back + (kb * panels + p) * kSide * kSide);
+          const int32_t *positions = at.positions + p * kSide, *segments = at.segments + p * kSide;
+          for (int64_t i = 0; i < kSide; i++) {
+            const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
+            for (int64_t j = 0; j < kSide; j++) {
+              const float e = exponential(weight[i * kSide + j] - total[p * kSide + j]);
+              const float w = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
+              weight[i * kSide + j] = w;
+              inner[p * kSide + j] += w * slope[i * kSide + j];
+            }
+          }
+        }
+      }
       for (int64_t kb = first; kb < first_block + panels; kb++) {
         const int64_t skipped = std::max<int64_t>(0, kb - first_block);  // queries before these keys
         for (int64_t p = skipped; p < panels; p++) {
           Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
           const bool met = at.meet(first_block + p, kb);
-          if (met) {
-            block.hold({keys + kb * kSide * width, width, width});
-            block.multiply(q_panels + p * panel, scores, kSide);
-            block.hold({values + kb * kSide * width, width, width});
-            block.multiply(g_panels + p * panel, back, kSide);
-          }
+          if (met && !kWhole) multiply(kb, p, scores, back);
+          const float* made = kWhole ? all_weights + (kb * panels + p) * kSide * kSide : scores;
+          const float* slopes_of = kWhole ? all_back + (kb * panels + p) * kSide * kSide : back;
           const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
             Bits *w = weights + i * size + p * kSide, *d = slopes + i * size + p * kSide;
@@ -273,15 +299,19 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
             }
             const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
             float weight[kSide], slope[kSide];
-            for (int64_t j = 0; j < kSide; j++) {
-              float score = scores[i * kSide + j], bend = 1.0f;
+            for (int64_t j = 0; kWhole && j < kSide; j++) {
+              weight[j] = made[i * kSide + j];
+              slope[j] = weight[j] * (slopes_of[i * kSide + j] - inner[p * kSide + j]);
+            }
+            for (int64_t j = 0; !kWhole && j < kSide; j++) {
+              float score = made[i * kSide + j], bend = 1.0f;
               if constexpr (kCapped) {
                 score = capped(score, in.cap);
                 bend = 1.0f - (score / in.cap) * (score / in.cap);
               }
               const float e = exponential(score - total[p * kSide + j]);
               weight[j] = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
-              slope[j] = weight[j] * (back[i * kSide + j] - inner[p * kSide + j]) * bend;
+              slope[j] = weight[j] * (slopes_of[i * kSide + j] - inner[p * kSide + j]) * bend;
             }
             round_row(weight, kSide, w);
             round_row(slope, kSide, d);
@@ -358,14 +388,18 @@ inline ffi::Error attention_gradient(ffi::ThreadPool pool, Numbers q, Numbers k,
   if (!heads_of(q, k, v, positions, segments, window, cap, of.in)) {
     return ffi::Error::InvalidArgument("nalora_attention_gradient: shapes do not fit");
   }
-  of.out = out.typed_data();
+  of.out = out.dimensions()[3] > 0 ? out.typed_data() : nullptr;
   of.g = g.typed_data();
   of.logsumexp = logsumexp.typed_data();
   of.dq = dq->typed_data();
   of.dk = dk->typed_data();
   of.dv = dv->typed_data();
   const Shape shape = of.in.shape;
-  const auto unit = cap > 0 ? attend_gradient<true> : attend_gradient<false>;
+  if (of.out == nullptr && (cap > 0 || shape.seq > kQueries)) {
+    return ffi::Error::InvalidArgument("nalora_attention_gradient: the result is missing");
+  }
+  const auto unit = cap > 0 ? attend_gradient<true, false>
+                            : of.out != nullptr ? attend_gradient<false, false> : attend_gradient<false, true>;
   const bool done = share(pool, shape.batch * shape.kv_heads, [=](int64_t i, Block& block, Scratch& scratch) {
     unit(of, i, block, scratch);
   });

@@ -124,7 +124,8 @@ def _native_fwd(
     out, logsumexp = native.attention(heads, scoring.softcap)
     out, logsumexp = stored(out, scoring.kept), stored(logsumexp, "float32")
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    return restored(out, scoring.result), (heads, out, logsumexp, like)
+    held = out if native.needs_result(q.shape[1], scoring.softcap) else None
+    return restored(out, scoring.result), (heads, held, logsumexp, like)
 
 
 def _native_bwd(scoring: Scoring, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
