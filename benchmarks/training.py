@@ -120,7 +120,7 @@ def main() -> None:
     from nalora_jax.train.step import compile_ahead
 
     if options.compilation_cache:
-        from nalora_jax.run import use_compilation_cache
+        from nalora_jax.compilation import use_compilation_cache
 
         use_compilation_cache()
     mesh = layout.make_mesh(MeshConfig())

@@ -25,7 +25,7 @@ from nalora_jax import mesh as layout
 from nalora_jax import processor, trees
 from nalora_jax.adapted import ADAPTER
 from nalora_jax.assembly import Assembly, assemble, plain_adapter
-from nalora_jax.assets import cache_dir
+from nalora_jax.compilation import use_compilation_cache
 from nalora_jax.config import RunConfig, check
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
 from nalora_jax.data.questions import held_out
@@ -356,9 +356,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:  # this library, run from a checkout that was never installed
         return "not installed"
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs in the cache folder."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
