@@ -267,8 +267,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         for (int64_t p = kb; p < panels; p++) {
           if (!at.meet(p, kb)) continue;
           float* weight = all_weights + (kb * panels + p) * kSide * kSide;
-          const float* slope = all_back + (kb * panels + p) * kSide * kSide;
-          multiply(kb, p, weight, all_back + (kb * panels + p) * kSide * kSide);
+          float* back_of = all_back + (kb * panels + p) * kSide * kSide;
+          multiply(kb, p, weight, back_of);
           const int32_t *positions = at.positions + p * kSide, *segments = at.segments + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
             const int32_t position = at.positions[kb * kSide + i], segment = at.segments[kb * kSide + i];
@@ -276,7 +276,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
               const float e = exponential(weight[i * kSide + j] - total[p * kSide + j]);
               const float w = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
               weight[i * kSide + j] = w;
-              inner[p * kSide + j] += w * slope[i * kSide + j];
+              inner[p * kSide + j] += w * back_of[i * kSide + j];
             }
           }
         }
@@ -288,7 +288,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
           const bool met = at.meet(first_block + p, kb);
           if (met && !kWhole) multiply(kb, p, scores, back);
           const float* made = kWhole ? all_weights + (kb * panels + p) * kSide * kSide : scores;
-          const float* slopes_of = kWhole ? all_back + (kb * panels + p) * kSide * kSide : back;
+          const float* back_of = kWhole ? all_back + (kb * panels + p) * kSide * kSide : back;
           const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
             Bits *w = weights + i * size + p * kSide, *d = slopes + i * size + p * kSide;
@@ -301,7 +301,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
             float weight[kSide], slope[kSide];
             for (int64_t j = 0; kWhole && j < kSide; j++) {
               weight[j] = made[i * kSide + j];
-              slope[j] = weight[j] * (slopes_of[i * kSide + j] - inner[p * kSide + j]);
+              slope[j] = weight[j] * (back_of[i * kSide + j] - inner[p * kSide + j]);
             }
             for (int64_t j = 0; !kWhole && j < kSide; j++) {
               float score = made[i * kSide + j], bend = 1.0f;
@@ -311,7 +311,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
               }
               const float e = exponential(score - total[p * kSide + j]);
               weight[j] = seen(positions[j], segments[j], position, segment, at.window) ? e : 0.0f;
-              slope[j] = weight[j] * (slopes_of[i * kSide + j] - inner[p * kSide + j]) * bend;
+              slope[j] = weight[j] * (back_of[i * kSide + j] - inner[p * kSide + j]) * bend;
             }
             round_row(weight, kSide, w);
             round_row(slope, kSide, d);

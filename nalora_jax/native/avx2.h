@@ -213,9 +213,10 @@ class Sums {
     return scratch;
   }
 
-  // 12 of the 16 registers hold sums, which hides how long a multiplication takes.
+  // 12 of the 16 registers hold sums, which hides how long a multiplication takes. Not inlined: it needs the others, too.
   template <int kRows, int kWide, bool kAdded>
-  __attribute__((noinline)) void rows(const Stretch* parts, int64_t count, int64_t row, const Bits* panel, int64_t column, const Target& to) {
+  __attribute__((noinline)) void rows(const Stretch* parts, int64_t count, int64_t row, const Bits* panel,
+                                      int64_t column, const Target& to) {
     __m256 sums[kRows][kWide];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; r++) {
@@ -245,7 +246,8 @@ class Sums {
         }
       }
     }
-    const int64_t n = std::min<int64_t>(kRows, to.rows - row), wanted = std::min<int64_t>(8 * kWide, to.columns - column);
+    const int64_t n = std::min<int64_t>(kRows, to.rows - row);
+    const int64_t wanted = std::min<int64_t>(8 * kWide, to.columns - column);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; r++) {
       if (r == n) break;
