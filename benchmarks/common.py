@@ -85,12 +85,14 @@ def machine() -> dict[str, Any]:
 def machine_name(found: Mapping[str, Any]) -> str:
     """A file name for the kind of machine that `processor` describes: "amd-epyc", "intel-xeon-amx", "amd-epyc-avx2"."""
     cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
-    words = re.findall(r"[a-z0-9]+", cpu)
+    return "-".join(re.findall(r"[a-z0-9]+", f"{cpu} {instructions(found)}"))
+
+
+def instructions(found: Mapping[str, Any]) -> str:
+    """What sets the CPU that `processor` describes apart from others of its name: "amx", "avx2" (only that), ""."""
     if found["flags"].get("amx_bf16"):
-        words.append("amx")
-    elif found["flags"].get("avx512f") is False:
-        words.append("avx2")
-    return "-".join(words)
+        return "amx"
+    return "avx2" if found["flags"].get("avx512f") is False else ""
 
 
 def versions() -> dict[str, str]:

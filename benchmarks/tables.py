@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import common
 from common import values
 
 
@@ -111,14 +112,12 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def has_amx(case: Mapping[str, Any]) -> bool:
     """Whether a case was measured on a CPU with AMX for bfloat16, for which other figures are required."""
-    return bool(case["machine"]["flags"].get("amx_bf16"))
+    return common.instructions(case["machine"]) == "amx"
 
 
 def instructions(case: Mapping[str, Any]) -> str:
-    """What sets the CPU of a case apart from others of the same name."""
-    if has_amx(case):
-        return "AMX"
-    return "AVX2 only" if case["machine"]["flags"].get("avx512f") is False else "no AMX"
+    """What sets the CPU of a case apart from others of its name, in words."""
+    return {"amx": "AMX", "avx2": "AVX2 only", "": "no AMX"}[common.instructions(case["machine"])]
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

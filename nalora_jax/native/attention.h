@@ -263,11 +263,11 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         block.hold({values + kb * kSide * width, width, width});
         block.multiply(g_panels + p * panel, to_back, kSide);
       };
+      const auto block_at = [=](float* blocks, int64_t kb, int64_t p) { return blocks + (kb * panels + p) * kSide * kSide; };
       for (int64_t kb = first; kWhole && kb < panels; kb++) {
         for (int64_t p = kb; p < panels; p++) {
           if (!at.meet(p, kb)) continue;
-          float* weight = all_weights + (kb * panels + p) * kSide * kSide;
-          float* back_of = all_back + (kb * panels + p) * kSide * kSide;
+          float *weight = block_at(all_weights, kb, p), *back_of = block_at(all_back, kb, p);
           multiply(kb, p, weight, back_of);
           const int32_t *positions = at.positions + p * kSide, *segments = at.segments + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
@@ -287,8 +287,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
           Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
           const bool met = at.meet(first_block + p, kb);
           if (met && !kWhole) multiply(kb, p, scores, back);
-          const float* made = kWhole ? all_weights + (kb * panels + p) * kSide * kSide : scores;
-          const float* back_of = kWhole ? all_back + (kb * panels + p) * kSide * kSide : back;
+          const float* made = kWhole ? block_at(all_weights, kb, p) : scores;
+          const float* back_of = kWhole ? block_at(all_back, kb, p) : back;
           const int32_t *positions = at.positions + start + p * kSide, *segments = at.segments + start + p * kSide;
           for (int64_t i = 0; i < kSide; i++) {
             Bits *w = weights + i * size + p * kSide, *d = slopes + i * size + p * kSide;
