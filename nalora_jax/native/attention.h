@@ -7,9 +7,9 @@
 //
 // The gradient makes the probabilities again from the log-sum-exps (flash attention, arXiv 2205.14135). It works on
 // turned scores, [keys, queries]: so made, they are the left operand of the gradients of keys and values as they are,
-// and packed for that of queries by interleaving two rows. What a query's slopes have in common, <g, out>, is also the sum
-// of its weights times their slopes: where all queries are taken at once, all weights are made first and the result need
-// not be kept.
+// and packed for that of queries by interleaving two rows. What a query's slopes have in common, <g, out>, is also the
+// sum of its weights times their slopes: where all queries are taken at once, all weights are made first and the result
+// need not be kept.
 
 #pragma once
 
@@ -263,7 +263,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         block.hold({values + kb * kSide * width, width, width});
         block.multiply(g_panels + p * panel, to_back, kSide);
       };
-      const auto block_at = [=](float* blocks, int64_t kb, int64_t p) { return blocks + (kb * panels + p) * kSide * kSide; };
+      const auto block_at = [=](float* all, int64_t kb, int64_t p) { return all + (kb * panels + p) * kSide * kSide; };
       for (int64_t kb = first; kWhole && kb < panels; kb++) {
         for (int64_t p = kb; p < panels; p++) {
           if (!at.meet(p, kb)) continue;
