@@ -182,7 +182,7 @@ class Sums {
   }
 
   template <bool kAdded>
-  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to) {
+  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to, const Ahead&) {
     const int64_t sixes = to.rows / 6 * 6;
     for (int64_t column = 0; column < to.columns; column += 16) {
       const Bits* half = panel + column / 16 * kTile;

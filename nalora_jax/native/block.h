@@ -40,8 +40,8 @@ using Integers = ffi::Buffer<ffi::S32, 2>;
 // Blocks of sums of one thread: what is held, by packed panels.
 //
 // `Sums` has kRowUnit and kDepthUnit, in which it reads what is held; prepare(parts, count, rows), called where that
-// changes; and run<added>(parts, count, panel, target): target = sum_i x[i] panel[i], added to what it holds if `added`.
-// The panels of the parts lie one behind the other.
+// changes; and run<added>(parts, count, panel, target, ahead): target = sum_i x[i] panel[i], added to what it holds if
+// `added`. The panels of the parts lie one behind the other.
 class Block : Sums {
  public:
   using Sums::kDepthUnit;
@@ -56,14 +56,16 @@ class Block : Sums {
     hold(&one_, 1, kSide);
   }
 
-  void multiply(const Bits* panel, const Target& to) { run<false>(parts_, count_, panel, to); }
+  void multiply(const Bits* panel, const Target& to, const Ahead& ahead = {}) {
+    run<false>(parts_, count_, panel, to, ahead);
+  }
 
   // out[32, 32] = what is held times the panel.
   void multiply(const Bits* panel, float* out, int64_t stride) { multiply(panel, {out, stride, kSide, kSide, false}); }
 
   // out[32, 32] += the same.
   void add(const Bits* panel, float* out, int64_t stride) {
-    run<true>(parts_, count_, panel, {out, stride, kSide, kSide, false});
+    run<true>(parts_, count_, panel, {out, stride, kSide, kSide, false}, {});
   }
 
  private:
@@ -91,6 +93,13 @@ inline void gather(const Bits* from, int64_t stride, int64_t rows, int64_t colum
 inline Scratch& scratch_of_thread() {
   static thread_local Scratch scratch;
   return scratch;
+}
+
+template <typename Condition>
+void wait_until(Condition condition) {
+  for (int64_t spins = 0; !condition(); spins++) {
+    if (spins > 4096) sched_yield();
+  }
 }
 
 // Runs `unit(i, block, scratch)` for i in [0, count) on the threads of XLA's pool and this one; false if memory ran out.
@@ -125,9 +134,7 @@ bool share(ffi::ThreadPool& pool, int64_t count, Unit unit) {
   }
   job->work();
   // Only for units that a helper has begun: what no helper took, this thread did.
-  for (int64_t spins = 0; job->done.load() < count; spins++) {
-    if (spins > 4096) sched_yield();
-  }
+  wait_until([&] { return job->done.load() >= count; });
   return !job->failed;
 }
 

@@ -13,7 +13,7 @@ class Sums {
   void prepare(const Stretch*, int64_t, int64_t) {}
 
   template <bool kAdded>
-  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to) {
+  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to, const Ahead&) {
     int64_t row = 0;
     if (to.columns > 16) {
       for (; row < to.rows; row += 8) rows<8, 2, kAdded>(parts, count, row, panel, to);

@@ -90,4 +90,12 @@ struct Target {
   bool rounded;
 };
 
+// What a product fetches meanwhile, where it knows how: the lines that it will write, and of each of some rows that come
+// next a line at every step of the first stretch.
+struct Ahead {
+  bool target = false;
+  const Bits* x = nullptr;
+  int64_t stride = 0, rows = 0;
+};
+
 }  // namespace nalora

@@ -60,7 +60,8 @@ namespace nalora {
 
 struct Plain {
   template <bool kAdded>
-  static void whole(const Stretch* parts, int64_t count, const Bits* panel, float* out, int64_t stride) {
+  static void whole(const Stretch* parts, int64_t count, const Bits* panel, float* out, int64_t stride,
+                    const Target&, const Ahead&) {
     for (int64_t i = 0; !kAdded && i < kSide; i++) std::fill_n(out + i * stride, kSide, 0.0f);
     for (const Stretch* part = parts; part != parts + count; part++) {
       for (int64_t s = 0; s < part->steps(); s++, panel += kPanelStep) {

@@ -1,22 +1,24 @@
 // Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., several p in one call, so that threads share them all.
 //
 // Each x is [rows, depth], each y [depth, columns] or, turned, [columns, depth]; rows and columns are those of out[p],
-// depths are free. The work is cut into units of some columns (at the end, also of some rows). A unit packs its
-// part of every y, into memory of its thread that fits the second-level cache, and multiplies all of its rows with that.
-// Nothing else is copied, but edges that do not fill a tile. Sums stay in the tiles over the whole depth, because adding
-// to what was stored waits for the store: cutting the depth costs a third.
+// depths are free. The work is cut into groups of columns, no more than there are threads where they fit the second-level
+// cache, because every group reads all of x. The thread that opens a group packs its part of every y and multiplies some
+// rows at a time; one that finds no group to open takes rows of those that others have opened. Nothing else is copied, but
+// edges that do not fill a tile. Sums stay in the tiles over the whole depth, because adding to what was stored waits for
+// the store: cutting the depth costs a third.
 
 #pragma once
 
+#include <deque>
 #include <string>
 
 #include "block.h"
 
 namespace nalora {
 
-constexpr int64_t kUnitBytes = 640 * 1024;  // what a unit packs at most, but for a single panel
-constexpr int64_t kCutRows = 4 * kSide;     // of a unit where rows are cut, each of which packs the columns once more
-constexpr int64_t kPacking = 32;            // rows that are multiplied with a panel while one is packed
+constexpr int64_t kGroupBytes = 1 << 20;    // what a group packs at most, but for a single panel
+constexpr int64_t kRowsAtOnce = 4 * kSide;  // that a thread takes of a group
+constexpr int64_t kPacking = 4 * kSide;     // rows that are multiplied with a panel while one is packed
 
 struct Term {
   const Bits* x;
@@ -31,89 +33,131 @@ struct Sum {
   bool rounded;  // to bfloat16
   int64_t rows, columns;
   int64_t steps = 0;  // of all terms
+  int64_t panel() const { return steps * kPanelStep; }
 };
 
-// What a thread does at a time.
-struct Unit {
-  int64_t sum, row, rows, column, columns;
+struct Group {
+  Group(const Sum& sum, int64_t column, int64_t columns) : sum(sum), column(column), columns(columns) {}
+  const Sum& sum;
+  const int64_t column, columns;
+  std::atomic<const Bits*> packed{nullptr};  // its panels, in the memory of the thread that opened it
+  std::atomic<int64_t> taken{0}, done{0};    // rows
+  int64_t panels() const { return ceil_div(columns, kSide); }
+  // Numbers of the edges that a thread copies at a time.
+  int64_t edges() const {
+    return std::max<int64_t>(kRowsAtOnce * kStep * sum.terms.size(), kSide * kStep * sum.steps);
+  }
 };
 
-// How the rows of a block are read: as they lie where they are whole units, else from a copy with zeros.
-inline void stretches_of(const Sum& sum, int64_t row, int64_t rows, Bits* edge, std::vector<Stretch>& stretches) {
+// Sums, and how far they are.
+struct Work {
+  std::vector<Sum> sums;
+  std::deque<Group> groups;
+  std::atomic<size_t> opened{0};
+};
+
+inline void cut(Work& work, int64_t threads) {
+  const auto panels_of = [](const Sum& sum) { return ceil_div(sum.columns, kSide); };
+  const auto cost_of_panel = [](const Sum& sum) { return std::max<int64_t>(1, sum.steps * (sum.rows + kPacking)); };
+  int64_t cost = 0;
+  for (const Sum& sum : work.sums) cost += panels_of(sum) * cost_of_panel(sum);
+  for (const Sum& sum : work.sums) {
+    const int64_t fitting = kGroupBytes / std::max<int64_t>(1, sum.panel() * sizeof(Bits));
+    const int64_t most = std::max<int64_t>(1, std::min(fitting, ceil_div(cost, threads * cost_of_panel(sum))));
+    const int64_t panels = panels_of(sum), groups = ceil_div(panels, most);
+    for (int64_t i = 0; i < groups; i++) {
+      const int64_t column = panels * i / groups * kSide, end = std::min(panels * (i + 1) / groups * kSide, sum.columns);
+      work.groups.emplace_back(sum, column, end - column);
+    }
+  }
+}
+
+inline void pack(const Group& group, Bits* packed) {
+  const Sum& sum = group.sum;
+  for (const Term& term : sum.terms) {
+    // A few rows of all panels, then the next: memory is fast where what is read lies side by side.
+    const int64_t depth = term.turned ? term.depth : kStep;
+    for (int64_t k = 0; k < term.depth; k += depth, packed += ceil_div(depth, kStep) * kPanelStep) {
+      for (int64_t c = 0; c < group.columns; c += kSide) {
+        const int64_t column = group.column + c, columns = std::min(kSide, group.columns - c);
+        Bits* panel = packed + c / kSide * sum.panel();
+        if (term.turned) {
+          pack_turned(term.y + column * term.depth, term.depth, term.depth, columns, panel);
+        } else {
+          pack(term.y + k * sum.columns + column, sum.columns, std::min(kStep, term.depth - k), columns, panel);
+        }
+      }
+    }
+  }
+}
+
+// Some rows of a group: a multiple of 32, or fewer.
+inline void multiply_rows(const Group& group, int64_t first, int64_t count, Block& block, Bits* edge) {
+  static thread_local std::vector<Stretch> stretches;
+  const Sum& sum = group.sum;
+  // Rows are read as they lie where they are whole units, else from a copy with zeros. All copies come before the first
+  // product: a tile that reads what was just stored waits for it.
   stretches.clear();
   for (const Term& term : sum.terms) {
-    const Bits* x = term.x + row * term.depth;
-    const int64_t steps = term.depth / kStep * kStep;
-    const int64_t done = rows % Block::kRowUnit != 0 ? 0 : term.depth % Block::kDepthUnit == 0 ? term.depth : steps;
+    const Bits* x = term.x + first * term.depth;
+    const int64_t whole = term.depth % Block::kDepthUnit == 0 ? term.depth : term.depth / kStep * kStep;
+    const int64_t done = count % Block::kRowUnit != 0 ? 0 : whole, left = term.depth - done, width = up(left, kStep);
     if (done > 0) stretches.push_back({x, term.depth, done});
-    if (done == term.depth) continue;
-    const int64_t left = term.depth - done, stride = up(left, kStep);
-    std::memset(edge, 0, kSide * stride * sizeof(Bits));
-    for (int64_t i = 0; i < rows; i++) std::memcpy(edge + i * stride, x + i * term.depth + done, left * sizeof(Bits));
-    stretches.push_back({edge, stride, left});
-    edge += kSide * stride;
+    if (left == 0) continue;
+    gather(x + done, term.depth, count, left, width, edge);
+    stretches.push_back({edge, width, left});
+    edge += up(count, kSide) * width;
   }
-}
-
-inline void run_unit(const Sum& sum, const Unit& unit, Block& block, Scratch& scratch) {
-  static thread_local std::vector<Stretch> stretches;
-  const int64_t first_column = unit.column, last_column = unit.column + unit.columns;
-  const int64_t first_row = unit.row, last_row = unit.row + unit.rows;
-  const int64_t panel = sum.steps * kPanelStep, panels = ceil_div(last_column - first_column, kSide);
-  const int64_t edges = kSide * kStep * sum.steps;
-  scratch.reserve(Scratch::room<Bits>(panels * panel) + Scratch::room<Bits>(edges));
-  Bits* packed = scratch.take<Bits>(panels * panel);
-  Bits* edge = scratch.take<Bits>(edges);
-  for (int64_t i = 0; i < panels; i++) {
-    const int64_t column = first_column + i * kSide, columns = std::min(kSide, last_column - column);
-    Bits* target = packed + i * panel;
-    for (const Term& term : sum.terms) {
-      if (term.turned) {
-        pack_turned(term.y + column * term.depth, term.depth, term.depth, columns, target);
-      } else {
-        pack(term.y + column, sum.columns, term.depth, columns, target);
-      }
-      target += ceil_div(term.depth, kStep) * kPanelStep;
-    }
-  }
-  const int64_t bytes = sum.rounded ? sizeof(Bits) : sizeof(float);
-  for (int64_t row = first_row; row < last_row; row += kSide) {
-    const int64_t rows = std::min(kSide, last_row - row);
-    stretches_of(sum, row, rows, edge, stretches);
+  const Term& longest = sum.terms.front();
+  const int64_t bytes = sum.rounded ? sizeof(Bits) : sizeof(float), panels = group.panels();
+  for (int64_t row = first; row < first + count; row += kSide) {
+    const int64_t rows = std::min(kSide, first + count - row), next = row + kSide;
+    const int64_t coming = std::clamp<int64_t>(sum.rows - next, 0, kSide);
     block.hold(stretches, rows);
     for (int64_t i = 0; i < panels; i++) {
-      const int64_t column = first_column + i * kSide, columns = std::min(kSide, last_column - column);
+      const int64_t column = group.column + i * kSide, columns = std::min(kSide, group.columns - i * kSide);
       char* out = static_cast<char*>(sum.out) + (row * sum.columns + column) * bytes;
-      block.multiply(packed + i * panel, {out, sum.columns, rows, columns, sum.rounded});
+      const int64_t from = coming * i / panels, to = coming * (i + 1) / panels;
+      const Ahead ahead{true, longest.x + (next + from) * longest.depth, longest.depth, to - from};
+      block.multiply(group.packed + i * sum.panel(), {out, sum.columns, rows, columns, sum.rounded}, ahead);
     }
+    for (Stretch& stretch : stretches) stretch.x += kSide * stretch.stride;
   }
 }
 
-// Cuts sums into units, large ones first and ever smaller ones: a thread that began late, or that another program
-// held up, leaves the others little to wait for.
-inline std::vector<Unit> units_of(const std::vector<Sum>& sums, int64_t threads) {
-  std::vector<Unit> units;
-  const auto panels_of = [](const Sum& sum) { return ceil_div(sum.columns, kSide); };
-  const auto cost_of_panel = [](const Sum& sum) { return sum.steps * (sum.rows + kPacking); };
-  int64_t left = 0;
-  for (const Sum& sum : sums) left += panels_of(sum) * cost_of_panel(sum);
-  for (size_t i = 0; i < sums.size(); i++) {
-    const Sum& sum = sums[i];
-    const int64_t panels = panels_of(sum), cost = std::max<int64_t>(1, cost_of_panel(sum));
-    const int64_t panel_bytes = std::max<int64_t>(1, sum.steps) * kPanelStep * sizeof(Bits);
-    const int64_t fitting = std::max<int64_t>(1, kUnitBytes / panel_bytes);
-    for (int64_t panel = 0, n; panel < panels; panel += n, left -= n * cost) {
-      const int64_t share = left / (2 * threads);
-      n = std::min(std::clamp<int64_t>(share / cost, 1, fitting), panels - panel);
-      const int64_t cuts = std::clamp<int64_t>(ceil_div(cost, share + 1), 1, std::max<int64_t>(1, sum.rows / kCutRows));
-      const int64_t column = panel * kSide, columns = std::min(n * kSide, sum.columns - column);
-      const int64_t rows = std::max(kSide, up(ceil_div(sum.rows, cuts), kSide));
-      for (int64_t row = 0; row < sum.rows; row += rows) {
-        units.push_back({static_cast<int64_t>(i), row, std::min(rows, sum.rows - row), column, columns});
-      }
-    }
+inline void take_rows(Group& group, Block& block, Bits* edge) {
+  const int64_t rows = group.sum.rows;
+  for (int64_t row; (row = group.taken.fetch_add(kRowsAtOnce)) < rows;) {
+    const int64_t count = std::min(kRowsAtOnce, rows - row), whole = count / kSide * kSide;
+    if (whole > 0) multiply_rows(group, row, whole, block, edge);
+    if (whole < count) multiply_rows(group, row + whole, count - whole, block, edge);
+    group.done += count;
   }
-  return units;
+}
+
+// What one thread does of the work, until nothing is left that it could begin.
+inline void take(Work& work, Block& block, Scratch& scratch) {
+  for (size_t i; (i = work.opened++) < work.groups.size();) {
+    Group& group = work.groups[i];
+    const int64_t room = group.panels() * group.sum.panel();
+    try {
+      scratch.reserve(Scratch::room<Bits>(room) + Scratch::room<Bits>(group.edges()));
+    } catch (const std::bad_alloc&) {
+      group.taken = group.sum.rows;  // lest others wait for it
+      throw;
+    }
+    Bits* packed = scratch.take<Bits>(room);
+    pack(group, packed);
+    group.packed = packed;
+    take_rows(group, block, scratch.take<Bits>(group.edges()));
+    wait_until([&] { return group.done == group.sum.rows; });  // others read what is packed
+  }
+  for (Group& group : work.groups) {
+    if (group.taken >= group.sum.rows) continue;
+    scratch.reserve(Scratch::room<Bits>(group.edges()));
+    wait_until([&] { return group.packed != nullptr || group.taken >= group.sum.rows; });
+    if (group.packed != nullptr) take_rows(group, block, scratch.take<Bits>(group.edges()));
+  }
 }
 
 inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -122,7 +166,7 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
     return ffi::Error::InvalidArgument(std::string("nalora_products: ") + what);
   };
   if (terms.size() != rets.size() || 2 * turned.size() != args.size()) return refused("operands do not fit the terms");
-  std::vector<Sum> sums;
+  const auto work = std::make_shared<Work>();
   size_t next = 0;
   for (size_t p = 0; p < rets.size(); p++) {
     auto out = rets.get<ffi::AnyBuffer>(p);
@@ -150,14 +194,11 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
                            left[1], turn_y});
       sum.steps += ceil_div(left[1], kStep);
     }
-    sums.push_back(std::move(sum));
+    work->sums.push_back(std::move(sum));
   }
-  std::vector<Unit> units = units_of(sums, std::max<int64_t>(1, pool.num_threads()));
-  const int64_t count = units.size();
-  const auto work = [sums = std::move(sums), units = std::move(units)](int64_t i, Block& block, Scratch& scratch) {
-    run_unit(sums[units[i].sum], units[i], block, scratch);
-  };
-  const bool done = share(pool, count, work);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  cut(*work, threads);
+  const bool done = share(pool, threads, [work](int64_t, Block& block, Scratch& scratch) { take(*work, block, scratch); });
   return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_products: out of memory");
 }
 

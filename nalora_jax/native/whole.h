@@ -14,12 +14,12 @@ class Whole : Kernel {
   void prepare(const Stretch*, int64_t, int64_t) {}
 
   template <bool kAdded>
-  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to) {
+  void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to, const Ahead& ahead) {
     if (!to.rounded && to.rows == kSide && to.columns == kSide) {
-      Kernel::template whole<kAdded>(parts, count, panel, static_cast<float*>(to.out), to.stride);
+      Kernel::template whole<kAdded>(parts, count, panel, static_cast<float*>(to.out), to.stride, to, ahead);
       return;
     }
-    Kernel::template whole<false>(parts, count, panel, sums_, kSide);
+    Kernel::template whole<false>(parts, count, panel, sums_, kSide, to, ahead);
     for (int64_t r = 0; r < to.rows; r++) {
       const float* from = sums_ + r * kSide;
       if (to.rounded) {

@@ -14,6 +14,7 @@
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 
@@ -62,6 +63,7 @@ inline void multiply(int to, int left, int right) {
 #define _tile_release() static_cast<void>(0)
 #define _tile_zero(which) std::memset(&emulated::tile(which), 0, sizeof(emulated::Tile))
 #define _tile_loadd(which, from, stride) emulated::load(which, from, stride)
+#define _tile_stream_loadd(which, from, stride) emulated::load(which, from, stride)
 #define _tile_stored(which, to, stride) emulated::store(which, to, stride)
 #define _tile_dpbf16ps(to, left, right) emulated::multiply(to, left, right)
 #define syscall(...) 0  // the kernel's permission for tiles
