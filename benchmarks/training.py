@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
-    parser.add_argument("--remat", choices=("auto", "none", "full", "dots"), default="auto")
+    parser.add_argument("--remat", choices=("auto", "none", "full", "attention", "dots"), default="auto")
     parser.add_argument("--model", help="real weights by name; default: random ones of the same shape")
     parser.add_argument("--batches", type=Path, help="file of `common.save_batches`; default: random tokens")
     parser.add_argument("--compilation-cache", action="store_true", help="keep compiled programs, as a run does")

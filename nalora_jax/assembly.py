@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import mesh as layout
+from nalora_jax import native
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
@@ -30,6 +31,7 @@ from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 log = logging.getLogger(__name__)
 
 _STEPS = itertools.count()
+_WIDEST_MADE_AGAIN = 1024
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def build_model(
         base,
         spec,
         numerics_for(compute.dtype, platform),
-        remat=choose_remat(compute, platform),
+        remat=choose_remat(compute, platform, base.d_model),
         stats=GateStatsConfig(compute.stats_stride, compute.probe_stride, check=check),
         activation_sharding=activation_sharding(mesh),
     )
@@ -117,13 +119,15 @@ def activation_sharding(mesh: Mesh) -> NamedSharding | None:
     return NamedSharding(mesh, P(layout.BATCH_AXES)) if mesh.size > 1 else None
 
 
-def choose_remat(compute: ComputeConfig, platform: str) -> str:
+def choose_remat(compute: ComputeConfig, platform: str, d_model: int) -> str:
     """The policy that "auto" stands for: what was measured to cost least on each platform (docs/benchmarks.md)."""
     if compute.remat != "auto":
         return compute.remat
-    if platform == "cpu":
-        return "dots"
-    return "full"
+    if platform != "cpu":
+        return "full"
+    # What a product costs per byte of its result grows with d_model; what it costs to keep that byte does not.
+    again = compute.dtype == "bfloat16" and native.multiplies_on_tiles() and d_model <= _WIDEST_MADE_AGAIN
+    return "attention" if again else "dots"
 
 
 def build_optimizer(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> optax.GradientTransformationExtraArgs:

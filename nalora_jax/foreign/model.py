@@ -180,7 +180,8 @@ class Foreign(ABC):
         return {block: zeros(target) for block, target in self._blocks.items()}
 
     def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-        probe = Probe(*(selection.sampled(part, self.stats.probe_stride) for part in (base, delta)))
+        stride = self.stats.probe_stride
+        probe = Probe(selection.sampled(base, stride), selection.sampled(delta, stride))
         stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,8 @@ from nalora_jax.models.moe import MoEFFN
 from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
 from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
-from nalora_jax.nn.layers import RMSNorm, apply_rope
-from nalora_jax.nn.lora import LoRADense
+from nalora_jax.nn.layers import ResidualNorm, RMSNorm, apply_rope
+from nalora_jax.nn.lora import Call, LoRADense, side_by_side
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.nn.matmul import Numerics, kept
 
@@ -74,9 +75,16 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
         """``[batch, seq, d_model]`` -> the same, and this call's keys and values."""
         c = self.config
-        q = self._project(x, "q_proj", c.n_heads * c.head_dim, c.qkv_bias, layer, shared)
-        k = self._project(x, "k_proj", c.n_kv_heads * c.head_dim, c.qkv_bias, layer, shared)
-        v = self._project(x, "v_proj", c.n_kv_heads * c.head_dim, c.qkv_bias, layer, shared)
+        q, k, v = self._project(
+            x,
+            {
+                "q_proj": self._dense("q_proj", c.n_heads * c.head_dim, c.qkv_bias),
+                "k_proj": self._dense("k_proj", c.n_kv_heads * c.head_dim, c.qkv_bias),
+                "v_proj": self._dense("v_proj", c.n_kv_heads * c.head_dim, c.qkv_bias),
+            },
+            layer,
+            shared,
+        )
         if c.qk_norm:
             q, k = kept(q, self.numerics.kept), kept(k, self.numerics.kept)
         if c.qk_norm == "projection":
@@ -88,13 +96,12 @@ class Attention(nn.Module):
         table = shared.tables[0 if layer.rope is None else layer.rope]
         q, k = apply_rope(q, table), apply_rope(k, table)
         out = self._attend(q, k, v, layer, shared)
-        out = self._project(out.reshape(*x.shape[:-1], -1), "o_proj", c.d_model, c.o_bias, layer, shared)
+        out = out.reshape(*x.shape[:-1], -1)
+        (out,) = self._project(out, {"o_proj": self._dense("o_proj", c.d_model, c.o_bias)}, layer, shared)
         return out, (k, v)
 
-    def _project(
-        self, x: jax.Array, name: str, features: int, bias: bool, layer: LayerInputs, shared: SharedInputs
-    ) -> jax.Array:
-        dense = LoRADense(
+    def _dense(self, name: str, features: int, bias: bool) -> LoRADense:
+        return LoRADense(
             features,
             self.adapters.get(name),
             use_bias=bias,
@@ -103,8 +110,14 @@ class Attention(nn.Module):
             numerics=self.numerics,
             name=name,
         )
-        scale = layer.scales.get("attn", {}).get(name, 1.0)
-        return dense(x, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)[0]
+
+    def _project(
+        self, x: jax.Array, layers: Mapping[str, LoRADense], layer: LayerInputs, shared: SharedInputs
+    ) -> list[jax.Array]:
+        scales = layer.scales.get("attn", {})
+        calls = [Call(dense, scales.get(name, 1.0)) for name, dense in layers.items()]
+        results = side_by_side(x, calls, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
+        return [y for y, _ in results]
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -139,25 +152,34 @@ class Block(nn.Module):
         c = self.config
         kernel = Kernel(self.attention_kernel, tuple(sorted(set(c.layer_windows))), self.activation_sharding)
         attn = Attention(c, block_adapters(self.adapters, "attn"), self.numerics, kernel, name="attn")
-        # What a norm reads is kept for its backward pass; the sum that goes from layer to layer is not rounded.
-        y, keys = attn(self._norm("attn_norm", kept(x, self.numerics.kept), c.pre_norm), layer, shared)
+        x, normed = self._added("attn_norm", x, None)
+        y, keys = attn(normed, layer, shared)
         if c.post_norm:
-            y = kept(y, self.numerics.kept)
-        x = self._add(x, self._norm("attn_post_norm", y, c.post_norm))
+            y = self._norm("attn_post_norm", kept(y, self.numerics.kept))
+        x, normed = self._added("ffn_norm", x, y)
         y = self._ffn()(
-            self._norm("ffn_norm", kept(x, self.numerics.kept), c.pre_norm),
+            normed,
             layer.scales.get("ffn", {}),
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
             adapter_ids=shared.adapter_ids,
         )
-        x = self._add(x, self._norm("ffn_post_norm", y, c.post_norm))
+        if c.post_norm:
+            y = self._norm("ffn_post_norm", y)
+        x = self._add(x, y)
         return constrain(x, self.activation_sharding), None if layer.cached is None else keys
 
-    def _norm(self, name: str, x: jax.Array, present: bool) -> jax.Array:
-        if not present:
-            return x
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
+
+    def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """``x + y``, and what the next part reads of it: its norm, if this family has one there."""
+        c = self.config
+        if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
+            x, y = self._add(x, y), None
+        if c.pre_norm:
+            return ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, name=name)(x, y)
+        return x, kept(x, self.numerics.kept)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale

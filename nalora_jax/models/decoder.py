@@ -19,11 +19,12 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, p
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, init_a
-from nalora_jax.nn.matmul import KEPT, Numerics, dot, look_up, unpack_leaf
+from nalora_jax.nn.matmul import KEPT, KEPT_WIDE, STACKS, Numerics, dot, look_up, unpack_leaf
 from nalora_jax.trees import flatten, unflatten
 
-# What the backward pass finds stored: everything, the layer's input only, or also what takes a matrix product to make.
-REMAT = ("none", "full", "dots")
+# What the backward pass finds stored: everything, the layer's input only, or also what takes a matrix product to make
+# ("attention": without what is as wide as the feed-forward block).
+REMAT = ("none", "full", "attention", "dots")
 
 
 class Decoder(nn.Module):
@@ -150,12 +151,14 @@ class Head(nn.Module):
 
 def _stack(remat: str, n_layers: int) -> Any:
     """`Block` scanned over layers, rematerialised as asked."""
-    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(KEPT)}
+    kept = {"attention": (KEPT,), "dots": (KEPT, KEPT_WIDE)}
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
-    block = Block if remat == "none" else nn.remat(Block, policy=policies[remat], prevent_cse=False)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept[remat]) if remat in kept else None
+    block = Block if remat == "none" else nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
+        variable_broadcast=STACKS,
         variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nalora_jax.native.library import available, has_tiles, name_of
+from nalora_jax.native.library import available, has_tiles, multiplies_on_tiles, name_of
 
 __all__ = [
     "Heads",
     "Logistic",
     "Sampled",
+    "Slice",
     "Sum",
     "Term",
+    "add_rms",
     "attention",
     "attention_gradient",
     "available",
@@ -34,17 +36,36 @@ __all__ = [
     "gate_gradient",
     "gate_statistics",
     "has_tiles",
+    "multiplies_on_tiles",
     "needs_result",
+    "norm_gradient",
+    "normalise",
     "over_vocabulary",
     "products",
 ]
+
+
+class Slice(NamedTuple):
+    """A matrix of a stack, read where it lies: a slice of its own would be a copy for every product."""
+
+    stack: jax.Array  # [n, ., .], bf16 viewed as uint16
+    at: jax.Array  # int [], which of them
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.stack.shape[1:]
+
+    def copied(self) -> jax.Array:
+        """The matrix as an array of its own."""
+        return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
 
 
 class Term(NamedTuple):
     """One product of a sum; both sides bf16, or bf16 viewed as uint16."""
 
     x: jax.Array  # [rows, depth]
-    y: jax.Array  # [depth, columns], or [columns, depth]
+    y: jax.Array | Slice  # [depth, columns], or [columns, depth]
     turned: bool = False  # the latter
 
 
@@ -65,19 +86,26 @@ def products(*sums: Sum) -> list[jax.Array]:
       AssertionError: shapes or dtypes do not fit.
     """
     operands: list[jax.Array] = []
+    indices: list[jax.Array] = []
     shapes = []
     for terms, dtype in sums:
         rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].turned else 1]
         for x, y, turned in terms:
             chex.assert_shape(x, (rows, None))
-            chex.assert_shape(y, (columns, x.shape[1]) if turned else (x.shape[1], columns))
+            chex.assert_equal(y.shape, (columns, x.shape[1]) if turned else (x.shape[1], columns))
+            if isinstance(y, Slice):
+                indices.append(jnp.asarray(y.at, jnp.int32))
+                y = y.stack
             operands += [_bits(x), _bits(y)]
         bits = {"float32": jnp.float32, "bfloat16": jnp.uint16}[jnp.dtype(dtype).name]
         shapes.append(jax.ShapeDtypeStruct((rows, columns), bits))
+    every = [term for terms, _ in sums for term in terms]
     results = _call("products", shapes)(
         *operands,
+        *indices,
         terms=np.array([len(terms) for terms, _ in sums], np.int64),
-        turned=np.array([turned for terms, _ in sums for *_, turned in terms], np.int64),
+        turned=np.array([term.turned for term in every], np.int64),
+        stacked=np.array([isinstance(term.y, Slice) for term in every], np.int64),
     )
     return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
 
@@ -206,7 +234,8 @@ class Sampled(NamedTuple):
     rows: jax.Array  # int [taken], which of the tokens
     weights: jax.Array  # float32 [taken]
     probed_rows: jax.Array  # int [probed], those whose adapter's part is known
-    delta: jax.Array  # float32 [probed, d_ff], that part of z
+    # That part: float32 [probed, d_ff], or its factors, float32 [probed, r] and [r, d_ff].
+    delta: jax.Array | tuple[jax.Array, jax.Array]
     probe_weights: jax.Array  # float32 [probed]
 
 
@@ -220,8 +249,45 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
     low, high = cuts
     attributes = {**logistic.attributes(), "low": np.float32(low), "high": np.float32(high)}
     rows, probed_rows = (jnp.asarray(x, jnp.int32) for x in (sampled.rows, sampled.probed_rows))
-    arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, sampled.delta, sampled.probe_weights)
+    if isinstance(sampled.delta, tuple):
+        delta = jnp.zeros((0, sampled.z.shape[1]), jnp.float32), *sampled.delta
+    else:
+        delta = sampled.delta, jnp.zeros((len(probed_rows), 0)), jnp.zeros((0, sampled.z.shape[1]))
+    arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
     result: jax.Array = _call("gate_statistics", shapes)(*arguments, **attributes)[0]
+    return result
+
+
+def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sum of two float32 ``[rows, d]`` (or x alone) and what its root-mean-square norm reads.
+
+    Returns:
+      ``s = x + y``, its bits in bf16 (uint16 ``[rows, d]``), and ``1 / sqrt(mean(s^2) + eps)`` of those, ``[rows]``.
+    """
+    if y is not None:
+        chex.assert_equal_shape([x, y])
+    added = x.shape if y is not None else (0, x.shape[1])
+    shapes = [
+        jax.ShapeDtypeStruct(added, jnp.float32),
+        jax.ShapeDtypeStruct(x.shape, jnp.uint16),
+        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
+    ]
+    other = jnp.zeros((0, x.shape[1]), jnp.float32) if y is None else y
+    s, held, inverse = _call("add_rms", shapes)(x, other, eps=np.float32(eps))
+    return x if y is None else s, held, inverse
+
+
+def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Array:
+    """The norm, bf16 ``[rows, d]``, of what `add_rms` returned; ``scale`` is float32 ``[d]``."""
+    (out,) = _call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)])(held, inverse, scale)
+    return lax.bitcast_convert_type(out, jnp.bfloat16)
+
+
+def norm_gradient(held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax.Array, ds: jax.Array) -> jax.Array:
+    """The gradient of s, float32 ``[rows, d]``: that of its norm, bf16 ``dn``, added to ``ds``, float32."""
+    chex.assert_equal_shape([held, dn, ds])
+    shapes = [jax.ShapeDtypeStruct(held.shape, jnp.float32)]
+    result: jax.Array = _call("norm_gradient", shapes)(held, inverse, scale, _bits(dn), ds)[0]
     return result
 
 

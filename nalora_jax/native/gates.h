@@ -10,15 +10,14 @@
 namespace nalora {
 
 constexpr int64_t kElements = 1 << 15;  // of a product that a thread takes at a time
-constexpr int64_t kChannels = 128;      // whose sums a thread takes at a time
+constexpr int64_t kChannels = 384;      // whose sums a thread takes at a time
+constexpr int64_t kRowsTogether = 16;   // that are added while sums are in registers
 
 struct Gate {
   float a, b;
 
-  INLINED float rho(float z) const {
-    return reciprocal(1.0f + exponential(-z * (a + b * z * z), 80.0f));
-  }
-  INLINED float derivative(float z, float rho) const { return rho * (1.0f - rho) * (a + 3.0f * b * z * z); }
+  INLINED Lanes rho(Lanes z) const { return reciprocal(1.0f + exponential(-z * (a + b * z * z), 80.0f)); }
+  INLINED Lanes derivative(Lanes z, Lanes rho) const { return rho * (1.0f - rho) * (a + 3.0f * b * z * z); }
 };
 
 // `unit(first, n)` of all elements, 32 at a time; n is 32 but at the end.
@@ -30,17 +29,6 @@ bool by_elements(ffi::ThreadPool& pool, int64_t count, Unit unit) {
   });
 }
 
-// The first n of 32 bfloat16 numbers as floats, zeros behind.
-inline void widen_row(const Bits* from, int64_t n, float* to) {
-  alignas(64) Bits bits[kSide] = {};
-  const Bits* source = from;
-  if (n < kSide) {
-    std::copy_n(from, n, bits);
-    source = bits;
-  }
-  for (int64_t j = 0; j < kSide; j++) to[j] = widened(source[j]);
-}
-
 inline ffi::Error gate(ffi::ThreadPool pool, Bits1 z, Bits1 u, ffi::Result<Bits1> out, float a, float b) {
   const Gate gate{a, b};
   if (z.element_count() != u.element_count()) return ffi::Error::InvalidArgument("nalora_gate: shapes do not fit");
@@ -50,7 +38,10 @@ inline ffi::Error gate(ffi::ThreadPool pool, Bits1 z, Bits1 u, ffi::Result<Bits1
     float x[kSide], y[kSide], h[kSide];
     widen_row(of_z + at, n, x);
     widen_row(of_u + at, n, y);
-    for (int64_t j = 0; j < kSide; j++) h[j] = x[j] * gate.rho(x[j]) * y[j];
+    for (int64_t j = 0; j < kSide; j += kLanes) {
+      const Lanes of_z = lanes(x + j);
+      put(h + j, of_z * gate.rho(of_z) * lanes(y + j));
+    }
     round_row(h, n, to + at);
   });
   return ffi::Error::Success();
@@ -70,10 +61,10 @@ inline ffi::Error gate_gradient(ffi::ThreadPool pool, Bits1 z, Bits1 u, Bits1 g,
     widen_row(of_z + at, n, x);
     widen_row(of_u + at, n, y);
     widen_row(of_g + at, n, back);
-    for (int64_t j = 0; j < kSide; j++) {
-      const float rho = gate.rho(x[j]);
-      one[j] = back[j] * y[j] * (rho + x[j] * gate.derivative(x[j], rho));
-      other[j] = back[j] * (x[j] * rho);
+    for (int64_t j = 0; j < kSide; j += kLanes) {
+      const Lanes of_z = lanes(x + j), of_g = lanes(back + j), rho = gate.rho(of_z);
+      put(one + j, of_g * lanes(y + j) * (rho + of_z * gate.derivative(of_z, rho)));
+      put(other + j, of_g * (of_z * rho));
     }
     round_row(one, n, to_z + at);
     round_row(other, n, to_u + at);
@@ -81,18 +72,63 @@ inline ffi::Error gate_gradient(ffi::ThreadPool pool, Bits1 z, Bits1 u, Bits1 g,
   return ffi::Error::Success();
 }
 
+// Sums over tokens of 32 channels, which stay in registers while some rows are added.
+template <int kCount>
+struct ChannelSums {
+  static constexpr int64_t kRegisters = kSide / kLanes;
+  Lanes of[kCount][kRegisters];
+
+  // Adds `values(j)`, the kCount numbers of the lanes from channel j on.
+  template <typename Values>
+  INLINED void add(Values values) {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < kRegisters; k++) {
+      Lanes more[kCount];
+      values(k * kLanes, more);
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < kCount; s++) of[s][k] += more[s];
+    }
+  }
+
+  void write(float* to, int64_t stride, int64_t n) const {
+    for (int64_t s = 0; s < kCount; s++) {
+      float values[kSide];
+      for (int64_t k = 0; k < kRegisters; k++) put(values + k * kLanes, of[s][k]);
+      std::copy_n(values, n, to + s * stride);
+    }
+  }
+};
+
+// `unit(row, column, sums)` of some rows and some columns, 32 at a time; what is summed up goes to `to`.
+template <int kCount, typename Unit>
+void sum_channels(int64_t rows, int64_t start, int64_t end, float* to, int64_t stride, Unit unit) {
+  ChannelSums<kCount> all[kChannels / kSide] = {};
+  for (int64_t first = 0; first < rows; first += kRowsTogether) {
+    for (int64_t at = start; at < end; at += kSide) {
+      ChannelSums<kCount> sums = all[(at - start) / kSide];
+      for (int64_t r = first; r < std::min(rows, first + kRowsTogether); r++) unit(r, at, sums);
+      all[(at - start) / kSide] = sums;
+    }
+  }
+  for (int64_t at = start; at < end; at += kSide) {
+    all[(at - start) / kSide].write(to + at, stride, std::min(kSide, end - at));
+  }
+}
+
 // Sums over tokens, per channel: of |phi'(z)| and of z below three cuts, over some rows of z; of |F|, |S| and
-// |z rho'(z) dz| over the rows that `delta` is of, z there being what is left of it without delta. Every thread has
-// channels of its own, so that no sums are joined.
+// |z rho'(z) dz| over the rows that dz = delta + hidden b is of, z there being what is left of it without dz. Either part
+// of dz may be absent. Every thread has channels of its own, so that no sums are joined.
 inline ffi::Error gate_statistics(ffi::ThreadPool pool, Matrix z, Indices rows, Row weights, Indices probed_rows,
-                                  Rows delta, Row probe_weights, ffi::Result<Rows> out, float a, float b, float low,
-                                  float high) {
+                                  Rows delta, Rows hidden, Rows factor, Row probe_weights, ffi::Result<Rows> out,
+                                  float a, float b, float low, float high) {
   const Gate gate{a, b};
   const int64_t tokens = z.dimensions()[0], channels = z.dimensions()[1];
-  const int64_t taken = rows.dimensions()[0], probed = probed_rows.dimensions()[0];
+  const int64_t taken = rows.dimensions()[0], probed = probed_rows.dimensions()[0], rank = hidden.dimensions()[1];
+  const bool given = delta.dimensions()[0] > 0;
   if (weights.dimensions()[0] != taken || probe_weights.dimensions()[0] != probed ||
-      delta.dimensions()[1] != channels || delta.dimensions()[0] != probed || out->dimensions()[0] != 7 ||
-      out->dimensions()[1] != channels) {
+      (given && (delta.dimensions()[1] != channels || delta.dimensions()[0] != probed)) ||
+      hidden.dimensions()[0] != probed || factor.dimensions()[0] != rank || factor.dimensions()[1] != channels ||
+      out->dimensions()[0] != 7 || out->dimensions()[1] != channels) {
     return ffi::Error::InvalidArgument("nalora_gate_statistics: shapes do not fit");
   }
   const Bits* of_z = z.typed_data();
@@ -102,44 +138,39 @@ inline ffi::Error gate_statistics(ffi::ThreadPool pool, Matrix z, Indices rows, 
     return ffi::Error::InvalidArgument("nalora_gate_statistics: a row that z does not have");
   }
   const float *w = weights.typed_data(), *pw = probe_weights.typed_data();
-  const float* of_delta = delta.typed_data();
+  const float *of_delta = delta.typed_data(), *of_hidden = hidden.typed_data(), *of_factor = factor.typed_data();
   float* to = out->typed_data();
   share(pool, ceil_div(channels, kChannels), [=](int64_t i, Block&, Scratch&) {
-    float sums[7][kChannels] = {};
     const int64_t start = i * kChannels, end = std::min(channels, start + kChannels);
-    for (int64_t r = 0; r < taken; r++) {
+    sum_channels<4>(taken, start, end, to, channels, [=](int64_t r, int64_t at, ChannelSums<4>& sums) {
+      float x[kSide];
+      widen_row(of_z + of_rows[r] * channels + at, std::min(kSide, end - at), x);
       const float weight = w[r];
-      for (int64_t at = start; at < end; at += kSide) {
-        float x[kSide];
-        widen_row(of_z + of_rows[r] * channels + at, std::min(kSide, end - at), x);
-        const auto sum = [&](int64_t which) { return sums[which] + at - start; };
-        float *slope = sum(0), *below_low = sum(1), *below_0 = sum(2), *below_high = sum(3);
-        for (int64_t j = 0; j < kSide; j++) {
-          const float rho = gate.rho(x[j]);
-          slope[j] += weight * std::fabs(rho + x[j] * gate.derivative(x[j], rho));
-          below_low[j] += x[j] < low ? weight : 0.0f;
-          below_0[j] += x[j] < 0.0f ? weight : 0.0f;
-          below_high[j] += x[j] < high ? weight : 0.0f;
-        }
+      sums.add([&](int64_t j, Lanes* more) {
+        const Lanes one = lanes(x + j), rho = gate.rho(one);
+        more[0] = weight * magnitude(rho + one * gate.derivative(one, rho));
+        more[1] = one < low ? weight : 0.0f;
+        more[2] = one < 0.0f ? weight : 0.0f;
+        more[3] = one < high ? weight : 0.0f;
+      });
+    });
+    sum_channels<3>(probed, start, end, to + 4 * channels, channels, [=](int64_t r, int64_t at, ChannelSums<3>& sums) {
+      const int64_t n = std::min(kSide, end - at);
+      float x[kSide], dx[kSide] = {};
+      widen_row(of_z + of_probed[r] * channels + at, n, x);
+      if (given) std::copy_n(of_delta + r * channels + at, n, dx);
+      for (int64_t k = 0; k < rank; k++) {
+        const float share = of_hidden[r * rank + k];
+        for (int64_t j = 0; j < n; j++) dx[j] += share * of_factor[k * channels + at + j];
       }
-    }
-    for (int64_t r = 0; r < probed; r++) {
       const float weight = pw[r];
-      for (int64_t at = start; at < end; at += kSide) {
-        float x[kSide], dx[kSide] = {};
-        widen_row(of_z + of_probed[r] * channels + at, std::min(kSide, end - at), x);
-        std::copy_n(of_delta + r * channels + at, std::min(kSide, end - at), dx);
-        const auto sum = [&](int64_t which) { return sums[which] + at - start; };
-        float *feature = sum(4), *selection = sum(5), *linear = sum(6);
-        for (int64_t j = 0; j < kSide; j++) {
-          const float base = x[j] - dx[j], rho = gate.rho(base), moved = gate.rho(x[j]) - rho;
-          feature[j] += weight * std::fabs(rho * dx[j]);
-          selection[j] += weight * std::fabs(moved * x[j]);
-          linear[j] += weight * std::fabs(base * gate.derivative(base, rho) * dx[j]);
-        }
-      }
-    }
-    for (int64_t s = 0; s < 7; s++) std::copy_n(sums[s], end - start, to + s * channels + start);
+      sums.add([&](int64_t j, Lanes* more) {
+        const Lanes one = lanes(x + j), part = lanes(dx + j), base = one - part, rho = gate.rho(base);
+        more[0] = weight * magnitude(rho * part);
+        more[1] = weight * magnitude((gate.rho(one) - rho) * one);
+        more[2] = weight * magnitude(base * gate.derivative(base, rho) * part);
+      });
+    });
   });
   return ffi::Error::Success();
 }

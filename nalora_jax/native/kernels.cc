@@ -2,6 +2,7 @@
 
 #include "attention.h"
 #include "gates.h"
+#include "norms.h"
 #include "products.h"
 #include "vocabulary.h"
 
@@ -18,7 +19,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_products, nalora::products,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<ffi::Span<const int64_t>>("terms")
-                                  .Attr<ffi::Span<const int64_t>>("turned"));
+                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("stacked"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention, nalora::attention,
                               ffi::Ffi::Bind()
@@ -91,12 +93,42 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_statistics, nalora::gate_statistics,
                                   .Arg<nalora::Row>()
                                   .Arg<nalora::Indices>()
                                   .Arg<nalora::Rows>()
+                                  .Arg<nalora::Rows>()
+                                  .Arg<nalora::Rows>()
                                   .Arg<nalora::Row>()
                                   .Ret<nalora::Rows>()
                                   .Attr<float>("a")
                                   .Attr<float>("b")
                                   .Attr<float>("low")
                                   .Attr<float>("high"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_add_rms, nalora::add_rms,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Rows>()
+                                  .Arg<nalora::Rows>()
+                                  .Ret<nalora::Rows>()
+                                  .Ret<nalora::Matrix>()
+                                  .Ret<nalora::Row>()
+                                  .Attr<float>("eps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_normalise, nalora::normalise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Row>()
+                                  .Ret<nalora::Matrix>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_norm_gradient, nalora::norm_gradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Rows>()
+                                  .Ret<nalora::Rows>());
 
 // Asks the kernel for the tiles, once per process; 0 if this process may use them.
 extern "C" int nalora_prepare() {

@@ -51,6 +51,9 @@ _FUNCTIONS = (
     "gate",
     "gate_gradient",
     "gate_statistics",
+    "add_rms",
+    "normalise",
+    "norm_gradient",
 )
 
 
@@ -100,6 +103,11 @@ def available() -> bool:
       NaloraError: ``NALORA_NATIVE`` is none of its choices.
     """
     return jax.default_backend() == "cpu" and _available(os.environ.get("NALORA_NATIVE", ""), jax.device_count())
+
+
+def multiplies_on_tiles() -> bool:
+    """Whether these functions run here, on matrix tiles."""
+    return available() and kind(os.environ.get("NALORA_NATIVE", "")) == "tiles"
 
 
 @cache

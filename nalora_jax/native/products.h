@@ -1,7 +1,7 @@
 // Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., several p in one call, so that threads share them all.
 //
 // Each x is [rows, depth], each y [depth, columns] or, turned, [columns, depth]; rows and columns are those of out[p],
-// depths are free. The work is cut into groups of columns, no more than there are threads where they fit the second-level
+// depths are free. A y may lie in a stack of matrices, of which an index names one. The work is cut into groups of columns, no more than there are threads where they fit the second-level
 // cache, because every group reads all of x. The thread that opens a group packs its part of every y and multiplies some
 // rows at a time; one that finds no group to open takes rows of those that others have opened. Nothing else is copied, but
 // edges that do not fill a tile. Sums stay in the tiles over the whole depth, because adding to what was stored waits for
@@ -16,7 +16,7 @@
 
 namespace nalora {
 
-constexpr int64_t kGroupBytes = 1 << 20;    // what a group packs at most, but for a single panel
+constexpr int64_t kGroupBytes = 832 << 10;  // what a group packs at most, but for a single panel
 constexpr int64_t kRowsAtOnce = 4 * kSide;  // that a thread takes of a group
 constexpr int64_t kPacking = 4 * kSide;     // rows that are multiplied with a panel while one is packed
 
@@ -161,13 +161,17 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
 }
 
 inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           ffi::Span<const int64_t> terms, ffi::Span<const int64_t> turned) {
+                           ffi::Span<const int64_t> terms, ffi::Span<const int64_t> turned,
+                           ffi::Span<const int64_t> stacked) {
   const auto refused = [](const char* what) {
     return ffi::Error::InvalidArgument(std::string("nalora_products: ") + what);
   };
-  if (terms.size() != rets.size() || 2 * turned.size() != args.size()) return refused("operands do not fit the terms");
+  const size_t factors = 2 * turned.size(), slices = std::count(stacked.begin(), stacked.end(), 1);
+  if (terms.size() != rets.size() || stacked.size() != turned.size() || factors + slices != args.size()) {
+    return refused("operands do not fit the terms");
+  }
   const auto work = std::make_shared<Work>();
-  size_t next = 0;
+  size_t next = 0, next_index = factors;
   for (size_t p = 0; p < rets.size(); p++) {
     auto out = rets.get<ffi::AnyBuffer>(p);
     if (out.has_error()) return out.error();
@@ -183,15 +187,24 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
       auto x = args.get<ffi::AnyBuffer>(2 * next), y = args.get<ffi::AnyBuffer>(2 * next + 1);
       if (x.has_error()) return x.error();
       if (y.has_error()) return y.error();
-      const bool turn_y = turned[next] != 0;
-      const auto left = x->dimensions(), right = y->dimensions();
-      if (left.size() != 2 || right.size() != 2 || left[0] != sum.rows || right[turn_y ? 0 : 1] != sum.columns ||
-          left[1] != right[turn_y ? 1 : 0]) {
+      const bool turn_y = turned[next] != 0, in_stack = stacked[next] != 0;
+      const auto left = x->dimensions();
+      auto right = y->dimensions();
+      if (left.size() != 2 || right.size() != (in_stack ? 3 : 2)) return refused("an operand is not a matrix");
+      if (x->element_type() != ffi::U16 || y->element_type() != ffi::U16) return refused("operands must be uint16");
+      const Bits* of_y = static_cast<const Bits*>(y->untyped_data());
+      if (in_stack) {
+        auto index = args.get<Integer>(next_index++);
+        if (index.has_error()) return index.error();
+        const int64_t which = *index->typed_data();
+        if (which < 0 || which >= right[0]) return refused("an index is outside of its stack");
+        right = {right.begin() + 1, 2};
+        of_y += which * right[0] * right[1];
+      }
+      if (left[0] != sum.rows || right[turn_y ? 0 : 1] != sum.columns || left[1] != right[turn_y ? 1 : 0]) {
         return refused("shapes do not fit");
       }
-      if (x->element_type() != ffi::U16 || y->element_type() != ffi::U16) return refused("operands must be uint16");
-      sum.terms.push_back({static_cast<const Bits*>(x->untyped_data()), static_cast<const Bits*>(y->untyped_data()),
-                           left[1], turn_y});
+      sum.terms.push_back({static_cast<const Bits*>(x->untyped_data()), of_y, left[1], turn_y});
       sum.steps += ceil_div(left[1], kStep);
     }
     work->sums.push_back(std::move(sum));

@@ -88,39 +88,41 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
     for (int64_t p = 0; p < panels; p++) block.multiply(entries + p * panel, logits + p * kSide, kEntries);
     float* attended = of.gradient ? sums.attended.get() + b * kSide * width : nullptr;
     for (int64_t r = 0; r < kSide; r++) {
-      float *l = logits + r * kEntries, lanes[kSide];
+      float* l = logits + r * kEntries;
       for (int64_t e = 0; e < panels * kSide; e++) {
         l[e] *= of.scale;
         if constexpr (kCapped) l[e] = capped(l[e], of.cap);
       }
       std::fill(l + n, l + panels * kSide, kUnseen);
-      std::fill_n(lanes, kSide, kUnseen);
+      float most[kSide], parts[kSide] = {};
+      std::fill_n(most, kSide, kUnseen);
       for (int64_t p = 0; p < panels * kSide; p += kSide) {
-        for (int64_t j = 0; j < kSide; j++) lanes[j] = l[p + j] > lanes[j] ? l[p + j] : lanes[j];
+        for (int64_t j = 0; j < kSide; j += kLanes) put(most + j, larger(lanes(most + j), lanes(l + p + j)));
       }
       float &top = sums.top[b * kSide + r], &total = sums.total[b * kSide + r];
-      const float higher = std::max(top, most_of(lanes));
+      const float higher = std::max(top, most_of(most));
       if (higher > top) {
         const float fade = exponential(top - higher);
         total *= fade;
         for (int64_t c = 0; of.gradient && c < width; c++) attended[r * width + c] *= fade;
         top = higher;
       }
-      std::fill_n(lanes, kSide, 0.0f);
       for (int64_t p = 0; p < panels * kSide; p += kSide) {
         float weight[kSide];
-        for (int64_t j = 0; j < kSide; j++) {
-          const float value = l[p + j], e = value == kUnseen ? 0.0f : exponential(value - higher);
-          lanes[j] += e;
-          weight[j] = e * of.scale;
+        for (int64_t j = 0; j < kSide; j += kLanes) {
+          // What is not there comes out as 1e-38.
+          const Lanes value = lanes(l + p + j), e = exponential(value - higher);
+          put(parts + j, lanes(parts + j) + e);
+          Lanes slope = e * of.scale;
           if constexpr (kCapped) {
-            const float share = value == kUnseen ? 0.0f : value / of.cap;
-            weight[j] *= 1.0f - share * share;
+            const Lanes share = value == kUnseen ? Lanes{} : value / of.cap;
+            slope *= 1.0f - share * share;
           }
+          put(weight + j, slope);
         }
         round_row(weight, kSide, weights + r * kEntries + p);
       }
-      total += sum_of(lanes);
+      total += sum_of(parts);
     }
     if (!of.gradient) continue;
     block.hold({weights, kEntries, panels * kSide});

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax import activations, native, selection
-from nalora_jax.nn.lora import LoRADense, Probe
+from nalora_jax.nn.lora import Call, Hidden, LoRADense, Probe, side_by_side
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.nn.matmul import Numerics, restored, rounded, stored
+from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, restored, rounded, stored
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def _gated_product_fwd(
     logistic: native.Logistic | None,
 ) -> Any:
     # The value is made of what is kept, so that a rematerialised layer makes it again without the products.
-    held, like_z = (stored(z, kept), None if u is None else stored(u, kept)), jnp.zeros((0,), z.dtype)
+    held = stored(z, kept, KEPT_WIDE), None if u is None else stored(u, kept, KEPT_WIDE)
+    like_z = jnp.zeros((0,), z.dtype)
     a = activation.phi(restored(held[0], result))
     if logistic is not None and held[1] is not None:
         return (native.gate(held[0], held[1], logistic), a), (*held, like_z)
@@ -174,7 +175,7 @@ def _statistics_natively(
         selection.sampled(places, config.stride, axis=-1).reshape(-1),
         selection.sampled(weights, config.stride, axis=-1).reshape(-1),
         selection.sampled(places, config.probe_stride, axis=-1).reshape(-1),
-        probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1]),
+        probe.factors or probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1]),
         selection.sampled(weights, config.probe_stride, axis=-1).reshape(-1),
     )
     slope, *below, feature, moved, linear = native.gate_statistics(sampled, logistic, (partition.z0, partition.z1))
@@ -223,7 +224,7 @@ class _Block(nn.Module):
         gate: LoRADense,
         x: jax.Array,
         z: jax.Array,
-        delta: jax.Array | None,
+        delta: jax.Array | Hidden | None,
         selected: jax.Array,
         scale: jax.Array | float,
         weights: jax.Array | None,
@@ -293,16 +294,18 @@ class GatedFFN(_Block):
           adapter_ids: ``[batch]``, see `LoRADense`.
         """
         scales = scales or {}
-        options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
         within = self.numerics.within()
         gate, scale = self._dense("gate_proj", self.d_ff, within), scales.get("gate_proj", 1.0)
-        z, delta = gate(x, scale, self._mask(), **options)
-        u, _ = self._dense("up_proj", self.d_ff, within)(x, scales.get("up_proj", 1.0), **options)
+        up = Call(self._dense("up_proj", self.d_ff, within), scales.get("up_proj", 1.0))
+        (z, delta), (u, _) = side_by_side(
+            x, [Call(gate, scale, self._mask()), up], deterministic=deterministic, adapter_ids=adapter_ids
+        )
         activation = activations.get(self.activation)
         numerics, checked = self.numerics, self.stats.check
         hidden, selected = gated_product(z, u, activation, numerics.kept, numerics.result, checked=checked)
         self._observe(gate, x, z, delta, selected, scale, token_weights)
-        return self._dense("down_proj", self.d_model)(hidden, scales.get("down_proj", 1.0), **options)[0]
+        down, scale = self._dense("down_proj", self.d_model), scales.get("down_proj", 1.0)
+        return down(hidden, scale, deterministic=deterministic, adapter_ids=adapter_ids)[0]
 
 
 class SelfGatedFFN(_Block):

@@ -8,8 +8,8 @@ the frozen product, as ``r`` more rows or columns of its kernel::
     wide input (down)        y  = x [W, A], whose last r columns are x A
                              dx = [g, s g B^T] [W, A]^T
 
-Equal to `nalora_jax.nn.matmul.matmul` plus `nalora_jax.nn.low_rank.residual`, masks included, but for the rounding of
-the factors to the operand dtype.
+Native products (`nalora_jax.nn.side_by_side`) add up without any of that. Equal to `nalora_jax.nn.matmul.matmul` plus
+`nalora_jax.nn.low_rank.residual`, masks included, but for the rounding of the factors to the operand dtype.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.native import Sum, Term
 from nalora_jax.nn.matmul import (
+    Kernel,
     Numerics,
     as_integers,
     beside_masked,
@@ -31,15 +31,14 @@ from nalora_jax.nn.matmul import (
     dot,
     expand,
     is_native,
-    native_sums,
     rounded,
     stored,
     unpack_leaf,
 )
-from nalora_jax.nn.quantize import Quantized
+from nalora_jax.nn.side_by_side import Adapter, Projection, project
 
 
-def worthwhile(x: jax.Array, kernel: jax.Array | Quantized) -> bool:
+def worthwhile(x: jax.Array, kernel: Kernel) -> bool:
     """Whether x has so many rows that what a second pass costs is more than a copy of the kernel beside its factor.
 
     It has not where text is generated: there the copy would be made for every token.
@@ -49,7 +48,7 @@ def worthwhile(x: jax.Array, kernel: jax.Array | Quantized) -> bool:
 
 def adapted_matmul(
     x: jax.Array,
-    kernel: jax.Array | Quantized,
+    kernel: Kernel,
     a: jax.Array,
     b: jax.Array,
     scale: jax.Array | float,
@@ -73,6 +72,8 @@ def adapted_matmul(
     chex.assert_shape(a, (x.shape[-1], b.shape[0]))
     chex.assert_shape(b, (a.shape[1], kernel.shape[-1]))
     flat = x.reshape(-1, x.shape[-1])
+    if is_native(flat.shape[0], numerics.operand):
+        return project(x, [Projection(kernel, Adapter(a, b, scale, mask))], numerics)[0].y
     y = _adapted(flat, kernel, a, b, jnp.asarray(scale, jnp.float32), mask, (numerics.operand, numerics.result))
     return y.reshape(*x.shape[:-1], b.shape[-1])
 
@@ -119,14 +120,11 @@ def _adapted_fwd(
     dtypes: tuple[str, str],
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     (d_in, d_out), (operand, result) = kernel.shape, dtypes
-    multiple, native = contraction_multiple(operand), is_native(x.shape[0], operand)
+    multiple = contraction_multiple(operand)
     # s x A is kept by a rematerialised layer: r columns, for which it would make a product (or a pass over x) again.
-    if d_out > d_in or native:
+    if d_out > d_in:
         hidden = stored(scale * dot(x, a, operand), "float32")
-        if native:
-            (y,) = native_sums(Sum([Term(x, expand(kernel)), Term(hidden, b)], result))
-        else:
-            y = dot(_joined(x, hidden, 1, operand, multiple), _joined(expand(kernel), b, 0, operand, multiple), operand)
+        y = dot(_joined(x, hidden, 1, operand, multiple), _joined(expand(kernel), b, 0, operand, multiple), operand)
     else:
         both = dot(x, _joined(expand(kernel), a, 1, operand), operand)
         hidden = stored(scale * both[:, d_out:], "float32")
@@ -139,24 +137,16 @@ def _adapted_bwd(dtypes: tuple[str, str], kept: tuple[Any, ...], g: jax.Array) -
     (d_in, d_out), rank, operand = kernel.shape, b.shape[0], dtypes[0]
     multiple = contraction_multiple(operand)
     wide = beside_masked(b, mask)
-    if is_native(x.shape[0], operand):
-        back = scale * dot(g, wide, operand, dims=(1, 1))
-        dx, da, db = native_sums(
-            Sum([Term(g, expand(kernel), True), Term(back[:, :rank], a, True)], x.dtype),
-            Sum([Term(back[:, -rank:].T, x)]),
-            Sum([Term(hidden.T, g)]),
-        )
+    if d_out > d_in:
+        both = dot(g, _joined(expand(kernel), wide, 0, operand), operand, dims=(1, 1))
+        back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
+        dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
     else:
-        if d_out > d_in:
-            both = dot(g, _joined(expand(kernel), wide, 0, operand), operand, dims=(1, 1))
-            back = scale * both[:, d_in:]  # [tokens, r] or [tokens, 2 r]
-            dx = both[:, :d_in] + dot(back[:, :rank], a, operand, dims=(1, 1))
-        else:
-            back = scale * dot(g, wide, operand, dims=(1, 1))
-            factors = _joined(g, back[:, :rank], 1, operand, multiple), _joined(expand(kernel), a, 1, operand, multiple)
-            dx = dot(*factors, operand, dims=(1, 1))
-        da, db = _narrow(back[:, -rank:], x, operand), _narrow(hidden, g, operand)
-        dx = rounded(dx, x.dtype)
+        back = scale * dot(g, wide, operand, dims=(1, 1))
+        factors = _joined(g, back[:, :rank], 1, operand, multiple), _joined(expand(kernel), a, 1, operand, multiple)
+        dx = dot(*factors, operand, dims=(1, 1))
+    da, db = _narrow(back[:, -rank:], x, operand), _narrow(hidden, g, operand)
+    dx = rounded(dx, x.dtype)
     return dx, None, da.T, db, jnp.zeros_like(scale), None if mask is None else jnp.zeros_like(mask)
 
 

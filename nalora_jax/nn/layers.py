@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax.nn.matmul import stored
+from nalora_jax import native
+from nalora_jax.nn.matmul import KEPT, Numerics, is_native, kept, stored
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -46,6 +50,57 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     # Kept by a rematerialised layer: one number a token, for which it would read all of x again.
     inverse = stored(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), "float32")
     return x * inverse * jnp.broadcast_to(scale, x.shape)
+
+
+class ResidualNorm(nn.Module):
+    """A residual stream, what is added to it, and the frozen root-mean-square norm of the sum.
+
+    The norm reads the sum as it is kept for the backward pass; the sum itself is not rounded.
+
+    Attributes:
+      eps: added to the mean square.
+      offset: added to the stored scale, as for `RMSNorm`.
+      numerics: dtypes.
+    """
+
+    eps: float
+    offset: float
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """``[..., d]`` twice (y: or nothing) -> ``x + y`` and its norm, both ``[..., d]``."""
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        scale, n = scale.astype(jnp.float32) + self.offset, self.numerics
+        rows = math.prod(x.shape[:-1])
+        if n.within().result == n.kept == "bfloat16" and x.dtype == jnp.float32 and is_native(rows, n.operand):
+            flat = x.reshape(rows, -1), None if y is None else y.astype(x.dtype).reshape(rows, -1)
+            total, normed = _residual_norm(*flat, scale, self.eps)
+            return total.reshape(x.shape), normed.reshape(x.shape)
+        total = x if y is None else x + y.astype(x.dtype)
+        return total, rms_norm(kept(total, n.kept), scale, self.eps).astype(n.result)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _residual_norm(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    return _residual_norm_fwd(x, y, scale, eps)[0]
+
+
+def _residual_norm_fwd(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float) -> tuple[Any, Any]:
+    total, held, inverse = native.add_rms(x, y, eps)
+    # A rematerialised layer makes the norm again from these, in one pass over half the bytes.
+    held, inverse = checkpoint_name(held, KEPT), checkpoint_name(inverse, KEPT)
+    return (total, native.normalise(held, inverse, scale)), (held, inverse, scale, y is None)
+
+
+def _residual_norm_bwd(eps: float, residuals: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+    held, inverse, scale, alone = residuals
+    ds, dn = gradients
+    dx = native.norm_gradient(held, inverse, scale, dn, ds)
+    return dx, None if alone else dx, jnp.zeros_like(scale)
+
+
+_residual_norm.defvjp(_residual_norm_fwd, _residual_norm_bwd)
 
 
 # ---------------------------------------------------------------- rotary position embeddings

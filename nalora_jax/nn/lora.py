@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nalora_jax import native
 from nalora_jax.nn.fused_lora import adapted_matmul, worthwhile
 from nalora_jax.nn.low_rank import TargetSpec, batched_residual, column_norm, combine, init_a, residual
-from nalora_jax.nn.matmul import Numerics, dot, expand, matmul
-from nalora_jax.nn.quantize import Quantized
+from nalora_jax.nn.matmul import STACKS, Kernel, Numerics, dot, expand, is_native, matmul
+from nalora_jax.nn.side_by_side import Adapter, Projection, project
 from nalora_jax.selection import sampled
 
 
@@ -21,6 +24,14 @@ class Probe(NamedTuple):
 
     base: jax.Array  # [batch, seq / n, d_out], the frozen layer
     delta: jax.Array  # the same shape, the adapter's residual
+    # What it is the product of, where it is that of two factors: float32 [tokens, r] and [r, d_out].
+    factors: tuple[jax.Array, jax.Array] | None = None
+
+
+class Hidden(NamedTuple):
+    """What an adapter makes of a layer's input, in place of its residual, which `LoRADense.probe` makes of it."""
+
+    value: jax.Array  # s x A, float32 [..., r]
 
 
 class LoRADense(nn.Module):
@@ -89,7 +100,7 @@ class LoRADense(nn.Module):
         self,
         x: jax.Array,
         y: jax.Array,
-        delta: jax.Array | None,
+        delta: jax.Array | Hidden | None,
         stride: int,
         scale: jax.Array | float = 1.0,
     ) -> Probe:
@@ -98,22 +109,51 @@ class LoRADense(nn.Module):
         Args:
           x: ``[batch, seq, d_in]``.
           y: ``[batch, seq, d_out]``.
-          delta: of the same call; None where it is to be made again here for those positions.
+          delta: of the same call; None where it is to be made again here for those positions, `Hidden` where of that.
           stride: 1 or more, see `nalora_jax.selection.sampled`.
           scale: the layer's ``s``.
         """
-        x, y = lax.stop_gradient((x, sampled(y, stride)))
-        if delta is not None:
+        x, y, factors = *lax.stop_gradient((x, sampled(y, stride))), None
+        if isinstance(delta, jax.Array):
             delta = lax.stop_gradient(sampled(delta, stride))
         elif self.target is not None and self.has_variable("lora", "a"):
             a, b = lax.stop_gradient((self.get_variable("lora", "a"), self.get_variable("lora", "b")))
             # Sampled behind A, whose product with all of x the call has made: no further pass over x.
-            hidden = scale * dot(x.reshape(-1, x.shape[-1]), a, self.numerics.adapter)
-            hidden = sampled(hidden.reshape(*x.shape[:-1], -1), stride)
-            delta = dot(hidden.reshape(-1, b.shape[0]), b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
+            if isinstance(delta, Hidden):
+                hidden = lax.stop_gradient(delta.value)
+            else:
+                hidden = scale * dot(x.reshape(-1, x.shape[-1]), a, self.numerics.adapter)
+            hidden = sampled(hidden.reshape(*x.shape[:-1], -1), stride).reshape(-1, b.shape[0])
+            factors = hidden, b
+            delta = dot(hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
         else:
             delta = jnp.zeros_like(y)
-        return Probe(y - delta, delta)
+        return Probe(y - delta, delta, factors)
+
+    def projection(
+        self,
+        scale: jax.Array | float = 1.0,
+        mask: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Projection | None:
+        """What the call would compute but for a bias, given the same arguments; None if it is more than a projection.
+
+        That is with DoRA, dropout or a stack of adapters, and while parameters are made.
+        """
+        if self.is_initializing():
+            return None
+        kernel = self._stored_kernel()
+        if self.target is None or not self.has_variable("lora", "a"):
+            return Projection(kernel)
+        a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+        if a.ndim != 2 or self.dora or (self.dropout > 0 and not deterministic):
+            return None
+        return Projection(kernel, Adapter(a, b, scale, mask))
+
+    def with_bias(self, y: jax.Array) -> jax.Array:
+        """``y``, what `projection` stands for, and the frozen layer's bias."""
+        return _biased(y, self.get_variable("params", "bias") if self.use_bias else None)
 
     def _residual(
         self,
@@ -136,13 +176,20 @@ class LoRADense(nn.Module):
         bias: jax.Array = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return bias
 
-    def _kernel(self, d_in: int) -> jax.Array | Quantized:
+    def _kernel(self, d_in: int) -> Kernel:
         if self.has_variable("params", "kernel"):
-            stored = self.get_variable("params", "kernel")
-            if isinstance(stored, Quantized):  # `param` would compare the shape of its codes
+            stored = self._stored_kernel()
+            if not isinstance(stored, jax.Array):  # `param` would compare the shape of what it is stored as
                 return stored
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features))
         return kernel
+
+    def _stored_kernel(self) -> Kernel:
+        stored: Kernel = self.get_variable("params", "kernel")
+        if self.has_variable(STACKS, "kernel"):
+            assert isinstance(stored, jax.Array)
+            return native.Slice(self.get_variable(STACKS, "kernel"), stored)
+        return stored
 
     def _adapter(self, d_in: int) -> tuple[jax.Array, jax.Array] | None:
         if self.target is None or not (self.is_initializing() or self.has_variable("lora", "a")):
@@ -156,7 +203,7 @@ class LoRADense(nn.Module):
         self,
         base: jax.Array,
         delta: jax.Array,
-        kernel: jax.Array | Quantized,
+        kernel: Kernel,
         a: jax.Array,
         b: jax.Array,
         scale: jax.Array | float,
@@ -170,6 +217,31 @@ class LoRADense(nn.Module):
         ratio = jnp.where(jnp.asarray(scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
         ratio = jnp.broadcast_to(ratio, base.shape)
         return (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
+
+
+class Call(NamedTuple):
+    """A layer, and what it is called with besides the input."""
+
+    layer: LoRADense
+    scale: jax.Array | float = 1.0
+    mask: jax.Array | None = None
+
+
+def side_by_side(
+    x: jax.Array, calls: Sequence[Call], *, deterministic: bool = True, adapter_ids: jax.Array | None = None
+) -> list[tuple[jax.Array, jax.Array | Hidden | None]]:
+    """What the layers, all of the same numerics, return for x: by one product where that can be."""
+    numerics = calls[0].layer.numerics
+    if numerics.fused and is_native(math.prod(x.shape[:-1]), numerics.operand):
+        projections = [call.layer.projection(call.scale, call.mask, deterministic=deterministic) for call in calls]
+        plain = [projection for projection in projections if projection is not None]
+        if len(plain) == len(calls):
+            made = project(x, plain, numerics)
+            return [
+                (call.layer.with_bias(y), None if hidden is None else Hidden(hidden))
+                for call, (y, hidden) in zip(calls, made, strict=True)
+            ]
+    return [layer(x, scale, mask, deterministic=deterministic, adapter_ids=adapter_ids) for layer, scale, mask in calls]
 
 
 def _biased(y: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -10,6 +10,7 @@ Model code says ``matmul(x, kernel, numerics)`` and reads the same on every plat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,9 +24,13 @@ from jax.ad_checkpoint import checkpoint_name
 from nalora_jax import native
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.quantize import Quantized, dequantize
+from nalora_jax.trees import flatten, map_named, unflatten
 
-# Name of what a rematerialised layer keeps nonetheless: what costs a product to make again.
-KEPT = "kept"
+# The collection of kernels that stay in the stack of all layers, see `in_stacks`.
+STACKS = "stacks"
+# Names of what a rematerialised layer keeps nonetheless: what costs a product to make again, and that part of it which
+# is as wide as the feed-forward block.
+KEPT, KEPT_WIDE = "kept", "kept_wide"
 # Fewer rows do not pay for packing the other side: text generation.
 _FEWEST_ROWS = 32
 
@@ -63,12 +68,16 @@ def numerics_for(dtype: str, platform: str) -> Numerics:
     return Numerics("bfloat16", "bfloat16", adapter="bfloat16", kept="bfloat16")
 
 
-def matmul(x: jax.Array, kernel: jax.Array | Quantized, numerics: Numerics) -> jax.Array:
+# A frozen kernel as it is stored: float, packed, quantized, or in the stack of all layers.
+Kernel = jax.Array | Quantized | native.Slice
+
+
+def matmul(x: jax.Array, kernel: Kernel, numerics: Numerics) -> jax.Array:
     """``x @ kernel`` for a frozen kernel, accumulated in float32.
 
     Args:
       x: ``[..., d_in]``.
-      kernel: ``[d_in, d_out]``: float, bf16 packed by `pack`, or quantized. It receives **no gradient**: zeros.
+      kernel: ``[d_in, d_out]``, as it is stored. It receives **no gradient**: zeros.
       numerics: dtypes of operands and result.
 
     Returns:
@@ -111,12 +120,12 @@ def as_integers(x: jax.Array) -> jax.Array:
     return x
 
 
-def stored(x: jax.Array, dtype: str) -> jax.Array:
+def stored(x: jax.Array, dtype: str, name: str = KEPT) -> jax.Array:
     """``x`` as it waits for the backward pass: rounded to ``dtype``, and named for rematerialised layers.
 
     On CPU bf16 is held as integers, for the reason that `pack` gives; `restored` undoes it.
     """
-    return checkpoint_name(as_integers(rounded(x, dtype)), KEPT)
+    return checkpoint_name(as_integers(rounded(x, dtype)), name)
 
 
 def restored(x: jax.Array, dtype: Any) -> jax.Array:
@@ -133,8 +142,17 @@ def kept(x: jax.Array, dtype: str) -> jax.Array:
 kept.defvjp(lambda x, dtype: (restored(stored(x, dtype), x.dtype), None), lambda dtype, _, g: (g,))
 
 
-def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0), result: Any = "float32") -> jax.Array:
-    """The product of two matrices over dimensions ``dims``, operands rounded to ``operand``, summed in float32."""
+def dot(
+    x: jax.Array,
+    y: jax.Array | native.Slice,
+    operand: str,
+    dims: tuple[int, int] = (1, 0),
+    result: Any = "float32",
+) -> jax.Array:
+    """The product of two matrices over dimensions ``dims``, operands rounded to ``operand``, summed in float32.
+
+    y may lie in a stack where the product is native: see `factor`.
+    """
     contract = (((dims[0],), (dims[1],)), ((), ()))
     rows = x.shape[0]
     if rows == 1 and dims[0] == 1 and operand == "bfloat16" and jax.default_backend() == "cpu":
@@ -142,6 +160,7 @@ def dot(x: jax.Array, y: jax.Array, operand: str, dims: tuple[int, int] = (1, 0)
         x = jnp.concatenate([x, x])
     if dims[0] == 1 and is_native(rows, operand):
         return native_sums(native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
+    assert not isinstance(y, native.Slice)
     y = lax.dot_general(rounded(x, operand), rounded(y, operand), contract, preferred_element_type=jnp.float32)
     return rounded(y[:rows] if dims[0] == 1 else y, result)
 
@@ -153,9 +172,11 @@ def is_native(rows: int, operand: str) -> bool:
 
 def native_sums(*sums: native.Sum) -> list[jax.Array]:
     """`nalora_jax.native.products` of operands that are yet to be rounded."""
-    terms = (
-        [native.Term(rounded(x, "bfloat16"), rounded(y, "bfloat16"), turned) for x, y, turned in s[0]] for s in sums
-    )
+
+    def operand(y: Any) -> Any:
+        return y if isinstance(y, native.Slice) else rounded(y, "bfloat16")
+
+    terms = ([native.Term(operand(x), operand(y), turned) for x, y, turned in s[0]] for s in sums)
     return native.products(*(native.Sum(t, s.dtype) for t, s in zip(terms, sums, strict=True)))
 
 
@@ -188,14 +209,21 @@ def block_of(table: jax.Array, start: jax.Array, size: int, axis: int = 0) -> ja
     return unpack_leaf(lax.dynamic_slice_in_dim(as_integers(table), start, size, axis=axis))
 
 
-def expand(kernel: jax.Array | Quantized) -> jax.Array:
+def expand(kernel: Kernel) -> jax.Array:
     """A stored kernel as floats."""
-    return dequantize(kernel) if isinstance(kernel, Quantized) else unpack_leaf(kernel)
+    if isinstance(kernel, Quantized):
+        return dequantize(kernel)
+    return unpack_leaf(kernel.copied() if isinstance(kernel, native.Slice) else kernel)
+
+
+def factor(kernel: Kernel, rows: int, operand: str) -> jax.Array | native.Slice:
+    """A stored kernel as products with so many rows take it: in its stack if they are native, else as floats."""
+    return kernel if isinstance(kernel, native.Slice) and is_native(rows, operand) else expand(kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _frozen(x: jax.Array, kernel: Any, numerics: Numerics) -> jax.Array:
-    return dot(x, expand(kernel), numerics.operand, result=numerics.result)
+    return dot(x, factor(kernel, x.shape[0], numerics.operand), numerics.operand, result=numerics.result)
 
 
 def _frozen_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -206,7 +234,8 @@ def _frozen_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Arra
 def _frozen_bwd(numerics: Numerics, residuals: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, Any]:
     # Autodiff would mix a float32 cotangent with a bf16 kernel, the slow path on CPU; here both are operands.
     kernel, like_x = residuals
-    return dot(g, expand(kernel), numerics.operand, dims=(1, 1), result=like_x.dtype), None
+    y = factor(kernel, g.shape[0], numerics.operand)
+    return dot(g, y, numerics.operand, dims=(1, 1), result=like_x.dtype), None
 
 
 _frozen.defvjp(_frozen_fwd, _frozen_bwd)
@@ -225,6 +254,25 @@ def pack(params: Any) -> Any:
 
 def _pack_leaf(leaf: jax.Array) -> jax.Array:
     return as_integers(leaf) if leaf.ndim >= 3 else leaf
+
+
+def in_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits packed ``params`` so that native products read the kernels of dense layers where they lie.
+
+    Returns:
+      The params, with the number of the layer in place of such a kernel, and the stacks, by the same paths: the
+      collection `STACKS`, which is not scanned (see `nalora_jax.nn.lora.LoRADense`). Without native products everything
+      stays where it is.
+    """
+    if not native.available():
+        return dict(params), {}
+    kernels = {path: leaf for path, leaf in flatten(params).items() if path.endswith("_proj/kernel")}
+    stacks = {path: leaf for path, leaf in kernels.items() if (leaf.ndim, leaf.dtype) == (3, jnp.uint16)}
+
+    def number(path: str, leaf: jax.Array) -> jax.Array:
+        return jnp.arange(leaf.shape[0], dtype=jnp.int32) if path in stacks else leaf
+
+    return map_named(number, params), unflatten(stacks)
 
 
 def pack_views(params: Any, *, rank: int = 3) -> Any:

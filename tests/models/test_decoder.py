@@ -148,7 +148,7 @@ def test_rematerialisation_changes_no_gradient(config, params):
 
     plain = gradient("none")
     assert all(np.abs(leaf[0]).max() > 0 for leaf in jax.tree.leaves(plain))
-    for remat in ("full",) if config.n_experts else ("full", "dots"):
+    for remat in ("full",) if config.n_experts else ("full", "attention", "dots"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat))
 
 
@@ -276,8 +276,9 @@ def test_keeping_products_makes_no_frozen_product_again():
 
         return jax.jit(jax.grad(loss)).lower(lora).compile().cost_analysis()["flops"]
 
-    none, dots, full = (flops(remat) for remat in ("none", "dots", "full"))
+    none, dots, attention, full = (flops(remat) for remat in ("none", "dots", "attention", "full"))
     assert dots < none + 0.3 * (full - none)
+    assert dots < attention < full
 
 
 def test_unknown_remat_is_an_error():

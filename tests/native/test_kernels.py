@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax import native
-from nalora_jax.native import Heads, Sum, Term
+from nalora_jax.native import Heads, Slice, Sum, Term
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -27,6 +27,13 @@ def worst(got: jax.Array, want: np.ndarray) -> float:
     return float(np.abs(exact(got) - want).max() / np.abs(want).max())
 
 
+def in_stack(rng: np.random.Generator, y: jax.Array) -> Slice:
+    """``y`` among two other matrices."""
+    at = int(rng.integers(3))
+    stack = draw(rng, 3, *y.shape).at[at].set(y)
+    return Slice(jax.lax.bitcast_convert_type(stack, jnp.uint16), jnp.asarray(at))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_sums_of_products(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -38,7 +45,7 @@ def test_sums_of_products(seed: int) -> None:
             depth = int(rng.choice([1, 8, 31, 32, 64, 100, 300]))
             turned = bool(rng.integers(2))
             x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
-            terms.append(Term(x, y, turned))
+            terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, turned))
             want += exact(x) @ (exact(y).T if turned else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
         wanted.append(want)
@@ -48,10 +55,36 @@ def test_sums_of_products(seed: int) -> None:
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
 
 
-def test_many_rows_are_shared_by_rows_and_columns() -> None:
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1000, 40, 33), (300, 1100, 700), (33, 20_000, 70)])
+def test_rows_and_columns_are_shared(rows: int, depth: int, columns: int) -> None:
+    """Several groups of columns, and rows that are no whole number of what a thread takes; a panel beyond a group."""
     rng = np.random.default_rng(0)
-    x, y = draw(rng, 1000, 40), draw(rng, 40, 33)
-    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-6
+    x, y = draw(rng, rows, depth), draw(rng, depth, columns)
+    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-5
+
+
+def test_a_slice_is_copied_as_it_is_read() -> None:
+    rng = np.random.default_rng(1)
+    y = draw(rng, 40, 50)
+    np.testing.assert_array_equal(in_stack(rng, y).copied(), jax.lax.bitcast_convert_type(y, jnp.uint16))
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+@pytest.mark.parametrize("added", [True, False])
+def test_norms_of_sums(columns: int, added: bool) -> None:
+    rng = np.random.default_rng(columns)
+    x, y, ds = (jnp.asarray(rng.standard_normal((50, columns)), jnp.float32) for _ in range(3))
+    scale, dn = jnp.asarray(rng.standard_normal(columns), jnp.float32), draw(rng, 50, columns)
+    total, held, inverse = native.add_rms(x, y if added else None, 1e-2)
+    np.testing.assert_array_equal(total, x + y if added else x)
+    s = exact(jax.lax.bitcast_convert_type(held, jnp.bfloat16))
+    np.testing.assert_array_equal(s, exact(total.astype(jnp.bfloat16)))
+    r = 1 / np.sqrt((s**2).mean(1, keepdims=True) + 1e-2)
+    assert worst(inverse[:, None], r) < 1e-6
+    assert worst(native.normalise(held, inverse, scale), s * r * exact(scale)) < 2**-8
+    g = exact(dn) * exact(scale)
+    want = exact(ds) + r * (g - s * r**2 * (g * s).mean(1, keepdims=True))
+    assert worst(native.norm_gradient(held, inverse, scale, dn, ds), want) < 1e-6
 
 
 def test_results_are_equal_in_every_run() -> None:
@@ -87,10 +120,22 @@ def test_operands_that_do_not_fit_are_refused(terms: list[Term]) -> None:
 def test_the_library_refuses_what_python_did_not_check() -> None:
     call = native._call("products", [jax.ShapeDtypeStruct((4, 4), jnp.float32)])
     x, y = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((9, 4), jnp.uint16)
+    one, none = np.array([1]), np.array([0])
     with pytest.raises(Exception, match="shapes do not fit"):
-        call(x, y, terms=np.array([1]), turned=np.array([0]))
+        call(x, y, terms=one, turned=none, stacked=none)
     with pytest.raises(Exception, match="operands do not fit the terms"):
-        call(x, y, terms=np.array([1]), turned=np.array([0, 0]))
+        call(x, y, terms=one, turned=np.array([0, 0]), stacked=none)
+    with pytest.raises(Exception, match="operands do not fit the terms"):
+        call(x, y[None], terms=one, turned=none, stacked=one)
+    for at in (-1, 1):
+        with pytest.raises(Exception, match="an index is outside of its stack"):
+            call(x, jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at), terms=one, turned=none, stacked=one)
+
+
+def test_the_library_refuses_norms_that_do_not_fit() -> None:
+    held, row, scale = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((4,), jnp.float32), jnp.zeros((7,), jnp.float32)
+    with pytest.raises(Exception, match="nalora_normalise: shapes do not fit"):
+        jax.block_until_ready(native.normalise(held, row, scale))
 
 
 def test_statistics_refuse_rows_that_are_not_there() -> None:

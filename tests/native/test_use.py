@@ -26,15 +26,17 @@ from nalora_jax.config import (
     StepScaleConfig,
 )
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn import ffn
 from nalora_jax.nn.attention import Keys, Scoring, attention
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics, gated_product
 from nalora_jax.nn.fused_lora import adapted_matmul
+from nalora_jax.nn.layers import ResidualNorm
 from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.loss import Head, cross_entropy
-from nalora_jax.nn.matmul import Numerics, matmul, numerics_for, pack_views
+from nalora_jax.nn.matmul import Numerics, expand, in_stacks, matmul, numerics_for, pack, pack_views
+from nalora_jax.nn.side_by_side import Adapter, Projection, project
 from nalora_jax.selection import sampled
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -109,6 +111,76 @@ def test_frozen_products(result: str, both: Any) -> None:
     close(*both(run))
 
 
+def in_stack(kernel: jax.Array) -> native.Slice:
+    stack = jnp.stack([0 * kernel, kernel]).astype(jnp.bfloat16)
+    return native.Slice(jax.lax.bitcast_convert_type(stack, jnp.uint16), jnp.asarray(1))
+
+
+def test_layers_side_by_side_are_each_layer_alone(both: Any) -> None:
+    """Of three: with an adapter and a mask, with an adapter, and with none; the last two read from a stack."""
+    x, w1, w2, w3, a1, b1, a2, b2, mask = draw(
+        5, (2, 40, 64), (64, 96), (64, 32), (64, 64), (64, 6), (6, 96), (64, 3), (3, 32), (96,)
+    )
+    numerics, mask = replace(CPU, result="bfloat16"), jnp.abs(mask)
+    kernels = w1, in_stack(w2), in_stack(w3)
+
+    def results(together: bool) -> Any:
+        def ys(x: jax.Array, a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array) -> list[jax.Array]:
+            parts = [
+                Projection(kernels[0], Adapter(a1, b1, 0.5, mask)),
+                Projection(kernels[1], Adapter(a2, b2, 2.0)),
+                Projection(kernels[2]),
+            ]
+            if together:
+                return [made.y for made in project(x, parts, numerics)]
+            y = adapted_matmul(x, expand(kernels[0]), a1, b1, 0.5, mask, numerics)
+            other = adapted_matmul(x, expand(kernels[1]), a2, b2, 2.0, None, numerics)
+            return [y, other, matmul(x, expand(kernels[2]), numerics)]
+
+        @jax.jit
+        def run(*given: jax.Array) -> Any:
+            values, back = jax.vjp(ys, *given)
+            return values, back([jnp.sin(y) for y in values])
+
+        return run(x, a1, b1, a2, b2)
+
+    with_kernels = jax.device_get(results(True))
+    close(with_kernels, both(lambda: results(False))[1], share=2**-6)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_norms_of_a_residual_stream(added: bool, both: Any) -> None:
+    x, y = draw(6, (2, 40, 48), (2, 40, 48))
+    norm = ResidualNorm(1e-2, 1.0, numerics_for("bfloat16", "cpu"))
+    params = {"params": {"scale": jnp.linspace(-0.5, 0.5, 48)}}
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            (total, normed), back = jax.vjp(lambda *g: norm.apply(params, *g), *given)
+            return (total, normed), back((jnp.cos(total), jnp.sin(normed).astype(normed.dtype)))
+
+        return value_and_gradients(*((x, y) if added else (x,)))
+
+    close(*both(run), share=2**-6)
+
+
+def test_kernels_stay_in_their_stacks() -> None:
+    params = init_params(BASE, jax.random.key(1), jnp.bfloat16)
+    scanned, stacks = in_stacks(pack(params))
+    paths = {f"{path}/kernel" for path in projection_shapes(BASE)}
+    assert set(trees.flatten(stacks)) == paths
+    for path, leaf in trees.flatten(scanned).items():
+        assert leaf.shape == ((BASE.n_layers,) if path in paths else trees.flatten(params)[path].shape)
+
+
+def test_a_step_copies_no_kernel() -> None:
+    text = lowered(CONFIG)
+    for path, (d_in, d_out) in projection_shapes(BASE).items():
+        assert f"tensor<{BASE.n_layers}x{d_in}x{d_out}xui16>" in text, path
+        assert f"-> tensor<1x{d_in}x{d_out}xui16>" not in text, path
+
+
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
 def test_attention(softcap: float, both: Any) -> None:
     q, k, v = draw(1, (2, 70, 4, 16), (2, 70, 2, 16), (2, 70, 2, 16))
@@ -173,6 +245,14 @@ def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_str
     close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config)), share=1e-4)
 
 
+def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
+    z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
+    delta = (hidden @ b).reshape(2, 8, 70)
+    probe = Probe(sampled(z.astype(jnp.bfloat16), 4).astype(jnp.float32) - delta, delta, (hidden, b))
+    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4)
+    close(*both(lambda: gate_statistics(*given)), share=1e-4)
+
+
 BASE = ModelConfig.from_hf(
     {
         "model_type": "llama",
@@ -197,12 +277,37 @@ CONFIG = RunConfig(
 )
 
 
-def steps(config: RunConfig, count: int = 3) -> Any:
-    """Adapters and losses after some steps of a small decoder, from adapters with B nonzero."""
+def assembled(config: RunConfig) -> tuple[Any, Any, Any]:
+    """A small decoder, its weights, and their mesh."""
     mesh = layout.make_mesh(MeshConfig(), jax.devices()[:1])
     params = init_params(BASE, jax.random.key(1))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
-    assembly = assemble(config, BASE, jax.device_put(params, layout.shardings(params, mesh, layout.PARAM_RULES)), mesh)
+    params = jax.device_put(params, layout.shardings(params, mesh, layout.PARAM_RULES))
+    return assemble(config, BASE, params, mesh), params, mesh
+
+
+def batch_of(seed: int, mesh: Any) -> Any:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 96, (1, 8, 17)).astype(np.int32)
+    batch = {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "loss_weights": (rng.uniform(size=(1, 8, 16)) < 0.7).astype(np.float32),
+        "segment_ids": np.ones((1, 8, 16), np.int32),
+        "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (1, 8, 16)),
+    }
+    return layout.make_global_batch(batch, mesh, rows_axis=1)
+
+
+def lowered(config: RunConfig) -> str:
+    """The program of a step, as XLA gets it."""
+    assembly, params, mesh = assembled(config)
+    return assembly.step.lower(assembly.view(params), assembly.state, batch_of(0, mesh)).as_text()
+
+
+def steps(config: RunConfig, count: int = 3) -> Any:
+    """Adapters and losses after some steps of a small decoder, from adapters with B nonzero."""
+    assembly, params, mesh = assembled(config)
     rng = np.random.default_rng(3)
 
     def shaken(path: str, x: jax.Array) -> jax.Array:
@@ -214,16 +319,7 @@ def steps(config: RunConfig, count: int = 3) -> Any:
 
     state, losses = assembly.state._replace(lora=trees.map_named(shaken, assembly.state.lora)), []
     for i in range(count):
-        rng = np.random.default_rng(i)
-        tokens = rng.integers(0, 96, (1, 8, 17)).astype(np.int32)
-        batch = {
-            "tokens": tokens[..., :-1],
-            "targets": tokens[..., 1:],
-            "loss_weights": (rng.uniform(size=(1, 8, 16)) < 0.7).astype(np.float32),
-            "segment_ids": np.ones((1, 8, 16), np.int32),
-            "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (1, 8, 16)),
-        }
-        state, metrics = assembly.step(assembly.view(params), state, layout.make_global_batch(batch, mesh, rows_axis=1))
+        state, metrics = assembly.step(assembly.view(params), state, batch_of(i, mesh))
         losses.append(metrics["loss"])
     return jax.device_get((state.lora, losses))
 
@@ -237,6 +333,14 @@ def test_three_steps_of_a_model(both: Any) -> None:
         want = trees.flatten(jax.tree.map(np.subtract, lora_xla, start))[path]
         # Masks choose channels by thresholds, which roundings may cross: in norm, not element by element.
         assert np.linalg.norm(moved - want) < 0.1 * np.linalg.norm(want), path
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
+def test_rematerialisation_changes_roundings_at_most(remat: str) -> None:
+    """What is made again is made by the same kernels."""
+    other = replace(CONFIG, compute=replace(CONFIG.compute, remat=remat))
+    for one, same in zip(*map(jax.tree.leaves, (steps(CONFIG, 1), steps(other, 1))), strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_bits_twice() -> None:

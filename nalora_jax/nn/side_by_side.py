@@ -1,0 +1,109 @@
+"""Layers that read the same input, by native products (`nalora_jax.native`): one call for all of them, each way.
+
+    y_i = x W_i + s_i (x A_i) B_i           dx = sum_i g_i W_i^T + s_i (g_i B_i^T) A_i^T
+
+Threads share the work of all layers, and the sum over layers is made where their products are: apart, each gradient of
+the input would be written whole, and read again to be added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.native import Sum, Term
+from nalora_jax.nn.matmul import Numerics, beside_masked, factor, native_sums, rounded, stored
+
+
+class Adapter(NamedTuple):
+    """A low-rank adapter of a projection."""
+
+    a: jax.Array  # float32 [d_in, r]
+    b: jax.Array  # float32 [r, d_out]
+    scale: jax.Array | float = 1.0  # scalar s
+    mask: jax.Array | None = None  # [d_out], weights of the output channels in A's gradient
+
+
+class Projection(NamedTuple):
+    """A frozen kernel, which receives no gradient, and its adapter if it has one."""
+
+    kernel: Any  # `nalora_jax.nn.matmul.Kernel` [d_in, d_out]; in a gradient None
+    adapter: Adapter | None = None
+
+
+class Projected(NamedTuple):
+    """What comes of a projection."""
+
+    y: jax.Array  # [..., d_out]
+    hidden: jax.Array | None  # s x A, float32 [..., r]; no gradient flows back from it
+
+
+def project(x: jax.Array, projections: Sequence[Projection], numerics: Numerics) -> list[Projected]:
+    """``x W + s (x A) B`` of every projection, where `nalora_jax.nn.matmul.is_native`.
+
+    Args:
+      x: ``[..., d_in]``.
+      projections: what reads it.
+      numerics: dtypes of operands and results; sums are float32.
+
+    Returns:
+      For each ``[..., d_out]`` in ``numerics.result``, and what its adapter made of x on the way.
+    """
+    parts = []
+    for kernel, adapter in projections:
+        if adapter is not None:
+            chex.assert_shape(adapter.a, (x.shape[-1], None))
+            chex.assert_shape(adapter.b, (adapter.a.shape[1], kernel.shape[-1]))
+            adapter = adapter._replace(scale=jnp.asarray(adapter.scale, jnp.float32))
+        parts.append(Projection(kernel, adapter))
+    ys, hidden = _projected(x.reshape(-1, x.shape[-1]), tuple(parts), (numerics.operand, numerics.result))
+    reshaped = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
+    return [Projected(y, reshaped[1].get(i)) for i, y in enumerate(reshaped[0])]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _projected(
+    x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]
+) -> tuple[tuple[jax.Array, ...], dict[int, jax.Array]]:
+    return _projected_fwd(x, parts, dtypes)[0]
+
+
+def _projected_fwd(x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]) -> tuple[Any, tuple[Any, ...]]:
+    (operand, result), rows = dtypes, x.shape[0]
+    adapters = {i: part.adapter for i, part in enumerate(parts) if part.adapter is not None}
+    narrow = native_sums(*(Sum([Term(x, adapter.a)]) for adapter in adapters.values())) if adapters else []
+    # s x A is kept by a rematerialised layer: r columns, for which it would make a pass over x again.
+    hidden = {i: stored(adapters[i].scale * y, "float32") for i, y in zip(adapters, narrow, strict=True)}
+    terms = [[Term(x, factor(part.kernel, rows, operand))] for part in parts]
+    for i, adapter in adapters.items():
+        terms[i].append(Term(hidden[i], adapter.b))
+    ys = native_sums(*(Sum(of, result) for of in terms))
+    return (tuple(rounded(y, result) for y in ys), hidden), (x if adapters else jnp.zeros((0,), x.dtype), parts, hidden)
+
+
+def _projected_bwd(
+    dtypes: tuple[str, str], kept: tuple[Any, ...], cotangents: tuple[tuple[jax.Array, ...], Any]
+) -> tuple[jax.Array, tuple[Projection, ...]]:
+    (x, parts, hidden), gs = kept, cotangents[0]
+    rows, adapters = gs[0].shape[0], {i: part.adapter for i, part in enumerate(parts) if part.adapter is not None}
+    wide = [Sum([Term(gs[i], beside_masked(adapter.b, adapter.mask), True)]) for i, adapter in adapters.items()]
+    terms = [Term(g, factor(part.kernel, rows, dtypes[0]), True) for g, part in zip(gs, parts, strict=True)]
+    gradients = []
+    for (i, adapter), back in zip(adapters.items(), native_sums(*wide) if wide else [], strict=True):
+        back, rank = adapter.scale * back, adapter.a.shape[1]
+        terms.append(Term(back[:, :rank], adapter.a, True))
+        gradients += [Sum([Term(back[:, -rank:].T, x)]), Sum([Term(hidden[i].T, gs[i])])]
+    dx, *found = native_sums(Sum(terms, x.dtype), *gradients)
+    back_parts = [Projection(None) for _ in parts]
+    for (i, adapter), da, db in zip(adapters.items(), found[::2], found[1::2], strict=True):
+        mask = None if adapter.mask is None else jnp.zeros_like(adapter.mask)
+        back_parts[i] = Projection(None, Adapter(da.T, db, jnp.zeros_like(adapter.scale), mask))
+    return rounded(dx, x.dtype), tuple(back_parts)
+
+
+_projected.defvjp(_projected_fwd, _projected_bwd)
