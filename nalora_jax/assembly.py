@@ -31,6 +31,7 @@ from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 log = logging.getLogger(__name__)
 
 _STEPS = itertools.count()
+# d_model up to which products on tiles are made again sooner than kept (benchmarks/notes/versus_peft.md).
 _WIDEST_MADE_AGAIN = 1024
 
 
