@@ -1,11 +1,11 @@
 // Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., several p in one call, so that threads share them all.
 //
 // Each x is [rows, depth], each y [depth, columns] or, turned, [columns, depth]; rows and columns are those of out[p],
-// depths are free. A y may lie in a stack of matrices, of which an index names one. The work is cut into groups of columns, no more than there are threads where they fit the second-level
-// cache, because every group reads all of x. The thread that opens a group packs its part of every y and multiplies some
-// rows at a time; one that finds no group to open takes rows of those that others have opened. Nothing else is copied, but
-// edges that do not fill a tile. Sums stay in the tiles over the whole depth, because adding to what was stored waits for
-// the store: cutting the depth costs a third.
+// depths are free. A y may lie in a stack of matrices, of which an index names one. The work is cut into groups of
+// columns, no more than there are threads where they fit the second-level cache, because every group reads all of x. The
+// thread that opens a group packs its part of every y and multiplies some rows at a time; one that finds no group to open
+// takes rows of those that others have opened. Nothing else is copied, but edges that do not fill a tile. Sums stay in the
+// tiles over the whole depth, because adding to what was stored waits for the store: cutting the depth costs a third.
 
 #pragma once
 
@@ -108,7 +108,7 @@ inline void multiply_rows(const Group& group, int64_t first, int64_t count, Bloc
     stretches.push_back({edge, width, left});
     edge += up(count, kSide) * width;
   }
-  const Term& longest = sum.terms.front();
+  const Term& main = sum.terms.front();
   const int64_t bytes = sum.rounded ? sizeof(Bits) : sizeof(float), panels = group.panels();
   for (int64_t row = first; row < first + count; row += kSide) {
     const int64_t rows = std::min(kSide, first + count - row), next = row + kSide;
@@ -118,7 +118,7 @@ inline void multiply_rows(const Group& group, int64_t first, int64_t count, Bloc
       const int64_t column = group.column + i * kSide, columns = std::min(kSide, group.columns - i * kSide);
       char* out = static_cast<char*>(sum.out) + (row * sum.columns + column) * bytes;
       const int64_t from = coming * i / panels, to = coming * (i + 1) / panels;
-      const Ahead ahead{true, longest.x + (next + from) * longest.depth, longest.depth, to - from};
+      const Ahead ahead{true, main.x + (next + from) * main.depth, main.depth, to - from};
       block.multiply(group.packed + i * sum.panel(), {out, sum.columns, rows, columns, sum.rounded}, ahead);
     }
     for (Stretch& stretch : stretches) stretch.x += kSide * stretch.stride;

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.native import Sum, Term
-from nalora_jax.nn.matmul import Numerics, beside_masked, factor, native_sums, rounded, stored
+from nalora_jax.nn.matmul import Numerics, beside_masked, factor, native_sums, stored
 
 
 class Adapter(NamedTuple):
@@ -66,6 +66,11 @@ def project(x: jax.Array, projections: Sequence[Projection], numerics: Numerics)
     return [Projected(y, reshaped[1].get(i)) for i, y in enumerate(reshaped[0])]
 
 
+def _adapters(parts: Sequence[Projection]) -> dict[int, Adapter]:
+    """The adapters, by the number of their projection."""
+    return {i: part.adapter for i, part in enumerate(parts) if part.adapter is not None}
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _projected(
     x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]
@@ -75,7 +80,7 @@ def _projected(
 
 def _projected_fwd(x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]) -> tuple[Any, tuple[Any, ...]]:
     (operand, result), rows = dtypes, x.shape[0]
-    adapters = {i: part.adapter for i, part in enumerate(parts) if part.adapter is not None}
+    adapters = _adapters(parts)
     narrow = native_sums(*(Sum([Term(x, adapter.a)]) for adapter in adapters.values())) if adapters else []
     # s x A is kept by a rematerialised layer: r columns, for which it would make a pass over x again.
     hidden = {i: stored(adapters[i].scale * y, "float32") for i, y in zip(adapters, narrow, strict=True)}
@@ -83,14 +88,14 @@ def _projected_fwd(x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[st
     for i, adapter in adapters.items():
         terms[i].append(Term(hidden[i], adapter.b))
     ys = native_sums(*(Sum(of, result) for of in terms))
-    return (tuple(rounded(y, result) for y in ys), hidden), (x if adapters else jnp.zeros((0,), x.dtype), parts, hidden)
+    return (tuple(ys), hidden), (x if adapters else jnp.zeros((0,), x.dtype), parts, hidden)
 
 
 def _projected_bwd(
     dtypes: tuple[str, str], kept: tuple[Any, ...], cotangents: tuple[tuple[jax.Array, ...], Any]
 ) -> tuple[jax.Array, tuple[Projection, ...]]:
     (x, parts, hidden), gs = kept, cotangents[0]
-    rows, adapters = gs[0].shape[0], {i: part.adapter for i, part in enumerate(parts) if part.adapter is not None}
+    rows, adapters = gs[0].shape[0], _adapters(parts)
     wide = [Sum([Term(gs[i], beside_masked(adapter.b, adapter.mask), True)]) for i, adapter in adapters.items()]
     terms = [Term(g, factor(part.kernel, rows, dtypes[0]), True) for g, part in zip(gs, parts, strict=True)]
     gradients = []
@@ -103,7 +108,7 @@ def _projected_bwd(
     for (i, adapter), da, db in zip(adapters.items(), found[::2], found[1::2], strict=True):
         mask = None if adapter.mask is None else jnp.zeros_like(adapter.mask)
         back_parts[i] = Projection(None, Adapter(da.T, db, jnp.zeros_like(adapter.scale), mask))
-    return rounded(dx, x.dtype), tuple(back_parts)
+    return dx, tuple(back_parts)
 
 
 _projected.defvjp(_projected_fwd, _projected_bwd)
