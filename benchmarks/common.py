@@ -16,6 +16,7 @@ import platform
 import random
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -271,7 +272,7 @@ def save(part: str, case: str, found: Mapping[str, Any], folder: Path = RESULTS)
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = load(part, folder)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
     entry = {"machine": machine(), "command": command, **found}
     record["cases"][case] = _public(json.loads(json.dumps(entry, default=str)))
     (folder / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from nalora_jax.activations import Activation, Partition
@@ -83,13 +84,32 @@ def sampled(x: Array, stride: int, axis: int = -2) -> Array:
     """
     axis %= x.ndim
     length = x.shape[axis]
-    if length % (_RUN * stride):
+    if not _in_runs(length, stride):
         return lax.slice_in_dim(x, 0, None, stride, axis)
-    start = stride // 2 * _RUN
+    start = _first_taken(stride)
     # [..., groups, stride * run, ...]
     groups = x.reshape(*x.shape[:axis], -1, stride * _RUN, *x.shape[axis + 1 :])
     runs = lax.slice_in_dim(groups, start, start + _RUN, axis=axis + 1)
     return runs.reshape(*x.shape[:axis], length // stride, *x.shape[axis + 1 :])
+
+
+def sampled_weights(weights: Array, stride: int) -> Array:
+    """Float32 ``weights`` ``[..., positions]`` where `sampled` takes a position, 0 where it does not."""
+    places = np.arange(weights.shape[-1])
+    if _in_runs(len(places), stride):
+        taken = places % (stride * _RUN) // _RUN == _first_taken(stride) // _RUN
+    else:
+        taken = places % stride == 0
+    return jnp.where(jnp.broadcast_to(taken, weights.shape), weights.astype(jnp.float32), 0.0)
+
+
+def _in_runs(length: int, stride: int) -> bool:
+    return length % (_RUN * stride) == 0
+
+
+def _first_taken(stride: int) -> int:
+    """Of every ``stride`` runs."""
+    return stride // 2 * _RUN
 
 
 def channel_statistics(z: Array, weights: Array, activation: Activation, partition: Partition) -> Statistics:

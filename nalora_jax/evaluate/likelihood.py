@@ -19,7 +19,7 @@ from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.mesh import fetch
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.matmul import pack, pack_views
+from nalora_jax.nn.matmul import pack_views, packed
 
 # Floats of one chunk of logits.
 _CHUNK_FLOATS = 1 << 23
@@ -88,11 +88,6 @@ def _check_lengths(splits: Sequence[Split], context: int) -> None:
 def viewed(variables: Mapping[str, Any]) -> dict[str, Any]:
     """``variables`` as compiled programs take them fastest; see `pack_views`."""
     return {**variables, "params": pack_views(variables["params"])}
-
-
-def packed(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The same within a compiled program, for what could not be viewed."""
-    return {**variables, "params": pack(variables["params"])}
 
 
 def _score_batch(model: Decoder, variables: Any, batch: Batch, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:

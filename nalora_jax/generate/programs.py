@@ -18,7 +18,7 @@ from jax import lax
 from nalora_jax.generate.sampling import Array, Sampling, next_tokens
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.matmul import pack, view_params
+from nalora_jax.nn.matmul import packed, view_params
 
 # Parameters that logits are made from, tied or not.
 _HEAD = ("embed", "lm_head")
@@ -79,7 +79,7 @@ def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -
     cache = init_cache(model.config, batch, 0, model.numerics.operand)
     segments = (jnp.arange(seq)[None, :] < prompts.lengths[:, None]).astype(jnp.int32)
     hidden, cache = model.apply(
-        _packed(weights.body),
+        packed(weights.body),
         prompts.tokens,
         segment_ids=segments,
         cache=cache,
@@ -116,7 +116,7 @@ def decode(
     Returns:
       The state, and int32 ``[batch, size]``: the tokens, `NO_TOKEN` beyond a row's end.
     """
-    variables = _packed(weights.body)
+    variables = packed(weights.body)
 
     def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, made = carry
@@ -135,10 +135,6 @@ def decode(
     state = replace(state, done=state.done | finished)
     _, state, made = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, made))
     return state, made
-
-
-def _packed(variables: Any) -> Any:
-    return {**variables, "params": pack(variables["params"])}
 
 
 def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:

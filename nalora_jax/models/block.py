@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from nalora_jax import native
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
@@ -30,7 +31,8 @@ class LayerInputs:
     window: jax.Array | None  # int []; None where all layers see everything
     rope: jax.Array | None  # int [], index into the rotary tables; None where there is one
     scales: dict[str, dict[str, jax.Array]]  # adapters' scales by block ("attn", "ffn") and projection
-    cached: tuple[jax.Array, jax.Array] | None  # this layer's cached keys and values
+    # This layer's cached keys and values, or its number where it reads them in `SharedInputs.cache`.
+    cached: tuple[jax.Array, jax.Array] | jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +47,7 @@ class SharedInputs:
     adapter_ids: jax.Array | None  # int [batch]
     cached_positions: jax.Array | None  # int [batch, slots]
     cached_segments: jax.Array | None  # int [batch, slots]
+    cache: tuple[jax.Array, jax.Array] | None = None  # all layers' cached keys and values
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -124,11 +127,18 @@ class Attention(nn.Module):
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         c = self.config
-        keys, cached = Keys(k, v, shared.positions, shared.segments), None
+        keys = Keys(k, v, shared.positions, shared.segments)
+        cached: CachedKeys | native.Cached | None = None
         if layer.cached is not None:
             assert shared.cached_positions is not None
             assert shared.cached_segments is not None
-            cached = CachedKeys(*layer.cached, shared.cached_positions, shared.cached_segments)
+            integers = shared.cached_positions, shared.cached_segments
+            if isinstance(layer.cached, tuple):
+                cached = CachedKeys(*layer.cached, *integers)
+            else:
+                assert shared.cache is not None
+                of_k, of_v = (native.Slice(stack, layer.cached) for stack in shared.cache)
+                cached = native.Cached(of_k, of_v, *integers)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
         n = self.numerics
         scoring = Scoring(c.score_scale, c.attn_softcap, n.operand, n.kept, c.attn_dropout, n.within().result)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
+from nalora_jax.nn.attention import reads_in_place
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, init_a
@@ -95,7 +96,9 @@ class Decoder(nn.Module):
         x = self.embed(tokens).astype(jnp.float32) * self.config.embed_scale
         x = constrain(x, self.activation_sharding)
         x, new_keys = self.layers(
-            x.astype(self.numerics.result), _layer_inputs(self.config, self.adapters, cache), shared
+            x.astype(self.numerics.result),
+            _layer_inputs(self.config, self.adapters, cache, in_place=shared.cache is not None),
+            shared,
         )
         hidden = self.final_norm(x)
         if self.is_initializing():
@@ -166,18 +169,19 @@ def _stack(remat: str, n_layers: int) -> Any:
     )
 
 
-def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | None) -> LayerInputs:
+def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | None, *, in_place: bool) -> LayerInputs:
     """What is scanned along the layers."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
         _, block, name = path.split("/")
         scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
     windows, ropes = config.layer_windows, config.layer_ropes
+    cached = None if cache is None else jnp.arange(config.n_layers) if in_place else (cache.k, cache.v)
     return LayerInputs(
         window=None if set(windows) == {GLOBAL_WINDOW} else jnp.asarray(windows, jnp.int32),
         rope=None if set(ropes) == {0} else jnp.asarray(ropes, jnp.int32),
         scales=scales,
-        cached=None if cache is None else (cache.k, cache.v),
+        cached=cached,
     )
 
 
@@ -209,6 +213,7 @@ def _shared_inputs(
         adapter_ids=adapter_ids,
         cached_positions=None if cache is None else cache.positions,
         cached_segments=None if cache is None else cache.segments,
+        cache=None if cache is None or not reads_in_place(tokens.shape[1], cache.k) else (cache.k, cache.v),
         deterministic=deterministic,
     )
 

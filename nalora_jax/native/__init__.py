@@ -22,8 +22,10 @@ from jax import lax
 from nalora_jax.native.library import available, has_tiles, multiplies_on_tiles, name_of
 
 __all__ = [
+    "Cached",
     "Heads",
     "Logistic",
+    "Measured",
     "Sampled",
     "Slice",
     "Sum",
@@ -32,8 +34,10 @@ __all__ = [
     "attention",
     "attention_gradient",
     "available",
+    "cached_attention",
     "gate",
     "gate_gradient",
+    "gate_measured",
     "gate_statistics",
     "has_tiles",
     "multiplies_on_tiles",
@@ -46,9 +50,9 @@ __all__ = [
 
 
 class Slice(NamedTuple):
-    """A matrix of a stack, read where it lies: a slice of its own would be a copy for every product."""
+    """A matrix, or what else a stack holds, read where it lies: a slice of its own would be a copy every time."""
 
-    stack: jax.Array  # [n, ., .], bf16 viewed as uint16
+    stack: jax.Array  # [n, ...], bf16 viewed as uint16
     at: jax.Array  # int [], which of them
 
     @property
@@ -110,6 +114,8 @@ def products(*sums: Sum) -> list[jax.Array]:
     return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
 
 
+# Parts of the rows whose sums are made apart, by as many threads at most.
+_PARTS = 8
 # Queries whose weights the gradient of attention holds at once, kQueries there.
 _AT_ONCE = 256
 
@@ -162,6 +168,38 @@ def attention_gradient(
     arguments = (*_operands(heads), _bits(out), logsumexp, _bits(g))
     dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap))
     return dq, dk, dv
+
+
+class Cached(NamedTuple):
+    """Keys and values of all layers, and of one of them the integers that decide what is seen."""
+
+    k: Slice  # of [layers, batch, kv_heads, head_dim, slots]
+    v: Slice  # of [layers, batch, kv_heads, slots, head_dim]
+    positions: jax.Array  # int [batch or 1, slots]
+    segments: jax.Array  # int [batch or 1, slots]; 0: nothing there
+
+
+def cached_attention(heads: Heads, cached: Cached, scale: float, softcap: float = 0.0) -> jax.Array:
+    """Float32 ``[batch, 1, heads, head_dim]``: attention of one new token a row to cached keys and to itself.
+
+    Args:
+      heads: of the new tokens, seq 1; float32, rounded to bf16 as the cache is.
+      cached: earlier tokens, seen under the same rule.
+      scale: multiplies q . k.
+      softcap: ``c tanh(s / c)`` of the scores; 0: none.
+    """
+    batch, _, n, dim = heads.q.shape
+    _, _, kv_heads, _, slots = cached.k.stack.shape
+    chex.assert_shape(heads.q, (batch, 1, n, dim))
+    chex.assert_shape([heads.k, heads.v], (batch, 1, kv_heads, dim))
+    new = (x[:, 0].astype(jnp.float32) for x in heads[:3])
+    own = (jnp.broadcast_to(jnp.asarray(x, jnp.int32)[:, 0], (batch,)) for x in (heads.positions, heads.segments))
+    others = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, slots)) for x in (cached.positions, cached.segments))
+    arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *own, *others
+    result: jax.Array = _call("cached_attention", [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)])(
+        *arguments, jnp.asarray(heads.window, jnp.int32), scale=np.float32(scale), cap=np.float32(softcap)
+    )[0]
+    return result[:, None]
 
 
 def over_vocabulary(
@@ -218,13 +256,16 @@ def gate(z: jax.Array, u: jax.Array, logistic: Logistic) -> jax.Array:
     return lax.bitcast_convert_type(out.reshape(z.shape), jnp.bfloat16)
 
 
-def gate_gradient(z: jax.Array, u: jax.Array, g: jax.Array, logistic: Logistic) -> tuple[jax.Array, jax.Array]:
-    """The gradients of z and u, given those of `gate`'s result; all bf16, of one shape."""
+def gate_gradient(
+    z: jax.Array, u: jax.Array, g: jax.Array, logistic: Logistic, *, product: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The gradients of z and u, given those of `gate`'s result, and that result if wanted; all bf16, of one shape."""
     chex.assert_equal_shape([z, u, g])
     flat = (_bits(x).reshape(-1) for x in (z, u, g))
-    results = _call("gate_gradient", [jax.ShapeDtypeStruct((z.size,), jnp.uint16)] * 2)(*flat, **logistic.attributes())
-    dz, du = (lax.bitcast_convert_type(x.reshape(z.shape), jnp.bfloat16) for x in results)
-    return dz, du
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in (z.size, z.size, z.size if product else 0)]
+    results = _call("gate_gradient", shapes)(*flat, **logistic.attributes())
+    dz, du, out = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
+    return dz.reshape(z.shape), du.reshape(z.shape), out.reshape(z.shape) if product else None
 
 
 class Sampled(NamedTuple):
@@ -256,6 +297,31 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
     arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
     result: jax.Array = _call("gate_statistics", shapes)(*arguments, **attributes)[0]
     return result
+
+
+class Measured(NamedTuple):
+    """What the statistics of all tokens of a block are taken with; a weight of 0 leaves a token out."""
+
+    weights: jax.Array  # float32 [tokens]
+    probe_weights: jax.Array  # float32 [tokens], for what the adapter moves
+    hidden: jax.Array  # float32 [tokens, r], which times b is the adapter's part of z
+    b: jax.Array  # float32 [r, d_ff]
+
+
+def gate_measured(
+    z: jax.Array, u: jax.Array, measured: Measured, logistic: Logistic, cuts: tuple[float, float]
+) -> tuple[jax.Array, jax.Array]:
+    """`gate` of z and u, ``[tokens, d_ff]``, and the sums of `gate_statistics`, in one pass."""
+    chex.assert_equal_shape([z, u])
+    low, high = cuts
+    shapes = [
+        jax.ShapeDtypeStruct(z.shape, jnp.uint16),
+        jax.ShapeDtypeStruct((7, z.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),  # room to work in
+    ]
+    attributes = {**logistic.attributes(), "low": np.float32(low), "high": np.float32(high)}
+    out, sums, _ = _call("gate_measured", shapes)(_bits(z), _bits(u), *measured, **attributes)
+    return lax.bitcast_convert_type(out, jnp.bfloat16), sums
 
 
 def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -29,6 +29,7 @@ namespace ffi = xla::ffi;
 using Bits1 = ffi::Buffer<ffi::U16, 1>;
 using Matrix = ffi::Buffer<ffi::U16, 2>;
 using Numbers = ffi::Buffer<ffi::U16, 4>;
+using Stack = ffi::Buffer<ffi::U16, 5>;
 using Row = ffi::Buffer<ffi::F32, 1>;
 using Rows = ffi::Buffer<ffi::F32, 2>;
 using Totals = ffi::Buffer<ffi::F32, 3>;
@@ -36,6 +37,12 @@ using Floats = ffi::Buffer<ffi::F32, 4>;
 using Integer = ffi::Buffer<ffi::S32, 0>;
 using Indices = ffi::Buffer<ffi::S32, 1>;
 using Integers = ffi::Buffer<ffi::S32, 2>;
+
+template <typename Buffer>
+bool is_of(Buffer& buffer, int64_t rows, int64_t columns) {
+  const auto shape = buffer.dimensions();
+  return shape[0] == rows && shape[1] == columns;
+}
 
 // Blocks of sums of one thread: what is held, by packed panels.
 //

@@ -1,6 +1,7 @@
 // What XLA calls (see __init__.py).
 
 #include "attention.h"
+#include "cached.h"
 #include "gates.h"
 #include "norms.h"
 #include "products.h"
@@ -82,6 +83,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_gradient, nalora::gate_gradient,
                                   .Arg<nalora::Bits1>()
                                   .Ret<nalora::Bits1>()
                                   .Ret<nalora::Bits1>()
+                                  .Ret<nalora::Bits1>()
                                   .Attr<float>("a")
                                   .Attr<float>("b"));
 
@@ -101,6 +103,41 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_statistics, nalora::gate_statistics,
                                   .Attr<float>("b")
                                   .Attr<float>("low")
                                   .Attr<float>("high"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_gate_measured, nalora::gate_measured,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Matrix>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Row>()
+                                  .Arg<nalora::Rows>()
+                                  .Arg<nalora::Rows>()
+                                  .Ret<nalora::Matrix>()
+                                  .Ret<nalora::Rows>()
+                                  .Ret<nalora::Totals>()
+                                  .Attr<float>("a")
+                                  .Attr<float>("b")
+                                  .Attr<float>("low")
+                                  .Attr<float>("high"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_cached_attention, nalora::cached_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<nalora::Totals>()
+                                  .Arg<nalora::Totals>()
+                                  .Arg<nalora::Totals>()
+                                  .Arg<nalora::Stack>()
+                                  .Arg<nalora::Stack>()
+                                  .Arg<nalora::Integer>()
+                                  .Arg<nalora::Indices>()
+                                  .Arg<nalora::Indices>()
+                                  .Arg<nalora::Integers>()
+                                  .Arg<nalora::Integers>()
+                                  .Arg<nalora::Integer>()
+                                  .Ret<nalora::Totals>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("cap"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_add_rms, nalora::add_rms,
                               ffi::Ffi::Bind()

@@ -27,12 +27,6 @@ INLINED void by_columns(int64_t columns, Unit unit) {
   if (first < columns) unit(first, columns - first);
 }
 
-template <typename Buffer>
-bool is_of(Buffer& buffer, int64_t rows, int64_t columns) {
-  const auto shape = buffer.dimensions();
-  return shape[0] == rows && shape[1] == columns;
-}
-
 // s is wanted where there is a y.
 inline ffi::Error add_rms(ffi::ThreadPool pool, Rows x, Rows y, ffi::Result<Rows> s, ffi::Result<Matrix> held,
                           ffi::Result<Row> inverse, float eps) {

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "block.h"
+#include "few.h"
 
 namespace nalora {
 
@@ -84,7 +85,10 @@ inline void pack(const Group& group, Bits* packed) {
         if (term.turned) {
           pack_turned(term.y + column * term.depth, term.depth, term.depth, columns, panel);
         } else {
-          pack(term.y + k * sum.columns + column, sum.columns, std::min(kStep, term.depth - k), columns, panel);
+          const Bits* from = term.y + k * sum.columns + column;
+          const int64_t coming = std::min(kStep, term.depth - k - kStep);
+          for (int64_t i = 0; i < coming; i++) __builtin_prefetch(from + (kStep + i) * sum.columns, 0, 2);
+          pack(from, sum.columns, std::min(kStep, term.depth - k), columns, panel);
         }
       }
     }
@@ -160,6 +164,61 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
   }
 }
 
+// A sum's columns from `start` on.
+template <int kRows>
+void few_rows(const Sum& sum, int64_t start, int64_t columns, Scratch& scratch) {
+  int64_t numbers = kRows * up(columns, kSide);
+  for (const Term& term : sum.terms) numbers += kRows * up(term.depth, kSide);
+  scratch.reserve(Scratch::room<float>(numbers));
+  float* next = scratch.take<float>(numbers);
+  std::fill_n(next, numbers, 0.0f);
+  float* sums = next;
+  next += kRows * up(columns, kSide);
+  for (const Term& term : sum.terms) {
+    const int64_t width = up(term.depth, kSide);
+    for (int64_t r = 0; r < sum.rows; r++) {
+      for (int64_t k = 0; k < term.depth; k++) next[r * width + k] = widened(term.x[r * term.depth + k]);
+    }
+    if (term.turned) {
+      add_few_turned<kRows>(next, width, term.y + start * term.depth, term.depth, columns, sums);
+    } else {
+      add_few<kRows>(next, width, term.y + start, sum.columns, term.depth, columns, sums);
+    }
+    next += kRows * width;
+  }
+  for (int64_t r = 0; r < sum.rows; r++) {
+    for (int64_t c = 0; c < columns; c += kSide) {
+      const int64_t n = std::min(kSide, columns - c), to = r * sum.columns + start + c;
+      const float* from = sums + r * up(columns, kSide) + c;
+      if (sum.rounded) {
+        round_row(from, n, static_cast<Bits*>(sum.out) + to);
+      } else {
+        std::copy_n(from, n, static_cast<float*>(sum.out) + to);
+      }
+    }
+  }
+}
+
+struct Columns {
+  const Sum* sum;
+  int64_t start, count;
+};
+
+inline bool multiply_few(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work) {
+  const auto parts = std::make_shared<std::vector<Columns>>();
+  for (const Sum& sum : work->sums) {
+    // No more than there are threads: memory is fast where what is read lies side by side.
+    const int64_t most = up(ceil_div(sum.columns, std::max<int64_t>(1, pool.num_threads())), kSide);
+    for (int64_t start = 0; start < sum.columns; start += most) {
+      parts->push_back({&sum, start, std::min(most, sum.columns - start)});
+    }
+  }
+  return share(pool, parts->size(), [work, parts](int64_t i, Block&, Scratch& scratch) {
+    const auto [sum, start, count] = (*parts)[i];
+    (sum->rows == 1 ? few_rows<1> : few_rows<kFewRows>)(*sum, start, count, scratch);
+  });
+}
+
 inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            ffi::Span<const int64_t> terms, ffi::Span<const int64_t> turned,
                            ffi::Span<const int64_t> stacked) {
@@ -209,9 +268,15 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
     }
     work->sums.push_back(std::move(sum));
   }
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  cut(*work, threads);
-  const bool done = share(pool, threads, [work](int64_t, Block& block, Scratch& scratch) { take(*work, block, scratch); });
+  const auto few = [](const Sum& sum) { return sum.rows <= kFewRows; };
+  bool done;
+  if (std::all_of(work->sums.begin(), work->sums.end(), few)) {
+    done = multiply_few(pool, work);
+  } else {
+    const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+    cut(*work, threads);
+    done = share(pool, threads, [work](int64_t, Block& block, Scratch& scratch) { take(*work, block, scratch); });
+  }
   return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_products: out of memory");
 }
 

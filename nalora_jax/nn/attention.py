@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from nalora_jax import native
 from nalora_jax.nn import attention_kernels
 from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.blockwise_attention import (
@@ -63,13 +64,18 @@ class CachedKeys(NamedTuple):
     segments: jax.Array  # int [batch or 1, slots]; 0: nothing there
 
 
+def reads_in_place(seq: int, k: jax.Array) -> bool:
+    """Whether `attention` of ``seq`` tokens reads a cache such as ``k`` where it lies: natively, of one token a row."""
+    return seq == 1 and k.dtype == jnp.uint16 and k.shape[-1] > 0 and native.multiplies_on_tiles()
+
+
 def attention(
     q: jax.Array,
     keys: Keys,
     window: jax.Array | int,
     scoring: Scoring,
     *,
-    cached: CachedKeys | None = None,
+    cached: CachedKeys | native.Cached | None = None,
     dropout_rng: jax.Array | None = None,
     kernel: Kernel = PLATFORM,
 ) -> jax.Array:
@@ -80,7 +86,7 @@ def attention(
       keys: of the same tokens.
       window: scalar; a query at position p sees positions in ``(p - window, p]``.
       scoring: scale, soft cap, dtypes.
-      cached: keys of earlier calls, seen under the same rule.
+      cached: keys of earlier calls, seen under the same rule; where `reads_in_place`, in the stack of all layers.
       dropout_rng: key for ``scoring.dropout``; None for no dropout.
       kernel: which implementation, by default the platform's best; all of them compute the same.
 
@@ -95,7 +101,7 @@ def _attention(
     keys: Keys,
     window: jax.Array | int,
     scoring: Scoring,
-    cached: CachedKeys | None,
+    cached: CachedKeys | native.Cached | None,
     dropout_rng: jax.Array | None,
     kernel: Kernel,
 ) -> jax.Array:
@@ -103,6 +109,9 @@ def _attention(
     chex.assert_equal_shape([keys.k, keys.v])
     if cached is not None and cached.positions.shape[1] == 0:  # a cache without slots: there were no earlier calls
         cached = None
+    if isinstance(cached, native.Cached):
+        assert dropout_rng is None, "text is generated without dropout"
+        return native.cached_attention(native.Heads(q, *keys, window), cached, scoring.scale, scoring.softcap)
     plain_only = cached is not None or (dropout_rng is not None and scoring.dropout > 0)
     name = attention_kernels.choose(kernel, q, keys, scoring, plain_only=plain_only)
     if name == "xla" and not plain_only:

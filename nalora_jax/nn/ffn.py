@@ -11,6 +11,7 @@ Neither touches the forward value.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax import activations, native, selection
+from nalora_jax.nn.gated_down import Gating, gated_down
 from nalora_jax.nn.lora import Call, Hidden, LoRADense, Probe, side_by_side
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, restored, rounded, stored
+from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, is_native, restored, rounded, stored
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _gated_product_bwd(
 ) -> Any:
     z, u, like_z = residuals
     if logistic is not None:
-        return native.gate_gradient(z, u, g[0], logistic)
+        return native.gate_gradient(z, u, g[0], logistic)[:2]
     z, g = restored(z, result), g[0].astype(result)
     rho, drho = activation.gate(z)  # one exponential for both
     slope = rho + z * drho
@@ -178,13 +180,19 @@ def _statistics_natively(
         probe.factors or probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1]),
         selection.sampled(weights, config.probe_stride, axis=-1).reshape(-1),
     )
-    slope, *below, feature, moved, linear = native.gate_statistics(sampled, logistic, (partition.z0, partition.z1))
-    tokens = jnp.sum(sampled.weights)
+    sums = native.gate_statistics(sampled, logistic, (partition.z0, partition.z1))
+    return _named(sums, sampled.weights, sampled.probe_weights)
+
+
+def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dict[str, jax.Array]:
+    """What `gate_statistics` returns, of the sums that native kernels make, and of the weights that they used."""
+    slope, *below, feature, moved, linear = sums
+    tokens = jnp.sum(weights)
     return {
         "tokens": tokens,
         "slope": slope,
         "occupancy": selection.occupancy_of(below, tokens),
-        "probe_tokens": jnp.sum(sampled.probe_weights),
+        "probe_tokens": jnp.sum(probe_weights),
         "feature": feature,
         "selection": moved,
         "linear": linear,
@@ -219,6 +227,9 @@ class _Block(nn.Module):
     def _write(self, name: str, value: jax.Array) -> None:
         self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
+    def _observes(self) -> bool:
+        return not self.is_initializing() and self.is_mutable_collection("gate_stats")
+
     def _observe(
         self,
         gate: LoRADense,
@@ -230,7 +241,7 @@ class _Block(nn.Module):
         weights: jax.Array | None,
     ) -> None:
         """Writes the statistics, and the identity's error where asked; free when ``gate_stats`` is not mutable."""
-        if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
+        if not self._observes():
             return
         activation = activations.get(self.activation)
         if weights is None:
@@ -300,12 +311,60 @@ class GatedFFN(_Block):
         (z, delta), (u, _) = side_by_side(
             x, [Call(gate, scale, self._mask()), up], deterministic=deterministic, adapter_ids=adapter_ids
         )
+        down = Call(self._dense("down_proj", self.d_model), scales.get("down_proj", 1.0))
+        y = self._at_once(Call(gate, scale), z, u, delta, down, token_weights, deterministic=deterministic)
+        if y is not None:
+            return y
         activation = activations.get(self.activation)
         numerics, checked = self.numerics, self.stats.check
         hidden, selected = gated_product(z, u, activation, numerics.kept, numerics.result, checked=checked)
         self._observe(gate, x, z, delta, selected, scale, token_weights)
-        down, scale = self._dense("down_proj", self.d_model), scales.get("down_proj", 1.0)
-        return down(hidden, scale, deterministic=deterministic, adapter_ids=adapter_ids)[0]
+        return down.layer(hidden, down.scale, deterministic=deterministic, adapter_ids=adapter_ids)[0]
+
+    def _at_once(
+        self,
+        gate: Call,
+        z: jax.Array,
+        u: jax.Array,
+        delta: jax.Array | Hidden | None,
+        down: Call,
+        token_weights: jax.Array | None,
+        *,
+        deterministic: bool,
+    ) -> jax.Array | None:
+        """What follows z and u in one, statistics included (`nalora_jax.nn.gated_down`); None where it cannot be.
+
+        That is where native kernels lack the dtype or the activation, an adapter is more than two factors, or the
+        identity is to be checked on arrays that are seen.
+        """
+        numerics, activation = self.numerics, activations.get(self.activation)
+        logistic = _logistic(z, activation)
+        plain = numerics.fused and numerics.kept == "bfloat16" and not self.stats.check
+        if logistic is None or not plain or not is_native(math.prod(z.shape[:-1]), numerics.operand):
+            return None
+        gated, projection = (call.layer.projection(call.scale, deterministic=deterministic) for call in (gate, down))
+        if gated is None or projection is None or isinstance(delta, Hidden) != (gated.adapter is not None):
+            return None
+        measured = None
+        if self._observes():
+            weights = jnp.ones(z.shape[:-1]) if token_weights is None else token_weights
+            if isinstance(delta, Hidden) and gated.adapter is not None:
+                hidden, b = delta.value.reshape(-1, delta.value.shape[-1]), gated.adapter.b
+            else:
+                hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.shape[-1]))
+            measured = native.Measured(
+                selection.sampled_weights(weights, self.stats.stride).reshape(-1),
+                selection.sampled_weights(weights, self.stats.probe_stride).reshape(-1),
+                hidden,
+                b,
+            )
+        partition = activations.partition(activation.name, self.stats.tolerance)
+        gating = Gating(logistic, (partition.z0, partition.z1))
+        y, sums = gated_down(z, u, projection, gating, measured, numerics)
+        if measured is not None and sums is not None:
+            for name, value in _named(sums, measured.weights, measured.probe_weights).items():
+                self._write(name, value)
+        return down.layer.with_bias(y)
 
 
 class SelfGatedFFN(_Block):

@@ -85,7 +85,8 @@ class LoRADense(nn.Module):
         a, b = adapter
         drops = self.dropout > 0 and not deterministic
         plain = a.ndim == 2 and not (self.dora or drops)
-        if self.numerics.fused and plain and worthwhile(x, kernel) and not self.is_initializing():
+        at_once = is_native(math.prod(x.shape[:-1]), self.numerics.operand) or worthwhile(x, kernel)
+        if self.numerics.fused and plain and at_once and not self.is_initializing():
             return _biased(adapted_matmul(x, kernel, a, b, scale, mask, self.numerics), bias), None
         base = matmul(x, kernel, self.numerics)
         inner = nn.Dropout(self.dropout, deterministic=deterministic)(x) if self.dropout > 0 else x

@@ -31,7 +31,7 @@ STACKS = "stacks"
 # Names of what a rematerialised layer keeps nonetheless: what costs a product to make again, and that part of it which
 # is as wide as the feed-forward block.
 KEPT, KEPT_WIDE = "kept", "kept_wide"
-# Fewer rows do not pay for packing the other side: text generation.
+# Fewer rows are XLA's where no tiles multiply them: text generation, which was not measured there.
 _FEWEST_ROWS = 32
 
 
@@ -155,11 +155,11 @@ def dot(
     """
     contract = (((dims[0],), (dims[1],)), ((), ()))
     rows = x.shape[0]
+    if dims[0] == 1 and is_native(rows, operand):
+        return native_sums(native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
     if rows == 1 and dims[0] == 1 and operand == "bfloat16" and jax.default_backend() == "cpu":
         # XLA:CPU multiplies a single row in float32, after widening the whole bf16 matrix; two rows it does not.
         x = jnp.concatenate([x, x])
-    if dims[0] == 1 and is_native(rows, operand):
-        return native_sums(native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
     assert not isinstance(y, native.Slice)
     y = lax.dot_general(rounded(x, operand), rounded(y, operand), contract, preferred_element_type=jnp.float32)
     return rounded(y[:rows] if dims[0] == 1 else y, result)
@@ -167,7 +167,8 @@ def dot(
 
 def is_native(rows: int, operand: str) -> bool:
     """Whether products of so many rows are `nalora_jax.native`'s."""
-    return rows >= _FEWEST_ROWS and operand == "bfloat16" and native.available()
+    enough = rows >= _FEWEST_ROWS or native.multiplies_on_tiles()
+    return enough and operand == "bfloat16" and native.available()
 
 
 def native_sums(*sums: native.Sum) -> list[jax.Array]:
@@ -273,6 +274,12 @@ def in_stacks(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         return jnp.arange(leaf.shape[0], dtype=jnp.int32) if path in stacks else leaf
 
     return map_named(number, params), unflatten(stacks)
+
+
+def packed(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's variables as its layers take them fastest, within a compiled program: `pack` and `in_stacks`."""
+    params, stacks = in_stacks(pack(variables["params"]))
+    return {**variables, "params": params} | ({STACKS: stacks} if stacks else {})
 
 
 def pack_views(params: Any, *, rank: int = 3) -> Any:

@@ -55,6 +55,24 @@ def test_sums_of_products(seed: int) -> None:
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_of_few_rows(turned: bool, rows: int) -> None:
+    """Several sums, two terms, edges everywhere."""
+    rng = np.random.default_rng(rows)
+    sums, wanted = [], []
+    for depths, columns in (((577, 3), 1100), ((70,), 45)):
+        terms, want = [], np.zeros((rows, columns))
+        for depth in depths:
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
+            terms.append(Term(x, in_stack(rng, y), turned))
+            want += exact(x) @ (exact(y).T if turned else exact(y))
+        sums += [Sum(terms, dtype) for dtype in ("float32", "bfloat16")]
+        wanted += [want, want]
+    for got, want, asked in zip(native.products(*sums), wanted, sums, strict=True):
+        assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
+
+
 def test_many_rows_are_shared_by_rows_and_columns() -> None:
     rng = np.random.default_rng(0)
     x, y = draw(rng, 1000, 40), draw(rng, 40, 33)
@@ -152,6 +170,65 @@ def test_statistics_refuse_rows_that_are_not_there() -> None:
             jax.block_until_ready(native.gate_statistics(sampled, native.Logistic(1.0, 0.0), (-1.0, 4.0)))
 
 
+def gate64(z: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
+    """The selection weight and its derivative."""
+    rho = 1 / (1 + np.exp(-(a * z + b * z**3)))
+    return rho, rho * (1 - rho) * (a + 3 * b * z**2)
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.702, 0.0), (1.5957691, 0.0713548)])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(64, 96, 8), (50, 70, 3), (9, 32, 0), (5, 33, 1)])
+def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coefficients: tuple[float, float]) -> None:
+    rng = np.random.default_rng(rows)
+    logistic = native.Logistic(*coefficients)
+    z, u, g = draw(rng, rows, columns, scale=4), draw(rng, rows, columns), draw(rng, rows, columns)
+    # Runs of rows with weights and without, and rows without in a run that has some.
+    weights, probe_weights = (
+        jnp.asarray((rng.integers(0, 2, -(-rows // 8)).repeat(8)[:rows] * rng.integers(0, 3, rows)), jnp.float32)
+        for _ in range(2)
+    )
+    hidden = jnp.asarray(rng.standard_normal((rows, rank)), jnp.float32)
+    b = jnp.asarray(0.1 * rng.standard_normal((rank, columns)), jnp.float32)
+    cuts = (-1.0, 2.5)
+    out, sums = native.gate_measured(z, u, native.Measured(weights, probe_weights, hidden, b), logistic, cuts)
+    np.testing.assert_array_equal(out, native.gate(z, u, logistic))
+
+    z64, dz = exact(z), exact(hidden) @ exact(b)
+    rho, slope = gate64(z64, *coefficients)
+    assert worst(out, z64 * rho * exact(u)) < 2**-8
+    frozen, frozen_slope = gate64(z64 - dz, *coefficients)
+    per_row = [np.abs(rho + z64 * slope), *(z64 < cut for cut in (cuts[0], 0, cuts[1]))]
+    moved = [frozen * dz, (rho - frozen) * z64, (z64 - dz) * frozen_slope * dz]
+    want = [(exact(weights)[:, None] * x).sum(0) for x in per_row]
+    want += [(exact(probe_weights)[:, None] * np.abs(x)).sum(0) for x in moved]
+    for got, right in zip(sums, want, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
+
+    dz, du, again = native.gate_gradient(z, u, g, logistic, product=True)
+    np.testing.assert_array_equal(again, out)
+    assert worst(dz, exact(g) * exact(u) * (rho + z64 * slope)) < 2**-8
+    assert worst(du, exact(g) * z64 * rho) < 2**-8
+    for one, same in zip((dz, du, None), native.gate_gradient(z, u, g, logistic), strict=True):
+        np.testing.assert_array_equal(one, same)
+
+
+def test_statistics_do_not_read_what_has_no_weight() -> None:
+    z = jnp.zeros((16, 32), jnp.bfloat16).at[:8].set(jnp.nan)
+    weights, hidden = jnp.ones(16).at[:8].set(0), jnp.ones((16, 1))
+    measured = native.Measured(weights, weights, hidden, jnp.ones((1, 32)))
+    _, sums = native.gate_measured(z, z, measured, native.Logistic(1.0, 0.0), (-1.0, 1.0))
+    assert bool(jnp.isfinite(sums).all())
+
+
+def test_gates_far_from_zero_are_steps() -> None:
+    z = jnp.asarray([[-3e38, -1e4, -200, 200, 1e4, 3e38, jnp.inf, jnp.nan]], jnp.bfloat16)
+    for logistic in (native.Logistic(1.0, 0.0), native.Logistic(1.6, 0.07)):
+        out = np.asarray(native.gate(z, jnp.ones_like(z), logistic), np.float32)
+        np.testing.assert_allclose(out[0, 1:3], 0, atol=1e-25)
+        np.testing.assert_array_equal(out[0, 3:7], np.asarray(z, np.float32)[0, 3:7])
+        assert np.isnan(out[0, 7])
+
+
 def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Positions and segments of rows of three segments, the first row with padding; or of plain rows."""
     if not packed:
@@ -188,6 +265,38 @@ def attention64(heads: Heads, softcap: float, g: np.ndarray) -> list[np.ndarray]
     dk, dv = np.einsum("bhqk,bqhd->bkhd", slope, q), np.einsum("bhqk,bqhd->bkhd", weights, g)
     dk, dv = (x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (dk, dv))
     return [out, (top + np.log(total))[..., 0], dq, dk, dv]
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "heads", "kv_heads", "dim", "window", "softcap"),
+    [
+        (2, 64, 6, 2, 64, 2**30, 0.0),
+        (3, 45, 4, 4, 48, 2**30, 5.0),
+        (1, 150, 5, 1, 80, 20, 0.0),
+        (2, 7, 16, 2, 32, 3, 2.0),
+    ],
+)
+def test_attention_of_a_token_to_a_cache(
+    batch: int, slots: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float
+) -> None:
+    """The token is the last of a sequence whose others are cached: with padding before them, and empty slots behind."""
+    rng = np.random.default_rng(slots)
+    q, k, v = (draw(rng, batch, slots + 1, n, dim) for n in (heads, kv_heads, kv_heads))
+    segments = np.ones((batch, slots + 1), int)
+    for row in range(batch):
+        first, last = rng.integers(0, slots // 3), rng.integers(slots // 2, slots)
+        segments[row, :first] = segments[row, last:slots] = 0
+    positions = np.cumsum(segments, axis=1) - 1
+    want = attention64(Heads(0.3 * exact(q), k, v, positions, segments, window), softcap, np.zeros(q.shape))[0][:, -1:]
+
+    def stack(x: jax.Array, *order: int) -> Slice:
+        bits = jax.lax.bitcast_convert_type(x[:, :slots].transpose(0, *order), jnp.uint16)
+        return Slice(jnp.stack([bits + 1, bits]), jnp.asarray(1))
+
+    cached = native.Cached(stack(k, 2, 3, 1), stack(v, 2, 1, 3), positions[:, :slots], segments[:, :slots])
+    new = (x[:, slots:].astype(jnp.float32) for x in (q, k, v))
+    heads_of_token = Heads(*new, positions[:, slots:], segments[:, slots:], window)
+    assert worst(native.cached_attention(heads_of_token, cached, 0.3, softcap), want) < 1e-5
 
 
 @pytest.mark.parametrize(

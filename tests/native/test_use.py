@@ -35,6 +35,7 @@ from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.layers import ResidualNorm
 from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.loss import Head, cross_entropy
+from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics, expand, in_stacks, matmul, numerics_for, pack, pack_views
 from nalora_jax.nn.side_by_side import Adapter, Projection, project
 from nalora_jax.selection import sampled
@@ -251,6 +252,51 @@ def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
     probe = Probe(sampled(z.astype(jnp.bfloat16), 4).astype(jnp.float32) - delta, delta, (hidden, b))
     given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4)
     close(*both(lambda: gate_statistics(*given)), share=1e-4)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("adapted", ["gate_proj up_proj down_proj", "gate_proj", "down_proj", ""])
+def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: Any) -> None:
+    x, g = draw(9, (2, 64, 48), (2, 64, 48))
+    adapters = ffn.Adapters(tuple((target, TargetSpec((4,), (4.0,))) for target in adapted.split()))
+    stats = GateStatsConfig(stride=2, probe_stride=4)
+    scales = dict.fromkeys(adapted.split(), 0.5)
+    weights = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, 64)))
+
+    def run() -> Any:
+        block = ffn.GatedFFN(48, 80, name, adapters, use_bias, numerics_for("bfloat16", "cpu"), stats)
+        variables = block.init(jax.random.key(0), x)
+        # Biases and B are zero to begin with.
+        variables = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables)
+        variables["params"] = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"])
+        mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
+
+        def value(lora: Any, x: jax.Array) -> Any:
+            given = {"params": variables["params"], "lora": lora} | mask
+            return block.apply(given, x, scales, token_weights=weights, mutable=["gate_stats"])
+
+        @jax.jit
+        def value_and_gradients(lora: Any, x: jax.Array) -> Any:
+            y, back, written = jax.vjp(value, lora, x, has_aux=True)
+            return y, back(g), written["gate_stats"]
+
+        return value_and_gradients(variables.get("lora", {}), 3 * x)
+
+    with_kernels, without = both(run)
+    # Counts, of numbers whose rounding may take them over a cut.
+    occupied = [results[2].pop("occupancy") for results in (with_kernels, without)]
+    assert (occupied[1].sum(1) > 0).all()
+    np.testing.assert_allclose(*occupied, atol=2)
+    for one, other, share in zip(with_kernels, without, (2**-6, 2**-5, 2**-5), strict=True):
+        close(one, other, share)
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "dots"])
+def test_a_rematerialised_step_measures_once(remat: str) -> None:
+    """Statistics and h are made in the forward pass alone; the backward pass makes h with the gradients."""
+    text = lowered(replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)))
+    assert [text.count(f"nalora_{name}_") for name in ("gate_measured", "gate_gradient", "gate")] == [1, 1, 2]
 
 
 BASE = ModelConfig.from_hf(

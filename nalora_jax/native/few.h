@@ -1,0 +1,65 @@
+// Products of a few rows, as text generation makes them: memory is the limit, so that nothing is packed.
+
+#pragma once
+
+#include "block.h"
+#include "elementwise.h"
+
+namespace nalora {
+
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kDeep = 16;  // rows of y that are read side by side
+
+// to[r, c] += sum_k x[r, k] y[k, c] of some columns of y, rows of x and y `width` and `stride` apart, those of `to` as
+// many as the columns, up to 32.
+template <int kRows>
+void add_few(const float* x, int64_t width, const Bits* y, int64_t stride, int64_t depth, int64_t columns, float* to) {
+  const int64_t wide = up(columns, kSide);
+  for (int64_t first = 0; first < depth; first += kDeep) {
+    const int64_t last = std::min(depth, first + kDeep);
+    for (int64_t c = 0; c < columns; c += kSide) {
+      const int64_t n = std::min(kSide, columns - c);
+      constexpr int64_t kRegisters = kSide / kLanes;
+      Lanes sums[kRows][kRegisters];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; r++) {
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < kRegisters; j++) sums[r][j] = lanes(to + r * wide + c + j * kLanes);
+      }
+      for (int64_t k = first; k < last; k++) {
+        float of_y[kSide];
+        widen_row(y + k * stride + c, n, of_y);
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRows; r++) {
+          const float share = x[r * width + k];
+#pragma GCC unroll 2
+          for (int64_t j = 0; j < kRegisters; j++) sums[r][j] += share * lanes(of_y + j * kLanes);
+        }
+      }
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; r++) {
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < kRegisters; j++) put(to + r * wide + c + j * kLanes, sums[r][j]);
+      }
+    }
+  }
+}
+
+// The same of a y that is turned: [columns, depth].
+template <int kRows>
+void add_few_turned(const float* x, int64_t width, const Bits* y, int64_t depth, int64_t columns, float* to) {
+  const int64_t wide = up(columns, kSide);
+  for (int64_t c = 0; c < columns; c++, y += depth) {
+    float sums[kRows][kSide] = {};
+    for (int64_t k = 0; k < depth; k += kSide) {
+      float of_y[kSide];
+      widen_row(y + k, std::min(kSide, depth - k), of_y);
+      for (int64_t r = 0; r < kRows; r++) {
+        for (int64_t j = 0; j < kSide; j++) sums[r][j] += x[r * width + k + j] * of_y[j];
+      }
+    }
+    for (int64_t r = 0; r < kRows; r++) to[r * wide + c] += sum_of(sums[r]);
+  }
+}
+
+}  // namespace nalora

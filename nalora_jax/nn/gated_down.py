@@ -1,0 +1,118 @@
+"""The gated product and the projection behind it as one function, by native kernels (`nalora_jax.native`).
+
+    h = phi(z) u,   y = h W + s (h A) B
+
+The backward pass makes h again where it makes the gradients of z and u, from one reading of both: h is neither kept nor
+made by a pass of its own. And what the gate selects serves the statistics where h is made, not once more where a
+rematerialised layer makes h again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax import native
+from nalora_jax.native import Logistic, Measured, Sum, Term
+from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, factor, native_sums, stored
+from nalora_jax.nn.side_by_side import Adapter, Projection
+
+
+class Gating(NamedTuple):
+    """A gate and the regions of z that its statistics count."""
+
+    logistic: Logistic
+    cuts: tuple[float, float]
+
+
+def gated_down(
+    z: jax.Array,
+    u: jax.Array,
+    down: Projection,
+    gating: Gating,
+    measured: Measured | None,
+    numerics: Numerics,
+) -> tuple[jax.Array, jax.Array | None]:
+    """``h W + s (h A) B`` with ``h = phi(z) u``, where products are native.
+
+    Args:
+      z, u: bf16 ``[..., d_ff]``.
+      down: the projection, ``[d_ff, d_out]``; its kernel receives no gradient.
+      gating: phi, and what to count.
+      measured: what statistics are taken with, or None; constants of the backward pass.
+      numerics: dtypes of operands and result; sums are float32.
+
+    Returns:
+      ``[..., d_out]`` in ``numerics.result``, and the sums of `nalora_jax.native.gate_statistics`, or None.
+    """
+    chex.assert_equal_shape([z, u])
+    chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])
+    if down.adapter is not None:
+        chex.assert_shape(down.adapter.a, (z.shape[-1], None))
+        chex.assert_shape(down.adapter.b, (down.adapter.a.shape[1], down.kernel.shape[-1]))
+        down = down._replace(adapter=down.adapter._replace(scale=jnp.asarray(down.adapter.scale, jnp.float32)))
+    flat = (x.reshape(-1, x.shape[-1]) for x in (z, u))
+    y, sums = _gated_down(*flat, down, lax.stop_gradient(measured), gating, (numerics.operand, numerics.result))
+    return y.reshape(*z.shape[:-1], -1), sums
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _gated_down(
+    z: jax.Array,
+    u: jax.Array,
+    down: Projection,
+    measured: Measured | None,
+    gating: Gating,
+    dtypes: tuple[str, str],
+) -> tuple[jax.Array, jax.Array | None]:
+    return _gated_down_fwd(z, u, down, measured, gating, dtypes)[0]
+
+
+def _gated_down_fwd(
+    z: jax.Array,
+    u: jax.Array,
+    down: Projection,
+    measured: Measured | None,
+    gating: Gating,
+    dtypes: tuple[str, str],
+) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Any, ...]]:
+    z, u = (stored(x, "bfloat16", KEPT_WIDE) for x in (z, u))
+    if measured is None:
+        h, sums = native.gate(z, u, gating.logistic), None
+    else:
+        h, sums = native.gate_measured(z, u, measured, *gating)
+    terms, hidden = [Term(h, factor(down.kernel, z.shape[0], dtypes[0]))], None
+    if down.adapter is not None:
+        a, b, scale, _ = down.adapter
+        hidden = stored(scale * native_sums(Sum([Term(h, a)]))[0], "float32")
+        terms.append(Term(hidden, b))
+    (y,) = native_sums(Sum(terms, dtypes[1]))
+    return (y, sums), (z, u, down, hidden)
+
+
+def _gated_down_bwd(
+    gating: Gating, dtypes: tuple[str, str], kept: tuple[Any, ...], cotangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array, Projection, None]:
+    (z, u, down, hidden), g = kept, cotangents[0]
+    terms = [Term(g, factor(down.kernel, g.shape[0], dtypes[0]), True)]
+    if down.adapter is None:
+        (dh,) = native_sums(Sum(terms, "bfloat16"))
+        dz, du, _ = native.gate_gradient(z, u, dh, gating.logistic)
+        return dz, du, Projection(None), None
+    a, b, scale, mask = down.adapter
+    assert mask is None, "no gate: what is behind one"
+    back = scale * native_sums(Sum([Term(g, b, True)]))[0]
+    terms.append(Term(back, a, True))
+    dh, db = native_sums(Sum(terms, "bfloat16"), Sum([Term(hidden.T, g)]))
+    dz, du, h = native.gate_gradient(z, u, dh, gating.logistic, product=True)
+    assert h is not None
+    (da,) = native_sums(Sum([Term(back.T, h)]))
+    return dz, du, Projection(None, Adapter(da.T, db, jnp.zeros_like(scale))), None
+
+
+_gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)
