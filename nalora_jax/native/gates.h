@@ -12,7 +12,7 @@ namespace nalora {
 constexpr int64_t kElements = 1 << 15;  // of a product that a thread takes at a time
 constexpr int64_t kChannels = 384;      // whose sums a thread takes at a time
 constexpr int64_t kRowsTogether = 16;   // that are added while sums are in registers
-constexpr int64_t kRunOfRows = 8;       // of it that have weights together (selection.py)
+constexpr int64_t kRunOfRows = 8;       // that have weights together (selection.py)
 constexpr int64_t kStatistics = 7;      // numbers of a channel
 
 template <bool kCubic>  // whether b is not 0

@@ -20,7 +20,7 @@ from jax import lax
 from nalora_jax import native
 from nalora_jax.native import Logistic, Measured, Sum, Term
 from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, factor, native_sums, stored
-from nalora_jax.nn.side_by_side import Adapter, Projection
+from nalora_jax.nn.side_by_side import Adapter, Projection, checked, projected_fwd
 
 
 class Gating(NamedTuple):
@@ -52,10 +52,7 @@ def gated_down(
     """
     chex.assert_equal_shape([z, u])
     chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])
-    if down.adapter is not None:
-        chex.assert_shape(down.adapter.a, (z.shape[-1], None))
-        chex.assert_shape(down.adapter.b, (down.adapter.a.shape[1], down.kernel.shape[-1]))
-        down = down._replace(adapter=down.adapter._replace(scale=jnp.asarray(down.adapter.scale, jnp.float32)))
+    down = checked(down, z.shape[-1])
     flat = (x.reshape(-1, x.shape[-1]) for x in (z, u))
     y, sums = _gated_down(*flat, down, lax.stop_gradient(measured), gating, (numerics.operand, numerics.result))
     return y.reshape(*z.shape[:-1], -1), sums
@@ -86,13 +83,8 @@ def _gated_down_fwd(
         h, sums = native.gate(z, u, gating.logistic), None
     else:
         h, sums = native.gate_measured(z, u, measured, *gating)
-    terms, hidden = [Term(h, factor(down.kernel, z.shape[0], dtypes[0]))], None
-    if down.adapter is not None:
-        a, b, scale, _ = down.adapter
-        hidden = stored(scale * native_sums(Sum([Term(h, a)]))[0], "float32")
-        terms.append(Term(hidden, b))
-    (y,) = native_sums(Sum(terms, dtypes[1]))
-    return (y, sums), (z, u, down, hidden)
+    ((y,), _), (_, _, hidden) = projected_fwd(h, (down,), dtypes)
+    return (y, sums), (z, u, down, hidden.get(0))
 
 
 def _gated_down_bwd(

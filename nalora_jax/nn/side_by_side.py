@@ -54,16 +54,20 @@ def project(x: jax.Array, projections: Sequence[Projection], numerics: Numerics)
     Returns:
       For each ``[..., d_out]`` in ``numerics.result``, and what its adapter made of x on the way.
     """
-    parts = []
-    for kernel, adapter in projections:
-        if adapter is not None:
-            chex.assert_shape(adapter.a, (x.shape[-1], None))
-            chex.assert_shape(adapter.b, (adapter.a.shape[1], kernel.shape[-1]))
-            adapter = adapter._replace(scale=jnp.asarray(adapter.scale, jnp.float32))
-        parts.append(Projection(kernel, adapter))
+    parts = [checked(part, x.shape[-1]) for part in projections]
     ys, hidden = _projected(x.reshape(-1, x.shape[-1]), tuple(parts), (numerics.operand, numerics.result))
     reshaped = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
     return [Projected(y, reshaped[1].get(i)) for i, y in enumerate(reshaped[0])]
+
+
+def checked(part: Projection, d_in: int) -> Projection:
+    """A projection of ``d_in`` numbers whose adapter fits, its scale an array."""
+    if part.adapter is None:
+        return part
+    a, b, scale, _ = part.adapter
+    chex.assert_shape(a, (d_in, None))
+    chex.assert_shape(b, (a.shape[1], part.kernel.shape[-1]))
+    return part._replace(adapter=part.adapter._replace(scale=jnp.asarray(scale, jnp.float32)))
 
 
 def _adapters(parts: Sequence[Projection]) -> dict[int, Adapter]:
@@ -75,10 +79,11 @@ def _adapters(parts: Sequence[Projection]) -> dict[int, Adapter]:
 def _projected(
     x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]
 ) -> tuple[tuple[jax.Array, ...], dict[int, jax.Array]]:
-    return _projected_fwd(x, parts, dtypes)[0]
+    return projected_fwd(x, parts, dtypes)[0]
 
 
-def _projected_fwd(x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]) -> tuple[Any, tuple[Any, ...]]:
+def projected_fwd(x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str, str]) -> tuple[Any, tuple[Any, ...]]:
+    """The results with each s x A by its projection's number, and what the backward pass reads: x, parts, s x A."""
     (operand, result), rows = dtypes, x.shape[0]
     adapters = _adapters(parts)
     narrow = native_sums(*(Sum([Term(x, adapter.a)]) for adapter in adapters.values())) if adapters else []
@@ -111,4 +116,4 @@ def _projected_bwd(
     return dx, tuple(back_parts)
 
 
-_projected.defvjp(_projected_fwd, _projected_bwd)
+_projected.defvjp(projected_fwd, _projected_bwd)

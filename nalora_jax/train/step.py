@@ -25,7 +25,7 @@ from jax import lax
 from nalora_jax import activations, heap, trees
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.nn.loss import Head, cross_entropy
-from nalora_jax.nn.matmul import STACKS, in_stacks, pack
+from nalora_jax.nn.matmul import pack, packed
 from nalora_jax.optim.nalora import gate_masks, mask_collection, step_scales, update_gate_state
 from nalora_jax.train.state import TrainState
 
@@ -111,12 +111,7 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
     def loss_sum(
         lora: Any, params: Any, masks: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
-        scanned, stacks = in_stacks(params)
-        variables = (
-            {"params": scanned, "lora": lora}
-            | ({STACKS: stacks} if stacks else {})
-            | ({"gate_mask": masks} if masks else {})
-        )
+        variables = packed({"params": params, "lora": lora}) | ({"gate_mask": masks} if masks else {})
         hidden, written = model.apply(
             variables,
             batch["tokens"],
