@@ -111,7 +111,12 @@ def rows(record: Mapping[str, Any]) -> list[Row]:
 def table(record: Mapping[str, Any]) -> str:
     """The result as Markdown, a row for each kind: loading is growth of the process, peak that of training."""
     kinds = {kind: record["cases"][kind] for kind in KINDS if kind in record["cases"]}
-    plain = kinds["bfloat16"]["bytes"]
+    plain = kinds["bfloat16"]["bytes"] if "bfloat16" in kinds else None  # may not have been measured here
+
+    def megabytes(size: Mapping[str, int], what: str) -> str:
+        share = f" ({size[what] / plain[what]:.2f})" if plain else ""
+        return f"{size[what] / 1e6:.0f}{share}"
+
     first, second = TASKS
     lines = [
         "| base | kernels MB (of bf16) | embedding MB | all MB (of bf16) | loading MB | peak MB | tokens/s "
@@ -123,9 +128,9 @@ def table(record: Mapping[str, Any]) -> str:
         asked = [found[when][task] for task in TASKS for when in ("before", "after")]
         cells = [
             kind,
-            f"{size['kernels'] / 1e6:.0f} ({size['kernels'] / plain['kernels']:.2f})",
+            megabytes(size, "kernels"),
             f"{size['embedding'] / 1e6:.0f}",
-            f"{size['all'] / 1e6:.0f} ({size['all'] / plain['all']:.2f})",
+            megabytes(size, "all"),
             f"{found['load_peak_mb']:.0f}",
             f"{training['peak_mb']:.0f}",
             f"{training['tokens_per_second']['median']:.0f}",

@@ -24,5 +24,10 @@ def test_a_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(pa
     assert "(1.00)" in rows[0]
     kernels = {kind: found["bytes"]["kernels"] for kind, found in record["cases"].items()}
     assert kernels["nf4"] <= 0.35 * kernels["bfloat16"]
+    others = {"cases": {kind: found for kind, found in record["cases"].items() if kind != "bfloat16"}}
+    assert quantized.rows(others) == []
+    assert [row.split(" | ")[1] for row in quantized.table(others).splitlines()[2:]] == [
+        f"{kernels[kind] / 1e6:.0f}" for kind in quantized.KINDS[1:]
+    ]
     for name in ("quantized", "common", "tables"):
         sys.modules.pop(name, None)
