@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nalora_jax.native.library import available, has_tiles, multiplies_on_tiles, name_of
+from nalora_jax.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles, name_of
 
 __all__ = [
     "Cached",
@@ -40,6 +40,7 @@ __all__ = [
     "gate_measured",
     "gate_statistics",
     "has_tiles",
+    "multiplies_few_rows",
     "multiplies_on_tiles",
     "needs_result",
     "norm_gradient",
@@ -287,15 +288,13 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
     ``|z rho'(z) dz|``.
     """
     shapes = [jax.ShapeDtypeStruct((7, sampled.z.shape[1]), jnp.float32)]
-    low, high = cuts
-    attributes = {**logistic.attributes(), "low": np.float32(low), "high": np.float32(high)}
     rows, probed_rows = (jnp.asarray(x, jnp.int32) for x in (sampled.rows, sampled.probed_rows))
     if isinstance(sampled.delta, tuple):
         delta = jnp.zeros((0, sampled.z.shape[1]), jnp.float32), *sampled.delta
     else:
         delta = sampled.delta, jnp.zeros((len(probed_rows), 0)), jnp.zeros((0, sampled.z.shape[1]))
     arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
-    result: jax.Array = _call("gate_statistics", shapes)(*arguments, **attributes)[0]
+    result: jax.Array = _call("gate_statistics", shapes)(*arguments, **logistic.attributes(), **_regions(cuts))[0]
     return result
 
 
@@ -313,15 +312,19 @@ def gate_measured(
 ) -> tuple[jax.Array, jax.Array]:
     """`gate` of z and u, ``[tokens, d_ff]``, and the sums of `gate_statistics`, in one pass."""
     chex.assert_equal_shape([z, u])
-    low, high = cuts
     shapes = [
         jax.ShapeDtypeStruct(z.shape, jnp.uint16),
         jax.ShapeDtypeStruct((7, z.shape[1]), jnp.float32),
         jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),  # room to work in
     ]
-    attributes = {**logistic.attributes(), "low": np.float32(low), "high": np.float32(high)}
+    attributes = {**logistic.attributes(), **_regions(cuts)}
     out, sums, _ = _call("gate_measured", shapes)(_bits(z), _bits(u), *measured, **attributes)
     return lax.bitcast_convert_type(out, jnp.bfloat16), sums
+
+
+def _regions(cuts: tuple[float, float]) -> dict[str, Any]:
+    """The cuts as the library takes them."""
+    return {"low": np.float32(cuts[0]), "high": np.float32(cuts[1])}
 
 
 def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:

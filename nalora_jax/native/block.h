@@ -70,9 +70,9 @@ class Block : Sums {
   // out[32, 32] = what is held times the panel.
   void multiply(const Bits* panel, float* out, int64_t stride) { multiply(panel, {out, stride, kSide, kSide, false}); }
 
-  // out[32, 32] += the same.
-  void add(const Bits* panel, float* out, int64_t stride) {
-    run<true>(parts_, count_, panel, {out, stride, kSide, kSide, false}, {});
+  // out[32, 32] += the same; of fewer rows, the others are undefined.
+  void add(const Bits* panel, float* out, int64_t stride, int64_t rows = kSide) {
+    run<true>(parts_, count_, panel, {out, stride, rows, kSide, false}, {});
   }
 
  private:

@@ -32,10 +32,9 @@ struct Cached {
 // As the cache will hold it.
 inline float narrowed(float value) { return widened(rounded(value)); }
 
-// Some queries, at most kRows, that read key head `head` of row `row`.
+// kRows queries, from `first` on, that read key head `head` of row `row`.
 template <int kRows>
-void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, int64_t count, int64_t used,
-                   Scratch& scratch) {
+void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, int64_t used, Scratch& scratch) {
   const int64_t wide = up(used, kSide), tall = up(of.dim, kSide), at = row * of.kv_heads + head;
   const int64_t numbers = kRows * (2 * tall + wide);
   scratch.reserve(Scratch::room<float>(numbers));
@@ -44,13 +43,13 @@ void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, i
   std::fill_n(q, numbers, 0.0f);
   const float *k = of.k + at * of.dim, *v = of.v + at * of.dim;
   const int64_t query = row * of.heads + first;
-  for (int64_t r = 0; r < count; r++) {
+  for (int64_t r = 0; r < kRows; r++) {
     for (int64_t d = 0; d < of.dim; d++) q[r * tall + d] = narrowed(of.q[(query + r) * of.dim + d]);
   }
   add_few<kRows>(q, tall, of.keys + at * of.dim * of.slots, of.slots, of.dim, used, weights);
   const int32_t *positions = of.key_positions + row * of.slots, *segments = of.key_segments + row * of.slots;
   float own[kRows], total[kRows];
-  for (int64_t r = 0; r < count; r++) {
+  for (int64_t r = 0; r < kRows; r++) {
     float* scores = weights + r * wide;
     own[r] = 0;
     for (int64_t d = 0; d < of.dim; d++) own[r] += q[r * tall + d] * narrowed(k[d]);
@@ -81,7 +80,7 @@ void attend_cached(const Cached& of, int64_t row, int64_t head, int64_t first, i
     total[r] = own[r] + sum_of(parts);
   }
   add_few<kRows>(weights, wide, of.values + at * of.slots * of.dim, of.dim, used, of.dim, out);
-  for (int64_t r = 0; r < count; r++) {
+  for (int64_t r = 0; r < kRows; r++) {
     for (int64_t d = 0; d < of.dim; d++) {
       of.out[(query + r) * of.dim + d] = (out[r * tall + d] + own[r] * narrowed(v[d])) / total[r];
     }
@@ -116,11 +115,7 @@ inline ffi::Error cached_attention(ffi::ThreadPool pool, Totals q, Totals k, Tot
     while (used > 0 && of.key_segments[row * of.slots + used - 1] == 0) used--;
     for (int64_t g = 0; g < groups; g += kFewRows) {
       const int64_t count = std::min(kFewRows, groups - g), first = head * groups + g;
-      if (count == 1) {
-        attend_cached<1>(of, row, head, first, count, used, scratch);
-      } else {
-        attend_cached<kFewRows>(of, row, head, first, count, used, scratch);
-      }
+      with_rows(count, [&](auto rows) { attend_cached<rows>(of, row, head, first, used, scratch); });
     }
   });
   return done ? ffi::Error::Success() : ffi::Error::Internal("nalora_cached_attention: out of memory");

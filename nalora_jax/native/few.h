@@ -10,6 +10,17 @@ namespace nalora {
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kDeep = 16;  // rows of y that are read side by side
 
+// `run(n)` with n, from 1 to kFewRows, as a constant.
+template <typename Run>
+void with_rows(int64_t n, Run run) {
+  switch (n) {
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 3: return run(std::integral_constant<int, 3>{});
+    default: return run(std::integral_constant<int, kFewRows>{});
+  }
+}
+
 // to[r, c] += sum_k x[r, k] y[k, c] of some columns of y, rows of x and y `width` and `stride` apart, those of `to` as
 // many as the columns, up to 32.
 template <int kRows>
@@ -50,15 +61,26 @@ template <int kRows>
 void add_few_turned(const float* x, int64_t width, const Bits* y, int64_t depth, int64_t columns, float* to) {
   const int64_t wide = up(columns, kSide);
   for (int64_t c = 0; c < columns; c++, y += depth) {
-    float sums[kRows][kSide] = {};
+    constexpr int64_t kRegisters = kSide / kLanes;
+    Lanes sums[kRows][kRegisters] = {};
     for (int64_t k = 0; k < depth; k += kSide) {
       float of_y[kSide];
       widen_row(y + k, std::min(kSide, depth - k), of_y);
+#pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; r++) {
-        for (int64_t j = 0; j < kSide; j++) sums[r][j] += x[r * width + k + j] * of_y[j];
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < kRegisters; j++) {
+          sums[r][j] += lanes(x + r * width + k + j * kLanes) * lanes(of_y + j * kLanes);
+        }
       }
     }
-    for (int64_t r = 0; r < kRows; r++) to[r * wide + c] += sum_of(sums[r]);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRows; r++) {
+      float parts[kSide];
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < kRegisters; j++) put(parts + j * kLanes, sums[r][j]);
+      to[r * wide + c] += sum_of(parts);
+    }
   }
 }
 

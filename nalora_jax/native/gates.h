@@ -242,10 +242,12 @@ inline ffi::Error gate_measured(ffi::ThreadPool pool, Matrix z, Matrix u, Row we
   const float *of_hidden = hidden.typed_data(), *of_factor = factor.typed_data();
   Bits* to = out->typed_data();
   float* to_parts = by_part->typed_data();
-  const int64_t parts = by_part->dimensions()[0], size = kStatistics * channels, most = ceil_div(rows, parts);
+  const int64_t parts = by_part->dimensions()[0], size = kStatistics * channels;
+  const int64_t most = up(ceil_div(rows, parts), kRunOfRows);  // whole runs, which have weights together
   return with_gate(a, b, [&](auto gate) {
     const bool done = share(pool, parts, [=](int64_t part, Block&, Scratch& scratch) {
-      const int64_t blocks = ceil_div(channels, kSide), end = std::min(rows, (part + 1) * most);
+      const int64_t blocks = ceil_div(channels, kSide), start = std::min(rows, part * most);
+      const int64_t end = std::min(rows, start + most);
       scratch.reserve(Scratch::room<ChannelSums<4>>(blocks) + Scratch::room<ChannelSums<3>>(blocks) +
                       Scratch::room<float>(rank * kSide));
       auto* responses = scratch.take<ChannelSums<4>>(blocks);
@@ -257,15 +259,15 @@ inline ffi::Error gate_measured(ffi::ThreadPool pool, Matrix z, Matrix u, Row we
       float* of_edge = scratch.take<float>(rank * kSide);
       std::fill_n(of_edge, rank * kSide, 0.0f);
       for (int64_t k = 0; k < rank; k++) std::copy_n(of_factor + k * channels + edge, channels - edge, of_edge + k * kSide);
-      for (int64_t first = part * most; first < end; first += kRunOfRows) {
+      for (int64_t first = start; first < end; first += kRunOfRows) {
         const int64_t last = std::min(end, first + kRunOfRows);
         const auto weighs = [=](const float* weights) {
           return std::any_of(weights + first, weights + last, [](float weight) { return weight != 0; });
         };
         const bool respond = weighs(w), move = weighs(pw);
         if (!respond && !move) {
-          const int64_t start = first * channels, stop = last * channels;
-          for (int64_t at = start; at < stop; at += kSide) {
+          const int64_t stop = last * channels;
+          for (int64_t at = first * channels; at < stop; at += kSide) {
             multiply(gate, of_z + at, of_u + at, std::min(kSide, stop - at), to + at);
           }
           continue;

@@ -61,7 +61,7 @@ _FUNCTIONS = (
 
 def name_of(function: str) -> str:
     """The name under which XLA knows a function of the library that is in use."""
-    return f"nalora_{function}_{kind(os.environ.get('NALORA_NATIVE', ''))}"
+    return f"nalora_{function}_{_wanted()}"
 
 
 @cache
@@ -109,7 +109,16 @@ def available() -> bool:
 
 def multiplies_on_tiles() -> bool:
     """Whether these functions run here, on matrix tiles."""
-    return available() and kind(os.environ.get("NALORA_NATIVE", "")) == "tiles"
+    return available() and _wanted() == "tiles"
+
+
+def multiplies_few_rows() -> bool:
+    """Whether these functions run here, and are faster than XLA at few rows and single tokens too: not with AVX2."""
+    return available() and _wanted() != "floats"
+
+
+def _wanted() -> str | None:
+    return kind(os.environ.get("NALORA_NATIVE", ""))
 
 
 @cache

@@ -12,30 +12,13 @@
 #include <deque>
 #include <string>
 
-#include "block.h"
-#include "few.h"
+#include "narrow.h"
 
 namespace nalora {
 
 constexpr int64_t kGroupBytes = 832 << 10;  // what a group packs at most, but for a single panel
 constexpr int64_t kRowsAtOnce = 4 * kSide;  // that a thread takes of a group
 constexpr int64_t kPacking = 4 * kSide;     // rows that are multiplied with a panel while one is packed
-
-struct Term {
-  const Bits* x;
-  const Bits* y;
-  int64_t depth;
-  bool turned;
-};
-
-struct Sum {
-  std::vector<Term> terms;
-  void* out;
-  bool rounded;  // to bfloat16
-  int64_t rows, columns;
-  int64_t steps = 0;  // of all terms
-  int64_t panel() const { return steps * kPanelStep; }
-};
 
 struct Group {
   Group(const Sum& sum, int64_t column, int64_t columns) : sum(sum), column(column), columns(columns) {}
@@ -164,61 +147,6 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
   }
 }
 
-// A sum's columns from `start` on.
-template <int kRows>
-void few_rows(const Sum& sum, int64_t start, int64_t columns, Scratch& scratch) {
-  int64_t numbers = kRows * up(columns, kSide);
-  for (const Term& term : sum.terms) numbers += kRows * up(term.depth, kSide);
-  scratch.reserve(Scratch::room<float>(numbers));
-  float* next = scratch.take<float>(numbers);
-  std::fill_n(next, numbers, 0.0f);
-  float* sums = next;
-  next += kRows * up(columns, kSide);
-  for (const Term& term : sum.terms) {
-    const int64_t width = up(term.depth, kSide);
-    for (int64_t r = 0; r < sum.rows; r++) {
-      for (int64_t k = 0; k < term.depth; k++) next[r * width + k] = widened(term.x[r * term.depth + k]);
-    }
-    if (term.turned) {
-      add_few_turned<kRows>(next, width, term.y + start * term.depth, term.depth, columns, sums);
-    } else {
-      add_few<kRows>(next, width, term.y + start, sum.columns, term.depth, columns, sums);
-    }
-    next += kRows * width;
-  }
-  for (int64_t r = 0; r < sum.rows; r++) {
-    for (int64_t c = 0; c < columns; c += kSide) {
-      const int64_t n = std::min(kSide, columns - c), to = r * sum.columns + start + c;
-      const float* from = sums + r * up(columns, kSide) + c;
-      if (sum.rounded) {
-        round_row(from, n, static_cast<Bits*>(sum.out) + to);
-      } else {
-        std::copy_n(from, n, static_cast<float*>(sum.out) + to);
-      }
-    }
-  }
-}
-
-struct Columns {
-  const Sum* sum;
-  int64_t start, count;
-};
-
-inline bool multiply_few(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work) {
-  const auto parts = std::make_shared<std::vector<Columns>>();
-  for (const Sum& sum : work->sums) {
-    // No more than there are threads: memory is fast where what is read lies side by side.
-    const int64_t most = up(ceil_div(sum.columns, std::max<int64_t>(1, pool.num_threads())), kSide);
-    for (int64_t start = 0; start < sum.columns; start += most) {
-      parts->push_back({&sum, start, std::min(most, sum.columns - start)});
-    }
-  }
-  return share(pool, parts->size(), [work, parts](int64_t i, Block&, Scratch& scratch) {
-    const auto [sum, start, count] = (*parts)[i];
-    (sum->rows == 1 ? few_rows<1> : few_rows<kFewRows>)(*sum, start, count, scratch);
-  });
-}
-
 inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            ffi::Span<const int64_t> terms, ffi::Span<const int64_t> turned,
                            ffi::Span<const int64_t> stacked) {
@@ -268,10 +196,9 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
     }
     work->sums.push_back(std::move(sum));
   }
-  const auto few = [](const Sum& sum) { return sum.rows <= kFewRows; };
   bool done;
-  if (std::all_of(work->sums.begin(), work->sums.end(), few)) {
-    done = multiply_few(pool, work);
+  if (std::all_of(work->sums.begin(), work->sums.end(), [](const Sum& sum) { return sum.rows <= kSide; })) {
+    done = multiply_narrow(pool, std::shared_ptr<const std::vector<Sum>>(work, &work->sums));
   } else {
     const int64_t threads = std::max<int64_t>(1, pool.num_threads());
     cut(*work, threads);

@@ -15,7 +15,7 @@ class Whole : Kernel {
 
   template <bool kAdded>
   void run(const Stretch* parts, int64_t count, const Bits* panel, const Target& to, const Ahead& ahead) {
-    if (!to.rounded && to.rows == kSide && to.columns == kSide) {
+    if (kAdded || (!to.rounded && to.rows == kSide && to.columns == kSide)) {
       Kernel::template whole<kAdded>(parts, count, panel, static_cast<float*>(to.out), to.stride, to, ahead);
       return;
     }

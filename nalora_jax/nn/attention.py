@@ -66,7 +66,7 @@ class CachedKeys(NamedTuple):
 
 def reads_in_place(seq: int, k: jax.Array) -> bool:
     """Whether `attention` of ``seq`` tokens reads a cache such as ``k`` where it lies: natively, of one token a row."""
-    return seq == 1 and k.dtype == jnp.uint16 and k.shape[-1] > 0 and native.multiplies_on_tiles()
+    return seq == 1 and k.dtype == jnp.uint16 and k.shape[-1] > 0 and native.multiplies_few_rows()
 
 
 def attention(

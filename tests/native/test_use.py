@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from nalora_jax import activations, native, trees
 from nalora_jax import mesh as layout
@@ -26,8 +27,9 @@ from nalora_jax.config import (
     StepScaleConfig,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.generate import Generator
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.models.decoder import init_params
+from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.nn import ffn
 from nalora_jax.nn.attention import Keys, Scoring, attention
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics, gated_product
@@ -39,6 +41,7 @@ from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics, expand, in_stacks, matmul, numerics_for, pack, pack_views
 from nalora_jax.nn.side_by_side import Adapter, Projection, project
 from nalora_jax.selection import sampled
+from nalora_jax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", fused=True)
@@ -387,6 +390,33 @@ def test_rematerialisation_changes_roundings_at_most(remat: str) -> None:
     other = replace(CONFIG, compute=replace(CONFIG.compute, remat=remat))
     for one, same in zip(*map(jax.tree.leaves, (steps(CONFIG, 1), steps(other, 1))), strict=True):
         np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_generated_text(rows: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
+    names = []
+    call = native._call
+    monkeypatch.setattr(native, "_call", lambda name, *shapes: names.append(name) or call(name, *shapes))
+    params = jax.tree.map(lambda x: 4 * x, init_params(BASE, jax.random.key(1)))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+    numerics = numerics_for("bfloat16", "cpu")
+    prompts = np.random.default_rng(rows).integers(0, 96, (rows, 9)).tolist()
+    words = tokenizers.models.WordLevel({str(i): i for i in range(96)}, unk_token="0")
+    tokenizer = Tokenizer(tokenizers.Tokenizer(words), bos_id=None, eos_id=0, pad_id=0, eos_ids=(0,))
+
+    def made() -> list[tuple[int, ...]]:
+        jax.clear_caches()
+        generator = Generator(Decoder(BASE, numerics=numerics), {"params": params}, tokenizer)
+        return [tuple(text.ids) for text in generator.complete(prompts, max_new_tokens=6, stop_ids=())]
+
+    with_kernels, called = made(), set(names)
+    monkeypatch.setenv("NALORA_NATIVE", "0")
+    names.clear()
+    assert with_kernels == made()
+    assert not names
+    assert ("cached_attention" in called) == (kernels != "floats")
+    assert all(len(set(ids)) > 1 for ids in with_kernels)
 
 
 def test_the_same_bits_twice() -> None:
