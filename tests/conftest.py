@@ -30,8 +30,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--first-of-each", action="store_true", help="of a test with several cases only the first")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (visibly, as deselected) what this machine's owner has not chosen to have."""
+    """Leave out (visibly, as deselected) what this machine's owner has not chosen to have, or not asked for."""
     missing = set()
     if importlib.util.find_spec("lm_eval") is None:  # the extra `eval`, not `test`
         missing.add("lm_eval")
@@ -39,15 +43,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         missing.add("tunix")
     if "gemma" not in os.environ.get("NALORA_ACCEPT_LICENSE", ""):  # only a person can accept terms
         missing.add("gemma_terms")
-    left_out = [item for item in items if missing & {mark.name for mark in item.iter_markers()}]
+    wanted = [item for item in items if not missing & {mark.name for mark in item.iter_markers()}]
+    if config.getoption("first_of_each"):
+        wanted = list({item.nodeid.partition("[")[0]: item for item in reversed(wanted)}.values())[::-1]
+    left_out = set(items) - set(wanted)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = wanted
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_let_go() -> Iterator[None]:
-    """Compiled programs of a finished module: each holds maps of memory, of which a process may have 65,530."""
+def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module's compiled programs: made in two thirds of the time, unless it is marked, and let go at its end.
+
+    Each holds maps of memory, of which a process may have 65,530.
+    """
+    optimised = request.node.get_closest_marker("optimised") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.clear_caches()
 

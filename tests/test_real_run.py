@@ -25,7 +25,7 @@ from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
 QUESTIONS = 50
 TRAINING = (

@@ -44,6 +44,8 @@ from nalora_jax.weights.merge import write_merged
 
 nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
 
+pytestmark = pytest.mark.optimised  # some tests compare bits
+
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {
     "model_type": "llama",

@@ -17,7 +17,14 @@ EMULATED = Path(__file__).with_name("emulated_tiles.h")
 KINDS = [*library.kinds(), *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else [])]
 
 
-@pytest.fixture(params=KINDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Callers know numbers, not kinds: what this machine's users get, and the last, serve where no module wants all."""
+    if "kernels" in metafunc.fixturenames:
+        every = getattr(metafunc.module, "EVERY_KIND", False)
+        metafunc.parametrize("kernels", KINDS if every else (KINDS[0], KINDS[-1]), indirect=True)
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes `nalora_jax.native` available for a test, whatever the machine."""
     monkeypatch.setenv("NALORA_NATIVE", request.param)

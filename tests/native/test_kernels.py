@@ -11,6 +11,7 @@ from nalora_jax import native
 from nalora_jax.native import Heads, Slice, Sum, Term
 
 pytestmark = pytest.mark.usefixtures("kernels")
+EVERY_KIND = True
 
 
 def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:

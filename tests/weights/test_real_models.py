@@ -14,7 +14,7 @@ from nalora_jax import assets
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.weights import LoadedModel, hub, load_model
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
 TEXTS = [
     "The capital of France is",
