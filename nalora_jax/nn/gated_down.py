@@ -19,8 +19,8 @@ from jax import lax
 
 from nalora_jax import native
 from nalora_jax.native import Logistic, Measured, Sum, Term
-from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, factor, native_sums, stored
-from nalora_jax.nn.side_by_side import Adapter, Projection, checked, projected_fwd
+from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, native_sums, stored
+from nalora_jax.nn.side_by_side import Adapter, Projection, checked, input_terms, projected_fwd
 
 
 class Gating(NamedTuple):
@@ -91,20 +91,17 @@ def _gated_down_bwd(
     gating: Gating, dtypes: tuple[str, str], kept: tuple[Any, ...], cotangents: tuple[jax.Array, Any]
 ) -> tuple[jax.Array, jax.Array, Projection, None]:
     (z, u, down, hidden), g = kept, cotangents[0]
-    terms = [Term(g, factor(down.kernel, g.shape[0], dtypes[0]), True)]
+    terms, backs = input_terms((g,), (down,), dtypes[0])
     if down.adapter is None:
         (dh,) = native_sums(Sum(terms, "bfloat16"))
         dz, du, _ = native.gate_gradient(z, u, dh, gating.logistic)
         return dz, du, Projection(None), None
-    a, b, scale, mask = down.adapter
-    assert mask is None, "no gate: what is behind one"
-    back = scale * native_sums(Sum([Term(g, b, True)]))[0]
-    terms.append(Term(back, a, True))
+    assert down.adapter.mask is None, "no gate: what is behind one"
     dh, db = native_sums(Sum(terms, "bfloat16"), Sum([Term(hidden.T, g)]))
     dz, du, h = native.gate_gradient(z, u, dh, gating.logistic, product=True)
     assert h is not None
-    (da,) = native_sums(Sum([Term(back.T, h)]))
-    return dz, du, Projection(None, Adapter(da.T, db, jnp.zeros_like(scale))), None
+    (da,) = native_sums(Sum([Term(backs[0].T, h)]))
+    return dz, du, Projection(None, Adapter(da.T, db, jnp.zeros_like(down.adapter.scale))), None
 
 
 _gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)

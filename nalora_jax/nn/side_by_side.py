@@ -96,18 +96,33 @@ def projected_fwd(x: jax.Array, parts: tuple[Projection, ...], dtypes: tuple[str
     return (tuple(ys), hidden), (x if adapters else jnp.zeros((0,), x.dtype), parts, hidden)
 
 
+def input_terms(
+    gs: Sequence[jax.Array], parts: Sequence[Projection], operand: str
+) -> tuple[list[Term], dict[int, jax.Array]]:
+    """What the gradient of the input is the sum of, given those of the results.
+
+    Returns:
+      The terms, and s g B^T of each adapter by its projection's number: float32 ``[rows, r]``, or ``[rows, 2 r]`` with
+      what A's gradient takes last where there is a mask.
+    """
+    adapters = _adapters(parts)
+    wide = [Sum([Term(gs[i], beside_masked(adapter.b, adapter.mask), True)]) for i, adapter in adapters.items()]
+    narrow = native_sums(*wide) if wide else []
+    backs = {i: adapters[i].scale * back for i, back in zip(adapters, narrow, strict=True)}
+    terms = [Term(g, factor(part.kernel, g.shape[0], operand), True) for g, part in zip(gs, parts, strict=True)]
+    terms += [Term(backs[i][:, : adapter.a.shape[1]], adapter.a, True) for i, adapter in adapters.items()]
+    return terms, backs
+
+
 def _projected_bwd(
     dtypes: tuple[str, str], kept: tuple[Any, ...], cotangents: tuple[tuple[jax.Array, ...], Any]
 ) -> tuple[jax.Array, tuple[Projection, ...]]:
     (x, parts, hidden), gs = kept, cotangents[0]
-    rows, adapters = gs[0].shape[0], _adapters(parts)
-    wide = [Sum([Term(gs[i], beside_masked(adapter.b, adapter.mask), True)]) for i, adapter in adapters.items()]
-    terms = [Term(g, factor(part.kernel, rows, dtypes[0]), True) for g, part in zip(gs, parts, strict=True)]
-    gradients = []
-    for (i, adapter), back in zip(adapters.items(), native_sums(*wide) if wide else [], strict=True):
-        back, rank = adapter.scale * back, adapter.a.shape[1]
-        terms.append(Term(back[:, :rank], adapter.a, True))
-        gradients += [Sum([Term(back[:, -rank:].T, x)]), Sum([Term(hidden[i].T, gs[i])])]
+    terms, backs = input_terms(gs, parts, dtypes[0])
+    adapters, gradients = _adapters(parts), []
+    for i, adapter in adapters.items():
+        rank = adapter.a.shape[1]
+        gradients += [Sum([Term(backs[i][:, -rank:].T, x)]), Sum([Term(hidden[i].T, gs[i])])]
     dx, *found = native_sums(Sum(terms, x.dtype), *gradients)
     back_parts = [Projection(None) for _ in parts]
     for (i, adapter), da, db in zip(adapters.items(), found[::2], found[1::2], strict=True):
