@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 
+pytestmark = pytest.mark.optimised  # bounds are those of fused multiply-adds
 SELF_GATED = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish")
 SINGLE = ("relu", "relu2", "identity")
 # transformers' name -> this library's canonical name

@@ -8,7 +8,7 @@
 namespace nalora {
 
 constexpr int64_t kWide = 1024;         // columns of a thread at most
-constexpr int64_t kChunk = 2 * kStep;   // of the depth, that is packed at a time
+constexpr int64_t kChunk = 4 * kStep;   // of the depth, that is packed at a time
 constexpr int64_t kTurnedChunk = 2048;  // the same of a y that is turned
 
 struct Term {
