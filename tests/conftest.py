@@ -45,10 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         missing.add("gemma_terms")
     wanted = [item for item in items if not missing & {mark.name for mark in item.iter_markers()}]
     if config.getoption("first_of_each"):
-        wanted = list({item.nodeid.partition("[")[0]: item for item in reversed(wanted)}.values())[::-1]
+        first: dict[str, pytest.Item] = {}
+        for item in wanted:
+            first.setdefault(item.nodeid.partition("[")[0], item)
+        wanted = list(first.values())
     left_out = set(items) - set(wanted)
     if left_out:
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = wanted
 
 

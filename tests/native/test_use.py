@@ -48,18 +48,24 @@ CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", fused=True)
 
 
 @pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
-    """A function's results with the native kernels, which must have been called, and without."""
-    called = []
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The native kernels that were asked for since the test began."""
+    names: list[str] = []
     call = native._call
+    monkeypatch.setattr(native, "_call", lambda name, *shapes: names.append(name) or call(name, *shapes))
+    return names
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> Callable[..., tuple[Any, Any]]:
+    """A function's results with the native kernels, which must have been called, and without."""
 
     def run(function: Callable[[], Any], *, expected: bool = True) -> tuple[Any, Any]:
         with monkeypatch.context() as context:
-            context.setattr(native, "_call", lambda name, *shapes: called.append(name) or call(name, *shapes))
             with_kernels = jax.device_get(function())
             count = len(called)
             jax.clear_caches()
-            context.setattr(native, "available", lambda: False)
+            context.setenv("NALORA_NATIVE", "0")
             without = jax.device_get(function())
         assert len(called) == count
         assert (count > 0) == expected
@@ -393,11 +399,8 @@ def test_rematerialisation_changes_roundings_at_most(remat: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_generated_text(rows: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_text(rows: int, kernels: str, both: Any, called: list[str]) -> None:
     """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
-    names = []
-    call = native._call
-    monkeypatch.setattr(native, "_call", lambda name, *shapes: names.append(name) or call(name, *shapes))
     params = jax.tree.map(lambda x: 4 * x, init_params(BASE, jax.random.key(1)))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
     numerics = numerics_for("bfloat16", "cpu")
@@ -410,11 +413,8 @@ def test_generated_text(rows: int, kernels: str, monkeypatch: pytest.MonkeyPatch
         generator = Generator(Decoder(BASE, numerics=numerics), {"params": params}, tokenizer)
         return [tuple(text.ids) for text in generator.complete(prompts, max_new_tokens=6, stop_ids=())]
 
-    with_kernels, called = made(), set(names)
-    monkeypatch.setenv("NALORA_NATIVE", "0")
-    names.clear()
-    assert with_kernels == made()
-    assert not names
+    with_kernels, without = both(made)
+    assert with_kernels == without
     assert ("cached_attention" in called) == (kernels != "floats")
     assert all(len(set(ids)) > 1 for ids in with_kernels)
 
