@@ -20,12 +20,12 @@ def compile_seconds(layers: int, dtype: str) -> float:
     """Lowering and compiling one NA-LoRA step."""
     import jax
 
-    from nalora_jax import mesh as layout
-    from nalora_jax.assembly import assemble
+    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.train.assembly import assemble
 
     options = parse(["--dtype", dtype, "--layers", str(layers), "--method", "nalora"])
-    mesh = layout.make_mesh(MeshConfig())
+    mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(options, mesh)
     assembly = assemble(run_config(options), base, params, mesh)
     batch = batch_of(random_tokens(1, 8, 128, base.vocab_size)[0], mesh)

@@ -64,12 +64,12 @@ def assembled(
     layers: int, batch: int, seq: int, dtype: str, method: str, *, remat: str = "auto", loss_chunk: int = 0
 ) -> tuple[Any, list[Any]]:
     """A step and its arguments."""
-    from nalora_jax import mesh as layout
-    from nalora_jax.assembly import assemble
+    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.train.assembly import assemble
 
     options = parse(["--dtype", dtype, "--layers", str(layers), "--method", method, "--remat", remat])
-    mesh = layout.make_mesh(MeshConfig())
+    mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(options, mesh)
     config = run_config(options)
     config = replace(config, compute=replace(config.compute, loss_chunk=loss_chunk))

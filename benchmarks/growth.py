@@ -67,13 +67,13 @@ def training_step(sizes: dict[str, int]) -> tuple[Any, int]:
     import jax
     from training import batch_of, parse, run_config
 
-    from nalora_jax import mesh as layout
-    from nalora_jax.assembly import assemble
+    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
     from nalora_jax.models.decoder import init_params
+    from nalora_jax.train.assembly import assemble
 
     base = base_config(sizes)
-    mesh = layout.make_mesh(MeshConfig())
+    mesh = distributed.make_mesh(MeshConfig())
     options = parse(["--method", "nalora", "--rank", str(sizes["rank"])])
     assembly = assemble(run_config(options), base, init_params(base, jax.random.key(0)), mesh)
     tokens = np.random.default_rng(0).integers(0, base.vocab_size, (sizes["batch"], sizes["seq"]))
@@ -93,8 +93,8 @@ def served_forward(adapters: int) -> tuple[Any, int]:
     """A forward pass of 16 rows over a bank of adapters, and the program's memory."""
     import jax
 
-    from nalora_jax.compose import AdapterBank
     from nalora_jax.models.decoder import Decoder, init_params
+    from nalora_jax.weights.adapter_bank import AdapterBank
 
     sizes = {**BASE, "batch": 16}
     base = base_config(sizes)

@@ -48,9 +48,9 @@ def write_requests(path: Path, task: str, count: int) -> None:
 
 def answers_ours(options: argparse.Namespace) -> Any:
     """A function from requests to their log-likelihoods."""
-    from nalora_jax.adapted import load
     from nalora_jax.evaluate.harness import Requests
     from nalora_jax.generate import Generator
+    from nalora_jax.load import load
 
     adapted = load(options.model, dtype=options.dtype)
     return Requests(Generator(adapted.module, adapted.variables, adapted.base.tokenizer)).loglikelihood

@@ -30,13 +30,13 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    from nalora_jax import mesh as layout
-    from nalora_jax.assembly import assemble
+    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.train.assembly import assemble
 
     given = options()
     shared = parse(["--dtype", given.dtype, "--layers", str(given.layers), "--remat", given.remat])
-    mesh = layout.make_mesh(MeshConfig())
+    mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(shared, mesh)
     batch = batch_of(random_tokens(1, given.batch, given.seq, base.vocab_size)[0], mesh)
 

@@ -41,11 +41,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One kind: load, ask, train, ask again."""
     from nalora_jax import config as c
-    from nalora_jax import mesh as layout
-    from nalora_jax.assembly import assemble
+    from nalora_jax import distributed
     from nalora_jax.data.pipeline import train_data
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.evaluate.heldout import Evaluator
+    from nalora_jax.train.assembly import assemble
     from nalora_jax.train.step import compile_ahead
     from nalora_jax.weights import load_model
 
@@ -55,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     record = {"bytes": sizes(loaded.params), "load_seconds": time.perf_counter() - start}
     record["load_peak_mb"] = peak_rss_mb() - floor
     config = c.RunConfig(steps=options.steps, data=c.DataConfig(max_length=64))
-    mesh = layout.make_mesh(c.MeshConfig())
+    mesh = distributed.make_mesh(c.MeshConfig())
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     data = train_data(
         config.data, loaded.tokenizer, batch_size=options.batch, accumulate=1, seed=0, host_index=0, host_count=1
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         items = eval_examples(c.DataConfig(dataset=task), loaded.tokenizer, limit=options.questions)
         evaluators[task] = Evaluator(assembly.eval_model, loaded.tokenizer, items)
     state, batches, params = assembly.state, iter(data.batches()), assembly.view(loaded.params)
-    given = [layout.make_global_batch(next(batches), mesh, rows_axis=1) for _ in range(options.steps)]
+    given = [distributed.make_global_batch(next(batches), mesh, rows_axis=1) for _ in range(options.steps)]
     compile_ahead(assembly.step, params, state, given[0])
     seconds = []
     for batch in given:

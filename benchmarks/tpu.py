@@ -64,11 +64,11 @@ def topology_mesh(name: str) -> Any:
     """A mesh of the abstract chips of a topology, all of them on the axis "fsdp"."""
     from jax.experimental import topologies
 
-    from nalora_jax import mesh as layout
+    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    return layout.make_mesh(MeshConfig(data=1, fsdp=-1), list(devices))
+    return distributed.make_mesh(MeshConfig(data=1, fsdp=-1), list(devices))
 
 
 def program(
@@ -99,12 +99,11 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     from jax.sharding import PartitionSpec as P
 
     from nalora_jax import config as c
-    from nalora_jax import mesh as layout
-    from nalora_jax import trees
-    from nalora_jax.assembly import build_model, build_optimizer, compile_step
+    from nalora_jax import distributed, trees
     from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
     from nalora_jax.models.decoder import init_lora
     from nalora_jax.nn.low_rank import resolve
+    from nalora_jax.train.assembly import build_model, build_optimizer, compile_step
     from nalora_jax.train.state import init_state
 
     off = method == "lora"
@@ -125,14 +124,14 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
         return init_state(lora, optimizer, {"layers/ffn": (base.n_layers, base.d_ff)}, 0)
 
     def described(tree: Any, rules: Any) -> tuple[Any, Any]:
-        places = layout.shardings(tree, mesh, rules)
+        places = distributed.shardings(tree, mesh, rules)
         shapes = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
         return shapes, places
 
     shapes = {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in param_shapes(base).items()}
-    params, _ = described(trees.unflatten(shapes), layout.PARAM_RULES)
-    state, places = described(jax.eval_shape(fresh), layout.STATE_RULES)
-    by_rows = NamedSharding(mesh, P(None, layout.BATCH_AXES))
+    params, _ = described(trees.unflatten(shapes), distributed.PARAM_RULES)
+    state, places = described(jax.eval_shape(fresh), distributed.STATE_RULES)
+    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     batch = {
         name: jax.ShapeDtypeStruct((1, rows, seq), np.dtype(dtype), sharding=by_rows)
         for name, dtype in {

@@ -99,9 +99,9 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
 
 def placed(batch: dict[str, np.ndarray], mesh: Any) -> Any:
     """A batch of the library's pipeline, [micro-batches, rows, seq], on the mesh."""
-    from nalora_jax import mesh as layout
+    from nalora_jax import distributed
 
-    return layout.make_global_batch(batch, mesh, rows_axis=1)
+    return distributed.make_global_batch(batch, mesh, rows_axis=1)
 
 
 def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
@@ -114,16 +114,16 @@ def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
 
 def main() -> None:
     options = parse()
-    from nalora_jax import mesh as layout
-    from nalora_jax.assembly import assemble
+    from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
+    from nalora_jax.train.assembly import assemble
     from nalora_jax.train.step import compile_ahead
 
     if options.compilation_cache:
-        from nalora_jax.compilation import use_compilation_cache
+        from nalora_jax.train.compilation import use_compilation_cache
 
         use_compilation_cache()
-    mesh = layout.make_mesh(MeshConfig())
+    mesh = distributed.make_mesh(MeshConfig())
     base, params = base_model(options, mesh)
     assembly = assemble(run_config(options), base, params, mesh)
     state, step, params = assembly.state, assembly.step, assembly.view(params)

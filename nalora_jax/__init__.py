@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nalora_jax.adapted import AdaptedModel, load
     from nalora_jax.config import RunConfig
     from nalora_jax.errors import NaloraError
     from nalora_jax.generate import Generator
+    from nalora_jax.load import AdaptedModel, load
     from nalora_jax.run import RunResult, run
     from nalora_jax.weights import LoadedModel, load_model
     from nalora_jax.weights.peft import export_adapter, import_adapter
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdaptedModel": "adapted",
+    "AdaptedModel": "load",
     "Generator": "generate",
     "LoadedModel": "weights",
     "NaloraError": "errors",
@@ -41,7 +41,7 @@ _HOMES = {
     "RunResult": "run",
     "export_adapter": "weights.peft",
     "import_adapter": "weights.peft",
-    "load": "adapted",
+    "load": "load",
     "load_model": "weights",
     "run": "run",
 }

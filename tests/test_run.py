@@ -21,7 +21,6 @@ from tokenizers import models, pre_tokenizers
 
 from nalora_jax import trees
 from nalora_jax.__main__ import main
-from nalora_jax.adapted import load
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -36,6 +35,7 @@ from nalora_jax.config import (
     TrainConfig,
 )
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.load import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec

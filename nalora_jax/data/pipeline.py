@@ -175,7 +175,7 @@ def train_data(
       seed: of the shuffle.
       host_index: which part of the rows this host reads.
       host_count: how many parts there are.
-      cache: folder for prepared and tokenized data; `assets.cache_dir` by default.
+      cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
 
     Raises:
       NaloraError: bad data (see `open_source` and `open_store`), or rows that hosts and micro-batches do not divide.

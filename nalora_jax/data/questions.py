@@ -53,7 +53,7 @@ def eval_examples(
       tokenizer: of the model.
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
-      cache: folder for prepared data; `assets.cache_dir` by default.
+      cache: folder for prepared data; `downloads.cache_dir` by default.
 
     Raises:
       NaloraError: bad data, or records that are trained on too.

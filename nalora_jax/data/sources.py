@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.assets import cache_dir
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
 from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 
 Record = dict[str, Any]
@@ -153,7 +153,7 @@ def open_source(config: DataConfig, split: str, *, cache: Path | None = None) ->
       config: its ``dataset`` is a task of this library ("socialiqa", "socialiqa_mc", ...), ``"tfds:<name>"`` with
         anything that TFDS accepts as a name, or the path of a JSONL file.
       split: a TFDS split expression; for JSONL data also the path of another JSONL file.
-      cache: where the library's tasks are prepared; `assets.cache_dir` by default.
+      cache: where the library's tasks are prepared; `downloads.cache_dir` by default.
 
     Raises:
       NaloraError: no such data set, split or file, or nothing in it.

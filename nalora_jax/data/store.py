@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nalora_jax.assets import cache_dir
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
       config: how they are rendered, and how many at most (``train_limit``: the first of the seed's shuffle).
       tokenizer: of the model.
       seed: of the run; matters only where there is a limit.
-      cache: folder of the cache; `assets.cache_dir` by default.
+      cache: folder of the cache; `downloads.cache_dir` by default.
 
     Raises:
       NaloraError: a record is broken, too long where that is an error, or without targets; nothing is left; the disk

@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.plan import Batch, Pair, Split, choose_layout, make_batches, split_group
 from nalora_jax.generate.shapes import batch_shards, place_batch
-from nalora_jax.mesh import fetch
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.matmul import pack_views, packed

@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax.data.items import CompletionItem
+from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import score_groups, target_log_probs, viewed
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.generate.shapes import place_batch
-from nalora_jax.mesh import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.matmul import packed
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import Mesh
 
+from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, view_weights
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
 from nalora_jax.generate.text import TextStream
-from nalora_jax.mesh import fetch
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 

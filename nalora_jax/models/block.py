@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention

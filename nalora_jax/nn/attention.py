@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.nn import attention_kernels
 from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.blockwise_attention import (

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.nn.matmul import restored, rounded, stored
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _fwd(
 
 
 def _is_native(scoring: Scoring) -> bool:
-    """Whether `nalora_jax.native` does the work: it reads and keeps bf16, and nothing else."""
+    """Whether `nalora_jax.cpu.native` does the work: it reads and keeps bf16, and nothing else."""
     return scoring.operand == scoring.kept == "bfloat16" and native.available()
 
 

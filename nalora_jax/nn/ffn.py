@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import activations, native, selection
+from nalora_jax import activations, selection
+from nalora_jax.cpu import native
 from nalora_jax.nn.gated_down import Gating, gated_down
 from nalora_jax.nn.lora import Call, Hidden, LoRADense, Probe, side_by_side
 from nalora_jax.nn.low_rank import TargetSpec
@@ -77,7 +78,7 @@ def gated_product(
 
 
 def _logistic(z: jax.Array, activation: activations.Activation) -> native.Logistic | None:
-    """The gate as `nalora_jax.native` takes it, where that can: in bf16, of a logistic function."""
+    """The gate as `nalora_jax.cpu.native` takes it, where that can: in bf16, of a logistic function."""
     if activation.logistic is None or z.dtype != jnp.bfloat16 or not native.available():
         return None
     return native.Logistic(*activation.logistic)

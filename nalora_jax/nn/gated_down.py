@@ -1,4 +1,4 @@
-"""The gated product and the projection behind it as one function, by native kernels (`nalora_jax.native`).
+"""The gated product and the projection behind it as one function, by native kernels (`nalora_jax.cpu.native`).
 
     h = phi(z) u,   y = h W + s (h A) B
 
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import native
-from nalora_jax.native import Logistic, Measured, Sum, Term
+from nalora_jax.cpu import native
+from nalora_jax.cpu.native import Logistic, Measured, Sum, Term
 from nalora_jax.nn.matmul import KEPT_WIDE, Numerics, native_sums, stored
 from nalora_jax.nn.side_by_side import Adapter, Projection, checked, input_terms, projected_fwd
 
@@ -48,7 +48,7 @@ def gated_down(
       numerics: dtypes of operands and result; sums are float32.
 
     Returns:
-      ``[..., d_out]`` in ``numerics.result``, and the sums of `nalora_jax.native.gate_statistics`, or None.
+      ``[..., d_out]`` in ``numerics.result``, and the sums of `nalora_jax.cpu.native.gate_statistics`, or None.
     """
     chex.assert_equal_shape([z, u])
     chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])

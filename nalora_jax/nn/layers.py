@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.nn.matmul import KEPT, Numerics, is_native, kept, stored
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")

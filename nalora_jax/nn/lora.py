@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.nn.fused_lora import adapted_matmul, worthwhile
 from nalora_jax.nn.low_rank import TargetSpec, batched_residual, column_norm, combine, init_a, residual
 from nalora_jax.nn.matmul import STACKS, Kernel, Numerics, dot, expand, is_native, matmul

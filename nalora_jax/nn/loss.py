@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.nn.matmul import block_of, dot, look_up, rounded, unpack_leaf
 
 # Floats of one chunk of whole rows of logits, where the vocabulary is not cut: 64 MB, far below a model.
@@ -79,7 +79,7 @@ def cross_entropy(
 
 
 def _is_native(kernel: jax.Array, head: Head) -> bool:
-    """Whether `nalora_jax.native` does the work, which reads bf16 and its views."""
+    """Whether `nalora_jax.cpu.native` does the work, which reads bf16 and its views."""
     return head.operand == "bfloat16" and kernel.dtype in (jnp.bfloat16, jnp.uint16) and native.available()
 
 

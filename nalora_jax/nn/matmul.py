@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax import native
+from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.quantize import Quantized, dequantize
 from nalora_jax.trees import flatten, map_named, unflatten
@@ -166,13 +166,13 @@ def dot(
 
 
 def is_native(rows: int, operand: str) -> bool:
-    """Whether products of so many rows are `nalora_jax.native`'s."""
+    """Whether products of so many rows are `nalora_jax.cpu.native`'s."""
     enough = rows >= _FEWEST_ROWS or native.multiplies_few_rows()
     return enough and operand == "bfloat16" and native.available()
 
 
 def native_sums(*sums: native.Sum) -> list[jax.Array]:
-    """`nalora_jax.native.products` of operands that are yet to be rounded."""
+    """`nalora_jax.cpu.native.products` of operands that are yet to be rounded."""
 
     def operand(y: Any) -> Any:
         return y if isinstance(y, native.Slice) else rounded(y, "bfloat16")

@@ -1,4 +1,4 @@
-"""Layers that read the same input, by native products (`nalora_jax.native`): one call for all of them, each way.
+"""Layers that read the same input, by native products (`nalora_jax.cpu.native`): one call for all of them, each way.
 
     y_i = x W_i + s_i (x A_i) B_i           dx = sum_i g_i W_i^T + s_i (g_i B_i^T) A_i^T
 
@@ -16,7 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.native import Sum, Term
+from nalora_jax.cpu.native import Sum, Term
 from nalora_jax.nn.matmul import Numerics, beside_masked, factor, native_sums, stored
 
 

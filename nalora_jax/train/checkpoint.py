@@ -28,8 +28,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from nalora_jax import trees
+from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
-from nalora_jax.mesh import on_first_process
 from nalora_jax.train import snapshot
 
 FOLDER = "checkpoints"  # inside a run's output folder

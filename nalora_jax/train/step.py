@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from nalora_jax import activations, heap, trees
+from nalora_jax import activations, trees
 from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax.cpu import heap
 from nalora_jax.nn.loss import Head, cross_entropy
 from nalora_jax.nn.matmul import pack, packed
 from nalora_jax.optim.nalora import gate_masks, mask_collection, step_scales, update_gate_state

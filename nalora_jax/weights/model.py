@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from nalora_jax import mesh as layout
-from nalora_jax import trees
+from nalora_jax import distributed, trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.nn.quantize import Kind
@@ -49,7 +48,7 @@ def load_model(
     Args:
       source: an alias, a Hugging Face folder, a GGUF file or a hub id; see `weights.hub.resolve`.
       dtype: of the parameters, "bfloat16" or "float32".
-      mesh: devices that share the parameters, by the rules of `nalora_jax.mesh`; by default the first device holds all.
+      mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first device by default.
       cache: where packages are kept.
       quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.nn.quantize`) instead of ``dtype``.
 
@@ -87,4 +86,4 @@ def _opened(found: hub.ResolvedSource) -> tuple[dict[str, Any], ModelConfig, Ten
 
 def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(config).items()}
-    return trees.flatten(layout.shardings(trees.unflatten(shapes), mesh, layout.PARAM_RULES))
+    return trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))

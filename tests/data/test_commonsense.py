@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.assets import cache_dir
 from nalora_jax.config import DataConfig
 from nalora_jax.data import open_source, tasks
+from nalora_jax.downloads import cache_dir
 
 READ = """
 import sys, time

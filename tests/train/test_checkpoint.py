@@ -19,8 +19,8 @@ from orbax.checkpoint import path as ocp_path
 
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import NaloraError
-from nalora_jax.mesh import STATE_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.train.checkpoint import FOLDER, Checkpointer, prepare_output
 
 

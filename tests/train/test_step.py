@@ -11,9 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import mesh as layout
-from nalora_jax import trees
-from nalora_jax.assembly import Assembly, assemble
+from nalora_jax import distributed, trees
 from nalora_jax.config import (
     ComputeConfig,
     DebugConfig,
@@ -30,6 +28,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn import ffn, lora
 from nalora_jax.optim.nalora import make_optimizer
+from nalora_jax.train.assembly import Assembly, assemble
 
 BASE = ModelConfig.from_hf(
     {
@@ -78,9 +77,9 @@ def _batch(seed: int, accumulate: int = 1) -> dict[str, np.ndarray]:
 
 def _assemble(config: RunConfig, mesh: MeshConfig | None = None) -> tuple[Assembly, Any]:
     devices = jax.devices()[:1] if mesh is None else jax.devices()
-    made = layout.make_mesh(mesh or MeshConfig(), devices)
+    made = distributed.make_mesh(mesh or MeshConfig(), devices)
     params = init_params(BASE, jax.random.key(1))
-    params = jax.device_put(params, layout.shardings(params, made, layout.PARAM_RULES))
+    params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
     assembly = assemble(config, BASE, params, made)
     # B nonzero: a fresh adapter's gradient of A vanishes, and Adam's first step on B is a mere sign.
     rng = np.random.default_rng(3)
@@ -99,7 +98,7 @@ def _run(config: RunConfig, mesh: MeshConfig | None = None, steps: int = 3, accu
     assembly, params = _assemble(config, mesh)
     state, history = assembly.state, []
     for i in range(steps):
-        batch = layout.make_global_batch(_batch(i, accumulate), assembly.mesh, rows_axis=1)
+        batch = distributed.make_global_batch(_batch(i, accumulate), assembly.mesh, rows_axis=1)
         state, metrics = assembly.step(params, state, batch)
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
@@ -145,13 +144,13 @@ def test_four_way_tensor_parallelism_is_one_device() -> None:
     base = replace(BASE, n_kv_heads=4)
     results = []
     for shape in (None, MeshConfig(1, 2, 4)):
-        made = layout.make_mesh(shape or MeshConfig(), jax.devices()[: 8 if shape else 1])
+        made = distributed.make_mesh(shape or MeshConfig(), jax.devices()[: 8 if shape else 1])
         params = init_params(base, jax.random.key(1))
-        params = jax.device_put(params, layout.shardings(params, made, layout.PARAM_RULES))
+        params = jax.device_put(params, distributed.shardings(params, made, distributed.PARAM_RULES))
         assembly = assemble(SGD, base, params, made)
         state = assembly.state
         for i in range(2):
-            batch = layout.make_global_batch(_batch(i), made, rows_axis=1)
+            batch = distributed.make_global_batch(_batch(i), made, rows_axis=1)
             state, metrics = assembly.step(params, state, batch)
         results.append(jax.device_get((state.lora, metrics["loss"], metrics["grad_norm"])))
     _assert_close(results[0], results[1], atol=2e-6)
@@ -159,11 +158,11 @@ def test_four_way_tensor_parallelism_is_one_device() -> None:
 
 def test_weights_and_state_are_sharded_not_replicated() -> None:
     assembly, params = _assemble(CONFIG, MeshConfig(2, 2, 2))
-    batch = layout.make_global_batch(_batch(0), assembly.mesh, rows_axis=1)
+    batch = distributed.make_global_batch(_batch(0), assembly.mesh, rows_axis=1)
     state, _ = assembly.step(params, assembly.state, batch)
     # Weights are split over fsdp and tensor (4), adapters over the axis of their wide side (2); norms are replicated.
     for tree, share in ((params, 0.3), ({"lora": state.lora, "opt": state.opt_state}, 0.55)):
-        per_device = layout.bytes_per_device(tree)
+        per_device = distributed.bytes_per_device(tree)
         assert len(per_device) == 8
         assert max(per_device.values()) < share * trees.size_bytes(tree)
 
@@ -173,7 +172,7 @@ def test_base_weights_stay_and_every_adapter_moves() -> None:
     before = jax.device_get((params, assembly.state.lora))
     state = assembly.state
     for i in range(2):
-        state, _ = assembly.step(params, state, layout.make_global_batch(_batch(i), assembly.mesh, rows_axis=1))
+        state, _ = assembly.step(params, state, distributed.make_global_batch(_batch(i), assembly.mesh, rows_axis=1))
     for path, value in trees.flatten(params).items():
         np.testing.assert_array_equal(value, trees.flatten(before[0])[path], err_msg=path)
     for path, value in trees.flatten(state.lora).items():

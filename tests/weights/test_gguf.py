@@ -16,8 +16,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from safetensors.numpy import load_file
 
 from nalora_jax.config import MeshConfig
+from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
-from nalora_jax.mesh import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.trees import flatten
 from nalora_jax.weights import load, load_model

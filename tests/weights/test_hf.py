@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.config import MeshConfig
+from nalora_jax.distributed import PARAM_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import NaloraError
-from nalora_jax.mesh import PARAM_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import load, load_model

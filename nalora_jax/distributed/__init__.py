@@ -1,0 +1,24 @@
+"""Devices and processes: the mesh, where every array lives on it, batches as global arrays, multi-host runs."""
+
+from nalora_jax.distributed.batches import make_global_batch, process_rows
+from nalora_jax.distributed.mesh import AXES, BATCH_AXES, check_heads, make_mesh
+from nalora_jax.distributed.processes import fetch, initialize_distributed, on_first_process
+from nalora_jax.distributed.sharding import PARAM_RULES, STATE_RULES, Rules, bytes_per_device, fit_spec, shardings
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "PARAM_RULES",
+    "STATE_RULES",
+    "Rules",
+    "bytes_per_device",
+    "check_heads",
+    "fetch",
+    "fit_spec",
+    "initialize_distributed",
+    "make_global_batch",
+    "make_mesh",
+    "on_first_process",
+    "process_rows",
+    "shardings",
+]

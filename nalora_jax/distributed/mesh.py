@@ -1,0 +1,68 @@
+"""The mesh of a run: the axes ("data", "fsdp", "tensor") over the devices of all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from nalora_jax.config import MeshConfig
+from nalora_jax.errors import NaloraError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp splits weights as well
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The run's mesh over ``devices`` (default: all devices of all processes).
+
+    Axis types are Auto, chosen here: `jax.make_mesh` may default to Explicit, under which these programs don't trace.
+
+    Raises:
+      NaloraError: more than one axis is -1, an axis is 0 or below -1, or the product is not the number of devices.
+    """
+    available = list(jax.devices() if devices is None else devices)
+    sizes = _resolve_sizes({name: getattr(config, name) for name in AXES}, len(available))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=available)
+
+
+def _resolve_sizes(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
+    """Axis sizes with -1 replaced by what is left of ``n_devices``."""
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if any(size == 0 or size < -1 for size in sizes.values()):
+        raise NaloraError("--mesh", expected="axis sizes of 1 or more, or -1", found=shown)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise NaloraError("--mesh", expected="at most one axis of -1", found=shown, remedy="give the others a size")
+    if (free and n_devices % fixed) or (not free and fixed != n_devices):
+        relation = "divides" if free else "equals"
+        raise NaloraError(
+            "--mesh",
+            expected=f"a product that {relation} the {n_devices} device(s)",
+            found=f"{shown} (product of the fixed axes: {fixed})",
+            remedy="set one axis to -1 to take what is left" if not free else "change the sizes of the other axes",
+        )
+    return tuple(n_devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
+    """Refuse a tensor axis that would cut an attention head in two.
+
+    Any other dimension that an axis does not divide is replicated (see `shardings`); a split head would move its
+    halves between devices in every layer, which nobody asking for tensor parallelism wants silently.
+
+    Raises:
+      NaloraError: the tensor axis does not divide the query heads or the key/value heads.
+    """
+    size = mesh.shape["tensor"]
+    if n_heads % size or n_kv_heads % size:
+        fits = [n for n in range(1, n_kv_heads + 1) if n_heads % n == 0 and n_kv_heads % n == 0]
+        raise NaloraError(
+            "--mesh.tensor",
+            expected=f"a divisor of the model's {n_heads} query heads and {n_kv_heads} key/value heads",
+            found=size,
+            remedy=f"use {' or '.join(map(str, fits))}, and --mesh.fsdp for the rest of the devices",
+        )

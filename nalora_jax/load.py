@@ -1,0 +1,167 @@
+"""A model by what a user calls it, with the adapter that belongs to it: what every verb but ``train`` starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.config import config_from_dict
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.nn.matmul import numerics_for
+from nalora_jax.train.metrics import FILE as METRICS
+from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.weights.peft import import_adapter
+from nalora_jax.weights.peft_config import CONFIG_NAME
+
+ADAPTER = "adapter"  # of a run's folder: the exported adapter
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model's parts are, before any of them is read."""
+
+    base: str  # as `weights.load_model` takes it
+    adapter: Path | None = None  # folder in PEFT's format
+    run: Mapping[str, Any] = field(default_factory=dict)  # config of the run that made the adapter, if there is one
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A base model, with an adapter or without, ready to run."""
+
+    base: LoadedModel
+    module: Decoder
+    lora: dict[str, Any] | None  # float32 tree of the adapter
+    located: Located
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What ``module.apply`` takes."""
+        return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """Ranks and alphas of the adapter; empty without one."""
+        return self.module.adapters
+
+
+def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
+    """The base, the adapter and the run that ``model`` and ``adapter`` mean.
+
+    Args:
+      model: an alias, hub id, folder or .gguf file; or the folder of a run or of a PEFT adapter, which stands for the
+        base that it names together with itself.
+      adapter: folder of a run or of a PEFT adapter; in its own right where ``model`` is a base.
+
+    Raises:
+      NaloraError: a folder given as an adapter holds none, there are two adapters, or an adapter names no base.
+    """
+    own = _adapter_folder(Path(model))
+    if own is None:
+        if (Path(model) / METRICS).is_file():
+            remedy = "finish the run (--resume), or name the base model"
+            raise NaloraError(str(model), expected="a run that exported its adapter", found="none yet", remedy=remedy)
+        if adapter is None:
+            return Located(str(model))
+        given = _adapter_folder(Path(adapter))
+        if given is None:
+            raise _no_adapter(Path(adapter))
+        return Located(str(model), given, run_config(given.parent))
+    if adapter is not None:
+        raise NaloraError(
+            "--adapter",
+            expected="a base model to put it on",
+            found=f"{model}, which holds an adapter itself",
+            remedy="give the base model's name, or leave --adapter out",
+        )
+    run = run_config(own.parent)
+    return Located(run.get("model") or base_of(own), own, run)
+
+
+def load(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str | None = None,
+    quantize: Literal["none", "int8", "nf4", "run"] = "none",
+    mesh: Mesh | None = None,
+) -> AdaptedModel:
+    """The model called ``model``, with its adapter on; the arguments are those of `locate` and `weights.load_model`.
+
+    Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
+    with ``quantize="run"``.
+
+    Raises:
+      NaloraError: see `locate`, `weights.load_model` and `weights.peft.import_adapter`; or a tensor axis of the mesh
+        splits a head.
+    """
+    located = locate(model, adapter)
+    compute = config_from_dict(located.run).compute
+    dtype = dtype or compute.dtype
+    kind = compute.quantize if quantize == "run" else quantize
+    base = load_model(located.base, dtype=dtype, mesh=mesh, quantized=None if kind == "none" else kind)
+    lora, spec = None, AdapterSpec()
+    if located.adapter is not None:
+        lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
+    if mesh is not None:
+        distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
+        lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
+    module = Decoder(base.config, spec, numerics_for(dtype, jax.default_backend()))
+    return AdaptedModel(base, module, lora, located)
+
+
+def adapter_folder(path: Path) -> Path:
+    """The PEFT folder that ``path``, a run's folder or an adapter's own, means.
+
+    Raises:
+      NaloraError: there is no adapter in it.
+    """
+    found = _adapter_folder(path)
+    if found is None:
+        raise _no_adapter(path)
+    return found
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an adapter's config names.
+
+    Raises:
+      NaloraError: the config cannot be read, or names none.
+    """
+    path = adapter / CONFIG_NAME
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
+    if not isinstance(name, str) or not name:
+        remedy = "give the base model itself, and the adapter with --adapter"
+        raise NaloraError(f"{path}: base_model_name_or_path", expected="a model", found=repr(name), remedy=remedy)
+    return name
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The config of the run in ``folder`` (the first line of its log), or {} where there is no run."""
+    try:
+        with (folder / METRICS).open(encoding="utf-8") as lines:
+            found = json.loads(lines.readline()).get("run", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _adapter_folder(path: Path) -> Path | None:
+    return next((folder for folder in (path, path / ADAPTER) if (folder / CONFIG_NAME).is_file()), None)
+
+
+def _no_adapter(path: Path) -> NaloraError:
+    found = "neither" if path.is_dir() else "no such folder"
+    return NaloraError(str(path), expected=f"a folder with {CONFIG_NAME}, or a run's folder", found=found)

@@ -1,0 +1,109 @@
+"""Texts through a model, for ``nalora inspect``: what its gates do, layer by layer, before training or after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.load import AdaptedModel
+from nalora_jax.models.decoder import Decoder, init_lora
+from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.report.inspect import LayerSummary, layer_summary
+from nalora_jax.tokenizer import Tokenizer
+
+ROWS = 8  # texts in one batch
+PROBE_RANK = 8
+PROBE_SIZE = 1e-3  # of B's entries: the residual must not disturb the layers above; the limit does not depend on it
+
+TEXTS = (
+    "The river had risen during the night, and by morning the lower fields were under water. Nobody in the village "
+    "remembered a spring like it, although the old ferryman claimed that his grandfather had seen worse.",
+    "Question: What do plants need to make their own food? Answer: Light, water and carbon dioxide. With the energy of "
+    "light they turn carbon dioxide and water into sugar, and give off oxygen.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / count\n",
+    '"Are you coming?" asked Nadia. Tom shook his head. "I promised my sister that I would help her move. Ask me again '
+    "on Sunday, and I'll bring the cake that you like.\"",
+    "In 1905 the committee met 14 times and spent 3,250 pounds, of which 1,100 went to the new bridge. The remaining "
+    "2,150 pounds were divided between the school, the harbour and the hospital.",
+)
+
+
+def inspect_texts(
+    model: AdaptedModel, texts: Sequence[str] = TEXTS, *, max_length: int = 256, seed: int = 0
+) -> LayerSummary:
+    """What the gates of ``model`` do on ``texts``.
+
+    Args:
+      model: with an adapter or without.
+      texts: run through the model as they are.
+      max_length: tokens of each text that are used.
+      seed: of the random residual that gives the linear limit where no adapter moves the gate.
+
+    Raises:
+      NaloraError: the model's blocks have no gates, or the texts no tokens.
+    """
+    batches = list(_batches(model.base.tokenizer, texts, max_length))
+    sums = _gate_sums(model.module, model.variables, batches)
+    spec, lora = _probe(model, seed)
+    probe = _gate_sums(replace(model.module, adapters=spec), {"params": model.base.params, "lora": lora}, batches)
+    return layer_summary(sums, probe)
+
+
+def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:
+    """A small random adapter on the gate of every layer."""
+    config = model.base.config
+    name = "gate_proj" if config.gated else "in_proj"
+    target = TargetSpec((PROBE_RANK,) * config.n_layers, (float(PROBE_RANK),) * config.n_layers)
+    spec = AdapterSpec(((f"layers/ffn/{name}", target),))
+    a_key, b_key = jax.random.split(jax.random.key(seed))
+
+    def fill(path: str, leaf: jax.Array) -> jax.Array:
+        return PROBE_SIZE * jax.random.normal(b_key, leaf.shape, leaf.dtype) if path.endswith("/b") else leaf
+
+    return spec, trees.map_named(fill, init_lora(config, spec, a_key))
+
+
+def _gate_sums(
+    module: Decoder, variables: dict[str, Any], batches: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The statistics of the gated block, summed over batches."""
+    observed = replace(module, stats=GateStatsConfig(stride=1, probe_stride=1))
+
+    @partial(jax.jit)
+    def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
+        return observed.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1]["gate_stats"]
+
+    total: dict[str, np.ndarray] = {}
+    for tokens, segments in batches:
+        for path, value in trees.flatten(run(variables, jnp.asarray(tokens), jnp.asarray(segments))).items():
+            name = path.rpartition("/")[2]
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+    if not total:
+        raise NaloraError("inspect", expected="a model with self-gated feed-forward blocks", found="one without")
+    return total
+
+
+def _batches(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and segment ids ``[ROWS, longest]``, right-padded; all of one shape, so that one program serves all."""
+    rows = [ids for ids in (tokenizer.encode(text)[:max_length] for text in texts) if ids]
+    if not rows:
+        raise NaloraError(
+            "inspect: texts", expected="at least one text with a token in it", found=f"{len(texts)} texts"
+        )
+    longest = max(map(len, rows))
+    for start in range(0, len(rows), ROWS):
+        tokens = np.zeros((ROWS, longest), np.int32)
+        segments = np.zeros((ROWS, longest), np.int32)
+        for row, ids in enumerate(rows[start : start + ROWS]):
+            tokens[row, : len(ids)] = ids
+            segments[row, : len(ids)] = 1
+        yield tokens, segments

@@ -1,0 +1,199 @@
+"""A base model and a config put together: adapters, optimizer, and the compiled step, laid out on a mesh."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import chex
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed
+from nalora_jax.config import ComputeConfig, RunConfig
+from nalora_jax.cpu import native
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import Decoder, init_lora
+from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.nn.loss import Head
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.nn.matmul import Numerics, numerics_for, view_params
+from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
+from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.step import Step, StepConfig, make_train_step
+from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
+
+log = logging.getLogger(__name__)
+
+_STEPS = itertools.count()
+# d_model up to which products on tiles are made again sooner than kept (benchmarks/notes/versus_peft.md).
+_WIDEST_MADE_AGAIN = 1024
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a run compiles, and the state that it starts from."""
+
+    config: RunConfig
+    model: Decoder
+    spec: AdapterSpec
+    mesh: Mesh
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState  # before the first step, on the mesh
+    params: Any  # frozen weights that the adapters sit on: the base's, with PiSSA what its components leave of them
+    step: Step  # compiled on first use; donates the state
+    initial: Any = None  # PiSSA's adapters before the first step, in host memory
+
+    @property
+    def eval_model(self) -> Decoder:
+        """The decoder as evaluation and generation run it: nothing is rematerialised, nothing laid out."""
+        return self.model.clone(remat="none", activation_sharding=None)
+
+    def view(self, params: Any) -> Any:
+        """``params`` as the compiled step takes them without copying; see `nalora_jax.nn.matmul.view_params`."""
+        return view_params(params) if self.mesh.size == 1 else params
+
+
+def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> Assembly:
+    """Adapters, optimizer and step of a run.
+
+    Args:
+      config: the run's settings, checked.
+      base: architecture of the base model.
+      params: its weights on ``mesh``.
+      mesh: the run's devices.
+
+    Raises:
+      NaloraError: rules that match nothing or ask for impossible ranks; a tensor axis that splits a head.
+    """
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    model = build_model(base, spec, config.compute, mesh, check=config.debug.check_gates)
+    optimizer = build_optimizer(config, base, spec)
+
+    initial = None
+    if config.lora.init == "pissa":
+        params, lora = pissa_split(params, spec)
+        initial = jax.tree.map(distributed.fetch, lora)
+    else:
+        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
+
+    def fresh(lora: Any) -> TrainState:
+        return init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, config.seed)
+
+    placed = distributed.shardings(jax.eval_shape(fresh, lora), mesh, distributed.STATE_RULES)
+    state = jax.jit(fresh, out_shardings=placed)(lora)
+    step = compile_step(config, base, model, optimizer, mesh, placed)
+    return Assembly(config, model, spec, mesh, optimizer, state, params, step, initial)
+
+
+def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
+    """The trained adapter as one of the original base, in host memory: itself, or PiSSA's difference."""
+    lora = jax.tree.map(distributed.fetch, lora)
+    if assembly.initial is None:
+        return lora, assembly.spec
+    return pissa_to_lora(lora, assembly.initial, assembly.spec)
+
+
+def build_model(
+    base: ModelConfig, spec: AdapterSpec, compute: ComputeConfig, mesh: Mesh, *, check: bool = False
+) -> Decoder:
+    """The decoder as a training step runs it."""
+    platform = mesh.devices.flat[0].platform
+    return Decoder(
+        base,
+        spec,
+        numerics_for(compute.dtype, platform),
+        remat=choose_remat(compute, platform, base.d_model),
+        stats=GateStatsConfig(compute.stats_stride, compute.probe_stride, check=check),
+        activation_sharding=activation_sharding(mesh),
+    )
+
+
+def activation_sharding(mesh: Mesh) -> NamedSharding | None:
+    """Where ``[batch, seq, d_model]`` lives between layers: rows over ("data", "fsdp"); None on one device."""
+    return NamedSharding(mesh, P(distributed.BATCH_AXES)) if mesh.size > 1 else None
+
+
+def choose_remat(compute: ComputeConfig, platform: str, d_model: int) -> str:
+    """The policy that "auto" stands for: what was measured to cost least on each platform (docs/benchmarks.md)."""
+    if compute.remat != "auto":
+        return compute.remat
+    if platform != "cpu":
+        return "full"
+    # What a product costs per byte of its result grows with d_model; what it costs to keep that byte does not.
+    again = compute.dtype == "bfloat16" and native.multiplies_on_tiles() and d_model <= _WIDEST_MADE_AGAIN
+    return "attention" if again else "dots"
+
+
+def build_optimizer(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> optax.GradientTransformationExtraArgs:
+    """The inner optimizer with its schedule, and the mechanisms on the adapters that sit on gates."""
+    linear = replace(spec, dora=False)  # magnitudes would need the weights, and are no gates
+    gates = find_gates(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
+    if not gates and (config.mask.kind, config.step_scale.kind) != ("off", "off"):
+        log.warning("no adapter sits on a gate (gate_proj or in_proj): the mask and the step scale act on nothing")
+    inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
+    return nalora(inner, gates, mask=config.mask, step_scale=config.step_scale)
+
+
+def _gate_shape(base: ModelConfig) -> tuple[int, ...]:
+    experts = (base.n_experts,) if base.n_experts else ()
+    return (base.n_layers, *experts, base.d_ff)
+
+
+def head_of(base: ModelConfig, numerics: Numerics) -> Head:
+    """How the loss makes logits from hidden states."""
+    return Head(base.tie_embeddings, numerics.operand, base.final_softcap, base.logit_scale)
+
+
+def compile_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    placed: Any,
+) -> Step:
+    """The step jitted over the mesh: one trace in a run, state donated; chexified where gates are checked."""
+    # What is held in bf16 rounds the very tensors that the identity is checked on.
+    n = model.numerics
+    exact = {n.result, n.kept, n.within().result} == {"float32"}
+    tolerance = config.debug.tolerance if exact else max(config.debug.tolerance, 0.03)
+    settings = StepConfig(
+        mask=config.mask,
+        step_scale=config.step_scale,
+        head=head_of(base, model.numerics),
+        activation=base.activation,
+        loss_chunk=config.compute.loss_chunk,
+        compact_loss=mesh.shape["data"] * mesh.shape["fsdp"] == 1,
+        check_gates=config.debug.check_gates,
+        tolerance=tolerance,
+    )
+    step = make_train_step(model, optimizer, settings)
+    step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
+    step = chex.assert_max_traces(step, n=1)
+    compiled = jax.jit(step, donate_argnums=(1,), out_shardings=(placed, NamedSharding(mesh, P())))
+    return compiled if not config.debug.check_gates else _checked(compiled)
+
+
+def _checked(step: Step) -> Step:
+    """The step with its value checks armed; a broken identity becomes this library's error."""
+    armed = chex.chexify(step, async_check=False)
+
+    def run(params: Any, state: TrainState, batch: Any) -> Any:
+        try:
+            return armed(params, state, batch)
+        except AssertionError as error:
+            raise NaloraError(
+                "--debug.check-gates",
+                expected="phi(z + dz) - phi(z) = F + S in every layer",
+                found=str(error).split("[failed at")[0].strip(),
+                remedy="a gate computes something else than its activation says; report this with the model's name",
+            ) from error
+
+    return run

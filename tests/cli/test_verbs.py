@@ -1,0 +1,284 @@
+"""The verbs on a tiny model: what they print and write, against direct computations."""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+from io import StringIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from nalora_jax import trees
+from nalora_jax.__main__ import main
+from nalora_jax.cli.verbs import data_of
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
+from nalora_jax.load import load
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import init_lora, init_params
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.report.inspect import layer_summary
+from nalora_jax.report.inspection import inspect_texts
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.weights.merge import write_merged
+from nalora_jax.weights.peft import export_adapter
+
+WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
+HF = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+TEXTS = ["a b c d e f", "x y z", "n o p"]
+
+
+def make_tokenizer():
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    return Tokenizer(backend, None, 0, 0, (0,), chat_template="{{ messages[0]['content'] }} q")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    config = ModelConfig.from_hf(HF)
+    params = jax.tree.map(lambda leaf: 3 * leaf, init_params(config, jax.random.key(0)))
+    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def run(base):
+    """A run's folder with an adapter (B not zero) on that base."""
+    folder, model = base.parent / "run", load(base, dtype="float32")
+    config = model.base.config
+    rules = (LoRARule("layers/1/ffn/gate_proj", 0), LoRARule("ffn/", 2), LoRARule("q_proj", 4, 2.0))
+    spec = resolve(LoRAConfig(rules=rules), projection_shapes(config), config.n_layers)
+    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.2, init_lora(config, spec, jax.random.key(1))))
+    fingerprint = model.base.fingerprint
+    export_adapter(lora, spec, config, folder / "adapter", base_model_name=str(base), fingerprint=fingerprint)
+    with MetricsLog(folder) as log:
+        settings = {"model": str(base), "steps": 77, "data": {"chat": True, "max_length": 32}}
+        log.start(settings, versions={"jax": "9.9"}, device="cpu")
+        log.write({"step": 0, "eval": {"accuracy": 0.111, "n": 50}})
+        log.write({"step": 77, "final": True, "eval": {"accuracy": 0.999, "n": 50}})
+    return folder
+
+
+def logits(source, **options):
+    model = load(source, dtype="float32", **options)
+    tokens = jnp.asarray([[3, 4, 5, 6, 7]])
+    hidden = model.module.apply(model.variables, tokens)
+    return np.asarray(model.module.apply(model.variables, hidden, method="unembed"))
+
+
+def test_a_run_and_its_parts_are_the_same_model(base, run):
+    together = logits(run)
+    np.testing.assert_array_equal(logits(base, adapter=run), together)
+    np.testing.assert_array_equal(logits(run / "adapter"), together)
+    assert np.abs(together - logits(base)).max() > 0.1
+
+
+def test_generate_prints_the_answer(base, run, capsys):
+    arguments = ["--max-new-tokens", "5", "--dtype", "float32"]
+    assert main(["generate", str(base), "--prompt", "a b c", *arguments]) == 0
+    plain = capsys.readouterr().out
+    assert 1 <= len(plain.split()) <= 5
+    assert set(plain.split()) <= set(WORDS)
+    assert main(["generate", str(run), "--prompt", "a b c", "--no-chat", *arguments]) == 0
+    assert capsys.readouterr().out != plain
+
+
+def test_generate_applies_the_chat_template_as_the_run_did(base, run, capsys):
+    arguments = ["--max-new-tokens", "5", "--dtype", "float32"]
+    answers = []
+    for given in ([str(run), "--prompt", "a b"], [str(run), "--prompt", "a b q", "--no-chat"]):
+        assert main(["generate", *given, *arguments]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]  # this template appends " q"
+
+
+def test_generate_reads_standard_input(base, monkeypatch, capsys):
+    answers = []
+    for prompt in ("a b c", "-"):
+        monkeypatch.setattr(sys, "stdin", StringIO("a b c"))
+        assert main(["generate", str(base), "--prompt", prompt, "--max-new-tokens", "3", "--dtype", "float32"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_generate_refuses_settings_before_it_loads_anything(capsys):
+    assert main(["generate", "no/model", "--prompt", "x", "--top-p", "3"]) == 2
+    assert "top_p: expected a share" in capsys.readouterr().err
+
+
+def test_generate_on_a_mesh_says_the_same(run, capsys):
+    arguments = ["generate", str(run), "--prompt", "a b c", "--max-new-tokens", "5", "--dtype", "float32"]
+    answers = []
+    for flags in ([], ["--mesh.data", "-1"], ["--mesh.fsdp", "2"]):
+        assert main([*arguments, *flags]) == 0
+        answers.append(capsys.readouterr().out)
+    assert len(set(answers)) == 1
+
+
+@pytest.mark.parametrize("verb", [["eval"], ["generate", "--prompt", "a"]])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mesh.data", "9"], "--mesh: expected a product that equals the 8 device(s)"),
+        (["--mesh.data", "0"], "--mesh: expected axis sizes of 1 or more"),
+        (["--mesh.tensor", "8"], "--mesh.tensor: expected a divisor of the model's"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(run, capsys, verb, flags, said):
+    assert main([*verb, str(run), *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm"])
+def test_export_writes_an_adapter_that_means_the_same(run, base, tmp_path, capsys, target):
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--output", str(out), "--for", target]) == 0
+    assert f"adapter for {target}, read back and compared" in capsys.readouterr().out
+    np.testing.assert_allclose(logits(base, adapter=out), logits(run), rtol=1e-5, atol=1e-5)
+    assert "0.999" in (out / "README.md").read_text()
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert bool(settings["rank_pattern"]) == (target == "peft")
+
+
+def test_import_checks_an_adapter_and_writes_it_again(run, base, tmp_path):
+    out = tmp_path / "out"
+    assert main(["import", str(run / "adapter"), "--output", str(out)]) == 0
+    np.testing.assert_array_equal(logits(base, adapter=out), logits(run))
+
+
+def test_merge_writes_a_model_that_needs_no_adapter(run, tmp_path):
+    out = tmp_path / "merged"
+    assert main(["merge", str(run), "--output", str(out), "--dtype", "float32"]) == 0
+    np.testing.assert_allclose(logits(out), logits(run), rtol=1e-4, atol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "The adapters are folded into these weights" in card
+    for figure in ("0.111", "0.999", "| steps | 77 |", "jax 9.9"):
+        assert figure in card
+
+
+@pytest.mark.parametrize("verb", ["export", "merge", "import"])
+def test_what_is_there_is_never_overwritten(run, tmp_path, capsys, verb):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main([verb, str(run), "--output", str(tmp_path)]) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_base_alone_has_nothing_to_merge(base, tmp_path, capsys):
+    assert main(["merge", str(base), "--output", str(tmp_path / "out")]) == 2
+    assert "expected an adapter, found a base model" in capsys.readouterr().err
+
+
+def answers_file(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"a b {word}", "choices": ["x", "y z", "k"], "gold": i % 3} for i, word in enumerate("cdefghij")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data, rows
+
+
+def scores(model, row):
+    """Log-probability of each choice per character, one token at a time."""
+    tokenizer, found = model.base.tokenizer, []
+    for choice in row["choices"]:
+        prompt, answer = tokenizer.encode(row["prompt"]), tokenizer.encode(choice)
+        hidden = model.module.apply(model.variables, jnp.asarray([prompt + answer]))
+        logs = jax.nn.log_softmax(model.module.apply(model.variables, hidden, method="unembed")[0])
+        found.append(sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)) / len(choice))
+    return found
+
+
+def test_eval_measures_what_the_model_says(run, tmp_path, capsys):
+    data, rows = answers_file(tmp_path)
+    out = tmp_path / "out.json"
+    arguments = ["--dataset", str(data), "--split", "train", "--no-chat", "--dtype", "float32", "--output", str(out)]
+    assert main(["eval", str(run), *arguments]) == 0
+    model = load(run, dtype="float32")
+    right = np.mean([int(np.argmax(scores(model, row))) == row["gold"] for row in rows])
+    found = json.loads(out.read_text())
+    assert found["accuracy"] == right
+    assert (found["n"], found["adapter"], found["data"]["chat"]) == (8, str(run / "adapter"), False)
+    assert f"data.jsonl[train]: held-out accuracy {right:.3f} (95% interval" in capsys.readouterr().out
+    assert main(["eval", str(run), *arguments]) == 2
+    assert "expected a new file, found one that exists" in capsys.readouterr().err
+
+
+def test_inspect_measures_what_the_blocks_compute(base):
+    """Against the statistics of one unpadded text at a time, added up here."""
+    model = load(base, dtype="float32")
+    summary = inspect_texts(model, TEXTS, max_length=5)
+    observe = jax.jit(lambda tokens: model.module.apply(model.variables, tokens, mutable=["gate_stats"])[1])
+    total = {}
+    for text in TEXTS:
+        written = observe(jnp.asarray([model.base.tokenizer.encode(text)[:5]]))
+        for path, value in trees.flatten(written["gate_stats"]).items():
+            name = path.rpartition("/")[2]
+            total[name] = total.get(name, 0) + np.asarray(value, np.float64)
+    assert total["tokens"].tolist() == [11.0, 11.0, 11.0]
+    expected = layer_summary(total)
+    for name in ("slope", "responsive", "occupancy"):
+        np.testing.assert_allclose(getattr(summary, name), getattr(expected, name), rtol=1e-5)
+    assert np.isnan(summary.misalignment).all()
+    assert ((summary.limit > 0.05) & (summary.limit < 1)).all()
+
+
+def test_inspect_takes_misalignment_from_the_adapter_where_it_moves_the_gate(run):
+    summary = inspect_texts(load(run, dtype="float32"), TEXTS)
+    assert np.isnan(summary.misalignment).tolist() == [False, True, False]  # layer 1's gate is unadapted
+    assert np.isfinite(summary.limit).all()
+
+
+def test_inspect_prints_a_table_and_draws_a_picture(run, tmp_path, capsys):
+    picture = tmp_path / "gates.svg"
+    assert main(["inspect", str(run), "--texts", "a b c", "x y", "--picture", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "silu gates on 2 texts" in " ".join(line.strip() for line in lines[:4])
+    assert [line.split()[0] for line in lines if line.strip()[:1].isdigit()] == ["0", "1", "2"]
+    assert picture.exists()
+
+
+def test_inspect_takes_texts_from_a_data_set(base, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "a b", "completion": f" {word}"}) + "\n" for word in "cdefg"))
+    arguments = ["--dataset", str(data), "--split", "train", "--limit", "3"]
+    assert main(["inspect", str(base), *arguments]) == 0
+    assert "silu gates on 3 texts" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_refuses_a_picture_it_cannot_draw_before_it_loads_anything(capsys):
+    assert main(["inspect", "no/model", "--picture", "gates.jpeg"]) == 2
+    assert "--picture: expected a name that ends in" in capsys.readouterr().err
+
+
+def test_texts_without_tokens_are_refused(base, capsys):
+    assert main(["inspect", str(base), "--texts", " "]) == 2
+    assert "expected at least one text with a token in it" in capsys.readouterr().err
+
+
+def test_data_settings_come_from_the_run_unless_asked_otherwise():
+    run = {"data": {"dataset": "mine.jsonl", "chat": True, "eval_limit": 5, "gone": 1}}
+    assert data_of(run, {"eval_limit": None}) == DataConfig(dataset="mine.jsonl", chat=True, eval_limit=5)
+    assert data_of(run, {"eval_limit": 0, "chat": False}) == DataConfig(dataset="mine.jsonl", eval_limit=0)
+    assert data_of({}, {}) == DataConfig()

@@ -1,0 +1,37 @@
+"""The native kernels as plain C++, which runs everywhere, and with the vectors and the tiles of a CPU that has them.
+
+Where a CPU has vectors only, what is written for tiles is compiled with tiles that are emulated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from nalora_jax.cpu import native
+from nalora_jax.cpu.native import library
+
+EMULATED = Path(__file__).with_name("emulated_tiles.h")
+KINDS = [*library.kinds(), *(["emulated"] if "vectors" in library.kinds() and not library.has_tiles() else [])]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Callers know numbers, not kinds: what this machine's users get, and the last, serve where no module wants all."""
+    if "kernels" in metafunc.fixturenames:
+        every = getattr(metafunc.module, "EVERY_KIND", False)
+        metafunc.parametrize("kernels", KINDS if every else (KINDS[0], KINDS[-1]), indirect=True)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes `nalora_jax.cpu.native` available for a test, whatever the machine."""
+    monkeypatch.setenv("NALORA_NATIVE", request.param)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if request.param == "emulated":
+        flags = ("-DNALORA_TILES", "-include", str(EMULATED), *library._VECTORS)
+        monkeypatch.setitem(library._FLAGS, "emulated", flags)
+        monkeypatch.setattr(library, "kinds", lambda: ("emulated",))
+    assert native.available()
+    return str(request.param)

@@ -1,0 +1,387 @@
+"""Products, attention and the sums over a vocabulary: against NumPy in float64, on random shapes and inputs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.cpu import native
+from nalora_jax.cpu.native import Heads, Slice, Sum, Term
+
+pytestmark = pytest.mark.usefixtures("kernels")
+EVERY_KIND = True
+
+
+def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16)
+
+
+def exact(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def worst(got: jax.Array, want: np.ndarray) -> float:
+    """Largest difference over the largest value."""
+    assert got.shape == want.shape
+    return float(np.abs(exact(got) - want).max() / np.abs(want).max())
+
+
+def in_stack(rng: np.random.Generator, y: jax.Array) -> Slice:
+    """``y`` among two other matrices."""
+    at = int(rng.integers(3))
+    stack = draw(rng, 3, *y.shape).at[at].set(y)
+    return Slice(jax.lax.bitcast_convert_type(stack, jnp.uint16), jnp.asarray(at))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sums_of_products(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sums, wanted = [], []
+    for _ in range(rng.integers(1, 4)):
+        rows, columns = (int(n) for n in rng.integers(1, 200, 2))
+        terms, want = [], np.zeros((rows, columns))
+        for _ in range(rng.integers(1, 4)):
+            depth = int(rng.choice([1, 8, 31, 32, 64, 100, 300]))
+            turned = bool(rng.integers(2))
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
+            terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, turned))
+            want += exact(x) @ (exact(y).T if turned else exact(y))
+        sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
+        wanted.append(want)
+    for got, want, asked in zip(native.products(*sums), wanted, sums, strict=True):
+        assert got.dtype == asked.dtype
+        # Sums in float32, or rounded once to 8 bits.
+        assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 19, 32])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_of_few_rows(turned: bool, rows: int) -> None:
+    """Several sums, two terms, edges everywhere, and depths and widths beyond what is packed at a time."""
+    rng = np.random.default_rng(rows)
+    sums, wanted, bounds = [], [], []
+    for depths, columns, bound in (((577, 3), 1100, 1e-6), ((70,), 45, 1e-6), ((2_070,), 45, 2.5e-6)):
+        terms, want = [], np.zeros((rows, columns))
+        for depth in depths:
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
+            terms.append(Term(x, in_stack(rng, y), turned))
+            want += exact(x) @ (exact(y).T if turned else exact(y))
+        sums += [Sum(terms, dtype) for dtype in ("float32", "bfloat16")]
+        wanted += [want, want]
+        bounds += [bound, 2**-8]
+    for got, want, bound in zip(native.products(*sums), wanted, bounds, strict=True):
+        assert worst(got, want) < bound
+
+
+def test_many_rows_are_shared_by_rows_and_columns() -> None:
+    rng = np.random.default_rng(0)
+    x, y = draw(rng, 1000, 40), draw(rng, 40, 33)
+    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(300, 1100, 700), (33, 20_000, 70)])
+def test_groups_of_columns_are_shared_by_rows(rows: int, depth: int, columns: int) -> None:
+    """Several groups, and rows that are no whole number of what a thread takes; a panel beyond a group's size."""
+    rng = np.random.default_rng(0)
+    x, y = draw(rng, rows, depth), draw(rng, depth, columns)
+    assert worst(native.products(Sum([Term(x, y)]))[0], exact(x) @ exact(y)) < 1e-5
+
+
+def test_a_slice_is_copied_as_it_is_read() -> None:
+    rng = np.random.default_rng(1)
+    y = draw(rng, 40, 50)
+    np.testing.assert_array_equal(in_stack(rng, y).copied(), jax.lax.bitcast_convert_type(y, jnp.uint16))
+
+
+@pytest.mark.parametrize("columns", [64, 70])
+@pytest.mark.parametrize("added", [True, False])
+def test_norms_of_sums(columns: int, added: bool) -> None:
+    rng = np.random.default_rng(columns)
+    x, y, ds = (jnp.asarray(rng.standard_normal((50, columns)), jnp.float32) for _ in range(3))
+    scale, dn = jnp.asarray(rng.standard_normal(columns), jnp.float32), draw(rng, 50, columns)
+    total, held, inverse = native.add_rms(x, y if added else None, 1e-2)
+    np.testing.assert_array_equal(total, x + y if added else x)
+    s = exact(jax.lax.bitcast_convert_type(held, jnp.bfloat16))
+    np.testing.assert_array_equal(s, exact(total.astype(jnp.bfloat16)))
+    r = 1 / np.sqrt((s**2).mean(1, keepdims=True) + 1e-2)
+    assert worst(inverse[:, None], r) < 1e-6
+    assert worst(native.normalise(held, inverse, scale), s * r * exact(scale)) < 2**-8
+    g = exact(dn) * exact(scale)
+    want = exact(ds) + r * (g - s * r**2 * (g * s).mean(1, keepdims=True))
+    assert worst(native.norm_gradient(held, inverse, scale, dn, ds), want) < 1e-6
+
+
+def test_results_are_equal_in_every_run() -> None:
+    rng = np.random.default_rng(0)
+    hidden, table = draw(rng, 300, 64), draw(rng, 2000, 64)
+    runs = [native.over_vocabulary(hidden, table, 300, turned=True) for _ in range(5)]
+    for run in runs[1:]:
+        for one, other in zip(runs[0], run, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_products_pass_on_what_is_not_a_number() -> None:
+    x = jnp.ones((40, 40), jnp.bfloat16).at[3, 5].set(jnp.nan)
+    for dtype in ("float32", "bfloat16"):
+        (y,) = native.products(Sum([Term(x, jnp.ones((40, 50), jnp.bfloat16))], dtype))
+        assert bool(jnp.isnan(y[3]).all())
+        assert not bool(jnp.isnan(y[4]).any())
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [Term(jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((9, 4), jnp.bfloat16))],
+        [Term(jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((9, 4), jnp.bfloat16), True)],
+        [Term(jnp.zeros((4, 8), jnp.float32), jnp.zeros((8, 4), jnp.bfloat16))],
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(terms: list[Term]) -> None:
+    with pytest.raises(AssertionError):
+        native.products(Sum(terms))
+
+
+def test_the_library_refuses_what_python_did_not_check() -> None:
+    call = native._call("products", [jax.ShapeDtypeStruct((4, 4), jnp.float32)])
+    x, y = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((9, 4), jnp.uint16)
+    one, none = np.array([1]), np.array([0])
+    with pytest.raises(Exception, match="shapes do not fit"):
+        call(x, y, terms=one, turned=none, stacked=none)
+    with pytest.raises(Exception, match="operands do not fit the terms"):
+        call(x, y, terms=one, turned=np.array([0, 0]), stacked=none)
+    with pytest.raises(Exception, match="operands do not fit the terms"):
+        call(x, y[None], terms=one, turned=none, stacked=one)
+    for at in (-1, 1):
+        with pytest.raises(Exception, match="an index is outside of its stack"):
+            call(x, jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at), terms=one, turned=none, stacked=one)
+
+
+def test_the_library_refuses_norms_that_do_not_fit() -> None:
+    held, row, scale = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((4,), jnp.float32), jnp.zeros((7,), jnp.float32)
+    with pytest.raises(Exception, match="nalora_normalise: shapes do not fit"):
+        jax.block_until_ready(native.normalise(held, row, scale))
+
+
+def test_statistics_refuse_rows_that_are_not_there() -> None:
+    z, row = jnp.zeros((4, 8), jnp.bfloat16), jnp.zeros((1,), jnp.float32)
+    for rows, probed in (([4], [0]), ([0], [-1])):
+        sampled = native.Sampled(z, jnp.array(rows), row, jnp.array(probed), jnp.zeros((1, 8)), row)
+        with pytest.raises(Exception, match="a row that z does not have"):
+            jax.block_until_ready(native.gate_statistics(sampled, native.Logistic(1.0, 0.0), (-1.0, 4.0)))
+
+
+def gate64(z: np.ndarray, a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
+    """The selection weight and its derivative."""
+    rho = 1 / (1 + np.exp(-(a * z + b * z**3)))
+    return rho, rho * (1 - rho) * (a + 3 * b * z**2)
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.702, 0.0), (1.5957691, 0.0713548)])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(64, 96, 8), (50, 70, 3), (9, 32, 0), (5, 33, 1)])
+def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coefficients: tuple[float, float]) -> None:
+    rng = np.random.default_rng(rows)
+    logistic = native.Logistic(*coefficients)
+    z, u, g = draw(rng, rows, columns, scale=4), draw(rng, rows, columns), draw(rng, rows, columns)
+    # Runs of rows with weights and without, and rows without in a run that has some.
+    weights, probe_weights = (
+        jnp.asarray((rng.integers(0, 2, -(-rows // 8)).repeat(8)[:rows] * rng.integers(0, 3, rows)), jnp.float32)
+        for _ in range(2)
+    )
+    hidden = jnp.asarray(rng.standard_normal((rows, rank)), jnp.float32)
+    b = jnp.asarray(0.1 * rng.standard_normal((rank, columns)), jnp.float32)
+    cuts = (-1.0, 2.5)
+    out, sums = native.gate_measured(z, u, native.Measured(weights, probe_weights, hidden, b), logistic, cuts)
+    np.testing.assert_array_equal(out, native.gate(z, u, logistic))
+
+    z64, dz = exact(z), exact(hidden) @ exact(b)
+    rho, slope = gate64(z64, *coefficients)
+    assert worst(out, z64 * rho * exact(u)) < 2**-8
+    frozen, frozen_slope = gate64(z64 - dz, *coefficients)
+    per_row = [np.abs(rho + z64 * slope), *(z64 < cut for cut in (cuts[0], 0, cuts[1]))]
+    moved = [frozen * dz, (rho - frozen) * z64, (z64 - dz) * frozen_slope * dz]
+    want = [(exact(weights)[:, None] * x).sum(0) for x in per_row]
+    want += [(exact(probe_weights)[:, None] * np.abs(x)).sum(0) for x in moved]
+    for got, right in zip(sums, want, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
+
+    dz, du, again = native.gate_gradient(z, u, g, logistic, product=True)
+    np.testing.assert_array_equal(again, out)
+    assert worst(dz, exact(g) * exact(u) * (rho + z64 * slope)) < 2**-8
+    assert worst(du, exact(g) * z64 * rho) < 2**-8
+    for one, same in zip((dz, du, None), native.gate_gradient(z, u, g, logistic), strict=True):
+        np.testing.assert_array_equal(one, same)
+
+
+def test_statistics_do_not_read_what_has_no_weight() -> None:
+    z = jnp.zeros((16, 32), jnp.bfloat16).at[:8].set(jnp.nan)
+    weights, hidden = jnp.ones(16).at[:8].set(0), jnp.ones((16, 1))
+    measured = native.Measured(weights, weights, hidden, jnp.ones((1, 32)))
+    _, sums = native.gate_measured(z, z, measured, native.Logistic(1.0, 0.0), (-1.0, 1.0))
+    assert bool(jnp.isfinite(sums).all())
+
+
+def test_gates_far_from_zero_are_steps() -> None:
+    z = jnp.asarray([[-3e38, -1e4, -200, 200, 1e4, 3e38, jnp.inf, jnp.nan]], jnp.bfloat16)
+    for logistic in (native.Logistic(1.0, 0.0), native.Logistic(1.6, 0.07)):
+        out = np.asarray(native.gate(z, jnp.ones_like(z), logistic), np.float32)
+        np.testing.assert_allclose(out[0, 1:3], 0, atol=1e-25)
+        np.testing.assert_array_equal(out[0, 3:7], np.asarray(z, np.float32)[0, 3:7])
+        assert np.isnan(out[0, 7])
+
+
+def places(rng: np.random.Generator, batch: int, seq: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segments of rows of three segments, the first row with padding; or of plain rows."""
+    if not packed:
+        return np.arange(seq)[None], np.ones((1, seq), int)
+    segments, positions = np.zeros((batch, seq), int), np.zeros((batch, seq), int)
+    for row in range(batch):
+        starts = np.array([0, *np.sort(rng.choice(np.arange(1, seq), 2, replace=False))])
+        segments[row] = np.searchsorted(starts, np.arange(seq), side="right")
+        positions[row] = np.arange(seq) - starts[segments[row] - 1]
+    segments[0, -3:] = 0
+    return positions, segments
+
+
+def attention64(heads: Heads, softcap: float, g: np.ndarray) -> list[np.ndarray]:
+    """Result, log-sum-exps and the gradients of q, k and v for the cotangent ``g``, by the book."""
+    q, k, v = (exact(x) for x in heads[:3])
+    groups = q.shape[2] // k.shape[2]
+    k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
+    products = np.einsum("bqhd,bkhd->bhqk", q, k)
+    scores = softcap * np.tanh(products / softcap) if softcap else products
+    positions, segments = (np.asarray(x) for x in heads[3:5])
+    ahead = positions[:, :, None] - positions[:, None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < heads.window)
+    scores = np.where(seen[:, None], scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    total = np.exp(scores - top).sum(-1, keepdims=True)
+    weights = np.exp(scores - top) / total
+    out = np.einsum("bhqk,bkhd->bqhd", weights, v)
+    back = np.einsum("bqhd,bkhd->bhqk", g, v)
+    slope = weights * (back - np.einsum("bqhd,bqhd->bhq", g, out)[..., None])
+    if softcap:
+        slope = slope * (1 - np.where(seen[:, None], scores / softcap, 0) ** 2)
+    dq = np.einsum("bhqk,bkhd->bqhd", slope, k)
+    dk, dv = np.einsum("bhqk,bqhd->bkhd", slope, q), np.einsum("bhqk,bqhd->bkhd", weights, g)
+    dk, dv = (x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (dk, dv))
+    return [out, (top + np.log(total))[..., 0], dq, dk, dv]
+
+
+@pytest.mark.parametrize(
+    ("batch", "slots", "heads", "kv_heads", "dim", "window", "softcap"),
+    [
+        (2, 64, 6, 2, 64, 2**30, 0.0),
+        (3, 45, 4, 4, 48, 2**30, 5.0),
+        (1, 150, 5, 1, 80, 20, 0.0),
+        (2, 7, 16, 2, 32, 3, 2.0),
+    ],
+)
+def test_attention_of_a_token_to_a_cache(
+    batch: int, slots: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float
+) -> None:
+    """The token is the last of a sequence whose others are cached: with padding before them, and empty slots behind."""
+    rng = np.random.default_rng(slots)
+    q, k, v = (draw(rng, batch, slots + 1, n, dim) for n in (heads, kv_heads, kv_heads))
+    segments = np.ones((batch, slots + 1), int)
+    for row in range(batch):
+        first, last = rng.integers(0, slots // 3), rng.integers(slots // 2, slots)
+        segments[row, :first] = segments[row, last:slots] = 0
+    positions = np.cumsum(segments, axis=1) - 1
+    want = attention64(Heads(0.3 * exact(q), k, v, positions, segments, window), softcap, np.zeros(q.shape))[0][:, -1:]
+
+    def stack(x: jax.Array, *order: int) -> Slice:
+        bits = jax.lax.bitcast_convert_type(x[:, :slots].transpose(0, *order), jnp.uint16)
+        return Slice(jnp.stack([bits + 1, bits]), jnp.asarray(1))
+
+    cached = native.Cached(stack(k, 2, 3, 1), stack(v, 2, 1, 3), positions[:, :slots], segments[:, :slots])
+    new = (x[:, slots:].astype(jnp.float32) for x in (q, k, v))
+    heads_of_token = Heads(*new, positions[:, slots:], segments[:, slots:], window)
+    assert worst(native.cached_attention(heads_of_token, cached, 0.3, softcap), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "kv_heads", "dim", "window", "softcap", "packed"),
+    [
+        (2, 128, 3, 1, 64, 2**30, 0.0, False),
+        (1, 40, 4, 2, 48, 2**30, 0.0, False),
+        (2, 100, 2, 2, 32, 17, 0.0, True),
+        (2, 300, 4, 2, 64, 2**30, 5.0, True),
+        (1, 520, 2, 1, 80, 200, 0.0, True),
+        (3, 7, 2, 1, 16, 2**30, 0.0, False),
+        (2, 33, 1, 1, 8, 3, 2.0, True),
+        (1, 256, 2, 1, 64, 2**30, 0.0, True),
+    ],
+)
+def test_attention_and_its_gradient(
+    batch: int, seq: int, heads: int, kv_heads: int, dim: int, window: int, softcap: float, packed: bool
+) -> None:
+    rng = np.random.default_rng(seq)
+    q, k, v = draw(rng, batch, seq, heads, dim, scale=dim**-0.5), *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv")
+    given = Heads(q, k, v, *(jnp.asarray(x) for x in places(rng, batch, seq, packed)), window)
+    g = draw(rng, *q.shape)
+    out, logsumexp = native.attention(given, softcap)
+    want = attention64(given, softcap, exact(g))
+    assert worst(logsumexp, want[1]) < 1e-6
+    # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
+    assert worst(out, want[0]) < 2**-7
+    for held in (out,) if native.needs_result(seq, softcap) else (out, None):
+        gradients = native.attention_gradient(given, held, logsumexp, g, softcap)
+        for got, expected in zip(gradients, want[2:], strict=True):
+            assert worst(got, expected) < 2**-7
+
+
+def test_positions_of_one_row_serve_them_all() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (draw(rng, 2, 40, 2, 32) for _ in "qkv")
+    positions, segments = jnp.arange(40)[None], jnp.asarray(rng.integers(1, 3, (2, 1)) * np.ones((1, 40), int))
+    mixed = native.attention(Heads(q, k, v, positions, segments, 2**30))
+    whole = native.attention(Heads(q, k, v, jnp.tile(positions, (2, 1)), segments, 2**30))
+    for one, other in zip(mixed, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (draw(rng, 1, 40, 1, 32) for _ in "qkv")
+    given = Heads(q, k.at[0, 20].set(jnp.nan), v, jnp.arange(40)[None], jnp.ones((1, 40), jnp.int32), 2**30)
+    out, _ = native.attention(given)
+    assert not bool(jnp.isnan(out[0, :20]).any())
+    assert bool(jnp.isnan(out[0, 20:]).all())
+
+
+@pytest.mark.parametrize(
+    ("rows", "d_model", "vocab", "turned", "scale", "softcap", "count"),
+    [
+        (70, 64, 1000, True, 1.0, 0.0, 70),
+        (33, 48, 513, False, 0.5, 0.0, 20),
+        (600, 96, 2000, True, 1.0, 30.0, 600),
+        (40, 100, 512, False, 1.0, 5.0, 40),
+        (1200, 1056, 700, True, 1.0, 0.0, 1100),  # more sums than one thread keeps at a time
+        (5, 32, 9, True, 1.0, 0.0, 0),
+    ],
+)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_sums_over_a_vocabulary(
+    rows: int, d_model: int, vocab: int, turned: bool, scale: float, softcap: float, count: int, gradient: bool
+) -> None:
+    rng = np.random.default_rng(rows)
+    hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
+    given = table if turned else table.T
+    options = {"turned": turned, "scale": scale, "softcap": softcap, "gradient": gradient}
+    top, total, attended = native.over_vocabulary(hidden, given, count, **options)
+    logits, slope = scale * exact(hidden) @ exact(table).T, scale * np.ones((rows, vocab))
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+        slope *= 1 - (logits / softcap) ** 2
+    if count:
+        np.testing.assert_allclose(top[:count], logits.max(1)[:count], rtol=1e-5, atol=1e-5)
+        exps = np.exp(logits - exact(top)[:, None])
+        np.testing.assert_allclose(total[:count], exps.sum(1)[:count], rtol=1e-4)
+        if gradient:
+            assert worst(attended[:count], ((exps * slope) @ exact(table))[:count]) < 2**-7
+    np.testing.assert_array_equal(top[count:], 0)
+    np.testing.assert_array_equal(total[count:], 1)
+    np.testing.assert_array_equal(attended[count:], 0)
+    assert attended.shape == (rows, d_model if gradient else 0)

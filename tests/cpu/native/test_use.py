@@ -1,0 +1,432 @@
+"""What calls the native kernels computes what XLA computes, to the rounding of bf16, and so does a whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from nalora_jax import activations, distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    DebugConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+)
+from nalora_jax.cpu import native
+from nalora_jax.errors import NaloraError
+from nalora_jax.generate import Generator
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.nn import ffn
+from nalora_jax.nn.attention import Keys, Scoring, attention
+from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics, gated_product
+from nalora_jax.nn.fused_lora import adapted_matmul
+from nalora_jax.nn.layers import ResidualNorm
+from nalora_jax.nn.lora import Probe
+from nalora_jax.nn.loss import Head, cross_entropy
+from nalora_jax.nn.low_rank import TargetSpec
+from nalora_jax.nn.matmul import Numerics, expand, in_stacks, matmul, numerics_for, pack, pack_views
+from nalora_jax.nn.side_by_side import Adapter, Projection, project
+from nalora_jax.selection import sampled
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.assembly import assemble
+
+pytestmark = pytest.mark.usefixtures("kernels")
+CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", fused=True)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The native kernels that were asked for since the test began."""
+    names: list[str] = []
+    call = native._call
+    monkeypatch.setattr(native, "_call", lambda name, *shapes: names.append(name) or call(name, *shapes))
+    return names
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch, called: list[str]) -> Callable[..., tuple[Any, Any]]:
+    """A function's results with the native kernels, which must have been called, and without."""
+
+    def run(function: Callable[[], Any], *, expected: bool = True) -> tuple[Any, Any]:
+        with monkeypatch.context() as context:
+            with_kernels = jax.device_get(function())
+            count = len(called)
+            jax.clear_caches()
+            context.setenv("NALORA_NATIVE", "0")
+            without = jax.device_get(function())
+        assert len(called) == count
+        assert (count > 0) == expected
+        return with_kernels, without
+
+    return run
+
+
+def close(one: Any, other: Any, share: float = 2**-7) -> None:
+    """Equal but for bf16's rounding."""
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.abs(x - y).max() <= share * max(np.abs(y).max(), 1e-6)
+
+
+def draw(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widths", [(64, 96), (96, 64)])
+def test_adapted_products(widths: tuple[int, int], result: str, both: Any) -> None:
+    d_in, d_out = widths
+    x, kernel, a, b, mask = draw(0, (2, 40, d_in), (d_in, d_out), (d_in, 6), (6, d_out), (d_out,))
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            numerics, weights = replace(CPU, result=result), jnp.abs(mask)
+            y, back = jax.vjp(lambda x, a, b: adapted_matmul(x, kernel, a, b, 0.5, weights, numerics), *given)
+            return y, back(jnp.sin(y))
+
+        return value_and_gradients(x, a, b)
+
+    close(*both(run))
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+def test_frozen_products(result: str, both: Any) -> None:
+    x, kernel = draw(0, (2, 40, 64), (64, 96))
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradient(x: jax.Array) -> Any:
+            y, back = jax.vjp(lambda x: matmul(x, kernel.astype(jnp.bfloat16), replace(CPU, result=result)), x)
+            return y, back(jnp.sin(y))
+
+        y, (dx,) = value_and_gradient(x)
+        assert (y.dtype, dx.dtype) == (result, jnp.float32)
+        return y, dx
+
+    close(*both(run))
+
+
+def in_stack(kernel: jax.Array) -> native.Slice:
+    stack = jnp.stack([0 * kernel, kernel]).astype(jnp.bfloat16)
+    return native.Slice(jax.lax.bitcast_convert_type(stack, jnp.uint16), jnp.asarray(1))
+
+
+def test_layers_side_by_side_are_each_layer_alone(both: Any) -> None:
+    """Of three: with an adapter and a mask, with an adapter, and with none; the last two read from a stack."""
+    x, w1, w2, w3, a1, b1, a2, b2, mask = draw(
+        5, (2, 40, 64), (64, 96), (64, 32), (64, 64), (64, 6), (6, 96), (64, 3), (3, 32), (96,)
+    )
+    numerics, mask = replace(CPU, result="bfloat16"), jnp.abs(mask)
+    kernels = w1, in_stack(w2), in_stack(w3)
+
+    def results(together: bool) -> Any:
+        def ys(x: jax.Array, a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array) -> list[jax.Array]:
+            parts = [
+                Projection(kernels[0], Adapter(a1, b1, 0.5, mask)),
+                Projection(kernels[1], Adapter(a2, b2, 2.0)),
+                Projection(kernels[2]),
+            ]
+            if together:
+                return [made.y for made in project(x, parts, numerics)]
+            y = adapted_matmul(x, expand(kernels[0]), a1, b1, 0.5, mask, numerics)
+            other = adapted_matmul(x, expand(kernels[1]), a2, b2, 2.0, None, numerics)
+            return [y, other, matmul(x, expand(kernels[2]), numerics)]
+
+        @jax.jit
+        def run(*given: jax.Array) -> Any:
+            values, back = jax.vjp(ys, *given)
+            return values, back([jnp.sin(y) for y in values])
+
+        return run(x, a1, b1, a2, b2)
+
+    with_kernels = jax.device_get(results(True))
+    close(with_kernels, both(lambda: results(False))[1], share=2**-6)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_norms_of_a_residual_stream(added: bool, both: Any) -> None:
+    x, y = draw(6, (2, 40, 48), (2, 40, 48))
+    norm = ResidualNorm(1e-2, 1.0, numerics_for("bfloat16", "cpu"))
+    params = {"params": {"scale": jnp.linspace(-0.5, 0.5, 48)}}
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            (total, normed), back = jax.vjp(lambda *g: norm.apply(params, *g), *given)
+            return (total, normed), back((jnp.cos(total), jnp.sin(normed).astype(normed.dtype)))
+
+        return value_and_gradients(*((x, y) if added else (x,)))
+
+    close(*both(run), share=2**-6)
+
+
+def test_kernels_stay_in_their_stacks() -> None:
+    params = init_params(BASE, jax.random.key(1), jnp.bfloat16)
+    scanned, stacks = in_stacks(pack(params))
+    paths = {f"{path}/kernel" for path in projection_shapes(BASE)}
+    assert set(trees.flatten(stacks)) == paths
+    for path, leaf in trees.flatten(scanned).items():
+        assert leaf.shape == ((BASE.n_layers,) if path in paths else trees.flatten(params)[path].shape)
+
+
+def test_a_step_copies_no_kernel() -> None:
+    text = lowered(CONFIG)
+    for path, (d_in, d_out) in projection_shapes(BASE).items():
+        assert f"tensor<{BASE.n_layers}x{d_in}x{d_out}xui16>" in text, path
+        assert f"-> tensor<1x{d_in}x{d_out}xui16>" not in text, path
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_attention(softcap: float, both: Any) -> None:
+    q, k, v = draw(1, (2, 70, 4, 16), (2, 70, 2, 16), (2, 70, 2, 16))
+    positions = jnp.asarray(np.r_[np.arange(30), np.arange(40)][None])
+    segments = jnp.asarray(np.r_[np.full(30, 1), np.full(40, 2)][None])
+    scoring = Scoring(0.25, softcap, "bfloat16", "bfloat16")
+
+    def run() -> Any:
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            out, back = jax.vjp(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 25, scoring), *given)
+            return out, back(jnp.sin(out))
+
+        return value_and_gradients(q, k, v)
+
+    close(*both(run))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("viewed", [True, False])
+def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any) -> None:
+    """Rows along the sequence are for meshes that split the batch, and stay XLA's."""
+    (hidden,) = draw(2, (2, 30, 32))
+    table = draw(3, (700, 32) if transposed else (32, 700))[0].astype(jnp.bfloat16)
+    table = pack_views(table, rank=2) if viewed else table
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, 700, (2, 30)))
+    weights = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 30)) < 0.6, jnp.float32)
+    head = Head(transposed, "bfloat16", softcap=9.0, scale=0.3)
+
+    def run() -> Any:
+        loss = lambda h: cross_entropy(h, table, targets, weights, head=head, compact=compact)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(hidden), jax.jit(loss)(hidden)
+
+    # XLA's own loss multiplies natively, too.
+    close(*both(run))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "quick_gelu", "gelu", "mish"])
+def test_gated_products(name: str, both: Any) -> None:
+    """The last two are no logistic functions, and stay XLA's."""
+    z, u, g = (3 * x.astype(jnp.bfloat16) for x in draw(4, *[(3, 7, 33)] * 3))
+    activation = activations.get(name)
+
+    def run() -> Any:
+        out, back = jax.vjp(lambda z, u: gated_product(z, u, activation, "bfloat16")[0], z, u)
+        return out, back(g)
+
+    with_kernels, without = both(run, expected=activation.logistic is not None)
+    close(with_kernels, without)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize(("batch", "seq", "stride", "probe_stride"), [(2, 32, 1, 4), (3, 10, 2, 3), (4, 64, 4, 8)])
+def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any) -> None:
+    rng = np.random.default_rng(seq)
+    z = jnp.asarray(3 * rng.standard_normal((batch, seq, 70)), jnp.bfloat16)
+    taken = sampled(z, probe_stride).astype(jnp.float32)
+    delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
+    weights = jnp.asarray(rng.integers(0, 2, (batch, seq)), bool)
+    config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
+    close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config)), share=1e-4)
+
+
+def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
+    z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
+    delta = (hidden @ b).reshape(2, 8, 70)
+    probe = Probe(sampled(z.astype(jnp.bfloat16), 4).astype(jnp.float32) - delta, delta, (hidden, b))
+    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4)
+    close(*both(lambda: gate_statistics(*given)), share=1e-4)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("adapted", ["gate_proj up_proj down_proj", "gate_proj", "down_proj", ""])
+def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: Any) -> None:
+    x, g = draw(9, (2, 64, 48), (2, 64, 48))
+    adapters = ffn.Adapters(tuple((target, TargetSpec((4,), (4.0,))) for target in adapted.split()))
+    stats = GateStatsConfig(stride=2, probe_stride=4)
+    scales = dict.fromkeys(adapted.split(), 0.5)
+    weights = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, 64)))
+
+    def run() -> Any:
+        block = ffn.GatedFFN(48, 80, name, adapters, use_bias, numerics_for("bfloat16", "cpu"), stats)
+        variables = block.init(jax.random.key(0), x)
+        # Biases and B are zero to begin with.
+        variables = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables)
+        variables["params"] = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"])
+        mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
+
+        def value(lora: Any, x: jax.Array) -> Any:
+            given = {"params": variables["params"], "lora": lora} | mask
+            return block.apply(given, x, scales, token_weights=weights, mutable=["gate_stats"])
+
+        @jax.jit
+        def value_and_gradients(lora: Any, x: jax.Array) -> Any:
+            y, back, written = jax.vjp(value, lora, x, has_aux=True)
+            return y, back(g), written["gate_stats"]
+
+        return value_and_gradients(variables.get("lora", {}), 3 * x)
+
+    with_kernels, without = both(run)
+    # Counts, of numbers whose rounding may take them over a cut.
+    occupied = [results[2].pop("occupancy") for results in (with_kernels, without)]
+    assert (occupied[1].sum(1) > 0).all()
+    np.testing.assert_allclose(*occupied, atol=2)
+    for one, other, share in zip(with_kernels, without, (2**-6, 2**-5, 2**-5), strict=True):
+        close(one, other, share)
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "dots"])
+def test_a_rematerialised_step_measures_once(remat: str) -> None:
+    """Statistics and h are made in the forward pass alone; the backward pass makes h with the gradients."""
+    text = lowered(replace(CONFIG, compute=replace(CONFIG.compute, remat=remat)))
+    assert [text.count(f"nalora_{name}_") for name in ("gate_measured", "gate_gradient", "gate")] == [1, 1, 2]
+
+
+BASE = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+)
+CONFIG = RunConfig(
+    steps=8,
+    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
+    mask=MaskConfig(warmup=1),
+    step_scale=StepScaleConfig(warmup=1),
+    optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
+    compute=ComputeConfig(dtype="bfloat16", probe_stride=1),
+)
+
+
+def assembled(config: RunConfig) -> tuple[Any, Any, Any]:
+    """A small decoder, its weights, and their mesh."""
+    mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = init_params(BASE, jax.random.key(1))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    return assemble(config, BASE, params, mesh), params, mesh
+
+
+def batch_of(seed: int, mesh: Any) -> Any:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 96, (1, 8, 17)).astype(np.int32)
+    batch = {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "loss_weights": (rng.uniform(size=(1, 8, 16)) < 0.7).astype(np.float32),
+        "segment_ids": np.ones((1, 8, 16), np.int32),
+        "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (1, 8, 16)),
+    }
+    return distributed.make_global_batch(batch, mesh, rows_axis=1)
+
+
+def lowered(config: RunConfig) -> str:
+    """The program of a step, as XLA gets it."""
+    assembly, params, mesh = assembled(config)
+    return assembly.step.lower(assembly.view(params), assembly.state, batch_of(0, mesh)).as_text()
+
+
+def steps(config: RunConfig, count: int = 3) -> Any:
+    """Adapters and losses after some steps of a small decoder, from adapters with B nonzero."""
+    assembly, params, mesh = assembled(config)
+    rng = np.random.default_rng(3)
+
+    def shaken(path: str, x: jax.Array) -> jax.Array:
+        return (
+            jax.device_put((rng.normal(size=x.shape) * 0.2).astype(np.float32), x.sharding)
+            if path.endswith("/b")
+            else x
+        )
+
+    state, losses = assembly.state._replace(lora=trees.map_named(shaken, assembly.state.lora)), []
+    for i in range(count):
+        state, metrics = assembly.step(assembly.view(params), state, batch_of(i, mesh))
+        losses.append(metrics["loss"])
+    return jax.device_get((state.lora, losses))
+
+
+def test_three_steps_of_a_model(both: Any) -> None:
+    assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
+    (lora, losses), (lora_xla, losses_xla) = both(lambda: steps(CONFIG))
+    np.testing.assert_allclose(losses, losses_xla, rtol=2e-3)
+    start = steps(CONFIG, 0)[0]
+    for path, moved in trees.flatten(jax.tree.map(np.subtract, lora, start)).items():
+        want = trees.flatten(jax.tree.map(np.subtract, lora_xla, start))[path]
+        # Masks choose channels by thresholds, which roundings may cross: in norm, not element by element.
+        assert np.linalg.norm(moved - want) < 0.1 * np.linalg.norm(want), path
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
+def test_rematerialisation_changes_roundings_at_most(remat: str) -> None:
+    """What is made again is made by the same kernels."""
+    other = replace(CONFIG, compute=replace(CONFIG.compute, remat=remat))
+    for one, same in zip(*map(jax.tree.leaves, (steps(CONFIG, 1), steps(other, 1))), strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_generated_text(rows: int, kernels: str, both: Any, called: list[str]) -> None:
+    """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
+    params = jax.tree.map(lambda x: 4 * x, init_params(BASE, jax.random.key(1)))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+    numerics = numerics_for("bfloat16", "cpu")
+    prompts = np.random.default_rng(rows).integers(0, 96, (rows, 9)).tolist()
+    words = tokenizers.models.WordLevel({str(i): i for i in range(96)}, unk_token="0")
+    tokenizer = Tokenizer(tokenizers.Tokenizer(words), bos_id=None, eos_id=0, pad_id=0, eos_ids=(0,))
+
+    def made() -> list[tuple[int, ...]]:
+        jax.clear_caches()
+        generator = Generator(Decoder(BASE, numerics=numerics), {"params": params}, tokenizer)
+        return [tuple(text.ids) for text in generator.complete(prompts, max_new_tokens=6, stop_ids=())]
+
+    with_kernels, without = both(made)
+    assert with_kernels == without
+    assert ("cached_attention" in called) == (kernels != "floats")
+    assert all(len(set(ids)) > 1 for ids in with_kernels)
+
+
+def test_the_same_bits_twice() -> None:
+    for one, other in zip(*map(jax.tree.leaves, (steps(CONFIG), steps(CONFIG))), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
+    steps(debug, 1)  # the sound model passes
+    monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+        steps(debug, 1)

@@ -1,0 +1,290 @@
+"""Linen modules that know nothing of this library: adapted by a keymap and rules, with both mechanisms on."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nalora_jax import activations, trees
+from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.integrations import adapt_linen
+from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
+from nalora_jax.nn.low_rank import TargetSpec
+from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
+
+D, F, HEADS, VOCAB, LAYERS = 16, 40, 2, 30, 3
+RULES = LoRAConfig(rules=(LoRARule("ffn/", 4), LoRARule("attn/(query|out)", 2)))
+
+
+class MLP(nn.Module):
+    """Names as T5 has them; the activation of wi_0 is the gate's."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.silu(nn.Dense(F, use_bias=False, name="wi_0")(x)) * nn.Dense(F, use_bias=False, name="wi_1")(x)
+        return nn.Dense(D, use_bias=False, name="wo")(hidden)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: Any = None) -> tuple[jax.Array, None]:
+        x = x + nn.MultiHeadDotProductAttention(HEADS, name="attn")(nn.LayerNorm()(x))
+        return x + MLP(name="mlp")(nn.LayerNorm()(x)), None
+
+
+class Unrolled(nn.Module):
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(VOCAB, D, name="embed")(tokens)
+        for i in range(LAYERS):
+            x, _ = Block(name=f"block_{i}")(x)
+        return nn.Dense(VOCAB, name="head")(x)
+
+
+class Scanned(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(VOCAB, D, name="embed")(tokens)
+        block = nn.remat(Block) if self.remat else Block
+        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        x, _ = stack(name="blocks")(x, None)
+        return nn.Dense(VOCAB, name="head")(x)
+
+
+UNROLLED = [
+    (r"block_(\d+)/mlp/wi_0", r"layers/\1/ffn/gate_proj"),
+    (r"block_(\d+)/mlp/wi_1", r"layers/\1/ffn/up_proj"),
+    (r"block_(\d+)/mlp/wo", r"layers/\1/ffn/down_proj"),
+]
+SCANNED = [(pattern.replace(r"block_(\d+)", "blocks"), to.replace(r"\1/", "")) for pattern, to in UNROLLED]
+TOKENS = jax.random.randint(jax.random.key(9), (4, 12), 0, VOCAB)
+
+
+def trained_like(lora: Any) -> Any:
+    """B away from zero."""
+    keys = iter(jax.random.split(jax.random.key(5), len(jax.tree.leaves(lora))))
+    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), lora)
+
+
+def stacked(unrolled: Any) -> Any:
+    """Parameters of `Unrolled` as `Scanned` holds them."""
+    params = dict(unrolled["params"])
+    blocks = [params.pop(f"block_{i}") for i in range(LAYERS)]
+    return {"params": {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
+
+
+def stacked_lora(lora: Any) -> Any:
+    """Adapters of `Unrolled` as those of `Scanned`."""
+    layers = [lora["layers"][str(i)]["ffn"] for i in range(LAYERS)]
+    return {"layers": {"ffn": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
+
+
+def loss(call: Any) -> jax.Array:
+    logits = call(TOKENS)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], TOKENS[:, 1:]).mean()
+
+
+def test_an_mlp_is_the_native_block_on_the_same_weights() -> None:
+    """Value, masked gradients and statistics: everything that the mechanisms see."""
+    x = jax.random.normal(jax.random.key(0), (2, 10, D))
+    weights = jnp.arange(20).reshape(2, 10) % 3 > 0
+    variables = MLP().init(jax.random.key(1), x)
+    names = {"wi_0": "gate_proj", "wi_1": "up_proj", "wo": "down_proj"}
+    rules = LoRAConfig(rules=(LoRARule("_proj", 4, 12.0),))
+    every = GateStatsConfig(probe_stride=1)  # a stride counts along all tokens here, along each row there
+    adapted = adapt_linen(MLP(), variables, (x,), keymap=list(names.items()), lora=rules, stats=every)
+    lora = trained_like(adapted.init(jax.random.key(2)))
+    mask = jax.random.uniform(jax.random.key(3), (F,))
+
+    target = TargetSpec((4,), (12.0,))
+    native = GatedFFN(D, F, adapters=Adapters(tuple((name, target) for name in names.values())), stats=every)
+    scales = dict.fromkeys(names.values(), 3.0)
+    params = {ours: variables["params"][theirs] for theirs, ours in names.items()}
+
+    def native_loss(lora: Any) -> Any:
+        collections = {"params": params, "lora": lora, "gate_mask": {"mask": mask}}
+        y, written = native.apply(collections, x, scales, token_weights=weights, mutable=["gate_stats"])
+        return jnp.sum(y**2), written["gate_stats"]
+
+    (want, want_stats), want_grads = jax.value_and_grad(native_loss, has_aux=True)(lora)
+    got, grads, stats = adapted.gradients(
+        lambda call: jnp.sum(call(x) ** 2), variables, lora, gate_mask={"": mask}, token_weights=weights
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for path, leaf in trees.flatten(want_grads).items():
+        np.testing.assert_allclose(trees.flatten(grads)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+    plain = adapted.gradients(lambda call: jnp.sum(call(x) ** 2), variables, lora)[1]
+    assert np.abs(plain["gate_proj"]["a"] - grads["gate_proj"]["a"]).max() > 0.1  # the mask did act
+    assert sorted(stats[""]) == sorted(want_stats)
+    for name in want_stats:
+        np.testing.assert_allclose(stats[""][name], want_stats[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_are_the_unrolled_ones(remat: bool) -> None:
+    variables = Unrolled().init(jax.random.key(0), TOKENS)
+    unrolled = adapt_linen(Unrolled(), variables, (TOKENS,), keymap=UNROLLED, lora=LoRAConfig())
+    lora = trained_like(unrolled.init(jax.random.key(1)))
+    masks = {f"layers/{i}/ffn": jax.random.uniform(jax.random.key(i), (F,)) for i in range(LAYERS)}
+    value, grads, stats = unrolled.gradients(loss, variables, lora, gate_mask=masks)
+
+    module, packed = Scanned(remat), stacked(variables)
+    scanned = adapt_linen(module, packed, (TOKENS,), keymap=SCANNED, lora=LoRAConfig())
+    assert scanned.gate_shapes == {"layers/ffn": (LAYERS, F)}
+    masks_of_stack = {"layers/ffn": jnp.stack(list(masks.values()))}
+    got, got_grads, got_stats = scanned.gradients(loss, packed, stacked_lora(lora), gate_mask=masks_of_stack)
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    for path, leaf in trees.flatten(stacked_lora(grads)).items():
+        np.testing.assert_allclose(trees.flatten(got_grads)[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+    for name, sums in got_stats["layers/ffn"].items():
+        want = np.stack([stats[f"layers/{i}/ffn"][name] for i in range(LAYERS)])
+        np.testing.assert_allclose(sums, want, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_attention_of_several_heads_is_adapted_and_merged() -> None:
+    variables = Unrolled().init(jax.random.key(0), TOKENS)
+    adapted = adapt_linen(Unrolled(), variables, (TOKENS,), keymap=UNROLLED, lora=RULES)
+    lora = adapted.init(jax.random.key(1))
+    assert lora["block_1"]["attn"]["query"]["b"].shape == (2, D)
+    assert lora["block_1"]["attn"]["out"]["a"].shape == (D, 2)  # heads x head_dim, flattened
+    np.testing.assert_array_equal(adapted.apply(variables, lora, TOKENS), Unrolled().apply(variables, TOKENS))
+    lora = trained_like(lora)
+    merged = adapted.merge(variables, lora)
+    want = adapted.apply(variables, lora, TOKENS)
+    assert np.abs(want - Unrolled().apply(variables, TOKENS)).max() > 0.1
+    np.testing.assert_allclose(Unrolled().apply(merged, TOKENS), want, atol=2e-5)
+
+
+def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
+    module = Scanned()
+    variables = module.init(jax.random.key(0), TOKENS)
+    before = jax.tree.map(np.asarray, variables)
+    adapted = adapt_linen(module, variables, (TOKENS,), keymap=SCANNED, lora=RULES)
+    lora, mask, scale = adapted.init(jax.random.key(1)), MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig()
+    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mask=mask, step_scale=scale)
+    state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes)
+    regions = activations.partition("silu")
+
+    @jax.jit
+    def step(lora: Any, state: Any, gates: Any) -> Any:
+        masks, scales = gate_masks(gates, mask), step_scales(gates, scale, regions)
+        value, grads, stats = adapted.gradients(loss, variables, lora, gate_mask=masks)
+        updates, state = optimizer.update(grads, state, lora, gate_mask=masks, gate_step=scales)
+        return optax.apply_updates(lora, updates), state, update_gate_state(gates, stats, mask, scale), value, masks
+
+    losses = []
+    for i in range(15):
+        previous = lora["layers"]["ffn"]["gate_proj"]["b"]
+        lora, state, gates, value, masks = step(lora, state, gates)
+        losses.append(float(value))
+        moved = np.abs(np.asarray(lora["layers"]["ffn"]["gate_proj"]["b"] - previous)).max(axis=1) > 0
+        if i == 0:
+            assert moved.all()  # no mask during the warm-up
+        else:
+            np.testing.assert_array_equal(moved, np.asarray(masks["layers/ffn"]) > 0)
+            assert (moved.sum(axis=1) == F // 4).all()
+    assert losses[-1] < losses[0] - 0.3
+    assert float(jnp.std(step_scales(gates, scale, regions)["layers/ffn"])) > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, variables))
+
+
+def test_a_users_own_dense_class_under_remat_vmap_and_metadata() -> None:
+    class Linear(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return x @ self.param("kernel", init, (x.shape[-1], self.width))
+
+    class Experts(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            mapped = nn.vmap(
+                Linear,
+                in_axes=None,
+                axis_size=3,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                metadata_params={nn.PARTITION_NAME: "expert"},
+            )
+            z = mapped(8, name="w_gate")(x)
+            return nn.remat(nn.Dense)(4, name="w_out")(nn.silu(z))
+
+    x = jax.random.normal(jax.random.key(0), (5, 6))
+    variables = Experts().init(jax.random.key(1), x)
+    keymap = [("w_gate", "ffn/in_proj"), ("w_out", "ffn/out_proj")]
+    adapted = adapt_linen(Experts(), variables, (x,), keymap=keymap, lora=LoRAConfig(rules=(LoRARule("ffn/", 4),)))
+    lora = trained_like(adapted.init(jax.random.key(2)))
+    assert lora["ffn"]["in_proj"]["a"].shape == (3, 6, 4)
+    assert adapted.gate_shapes == {"ffn": (3, 8)}
+    merged = adapted.merge(variables, lora)
+    assert isinstance(merged["params"]["w_gate"]["kernel"], nn.Partitioned)
+    np.testing.assert_allclose(Experts().apply(merged, x), adapted.apply(variables, lora, x), atol=1e-5)
+    _, _, stats = adapted.gradients(lambda call: jnp.sum(call(x) ** 2), variables, lora)
+    np.testing.assert_array_equal(stats["ffn"]["tokens"], [5.0, 5.0, 5.0])
+
+
+class Twice(nn.Module):
+    """A layer that is used in one branch only."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skip: bool = False) -> jax.Array:
+        one, two = nn.Dense(8, name="one"), nn.Dense(8, name="two")
+        return one(x) if skip else two(one(x))
+
+
+@pytest.mark.parametrize(
+    ("keymap", "lora", "message"),
+    [
+        ([("nothing", "ffn/up_proj")], RULES, "keymap.*matches nothing.*block_0/mlp/wi_0"),
+        ([(r"block_(\d+)/mlp/w.*", r"layers/\1/ffn/gate_proj")], RULES, "keymap: expected one projection called"),
+        (UNROLLED, LoRAConfig(rules=(LoRARule("mlp"),)), "matches nothing.*ffn/gate_proj"),
+        (UNROLLED, LoRAConfig(rules=(LoRARule("ffn/", 17),)), r"rank: expected 0 to 16"),
+        (UNROLLED, LoRAConfig(rules=(LoRARule("ffn/", 4, -1.0),)), "alpha: expected a number above 0"),
+        (UNROLLED, LoRAConfig(rules=(LoRARule("ffn/", 0),)), "at least one adapter"),
+        (UNROLLED, LoRAConfig(dora=True), "dora=True"),
+        (UNROLLED, LoRAConfig(dropout=0.1), "dropout=0.1"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_by_name(keymap: Any, lora: Any, message: str) -> None:
+    shapes = jax.eval_shape(Unrolled().init, jax.random.key(0), TOKENS)
+    with pytest.raises(NaloraError, match=message):
+        adapt_linen(Unrolled(), shapes, (TOKENS,), keymap=keymap, lora=lora)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    shapes = jax.eval_shape(Unrolled().init, jax.random.key(0), TOKENS)
+    with pytest.raises(NaloraError, match="swoosh"):
+        adapt_linen(Unrolled(), shapes, (TOKENS,), keymap=UNROLLED, activation="swoosh")
+
+
+def test_an_adapter_that_a_call_does_not_reach_is_an_error() -> None:
+    x = jnp.ones((2, 8))
+    variables = Twice().init(jax.random.key(0), x)
+    adapted = adapt_linen(Twice(), variables, (x,), lora=LoRAConfig(rules=(LoRARule(".", 2),)))
+    lora = adapted.init(jax.random.key(1))
+    adapted.apply(variables, lora, x)
+    with pytest.raises(NaloraError, match="two: expected a call.*its adapter did nothing"):
+        adapted.apply(variables, lora, x, skip=True)
+
+
+def test_token_weights_of_another_shape_are_refused() -> None:
+    variables = Unrolled().init(jax.random.key(0), TOKENS)
+    adapted = adapt_linen(Unrolled(), variables, (TOKENS,), keymap=UNROLLED)
+    run = partial(adapted.gradients, loss, variables, adapted.init(jax.random.key(1)))
+    with pytest.raises(NaloraError, match=r"token_weights: expected shape \(4, 12\)"):
+        run(token_weights=jnp.ones((4, 11)))
+    weights = jnp.asarray(np.arange(12) < np.array([12, 5, 7, 1])[:, None])
+    stats = run(token_weights=weights)[2]
+    assert float(stats["layers/0/ffn"]["tokens"]) == 25

