@@ -57,9 +57,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = c.RunConfig(steps=options.steps, data=c.DataConfig(max_length=64))
     mesh = distributed.make_mesh(c.MeshConfig())
     assembly = assemble(config, loaded.config, loaded.params, mesh)
-    data = train_data(
-        config.data, loaded.tokenizer, batch_size=options.batch, accumulate=1, seed=0, host_index=0, host_count=1
-    )
+    data = train_data(config.data, loaded.tokenizer, batch_size=options.batch, accumulate=1, seed=0)
     evaluators = {}
     for task in TASKS:
         items = eval_examples(c.DataConfig(dataset=task), loaded.tokenizer, limit=options.questions)

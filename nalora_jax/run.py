@@ -306,16 +306,13 @@ def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData:
     """The rows of this process; the mesh decides which those are."""
     train = config.train
-    micro = train.batch_size // train.accumulate
-    rows = distributed.process_rows(mesh, micro)
     data = train_data(
         config.data,
         loaded.tokenizer,
         batch_size=train.batch_size,
         accumulate=train.accumulate,
         seed=config.seed,
-        host_index=int(rows[0]) // len(rows),
-        host_count=micro // len(rows),
+        rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
     )
     longest, context = int(data.store.lengths.max()), loaded.config.max_positions
     if longest > context:

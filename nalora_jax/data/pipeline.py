@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from nalora_jax.errors import NaloraError
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
-# Arrays [accumulate, rows of this host, max_length]: tokens, targets, loss_weights, segment_ids, positions.
+# Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights, segment_ids, positions.
 Batch = dict[str, np.ndarray]
 
 
@@ -35,9 +35,8 @@ class TrainData:
     # Rows of a batch over all hosts, and the micro-batches that they are split into.
     batch_size: int
     accumulate: int
-    # This host reads part ``host_index`` of ``host_count`` of every micro-batch.
-    host_index: int
-    host_count: int
+    # Rows of every micro-batch that this process reads.
+    rows: tuple[int, ...]
     # Threads that put batches together ahead of their use.
     workers: int
     _plan: Any = field(init=False, repr=False, compare=False)
@@ -75,14 +74,13 @@ class TrainData:
     def batch_at(self, row: int) -> Batch:
         """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
         micro = self.batch_size // self.accumulate
-        local = micro // self.host_count
-        first = np.arange(self.accumulate)[:, None] * micro + self.host_index * local
-        rows = (row + first + np.arange(local)).ravel().tolist()
+        first = np.arange(self.accumulate)[:, None] * micro
+        rows = (row + first + np.array(self.rows)).ravel().tolist()
         store = self.store
         flat = assemble(
             [self._row(index) for index in rows], store.tokens, store.answer, store.offsets, self.pattern.capacity
         )
-        return {name: value.reshape(self.accumulate, local, -1) for name, value in flat.items()}
+        return {name: value.reshape(self.accumulate, len(self.rows), -1) for name, value in flat.items()}
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
         """Batches without end, from the start or from where `BatchIterator.get_state` was taken.
@@ -161,8 +159,7 @@ def train_data(
     batch_size: int,
     accumulate: int = 1,
     seed: int = 0,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
     cache: Path | None = None,
 ) -> TrainData:
     """Opens, tokenizes and packs the training split.
@@ -173,19 +170,18 @@ def train_data(
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
       seed: of the shuffle.
-      host_index: which part of the rows this host reads.
-      host_count: how many parts there are.
+      rows: which rows of a micro-batch this process reads (`nalora_jax.distributed.process_rows`); all by default.
       cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
 
     Raises:
-      NaloraError: bad data (see `open_source` and `open_store`), or rows that hosts and micro-batches do not divide.
+      NaloraError: bad data (see `open_source` and `open_store`), or a batch that micro-batches do not divide.
     """
-    if batch_size % (accumulate * host_count):
+    if batch_size % accumulate:
         raise NaloraError(
-            "--train.batch-size",
-            expected=f"a multiple of {accumulate} micro-batches x {host_count} hosts",
-            found=batch_size,
+            "--train.batch-size", expected=f"a multiple of the {accumulate} micro-batches", found=batch_size
         )
+    if rows is None:
+        rows = range(batch_size // accumulate)
     store = open_store(open_source(config, config.train_split, cache=cache), config, tokenizer, seed, cache)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
-    return TrainData(store, pattern, seed, batch_size, accumulate, host_index, host_count, config.workers)
+    return TrainData(store, pattern, seed, batch_size, accumulate, tuple(map(int, rows)), config.workers)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from nalora_jax.config import MeshConfig
@@ -18,14 +19,32 @@ BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp splits wei
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The run's mesh over ``devices`` (default: all devices of all processes).
 
-    Axis types are Auto, chosen here: `jax.make_mesh` may default to Explicit, under which these programs don't trace.
+    Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension where the sizes ask
+    for it. Slices, which only a data-centre network joins, split the axis "data" and no other: between them travel the
+    gradients of the adapters and nothing else. Axis types are Auto, chosen here: JAX's own default may be Explicit,
+    under which these programs don't trace.
 
     Raises:
-      NaloraError: more than one axis is -1, an axis is 0 or below -1, or the product is not the number of devices.
+      NaloraError: more than one axis is -1, an axis is 0 or below -1, the product is not the number of devices, or the
+        slices do not divide the axis "data".
     """
     available = list(jax.devices() if devices is None else devices)
     sizes = _resolve_sizes({name: getattr(config, name) for name in AXES}, len(available))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=available)
+    slices = len({getattr(device, "slice_index", 0) for device in available})
+    if sizes[0] % slices:
+        raise NaloraError(
+            "--mesh.data",
+            expected=f"a multiple of the {slices} slices, between which only data parallelism pays",
+            found=sizes[0],
+        )
+    if slices > 1:
+        per_slice = (sizes[0] // slices, *sizes[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(
+            per_slice, (slices, 1, 1), available, allow_split_physical_axes=True
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _resolve_sizes(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 WORKER = """
 import sys, time
 import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax import distributed
@@ -14,7 +15,15 @@ assert distributed.initialize_distributed() and jax.process_count() == 2
 mesh = distributed.make_mesh(MeshConfig(data=-1, fsdp=2))
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
 
+# As on a TPU's torus, whose mesh does not go through the processes one after the other.
+order = np.array(jax.devices())[[0, 2, 3, 1]].reshape(mesh.devices.shape)
+torus = Mesh(order, distributed.AXES, axis_types=(AxisType.Auto,) * 3)
 data = np.arange(24, dtype=np.float32).reshape(8, 3)
+rows = distributed.process_rows(torus, 8)
+assert rows.tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]][jax.process_index()]
+batch = distributed.make_global_batch({"x": data[rows]}, torus)
+np.testing.assert_array_equal(distributed.fetch(batch["x"]), data)
+
 rows = distributed.process_rows(mesh, 8)
 assert len(rows) == 4
 batch = distributed.make_global_batch({"x": data[rows]}, mesh)
