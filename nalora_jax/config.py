@@ -188,7 +188,7 @@ class ComputeConfig:
     stats_stride: int = 4
     # Take the misalignment probe on one in n positions.
     probe_stride: int = 8
-    # Rows of hidden states per chunk of the cross-entropy; 0 chooses by platform and vocabulary.
+    # Rows of hidden states per chunk of the cross-entropy, on each device; 0 chooses by platform and vocabulary.
     loss_chunk: int = 0
     # Keep compiled programs in the cache folder, so that the next start skips compilation.
     compilation_cache: bool = True

@@ -67,7 +67,8 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis:
         shape = (*value.shape[:rows_axis], rows, *value.shape[rows_axis + 1 :])
         held = process_rows(mesh, rows)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             # A device's rows are a run of the global batch, and so of this process's rows, which hold all of them.
             start, stop, _ = index[rows_axis].indices(rows)
             first = int(np.searchsorted(held, start))

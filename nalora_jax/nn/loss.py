@@ -19,8 +19,9 @@ from jax import lax
 from nalora_jax.cpu import native
 from nalora_jax.nn.matmul import block_of, dot, look_up, rounded, unpack_leaf
 
-# Floats of one chunk of whole rows of logits, where the vocabulary is not cut: 64 MB, far below a model.
-_CHUNK_FLOATS = 1 << 24
+# Floats of one chunk of whole rows of logits on a device, where the vocabulary is not cut: 512 MB. Each chunk reads the
+# whole head twice, so that it takes some thousand rows for an accelerator to be limited by its matrix unit.
+_CHUNK_FLOATS = 1 << 27
 # On CPU a block of logits (4 MB) stays in the caches, and the head is packed for the products only once per 512 rows:
 # a fifth faster than whole rows. The rest of the rows goes in smaller chunks, so that few targets cost little.
 _BLOCK = 2048
@@ -53,6 +54,7 @@ def cross_entropy(
     head: Head = PLAIN_HEAD,
     chunk: int = 0,
     compact: bool = True,
+    shards: int = 1,
 ) -> jax.Array:
     """Sum of ``weights * -log p(target)``.
 
@@ -63,9 +65,11 @@ def cross_entropy(
       targets: int ``[batch, seq]``.
       weights: ``[batch, seq]``, 0 where a position has no target.
       head: static options.
-      chunk: rows of logits at a time; 0 chooses by platform and vocabulary.
+      chunk: rows of logits at a time, on each device; 0 chooses by platform and vocabulary.
       compact: gather the rows that have a target and compute logits for those only. On a mesh that splits the batch
         this would move rows between devices; there, chunks run along the sequence instead.
+      shards: parts that a mesh splits the batch into. What the mesh splits of the kernel should be gathered before the
+        call, or every chunk gathers it anew.
 
     Returns:
       float32 scalar; differentiable with respect to ``hidden`` only.
@@ -74,7 +78,7 @@ def cross_entropy(
     chex.assert_equal_shape([targets, weights])
     chex.assert_shape(targets, hidden.shape[:2])
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    tiles = _tiles(kernel.shape[head.axis], chunk, compact)
+    tiles = _tiles(kernel.shape[head.axis], chunk, compact, shards)
     return _cross_entropy(hidden, lax.stop_gradient(kernel), targets, weights, head, tiles)
 
 
@@ -89,13 +93,16 @@ class _Tiles(NamedTuple):
     rows: tuple[int, ...]  # hidden states, from large to small: the smaller ones for what the larger ones leave
     block: int  # entries of the vocabulary
     compact: bool  # only rows that have a target
+    shards: int  # parts of the batch, each of which has so many rows in a chunk
 
 
-def _tiles(vocab: int, chunk: int, compact: bool) -> _Tiles:
+def _tiles(vocab: int, chunk: int, compact: bool, shards: int) -> _Tiles:
     # A mesh may split the vocabulary, which blocks would cut across.
     if compact and jax.default_backend() == "cpu":
-        return _Tiles((chunk,) if chunk else _ROWS, min(_BLOCK, vocab), compact)
-    return _Tiles((chunk or max(16, _CHUNK_FLOATS // vocab),), vocab, compact)
+        return _Tiles((chunk,) if chunk else _ROWS, min(_BLOCK, vocab), compact, shards)
+    # A multiple of 128, the rows that a TPU's matrix unit takes at once.
+    fitting = max(_CHUNK_FLOATS // vocab // 128 * 128, 128)
+    return _Tiles((chunk or fitting,), vocab, compact, shards)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -295,8 +302,9 @@ def _along_sequence(
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
     batch, seq, d_model = hidden.shape
-    step = max(1, min(seq, tiles.rows[0] // max(batch, 1)))
-    count = -(-seq // step)
+    most = max(1, tiles.rows[0] * tiles.shards // max(batch, 1))  # positions of each example that a chunk may take
+    count = -(-seq // most)
+    step = -(-seq // count)
 
     def split(x: jax.Array) -> jax.Array:
         # [batch, seq, ...] -> [count, batch, step, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,6 +152,18 @@ def head_of(base: ModelConfig, numerics: Numerics) -> Head:
     return Head(base.tie_embeddings, numerics.operand, base.final_softcap, base.logit_scale)
 
 
+def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
+    """The head's kernel as the loss reads it: split over "tensor" along the vocabulary alone; None on one device.
+
+    The loss goes through the batch in chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
+    """
+    if mesh.size == 1:
+        return None
+    by_vocabulary = P("tensor", None) if base.tie_embeddings else P(None, "tensor")
+    shape = (base.vocab_size, base.d_model) if base.tie_embeddings else (base.d_model, base.vocab_size)
+    return NamedSharding(mesh, distributed.fit_spec(by_vocabulary, shape, mesh))
+
+
 def compile_step(
     config: RunConfig,
     base: ModelConfig,
@@ -170,7 +183,8 @@ def compile_step(
         head=head_of(base, model.numerics),
         activation=base.activation,
         loss_chunk=config.compute.loss_chunk,
-        compact_loss=mesh.shape["data"] * mesh.shape["fsdp"] == 1,
+        batch_shards=math.prod(mesh.shape[axis] for axis in distributed.BATCH_AXES),
+        head_sharding=head_sharding(base, mesh),
         check_gates=config.debug.check_gates,
         tolerance=tolerance,
     )

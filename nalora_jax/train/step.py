@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
 
 from nalora_jax import activations, trees
 from nalora_jax.config import MaskConfig, StepScaleConfig
@@ -59,7 +60,8 @@ class StepConfig:
     head: Head
     activation: str
     loss_chunk: int = 0
-    compact_loss: bool = True  # off on a mesh that splits the batch
+    batch_shards: int = 1  # parts that the mesh splits the batch into
+    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
     check_gates: bool = False
     tolerance: float = 1e-4  # of that check, relative to the largest gate output
 
@@ -123,6 +125,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
             mutable=["gate_stats"],
         )
         kernel = params["embed"]["embedding"] if config.head.transposed else params["lm_head"]["kernel"]
+        if config.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
+            kernel = lax.with_sharding_constraint(kernel, config.head_sharding)
         loss = cross_entropy(
             hidden,
             kernel,
@@ -130,7 +134,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
             batch["loss_weights"],
             head=config.head,
             chunk=config.loss_chunk,
-            compact=config.compact_loss,
+            compact=config.batch_shards == 1,
+            shards=config.batch_shards,
         )
         return loss, _by_block(written["gate_stats"])
 
