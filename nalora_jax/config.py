@@ -145,14 +145,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one axis may be -1 (whatever is left)."""
+    """Devices along each axis of the mesh: 0 leaves an axis to the library (``--mesh auto``), -1 takes what is left.
+
+    What is left to it is chosen by roofline, together with ``compute.remat``: the fastest that fits.
+    """
 
     # Batch is split, weights are replicated.
-    data: int = -1
+    data: int = 0
     # Batch is split, weights are split too (gathered layer by layer).
-    fsdp: int = 1
+    fsdp: int = 0
     # Heads and FFN channels are split.
-    tensor: int = 1
+    tensor: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Devices and processes: the mesh, where every array lives on it, batches as global arrays, multi-host runs."""
 
 from nalora_jax.distributed.batches import make_global_batch, process_rows, rows_of_processes
+from nalora_jax.distributed.compiler import compiler_options
 from nalora_jax.distributed.mesh import AXES, BATCH_AXES, check_heads, make_mesh
 from nalora_jax.distributed.processes import fetch, initialize_distributed, on_first_process
 from nalora_jax.distributed.sharding import PARAM_RULES, STATE_RULES, Rules, bytes_per_device, fit_spec, shardings
@@ -13,6 +14,7 @@ __all__ = [
     "Rules",
     "bytes_per_device",
     "check_heads",
+    "compiler_options",
     "fetch",
     "fit_spec",
     "initialize_distributed",

@@ -20,12 +20,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The run's mesh over ``devices`` (default: all devices of all processes).
 
     Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension where the sizes ask
-    for it. Slices, which only a data-centre network joins, split the axis "data" and no other: between them travel the
-    gradients of the adapters and nothing else. Axis types are Auto, chosen here: JAX's own default may be Explicit,
-    under which these programs don't trace.
+    for it. Axes that are left open (0) are the simplest that work, all devices on "data" and one on the others; a run
+    asks `nalora_jax.plan.layouts` first. Slices, which only a data-centre network joins, split the axis "data" and no
+    other: between them travel the gradients of the adapters and nothing else. Axis types are Auto, chosen here: JAX's
+    own default may be Explicit, under which these programs don't trace.
 
     Raises:
-      NaloraError: more than one axis is -1, an axis is 0 or below -1, the product is not the number of devices, or the
+      NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, or the
         slices do not divide the axis "data".
     """
     available = list(jax.devices() if devices is None else devices)
@@ -48,10 +49,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _resolve_sizes(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
-    """Axis sizes with -1 replaced by what is left of ``n_devices``."""
+    """Axis sizes with 0 and -1 replaced by what is left of ``n_devices``."""
+    if sizes["data"] == 0 and -1 not in sizes.values():
+        sizes = {**sizes, "data": -1}
+    sizes = {name: size or 1 for name, size in sizes.items()}
     shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    if any(size == 0 or size < -1 for size in sizes.values()):
-        raise NaloraError("--mesh", expected="axis sizes of 1 or more, or -1", found=shown)
+    if any(size < -1 for size in sizes.values()):
+        raise NaloraError("--mesh", expected="axis sizes of 1 or more, 0 (chosen), or -1 (what is left)", found=shown)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:

@@ -191,7 +191,12 @@ def compile_step(
     step = make_train_step(model, optimizer, settings)
     step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
     step = chex.assert_max_traces(step, n=1)
-    compiled = jax.jit(step, donate_argnums=(1,), out_shardings=(placed, NamedSharding(mesh, P())))
+    compiled = jax.jit(
+        step,
+        donate_argnums=(1,),
+        out_shardings=(placed, NamedSharding(mesh, P())),
+        compiler_options=distributed.compiler_options(mesh),
+    )
     return compiled if not config.debug.check_gates else _checked(compiled)
 
 

@@ -67,6 +67,12 @@ def test_axes_are_auto_and_minus_one_takes_what_is_left():
     assert distributed.make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 
+def test_axes_that_are_left_open_are_the_simplest_that_work():
+    assert dict(distributed.make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(distributed.make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(distributed.make_mesh(MeshConfig(fsdp=-1)).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -74,7 +80,7 @@ def test_axes_are_auto_and_minus_one_takes_what_is_left():
         (MeshConfig(4, 4, 1), "8 device.*product of the fixed axes: 16"),
         (MeshConfig(-1, 3, 1), "divides the 8 device"),
         (MeshConfig(-1, -1, 1), "at most one axis of -1"),
-        (MeshConfig(0, 1, 1), "axis sizes of 1 or more"),
+        (MeshConfig(1, -3, 1), "axis sizes of 1 or more"),
         (MeshConfig(-2, 1, 1), "axis sizes of 1 or more"),
     ],
 )

@@ -1,0 +1,335 @@
+"""What a compiled program does on each device: flops, bytes of memory, collectives.
+
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and gives nothing on GPUs. Here every
+computation is counted as often as it runs: trip counts come from the loops' conditions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from nalora_jax.plan.hlo import Computation, Instruction, parse
+
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# Instructions that move no bytes of their own.
+_FREE = frozenset(
+    (
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "call",
+        "conditional",
+        "after-all",
+        "iota",
+        "partition-id",
+        "replica-id",
+        "opt-barrier",
+        "add-dependency",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective operation as a device sees it."""
+
+    kind: str
+    received: float  # bytes that reach a device over the interconnect, each time
+    devices: int  # that take part
+    times: float  # a step
+    overlapped: bool  # the schedule holds products between its start and its end
+    in_loop: str  # the computation it stands in
+    source: str  # what it belongs to in the model (op_name)
+
+    @property
+    def total(self) -> float:
+        """Bytes received in a step."""
+        return self.received * self.times
+
+
+class Program:
+    """A compiled program of one device.
+
+    Args:
+      text: ``compiled.as_text()``, scheduled HLO.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.computations, self.entry = parse(text)
+
+    @cached_property
+    def times(self) -> dict[str, float]:
+        """How often each computation runs in one call of the program."""
+        found = dict.fromkeys(self.computations, 0.0)
+
+        def visit(name: str, times: float) -> None:
+            found[name] += times
+            for instruction in self.computations[name].instructions.values():
+                trips = self.trips(instruction) if instruction.opcode == "while" else 1
+                for called in instruction.calls:
+                    if called in self.computations:
+                        visit(called, times * trips)
+
+        visit(self.entry, 1.0)
+        return found
+
+    def trips(self, loop: Instruction) -> int:
+        """Iterations of a ``while``; 1 where only the running program knows them."""
+        known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
+        if known:
+            return int(known.group(1))
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        names = [condition.group(1)] if condition else []
+        limits: list[int] = []
+        while names:
+            for instruction in self.computations[names.pop()].instructions.values():
+                names += [name for name in instruction.calls if name in self.computations]
+                if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64", "u32"):
+                    limits += [int(value) for value in re.findall(r"^(-?\d+)\)", instruction.attributes)]
+        return max([limit for limit in limits if limit > 0], default=1)
+
+    @cached_property
+    def flops(self) -> float:
+        """Of all matrix products; kernels that are not XLA's own are not seen (see `custom_calls`)."""
+        return sum(
+            self.times[c.name] * _product_flops(i, c)
+            for c in self.computations.values()
+            for i in c.instructions.values()
+            if self.times[c.name] and i.opcode in ("convolution", "dot")
+        )
+
+    @cached_property
+    def custom_calls(self) -> dict[str, float]:
+        """How often each kernel runs that XLA did not make, by the name of its instruction without number."""
+        found: dict[str, float] = {}
+        for computation, instruction in self._running("custom-call"):
+            name = re.sub(r"[.\d]+$", "", instruction.name)
+            found[name] = found.get(name, 0.0) + self.times[computation.name]
+        return found
+
+    @cached_property
+    def memory_bytes(self) -> float:
+        """Read from and written to HBM. A slice of a stack counts as the slice."""
+        return sum(
+            self.times[c.name] * self._bytes_of(i, c) for c in self._scheduled() for i in c.instructions.values()
+        )
+
+    @cached_property
+    def collectives(self) -> tuple[Collective, ...]:
+        """All of them, in the order of the text."""
+        return tuple(self._collectives())
+
+    def _running(self, opcode: str) -> Iterator[tuple[Computation, Instruction]]:
+        for computation in self.computations.values():
+            if self.times[computation.name]:
+                for instruction in computation.instructions.values():
+                    if instruction.opcode == opcode:
+                        yield computation, instruction
+
+    @staticmethod
+    def _inner(instruction: Instruction) -> tuple[str, ...]:
+        """Computations whose instructions are part of this one."""
+        return () if instruction.opcode in ("while", "conditional", "call") else instruction.calls
+
+    # ------------------------------------------------------------ collectives
+
+    def _collectives(self) -> Iterator[Collective]:
+        for scheduled in self._scheduled():
+            groups: dict[str, list[tuple[str, Instruction, Computation]]] = {}
+            for caller in scheduled.instructions.values():
+                for instruction, holder in self._inside(caller, scheduled):
+                    if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+                        # The parts that a TPU's compiler cuts a collective into share its channel.
+                        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+                        key = channel.group(1) if channel and holder is not scheduled else instruction.name
+                        groups.setdefault(key, []).append((caller.name, instruction, holder))
+            for parts in groups.values():
+                callers = [caller for caller, _, _ in parts]
+                yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
+
+    def _collective(
+        self, instruction: Instruction, holder: Computation, scheduled: Computation, callers: list[str]
+    ) -> Collective:
+        kind = instruction.opcode.removesuffix("-start")
+        devices = _group_size(instruction.attributes)
+        source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        return Collective(
+            kind,
+            _received(kind, instruction, holder, devices),
+            devices,
+            self.times[scheduled.name],
+            self._overlapped(instruction, scheduled, callers),
+            scheduled.name,
+            source.group(1) if source else "",
+        )
+
+    def _scheduled(self) -> Iterator[Computation]:
+        """Computations whose instructions run one after the other: the entry, bodies of loops, branches."""
+        inner = {name for c in self.computations.values() for i in c.instructions.values() for name in self._inner(i)}
+        for computation in self.computations.values():
+            if computation.name not in inner and self.times[computation.name]:
+                yield computation
+
+    def _inside(self, instruction: Instruction, holder: Computation) -> Iterator[tuple[Instruction, Computation]]:
+        """An instruction and all that are fused into it."""
+        yield instruction, holder
+        for name in self._inner(instruction):
+            if name in self.computations:
+                for inner in self.computations[name].instructions.values():
+                    yield from self._inside(inner, self.computations[name])
+
+    def _overlapped(self, instruction: Instruction, scheduled: Computation, callers: list[str]) -> bool:
+        """Whether products run between a collective's start and its end, by the schedule."""
+        names = list(scheduled.instructions)
+        places = [names.index(caller) for caller in callers]
+        if instruction.opcode.endswith("-start"):
+            places += [names.index(u.name) for u in scheduled.users[instruction.name] if u.opcode.endswith("-done")]
+        if len(places) == 1:
+            return False
+        return any(self._works(scheduled.instructions[name]) for name in names[min(places) + 1 : max(places)])
+
+    def _works(self, instruction: Instruction) -> bool:
+        if instruction.opcode in ("convolution", "dot"):
+            return True
+        if instruction.opcode == "custom-call":
+            return "AllocateBuffer" not in instruction.attributes and "Bitcast" not in instruction.attributes
+        return any(
+            self._works(inner)
+            for name in self._inner(instruction)
+            if name in self.computations
+            for inner in self.computations[name].instructions.values()
+        )
+
+    # ------------------------------------------------------------ bytes
+
+    def _bytes_of(self, instruction: Instruction, computation: Computation) -> float:
+        """HBM traffic of one instruction of a scheduled computation."""
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+            return 0.0
+        if "ConcatBitcast" in instruction.attributes:
+            return 0.0
+        inner = self.computations.get(instruction.calls[0]) if opcode == "fusion" and instruction.calls else None
+        total = 0.0
+        for index, name in enumerate(instruction.operands):
+            operand = computation.instructions.get(name)
+            if operand is None:
+                continue
+            held = sum(shape.size for shape in operand.shapes if not shape.on_chip)
+            if not held:
+                continue
+            total += min(held, self._read(inner, index)) if inner is not None else _used(instruction, index, held)
+        written = sum(shape.size for shape in instruction.shapes if not shape.on_chip)
+        if opcode.endswith("-start"):  # its result names the operand again
+            return total + sum(shape.size for shape in instruction.shapes[1:2] if not shape.on_chip)
+        return total + (
+            min(written, self._written(inner)) if inner is not None else _changed(instruction, computation, written)
+        )
+
+    def _read(self, computation: Computation, index: int) -> float:
+        """Bytes of its operand that a fusion reads."""
+        parameter = computation.parameter(index)
+        return math.inf if parameter is None else self._read_of(computation, parameter)
+
+    def _read_of(self, computation: Computation, source: Instruction) -> float:
+        total = 0.0
+        for user in computation.users[source.name]:
+            if user.opcode == "bitcast":
+                total += self._read_of(computation, user)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
+                total += sum(shape.size for shape in user.shapes)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+                continue
+            elif user.opcode == "fusion" and user.calls[0] in self.computations:
+                inner = self.computations[user.calls[0]]
+                total += sum(self._read(inner, i) for i, name in enumerate(user.operands) if name == source.name)
+            else:
+                return math.inf
+        return total
+
+    def _written(self, computation: Computation) -> float:
+        return self._written_by(computation, computation.root)
+
+    def _written_by(self, computation: Computation, result: Instruction) -> float:
+        """Bytes of a result that a fusion writes: of an updated stack, the update."""
+        if result.opcode == "dynamic-update-slice":
+            update = computation.instructions.get(result.operands[1])
+            return sum(shape.size for shape in (update or result).shapes)
+        if result.opcode == "bitcast" and result.operands[0] in computation.instructions:
+            return self._written_by(computation, computation.instructions[result.operands[0]])
+        if result.opcode == "tuple":
+            parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
+            return sum(self._written_by(computation, part) for part in parts if not part.shapes[0].on_chip)
+        if result.opcode == "fusion" and result.calls[0] in self.computations:
+            return self._written(self.computations[result.calls[0]])
+        return sum(shape.size for shape in result.shapes)
+
+
+def _used(instruction: Instruction, index: int, held: float) -> float:
+    if instruction.opcode in ("dynamic-slice", "slice", "gather", "slice-start") and index == 0:
+        return min(held, instruction.shapes[-1 if instruction.opcode != "slice-start" else 1].size)
+    if instruction.opcode == "dynamic-update-slice" and index == 0:
+        return 0.0
+    return held
+
+
+def _changed(instruction: Instruction, computation: Computation, written: float) -> float:
+    if instruction.opcode == "dynamic-update-slice":
+        update = computation.instructions.get(instruction.operands[1])
+        return written if update is None else sum(shape.size for shape in update.shapes)
+    return written
+
+
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    """Twice the multiply-adds of a ``dot`` or ``convolution``."""
+    result = math.prod(instruction.shapes[0].dims)
+    first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
+        return 2.0 * result * math.prod(first[axis] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    # Every kernel dimension but its output features is summed over: input features and the window.
+    return 2.0 * result * math.prod(size for size, label in zip(second, labels.group(2), strict=True) if label != "o")
+
+
+def _received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:
+    """Bytes that reach a device in a ring, the least that any algorithm needs for large arrays."""
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start") and len(shapes) > 1:
+        shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
+    size = sum(shape.size for shape in shapes)
+    share = (devices - 1) / devices if devices else 1.0
+    if kind == "all-reduce":
+        return 2 * size * share
+    if kind == "reduce-scatter":
+        return size * (devices - 1)
+    return size if kind.startswith("collective") else size * share
+
+
+def _group_size(attributes: str) -> int:
+    """Devices in one group of a collective, from any of the forms in which HLO writes groups."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if iota:
+        return int(iota.group(2))
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    return len(listed.group(1).split(",")) if listed else 1

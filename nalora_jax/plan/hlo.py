@@ -1,0 +1,142 @@
+"""Scheduled HLO, the text of a compiled program, as computations and instructions."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+
+_DTYPE_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+    "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
+}  # fmt: skip
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_OPERAND = re.compile(r"%([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array of an instruction's result."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    on_chip: bool  # in a memory next to the cores (TPU: VMEM), not in HBM
+
+    @property
+    def size(self) -> float:
+        """Bytes."""
+        return math.prod(self.dims) * _DTYPE_BYTES.get(self.dtype, 4)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # of the result; several where it is a tuple
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Computations that it runs, but for the two of a loop."""
+        return tuple(
+            name.strip().lstrip("%")
+            for several, single in _CALLED.findall(self.attributes)
+            for name in (several or single).split(",")
+            if name.strip()
+        )
+
+
+@dataclass
+class Computation:
+    """Instructions in their scheduled order."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @cached_property
+    def root(self) -> Instruction:
+        """The instruction whose result is the computation's."""
+        return next(i for i in self.instructions.values() if i.is_root)
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Instructions that read each result."""
+        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in instruction.operands:
+                if operand in found:
+                    found[operand].append(instruction)
+        return found
+
+    def parameter(self, index: int) -> Instruction | None:
+        """The parameter of that number."""
+        wanted = f"{index}"
+        return next(
+            (
+                i
+                for i in self.instructions.values()
+                if i.opcode == "parameter" and i.attributes.startswith(wanted + ")")
+            ),
+            None,
+        )
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Computations by name, and the name of the one that the program starts with."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header and " = " not in line.split("(", 1)[0]:
+            current = Computation(header.group(2))
+            computations[current.name] = current
+            entry = current.name if header.group(1) else entry
+        elif line == "}":
+            current = None
+        elif current is not None and (named := _NAME.match(line)):
+            instruction = _instruction(named, line)
+            if instruction is not None:
+                current.instructions[instruction.name] = instruction
+    return computations, entry
+
+
+def _instruction(named: re.Match[str], line: str) -> Instruction | None:
+    rest = line[named.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opcode = _OPCODE.match(rest, end)
+    if opcode is None:
+        return None
+    closing = _closing(rest, opcode.end() - 1)
+    inside = rest[opcode.end() : closing]
+    shapes = tuple(
+        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), bool(re.search(r"S\(\d+\)", layout or "")))
+        for dtype, dims, layout in _SHAPE.findall(rest[:end])
+    )
+    # Parameters and constants keep what stands in their parentheses.
+    attributes = (
+        f"{inside}){rest[closing + 1 :]}" if opcode.group(1) in ("parameter", "constant") else rest[closing + 1 :]
+    )
+    return Instruction(
+        named.group(2), opcode.group(1), shapes, tuple(_OPERAND.findall(inside)), attributes, bool(named.group(1))
+    )
+
+
+def _closing(text: str, opening: int) -> int:
+    """Index of the parenthesis that closes the one at ``opening``."""
+    depth = 0
+    for index in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return len(text)

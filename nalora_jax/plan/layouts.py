@@ -1,0 +1,210 @@
+"""The mesh and the rematerialisation of a run, chosen by roofline: the fastest that fits.
+
+A frozen base has neither gradients nor optimizer state, so the best layout is not that of full training: a model of
+16 GB may be whole on every chip of 32 GB, which then gathers no weights at all; one that is split is gathered once
+forward and once backward, and what is kept of the activations decides how much is computed twice. The estimates here
+need no compiler and take milliseconds; `nalora plan` compiles what was chosen and shows how well they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nalora_jax.config import RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.plan.machines import Topology
+from nalora_jax.plan.roofline import active_parameters, attention_flops, useful_flops
+
+# Policies in the order of what they keep for the backward pass, most first.
+POLICIES = ("dots", "attention", "full")
+_MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
+_USABLE = 0.9  # of the memory: how far estimates may be off (docs/pods.md)
+_LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.nn.loss`)
+_WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with a rematerialisation policy, and what is expected of them on each chip."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: str
+    weights: float  # bytes of the frozen base
+    state: float  # bytes of adapters and optimizer
+    activations: float  # bytes that wait for the backward pass
+    working: float  # bytes of gathered kernels, of one layer's arrays and of the loss
+    gathers: float  # seconds of a step in which kernels are gathered, behind products where the compiler manages
+    seconds: float  # a step, by roofline
+    mfu: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes in all."""
+        return self.weights + self.state + self.activations + self.working
+
+    def __str__(self) -> str:
+        """One line for the log and for `nalora plan`."""
+        return (
+            f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}: "
+            f"{self.memory / 1e9:.1f} GB a chip, at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
+        )
+
+
+def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Layout:
+    """The fastest layout that fits, among those that the fields given in ``config.mesh`` and ``config.compute.remat``
+    leave open.
+
+    Raises:
+      NaloraError: nothing fits, or no mesh divides the batch.
+    """
+    found = list(candidates(config, base, spec, where, seq))
+    if not found:
+        micro = config.train.batch_size // config.train.accumulate
+        raise NaloraError(
+            "--train.batch-size",
+            expected=f"rows per micro-batch that {where.size} devices can share (a multiple of mesh axes data x fsdp)",
+            found=micro,
+            remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.tensor",
+        )
+    fitting = [layout for layout in found if layout.memory <= _USABLE * where.chip.memory]
+    if not fitting:
+        smallest = min(found, key=lambda layout: layout.memory)
+        raise NaloraError(
+            f"{where.name}",
+            expected=f"{base.model_type} with {seq} tokens a row to fit in {where.chip.memory / 1e9:.0f} GB a chip",
+            found=f"{smallest.memory / 1e9:.0f} GB at the least ({smallest})",
+            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+        )
+    # Among those that are as fast to 1%, the one that has the least to hide, then the one that needs less memory.
+    fastest = min(layout.seconds for layout in fitting)
+    equal = [layout for layout in fitting if layout.seconds <= 1.01 * fastest]
+    return min(equal, key=lambda layout: (round(layout.gathers, 3), layout.tensor, layout.memory))
+
+
+def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Iterator[Layout]:
+    """Every layout that divides the devices, the batch and the heads."""
+    micro = config.train.batch_size // config.train.accumulate
+    policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
+    mesh = config.mesh
+    for tensor in _divisors(where.size):
+        if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or base.n_kv_heads % tensor):
+            continue
+        if where.chip.platform == "gpu" and mesh.tensor == 0 and tensor > where.dims[-1]:
+            continue
+        for fsdp in _divisors(where.size // tensor):
+            data = where.size // tensor // fsdp
+            fits = all(
+                wanted in (0, -1, size)
+                for wanted, size in ((mesh.data, data), (mesh.fsdp, fsdp), (mesh.tensor, tensor))
+            )
+            if fits and micro % (data * fsdp) == 0 and data % where.slices == 0:
+                for remat in policies:
+                    yield estimate(config, base, spec, where, seq, (data, fsdp, tensor), remat)
+
+
+def estimate(
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    where: Topology,
+    seq: int,
+    sizes: tuple[int, int, int],
+    remat: str,
+) -> Layout:
+    """Memory and time of one layout."""
+    data, fsdp, tensor = sizes
+    micro = config.train.batch_size // config.train.accumulate
+    rows = micro / (data * fsdp)
+    tokens = rows * seq
+    width = {"int8": 1.0, "nf4": 0.55}.get(config.compute.quantize, 0.0)
+    wide = 4.0 if config.compute.dtype == "float32" else 2.0
+    layer, ends = _weights(base, width or wide, wide)
+    adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
+    layout = Layout(
+        data, fsdp, tensor, remat,
+        weights=(layer * base.n_layers + ends) / (fsdp * tensor),
+        state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor,  # of A and B one is split over fsdp
+        activations=_saved(base, remat, tensor) * wide * tokens * base.n_layers,
+        working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide),
+        gathers=0.0,
+        seconds=0.0,
+        mfu=0.0,
+    )  # fmt: skip
+    times = config.train.accumulate
+    useful = useful_flops(base, spec, micro, seq) / where.size
+    matrix = _executed(base, spec, remat, rows, seq) / tensor / where.chip.matrix_rate
+    passes = 2.3 if remat == "full" else 2.0
+    gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
+    summed = 0.0
+    if tensor > 1:  # two sums forward and two backward in each layer, of [tokens, d_model]; remade layers sum again
+        sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
+        moved = 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
+        summed = sums * base.n_layers * moved / where.inbound(tensor)
+    hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * layout.activations) / where.chip.bandwidth
+    gradients = 2 * adapters / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
+    seconds = times * (max(matrix, hbm, gathered) + summed) + gradients
+    return replace(layout, gathers=times * gathered, seconds=seconds, mfu=times * useful / (where.chip.flops * seconds))
+
+
+def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tuple[float, float]:
+    """Bytes of one layer, and of what is not in a layer."""
+    projections = {f"{path}/kernel" for path in projection_shapes(base)}
+    layer = ends = 0.0
+    for path, shape in param_shapes(base).items():
+        size = math.prod(shape) * (of_projections if path in projections else of_others)
+        if path.startswith("layers/"):
+            layer += size / base.n_layers
+        else:
+            ends += size
+    return layer, ends
+
+
+def _saved(base: ModelConfig, remat: str, tensor: int) -> float:
+    """Numbers a token and layer that wait for the backward pass."""
+    heads = (base.n_heads + 2 * base.n_kv_heads) * base.head_dim / tensor
+    chosen = base.experts_per_token if base.n_experts else 1
+    wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
+    return {
+        "full": base.d_model,
+        "attention": 2 * base.d_model + heads,
+        "dots": 2 * base.d_model + heads + wide,
+        "none": 6 * base.d_model + 3 * heads + 4 * wide,
+    }[remat]
+
+
+def _working(base: ModelConfig, tokens: float, tensor: int, *, gathered: bool, wide: float) -> float:
+    """Bytes that are alive at the fullest moment beside what waits: of one layer, or of the loss with its head."""
+    chosen = base.experts_per_token if base.n_experts else 1
+    kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
+    layer = _WIDE * 4.0 * tokens * base.d_ff * chosen / tensor + (3 * kernel * wide if gathered else 0.0)
+    head = base.d_model * base.vocab_size * wide / tensor if gathered else 0.0
+    rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
+    loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
+    return head + max(layer, loss)
+
+
+def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int) -> float:
+    """Flops of a step on the rows of one shard, with what is computed twice."""
+    chosen = base.experts_per_token if base.n_experts else 1
+    inner = sum(
+        float(shape[-1] * shape[-2]) * (chosen if "/ffn/" in path else 1)
+        for path, shape in projection_shapes(base).items()
+        if not path.endswith(("/down_proj", "/out_proj"))
+    )
+    ffn_in = (2 if base.gated else 1) * base.d_model * base.d_ff * chosen
+    again = {"full": inner, "attention": ffn_in}.get(remat, 0.0) * base.n_layers
+    tokens = rows * seq
+    adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base)
+    # Attention's forward pass is made again under every policy, its gradients take five products to the forward's two.
+    kernels = 2.5 * rows * attention_flops(base, seq)
+    return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

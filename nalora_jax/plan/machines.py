@@ -1,0 +1,100 @@
+"""What accelerators can do, from their makers' data sheets, and topologies of them that a program is compiled for."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator. Rates are a second, one way; bytes are decimal."""
+
+    name: str
+    platform: str  # "tpu" or "gpu"
+    flops: float  # dense bf16
+    memory: float  # bytes of HBM that a program can have
+    bandwidth: float  # bytes of HBM
+    interconnect: float  # bytes that reach one chip from its neighbours
+    network: float  # bytes that reach one chip from another slice or node
+    source: str
+
+    @property
+    def matrix_rate(self) -> float:
+        """Flops that products of a model's size reach, as every estimate here takes it: 75% of the peak."""
+        return 0.75 * self.flops
+
+
+# TPU: https://cloud.google.com/tpu/docs/v5e, .../v6e, .../v5p (bidirectional interconnect bandwidth, halved); what XLA
+# reserves of HBM is taken off. GPU: NVIDIA's data sheet of the H100 SXM, NVLink 900 GB/s both ways, ConnectX-7 at
+# 400 Gb/s; JAX preallocates 92% of the memory at most.
+_CLOUD = "cloud.google.com/tpu/docs"
+CHIPS = {
+    "v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * 2**30, 819e9, 100e9, 6.25e9, f"{_CLOUD}/v5e"),
+    "v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * 2**30, 1640e9, 224e9, 12.5e9, f"{_CLOUD}/v6e"),
+    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.0e9, 2765e9, 300e9, 12.5e9, f"{_CLOUD}/v5p"),
+    "h100": Chip("NVIDIA H100 SXM", "gpu", 989e12, 79.0e9 * 0.92, 3350e9, 450e9, 50e9, "NVIDIA H100 data sheet"),
+}
+_GPUS_A_NODE = 8
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips that run one program."""
+
+    name: str  # as the user wrote it
+    chip: Chip
+    kind: str  # the key of `CHIPS`
+    dims: tuple[int, ...]  # TPU: the torus of one slice; GPU: nodes, GPUs a node
+    slices: int = 1
+
+    @property
+    def size(self) -> int:
+        """Chips."""
+        return math.prod(self.dims) * self.slices
+
+    def inbound(self, devices: int) -> float:
+        """Bytes a second that reach each chip in a collective of ``devices`` neighbours.
+
+        On a torus a collective uses the links of the dimensions that its chips span. Between GPU nodes every byte comes
+        in once and is passed on inside, so that the network of all GPUs of a node adds up.
+        """
+        if self.chip.platform == "gpu":
+            nodes = devices > _GPUS_A_NODE
+            return min(self.chip.interconnect, _GPUS_A_NODE * self.chip.network) if nodes else self.chip.interconnect
+        if devices > math.prod(self.dims):
+            return self.chip.network
+        spanned, reached = 0, 1
+        for size in sorted(self.dims, reverse=True):
+            if reached < devices:
+                reached, spanned = reached * size, spanned + 1
+        wide = sum(size > 1 for size in self.dims)
+        return self.chip.interconnect * max(spanned, 1) / max(wide, 1)
+
+
+def topology(name: str) -> Topology:
+    """The machine that a user names: ``v6e:16x16``, ``2xv6e:16x16`` (two slices), ``8xh100``.
+
+    Raises:
+      NaloraError: an unknown chip or a shape that cannot be read.
+    """
+    gpus = re.fullmatch(r"(\d+)x(h100)", name.lower())
+    if gpus:
+        count = int(gpus.group(1))
+        if count and (count <= _GPUS_A_NODE or count % _GPUS_A_NODE == 0):
+            a_node = min(count, _GPUS_A_NODE)
+            return Topology(name, CHIPS["h100"], "h100", (count // a_node, a_node))
+    tpus = re.fullmatch(r"(?:(\d+)x)?(v5e|v6e|v5p):(\d+(?:x\d+){1,2})", name.lower())
+    if tpus:
+        dims = tuple(int(size) for size in tpus.group(3).split("x"))
+        if all(dims) and tpus.group(1) != "0":
+            return Topology(name, CHIPS[tpus.group(2)], tpus.group(2), dims, int(tpus.group(1) or 1))
+    raise NaloraError(
+        "--topology",
+        expected="a TPU topology such as v5e:16x16, v6e:16x16, v5p:8x8x16 or 2xv6e:16x16 (two slices), or GPUs such as "
+        "8xh100 or 64xh100 (whole nodes of 8)",
+        found=repr(name),
+    )

@@ -1,0 +1,123 @@
+"""The training step of a run, compiled for hardware that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.plan.machines import Topology
+from nalora_jax.train.assembly import build_model, build_optimizer, compile_step
+from nalora_jax.train.state import init_state
+
+_BATCH = {
+    "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
+}  # fmt: skip
+_TARGET = Path(__file__).with_name("h100.txtpb")  # what XLA has to know of the GPU
+_GPU_FLAGS = "--xla_gpu_autotune_level=0"
+
+
+def devices(where: Topology) -> Sequence[jax.Device]:
+    """Abstract devices of a topology, from the real compiler of its platform.
+
+    Raises:
+      NaloraError: the compiler is not installed, or it knows no such topology.
+    """
+    _require(where)
+    try:
+        if where.chip.platform == "tpu":
+            with _quiet_tpu():
+                dims = "x".join(map(str, where.dims))
+                options = {"num_slices": where.slices} if where.slices > 1 else {}
+                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{where.kind}:{dims}", **options)
+        else:
+            nodes, a_node = where.dims
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                topology_name=where.kind,
+                topology=f"1x{nodes}x{a_node}",
+                target_config=_TARGET.read_text(),
+            )
+    except NaloraError:
+        raise
+    except Exception as error:  # the compilers' refusals have no common type
+        raise NaloraError(
+            "--topology",
+            expected=f"a topology that the {where.chip.platform} compiler knows",
+            found=f"{where.name}: {str(error).splitlines()[0][:300]}",
+        ) from error
+    return list(found.devices)
+
+
+def _require(where: Topology) -> None:
+    module, extra = ("libtpu", "tpu") if where.chip.platform == "tpu" else ("jax_plugins.xla_cuda12", "cuda")
+    try:
+        missing = importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:
+        missing = True
+    if missing:
+        raise NaloraError(
+            "nalora plan",
+            expected=f"the compiler for {where.chip.name}, which needs no such chip",
+            found="that it is not installed",
+            remedy=f"pip install 'nalora_jax[{extra}]', best in an environment of its own",
+        )
+
+
+@contextmanager
+def _quiet_tpu() -> Iterator[None]:
+    """The TPU's compiler without a TPU: it must not look for one, nor insist on being alone."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted training step of ``config`` and descriptions of its arguments, placed on ``mesh``.
+
+    Args:
+      config: the run; its batch size is the number of rows over all devices.
+      base: architecture of the base model.
+      mesh: real or abstract devices.
+      seq: tokens of a row.
+    """
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    model = build_model(base, spec, config.compute, mesh)
+    optimizer = build_optimizer(config, base, spec)
+    gate = (base.n_layers, *((base.n_experts,) if base.n_experts else ()), base.d_ff)
+
+    def fresh() -> Any:
+        lora = init_lora(base, spec, jax.random.key(0))
+        return init_state(lora, optimizer, {"layers/ffn": gate}, 0)
+
+    weights = {path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in param_shapes(base).items()}
+    params, _ = _placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)
+    state, places = _placed(jax.eval_shape(fresh), mesh, distributed.STATE_RULES)
+    micro = config.train.batch_size // config.train.accumulate
+    by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
+    shape = (config.train.accumulate, micro, seq)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows) for name, dtype in _BATCH.items()}
+    return compile_step(config, base, model, optimizer, mesh, places), (params, state, batch)
+
+
+def _placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
+    places = distributed.shardings(tree, mesh, rules)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places), places

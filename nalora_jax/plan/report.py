@@ -1,0 +1,166 @@
+"""``nalora plan``: what a run needs of hardware that is not there, in words and in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import jax
+
+from nalora_jax import distributed
+from nalora_jax.config import MaskConfig, MeshConfig, RunConfig, StepScaleConfig
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.plan.figures import Figures, figures
+from nalora_jax.plan.layouts import Layout, choose
+from nalora_jax.plan.machines import Topology
+from nalora_jax.plan.program import devices, step_and_arguments
+from nalora_jax.plan.roofline import Roofline, roofline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a topology: the layout that was chosen for it, and what the compiler made of it."""
+
+    model: str
+    where: Topology
+    layout: Layout
+    rows: int
+    seq: int
+    accumulate: int
+    nalora: Figures
+    lora: Figures  # the same run without the mechanisms and without their statistics
+    bound: Roofline  # of a micro-batch of NA-LoRA
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program's memory is there."""
+        return self.nalora.memory <= self.where.chip.memory
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all chips, at most."""
+        return self.rows * self.seq / self.bound.seconds
+
+    def ratios(self) -> dict[str, float]:
+        """NA-LoRA over LoRA."""
+        pairs = {
+            "flops": (self.nalora.flops, self.lora.flops),
+            "HBM bytes": (self.nalora.memory_bytes, self.lora.memory_bytes),
+            "collective bytes": (self.nalora.moved(), self.lora.moved()),
+            "memory": (self.nalora.memory, self.lora.memory),
+        }
+        return {name: ours / other if other else 1.0 for name, (ours, other) in pairs.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "topology": self.where.name,
+            "rows": self.rows,
+            "seq": self.seq,
+            "layout": asdict(self.layout),
+            "fits": self.fits,
+            "memory": self.nalora.memory,
+            "arguments": self.nalora.arguments,
+            "moved": self.nalora.moved(),
+            "hidden": self.nalora.moved(overlapped=True),
+            "seconds": self.bound.seconds,
+            "mfu": self.bound.mfu,
+            "tokens_per_second": self.tokens_per_second,
+            "bound": asdict(self.bound),
+            "over_lora": self.ratios(),
+        }
+
+
+def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int) -> Plan:
+    """Chooses a layout, compiles the step of NA-LoRA and of LoRA for it, and bounds its time.
+
+    Args:
+      config: the run; what its mesh and remat leave open is chosen.
+      base: the model.
+      where: the machine.
+      seq: tokens of a row.
+
+    Raises:
+      NaloraError: nothing fits, or the compiler is not there.
+    """
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    layout = choose(config, base, spec, where, seq)
+    config = with_layout(config, layout)
+    mesh = distributed.make_mesh(config.mesh, devices(where))
+    ours = figures(*step_and_arguments(config, base, mesh, seq=seq))
+    plain = replace(config, mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+    step, arguments = step_and_arguments(plain, base, mesh, seq=seq)
+    other = figures(without_statistics(step, mesh), arguments)
+    return Plan(
+        config.model,
+        where,
+        layout,
+        config.train.batch_size,
+        seq,
+        config.train.accumulate,
+        ours,
+        other,
+        bound_of(ours, where, base, spec, config, seq),
+    )
+
+
+def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
+    """``config`` with the mesh and the rematerialisation of ``layout``."""
+    mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
+    compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
+    return replace(config, mesh=mesh, compute=compute)
+
+
+def bound_of(
+    found: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
+) -> Roofline:
+    """The roofline of a step."""
+    return roofline(found, where, base, spec, config.train.batch_size, seq, config.mesh.tensor)
+
+
+def without_statistics(step: Any, mesh: Any) -> Any:
+    """A step of plain LoRA that measures no gates: what reads them is no output, so the compiler drops it."""
+
+    def plain(params: Any, state: Any, batch: Any) -> Any:
+        new, metrics = step(params, state, batch)
+        return new._replace(gate=state.gate), {"loss": metrics["loss"]}
+
+    return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
+
+
+def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
+    """The plan in lines of text.
+
+    Args:
+      plan: the plan.
+      price: of one chip and hour, in any currency.
+    """
+    chip, found, bound, where = plan.where.chip, plan.nalora, plan.bound, plan.where
+    yield f"{plan.model} on {where.name} ({where.size} x {chip.name}), {plan.rows} rows of {plan.seq} tokens a step"
+    yield f"  layout      {plan.layout}"
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    yield f"  memory      {found.memory / 1e9:.2f} GB a chip of {chip.memory / 1e9:.1f}: {verdict}"
+    yield (
+        f"              arguments {found.arguments / 1e9:.2f} GB (weights {plan.layout.weights / 1e9:.2f}), "
+        f"temporary {found.temporary / 1e9:.2f}"
+    )
+    for kind in sorted({c.kind for c in found.collectives}):
+        same = [c for c in found.collectives if c.kind == kind]
+        received, hidden = (sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False))
+        yield f"  {kind:<11} {received:.2f} GB received a chip and step, {hidden:.2f} of them behind products"
+    yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
+    yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
+    yield (
+        f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms not, "
+        f"at {chip.interconnect / 1e9:.0f} GB/s inbound"
+    )
+    rate = plan.tokens_per_second
+    yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {bound.seconds:.3g} s a step"
+    yield f"  implied MFU {bound.mfu:.1%}"
+    yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
+    if price is not None:
+        cost = price * where.size / (rate * 3600 / 1e6)
+        yield f"  cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"

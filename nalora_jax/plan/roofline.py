@@ -1,0 +1,105 @@
+"""How fast a compiled program can be: the time that each of a chip's resources needs, and what waits for what.
+
+A step takes the longest of the matrix unit's time (at 75% of its peak), HBM's time, and the interconnect's time for
+collectives that the schedule hides behind products; the time of all other collectives comes on top. It is a bound from
+the program and the data sheet; nothing is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.plan.figures import Figures
+from nalora_jax.plan.machines import Topology
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step on each chip, by resource."""
+
+    matrix: float
+    hbm: float
+    hidden: float  # interconnect, behind products
+    exposed: float  # interconnect, nothing else runs
+    useful_flops: float  # a chip
+    peak: float  # flops a second
+
+    @property
+    def seconds(self) -> float:
+        """The step's time that all of them allow."""
+        return max(self.matrix, self.hbm, self.hidden) + self.exposed
+
+    @property
+    def mfu(self) -> float:
+        """Implied model flops utilisation: useful flops over what the chip's peak does in that time."""
+        return self.useful_flops / (self.peak * self.seconds)
+
+
+def attention_flops(base: ModelConfig, seq: int) -> float:
+    """Flops of scores and weighted sums of all layers for one row, forward, of what causality and windows leave."""
+    total = 0.0
+    for window in base.layer_windows:
+        seen = min(window, seq) if window < GLOBAL_WINDOW else seq
+        pairs = seq * seen - seen * (seen - 1) / 2 if seen < seq else seq * (seq + 1) / 2
+        total += 4.0 * pairs * base.n_heads * base.head_dim
+    return total
+
+
+def active_parameters(base: ModelConfig) -> float:
+    """Weights that multiply every token, the head included and the embedding not."""
+    total = 0.0
+    for path, shape in projection_shapes(base).items():
+        size = float(shape[-1] * shape[-2])
+        if base.n_experts and "/ffn/" in path:
+            size *= base.experts_per_token
+        total += base.n_layers * size
+    return total + base.d_model * base.vocab_size + base.n_layers * base.d_model * base.n_experts
+
+
+def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) -> float:
+    """What a step has to do for ``rows`` rows.
+
+    4 flops a frozen weight and token (forward, and the gradient of the input; a frozen weight has none of its own), 6
+    an adapter's weight and token, attention and its gradient (twice the forward pass).
+    """
+    shapes = projection_shapes(base)
+    adapters = sum(sum(shapes[path][-2:]) * rank for path, target in spec.targets for rank in target.ranks)
+    tokens = rows * seq
+    return tokens * (4 * active_parameters(base) + 6 * adapters) + 3 * rows * attention_flops(base, seq)
+
+
+def kernel_flops(program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int) -> float:
+    """Flops of splash attention's kernels, which XLA does not count.
+
+    2 products forward, 4 for the gradients of keys and values, 3 for those of queries, 5 where one kernel makes all of
+    them; over the pairs that causality leaves.
+    """
+    per_layer = rows * attention_flops(base, seq) / base.n_layers / n_tensor / 2  # of one product
+    products = {"fwd": 2, "dkv": 4, "dq": 3}
+    total = 0.0
+    for name, times in program.custom_calls.items():
+        for part, count in products.items():
+            if "splash" in name and f"_{part}" in name:
+                fused = part == "dkv" and not any("_dq" in other for other in program.custom_calls)
+                total += times * (5 if fused else count) * per_layer
+    return total
+
+
+def roofline(
+    program: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, rows: int, seq: int, n_tensor: int = 1
+) -> Roofline:
+    """The bound of a compiled training step of ``rows`` rows over all chips."""
+    chip, share = where.chip, rows / where.size * n_tensor
+    flops = program.flops + kernel_flops(program, base, share, seq, n_tensor)
+    hidden = sum(c.total / where.inbound(c.devices) for c in program.collectives if c.overlapped)
+    exposed = sum(c.total / where.inbound(c.devices) for c in program.collectives if not c.overlapped)
+    return Roofline(
+        flops / chip.matrix_rate,
+        program.memory_bytes / chip.bandwidth,
+        hidden,
+        exposed,
+        useful_flops(base, spec, rows, seq) / where.size,
+        chip.flops,
+    )
