@@ -4,13 +4,22 @@ from nalora_jax.distributed.batches import make_global_batch, process_rows, rows
 from nalora_jax.distributed.compiler import compiler_options
 from nalora_jax.distributed.mesh import AXES, BATCH_AXES, check_heads, make_mesh
 from nalora_jax.distributed.processes import fetch, initialize_distributed, on_first_process
-from nalora_jax.distributed.sharding import PARAM_RULES, STATE_RULES, Rules, bytes_per_device, fit_spec, shardings
+from nalora_jax.distributed.sharding import (
+    PARAM_RULES,
+    STATE_RULES,
+    STEP_RULES,
+    Rules,
+    bytes_per_device,
+    fit_spec,
+    shardings,
+)
 
 __all__ = [
     "AXES",
     "BATCH_AXES",
     "PARAM_RULES",
     "STATE_RULES",
+    "STEP_RULES",
     "Rules",
     "bytes_per_device",
     "check_heads",

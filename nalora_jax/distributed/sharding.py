@@ -5,7 +5,7 @@ and a stack of experts ``[L, E, in, out]``; leading axes are never split.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
-    layers/ffn/gate_proj/b      [L, r, out]    P(None, "tensor")    ->  P(None, None, "tensor")    out as its out
+    layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))                         out over both
 
 An optimizer's moments end in the path of the parameter that they belong to, so the same rules place them.
 """
@@ -13,7 +13,7 @@ An optimizer's moments end in the path of the parameter that they belong to, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,38 +26,59 @@ from nalora_jax.errors import NaloraError
 Rules = Sequence[tuple[str, P]]
 
 
-def _projection_rules() -> tuple[tuple[str, P], ...]:
-    """Weights, biases and adapters of every projection, from one table of (name, axis of in, axis of out)."""
-    table = (
-        ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # heads and FFN channels leave split over tensor ...
-        ("(o|down|out)_proj", "tensor", "fsdp"),  # ... and are summed over it here
-        ("router", "fsdp", None),
-    )
-    rules: list[tuple[str, P]] = []
-    for name, inner, outer in table:
-        rules += [
-            (rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)),
-            (rf"(^|/){name}/a$", P(inner, None)),
-            (rf"(^|/){name}/b$", P(None, outer)),
-            (rf"(^|/){name}/(bias|magnitude)$", P(outer)),
-        ]
-    return tuple(rules)
+# Per projection: its name, and the mesh axes of its input and of its output.
+_PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
+    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # heads and FFN channels leave split over tensor ...
+    ("(o|down|out)_proj", "tensor", "fsdp"),  # ... and are summed over it here
+    ("router", "fsdp", None),
+)
+_WHOLE = ("tensor", "fsdp")  # an axis of a projection that the state splits over both
 
+
+def _kernel_rules() -> Rules:
+    """Frozen weights of every projection."""
+    rules: list[tuple[str, P]] = []
+    for name, inner, outer in _PROJECTIONS:
+        rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
+        rules.append((rf"(^|/){name}/bias$", P(outer)))
+    return rules
+
+
+def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
+    """Adapters of every projection; ``place`` says what becomes of the mesh axis that its kernel has there."""
+    rules: list[tuple[str, P]] = []
+    for name, inner, outer in _PROJECTIONS:
+        rules.append((rf"(^|/){name}/a$", P(place(inner), None)))
+        rules.append((rf"(^|/){name}/b$", P(None, place(outer))))
+        rules.append((rf"(^|/){name}/magnitude$", P(place(outer))))
+    return rules
+
+
+_CHANNELS = r"(^|/)gate(_mask|_stats)?/.*(importance|occupancy|mask|scale|slope|feature|selection|linear)"
 
 # Frozen weights. No trailing default: a weight that nobody thought of is an error, not a silent replica.
 PARAM_RULES: Rules = (
-    *_projection_rules(),
+    *_kernel_rules(),
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
     (r"norm/(scale|bias)$", P()),
 )
 
-# Everything that training changes: adapters, optimizer, gate averages (and the gate's masks and statistics), counters.
+# Everything that training changes, between steps: adapters, optimizer, gate averages, counters. Both axes that split
+# weights split one axis of each: with the rank, moments grow to gigabytes.
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
-    *_projection_rules(),
+    *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
     (r"(^|/)(tokens|probe_tokens)$", P()),
-    (r"(^|/)gate(_mask|_stats)?/.*(importance|occupancy|mask|scale|slope|feature|selection|linear)", P("tensor")),
+    (_CHANNELS, P(_WHOLE)),
+    (r"", P()),
+)
+
+# Adapters and masks within a step: gathered over fsdp once, before the layers, and split over tensor like the weights
+# that they belong to.
+STEP_RULES: Rules = (
+    *_adapter_rules(lambda axis: "tensor" if axis == "tensor" else None),
+    (r"(^|/)mask$", P("tensor")),
     (r"", P()),
 )
 
@@ -110,8 +131,12 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
+    """The axis, or as many of several as divide ``size``, from the first on."""
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
-    return axis if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    for count in range(len(names), 0, -1):
+        if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
+            return next(iter(names)) if count == 1 else tuple(names[:count])
+    return None
 
 
 def bytes_per_device(tree: Any) -> dict[jax.Device, int]:

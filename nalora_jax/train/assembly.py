@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed
+from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
@@ -164,6 +164,21 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
     return NamedSharding(mesh, distributed.fit_spec(by_vocabulary, shape, mesh))
 
 
+def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
+    """Where adapters and masks live within a step; nothing on one device."""
+    if mesh.size == 1:
+        return {}
+    linear = replace(spec, dora=False)
+    shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
+    for path, _ in spec.targets if spec.dora else ():
+        b = shapes[f"{path}/b"].shape
+        shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
+    return {
+        "lora_sharding": distributed.shardings(trees.unflatten(shapes), mesh, distributed.STEP_RULES),
+        "mask_sharding": NamedSharding(mesh, distributed.fit_spec(P("tensor"), _gate_shape(base), mesh)),
+    }
+
+
 def compile_step(
     config: RunConfig,
     base: ModelConfig,
@@ -185,6 +200,7 @@ def compile_step(
         loss_chunk=config.compute.loss_chunk,
         batch_shards=math.prod(mesh.shape[axis] for axis in distributed.BATCH_AXES),
         head_sharding=head_sharding(base, mesh),
+        **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
         tolerance=tolerance,
     )

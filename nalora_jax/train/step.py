@@ -61,6 +61,9 @@ class StepConfig:
     activation: str
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
+    # Of adapters (and masks) within the step, where the state splits them further; a tree, and one for all masks.
+    lora_sharding: Any = None
+    mask_sharding: NamedSharding | None = None
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
     check_gates: bool = False
     tolerance: float = 1e-4  # of that check, relative to the largest gate output
@@ -89,7 +92,11 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
         use_mask = config.mask.kind != "off" and config.mask.mask_gradient
         collection = mask_collection(masks) if use_mask else None
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        sums = _accumulate(lambda b, k: gradients(pack(params), state.lora, collection, b, k), batch, key)
+        lora = state.lora
+        if config.lora_sharding is not None:  # gathered once, not in every layer
+            lora = lax.with_sharding_constraint(lora, config.lora_sharding)
+            collection = jax.tree.map(lambda m: lax.with_sharding_constraint(m, config.mask_sharding), collection)
+        sums = _accumulate(lambda b, k: gradients(pack(params), lora, collection, b, k), batch, key)
         if config.check_gates:
             _check_identity(sums["stats"], config.tolerance)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["target_tokens"], 1.0), sums["grads"])

@@ -116,23 +116,26 @@ def test_experts_keep_their_leading_axis_whole(mesh):
     )
     assert weights["layers/ffn/down_proj/kernel"] == P(None, None, "tensor", "fsdp")
     assert weights["layers/ffn/router/kernel"] == P(None, "fsdp")
-    assert adapters["layers/ffn/down_proj/a"] == P(None, None, "tensor")
+    assert adapters["layers/ffn/down_proj/a"] == P(None, None, ("tensor", "fsdp"))
     assert adapters["layers/ffn/down_proj/b"] == P(None, None, None, "fsdp")
 
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_adapters_are_split_like_the_weight_that_they_adapt(mesh, moe):
-    weights, adapters = (
-        specs(params(moe), mesh, distributed.PARAM_RULES),
-        specs(lora(moe), mesh, distributed.STATE_RULES),
-    )
+    weights = specs(params(moe), mesh, distributed.PARAM_RULES)
+    between, within = (specs(lora(moe), mesh, rules) for rules in (distributed.STATE_RULES, distributed.STEP_RULES))
     for path in projections(lora=False, moe=moe):
         rank = 4 if moe and "/ffn/" in path else 3
         full = [*weights[path], *[None] * (rank - len(weights[path]))]
-        a = adapters[path.replace("kernel", "a")]
-        b = adapters[path.replace("kernel", "b")]
-        assert [*a, *[None] * (rank - len(a))] == [*full[:-1], None]
-        assert [*b, *[None] * (rank - len(b))] == [*full[:-2], None, full[-1]]
+        axes = {"a": full[-2], "b": full[-1]}
+        for name, at in (("a", -2), ("b", -1)):
+            adapter = path.replace("kernel", name)
+            step, state = ([*spec[adapter], *[None] * (rank - len(spec[adapter]))] for spec in (within, between))
+            # Within a step as the weight is over tensor, and whole over fsdp; between steps over what else there is.
+            assert step[at] == ("tensor" if axes[name] == "tensor" else None)
+            assert state[at] == (("tensor", "fsdp") if axes[name] == "tensor" else axes[name])
+            assert all(axis is None for i, axis in enumerate(step) if i != rank + at)
+            assert all(axis is None for i, axis in enumerate(state) if i != rank + at)
 
 
 def test_optimizer_leaves_follow_their_parameter(mesh):
@@ -163,10 +166,11 @@ def test_gate_state_follows_the_gates_channels(mesh):
         "step": struct(),
     }
     placed = specs(state, mesh, distributed.STATE_RULES)
-    assert placed["gate/importance/layers/ffn"] == P(None, "tensor")
-    assert placed["gate/occupancy/layers/ffn"] == P(None, None, "tensor")
-    assert placed["gate/occupancy/layers/moe"] == P(None, None, None, "tensor")
-    assert placed["gate_mask/layers/ffn/mask"] == placed["gate_stats/layers/ffn/slope"] == P(None, "tensor")
+    both = ("tensor", "fsdp")
+    assert placed["gate/importance/layers/ffn"] == P(None, both)
+    assert placed["gate/occupancy/layers/ffn"] == P(None, None, both)
+    assert placed["gate/occupancy/layers/moe"] == P(None, None, None, both)
+    assert placed["gate_mask/layers/ffn/mask"] == placed["gate_stats/layers/ffn/slope"] == P(None, both)
     assert placed["gate/updates/layers/ffn"] == placed["gate/count"] == P()
     assert placed["gate_stats/layers/ffn/tokens"] == placed["step"] == P()
 
