@@ -2,7 +2,7 @@
 
 from nalora_jax.distributed.batches import make_global_batch, process_rows, rows_of_processes
 from nalora_jax.distributed.compiler import compiler_options
-from nalora_jax.distributed.mesh import AXES, BATCH_AXES, check_heads, make_mesh
+from nalora_jax.distributed.mesh import AXES, BATCH_AXES, check_heads, make_mesh, resolve_sizes
 from nalora_jax.distributed.processes import fetch, initialize_distributed, on_first_process
 from nalora_jax.distributed.sharding import (
     PARAM_RULES,
@@ -31,6 +31,7 @@ __all__ = [
     "make_mesh",
     "on_first_process",
     "process_rows",
+    "resolve_sizes",
     "rows_of_processes",
     "shardings",
 ]

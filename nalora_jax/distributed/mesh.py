@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
@@ -30,7 +30,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         slices do not divide the axis "data".
     """
     available = list(jax.devices() if devices is None else devices)
-    sizes = _resolve_sizes({name: getattr(config, name) for name in AXES}, len(available))
+    sizes = resolve_sizes(config, len(available))
     slices = len({getattr(device, "slice_index", 0) for device in available})
     if sizes[0] % slices:
         raise NaloraError(
@@ -48,8 +48,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _resolve_sizes(sizes: Mapping[str, int], n_devices: int) -> tuple[int, ...]:
-    """Axis sizes with 0 and -1 replaced by what is left of ``n_devices``."""
+def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+    """Axis sizes with 0 and -1 replaced by what is left of ``n_devices``; see `make_mesh`."""
+    sizes = {name: int(getattr(config, name)) for name in AXES}
     if sizes["data"] == 0 and -1 not in sizes.values():
         sizes = {**sizes, "data": -1}
     sizes = {name: size or 1 for name, size in sizes.items()}

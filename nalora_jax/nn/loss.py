@@ -153,9 +153,10 @@ def _chunk(
     block: int,
     grad: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss sum of one chunk, hidden ``[rows, d_model]``, weights ``[rows]``, and `_wanted`; and hidden's gradient.
+    """Losses of one chunk, ``[rows]``, and hidden's gradient.
 
-    The gradient is of shape ``[rows, 0]`` where it is not wanted.
+    Of hidden ``[rows, d_model]``, weights ``[rows]`` and what `_wanted` gives. The gradient is of shape ``[rows, 0]``
+    where it is not wanted.
     """
     if block == kernel.shape[head.axis]:
         return _whole_rows(hidden, kernel, wanted, weights, head, grad)
@@ -175,7 +176,7 @@ def _whole_rows(
     exps = jnp.exp(shifted)
     total = jnp.sum(exps, axis=-1, keepdims=True)
     picked = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1)
-    loss = jnp.sum(weights * (jnp.log(total[:, 0]) - picked))
+    loss = weights * (jnp.log(total[:, 0]) - picked)
     if not grad:
         return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
     probabilities = exps / total
@@ -211,7 +212,7 @@ def _joined(
     # The target's own logit and its part of the gradient take one row of the head, no [rows, vocab] one-hot.
     wanted = unpack_leaf(target_rows).astype(jnp.float32)
     picked, slope = _shaped(jnp.sum(rounded(hidden, head.operand).astype(jnp.float32) * wanted, axis=-1), head)
-    loss = jnp.sum(weights * (jnp.log(total) + top - picked))
+    loss = weights * (jnp.log(total) + top - picked)
     if not grad:
         return loss, attended
     return loss, weights[:, None] * (attended / total[:, None] - slope[:, None] * wanted)
@@ -268,7 +269,9 @@ def _compacted(
     if _is_native(kernel, head):
         h, r = (jnp.take(x, order, axis=0) for x in (flat, _target_rows(kernel, targets.reshape(n), head.transposed)))
         loss, back = _native_chunk(h, kernel, r, weights[order], head, grad)
-        return loss, jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(shape) if grad else back
+        return jnp.sum(loss), jnp.zeros_like(flat).at[order].set(back.astype(flat.dtype)).reshape(
+            shape
+        ) if grad else back
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)
     wanted = _wanted(kernel, targets.reshape(n), head, tiles.block)
@@ -281,7 +284,7 @@ def _compacted(
             part, back = _chunk(h, kernel, r, jnp.where(index < n, w, 0.0), head, tiles.block, grad)
             if grad:
                 gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
-            return loss + part, gradient
+            return loss + jnp.sum(part), gradient
 
         return lax.fori_loop(0, count, body, carry)
 
@@ -315,10 +318,12 @@ def _along_sequence(
         h, w, r = chunk
         flat, wanted = h.reshape(-1, d_model), r.reshape(-1, r.shape[-1])
         part, back = _chunk(flat, kernel, wanted, w.reshape(-1), head, tiles.block, grad)
-        return loss + part, back.astype(h.dtype).reshape(*h.shape[:-1], -1)
+        return loss + jnp.sum(part.reshape(batch, step), axis=1), back.astype(h.dtype).reshape(*h.shape[:-1], -1)
 
     wanted = _wanted(kernel, targets, head, tiles.block)
-    loss, parts = lax.scan(body, jnp.zeros((), jnp.float32), (split(hidden), split(weights), split(wanted)))
+    # Sums of each example, so that shards of the batch meet once, after the loop.
+    losses, parts = lax.scan(body, jnp.zeros((batch,), jnp.float32), (split(hidden), split(weights), split(wanted)))
+    loss = jnp.sum(losses)
     if not grad:
         return loss, parts
     whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nalora_jax.config import RunConfig
+from nalora_jax import distributed
+from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
@@ -92,6 +93,8 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     mesh = config.mesh
+    if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # "what is left" leaves nothing open
+        mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
     for tensor in _divisors(where.size):
         if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or base.n_kv_heads % tensor):
             continue
@@ -100,8 +103,7 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
         for fsdp in _divisors(where.size // tensor):
             data = where.size // tensor // fsdp
             fits = all(
-                wanted in (0, -1, size)
-                for wanted, size in ((mesh.data, data), (mesh.fsdp, fsdp), (mesh.tensor, tensor))
+                wanted in (0, size) for wanted, size in ((mesh.data, data), (mesh.fsdp, fsdp), (mesh.tensor, tensor))
             )
             if fits and micro % (data * fsdp) == 0 and data % where.slices == 0:
                 for remat in policies:

@@ -1,0 +1,131 @@
+"""What is read from scheduled HLO, against programs whose flops, bytes and collectives are known."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.plan.accounting import Program
+
+LAYERS, D, ROWS = 5, 64, 32
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+
+def scanned(x, stack):
+    def layer(x, kernel):
+        return jnp.tanh(x @ kernel), None
+
+    return jax.lax.scan(layer, x, stack)[0]
+
+
+def compiled(f, *arguments):
+    return Program(jax.jit(f).lower(*arguments).compile().as_text())
+
+
+def test_a_loop_s_products_count_as_often_as_they_run():
+    program = compiled(scanned, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D)))
+    assert program.flops == LAYERS * 2 * ROWS * D * D
+    assert not program.collectives
+
+
+def test_nested_loops_multiply():
+    def twice(x, stack):
+        return jax.lax.scan(lambda x, _: (scanned(x, stack), None), x, None, length=3)[0]
+
+    assert compiled(twice, jnp.ones((ROWS, D)), jnp.ones((LAYERS, D, D))).flops == 3 * LAYERS * 2 * ROWS * D * D
+
+
+def test_flops_are_xla_s_own_where_no_loop_hides_them():
+    def f(x, y, z):
+        return jnp.einsum("bij,bjk->bik", x, y) @ z
+
+    arguments = (jnp.ones((4, 16, 24)), jnp.ones((4, 24, 40)), jnp.ones((40, 8)))
+    lowered = jax.jit(f).lower(*arguments).compile()
+    assert Program(lowered.as_text()).flops == 2 * 4 * 16 * 24 * 40 + 2 * 4 * 16 * 40 * 8
+
+
+def test_gathers_inside_a_loop_count_every_time(mesh):
+    rows, split = NamedSharding(mesh, P("x")), NamedSharding(mesh, P(None, "x"))
+    x = jax.ShapeDtypeStruct((8 * ROWS, D), jnp.float32, sharding=rows)
+    stack = jax.ShapeDtypeStruct((LAYERS, D, D), jnp.float32, sharding=split)
+    program = compiled(scanned, x, stack)
+    (gather,) = (c for c in program.collectives if c.kind == "all-gather")
+    assert (gather.devices, gather.times) == (8, LAYERS)
+    assert gather.received == D * D * 4 * 7 / 8
+    assert program.flops == LAYERS * 2 * ROWS * D * D
+
+
+def test_a_sum_over_devices_moves_its_bytes_twice(mesh):
+    x = jax.ShapeDtypeStruct((80, D), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    program = compiled(lambda x: jnp.sum(x, axis=0), x)
+    assert sum(c.total for c in program.collectives) == pytest.approx(2 * D * 4 * 7 / 8)
+
+
+def test_a_slice_of_a_stack_is_read_as_a_slice():
+    # 40 layers of 64 kB: a reader that takes each slice for the whole stack would count 40 times as much.
+    stack = jnp.ones((40, 128, 128))
+    program = compiled(scanned, jnp.ones((8, 128)), stack)
+    assert stack.nbytes < program.memory_bytes < 4 * stack.nbytes
+
+
+TPU_STYLE = """\
+HloModule step, is_scheduled=true
+
+%start (p.1: bf16[4,16]) -> (bf16[4,16], bf16[32,16]) {
+  %p.1 = bf16[4,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[32,16]{1,0} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=8,'b'=1] {'a'}
+  ROOT %t = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) tuple(%p.1, %all-gather.1)
+}
+
+%step (p.2: bf16[4,16], p.3: bf16[8,32], p.4: bf16[32,16]) -> f32[8,16] {
+  %p.2 = bf16[4,16]{1,0} parameter(0)
+  %p.3 = bf16[8,32]{1,0} parameter(1)
+  %p.4 = bf16[32,16]{1,0} parameter(2)
+  %all-gather.2 = bf16[32,16]{1,0} all-gather(%p.2), channel_id=7, replica_groups=mesh['a'=8,'b'=1] {'a'}
+  ROOT %convolution = f32[8,16]{1,0} convolution(%p.3, %p.4), dim_labels=bf_io->bf
+}
+
+%done (p.5: bf16[32,16]) -> bf16[32,16] {
+  %p.5 = bf16[32,16]{1,0} parameter(0)
+  ROOT %b = bf16[32,16]{1,0} bitcast(%p.5)
+}
+
+ENTRY %main (a: bf16[4,16], x: bf16[8,32], w: bf16[32,16]) -> f32[8,16] {
+  %a = bf16[4,16]{1,0} parameter(0)
+  %x = bf16[8,32]{1,0} parameter(1)
+  %w = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %async-collective-start = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %async_collective_fusion = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step
+  %g = bf16[32,16]{1,0} get-tuple-element(%async-collective-start), index=1
+  %async-collective-done = bf16[32,16]{1,0} fusion(%g), kind=kCustom, calls=%done
+  %all-gather.3 = bf16[32,16]{1,0} all-gather(%a), channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %again = f32[8,16]{1,0} fusion(%a, %x, %all-gather.3), kind=kOutput, calls=%step
+}
+"""
+
+
+def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it():
+    # The TPU compiler cuts a gather into fusions that share its channel; `%again` merely reuses a computation.
+    text = TPU_STYLE.replace(
+        "%again = f32[8,16]{1,0} fusion(%a, %x, %all-gather.3), kind=kOutput, calls=%step",
+        "%c = f32[8,16]{1,0} convolution(%x, %all-gather.3), dim_labels=bf_io->bf",
+    )
+    gathers = Program(text).collectives
+    assert [(c.kind, c.devices, c.received) for c in gathers] == [("all-gather", 8, 32 * 16 * 2 * 7 / 8)] * 2
+    assert [c.overlapped for c in gathers] == [False, False]
+    product = "%other = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf"
+    last = "%async_collective_fusion.2 = f32[8,16]{1,0} fusion(%a, %x, %w), kind=kOutput, calls=%step"
+    between = text.replace("  %g = bf16", f"  {product}\n  {last}\n  %g = bf16")
+    assert [c.overlapped for c in Program(between).collectives] == [True, False]
+
+
+def test_what_lies_beside_the_cores_is_no_traffic_of_the_memory():
+    text = TPU_STYLE.replace("S(1)", "")
+    assert Program(text).memory_bytes - Program(TPU_STYLE).memory_bytes == pytest.approx(32 * 16 * 2)

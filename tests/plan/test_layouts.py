@@ -1,0 +1,116 @@
+"""Layouts that are chosen for models of public sizes, and what they are chosen by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.plan.layouts import choose, estimate
+from nalora_jax.plan.machines import topology
+from nalora_jax.plan.models import CONFIGS, architecture
+from nalora_jax.plan.roofline import active_parameters, attention_flops
+
+
+def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
+    base, machine = architecture(model), topology(where)
+    config = RunConfig(train=TrainConfig(batch_size=rows or machine.size), **options)
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    return choose(config, base, spec, machine, seq)
+
+
+def test_a_model_that_fits_is_whole_on_every_chip():
+    layout = chosen("llama-3.1-8b", "v6e:16x16")
+    assert (layout.data, layout.fsdp, layout.tensor, layout.remat) == (256, 1, 1, "dots")
+    assert layout.gathers == 0
+    assert layout.mfu > 0.65
+
+
+def test_a_model_that_does_not_fit_is_split_and_keeps_what_there_is_room_for():
+    small, large = chosen("llama-3.1-8b", "v5e:16x16"), chosen("llama-3.1-70b", "v6e:16x16")
+    assert small.fsdp > 1
+    assert large.fsdp > 1
+    assert large.remat == "attention"
+    for layout, machine in ((small, "v5e:16x16"), (large, "v6e:16x16")):
+        assert layout.memory < 0.9 * topology(machine).chip.memory
+        assert layout.gathers < layout.seconds
+
+
+@pytest.mark.parametrize("model", sorted(CONFIGS))
+@pytest.mark.parametrize("where", ["v5e:16x16", "v6e:16x16", "v5p:8x8x16", "8xh100", "64xh100"])
+def test_every_model_of_the_table_has_a_layout(model, where):
+    layout, machine = chosen(model, where), topology(where)
+    assert layout.data * layout.fsdp * layout.tensor == machine.size
+    assert 0.2 < layout.mfu < 0.75
+
+
+def test_what_the_user_fixes_stays():
+    layout = chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=16, tensor=2))
+    assert (layout.data, layout.fsdp, layout.tensor) == (8, 16, 2)
+    assert chosen("llama-3.1-8b", "v6e:16x16", compute=ComputeConfig(remat="full")).remat == "full"
+    assert chosen("llama-3.1-8b", "v6e:16x16", mesh=MeshConfig(fsdp=-1)).fsdp == 256
+
+
+def test_slices_split_the_batch_alone():
+    layout = chosen("llama-3.1-70b", "2xv6e:16x16")
+    assert layout.data % 2 == 0
+    assert layout.fsdp * layout.tensor <= 256
+
+
+def test_nothing_fits_is_an_error_with_a_remedy():
+    with pytest.raises(NaloraError, match=r"v5e:2x2: expected llama .* to fit in 17 GB a chip.*; use more chips"):
+        chosen("llama-3.1-70b", "v5e:2x2")
+    with pytest.raises(NaloraError, match=r"--train.batch-size: expected rows .* found 7"):
+        chosen("llama-3.1-8b", "v6e:16x16", rows=7, mesh=MeshConfig(tensor=1))
+
+
+@pytest.mark.parametrize("name", ["v7x:2x2", "8xa100", "12xh100", "v5e", "v5e:0x4", ""])
+def test_unknown_machines_are_refused(name):
+    with pytest.raises(NaloraError, match="--topology"):
+        topology(name)
+
+
+def test_keeping_more_takes_memory_and_saves_products():
+    base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
+    config = RunConfig(train=TrainConfig(batch_size=256))
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+    layouts = [estimate(config, base, spec, machine, 4096, (1, 256, 1), p) for p in ("dots", "attention", "full")]
+    assert np.all(np.diff([layout.memory for layout in layouts]) < 0)
+    assert np.all(np.diff([layout.seconds for layout in layouts]) > 0)
+
+
+def test_parameters_and_attention_are_counted_as_the_models_are():
+    # Llama-3.1-8B has 8.03 billion parameters, 0.525 of them the embedding.
+    assert active_parameters(architecture("llama-3.1-8b")) == pytest.approx(8.03e9 - 0.525e9, rel=2e-3)
+    # Mixtral-8x7B: 12.9 billion active a token, 0.13 of them the embedding.
+    assert active_parameters(architecture("mixtral-8x7b")) == pytest.approx(12.88e9 - 0.13e9, rel=5e-3)
+    base = replace(architecture("llama-3.1-8b"), n_layers=1)
+    seen = np.tril(np.ones((64, 64))).sum()
+    assert attention_flops(base, 64) == 4 * seen * 4096
+    windowed = replace(base, windows=(16,))
+    mask = np.tril(np.ones((64, 64))) - np.tril(np.ones((64, 64)), -16)
+    assert attention_flops(windowed, 64) == 4 * mask.sum() * 4096
+
+
+def test_links_of_the_torus_dimensions_that_a_collective_spans():
+    v6e, v5p, gpus = topology("v6e:16x16"), topology("v5p:8x8x16"), topology("64xh100")
+    assert v6e.inbound(16) == v6e.chip.interconnect / 2
+    assert v6e.inbound(256) == v6e.chip.interconnect
+    assert v5p.inbound(16) == pytest.approx(v5p.chip.interconnect / 3)
+    assert gpus.inbound(8) == gpus.chip.interconnect
+    assert gpus.inbound(64) == 8 * gpus.chip.network
+
+
+def test_configs_are_read_like_any_other(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIGS["qwen3-32b"]))
+    assert architecture(str(file)) == architecture(str(tmp_path)) == architecture("Qwen3-32B")
+    assert isinstance(architecture("gemma-3-27b"), ModelConfig)
+    with pytest.raises(NaloraError, match=r"--model: .* or one of llama-3.1-8b"):
+        architecture("gpt-5")

@@ -1,0 +1,75 @@
+"""The collectives of a run's own training step, compiled for eight devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from nalora_jax import distributed
+from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.plan.figures import figures
+from nalora_jax.plan.program import step_and_arguments
+
+# Collectives are those of the program that a user's compiler makes.
+pytestmark = pytest.mark.optimised
+
+LAYERS, D, D_FF, VOCAB, SEQ, RANK = 3, 64, 128, 1024, 32, 4
+BASE = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "intermediate_size": D_FF,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def compiled(tmp_path, *, mesh: MeshConfig, chunk: int = 16, tied: bool = False, accumulate: int = 1):
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+        mesh=mesh,
+        train=TrainConfig(batch_size=16 * accumulate, accumulate=accumulate),
+        compute=ComputeConfig(dtype="float32", loss_chunk=chunk, remat="full"),
+    )
+    base = ModelConfig.from_hf(BASE | {"tie_word_embeddings": tied})
+    step, arguments = step_and_arguments(config, base, distributed.make_mesh(mesh), seq=SEQ)
+    return figures(step, arguments, cache=tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_gathers_the_head_once_however_many_chunks_it_takes(tmp_path, tied):
+    found = compiled(tmp_path, mesh=MeshConfig(1, 8, 1), chunk=8, tied=tied)  # 8 chunks on each device
+    head = [c for c in found.collectives if c.received == pytest.approx(VOCAB * D * 4 * 7 / 8)]
+    assert head, "nothing as large as the head is gathered: what does the loss multiply by?"
+    assert {c.times for c in head} == {1.0}
+    # Whatever else stands in a loop is of one layer, not of the vocabulary.
+    in_loops = [c for c in found.collectives if c.times > 1]
+    assert in_loops
+    assert max(c.received for c in in_loops) < VOCAB * D * 4 / 8
+    assert {c.times for c in in_loops} == {float(LAYERS)}, [c for c in in_loops if c.times != LAYERS]
+
+
+def test_a_step_receives_its_weights_twice_and_little_else(tmp_path):
+    found = compiled(tmp_path, mesh=MeshConfig(1, 8, 1))
+    weights = LAYERS * (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 4
+    # Forward, and backward once more for the gradients and once for what is made again; head, embedding, adapters.
+    assert (
+        found.moved() < 3 * weights + 3 * VOCAB * D * 4 + 40 * LAYERS * D_FF * 4 + 12 * LAYERS * RANK * (D + D_FF) * 4
+    )
+
+
+def test_replicated_weights_are_never_moved(tmp_path):
+    found = compiled(tmp_path, mesh=MeshConfig(8, 1, 1))
+    assert {c.kind for c in found.collectives} == {"all-reduce"}
+    assert found.moved() < LAYERS * (D * D_FF) * 4
+
+
+def test_a_program_is_compiled_once(tmp_path, monkeypatch):
+    first = compiled(tmp_path, mesh=MeshConfig(8, 1, 1))
+    monkeypatch.setattr("nalora_jax.plan.figures.of_compiled", lambda _: pytest.fail("compiled again"))
+    assert compiled(tmp_path, mesh=MeshConfig(8, 1, 1)) == first
