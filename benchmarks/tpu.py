@@ -103,7 +103,7 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
     from nalora_jax.models.decoder import init_lora
     from nalora_jax.nn.low_rank import resolve
-    from nalora_jax.train.assembly import build_model, build_optimizer, compile_step
+    from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
     from nalora_jax.train.state import init_state
 
     off = method == "lora"
@@ -116,12 +116,13 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     )
     base = replace(ModelConfig.from_hf({**LLAMA, "num_hidden_layers": layers}))
     spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    mechanisms = build_mechanisms(config, base, spec)
     model = build_model(base, spec, config.compute, mesh)
-    optimizer = build_optimizer(config, base, spec)
+    optimizer = build_optimizer(config, base, spec, mechanisms)
 
     def fresh() -> Any:
         lora = init_lora(base, spec, jax.random.key(0))
-        return init_state(lora, optimizer, {"layers/ffn": (base.n_layers, base.d_ff)}, 0)
+        return init_state(lora, optimizer, {"layers/ffn": (base.n_layers, base.d_ff)}, mechanisms, 0)
 
     def described(tree: Any, rules: Any) -> tuple[Any, Any]:
         places = distributed.shardings(tree, mesh, rules)
@@ -142,7 +143,7 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
             "positions": "int32",
         }.items()
     }
-    compiled = compile_step(config, base, model, optimizer, mesh, places)
+    compiled = compile_step(config, base, model, optimizer, mechanisms, mesh, places)
     return without_statistics(compiled) if off else compiled, (params, state, batch)
 
 

@@ -65,6 +65,10 @@ class MaskConfig:
     warmup: int = 10
     # Also mask the gradient of A through the gate's branch (the update of B's columns is always masked).
     mask_gradient: bool = True
+    # Measured steps after which importance stays as it is (1: that of one calibration batch); 0: never.
+    frozen_after: int = 0
+    # Placebo: seed of a permutation of the mask over each layer's channels, fixed in a run; -1: none.
+    permute: int = -1
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class StepScaleConfig:
 
     # "off", or "homogeneity": the mean over occupied regions of a gain that falls where the coarse degree is low.
     kind: Literal["off", "homogeneity"] = "homogeneity"
-    # Gain of the regions inverted, contracting, expanding, linear; normalised to mean 1 over a layer's channels.
+    # Gain of the regions inverted, contracting, expanding, linear; their scale does not matter.
     gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)
     # The partition counts as meaningful where two regions of different degree hold at least this share of tokens.
     min_occupancy: float = 0.02
@@ -81,6 +85,10 @@ class StepScaleConfig:
     decay: float = 0.95
     # Steps before the scale acts.
     warmup: int = 10
+    # Measured steps after which the occupancies stay as they are; 0: never.
+    frozen_after: int = 0
+    # Placebo: seed of a permutation of the scale over each layer's channels, fixed in a run; -1: none.
+    permute: int = -1
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,8 @@ class RunConfig:
     seed: int = 0
     # Also write TensorBoard event files.
     tensorboard: bool = False
+    # Mechanisms beside the mask and the step scale: NAME or NAME:setting=value,... (docs/method.md lists them).
+    mechanisms: tuple[str, ...] = ()
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -245,11 +255,12 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     Fields that this version does not know are ignored, and fields that are missing have their defaults, so that logs of
     other versions can be read.
     """
-    groups = {}
+    groups: dict[str, Any] = {}
     for one in dataclasses.fields(RunConfig):
         if one.name not in values:
             continue
-        found = values[one.name]
+        found: Any = values[one.name]
+        found = tuple(found) if isinstance(found, list) else found
         if isinstance(one.default_factory, type):  # a nested dataclass
             known = {name.name for name in dataclasses.fields(one.default_factory)}
             inner = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in known}
@@ -292,7 +303,8 @@ def _check_lora(lora: LoRAConfig) -> None:
 
 
 def _check_mask(mask: MaskConfig) -> None:
-    _at_least(0, {"--mask.warmup": mask.warmup})
+    _at_least(0, {"--mask.warmup": mask.warmup, "--mask.frozen-after": mask.frozen_after})
+    _at_least(-1, {"--mask.permute": mask.permute})
     _fractions({"--mask.decay": mask.decay, "--mask.low": mask.low})
     _require("--mask.keep", 0 < mask.keep <= 1, "a share in (0, 1]", mask.keep)
     _above(1, {"--mask.high": mask.high})
@@ -300,7 +312,8 @@ def _check_mask(mask: MaskConfig) -> None:
 
 
 def _check_step_scale(step_scale: StepScaleConfig) -> None:
-    _at_least(0, {"--step-scale.warmup": step_scale.warmup})
+    _at_least(0, {"--step-scale.warmup": step_scale.warmup, "--step-scale.frozen-after": step_scale.frozen_after})
+    _at_least(-1, {"--step-scale.permute": step_scale.permute})
     _fractions({"--step-scale.decay": step_scale.decay})
     gains, share = step_scale.gains, step_scale.min_occupancy
     _require("--step-scale.gains", min(gains) >= 0 and max(gains) > 0, "four gains, none below 0, not all 0", gains)
@@ -352,9 +365,17 @@ def _check_compute(compute: ComputeConfig) -> None:
     _at_least(0, {"--compute.loss-chunk": compute.loss_chunk})
 
 
+_NUMBERS = {0: "0 or more", -1: "0 or more, or -1"}
+
+
 def _at_least(least: int, counts: Mapping[str, int]) -> None:
     for flag, count in counts.items():
-        _require(flag, count >= least, f"at least {least}" if least else "0 or more", count)
+        _require(
+            flag,
+            count >= least,
+            _NUMBERS.get(least, f"at least {least}"),
+            count,
+        )
 
 
 def _above(limit: int, amounts: Mapping[str, float]) -> None:

@@ -1,9 +1,9 @@
-"""The gate-compensation identity and the channel statistics: pure functions of gate pre-activations.
+"""The gate-compensation identity, and the positions that statistics of it are taken at: pure functions of arrays.
 
     phi(z + dz) - phi(z) = F + S,   F = rho(z) dz,   S = (rho(z + dz) - rho(z)) (z + dz)
 
 F is what a low-rank update of the gate promises; S, the movement of the selection weight, is what it leaves out.
-Statistics are sums over tokens, weighted, in float32 and under ``stop_gradient``; `means` turns them into expectations.
+What is measured of them is a table, `nalora_jax.statistics`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
+from nalora_jax import statistics as table
 from nalora_jax.activations import Activation, Partition
+from nalora_jax.statistics import channel_statistics as channel_statistics
+from nalora_jax.statistics import probe_statistics as probe_statistics
 
 Statistics = dict[str, Array]
 
@@ -24,8 +26,6 @@ Statistics = dict[str, Array]
 _EPS = 1e-12
 # Positions that are taken together where only some are.
 _RUN = 8
-# The count that each sum is divided by.
-_COUNTS = {"slope": "tokens", "occupancy": "tokens"} | dict.fromkeys(("feature", "selection", "linear"), "probe_tokens")
 
 
 def gate_decomposition(z: Array, dz: Array, activation: Activation) -> tuple[Array, Array]:
@@ -67,96 +67,80 @@ def misalignment_limit(z: Array, dz: Array, weights: Array, activation: Activati
     return ratios(probe_statistics(z, dz, weights, activation))["limit"]
 
 
-def sampled(x: Array, stride: int, axis: int = -2) -> Array:
-    """One in ``stride`` positions along ``axis``, as statistics take them.
+def sampled(x: Array, weights: Array, stride: int, run: int = _RUN) -> Array:
+    """One in ``stride`` positions of every row, as statistics take them: real ones where there are any.
 
-    Runs of 8 positions, the middle one of every ``stride`` runs; of a length that such groups do not divide, every
-    ``stride``-th position. A TPU holds 8 positions in one tile: a run is read alone, while for single positions the
-    whole array is read and their copy written, which for two strides is 3% of all that a LoRA step reads and writes.
+    Positions are taken in runs of 8, one of every ``stride`` runs: the one with most real tokens, in a row that is full
+    the middle one. Of a length that such groups do not divide, one of every ``stride`` positions: the first one, or the
+    first that is real. So a row of few tokens counts as well, and a row counts alike in any batch.
 
-        stride 2, 32 positions     8 to 15 and 24 to 31
-        stride 2, 6 positions      0, 2, 4
+    A TPU holds 8 positions in one tile: a run is read alone, while for single positions the whole array is read and
+    their copy written, which for two strides is 3% of all that a LoRA step reads and writes.
+
+        stride 2, 32 real positions                    8 to 15 and 24 to 31
+        stride 2, 32 positions, the first 6 real       0 to 7 and 24 to 31 (whose weights are 0)
+        stride 2, 6 real positions                     0, 2, 4
 
     Args:
-      x: ``[..., positions, ...]``.
+      x: ``[..., positions, n]``.
+      weights: ``[..., positions]``, 0 for padding.
       stride: 1 or more.
-      axis: that of the positions.
+      run: positions that are taken together.
+
+    Returns:
+      ``[..., taken, n]``.
     """
-    axis %= x.ndim
-    length = x.shape[axis]
-    if not _in_runs(length, stride):
-        return lax.slice_in_dim(x, 0, None, stride, axis)
-    start = _first_taken(stride)
-    # [..., groups, stride * run, ...]
-    groups = x.reshape(*x.shape[:axis], -1, stride * _RUN, *x.shape[axis + 1 :])
-    runs = lax.slice_in_dim(groups, start, start + _RUN, axis=axis + 1)
-    return runs.reshape(*x.shape[:axis], length // stride, *x.shape[axis + 1 :])
+    chex.assert_equal_shape_prefix([x, weights], weights.ndim)
+    if stride == 1:
+        return x
+    run, groups = _grouping(weights.shape[-1], stride, run)
+    chosen = _chosen(weights, stride, run)
+    missing = groups * stride * run - weights.shape[-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)]) if missing else x
+    # [..., groups, stride, run, n], of which one of every stride
+    x = x.reshape(*x.shape[:-2], groups, stride, run, x.shape[-1])
+    taken = jnp.take_along_axis(x, chosen[..., None, None, None], axis=-3, mode="promise_in_bounds")
+    return taken.reshape(*weights.shape[:-1], groups * run, x.shape[-1])
+
+
+def sampled_positions(weights: Array, stride: int) -> tuple[Array, Array]:
+    """The positions that `sampled` takes, int32 ``[..., taken]``, and the float32 weights of their tokens."""
+    places = jnp.broadcast_to(jnp.arange(weights.shape[-1], dtype=jnp.int32), weights.shape)
+    positions = sampled(places[..., None], weights, stride)[..., 0]
+    return positions, sampled(weights.astype(jnp.float32)[..., None], weights, stride)[..., 0]
 
 
 def sampled_weights(weights: Array, stride: int) -> Array:
     """Float32 ``weights`` ``[..., positions]`` where `sampled` takes a position, 0 where it does not."""
-    places = np.arange(weights.shape[-1])
-    if _in_runs(len(places), stride):
-        taken = places % (stride * _RUN) // _RUN == _first_taken(stride) // _RUN
-    else:
-        taken = places % stride == 0
-    return jnp.where(jnp.broadcast_to(taken, weights.shape), weights.astype(jnp.float32), 0.0)
+    if stride == 1:
+        return weights.astype(jnp.float32)
+    run, groups = _grouping(weights.shape[-1], stride, _RUN)
+    taken = jax.nn.one_hot(_chosen(weights, stride, run), stride, dtype=bool)  # [..., groups, stride]
+    taken = jnp.repeat(taken.reshape(*weights.shape[:-1], groups * stride), run, axis=-1)
+    return jnp.where(taken[..., : weights.shape[-1]], weights.astype(jnp.float32), 0.0)
 
 
-def _in_runs(length: int, stride: int) -> bool:
-    return length % (_RUN * stride) == 0
+def _grouping(length: int, stride: int, run: int) -> tuple[int, int]:
+    """Positions in a run, 1 where groups of ``stride`` runs do not divide the length, and the number of groups."""
+    run = run if length % (run * stride) == 0 else 1
+    return run, -(-length // (stride * run))
 
 
-def _first_taken(stride: int) -> int:
-    """Of every ``stride`` runs."""
-    return stride // 2 * _RUN
-
-
-def channel_statistics(z: Array, weights: Array, activation: Activation, partition: Partition) -> Statistics:
-    """Sums over tokens of how responsive each channel is, and of where its pre-activations lie.
-
-    Args:
-      z: [..., tokens, d_ff] full gate pre-activations, adapter included.
-      weights: [..., tokens] token weights, 0 for padding; or a bool mask.
-
-    Returns:
-      ``tokens`` [] = sum of weights; ``slope`` [d_ff] = sum of |phi'(z)|; ``occupancy`` [4, d_ff] = tokens per region,
-      in the partition's order.
-    """
-    z = _float32(z, weights)
-    rho, drho = activation.gate(z)
-    tokens = _tokens(weights)
-    below = [_total((z < cut).astype(jnp.float32), weights) for cut in (partition.z0, 0.0, partition.z1)]
-    slope = _total(jnp.abs(rho + z * drho), weights)
-    return {"tokens": tokens, "slope": slope, "occupancy": occupancy_of(below, tokens)}
+def _chosen(weights: Array, stride: int, run: int) -> Array:
+    """Which run of each group is taken: int32 ``[..., groups]``."""
+    groups = -(-weights.shape[-1] // (stride * run))
+    real = lax.stop_gradient(weights) > 0
+    missing = groups * stride * run - weights.shape[-1]
+    real = jnp.pad(real, [(0, 0)] * (real.ndim - 1) + [(0, missing)]) if missing else real
+    counts = jnp.sum(real.reshape(*weights.shape[:-1], groups, stride, run), axis=-1, dtype=jnp.int32)
+    preferred = jnp.arange(stride, dtype=jnp.int32) == (stride // 2 if run > 1 else 0)
+    ranks = 2 * counts + jnp.broadcast_to(preferred, counts.shape).astype(jnp.int32)
+    return jnp.argmax(ranks, axis=-1).astype(jnp.int32)
 
 
 def occupancy_of(below: Sequence[Array], tokens: Array) -> Array:
     """Tokens per region, ``[4, d_ff]``, from those below each of the three cuts, ``[d_ff]``, and the sum of all."""
     return jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])
-
-
-def probe_statistics(z_base: Array, dz: Array, weights: Array, activation: Activation) -> Statistics:
-    """Sums over tokens of the identity's two terms, and of the selection term's linear limit.
-
-    Args:
-      z_base: [..., tokens, d_ff] pre-activations without the adapter.
-      dz: [..., tokens, d_ff] what the adapter adds.
-      weights: [..., tokens] token weights or bool mask.
-
-    Returns:
-      ``probe_tokens`` []; ``feature``, ``selection``, ``linear`` [d_ff]: sums of |F|, |S| and |z rho'(z) dz|.
-    """
-    chex.assert_equal_shape([z_base, dz])
-    z, dz = _float32(z_base, weights), _float32(dz, weights)
-    rho, drho = activation.gate(z)
-    moved = (activation.gate(z + dz)[0] - rho) * (z + dz)
-    return {
-        "probe_tokens": _tokens(weights),
-        "feature": _total(jnp.abs(rho * dz), weights),
-        "selection": _total(jnp.abs(moved), weights),
-        "linear": _total(jnp.abs(z * drho * dz), weights),
-    }
 
 
 def merge_statistics(*statistics: Statistics) -> Statistics:
@@ -165,12 +149,12 @@ def merge_statistics(*statistics: Statistics) -> Statistics:
 
 
 def means(statistics: Mapping[str, Array]) -> Statistics:
-    """Sums turned into expectations over tokens; 0 where there were none.
+    """Sums turned into expectations over tokens; NaN where there were none.
 
     Leading axes (layers, experts) are those of ``tokens``: [L] with ``slope`` [L, d_ff] and ``occupancy`` [L, 4, d_ff].
     The counts ``tokens`` and ``probe_tokens`` stay as they are.
     """
-    return {name: _per_token(total, statistics.get(_COUNTS.get(name, ""))) for name, total in statistics.items()}
+    return {name: sums if name in table.COUNTS else table.mean(name, statistics) for name, sums in statistics.items()}
 
 
 def ratios(statistics: Mapping[str, Array], *, over_channels: bool = False) -> Statistics:
@@ -203,33 +187,6 @@ def meaningful(occupancy: Array, partition: Partition, min_occupancy: float) -> 
     highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
     lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
     return highest > lowest
-
-
-def _float32(z: Array, weights: Array) -> Array:
-    """z in float32, cut off from differentiation, its shape checked against that of its token weights."""
-    chex.assert_shape(weights, z.shape[:-1])
-    assert z.ndim >= 2, z.shape
-    return lax.stop_gradient(z).astype(jnp.float32)
-
-
-def _tokens(weights: Array) -> Array:
-    return jnp.sum(lax.stop_gradient(weights).astype(jnp.float32))
-
-
-def _total(values: Array, weights: Array) -> Array:
-    """Weighted sum over tokens: [..., tokens, d_ff] -> [d_ff] float32."""
-    # As a product, because XLA's CPU reductions of several weighted sums at once are up to ten times slower, and
-    # because a mask spread over the channels would be made once for all layers and read by each.
-    weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
-    values = values.reshape(weights.shape[1], -1)
-    return lax.dot_general(weights, values, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)[0]
-
-
-def _per_token(total: Array, tokens: Array | None) -> Array:
-    if tokens is None:
-        return total
-    tokens = tokens.reshape(tokens.shape + (1,) * (total.ndim - tokens.ndim))
-    return total / jnp.where(tokens > 0, tokens, 1)
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.optim.gate_state import own_factors
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -26,11 +28,12 @@ def test_a_users_own_module_trains_with_both_mechanisms() -> None:
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
     assert int(gates.count) == 30
-    masks = space["gate_masks"](gates, space["mask"])["ffn"]
-    assert float(jnp.std(masks)) > 0.1
-    scales = space["step_scales"](gates, space["scale"], space["regions"])["ffn"]
-    np.testing.assert_allclose(jnp.mean(scales), 1.0, rtol=1e-5)
-    assert float(jnp.std(scales)) > 1e-3
+    own = own_factors(gates, space["mechanisms"])
+    assert float(jnp.std(own["mask"]["ffn"])) > 0.1
+    assert float(jnp.std(own["step_scale"]["ffn"])) > 1e-3
+    for place in ("gradient_a", "update_b"):
+        factor = space["channel_factors"](gates, space["mechanisms"])[place]["ffn"]
+        np.testing.assert_allclose(jnp.mean(factor**2), 1.0, rtol=1e-5)
 
 
 def test_the_page_on_own_models_trains_one() -> None:
@@ -44,7 +47,7 @@ def test_the_page_on_own_models_trains_one() -> None:
         lora, opt_state, gates, loss = space["step"](space["variables"], lora, opt_state, gates)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
-    assert float(jnp.std(space["gate_masks"](gates, space["mask"])["layers/1/ffn"])) > 0.1
+    assert float(jnp.std(own_factors(gates, space["mechanisms"])["mask"]["layers/1/ffn"])) > 0.1
 
 
 def test_the_commands_are_the_files_that_exist() -> None:

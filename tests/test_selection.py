@@ -199,7 +199,7 @@ def test_means_divide_by_their_own_count():
         "linear": jnp.array([[0.5, 1.0], [0.0, 0.3]]),
     }
     means = selection.means(stats)
-    np.testing.assert_allclose(means["slope"], [[0.5, 2.0], [0.0, 0.0]])
+    np.testing.assert_allclose(means["slope"], [[0.5, 2.0], [np.nan, np.nan]])  # not measured is not 0
     np.testing.assert_allclose(means["occupancy"][0], jnp.full((4, 2), 0.25))
     np.testing.assert_allclose(means["feature"], [[1.0, 2.0], [3.0, 3.0]])
     np.testing.assert_array_equal(means["tokens"], stats["tokens"])
@@ -233,22 +233,50 @@ def test_shapes_are_checked():
         selection.meaningful(jnp.ones((3, 6)), PARTITION, 0.02)
 
 
+def taken(weights, stride):
+    return np.asarray(selection.sampled_positions(jnp.asarray(weights), stride)[0])
+
+
 def test_positions_are_sampled_in_runs_from_the_middle_of_their_group():
-    positions = np.arange(64)
-    np.testing.assert_array_equal(selection.sampled(positions, 1, axis=0), positions)
-    np.testing.assert_array_equal(selection.sampled(positions, 4, axis=0), [*range(16, 24), *range(48, 56)])
-    np.testing.assert_array_equal(selection.sampled(positions, 8, axis=0), range(32, 40))
+    full = np.ones(64, bool)
+    np.testing.assert_array_equal(taken(full, 1), range(64))
+    np.testing.assert_array_equal(taken(full, 4), [*range(16, 24), *range(48, 56)])
+    np.testing.assert_array_equal(taken(full, 8), range(32, 40))
 
 
 def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
-    np.testing.assert_array_equal(selection.sampled(np.arange(48), 4, axis=0), range(0, 48, 4))
-    np.testing.assert_array_equal(selection.sampled(np.arange(5), 8, axis=0), [0])
+    np.testing.assert_array_equal(taken(np.ones(48), 4), range(0, 48, 4))
+    np.testing.assert_array_equal(taken(np.ones(5), 8), [0])
+    np.testing.assert_array_equal(taken(np.ones(10), 4), [0, 4, 8])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 96), min_size=1, max_size=4),
+    start=st.integers(0, 60),
+    width=st.sampled_from([16, 64, 90, 96]),
+    stride=st.sampled_from([1, 2, 4, 8]),
+)
+def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stride):
+    place = np.arange(width)[None, :]
+    weights = ((place >= start) & (place < start + np.array(lengths)[:, None])).astype(np.float32)
+    positions, counted = map(np.asarray, selection.sampled_positions(jnp.asarray(weights), stride))
+    np.testing.assert_array_equal(counted.sum(1) > 0, weights.sum(1) > 0)
+    assert positions.shape[1] <= -(-width // stride)
+    real = counted > 0
+    np.testing.assert_array_equal(counted[real], np.take_along_axis(weights, np.minimum(positions, width - 1), 1)[real])
+    # No position twice, and a row is sampled alike whatever stands beside it.
+    assert all(len(set(row)) == len(row) for row in positions)
+    np.testing.assert_array_equal(positions[:1], selection.sampled_positions(jnp.asarray(weights[:1]), stride)[0])
+    thinned = np.asarray(selection.sampled_weights(jnp.asarray(weights), stride))
+    np.testing.assert_array_equal(thinned.sum(1), counted.sum(1))
 
 
 @pytest.mark.parametrize("length", [32, 30])
 def test_values_and_their_weights_are_sampled_alike(length):
-    weights = normal(0, 3, length)
+    weights = jnp.abs(normal(0, 3, length)) * (jnp.arange(length) < 20)[None, :]
     values = jnp.broadcast_to(weights[..., None], (3, length, 5))
-    taken = selection.sampled(weights, 2, axis=-1)
-    assert taken.shape == (3, length // 2)
-    np.testing.assert_array_equal(selection.sampled(values, 2), np.broadcast_to(taken[..., None], (*taken.shape, 5)))
+    _, counted = selection.sampled_positions(weights, 2)
+    assert counted.shape == (3, length // 2)
+    got = selection.sampled(values, weights, 2)
+    np.testing.assert_array_equal(got, np.broadcast_to(counted[..., None], (*counted.shape, 5)))

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.statistics import CHECK, COUNTS
 
 Rules = Sequence[tuple[str, P]]
 
@@ -54,8 +55,6 @@ def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
     return rules
 
 
-_CHANNELS = r"(^|/)gate(_mask|_stats)?/.*(importance|occupancy|mask|scale|slope|feature|selection|linear)"
-
 # Frozen weights. No trailing default: a weight that nobody thought of is an error, not a silent replica.
 PARAM_RULES: Rules = (
     *_kernel_rules(),
@@ -69,8 +68,9 @@ PARAM_RULES: Rules = (
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
     *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
-    (r"(^|/)(tokens|probe_tokens)$", P()),
-    (_CHANNELS, P(_WHOLE)),
+    # Whatever a mechanism remembers and a block measures ends in an axis of channels; counts and checks have none.
+    (rf"(^|/)({'|'.join(COUNTS)}|{CHECK}\w*)$", P()),
+    (r"(^|/)(gate/memory|gate_mask|gate_stats|gate_taps)/", P(_WHOLE)),
     (r"", P()),
 )
 

@@ -181,7 +181,7 @@ class Foreign(ABC):
 
     def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
         stride = self.stats.probe_stride
-        probe = Probe(selection.sampled(base, stride), selection.sampled(delta, stride))
+        probe = Probe(selection.sampled(base, weights, stride), selection.sampled(delta, weights, stride))
         stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 

@@ -162,7 +162,7 @@ def _stack(remat: str, n_layers: int) -> Any:
     return nn.scan(
         block,
         variable_broadcast=STACKS,
-        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0},
+        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0, "gate_taps": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=n_layers,

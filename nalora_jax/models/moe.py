@@ -6,7 +6,7 @@ tokens that reached each expert; nothing is dropped and no capacity is assumed. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import activations, selection
+from nalora_jax import activations, selection, statistics
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product, identity_error
 from nalora_jax.nn.low_rank import TargetSpec, column_norm, combine, init_a
@@ -171,20 +171,35 @@ def expert_statistics(
       z: ``[rows, d_ff]`` full pre-activations.
       weights: ``[experts, rows]``: the row's token weight in its own expert, 0 in the others.
       activation: the gate's.
-      config: strides and tolerance; a stride takes every n-th sorted row.
+      config: strides and tolerance; a stride takes one in n sorted rows.
 
     Returns:
       The same names with a leading ``[experts]`` axis.
     """
     partition = activations.partition(activation.name, config.tolerance)
     dz = jnp.zeros_like(base) if delta is None else delta
-    take, probe = slice(None, None, config.stride), slice(None, None, config.probe_stride)
+    weights = lax.stop_gradient(weights)
 
-    def one(w: jax.Array) -> dict[str, jax.Array]:
-        stats = selection.channel_statistics(z[take], w[take], activation, partition)
-        return stats | selection.probe_statistics(base[probe], dz[probe], w[probe], activation)
+    def one(gate: jax.Array, probe: jax.Array) -> dict[str, jax.Array]:
+        stats = statistics.channel_statistics(taken[0], gate, activation, partition, config.extra)
+        return stats | statistics.probe_statistics(moved[0], moved[1], probe, activation, config.extra)
 
-    return jax.vmap(one)(lax.stop_gradient(weights))
+    taken = [_taken(x, weights, config.stride) for x in (z, weights.T)]
+    moved = [_taken(x, weights, config.probe_stride) for x in (base, dz, weights.T)]
+    return jax.vmap(one)(taken[-1].T, moved[-1].T)
+
+
+def _taken(x: jax.Array, weights: jax.Array, stride: int) -> jax.Array:
+    """One in ``stride`` of the sorted rows ``[rows, n]``, real ones where there are any: singly, for small experts."""
+    return selection.sampled(x, jnp.sum(weights, axis=0), stride, run=1)
+
+
+def expert_cotangent_statistics(
+    delta: jax.Array, weights: jax.Array, names: Iterable[str], *, stride: int
+) -> dict[str, jax.Array]:
+    """`nalora_jax.nn.ffn.cotangent_statistics` by expert: ``weights [experts, rows]``, results ``[experts, ...]``."""
+    own, delta = _taken(weights.T, weights, stride).T, _taken(delta, weights, stride)
+    return jax.vmap(lambda one: statistics.cotangent_statistics(delta, one, names))(own)
 
 
 class ExpertDense(nn.Module):
@@ -273,7 +288,7 @@ class MoEFFN(nn.Module):
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
         gate = self._experts("gate_proj", self.d_ff)
         base, delta = gate(rows, routing, scales.get("gate_proj", 1.0), mask, **options)
-        z = combine(base, delta)
+        z = self._tapped(combine(base, delta), routing, token_weights)
         u = combine(*self._experts("up_proj", self.d_ff)(rows, routing, scales.get("up_proj", 1.0), **options))
         hidden, selected = gated_product(
             z, u, activations.get(self.activation), self.numerics.kept, self.numerics.result
@@ -296,6 +311,21 @@ class MoEFFN(nn.Module):
             name=name,
         )
 
+    def _weights(self, routing: Routing, token_weights: jax.Array | None) -> jax.Array:
+        """``[experts, rows]``: the row's token weight in its own expert, 0 in the others."""
+        count = routing.token.shape[0]
+        rows = jnp.ones(count) if token_weights is None else jnp.take(token_weights.reshape(-1), routing.token)
+        own = routing.expert[None, :] == jnp.arange(self.n_experts)[:, None]
+        return jnp.where(own, rows.astype(jnp.float32)[None, :], 0.0)
+
+    def _tapped(self, z: jax.Array, routing: Routing, token_weights: jax.Array | None) -> jax.Array:
+        """``z``, its cotangent measured where the collection ``gate_taps`` asks for it."""
+        if self.is_initializing() or "gate_taps" not in self.variables:
+            return z
+        sinks = {name: self.get_variable("gate_taps", name) for name in self.variables["gate_taps"]}
+        measure = partial(expert_cotangent_statistics, stride=self.stats.stride)
+        return statistics.tap(z, sinks, self._weights(routing, token_weights), measure)
+
     def _observe(
         self,
         base: jax.Array,
@@ -308,9 +338,7 @@ class MoEFFN(nn.Module):
         if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
             return
         activation = activations.get(self.activation)
-        rows = jnp.ones(z.shape[0]) if token_weights is None else jnp.take(token_weights.reshape(-1), routing.token)
-        own = routing.expert[None, :] == jnp.arange(self.n_experts)[:, None]
-        weights = jnp.where(own, rows.astype(jnp.float32)[None, :], 0.0)
+        weights = self._weights(routing, token_weights)
         written = expert_statistics(base, delta, z, weights, activation, self.stats)
         if self.stats.check:
             written |= identity_error(base, delta, selected, activation)

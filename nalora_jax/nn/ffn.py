@@ -12,7 +12,7 @@ Neither touches the forward value.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import activations, selection
+from nalora_jax import activations, selection, statistics
 from nalora_jax.cpu import native
 from nalora_jax.nn.gated_down import Gating, gated_down
 from nalora_jax.nn.lora import Call, Hidden, LoRADense, Probe, side_by_side
@@ -39,6 +39,7 @@ class GateStatsConfig:
     probe_stride: int = 8  # misalignment on one in n positions
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
     check: bool = False  # also measure the error of the gate-compensation identity on the live tensors
+    extra: tuple[str, ...] = ()  # statistics of the forward pass beyond the standard ones (`nalora_jax.statistics`)
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,18 @@ def gate_statistics(
       ``linear`` ``[d_ff]``, all float32 (see `nalora_jax.selection`).
     """
     chex.assert_shape(weights, z.shape[:-1])
-    z, probe = lax.stop_gradient((z, probe))
+    z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
     partition = activations.partition(activation.name, config.tolerance)
-    if (logistic := _logistic(z, activation)) is not None:
+    # A kernel makes the standard statistics; where others are asked for, all are made by the plain path.
+    if not config.extra and (logistic := _logistic(z, activation)) is not None:
         return _statistics_natively(z, probe, weights, logistic, partition, config)
-    taken = selection.sampled(z, config.stride), selection.sampled(weights, config.stride, axis=-1)
-    stats = selection.channel_statistics(*taken, activation, partition)
-    probed = selection.sampled(weights, config.probe_stride, axis=-1)
-    return stats | selection.probe_statistics(probe.base, probe.delta, probed, activation)
+    taken, probed = (
+        selection.sampled(weights[..., None], weights, stride)[..., 0]
+        for stride in (config.stride, config.probe_stride)
+    )
+    z = selection.sampled(z, weights, config.stride)
+    stats = statistics.channel_statistics(z, taken, activation, partition, config.extra)
+    return stats | statistics.probe_statistics(probe.base, probe.delta, probed, activation, config.extra)
 
 
 def _statistics_natively(
@@ -171,18 +176,29 @@ def _statistics_natively(
     config: GateStatsConfig,
 ) -> dict[str, jax.Array]:
     """`gate_statistics` in one pass over the tokens that it takes, wherever they lie."""
-    weights = weights.astype(jnp.float32)
-    places = jnp.arange(weights.size, dtype=jnp.int32).reshape(weights.shape)
-    sampled = native.Sampled(
-        z.reshape(-1, z.shape[-1]),
-        selection.sampled(places, config.stride, axis=-1).reshape(-1),
-        selection.sampled(weights, config.stride, axis=-1).reshape(-1),
-        selection.sampled(places, config.probe_stride, axis=-1).reshape(-1),
-        probe.factors or probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1]),
-        selection.sampled(weights, config.probe_stride, axis=-1).reshape(-1),
-    )
+    rows = jnp.arange(weights.size // weights.shape[-1], dtype=jnp.int32).reshape(*weights.shape[:-1], 1)
+
+    def taken(stride: int) -> tuple[jax.Array, jax.Array]:
+        positions, counted = selection.sampled_positions(weights, stride)
+        return (rows * weights.shape[-1] + positions).reshape(-1), counted.reshape(-1)
+
+    (places, counted), (probed, probe_counted) = taken(config.stride), taken(config.probe_stride)
+    delta = probe.factors or probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1])
+    sampled = native.Sampled(z.reshape(-1, z.shape[-1]), places, counted, probed, delta, probe_counted)
     sums = native.gate_statistics(sampled, logistic, (partition.z0, partition.z1))
     return _named(sums, sampled.weights, sampled.probe_weights)
+
+
+def cotangent_statistics(
+    delta: jax.Array, weights: jax.Array, names: Iterable[str], *, stride: int
+) -> dict[str, jax.Array]:
+    """Statistics of z's cotangent ``[batch, seq, d_ff]`` on the positions that `gate_statistics` takes."""
+    return statistics.cotangent_statistics(selection.sampled(delta, weights, stride), _taken(weights, stride), names)
+
+
+def _taken(weights: jax.Array, stride: int) -> jax.Array:
+    """The weights of the positions that `nalora_jax.selection.sampled` takes."""
+    return selection.sampled(weights[..., None], weights, stride)[..., 0]
 
 
 def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dict[str, jax.Array]:
@@ -228,6 +244,14 @@ class _Block(nn.Module):
     def _write(self, name: str, value: jax.Array) -> None:
         self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
+    def _tapped(self, z: jax.Array, weights: jax.Array | None) -> jax.Array:
+        """``z``, its cotangent measured where the collection ``gate_taps`` asks for it."""
+        if self.is_initializing() or "gate_taps" not in self.variables:
+            return z
+        sinks = {name: self.get_variable("gate_taps", name) for name in self.variables["gate_taps"]}
+        weights = jnp.ones(z.shape[:-1]) if weights is None else weights.astype(jnp.float32)
+        return statistics.tap(z, sinks, weights, partial(cotangent_statistics, stride=self.stats.stride))
+
     def _observes(self) -> bool:
         return not self.is_initializing() and self.is_mutable_collection("gate_stats")
 
@@ -248,12 +272,12 @@ class _Block(nn.Module):
         if weights is None:
             weights = jnp.ones(z.shape[:-1], bool)
         wide = z.astype(self.numerics.result)
-        probe = gate.probe(x, wide, delta, self.stats.probe_stride, scale)
+        probe = gate.probe(x, wide, delta, weights, self.stats.probe_stride, scale)
         written = gate_statistics(z, probe, weights, activation, self.stats)
         if self.stats.check:
             # Both parts made apart from z, which may be one product: a wrong product must not hide in a difference.
             base, _ = gate(x, adapted=False)
-            written |= identity_error(base, gate.probe(x, wide, delta, 1, scale).delta, selected, activation)
+            written |= identity_error(base, gate.probe(x, wide, delta, weights, 1, scale).delta, selected, activation)
         for name, value in written.items():
             self._write(name, value)
 
@@ -312,6 +336,7 @@ class GatedFFN(_Block):
         (z, delta), (u, _) = side_by_side(
             x, [Call(gate, scale, self._mask()), up], deterministic=deterministic, adapter_ids=adapter_ids
         )
+        z = self._tapped(z, token_weights)
         down = Call(self._dense("down_proj", self.d_model), scales.get("down_proj", 1.0))
         y = self._at_once(Call(gate, scale), z, u, delta, down, token_weights, deterministic=deterministic)
         if y is not None:
@@ -335,12 +360,12 @@ class GatedFFN(_Block):
     ) -> jax.Array | None:
         """What follows z and u in one, statistics included (`nalora_jax.nn.gated_down`); None where it cannot be.
 
-        That is where native kernels lack the dtype or the activation, an adapter is more than two factors, or the
-        identity is to be checked on arrays that are seen.
+        That is where native kernels lack the dtype, the activation or a statistic, an adapter is more than two factors,
+        or the identity is to be checked on arrays that are seen.
         """
         numerics, activation = self.numerics, activations.get(self.activation)
         logistic = _logistic(z, activation)
-        plain = numerics.fused and numerics.kept == "bfloat16" and not self.stats.check
+        plain = numerics.fused and numerics.kept == "bfloat16" and not (self.stats.check or self.stats.extra)
         if logistic is None or not plain or not is_native(math.prod(z.shape[:-1]), numerics.operand):
             return None
         gated, projection = (call.layer.projection(call.scale, deterministic=deterministic) for call in (gate, down))
@@ -386,6 +411,7 @@ class SelfGatedFFN(_Block):
         options = {"deterministic": deterministic, "adapter_ids": adapter_ids}
         gate, scale = self._dense("in_proj", self.d_ff, self.numerics.within()), scales.get("in_proj", 1.0)
         z, delta = gate(x, scale, self._mask(), **options)
+        z = self._tapped(z, token_weights)
         activation = activations.get(self.activation)
         hidden, selected = gated_product(z, None, activation, self.numerics.kept, self.numerics.result)
         self._observe(gate, x, z, delta, selected, scale, token_weights)

@@ -102,6 +102,7 @@ class LoRADense(nn.Module):
         x: jax.Array,
         y: jax.Array,
         delta: jax.Array | Hidden | None,
+        weights: jax.Array,
         stride: int,
         scale: jax.Array | float = 1.0,
     ) -> Probe:
@@ -111,12 +112,13 @@ class LoRADense(nn.Module):
           x: ``[batch, seq, d_in]``.
           y: ``[batch, seq, d_out]``.
           delta: of the same call; None where it is to be made again here for those positions, `Hidden` where of that.
+          weights: ``[batch, seq]``, which tokens are real.
           stride: 1 or more, see `nalora_jax.selection.sampled`.
           scale: the layer's ``s``.
         """
-        x, y, factors = *lax.stop_gradient((x, sampled(y, stride))), None
+        x, y, factors = *lax.stop_gradient((x, sampled(y, weights, stride))), None
         if isinstance(delta, jax.Array):
-            delta = lax.stop_gradient(sampled(delta, stride))
+            delta = lax.stop_gradient(sampled(delta, weights, stride))
         elif self.target is not None and self.has_variable("lora", "a"):
             a, b = lax.stop_gradient((self.get_variable("lora", "a"), self.get_variable("lora", "b")))
             # Sampled behind A, whose product with all of x the call has made: no further pass over x.
@@ -124,7 +126,7 @@ class LoRADense(nn.Module):
                 hidden = lax.stop_gradient(delta.value)
             else:
                 hidden = scale * dot(x.reshape(-1, x.shape[-1]), a, self.numerics.adapter)
-            hidden = sampled(hidden.reshape(*x.shape[:-1], -1), stride).reshape(-1, b.shape[0])
+            hidden = sampled(hidden.reshape(*x.shape[:-1], -1), weights, stride).reshape(-1, b.shape[0])
             factors = hidden, b
             delta = dot(hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
         else:

@@ -1,4 +1,4 @@
-"""Per-channel factors on the columns of a gate's B: where both mechanisms meet the optimizer."""
+"""Per-channel factors on the columns of a gate's adapter: where the mechanisms meet the optimizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from nalora_jax import trees
@@ -41,15 +42,23 @@ def require_gates(params: Any, gates: Mapping[str, str], leaf: str) -> None:
 
 
 def multiply_columns(
-    updates: Any, factors: Mapping[str, Array] | None, gates: Mapping[str, str], *, argument: str, leaf: str
+    updates: Any,
+    factors: Mapping[str, Array] | None,
+    gates: Mapping[str, str],
+    *,
+    argument: str,
+    leaf: str = "b",
+    magnitude: str = "magnitude",
 ) -> Any:
-    """``updates`` with the columns of every gate's ``leaf`` multiplied by its block's factors.
+    """``updates`` with the columns of every gate's ``leaf``, and their magnitudes, multiplied by its block's factors.
 
     Args:
-      updates: a tree whose leaf ``<gate>/<leaf>`` has shape [..., r, d_ff].
+      updates: a tree whose leaf ``<gate>/<leaf>`` has shape [..., r, d_ff], and ``<gate>/<magnitude>``, where there is
+        one (DoRA), [..., d_ff]: a column that rests keeps its length as well as its direction.
       factors: by block, [..., d_ff].
       gates: block of each gate, as `find_gates` returns it.
       argument: the name under which the caller got ``factors``, for the error.
+      leaf, magnitude: names under a gate's path.
 
     Raises:
       NaloraError: factors that are absent, or whose shape does not fit.
@@ -60,14 +69,53 @@ def multiply_columns(
     if factors is None or missing:
         found = "no such argument" if factors is None else f"only {sorted(factors)}"
         raise NaloraError(f"optimizer.update(..., {argument}=)", expected=f"factors of {missing}", found=found)
-    targets = {f"{gate}/{leaf}": factors[block] for gate, block in gates.items()}
+    columns = {f"{gate}/{leaf}": factors[block] for gate, block in gates.items()}
+    lengths = {f"{gate}/{magnitude}": factors[block] for gate, block in gates.items()}
 
     def scale(path: str, update: Array) -> Array:
-        if path not in targets:
+        if path not in columns and path not in lengths:
             return update
-        factor, expected = targets[path], (*update.shape[:-2], update.shape[-1])
+        factor = columns[path] if path in columns else lengths[path]
+        expected = (*update.shape[:-2], update.shape[-1]) if path in columns else update.shape
         if factor.shape != expected:
             raise NaloraError(f"{argument} of {path}", expected=f"shape {expected}", found=factor.shape)
-        return update * jnp.expand_dims(factor, -2).astype(update.dtype)
+        factor = jnp.expand_dims(factor, -2) if path in columns else factor
+        return update * factor.astype(update.dtype)
 
     return trees.map_named(scale, updates)
+
+
+def scale_by_channel(
+    gates: Mapping[str, str], place: str = "update_b", *, leaf: str = "b"
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the columns of every gate's B (and DoRA's magnitudes) by the factors given at each update.
+
+    For the place "update_b" it belongs after the preconditioner and the weight decay: Adam undoes any factor that stays
+    constant before it. For "gradient_b" it belongs before them.
+
+    Args:
+      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}`` (`find_gates`).
+      place: which of the factors.
+      leaf: name of B under a gate's path; its shape is [..., r, d_ff], that of a factor [..., d_ff].
+
+    Returns:
+      A stateless transform; ``update(..., gate_factors={"update_b": {"layers/ffn": factor}})``.
+    """
+
+    def init_fn(params: Any) -> optax.EmptyState:
+        require_gates(params, gates, leaf)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: Any,
+        state: optax.EmptyState,
+        params: Any = None,
+        *,
+        gate_factors: Mapping[str, Mapping[str, Array]] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.EmptyState]:
+        del params, extra_args
+        factors = None if gate_factors is None else gate_factors.get(place)
+        return multiply_columns(updates, factors, gates, argument="gate_factors", leaf=leaf), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

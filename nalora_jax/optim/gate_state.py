@@ -1,31 +1,106 @@
-"""What training remembers about its gates: bias-corrected averages of the channel statistics."""
+"""What training remembers about its gates, and the factors that the mechanisms make of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import chex
 import jax.numpy as jnp
 from jax import Array
 
-from nalora_jax import trees
+from nalora_jax import activations, statistics, trees
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.optim import importance_mask
+from nalora_jax.optim import step_scale as scaling
+from nalora_jax.optim.mechanism import PLACES, Context, Mechanism, Memory, make
+
+# By place (`nalora_jax.optim.mechanism.PLACES`), then by block: [..., d_ff] float32.
+Factors = dict[str, dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Mechanisms:
+    """The mechanisms of a run, each under the label of its memory and its metrics.
+
+    Example:
+      >>> [label for label, _ in make_mechanisms(names=("delta:q=0.5",), activation="silu").entries]
+      ['mask', 'step_scale', 'delta']
+    """
+
+    entries: tuple[tuple[str, Mechanism], ...]
+    activation: str
+    tolerance: float = 0.05  # |h - 1| at which the linear region starts
+    total_steps: int = 0  # of the run; 0 where it is not known
+    seed: int = 0  # of the run
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the blocks have to measure for them, each once, sorted."""
+        return tuple(sorted({name for _, one in self.entries for name in one.statistics}))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where any of them acts."""
+        return tuple(place for place in PLACES if any(place in one.places for _, one in self.entries))
+
+    def context(self, count: Array, block: str) -> Context:
+        """What the rules may depend on at a step."""
+        partition = activations.partition(self.activation, self.tolerance)
+        return Context(count, self.total_steps, partition, block, self.seed)
+
+
+def make_mechanisms(
+    mask: MaskConfig | None = None,
+    step_scale: StepScaleConfig | None = None,
+    names: tuple[str, ...] = (),
+    *,
+    activation: str,
+    total_steps: int = 0,
+    seed: int = 0,
+) -> Mechanisms:
+    """The mechanisms that a run's settings ask for.
+
+    Args:
+      mask, step_scale: the two of the method, by default both on.
+      names: further ones, as `nalora_jax.optim.mechanism.make` reads them.
+      activation: the gates'.
+      total_steps: of the run, for those that depend on how far it is.
+      seed: of the run, for those that draw.
+
+    Raises:
+      NaloraError: a name or a setting is not known, or a place.
+    """
+    entries: dict[str, Mechanism | None] = {
+        "mask": importance_mask.from_config(mask or MaskConfig()),
+        "step_scale": scaling.from_config(step_scale or StepScaleConfig()),
+    }
+    for text in names:
+        one = make(text)
+        label, number = one.name, 2
+        while label in entries:
+            label, number = f"{one.name}_{number}", number + 1
+        entries[label] = one
+    chosen = tuple((label, one) for label, one in entries.items() if one is not None)
+    for _, one in chosen:
+        for name in one.statistics:
+            statistics.get(name)
+        unknown = sorted(set(one.places) - set(PLACES))
+        if unknown:
+            raise NaloraError(f"mechanism {one.name}", expected=f"places of {PLACES}", found=unknown)
+    return Mechanisms(chosen, activation, total_steps=total_steps, seed=seed)
 
 
 class GateState(NamedTuple):
-    """Averages over optimizer steps, by the path of the block that wrote the statistics, e.g. "layers/ffn".
+    """What the mechanisms remember, by the path of the block that wrote the statistics, e.g. "layers/ffn".
 
     Channel axes are [L, d_ff], of mixtures of experts [L, E, d_ff], of an unstacked block [d_ff].
     """
 
-    # Mean |phi'(z)|: [..., d_ff] float32.
-    importance: dict[str, Array]
-    # Share of tokens per region: [..., 4, d_ff] float32.
-    occupancy: dict[str, Array]
-    # Updates with tokens of each layer or expert, which the bias correction needs: [...] int32.
+    # Of each mechanism, by label and block: by default averages by statistic, float32 [..., d_ff], [..., parts, d_ff].
+    memory: dict[str, dict[str, Memory]]
+    # Steps with tokens of each layer or expert, which the bias correction needs: [...] int32.
     updates: dict[str, Array]
     # Optimizer steps seen: [] int32.
     count: Array  # type: ignore[assignment]  # a tuple has a method of this name, which nothing here calls
@@ -37,40 +112,42 @@ def gate_shapes(stats: Any) -> dict[str, tuple[int, ...]]:
     return {path.rpartition("/")[0]: leaf.shape for path, leaf in flat.items() if path.split("/")[-1] == "slope"}
 
 
-def init_gate_state(shapes: Mapping[str, tuple[int, ...]]) -> GateState:
-    """Averages before the first step.
+def init_gate_state(shapes: Mapping[str, tuple[int, ...]], mechanisms: Mechanisms) -> GateState:
+    """The memory before the first step.
 
     Args:
       shapes: channel shape of each block, e.g. ``{"layers/ffn": (L, d_ff)}``.
+      mechanisms: those of the run.
     """
     return GateState(
-        importance={path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()},
-        occupancy={path: jnp.zeros((*shape[:-1], 4, shape[-1]), jnp.float32) for path, shape in shapes.items()},
+        memory={label: {path: one.init(shape) for path, shape in shapes.items()} for label, one in mechanisms.entries},
         updates={path: jnp.zeros(shape[:-1], jnp.int32) for path, shape in shapes.items()},
         count=jnp.zeros((), jnp.int32),
     )
 
 
-def update_gate_state(state: GateState, stats: Any, mask_config: MaskConfig, step_config: StepScaleConfig) -> GateState:
-    """The averages after one optimizer step.
+def update_gate_state(state: GateState, stats: Any, mechanisms: Mechanisms) -> GateState:
+    """The memory after one optimizer step.
 
     A layer or expert that saw no token keeps its averages, and its bias correction does not move.
 
     Args:
-      stats: the step's ``gate_stats`` collection (nested, or by block), sums over all its micro-batches and hosts.
+      stats: the step's ``gate_stats`` collection (nested, or by block), sums over all its micro-batches and hosts, with
+        those of the cotangents (`nalora_jax.statistics.per_target`).
+      mechanisms: those that ``state`` was made for.
 
     Raises:
       NaloraError: the statistics of a block are missing.
     """
     flat = trees.flatten(stats)
-    importance, occupancy, updates = {}, {}, {}
-    for path in state.importance:
-        tokens, slope, regions = (_leaf(flat, path, name) for name in ("tokens", "slope", "occupancy"))
-        chex.assert_equal_shape([slope, state.importance[path]])
-        updates[path] = state.updates[path] + (tokens > 0).astype(jnp.int32)
-        importance[path] = _average(state.importance[path], slope, tokens, updates[path], mask_config.decay)
-        occupancy[path] = _average(state.occupancy[path], regions, tokens, updates[path], step_config.decay)
-    return GateState(importance, occupancy, updates, state.count + 1)
+    updates, memory = {}, {label: dict(blocks) for label, blocks in state.memory.items()}
+    for path, seen in state.updates.items():
+        updates[path] = seen + (_leaf(flat, path, "tokens") > 0).astype(jnp.int32)
+        for label, one in mechanisms.entries:
+            names = {*one.statistics, *(statistics.get(name).count for name in one.statistics)}
+            sums = {name: _leaf(flat, path, name) for name in sorted(names)}
+            memory[label][path] = one.advance(state.memory[label][path], sums, updates[path])
+    return GateState(memory, updates, state.count + 1)
 
 
 def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
@@ -80,13 +157,82 @@ def _leaf(flat: Mapping[str, Array], path: str, name: str) -> Array:
     return flat[key]
 
 
-def _average(average: Array, total: Array, tokens: Array, updates: Array, decay: float) -> Array:
-    """One step of the bias-corrected exponential average of ``total / tokens``; unchanged where tokens is 0.
+# ---------------------------------------------------------------- factors
 
-    With n updates the corrected average moves by (1 - decay) / (1 - decay^n) of the difference: wholly at n = 1.
+
+def own_factors(state: GateState, mechanisms: Mechanisms) -> dict[str, dict[str, Array]]:
+    """Each mechanism's own factors for the coming step, by label and block: [..., d_ff] float32, not normalised.
+
+    All ones during a mechanism's warm-up, and for layers that saw no token yet.
     """
-    log_decay = math.log(decay) if decay > 0 else -math.inf
-    rate = math.expm1(log_decay) / jnp.expm1(log_decay * jnp.maximum(updates, 1).astype(jnp.float32))
-    rate, tokens = (x.reshape(x.shape + (1,) * (average.ndim - x.ndim)) for x in (rate, tokens))
-    moved = average + rate * (total / jnp.where(tokens > 0, tokens, 1) - average)
-    return jnp.where(tokens > 0, moved, average)
+    found: dict[str, dict[str, Array]] = {}
+    for label, one in mechanisms.entries:
+        found[label] = {}
+        for path, updates in state.updates.items():
+            context = mechanisms.context(state.count, path)
+            factor = one.permuted(one.factor(state.memory[label][path], context), context)
+            active = (state.count >= one.warmup) & (updates > 0)
+            found[label][path] = jnp.where(active[..., None], factor, 1).astype(jnp.float32)
+    return found
+
+
+def channel_factors(
+    state: GateState, mechanisms: Mechanisms, own: Mapping[str, Mapping[str, Array]] | None = None
+) -> Factors:
+    """What the mechanisms do to each channel in the coming step, at every place where any of them acts.
+
+    The factors of all that re-allocate are multiplied, and their product is normalised to a root mean square of 1 over
+    each layer's channels (`equalised`); the factors of the others follow.
+
+    Args:
+      state: after the step before.
+      mechanisms: those that ``state`` was made for.
+      own: `own_factors` of both, if they are at hand.
+
+    Returns:
+      By place and block: [..., d_ff] float32.
+    """
+    own = own_factors(state, mechanisms) if own is None else own
+    return {
+        place: {path: _product(place, path, mechanisms, own) for path in state.updates} for place in mechanisms.places
+    }
+
+
+def _product(place: str, path: str, mechanisms: Mechanisms, own: Mapping[str, Mapping[str, Array]]) -> Array:
+    acting = [(one, own[label][path]) for label, one in mechanisms.entries if place in one.places]
+    product = jnp.ones_like(acting[0][1])
+    for one, factor in acting:
+        product = product * factor if one.reallocates else product
+    product = equalised(product)
+    for one, factor in acting:
+        product = product if one.reallocates else product * factor
+    return product
+
+
+def equalised(factor: Array) -> Array:
+    """``factor`` [..., d_ff] divided by its root mean square over each layer's channels.
+
+    A masked update then is as long as the unmasked one, where channels move alike and apart from one another: the
+    factor re-allocates, and is no hidden learning rate. A layer whose channels all have one factor, 0 included, gets
+    ones: there is nothing to re-allocate.
+    """
+    low, high = (jnp.broadcast_to(f(factor, axis=-1, keepdims=True), factor.shape) for f in (jnp.min, jnp.max))
+    size = jnp.sqrt(jnp.mean(jnp.square(factor), axis=-1, keepdims=True))
+    return jnp.where(low == high, 1.0, factor / jnp.where(size > 0, size, 1.0))
+
+
+def idle(state: GateState, mechanisms: Mechanisms, patience: int = 10) -> dict[str, Array]:
+    """By label, whether a mechanism that should have acted for ``patience`` steps has no token to act on: [] bool."""
+    measured = [jnp.max(updates) > 0 for updates in state.updates.values()]
+    nothing = ~jnp.any(jnp.stack(measured)) if measured else jnp.asarray(True)
+    return {label: nothing & (state.count >= one.warmup + patience) for label, one in mechanisms.entries}
+
+
+def mask_collection(masks: Mapping[str, Array]) -> dict[str, Any]:
+    """Factors of one place by block as the ``gate_mask`` collection of ``model.apply``.
+
+    Example:
+      >>> mask_collection({"layers/ffn": mask})
+      {'layers': {'ffn': {'mask': mask}}}
+    """
+    return trees.unflatten({f"{path}/mask".removeprefix("/"): mask for path, mask in masks.items()})

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 
-from nalora_jax import trees
 from nalora_jax.config import MaskConfig
-from nalora_jax.optim.columns import multiply_columns, require_gates
-from nalora_jax.optim.gate_state import GateState
+from nalora_jax.optim.mechanism import Context, Mechanism, register_mechanism
 
 
 def hard_mask(importance: Array, keep: float) -> Array:
@@ -37,67 +35,94 @@ def soft_mask(importance: Array, power: float, low: float, high: float) -> Array
     Args:
       importance: [..., d_ff], not negative.
     """
+    return jnp.clip(relative(importance) ** power, low, high)
+
+
+def relative(importance: Array) -> Array:
+    """``I / mean(I)`` over each layer's channels [..., d_ff]; all ones where I is all 0."""
     mean = jnp.mean(importance, axis=-1, keepdims=True)
-    ratio = jnp.where(mean > 0, importance / jnp.where(mean > 0, mean, 1), 1)
-    return jnp.clip(ratio**power, low, high)
+    return jnp.where(mean > 0, importance / jnp.where(mean > 0, mean, 1), 1)
 
 
-def gate_masks(state: GateState, config: MaskConfig) -> dict[str, Array]:
-    """The mask of the coming step, by block: [..., d_ff] float32.
+@dataclass(frozen=True)
+class _Mask(Mechanism):
+    """What the masks by slope have in common."""
 
-    All ones if the mechanism is off, during the first ``config.warmup`` steps, and for layers that saw no token yet.
-    """
+    # Also act on the gradient of A through the gate's branch.
+    mask_gradient: bool = True
+
+    statistics: ClassVar[tuple[str, ...]] = ("slope",)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """On the gradient of A, where asked, and on the update of B's columns."""
+        return ("gradient_a", "update_b") if self.mask_gradient else ("update_b",)
+
+    def metrics(self, factor: Array) -> dict[str, Array]:
+        """Its mean, and the share of channels that it favours."""
+        return {"mean": jnp.mean(factor, axis=1)}
+
+
+@register_mechanism("hard")
+@dataclass(frozen=True)
+class HardMask(_Mask):
+    """`hard_mask` of the slope: the most responsive channels train, the others rest."""
+
+    # Share of channels kept in each layer.
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("keep", 0 < self.keep <= 1, "a share in (0, 1]")
+
+    def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
+        """1 or 0."""
+        del context
+        return hard_mask(memory["slope"], self.keep)
+
+
+@register_mechanism("soft")
+@dataclass(frozen=True)
+class SoftMask(_Mask):
+    """`soft_mask` of the slope: responsive channels take larger steps."""
+
+    # Exponent on the slope over its layer's mean.
+    power: float = 1.0
+    # Clip of what comes out, before the normalisation.
+    low: float = 0.0
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("power", self.power > 0, "a number above 0")
+        self._require("low", 0 <= self.low < 1, "a number in [0, 1)")
+        self._require("high", self.high > 1, "a number above 1")
+
+    def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
+        """From ``low`` to ``high``."""
+        del context
+        return soft_mask(memory["slope"], self.power, self.low, self.high)
+
+
+@register_mechanism("squared")
+@dataclass(frozen=True)
+class SquaredMask(SoftMask):
+    """`SoftMask` with the exponent 2, the default of ``--mask.kind soft``."""
+
+    power: float = 2.0
+
+
+def from_config(config: MaskConfig) -> Mechanism | None:
+    """The mask that ``--mask`` asks for; None if it is off."""
+    common: dict[str, Any] = {
+        "decay": config.decay,
+        "warmup": config.warmup,
+        "frozen_after": config.frozen_after,
+        "permute": config.permute,
+        "mask_gradient": config.mask_gradient,
+    }
     if config.kind == "off":
-        return {path: jnp.ones_like(importance) for path, importance in state.importance.items()}
-    masks = {}
-    for path, importance in state.importance.items():
-        active = (state.count >= config.warmup) & (state.updates[path] > 0)
-        masks[path] = jnp.where(active[..., None], _rule(importance, config), 1)
-    return masks
-
-
-def mask_collection(masks: Mapping[str, Array]) -> dict[str, Any]:
-    """Masks by block as the ``gate_mask`` collection of ``model.apply``.
-
-    Example:
-      >>> mask_collection({"layers/ffn": mask})
-      {'layers': {'ffn': {'mask': mask}}}
-    """
-    return trees.unflatten({f"{path}/mask".removeprefix("/"): mask for path, mask in masks.items()})
-
-
-def scale_by_channel_mask(gates: Mapping[str, str], *, leaf: str = "b") -> optax.GradientTransformationExtraArgs:
-    """Multiply the columns of every gate's B by the ``gate_mask`` given at each update.
-
-    Place it after the preconditioner and the weight decay: Adam undoes any factor that stays constant before it.
-
-    Args:
-      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}`` (`find_gates`).
-      leaf: name of B under a gate's path; its shape is [..., r, d_ff], that of the mask [..., d_ff].
-
-    Returns:
-      A stateless transform; ``update(..., gate_mask={"layers/ffn": mask})``.
-    """
-
-    def init_fn(params: Any) -> optax.EmptyState:
-        require_gates(params, gates, leaf)
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: Any,
-        state: optax.EmptyState,
-        params: Any = None,
-        *,
-        gate_mask: Mapping[str, Array] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, optax.EmptyState]:
-        del params, extra_args
-        return multiply_columns(updates, gate_mask, gates, argument="gate_mask", leaf=leaf), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _rule(importance: Array, config: MaskConfig) -> Array:
+        return None
     if config.kind == "hard":
-        return hard_mask(importance, config.keep)
-    return soft_mask(importance, config.power, config.low, config.high)
+        return HardMask(keep=config.keep, **common)
+    return SoftMask(power=config.power, low=config.low, high=config.high, **common)

@@ -1,4 +1,4 @@
-"""The optimizer: clipping, an inner optimizer with its schedule, then the two mechanisms on the gates' updates."""
+"""The optimizer: clipping, an inner optimizer with its schedule, and the mechanisms on the gates' updates."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ import jax
 import optax
 
 from nalora_jax import trees
-from nalora_jax.config import MaskConfig, OptimizerConfig, StepScaleConfig
+from nalora_jax.config import OptimizerConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.optim.columns import find_gates
-from nalora_jax.optim.gate_state import GateState, gate_shapes, init_gate_state, update_gate_state
-from nalora_jax.optim.importance_mask import gate_masks, hard_mask, mask_collection, scale_by_channel_mask, soft_mask
-from nalora_jax.optim.step_scale import homogeneity_scale, scale_by_channel_step, step_scales
+from nalora_jax.optim.columns import find_gates, scale_by_channel
+from nalora_jax.optim.gate_state import (
+    GateState,
+    Mechanisms,
+    channel_factors,
+    gate_shapes,
+    init_gate_state,
+    make_mechanisms,
+    mask_collection,
+    update_gate_state,
+)
 
 __all__ = [
     "GateState",
+    "Mechanisms",
+    "channel_factors",
     "find_gates",
-    "gate_masks",
     "gate_shapes",
-    "hard_mask",
-    "homogeneity_scale",
     "init_gate_state",
+    "make_mechanisms",
     "make_optimizer",
     "make_schedule",
     "mask_collection",
     "nalora",
-    "scale_by_channel_mask",
-    "scale_by_channel_step",
-    "soft_mask",
-    "step_scales",
+    "scale_by_channel",
     "update_gate_state",
 ]
 
@@ -40,42 +44,38 @@ __all__ = [
 def nalora(
     inner: optax.GradientTransformation | OptimizerConfig,
     gates: Mapping[str, str],
+    mechanisms: Mechanisms,
     *,
-    mask: MaskConfig | None = None,
-    step_scale: StepScaleConfig | None = None,
     total_steps: int | None = None,
     plus_ratio: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose updates of the gates' B pass through the mask and the step scale.
+    """An optimizer whose updates of the gates' B pass through the mechanisms.
 
-        inner (clip -> preconditioner -> weight decay -> learning rate) -> mask -> step scale
+        [factors on gradients] -> inner (clip, preconditioner, weight decay, learning rate) -> [factors on updates]
 
     Args:
       inner: any optax optimizer, or the settings of one (then ``total_steps`` is needed, as by `make_optimizer`).
       gates: block of each adapted gate (`find_gates`), e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}``.
-      mask, step_scale: the mechanisms' settings, by default both on. One that is off leaves no trace in the chain:
-        with both off the updates are those of ``inner`` to the bit.
+      mechanisms: those of the run (`make_mechanisms`). A place where none acts leaves no trace in the chain: without
+        any mechanism the updates are those of ``inner`` to the bit.
       plus_ratio: LoRA+ ratio of an ``inner`` given by its settings.
 
     Returns:
-      A transform whose ``update`` takes ``gate_mask`` and ``gate_step`` (`gate_masks`, `step_scales`) for the
-      mechanisms that are on, and ignores other keyword arguments.
+      A transform whose ``update`` takes ``gate_factors`` (`channel_factors`) and ignores other keyword arguments.
 
     Example:
-      >>> optimizer = nalora(optax.adamw(1e-3), find_gates(lora))
+      >>> optimizer = nalora(optax.adamw(1e-3), find_gates(lora), mechanisms)
       >>> state = optimizer.init(lora)
-      >>> updates, state = optimizer.update(grads, state, lora, gate_mask=masks, gate_step=scales)
+      >>> updates, state = optimizer.update(grads, state, lora, gate_factors=channel_factors(gate_state, mechanisms))
     """
     if isinstance(inner, OptimizerConfig):
         if total_steps is None:
             raise NaloraError("nalora(total_steps=)", expected="the number of optimizer steps", found=None)
         inner = make_optimizer(inner, total_steps, plus_ratio)
-    mechanisms = []
-    if (mask or MaskConfig()).kind != "off":
-        mechanisms.append(scale_by_channel_mask(gates))
-    if (step_scale or StepScaleConfig()).kind != "off":
-        mechanisms.append(scale_by_channel_step(gates))
-    chain = optax.chain(inner, *mechanisms) if mechanisms else inner
+    before, after = (
+        [scale_by_channel(gates, place)] if place in mechanisms.places else [] for place in ("gradient_b", "update_b")
+    )
+    chain = optax.chain(*before, inner, *after) if before or after else inner
     return optax.with_extra_args_support(chain)
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import chex
 import jax.numpy as jnp
-import optax
 from jax import Array
 
-from nalora_jax.activations import Partition
 from nalora_jax.config import StepScaleConfig
-from nalora_jax.optim.columns import multiply_columns, require_gates
-from nalora_jax.optim.gate_state import GateState
+from nalora_jax.optim.mechanism import Context, Mechanism, register_mechanism
 from nalora_jax.selection import meaningful
 
 _log = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ def homogeneity_scale(occupancy: Array, gains: Sequence[float]) -> Array:
       gains: g_k, which should fall where the region's degree is low: steps that grow there measured worse.
 
     Returns:
-      [..., d_ff] with mean 1 over the last axis: a re-allocation, never another learning rate.
+      [..., d_ff] with mean 1 over the last axis.
     """
     chex.assert_axis_dimension(occupancy, -2, len(gains))
     gamma = sum(gain * occupancy[..., region, :] for region, gain in enumerate(gains))
@@ -37,55 +35,50 @@ def homogeneity_scale(occupancy: Array, gains: Sequence[float]) -> Array:
     return jnp.where(mean > 0, gamma / jnp.where(mean > 0, mean, 1), 1)
 
 
-def step_scales(state: GateState, config: StepScaleConfig, partition: Partition) -> dict[str, Array]:
-    """The step scale of the coming step, by block: [..., d_ff] float32.
+@register_mechanism("homogeneity")
+@dataclass(frozen=True)
+class HomogeneityStep(Mechanism):
+    """`homogeneity_scale`, where the partition is meaningful; elsewhere 1, which is said once in the log."""
 
-    All ones if the mechanism is off, during the first ``config.warmup`` steps, for an activation without a meaningful
-    partition (said once in the log), and for layers whose tokens do not occupy two regions of different degree.
-    """
-    ones = {path: jnp.ones_like(importance) for path, importance in state.importance.items()}
+    # Gain of the regions inverted, contracting, expanding, linear.
+    gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)
+    # Share of tokens from which a region counts as occupied.
+    min_occupancy: float = 0.02
+
+    statistics: ClassVar[tuple[str, ...]] = ("occupancy",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sound = len(self.gains) == 4 and min(self.gains) >= 0 and max(self.gains) > 0
+        self._require("gains", sound, "four gains, none below 0, not all 0")
+        self._require("min_occupancy", 0 <= self.min_occupancy < 0.5, "a share in [0, 0.5)")
+
+    def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
+        """Mean 1; 1 throughout in layers whose tokens do not occupy two regions of different degree."""
+        occupancy = memory["occupancy"]
+        if not context.partition.meaningful:
+            _say_that_it_is_constant(context.partition.activation)
+            return jnp.ones_like(occupancy[..., 0, :])
+        varied = meaningful(occupancy, context.partition, self.min_occupancy)
+        return jnp.where(varied[..., None], homogeneity_scale(occupancy, self.gains), 1)
+
+    def metrics(self, factor: Array) -> dict[str, Array]:
+        """Its range."""
+        return {"min": jnp.min(factor, axis=1), "max": jnp.max(factor, axis=1)}
+
+
+def from_config(config: StepScaleConfig) -> Mechanism | None:
+    """The scale that ``--step-scale`` asks for; None if it is off."""
     if config.kind == "off":
-        return ones
-    if not partition.meaningful:
-        _say_that_it_is_constant(partition.activation)
-        return ones
-    scales = {}
-    for path, occupancy in state.occupancy.items():
-        active = (state.count >= config.warmup) & (state.updates[path] > 0)
-        active &= meaningful(occupancy, partition, config.min_occupancy)
-        scales[path] = jnp.where(active[..., None], homogeneity_scale(occupancy, config.gains), 1)
-    return scales
-
-
-def scale_by_channel_step(gates: Mapping[str, str], *, leaf: str = "b") -> optax.GradientTransformationExtraArgs:
-    """Multiply the columns of every gate's B by the ``gate_step`` given at each update.
-
-    Place it after the preconditioner and the weight decay: Adam undoes any factor that stays constant before it.
-
-    Args:
-      gates: block of each gate, e.g. ``{"layers/ffn/gate_proj": "layers/ffn"}`` (`find_gates`).
-      leaf: name of B under a gate's path; its shape is [..., r, d_ff], that of the scale [..., d_ff].
-
-    Returns:
-      A stateless transform; ``update(..., gate_step={"layers/ffn": scale})``.
-    """
-
-    def init_fn(params: Any) -> optax.EmptyState:
-        require_gates(params, gates, leaf)
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: Any,
-        state: optax.EmptyState,
-        params: Any = None,
-        *,
-        gate_step: Mapping[str, Array] | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, optax.EmptyState]:
-        del params, extra_args
-        return multiply_columns(updates, gate_step, gates, argument="gate_step", leaf=leaf), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return None
+    return HomogeneityStep(
+        decay=config.decay,
+        warmup=config.warmup,
+        frozen_after=config.frozen_after,
+        permute=config.permute,
+        gains=config.gains,
+        min_occupancy=config.min_occupancy,
+    )
 
 
 @functools.cache

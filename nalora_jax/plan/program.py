@@ -23,7 +23,7 @@ from nalora_jax.models.config import ModelConfig, param_shapes, projection_shape
 from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import resolve
 from nalora_jax.plan.machines import Topology
-from nalora_jax.train.assembly import build_model, build_optimizer, compile_step
+from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
 from nalora_jax.train.state import init_state
 
 _BATCH = {
@@ -100,13 +100,14 @@ def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq:
       seq: tokens of a row.
     """
     spec = resolve(config.lora, projection_shapes(base), base.n_layers)
-    model = build_model(base, spec, config.compute, mesh)
-    optimizer = build_optimizer(config, base, spec)
+    mechanisms = build_mechanisms(config, base, spec)
+    model = build_model(base, spec, config.compute, mesh, measured=mechanisms.statistics)
+    optimizer = build_optimizer(config, base, spec, mechanisms)
     gate = (base.n_layers, *((base.n_experts,) if base.n_experts else ()), base.d_ff)
 
     def fresh() -> Any:
         lora = init_lora(base, spec, jax.random.key(0))
-        return init_state(lora, optimizer, {"layers/ffn": gate}, 0)
+        return init_state(lora, optimizer, {"layers/ffn": gate}, mechanisms, 0)
 
     weights = {path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in param_shapes(base).items()}
     params, _ = _placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)
@@ -115,7 +116,7 @@ def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq:
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     shape = (config.train.accumulate, micro, seq)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows) for name, dtype in _BATCH.items()}
-    return compile_step(config, base, model, optimizer, mesh, places), (params, state, batch)
+    return compile_step(config, base, model, optimizer, mechanisms, mesh, places), (params, state, batch)
 
 
 def _placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:

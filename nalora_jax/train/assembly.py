@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, trees
+from nalora_jax import distributed, statistics, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
@@ -24,7 +24,7 @@ from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.loss import Head
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.nn.matmul import Numerics, numerics_for, view_params
-from nalora_jax.optim.nalora import find_gates, make_optimizer, nalora
+from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import Step, StepConfig, make_train_step
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
@@ -74,8 +74,11 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
     """
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     spec = resolve(config.lora, projection_shapes(base), base.n_layers)
-    model = build_model(base, spec, config.compute, mesh, check=config.debug.check_gates)
-    optimizer = build_optimizer(config, base, spec)
+    mechanisms = build_mechanisms(config, base, spec)
+    model = build_model(
+        base, spec, config.compute, mesh, check=config.debug.check_gates, measured=mechanisms.statistics
+    )
+    optimizer = build_optimizer(config, base, spec, mechanisms)
 
     initial = None
     if config.lora.init == "pissa":
@@ -85,11 +88,11 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
 
     def fresh(lora: Any) -> TrainState:
-        return init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, config.seed)
+        return init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, mechanisms, config.seed)
 
     placed = distributed.shardings(jax.eval_shape(fresh, lora), mesh, distributed.STATE_RULES)
     state = jax.jit(fresh, out_shardings=placed)(lora)
-    step = compile_step(config, base, model, optimizer, mesh, placed)
+    step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed)
     return Assembly(config, model, spec, mesh, optimizer, state, params, step, initial)
 
 
@@ -102,16 +105,24 @@ def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
 
 
 def build_model(
-    base: ModelConfig, spec: AdapterSpec, compute: ComputeConfig, mesh: Mesh, *, check: bool = False
+    base: ModelConfig,
+    spec: AdapterSpec,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    *,
+    check: bool = False,
+    measured: tuple[str, ...] = (),
 ) -> Decoder:
-    """The decoder as a training step runs it."""
+    """The decoder as a training step runs it; ``measured`` are the statistics that mechanisms need."""
     platform = mesh.devices.flat[0].platform
     return Decoder(
         base,
         spec,
         numerics_for(compute.dtype, platform),
         remat=choose_remat(compute, platform, base.d_model),
-        stats=GateStatsConfig(compute.stats_stride, compute.probe_stride, check=check),
+        stats=GateStatsConfig(
+            compute.stats_stride, compute.probe_stride, check=check, extra=statistics.extra(measured)
+        ),
         activation_sharding=activation_sharding(mesh),
     )
 
@@ -132,14 +143,34 @@ def choose_remat(compute: ComputeConfig, platform: str, d_model: int) -> str:
     return "attention" if again else "dots"
 
 
-def build_optimizer(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> optax.GradientTransformationExtraArgs:
+def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> Mechanisms:
+    """The mechanisms of a run; none where no adapter sits on a gate, which is said in the log."""
+    found = make_mechanisms(
+        config.mask,
+        config.step_scale,
+        config.mechanisms,
+        activation=base.activation,
+        total_steps=config.steps,
+        seed=config.seed,
+    )
+    if found.entries and not _gates(base, spec):
+        labels = ", ".join(label for label, _ in found.entries)
+        log.warning("no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)", labels)
+        return replace(found, entries=())
+    return found
+
+
+def build_optimizer(
+    config: RunConfig, base: ModelConfig, spec: AdapterSpec, mechanisms: Mechanisms
+) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer with its schedule, and the mechanisms on the adapters that sit on gates."""
-    linear = replace(spec, dora=False)  # magnitudes would need the weights, and are no gates
-    gates = find_gates(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
-    if not gates and (config.mask.kind, config.step_scale.kind) != ("off", "off"):
-        log.warning("no adapter sits on a gate (gate_proj or in_proj): the mask and the step scale act on nothing")
     inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
-    return nalora(inner, gates, mask=config.mask, step_scale=config.step_scale)
+    return nalora(inner, _gates(base, spec), mechanisms)
+
+
+def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
+    linear = replace(spec, dora=False)  # magnitudes would need the weights, and are no gates
+    return find_gates(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
 
 
 def _gate_shape(base: ModelConfig) -> tuple[int, ...]:
@@ -184,6 +215,7 @@ def compile_step(
     base: ModelConfig,
     model: Decoder,
     optimizer: optax.GradientTransformationExtraArgs,
+    mechanisms: Mechanisms,
     mesh: Mesh,
     placed: Any,
 ) -> Step:
@@ -193,10 +225,8 @@ def compile_step(
     exact = {n.result, n.kept, n.within().result} == {"float32"}
     tolerance = config.debug.tolerance if exact else max(config.debug.tolerance, 0.03)
     settings = StepConfig(
-        mask=config.mask,
-        step_scale=config.step_scale,
+        mechanisms=mechanisms,
         head=head_of(base, model.numerics),
-        activation=base.activation,
         loss_chunk=config.compute.loss_chunk,
         batch_shards=math.prod(mesh.shape[axis] for axis in distributed.BATCH_AXES),
         head_sharding=head_sharding(base, mesh),

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from nalora_jax.errors import TrainingDivergedError
+from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.train.state import TrainState
 from nalora_jax.train.step import compile_ahead
 
@@ -144,7 +144,7 @@ class _Meter:
     def record(self, learning_rate: float) -> dict[str, Any]:
         """The log line: means over the steps since the last one, layers of the last step."""
         slim = [{k: m[k] for k in ("loss", "tokens", "target_tokens", "grad_norm")} for _, m in self._steps]
-        fetched = jax.device_get((slim, self._steps[-1][1]["layers"]))
+        fetched = jax.device_get((slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {})))
         seconds = time.perf_counter() - self._since
         rows: list[dict[str, float]] = [{k: float(v) for k, v in row.items()} for row in fetched[0]]
         for (step, _), row in zip(self._steps, rows, strict=True):
@@ -156,6 +156,7 @@ class _Meter:
                     remedy="the checkpoints of earlier steps are kept; start anew in another --output with a lower "
                     "--optimizer.learning-rate or a longer warm-up",
                 )
+        _require_acting(self._steps[-1][0], fetched[2])
         timed = rows[len(rows) - self._timed :] if self._timed else []
         targets = sum(row["target_tokens"] for row in rows)
         record = {
@@ -172,15 +173,31 @@ class _Meter:
         return record
 
 
+def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
+    """Refuse to go on with mechanisms that are on, and of whose gates nothing has been measured."""
+    silent = sorted(label for label, nothing in idle.items() if nothing)
+    if silent:
+        raise NaloraError(
+            f"step {step}: {', '.join(silent)}",
+            expected="statistics of the gates ten steps after the warm-up, so that the mechanism acts",
+            found="no token measured",
+            remedy="look at what the batches hold and at --compute.stats-stride, or switch the mechanism off",
+        )
+
+
 def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Whole-model means, and the per-layer rows of the (only) kind of gated block."""
     if not blocks:
         return {}
     layers = next(iter(blocks.values()))
-    feature = np.sum(layers["feature"])
-    weights = layers["feature"] / feature if feature > 0 else np.zeros_like(layers["feature"])
+    feature = np.nan_to_num(np.asarray(layers["feature"], np.float64))
+    weights = feature / np.sum(feature) if np.sum(feature) > 0 else None
+
+    def overall(name: str) -> float | None:
+        return None if weights is None else float(np.sum(weights * np.nan_to_num(layers[name])))
+
     return {
-        "misalignment": float(np.sum(weights * layers["misalignment"])) if feature > 0 else None,
-        "misalignment_limit": float(np.sum(weights * layers["limit"])) if feature > 0 else None,
+        "misalignment": overall("misalignment"),
+        "misalignment_limit": overall("limit"),
         "layers": {name: np.asarray(value) for name, value in layers.items()},
     }

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nalora_jax.optim.nalora import GateState, init_gate_state
+from nalora_jax.optim.nalora import GateState, Mechanisms, init_gate_state
 
 
 class TrainState(NamedTuple):
@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
       step: int32, optimizer steps done.
       lora: the adapters, float32.
       opt_state: the optimizer's.
-      gate: averages of importance and occupancy that masks and step scales come from.
+      gate: what the mechanisms remember of the gates (by default averages of importance and occupancy).
       key: uint32 key data; a step's dropout key is this one folded with ``step``, so that a resumed run continues
         exactly.
     """
@@ -31,7 +31,11 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    lora: Any, optimizer: optax.GradientTransformation, gate_shapes: dict[str, tuple[int, ...]], seed: int
+    lora: Any,
+    optimizer: optax.GradientTransformation,
+    gate_shapes: dict[str, tuple[int, ...]],
+    mechanisms: Mechanisms,
+    seed: int,
 ) -> TrainState:
     """The state before the first step.
 
@@ -39,8 +43,9 @@ def init_state(
       lora: fresh adapters.
       optimizer: the one that the step will use.
       gate_shapes: shape of the channel statistics by path, e.g. ``{"layers/ffn": (30, 1536)}``.
+      mechanisms: those of the run.
       seed: of the dropout keys.
     """
     key = jax.random.key_data(jax.random.key(seed))
     start = jnp.zeros((), jnp.int32)
-    return TrainState(start, lora, optimizer.init(lora), init_gate_state(gate_shapes), key)
+    return TrainState(start, lora, optimizer.init(lora), init_gate_state(gate_shapes, mechanisms), key)

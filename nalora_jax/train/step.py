@@ -3,11 +3,11 @@
 The only place that knows both the blocks that write statistics (`nalora_jax.nn`) and the transforms that consume what
 becomes of them (`nalora_jax.optim`). The order within step t:
 
-1. masks and step scales come from the averages of step t - 1;
+1. the factors of the mechanisms come from what they remember of step t - 1;
 2. every micro-batch gives a loss sum, gradient sums and statistics, added up over the (global) batch;
 3. gradients are divided by the number of target tokens, so that any split of the batch is the same step;
-4. the optimizer updates the adapters, masks and scales acting after its preconditioner;
-5. the averages take in the statistics, once.
+4. the optimizer updates the adapters, the factors acting before or after its preconditioner;
+5. the mechanisms take in the statistics, once.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from nalora_jax import activations, trees
-from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax import statistics, trees
 from nalora_jax.cpu import heap
 from nalora_jax.nn.loss import Head, cross_entropy
 from nalora_jax.nn.matmul import pack, packed
-from nalora_jax.optim.nalora import gate_masks, mask_collection, step_scales, update_gate_state
+from nalora_jax.optim.gate_state import (
+    Mechanisms,
+    channel_factors,
+    idle,
+    mask_collection,
+    own_factors,
+    update_gate_state,
+)
 from nalora_jax.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
 Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
-
-# A statistic that is a maximum, not a sum, over micro-batches.
-_MAXIMA = ("identity_error", "identity_scale")
 
 
 def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> None:
@@ -55,10 +58,8 @@ def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> N
 class StepConfig:
     """The static choices of a step."""
 
-    mask: MaskConfig
-    step_scale: StepScaleConfig
+    mechanisms: Mechanisms
     head: Head
-    activation: str
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
     # Of adapters (and masks) within the step, where the state splits them further; a tree, and one for all masks.
@@ -74,41 +75,44 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
 
     Args:
       model: a `nalora_jax.models.decoder.Decoder` (or any module with its call and its ``gate_stats``).
-      optimizer: from `nalora_jax.optim.nalora`; takes ``gate_mask`` and ``gate_step``.
+      optimizer: from `nalora_jax.optim.nalora`; takes ``gate_factors``.
       config: static choices.
 
     Returns:
       A function of params (frozen), a `TrainState`, and a batch of ``tokens, targets, loss_weights, segment_ids,
       positions``, each ``[micro_batches, rows, seq]``. Metrics are ``loss`` (mean per target token), ``grad_norm``,
-      ``tokens`` (real), ``target_tokens`` and ``layers`` (see `layer_metrics`).
+      ``tokens`` (real), ``target_tokens``, ``layers`` (see `layer_metrics`), and ``idle``: by mechanism, whether it
+      ought to act by now and has measured no token.
     """
     gradients = _micro_gradients(model, config)
-    partition = activations.partition(config.activation)
+    mechanisms = config.mechanisms
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         chex.assert_rank(batch["tokens"], 3)
-        masks = gate_masks(state.gate, config.mask)
-        scales = step_scales(state.gate, config.step_scale, partition)
-        use_mask = config.mask.kind != "off" and config.mask.mask_gradient
-        collection = mask_collection(masks) if use_mask else None
+        own = own_factors(state.gate, mechanisms)
+        factors = channel_factors(state.gate, mechanisms, own)
+        collection = mask_collection(factors["gradient_a"]) if "gradient_a" in factors else None
+        channels = {path: factor.shape for blocks in own.values() for path, factor in blocks.items()}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         lora = state.lora
         if config.lora_sharding is not None:  # gathered once, not in every layer
             lora = lax.with_sharding_constraint(lora, config.lora_sharding)
             collection = jax.tree.map(lambda m: lax.with_sharding_constraint(m, config.mask_sharding), collection)
-        sums = _accumulate(lambda b, k: gradients(pack(params), lora, collection, b, k), batch, key)
+        sums = _accumulate(lambda b, k: gradients(pack(params), lora, channels, collection, b, k), batch, key)
         if config.check_gates:
             _check_identity(sums["stats"], config.tolerance)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["target_tokens"], 1.0), sums["grads"])
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_mask=masks, gate_step=scales)
-        gate = update_gate_state(state.gate, sums["stats"], config.mask, config.step_scale)
+        stats = {path: statistics.per_target(block, sums["target_tokens"]) for path, block in sums["stats"].items()}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_factors=factors)
+        gate = update_gate_state(state.gate, stats, mechanisms)
         lora = optax.apply_updates(state.lora, updates)
         metrics = {
             "loss": sums["loss"] / jnp.maximum(sums["target_tokens"], 1.0),
             "grad_norm": optax.tree.norm(grads),
             "tokens": sums["tokens"],
             "target_tokens": sums["target_tokens"],
-            "layers": layer_metrics(sums["stats"], masks, scales),
+            "layers": layer_metrics(stats, mechanisms, own, factors),
+            "idle": idle(gate, mechanisms),
         }
         return TrainState(state.step + 1, lora, opt_state, gate, state.key), metrics
 
@@ -118,10 +122,13 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
 def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, Any]]:
     """Sums of one micro-batch: loss, grads, statistics, token counts."""
 
+    taps = statistics.cotangent(config.mechanisms.statistics)
+
     def loss_sum(
-        lora: Any, params: Any, masks: Any, batch: Batch, key: jax.Array
+        lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
         variables = packed({"params": params, "lora": lora}) | ({"gate_mask": masks} if masks else {})
+        variables |= {"gate_taps": taps} if taps else {}
         hidden, written = model.apply(
             variables,
             batch["tokens"],
@@ -146,8 +153,14 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
         )
         return loss, _by_block(written["gate_stats"])
 
-    def sums(params: Any, lora: Any, masks: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
-        (loss, stats), grads = jax.value_and_grad(loss_sum, has_aux=True)(lora, params, masks, batch, key)
+    def sums(params: Any, lora: Any, channels: Any, masks: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1) if taps else 0, has_aux=True)
+        zeros = {path: statistics.taps(taps, shape) for path, shape in channels.items()} if taps else {}
+        (loss, stats), grads = differentiate(lora, _nested(zeros), params, masks, batch, key)
+        if taps:
+            grads, seen = grads
+            for path, found in _by_block(seen).items():
+                stats[path] = stats[path] | found
         return {
             "loss": loss,
             "grads": grads,
@@ -157,6 +170,12 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
         }
 
     return sums
+
+
+def _nested(blocks: Mapping[str, Mapping[str, jax.Array]]) -> Any:
+    """The inverse of `_by_block`."""
+    leaves = {f"{path}/{name}".removeprefix("/"): x for path, block in blocks.items() for name, x in block.items()}
+    return trees.unflatten(leaves)
 
 
 def _by_block(collection: Any) -> dict[str, dict[str, jax.Array]]:
@@ -184,54 +203,44 @@ def _accumulate(sums: Callable[[Batch, jax.Array], dict[str, Any]], batch: Batch
 
 
 def _add(total: Any, part: Any) -> Any:
-    def add(path: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.maximum(x, y) if path.endswith(_MAXIMA) else x + y
-
-    return trees.map_named(add, total, part)
+    return trees.map_named(statistics.merged, total, part)
 
 
 def layer_metrics(
-    stats: Mapping[str, Mapping[str, jax.Array]], masks: Mapping[str, jax.Array], scales: Mapping[str, jax.Array]
+    stats: Mapping[str, Mapping[str, jax.Array]],
+    mechanisms: Mechanisms,
+    own: Mapping[str, Mapping[str, jax.Array]],
+    factors: Mapping[str, Mapping[str, jax.Array]],
 ) -> dict[str, dict[str, jax.Array]]:
     """What the log keeps of each block, per layer.
 
     Args:
       stats: sums by block; channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``.
-      masks: by block, ``[layers, ..., d_ff]``.
-      scales: likewise.
+      mechanisms: those of the run.
+      own: each one's factors before this step, by label and block (`own_factors`).
+      factors: what they made together, by place and block (`channel_factors`).
 
     Returns:
-      By block: ``misalignment`` sum|S| / sum|F|, its linear ``limit``, ``feature`` E|F|, ``importance`` E|phi'|,
-      ``responsive`` (share of channels with a mask of 1 or more), ``mask_mean``, ``step_scale_min``,
-      ``step_scale_max``, each ``[layers]``, and ``occupancy`` ``[layers, 4]``. Experts are averaged over.
+      By block, each ``[layers]`` or ``[layers, parts]``: the metrics and ratios of the table
+      (`nalora_jax.statistics.layer_means`), NaN where no token was measured. With mechanisms: what each shows of its
+      factor, as ``<label>_mean`` and the like, and of what they do together to B's columns ``responsive`` (share of
+      channels with a factor of 1 or more), ``factor_min`` and ``factor_max``. Experts are averaged over.
     """
-    return {path: _block_metrics(sums, masks[path], scales[path]) for path, sums in stats.items()}
+    found = {path: statistics.layer_means(sums) for path, sums in stats.items()}
+    for path, metrics in found.items():
+        for label, one in mechanisms.entries:
+            shown = one.metrics(_by_layer(own[label][path]))
+            metrics |= {f"{label}_{name}": value for name, value in shown.items()}
+        if "update_b" in factors:
+            joint = _by_layer(factors["update_b"][path])
+            metrics["responsive"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
+            metrics |= {"factor_min": jnp.min(joint, axis=1), "factor_max": jnp.max(joint, axis=1)}
+    return found
 
 
-def _block_metrics(sums: Mapping[str, jax.Array], mask: jax.Array, scale: jax.Array) -> dict[str, jax.Array]:
-    layers = mask.shape[0]
-
-    def total(x: jax.Array) -> jax.Array:
-        return jnp.sum(x.reshape(layers, -1), axis=1)
-
-    d_ff = mask.shape[-1]
-    tokens = jnp.maximum(total(sums["tokens"]) * d_ff, 1.0)
-    probed = jnp.maximum(total(sums["probe_tokens"]) * d_ff, 1.0)
-    feature = total(sums["feature"])
-    safe = jnp.where(feature > 0, feature, 1.0)
-    occupancy = jnp.moveaxis(sums["occupancy"], -2, 1)  # [layers, 4, ..., d_ff]
-    flat = mask.reshape(layers, -1)
-    return {
-        "misalignment": total(sums["selection"]) / safe,
-        "limit": total(sums["linear"]) / safe,
-        "feature": feature / probed,
-        "importance": total(sums["slope"]) / tokens,
-        "occupancy": jnp.sum(occupancy.reshape(layers, 4, -1), axis=2) / tokens[:, None],
-        "responsive": jnp.mean((flat >= 1.0).astype(jnp.float32), axis=1),
-        "mask_mean": jnp.mean(flat, axis=1),
-        "step_scale_min": jnp.min(scale.reshape(layers, -1), axis=1),
-        "step_scale_max": jnp.max(scale.reshape(layers, -1), axis=1),
-    }
+def _by_layer(factor: jax.Array) -> jax.Array:
+    """``[layers, ..., d_ff]`` -> ``[layers, channels]``."""
+    return factor.reshape(factor.shape[0], -1)
 
 
 def _check_identity(stats: Mapping[str, Mapping[str, jax.Array]], tolerance: float) -> None:

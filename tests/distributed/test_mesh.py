@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, trees
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.optim.gate_state import init_gate_state
+from nalora_jax.optim.gate_state import init_gate_state, make_mechanisms
 
 L, D, F, V, R = 3, 64, 128, 256, 8
 HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2
@@ -159,17 +159,19 @@ def test_factored_moments_have_another_shape_and_are_replicated(mesh):
 
 
 def test_gate_state_follows_the_gates_channels(mesh):
+    shapes, mechanisms = {"layers/ffn": (L, F), "layers/moe": (L, EXPERTS, F)}, make_mechanisms(activation="silu")
     state = {
-        "gate": jax.eval_shape(lambda: init_gate_state({"layers/ffn": (L, F), "layers/moe": (L, EXPERTS, F)})),
+        "gate": jax.eval_shape(lambda: init_gate_state(shapes, mechanisms)),
+        "gate_taps": {"layers": {"ffn": {"delta": struct(L, F)}}},
         "gate_mask": {"layers": {"ffn": {"mask": struct(L, F)}}},
         "gate_stats": {"layers": {"ffn": {"tokens": struct(L), "slope": struct(L, F)}}},
         "step": struct(),
     }
     placed = specs(state, mesh, distributed.STATE_RULES)
     both = ("tensor", "fsdp")
-    assert placed["gate/importance/layers/ffn"] == P(None, both)
-    assert placed["gate/occupancy/layers/ffn"] == P(None, None, both)
-    assert placed["gate/occupancy/layers/moe"] == P(None, None, None, both)
+    assert placed["gate/memory/mask/layers/ffn/slope"] == placed["gate_taps/layers/ffn/delta"] == P(None, both)
+    assert placed["gate/memory/step_scale/layers/ffn/occupancy"] == P(None, None, both)
+    assert placed["gate/memory/step_scale/layers/moe/occupancy"] == P(None, None, None, both)
     assert placed["gate_mask/layers/ffn/mask"] == placed["gate_stats/layers/ffn/slope"] == P(None, both)
     assert placed["gate/updates/layers/ffn"] == placed["gate/count"] == P()
     assert placed["gate_stats/layers/ffn/tokens"] == placed["step"] == P()

@@ -12,13 +12,14 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import activations, trees
+from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations import adapt_linen
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
+from nalora_jax.optim.gate_state import own_factors
+from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
 
 D, F, HEADS, VOCAB, LAYERS = 16, 40, 2, 30, 3
 RULES = LoRAConfig(rules=(LoRARule("ffn/", 4), LoRARule("attn/(query|out)", 2)))
@@ -170,17 +171,18 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     variables = module.init(jax.random.key(0), TOKENS)
     before = jax.tree.map(np.asarray, variables)
     adapted = adapt_linen(module, variables, (TOKENS,), keymap=SCANNED, lora=RULES)
-    lora, mask, scale = adapted.init(jax.random.key(1)), MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig()
-    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mask=mask, step_scale=scale)
-    state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes)
-    regions = activations.partition("silu")
+    lora = adapted.init(jax.random.key(1))
+    mechanisms = make_mechanisms(MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig(), activation="silu")
+    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
+    state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)
 
     @jax.jit
     def step(lora: Any, state: Any, gates: Any) -> Any:
-        masks, scales = gate_masks(gates, mask), step_scales(gates, scale, regions)
+        factors = channel_factors(gates, mechanisms)
+        masks = factors["gradient_a"]
         value, grads, stats = adapted.gradients(loss, variables, lora, gate_mask=masks)
-        updates, state = optimizer.update(grads, state, lora, gate_mask=masks, gate_step=scales)
-        return optax.apply_updates(lora, updates), state, update_gate_state(gates, stats, mask, scale), value, masks
+        updates, state = optimizer.update(grads, state, lora, gate_factors=factors)
+        return optax.apply_updates(lora, updates), state, update_gate_state(gates, stats, mechanisms), value, masks
 
     losses = []
     for i in range(15):
@@ -194,7 +196,7 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
             np.testing.assert_array_equal(moved, np.asarray(masks["layers/ffn"]) > 0)
             assert (moved.sum(axis=1) == F // 4).all()
     assert losses[-1] < losses[0] - 0.3
-    assert float(jnp.std(step_scales(gates, scale, regions)["layers/ffn"])) > 1e-3
+    assert float(jnp.std(own_factors(gates, mechanisms)["step_scale"]["layers/ffn"])) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, variables))
 
 

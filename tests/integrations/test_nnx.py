@@ -18,7 +18,8 @@ from nalora_jax.integrations import adapt_nnx
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
 from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.low_rank import residual
-from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
+from nalora_jax.optim.gate_state import own_factors
+from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
 
 D, F, LAYERS = 16, 40, 2
 KEYMAP = [(r"blocks/(\d+)/(gate|up|down)", r"layers/\1/ffn/\2_proj")]
@@ -75,7 +76,7 @@ def test_values_gradients_and_statistics_are_those_of_the_functions(remat: bool)
             delta = residual(x, own["gate_proj"]["a"], own["gate_proj"]["b"], 2.0, masks[f"layers/{i}/ffn"])
             z = base + delta
             ones = jnp.ones(z.shape[:-1], bool)
-            probe = Probe(*(selection.sampled(v, GateStatsConfig().probe_stride) for v in (base, delta)))
+            probe = Probe(*(selection.sampled(v, ones, GateStatsConfig().probe_stride) for v in (base, delta)))
             stats[f"layers/{i}/ffn"] = gate_statistics(z, probe, ones, activations.get("silu"), GateStatsConfig())
             h = jax.nn.silu(z) * (x @ up)
             x = x + h @ down + residual(h, own["down_proj"]["a"], own["down_proj"]["b"], 2.0)
@@ -98,18 +99,19 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     graph, state = nnx.split(model)
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(state))
     adapted = adapt_nnx(graph, state, keymap=KEYMAP, lora=RULES)
-    lora, mask, scale = adapted.init(jax.random.key(1)), MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig()
+    lora = adapted.init(jax.random.key(1))
+    mechanisms = make_mechanisms(MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig(), activation="silu")
     np.testing.assert_array_equal(adapted.apply(state, lora, X), model(X))
-    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mask=mask, step_scale=scale)
-    opt_state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes)
-    regions = activations.partition("silu")
+    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
+    opt_state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)
 
     @jax.jit
     def step(state: Any, lora: Any, opt_state: Any, gates: Any) -> Any:
-        masks, scales = gate_masks(gates, mask), step_scales(gates, scale, regions)
+        factors = channel_factors(gates, mechanisms)
+        masks = factors["gradient_a"]
         value, grads, stats = adapted.gradients(lambda call: jnp.mean((call(X) - Y) ** 2), state, lora, gate_mask=masks)
-        updates, opt_state = optimizer.update(grads, opt_state, lora, gate_mask=masks, gate_step=scales)
-        return optax.apply_updates(lora, updates), opt_state, update_gate_state(gates, stats, mask, scale), value
+        updates, opt_state = optimizer.update(grads, opt_state, lora, gate_factors=factors)
+        return optax.apply_updates(lora, updates), opt_state, update_gate_state(gates, stats, mechanisms), value
 
     losses = []
     for _ in range(15):
@@ -119,7 +121,7 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     moved = np.abs(np.asarray(lora["layers"]["1"]["ffn"]["gate_proj"]["b"] - previous)).max(axis=0) > 0
     assert moved.sum() == F // 4
     assert losses[-1] < 0.8 * losses[0]
-    assert float(jnp.std(step_scales(gates, scale, regions)["layers/1/ffn"])) > 1e-3
+    assert float(jnp.std(own_factors(gates, mechanisms)["step_scale"]["layers/1/ffn"])) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.to_pure_dict(state)))
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nalora_jax import activations, selection
+from nalora_jax import activations, statistics
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.nn.low_rank import init_a, residual
-from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
+from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
 
 SILU, REGIONS = activations.get("silu"), activations.partition("silu")
-MASK, SCALE = MaskConfig(kind="hard", keep=0.25, warmup=1), StepScaleConfig(warmup=1)
+MASK = MaskConfig(kind="hard", keep=0.25, warmup=1)
+MECHANISMS = make_mechanisms(MASK, StepScaleConfig(warmup=1), activation="silu")
 D, F, R = 16, 40, 4
 
 
@@ -30,7 +31,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, lora: dict, mask: jax.Array | None) -> tuple[jax.Array, dict]:
         z = self.gate(x) + residual(x, lora["a"], lora["b"], 2.0, mask)
-        stats = selection.channel_statistics(z, jnp.ones(z.shape[:-1], bool), SILU, REGIONS)
+        stats = statistics.channel_statistics(z, jnp.ones(z.shape[:-1], bool), SILU, REGIONS)
         return self.down(SILU.phi(z) * self.up(x)), stats
 
 
@@ -40,20 +41,21 @@ def test_an_nnx_block_trains_its_adapter_and_nothing_else() -> None:
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(weights))
     x, y = jax.random.normal(jax.random.key(1), (2, 24, D))
     lora = {"block": {"gate": {"a": init_a(jax.random.key(2), (D, R)), "b": jnp.zeros((R, F))}}}
-    optimizer = nalora(optax.adamw(1e-2), {"block/gate": "block"}, mask=MASK, step_scale=SCALE)
-    state, gates = optimizer.init(lora), init_gate_state({"block": (F,)})
+    optimizer = nalora(optax.adamw(1e-2), {"block/gate": "block"}, MECHANISMS)
+    state, gates = optimizer.init(lora), init_gate_state({"block": (F,)}, MECHANISMS)
 
     @jax.jit
     def step(lora: Any, state: Any, gates: Any) -> Any:
-        masks, scales = gate_masks(gates, MASK), step_scales(gates, SCALE, REGIONS)
+        factors = channel_factors(gates, MECHANISMS)
+        masks = factors["gradient_a"]
 
         def loss(lora: Any) -> tuple[jax.Array, Any]:
             out, stats = nnx.merge(graph, weights)(x, lora["block"]["gate"], masks["block"])
             return jnp.mean(jnp.square(out - y)), stats
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(lora)
-        updates, state = optimizer.update(grads, state, lora, gate_mask=masks, gate_step=scales)
-        gates = update_gate_state(gates, {"block": stats}, MASK, SCALE)
+        updates, state = optimizer.update(grads, state, lora, gate_factors=factors)
+        gates = update_gate_state(gates, {"block": stats}, MECHANISMS)
         return optax.apply_updates(lora, updates), state, gates, value, masks["block"]
 
     losses = []

@@ -13,10 +13,10 @@ import optax
 import pytest
 from flax import nnx
 
-from nalora_jax import activations
 from nalora_jax.config import LoRAConfig, MaskConfig, StepScaleConfig
 from nalora_jax.integrations import adapt_nnx
-from nalora_jax.optim.nalora import gate_masks, init_gate_state, nalora, step_scales, update_gate_state
+from nalora_jax.optim.gate_state import own_factors
+from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
 
 # Tunix 0.1.7 calls what newer Flax and JAX deprecate.
 pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -73,17 +73,18 @@ def test_a_tunix_model_trains_with_both_mechanisms(family: Any) -> None:
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
     adapted = adapt_nnx(graph, params, keymap=KEYMAP, lora=LoRAConfig(), activation=activation)
     assert sorted(adapted.gates) == [f"layers/{i}/ffn/gate_proj" for i in range(LAYERS)]
-    lora, regions = adapted.init(jax.random.key(1)), activations.partition(activation)
+    lora, mechanisms = adapted.init(jax.random.key(1)), make_mechanisms(MASK, SCALE, activation=activation)
     np.testing.assert_allclose(loss(lambda *args: adapted.apply(params, lora, *args)), loss(model), rtol=1e-6)
-    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mask=MASK, step_scale=SCALE)
-    state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes)
+    optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
+    state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)
 
     @jax.jit
     def step(params: Any, lora: Any, state: Any, gates: Any) -> Any:
-        masks, scales = gate_masks(gates, MASK), step_scales(gates, SCALE, regions)
+        factors = channel_factors(gates, mechanisms)
+        masks = factors["gradient_a"]
         value, grads, stats = adapted.gradients(loss, params, lora, gate_mask=masks)
-        updates, state = optimizer.update(grads, state, lora, gate_mask=masks, gate_step=scales)
-        gates = update_gate_state(gates, stats, MASK, SCALE)
+        updates, state = optimizer.update(grads, state, lora, gate_factors=factors)
+        gates = update_gate_state(gates, stats, mechanisms)
         return optax.apply_updates(lora, updates), state, gates, value, masks
 
     losses = []
@@ -95,7 +96,7 @@ def test_a_tunix_model_trains_with_both_mechanisms(family: Any) -> None:
     moved = np.abs(np.asarray(lora["layers"]["0"]["ffn"]["gate_proj"]["b"] - previous)).max(axis=0) > 0
     np.testing.assert_array_equal(moved, np.asarray(masks["layers/0/ffn"]) > 0)
     assert moved.sum() == F // 4
-    assert float(jnp.std(step_scales(gates, SCALE, regions)["layers/1/ffn"])) > 1e-3
+    assert float(jnp.std(own_factors(gates, mechanisms)["step_scale"]["layers/1/ffn"])) > 1e-3
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, nnx.to_pure_dict(params)))
     served = nnx.merge(graph, adapted.merge(params, lora))
     np.testing.assert_allclose(loss(served), loss(lambda *args: adapted.apply(params, lora, *args)), rtol=1e-4)

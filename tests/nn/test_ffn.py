@@ -16,7 +16,7 @@ from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN,
 from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.nn.matmul import Numerics
-from nalora_jax.selection import sampled
+from nalora_jax.selection import sampled, sampled_positions
 
 D, F, R = 8, 20, 3
 TARGET = TargetSpec((R,), (6.0,))
@@ -88,7 +88,7 @@ def test_strides_take_one_in_n_positions(length: int) -> None:
     thin = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(stride=2, probe_stride=4))
     _, got = thin.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
     for stride, names in {2: ("tokens", "slope", "occupancy"), 4: ("probe_tokens", "feature", "selection")}.items():
-        picked, counted = sampled(x, stride), sampled(weights, stride, axis=-1)
+        picked, counted = sampled(x, weights, stride), sampled_positions(weights, stride)[1]
         _, want = dense.apply(variables, picked, SCALES, token_weights=counted, mutable=["gate_stats"])
         for name in names:
             np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)

@@ -7,9 +7,21 @@ import pytest
 
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.optim.gate_state import gate_shapes, init_gate_state, update_gate_state
+from nalora_jax.optim.gate_state import gate_shapes, init_gate_state, make_mechanisms, update_gate_state
 
-MASK, STEP = MaskConfig(decay=0.9), StepScaleConfig(decay=0.6)
+BOTH = make_mechanisms(MaskConfig(decay=0.9), StepScaleConfig(decay=0.6), activation="silu")
+
+
+def start(shapes, mechanisms=BOTH):
+    return init_gate_state(shapes, mechanisms)
+
+
+def importance(state, path="layers/ffn"):
+    return state.memory["mask"][path]["slope"]
+
+
+def occupancy(state, path="layers/ffn"):
+    return state.memory["step_scale"][path]["occupancy"]
 
 
 def draw_stats(rng, shape, tokens=None):
@@ -21,13 +33,13 @@ def draw_stats(rng, shape, tokens=None):
 
 
 def advance(state, stats):
-    return update_gate_state(state, stats, MASK, STEP)
+    return update_gate_state(state, stats, BOTH)
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 4, 6)])
 def test_averages_are_bias_corrected(shape):
     rng = np.random.default_rng(0)
-    state = init_gate_state({"layers/ffn": shape})
+    state = start({"layers/ffn": shape})
     raw = {"slope": 0.0, "occupancy": 0.0}
     for n in range(1, 6):
         stats = draw_stats(rng, shape)
@@ -37,52 +49,52 @@ def test_averages_are_bias_corrected(shape):
             value = np.asarray(stats[name], np.float64)
             mean = value / tokens.reshape(tokens.shape + (1,) * (value.ndim - tokens.ndim))
             raw[name] = decay * raw[name] + (1 - decay) * mean
-            got = {"slope": state.importance, "occupancy": state.occupancy}[name]["layers/ffn"]
+            got = {"slope": importance, "occupancy": occupancy}[name](state)
             np.testing.assert_allclose(got, raw[name] / (1 - decay**n), rtol=1e-5)
         assert int(state.count) == n
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.999999])
 def test_extreme_decays(decay):
-    config = MaskConfig(decay=decay), StepScaleConfig(decay=decay)
-    rng, state = np.random.default_rng(1), init_gate_state({"ffn": (2, 3)})
+    both = make_mechanisms(MaskConfig(decay=decay), StepScaleConfig(decay=decay), activation="silu")
+    rng, state = np.random.default_rng(1), start({"ffn": (2, 3)}, both)
     means = []
     for _ in range(3):
         stats = draw_stats(rng, (2, 3))
         means.append(stats["slope"] / stats["tokens"][:, None])
-        state = update_gate_state(state, {"ffn": stats}, *config)
+        state = update_gate_state(state, {"ffn": stats}, both)
     expected = means[-1] if decay == 0 else sum(means) / 3
-    np.testing.assert_allclose(state.importance["ffn"], expected, rtol=1e-5)
+    np.testing.assert_allclose(importance(state, "ffn"), expected, rtol=1e-5)
 
 
 def test_experts_without_tokens_keep_their_averages():
     rng, path = np.random.default_rng(2), "layers/ffn"
-    state = init_gate_state({path: (1, 2, 4)})
+    state = start({path: (1, 2, 4)})
     busy, idle = draw_stats(rng, (1, 2, 4)), draw_stats(rng, (1, 2, 4), tokens=[[7, 0]])
     first = advance(state, {path: busy})
     second = advance(first, {path: idle})
     np.testing.assert_array_equal(second.updates[path], [[2, 1]])
-    np.testing.assert_array_equal(second.importance[path][0, 1], first.importance[path][0, 1])
-    np.testing.assert_array_equal(second.occupancy[path][0, 1], first.occupancy[path][0, 1])
-    assert (second.importance[path][0, 0] != first.importance[path][0, 0]).all()
+    np.testing.assert_array_equal(importance(second)[0, 1], importance(first)[0, 1])
+    np.testing.assert_array_equal(occupancy(second)[0, 1], occupancy(first)[0, 1])
+    assert (importance(second)[0, 0] != importance(first)[0, 0]).all()
     # The pause does not enter the bias correction: the next update weighs as a second one.
     third = advance(second, {path: busy})
     again = advance(first, {path: busy})
-    np.testing.assert_allclose(third.importance[path][0, 1], again.importance[path][0, 1], rtol=1e-6)
+    np.testing.assert_allclose(importance(third)[0, 1], importance(again)[0, 1], rtol=1e-6)
 
 
 def test_state_is_stable_under_scan_and_cond():
     rng, path = np.random.default_rng(3), "layers/ffn"
     steps = [draw_stats(rng, (2, 5)) for _ in range(4)]
-    start = init_gate_state({path: (2, 5)})
+    first = start({path: (2, 5)})
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps)
-    scanned, _ = jax.lax.scan(lambda state, stats: (advance(state, {path: stats}), None), start, stacked)
-    looped = start
+    scanned, _ = jax.lax.scan(lambda state, stats: (advance(state, {path: stats}), None), first, stacked)
+    looped = first
     for stats in steps:
         looped = advance(looped, {path: stats})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scanned, looped)
-    kept = jax.jit(lambda go: jax.lax.cond(go, lambda: advance(start, {path: steps[0]}), lambda: start))(False)
-    jax.tree.map(np.testing.assert_array_equal, kept, start)
+    kept = jax.jit(lambda go: jax.lax.cond(go, lambda: advance(first, {path: steps[0]}), lambda: first))(False)
+    jax.tree.map(np.testing.assert_array_equal, kept, first)
 
 
 def test_blocks_of_a_collection_are_found():
@@ -90,10 +102,10 @@ def test_blocks_of_a_collection_are_found():
     assert gate_shapes(stats) == {"layers/ffn": (2, 3)}
     single = {"slope": jnp.ones(3), "tokens": jnp.ones(()), "occupancy": jnp.ones((4, 3))}
     assert gate_shapes(single) == {"": (3,)}
-    np.testing.assert_allclose(advance(init_gate_state({"": (3,)}), single).importance[""], jnp.ones(3), rtol=1e-6)
+    np.testing.assert_allclose(importance(advance(start({"": (3,)}), single), ""), jnp.ones(3), rtol=1e-6)
 
 
 def test_missing_statistics_are_named():
-    state = init_gate_state({"layers/ffn": (2, 3)})
+    state = start({"layers/ffn": (2, 3)})
     with pytest.raises(NaloraError, match="gate_stats: expected a leaf layers/ffn/tokens, found other/slope"):
         advance(state, {"other": {"slope": jnp.ones((2, 3))}})

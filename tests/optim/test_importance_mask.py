@@ -7,17 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nalora_jax.config import MaskConfig
-from nalora_jax.optim.gate_state import GateState, init_gate_state
-from nalora_jax.optim.importance_mask import gate_masks, hard_mask, mask_collection, soft_mask
+from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax.optim.gate_state import (
+    GateState,
+    channel_factors,
+    init_gate_state,
+    make_mechanisms,
+    mask_collection,
+    own_factors,
+)
+from nalora_jax.optim.importance_mask import hard_mask, soft_mask
 
 PATH = "layers/ffn"
 
 
+def alone(config):
+    return make_mechanisms(config, StepScaleConfig(kind="off"), activation="silu")
+
+
 def state_with(importance, count=100, updates=None):
-    start = init_gate_state({PATH: importance.shape})
     updates = jnp.full(importance.shape[:-1], count, jnp.int32) if updates is None else jnp.asarray(updates)
-    return GateState({PATH: importance}, start.occupancy, {PATH: updates}, jnp.int32(count))
+    return GateState({"mask": {PATH: {"slope": importance}}}, {PATH: updates}, jnp.int32(count))
+
+
+def gate_masks(state, config):
+    return own_factors(state, alone(config))["mask"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,11 +90,24 @@ def test_rule_and_its_settings_are_the_config_s():
 
 def test_off_and_unseen_layers_are_not_masked():
     importance = jnp.asarray(np.random.default_rng(4).uniform(size=(2, 8)), jnp.float32)
-    assert (gate_masks(state_with(importance), MaskConfig(kind="off"))[PATH] == 1).all()
+    off = alone(MaskConfig(kind="off"))
+    assert off.entries == ()
+    assert channel_factors(init_gate_state({PATH: (2, 8)}, off), off) == {}
     mask = gate_masks(state_with(importance, updates=[0, 5]), MaskConfig(kind="hard"))[PATH]
     np.testing.assert_array_equal(mask.sum(-1), [8, 4])
-    fresh = gate_masks(init_gate_state({PATH: (2, 8)}), MaskConfig(kind="soft", warmup=0))
+    soft = MaskConfig(kind="soft", warmup=0)
+    fresh = gate_masks(init_gate_state({PATH: (2, 8)}, alone(soft)), soft)
     assert (fresh[PATH] == 1).all()
+
+
+def test_where_the_mask_acts_and_how_long_it_is():
+    importance = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 8)), jnp.float32)
+    for config in (MaskConfig(), MaskConfig(kind="hard", keep=0.3)):
+        factors = channel_factors(state_with(importance), alone(config))
+        assert set(factors) == {"gradient_a", "update_b"}
+        for place in factors.values():
+            np.testing.assert_allclose(jnp.mean(place[PATH] ** 2, axis=-1), np.ones(2), rtol=1e-6)
+    assert set(channel_factors(state_with(importance), alone(MaskConfig(mask_gradient=False)))) == {"update_b"}
 
 
 def test_collection_of_masks():

@@ -8,25 +8,25 @@ import pytest
 
 from nalora_jax.config import MaskConfig, OptimizerConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.optim.importance_mask import scale_by_channel_mask
-from nalora_jax.optim.nalora import find_gates, make_optimizer, make_schedule, nalora
-from nalora_jax.optim.step_scale import scale_by_channel_step
+from nalora_jax.optim.columns import scale_by_channel
+from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer, make_schedule, nalora
 
 L, D_MODEL, R, D_FF = 2, 6, 3, 8
 GATE, BLOCK = "layers/ffn/gate_proj", "layers/ffn"
 GATES = {GATE: BLOCK}
-OFF = {"mask": MaskConfig(kind="off"), "step_scale": StepScaleConfig(kind="off")}
+ON = make_mechanisms(activation="silu")
+OFF = make_mechanisms(MaskConfig(kind="off"), StepScaleConfig(kind="off"), activation="silu")
 ADAMW = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_share=0.0, weight_decay=0.3, clip_norm=1.0)
 
 # The contract that every transform of this library keeps.
 TRANSFORMS = {
-    "mask": lambda: optax.chain(optax.sgd(0.05), scale_by_channel_mask(GATES)),
-    "step": lambda: optax.chain(optax.sgd(0.05), scale_by_channel_step(GATES)),
-    "nalora on optax": lambda: nalora(optax.adamw(0.05), GATES),
-    "nalora on settings": lambda: nalora(ADAMW, GATES, total_steps=50, plus_ratio=4.0),
-    "nalora off": lambda: nalora(optax.adamw(0.05), GATES, **OFF),
-    "adafactor": lambda: nalora(OptimizerConfig(name="adafactor", learning_rate=0.05), GATES, total_steps=50),
-    "lion": lambda: nalora(OptimizerConfig(name="lion", learning_rate=0.01), GATES, total_steps=50),
+    "after": lambda: optax.chain(optax.sgd(0.05), scale_by_channel(GATES)),
+    "before": lambda: optax.chain(scale_by_channel(GATES, "gradient_b"), optax.sgd(0.05)),
+    "nalora on optax": lambda: nalora(optax.adamw(0.05), GATES, ON),
+    "nalora on settings": lambda: nalora(ADAMW, GATES, ON, total_steps=50, plus_ratio=4.0),
+    "nalora off": lambda: nalora(optax.adamw(0.05), GATES, OFF),
+    "adafactor": lambda: nalora(OptimizerConfig(name="adafactor", learning_rate=0.05), GATES, ON, total_steps=50),
+    "lion": lambda: nalora(OptimizerConfig(name="lion", learning_rate=0.01), GATES, ON, total_steps=50),
 }
 each_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 
@@ -49,8 +49,8 @@ def factors(seed, low=0.3, high=1.7):
     return {BLOCK: jnp.asarray(rng.uniform(low, high, size=(L, D_FF)), jnp.float32)}
 
 
-MASK, SCALE = factors(1), factors(2)
-EXTRA = {"gate_mask": MASK, "gate_step": SCALE}
+FACTOR = factors(1)
+EXTRA = {"gate_factors": {"update_b": FACTOR, "gradient_b": factors(2)}}
 
 
 def gate_b(tree):
@@ -91,7 +91,7 @@ def test_one_compilation_and_a_stable_state(make):
     state = optimizer.init(params)
     for seed in range(3):
         before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        extra = {"gate_mask": factors(seed), "gate_step": factors(seed + 10)}
+        extra = {"gate_factors": {"update_b": factors(seed), "gradient_b": factors(seed + 10)}}
         updates, state = update(random_tree(seed), state, params, extra)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
         assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -157,58 +157,62 @@ def test_a_small_problem_converges(make):
 
 
 def acts_after_preconditioner(optimizer, plain, **extra):
-    """Whether B's updates over three steps are the plain ones times the mask, all others unchanged."""
+    """Whether B's first update is the plain one times the factor."""
     params = random_tree(0)
-    masked, _ = run(optimizer, params, 1, **extra)
+    scaled, _ = run(optimizer, params, 1, **extra)
     expected, _ = run(plain, params, 1)
-    factor = next(iter(extra.values()))[BLOCK][:, None, :]
-    return np.allclose(gate_b(masked[0]), gate_b(expected[0]) * factor, rtol=1e-5, atol=1e-9)
+    return np.allclose(gate_b(scaled[0]), gate_b(expected[0]) * FACTOR[BLOCK][:, None, :], rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("transform", "extra"),
-    [(scale_by_channel_mask, {"gate_mask": MASK}), (scale_by_channel_step, {"gate_step": SCALE})],
-)
-def test_soft_factors_act_after_the_preconditioner(transform, extra):
+def test_soft_factors_act_after_the_preconditioner():
     plain = optax.adamw(1e-2, weight_decay=0.3)
-    right = optax.chain(plain, transform(GATES))
-    assert acts_after_preconditioner(right, plain, **extra)
+    extra = {"gate_factors": {"update_b": FACTOR, "gradient_b": FACTOR}}
+    assert acts_after_preconditioner(nalora(plain, GATES, ON), plain, **extra)
     # The same factors before Adam are close to a no-op; the check must see the difference.
-    wrong = optax.with_extra_args_support(optax.chain(transform(GATES), plain))
+    wrong = optax.with_extra_args_support(optax.chain(scale_by_channel(GATES, "gradient_b"), plain))
     assert not acts_after_preconditioner(wrong, plain, **extra)
+
+
+def test_factors_before_the_preconditioner_are_factors_of_the_gradient():
+    chain = optax.chain(scale_by_channel(GATES, "gradient_b"), optax.sgd(1.0))
+    updates, _ = run(chain, random_tree(0), 1, gate_factors={"gradient_b": FACTOR})
+    plain, _ = run(optax.sgd(1.0), random_tree(0), 1)
+    np.testing.assert_allclose(gate_b(updates[0]), gate_b(plain[0]) * FACTOR[BLOCK][:, None, :], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
 def test_nalora_multiplies_the_plain_update_weight_decay_included(name):
     config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.5)
     plain, _ = run(make_optimizer(config, 20), random_tree(0), 1)
-    both, _ = run(nalora(config, GATES, total_steps=20), random_tree(0), 1, **EXTRA)
-    factor = (MASK[BLOCK] * SCALE[BLOCK])[:, None, :]
-    np.testing.assert_allclose(gate_b(both[0]), gate_b(plain[0]) * factor, rtol=1e-5)
+    both, _ = run(nalora(config, GATES, ON, total_steps=20), random_tree(0), 1, **EXTRA)
+    np.testing.assert_allclose(gate_b(both[0]), gate_b(plain[0]) * FACTOR[BLOCK][:, None, :], rtol=1e-5)
     both[0]["layers"]["ffn"]["gate_proj"]["b"] = gate_b(plain[0])
     assert_same(both[0], plain[0])  # and nothing else changed
 
 
-@pytest.mark.parametrize("mechanism", ["mask", "step_scale"])
-def test_each_mechanism_switches_off_alone(mechanism):
-    optimizer = nalora(optax.adamw(1e-2), GATES, **{mechanism: OFF[mechanism]})
-    other = {"mask": ("gate_step", SCALE), "step_scale": ("gate_mask", MASK)}[mechanism]
-    updates, _ = run(optimizer, random_tree(0), 1, **{other[0]: other[1]})
-    plain, _ = run(optax.adamw(1e-2), random_tree(0), 1)
-    np.testing.assert_allclose(gate_b(updates[0]), gate_b(plain[0]) * other[1][BLOCK][:, None, :], rtol=1e-5)
-
-
 def test_columns_masked_out_do_not_move():
     mask = {BLOCK: jnp.asarray(np.random.default_rng(3).uniform(size=(L, D_FF)) > 0.5, jnp.float32)}
-    params, optimizer = random_tree(0), nalora(ADAMW, GATES, total_steps=10)
-    _, trained = run(optimizer, params, 5, gate_mask=mask, gate_step=SCALE)
+    params, optimizer = random_tree(0), nalora(ADAMW, GATES, ON, total_steps=10)
+    _, trained = run(optimizer, params, 5, gate_factors={"update_b": mask})
     moved = (gate_b(trained) != gate_b(params)).any(axis=1)
     np.testing.assert_array_equal(moved, mask[BLOCK] > 0)
 
 
+def test_the_magnitude_of_a_column_follows_its_factor():
+    params = random_tree(0)
+    params["layers"]["ffn"]["gate_proj"]["magnitude"] = jnp.ones((L, D_FF))
+    params["layers"]["ffn"]["up_proj"]["magnitude"] = jnp.ones((L, D_FF))
+    mask = {BLOCK: jnp.asarray(np.random.default_rng(3).uniform(size=(L, D_FF)) > 0.5, jnp.float32)}
+    optimizer = nalora(optax.adamw(1e-2), GATES, ON)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, gate_factors={"update_b": mask})
+    moved = updates["layers"]["ffn"]["gate_proj"]["magnitude"] != 0
+    np.testing.assert_array_equal(moved, mask[BLOCK] > 0)
+    assert (updates["layers"]["ffn"]["up_proj"]["magnitude"] != 0).all()
+
+
 def test_both_off_is_the_plain_chain_to_the_bit():
     params = random_tree(0)
-    plain, off = make_optimizer(ADAMW, 20), nalora(ADAMW, GATES, total_steps=20, **OFF)
+    plain, off = make_optimizer(ADAMW, 20), nalora(ADAMW, GATES, OFF, total_steps=20)
     assert jax.tree.structure(plain.init(params)) == jax.tree.structure(off.init(params))
     for left, right in zip(run(plain, params, 4)[0], run(off, params, 4, **EXTRA)[0], strict=True):
         assert_same(left, right)
@@ -220,15 +224,15 @@ def test_both_off_is_the_plain_chain_to_the_bit():
 def test_factors_of_one_change_nothing():
     ones = {BLOCK: jnp.ones((L, D_FF))}
     plain, _ = run(make_optimizer(ADAMW, 20), random_tree(0), 3)
-    on, _ = run(nalora(ADAMW, GATES, total_steps=20), random_tree(0), 3, gate_mask=ones, gate_step=ones)
+    on, _ = run(nalora(ADAMW, GATES, ON, total_steps=20), random_tree(0), 3, gate_factors={"update_b": ones})
     assert_same(plain, on)
 
 
 def test_a_user_s_own_tree_and_names():
     params = {"block": {"w1": {"lora_A": jnp.ones((4, 2)), "lora_B": jnp.ones((2, 5))}}}
-    optimizer = optax.chain(optax.sgd(1.0), scale_by_channel_mask({"block/w1": "mine"}, leaf="lora_B"))
+    optimizer = optax.chain(optax.sgd(1.0), scale_by_channel({"block/w1": "mine"}, leaf="lora_B"))
     mask = jnp.array([0.0, 0.5, 1.0, 2.0, 0.0])
-    updates, _ = optimizer.update(params, optimizer.init(params), params, gate_mask={"mine": mask})
+    updates, _ = optimizer.update(params, optimizer.init(params), params, gate_factors={"update_b": {"mine": mask}})
     np.testing.assert_allclose(updates["block"]["w1"]["lora_B"], -jnp.broadcast_to(mask, (2, 5)))
     np.testing.assert_allclose(updates["block"]["w1"]["lora_A"], -jnp.ones((4, 2)))
 
@@ -236,15 +240,15 @@ def test_a_user_s_own_tree_and_names():
 def test_gates_are_those_of_the_tree():
     assert find_gates(random_tree(0)) == GATES
     with pytest.raises(NaloraError, match="gates: expected a parameter layers/mlp/gate_proj/b"):
-        nalora(optax.sgd(1.0), {"layers/mlp/gate_proj": BLOCK}).init(random_tree(0))
+        nalora(optax.sgd(1.0), {"layers/mlp/gate_proj": BLOCK}, ON).init(random_tree(0))
 
 
 def test_what_is_missing_is_named():
-    optimizer = nalora(optax.sgd(1.0), GATES)
-    with pytest.raises(NaloraError, match="gate_mask"):
+    optimizer = nalora(optax.sgd(1.0), GATES, ON)
+    with pytest.raises(NaloraError, match="gate_factors"):
         optimizer.update(random_tree(0), optimizer.init(random_tree(0)))
     with pytest.raises(NaloraError, match="total_steps"):
-        nalora(OptimizerConfig(), GATES)
+        nalora(OptimizerConfig(), GATES, ON)
     with pytest.raises(NaloraError, match="adamw, adam, sgd"):
         make_optimizer(OptimizerConfig(name="adagrad"), 10)
     with pytest.raises(NaloraError, match="use adamw"):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax import activations
-from nalora_jax.config import StepScaleConfig
+from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.optim import step_scale
-from nalora_jax.optim.gate_state import GateState, init_gate_state
-from nalora_jax.optim.step_scale import homogeneity_scale, step_scales
+from nalora_jax.optim.gate_state import GateState, make_mechanisms, own_factors
+from nalora_jax.optim.step_scale import homogeneity_scale
 
 PATH, SILU = "layers/ffn", activations.partition("silu")
 CONFIG = StepScaleConfig(warmup=0)
@@ -25,9 +25,12 @@ def shares(seed, *shape):
 
 def state_with(occupancy, count=100):
     occupancy = jnp.asarray(occupancy, jnp.float32)
-    start = init_gate_state({PATH: (*occupancy.shape[:-2], occupancy.shape[-1])})
     updates = jnp.full(occupancy.shape[:-2], count, jnp.int32)
-    return GateState(start.importance, {PATH: occupancy}, {PATH: updates}, jnp.int32(count))
+    return GateState({"step_scale": {PATH: {"occupancy": occupancy}}}, {PATH: updates}, jnp.int32(count))
+
+
+def step_scales(state, config, activation="silu"):
+    return own_factors(state, make_mechanisms(MaskConfig(kind="off"), config, activation=activation))["step_scale"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -57,25 +60,26 @@ def test_scales_of_a_state_and_warmup():
     occupancy = shares(0, 2, 6)
     expected = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), CONFIG.gains)
     config = StepScaleConfig(warmup=2)
-    scales = jax.jit(lambda state: step_scales(state, config, SILU))  # the count is traced
+    scales = jax.jit(lambda state: step_scales(state, config))  # the count is traced
     for count in range(4):
         scale = scales(state_with(occupancy, count))[PATH]
         np.testing.assert_allclose(scale, expected if count >= 2 else np.ones((2, 6)), rtol=1e-6)
-    assert (step_scales(state_with(occupancy), StepScaleConfig(kind="off"), SILU)[PATH] == 1).all()
+    off = make_mechanisms(MaskConfig(kind="off"), StepScaleConfig(kind="off"), activation="silu")
+    assert off.entries == ()
 
 
 def test_only_layers_whose_tokens_occupy_two_regions_are_scaled():
     occupancy = np.zeros((2, 4, 5))
     occupancy[0, 2] = 1  # the first layer lies wholly in the expanding region
     occupancy[1] = shares(1, 5)
-    scale = step_scales(state_with(occupancy), CONFIG, SILU)[PATH]
+    scale = step_scales(state_with(occupancy), CONFIG)[PATH]
     np.testing.assert_array_equal(scale[0], np.ones(5))
     assert (scale[1] != 1).all()
     barely = np.zeros((1, 4, 5))
     barely[:, 2], barely[:, 1, 0] = 1, 0.05  # 0.05 of one channel in five is 0.01 of the layer
-    assert (step_scales(state_with(barely), CONFIG, SILU)[PATH] == 1).all()
+    assert (step_scales(state_with(barely), CONFIG)[PATH] == 1).all()
     fine = StepScaleConfig(warmup=0, min_occupancy=0.005)
-    assert (step_scales(state_with(barely), fine, SILU)[PATH] != 1).all()
+    assert (step_scales(state_with(barely), fine)[PATH] != 1).all()
 
 
 @pytest.mark.parametrize("name", ["relu", "relu2", "identity"])
@@ -84,7 +88,7 @@ def test_constant_without_a_meaningful_partition_and_said_once(name, caplog):
     state = state_with(shares(2, 2, 6))
     with caplog.at_level(logging.INFO, logger="nalora_jax"):
         for _ in range(3):
-            assert (step_scales(state, CONFIG, activations.partition(name))[PATH] == 1).all()
+            assert (step_scales(state, CONFIG, name)[PATH] == 1).all()
     assert [record.getMessage() for record in caplog.records] == [
         f"step scale: {name} has no meaningful effective-homogeneity partition, so the scale is 1"
     ]

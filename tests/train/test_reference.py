@@ -1,7 +1,7 @@
 """The whole step against a hand-written NumPy float64 implementation of blocks with both mechanisms.
 
 Two gated blocks, adapters on gate, up and down with nonzero B, padding, two micro-batches with unequal numbers of
-target tokens, masks and step scales that are not all one, AdamW with weight decay, two optimizer steps.
+target tokens, masks and step scales that are not all one, AdamW with weight decay, twelve optimizer steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
 from nalora_jax.nn.loss import Head
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.optim.nalora import find_gates, nalora
+from nalora_jax.optim.nalora import find_gates, make_mechanisms, nalora
 from nalora_jax.train.state import init_state
 from nalora_jax.train.step import StepConfig, make_train_step
 
@@ -84,8 +84,11 @@ class Reference:
 
     def scales(self) -> np.ndarray:
         corrected = self.occupancy / (1 - STEP.decay**self.count)
-        gamma = np.einsum("lkc,k->lc", corrected, np.array(STEP.gains))
-        return gamma / gamma.mean(axis=-1, keepdims=True)
+        return np.einsum("lkc,k->lc", corrected, np.array(STEP.gains))
+
+    @staticmethod
+    def equalised(factor: np.ndarray) -> np.ndarray:
+        return factor / np.sqrt((factor**2).mean(axis=-1, keepdims=True))
 
     def project(self, name: str, layer: int, x: np.ndarray) -> np.ndarray:
         adapter = self.lora[name]
@@ -131,7 +134,7 @@ class Reference:
         return g @ self.w[name][i].T + scale * (g @ b.T) @ a.T
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
-        mask, gamma = self.masks(), self.scales()
+        mask, joint = self.equalised(self.masks()), self.equalised(self.masks() * self.scales())
         parts = [self.micro({k: v[i] for k, v in batch.items()}, mask) for i in range(len(batch["tokens"]))]
         n = batch["loss_weights"].sum()
         self.steps += 1
@@ -143,7 +146,7 @@ class Reference:
                 unit = (m / (1 - B1**self.steps)) / (np.sqrt(v / (1 - B2**self.steps)) + EPS)
                 update = -LR * (unit + DECAY * leaf[key])
                 if (name, key) == ("gate_proj", "b"):
-                    update = update * (mask * gamma)[:, None, :]
+                    update = update * joint[:, None, :]
                 leaf[key] = leaf[key] + update
         tokens = sum(part[2]["tokens"] for part in parts)
         slope = sum(part[2]["slope"] for part in parts) / tokens
@@ -176,7 +179,7 @@ def _random_like(rng: np.random.Generator, tree: Any, size: float) -> Any:
 
 
 @pytest.mark.parametrize("mechanisms", [True, False])
-def test_two_steps_agree_with_numpy(mechanisms: bool) -> None:
+def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     rng = np.random.default_rng(0)
     batch = _batch(rng)
     flat = {k: jnp.asarray(v[0]) for k, v in batch.items()}
@@ -193,17 +196,18 @@ def test_two_steps_agree_with_numpy(mechanisms: bool) -> None:
     mask = MASK if mechanisms else MaskConfig(kind="off")
     scale = STEP if mechanisms else StepScaleConfig(kind="off")
     inner = optax.adamw(LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
-    optimizer = nalora(inner, find_gates(lora), mask=mask, step_scale=scale)
-    step = jax.jit(make_train_step(model, optimizer, StepConfig(mask, scale, Head(transposed=True), "silu")))
-    state = init_state(lora, optimizer, {"layers": (LAYERS, F)}, seed=0)
+    chosen = make_mechanisms(mask, scale, activation="silu")
+    optimizer = nalora(inner, find_gates(lora), chosen)
+    step = jax.jit(make_train_step(model, optimizer, StepConfig(chosen, Head(transposed=True))))
+    state = init_state(lora, optimizer, {"layers": (LAYERS, F)}, chosen, seed=0)
 
     # Averages of a run under way, far from uniform.
     importance = rng.uniform(0.05, 1.0, (LAYERS, F)).astype(np.float32)
     occupancy = rng.dirichlet(np.ones(4), (LAYERS, F)).transpose(0, 2, 1).astype(np.float32)
     count = 5
+    memory = {"mask": {"slope": importance}, "step_scale": {"occupancy": occupancy}} if mechanisms else {}
     gate = state.gate._replace(
-        importance={"layers": jnp.asarray(importance)},
-        occupancy={"layers": jnp.asarray(occupancy)},
+        memory={label: {"layers": jax.tree.map(jnp.asarray, kept)} for label, kept in memory.items()},
         updates={"layers": jnp.full((LAYERS,), count, jnp.int32)},
         count=jnp.asarray(count, jnp.int32),
     )
@@ -217,7 +221,7 @@ def test_two_steps_agree_with_numpy(mechanisms: bool) -> None:
         reference.masks = lambda: np.ones((LAYERS, F))
         reference.scales = lambda: np.ones((LAYERS, F))
 
-    for i in range(2):
+    for i in range(12):
         batch = _batch(np.random.default_rng(10 + i))
         want = reference.step(batch)
         state, metrics = step(params, state, {k: jnp.asarray(v) for k, v in batch.items()})
@@ -229,6 +233,8 @@ def test_two_steps_agree_with_numpy(mechanisms: bool) -> None:
                 )
         if mechanisms:
             corrected = reference.importance / (1 - MASK.decay**reference.count)
-            np.testing.assert_allclose(state.gate.importance["layers"], corrected, rtol=1e-4)
+            np.testing.assert_allclose(state.gate.memory["mask"]["layers"]["slope"], corrected, rtol=1e-4)
             corrected = reference.occupancy / (1 - STEP.decay**reference.count)
-            np.testing.assert_allclose(state.gate.occupancy["layers"], corrected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                state.gate.memory["step_scale"]["layers"]["occupancy"], corrected, rtol=1e-4, atol=1e-5
+            )

@@ -248,9 +248,9 @@ def test_gated_products(name: str, both: Any) -> None:
 def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any) -> None:
     rng = np.random.default_rng(seq)
     z = jnp.asarray(3 * rng.standard_normal((batch, seq, 70)), jnp.bfloat16)
-    taken = sampled(z, probe_stride).astype(jnp.float32)
-    delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
     weights = jnp.asarray(rng.integers(0, 2, (batch, seq)), bool)
+    taken = sampled(z, weights, probe_stride).astype(jnp.float32)
+    delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
     config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
     close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config)), share=1e-4)
 
@@ -258,7 +258,7 @@ def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_str
 def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
     z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
     delta = (hidden @ b).reshape(2, 8, 70)
-    probe = Probe(sampled(z.astype(jnp.bfloat16), 4).astype(jnp.float32) - delta, delta, (hidden, b))
+    probe = Probe(sampled(z.astype(jnp.bfloat16), jnp.ones((2, 32)), 4).astype(jnp.float32) - delta, delta, (hidden, b))
     given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4)
     close(*both(lambda: gate_statistics(*given)), share=1e-4)
 

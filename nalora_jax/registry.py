@@ -1,0 +1,88 @@
+"""Names that can be added to from outside: by a decorator, or by an entry point in a user's pyproject.
+
+    [project.entry-points."nalora_jax.mechanisms"]
+    my_rule = "my_package.my_module"
+
+An entry point is loaded when its name is asked for and nothing of that name has been registered. Loading it registers
+the name, because the module that it points to carries the decorator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from nalora_jax.errors import NaloraError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Values by name.
+
+    Args:
+      kind: what a value is called in errors, e.g. "mechanism".
+      group: group of entry points that may add to it, e.g. "nalora_jax.mechanisms".
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self._kind, self._group = kind, group
+        self._values: dict[str, T] = {}
+
+    def add(self, name: str, value: T, *, replace: bool = False) -> T:
+        """Register ``value``, and return it.
+
+        Raises:
+          NaloraError: the name is taken by another value, and ``replace`` is off.
+        """
+        known = self._values.get(name, value)
+        if not replace and known is not value and not _again(known, value):
+            remedy = "choose another name, or pass replace=True"
+            raise NaloraError(
+                f"{self._kind} {name!r}", expected="a name that is free", found=repr(known), remedy=remedy
+            )
+        self._values[name] = value
+        return value
+
+    def decorator(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
+        """`add` as a decorator."""
+        return lambda value: self.add(name, value, replace=replace)
+
+    def get(self, name: str) -> T:
+        """The value of ``name``, from an entry point if need be.
+
+        Raises:
+          NaloraError: the name is unknown (the message lists those that are known), or its entry point fails or
+            registers something else.
+        """
+        if name not in self._values and not self._load(name):
+            raise NaloraError(self._kind, expected=f"one of {', '.join(self.names())}", found=repr(name))
+        return self._values[name]
+
+    def names(self) -> list[str]:
+        """Everything that can be asked for, entry points included, sorted."""
+        return sorted({*self._values, *entry_points(group=self._group).names})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values or name in entry_points(group=self._group).names
+
+    def _load(self, name: str) -> bool:
+        for point in entry_points(group=self._group, name=name):
+            where = f"entry point {name} = {point.value!r} of {self._group}"
+            try:
+                point.load()
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
+                raise NaloraError(where, expected="a module that can be imported", found=found) from error
+            if name not in self._values:
+                raise NaloraError(
+                    where, expected=f"to register a {self._kind} of that name", found="no such registration"
+                )
+        return name in self._values
+
+
+def _again(known: object, value: object) -> bool:
+    """Whether a module was merely executed once more, as an interactive session does with an edited cell."""
+    name = (getattr(known, "__module__", None), getattr(known, "__qualname__", None))
+    return None not in name and name == (getattr(value, "__module__", None), getattr(value, "__qualname__", None))
