@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from nalora_jax.train.assembly import Assembly, assemble, plain_adapter
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
 from nalora_jax.train.compilation import use_compilation_cache
+from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.metrics import MetricsLog, SilentLog, write_atomically
 from nalora_jax.train.progress import Progress
@@ -86,6 +87,8 @@ def run(config: RunConfig) -> RunResult:
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
     data = _train_data(config, loaded, mesh)
+    if config.lora.init == "gradient" and not config.resume:
+        assembly = _gradient_start(assembly, loaded, data)
     log.info("training data: %s", json.dumps(data.describe()))
     reported, selecting = held_out(config.data, loaded.tokenizer)
     evaluator, selector = (
@@ -297,6 +300,19 @@ class _Run:
     def _record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
         self.metrics.write({"step": step, "eval": values})
         self.progress.say(f"step {step}: {describe(values)}")
+
+
+def _gradient_start(assembly: Assembly, loaded: LoadedModel, data: TrainData) -> Assembly:
+    """The assembly with adapters that start where the gradient of the run's first batches lies."""
+    started, batches, config = time.perf_counter(), data.batches(), assembly.config
+    try:
+        with_mesh = _on_mesh(batches, assembly.mesh)
+        first = [next(with_mesh) for _ in range(config.lora.gradient_batches)]
+    finally:
+        batches.close()
+    lora = gradient_adapters(assembly, loaded.config, first, config.seed)
+    log.info("adapters start in the gradient of %d batches: %.1f s", len(first), time.perf_counter() - started)
+    return replace(assembly, state=assembly.begin(lora, config.seed))
 
 
 def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -173,7 +173,19 @@ class ReportArgs:
     run: Positional[Path]
 
 
-Args = TrainArgs | EvalArgs | GenerateArgs | ExportArgs | MergeArgs | ImportArgs | InspectArgs | ReportArgs
+@dataclass(frozen=True)
+class StudyArgs:
+    """Compare training methods over paired seeds: do the runs, show how far they are, or write tables and pictures."""
+
+    # "run" (as many processes as you like may), "status", "report", or "verify" (do finished runs again and compare).
+    action: Positional[Literal["run", "status", "report", "verify"]]
+    # The study: a folder with protocol.toml, or that file.
+    study: Positional[Path]
+    # run, verify: runs that this process does at most (0: all; of verify three).
+    limit: int = 0
+
+
+Args = TrainArgs | EvalArgs | GenerateArgs | ExportArgs | MergeArgs | ImportArgs | InspectArgs | ReportArgs | StudyArgs
 VERBS: dict[str, type] = {
     "train": TrainArgs,
     "eval": EvalArgs,
@@ -183,6 +195,7 @@ VERBS: dict[str, type] = {
     "import": ImportArgs,
     "inspect": InspectArgs,
     "report": ReportArgs,
+    "study": StudyArgs,
 }
 
 

@@ -6,7 +6,6 @@ Heavy modules are imported by the verb that needs them, so that ``nalora report`
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -175,6 +174,30 @@ def report(args: cli.ReportArgs) -> None:
     print(write_report(args.run))
 
 
+def study(args: cli.StudyArgs) -> None:
+    """Run, show, report or verify a study."""
+    from nalora_jax.study.protocol import read_protocol
+
+    protocol = read_protocol(args.study)
+    if args.action == "run":
+        from nalora_jax.study.execution import run_study
+
+        run_study(protocol, limit=args.limit)
+    elif args.action == "verify":
+        from nalora_jax.study.verification import verify
+
+        print(verify(protocol, count=args.limit or 3))
+    elif args.action == "status":
+        from nalora_jax.study.status import status
+
+        print(status(protocol))
+    else:
+        from nalora_jax.study.report import write_report
+
+        for path in write_report(protocol):
+            print(path)
+
+
 def card(model: AdaptedModel, kind: Literal["adapter", "merged"]) -> str:
     """README.md of what is written from ``model``, with the run's settings and results where it was one of ours."""
     from nalora_jax.report.history import read_history
@@ -210,13 +233,9 @@ def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
 
 def mesh_of(config: MeshConfig) -> Mesh | None:
     """The mesh of a verb, over no more devices than its axes need (-1: all); None for one device."""
-    import jax
+    from nalora_jax.distributed import smallest_mesh
 
-    from nalora_jax.distributed import make_mesh
-
-    sizes = (config.data, config.fsdp, config.tensor)
-    count = None if min(sizes) < 0 else math.prod(sizes)
-    mesh = make_mesh(config, jax.devices()[:count])
+    mesh = smallest_mesh(config)
     return mesh if mesh.size > 1 else None
 
 
@@ -257,4 +276,5 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "import": import_,
     "inspect": inspect,
     "report": report,
+    "study": study,
 }

@@ -2,7 +2,15 @@
 
 from nalora_jax.distributed.batches import make_global_batch, process_rows, rows_of_processes
 from nalora_jax.distributed.compiler import compiler_options
-from nalora_jax.distributed.mesh import AXES, BATCH_AXES, check_heads, make_mesh, resolve_sizes
+from nalora_jax.distributed.mesh import (
+    AXES,
+    BATCH_AXES,
+    batch_shards,
+    check_heads,
+    make_mesh,
+    resolve_sizes,
+    smallest_mesh,
+)
 from nalora_jax.distributed.processes import fetch, initialize_distributed, on_first_process
 from nalora_jax.distributed.sharding import (
     PARAM_RULES,
@@ -21,6 +29,7 @@ __all__ = [
     "STATE_RULES",
     "STEP_RULES",
     "Rules",
+    "batch_shards",
     "bytes_per_device",
     "check_heads",
     "compiler_options",
@@ -34,4 +43,5 @@ __all__ = [
     "resolve_sizes",
     "rows_of_processes",
     "shardings",
+    "smallest_mesh",
 ]

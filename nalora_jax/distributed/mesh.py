@@ -48,6 +48,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def smallest_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over no more devices than its axes ask for (-1: all of them)."""
+    sizes = (config.data, config.fsdp, config.tensor)
+    wanted = None if min(sizes) < 0 else math.prod(max(size, 1) for size in sizes)
+    return make_mesh(config, jax.devices()[:wanted])
+
+
 def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
     """Axis sizes with 0 and -1 replaced by what is left of ``n_devices``; see `make_mesh`."""
     sizes = {name: int(getattr(config, name)) for name in AXES}
@@ -70,6 +77,11 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
             remedy="set one axis to -1 to take what is left" if not free else "change the sizes of the other axes",
         )
     return tuple(n_devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:

@@ -23,6 +23,7 @@ from nalora_jax.optim.gate_state import (
     mask_collection,
     update_gate_state,
 )
+from nalora_jax.optim.projection_rates import scale_by_projection
 
 __all__ = [
     "GateState",
@@ -96,6 +97,8 @@ def make_optimizer(
     if plus_ratio != 1:
         # After learning rate and weight decay, so that B trains as with its own, larger learning rate.
         stages.append(_scale_leaves("b", plus_ratio))
+    if config.rates:
+        stages.append(scale_by_projection(config.rates))
     return optax.with_extra_args_support(optax.chain(*stages))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class Assembly:
     state: TrainState  # before the first step, on the mesh
     params: Any  # frozen weights that the adapters sit on: the base's, with PiSSA what its components leave of them
     step: Step  # compiled on first use; donates the state
+    begin: Callable[[Any, int], TrainState]  # the state before the first step, of given adapters and another seed
     initial: Any = None  # PiSSA's adapters before the first step, in host memory
 
     @property
@@ -60,7 +61,9 @@ class Assembly:
         return view_params(params) if self.mesh.size == 1 else params
 
 
-def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> Assembly:
+def assemble(
+    config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh, *, last: optax.GradientTransformation | None = None
+) -> Assembly:
     """Adapters, optimizer and step of a run.
 
     Args:
@@ -68,6 +71,7 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
       base: architecture of the base model.
       params: its weights on ``mesh``.
       mesh: the run's devices.
+      last: what the updates pass through after everything that the config asks for.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks; a tensor axis that splits a head.
@@ -79,6 +83,8 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
         base, spec, config.compute, mesh, check=config.debug.check_gates, measured=mechanisms.statistics
     )
     optimizer = build_optimizer(config, base, spec, mechanisms)
+    if last is not None:
+        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
 
     initial = None
     if config.lora.init == "pissa":
@@ -87,13 +93,18 @@ def assemble(config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh) -> A
     else:
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
 
-    def fresh(lora: Any) -> TrainState:
-        return init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, mechanisms, config.seed)
+    def fresh(lora: Any, key: jax.Array) -> TrainState:
+        state = init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, mechanisms, 0)
+        return state._replace(key=key)
 
-    placed = distributed.shardings(jax.eval_shape(fresh, lora), mesh, distributed.STATE_RULES)
-    state = jax.jit(fresh, out_shardings=placed)(lora)
+    def begin(lora: Any, seed: int) -> TrainState:
+        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
+
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
+    compiled = jax.jit(fresh, out_shardings=placed)
     step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed)
-    return Assembly(config, model, spec, mesh, optimizer, state, params, step, initial)
+    return Assembly(config, model, spec, mesh, optimizer, begin(lora, config.seed), params, step, begin, initial)
 
 
 def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
@@ -228,7 +239,7 @@ def compile_step(
         mechanisms=mechanisms,
         head=head_of(base, model.numerics),
         loss_chunk=config.compute.loss_chunk,
-        batch_shards=math.prod(mesh.shape[axis] for axis in distributed.BATCH_AXES),
+        batch_shards=distributed.batch_shards(mesh),
         head_sharding=head_sharding(base, mesh),
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,

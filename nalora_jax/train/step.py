@@ -119,6 +119,21 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
     return step
 
 
+def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+    """The first half of a step, without dropout: ``(params, lora, batch) -> sums`` of gradients and statistics.
+
+    Returns:
+      A function whose result holds ``grads`` (of ``lora``, summed over target tokens), ``stats`` (sums by block) and
+      ``target_tokens``; batches as of `make_train_step`.
+    """
+    gradients = _micro_gradients(model, config)
+
+    def sums(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
+        return _accumulate(lambda b, k: gradients(pack(params), lora, {}, None, b, k), batch, jax.random.key(0))
+
+    return sums
+
+
 def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, Any]]:
     """Sums of one micro-batch: loss, grads, statistics, token counts."""
 

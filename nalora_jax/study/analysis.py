@@ -1,0 +1,117 @@
+"""What the records of a study say, before anybody formats it: cells, their tests, and the comparisons between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.study.plan import Cell, Tuning, cells, test_runs, tuning, tuning_runs
+from nalora_jax.study.protocol import Protocol
+from nalora_jax.study.records import Record
+from nalora_jax.study.statistics import Paired, holm, paired
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell with its finished runs."""
+
+    cell: Cell
+    tuning: Tuning
+    tuned: tuple[Record, ...]
+    tests: Mapping[tuple[int, float], Record]  # by seed and multiple of the chosen rate
+
+    def held(self, multiple: float = 1.0) -> dict[int, Record]:
+        """Tests that did not diverge, by seed."""
+        return {s: one for (s, m), one in self.tests.items() if m == multiple and not one["diverged"]}
+
+    def losses(self, multiple: float = 1.0) -> list[float]:
+        """Test losses of those, in the order of their seeds."""
+        return [float(one["test"]["loss"]) for one in self.held(multiple).values()]
+
+    def diverged(self, multiple: float = 1.0) -> int:
+        """Tests that did."""
+        return sum(m == multiple and bool(one["diverged"]) for (_, m), one in self.tests.items())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another on one task."""
+
+    cell: Cell
+    other: str
+    paired: Paired
+    adjusted_p: float  # of the signed-rank test, by Holm over the tasks and models of this pair of methods
+
+
+def results(protocol: Protocol, records: Mapping[str, Record]) -> list[Result]:
+    """Every cell of the study, in the order of the file."""
+    found = []
+    for cell in cells(protocol):
+        grid = tuning(protocol, cell, records)
+        tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
+        runs = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
+        tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
+        found.append(Result(cell, grid, tuple(tuned), tests))
+    return found
+
+
+def comparisons(protocol: Protocol, found: Sequence[Result]) -> list[Comparison]:
+    """Every method against the baseline, then every method against its placebos; only seeds that both finished."""
+    others = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
+    others += [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
+    by_cell = {result.cell: result for result in found}
+    made: list[Comparison] = []
+    for method, other in dict.fromkeys(others):
+        raw = []
+        for model in protocol.models:
+            for task in protocol.tasks:
+                cell = Cell(model, task, method)
+                one = _paired(by_cell[cell], by_cell[Cell(model, task, other)], protocol.margin)
+                raw += [] if one is None else [(cell, one)]
+        adjusted = holm([one.wilcoxon_p for _, one in raw])
+        made += [Comparison(cell, other, one, p) for (cell, one), p in zip(raw, adjusted, strict=True)]
+    return made
+
+
+def _paired(first: Result, second: Result, margin: float) -> Paired | None:
+    mine, theirs = first.held(), second.held()
+    seeds = [seed for seed in mine if seed in theirs]
+    if not seeds:
+        return None
+    _require_pairs([(mine[seed], theirs[seed]) for seed in seeds])
+    first_losses, second_losses = ([float(side[s]["test"]["loss"]) for s in seeds] for side in (mine, theirs))
+    return paired(first_losses, second_losses, margin)
+
+
+def _require_pairs(pairs: Sequence[tuple[Record, Record]]) -> None:
+    """The seeds are pairs only if data order and items agree, which the records say themselves."""
+    for one, other in pairs:
+        mine, theirs = ((record["data"], record["items"]["test"]) for record in (one, other))
+        if mine != theirs:
+            raise NaloraError(
+                f"record {one['id']}, the pair of {other['id']}",
+                expected=f"the data order and items of the other, {theirs}",
+                found=mine,
+                remedy="the data changed between the runs: begin a new study",
+            )
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN of nothing."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; NaN of fewer than two."""
+    if len(values) < 2:
+        return math.nan
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
+
+
+def last(record: Record, name: str) -> float | None:
+    """A number of the record's last log step."""
+    rows = [row for row in record["training"] if row.get(name) is not None]
+    return float(rows[-1][name]) if rows else None

@@ -1,0 +1,77 @@
+"""Settings of a TOML file put onto the dataclasses of a run's config, checked name by name and type by type."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from nalora_jax.config import LoRARule
+from nalora_jax.errors import NaloraError
+
+T = TypeVar("T")
+
+
+def override(config: T, settings: Mapping[str, Any], where: str) -> T:
+    """``config`` with ``settings`` in place of its own.
+
+    Args:
+      config: a frozen dataclass, whose fields may be such dataclasses themselves.
+      settings: nested, as TOML gives them: lists stand for tuples, tables for adapter rules.
+      where: the table in the file, for messages.
+
+    Example:
+      >>> override(RunConfig(), {"steps": 5, "lora": {"rules": [{"pattern": "gate", "rank": 2}]}}, "[run]").steps
+      5
+
+    Raises:
+      NaloraError: a name that the config does not have, or a value of another type.
+    """
+    hints = get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for name, value in settings.items():
+        place = f"{where} {name}"
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+            raise NaloraError(place, expected="a setting of a run", found="no such name", remedy=remedy)
+        current = getattr(config, name)
+        if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
+            changes[name] = override(current, value, place)
+        else:
+            changes[name] = checked(_as_python(value, name, place), hints[name], place)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as a ``hint``: whole numbers pass for floats.
+
+    Raises:
+      NaloraError: it is of another type.
+    """
+    value = float(value) if hint is float and type(value) is int else value
+    try:
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError as error:
+        shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise NaloraError(where, expected=f"a value of type {shown}", found=repr(value)) from error
+    return value
+
+
+def _as_python(value: Any, name: str, where: str) -> Any:
+    """Tuples of TOML's lists, and adapter rules of its tables."""
+    if name == "rules" and isinstance(value, list):
+        return tuple(_rule(one, f"{where}[{index}]") for index, one in enumerate(value))
+    if isinstance(value, list):
+        return tuple(_as_python(one, "", where) for one in value)
+    return value
+
+
+def _rule(table: Any, where: str) -> LoRARule:
+    if not isinstance(table, Mapping) or "pattern" not in table:
+        example = '{pattern = "ffn/gate_proj", rank = 2}'
+        raise NaloraError(where, expected=f"a table such as {example}", found=repr(table))
+    return override(LoRARule(""), table, where)

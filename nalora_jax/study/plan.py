@@ -1,0 +1,162 @@
+"""Which runs a study wants, given the records so far: a pure function of both, so that any process can take part.
+
+For each model, task and method (a cell) the grid of learning rates is run over the tuning seeds; while the best rate
+lies at an end of the grid, a further one is added there. Then the cell is tested at its best rate over the test seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from nalora_jax.config import RunConfig
+from nalora_jax.study.protocol import Protocol
+from nalora_jax.study.records import Record
+
+Stage = Literal["tune", "test"]
+
+
+class Cell(NamedTuple):
+    """One method on one task with one model: what a learning rate is chosen for."""
+
+    model: str
+    task: str
+    method: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study; two with the same id are the same run."""
+
+    protocol: Protocol
+    stage: Stage
+    cell: Cell
+    rate: float
+    seed: int
+    multiple: float = 1.0  # of the cell's chosen rate, which ``rate`` includes
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """Its settings."""
+        return self.protocol.config(*self.cell, self.rate, self.seed)
+
+    @cached_property
+    def config_hash(self) -> str:
+        """Of its settings and of the items that it is measured on."""
+        settings = self.config.to_dict()
+        protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
+        measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
+        if self.stage == "test":
+            probes = {name: asdict(probe) for name, probe in protocol.probes.items()}
+            measured |= {"test": [task.test, task.test_items], "probes": probes}
+        reseed = protocol.methods[self.cell.method].reseed
+        return _hash({"settings": settings, "measured": measured, "reseed": reseed})
+
+    @cached_property
+    def id(self) -> str:
+        """Names the run in the records."""
+        return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
+
+    def __str__(self) -> str:
+        multiple = "" if self.multiple == 1 else f" ({self.multiple:g} x chosen)"
+        return f"{self.stage} {' '.join(self.cell)}, rate {self.rate:g}{multiple}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The grid of a cell as it stands."""
+
+    rates: tuple[float, ...]  # ascending, with those that were added
+    losses: tuple[float | None, ...]  # mean final validation loss: infinite where a run diverged, None where some lack
+    at_edge: bool = False  # the best rate lies at an end of the grid, and no more may be added there
+
+    @property
+    def chosen(self) -> float | None:
+        """The best rate (of equals the lowest), once the grid is complete and one of its rates holds."""
+        complete = [loss for loss in self.losses if loss is not None]
+        if len(complete) < len(self.rates) or min(complete) == math.inf:
+            return None
+        return self.rates[complete.index(min(complete))]
+
+
+def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tuning:
+    """The grid of ``cell``, extended as far as the records ask for."""
+    rates = [canonical(rate) for rate in protocol.rates]
+    added = {"low": 0, "high": 0}
+    while True:
+        losses = [_mean_loss(protocol, cell, rate, records) for rate in rates]
+        complete = [loss for loss in losses if loss is not None]
+        if len(complete) < len(rates) or min(complete) == math.inf:
+            return Tuning(tuple(rates), tuple(losses))
+        best = complete.index(min(complete))
+        end = "low" if best == 0 else "high" if best == len(rates) - 1 else ""
+        if not end or len(rates) == 1 or added[end] == protocol.extend:
+            return Tuning(tuple(rates), tuple(losses), at_edge=bool(end) and len(rates) > 1)
+        added[end] += 1
+        if end == "low":
+            rates.insert(0, canonical(rates[0] ** 2 / rates[1]))
+        else:
+            rates.append(canonical(rates[-1] ** 2 / rates[-2]))
+
+
+def canonical(rate: float) -> float:
+    """A rate to three digits, so that one that was computed equals one that was written."""
+    return float(f"{rate:.3g}")
+
+
+def tuning_runs(protocol: Protocol, cell: Cell, rates: Sequence[float]) -> list[Run]:
+    """The runs that choose the rate of ``cell``."""
+    return [Run(protocol, "tune", cell, rate, seed) for seed in protocol.tuning_seeds for rate in rates]
+
+
+def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
+    """The runs of ``cell`` that read the test items."""
+    return [
+        Run(protocol, "test", cell, canonical(chosen * multiple), seed, multiple)
+        for seed in protocol.test_seeds
+        for multiple in protocol.test_multiples
+    ]
+
+
+def cells(protocol: Protocol) -> list[Cell]:
+    """All cells, in the order of the file."""
+    return [Cell(m, t, method) for m in protocol.models for t in protocol.tasks for method in protocol.methods]
+
+
+def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
+    """Every run that is known to belong to the study, done or not, in the order in which they should be done.
+
+    Seeds and rates come before methods, so that a study that is stopped early has its methods level. Tests of a cell
+    appear when its grid is complete.
+    """
+    grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
+    tunes = [run for cell, grid in grids.items() for run in tuning_runs(protocol, cell, grid.rates)]
+    tests = [run for cell, grid in grids.items() if grid.chosen for run in test_runs(protocol, cell, grid.chosen)]
+    place = {cell: index for index, cell in enumerate(grids)}
+    order = {seed: index for index, seed in enumerate((*protocol.tuning_seeds, *protocol.test_seeds))}
+
+    def by_seed(run: Run) -> tuple[Any, ...]:
+        return order[run.seed], run.cell.model, run.cell.task, run.multiple, place[run.cell], run.rate
+
+    return sorted(tunes, key=by_seed) + sorted(tests, key=by_seed)
+
+
+def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
+    """The runs of `wanted` that have no record yet."""
+    return [run for run in wanted(protocol, records) if run.id not in records]
+
+
+def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]) -> float | None:
+    """Over the tuning seeds."""
+    found = [records.get(run.id) for run in tuning_runs(protocol, cell, [rate])]
+    losses = [math.inf if one["diverged"] else float(one["validation"]["loss"]) for one in found if one is not None]
+    return None if len(losses) < len(found) else sum(losses) / len(losses)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""Adapters that start in the subspace that the first batches' gradient lies in (``--lora.init gradient``).
+
+The gradient of an adapted kernel is ``G = sum over tokens of x^T delta``, ``[d_in, d_out]``, with ``delta`` the
+cotangent of the projection's output. Among all A of rank r with orthogonal columns of given length, the top r left
+singular vectors of G give B the largest gradient, ``A^T G``. B starts at zero, so the model starts as the base, nothing
+is taken out of its kernels, and what comes out of training is a plain LoRA. LoRA-GA (arXiv 2407.05000) takes the same
+decomposition but both of its sides, and takes their product out of the kernel.
+
+G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``, and leaves the
+model what it is as long as one of the two is zero. So subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061)
+needs nothing but the training step's own gradients, at the memory of an adapter that is a few columns wider:
+
+    A = random, B = 0         dB = A^T G           Q = orth(dB^T)
+    A = 0,      B = Q^T       dA = G Q             P = orth(dA)        } twice
+    A = P,      B = 0         dB = P^T G           Q = orth(dB^T)      }
+    P^T G = U S V^T           left singular vectors of G: P U
+
+Cost: five passes over the batches, each about a training step per batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nalora_jax import distributed, trees
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.optim.gate_state import Mechanisms
+from nalora_jax.optim.nalora import find_gates
+from nalora_jax.train.assembly import Assembly, head_of, head_sharding
+from nalora_jax.train.step import Batch, StepConfig, make_gradients
+
+_ITERATIONS = 2
+# Columns of A that a fresh LoRA draws have this length on average: uniform in +-1/sqrt(d_in), d_in of them.
+_COLUMN_NORM = 1 / math.sqrt(3.0)
+
+Matrices = dict[str, jax.Array]  # by the path of their projection, ``[layers, (experts,) rows, columns]``
+
+
+def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int) -> dict[str, Any]:
+    """Fresh adapters: A the gradient's top left singular vectors, each column as long as LoRA's are; B zero.
+
+    Args:
+      assembly: of the run.
+      base: architecture of its base model.
+      batches: what the gradient is summed over, on the run's mesh.
+      seed: of the random subspace that the search begins with, and of the permuted weights.
+
+    Returns:
+      A tree like that of `nalora_jax.models.decoder.init_lora`.
+    """
+    spec, lora_config = assembly.spec, assembly.config.lora
+    shapes = projection_shapes(base)
+    wide = {path: min(target.rank + max(8, target.rank // 2), *shapes[path][-2:]) for path, target in spec.targets}
+    search = _Search(assembly, base, wide, batches)
+    key = jax.random.key(seed)
+    a = {
+        path: jax.random.normal(jax.random.fold_in(key, i), (base.n_layers, *shapes[path][:-1], width))
+        for i, (path, width) in enumerate(wide.items())
+    }
+    rows, slopes = search.rows(a)
+    weights = _weights(lora_config.gradient_weights, slopes, spec, jax.random.fold_in(key, len(wide)))
+    rows = _weighted(rows, weights)
+    for _ in range(_ITERATIONS):
+        columns = search.columns(_weighted({path: _orthonormal_rows(row) for path, row in rows.items()}, weights))
+        a = {path: jnp.linalg.qr(column)[0] for path, column in columns.items()}
+        rows = _weighted(search.rows(a)[0], weights)
+    vectors = {path: jnp.matmul(a[path], jnp.linalg.svd(row, full_matrices=False)[0]) for path, row in rows.items()}
+    return _place(vectors, assembly, base, seed)
+
+
+class _Search:
+    """Products with G: what the gradients of adapters at scale 1 are, one of whose factors is zero."""
+
+    def __init__(
+        self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
+    ) -> None:
+        targets = tuple(
+            (path, TargetSpec((width,) * base.n_layers, (float(width),) * base.n_layers))
+            for path, width in wide.items()
+        )
+        self._spec, self._batches, self._params = AdapterSpec(targets), batches, assembly.view(assembly.params)
+        model = assembly.model.clone(adapters=self._spec)
+        mesh = assembly.mesh
+        config = StepConfig(
+            mechanisms=Mechanisms((), base.activation),
+            head=head_of(base, model.numerics),
+            loss_chunk=assembly.config.compute.loss_chunk,
+            batch_shards=distributed.batch_shards(mesh),
+            head_sharding=head_sharding(base, mesh),
+        )
+        self._sums: Callable[..., dict[str, Any]] = jax.jit(make_gradients(model, config))
+        self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
+        self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
+
+    def rows(self, a: Matrices) -> tuple[Matrices, dict[str, jax.Array]]:
+        """``A^T G``, and the mean slope of every gate channel by block."""
+        total = self._total({f"{path}/a": value for path, value in a.items()})
+        slopes = {
+            block: sums["slope"] / jnp.maximum(sums["tokens"], 1.0)[..., None] for block, sums in total["stats"].items()
+        }
+        grads = trees.flatten(total["grads"])
+        return {path: grads[f"{path}/b"] for path in a}, slopes
+
+    def columns(self, b: Matrices) -> Matrices:
+        """``G B^T``."""
+        grads = trees.flatten(self._total({f"{path}/b": value for path, value in b.items()})["grads"])
+        return {path: grads[f"{path}/a"] for path in b}
+
+    def _total(self, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+        lora = trees.unflatten(self._zeros | dict(leaves))
+        total: dict[str, Any] = {}
+        for batch in self._batches:
+            sums = self._sums(self._params, lora, batch)
+            sums = {name: sums[name] for name in ("grads", "stats", "target_tokens")}
+            total = jax.tree.map(jnp.add, total, sums) if total else sums
+        tokens = jnp.maximum(total["target_tokens"], 1.0)
+        return total | {"grads": jax.tree.map(lambda g: g / tokens, total["grads"])}
+
+
+def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array) -> Matrices:
+    """Weights of the gates' output channels, mean 1 in every layer; projections without an entry have ones."""
+    if kind == "ones":
+        return {}
+    gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
+    found = {}
+    for index, (gate, block) in enumerate(gates.items()):
+        weight = slopes[block] / jnp.maximum(jnp.mean(slopes[block], axis=-1, keepdims=True), 1e-30)
+        if kind == "permuted":
+            weight = jax.random.permutation(jax.random.fold_in(key, index), weight, axis=-1, independent=True)
+        found[gate] = weight
+    return found
+
+
+def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
+    """``[..., k, d_out]`` with weighted columns."""
+    return {path: row * weights[path][..., None, :] if path in weights else row for path, row in rows.items()}
+
+
+def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
+    return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))[0], -1, -2)
+
+
+def _place(vectors: Matrices, assembly: Assembly, base: ModelConfig, seed: int) -> dict[str, Any]:
+    """The vectors as A of fresh adapters; beyond a layer's own rank it is zero."""
+    params = assembly.params if assembly.spec.dora else None
+    leaves = trees.flatten(init_lora(base, assembly.spec, jax.random.key(seed), params))
+    for path, target in assembly.spec.targets:
+        a = leaves[f"{path}/a"]
+        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
+        used = used.reshape(base.n_layers, *(1,) * (a.ndim - 2), target.rank)
+        leaves[f"{path}/a"] = jnp.where(used, _COLUMN_NORM * vectors[path][..., : target.rank], 0.0)
+    return trees.unflatten(leaves)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.merge import write_merged
+
+WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
+HF = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+PROTOCOL = """
+question = "Which method learns that the answer is z?"
+models = [BASE]
+baseline = "lora"
+rates = [1e-2, 2e-2]
+tuning_seeds = [0]
+test_seeds = [1, 2]
+evaluate_every = 4
+extend = 1
+
+[run]
+steps = 8
+lora.rules = [{pattern = "ffn/gate_proj", rank = 2}]
+mask.kind = "off"
+step_scale.kind = "off"
+train = {batch_size = 4, log_every = 4}
+compute = {dtype = "float32", compilation_cache = false}
+mesh = {data = 1}
+
+[tasks.z]
+dataset = QUESTIONS
+train = "train[:60%]"
+validation = "train[60%:80%]"
+test = "train[80%:]"
+validation_items = 30
+test_items = 20
+data = {max_length = 16}
+
+[probes.z_again]
+dataset = QUESTIONS
+split = "train[80%:]"
+items = 10
+
+[methods.lora]
+
+[methods.half]
+about = "half the rate on the gate"
+settings.optimizer.rates = [["gate_proj", 0.5]]
+
+[methods.again]
+about = "the same method from another start"
+placebo_of = "half"
+reseed = 1000
+"""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama as a Hugging Face folder; its words are letters."""
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    config = ModelConfig.from_hf(HF)
+    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
+    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answer is always z: a few steps learn that."""
+    path = tmp_path_factory.mktemp("data") / "z.jsonl"
+    rng = np.random.default_rng(0)
+    letters = list(string.ascii_lowercase[:-1])
+    with path.open("w") as file:
+        for _ in range(300):
+            a, b, c = rng.choice(letters, 3, replace=False)
+            record = {"prompt": f"{a} {b}", "completion": " z", "choices": [str(c), "z"], "gold": 1}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of these tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NALORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def study(base: Path, questions: Path, tmp_path: Path) -> Path:
+    """A study of three methods in a folder of its own, which no repository holds."""
+    return write_study(tmp_path, base, questions)
+
+
+@pytest.fixture(scope="session")
+def make_study(base: Path, questions: Path) -> Callable[[Path], Path]:
+    """Writes that study into a folder."""
+    return lambda folder: write_study(folder, base, questions)
+
+
+def write_study(folder: Path, base: Path, questions: Path) -> Path:
+    text = PROTOCOL.replace("BASE", json.dumps(str(base))).replace("QUESTIONS", json.dumps(str(questions)))
+    (folder / "protocol.toml").write_text(text)
+    return folder

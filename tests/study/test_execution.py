@@ -1,0 +1,289 @@
+"""Runs of a tiny study: shared programs, pairs, interruption, other processes, and what stops a study."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from nalora_jax import trees
+from nalora_jax.__main__ import main
+from nalora_jax.distributed import make_global_batch, make_mesh
+from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.study import execution
+from nalora_jax.study.laboratory import Laboratory
+from nalora_jax.study.plan import Run, pending, wanted
+from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.records import Record, Records
+from nalora_jax.study.status import status
+from nalora_jax.study.verification import verify
+from nalora_jax.train.assembly import assemble
+
+
+@pytest.fixture(scope="module")
+def laboratory(make_study: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    """One for the module: a real process has one for its life."""
+    return Laboratory(read_protocol(make_study(tmp_path_factory.mktemp("shared"))))
+
+
+@pytest.fixture(scope="module")
+def finished(laboratory: Laboratory) -> Path:
+    """The folder of a study that is done."""
+    folder = laboratory.protocol.folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "Laboratory", lambda _: laboratory)
+        assert main(["study", "run", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """What a repository would hold of it: protocol and records."""
+    for name in ("protocol.toml", "records.jsonl"):
+        shutil.copy(finished / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
+    """A study whose runs take no time: nothing is trained."""
+
+    def perform(run: Run, laboratory: Any, snapshot: Path) -> Record:
+        del laboratory, snapshot
+        time.sleep(0.01)
+        loss = abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed
+        return record_of(run, loss)
+
+    monkeypatch.setattr(execution, "perform", perform)
+    monkeypatch.setattr(execution, "_WAIT_SECONDS", 0.02)
+    return read_protocol(study)
+
+
+def record_of(run: Run, loss: float) -> Record:
+    measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "diverged": False, "seconds": 36.0}
+    named = {"id": run.id, "stage": run.stage, "seed": run.seed, "rate": run.rate, "protocol": run.protocol.digest}
+    return named | run.cell._asdict() | measured
+
+
+def by(records: list[Record], **wanted: Any) -> Record:
+    (found,) = [one for one in records if all(one[name] == value for name, value in wanted.items())]
+    return found
+
+
+def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(finished: Path) -> None:
+    records = list(Records(finished).read().values())
+    compiled: dict[tuple[str, str], list[int]] = {}
+    for one in records:
+        compiled.setdefault((one["method"], one["stage"]), []).append(one["compilations"])
+    assert {key: counts[1:] for key, counts in compiled.items()} == {
+        key: [0] * (len(c) - 1) for key, c in compiled.items()
+    }
+    assert compiled["lora", "tune"][0] > 0
+    assert compiled["half", "tune"][0] <= 3  # its own step; the model's other programs are there
+    assert compiled["again", "tune"][0] == 0  # another seed is no other method
+
+
+def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laboratory) -> None:
+    records = list(Records(finished).read().values())
+    for seed in (1, 2):
+        pair = [by(records, stage="test", method=method, seed=seed) for method in ("lora", "half", "again")]
+        assert len({json.dumps(one["items"]) for one in pair}) == 1
+        assert len({one["data"] for one in pair}) == 1
+    assert len({one["data"] for one in records}) == 3  # one order per seed
+    assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
+    runs = {run.cell.method: run for run in wanted(laboratory.protocol, {}) if run.rate == 1e-2}
+    starts = {name: trees.flatten(laboratory.start(run, laboratory.data(run)).lora) for name, run in runs.items()}
+    a = "layers/ffn/gate_proj/a"
+    np.testing.assert_array_equal(starts["lora"][a], starts["half"][a])
+    assert not np.allclose(starts["lora"][a], starts["again"][a])
+    # Half the rate on all that is adapted is half the rate.
+    halved = by(records, stage="tune", method="half", rate=0.02)["validation"]["loss"]
+    assert halved == pytest.approx(by(records, stage="tune", method="lora", rate=0.01)["validation"]["loss"], abs=1e-6)
+
+
+def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, laboratory: Laboratory) -> None:
+    run = next(run for run in wanted(laboratory.protocol, {}) if run.rate == 2e-2)
+    model, config = laboratory.model(run.config), run.config
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    made = assemble(config, model.config, model.params, mesh)  # the learning rate and the seed are constants of it
+    state, losses = made.state, []
+    for row in range(0, 8 * 4, 4):
+        batch = make_global_batch(laboratory.data(run).batch_at(row), mesh, rows_axis=1)
+        state, metrics = made.step(made.view(made.params), state, batch)
+        losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
+    ours = Records(finished).read()[run.id]["training"]
+    theirs = [np.average(part[:, 0], weights=part[:, 1]) for part in np.split(np.array(losses), 2)]
+    # The learning rate is multiplied in at another place, which costs a rounding.
+    np.testing.assert_allclose([row["loss"] for row in ours], theirs, rtol=1e-5)
+
+
+def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finished: Path) -> None:
+    records = list(Records(finished).read().values())
+    for one in records:
+        assert [point["step"] for point in one["curve"]] == [0, 4, 8]
+        assert one["curve"][-1]["loss"] == one["validation"]["loss"] < one["curve"][0]["loss"]
+        assert ("test" in one) == ("test" in one["items"]) == (one["stage"] == "test")
+        assert one["validation"]["n"] == 30
+    test = by(records, stage="test", method="lora", seed=1)
+    assert test["test"]["n"] == 20
+    assert 0 <= test["test"]["accuracy"] <= 1
+    assert test["probes"]["z_again"]["before"] > test["probes"]["z_again"]["loss"]
+
+
+def test_a_finished_study_has_nothing_left_to_do(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    protocol = read_protocol(finished)
+    before = (finished / "records.jsonl").read_bytes()
+    assert execution.run_study(protocol) == 0
+    assert (finished / "records.jsonl").read_bytes() == before
+    assert main(["study", "status", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert "15 done, 0 under way, 0 to do" in shown
+    assert "lora: 0.01: 3." in shown
+    assert "chosen 0.04 (an end of the grid)" in shown
+
+
+def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
+    finished: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(finished).read()
+    run = next(run for run in wanted(laboratory.protocol, records) if run.stage == "test" and run.cell.method == "half")
+    snapshot, evaluate, seen = tmp_path / "x.npz", execution._Bench.evaluate, []
+
+    def interrupted(bench: Any, step: int, state: Any) -> float:
+        seen.append(step)
+        if step == 8 and len(seen) == 2:
+            raise KeyboardInterrupt
+        return evaluate(bench, step, state)
+
+    monkeypatch.setattr(execution._Bench, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execution.perform(run, laboratory, snapshot)
+    assert snapshot.exists()
+    again = execution.perform(run, laboratory, snapshot)
+    assert seen == [4, 8, 8]
+    for name in ("curve", "test", "probes", "validation", "training"):
+        assert execution.to_json(again[name]) == records[run.id][name]
+
+
+def test_a_snapshot_of_other_code_is_not_taken_up(
+    finished: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = wanted(laboratory.protocol, {})[0]
+    execution.perform(run, laboratory, tmp_path / "x.npz")
+    monkeypatch.setattr(execution, "code_version", lambda: "another")
+    again = execution.perform(run, laboratory, tmp_path / "x.npz")
+    assert [point["step"] for point in again["curve"]] == [0, 4, 8]
+
+
+def test_a_run_that_diverges_has_a_record_that_says_so(
+    finished: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
+
+    monkeypatch.setattr(execution, "fit", diverge)
+    record = execution.perform(wanted(laboratory.protocol, {})[0], laboratory, tmp_path / "x.npz")
+    assert record["diverged"]
+    assert record["validation"] == {"loss": None}
+    assert record["curve"] == [{"step": 0, "loss": pytest.approx(3.53, abs=0.1)}]
+
+
+def test_records_are_reproduced_and_a_false_one_is_found_out(
+    copy: Path, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nalora_jax.study.verification.Laboratory", lambda _: laboratory)
+    protocol = read_protocol(copy)
+    assert verify(protocol, count=2).count(" in the record, ") >= 2
+    path = copy / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["validation"]["loss"] -= 0.01
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(NaloraError, match=r"expected a difference of at most 0\.001, found more"):
+        verify(protocol, count=1)
+
+
+def test_processes_share_a_study_and_no_run_is_done_twice(quick: Protocol) -> None:
+    counts: list[int] = []
+    threads = [threading.Thread(target=lambda: counts.append(execution.run_study(quick))) for _ in range(3)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    records = Records(quick.folder).read()  # which refuses a run that has two
+    assert pending(quick, records) == []
+    assert sum(counts) == len(records)
+    assert len(counts) == 3
+
+
+def test_the_budget_and_the_limit_end_a_study_early(quick: Protocol) -> None:
+    assert execution.run_study(quick, limit=2) == 2
+    assert execution.run_study(replace(quick, budget_hours=0.045)) == 3  # 36 seconds each
+    assert "5 done" in status(quick)
+    assert "of 0.045 h" in status(replace(quick, budget_hours=0.045))
+
+
+def test_no_test_item_is_read_before_the_protocol_is_committed(quick: Protocol) -> None:
+    folder = quick.folder
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+    git("init")
+    with pytest.raises(
+        NaloraError, match="expected a committed protocol before test items are read, found a file that"
+    ):
+        execution.run_study(quick)
+    records = Records(folder).read()
+    assert records
+    assert {one["stage"] for one in records.values()} == {"tune"}
+    git("add", "protocol.toml")
+    git("commit", "-m", "protocol")
+    execution.run_study(quick)
+    tests = [one for one in Records(folder).read().values() if one["stage"] == "test"]
+    assert len({one["commit"] for one in tests}) == 1
+    assert len(tests[0]["commit"]) == 40
+    with quick.path.open("a") as file:
+        file.write("# later\n")
+    with pytest.raises(NaloraError, match="found changes that are not committed"):
+        execution.check_committed(quick)
+
+
+def test_a_protocol_that_changes_after_the_test_is_refused(quick: Protocol) -> None:
+    execution.run_study(quick)
+    text = quick.path.read_text()
+    quick.path.write_text(text.replace("test_seeds = [1, 2]", "test_seeds = [1, 2, 3]"))
+    with pytest.raises(NaloraError, match="expected the protocol that the tests so far were made under"):
+        execution.run_study(read_protocol(quick.path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('test = "train[80%:]"', 'test = "train[70%:]"', "shares 30 with it"),
+        ('validation = "train[60%:80%]"', 'validation = "train[50%:80%]"', "shares 30 with it"),
+    ],
+)
+def test_splits_that_overlap_are_refused(study: Path, laboratory: Laboratory, old: str, new: str, message: str) -> None:
+    text = (study / "protocol.toml").read_text()
+    (study / "protocol.toml").write_text(text.replace(old, new))
+    protocol = read_protocol(study)
+    cell = wanted(protocol, {})[0].cell
+    fresh = Laboratory(protocol)
+    fresh._models = laboratory._models
+    run = Run(protocol, "test", cell, 1e-2, 1)
+    reads: dict[str, Callable[[Run], Any]] = {"v": fresh.validation_items, "t": fresh.test_items}
+    with pytest.raises(NaloraError, match=message):
+        [read(run) for read in reads.values()]

@@ -1,0 +1,112 @@
+"""Which runs are wanted, from records that were made up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.study.plan import Cell, Run, canonical, cells, pending, tuning, wanted
+from nalora_jax.study.protocol import Method, Protocol, Task
+from nalora_jax.study.records import Record
+
+PROTOCOL = Protocol(
+    question="?",
+    models=("m",),
+    baseline="a",
+    rates=(1e-3, 2e-3, 4e-3),
+    tuning_seeds=(0, 1),
+    test_seeds=(5, 6),
+    tasks={"t": Task("socialiqa")},
+    methods={"a": Method(), "b": Method(reseed=1)},
+    extend=2,
+    path=Path("nowhere/protocol.toml"),
+)
+CELL = Cell("m", "t", "a")
+
+
+def done(protocol: Protocol, loss: Callable[[Run], float], stages: tuple[str, ...] = ("tune",)) -> dict[str, Record]:
+    """Records of all runs that are wanted one after another, with these losses; infinite ones diverged."""
+    records: dict[str, Record] = {}
+    while left := [run for run in pending(protocol, records) if run.stage in stages]:
+        value = loss(left[0])
+        records[left[0].id] = {"diverged": math.isinf(value), "validation": {"loss": value}}
+    return records
+
+
+def test_all_methods_are_tuned_level_before_the_next_seed_begins() -> None:
+    runs = wanted(PROTOCOL, {})
+    assert [(r.seed, r.cell.method, r.rate) for r in runs] == [
+        (seed, method, rate) for seed in (0, 1) for method in "ab" for rate in PROTOCOL.rates
+    ]
+    assert len({run.id for run in runs}) == len(runs) == 12
+    assert {run.stage for run in runs} == {"tune"}  # nothing is tested before its rate is chosen
+
+
+def test_the_mean_over_seeds_chooses_and_the_tests_run_there() -> None:
+    losses = {(1e-3, 0): 3.0, (1e-3, 1): 3.0, (2e-3, 0): 2.8, (2e-3, 1): 2.9, (4e-3, 0): 2.5, (4e-3, 1): 3.3}
+    records = done(PROTOCOL, lambda run: losses[run.rate, run.seed])
+    assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
+    tests = pending(PROTOCOL, records)
+    assert [(r.stage, r.cell.method, r.rate, r.seed) for r in tests] == [
+        ("test", method, 2e-3, seed) for seed in (5, 6) for method in "ab"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("best", "grid", "at_edge"),
+    [
+        (2e-3, (1e-3, 2e-3, 4e-3), False),
+        (8e-3, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), False),
+        (5e-4, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), False),
+        (1.0, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), True),  # two more at most
+        (1e-9, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), True),
+    ],
+)
+def test_a_grid_is_extended_while_its_end_wins(best: float, grid: tuple[float, ...], at_edge: bool) -> None:
+    records = done(PROTOCOL, lambda run: abs(math.log(run.rate / best)))
+    found = tuning(PROTOCOL, CELL, records)
+    assert found.rates == grid
+    assert found.at_edge == at_edge
+    assert found.chosen == min(grid, key=lambda rate: abs(math.log(rate / best)))
+
+
+def test_a_rate_at_which_one_seed_diverges_is_not_chosen() -> None:
+    records = done(PROTOCOL, lambda run: math.inf if run.rate == 4e-3 and run.seed == 1 else -run.rate)
+    assert tuning(PROTOCOL, CELL, records).chosen == 2e-3
+    assert all(run.stage == "tune" for run in wanted(PROTOCOL, done(PROTOCOL, lambda _: math.inf)))
+
+
+def test_tests_at_multiples_of_the_chosen_rate() -> None:
+    protocol = replace(PROTOCOL, test_multiples=(1.0, 4.0))
+    records = done(protocol, lambda run: abs(run.rate - 2e-3))
+    found = {(run.cell.method, run.multiple, run.rate) for run in pending(protocol, records)}
+    assert found == {(method, times, canonical(2e-3 * times)) for method in "ab" for times in (1.0, 4.0)}
+
+
+def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
+    def run(protocol: Protocol = PROTOCOL, stage: str = "test", rate: float = 1e-3, seed: int = 5) -> str:
+        return Run(protocol, stage, CELL, rate, seed).id
+
+    assert run() == run(replace(PROTOCOL, question="another", test_seeds=(5, 6, 7), margin=0.1, extend=0))
+    others = [
+        run(stage="tune"),
+        run(rate=2e-3),
+        run(seed=6),
+        run(replace(PROTOCOL, run={"steps": 7})),
+        run(replace(PROTOCOL, tasks={"t": Task("socialiqa", test_items=7)})),
+        run(replace(PROTOCOL, methods={"a": Method(reseed=3)})),
+        run(replace(PROTOCOL, evaluate_every=50)),
+    ]
+    assert len({run(), *others}) == len(others) + 1
+    # What only a test reads does not concern a tuning run.
+    tuned = run(stage="tune")
+    assert tuned == run(replace(PROTOCOL, tasks={"t": Task("socialiqa", test_items=7)}), stage="tune")
+
+
+def test_every_combination_is_a_cell() -> None:
+    protocol = replace(PROTOCOL, models=("m", "n"))
+    assert cells(protocol) == [Cell(m, "t", method) for m in "mn" for method in "ab"]

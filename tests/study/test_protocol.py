@@ -1,0 +1,77 @@
+"""What a protocol may say, and what is said about one that is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.config import LoRARule
+from nalora_jax.errors import NaloraError
+from nalora_jax.study.protocol import read_protocol
+
+
+def changed(study: Path, pattern: str, text: str) -> Path:
+    """The study with one place of its protocol replaced."""
+    path = study / "protocol.toml"
+    before = path.read_text()
+    after = re.sub(pattern, lambda _: text, before, count=1, flags=re.MULTILINE)
+    assert after != before
+    path.write_text(after)
+    return study
+
+
+def test_a_method_is_the_common_settings_with_its_own(study: Path) -> None:
+    protocol = read_protocol(study)
+    config = protocol.config(protocol.models[0], "z", "half", 0.01, 7)
+    assert config.lora.rules == (LoRARule("ffn/gate_proj", 2),)
+    assert config.optimizer.rates == (("gate_proj", 0.5),)
+    assert (config.optimizer.learning_rate, config.seed, config.steps) == (0.01, 7, 8)
+    assert (config.data.train_split, config.data.max_length, config.data.eval_limit) == ("train[:60%]", 16, 30)
+    assert protocol.config(protocol.models[0], "z", "lora", 0.01, 7).optimizer.rates == ()
+    assert read_protocol(study / "protocol.toml") == protocol  # the file does as well as its folder
+
+
+def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
+    digest = read_protocol(study).digest
+    assert read_protocol(changed(study, "^steps = 8", "# as many as there is time for\nsteps   =  8")).digest == digest
+    assert read_protocol(changed(study, "^test_seeds.*", "test_seeds = [1, 3]")).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "message"),
+    [
+        ("^question.*", "", "top level: expected a value of question, found none"),
+        ("^margin|^extend", "margins", r"top level: expected only question, .*margin.*, found margins"),
+        ("^steps = 8", "stepz = 8", r"\[run\] stepz: expected a setting of a run, .*did you mean steps\?"),
+        ("^steps = 8", 'steps = "8"', r"\[run\] steps: expected a value of type int, found '8'"),
+        ("^steps = 8", "steps = 0", "--steps: expected at least 1, found 0"),
+        ("^lora.rules.*", "lora.rules = [2]", r"\[run\] lora rules\[0\]: expected a table such as"),
+        ('"gate_proj", 0.5', '"gate_proj"', r"\[methods.half\] settings optimizer rates: expected a value of type"),
+        (
+            "^settings.*",
+            "settings.steps = 9",
+            r"\[methods.half\] settings: expected no setting that belongs in \[run\]",
+        ),
+        ("^settings.*", "settings.optimizer.learning_rate = 1", "no learning rate, which the grid gives"),
+        ('^placebo_of = "half"', 'placebo_of = "hal"', r"\[methods.again\] placebo_of: expected another method"),
+        ('^baseline = "lora"', 'baseline = "lore"', "baseline: expected one of lora, half, again, found lore"),
+        ("^rates.*", "rates = [2e-2, 1e-2]", "rates: expected ascending rates"),
+        ("^rates.*", "rates = [1e-2]", "rates: expected two rates, to extend the grid"),
+        ("^test_seeds.*", "test_seeds = [0, 1]", "test_seeds: expected no seed that tunes"),
+        ("^test_seeds.*", "test_seeds = []", "test_seeds: expected at least one"),
+        ("^test_seeds.*", "test_seeds = [1, 1]", "test_seeds: expected no value twice"),
+        ("^extend.*", "test_multiples = [2.0]", "test_multiples: expected 1 among them"),
+        ("^validation =", "valid =", r"\[tasks.z\]: expected only dataset, train, .*, found valid"),
+        ("^question =", "question", "expected a TOML file"),
+    ],
+)
+def test_what_is_wrong_is_named(study: Path, pattern: str, text: str, message: str) -> None:
+    with pytest.raises(NaloraError, match=f"protocol.toml: .*{message}"):
+        read_protocol(changed(study, pattern, text))
+
+
+def test_a_folder_without_a_protocol_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NaloraError, match="protocol.toml: expected a study, found No such file"):
+        read_protocol(tmp_path)

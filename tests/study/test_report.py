@@ -1,0 +1,148 @@
+"""Tables and pictures from records that were made up, with the numbers that they must show."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from nalora_jax.__main__ import main
+from nalora_jax.errors import NaloraError
+from nalora_jax.study.plan import Run, pending
+from nalora_jax.study.protocol import read_protocol
+from nalora_jax.study.records import Record, Records
+from nalora_jax.study.report import write_report
+
+SEEDS = range(1, 7)
+
+
+@pytest.fixture
+def told(study: Path) -> Path:
+    """A study with two more multiples and six test seeds, whose losses are known."""
+    path = study / "protocol.toml"
+    text = path.read_text().replace("test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]")
+    path.write_text(text)
+    protocol, records = read_protocol(study), Records(study)
+    while left := pending(protocol, records.read()):
+        records.append(record_of(left[0]))
+    return study
+
+
+def record_of(run: Run) -> Record:
+    """Loss 3 plus the seed's part; "half" is 0.01 better but on one seed, and breaks at the multiple with seed 6."""
+    rng = np.random.default_rng(run.seed)
+    loss = 3.0 + rng.normal(0, 0.05) + abs(np.log(run.rate / 2e-2)) * 0.1
+    loss += {"lora": 0.0, "half": -0.01 if run.seed != 3 else 0.004, "again": 0.0}[run.cell.method]
+    loss += 0.001 * rng.normal() * (run.cell.method != "lora")
+    diverged = run.cell.method == "half" and run.multiple == 4 and run.seed == 6
+    measured: Record = {"validation": {"loss": loss}}
+    if run.stage == "test":
+        measured["test"] = {"loss": loss + 0.1, "accuracy": 0.5, "n": 20}
+        measured["probes"] = {"z_again": {"loss": loss, "before": 3.5, "n": 10}}
+    row = {"loss": loss, "misalignment": 0.25, "misalignment_limit": 0.24, "mean_feature": 0.01, "mean_importance": 0.5}
+    return {
+        "id": run.id,
+        "stage": run.stage,
+        **run.cell._asdict(),
+        "rate": run.rate,
+        "multiple": run.multiple,
+        "seed": run.seed,
+        "diverged": diverged,
+        **(measured if not diverged else {"validation": {"loss": None}}),
+        "curve": [{"step": 0, "loss": 3.6}, {"step": 4, "loss": 3.3}, {"step": 8, "loss": loss}],
+        "training": [{"step": 4, **row}, {"step": 8, **row}],
+        "parameters": 320,
+        "items": {"validation": "v", "test": "t"},
+        "data": f"data:{run.seed}",
+        "seconds": 360.0,
+        "protocol": run.protocol.digest,
+        "code": "abc",
+        "device": "a device",
+        "commit": None,
+    }
+
+
+def row(text: str, *cells: str) -> list[str]:
+    """Cells of the only table row that begins so."""
+    (found,) = [line for line in text.splitlines() if line.startswith("| " + " | ".join(cells) + " |")]
+    return [cell.strip() for cell in found.strip("| ").split("|")]
+
+
+def losses(study: Path, method: str) -> np.ndarray:
+    lines = [json.loads(line) for line in (study / "records.jsonl").read_text().splitlines()]
+    wanted = [one for one in lines if (one["stage"], one["method"], one["multiple"]) == ("test", method, 1.0)]
+    return np.array([one["test"]["loss"] for one in sorted(wanted, key=lambda one: one["seed"])])
+
+
+def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
+    write_report(read_protocol(told))
+    text = (told / "results.md").read_text()
+    difference = losses(told, "half") - losses(told, "lora")
+    found = row(text, "half", "lora", "z")
+    assert found[3] == "6"
+    assert float(found[4]) == pytest.approx(difference.mean(), abs=6e-5)
+    low, high = map(float, found[5].split(" to "))
+    assert low < difference.mean() < high
+    assert found[6] == "5/6"
+    assert float(found[7]) == pytest.approx(stats.binomtest(5, 6).pvalue, abs=6e-4)
+    assert float(found[8]) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue, abs=6e-4)
+    assert found[11] == "no"
+    assert float(found[12]) == pytest.approx(difference.std(ddof=1), abs=6e-5)
+    assert row(text, "again", "lora", "z")[11] == "yes"
+    assert row(text, "half", "again", "z")  # against its placebo
+    tested = row(text, "lora", "0.02", "320")
+    assert float(tested[5]) == pytest.approx(losses(told, "lora").mean(), abs=6e-5)
+    assert float(tested[6]) == pytest.approx(losses(told, "lora").std(ddof=1), abs=6e-5)
+    assert re.search(r"\| lora \| \d\.\d+ \| \*\*\d\.\d+\*\* \|", text)  # the second rate is chosen
+    assert "(1) |" in next(line for line in text.splitlines() if line.startswith("| half |") and "(1)" in line)
+    assert re.search(r"\| half \| 3\.5000 -0\.\d+ \|", text)
+
+
+def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
+    told: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {path.relative_to(told): path.read_bytes() for path in write_report(read_protocol(told))}
+    other = tmp_path_factory.mktemp("clone")
+    for name in ("protocol.toml", "records.jsonl"):
+        (other / name).write_bytes((told / name).read_bytes())
+    assert main(["study", "report", str(other)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(first)
+    assert {path: (other / path).read_bytes() for path in first} == first
+    assert {path.name for path in first} == {
+        *("results.md", "loss_by_rate.svg", "loss_by_step.svg", "misalignment.svg", "importance.svg"),
+        "differences.svg",
+    }
+
+
+def test_pictures_are_whole_and_name_every_method(told: Path) -> None:
+    for path in write_report(read_protocol(told))[1:]:
+        text = " ".join(ElementTree.parse(path).getroot().itertext())
+        assert all(name in text for name in ("lora", "half", "again")), path
+        assert f"](pictures/{path.name})" in (told / "results.md").read_text()
+
+
+def test_a_report_of_tuning_alone_has_no_tests(told: Path) -> None:
+    path = told / "records.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if '"tune"' in line))
+    names = {path.name for path in write_report(read_protocol(told))}
+    assert names == {"results.md", "loss_by_rate.svg"}
+    assert "## Test" not in (told / "results.md").read_text()
+
+
+def test_pairs_that_are_none_are_found_out(told: Path) -> None:
+    path = told / "records.jsonl"
+    path.write_text(path.read_text().replace('"data": "data:4"', '"data": "other"', 1))
+    with pytest.raises(NaloraError, match="expected the data order and items of the other"):
+        write_report(read_protocol(told))
+
+
+def test_there_is_no_report_of_nothing(study: Path) -> None:
+    with pytest.raises(
+        NaloraError, match=r"records.jsonl: expected records of finished runs, found none; run it first"
+    ):
+        write_report(read_protocol(study))

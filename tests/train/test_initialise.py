@@ -1,0 +1,179 @@
+"""The gradient start against a singular value decomposition of the kernel's own gradient, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    RunConfig,
+    StepScaleConfig,
+    check,
+)
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.initialise import gradient_adapters
+from nalora_jax.weights.keymaps import params_from_tensors
+
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+
+SETTINGS = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+torch.manual_seed(0)
+TORCH = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS, attn_implementation="eager")).double()
+with torch.no_grad():
+    for parameter in TORCH.parameters():  # the defaults leave logits near zero
+        parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+BASE = ModelConfig.from_hf(TORCH.config.to_dict())
+PARAMS = params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).detach().float().numpy())
+RULES = (LoRARule("layers/1/ffn/gate_proj", 2), LoRARule("ffn", 3), LoRARule("q_proj", 2))
+
+
+def assembly(**lora: object) -> Assembly:
+    config = RunConfig(
+        lora=LoRAConfig(rules=RULES, init="gradient", **lora),  # type: ignore[arg-type]
+        mask=MaskConfig(kind="off"),
+        step_scale=StepScaleConfig(kind="off"),
+        compute=ComputeConfig(dtype="float32", stats_stride=1),
+    )
+    return assemble(config, BASE, PARAMS, distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+
+
+def batches(count: int = 2) -> list[dict[str, jax.Array]]:
+    """Rows of unequal numbers of targets."""
+    rng = np.random.default_rng(1)
+    made = []
+    for _ in range(count):
+        tokens = rng.integers(0, 40, (1, 4, 12))
+        made.append(
+            {
+                "tokens": jnp.asarray(tokens, jnp.int32),
+                "targets": jnp.asarray(rng.integers(0, 40, tokens.shape), jnp.int32),
+                "loss_weights": jnp.asarray(rng.random(tokens.shape) < 0.5, jnp.float32),
+                "segment_ids": jnp.ones(tokens.shape, jnp.int32),
+                "positions": jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape),
+            }
+        )
+    return made
+
+
+def kernel_gradients(rows: list[dict[str, jax.Array]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Of the summed loss, by transformers in float64; and the gates' pre-activations ``[layers, tokens, d_ff]``."""
+    seen: list[list[np.ndarray]] = [[], []]
+    gates = [layer.mlp.gate_proj for layer in TORCH.model.layers]
+    hooks = [
+        gate.register_forward_hook(lambda _, __, z, kept=kept: kept.append(z.detach().numpy().reshape(-1, 24)))
+        for gate, kept in zip(gates, seen, strict=True)
+    ]
+    TORCH.zero_grad()
+    for batch in rows:
+        tokens, targets, weights = (
+            torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights")
+        )
+        logits = TORCH(tokens).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none")
+        (losses * weights.flatten()).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    tree = params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).grad.numpy(), dtype=np.float64)
+    flat = {path.removesuffix("/kernel"): leaf for path, leaf in trees.flatten(tree).items()}
+    return flat, np.array([np.concatenate(one) for one in seen])
+
+
+def same_directions(a: np.ndarray, expected: np.ndarray) -> None:
+    """Equal columns up to their signs, each as long as LoRA's are on average."""
+    np.testing.assert_allclose(np.linalg.norm(a, axis=0), 3**-0.5, rtol=1e-4)
+    cosines = np.abs(np.sum(a * expected, axis=0)) * 3**0.5
+    np.testing.assert_allclose(cosines, 1.0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def made() -> Assembly:
+    return assembly()
+
+
+@pytest.fixture(scope="module")
+def found(made: Assembly) -> dict[str, dict[str, np.ndarray]]:
+    """Adapters by path, for each kind of weights."""
+
+    def adapters(kind: str) -> dict[str, np.ndarray]:
+        lora = replace(made.config.lora, gradient_weights=kind)
+        changed = replace(made, config=replace(made.config, lora=lora))
+        return trees.flatten(jax.device_get(gradient_adapters(changed, BASE, batches(), seed=0)))
+
+    return {kind: adapters(kind) for kind in ("ones", "slope", "permuted")}
+
+
+def test_a_holds_the_gradients_left_singular_vectors_and_b_is_zero(made, found) -> None:
+    lora, (gradients, _) = found["ones"], kernel_gradients(batches())
+    for path, target in made.spec.targets:
+        assert not np.any(lora[f"{path}/b"])
+        for layer, rank in enumerate(target.ranks):
+            a = lora[f"{path}/a"][layer]
+            u = np.linalg.svd(gradients[path][layer], full_matrices=False)[0]
+            same_directions(a[:, :rank], u[:, :rank])
+            assert not np.any(a[:, rank:])  # of a layer whose rank is below the stack's
+    fresh = trees.flatten(made.begin(lora_of(made), 0).lora)
+    assert {path: leaf.shape for path, leaf in lora.items()} == {path: leaf.shape for path, leaf in fresh.items()}
+
+
+def test_slope_weights_the_gates_columns_and_the_placebo_permutes_them(found) -> None:
+    gradients, z = kernel_gradients(batches())
+    gate, up = "layers/ffn/gate_proj", "layers/ffn/up_proj/a"
+    slope = np.mean(np.abs(silu_slope(z)), axis=1)  # [layers, d_ff]
+    weighted = gradients[gate] * (slope / slope.mean(axis=1, keepdims=True))[:, None, :]
+    for layer in range(2):
+        expected = np.linalg.svd(weighted[layer], full_matrices=False)[0]
+        same_directions(found["slope"][f"{gate}/a"][layer][:, :2], expected[:, :2])
+    np.testing.assert_allclose(np.abs(found["slope"][up]), np.abs(found["ones"][up]), atol=1e-3)
+    pairs = (("ones", "slope"), ("slope", "permuted"), ("ones", "permuted"))
+    differs = [np.abs(np.abs(found[a][f"{gate}/a"]) - np.abs(found[b][f"{gate}/a"])).max() for a, b in pairs]
+    assert min(differs) > 1e-2
+
+
+def test_the_first_gradient_of_b_is_larger_than_from_a_random_start(made, found) -> None:
+    rows, sizes = batches(1)[0], {}
+    for name, start in (("gradient", trees.unflatten(found["ones"])), ("random", lora_of(made))):
+        _, metrics = made.step(made.params, made.begin(start, 0), rows)
+        sizes[name] = float(metrics["grad_norm"])
+    assert sizes["gradient"] > 1.5 * sizes["random"]
+
+
+def lora_of(made: Assembly) -> dict[str, np.ndarray]:
+    """Fresh adapters as LoRA draws them."""
+    return init_lora(BASE, made.spec, jax.random.key(0))
+
+
+def silu_slope(z: np.ndarray) -> np.ndarray:
+    sigmoid = 1 / (1 + np.exp(-z))
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
+@pytest.mark.parametrize("batches_wanted", [0, -1])
+def test_no_batches_are_refused(batches_wanted: int) -> None:
+    with pytest.raises(NaloraError, match="--lora.gradient-batches"):
+        check(RunConfig(lora=LoRAConfig(gradient_batches=batches_wanted)))
