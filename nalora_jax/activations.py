@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from nalora_jax import formulas
 from nalora_jax.errors import NaloraError
+from nalora_jax.registry import Registry
 
 Elementwise = Callable[[Array], Array]
 # z -> (rho(z), rho'(z)), evaluated together because they share their exponential.
@@ -78,10 +80,71 @@ def get(name: str) -> Activation:
     Raises:
       NaloraError: the name is unknown; the message lists the known ones.
     """
-    if name not in _ALIASES:
-        known = ", ".join(sorted(_ALIASES))
-        raise NaloraError("activation", expected=f"one of {known}", found=repr(name))
-    return _ACTIVATIONS[_ALIASES[name]]
+    if name in _ALIASES:
+        return _ACTIVATIONS[_ALIASES[name]]
+    if isinstance(name, str) and name in _REGISTERED:
+        return _REGISTERED.get(name)
+    known = ", ".join(sorted({*_ALIASES, *_REGISTERED.names()}))
+    raise NaloraError("activation", expected=f"one of {known}", found=repr(name))
+
+
+def register_activation(name: str, *, self_gated: bool = True, degree: float = 1.0) -> Callable[[Selection], Selection]:
+    """A decorator that makes an activation of a function ``z -> (rho(z), rho'(z))``, selectable by ``name``.
+
+    The function is elementwise and written with `jax.numpy`; it is called with float32. Everything else follows from
+    it: phi = z rho, its derivative, the homogeneity and the partition.
+
+    Args:
+      name: as a config.json's ``hidden_act`` has it.
+      self_gated: whether rho is a smooth selection weight, for which a partition is meaningful.
+      degree: the one degree of an activation that is not self-gated.
+
+    Returns:
+      A decorator that returns the function as it is.
+
+    Raises:
+      NaloraError: the name is taken, or rho' is not the derivative of rho.
+    """
+
+    def register(gate: Selection) -> Selection:
+        if name in _ALIASES:
+            raise NaloraError(f"activation {name!r}", expected="a name that is free", found="one of this library's")
+
+        def excess(z: Array) -> Array:
+            rho, slope = gate(z)
+            return jnp.where(rho == 0, 0.0, z * slope / jnp.where(rho == 0, 1.0, rho))
+
+        numeric = jax.jit(excess)
+
+        def excess64(z: float) -> float:
+            with jax.ensure_compile_time_eval():
+                return float(numeric(jnp.float32(z)))
+
+        if self_gated:
+            _require_derivative(name, gate)
+            formulas.EXCESS64[name] = excess64
+        else:
+            formulas.SINGLE_DEGREE[name] = degree
+        _REGISTERED.add(name, _activation(name, gate, excess, self_gated=self_gated), replace=True)
+        _partition.cache_clear()
+        return gate
+
+    return register
+
+
+def _require_derivative(name: str, gate: Selection) -> None:
+    """The second of a gate's functions is the derivative of the first, between -6 and 6."""
+    with jax.ensure_compile_time_eval():
+        z, step = jnp.linspace(-6.0, 6.0, 97), 1e-2
+        slope = gate(z)[1]
+        difference = (gate(z + step)[0] - gate(z - step)[0]) / (2 * step)
+        worst = float(jnp.max(jnp.abs(slope - difference)))
+    if not worst < 1e-2:
+        raise NaloraError(
+            f"activation {name!r}",
+            expected="a function that returns rho(z) and its derivative",
+            found=f"a derivative that is off by {worst:.2g}",
+        )
 
 
 def regions(z: Array, partition: Partition) -> Regions:
@@ -106,15 +169,28 @@ def partition(name: str, tol: float = 0.05) -> Partition:
 
 @functools.lru_cache(maxsize=64)
 def _partition(name: str, tol: float) -> Partition:
-    if name in _SINGLE_DEGREE:
-        return Partition(name, -math.inf, 0.0, (_SINGLE_DEGREE[name],) * 4, meaningful=False)
-    excess = _EXCESS64[name]
-    z0 = _bisect(lambda z: excess(z) + 1, -20.0, 0.0)
+    if name in formulas.SINGLE_DEGREE:
+        return Partition(name, -math.inf, 0.0, (formulas.SINGLE_DEGREE[name],) * 4, meaningful=False)
+    excess = formulas.EXCESS64[name]
+    z0 = _bisect(lambda z: excess(z) + 1, _first_below(excess, name) if name in _REGISTERED else -20.0, 0.0)
     peak = _argmax(excess, 0.0, 10.0)
     z1 = _bisect(lambda z: tol - excess(z), peak, 700.0) if excess(peak) > tol else 0.0
     bounds = ((z0 - 8, z0), (z0, 0.0), (0.0, z1), (z1, z1 + 8))
     inverted, contracting, expanding, linear = (1 + _normal_mean(excess, low, high) for low, high in bounds)
     return Partition(name, z0, z1, (inverted, contracting, expanding, linear), meaningful=True)
+
+
+def _first_below(excess: Callable[[float], float], name: str) -> float:
+    """The first of 0, -1/4, -1/2, ... where h is below 0: farther out rho underflows in float32."""
+    for quarter in range(1, 81):
+        if excess(-quarter / 4) < -1:
+            return -quarter / 4
+    raise NaloraError(
+        f"activation {name!r}",
+        expected="phi to fall somewhere below 0, as that of a self-gated activation does",
+        found="none such above -20",
+        remedy="register it with self_gated=False",
+    )
 
 
 def _bisect(f: Callable[[float], float], low: float, high: float) -> float:
@@ -139,150 +215,6 @@ def _normal_mean(f: Callable[[float], float], low: float, high: float, points: i
     nodes = [low + (high - low) * (i + 0.5) / points for i in range(points)]
     weights = [math.exp(-0.5 * (z * z - low * low)) for z in nodes]
     return sum(w * f(z) for w, z in zip(weights, nodes, strict=True)) / sum(weights) if high > low else 0.0
-
-
-# --- Formulas in float32. Each `_<name>` is a Selection, each `_<name>_excess` is h - 1 = z rho' / rho. ---
-
-_TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
-_TANH_CUBIC = _TANH_SLOPE * 0.044715
-_QUICK_SLOPE = 1.702
-_DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
-# Phi(-x) = exp(-x^2 / 2) P(x) / Q(x) for x >= 0, relative error below 6e-8: a rational minimax fit made for this module
-# by reweighted least squares on [0, inf) against scipy.special.erfcx, coefficients from the constant term upwards. All
-# are positive, so float32 evaluation loses nothing by cancellation.
-_TAIL_P = (0.5, 0.47534456, 0.211904713, 0.0506340449, 0.00568704371)
-_TAIL_Q = (1.0, 1.74857559, 1.31894819, 0.545403915, 0.126920933, 0.0142553046)
-
-
-def _silu(z: Array) -> tuple[Array, Array]:
-    s = lax.logistic(z)
-    return s, s * (1 - s)
-
-
-def _silu_excess(z: Array) -> Array:
-    return z * lax.logistic(-z)
-
-
-def _quick_gelu(z: Array) -> tuple[Array, Array]:
-    s = lax.logistic(_QUICK_SLOPE * z)
-    return s, _QUICK_SLOPE * (s * (1 - s))
-
-
-def _quick_gelu_excess(z: Array) -> Array:
-    return _silu_excess(_QUICK_SLOPE * z)
-
-
-def _gelu_tanh(z: Array) -> tuple[Array, Array]:
-    square = z * z
-    s = lax.logistic(z * (_TANH_SLOPE + _TANH_CUBIC * square))
-    return s, s * (1 - s) * (_TANH_SLOPE + 3 * _TANH_CUBIC * square)
-
-
-def _gelu_tanh_precise(z: Array) -> tuple[Array, Array]:
-    """`_gelu_tanh` whose sigmoid's argument is an unevaluated sum: rounding it costs rho 1.3e-5 in the far tail.
-
-    The cubic's leading bits give an exact product; the remainder is small, and the error of their sum is recovered.
-    """
-    cubic, head, square = _leading_bits(jnp.full_like(z, _TANH_CUBIC)), _leading_bits(z), z * z
-    high = cubic * (head * head * head)
-    low = cubic * ((z - head) * (z * (z + head) + head * head)) + ((_TANH_CUBIC - cubic) * square + _TANH_SLOPE) * z
-    total = high + low
-    s = lax.logistic(total)
-    rho = s + s * (1 - s) * (low - (total - high))
-    return rho, rho * (1 - s) * (_TANH_SLOPE + 3 * _TANH_CUBIC * square)
-
-
-def _leading_bits(z: Array) -> Array:
-    return lax.reduce_precision(z, exponent_bits=8, mantissa_bits=5)
-
-
-def _gelu_tanh_excess(z: Array) -> Array:
-    square = z * z
-    return z * lax.logistic(-z * (_TANH_SLOPE + _TANH_CUBIC * square)) * (_TANH_SLOPE + 3 * _TANH_CUBIC * square)
-
-
-def _gelu(z: Array) -> tuple[Array, Array]:
-    density = jnp.exp(-0.5 * (z * z))
-    tail = density * _tail_ratio(z)
-    return jnp.where(z > 0, 1 - tail, tail), _DENSITY_AT_0 * density
-
-
-def _gelu_excess(z: Array) -> Array:
-    ratio = _tail_ratio(z)
-    density = jnp.exp(-0.5 * (z * z))
-    # Below 0 the density cancels, so that h stays finite and accurate where phi itself underflows.
-    return _DENSITY_AT_0 * z * jnp.where(z > 0, density / (1 - density * ratio), 1 / ratio)
-
-
-def _tail_ratio(z: Array) -> Array:
-    """Phi(-|z|) exp(z^2 / 2), a scaled complementary error function."""
-    x = jnp.minimum(jnp.where(z > 0, z, -z), 1e7)
-    return _polynomial(_TAIL_P, x) / _polynomial(_TAIL_Q, x)
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:
-    return functools.reduce(lambda total, c: total * x + c, coefficients[-2::-1], jnp.full_like(x, coefficients[-1]))
-
-
-def _mish(z: Array) -> tuple[Array, Array]:
-    # tanh(softplus(z)) = n / (n + 2) with n = e^2 + 2 e and e = exp(z); above 20 it is 1 in float32.
-    e = jnp.exp(jnp.minimum(z, 20.0))
-    n = e * (e + 2)
-    inverse = 1 / (n + 2)
-    return n * inverse, 4 * e * (e + 1) * inverse * inverse
-
-
-def _mish_excess(z: Array) -> Array:
-    e = jnp.exp(jnp.minimum(z, 20.0))
-    return z * 4 * (e + 1) / ((e + 2) * (e * (e + 2) + 2))
-
-
-def _relu(z: Array) -> tuple[Array, Array]:
-    return (z > 0).astype(z.dtype), jnp.zeros_like(z)
-
-
-def _relu2(z: Array) -> tuple[Array, Array]:
-    return jnp.maximum(z, 0), (z > 0).astype(z.dtype)
-
-
-def _relu2_excess(z: Array) -> Array:
-    return (z > 0).astype(z.dtype)
-
-
-def _identity(z: Array) -> tuple[Array, Array]:
-    return jnp.ones_like(z), jnp.zeros_like(z)
-
-
-# --- The same h - 1 for Python floats, in float64, for the partition. ---
-
-
-def _sigmoid64(x: float) -> float:
-    e = math.exp(-abs(x))
-    return (1.0 if x >= 0 else e) / (1 + e)
-
-
-def _gelu_excess64(z: float) -> float:
-    return z * math.exp(-0.5 * z * z) * math.sqrt(2 / math.pi) / math.erfc(-z / math.sqrt(2))
-
-
-def _gelu_tanh_excess64(z: float) -> float:
-    argument = _TANH_SLOPE * z + _TANH_CUBIC * z**3
-    return z * _sigmoid64(-argument) * (_TANH_SLOPE + 3 * _TANH_CUBIC * z * z)
-
-
-def _mish_excess64(z: float) -> float:
-    e = math.exp(min(z, 40.0))
-    return z * 4 * (e + 1) / ((e + 2) * (e * (e + 2) + 2))
-
-
-_EXCESS64: dict[str, Callable[[float], float]] = {
-    "silu": lambda z: z * _sigmoid64(-z),
-    "gelu": _gelu_excess64,
-    "gelu_tanh": _gelu_tanh_excess64,
-    "quick_gelu": lambda z: _QUICK_SLOPE * z * _sigmoid64(-_QUICK_SLOPE * z),
-    "mish": _mish_excess64,
-}
-_SINGLE_DEGREE = {"relu": 1.0, "relu2": 2.0, "identity": 1.0}
 
 
 # --- Assembly ---
@@ -341,22 +273,27 @@ def _activation(
 _ACTIVATIONS = {
     activation.name: activation
     for activation in (
-        _activation("silu", _silu, _silu_excess, logistic=(1.0, 0.0)),
-        _activation("gelu", _gelu, _gelu_excess),
+        _activation("silu", formulas.silu, formulas.silu_excess, logistic=(1.0, 0.0)),
+        _activation("gelu", formulas.gelu, formulas.gelu_excess),
         _activation(
             "gelu_tanh",
-            _gelu_tanh,
-            _gelu_tanh_excess,
-            precise=_gelu_tanh_precise,
-            logistic=(_TANH_SLOPE, _TANH_CUBIC),
+            formulas.gelu_tanh,
+            formulas.gelu_tanh_excess,
+            precise=formulas.gelu_tanh_precise,
+            logistic=(formulas.TANH_SLOPE, formulas.TANH_CUBIC),
         ),
-        _activation("quick_gelu", _quick_gelu, _quick_gelu_excess, logistic=(_QUICK_SLOPE, 0.0)),
-        _activation("mish", _mish, _mish_excess),
-        _activation("relu", _relu, jnp.zeros_like, self_gated=False),
-        _activation("relu2", _relu2, _relu2_excess, self_gated=False),
-        _activation("identity", _identity, jnp.zeros_like, self_gated=False),
+        _activation(
+            "quick_gelu", formulas.quick_gelu, formulas.quick_gelu_excess, logistic=(formulas.QUICK_SLOPE, 0.0)
+        ),
+        _activation("mish", formulas.mish, formulas.mish_excess),
+        _activation("relu", formulas.relu, jnp.zeros_like, self_gated=False),
+        _activation("relu2", formulas.relu2, formulas.relu2_excess, self_gated=False),
+        _activation("identity", formulas.identity, jnp.zeros_like, self_gated=False),
     )
 }
+
+# From outside: by `register_activation`, or an entry point whose module uses it.
+_REGISTERED: Registry[Activation] = Registry("activation", "nalora_jax.activations")
 
 # Names of transformers' ACT2FN that compute the same function up to rounding; "gelu_10" clips and is another function.
 _ALIASES = {name: name for name in _ACTIVATIONS} | {

@@ -217,9 +217,10 @@ class ComputeConfig:
 class DebugConfig:
     """Checks that cost time."""
 
-    # Check the gate-compensation identity on the live model in every step (chexify); raises with the layer's error.
+    # Check the gates of the live model in every step, channel by channel (chexify): the gate-compensation identity,
+    # Activation.gate against rho and its derivative, and what the block multiplies by what they say.
     check_gates: bool = False
-    # Tolerance of that check, relative to the largest gate output.
+    # Tolerance of that check, relative to |F| + |S|; rounding of what is held in bf16 is allowed on top.
     tolerance: float = 1e-4
 
 

@@ -26,11 +26,13 @@ from nalora_jax.config import RunConfig, check
 from nalora_jax.cpu import processor
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
 from nalora_jax.data.questions import held_out
+from nalora_jax.data.sources import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.load import ADAPTER
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.train.assembly import Assembly, assemble, plain_adapter
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
@@ -61,14 +63,20 @@ class RunResult:
     best_step: int
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, *, source: Mapping[str, Source] | None = None) -> RunResult:
     """Fine-tunes; see the module's docstring. With several processes all of them do, and the first one logs and writes.
+
+    Args:
+      config: the run's settings.
+      source: records by split (``{"train": ..., "validation": ...}``), in place of ``config.data.dataset``.
 
     Raises:
       NaloraError: bad settings, files or data; nothing of an earlier run is touched.
       TrainingDivergedError: the loss stopped being finite; the last good checkpoint is kept.
     """
     check(config)
+    for text in config.mechanisms:
+        make(text)  # an unknown name is said before anything is loaded
     distributed.initialize_distributed()
     folder = prepare_output(config.output, config.resume)
     if config.compute.compilation_cache:
@@ -86,11 +94,11 @@ def run(config: RunConfig) -> RunResult:
     )
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
-    data = _train_data(config, loaded, mesh)
+    data = _train_data(config, loaded, mesh, source)
     if config.lora.init == "gradient" and not config.resume:
         assembly = _gradient_start(assembly, loaded, data)
     log.info("training data: %s", json.dumps(data.describe()))
-    reported, selecting = held_out(config.data, loaded.tokenizer)
+    reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
     evaluator, selector = (
         Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
         for items in (reported, selecting)
@@ -319,7 +327,9 @@ def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
 
 
-def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData:
+def _train_data(
+    config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None = None
+) -> TrainData:
     """The rows of this process; the mesh decides which those are."""
     train = config.train
     data = train_data(
@@ -329,6 +339,7 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh) -> TrainData
         accumulate=train.accumulate,
         seed=config.seed,
         rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
+        source=source,
     )
     longest, context = int(data.store.lengths.max()), loaded.config.max_positions
     if longest > context:

@@ -65,7 +65,7 @@ class Statistic:
     # Number of parts, 0 for none: a sum is [d_ff], or [parts, d_ff].
     parts: int = 0
     # cotangent: the power of delta, by which the sum scales with the loss.
-    degree: int = 0
+    degree: float = 0
     # Name under which the log shows its mean over a layer's tokens and channels; "": it does not.
     metric: str = ""
 
@@ -300,7 +300,7 @@ def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
     return {name: value / scale ** _degree(name) if _degree(name) else value for name, value in sums.items()}
 
 
-def _degree(name: str) -> int:
+def _degree(name: str) -> float:
     return get(name).degree if name in _TABLE else 0
 
 

@@ -34,6 +34,7 @@ from nalora_jax.config import (
     StepScaleConfig,
     TrainConfig,
 )
+from nalora_jax.data.sources import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.load import load
 from nalora_jax.models.config import ModelConfig
@@ -172,6 +173,20 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert max(last["step_scale_max"]) > 1
     assert min(last["mask_mean"]) != 1
     assert lines[-1]["done"]["step"] == 40
+
+
+def test_records_of_the_callers_own(settings: RunConfig, tmp_path: Path) -> None:
+    records = [{"prompt": f"{a} {b}", "completion": " z"} for a in "abcdefgh" for b in "ijkl"]
+    source = {"train": RecordsSource("mine", records[:24]), "held": RecordsSource("held", records[24:])}
+    config = replace(
+        settings,
+        output=str(tmp_path / "run"),
+        steps=2,
+        data=replace(settings.data, dataset="nothing of that name", train_split="train", eval_split="held"),
+    )
+    result = nalora_run.run(config, source=source)
+    assert result.before["n"] > 0
+    assert result.adapter.is_dir()
 
 
 def test_the_run_folder_is_a_model_for_every_verb(

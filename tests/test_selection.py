@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from scipy import special
 
 from nalora_jax import activations, selection
@@ -280,3 +282,20 @@ def test_values_and_their_weights_are_sampled_alike(length):
     assert counted.shape == (3, length // 2)
     got = selection.sampled(values, weights, 2)
     np.testing.assert_array_equal(got, np.broadcast_to(counted[..., None], (*counted.shape, 5)))
+
+
+def test_sampling_of_rows_on_a_mesh_gathers_nothing():
+    """Rows are sampled where they lie: the only traffic is the sum over the devices that hold them."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows = P(("data", "fsdp"))
+    z = jax.ShapeDtypeStruct((8, 64, 32), jnp.float32, sharding=NamedSharding(mesh, P(*rows, None, "tensor")))
+    weights = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, rows))
+
+    def statistics(z, weights):
+        taken = selection.sampled(weights[..., None], weights, 4)[..., 0]
+        return selection.channel_statistics(selection.sampled(z, weights, 4), taken, SILU, PARTITION)
+
+    program = jax.jit(statistics).lower(z, weights).compile().as_text()
+    assert "all-reduce(" in program
+    for gathered in ("all-gather(", "all-to-all(", "collective-permute("):
+        assert gathered not in program, gathered

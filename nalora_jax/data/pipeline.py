@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.packing import Pattern, Plan, assemble, pack, plan
-from nalora_jax.data.sources import open_source
+from nalora_jax.data.sources import Source, open_source
 from nalora_jax.data.store import TokenStore, open_store
 from nalora_jax.errors import NaloraError
 
@@ -161,6 +161,7 @@ def train_data(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
 ) -> TrainData:
     """Opens, tokenizes and packs the training split.
 
@@ -172,6 +173,7 @@ def train_data(
       seed: of the shuffle.
       rows: which rows of a micro-batch this process reads (`nalora_jax.distributed.process_rows`); all by default.
       cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
+      source: sources by split, in place of what ``config`` names.
 
     Raises:
       NaloraError: bad data (see `open_source` and `open_store`), or a batch that micro-batches do not divide.
@@ -182,6 +184,7 @@ def train_data(
         )
     if rows is None:
         rows = range(batch_size // accumulate)
-    store = open_store(open_source(config, config.train_split, cache=cache), config, tokenizer, seed, cache)
+    opened = open_source(config, config.train_split, cache=cache, source=source)
+    store = open_store(opened, config, tokenizer, seed, cache)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(store, pattern, seed, batch_size, accumulate, tuple(map(int, rows)), config.workers)

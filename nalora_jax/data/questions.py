@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import check_disjoint, open_source, require_some
+from nalora_jax.data.sources import Source, check_disjoint, open_source, require_some
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.errors import NaloraError
 
@@ -41,6 +41,7 @@ def eval_examples(
     split: str | None = None,
     limit: int | None = None,
     cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
     """Questions of the evaluation split: multiple choice where records have choices, else completions.
 
@@ -54,27 +55,34 @@ def eval_examples(
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
       cache: folder for prepared data; `downloads.cache_dir` by default.
+      source: sources by split, in place of what ``config`` names.
 
     Raises:
       NaloraError: bad data, or records that are trained on too.
     """
-    source = open_source(config, split or config.eval_split, cache=cache)
+    read = open_source(config, split or config.eval_split, cache=cache, source=source)
     if split is None and config.train_split != config.eval_split:
-        check_disjoint(open_source(config, config.train_split, cache=cache), source)
-    require_some(source)
+        check_disjoint(open_source(config, config.train_split, cache=cache, source=source), read)
+    require_some(read)
     count = config.eval_limit if limit is None else limit
-    drawn = permutation(len(source), _SEED)
+    drawn = permutation(len(read), _SEED)
     indices = np.sort(drawn[:count] if count else drawn).tolist()
-    records = zip(indices, source.read(indices), strict=True)
-    questions = [_question(record, config, tokenizer, source.where(index)) for index, record in records]
+    records = zip(indices, read.read(indices), strict=True)
+    questions = [_question(record, config, tokenizer, read.where(index)) for index, record in records]
     examples = iter(tokenize([text for question in questions for text in question.texts], tokenizer, end=False))
     return [_item(question, [next(examples) for _ in question.texts]) for question in questions]
 
 
-def held_out(config: DataConfig, tokenizer: Tokenizer, *, cache: Path | None = None) -> tuple[list[Item], list[Item]]:
+def held_out(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
+) -> tuple[list[Item], list[Item]]:
     """A run's held-out questions: those that results are reported on, and others that choose its checkpoint."""
     limit = config.eval_limit + config.select_limit if config.eval_limit else 0
-    items = eval_examples(config, tokenizer, limit=limit, cache=cache)
+    items = eval_examples(config, tokenizer, limit=limit, cache=cache, source=source)
     return split_questions(items, config.eval_limit, config.select_limit)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nalora_jax.data import tasks
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
+from nalora_jax.registry import Registry
 
 Record = dict[str, Any]
 # A contiguous part of a split: its name, first index and the index after the last.
@@ -98,6 +100,33 @@ class JsonlSource(Source):
         return self._lines.where(self._index[index])
 
 
+class RecordsSource(Source):
+    """Records that lie in memory.
+
+    Args:
+      name: for messages, and to tell what overlaps: two sources of one name do.
+      records: plain dicts, as JSON has them.
+    """
+
+    def __init__(self, name: str, records: Sequence[Record]) -> None:
+        self.name = self.dataset = name
+        self._records = list(records)
+        text = json.dumps(self._records, sort_keys=True, default=str)
+        self.fingerprint = f"records:{name}:{hashlib.sha256(text.encode()).hexdigest()}"
+        require_some(self)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    @property
+    def spans(self) -> list[Span]:
+        """All of them."""
+        return [("records", 0, len(self))]
+
+
 class TfdsSource(Source):
     """One split expression of a TFDS data set, opened when first read, without TensorFlow.
 
@@ -146,23 +175,50 @@ class TfdsSource(Source):
             return _absolute(self._split, self._data.dataset_info.splits)
 
 
-def open_source(config: DataConfig, split: str, *, cache: Path | None = None) -> Source:
+# Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.
+Opener = Callable[[str, str], Source]
+_OPENERS: Registry[Opener] = Registry("data source", "nalora_jax.sources")
+
+
+def register_source(name: str) -> Callable[[Opener], Opener]:
+    """A decorator that makes a function ``(argument, split) -> Source`` selectable.
+
+    ``--data.dataset NAME`` or ``NAME:ARGUMENT`` calls it once for every split that a run reads.
+    """
+    return _OPENERS.decorator(name)
+
+
+def open_source(
+    config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+) -> Source:
     """The records of ``split`` of ``config.dataset``.
 
     Args:
       config: its ``dataset`` is a task of this library ("socialiqa", "socialiqa_mc", ...), ``"tfds:<name>"`` with
-        anything that TFDS accepts as a name, or the path of a JSONL file.
+        anything that TFDS accepts as a name, the path of a JSONL file, or ``NAME`` or ``NAME:ARGUMENT`` of a source
+        that was registered (`register_source`).
       split: a TFDS split expression; for JSONL data also the path of another JSONL file.
       cache: where the library's tasks are prepared; `downloads.cache_dir` by default.
+      source: sources by split, in place of what ``config`` names.
 
     Raises:
       NaloraError: no such data set, split or file, or nothing in it.
     """
+    if source is not None:
+        if split not in source:
+            raise NaloraError("source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none")
+        require_some(source[split])
+        return source[split]
     name = config.dataset
+    scheme, _, argument = name.partition(":")
+    if scheme in _OPENERS:
+        opened = _OPENERS.get(scheme)(argument, split)
+        require_some(opened)
+        return opened
     if name.startswith("tfds:"):
-        source: Source = TfdsSource(name, split, lambda: _open_tfds(name.removeprefix("tfds:"), split, config.data_dir))
-        require_some(source)
-        return source
+        found = TfdsSource(name, split, lambda: _open_tfds(name.removeprefix("tfds:"), split, config.data_dir))
+        require_some(found)
+        return found
     if name in tasks.NAMES:
         return _task_source(name, split, cache or cache_dir())
     if not _is_path(name):

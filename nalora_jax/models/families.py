@@ -11,8 +11,10 @@ from typing import Any
 
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
+from nalora_jax.models import registered
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.fields import Fields
+from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -37,10 +39,13 @@ def read(raw: Mapping[str, Any], where: str) -> ModelConfig:
     if name == "gemma3":  # multimodal: the text model is one of its parts
         text = Fields(raw, {}, where).mapping("text_config")
         name, raw = "gemma3_text", {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
-    if not isinstance(name, str) or name not in _READERS:
-        supported = ", ".join(sorted(_READERS))
-        raise NaloraError(f"{where}: model_type", expected=f"one of {supported}", found=repr(name))
-    reader, defaults = _READERS[name]
+    if not isinstance(name, str) or (name not in _READERS and name not in registered.FAMILIES):
+        raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(supported())}", found=repr(name))
+    if name in _READERS:
+        reader, defaults = _READERS[name]
+    else:
+        family = registered.FAMILIES.get(name)
+        reader, defaults = family.reader, dict(family.defaults)
     fields = Fields(raw, _COMMON | defaults, where)
     for feature in ("use_bidirectional_attention", "output_router_logits", "router_jitter_noise"):
         fields.refuse(feature)
@@ -52,7 +57,12 @@ def read(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 def supported() -> tuple[str, ...]:
     """The ``model_type`` values that can be read."""
-    return tuple(sorted(_READERS))
+    return tuple(sorted({*_READERS, *registered.FAMILIES.names()}))
+
+
+def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
+    """What every family has, and ``features``, fields of `ModelConfig`, on top."""
+    return _base(f, name, **features)
 
 
 def _base(f: Fields, name: str, **features: Any) -> ModelConfig:
@@ -362,3 +372,5 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         },
     ),
 }
+
+registered.RESERVED.update(_READERS)

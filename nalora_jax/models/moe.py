@@ -18,7 +18,8 @@ from jax import lax
 
 from nalora_jax import activations, selection, statistics
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product, identity_error
+from nalora_jax.nn.checks import Live, gate_checks
+from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product
 from nalora_jax.nn.low_rank import TargetSpec, column_norm, combine, init_a
 from nalora_jax.nn.matmul import Numerics, expand, unpack_leaf
 from nalora_jax.nn.quantize import Quantized
@@ -245,6 +246,16 @@ class ExpertDense(nn.Module):
             delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
         return base, delta.astype(base.dtype)
 
+    def moved(
+        self, x: jax.Array, routing: Routing, scale: jax.Array | float, delta: jax.Array | None
+    ) -> jax.Array | None:
+        """How far the residual ``delta`` of the call has moved from where its adapter started (`LoRADense.probe`)."""
+        if delta is None or not self.has_variable("params", "start_a"):
+            return delta
+        a, b = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
+        start = grouped_residual(x, a, b, scale, routing.sizes, operand=self.numerics.adapter)
+        return lax.stop_gradient(delta - start.astype(delta.dtype))
+
     def _kernel(self, shape: tuple[int, ...]) -> jax.Array | Quantized:
         if self.has_variable("params", "kernel"):
             stored = self.get_variable("params", "kernel")
@@ -290,10 +301,9 @@ class MoEFFN(nn.Module):
         base, delta = gate(rows, routing, scales.get("gate_proj", 1.0), mask, **options)
         z = self._tapped(combine(base, delta), routing, token_weights)
         u = combine(*self._experts("up_proj", self.d_ff)(rows, routing, scales.get("up_proj", 1.0), **options))
-        hidden, selected = gated_product(
-            z, u, activations.get(self.activation), self.numerics.kept, self.numerics.result
-        )
-        self._observe(base, delta, z, selected, routing, token_weights)
+        hidden, _ = gated_product(z, u, activations.get(self.activation), self.numerics.kept, self.numerics.result)
+        moved = gate.moved(rows, routing, scales.get("gate_proj", 1.0), delta)
+        self._observe(z, moved, Live(z, base, delta, u, hidden), routing, token_weights)
         down = self._experts("down_proj", self.d_model)
         y = combine(*down(hidden, routing, scales.get("down_proj", 1.0), **options))
         y = y * routing.weight[:, None].astype(y.dtype)
@@ -327,21 +337,16 @@ class MoEFFN(nn.Module):
         return statistics.tap(z, sinks, self._weights(routing, token_weights), measure)
 
     def _observe(
-        self,
-        base: jax.Array,
-        delta: jax.Array | None,
-        z: jax.Array,
-        selected: jax.Array,
-        routing: Routing,
-        token_weights: jax.Array | None,
+        self, z: jax.Array, moved: jax.Array | None, live: Live, routing: Routing, token_weights: jax.Array | None
     ) -> None:
         if self.is_initializing() or not self.is_mutable_collection("gate_stats"):
             return
         activation = activations.get(self.activation)
         weights = self._weights(routing, token_weights)
-        written = expert_statistics(base, delta, z, weights, activation, self.stats)
+        base = live.base if moved is live.dz or moved is None else z - moved
+        written = expert_statistics(base, moved, z, weights, activation, self.stats)
         if self.stats.check:
-            written |= identity_error(base, delta, selected, activation)
+            written |= gate_checks(live, activation, self.stats.check, self.numerics.kept)
         for name, value in written.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 

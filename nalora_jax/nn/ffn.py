@@ -25,6 +25,7 @@ from jax import lax
 
 from nalora_jax import activations, selection, statistics
 from nalora_jax.cpu import native
+from nalora_jax.nn.checks import Live, gate_checks
 from nalora_jax.nn.gated_down import Gating, gated_down
 from nalora_jax.nn.lora import Call, Hidden, LoRADense, Probe, side_by_side
 from nalora_jax.nn.low_rank import TargetSpec
@@ -38,7 +39,7 @@ class GateStatsConfig:
     stride: int = 1  # statistics on one in n positions of a row (`nalora_jax.selection.sampled`)
     probe_stride: int = 8  # misalignment on one in n positions
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
-    check: bool = False  # also measure the error of the gate-compensation identity on the live tensors
+    check: float = 0.0  # tolerance of the checks on the live tensors (`nalora_jax.nn.checks`); 0 makes none
     extra: tuple[str, ...] = ()  # statistics of the forward pass beyond the standard ones (`nalora_jax.statistics`)
 
 
@@ -61,20 +62,17 @@ def gated_product(
     activation: activations.Activation,
     kept: str = "float32",
     result: str = "float32",
-    *,
-    checked: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """``(a * u, a)`` with ``a = phi(z)``, of z and u rounded to ``kept``: all that the backward pass keeps.
 
-    Computed in ``result``, which ``a`` has too; ``a * u`` is of z's dtype. Where the identity is ``checked``, ``a`` is
-    an array of its own, and no kernel multiplies what nobody sees.
+    Computed in ``result``, which ``a`` has too; ``a * u`` is of z's dtype.
 
-    Autodiff would keep the sigmoid and phi(z) as well. ``a`` is there for the identity check, which reads the very
-    tensor that u multiplies; it has no gradient of its own, and unused it costs nothing. Without u it is 1.
+    Autodiff would keep the sigmoid and phi(z) as well. ``a`` has no gradient of its own, and unused it costs nothing.
+    Without u that is 1.
     """
     if u is not None:
         chex.assert_equal_shape([z, u])
-    logistic = _logistic(z, activation) if u is not None and kept == "bfloat16" and not checked else None
+    logistic = _logistic(z, activation) if u is not None and kept == "bfloat16" else None
     return _gated_product(z, u, activation, kept, result, logistic)
 
 
@@ -261,11 +259,10 @@ class _Block(nn.Module):
         x: jax.Array,
         z: jax.Array,
         delta: jax.Array | Hidden | None,
-        selected: jax.Array,
         scale: jax.Array | float,
         weights: jax.Array | None,
     ) -> None:
-        """Writes the statistics, and the identity's error where asked; free when ``gate_stats`` is not mutable."""
+        """Writes the statistics; free when ``gate_stats`` is not mutable."""
         if not self._observes():
             return
         activation = activations.get(self.activation)
@@ -273,38 +270,29 @@ class _Block(nn.Module):
             weights = jnp.ones(z.shape[:-1], bool)
         wide = z.astype(self.numerics.result)
         probe = gate.probe(x, wide, delta, weights, self.stats.probe_stride, scale)
-        written = gate_statistics(z, probe, weights, activation, self.stats)
-        if self.stats.check:
-            # Both parts made apart from z, which may be one product: a wrong product must not hide in a difference.
-            base, _ = gate(x, adapted=False)
-            written |= identity_error(base, gate.probe(x, wide, delta, weights, 1, scale).delta, selected, activation)
-        for name, value in written.items():
+        for name, value in gate_statistics(z, probe, weights, activation, self.stats).items():
             self._write(name, value)
 
-
-def identity_error(
-    base: jax.Array, delta: jax.Array | None, selected: jax.Array, activation: activations.Activation
-) -> dict[str, jax.Array]:
-    """How far a live block is from the gate-compensation identity.
-
-    Args:
-      base: frozen pre-activation z.
-      delta: residual dz, or None.
-      selected: ``a``, the very tensor that the block multiplies by u (or by W_out).
-      activation: the one that the block says it uses.
-
-    Returns:
-      ``identity_error``: max |F + S - (a - phi(z))|, and ``identity_scale``: max |a| + |phi(z)|, float32 scalars.
-    """
-    base32 = lax.stop_gradient(base).astype(jnp.float32)
-    dz = jnp.zeros_like(base32) if delta is None else lax.stop_gradient(delta).astype(jnp.float32)
-    a = lax.stop_gradient(selected).astype(jnp.float32)
-    feature, moved = selection.gate_decomposition(base32, dz, activation)
-    frozen = activation.phi(base32)
-    return {
-        "identity_error": jnp.max(jnp.abs(feature + moved - (a - frozen))),
-        "identity_scale": jnp.max(jnp.abs(a) + jnp.abs(frozen)),
-    }
+    def _check(
+        self,
+        gate: LoRADense,
+        x: jax.Array,
+        live: tuple[jax.Array, jax.Array | None, jax.Array],
+        delta: jax.Array | Hidden | None,
+        scale: jax.Array | float,
+    ) -> None:
+        """Writes the checks of ``(z, u, product)``, where asked."""
+        if not (self._observes() and self.stats.check):
+            return
+        z, u, product = live
+        # Both parts made apart from z, which may be one product: a wrong product must not hide in a difference.
+        base, _ = gate(x, adapted=False)
+        everywhere = jnp.ones(z.shape[:-1], bool)
+        dz = gate.probe(x, z.astype(self.numerics.result), delta, everywhere, 1, scale, from_start=False).delta
+        found = Live(z, base, dz, u, product)
+        checks = gate_checks(found, activations.get(self.activation), self.stats.check, self.numerics.kept)
+        for name, value in checks.items():
+            self._write(name, value)
 
 
 class GatedFFN(_Block):
@@ -338,13 +326,15 @@ class GatedFFN(_Block):
         )
         z = self._tapped(z, token_weights)
         down = Call(self._dense("down_proj", self.d_model), scales.get("down_proj", 1.0))
-        y = self._at_once(Call(gate, scale), z, u, delta, down, token_weights, deterministic=deterministic)
-        if y is not None:
+        at_once = self._at_once(Call(gate, scale), z, u, delta, down, token_weights, deterministic=deterministic)
+        if at_once is not None:
+            y, product = at_once
+            self._check(gate, x, (z, u, product), delta, scale)
             return y
         activation = activations.get(self.activation)
-        numerics, checked = self.numerics, self.stats.check
-        hidden, selected = gated_product(z, u, activation, numerics.kept, numerics.result, checked=checked)
-        self._observe(gate, x, z, delta, selected, scale, token_weights)
+        hidden, _ = gated_product(z, u, activation, self.numerics.kept, self.numerics.result)
+        self._observe(gate, x, z, delta, scale, token_weights)
+        self._check(gate, x, (z, u, hidden), delta, scale)
         return down.layer(hidden, down.scale, deterministic=deterministic, adapter_ids=adapter_ids)[0]
 
     def _at_once(
@@ -357,15 +347,15 @@ class GatedFFN(_Block):
         token_weights: jax.Array | None,
         *,
         deterministic: bool,
-    ) -> jax.Array | None:
-        """What follows z and u in one, statistics included (`nalora_jax.nn.gated_down`); None where it cannot be.
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """What follows z and u in one, statistics included (`nalora_jax.nn.gated_down`), and the product of both.
 
-        That is where native kernels lack the dtype, the activation or a statistic, an adapter is more than two factors,
-        or the identity is to be checked on arrays that are seen.
+        None where native kernels lack the dtype, the activation or a statistic, or an adapter is more than two factors.
         """
         numerics, activation = self.numerics, activations.get(self.activation)
         logistic = _logistic(z, activation)
-        plain = numerics.fused and numerics.kept == "bfloat16" and not (self.stats.check or self.stats.extra)
+        plain = numerics.fused and numerics.kept == "bfloat16" and not self.stats.extra
+        plain = plain and not gate.layer.starts_elsewhere()
         if logistic is None or not plain or not is_native(math.prod(z.shape[:-1]), numerics.operand):
             return None
         gated, projection = (call.layer.projection(call.scale, deterministic=deterministic) for call in (gate, down))
@@ -386,11 +376,11 @@ class GatedFFN(_Block):
             )
         partition = activations.partition(activation.name, self.stats.tolerance)
         gating = Gating(logistic, (partition.z0, partition.z1))
-        y, sums = gated_down(z, u, projection, gating, measured, numerics)
+        y, sums, product = gated_down(z, u, projection, gating, measured, numerics)
         if measured is not None and sums is not None:
             for name, value in _named(sums, measured.weights, measured.probe_weights).items():
                 self._write(name, value)
-        return down.layer.with_bias(y)
+        return down.layer.with_bias(y), product
 
 
 class SelfGatedFFN(_Block):
@@ -413,6 +403,7 @@ class SelfGatedFFN(_Block):
         z, delta = gate(x, scale, self._mask(), **options)
         z = self._tapped(z, token_weights)
         activation = activations.get(self.activation)
-        hidden, selected = gated_product(z, None, activation, self.numerics.kept, self.numerics.result)
-        self._observe(gate, x, z, delta, selected, scale, token_weights)
+        hidden, _ = gated_product(z, None, activation, self.numerics.kept, self.numerics.result)
+        self._observe(gate, x, z, delta, scale, token_weights)
+        self._check(gate, x, (z, None, hidden), delta, scale)
         return self._dense("out_proj", self.d_model)(hidden, scales.get("out_proj", 1.0), **options)[0]

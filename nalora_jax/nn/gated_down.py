@@ -37,7 +37,7 @@ def gated_down(
     gating: Gating,
     measured: Measured | None,
     numerics: Numerics,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """``h W + s (h A) B`` with ``h = phi(z) u``, where products are native.
 
     Args:
@@ -48,14 +48,15 @@ def gated_down(
       numerics: dtypes of operands and result; sums are float32.
 
     Returns:
-      ``[..., d_out]`` in ``numerics.result``, and the sums of `nalora_jax.cpu.native.gate_statistics`, or None.
+      ``[..., d_out]`` in ``numerics.result``, the sums of `nalora_jax.cpu.native.gate_statistics`, or None, and h: it
+      has no gradient of its own, is there to be checked, and costs nothing where it is not read.
     """
     chex.assert_equal_shape([z, u])
     chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])
     down = checked(down, z.shape[-1])
     flat = (x.reshape(-1, x.shape[-1]) for x in (z, u))
-    y, sums = _gated_down(*flat, down, lax.stop_gradient(measured), gating, (numerics.operand, numerics.result))
-    return y.reshape(*z.shape[:-1], -1), sums
+    y, sums, h = _gated_down(*flat, down, lax.stop_gradient(measured), gating, (numerics.operand, numerics.result))
+    return y.reshape(*z.shape[:-1], -1), sums, h.reshape(z.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -66,7 +67,7 @@ def _gated_down(
     measured: Measured | None,
     gating: Gating,
     dtypes: tuple[str, str],
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     return _gated_down_fwd(z, u, down, measured, gating, dtypes)[0]
 
 
@@ -77,14 +78,14 @@ def _gated_down_fwd(
     measured: Measured | None,
     gating: Gating,
     dtypes: tuple[str, str],
-) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Any, ...]]:
+) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array], tuple[Any, ...]]:
     z, u = (stored(x, "bfloat16", KEPT_WIDE) for x in (z, u))
     if measured is None:
         h, sums = native.gate(z, u, gating.logistic), None
     else:
         h, sums = native.gate_measured(z, u, measured, *gating)
     ((y,), _), (_, _, hidden) = projected_fwd(h, (down,), dtypes)
-    return (y, sums), (z, u, down, hidden.get(0))
+    return (y, sums, h), (z, u, down, hidden.get(0))
 
 
 def _gated_down_bwd(

@@ -105,8 +105,13 @@ class LoRADense(nn.Module):
         weights: jax.Array,
         stride: int,
         scale: jax.Array | float = 1.0,
+        *,
+        from_start: bool = True,
     ) -> Probe:
         """Base and adapter apart on one in ``stride`` positions, given what the call received and returned.
+
+        An adapter that does not start at 0 (PiSSA) lies in ``params`` as it started, ``start_a`` and ``start_b``: what
+        counts as its part is how far it has moved from there, and the start belongs to the base.
 
         Args:
           x: ``[batch, seq, d_in]``.
@@ -115,6 +120,7 @@ class LoRADense(nn.Module):
           weights: ``[batch, seq]``, which tokens are real.
           stride: 1 or more, see `nalora_jax.selection.sampled`.
           scale: the layer's ``s``.
+          from_start: False for the whole residual, wherever it started.
         """
         x, y, factors = *lax.stop_gradient((x, sampled(y, weights, stride))), None
         if isinstance(delta, jax.Array):
@@ -131,7 +137,16 @@ class LoRADense(nn.Module):
             delta = dot(hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
         else:
             delta = jnp.zeros_like(y)
+        if from_start and self.starts_elsewhere():
+            a, b = lax.stop_gradient((self.get_variable("params", "start_a"), self.get_variable("params", "start_b")))
+            hidden = dot(sampled(x, weights, stride).reshape(-1, x.shape[-1]), a, self.numerics.adapter)
+            start = dot(scale * hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
+            return Probe(y - (delta - start), delta - start)
         return Probe(y - delta, delta, factors)
+
+    def starts_elsewhere(self) -> bool:
+        """Whether the adapter started at something else than 0."""
+        return self.has_variable("params", "start_a")
 
     def projection(
         self,

@@ -285,16 +285,10 @@ def _plain(value: Any) -> str:
 
 def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of every layer at the last log step."""
-    names = [
-        "misalignment",
-        "limit",
-        "feature",
-        "importance",
-        "responsive",
-        "mask_mean",
-        "step_scale_min",
-        "step_scale_max",
-    ]
+    first = ["misalignment", "limit", "feature", "importance", "responsive", "mask_mean"]
+    logged = list(history.steps[-1].get("layers", {})) if history.steps else []
+    # Whatever else a statistic or a mechanism shows; those with several numbers a layer are left out below.
+    names = [*first, *(name for name in logged if name not in first)]
     columns = [(name, history.layers(name)[1]) for name in names]
     columns = [(name, values[-1]) for name, values in columns if values.ndim == 2]
     if not columns:

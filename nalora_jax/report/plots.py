@@ -136,7 +136,7 @@ def importance(history: History) -> str | None:
         upper.legend(loc="best")
         for name, label, colour in (
             ("mask_mean", "mean mask", "c2"),
-            ("responsive", "share of channels with mask ≥ 1", "c3"),
+            ("responsive", "share of channels with a factor ≥ 1", "c3"),
         ):
             _, values = history.layers(name)
             if values.ndim == 2:

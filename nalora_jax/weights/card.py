@@ -103,13 +103,14 @@ def _summary(card: Card) -> str:
 
 def _method(run: RunConfig) -> str:
     mask, step = run.mask.kind, run.step_scale.kind
-    if mask == step == "off":
+    if mask == step == "off" and not run.mechanisms:
         return "Trained with plain LoRA."
     used = [f"a {mask} temporal-importance mask on the gate's updates"] if mask != "off" else []
     used += [f"a step scale by {step}"] if step != "off" else []
+    used += [f"the mechanism {name}" for name in run.mechanisms]
     return (
         f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
-        f"{' and '.join(used)}. Both act in training only: the result is a plain adapter."
+        f"{' and '.join(used)}. They act in training only: the result is a plain adapter."
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
 
 Source = Literal["hf", "gguf"]
@@ -44,11 +45,24 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(HF[config.model_type], HF_IGNORED.get(config.model_type, _ROTARY), aliases, HF_RENAMES)
-    if config.model_type not in GGUF:
+        return Table(
+            _rows(HF, config.model_type) or (), HF_IGNORED.get(config.model_type, _ROTARY), aliases, HF_RENAMES
+        )
+    rows = _rows(GGUF, config.model_type)
+    if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
     aliases = (("output.weight", "token_embd.weight"),) if config.tie_embeddings else ()
-    return Table(GGUF[config.model_type], GGUF_IGNORED, aliases)
+    return Table(rows, GGUF_IGNORED, aliases)
+
+
+def _rows(tables: dict[str, tuple[Row, ...]], model_type: str) -> tuple[Row, ...] | None:
+    """Rows of a family, of one from outside too (`nalora_jax.models.families.register_family`)."""
+    if model_type in tables:
+        return tables[model_type]
+    own = registered.tensors_of(model_type)
+    if isinstance(own, str):
+        return tables.get(own)
+    return own if tables is HF else None
 
 
 # ---------------------------------------------------------------- transformers

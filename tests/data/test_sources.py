@@ -10,7 +10,9 @@ import pytest
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.sources import check_disjoint, open_source
+from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.questions import held_out
+from nalora_jax.data.sources import RecordsSource, check_disjoint, open_source
 from nalora_jax.errors import NaloraError
 
 RECORDS = [{"prompt": f"p{index}", "completion": f"ü{index}"} for index in range(20)]
@@ -189,3 +191,19 @@ def test_unknown_tfds_name(tmp_path):
 def test_records_survive_json(write_jsonl):
     source = open_source(DataConfig(dataset=write_jsonl(*RECORDS)), "train")
     assert json.loads(json.dumps(source[3])) == RECORDS[3]
+
+
+def test_sources_by_split_take_the_place_of_a_data_set(tokenizer, tmp_path):
+    given = {"mine": RecordsSource("mine", RECORDS[:12]), "other": RecordsSource("other", RECORDS[12:])}
+    config = DataConfig(dataset="nowhere", train_split="mine", eval_split="other", max_length=64)
+    data = train_data(config, tokenizer, batch_size=4, cache=tmp_path, source=given)
+    assert data.store.counts.examples == 12
+    reported, selecting = held_out(config, tokenizer, cache=tmp_path, source=given)
+    assert len(reported) + len(selecting) == 8
+    with pytest.raises(NaloraError, match="source: expected a split 'third', found mine, other"):
+        open_source(config, "third", source=given)
+    with pytest.raises(NaloraError, match="same: expected at least one record"):
+        RecordsSource("same", [])
+    same = {"mine": given["mine"], "other": given["mine"]}
+    with pytest.raises(NaloraError, match="shares 12"):
+        held_out(config, tokenizer, cache=tmp_path, source=same)

@@ -11,7 +11,7 @@ import pytest
 from scipy import special
 
 from nalora_jax import activations
-from nalora_jax.nn import ffn, lora
+from nalora_jax.nn import checks, ffn, lora
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN, gated_product
 from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.low_rank import TargetSpec
@@ -110,7 +110,7 @@ def test_the_evaluation_program_does_not_know_the_mechanisms() -> None:
         block = GatedFFN(D, F, "silu", GATED, stats=stats)
         return str(jax.make_jaxpr(lambda v, x, w: block.apply(v, x, SCALES, token_weights=w))(variables, x, weights))
 
-    assert program(GateStatsConfig()) == program(GateStatsConfig(stride=3, check=True))
+    assert program(GateStatsConfig()) == program(GateStatsConfig(stride=3, check=1e-4))
 
 
 def test_the_mask_shapes_the_gradient_of_the_gates_a_only() -> None:
@@ -148,7 +148,7 @@ def test_gated_product_has_autodiffs_gradient(name: str) -> None:
 
 FAULTS = {
     "activation": lambda monkeypatch: monkeypatch.setattr(
-        ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
+        ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z))
     ),
     "scale": lambda monkeypatch: monkeypatch.setattr(lora, "combine", lambda base, delta: base + 1.1 * delta),
     "sign": lambda monkeypatch: monkeypatch.setattr(lora, "combine", lambda base, delta: base - delta),
@@ -160,24 +160,23 @@ def _wrong_product(x: jax.Array, kernel: Any, a: jax.Array, b: jax.Array, scale:
     return adapted_matmul(x, kernel, a, b, 1.1 * scale, *rest)
 
 
-def _identity_ratio(block: Any, variables: dict, x: jax.Array) -> float:
+def _worst_check(block: Any, variables: dict, x: jax.Array) -> float:
     _, written = block.apply(variables, x, SCALES, mutable=["gate_stats"])
-    stats = written["gate_stats"]
-    return float(stats["identity_error"] / stats["identity_scale"])
+    return max(float(written["gate_stats"][name]) for name in checks.NAMES)
 
 
 @pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
 def test_the_identity_holds_on_the_live_block(kind: type) -> None:
-    block = kind(D, F, "silu", GATED if kind is GatedFFN else SELF_GATED, stats=GateStatsConfig(check=True))
+    block = kind(D, F, "silu", GATED if kind is GatedFFN else SELF_GATED, stats=GateStatsConfig(check=1e-5))
     variables, x, _ = _build(block)
-    assert _identity_ratio(block, variables, x) < 1e-5
+    assert _worst_check(block, variables, x) < 1
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults_break_the_identity(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     numerics = Numerics(fused=fault.startswith("fused"))
-    block = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(check=True), numerics=numerics)
+    block = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(check=1e-5), numerics=numerics)
     variables, x, _ = _build(block)
-    assert _identity_ratio(block, variables, x) < 1e-5
+    assert _worst_check(block, variables, x) < 1
     FAULTS[fault](monkeypatch)
-    assert _identity_ratio(block, variables, x) > 1e-2
+    assert _worst_check(block, variables, x) > 100

@@ -74,7 +74,7 @@ def test_probe_takes_the_layer_apart_fused_or_not() -> None:
     def probe(layer: LoRADense, x: jax.Array) -> tuple[jax.Array, Probe]:
         y, delta = layer(x, 2.0)
         assert delta is None  # kept for nothing but the probe, it would be written whole
-        return y, layer.probe(x, y, delta, 2, 2.0)
+        return y, layer.probe(x, y, delta, jnp.ones(y.shape[:-1]), 2, 2.0)
 
     want_y, want = nn.apply(probe, layer)(variables, x)
     y, got = nn.apply(probe, fused)(variables, x)

@@ -22,6 +22,7 @@ from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, MeshConfig, RunC
 from nalora_jax.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import FOLDER, Checkpointer, prepare_output
+from nalora_jax.train.snapshot import check_arrays, check_run
 
 
 class State(NamedTuple):
@@ -43,7 +44,7 @@ def make_state(seed: int, width: int = 64) -> State:
     lora = {"layers": {"ffn": {"gate_proj": adapter}}}
     opt_state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), CHAIN.init(lora))
     gate = {
-        "importance": {"layers": {"ffn": jax.random.uniform(keys[2], (3, 128))}},
+        "memory": {"mask": {"layers": {"ffn": {"slope": jax.random.uniform(keys[2], (3, 128))}}}},
         "half": jnp.full((4,), 1 / 3, jnp.bfloat16),
         "none": jnp.zeros((0, 4)),
     }
@@ -403,3 +404,17 @@ def test_an_interrupted_first_save_is_no_checkpoint(tmp_path):
         prepare_output(tmp_path, resume=True)
     with pytest.raises(NaloraError, match="choose another folder$"):
         prepare_output(tmp_path, resume=False)
+
+
+def test_a_checkpoint_of_an_older_layout_is_refused_by_name():
+    """What mechanisms remember lies elsewhere than it did: the arrays are named, not a shape deep inside a step."""
+    average = np.zeros((2, 8), np.float32)
+    saved = {"gate/importance/layers/ffn": average, "step": np.int32(3)}
+    wanted = {"gate/memory/mask/layers/ffn/slope": average, "step": np.int32(0)}
+    with pytest.raises(NaloraError, match=r"gate/memory/mask.*\[2, 8\], found .*absent.*written by another version"):
+        check_arrays("checkpoint 3", saved, wanted)
+    settings = RunConfig().to_dict()
+    older = {**settings, "mask": {name: x for name, x in settings["mask"].items() if name != "permute"}}
+    runs = ({"base": "b", "config": config} for config in (older, settings))
+    with pytest.raises(NaloraError, match=r"mask\.permute = '\(absent\)', found mask\.permute = -1; restore these"):
+        check_run("checkpoint 3", *runs)

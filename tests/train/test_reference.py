@@ -55,7 +55,7 @@ class Tower(nn.Module):
         block = GatedFFN(D, F, "silu", adapters, stats=GateStatsConfig(probe_stride=1), name="layers")
         scan = nn.scan(
             body,
-            variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0},
+            variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0, "gate_taps": 0},
             split_rngs={"params": True, "dropout": True},
             length=LAYERS,
         )
@@ -99,6 +99,7 @@ class Reference:
         real = (batch["segment_ids"].reshape(-1) > 0).astype(np.float64)
         x, kept = self.table[tokens], []
         stats = {"tokens": real.sum(), "slope": np.zeros((LAYERS, F)), "occupancy": np.zeros((LAYERS, 4, F))}
+        stats["delta_squared"] = np.zeros((LAYERS, F))
         part = activations.partition("silu")
         for i in range(LAYERS):
             z, u = self.project("gate_proj", i, x), self.project("up_proj", i, x)
@@ -123,6 +124,7 @@ class Reference:
             dh = self.pull(grads, "down_proj", i, hidden, g, None)
             s = _sigmoid(z)
             du, dz = dh * z * s, dh * u * s * (1 + z * (1 - s))
+            stats["delta_squared"][i] = (real[:, None] * dz**2).sum(0)
             g = g + self.pull(grads, "up_proj", i, x, du, None) + self.pull(grads, "gate_proj", i, x, dz, mask[i])
         return loss, grads, stats
 
@@ -151,6 +153,8 @@ class Reference:
         tokens = sum(part[2]["tokens"] for part in parts)
         slope = sum(part[2]["slope"] for part in parts) / tokens
         occupancy = sum(part[2]["occupancy"] for part in parts) / tokens
+        # Of the mean loss per target token.
+        self.delta_squared = sum(part[2]["delta_squared"] for part in parts) / n**2 / tokens
         self.importance = MASK.decay * self.importance + (1 - MASK.decay) * slope
         self.occupancy = STEP.decay * self.occupancy + (1 - STEP.decay) * occupancy
         self.count += 1
@@ -196,7 +200,9 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     mask = MASK if mechanisms else MaskConfig(kind="off")
     scale = STEP if mechanisms else StepScaleConfig(kind="off")
     inner = optax.adamw(LR, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY)
-    chosen = make_mechanisms(mask, scale, activation="silu")
+    # One with a statistic of the backward pass rides along, with an exponent of 0: it measures, and changes nothing.
+    names = ("delta:q=0,decay=0",) if mechanisms else ()
+    chosen = make_mechanisms(mask, scale, names, activation="silu")
     optimizer = nalora(inner, find_gates(lora), chosen)
     step = jax.jit(make_train_step(model, optimizer, StepConfig(chosen, Head(transposed=True))))
     state = init_state(lora, optimizer, {"layers": (LAYERS, F)}, chosen, seed=0)
@@ -206,8 +212,9 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     occupancy = rng.dirichlet(np.ones(4), (LAYERS, F)).transpose(0, 2, 1).astype(np.float32)
     count = 5
     memory = {"mask": {"slope": importance}, "step_scale": {"occupancy": occupancy}} if mechanisms else {}
+    kept = {label: {"layers": jax.tree.map(jnp.asarray, averages)} for label, averages in memory.items()}
     gate = state.gate._replace(
-        memory={label: {"layers": jax.tree.map(jnp.asarray, kept)} for label, kept in memory.items()},
+        memory=state.gate.memory | kept,
         updates={"layers": jnp.full((LAYERS,), count, jnp.int32)},
         count=jnp.asarray(count, jnp.int32),
     )
@@ -234,6 +241,8 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
         if mechanisms:
             corrected = reference.importance / (1 - MASK.decay**reference.count)
             np.testing.assert_allclose(state.gate.memory["mask"]["layers"]["slope"], corrected, rtol=1e-4)
+            squared = state.gate.memory["delta"]["layers"]["delta_squared"]
+            np.testing.assert_allclose(squared, reference.delta_squared, rtol=2e-3, atol=1e-9)
             corrected = reference.occupancy / (1 - STEP.decay**reference.count)
             np.testing.assert_allclose(
                 state.gate.memory["step_scale"]["layers"]["occupancy"], corrected, rtol=1e-4, atol=1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import distributed, trees
+from nalora_jax import activations, distributed, trees
 from nalora_jax.config import (
     ComputeConfig,
     DebugConfig,
@@ -27,8 +28,12 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn import ffn, lora
+from nalora_jax.optim.gate_state import make_mechanisms, own_factors
 from nalora_jax.optim.nalora import make_optimizer
+from nalora_jax.train import assembly as assembly_module
 from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.loop import _Meter
+from nalora_jax.train.step import StepConfig, make_train_step
 
 BASE = ModelConfig.from_hf(
     {
@@ -246,8 +251,119 @@ def test_the_debug_check_catches_injected_faults(fault: str, fused: bool, monkey
         monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base + factor * delta)
 
     if fault == "activation":
-        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     else:
         scaled(1.1 if fault == "scale" else -1.0)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run(debug, steps=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    debug = replace(CONFIG, debug=DebugConfig(check_gates=True), compute=replace(CONFIG.compute, dtype=dtype))
+    _run(debug, steps=1)  # the sound model passes
+    silu = activations.get("silu")
+
+    def shown_with(**wrong: Any) -> None:
+        monkeypatch.setitem(activations._ACTIVATIONS, "silu", replace(silu, **wrong))
+        with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+            _run(debug, steps=1)
+
+    shown_with(rho=lambda z: 1.02 * silu.rho(z))
+    shown_with(gate=lambda z: (1.02 * silu.gate(z)[0], silu.gate(z)[1]))
+    shown_with(gate=lambda z: (silu.gate(z)[0], 1.05 * silu.gate(z)[1]))
+
+
+def test_the_check_runs_on_the_program_that_trains() -> None:
+    checked = replace(CONFIG, debug=DebugConfig(check_gates=True))
+    plain, checked_state = _run(CONFIG, steps=2)[0], _run(checked, steps=2)[0]
+    _assert_close(plain.lora, checked_state.lora, atol=1e-6)
+
+
+def test_other_assertions_stay_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        raise AssertionError("something else")
+
+    with pytest.raises(AssertionError, match="something else") as caught:
+        assembly_module._checked(step)({}, {}, {})
+    assert not isinstance(caught.value, NaloraError)
+    logging.getLogger("absl").warning("[Chex] Some of chexify assertion statuses were not inspected due to async exec")
+    assert not caplog.records
+
+
+def test_short_rows_count() -> None:
+    """Five real tokens in rows of 32 are measured at either stride, and the mechanisms act on them."""
+    config = replace(CONFIG, compute=ComputeConfig(dtype="float32"))
+    place = np.arange(32)[None, None, :]
+    segments = np.broadcast_to((place < 5).astype(np.int32), (1, ROWS, 32))
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 96, segments.shape).astype(np.int32),
+        "targets": rng.integers(0, 96, segments.shape).astype(np.int32),
+        "loss_weights": segments.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.broadcast_to(place, segments.shape).astype(np.int32),
+    }
+    assembly, params = _assemble(config)
+    state, metrics = assembly.step(params, assembly.state, batch)
+    assert (np.asarray(state.gate.updates["layers/ffn"]) == 1).all()
+    layers = metrics["layers"]["layers/ffn"]
+    assert np.all(layers["importance"] > 0.1)
+    assert np.all(layers["misalignment"] > 0)
+    own = own_factors(state.gate, make_mechanisms(config.mask, config.step_scale, activation="silu"))
+    assert all(float(jnp.std(blocks["layers/ffn"])) > 1e-3 for blocks in own.values())
+
+
+def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
+    assembly, params = _assemble(CONFIG)
+    batch = _batch(0)
+    batch["segment_ids"] = np.zeros_like(batch["segment_ids"])
+    late = assembly.state._replace(gate=assembly.state.gate._replace(count=jnp.int32(10)))
+    _, metrics = assembly.step(params, late, batch)
+    for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
+        assert np.isnan(metrics["layers"]["layers/ffn"][name]).all(), name
+    assert {label: bool(x) for label, x in metrics["idle"].items()} == {"mask": True, "step_scale": True}
+    meter = _Meter()
+    meter.add(11, metrics)
+    with pytest.raises(NaloraError, match="step 11: mask, step_scale: .*no token measured"):
+        meter.record(1e-3)
+
+
+def test_without_an_adapter_on_a_gate_no_mechanism_acts(caplog: pytest.LogCaptureFixture) -> None:
+    rules = (LoRARule("ffn/(up|down)_proj", 4),)
+    with caplog.at_level(logging.WARNING, logger="nalora_jax"):
+        _, history = _run(replace(CONFIG, lora=LoRAConfig(rules=rules)), steps=3)
+    assert "no mechanism acts (mask, step_scale)" in caplog.text
+    shown = history[-1]["layers"]["layers/ffn"]
+    assert shown.keys() & {"mask_mean", "responsive", "factor_max", "step_scale_max"} == set()
+    assert np.all(shown["importance"] > 0)
+
+
+def test_pissa_starts_without_movement() -> None:
+    """Principal components that the adapter starts with are no movement: misalignment is 0 before the first update."""
+    config = replace(CONFIG, lora=replace(CONFIG.lora, init="pissa"))
+    made = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    assembly = assemble(config, BASE, init_params(BASE, jax.random.key(1)), made)
+    state, shown = assembly.state, []
+    for i in range(2):
+        state, metrics = assembly.step(assembly.params, state, _batch(i))
+        shown.append(metrics["layers"]["layers/ffn"])
+    np.testing.assert_array_equal(shown[0]["misalignment"], np.zeros(3))
+    np.testing.assert_array_equal(shown[0]["feature"], np.zeros(3))
+    assert np.all(shown[1]["feature"] > 1e-5)
+    assert np.all(shown[1]["misalignment"] > 0.05)
+
+
+def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = init_params(BASE, jax.random.key(1))
+
+    def program(config: RunConfig) -> str:
+        made, _ = _assemble(config)
+        head, rules = assembly_module.head_of(BASE, made.model.numerics), made.mechanisms
+        step = make_train_step(made.model, made.optimizer, StepConfig(rules, head))
+        return str(jax.make_jaxpr(step)(params, made.state, _batch(0)))
+
+    plain = program(CONFIG)
+    asked = program(replace(CONFIG, mechanisms=("delta",)))
+    monkeypatch.setattr(ffn._Block, "_tapped", lambda self, z, weights: z)
+    assert program(CONFIG) == plain != asked

@@ -1,0 +1,171 @@
+"""The page of worked changes: every block is a whole file outside the package, and does what the page says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from nalora_jax import activations, distributed, formulas, statistics
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+)
+from nalora_jax.data import sources
+from nalora_jax.errors import NaloraError
+from nalora_jax.models import families, registered
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.optim import mechanism
+from nalora_jax.train.assembly import assemble
+from nalora_jax.weights import keytables
+
+PAGE = Path(__file__).parent.parent / "docs" / "change_one_thing.md"
+FILES = dict(re.findall(r'```python title="(\w+)\.py"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL))
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a file of the page; afterwards the registries are as they were."""
+    registries = (mechanism._MECHANISMS, statistics._TABLE, activations._REGISTERED, registered.FAMILIES)
+    for registry in (*registries, sources._OPENERS):
+        monkeypatch.setattr(registry, "_values", dict(registry._values))
+    monkeypatch.setattr(formulas, "EXCESS64", dict(formulas.EXCESS64))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def use(name: str) -> ModuleType:
+        (tmp_path / f"{name}.py").write_text(FILES[name])
+        return importlib.import_module(name)
+
+    yield use
+    for name in FILES:
+        sys.modules.pop(name, None)
+    activations._partition.cache_clear()
+
+
+def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
+    """The state after a few steps, and the last step's metrics."""
+    config = RunConfig(
+        steps=10,
+        lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up)_proj", 2),)),
+        mask=MaskConfig(kind="off"),
+        step_scale=StepScaleConfig(kind="off"),
+        mechanisms=mechanisms,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        compute=ComputeConfig(dtype="float32", stats_stride=1, probe_stride=1),
+    )
+    mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    assembly = assemble(config, base, init_params(base, jax.random.key(0)), mesh)
+    rng, shape = np.random.default_rng(0), (1, 4, 8)
+    batch = {
+        "tokens": rng.integers(0, 40, shape).astype(np.int32),
+        "targets": rng.integers(0, 40, shape).astype(np.int32),
+        "loss_weights": np.ones(shape, np.float32),
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(8, dtype=np.int32), shape).copy(),
+    }
+    state = assembly.state
+    for _ in range(steps):
+        state, metrics = assembly.step(assembly.params, state, batch)
+    return state, metrics
+
+
+def test_the_page_has_the_five_changes() -> None:
+    assert list(FILES) == ["softer", "loud", "early", "my_llama", "sums"]
+
+
+def test_an_activation(use: Any) -> None:
+    use("softer")
+    softer, z = activations.get("softer"), np.linspace(-8, 8, 101)
+    np.testing.assert_allclose(softer.phi(jnp.float32(z)), z * special.expit(z / 2), rtol=1e-5, atol=1e-6)
+    part = activations.partition("softer")
+    # phi(z) = 2 silu(z / 2), so that the cuts are twice those of SiLU.
+    np.testing.assert_allclose([part.z0, part.z1], [2 * -1.2785, 2 * 4.485], rtol=1e-3)
+    assert part.meaningful
+    base = ModelConfig.from_hf({**LLAMA, "hidden_act": "softer"})
+    _, metrics = train(base, "squared:warmup=1")
+    assert np.isfinite(metrics["loss"])
+    assert np.all(metrics["layers"]["layers/ffn"]["misalignment"] > 0.01)
+
+
+def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any) -> None:
+    with pytest.raises(NaloraError, match=r"activation 'bad': expected a function that returns rho\(z\) and its deriv"):
+        activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+    with pytest.raises(NaloraError, match="'silu': expected a name that is free"):
+        activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+    with pytest.raises(NaloraError, match="one of .*gelu.*'bad'"):
+        activations.get("bad")
+
+
+def test_a_mask_rule(use: Any) -> None:
+    use("loud")
+    state, metrics = train(ModelConfig.from_hf(LLAMA), "loud:warmup=1")
+    shown = metrics["layers"]["layers/ffn"]
+    assert np.all(shown["loud_max"] > shown["loud_min"])
+    assert np.all(shown["factor_max"] > 1)
+    assert np.all(np.asarray(state.gate.memory["loud"]["layers/ffn"]["slope"]) > 0)
+
+
+def test_a_mechanism_with_a_cotangent_statistic(use: Any) -> None:
+    use("early")
+    state, metrics = train(ModelConfig.from_hf(LLAMA), "early:share=0.5,warmup=1", "delta:q=1,warmup=1")
+    memory = state.gate.memory["early"]["layers/ffn"]["early"]
+    assert memory.shape == (2, 24)
+    assert np.all(np.asarray(memory) > 0)
+    shown = metrics["layers"]["layers/ffn"]
+    assert np.all(shown["early"] > 0)  # in the log, by the name that the entry gives it
+    assert np.all(shown["early_max"] > shown["early_min"])
+    # sqrt(E|delta|^(1/2))^2 <= E|delta|, by Jensen: both have the same units.
+    root = np.asarray(state.gate.memory["delta"]["layers/ffn"]["delta_squared"]) ** 0.5
+    assert np.all(np.asarray(memory) ** 2 <= root * 1.001)
+
+
+def test_a_family(use: Any) -> None:
+    use("my_llama")
+    raw = {**LLAMA, "model_type": "my_llama", "depth_scale": 0.5}
+    base = ModelConfig.from_hf(raw)
+    assert (base.n_kv_heads, base.qkv_bias, base.residual_scale) == (2, True, 0.5)
+    assert keytables.table(base, "hf").rows == keytables.HF["llama"]
+    _, metrics = train(base)
+    assert np.isfinite(metrics["loss"])
+    with pytest.raises(NaloraError, match="'llama': expected a name that is free"):
+        families.register_family("llama")(lambda fields, name: base)
+
+
+def test_a_data_source(use: Any) -> None:
+    use("sums")
+    opened = sources.open_source(DataConfig(dataset="sums:40"), "train")
+    assert len(opened) == 40
+    assert opened[3] == {"prompt": "3 + 21 =", "completion": " 24"}
+    held_out = sources.open_source(DataConfig(dataset="sums"), "validation")
+    sources.check_disjoint(opened, held_out)
+    assert (len(held_out), held_out[0]["prompt"]) == (100, "10000 + 0 =")
+    assert opened.fingerprint != sources.open_source(DataConfig(dataset="sums:41"), "train").fingerprint
