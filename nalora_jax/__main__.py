@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import errno
 import importlib
-import logging
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 
+from nalora_jax import notes
 from nalora_jax.cpu import hugepages
 from nalora_jax.errors import NaloraError
 
-# What the machine, not the library, has to answer for.
-_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What the machine or a path's name, not the library, has to answer for.
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
+_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
 
     def run() -> None:
-        # Imported only now: a process that restarts needs neither, and help and refused flags need no JAX.
-        verb, args = importlib.import_module("nalora_jax.cli.parser").parse(given)
-        importlib.import_module("nalora_jax.cli.verbs").VERBS[verb](args)
+        # Imported only now: a process that restarts does not need it, and help and refused flags need no JAX.
+        importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(given))
 
     return guarded(run)
 
@@ -45,7 +46,7 @@ def train_command() -> int:
 
 def guarded(run: Callable[[], None]) -> int:
     """The exit status of ``run``, which says what went wrong in one line if that is not a bug."""
-    _log_to_stderr()
+    notes.log_to_stderr()
     try:
         run()
         sys.stdout.flush()
@@ -58,30 +59,31 @@ def guarded(run: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in _MACHINE:
+        if error.errno not in (*_MACHINE, *_PATHS):
             raise
         return _fail(f"{error.filename or 'output'}: {error.strerror}")
     return 0
 
 
 def _fail(message: str) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    print(json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}", file=sys.stderr)
     return 2
 
 
-class _StderrHandler(logging.Handler):
-    """Writes to the standard error of the moment, which a progress bar may have replaced."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
-def _log_to_stderr() -> None:
-    logger = logging.getLogger("nalora_jax")
-    if not logger.handlers:
-        logger.addHandler(_StderrHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+def _take_log_format(argv: Sequence[str]) -> list[str]:
+    """The arguments without ``--log-format``, which holds for any verb; kept in the environment for what is started."""
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word != "--log-format" and not word.startswith("--log-format="):
+            rest.append(word)
+            continue
+        found = word.partition("=")[2] if "=" in word else next(words, "nothing")
+        if found not in ("text", "json"):
+            raise NaloraError("--log-format", expected="text or json", found=found)
+        os.environ[notes.LOG_FORMAT] = found
+    return rest
 
 
 if __name__ == "__main__":

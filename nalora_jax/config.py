@@ -8,12 +8,30 @@ The defaults are the main job: SmolLM2-135M-Instruct on SocialIQA, on two CPU co
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.ranges import (
+    ALPHA,
+    AXIS,
+    BELOW_ONE,
+    COUNT,
+    GAIN,
+    PERMUTATION,
+    RANK,
+    ROWS,
+    SEED,
+    SHARE,
+    SIZE,
+    TOKENS,
+    Range,
+    check_path,
+    check_ranges,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +79,9 @@ class MaskConfig:
     keep: float = 0.5
     # soft: exponent on importance / mean(importance).
     power: float = 2.0
-    # soft: lower and upper clip of the mask.
+    # soft: lower clip of the mask.
     low: float = 0.0
+    # soft: upper clip of the mask.
     high: float = 4.0
     # Decay beta of the importance average.
     decay: float = 0.95
@@ -115,9 +134,11 @@ class OptimizerConfig:
     final_ratio: float = 0.1
     # Decoupled weight decay.
     weight_decay: float = 0.0
-    # Adam's b1, b2 and eps.
+    # Adam's b1, the decay of its average of gradients (lion's too).
     b1: float = 0.9
+    # Adam's b2, the decay of its average of squared gradients (lion's too).
     b2: float = 0.999
+    # Adam's eps, added to the root of the average of squares.
     eps: float = 1e-8
     # Global-norm clip of the gradient; 0 turns it off.
     clip_norm: float = 1.0
@@ -149,9 +170,11 @@ class DataConfig:
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
-    # Fields of a record: prompt and completion, or one field "messages" of chat turns.
+    # Field of a record that holds the prompt.
     prompt_field: str = "prompt"
+    # Field of a record that holds the completion.
     completion_field: str = "completion"
+    # Field of a record that holds chat turns, in place of prompt and completion.
     messages_field: str = "messages"
     # Examples trained on at most (0: all), the first after the shuffle.
     train_limit: int = 0
@@ -161,7 +184,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh: 0 leaves an axis to the library (``--mesh auto``), -1 takes what is left.
+    """Devices along each axis of the mesh: 0 leaves an axis to the library, -1 takes what is left.
 
     What is left to it is chosen by roofline, together with ``compute.remat``: the fastest that fits.
     """
@@ -182,9 +205,11 @@ class TrainConfig:
     batch_size: int = 8
     # Micro-batches that each step accumulates over; batch_size is split into them.
     accumulate: int = 1
-    # Steps between log lines, evaluations and checkpoints; 0 turns evaluation or checkpoints during training off.
+    # Steps between log lines.
     log_every: int = 10
+    # Steps between evaluations; 0 turns evaluation during training off.
     eval_every: int = 50
+    # Steps between checkpoints; 0 turns checkpoints during training off.
     save_every: int = 50
     # Checkpoints kept besides the best one.
     keep: int = 2
@@ -282,126 +307,86 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**groups)
 
 
+# Every number of a run's settings; those of rules and gains are checked one by one.
+RANGES = {
+    "steps": SIZE,
+    "seed": SEED,
+    "lora.dropout": BELOW_ONE,
+    "lora.plus_ratio": Range("a number", "(0, 1e6]"),
+    "lora.gradient_batches": SIZE,
+    "mask.keep": Range("a share", "(0, 1]"),
+    "mask.power": Range("a number", "(0, 100]"),
+    "mask.low": BELOW_ONE,
+    "mask.high": Range("a number", "(1, 1e6]"),
+    "mask.decay": BELOW_ONE,
+    "mask.warmup": COUNT,
+    "mask.frozen_after": COUNT,
+    "mask.permute": PERMUTATION,
+    "step_scale.min_occupancy": Range("a share", "[0, 0.5)"),
+    "step_scale.decay": BELOW_ONE,
+    "step_scale.warmup": COUNT,
+    "step_scale.frozen_after": COUNT,
+    "step_scale.permute": PERMUTATION,
+    "optimizer.learning_rate": Range("a number", "(0, 1000]"),
+    "optimizer.warmup_share": SHARE,
+    "optimizer.final_ratio": SHARE,
+    "optimizer.weight_decay": Range("a number", "[0, 1000]"),
+    "optimizer.b1": BELOW_ONE,
+    "optimizer.b2": BELOW_ONE,
+    "optimizer.eps": Range("a number", "(0, 1]"),
+    "optimizer.clip_norm": Range("a number", "[0, 1e9]"),
+    "data.eval_limit": COUNT,
+    "data.select_limit": SIZE,
+    "data.max_length": TOKENS,
+    "data.train_limit": COUNT,
+    "data.workers": Range("a whole number", "[0, 1024]"),
+    "mesh.data": AXIS,
+    "mesh.fsdp": AXIS,
+    "mesh.tensor": AXIS,
+    "train.batch_size": ROWS,
+    "train.accumulate": ROWS,
+    "train.log_every": SIZE,
+    "train.eval_every": COUNT,
+    "train.save_every": COUNT,
+    "train.keep": COUNT,
+    "train.patience": COUNT,
+    "compute.stats_stride": SIZE,
+    "compute.probe_stride": SIZE,
+    "compute.loss_chunk": COUNT,
+    "debug.tolerance": Range("a number", "(0, 1]"),
+}
+
+
 def check(config: RunConfig) -> RunConfig:
     """``config`` itself, once every field that can be judged without data is in range.
 
     Raises:
       NaloraError: names the flag, what was expected and what was found.
     """
-    _at_least(1, {"--steps": config.steps})
-    _check_lora(config.lora)
-    _check_mask(config.mask)
-    _check_step_scale(config.step_scale)
-    _check_optimizer(config.optimizer)
-    _check_data(config.data)
-    _check_train(config.train)
-    _check_compute(config.compute)
-    _above(0, {"--debug.tolerance": config.debug.tolerance})
+    check_ranges(config, RANGES)
+    _check_rules(config.lora.rules)
+    gains = config.step_scale.gains
+    fits = len(gains) == 4 and all(map(GAIN.holds, gains)) and max(gains) > 0
+    require("--step-scale.gains", fits, f"four, each {GAIN}, not all 0", gains)
+    batch, accumulate = config.train.batch_size, config.train.accumulate
+    require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
     both = config.compute.quantize != "none" and config.lora.init == "pissa"
-    _require("--compute.quantize", not both, 'none with --lora.init "pissa"', config.compute.quantize)
+    require("--compute.quantize", not both, 'none with --lora.init "pissa"', config.compute.quantize)
+    for _, factor in config.optimizer.rates:
+        require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
+    check_path("--output", config.output)
     return config
 
 
-def _check_lora(lora: LoRAConfig) -> None:
-    _fractions({"--lora.dropout": lora.dropout})
-    _above(0, {"--lora.plus-ratio": lora.plus_ratio})
-    _at_least(1, {"--lora.gradient-batches": lora.gradient_batches})
-    _require("--lora.rules", bool(lora.rules), "at least one rule", "none")
-    for rule in lora.rules:
-        name, alpha = f"{rule.pattern}:{rule.rank}", rule.alpha
-        _require("--lora.rules", rule.rank >= 0, "a rank of 0 or more", name)
-        scale = alpha is None or (math.isfinite(alpha) and alpha > 0)
-        _require("--lora.rules", scale, "a finite alpha above 0", f"{name}:{alpha}")
-
-
-def _check_mask(mask: MaskConfig) -> None:
-    _at_least(0, {"--mask.warmup": mask.warmup, "--mask.frozen-after": mask.frozen_after})
-    _at_least(-1, {"--mask.permute": mask.permute})
-    _fractions({"--mask.decay": mask.decay, "--mask.low": mask.low})
-    _require("--mask.keep", 0 < mask.keep <= 1, "a share in (0, 1]", mask.keep)
-    _above(1, {"--mask.high": mask.high})
-    _above(0, {"--mask.power": mask.power})
-
-
-def _check_step_scale(step_scale: StepScaleConfig) -> None:
-    _at_least(0, {"--step-scale.warmup": step_scale.warmup, "--step-scale.frozen-after": step_scale.frozen_after})
-    _at_least(-1, {"--step-scale.permute": step_scale.permute})
-    _fractions({"--step-scale.decay": step_scale.decay})
-    gains, share = step_scale.gains, step_scale.min_occupancy
-    _require("--step-scale.gains", min(gains) >= 0 and max(gains) > 0, "four gains, none below 0, not all 0", gains)
-    _require("--step-scale.min-occupancy", 0 <= share < 0.5, "a share in [0, 0.5)", share)
-
-
-def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    rate = optimizer.learning_rate
-    _require("--optimizer.learning-rate", math.isfinite(rate) and rate > 0, "a finite number above 0", rate)
-    factors = all(math.isfinite(factor) and factor >= 0 for _, factor in optimizer.rates)
-    _require("--optimizer.rates", factors, "finite factors, 0 or more", optimizer.rates)
-    amounts = {
-        "--optimizer.weight-decay": optimizer.weight_decay,
-        "--optimizer.clip-norm": optimizer.clip_norm,
-        "--optimizer.warmup-share": optimizer.warmup_share,
-        "--optimizer.final-ratio": optimizer.final_ratio,
-    }
-    for flag, amount in amounts.items():
-        _require(flag, math.isfinite(amount) and amount >= 0, "a finite number, 0 or more", amount)
-    _require("--optimizer.warmup-share", optimizer.warmup_share <= 1, "a share", optimizer.warmup_share)
-    _fractions({"--optimizer.b1": optimizer.b1, "--optimizer.b2": optimizer.b2})
-    _above(0, {"--optimizer.eps": optimizer.eps})
-
-
-def _check_data(data: DataConfig) -> None:
-    _at_least(1, {"--data.max-length": data.max_length, "--data.select-limit": data.select_limit})
-    limits = {"--data.eval-limit": data.eval_limit, "--data.train-limit": data.train_limit}
-    _at_least(0, limits | {"--data.workers": data.workers})
-
-
-def _check_train(train: TrainConfig) -> None:
-    batch, accumulate = train.batch_size, train.accumulate
-    _at_least(
-        1,
-        {"--train.batch-size": batch, "--train.accumulate": accumulate, "--train.log-every": train.log_every},
-    )
-    _at_least(
-        0,
-        {
-            "--train.eval-every": train.eval_every,
-            "--train.save-every": train.save_every,
-            "--train.keep": train.keep,
-            "--train.patience": train.patience,
-        },
-    )
-    _require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
-
-
-def _check_compute(compute: ComputeConfig) -> None:
-    _at_least(1, {"--compute.stats-stride": compute.stats_stride, "--compute.probe-stride": compute.probe_stride})
-    _at_least(0, {"--compute.loss-chunk": compute.loss_chunk})
-
-
-_NUMBERS = {0: "0 or more", -1: "0 or more, or -1"}
-
-
-def _at_least(least: int, counts: Mapping[str, int]) -> None:
-    for flag, count in counts.items():
-        _require(
-            flag,
-            count >= least,
-            _NUMBERS.get(least, f"at least {least}"),
-            count,
-        )
-
-
-def _above(limit: int, amounts: Mapping[str, float]) -> None:
-    for flag, amount in amounts.items():
-        _require(flag, amount > limit, f"a number above {limit}", amount)
-
-
-def _fractions(shares: Mapping[str, float]) -> None:
-    for flag, share in shares.items():
-        _require(flag, 0 <= share < 1, "a number in [0, 1)", share)
-
-
-def _require(flag: str, holds: bool, expected: str, found: object) -> None:
-    if not holds:
-        raise NaloraError(flag, expected=expected, found=found)
+def _check_rules(rules: tuple[LoRARule, ...]) -> None:
+    require("--lora.rules", bool(rules), "at least one rule", "none")
+    for rule in rules:
+        name = f"{rule.pattern}:{rule.rank}"
+        require("--lora.rules", RANK.holds(rule.rank), f"a rank that is {RANK}", name)
+        scale = rule.alpha is None or ALPHA.holds(rule.alpha)
+        require("--lora.rules", scale, f"an alpha that is {ALPHA}", f"{name}:{rule.alpha}")
+        try:
+            re.compile(rule.pattern)
+        except re.error as error:
+            remedy = f"it is no regular expression: {error}"
+            raise NaloraError("--lora.rules", expected="a pattern", found=repr(rule.pattern), remedy=remedy) from None

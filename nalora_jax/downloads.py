@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
+
+# Owner that a container shows for files of users that it does not know, the machine's root among them.
+_UNMAPPED = 65534
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,30 @@ def cache_dir() -> Path:
     """Where downloads are kept: ``$NALORA_CACHE``, else ``~/.cache/nalora_jax``."""
     root = os.environ.get("NALORA_CACHE")
     return Path(root).expanduser() if root else Path.home() / ".cache" / "nalora_jax"
+
+
+def private_dir(path: Path) -> Path:
+    """``path`` as a folder that only this user can write into, for files that are run; it is made if it is missing.
+
+    Raises:
+      PermissionError: it belongs to somebody else, is a link, or others may write into it or exchange it.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not hasattr(os, "geteuid"):  # another system's rights
+        return path
+    user = os.geteuid()
+    about = path.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != user or about.st_mode & 0o022:
+        why = "is not a folder of this user's that only this user can write into"
+        raise PermissionError(f"{path} {why} (chmod 700 it if it is yours, and remove what is in it)")
+    for parent in path.resolve().parents:
+        about = parent.stat()
+        shared = about.st_mode & 0o002 and not about.st_mode & stat.S_ISVTX
+        if shared or about.st_uid not in (0, user, _UNMAPPED):
+            raise PermissionError(f"{path} is not private: others can exchange what is in {parent}")
+    if about.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:

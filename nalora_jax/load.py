@@ -19,6 +19,7 @@ from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.nn.matmul import numerics_for
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
@@ -94,11 +95,12 @@ def load(
     dtype: str | None = None,
     quantize: Literal["none", "int8", "nf4", "run"] = "none",
     mesh: Mesh | None = None,
+    resolved: ResolvedSource | None = None,
 ) -> AdaptedModel:
     """The model called ``model``, with its adapter on; the arguments are those of `locate` and `weights.load_model`.
 
     Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
-    with ``quantize="run"``.
+    with ``quantize="run"``. Whoever has resolved the base's name gives what was found as ``resolved``.
 
     Raises:
       NaloraError: see `locate`, `weights.load_model` and `weights.peft.import_adapter`; or a tensor axis of the mesh
@@ -108,7 +110,7 @@ def load(
     compute = config_from_dict(located.run).compute
     dtype = dtype or compute.dtype
     kind = compute.quantize if quantize == "run" else quantize
-    base = load_model(located.base, dtype=dtype, mesh=mesh, quantized=None if kind == "none" else kind)
+    base = load_model(resolved or located.base, dtype=dtype, mesh=mesh, quantized=None if kind == "none" else kind)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)

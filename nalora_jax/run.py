@@ -39,13 +39,14 @@ from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.initialise import gradient_adapters
+from nalora_jax.train.inputs import check_data, check_rules
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.metrics import MetricsLog, SilentLog, write_atomically
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.card import Card, write_card
-from nalora_jax.weights.hub import ALIASES
+from nalora_jax.weights.hub import ALIASES, resolve
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,11 @@ def run(config: RunConfig, *, source: Mapping[str, Source] | None = None) -> Run
     mesh = distributed.make_mesh(config.mesh)
     started = time.perf_counter()
     kind = None if config.compute.quantize == "none" else config.compute.quantize
-    loaded = load_model(config.model, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
+    files = resolve(config.model)
+    if source is None:
+        check_data(config.data)  # before minutes go into loading the weights
+    check_rules(config.lora, files)
+    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
     log.info(
         "%s: %.0f MB of parameters in %s, loaded in %.1f s",
         loaded.source,

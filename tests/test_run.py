@@ -95,7 +95,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this module's own; runs use one or two of the simulated devices where their mesh is no larger."""
-    make = nalora_run.layout.make_mesh
+    make = nalora_run.distributed.make_mesh
 
     def make_mesh(mesh: MeshConfig, devices: Any = None) -> Any:
         count = mesh.data * mesh.fsdp * mesh.tensor
@@ -103,7 +103,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NALORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(nalora_run.layout, "make_mesh", make_mesh)
+        patch.setattr(nalora_run.distributed, "make_mesh", make_mesh)
         yield
 
 
@@ -129,6 +129,21 @@ def settings(base: Path, questions: Path) -> RunConfig:
         train=TrainConfig(batch_size=8, log_every=5, eval_every=20, save_every=10),
         compute=ComputeConfig(dtype="float32", compilation_cache=False),
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": DataConfig(dataset="none.jsonl")}, "none.jsonl: expected a readable file"),
+        ({"lora": LoRAConfig(rules=(LoRARule("nothing"),))}, "which matches nothing"),
+    ],
+)
+def test_inputs_are_judged_before_the_weights_are_read(
+    settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(nalora_run, "load_model", lambda *args, **options: pytest.fail("it was loaded"))
+    with pytest.raises(NaloraError, match=said):
+        nalora_run.run(replace(settings, output=str(tmp_path / "run"), **changes))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The command line's flags: one frozen dataclass per verb, and how they are read.
+"""The command line's flags: one frozen dataclass per verb, and the Python files that a run's flags may start from.
 
 tyro makes the flags from these classes and from `nalora_jax.config`, comments included. Nothing heavy is imported here,
 so that ``nalora --help`` answers at once.
@@ -6,26 +6,22 @@ so that ``nalora --help`` answers at once.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
 
-import tyro
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-from tyro import MISSING_NONPROP
-from tyro.conf import DisallowNone, Positional, PositionalMetavarFromFieldName, arg, subcommand
+from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.ranges import AXIS, COUNT, SEED, TOKENS, Range
 
 Dtype = Literal["bfloat16", "float32"]
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
@@ -33,14 +29,15 @@ RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
 
 def one_device() -> MeshConfig:
     """The mesh of a verb that was not asked for another one."""
-    return MeshConfig(data=1)
+    return MeshConfig(data=1, fsdp=1, tensor=1)
 
 
 @dataclass(frozen=True)
 class TrainArgs:
     """Fine-tune a model: adapters, checkpoints, metrics and a report go to --output."""
 
-    # Python file whose config() returns the RunConfig that all other flags start from.
+    # Python file whose config() returns the RunConfig that all other flags start from. It is executed: use only files
+    # that you trust.
     config: Path | None = None
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
@@ -67,6 +64,7 @@ class EvalArgs:
     dtype: Dtype | None = None
     # Hold the adapted model's projections quantized. By default as the run did, else not.
     quantize: Literal["none", "int8", "nf4"] | None = None
+    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=one_device)
 
 
@@ -94,6 +92,7 @@ class GenerateArgs:
     chat: bool | None = None
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Dtype | None = None
+    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=one_device)
 
 
@@ -185,39 +184,27 @@ class StudyArgs:
     limit: int = 0
 
 
-Args = TrainArgs | EvalArgs | GenerateArgs | ExportArgs | MergeArgs | ImportArgs | InspectArgs | ReportArgs | StudyArgs
-VERBS: dict[str, type] = {
-    "train": TrainArgs,
-    "eval": EvalArgs,
-    "generate": GenerateArgs,
-    "export": ExportArgs,
-    "merge": MergeArgs,
-    "import": ImportArgs,
-    "inspect": InspectArgs,
-    "report": ReportArgs,
-    "study": StudyArgs,
+@dataclass(frozen=True)
+class DoctorArgs:
+    """Show versions, devices, CPU kernels and caches, and what is known to go wrong with them."""
+
+
+# Numbers of the verbs' own flags; those of a run are in `nalora_jax.config`.
+_MESH = {"mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
+RANGES: dict[type, dict[str, Range]] = {
+    EvalArgs: {"limit": COUNT, **_MESH},
+    GenerateArgs: {
+        "max_new_tokens": TOKENS,
+        "temperature": Range("a number", "[0, 1000]"),
+        "top_k": COUNT,
+        "top_p": Range("a share", "(0, 1]"),
+        "seed": SEED,
+        **_MESH,
+    },
+    ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
+    InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
+    StudyArgs: {"limit": COUNT},
 }
-
-
-def parse(argv: Sequence[str]) -> tuple[str, Args]:
-    """The verb and its arguments; exits with status 2 on a flag that is unknown or wrongly typed.
-
-    Raises:
-      NaloraError: the file given by ``train --config`` is not a config.
-    """
-    defaults = {"train": _defaults(argv)} if argv[:1] == ["train"] else {}
-    arms = [_arm(kind, subcommand(name, default=defaults.get(name, MISSING_NONPROP))) for name, kind in VERBS.items()]
-    choices = reduce(or_, arms)
-    description = "Nonlinearity-aware LoRA for gated-FFN Transformers. `nalora VERB --help` lists a verb's flags."
-    markers = (PositionalMetavarFromFieldName, DisallowNone)
-    args = tyro.cli(
-        choices, prog="nalora", description=description, args=list(argv), registry=registry(), config=markers
-    )
-    return next(name for name, kind in VERBS.items() if type(args) is kind), args
-
-
-def _arm(kind: type, marker: Any) -> Any:
-    return Annotated[kind, marker]
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -234,7 +221,7 @@ def load_config(path: str | Path) -> RunConfig:
         config = function()
     except NaloraError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _bad_config(path, "config() to return a RunConfig", f"{type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
@@ -286,12 +273,39 @@ def format_rule(rule: LoRARule) -> str:
     return f"{rule.pattern}:{rule.rank}" + ("" if rule.alpha is None else f":{rule.alpha:g}")
 
 
-def _defaults(argv: Sequence[str]) -> TrainArgs:
-    """What the flags of a run start from: the file given by ``--config``, else the dataclasses' defaults."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    path = finder.parse_known_args(argv)[0].config
-    return TrainArgs() if path is None else TrainArgs(path, load_config(path))
+def typed(value: Any) -> str:
+    """A default as it would be typed; nothing for None and for what is off."""
+    if isinstance(value, tuple):
+        return " ".join(format_rule(one) if isinstance(one, LoRARule) else str(one) for one in value)
+    return "" if value is None or value is False else str(value)
+
+
+def defaults(argv: Sequence[str]) -> TrainArgs:
+    """What the flags of a run start from: the file given by ``--config``, else the dataclasses' defaults.
+
+    Raises:
+      NaloraError: no file is given, or it is not a config.
+    """
+    config = values_of(argv, "--config")
+    if config is None:
+        return TrainArgs()
+    if not config:
+        raise NaloraError("--config", expected="a Python file", found="nothing")
+    return TrainArgs(Path(config[0]), load_config(config[0]))
+
+
+def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
+    """What stands behind a flag, up to the next one; None where it is not given. The last time counts."""
+    found = None
+    for index, word in enumerate(argv):
+        name, assigned, value = word.partition("=")
+        if name == flag and assigned:
+            found = [value]
+        elif word == flag:
+            rest = argv[index + 1 :]
+            end = next((i for i, one in enumerate(rest) if one.startswith("--")), len(rest))
+            found = list(rest[:end])
+    return found
 
 
 def _load_module(path: Path) -> ModuleType:
@@ -306,7 +320,7 @@ def _load_module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except NaloraError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that ends the program must not look like a finished run
         raise _bad_config(path, "a Python file that can be run", f"{type(error).__name__}: {error}") from error
     finally:
         sys.dont_write_bytecode = write_bytecode

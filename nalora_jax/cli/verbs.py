@@ -5,16 +5,19 @@ Heavy modules are imported by the verb that needs them, so that ``nalora report`
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.cli import parser as cli
-from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
+from nalora_jax.config import DataConfig, MeshConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
+from nalora_jax.ranges import check_path
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 def train(args: cli.TrainArgs) -> None:
     """Fine-tune as the config says; `nalora_jax.run.run` prints what happens."""
+    check(args.run)  # before anything heavy is imported
+    check_new_path("--output", Path(args.run.output))
     from nalora_jax.run import run
 
     run(args.run)
@@ -37,19 +42,23 @@ def evaluate(args: cli.EvalArgs) -> None:
     with PiSSA up to rounding, as it is exported to another base than it was trained on).
     """
     from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.data.sources import open_source
     from nalora_jax.evaluate.heldout import Evaluator, describe
-    from nalora_jax.load import load
+    from nalora_jax.load import load, locate
     from nalora_jax.train.metrics import to_json, write_atomically
 
-    if args.output is not None and args.output.exists():
-        raise NaloraError(
-            str(args.output), expected="a new file", found="one that exists", remedy="choose another name"
-        )
+    if args.output is not None:
+        check_new_path("--output", args.output)
+        if args.output.exists():
+            found = f"{args.output}, which exists"
+            raise NaloraError("--output", expected="a new file", found=found, remedy="choose another name")
+    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
+    data = data_of(locate(args.model, args.adapter).run, asked)
+    with flags_of_verb():
+        open_source(data, data.eval_split).read([0])  # before a model is loaded for nothing
     mesh = mesh_of(args.mesh)
     quantize = args.quantize or "run"
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
-    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
-    data = data_of(model.located.run, asked)
     if any(value is not None for value in asked.values()):
         items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
     else:  # the very questions that the run reported on
@@ -65,12 +74,11 @@ def evaluate(args: cli.EvalArgs) -> None:
 
 def generate(args: cli.GenerateArgs) -> None:
     """Print the answer as it is made."""
-    from nalora_jax.generate import Generator, Settings
+    from nalora_jax.generate import Generator
     from nalora_jax.load import load
 
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    Settings(**settings)  # refuses what is out of range before a model is loaded
     mesh = mesh_of(args.mesh)
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh)
     tokenizer = model.base.tokenizer
@@ -117,7 +125,8 @@ def merge(args: cli.MergeArgs) -> None:
     found = hub.resolve(located.base)
     # Merged in float32 and rounded once: what the files hold must not be rounded on loading.
     stored = _stored_dtype(found.path / "config.json") if found.kind == "hf" else ""
-    model = load(args.model, adapter=args.adapter, dtype="bfloat16" if stored == "bfloat16" else "float32")
+    dtype = "bfloat16" if stored == "bfloat16" else "float32"
+    model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=found)
     base, lora = model.base, _lora(model)
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
@@ -148,16 +157,23 @@ def inspect(args: cli.InspectArgs) -> None:
     """Print the table of every layer's gates, and draw the picture if asked for."""
     from rich.console import Console
 
-    from nalora_jax.load import load
+    from nalora_jax.data.sources import open_source
+    from nalora_jax.load import load, locate
     from nalora_jax.report.inspect import check_picture, layer_table, save_picture
     from nalora_jax.report.inspection import TEXTS, inspect_texts
 
     if args.picture is not None:
         check_picture(args.picture)  # before minutes are spent
+        check_new_path("--picture", args.picture)
+    data = None
+    if args.dataset is not None:
+        run = locate(args.model, args.adapter).run
+        data = replace(_run_data(run), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
+        with flags_of_verb():
+            open_source(data, data.eval_split).read([0])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype)
     texts: Sequence[str] = args.texts or TEXTS
-    if args.dataset is not None:
-        data = replace(_run_data(model.located.run), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
+    if data is not None:
         texts = dataset_texts(data, model.base.tokenizer)
     summary = inspect_texts(model, texts, max_length=args.max_length, seed=args.seed)
     adapter = f" + {model.located.adapter}" if model.located.adapter else ""
@@ -262,19 +278,41 @@ def _stored_dtype(path: Path) -> str:
 
 def _refuse_existing(folder: Path) -> None:
     """Before a model is loaded for nothing."""
+    check_new_path("--output", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "choose another --output; nothing was changed"
         raise NaloraError(str(folder), expected="a new or empty folder", found="something else", remedy=remedy)
 
 
-VERBS: dict[str, Callable[[Any], None]] = {
-    "train": train,
-    "eval": evaluate,
-    "generate": generate,
-    "export": export,
-    "merge": merge,
-    "import": import_,
-    "inspect": inspect,
-    "report": report,
-    "study": study,
-}
+def check_new_path(flag: str, path: Path) -> None:
+    """Refuses a path that cannot be made: a name that is too long, or below a file.
+
+    Raises:
+      NaloraError: names the flag.
+    """
+    check_path(flag, path)
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NaloraError(flag, expected="a path in a folder", found=f"{path}, and {above} is a file")
+    if above is not None and not path.exists() and not os.access(above, os.W_OK):
+        raise NaloraError(flag, expected="a folder that can be written", found=f"{above}, which cannot")
+
+
+@contextlib.contextmanager
+def flags_of_verb() -> Iterator[None]:
+    """Names of a run's data settings in errors become those of the verb's own flags."""
+    names = {"--data.dataset": "--dataset", "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
+    try:
+        yield
+    except NaloraError as error:
+        if error.where not in names:
+            raise
+        own = names[error.where]
+        raise NaloraError(own, expected=error.expected, found=error.found, remedy=error.remedy) from error
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise NaloraError("--prompt -", expected="text in UTF-8 on standard input", found=error) from error

@@ -2,30 +2,46 @@
 
 XLA allocates a program's temporary buffers from that heap. On a CPU a training step then touches hundreds of thousands
 of new 4 kB pages; in pages of 2 MB it is about a tenth faster (docs/benchmarks.md).
+
+Starting a process again loses whatever it has done. So only a process that is one of this library's commands and
+nothing else starts again, before it has done anything, and at most once: a mark in the environment says that it has
+been, because the C library takes GLIBC_TUNABLES away from processes with more rights than their user's (setgid).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 VARIABLE = "GLIBC_TUNABLES"
+MARK = "NALORA_RESTARTED"
 _SETTING = "glibc.malloc.hugetlb"
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# Options of the interpreter before its program: those without a value, and those with one (which may be attached).
+_FLAGS = re.compile(r"-[bBdEiIOPqRsSuvx]+")
+_VALUED = re.compile(r"-[XW](?P<value>.*)")
 
 
 def restart() -> None:
     """Starts this process again, in place and once, with huge pages; does nothing where they are not to be had.
 
-    For the first line of a command: what the process has done until then is done again. Process id, standard streams
-    and arguments stay. ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` in the environment turns it off.
+    For the first line of a command. Process id, standard streams and arguments stay. Does nothing in a process that is
+    not a command of this library's (see `is_command`). ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` in the environment
+    turns it off.
     """
     value = tunables(os.environ, platform.libc_ver(), _kernel_setting())
-    if value is not None and sys.executable:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: value})
+    if value is None or not sys.executable or _has_more_rights() or not is_command(sys.orig_argv, _main_module()):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: value, MARK: "1"})
+    except OSError:  # an interpreter that was replaced meanwhile, an environment that is too long: it runs as it is
+        return
 
 
 def tunables(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> str | None:
@@ -42,9 +58,71 @@ def tunables(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> 
     """
     given = environ.get(VARIABLE, "")
     name, version = libc
-    if _SETTING in given or name != "glibc" or not kernel or "[never]" in kernel or not _knows_setting(version):
+    if MARK in environ or _SETTING in given:
+        return None
+    if name != "glibc" or not kernel or "[never]" in kernel or not _knows_setting(version):
         return None
     return ":".join(filter(None, (given, f"{_SETTING}=1")))
+
+
+def is_command(argv: Sequence[str], main: tuple[str, str]) -> bool:
+    """Whether a process was started as ``nalora``, ``python -m nalora_jax`` or ``python train.py``, and is that still.
+
+    A notebook, a script on standard input or ``-c``, a debugger, or a program that runs this library by `runpy` is not.
+
+    Args:
+      argv: what the process was started with, interpreter first (`sys.orig_argv`).
+      main: name and file of its module ``__main__``.
+    """
+    name, file = main
+    program = _program(argv)
+    if program == ("-m", "nalora_jax"):
+        return name == "nalora_jax.__main__"
+    if program is None or program[0] == "-m" or not _is_same(program[1], file):
+        return False
+    return _is_same(file, Path(__file__).parents[2] / "train.py") or _is_console_script(Path(file))
+
+
+def _program(argv: Sequence[str]) -> tuple[str, str] | None:
+    """``("-m", module)`` or ``("", script)``; None for anything else."""
+    rest = iter(argv[1:])
+    for one in rest:
+        if one == "-m":
+            return "-m", next(rest, "")
+        if not one.startswith("-"):
+            return "", one
+        if valued := _VALUED.fullmatch(one):
+            if not valued["value"]:
+                next(rest, "")
+        elif not _FLAGS.fullmatch(one):
+            return None
+    return None
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_console_script(path: Path) -> bool:
+    """Whether a file is the little script that an installer writes for ``nalora``."""
+    try:
+        return path.name == "nalora" and b"nalora_jax.__main__" in path.read_bytes()[:4096]
+    except OSError:
+        return False
+
+
+def _main_module() -> tuple[str, str]:
+    main = sys.modules.get("__main__")
+    name = getattr(getattr(main, "__spec__", None), "name", "")
+    return str(name), str(getattr(main, "__file__", "") or "")
+
+
+def _has_more_rights() -> bool:
+    """Whether the process has another user's or group's rights, so that the C library ignores what it is asked for."""
+    return os.getuid() != os.geteuid() or os.getgid() != os.getegid()
 
 
 def _knows_setting(version: str) -> bool:

@@ -6,6 +6,7 @@ A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequ
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import sys
@@ -226,7 +227,7 @@ def open_source(
             "--data.dataset",
             expected='a task of this library, "tfds:<name>" or the path of a JSONL file',
             found=repr(name),
-            remedy="the tasks are " + ", ".join(tasks.NAMES),
+            remedy=_meant(name) + "the tasks are " + ", ".join(tasks.NAMES),
         )
     return JsonlSource(split) if _is_path(split) else JsonlSource(name, split)
 
@@ -249,6 +250,12 @@ def check_disjoint(train: Source, held_out: Source) -> None:
                     found=f"{held_out.name}, which shares {shared} with it",
                     remedy='hold some out, e.g. --data.train-split "train[:-5%]" --data.eval-split "train[-5%:]"',
                 )
+
+
+def _meant(name: str) -> str:
+    """The start of a remedy: the task that was probably meant."""
+    near = difflib.get_close_matches(name, tasks.NAMES, 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _is_path(text: str) -> bool:
@@ -276,7 +283,7 @@ def _open_task(name: str, split: str, cache: Path) -> Any:
     finished = Path(builder().data_dir) / "dataset_info.json"
     if not finished.exists():
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; a command's stdout is its result
+            with _tfds_output():
                 builder().download_and_prepare()
         except OSError:
             if not finished.exists():  # else another process was first
@@ -287,8 +294,19 @@ def _open_task(name: str, split: str, cache: Path) -> Any:
 def _open_tfds(name: str, split: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with _tfds_output():
         return tfds.data_source(name, split=split, data_dir=data_dir or None)
+
+
+@contextlib.contextmanager
+def _tfds_output() -> Iterator[None]:
+    """TFDS prints, and a command's stdout is its result; its bars are for terminals, not for logs."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 @contextlib.contextmanager

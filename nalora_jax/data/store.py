@@ -22,6 +22,7 @@ from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
+from nalora_jax.notes import counting
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -120,13 +121,15 @@ def _selection(size: int, limit: int, seed: int) -> np.ndarray:
 
 def _examples(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> Iterator[Example]:
     """Tokenized records, not yet cut."""
-    for start in range(0, len(indices), _CHUNK):
-        chunk = indices[start : start + _CHUNK].tolist()
-        records = zip(chunk, source.read(chunk), strict=True)
-        texts = [render(record, config, tokenizer, source.where(index)) for index, record in records]
-        for index, example in zip(chunk, tokenize(texts, tokenizer), strict=True):
-            _check(example, config, source.where(index))
-            yield example
+    with counting("tokenizing", len(indices)) as done:
+        for start in range(0, len(indices), _CHUNK):
+            chunk = indices[start : start + _CHUNK].tolist()
+            records = zip(chunk, source.read(chunk), strict=True)
+            texts = [render(record, config, tokenizer, source.where(index)) for index, record in records]
+            for index, example in zip(chunk, tokenize(texts, tokenizer), strict=True):
+                _check(example, config, source.where(index))
+                yield example
+            done(len(chunk))
 
 
 def _check(example: Example, config: DataConfig, where: str) -> None:

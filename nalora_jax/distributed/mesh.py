@@ -49,9 +49,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def smallest_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over no more devices than its axes ask for (-1: all of them)."""
+    """The mesh over no more devices than its axes ask for: all of them where "data" is left open, or an axis is -1."""
     sizes = (config.data, config.fsdp, config.tensor)
-    wanted = None if min(sizes) < 0 else math.prod(max(size, 1) for size in sizes)
+    wanted = None if min(sizes) < 0 or config.data == 0 else math.prod(max(size, 1) for size in sizes)
     return make_mesh(config, jax.devices()[:wanted])
 
 

@@ -20,6 +20,7 @@ from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.matmul import pack_views, packed
+from nalora_jax.notes import counting
 
 # Floats of one chunk of logits.
 _CHUNK_FLOATS = 1 << 23
@@ -66,10 +67,12 @@ def score_groups(
     layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
     variables = viewed(variables)
     scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
-    for batch, pairs in make_batches(splits, layout):
-        log_probs, greedy = _score_batch(model, variables, batch, mesh)
-        for (group, pair), score in zip(pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True):
-            scores[group][pair] = score
+    with counting("evaluating", sum(map(len, scores))) as done:
+        for batch, pairs in make_batches(splits, layout):
+            log_probs, greedy = _score_batch(model, variables, batch, mesh)
+            for (group, pair), score in zip(pairs, _by_owner(batch.owner, log_probs, greedy, len(pairs)), strict=True):
+                scores[group][pair] = score
+            done(len(pairs))
     return scores
 
 

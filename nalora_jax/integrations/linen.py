@@ -8,11 +8,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import unfreeze
 
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.integrations.layers import ROWS, Dense, Unfit, arrangements, examine, no_product, randomised
 from nalora_jax.integrations.model import Foreign, Keymap, Projection, choose_targets, folded
 from nalora_jax.nn.ffn import GateStatsConfig
 
@@ -24,34 +26,43 @@ class ForeignLinen(Foreign):
     """See `adapt_linen`."""
 
     module: nn.Module
+    example: tuple[tuple[Any, ...], dict[str, Any]]  # arguments and options of a call
 
     def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
         by_own = {target.projection.own: target for target in self.targets}
         reached: set[str] = set()
 
-        def add(module: nn.Module, own: str, x: jax.Array, base: jax.Array) -> jax.Array:
+        def add(module: nn.Module, own: str, args: Any, options: Any, base: jax.Array) -> jax.Array:
+            del options
             if own not in by_own:
                 return base
             reached.add(own)
-            return self._adapted(by_own[own], x, base, module.get_variable("params", _BESIDE))
+            return self._adapted(by_own[own], args[0], base, module.get_variable("params", _BESIDE))
 
         variables = dict(variables)
         variables["params"] = _with_leaves(unfreeze(variables["params"]), leaves)
-        with nn.intercept_methods(_on_dense(add)):
+        with nn.intercept_methods(_on_layers(add)):
             out = self.module.apply(variables, *args, **options)
         missed = sorted(set(by_own) - reached)
         if missed:
             raise NaloraError(missed[0], expected="a call, as with the example", found="none: its adapter did nothing")
         return out
 
-    def merge(self, variables: Any, lora: Any) -> Any:
-        """The module's variables with every adapter folded into its kernel."""
+    def _plain(self, variables: Any, args: Any, options: Any) -> Any:
+        return self.module.apply(variables, *args, **options)
+
+    def _merged(self, variables: Any, lora: Any) -> Any:
         params, flat = unfreeze(variables["params"]), trees.flatten(lora)
         for target in self.targets:
-            node = _node(params, target.projection.own)
-            kernel = folded(nn.meta.unbox(node["kernel"]), target, flat)
-            params = _set(params, target.projection.own, "kernel", nn.meta.replace_boxed(node["kernel"], kernel))
+            own, name = target.projection.own, target.projection.dense.parameter
+            stored = _node(params, own)[name]
+            kernel = folded(nn.meta.unbox(stored), target, flat)
+            params = _set(params, own, name, nn.meta.replace_boxed(stored, kernel))
         return dict(variables) | {"params": params}
+
+    @property
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.example
 
 
 def adapt_linen(
@@ -67,13 +78,14 @@ def adapt_linen(
 ) -> ForeignLinen:
     """A Linen module of the user's with low-rank adapters on its dense layers, nothing of it changed.
 
-    A dense layer is any submodule with a parameter ``kernel`` whose call contracts the last axes of its input with it:
-    `nn.Dense`, `nn.DenseGeneral`, and most people's own. Layers may be unrolled, scanned, mapped or rematerialised.
+    A dense layer is any submodule that computes ``x @ kernel`` or ``x @ kernel.T``, perhaps with a bias, whatever its
+    class and its parameters are called: `nn.Dense`, `nn.DenseGeneral`, and most people's own. Each is run once on
+    random numbers to find that out. Layers may be unrolled, scanned, mapped or rematerialised.
 
     Args:
       module: the model.
       variables: its variables, as ``module.apply`` takes them; arrays or shapes.
-      example: arguments of a call, by whose trace the dense layers are found; nothing is computed.
+      example: arguments of a call, by whose trace the layers are found; ``merge`` compares on them.
       keymap: ordered pairs (regular expression of a dense layer's whole path, name), the first that matches, with
         groups, e.g. ``(r"blocks_(\\d+)/mlp/w1", r"layers/\\1/ffn/gate_proj")``. A layer named ``.../gate_proj`` (or
         ``in_proj``, of a block that is not gated) is a gate, and the mechanisms act on it; those without a pair keep
@@ -93,64 +105,115 @@ def adapt_linen(
     """
     found = _projections(module, variables, example, options)
     targets = choose_targets(found, keymap, lora or LoRAConfig(), activation)
-    return ForeignLinen(targets, stats or GateStatsConfig(), module)
+    return ForeignLinen(targets, stats or GateStatsConfig(), module, (tuple(example), options))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A layer of the model, as a call found it: shapes alone."""
+
+    layer: nn.Module  # on its own
+    variables: Any
+    args: Any
+    options: Any
+    out: Any
+
+    @property
+    def own_params(self) -> dict[str, Any]:
+        """Parameters that the layer itself holds, its sublayers' left out."""
+        return {name: leaf for name, leaf in self.variables["params"].items() if hasattr(leaf, "shape")}
 
 
 def _projections(module: nn.Module, variables: Any, example: Sequence[Any], options: Any) -> list[Projection]:
-    """Every dense layer that a call of the module reaches."""
+    """Every layer with a matrix of its own that a call of the module reaches."""
     params = nn.meta.unbox(unfreeze(variables["params"]))
-    found: dict[str, Projection] = {}
+    seen: dict[str, _Seen] = {}
 
-    def record(module: nn.Module, own: str, x: jax.Array, base: jax.Array) -> jax.Array:
-        shape = nn.meta.unbox(module.get_variable("params", "kernel")).shape
-        cut = _contracted(x.shape, base.shape, shape)
-        stored = _node(params, own)["kernel"].shape
-        found[own] = Projection(own, stored[: len(stored) - len(shape)], shape[:cut], shape[cut:])
-        return base
+    def record(module: nn.Module, own: str, args: Any, options: Any, out: Any) -> Any:
+        if own and own not in seen:
+            inner = nn.meta.unbox(unfreeze(module.variables))
+            seen[own] = _Seen(module.clone(parent=None, name=None), *map(_shapes, (inner, args, options, out)))
+        return out
 
     def call(variables: Any, example: Any) -> Any:
-        with nn.intercept_methods(_on_dense(record)):
+        with nn.intercept_methods(_on_layers(record)):
             return module.apply(variables, *example, **options)
 
     jax.eval_shape(call, variables, tuple(example))
-    return [found[own] for own in sorted(found)]
+    known: dict[Any, Dense | Unfit] = {}  # equal layers are run once
+    found = []
+    for own in sorted(seen):
+        layer = _examined(seen[own], known)
+        name = layer.parameter if isinstance(layer, Dense) else next(iter(seen[own].own_params))
+        stored, shape = _node(params, own)[name].shape, seen[own].own_params[name].shape
+        found.append(Projection(own, stored[: len(stored) - len(shape)], layer))
+    return found
 
 
-def _on_dense(function: Any) -> Any:
-    """An interceptor that hands input and output of every dense layer to ``function(module, path, x, y) -> y``."""
+def _examined(seen: _Seen, known: dict[Any, Dense | Unfit]) -> Dense | Unfit:
+    """How a layer multiplies its input: it is run on few rows of random numbers, unless an equal one was."""
+    x, out, own = seen.args[0], seen.out, seen.own_params
+    if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):
+        return Unfit("its input is not an array of real numbers")
+    if not hasattr(out, "shape"):
+        return Unfit(f"it returns {type(out).__name__}, not one array")
+    shapes = {name: leaf.shape for name, leaf in own.items()}
+    possible = arrangements(shapes, x.shape, out.shape)
+    if not possible:
+        return Unfit(no_product(shapes, x.shape, out.shape))
+    if len(jax.tree.leaves((seen.args, seen.options))) == 1:  # other arrays might have to go with the rows
+        rows = x.ndim - max(len(one.inputs) for one in possible)
+        x = jax.ShapeDtypeStruct((*(min(n, ROWS) for n in x.shape[:rows]), *x.shape[rows:]), x.dtype)
+    try:
+        key = (seen.layer, x.shape, x.dtype, str(seen.variables), str(seen.args), str(seen.options))
+        if key in known:
+            return known[key]
+    except TypeError:  # a field of the layer that cannot be hashed
+        key = None
+    values, first, rest, options = randomised((seen.variables, x, seen.args[1:], seen.options))
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+
+    def run(x: Any) -> Any:
+        return seen.layer.apply(values, x, *rest, rngs=rngs, mutable=True, **options)[0]
+
+    layer = examine(run, {name: values["params"][name] for name in own}, first)
+    if key is not None:
+        known[key] = layer
+    return layer
+
+
+def _shapes(tree: Any) -> Any:
+    """``tree`` with shapes for its arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf, tree
+    )
+
+
+def _on_layers(function: Any) -> Any:
+    """An interceptor that hands the calls of every layer with a matrix of its own to a function.
+
+    The function gets ``(module, path, args, options, out)`` and returns what the layer returns instead of ``out``.
+    """
     inside: list[str] = []
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         module, own = context.module, "/".join(context.module.path)
         # A transformed class (nn.remat(nn.Dense)) calls itself once more under the same path.
-        if (
-            context.method_name != "__call__"
-            or own in inside
-            or not args
-            or not module.has_variable("params", "kernel")
-        ):
+        if context.method_name != "__call__" or own in inside or not args or not _has_matrix(module):
             return call(*args, **options)
         inside.append(own)
         try:
             out = call(*args, **options)
         finally:
             inside.pop()
-        x, kernel = args[0], nn.meta.unbox(module.get_variable("params", "kernel"))
-        fits = hasattr(out, "shape") and _contracted(x.shape, out.shape, kernel.shape)
-        return function(module, own, x, out) if fits else out
+        return function(module, own, args, options, out)
 
     return intercept
 
 
-def _contracted(x: tuple[int, ...], out: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-    """How many of the kernel's axes are contracted with the last ones of x; 0 if the shapes do not say so.
-
-    Example: x ``[2, 7, 4, 8]``, kernel ``[4, 8, 32]`` and out ``[2, 7, 32]`` give 2.
-    """
-    for cut in range(1, len(kernel)):
-        if x[-cut:] == kernel[:cut] and out == (*x[:-cut], *kernel[cut:]):
-            return cut
-    return 0
+def _has_matrix(module: nn.Module) -> bool:
+    params = nn.meta.unbox(unfreeze(module.variables)).get("params", {})
+    return any(len(getattr(leaf, "shape", ())) > 1 for name, leaf in params.items() if name != _BESIDE)
 
 
 def _with_leaves(params: dict[str, Any], leaves: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

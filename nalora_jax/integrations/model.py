@@ -20,10 +20,12 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nalora_jax import activations, selection, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.integrations.layers import Dense, Unfit
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
 from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.low_rank import adapter_scale, init_a, residual
@@ -36,17 +38,33 @@ Keymap = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Projection:
-    """One dense layer of the user's model: ``x @ kernel``, perhaps with a bias."""
+    """One layer of the user's model that has a kernel, and how it multiplies by it; or why it cannot be adapted."""
 
     own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
     lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
-    inputs: tuple[int, ...]  # axes of the kernel that are contracted with the last ones of x
-    outputs: tuple[int, ...]
+    layer: Dense | Unfit
+
+    @property
+    def dense(self) -> Dense:
+        """The product; only of what was not refused."""
+        assert isinstance(self.layer, Dense)
+        return self.layer
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Axes of the kernel that are contracted with the last ones of x."""
+        return self.dense.inputs
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The kernel's other axes."""
+        return self.dense.outputs
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """Shape of the stored kernel."""
-        return (*self.lead, *self.inputs, *self.outputs)
+        sides = (self.outputs, self.inputs) if self.dense.transposed else (self.inputs, self.outputs)
+        return (*self.lead, *sides[0], *sides[1])
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,35 @@ class Foreign(ABC):
         """The user's model with ``leaves`` (by own path) beside its kernels."""
 
     @abstractmethod
-    def merge(self, variables: Any, lora: Any) -> Any:
-        """The user's variables with every adapter folded into its kernel: what is served."""
+    def _merged(self, variables: Any, lora: Any) -> Any:
+        """The user's variables with every adapter folded into its kernel."""
+
+    @abstractmethod
+    def _plain(self, variables: Any, args: Any, options: Any) -> Any:
+        """The user's model without adapters."""
+
+    def merge(self, variables: Any, lora: Any, *args: Any, **options: Any) -> Any:
+        """The user's variables with every adapter folded into its kernel: what is served.
+
+        With the arguments of a call, the merged model is run on them and compared with `apply`: a kernel that the
+        model also reads in another way than through its layer is found that way. A Linen module's example is taken
+        where none are given; under `jax.jit` and without numbers nothing is compared.
+
+        Raises:
+          NaloraError: the merged model gives another result than the adapted one.
+        """
+        merged = self._merged(variables, lora)
+        args, options = (args, options) if args else self._example
+        if args and _holds_numbers((variables, lora, args, options)):
+            adapted = jax.jit(lambda v, a: self.apply(v, a, *args, **options))(variables, lora)
+            run = jax.jit(lambda v: self._plain(v, args, options))
+            _check_merged(run(merged), adapted, run(variables))
+        return merged
+
+    @property
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call, where they are known."""
+        return (), {}
 
     @property
     def gates(self) -> dict[str, str]:
@@ -228,6 +273,30 @@ def _observed_bwd(statistics: Any, sums: Any, g: jax.Array) -> Any:
 _observed.defvjp(_observed_fwd, _observed_bwd)
 
 
+def _holds_numbers(tree: Any) -> bool:
+    """Whether there are numbers to compare with: not shapes alone, and not traced."""
+    leaves = jax.tree.leaves(tree)
+    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def _check_merged(merged: Any, adapted: Any, base: Any) -> None:
+    """Raises unless ``merged`` is ``adapted`` up to rounding, measured by what the adapters change."""
+    for one, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
+        if not jnp.issubdtype(getattr(want, "dtype", jnp.int32), jnp.floating):
+            continue
+        one, want, before = (np.asarray(leaf, np.float32) for leaf in (one, want, before))
+        short = jnp.finfo(jax.tree.leaves(adapted)[0].dtype).bits < 32
+        allowed = 0.05 * np.abs(want - before).max(initial=0) + (3e-2 if short else 1e-3) * np.abs(want).max(initial=0)
+        found = np.abs(one - want).max(initial=0)
+        if not found <= allowed:
+            raise NaloraError(
+                "merge",
+                expected=f"the adapted model's result, within {allowed:.2g}",
+                found=f"a difference of {found:.2g}",
+                remedy="a kernel is also used outside of the layer that holds it: leave that layer unadapted",
+            )
+
+
 def _flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:
     return projection.lead, math.prod(projection.inputs), math.prod(projection.outputs)
 
@@ -248,15 +317,18 @@ def choose_targets(
 
     Raises:
       NaloraError: a pattern of the keymap or a rule that matches nothing, two projections of one name, a rank or alpha
-        out of range, a variant that needs the layer's own code.
+        out of range, a variant that needs the layer's own code, a layer that does not compute ``x @ kernel + bias``.
     """
     _check_variant(lora)
     activations.get(activation)  # an unknown name is an error whether there is a gate or not
     named = _named(projections, keymap)
     rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
+    usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
+    for path, rule in rules.items():
+        usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Dense)
     targets = []
     for path, rule in rules.items():
-        if rule.rank == 0:
+        if rule.rank == 0 or not _fits(named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]):
             continue
         _, d_in, d_out = _flat_shape(named[path])
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
@@ -273,6 +345,25 @@ def choose_targets(
     if not any(target.gate for target in targets):
         log.warning("no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing")
     return tuple(targets)
+
+
+def _fits(projection: Projection, path: str, where: str, beside_others: bool) -> bool:
+    """Whether a layer that a rule found is adapted; one that only resembles a dense layer is an error.
+
+    Embeddings, convolutions and the like, which a wide pattern finds beside dense layers, are left as they are, and
+    said.
+    """
+    if isinstance(projection.layer, Dense):
+        return True
+    if beside_others and not projection.layer.dense:
+        log.warning("%s finds %s, which is left as it is: %s", where, path, projection.layer.reason)
+        return False
+    raise NaloraError(
+        f"{where}: {projection.own}",
+        expected="a layer that computes x @ kernel + bias",
+        found=f"another one: {projection.layer.reason}",
+        remedy="leave it out with a rule of rank 0 before this one",
+    )
 
 
 def _check_variant(lora: LoRAConfig) -> None:
@@ -309,4 +400,6 @@ def folded(kernel: Any, target: Target, lora: Mapping[str, Any]) -> jax.Array:
     a, b = (lora[f"{target.path}/{name}"] for name in ("a", "b"))
     chex.assert_shape(kernel, target.projection.kernel_shape)
     delta = target.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    if target.projection.dense.transposed:
+        delta = jnp.swapaxes(delta, -1, -2)
     return (kernel.astype(jnp.float32) + delta.reshape(kernel.shape)).astype(kernel.dtype)

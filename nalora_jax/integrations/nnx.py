@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.integrations.layers import ROWS, Dense, Unfit, examine, randomised
 from nalora_jax.integrations.model import Foreign, Keymap, Projection, Target, choose_targets, folded
 from nalora_jax.nn.ffn import GateStatsConfig
 
@@ -22,38 +27,65 @@ class _Leaf(nnx.Variable):
 class _Adapted(nnx.Module):
     """A linear layer of the user's with what is beside its kernel."""
 
-    def __init__(self, foreign: ForeignNNX, target: Target, layer: nnx.Linear, leaves: Mapping[str, Any]) -> None:
+    def __init__(
+        self, foreign: ForeignNNX, target: Target, layer: nnx.Module, leaves: Mapping[str, Any], reached: set[str]
+    ) -> None:
         self.layer = layer
         self.leaves = nnx.data({name: _Leaf(value) for name, value in trees.flatten(dict(leaves)).items()})
         self.add = lambda x, y, leaves: foreign._adapted(target, x, y, leaves)
+        self.reach = lambda: reached.add(target.projection.own)
 
-    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        self.reach()
         leaves = trees.unflatten({name: leaf[...] for name, leaf in self.leaves.items()})
-        return self.add(x, self.layer(x, **options), leaves)
+        return self.add(x, self.layer(x, *args, **options), leaves)
 
 
 @dataclass(frozen=True)
 class ForeignNNX(Foreign):
-    """See `adapt_nnx`."""
+    """See `adapt_nnx`.
+
+    ``apply`` and the function that ``gradients`` hands to the loss take ``return_state=True``: then they return the
+    model's result and its state after the call. Without it a call that changes the state (a dropout's counter, running
+    statistics of a batch norm) is an error, because the change would be lost.
+    """
 
     graph: Any
 
     def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
+        options = dict(options)
+        return_state = options.pop("return_state", False)
         model = nnx.merge(self.graph, variables, copy=True)
+        reached: set[str] = set()
+        layers = {}
         for target in self.targets:
-            parent, name = _parent(model, target.projection.own)
-            wrapped = _Adapted(self, target, _child(parent, name), leaves[target.projection.own])
-            if isinstance(parent, nnx.Module) and not name.isdigit():
-                setattr(parent, name, wrapped)
-            else:
-                parent[int(name) if name.isdigit() else name] = wrapped
-        return model(*args, **options)
+            own = target.projection.own
+            layers[own] = _child(*_parent(model, own))
+            _replace(model, own, _Adapted(self, target, layers[own], leaves[own], reached))
+        out = model(*args, **options)
+        missed = sorted(set(layers) - reached)
+        if missed:
+            raise NaloraError(missed[0], expected="a call of this layer", found="none: its adapter did nothing")
+        for own, layer in layers.items():
+            _replace(model, own, layer)
+        after = nnx.state(model)
+        if return_state:
+            return out, after
+        _refuse_changes(variables, after)
+        return out
 
-    def merge(self, variables: Any, lora: Any) -> Any:
-        """The model's state with every adapter folded into its kernel."""
+    def _plain(self, variables: Any, args: Any, options: Any) -> Any:
+        options = dict(options)
+        return_state = options.pop("return_state", False)
+        model = nnx.merge(self.graph, variables, copy=True)
+        out = model(*args, **options)
+        return (out, nnx.state(model)) if return_state else out
+
+    def _merged(self, variables: Any, lora: Any) -> Any:
         model, flat = nnx.merge(self.graph, variables, copy=True), trees.flatten(lora)
         for target in self.targets:
-            kernel = _child(*_parent(model, target.projection.own)).kernel
+            layer = _child(*_parent(model, target.projection.own))
+            kernel = getattr(layer, target.projection.dense.parameter)
             kernel[...] = folded(kernel[...], target, flat)
         return nnx.state(model)
 
@@ -67,7 +99,11 @@ def adapt_nnx(
     activation: str = "silu",
     stats: GateStatsConfig | None = None,
 ) -> ForeignNNX:
-    """An NNX model of the user's with low-rank adapters on its `nnx.Linear` layers, nothing of it changed.
+    """An NNX model of the user's with low-rank adapters on its linear layers, nothing of it changed.
+
+    A linear layer is any module that computes ``x @ kernel`` or ``x @ kernel.T``, perhaps with a bias: `nnx.Linear`,
+    `nnx.LinearGeneral`, and most people's own with a parameter of two axes. Each is run once on random numbers to find
+    that out.
 
     Args:
       graph, state: ``nnx.split(model)``; ``state`` is what ``apply`` and ``gradients`` take as variables.
@@ -75,20 +111,111 @@ def adapt_nnx(
         indices, e.g. ``layers/0/mlp/gate_proj``.
 
     Raises:
-      NaloraError: see `nalora_jax.integrations.model.choose_targets`.
+      NaloraError: see `nalora_jax.integrations.model.choose_targets`; or a layer stands at two places of the model.
 
     Example:
       >>> graph, state = nnx.split(model)
       >>> adapted = adapt_nnx(graph, state, keymap=[(r"layers/(\\d+)/mlp/(.*)", r"layers/\\1/ffn/\\2")])
       >>> logits = adapted.apply(state, adapted.init(jax.random.key(0)), tokens)
+      >>> logits, state = adapted.apply(state, lora, tokens, return_state=True)  # of a model with dropout
     """
+    model = nnx.merge(graph, state)
+    shared = _shared(model)
     found = []
-    for path, module in nnx.iter_modules(nnx.merge(graph, state)):
-        if isinstance(module, nnx.Linear):
-            shape = module.kernel[...].shape
-            found.append(Projection("/".join(map(str, path)), shape[:-2], shape[-2:-1], shape[-1:]))
+    for path, module in nnx.iter_modules(model):
+        params = _own_params(module)
+        if path and any(len(shape) > 1 for shape in params.values()):
+            lead, layer = _examined(module, params)
+            if shared & {id(module), *(id(getattr(module, name)) for name in params)}:
+                layer = Unfit("it, or its kernel, stands at two places of the model", dense=True)
+            found.append(Projection("/".join(map(str, path)), lead, layer))
     targets = choose_targets(sorted(found, key=lambda p: p.own), keymap, lora or LoRAConfig(), activation)
     return ForeignNNX(targets, stats or GateStatsConfig(), graph)
+
+
+def _own_params(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a module itself holds."""
+    return {name: leaf.shape for name, leaf in vars(module).items() if isinstance(leaf, nnx.Param)}
+
+
+def _shared(model: Any) -> set[int]:
+    """Identities of the modules and parameters that stand at more than one place."""
+    places: Counter[int] = Counter()
+    for _, module in nnx.iter_modules(model):
+        places.update(id(child) for _, child in nnx.iter_children(module))
+    return {one for one, count in places.items() if count > 1}
+
+
+def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], Dense | Unfit]:
+    """Leading axes of a module's parameters, and how one slice of it multiplies its input."""
+    inputs, lead = _inputs(module, params)
+    graph, state = nnx.split(module)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(lead) :], leaf.dtype), state)
+    values = randomised(one)
+    flat = {name: values[name][...] for name in params}
+    reasons = []
+    for shape in inputs:
+        x = randomised(jax.ShapeDtypeStruct((ROWS, *shape), jnp.float32), seed=1)
+        layer = examine(lambda x: nnx.merge(graph, values, copy=True)(x), flat, x)
+        if isinstance(layer, Dense):
+            return lead, layer
+        reasons.append(layer)
+    return lead, next((one for one in reasons if one.dense), reasons[0])
+
+
+def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """Shapes of the input to try, and the axes that stand before the layer's own (stacked layers)."""
+    if isinstance(module, nnx.Linear):
+        shape = params["kernel"]
+        return [shape[-2:-1]], shape[:-2]
+    if isinstance(module, nnx.LinearGeneral):
+        inputs = tuple(np.ravel(module.in_features).tolist())
+        shape = params["kernel"]
+        own = len(inputs) + len(np.ravel(module.out_features))
+        lead = shape[: len(shape) - own] if not module.batch_axis else ()
+        return [inputs], lead
+    shape = next(shape for shape in params.values() if len(shape) > 1)
+    return list(dict.fromkeys([shape[:1], shape[-1:]])), ()
+
+
+def _refuse_changes(before: Any, after: Any) -> None:
+    """Raises if a call has changed the state otherwise than in its parameters, as far as can be seen.
+
+    Traced numbers that went through `nnx.remat` or `nnx.scan` come out as others even if they are equal.
+    """
+    known = dict(nnx.to_flat_state(before))
+    changed = []
+    for path, variable in nnx.to_flat_state(after):
+        if isinstance(variable, nnx.Param):
+            continue
+        old = known.get(path)
+        if old is None or not _same(old.get_value(), variable.get_value()):
+            changed.append(f"{'/'.join(map(str, path))} ({type(variable).__name__})")
+    if changed:
+        raise NaloraError(
+            "apply",
+            expected="a model whose state no call changes",
+            found=f"a call that changes, or may change, {', '.join(changed[:4])}{' ...' if len(changed) > 4 else ''}",
+            remedy="call it with return_state=True, which returns (result, state), or switch the model to evaluation",
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if any(isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype") for value in (one, other)):
+        return False
+    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+        one, other = jax.random.key_data(one), jax.random.key_data(other)
+    return one.shape == other.shape and bool((np.asarray(one) == np.asarray(other)).all())
+
+
+def _replace(model: Any, own: str, module: nnx.Module) -> None:
+    parent, name = _parent(model, own)
+    if isinstance(parent, nnx.Module) and not name.isdigit():
+        setattr(parent, name, module)
+    else:
+        parent[int(name) if name.isdigit() else name] = module
 
 
 def _parent(model: Any, own: str) -> tuple[Any, str]:

@@ -15,6 +15,8 @@ from nalora_jax.train.metrics import FILE, read_metrics
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and whether more is better.
 METRICS = (("accuracy", "accuracy", True), ("exact_match", "exact match", True), ("loss", "held-out loss", False))
+# What logs of earlier versions call a number of every layer.
+FORMER_NAMES = {"favoured": "responsive"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class History:
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps [T], values [T, L] or [T, L, 4]) of one per-layer number; null becomes NaN."""
+        if not any(_has(record, name) for record in self.steps):
+            name = FORMER_NAMES.get(name, name)
         rows = [(record["step"], record["layers"][name]) for record in self.steps if _has(record, name)]
         return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
 

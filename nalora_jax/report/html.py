@@ -25,6 +25,7 @@ from nalora_jax.train.metrics import write_atomically
 from nalora_jax.train.progress import duration
 
 FILE = "report.html"
+HEADS = {"favoured": "share with mask ≥ 1"}  # heads of the layers' table that are not simply the numbers' names
 LONGEST_SAMPLE = 1200  # characters of a sample's prompt or answer that are shown
 
 
@@ -38,8 +39,18 @@ class Picture:
 
 
 TRAINING = (
-    Picture(plots.metric, "Held-out metric", "Each point is one evaluation; its bar is the 95% interval."),
-    Picture(plots.loss, "Loss", "Mean negative log-likelihood per target token."),
+    Picture(
+        plots.metric,
+        "Held-out metric",
+        "Each point is one evaluation on the questions that choose the checkpoint; its bar is the 95% interval, and "
+        "the dashed line is the first one, before training. The headline's before and after are of other questions, "
+        "which had no say in that choice, so that its before is not this one.",
+    ),
+    Picture(
+        plots.loss,
+        "Loss",
+        "Mean negative log-likelihood per target token; held out: on the questions that choose the checkpoint.",
+    ),
     Picture(plots.learning_rate, "Learning rate", "The schedule, as applied."),
     Picture(
         plots.speed, "Speed", "Real tokens per second between two log steps, without compiling, evaluating and saving."
@@ -51,8 +62,10 @@ GATES = (
         plots.misalignment,
         "Misalignment",
         "What the adapters move by changing the gate's selection (S), over what they move in its features (F). The "
-        "dashed line is the value for vanishing adapters, a property of the base model and the data; only the excess "
-        "above it comes from how far the adapters move the gate. Both are for the whole model: sums over all layers.",
+        "dashed line is its linear limit: the value for a residual of the same direction and vanishing size. It "
+        "depends on where the pre-activations lie and on which channels and tokens the adapters move, so it changes in "
+        "training, and as a rule falls; only the excess above it comes from how far they move the gate. Both are for "
+        "the whole model: sums over all layers.",
     ),
     Picture(
         plots.misalignment_map,
@@ -285,7 +298,7 @@ def _plain(value: Any) -> str:
 
 def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of every layer at the last log step."""
-    first = ["misalignment", "limit", "feature", "importance", "responsive", "mask_mean"]
+    first = ["misalignment", "limit", "feature", "importance", "favoured", "mask_mean"]
     logged = list(history.steps[-1].get("layers", {})) if history.steps else []
     # Whatever else a statistic or a mechanism shows; those with several numbers a layer are left out below.
     names = [*first, *(name for name in logged if name not in first)]
@@ -294,7 +307,7 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     if not columns:
         return [], []
     rows = [[str(i), *(_number(values[i]) for _, values in columns)] for i in range(len(columns[0][1]))]
-    return ["layer", *(name.replace("_", " ") for name, _ in columns)], rows
+    return ["layer", *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns)], rows
 
 
 def _number(value: float) -> str:

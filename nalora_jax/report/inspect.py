@@ -26,7 +26,9 @@ RESPONSIVE = 0.5
 CAPTION = (
     "slope: mean of |phi'| over tokens and channels. responsive: share of channels whose own mean |phi'| is at least "
     "half of their layer's mean (the default soft mask gives the others less than a quarter of an update). Regions: "
-    "share of pre-activations. misalignment: sum|S| / sum|F| of the adapter; limit: the same for a vanishing one."
+    "share of pre-activations. misalignment: sum|S| / sum|F| of the adapter; limit: the same for a residual of "
+    "the same direction and vanishing size (of a random direction where no adapter moves the gate), so that it changes "
+    "in training, and as a rule falls."
 )
 _COLOURS = ("#b5382f", "#eda676", "#8fbfe0", "#2b63a8")
 
@@ -50,7 +52,8 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
         ``occupancy [L, ..., 4, C]``, ``feature``, ``selection`` and ``linear`` ``[L, ..., C]``; the dots are an expert
         axis, or nothing. Sums of several batches may be added up.
       probe: the same from a run with a small random residual. The linear limit is a property of the pre-activations
-        and of the residual's direction, so this gives it before any training, when the adapter's own is 0/0.
+        and of the residual's direction, so this gives one before any training, when the adapter's own is 0/0; the
+        direction that training finds has another, as a rule a lower one.
 
     Returns:
       The summary; the limit comes from ``probe`` in the layers whose gate the adapter does not move.

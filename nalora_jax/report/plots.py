@@ -39,7 +39,8 @@ def metric(history: History) -> str | None:
     steps, values = [s.step for s in scores], np.array([s.value for s in scores])
     with style():
         figure, axis = new_figure()
-        axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="before training")
+        before = "before training, same questions"  # not the headline's
+        axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
         bounded = [s for s in scores if s.low is not None and s.high is not None]
         if bounded:
             axis.vlines(
@@ -136,7 +137,7 @@ def importance(history: History) -> str | None:
         upper.legend(loc="best")
         for name, label, colour in (
             ("mask_mean", "mean mask", "c2"),
-            ("responsive", "share of channels with a factor ≥ 1", "c3"),
+            ("favoured", "share of channels with a factor ≥ 1", "c3"),
         ):
             _, values = history.layers(name)
             if values.ndim == 2:

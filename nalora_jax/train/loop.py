@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.notes import counting
 from nalora_jax.train.state import TrainState
 from nalora_jax.train.step import compile_ahead
 
@@ -85,7 +86,8 @@ def fit(
     for step in range(start + 1, schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
-            compile_ahead(step_fn, params, state, batch)
+            with counting("compiling the step"):
+                compile_ahead(step_fn, params, state, batch)
         state, metrics = step_fn(params, state, batch)
         hooks.advance(step)
         meter.add(step, metrics)

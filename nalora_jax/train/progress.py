@@ -1,14 +1,20 @@
-"""What a run shows while it trains: a progress bar on a terminal, one plain line per log step elsewhere."""
+"""What a run shows while it trains: one line per log step, and on a terminal a progress bar below these lines."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from nalora_jax import notes
+
+STARTING = "  starting ..."
 
 
 class Progress:
@@ -40,26 +46,34 @@ class Progress:
         self.console = console or Console(highlight=False)
         self._first: tuple[int, float] | None = None
         self._bar: RichProgress | None = None
-        if self.console.is_terminal:
+        self._numbers = STARTING
+        self._listening = ExitStack()
+        if self.console.is_terminal and not notes.as_json():
             text = TextColumn("{task.completed:.0f}/{task.total:.0f}{task.fields[numbers]}", markup=False)
             width = 16 if self.console.width >= 100 else 6
             self._bar = RichProgress(BarColumn(bar_width=width), text, console=self.console)
-            self._task = self._bar.add_task("train", total=total, completed=start, numbers="  starting ...")
+            self._task = self._bar.add_task("train", total=total, completed=start, numbers=self._numbers)
 
     def advance(self, step: int) -> None:
         """Say that ``step`` steps have been started."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            if self._numbers == STARTING:
+                self._numbers = ""
+            self._bar.update(self._task, completed=step, numbers=self._numbers)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Show the numbers of a log step (keys as in metrics.jsonl; those that are missing or None are left out)."""
+        left = self.seconds_left(step) if step < self.total else None
+        if notes.as_json():
+            known = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self._write({"step": step, "total": self.total} | known | {"seconds_left": left})
+            return
         shown = "".join(f"  {part}" for part in describe(values))
-        left = self.seconds_left(step)
-        shown += f"  {duration(left)} left" if left is not None and step < self.total else ""
+        shown += f"  {duration(left)} left" if left is not None else ""
+        self.say(f"step {step}/{self.total}{shown}")
+        self._numbers = shown
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=shown)
-        else:
-            self.say(f"step {step}/{self.total}{shown}")
 
     def seconds_left(self, step: int) -> float | None:
         """Seconds until the last step at the mean speed since the first log step, or None at that step.
@@ -75,15 +89,31 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if notes.as_json():
+            self._write({"message": text})
+        else:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, values: Mapping[str, object]) -> None:
+        """One JSON object on a line."""
+        self.console.print(json.dumps(values), markup=False, highlight=False, soft_wrap=True)
+
+    def _counted(self, what: str, count: int, total: int | None) -> None:
+        """Show other work than steps beside the bar, until it is done."""
+        assert self._bar is not None
+        done = total is not None and count >= total
+        numbers = self._numbers if done else f"  {notes.progress_text(what, count, total)}"
+        self._bar.update(self._task, numbers=numbers)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
+            self._listening.enter_context(notes.listening(self._counted))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         del kind, error, trace
+        self._listening.close()
         if self._bar is not None:
             self._bar.stop()
 

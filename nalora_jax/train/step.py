@@ -241,7 +241,7 @@ def layer_metrics(
     Returns:
       By block, each ``[layers]`` or ``[layers, parts]``: the metrics and ratios of the table
       (`nalora_jax.statistics.layer_means`), NaN where no token was measured. With mechanisms: what each shows of its
-      factor, as ``<label>_mean`` and the like, and of what they do together to B's columns ``responsive`` (share of
+      factor, as ``<label>_mean`` and the like, and of what they do together to B's columns ``favoured`` (share of
       channels with a factor of 1 or more), ``factor_min`` and ``factor_max``. Experts are averaged over.
     """
     found = {path: statistics.layer_means(sums) for path, sums in stats.items()}
@@ -251,7 +251,7 @@ def layer_metrics(
             metrics |= {f"{label}_{name}": value for name, value in shown.items()}
         if "update_b" in factors:
             joint = _by_layer(factors["update_b"][path])
-            metrics["responsive"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
+            metrics["favoured"] = jnp.mean((joint >= 1.0).astype(jnp.float32), axis=1)
             metrics |= {"factor_min": jnp.min(joint, axis=1), "factor_max": jnp.max(joint, axis=1)}
     return found
 

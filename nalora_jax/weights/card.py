@@ -124,6 +124,8 @@ def _results(card: Card) -> str:
         return ""
     split = f" on `{_short(card.run.data.dataset)}`, split `{card.run.data.eval_split}`" if card.run else ""
     head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
+    if all(not row[1] for row in rows):  # no accuracy was measured: the interval is the loss's
+        return head + "\n".join(_table(("", "loss", "interval", "examples"), [(r[0], r[3], r[2], r[4]) for r in rows]))
     return head + "\n".join(_table(("", "accuracy", "interval", "loss", "examples"), rows))
 
 

@@ -35,8 +35,19 @@ class LoadedModel:
     hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
 
 
+def read_config(found: hub.ResolvedSource) -> ModelConfig:
+    """The architecture of a model, read from its description alone: no weight is.
+
+    Raises:
+      NaloraError: the description cannot be read or understood.
+    """
+    where = found.path if found.kind == "gguf" else found.path / "config.json"
+    raw = hf_config(GGUFFile(found.path)) if found.kind == "gguf" else read_json(where)
+    return ModelConfig.from_hf(raw, str(where))
+
+
 def load_model(
-    source: str,
+    source: str | hub.ResolvedSource,
     *,
     dtype: str,
     mesh: Mesh | None = None,
@@ -46,7 +57,7 @@ def load_model(
     """Loads a model by name.
 
     Args:
-      source: an alias, a Hugging Face folder, a GGUF file or a hub id; see `weights.hub.resolve`.
+      source: an alias, a Hugging Face folder, a GGUF file or a hub id; see `weights.hub.resolve`. Or what that found.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first device by default.
       cache: where packages are kept.
@@ -57,7 +68,7 @@ def load_model(
     """
     if dtype not in DTYPES:  # before anything is downloaded
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
-    found = hub.resolve(source, cache)
+    found = hub.resolve(source, cache) if isinstance(source, str) else source
     raw, config, tensors, tokenizer = _opened(found)
     if tokenizer.vocab_size > config.vocab_size:
         raise NaloraError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.metadata
+import json
 import logging
 import re
 import subprocess
@@ -13,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.__main__ import guarded, main
+from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
-from nalora_jax.cli import verbs
 from nalora_jax.config import LoRARule, RunConfig, check
 from nalora_jax.errors import NaloraError
 
@@ -33,10 +35,13 @@ def flags(kind, prefix=""):
             yield f"--{prefix}{field.name}".replace("_", "-")
 
 
-def help_of(capsys, monkeypatch, *argv):
+KINDS = {name: verb.arguments for name, verb in command.VERBS.items()}
+
+
+def help_of(capsys, monkeypatch, *argv, flag="--help-all"):
     monkeypatch.setenv("COLUMNS", "120")  # boxes below each other
     with pytest.raises(SystemExit) as exit_:
-        main([*argv, "--help"])
+        main([*argv, flag])
     assert exit_.value.code == 0
     return capsys.readouterr().out
 
@@ -55,10 +60,13 @@ def entries(text):
 
 
 def refused(capsys, *argv):
-    with pytest.raises(SystemExit) as exit_:
-        main(list(argv))
-    assert exit_.value.code == 2
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+    """The one line that a command says which is refused."""
+    assert main(list(argv)) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error.removeprefix("error: ").rstrip("\n")
 
 
 # ---------------------------------------------------------------- help
@@ -70,18 +78,17 @@ def test_help_names_every_verb_and_needs_no_jax():
         "try:\n    main(sys.argv[1:])\nfinally:\n"
         "    print('LOADED', sorted({'jax', 'numpy', 'flax', 'matplotlib', 'tensorflow_datasets'} & set(sys.modules)))"
     )
-    for argv in (["--help"], ["train", "--help"]):
+    for argv in (["--help"], ["train", "--help"], ["train", "--help-all"], ["--version"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT, check=False
         )
         assert done.returncode == 0, done.stderr
         assert "LOADED []" in done.stdout
-    assert set(verbs.VERBS) == set(cli.VERBS)
 
 
 def test_every_verb_has_a_line_in_the_help(capsys, monkeypatch):
     text = help_of(capsys, monkeypatch)
-    for verb, kind in cli.VERBS.items():
+    for verb, kind in KINDS.items():
         assert re.search(rf"{verb} +{re.escape(kind.__doc__.splitlines()[0][:40])}", text)
 
 
@@ -96,10 +103,10 @@ def test_every_setting_of_a_run_has_a_flag_with_help_and_default(capsys, monkeyp
         assert re.fullmatch(HELP, shown[flag]), flag
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb != "train"])
+@pytest.mark.parametrize("verb", [verb for verb in KINDS if verb != "train"])
 def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
     shown = entries(help_of(capsys, monkeypatch, verb))
-    for flag in flags(cli.VERBS[verb]):
+    for flag in flags(KINDS[verb]):
         name = {"target": "for"}.get(flag[2:], flag[2:])
         assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), ""))), name
 
@@ -108,44 +115,179 @@ def test_groups_are_described_by_their_own_docstring(capsys, monkeypatch):
     text = help_of(capsys, monkeypatch, "train")
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.default_factory):
-            assert field.default_factory.__doc__ in text
+            assert " ".join(field.default_factory.__doc__.split()) in " ".join(text.replace("│", " ").split())
+
+
+def described(text):
+    """Title and description of every group of flags that has one; boxes only where the output has them."""
+    lines = [line.strip("│╭╮╰╯─ -") for line in text.splitlines()]
+    found = {}
+    for at, line in enumerate(lines):
+        if line.endswith(" options") and line != "options":
+            said = [one for one in lines[at + 1 :] if one]
+            end = next(i for i, one in enumerate(said) if one.startswith(line.removesuffix(" options") + "."))
+            found[line.removesuffix(" options")] = " ".join(said[:end])
+    return found
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_no_group_has_the_text_of_another_flag(capsys, monkeypatch, verb):
+    found = described(help_of(capsys, monkeypatch, verb))
+    assert found == {"mesh": "Devices along each axis of the mesh; -1 or 0 takes whatever is left."}
+
+
+@pytest.mark.parametrize("verb", KINDS)
+def test_every_flag_has_a_text_of_its_own(verb):
+    texts = [flag.text for flag in usage.flags(KINDS[verb])]
+    assert len(set(texts)) == len(texts)
+    assert all(len(text) > 10 for text in texts)
+
+
+def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monkeypatch):
+    text = help_of(capsys, monkeypatch, "train", flag="--help")
+    whole = help_of(capsys, monkeypatch, "train")
+    assert len(text.splitlines()) < len(whole.splitlines()) / 3
+    shown = set(re.findall(r"^  (--[\w.-]+)$", text, flags=re.MULTILINE))
+    assert shown == set(command.VERBS["train"].shown) <= set(flags(cli.TrainArgs))
+    assert f"All {len(list(flags(cli.TrainArgs)))} flags: nalora train --help-all" in text
+    assert "Optimizer steps. (default: 100)" in text
+    assert "It is executed: use only files that you trust." in " ".join(text.split())
+    for group in ("lora", "mask", "step-scale", "optimizer", "data", "mesh", "train", "compute", "debug"):
+        assert re.search(rf"^  --{group}\.\* +[A-Z]", text, flags=re.MULTILINE)
+
+
+def test_the_version_is_the_distributions(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"nalora_jax {importlib.metadata.version('nalora_jax')}\n"
 
 
 # ---------------------------------------------------------------- flags
 
 
 def test_flags_override_nested_settings():
-    verb, args = cli.parse(["train", "--steps", "7", "--mask.kind", "hard", "--data.no-pack", "--optimizer.b1", "0.5"])
+    verb, args = command.parse(
+        ["train", "--steps", "7", "--mask.kind", "hard", "--data.no-pack", "--optimizer.b1", "0.5"]
+    )
     assert verb == "train"
     assert (args.run.steps, args.run.mask.kind, args.run.data.pack, args.run.optimizer.b1) == (7, "hard", False, 0.5)
     assert args.run.lora == RunConfig().lora
 
 
 def test_positional_and_renamed_arguments():
-    verb, args = cli.parse(["export", "runs/a", "--output", "out", "--for", "vllm"])
+    verb, args = command.parse(["export", "runs/a", "--output", "out", "--for", "vllm"])
     assert (verb, args.run, args.target) == ("export", Path("runs/a"), "vllm")
-    verb, args = cli.parse(["generate", "a-model", "--prompt", "Hello", "--no-chat"])
+    verb, args = command.parse(["generate", "a-model", "--prompt", "Hello", "--no-chat"])
     assert (verb, args.model, args.prompt, args.chat) == ("generate", "a-model", "Hello", False)
+
+
+OF_TRAIN = "expected a flag of nalora train, found none of that name"
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["train", "--stepz", "3"], "Unrecognized options: --stepz"),
-        (["train", "--mask.kept", "1"], "Unrecognized options: --mask.kept"),
-        (["train", "--steps", "many"], "Error parsing --steps"),
-        (["train", "--optimizer.learning-rate", "fast"], "Error parsing --optimizer.learning-rate"),
-        (["train", "--mask.kind", "medium"], "invalid choice 'medium'"),
-        (["train", "--step-scale.gains", "1", "2"], "--step-scale.gains"),
-        (["train", "--lora.rules", "ffn"], "expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found 'ffn'"),
-        (["train", "extra"], "Unrecognized options: extra"),
-        (["fly"], "Available subcommands: train, eval, generate, export, merge, import, inspect, report"),
-        ([], "Expected one of {train,"),
-        (["report"], "RUN"),
+        (["train", "--stepz", "3"], f"--stepz: {OF_TRAIN}; did you mean --steps?"),
+        (["train", "--step", "3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
+        (["train", "--step=3"], f"--step: {OF_TRAIN}; did you mean --steps?"),
+        (["train", "--mask.kept", "1"], f"--mask.kept: {OF_TRAIN}; did you mean --mask.keep?"),
+        (["train", "--batch_size", "1"], f"--batch-size: {OF_TRAIN}; did you mean --train.batch-size?"),
+        (["train", "--learning-rate", "1"], f"--learning-rate: {OF_TRAIN}; did you mean --optimizer.learning-rate?"),
+        (["train", "--xyzzy"], f"--xyzzy: {OF_TRAIN}; see nalora train --help-all"),
+        (["train", "--steps", "many"], "--steps: expected a whole number, found 'many'"),
+        (["train", "--steps", "1.5"], "--steps: expected a whole number, found '1.5'"),
+        (["train", "--steps"], "--steps: expected a whole number, found none"),
+        (["eval", "m", "--limit", "x"], "--limit: expected a whole number, found 'x'"),
+        (["train", "--optimizer.learning-rate=fast"], "--optimizer.learning-rate: expected a number, found 'fast'"),
+        (["train", "--mask.kind", "medium"], "--mask.kind: expected one of off, hard, soft, found 'medium'"),
+        (["train", "--step-scale.gains", "1", "2"], "--step-scale.gains: expected 4 numbers, found 2 values"),
+        (["train", "--step-scale.gains", "1", "2", "x", "4"], "--step-scale.gains: expected 4 numbers, found 'x'"),
+        (
+            ["train", "--lora.rules", "ffn"],
+            "--lora.rules: expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found",
+        ),
+        (["train", "--config"], "--config: expected a Python file, found nothing"),
+        (["train", "extra"], "nalora train: expected flags and their values, found 'extra'"),
+        (["fly"], f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
+        (["trian"], "did you mean train?"),
+        (["report"], "nalora report: expected RUN, found nothing; see nalora report --help"),
+        (["generate", "m"], "nalora generate: expected --prompt, found nothing"),
+        (["train", "--log-format", "xml"], "--log-format: expected text or json, found xml"),
+        (["generate", "m", "--prompt", "\udcff"], r"--prompt: expected text in UTF-8, found b'\xff'"),
+        (["train", "--output", "a" * 300], "--output: expected a path whose parts have 1 to 255 bytes, found 'aaa"),
+        (["eval", "m", "--output", "/etc/passwd/x"], "--output: expected a path in a folder, found /etc/passwd/x"),
+        (["export", "m", "--output", "/etc/passwd/x"], "--output: expected a path in a folder, found /etc/passwd/x"),
+        (["eval", "m", "--dataset", "socialqia"], "--dataset: expected a task of this library"),
+        (["eval", "m", "--dataset", "socialqia"], "did you mean socialiqa?"),
     ],
 )
-def test_unknown_and_wrongly_typed_flags_are_refused(capsys, argv, said):
+def test_what_is_typed_wrongly_is_one_line_with_what_was_meant(capsys, argv, said):
     assert said in refused(capsys, *argv)
+
+
+def test_what_stands_behind_a_flag():
+    argv = ["--a", "1", "--b", "--c=2", "--d", "3", "-4", "--a=5"]
+    found = {flag: cli.values_of(argv, flag) for flag in ("--a", "--b", "--c", "--d", "--e")}
+    assert found == {"--a": ["5"], "--b": [], "--c": ["2"], "--d": ["3", "-4"], "--e": None}
+
+
+def test_nothing_at_all_says_what_there_is(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([])
+    assert exit_.value.code == 2
+    assert "usage: nalora VERB" in capsys.readouterr().err
+
+
+def numbers():
+    """Every numeric flag of every verb."""
+    for verb, kind in KINDS.items():
+        for flag in usage.flags(kind):
+            if flag.numbers is not None:
+                yield verb, flag
+
+
+BAD = ("-1", "0", "nan", "inf", "1" + 20 * "0", "three")
+# What of these a flag may be, where it is not out of range.
+ZERO = {
+    "--seed", "--lora.dropout", "--mask.low", "--mask.decay", "--mask.warmup", "--step-scale.min-occupancy",
+    "--step-scale.decay", "--step-scale.warmup", "--optimizer.warmup-share", "--optimizer.final-ratio",
+    "--optimizer.weight-decay", "--optimizer.b1", "--optimizer.b2", "--optimizer.clip-norm", "--data.eval-limit",
+    "--data.train-limit", "--data.workers", "--train.eval-every", "--train.save-every", "--train.keep",
+    "--train.patience", "--mask.frozen-after", "--mask.permute", "--step-scale.frozen-after", "--step-scale.permute",
+    "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
+}  # fmt: skip
+ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
+POSITIONAL = {"eval": ["m"], "generate": ["m", "--prompt", "x"], "export": ["r", "--output", "o"], "inspect": ["m"]}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("verb", "flag"), list(numbers()), ids=lambda one: getattr(one, "name", one))
+def test_every_number_has_a_range(verb, flag, bad):
+    _, count = flag.numbers
+    argv = [verb, *POSITIONAL.get(verb, []), flag.name, *[bad] * count]
+
+    def judge():
+        _, args = command.parse(argv)
+        if verb == "train":
+            check(args.run)
+
+    if flag.name in ALLOWED.get(bad, ()):
+        judge()
+        return
+    with pytest.raises(NaloraError) as caught:
+        judge()
+    assert str(caught.value).startswith(f"{flag.name}: expected ")
+    assert len(str(caught.value)) < 200
+
+
+def test_a_number_out_of_range_is_refused_before_heavy_imports():
+    code = (
+        "import sys\nfrom nalora_jax.__main__ import main\n"
+        "print(main(['train', '--optimizer.eps', 'inf']), sorted({'jax', 'numpy', 'flax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "2 []\n"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +303,7 @@ def test_unknown_and_wrongly_typed_flags_are_refused(capsys, argv, said):
 def test_adapter_rules_are_typed_as_text(text, rule):
     assert cli.parse_rule(text) == rule
     assert cli.parse_rule(cli.format_rule(rule)) == rule
-    _, args = cli.parse(["train", "--lora.rules", text, "down:1", "--steps", "5"])
+    _, args = command.parse(["train", "--lora.rules", text, "down:1", "--steps", "5"])
     assert args.run.lora.rules == (rule, LoRARule("down", 1))
     assert args.run.steps == 5
 
@@ -184,7 +326,7 @@ def write_config(tmp_path, body, imports="from nalora_jax.config import *"):
 def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeypatch):
     path = write_config(tmp_path, "def config():\n    return RunConfig(steps=7, seed=3, lora=LoRAConfig(dropout=0.1))")
     for given in (["--config", str(path)], [f"--config={path}"]):
-        _, args = cli.parse(["train", "--seed", "4", *given])
+        _, args = command.parse(["train", "--seed", "4", *given])
         assert args.run == dataclasses.replace(RunConfig(steps=7, seed=4), lora=args.run.lora)
         assert args.run.lora.dropout == 0.1
     assert re.search(r"--steps INT\s[^-]*\(default: 7\)", help_of(capsys, monkeypatch, "train", "--config", str(path)))
@@ -196,6 +338,8 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
     [
         ("def config(:", "a Python file that can be run, found SyntaxError"),
         ("1 / 0", "a Python file that can be run, found ZeroDivisionError: division by zero"),
+        ("import sys\nsys.exit(0)", "a Python file that can be run, found SystemExit: 0"),
+        ("def config():\n    raise SystemExit", r"config\(\) to return a RunConfig, found SystemExit"),
         ("", r"a function config\(\) that returns a RunConfig, found none"),
         ("config = 3", r"a function config\(\)"),
         ("def config():\n    return 3", r"config\(\) to return a RunConfig, found int"),
@@ -278,7 +422,7 @@ def test_an_error_of_many_lines_becomes_one(capsys):
 
 
 def test_an_interrupt_is_status_130(monkeypatch, capsys):
-    monkeypatch.setitem(verbs.VERBS, "report", raising(KeyboardInterrupt()))
+    monkeypatch.setitem(command.VERBS, "report", command.Verb(cli.ReportArgs, raising(KeyboardInterrupt())))
     assert main(["report", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -286,6 +430,25 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
 def test_what_the_machine_refuses_is_one_line(capsys):
     assert guarded(raising(OSError(errno.ENOSPC, "No space left on device", "runs/a"))) == 2
     assert capsys.readouterr().err == "error: runs/a: No space left on device\n"
+
+
+def test_a_path_that_cannot_be_is_one_line(capsys):
+    assert guarded(raising(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 9))) == 2
+    assert capsys.readouterr().err == "error: aaaaaaaaa: File name too long\n"
+
+
+def test_lines_are_json_where_that_is_asked_for(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("NALORA_LOG_FORMAT", "text")  # put back after the test
+    note = lambda args: logging.getLogger("nalora_jax.some.module").info("a note")  # noqa: E731
+    monkeypatch.setitem(command.VERBS, "report", command.Verb(cli.ReportArgs, note))
+    assert main(["report", "x", "--log-format", "json"]) == 0
+    found = json.loads(capsys.readouterr().err)
+    assert (found["level"], found["message"]) == ("INFO", "a note")
+    assert found["time"] > 1.7e9
+    assert main(["--log-format=json", "fly"]) == 2
+    found = json.loads(capsys.readouterr().err)
+    assert found["level"] == "ERROR"
+    assert found["message"].startswith("fly: expected a verb")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EBADF, "a bug")])
@@ -296,8 +459,9 @@ def test_a_bug_keeps_its_traceback(error):
 
 def test_a_closed_pipe_ends_quietly(tmp_path):
     code = (
-        "import sys\nfrom nalora_jax.cli import verbs\nfrom nalora_jax.__main__ import main\n"
-        "verbs.VERBS['report'] = lambda args: [print('x' * 1000) for _ in range(1000)]\n"
+        "import sys\nfrom nalora_jax.cli import command, parser\nfrom nalora_jax.__main__ import main\n"
+        "say = lambda args: [print('x' * 1000) for _ in range(1000)]\n"
+        "command.VERBS['report'] = command.Verb(parser.ReportArgs, say)\n"
         "sys.exit(main(['report', 'x']))"
     )
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
@@ -318,7 +482,7 @@ def test_train_py_takes_the_same_flags():
         [sys.executable, "train.py", "--mask.keep", "x"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 2
-    assert "Error parsing --mask.keep" in done.stderr
+    assert done.stderr == "error: --mask.keep: expected a number, found 'x'\n"
     assert "Traceback" not in done.stderr
 
 

@@ -26,6 +26,7 @@ from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 
@@ -126,7 +127,7 @@ def test_generate_reads_standard_input(base, monkeypatch, capsys):
 
 def test_generate_refuses_settings_before_it_loads_anything(capsys):
     assert main(["generate", "no/model", "--prompt", "x", "--top-p", "3"]) == 2
-    assert "top_p: expected a share" in capsys.readouterr().err
+    assert "--top-p: expected a share" in capsys.readouterr().err
 
 
 def test_generate_on_a_mesh_says_the_same(run, capsys):
@@ -143,7 +144,7 @@ def test_generate_on_a_mesh_says_the_same(run, capsys):
     ("flags", "said"),
     [
         (["--mesh.data", "9"], "--mesh: expected a product that equals the 8 device(s)"),
-        (["--mesh.data", "0"], "--mesh: expected axis sizes of 1 or more"),
+        (["--mesh.data", "-2"], "--mesh.data: expected -1 or a whole number in [0, 1000000], found -2"),
         (["--mesh.tensor", "8"], "--mesh.tensor: expected a divisor of the model's"),
     ],
 )
@@ -177,6 +178,13 @@ def test_merge_writes_a_model_that_needs_no_adapter(run, tmp_path):
     assert "The adapters are folded into these weights" in card
     for figure in ("0.111", "0.999", "| steps | 77 |", "jax 9.9"):
         assert figure in card
+
+
+def test_merge_looks_for_its_model_once(run, tmp_path, monkeypatch):
+    found, resolve = [], hub.resolve
+    monkeypatch.setattr(hub, "resolve", lambda *given: found.append(given[0]) or resolve(*given))
+    assert main(["merge", str(run), "--output", str(tmp_path / "merged")]) == 0
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("verb", ["export", "merge", "import"])
@@ -222,7 +230,7 @@ def test_eval_measures_what_the_model_says(run, tmp_path, capsys):
     assert (found["n"], found["adapter"], found["data"]["chat"]) == (8, str(run / "adapter"), False)
     assert f"data.jsonl[train]: held-out accuracy {right:.3f} (95% interval" in capsys.readouterr().out
     assert main(["eval", str(run), *arguments]) == 2
-    assert "expected a new file, found one that exists" in capsys.readouterr().err
+    assert f"--output: expected a new file, found {out}, which exists" in capsys.readouterr().err
 
 
 def test_inspect_measures_what_the_blocks_compute(base):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.cpu import hugepages
-from nalora_jax.cpu.hugepages import VARIABLE, tunables
+from nalora_jax.cpu.hugepages import MARK, VARIABLE, is_command, tunables
 
 ROOT = Path(__file__).parents[2]
 GLIBC, MADVISE = ("glibc", "2.41"), "always [madvise] never"
@@ -29,6 +29,7 @@ EXPECTED = str(tunables({}, platform.libc_ver(), hugepages._kernel_setting()))
         ({}, GLIBC, "[always] madvise never", "glibc.malloc.hugetlb=1"),
         ({VARIABLE: "glibc.pthread.rseq=0"}, GLIBC, MADVISE, "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"),
         ({VARIABLE: "glibc.malloc.hugetlb=1"}, GLIBC, MADVISE, None),  # restarted already
+        ({MARK: "1"}, GLIBC, MADVISE, None),  # restarted, and the C library has taken the variable away (setgid)
         ({VARIABLE: "glibc.malloc.hugetlb=0"}, GLIBC, MADVISE, None),  # turned off
         ({}, GLIBC, "always madvise [never]", None),
         ({}, GLIBC, "", None),
@@ -42,7 +43,7 @@ def test_a_restart_only_where_it_helps(given, libc, kernel, expected):
 
 
 def environment(**more):
-    clean = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    clean = {name: value for name, value in os.environ.items() if name not in (VARIABLE, MARK)}
     return clean | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
 
 
@@ -66,11 +67,11 @@ def test_a_command_restarts_once_and_keeps_its_surroundings(tmp_path, command, g
     config = tmp_path / "config.py"
     config.write_text(
         f"import os, sys\nprint([os.getpid(), os.environ.get({VARIABLE!r}), sys.argv[-2:], sys.stdin.read()])\n"
-        "raise SystemExit(7)\n"
+        "raise SystemExit(7)\n"  # an error: a file that ends the program must not look like a finished run
     )
     process = start(command, config, **given)
     out, error = process.communicate("typed")
-    assert process.returncode == 7, error
+    assert process.returncode == 2, error
     value = expected or given[VARIABLE]
     assert out == f"{[process.pid, None if value == 'None' else value, ['--model', 'a b'], 'typed']}\n"
 
@@ -93,3 +94,71 @@ def test_importing_the_library_or_calling_a_verb_restarts_nothing(tmp_path):
     code += f"print(os.environ.get({VARIABLE!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
+
+
+def script(folder, text):
+    path = folder / "nalora"
+    path.write_text(text)
+    return str(path)
+
+
+OURS = "from nalora_jax.__main__ import command\nsys.exit(command())\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "main", "expected"),
+    [
+        (["-m", "nalora_jax", "train"], ("nalora_jax.__main__", ""), True),
+        (["-u", "-X", "dev", "-Werror", "-m", "nalora_jax"], ("nalora_jax.__main__", ""), True),
+        (["-m", "nalora_jax", "train"], ("other", ""), False),  # the program has been replaced meanwhile
+        (["-m", "pdb", "-m", "nalora_jax"], ("nalora_jax.__main__", ""), False),
+        (["-m", "ipykernel_launcher"], ("nalora_jax.__main__", ""), False),  # runpy in a notebook
+        (["-c", "code"], ("nalora_jax.__main__", ""), False),
+        (["-"], ("nalora_jax.__main__", ""), False),
+        ([], ("nalora_jax.__main__", ""), False),
+        (["SCRIPT", "train"], ("", "SCRIPT"), True),
+        (["OTHER"], ("", "SCRIPT"), False),  # runpy in a program
+        (["OTHER"], ("", "OTHER"), False),
+        ([str(ROOT / "train.py")], ("", str(ROOT / "train.py")), True),
+        (["OTHER"], ("", str(ROOT / "train.py")), False),
+    ],
+)
+def test_only_a_command_of_the_library_restarts(tmp_path, options, main, expected):
+    (tmp_path / "other").mkdir()
+    names = {"SCRIPT": script(tmp_path, OURS), "OTHER": script(tmp_path / "other", "import nalora_jax")}
+    argv = ["python", *(names.get(one, one) for one in options)]
+    assert is_command(argv, (main[0], names.get(main[1], main[1]))) is expected
+
+
+CALLS = "import sys\nprint('begun', flush=True)\nsys.argv = ['nalora', 'report', 'none']\n"
+INSIDE = {
+    "a script": ("from nalora_jax.__main__ import command\ncommand()\n", ["FILE"]),
+    "runpy": ("import runpy\nrunpy.run_module('nalora_jax', run_name='__main__', alter_sys=True)\n", ["FILE"]),
+    "-c": ("from nalora_jax.__main__ import command\ncommand()\n", ["-c", "TEXT"]),
+    "standard input": ("from nalora_jax.__main__ import command\ncommand()\n", ["-"]),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_a_program_that_calls_the_command_is_never_started_again(tmp_path, kind):
+    code, options = INSIDE[kind]
+    text = CALLS + code
+    path = tmp_path / "program.py"
+    path.write_text(text)
+    argv = [{"FILE": str(path), "TEXT": text}.get(one, one) for one in options]
+    done = subprocess.run([sys.executable, *argv], input=text, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "begun\n"
+    assert done.stderr.startswith("error: none/metrics.jsonl: ")
+
+
+def test_a_variable_that_is_taken_away_on_the_way_does_not_restart_for_ever(tmp_path):
+    """As the C library does it to a setgid interpreter."""
+    package = tmp_path / "sitecustomize.py"
+    package.write_text(f"import os\nprint('started', flush=True)\nos.environ.pop({VARIABLE!r}, None)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-m", "nalora_jax", "report", "none"]
+    done = subprocess.run(
+        command, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stdout == "started\n" * (1 if EXPECTED == "None" else 2)

@@ -44,7 +44,7 @@ def log_step(step, steps, rng, slope, shares, limit):
         "misalignment": limit + np.abs(excess),
         "limit": limit,
         "importance": importance,
-        "responsive": 0.55 + 0.1 * np.tanh(importance - 0.4),
+        "favoured": 0.55 + 0.1 * np.tanh(importance - 0.4),
         "occupancy": occupancy / occupancy.sum(-1, keepdims=True),
         "step_scale_min": np.full(len(slope), 0.72),
         "step_scale_max": 1.15 + 0.1 * slope,

@@ -32,6 +32,13 @@ def test_lines_are_told_apart_by_their_keys():
     assert (history.last_step, history.total_steps) == (30, 30)
 
 
+def test_logs_of_earlier_versions_call_a_number_otherwise():
+    old = history_of([{"step": 10, "layers": {"responsive": [0.5, 0.6]}}])
+    new = history_of([{"step": 10, "layers": {"favoured": [0.5, 0.6]}}])
+    for history in (old, new):
+        np.testing.assert_array_equal(history.layers("favoured")[1], [[0.5, 0.6]])
+
+
 def test_columns_leave_out_missing_numbers_and_turn_null_into_nan():
     history = history_of(RECORDS)
     steps, loss = history.column("loss")

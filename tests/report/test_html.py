@@ -92,6 +92,15 @@ def test_the_page_is_small_and_loads_nothing(fake_run):
     assert not re.search(r"url\((?!#)|@import", path.read_text(encoding="utf-8"))
 
 
+def test_the_page_says_which_questions_a_number_is_of_and_what_the_limit_depends_on(fake_run):
+    text = " ".join(write_report(fake_run).read_text(encoding="utf-8").split())
+    assert "one evaluation on the questions that choose the checkpoint" in text
+    assert "before and after are of other questions" in text
+    assert "which channels and tokens the adapters move, so it changes in training" in text
+    assert "share with mask ≥ 1" in text
+    assert "responsive" not in text.lower()  # that is a share of another kind, which `nalora inspect` shows
+
+
 def test_ids_are_unique_in_the_page_and_references_resolve(fake_run):
     page = page_of(fake_run)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]

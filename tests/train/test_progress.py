@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 
 from rich.console import Console
 
+from nalora_jax import notes
 from nalora_jax.train.progress import Progress, describe, duration
 
 VALUES = {"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26}
@@ -70,6 +72,56 @@ def test_the_bar_shows_the_numbers_and_lines_go_above_it():
     shown = console.file.getvalue()
     assert "50/100  loss 3.210  lr 1.0e-03  1,234 tok/s  misalignment 0.260" in shown
     assert "[saved] checkpoint" in shown  # brackets are text, not markup
+
+
+def test_step_lines_stay_above_the_bar():
+    console, clock = Console(file=io.StringIO(), force_terminal=True, width=120), Clock()
+    with Progress(100, console=console, clock=clock) as progress:
+        for step in (10, 20):
+            clock.now += 5.0
+            progress.log(step, {"loss": float(step)})
+    shown = console.file.getvalue()
+    for line in ("step 10/100  loss 10.000", "step 20/100  loss 20.000  0:40 left"):
+        assert f"{line}\n" in shown.replace("\r", "")
+
+
+def test_the_bar_says_what_else_is_done_and_then_the_numbers_again():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Progress(100, console=console) as progress:
+        with notes.counting("compiling the step"):
+            progress._bar.refresh()
+        progress.advance(1)
+        progress.log(10, {"loss": 3.0})
+        with notes.counting("evaluating", 400) as done:
+            done(120)
+            progress._bar.refresh()
+            done(280)
+        before = len(console.file.getvalue())
+        progress._bar.refresh()
+        after = console.file.getvalue()[before:]
+    shown = console.file.getvalue()
+    assert "0/100  compiling the step ..." in shown
+    assert "10/100  evaluating 120/400" in shown
+    assert "10/100  loss 3.000" in after
+    with notes.counting("evaluating", 400) as done:  # nobody listens any more
+        done(1)
+
+
+def test_as_json_every_line_is_an_object(monkeypatch):
+    monkeypatch.setenv("NALORA_LOG_FORMAT", "json")
+    console, clock = Console(file=io.StringIO(), force_terminal=True, width=40), Clock()
+    with Progress(30, console=console, clock=clock) as progress:
+        for step in (10, 20):
+            clock.now += 5.0
+            progress.advance(step)
+            progress.log(step, VALUES | {"tokens_per_second": None, "layers": [1, 2]})
+        progress.say("[before] held-out accuracy 0.5")
+    first, second, third = map(json.loads, console.file.getvalue().splitlines())
+    assert first == {"step": 10, "total": 30, "loss": 3.21, "learning_rate": 1e-3, "misalignment": 0.26} | {
+        "seconds_left": None
+    }
+    assert second["seconds_left"] == 5.0
+    assert third == {"message": "[before] held-out accuracy 0.5"}
 
 
 def test_the_bar_fits_eighty_columns():

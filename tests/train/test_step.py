@@ -231,7 +231,7 @@ def test_masks_and_scales_act_after_the_warmup() -> None:
     np.testing.assert_array_equal(layers[0]["mask_mean"], np.ones(3))
     np.testing.assert_array_equal(layers[0]["step_scale_max"], np.ones(3))
     assert np.all(layers[2]["step_scale_max"] > 1)
-    assert np.all((layers[2]["responsive"] > 0) & (layers[2]["responsive"] < 1))
+    assert np.all((layers[2]["favoured"] > 0) & (layers[2]["favoured"] < 1))
     for step in layers:
         np.testing.assert_allclose(step["occupancy"].sum(axis=1), 1, rtol=1e-5)
         assert np.all(step["misalignment"] > 0)

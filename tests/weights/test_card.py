@@ -65,6 +65,15 @@ def test_card_states_base_data_method_result_and_command():
         assert fact in text, fact
 
 
+def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
+    before = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
+    text = render_card(dataclasses.replace(CARD, before=before, after=before | {"loss": 2.5, "low": 2.4, "high": 2.61}))
+    assert "| base | 3.2000 | 3.100 to 3.310 | 50 |" in text
+    assert "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |" in text
+    assert "|  | loss | interval | examples |" in text
+    assert "accuracy" not in text
+
+
 def test_plain_lora_is_not_called_nalora():
     run = RunConfig(mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
     text = render_card(dataclasses.replace(CARD, run=run))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +19,14 @@ import jax
 import jaxlib.version
 
 from nalora_jax.cpu import processor
-from nalora_jax.downloads import cache_dir
+from nalora_jax.downloads import cache_dir, file_sha256, private_dir
 from nalora_jax.errors import NaloraError
 
 _log = logging.getLogger(__name__)
 
 _MAIN = Path(__file__).with_name("kernels.cc")
+DEADLINE = 120  # seconds that the compiler may take; it needs 10 to 30
+_MAKING = "making-"  # prefix of the folders that libraries are compiled in
 _SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
 # Comparisons may not trap: else loops that have some are vectorised only where there are masks.
 _COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
@@ -146,14 +151,17 @@ def find_compiler() -> str:
 
 
 def build(compiler: str, kind: str) -> Path:
-    """The compiled library, from the cache where it has been compiled before.
+    """The compiled library, from the cache where it has been compiled before and is whole.
+
+    The end of its name is the digest of its content, which is compared before the library is used.
 
     Args:
       compiler: a C++17 compiler.
       kind: one of `kinds`.
 
     Raises:
-      RuntimeError: the compiler fails; with what it says.
+      OSError: others could write into the cache folder, whose content is run.
+      RuntimeError: the compiler fails, with what it says; or it takes longer than `DEADLINE`.
     """
     flags = (*_COMMON, *_FLAGS[kind])
     parts = [
@@ -162,26 +170,64 @@ def build(compiler: str, kind: str) -> Path:
         str(Path(compiler).resolve()),
         *flags,
     ]
-    target = cache_dir() / "native" / f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError(f"{compiler} could not compile {_MAIN}: {run.stderr.strip()[-500:]}")
+    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    folder = private_dir(cache_dir() / "native")
+    for found in folder.glob(f"{name}-*.so"):
+        if _digest(found) == found.stem.rpartition("-")[2]:
+            return found
+        found.unlink(missing_ok=True)  # cut off or changed
+    _remove_abandoned(folder)
+    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=folder) as making:
+        made = Path(making) / "kernels.so"
+        _compile([compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)])
+        target = folder / f"{name}-{_digest(made)}.so"
         made.replace(target)
     return target
 
 
+def _compile(command: list[str]) -> None:
+    """Runs the compiler, which ends at its deadline with all that it has started."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as compiler:  # type: ignore[call-overload]
+        try:
+            said, _ = compiler.communicate(timeout=DEADLINE)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(compiler.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RuntimeError(f"{command[0]} had not compiled {_MAIN} after {DEADLINE} s") from None
+            raise
+    if compiler.returncode:
+        raise RuntimeError(f"{command[0]} could not compile {_MAIN}: {' '.join(said.split())[-500:]}")
+
+
+def _digest(path: Path) -> str:
+    return file_sha256(path)[:32]
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes left behind that were killed while they compiled."""
+    for path in folder.glob(f"{_MAKING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 10 * DEADLINE:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def register(library: Path, kind: str) -> bool:
-    """Makes the functions of a library of some kind known to XLA; whether this process may use them."""
+    """Makes the functions of a library of some kind known to XLA; whether this process may use them.
+
+    Raises:
+      OSError: it cannot be loaded.
+      RuntimeError: it lacks a function; none is made known then.
+    """
     handle = ctypes.CDLL(str(library))
-    if handle.nalora_prepare() != 0:
+    try:
+        prepare = handle.nalora_prepare
+        functions = {name: getattr(handle, f"nalora_{name}") for name in _FUNCTIONS}
+    except AttributeError as error:
+        raise RuntimeError(f"{library} is not of this version: {error}; remove it") from None
+    if prepare() != 0:
         return False
-    for function in _FUNCTIONS:
-        capsule = jax.ffi.pycapsule(getattr(handle, f"nalora_{function}"))
-        jax.ffi.register_ffi_target(f"nalora_{function}_{kind}", capsule, platform="cpu")
+    for name, function in functions.items():
+        jax.ffi.register_ffi_target(f"nalora_{name}_{kind}", jax.ffi.pycapsule(function), platform="cpu")
     return True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from nalora_jax.cpu import processor
 from nalora_jax.cpu.native import library
+from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
 
 
@@ -128,3 +132,102 @@ def test_what_was_compiled_is_taken_from_the_cache(tmp_path: Path, monkeypatch: 
     assert library.build(library.find_compiler(), "plain") == made
     assert made.stat().st_mtime_ns == written
     assert [path.name for path in made.parent.iterdir()] == [made.name]
+    assert made.parent.stat().st_mode & 0o777 == 0o700
+
+
+# ---------------------------------------------------------------- what is in the cache is run, so it is checked
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "native"
+
+
+@pytest.fixture
+def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library in the cache, which the compiler stub has "compiled": a copy of a small real one."""
+    stub = cache.parent.parent / "c++"
+    (source := stub.with_suffix(".cc")).write_text('extern "C" int nalora_prepare() { return 0; }\n')
+    small = stub.with_suffix(".so")
+    subprocess.run([library.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(small)], check=True)
+    stub.write_text(f'#!/bin/sh\nfor last; do :; done\ncp {small} "$last"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("CXX", str(stub))
+    return library.build(str(stub), "plain")
+
+
+def test_a_library_that_was_cut_off_or_changed_is_compiled_again(compiled: Path) -> None:
+    whole = compiled.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        compiled.write_bytes(damaged)
+        assert library.build(os.environ["CXX"], "plain") == compiled
+        assert compiled.read_bytes() == whole
+
+
+def test_a_planted_library_is_not_loaded(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(ctypes, "CDLL", loaded.append)
+    compiled.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="only this user can write into"):
+        library.build(os.environ["CXX"], "plain")
+    compiled.parent.chmod(0o700)
+    compiled.parent.parent.chmod(0o777)
+    with pytest.raises(PermissionError, match="others can exchange what is in"):
+        library.build(os.environ["CXX"], "plain")
+    assert loaded == []
+
+
+def test_a_folder_of_another_owner_or_behind_a_link_is_not_used(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    cache.parent.mkdir()
+    cache.symlink_to(tmp_path / "theirs")
+    with pytest.raises(PermissionError):
+        library.build(library.find_compiler(), "plain")
+    cache.unlink()
+    cache.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(PermissionError):
+        library.build(library.find_compiler(), "plain")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_library_without_a_function_falls_back_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NALORA_NATIVE", "plain")
+    with caplog.at_level(logging.WARNING):
+        assert not library.available()
+    assert len(caplog.messages) == 1
+    assert "is not of this version" in caplog.text
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/child\nsleep 300\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(library, "DEADLINE", 1)
+    with pytest.raises(RuntimeError, match="had not compiled .* after 1 s"):
+        library.build(str(compiler), "plain")
+    assert list(cache.iterdir()) == []
+    child = int((tmp_path / "child").read_text())
+    status = Path(f"/proc/{child}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_folders_that_killed_compilations_left_are_removed(compiled: Path) -> None:
+    old, new = (compiled.parent / f"making-{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    compiled.unlink()
+    library.build(os.environ["CXX"], "plain")
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_the_name_of_a_library_holds_its_digest(compiled: Path) -> None:
+    assert compiled.stem.rpartition("-")[2] == file_sha256(compiled)[:32]

@@ -1,0 +1,111 @@
+"""The table of verbs, and what is typed as one of them with its arguments."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.cli import doctor, parser, usage, verbs
+from nalora_jax.ranges import check_path, check_ranges
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
+
+    arguments: type  # the dataclass that its flags are made of
+    handler: Callable[[Any], None]
+    shown: tuple[str, ...] = ()  # flags that its short help shows; without any there is only the whole help
+
+
+_TRAIN = (
+    "--config",
+    "--model",
+    "--output",
+    "--resume",
+    "--steps",
+    "--seed",
+    "--data.dataset",
+    "--data.eval-split",
+    "--data.max-length",
+    "--data.chat",
+    "--lora.rules",
+    "--mask.kind",
+    "--step-scale.kind",
+    "--optimizer.learning-rate",
+    "--train.batch-size",
+    "--compute.quantize",
+)
+VERBS = {
+    "train": Verb(parser.TrainArgs, verbs.train, _TRAIN),
+    "eval": Verb(parser.EvalArgs, verbs.evaluate),
+    "generate": Verb(parser.GenerateArgs, verbs.generate),
+    "export": Verb(parser.ExportArgs, verbs.export),
+    "merge": Verb(parser.MergeArgs, verbs.merge),
+    "import": Verb(parser.ImportArgs, verbs.import_),
+    "inspect": Verb(parser.InspectArgs, verbs.inspect),
+    "report": Verb(parser.ReportArgs, verbs.report),
+    "study": Verb(parser.StudyArgs, verbs.study),
+    "doctor": Verb(parser.DoctorArgs, doctor.doctor),
+}
+
+
+def execute(argv: Sequence[str]) -> None:
+    """Does what ``argv`` asks for.
+
+    Raises:
+      NaloraError: an unknown verb or flag, a value of the wrong type or out of range, and whatever the verb refuses.
+      SystemExit: help or the version was asked for, and printed.
+    """
+    verb, args = parse(argv)
+    VERBS[verb].handler(args)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """The verb and its arguments, every number in its range; raises as `execute` does."""
+    words = list(argv)
+    usage.check_text(words)
+    if not words or words[0] in ("-h", "--help", "--help-all"):
+        text = usage.overview({name: verb.arguments for name, verb in VERBS.items()})
+        print(text, file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    if words[0] == "--version":
+        print(f"nalora_jax {doctor.version('nalora_jax')}")
+        raise SystemExit(0)
+    name, rest = words[0], words[1:]
+    if name not in VERBS:
+        raise usage.unknown(name, VERBS, f"a verb: {', '.join(VERBS)}", "see nalora --help")
+    return name, _arguments(name, VERBS[name], rest)
+
+
+def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
+    asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
+    if asked in ("-h", "--help") and verb.shown:
+        print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))
+        raise SystemExit(0)
+    if asked is None:
+        usage.check(name, verb.arguments, words)
+    start = parser.defaults(words) if verb.arguments is parser.TrainArgs else None
+    args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
+    check_ranges(args, parser.RANGES.get(verb.arguments, {}))
+    for one in fields(args):
+        if isinstance(value := getattr(args, one.name), Path):
+            check_path(f"--{one.name}", value)
+    return args
+
+
+def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:
+    """What tyro makes of the words; in quiet, its errors become ours."""
+    import contextlib
+
+    import tyro
+    from tyro.conf import DisallowNone, PositionalMetavarFromFieldName
+
+    options: dict[str, Any] = {} if start is None else {"default": start}
+    options["description"] = (kind.__doc__ or "").strip()
+    options |= {"registry": parser.registry(), "config": (PositionalMetavarFromFieldName, DisallowNone)}
+    with usage.one_line_errors(name) if quiet else contextlib.nullcontext():
+        return tyro.cli(kind, prog=f"nalora {name}", args=words, **options)

@@ -1,0 +1,148 @@
+"""Which parameter of a layer is its kernel: found out by running the layer, not by its name.
+
+A layer can have a low-rank adapter if it computes ``x @ kernel`` or ``x @ kernel.T``, perhaps with a bias: then the
+adapter's output may be added to the layer's, and merging adds the adapter's product to the kernel. Shapes alone do not
+show that (a square kernel may be transposed, the product multiplied by a number, an activation applied inside), so
+each layer is run once on random numbers and compared with the product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROWS = 2  # along each axis of the input that a layer does not contract: enough to compare
+
+
+@dataclass(frozen=True)
+class Dense:
+    """How a layer multiplies its input: by which parameter, and which of that parameter's axes are contracted."""
+
+    parameter: str  # its name in the layer: "kernel", "w", ...
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    transposed: bool = False  # stored as [*outputs, *inputs]
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Why a layer cannot have an adapter."""
+
+    reason: str
+    dense: bool = False  # its shapes are those of a dense layer, so that a user takes it for one
+
+
+def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> list[Dense]:
+    """Every product of an input of shape ``x`` with one parameter that has the shape ``out``.
+
+    Example:
+      >>> arrangements({"kernel": (4, 8, 32), "bias": (32,)}, (2, 7, 4, 8), (2, 7, 32))
+      [Dense(parameter='kernel', inputs=(4, 8), outputs=(32,), transposed=False)]
+    """
+    found = []
+    for name in sorted(shapes, key=lambda name: (name != "kernel", name)):
+        shape = shapes[name]
+        for transposed in (False, True):
+            for cut in range(1, len(shape)):
+                inputs, outputs = (shape[cut:], shape[:cut]) if transposed else (shape[:cut], shape[cut:])
+                if x[-len(inputs) :] == inputs and out == (*x[: len(x) - len(inputs)], *outputs):
+                    found.append(Dense(name, inputs, outputs, transposed))
+    return found
+
+
+def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> Dense | Unfit:
+    """How ``layer`` multiplies ``x``, by running it.
+
+    Args:
+      layer: the layer as a function of its input, with ``params`` inside.
+      params: its own parameters, random numbers.
+      x: random numbers.
+    """
+    try:
+        with jax.default_matmul_precision("highest"):
+            out = layer(x)
+    except Exception as error:  # the user's code, called in a way that its author may not have thought of
+        return Unfit(f"it could not be run on its own ({type(error).__name__}: {_short(error)})")
+    if not isinstance(out, jax.Array):
+        return Unfit(f"it returns {type(out).__name__}, not one array")
+    found = arrangements({name: leaf.shape for name, leaf in params.items() if _is_real(leaf)}, x.shape, out.shape)
+    if not found:
+        return Unfit(no_product({name: leaf.shape for name, leaf in params.items()}, x.shape, out.shape))
+    return next((one for one in found if _is_product(one, params, x, out)), _misfit(found[0], params, x, out))
+
+
+def no_product(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> str:
+    """The reason why a layer of these shapes is not a dense one."""
+    listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return f"no product of its input {list(x)} with one parameter ({listed}) has the shape of its output {list(out)}"
+
+
+def randomised(tree: Any, seed: int = 0) -> Any:
+    """``tree`` with normal numbers for its real arrays or shapes; what holds no real numbers is kept, or zero."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
+    return jax.tree.unflatten(structure, [_random(leaf, key) for leaf, key in zip(leaves, keys, strict=False)])
+
+
+def _random(leaf: Any, key: jax.Array) -> Any:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        # Away from zero, so that no parameter is without effect; of size 1, so that no activation is nearly linear.
+        return jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0) if leaf.shape == () else jax.random.split(jax.random.key(0), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def _is_product(one: Dense, params: Mapping[str, Any], x: Any, out: Any) -> bool:
+    """Whether ``out`` is the product, or the product and one more parameter."""
+    product = _product(one, params, x)
+    rest = np.asarray(out, np.float32) - product
+    biases = [leaf for name, leaf in params.items() if name != one.parameter and leaf.shape == one.outputs]
+    return any(_near(rest - np.asarray(bias, np.float32), product, out) for bias in (0.0, *biases))
+
+
+def _misfit(one: Dense, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
+    """What is different, in words: a factor is recognised, everything else is a number."""
+    product, found = _product(one, params, x), np.asarray(out, np.float32)
+    formula = f"x @ {one.parameter}{'.T' if one.transposed else ''} + bias"
+    factor = float(np.vdot(product, found) / max(np.vdot(product, product), 1e-30))
+    if _near(found - factor * product, product, out):
+        return Unfit(f"it computes {factor:.4g} * x @ {one.parameter}, so that a merged adapter would not be it", True)
+    largest = float(np.abs(found - product).max())
+    scale = float(np.abs(product).max())
+    reason = f"it does not compute {formula}: on random numbers up to {scale:.3g} the two differ by {largest:.3g}"
+    return Unfit(f"{reason} (an activation, a factor or dropout inside?)", True)
+
+
+def _product(one: Dense, params: Mapping[str, Any], x: Any) -> np.ndarray:
+    """``x @ kernel`` in float32, shaped as the layer's output."""
+    d_in, d_out = math.prod(one.inputs), math.prod(one.outputs)
+    kernel = np.asarray(params[one.parameter], np.float32)
+    kernel = kernel.reshape(d_out, d_in).T if one.transposed else kernel.reshape(d_in, d_out)
+    rows = np.asarray(x, np.float32).reshape(-1, d_in) @ kernel
+    return rows.reshape(*x.shape[: x.ndim - len(one.inputs)], *one.outputs)
+
+
+def _near(difference: np.ndarray, product: np.ndarray, out: Any) -> bool:
+    """Whether a difference is rounding: of the layer's own dtype, which may be a short one."""
+    short = jnp.finfo(out.dtype).bits < 32 if jnp.issubdtype(out.dtype, jnp.floating) else False
+    return bool(np.abs(difference).max() <= (3e-2 if short else 2e-3) * np.abs(product).max())
+
+
+def _is_real(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,92 @@
+"""What the library says while it works: notes on standard error, and how far long work has come; as text or as JSON.
+
+With ``NALORA_LOG_FORMAT=json`` in the environment (``--log-format json`` sets it) every line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LOG_FORMAT = "NALORA_LOG_FORMAT"
+EVERY = 10.0  # seconds between lines about the same work where nobody shows it otherwise
+
+log = logging.getLogger(__name__)
+
+# Gets what is done, how much of it, and how much there is (None: not known).
+Listener = Callable[[str, int, int | None], None]
+_listeners: list[Listener] = []
+
+
+def as_json() -> bool:
+    """Whether lines are JSON objects."""
+    return os.environ.get(LOG_FORMAT) == "json"
+
+
+class StderrHandler(logging.Handler):
+    """Writes to the standard error of the moment, which a progress bar may have replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line for a record."""
+        line = self.format(record)
+        if as_json():
+            line = json.dumps({"time": record.created, "level": record.levelname, "message": line})
+        print(line, file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Shows the library's notes, if no program has decided where they go."""
+    logger = logging.getLogger("nalora_jax")
+    if not logger.handlers:
+        logger.addHandler(StderrHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Hands what `counting` says to ``listener`` instead of the log."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Says how far some work has come; yields the function that adds to what is done.
+
+    Example:
+      >>> with counting("tokenizing", len(texts)) as done:
+      ...     for text in texts:
+      ...         encode(text)
+      ...         done(1)
+    """
+    shown = time.monotonic()
+    count = 0
+
+    def add(more: int) -> None:
+        nonlocal count, shown
+        count += more
+        if _listeners:
+            _listeners[-1](what, count, total)
+        elif time.monotonic() - shown >= EVERY:
+            shown = time.monotonic()
+            log.info("%s", progress_text(what, count, total))
+
+    if _listeners:
+        _listeners[-1](what, 0, total)
+    yield add
+
+
+def progress_text(what: str, count: int, total: int | None) -> str:
+    """``tokenizing 120/400``, or what is known of it."""
+    if total is None:
+        return f"{what} {count:,}" if count else f"{what} ..."
+    return f"{what} {count:,}/{total:,}"

@@ -1,0 +1,84 @@
+"""The numbers and paths that flags may have, and the errors that say so: judged at once, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold: an interval, written as ``"(0, 1]"``, and perhaps one more number."""
+
+    noun: str  # "a share", "a number", "a whole number"
+    interval: str
+    also: int | None = None
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is such a number; nan and infinities never are."""
+        kind: Any = Integral if self.noun == "a whole number" else Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return False
+        low, high = (float(edge) for edge in self.interval[1:-1].split(","))
+        above = value > low if self.interval[0] == "(" else value >= low
+        below = value < high if self.interval[-1] == ")" else value <= high
+        return bool((above and below) or value == self.also)
+
+    def __str__(self) -> str:
+        """In the words of an error."""
+        return f"{'' if self.also is None else f'{self.also} or '}{self.noun} in {self.interval}"
+
+
+INDEX = 2**31 - 1  # the largest number that JAX counts with
+COUNT, SIZE = Range("a whole number", f"[0, {INDEX}]"), Range("a whole number", f"[1, {INDEX}]")
+SEED, TOKENS = Range("a whole number", f"[0, {2**32 - 1}]"), Range("a whole number", f"[1, {2**24}]")
+ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
+PERMUTATION = Range("a whole number", f"[0, {2**32 - 1}]", also=-1)  # a seed; -1 is none
+BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")
+RANK, ALPHA, GAIN = (
+    Range("a whole number", "[0, 65536]"),
+    Range("a number", "(0, 1e6]"),
+    Range("a number", "[0, 1e6]"),
+)
+
+
+def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") -> None:
+    """Refuses the first number of (nested) dataclasses that is out of its range; None stands for one not given.
+
+    Args:
+      values: the dataclass.
+      ranges: by the field's dotted name.
+      prefix: of the flags' names.
+
+    Raises:
+      NaloraError: names the flag, the range and what was found.
+    """
+    for name, allowed in ranges.items():
+        found: Any = reduce(getattr, name.split("."), values)
+        require(f"--{prefix}{name}".replace("_", "-"), found is None or allowed.holds(found), str(allowed), found)
+
+
+def check_path(flag: str, path: object) -> None:
+    """Refuses a path that no file system takes: a part of more than 255 bytes, a null character, or nothing.
+
+    Raises:
+      NaloraError: names the flag.
+    """
+    text = str(path)
+    longest = max((len(part.encode(errors="replace")) for part in Path(text).parts), default=0)
+    fits = text.strip() and "\0" not in text and longest <= 255 and len(text.encode(errors="replace")) < 4096
+    require(
+        flag, bool(fits), "a path whose parts have 1 to 255 bytes", repr(text[:80]) + ("..." if len(text) > 80 else "")
+    )
+
+
+def require(flag: str, holds: bool, expected: str, found: object) -> None:
+    """Raises a NaloraError about ``flag`` unless ``holds``."""
+    if not holds:
+        raise NaloraError(flag, expected=expected, found=found)

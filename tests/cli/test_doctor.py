@@ -1,0 +1,70 @@
+"""``nalora doctor``: it reports this machine, and finds what is known to be wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import pytest
+
+from nalora_jax.__main__ import main
+from nalora_jax.cli.doctor import environment_problems, requirement_problems
+
+
+def test_it_reports_versions_devices_kernels_and_caches(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "data").write_bytes(bytes(2_500_000))
+    with pytest.raises(SystemExit):  # the devices of these tests are simulated
+        main(["doctor"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"python {platform.python_version()}" in lines
+    assert f"jax {importlib.metadata.version('jax')}" in lines
+    assert "devices 8 (cpu)" in lines
+    assert any(line.startswith("! XLA_FLAGS simulates several CPU devices") for line in lines)
+    assert f"folder {tmp_path}" in lines
+    assert "tokenized data 2.5 MB" in lines
+    assert any(line.startswith("kernels ") and line.endswith("plain") for line in lines)
+
+
+def test_what_is_wrong_is_named_and_ends_with_status_1(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native").chmod(0o777)
+    monkeypatch.setenv("NALORA_NATIVE", "magic")
+    with pytest.raises(SystemExit) as end:
+        main(["doctor"])
+    assert end.value.code == 1
+    problems = capsys.readouterr().out.partition("Problems\n")[2]
+    assert "! NALORA_NATIVE: expected 0, 1 or" in problems
+    assert "! compiled CPU kernels are not kept: " in problems
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, []),
+        ({"https_proxy": "x"}, []),
+        ({"https_proxy": "x", "JAX_COORDINATOR_ADDRESS": "y"}, ["a proxy is set"]),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, ["XLA_FLAGS simulates"]),
+    ],
+)
+def test_variables_that_go_wrong_together(environ, said):
+    found = list(environment_problems(environ))
+    assert len(found) == len(said)
+    assert all(one.startswith(start) for one, start in zip(found, said, strict=True))
+
+
+def test_packages_of_other_versions_are_named():
+    needed = [
+        "jax<0.13,>=0.10",
+        "flax>=0.12",
+        "grain>=0.2",
+        'torch>=2; extra == "bench"',
+        'old>=1; python_version < "3"',
+    ]
+    installed = {"jax": "0.9.1", "flax": "0.12.8"}
+    assert list(requirement_problems(needed, installed)) == [
+        "jax <0.13,>=0.10 is needed, and 0.9.1 is installed",
+        "grain >=0.2 is needed, and not installed",
+    ]

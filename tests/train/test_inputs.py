@@ -1,0 +1,67 @@
+"""Inputs are judged by what is quickly read: the data, and the model's description without its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.inputs import check_data, check_rules
+from nalora_jax.weights.hub import ResolvedSource
+
+HF = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> ResolvedSource:
+    """A model of which there is nothing but the description."""
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    return ResolvedSource("hf", tmp_path, "org/name")
+
+
+def test_rules_are_judged_without_weights(described: ResolvedSource) -> None:
+    spec = check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),)), described)
+    assert [path for path, _ in spec.targets] == ["layers/ffn/gate_proj"]
+    with pytest.raises(NaloraError, match="which matches nothing"):
+        check_rules(LoRAConfig(rules=(LoRARule("mlp/"),)), described)
+    with pytest.raises(NaloraError, match="rank"):
+        check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 17),)), described)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "x"}) + "\n" for i in range(20)))
+    return path
+
+
+def test_data_and_splits_are_opened(data: Path, tmp_path: Path) -> None:
+    config = DataConfig(dataset=str(data), train_split="train[:10]", eval_split="train[10:]")
+    train, held_out = check_data(config)
+    assert (len(train), len(held_out)) == (10, 10)
+    (tmp_path / "broken.jsonl").write_text("no JSON\n")
+    for changed, said in [
+        ({"dataset": str(tmp_path / "none.jsonl")}, "none.jsonl: expected a readable file"),
+        ({"eval_split": "train[5:]"}, "--data.eval-split: expected records that .* does not train on"),
+        ({"eval_split": "valid"}, r"data.jsonl\[valid\]"),
+        ({"eval_split": str(tmp_path / "broken.jsonl")}, "broken.jsonl:1: expected a JSON object"),
+        ({"dataset": "socialqia"}, "--data.dataset: .*did you mean socialiqa"),
+    ]:
+        with pytest.raises(NaloraError, match=said):
+            check_data(DataConfig(**(vars(config) | changed)))
