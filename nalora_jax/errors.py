@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Bytes of a message: files quote what strangers wrote, however long.
+MAX_MESSAGE = 2000
+
 
 class NaloraError(ValueError):
     """Bad input, said in one sentence that a user can act on.
@@ -16,14 +19,47 @@ class NaloraError(ValueError):
       >>> raise NaloraError("--mask.keep", expected="a share in (0, 1]", found=0, remedy="use e.g. 0.5")
       NaloraError: --mask.keep: expected a share in (0, 1], found 0; use e.g. 0.5
 
-    The command line prints the message without a traceback and exits with status 2.
+    A message has at most 2 kB, whatever it quotes: of a longer part the middle is left out. The command line prints it
+    without a traceback and exits with status 2.
     """
 
     def __init__(self, where: str, *, expected: object, found: object, remedy: str = "") -> None:
         self.where, self.expected, self.found, self.remedy = where, expected, found, remedy
-        message = f"{where}: expected {expected}, found {found}"
-        super().__init__(f"{message}; {remedy}" if remedy else message)
+        place, wanted, seen, advice = _bounded([_text(part) for part in (where, expected, found, remedy)])
+        message = f"{place}: expected {wanted}, found {seen}"
+        super().__init__(f"{message}; {advice}" if advice else message)
 
 
 class TrainingDivergedError(NaloraError):
     """The loss became NaN or infinite; the checkpoints of earlier steps are kept."""
+
+
+def shorten(text: str, limit: int) -> str:
+    """``text`` of at most ``limit`` characters: the middle of a longer one is left out.
+
+    Example:
+      >>> shorten("abcdefghijklmnop", 11)
+      'abc ... nop'
+    """
+    if len(text) <= limit:
+        return text
+    kept = max(0, limit - len(" ... "))
+    return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
+
+
+def _text(part: object) -> str:
+    """``part`` as text that every output can take: half characters (lone surrogates) are escaped."""
+    try:
+        text = str(part)
+    except (ValueError, RecursionError, MemoryError) as error:  # Python writes no number of many thousand digits
+        text = f"a {type(part).__name__} that cannot be shown ({error})"
+    return shorten(text, MAX_MESSAGE).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _bounded(parts: list[str]) -> list[str]:
+    """``parts`` of at most `MAX_MESSAGE` bytes together with what joins them; the longest ones give way."""
+    room = MAX_MESSAGE - len(": expected , found ; ")
+    while sum(len(part.encode()) for part in parts) > room:
+        longest = max(range(len(parts)), key=lambda i: len(parts[i].encode()))
+        parts[longest] = shorten(parts[longest], len(parts[longest]) * 3 // 4)
+    return parts

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jax
 from jax.sharding import Mesh
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from nalora_jax import distributed
 from nalora_jax.config import config_from_dict
@@ -19,6 +20,7 @@ from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.nn.matmul import numerics_for
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
@@ -68,7 +70,7 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
     """
     own = _adapter_folder(Path(model))
     if own is None:
-        if (Path(model) / METRICS).is_file():
+        if can_exist(Path(model)) and (Path(model) / METRICS).is_file():
             remedy = "finish the run (--resume), or name the base model"
             raise NaloraError(str(model), expected="a run that exported its adapter", found="none yet", remedy=remedy)
         if adapter is None:
@@ -85,7 +87,7 @@ def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
             remedy="give the base model's name, or leave --adapter out",
         )
     run = run_config(own.parent)
-    return Located(run.get("model") or base_of(own), own, run)
+    return Located(_base_of_run(own.parent) or run.get("model") or base_of(own), own, run)
 
 
 def load(
@@ -151,19 +153,60 @@ def base_of(adapter: Path) -> str:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """The config of the run in ``folder`` (the first line of its log), or {} where there is no run."""
+    """The config of the run in ``folder`` (the first line of its log), or {} where there is no run.
+
+    Raises:
+      NaloraError: it is no run's config, e.g. because somebody edited the line.
+    """
+    found = _header(folder).get("run", {})
+    if not isinstance(found, dict):
+        return {}
+    try:
+        _check_types(config_from_dict(found))
+    except (AttributeError, TypeError, TypeCheckError) as error:
+        raise NaloraError(
+            f"{folder / METRICS}: line 1: run",
+            expected="the settings that a run writes",
+            found=error,
+            remedy="the file was edited or damaged: restore that line",
+        ) from error
+    return found
+
+
+def _check_types(config: Any) -> None:
+    """Raises a TypeCheckError unless every field of the nested dataclasses has its declared type."""
+    hints = get_type_hints(type(config))
+    for one in fields(config):
+        value = getattr(config, one.name)
+        check_type(value, hints[one.name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        for part in value if isinstance(value, tuple) else (value,):
+            if is_dataclass(part):
+                _check_types(part)
+
+
+def _base_of_run(folder: Path) -> str:
+    """The name that the run in ``folder`` noted of the very weights that it trained on; empty where it noted none."""
+    base = _header(folder).get("base")
+    name = base.get("name") if isinstance(base, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    """The first line of a run's log, or {} where there is none."""
     try:
         with (folder / METRICS).open(encoding="utf-8") as lines:
-            found = json.loads(lines.readline()).get("run", {})
-    except (OSError, ValueError, AttributeError):
+            found = json.loads(lines.readline())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _adapter_folder(path: Path) -> Path | None:
+    if not can_exist(path / ADAPTER / CONFIG_NAME):
+        return None
     return next((folder for folder in (path, path / ADAPTER) if (folder / CONFIG_NAME).is_file()), None)
 
 
 def _no_adapter(path: Path) -> NaloraError:
-    found = "neither" if path.is_dir() else "no such folder"
+    found = "neither" if can_exist(path) and path.is_dir() else "no such folder"
     return NaloraError(str(path), expected=f"a folder with {CONFIG_NAME}, or a run's folder", found=found)

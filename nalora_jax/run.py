@@ -34,6 +34,7 @@ from nalora_jax.load import ADAPTER
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.report.history import read_evaluation
 from nalora_jax.train.assembly import Assembly, assemble, plain_adapter
 from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
 from nalora_jax.train.checkpoint import Checkpointer, prepare_output
@@ -46,7 +47,7 @@ from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.card import Card, write_card
-from nalora_jax.weights.hub import ALIASES, resolve
+from nalora_jax.weights.hub import alias_of, resolve
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ class _Run:
         state, start = self._start()
         self.metrics, self.progress = self._records(start)
         with self.metrics, self.progress:
-            self.metrics.start(self.config.to_dict(), versions=versions(), device=describe_device())
+            origin = {} if self.loaded.origin is None else {"base": self.loaded.origin.to_dict()}
+            self.metrics.start(self.config.to_dict(), versions=versions(), device=describe_device(), **origin)
             try:
                 before = self._before(start)
                 result = self._fit(state, start)
@@ -177,8 +179,7 @@ class _Run:
         """Held-out metrics of the base model: measured by a new run, read back by a resumed one."""
         saved = self.folder / "before.json"
         if start and saved.exists():
-            found: dict[str, Any] = json.loads(saved.read_text())
-            return found
+            return read_evaluation(saved)
         before = self.evaluator.measure(self.loaded.params, None, samples=True)
         distributed.on_first_process(lambda: write_atomically(saved, json.dumps(before)))
         self.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
@@ -273,7 +274,7 @@ class _Run:
         return found
 
     def _card(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> Card:
-        alias = ALIASES.get(self.config.model)
+        alias = alias_of(self.config.model)
         return Card(
             "adapter",
             self.loaded.source,
@@ -284,6 +285,7 @@ class _Run:
             after=after,
             versions=versions(),
             device=describe_device(),
+            origin=self.loaded.origin,
         )
 
     # ------------------------------------------------------------ hooks of the loop

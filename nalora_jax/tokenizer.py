@@ -7,19 +7,16 @@ end and pad a sequence, where generation stops) and renders chat templates as tr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 
 
@@ -36,6 +33,7 @@ class Tokenizer:
       chat_template: jinja2 source, or None.
       add_bos: whether the model was trained with ``bos_id`` in front.
       special_tokens: by the names that chat templates use, e.g. ``{"eos_token": "<|im_end|>"}``.
+      rows: rows of the model's embedding, where that is known: a text that needs an id beyond them is refused.
     """
 
     backend: tokenizers.Tokenizer
@@ -46,6 +44,7 @@ class Tokenizer:
     chat_template: str | None = None
     add_bos: bool = False
     special_tokens: Mapping[str, str] | None = None
+    rows: int | None = None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -57,14 +56,59 @@ class Tokenizer:
         """Token ids of ``text``; with ``special``, the begin-of-sequence id in front where the model wants it.
 
         Special tokens written out in ``text`` become their ids, as in transformers.
+
+        Raises:
+          NaloraError: the text is no Unicode text, the tokenizer fails at it, or an id has no row in the embedding.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if special and self.add_bos and self.bos_id is not None else ids
+        with _complaints("text", text):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        ids = [self.bos_id, *ids] if special and self.add_bos and self.bos_id is not None else ids
+        self._check_rows(ids)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode(text, special=False)`` of each text, on all cores."""
+        with _complaints("texts", *texts):
+            found = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        for ids in found:
+            self._check_rows(ids)
+        return found
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of ``ids``."""
-        text: str = self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
+        with _complaints("token ids"):
+            text: str = self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
         return text
+
+    def for_embedding(self, rows: int, where: str) -> Tokenizer:
+        """This tokenizer beside an embedding of ``rows`` rows.
+
+        Files may list more tokens than the model has rows (a ``[PAD]`` that somebody added, the image tokens of a
+        model whose text part this is): they are refused where a text really needs one, and are no stop or padding ids.
+
+        Raises:
+          NaloraError: the end-of-sequence id itself has no row; ``where`` names the tokenizer.
+        """
+        if self.eos_id >= rows:
+            raise NaloraError(
+                where,
+                expected=f"an end-of-sequence id below {rows}, the rows of the embedding",
+                found=self.eos_id,
+                remedy="use the tokenizer that belongs to the model",
+            )
+        stops = tuple(token_id for token_id in self.eos_ids if token_id < rows)
+        pad_id = self.pad_id if self.pad_id < rows else self.eos_id
+        return replace(self, rows=rows, eos_ids=stops, pad_id=pad_id)
+
+    def _check_rows(self, ids: Sequence[int]) -> None:
+        if self.rows is None or self.vocab_size <= self.rows or not ids or max(ids) < self.rows:
+            return
+        raise NaloraError(
+            "text",
+            expected=f"tokens below {self.rows}, the rows of the model's embedding",
+            found=f"{self.backend.id_to_token(max(ids))!r}, which is token {max(ids)}",
+            remedy="remove that token from the text, or use the tokenizer that belongs to the model",
+        )
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
         """``messages`` as the one text that the model was tuned on.
@@ -74,46 +118,39 @@ class Tokenizer:
           add_generation_prompt: end with what precedes an assistant's answer.
 
         Raises:
-          NaloraError: the model has no chat template, or the template refuses the messages.
+          NaloraError: the model has no chat template, or the template refuses the messages, or exceeds a limit of time
+            or memory.
         """
-        if self._template is None:
+        return self.render_chats([(messages, add_generation_prompt)])[0]
+
+    def render_chats(self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]) -> list[str]:
+        """`render_chat` of several (messages, add_generation_prompt), for little more than the cost of one."""
+        if self.chat_template is None:
             raise NaloraError(
                 "chat template",
                 expected="a model with a chat template",
                 found="none in its tokenizer",
                 remedy="use an instruction-tuned model, or prompt/completion data",
             )
+        rest = {"tools": None, "documents": None, **(self.special_tokens or {})}
+        variables = [{"messages": messages, "add_generation_prompt": prompt, **rest} for messages, prompt in chats]
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **(self.special_tokens or {}),
-            )
-        except Exception as error:  # the template is the model's own program: it may fail in any way
+            return bounded.render(self.chat_template, variables)
+        except bounded.BoundedError as error:
             raise NaloraError(
                 "chat template",
-                expected=f"messages that the model's template accepts (roles: {[m.get('role') for m in messages]})",
-                found=f"{type(error).__name__}: {error}",
-                remedy="change the messages' roles or their order",
+                expected=f"messages that the model's template accepts (roles: {[m.get('role') for m in chats[0][0]]})",
+                found=error,
+                remedy="change the messages' roles or their order; a template that is no jinja2, or goes beyond the "
+                "limits of time and memory, is the model's own fault",
             ) from error
-
-    @cached_property
-    def _template(self) -> jinja2.Template | None:
-        if self.chat_template is None:
-            return None
-        try:
-            return _environment().from_string(self.chat_template)
-        except jinja2.TemplateError as error:
-            raise NaloraError("chat template", expected="valid jinja2", found=error) from error
 
     @staticmethod
     def from_folder(path: str | Path) -> Tokenizer:
         """The tokenizer of a Hugging Face folder.
 
-        Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json (stop ids) and
-        chat_template.jinja; only the first must exist.
+        Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json and config.json
+        (stop ids) and chat_template.jinja; only the first must exist.
 
         Raises:
           NaloraError: a file is missing or damaged, or there is no end-of-sequence token.
@@ -125,10 +162,13 @@ class Tokenizer:
         named = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
         special = {name: text for name, text in named.items() if text}
         bos_id, eos_id, pad_id = (backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad"))
+        listed = _listed_stop_ids(folder, backend)
+        if eos_id is None and listed:
+            eos_id = listed[0]
         if eos_id is None:
             raise NaloraError(
                 str(folder / "tokenizer_config.json"),
-                expected="eos_token, a token of the vocabulary",
+                expected="eos_token, a token of the vocabulary, or eos_token_id in config.json",
                 found=repr(special.get("eos_token")),
                 remedy="set eos_token to the token that ends a text",
             )
@@ -137,7 +177,7 @@ class Tokenizer:
             bos_id=bos_id,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            eos_ids=_stop_ids(folder, eos_id),
+            eos_ids=tuple(dict.fromkeys([eos_id, *listed])),
             chat_template=_chat_template(folder, settings),
             add_bos=_adds_bos(backend, bos_id, settings.get("add_bos_token")),
             special_tokens=special,
@@ -173,11 +213,46 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         )
     try:
         backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except Exception as error:  # the only type that the binding raises
-        raise NaloraError(str(path), expected="a tokenizer", found=error, remedy="download the file again") from error
+    except BaseException as error:  # the binding raises plain Exceptions, and panics, which are none
+        if is_foreign(error):
+            raise NaloraError(
+                str(path), expected="a tokenizer", found=error, remedy="download the file again"
+            ) from error
+        raise
     backend.no_truncation()  # settings of whoever saved it last, not of the model
     backend.no_padding()
     return backend
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether ``error`` came out of a library: everything but an interrupt; a panic in Rust is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def _complaints(what: str, *texts: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into an error that names the text."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        broken = next((text for text in texts if not is_unicode(text)), None)
+        raise NaloraError(
+            what,
+            expected="Unicode text" if broken is not None else "what the model's tokenizer can take",
+            found=f"half a character in {broken[:80]!r}" if broken is not None else error,
+            remedy="write the text anew: half of a surrogate pair is no character" if broken is not None else "",
+        ) from error
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be encoded: JSON may hold one half of a character that takes two."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _token_text(value: object) -> str:
@@ -186,11 +261,15 @@ def _token_text(value: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
-    """``eos_id`` and what generation_config.json adds to it."""
-    listed = read_json(folder / "generation_config.json", missing={}).get("eos_token_id")
-    more = listed if isinstance(listed, list) else [listed]
-    return tuple(dict.fromkeys([eos_id, *(token_id for token_id in more if isinstance(token_id, int))]))
+def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
+    """The stop ids of generation_config.json and of config.json (a multimodal model's are those of its text part)."""
+    config = read_json(folder / "config.json", missing={})
+    text = config.get("text_config")
+    files = [read_json(folder / "generation_config.json", missing={}), config, text if isinstance(text, dict) else {}]
+    values = [file.get("eos_token_id") for file in files]
+    found = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    numbers = [item for item in found if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
+    return [number for number in numbers if backend.id_to_token(number) is not None]
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -210,34 +289,3 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, setting: object
     if bos_id is None:
         return False
     return setting if isinstance(setting, bool) else backend.encode("a").ids[:1] == [bos_id]
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``, which marks an assistant's text: its body as it is."""
-
-    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
-
-    def parse(self, parser: Any) -> Any:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(lineno)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The jinja2 environment that chat templates are written for; sandboxed, since a template is foreign code."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    env.filters["tojson"] = _to_json
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    """jinja2's own filter escapes HTML characters, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

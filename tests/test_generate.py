@@ -309,6 +309,11 @@ def test_a_stop_text_ends_generation(generator):
     assert made.text == whole[: whole.index(stop)]
     assert made.reason == "stop"
     assert "".join(generator.stream(prompt[0], stop=stop, **options)) == made.text
+    ids = generator.complete(prompt, **options)[0].ids
+    assert made.ids == ids[: len(made.ids)]  # nothing of the stop text, nor of what was made after it
+    decode = generator.tokenizer.decode
+    assert made.text.startswith(decode(made.ids))
+    assert len(decode(ids[: len(made.ids) + 1])) > len(made.text)
 
 
 # ---------------------------------------------------------------- bad input, shapes

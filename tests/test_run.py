@@ -204,6 +204,18 @@ def test_records_of_the_callers_own(settings: RunConfig, tmp_path: Path) -> None
     assert result.adapter.is_dir()
 
 
+def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
+    config, result = finished
+    noted = _lines(config.output)[0]["base"]
+    loaded = load(config.output, dtype="float32").base
+    assert loaded.origin is not None
+    assert noted == loaded.origin.to_dict()
+    assert (noted["name"], noted["numbers"]) == (config.model, "F32")
+    assert json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == noted["name"]
+    for text in ((result.adapter / "README.md").read_text(), result.report.read_text()):
+        assert all(fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20]))
+
+
 def test_the_run_folder_is_a_model_for_every_verb(
     finished: tuple[RunConfig, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

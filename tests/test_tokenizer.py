@@ -122,6 +122,59 @@ def test_special_tokens_as_objects_and_stop_ids(tmp_path: Path) -> None:
     assert ours.eos_ids == (2, 0)
 
 
+def test_stop_ids_of_config_json_count_too(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 0)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": [2, 1]}}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 1)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2, 0, 1)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_folder_without_an_eos_token_takes_the_configs_id(tmp_path: Path, file: str) -> None:
+    save(tmp_path, eos_token=None)
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": [2, 0]}))
+    ours = Tokenizer.from_folder(tmp_path)
+    assert (ours.eos_id, ours.eos_ids) == (2, (2, 0))
+
+
+@pytest.mark.parametrize("value", [-1, 10**30, 320, True, 2.0, "2", [[2]], None])
+def test_stop_ids_that_are_no_tokens_are_ignored(tmp_path: Path, value: object) -> None:
+    save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert Tokenizer.from_folder(tmp_path).eos_ids == (2,)
+
+
+def test_tokens_beyond_the_embedding_are_refused_only_where_they_are_used(tmp_path: Path) -> None:
+    save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 320, "content": "[PAD]"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    edit(tmp_path / "tokenizer_config.json", pad_token="[PAD]")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 320]}))
+    free = Tokenizer.from_folder(tmp_path)
+    assert (free.pad_id, free.eos_ids, free.encode("[PAD]")) == (320, (2, 320), [320])
+
+    bound = free.for_embedding(320, "here")
+    assert (bound.pad_id, bound.eos_id, bound.eos_ids) == (2, 2, (2,))
+    assert bound.encode(CORPUS[0]) == free.encode(CORPUS[0])
+    for encode in (bound.encode, lambda text: bound.encode_batch([CORPUS[0], text])):
+        with pytest.raises(NaloraError, match=r"expected tokens below 320, .*found '\[PAD\]', which is token 320"):
+            encode("some [PAD]")
+    with pytest.raises(NaloraError, match="here: expected an end-of-sequence id below 2"):
+        free.for_embedding(2, "here")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb"])
+def test_half_a_character_is_no_text(tmp_path: Path, text: str) -> None:
+    ours = Tokenizer.from_folder(save(tmp_path))
+    for encode in (ours.encode, lambda text: ours.encode_batch(["fine", text])):
+        with pytest.raises(NaloraError, match="expected Unicode text, found half a character"):
+            encode(text)
+
+
 # ---------------------------------------------------------------- chat templates
 
 TEMPLATES = {
@@ -205,6 +258,15 @@ def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
     save(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(NaloraError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    save(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(NaloraError, match=r"tokenizer\.json: expected a tokenizer, found Precompiled"):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -218,10 +218,11 @@ def card(model: AdaptedModel, kind: Literal["adapter", "merged"]) -> str:
     """README.md of what is written from ``model``, with the run's settings and results where it was one of ours."""
     from nalora_jax.report.history import read_history
     from nalora_jax.weights.card import Card, render_card
-    from nalora_jax.weights.hub import ALIASES
+    from nalora_jax.weights.hub import alias_of
 
-    alias = ALIASES.get(model.located.base)
-    written = Card(kind, model.base.source, model.spec, license=alias.parts[0].licence if alias else "")
+    alias = alias_of(model.located.base)
+    licence = alias.parts[0].licence if alias else ""
+    written = Card(kind, model.base.source, model.spec, license=licence, origin=model.base.origin)
     if model.located.run and model.located.adapter is not None:
         history = read_history(model.located.adapter.parent)
         measured = [record["eval"] for record in history.measured]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import is_unicode
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -70,21 +71,21 @@ def render_chat(messages: Sequence[Message], loss_on: str, tokenizer: Tokenizer,
     if loss_on == "answer":
         turns = turns[-1:]
         messages = messages[: turns[0] + 1]
-    text = tokenizer.render_chat(messages)
+    if turns and turns[0] == 0 and loss_on != "all":
+        raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
     if loss_on == "all":
-        text = text.rstrip()
+        text = tokenizer.render_chat(messages).rstrip()
         return Rendered(text, ((0, len(text)),), special=False)
-    answers = tuple(_turn(messages, turn, text, tokenizer, where) for turn in turns)
+    # The whole, and for each answer what comes before it and what comes up to its end.
+    parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
+    text, *texts = tokenizer.render_chats([(messages, False), *parts])
+    answers = tuple(_answer(text, before, upto, where) for before, upto in zip(texts[::2], texts[1::2], strict=True))
     end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
     return Rendered(text[:end], answers, special=False)
 
 
-def _turn(messages: Sequence[Message], turn: int, text: str, tokenizer: Tokenizer, where: str) -> tuple[int, int]:
-    """Character range of the answer of message ``turn`` in ``text``, the whole conversation."""
-    if turn == 0:
-        raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
-    before = tokenizer.render_chat(messages[:turn], add_generation_prompt=True)
-    upto = text if turn == len(messages) - 1 else tokenizer.render_chat(messages[: turn + 1])
+def _answer(text: str, before: str, upto: str, where: str) -> tuple[int, int]:
+    """Character range of an answer in ``text``, the whole conversation."""
     if not (text.startswith(upto) and upto.startswith(before)):
         raise NaloraError(
             where,
@@ -108,7 +109,8 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
       NaloraError: not a list of messages with a role and a text.
     """
     field, value = config.messages_field, record[config.messages_field]
-    if isinstance(value, dict):  # TFDS stores a sequence of dicts as a dict of sequences
+    if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
+        # TFDS stores a sequence of dicts as a dict of sequences.
         value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:
         found = "none" if value == [] else f"a {type(value).__name__}"
@@ -135,4 +137,11 @@ def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", o
     value = record[field]
     if not isinstance(value, str):
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")
+    if not is_unicode(value):
+        raise NaloraError(
+            f"{where}: {field}",
+            expected="Unicode text",
+            found=f"half a character in {value[:60]!r}",
+            remedy="write the text anew: half of a surrogate pair is no character",
+        )
     return value

@@ -87,8 +87,8 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
       cache: folder of the cache; `downloads.cache_dir` by default.
 
     Raises:
-      NaloraError: a record is broken, too long where that is an error, or without targets; nothing is left; the disk
-        is full.
+      NaloraError: a record is broken, too long where that is an error, or without targets; nothing is left, or less
+        than half; the disk is full.
     """
     key = {
         "format": _FORMAT,
@@ -111,7 +111,31 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
                 found=error.strerror or error,
                 remedy="free space, or set NALORA_CACHE to another folder",
             ) from error
-    return _load(folder)
+    store = _load(folder)
+    _report_dropped(source.name, store.counts, config)
+    return store
+
+
+def _report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
+    """Says how many records were left out as too long; refuses where those are more than half.
+
+    A model that learns from the short half of a data set has learned something else than its user meant.
+    """
+    if not counts.dropped:
+        return
+    total, enough = counts.examples + counts.dropped, counts.longest - 1
+    share = f"{counts.dropped / total:.0%}"
+    found = f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
+    if 2 * counts.dropped > total:
+        raise NaloraError(
+            name,
+            expected="records most of which fit",
+            found=found,
+            remedy=f"--data.max-length {enough} keeps all, --data.too-long truncate shortens them",
+        )
+    _LOG.warning(
+        "%s: left out %s; --data.max-length %d keeps all, --data.too-long truncate shortens them", name, found, enough
+    )
 
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
@@ -161,7 +185,7 @@ def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig
                 source.name,
                 expected=f"records of at most {config.max_length} tokens",
                 found=f"{counts.dropped} records, all of them longer",
-                remedy=f"raise --data.max-length (the longest has {counts.longest}) or choose --data.too-long truncate",
+                remedy=f"--data.max-length {counts.longest - 1} keeps all, --data.too-long truncate shortens them",
             )
         try:
             scratch.rename(folder)

@@ -46,8 +46,8 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
       end: an answer that ends its text without a special token gets the end-of-sequence id.
     """
     pieces = [_pieces(text) for text in texts]
-    whole = _encode_batch([text.text for text in texts], tokenizer)
-    parts = iter(_encode_batch([piece for group in pieces for piece in group], tokenizer))
+    whole = tokenizer.encode_batch([text.text for text in texts])
+    parts = iter(tokenizer.encode_batch([piece for group in pieces for piece in group]))
     stops = _special_ids(tokenizer)
     examples = []
     for text, group, ids in zip(texts, pieces, whole, strict=True):
@@ -83,11 +83,6 @@ def _cuts(text: Rendered) -> list[int]:
 
 def _pieces(text: Rendered) -> list[str]:
     return [text.text[start:stop] for start, stop in pairwise([0, *_cuts(text), len(text.text)])]
-
-
-def _encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """``tokenizer.encode(text, special=False)`` of each text, on all cores."""
-    return [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _cut(text: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -76,7 +76,9 @@ class Completion:
     """What the model made of one prompt."""
 
     text: str
-    ids: tuple[int, ...]  # without the token that ended it
+    # Without the token that ended it. Where a stop text did: the tokens whose text is part of `text`, so a token that
+    # crosses into the stop text is not among them.
+    ids: tuple[int, ...]
     reason: Literal["stop", "length"]  # a stop token or text, or the end of the tokens allowed
 
 
@@ -262,7 +264,18 @@ class _Batch:
         for pieces in self.pieces(_BATCH_TOKENS):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         reasons = np.where(self._ended, "stop", "length").tolist()
-        return [Completion(*row) for row in zip(texts, map(tuple, self._ids), reasons, strict=True)]
+        ids = [self._ids_of(row, text) for row, text in enumerate(texts)]
+        return [Completion(*row) for row in zip(texts, ids, reasons, strict=True)]
+
+    def _ids_of(self, row: int, text: str) -> tuple[int, ...]:
+        """The tokens of a row that ``text`` is made of: all of them, unless a stop text cut it."""
+        ids = self._ids[row]
+        count = len(ids)
+        if self._streams[row].stopped:
+            decode = self._generator.tokenizer.decode
+            while count and len(decode(ids[:count])) > len(text):
+                count -= 1
+        return tuple(ids[:count])
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
         """New text of every row, as many ``tokens`` at a time, at most `_BATCH_TOKENS`."""

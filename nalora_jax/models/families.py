@@ -324,7 +324,10 @@ _QWEN = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddin
 
 _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]] = {
     "llama": (_llama, {}),
-    "mistral": (_mistral, {"num_key_value_heads": 8, "max_position_embeddings": 131_072}),
+    "mistral": (
+        _mistral,
+        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    ),
     "qwen2": (_qwen2, _QWEN),
     "qwen3": (_qwen3, _QWEN | {"head_dim": 128}),
     "gemma": (_gemma, _GEMMA | {"hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 8192}),

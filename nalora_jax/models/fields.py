@@ -7,9 +7,23 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 
+# Fields in which null says something of its own: no cap, no window, as many heads as for queries, no dropout; a
+# base wavelength is the default.
+_NULL_MEANS = {
+    "attention_dropout",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_key_value_heads",
+    "rope_theta",
+    "sliding_window",
+}
+
 
 class Fields:
-    """Reads fields of one family; JSON's null counts as absent, and an absent field has the family's default.
+    """Reads fields of one family; an absent field has the family's default.
+
+    JSON's null is not absence: in the fields where transformers knows it, it switches the feature off, and in the
+    others that have a default it is refused. Where there is no default both are the same.
 
     Args:
       raw: the parsed file.
@@ -21,9 +35,20 @@ class Fields:
         self.raw, self.defaults, self.where = raw, defaults, where
 
     def get(self, name: str) -> Any:
-        """The value, the default, or None."""
+        """The value, the default, or None.
+
+        Raises:
+          NaloraError: null where a value is needed.
+        """
         value = self.raw.get(name)
-        return self.defaults.get(name) if value is None else value
+        if value is not None or name not in self.defaults:
+            return value
+        if name in self.raw and name in _NULL_MEANS:
+            return self.defaults[name] if name == "rope_theta" else None
+        if name in self.raw:
+            default = self.defaults[name]
+            raise self.error(name, "a value", "null", f"leave the field out for the family's default, {default!r}")
+        return self.defaults[name]
 
     def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
         """An error that names the field."""

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import read_json
 from nalora_jax.train.metrics import FILE, read_metrics
+from nalora_jax.train.records import check_evaluation
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and whether more is better.
@@ -117,7 +119,38 @@ def read_history(folder: str | Path) -> History:
     history = history_of(read_metrics(path))
     if not history.header and not history.steps and not history.measured:
         raise NaloraError(str(path), expected="the lines of a run", found="none", remedy="train first")
+    _check_layers(history, path)
     return history
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """An evaluation that a run wrote to a file of its own (before.json).
+
+    Raises:
+      NaloraError: the file cannot be read, or is no evaluation.
+    """
+    values = read_json(path)
+    check_evaluation(values, str(path))
+    return values
+
+
+def _check_layers(history: History, path: Path) -> None:
+    """Every per-layer number has one shape in all lines."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for record in history.steps:
+        for name, rows in (record.get("layers") or {}).items():
+            if rows is None:
+                continue
+            shape = (len(rows), len(rows[0])) if isinstance(rows[0], list) else (len(rows),)
+            if shapes.setdefault(name, shape) != shape:
+                raise NaloraError(
+                    f"{path}: step {record['step']}: layers: {name}",
+                    expected=f"the shape of the lines before it, {shapes[name]}",
+                    found=shape,
+                    remedy="the file was edited, or is of two runs",
+                )
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise NaloraError(f"{path}: layers", expected="as many layers for every number", found=shapes)
 
 
 def history_of(records: Sequence[Mapping[str, Any]]) -> History:
@@ -139,4 +172,4 @@ def _score(record: Mapping[str, Any], key: str) -> Score:
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:
-    return record.get("layers", {}).get(name) is not None
+    return (record.get("layers") or {}).get(name) is not None

@@ -23,6 +23,7 @@ from nalora_jax.report import plots
 from nalora_jax.report.history import History, Score, read_history
 from nalora_jax.train.metrics import write_atomically
 from nalora_jax.train.progress import duration
+from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
 HEADS = {"favoured": "share with mask ≥ 1"}  # heads of the layers' table that are not simply the numbers' names
@@ -138,7 +139,13 @@ def render(history: History, *, has_adapter: bool = False) -> str:
         layers=_layer_rows(history),
         versions=history.header.get("versions", {}),
         device=history.header.get("device", ""),
+        base=_base(history.header.get("base")),
     )
+
+
+def _base(noted: Mapping[str, Any] | None) -> str:
+    """The base model's file, number formats and digest in one line, as the run noted them."""
+    return Origin.from_dict(noted).describe() if noted else ""
 
 
 def _draw(pictures: tuple[Picture, ...], history: History) -> list[tuple[Picture, Markup]]:
@@ -292,8 +299,12 @@ def _plain(value: Any) -> str:
         return "  ".join(map(_plain, value))
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
         alpha = value.get("alpha")
-        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{alpha:g}")
+        return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{_number_text(alpha)}")
     return str(value)
+
+
+def _number_text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and abs(value) < 1e300 else str(value)
 
 
 def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:

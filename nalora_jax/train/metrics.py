@@ -2,7 +2,7 @@
 
 Lines, told apart by their keys:
 
-    {"run": {...config...}, "versions": {...}, "device": "..."}                     the first line
+    {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
     {"resumed": {"step": 50, "versions": {...}, "device": "..."}}                   once per resume
     {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.train.records import check_record
 
 FILE = "metrics.jsonl"
 
@@ -126,7 +127,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All lines of a log in order; a last line that a crash left half written is ignored.
 
     Raises:
-      NaloraError: the file is missing, or a line before the last is not a JSON object.
+      NaloraError: the file is missing, a line before the last is not a JSON object, or a line's fields are of other
+        types than a run writes.
     """
     path = Path(path)
     try:
@@ -146,7 +148,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: torn, not foreign
                 break
             raise NaloraError(
@@ -155,6 +157,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 found=repr(line[:60].decode(errors="replace")),
                 remedy="repair or delete that line",
             ) from error
+        check_record(record, f"{path}: line {number}")
         records.append(record)
     return records
 

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.weights.origin import is_comparable
 
 # Settings that may differ between a run and its continuation: they change where, how long and how fast it runs, what
 # it writes and when, but not what one of its steps computes (beyond the order of a sum). The model's name is among them
@@ -88,12 +89,20 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another base model or of settings that compute something else."""
+    if not is_comparable(saved["base"], now["base"]):
+        raise NaloraError(
+            where,
+            expected="a checkpoint of this version, whose digest of the base model covers all of its weights",
+            found="one of an earlier version, whose digest covered a part of them and cannot be compared",
+            remedy="finish that run with the version that began it, or start a new run in another --output",
+        )
     if saved["base"] != now["base"]:
         raise NaloraError(
             where,
             expected=f"the base model that it was trained on, {saved['config'].get('model')} ({saved['base']})",
             found=f"{now['config'].get('model')} ({now['base']})",
-            remedy="name that model with --model, or start a new run in another --output",
+            remedy="name that model with --model, or start a new run in another --output; the first line of "
+            "metrics.jsonl has its full name as base: the same model in another number format is another base",
         )
     before, after = _settings(saved["config"]), _settings(now["config"])
     absent = "(absent)"

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from nalora_jax.config import RunConfig
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.weights.origin import Origin
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # SPDX names of licences that the hub calls otherwise than in lower case.
@@ -24,7 +25,7 @@ class Card:
     """What a card says. Evaluations are lines of metrics.jsonl: ``{"accuracy":, "low":, "high":, "loss":, "n":}``."""
 
     kind: Literal["adapter", "merged"]
-    base_model: str  # hub id or path
+    base_model: str  # what loads the very base again: a hub id, a path, or a package's file
     spec: AdapterSpec
     run: RunConfig | None = None  # settings of the training run, where it was one of this library
     command: str = ""  # what was typed
@@ -33,6 +34,7 @@ class Card:
     after: Mapping[str, Any] | None = None  # evaluation with the adapter
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that trained it
     device: str = ""  # what it was trained on
+    origin: Origin | None = None  # the base's file, number formats and digest
 
 
 def render_card(card: Card) -> str:
@@ -46,6 +48,7 @@ def render_card(card: Card) -> str:
         f"# {_title(card)}",
         _summary(card),
         _results(card),
+        _precision(card),
         _usage(card),
         _settings(card),
         _provenance(card),
@@ -137,8 +140,43 @@ def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
     return shown_accuracy, interval, shown_loss, str(found.get("n", ""))
 
 
+def _precision(card: Card) -> str:
+    """Which numbers the results belong to, and what happens on others."""
+    if card.origin is None:
+        return ""
+    held = f", held as {_held(card.run)}" if card.run else ""
+    lines = [
+        "## Precision of the base",
+        f"Trained and measured on `{card.origin.file}` ({card.origin.format}, numbers in {card.origin.numbers}{held}); "
+        f"digest of all its weights: `{card.origin.fingerprint}`.",
+    ]
+    if card.origin.copy_of:
+        lines += [
+            f"That file is a third party's copy of {_base_link(card.origin.copy_of)}, not the model that the hub has. "
+            f"nalora_jax loads it by the name `{card.origin.name}`."
+        ]
+    if card.kind == "adapter":
+        lines += [
+            "On the same model in other numbers (the hub's own, another quantization) PEFT loads this adapter without "
+            "a word, and it adds the same low-rank update to weights that are slightly different: what it learned "
+            "mostly carries over, but outputs differ by as much as the two bases do, and the measured result holds "
+            "for the numbers above only. nalora_jax itself compares the digest and refuses another base."
+        ]
+    return "\n\n".join(lines)
+
+
+def _numbers(origin: Origin | None, run: RunConfig) -> str:
+    return _held(run) if origin is None else f"{origin.numbers} in the file, held as {_held(run)}"
+
+
+def _held(run: RunConfig) -> str:
+    kind = run.compute.quantize
+    return run.compute.dtype if kind == "none" else f"{kind} and {run.compute.dtype}"
+
+
 def _usage(card: Card) -> str:
-    base = card.base_model if _on_hub(card.base_model) else "path/to/the/base"
+    named = card.origin.copy_of if card.origin is not None and card.origin.copy_of else card.base_model
+    base = named if _on_hub(named) else "path/to/the/base"
     if card.kind == "merged":
         code = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -167,7 +205,7 @@ def _settings(card: Card) -> str:
         ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}, {optimizer.warmup_share:.0%} warm-up"),
         ("adapter dropout", f"{run.lora.dropout:g}"),
         ("initialisation", run.lora.init),
-        ("dtype of the base", run.compute.dtype),
+        ("numbers of the base", _numbers(card.origin, run)),
         ("seed", run.seed),
     ]
     full = {**run.to_dict(), "model": _short(run.model), "output": _short(run.output)}

@@ -75,6 +75,15 @@ def _scratch(target: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def can_exist(path: Path) -> bool:
+    """Whether the system can be asked for ``path`` at all: not with a name of more than 255 bytes."""
+    try:
+        path.exists()
+    except OSError:
+        return False
+    return True
+
+
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, keys sorted as the ecosystem's own writers do."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.load import Index
+from nalora_jax.weights.load import Index, Stored
 
 T = TypeVar("T")
 
@@ -32,8 +32,6 @@ _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 1 << 16  # metadata keys, tensors
 _MAX_STRINGS = 1 << 22  # of all arrays together; the largest vocabularies and merge lists have 2^18 to 2^19
 _MAX_DIMENSIONS = 4
-_SAMPLES = 8
-_SAMPLE_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,10 @@ class GGUFFile:
         flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
         return flat.reshape(-1, *stored.shape[1:])[(slice(None), *rest)]
 
-    def sample(self, name: str) -> bytes:
-        """Bytes from eight places."""
-        stored = self._tensors[name]
-        last = max(0, stored.nbytes - _SAMPLE_BYTES)
-        places = sorted({stored.offset + last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
-        size = min(stored.nbytes, _SAMPLE_BYTES)
-        return b"".join(self._bytes(name, place, size).tobytes() for place in places)
+    def stored(self, name: str) -> Stored:
+        """Where a tensor's bytes lie."""
+        one = self._tensors[name]
+        return Stored(self.path, one.offset, one.nbytes, one.kind.name)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The metadata value of ``key``, of Python type ``kind`` (an int passes for a float).

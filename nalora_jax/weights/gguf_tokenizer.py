@@ -67,8 +67,10 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
         _add_special(backend, tokens, _numbers(file, "token_type", len(tokens), default=1))
     except NaloraError:
         raise
-    except Exception as error:  # the only type that the binding raises
-        raise _error(file, "tokens", "a vocabulary and merges that fit together", error) from error
+    except BaseException as error:  # the binding raises plain Exceptions, and panics, which are none
+        if ours.is_foreign(error):
+            raise _error(file, "tokens", "a vocabulary and merges that fit together", error) from error
+        raise
     return _wrapped(file, backend, tokens, adds_bos=kind == "llama")
 
 

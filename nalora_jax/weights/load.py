@@ -9,8 +9,6 @@ without a copy, so loading needs the parameters' own bytes and a block per core.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import re
@@ -18,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -35,10 +34,20 @@ from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 BLOCK = 1 << 16  # elements read at once: a quarter of a megabyte, which stays in a core's cache while it is turned
 _QUANTIZED = 1 << 18  # elements quantized at once
-_WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
+WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 _ALIGNMENT = 64  # bytes; what XLA asks of a host buffer that it uses as it is
 
 Index = tuple[slice, ...]  # start and stop given, no step
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor's bytes in a file."""
+
+    file: Path
+    start: int  # bytes from the beginning of the file
+    size: int
+    format: str  # as the file calls it: "BF16", "Q4_1"
 
 
 class TensorSource(Protocol):
@@ -57,8 +66,8 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor as floating-point numbers, reading little more of the file than that."""
 
-    def sample(self, name: str) -> bytes:
-        """Some of a tensor's stored bytes, spread over all of it, for a fingerprint."""
+    def stored(self, name: str) -> Stored:
+        """Where a tensor's bytes lie, and in which number format."""
 
 
 def load_params(
@@ -93,7 +102,7 @@ def load_params(
             fills[slot.path].append(_Fill(names[tensor.name], tensor, number, lead))
     where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
     leaves: dict[str, Any] = {}
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in param_shapes(config).items():
             reader = _Reader(fills[path], source, pool)
             if quantized and re.search(KERNELS, path):
@@ -191,7 +200,7 @@ class _Reader:
             if all(part.start <= i < part.stop for i, part in zip(fill.lead, lead, strict=True)):
                 place = tuple(i - part.start for i, part in zip(fill.lead, lead, strict=True))
                 jobs.append(partial(fill.into, buffer[place], rest, self.source))
-        shares = -(-_WORKERS // max(1, len(jobs)))  # few tensors are shared by several workers each
+        shares = -(-WORKERS // max(1, len(jobs)))  # few tensors are shared by several workers each
         tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
         list(self.pool.map(_run, tasks))  # a list, for the errors
         return buffer
@@ -266,26 +275,3 @@ def _blocks(index: Index) -> Iterator[Index]:
     step = max(1, BLOCK // max(1, math.prod(part.stop - part.start for part in rest)))
     for start in range(first.start, first.stop, step):
         yield (slice(start, min(start + step, first.stop)), *rest)
-
-
-# ---------------------------------------------------------------- identity
-
-
-def fingerprint(config: ModelConfig, source: TensorSource) -> str:
-    """A sha256 that differs between models: their description, and names, shapes and samples of all tensors.
-
-    How a folder is cut into shards does not matter; a conversion to another number format does.
-    """
-    digest = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
-    for name, shape in sorted(source.shapes().items()):
-        digest.update(f"\n{name} {shape}\n".encode())
-        digest.update(source.sample(name))
-    return digest.hexdigest()
-
-
-def _stated(value: Any) -> Any:
-    """A dataclass as the fields that differ from their defaults: a field that is added later changes no fingerprint."""
-    if dataclasses.is_dataclass(value):
-        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {field.name: _stated(item) for field, item in pairs if item != field.default}
-    return [_stated(item) for item in value] if isinstance(value, tuple) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
-from nalora_jax.weights.load import DTYPES, TensorSource, fingerprint, load_params
+from nalora_jax.weights.load import DTYPES, TensorSource, load_params
+from nalora_jax.weights.origin import Origin, origin
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class LoadedModel:
     config: ModelConfig
     params: dict[str, Any]  # the frozen tree of the contract: embed, layers (stacked), final_norm, lm_head
     tokenizer: Tokenizer
-    source: str  # what its adapters call their base: a hub id or a path
-    fingerprint: str  # sha256; see `weights.load.fingerprint`
+    source: str  # what its adapters call their base, and what loads it again: see `Origin.name`
+    fingerprint: str  # of all weights; see `weights.origin.fingerprint`
     hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
+    origin: Origin | None = None  # where the weights come from, where they come from files
 
 
 def read_config(found: hub.ResolvedSource) -> ModelConfig:
@@ -70,17 +75,13 @@ def load_model(
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
     found = hub.resolve(source, cache) if isinstance(source, str) else source
     raw, config, tensors, tokenizer = _opened(found)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise NaloraError(
-            f"{found.path}: tokenizer",
-            expected=f"at most {config.vocab_size} tokens, the rows of the embedding",
-            found=tokenizer.vocab_size,
-            remedy="use the tokenizer that belongs to the model",
-        )
+    tokenizer = tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
     keymap = keymap_for(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
     params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
-    return LoadedModel(config, params, tokenizer, found.name, fingerprint(config, tensors), raw)
+    known = origin(config, found, tensors, together=mesh is not None)
+    log.info("base model: %s", known.describe())
+    return LoadedModel(config, params, tokenizer, known.name, known.fingerprint, raw, known)
 
 
 def _opened(found: hub.ResolvedSource) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:

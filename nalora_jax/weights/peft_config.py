@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 
 CONFIG_NAME = "adapter_config.json"
-_MAX_CONFIG_BYTES = 64 << 20
+_MAX_CONFIG_BYTES = 4 << 20
+_MAX_RANK = 2**20
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) train on a
 # changed base, so their factors mean nothing on the original one until they are converted.
@@ -78,38 +79,74 @@ class PeftConfig:
     dora: bool = False
     dropout: float = 0.0
 
-    def rank_of(self, name: str) -> int:
-        """Rank at the module or parameter ``name``."""
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, name), self.rank)
+    def choose(self, modules: Sequence[str], parameters: Sequence[str] = ()) -> Choices:
+        """What this config says about a model's Linear modules (not the output head) and parameters, as PEFT reads it.
 
-    def alpha_of(self, name: str) -> float:
-        """Alpha at the module or parameter ``name``."""
-        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, name), self.alpha)
+        Raises:
+          NaloraError: a regular expression takes too long.
+        """
+        named = self._named(modules, self.target_modules, every="all-linear")
+        if not isinstance(self.target_modules, str):
+            named &= self._in_layers(modules)
+        targeted = named - self._named(modules, self.exclude_modules)
+        stacks = {name for name in parameters if _has_suffix(name, frozenset(self.target_parameters))}
+        every = [*modules, *parameters]
+        return Choices(
+            frozenset(targeted),
+            frozenset(stacks),
+            {name: self.rank_pattern.get(key, self.rank) for name, key in self._keys("rank_pattern", every)},
+            {name: self.alpha_pattern.get(key, self.alpha) for name, key in self._keys("alpha_pattern", every)},
+        )
 
-    def targets_module(self, name: str) -> bool:
-        """Whether PEFT would put an adapter on the Linear module ``name`` (not the output head)."""
-        if self._excludes(name):
-            return False
-        if isinstance(self.target_modules, str):
-            everything = self.target_modules.lower() == "all-linear"
-            return everything or re.fullmatch(self.target_modules, name) is not None
-        return _has_suffix(name, self.target_modules) and self._transforms_layer(name)
+    def _named(self, names: Sequence[str], wanted: tuple[str, ...] | str, every: str = "") -> set[str]:
+        """Those of ``names`` that a list of names and suffixes, or one expression, means."""
+        if not isinstance(wanted, str):
+            suffixes = frozenset(wanted)
+            return {name for name in names if _has_suffix(name, suffixes)}
+        if every and wanted.lower() == every:
+            return set(names)
+        (found,) = self._matches("target_modules or exclude_modules", [wanted], names, full=True)
+        return {name for name, match in zip(names, found, strict=True) if match is not None}
 
-    def targets_parameter(self, name: str) -> bool:
-        """Whether PEFT would put an adapter on the parameter ``name``, e.g. a stack of experts."""
-        return _has_suffix(name, self.target_parameters)
-
-    def _excludes(self, name: str) -> bool:
-        if isinstance(self.exclude_modules, str):
-            return re.fullmatch(self.exclude_modules, name) is not None
-        return _has_suffix(name, self.exclude_modules)
-
-    def _transforms_layer(self, name: str) -> bool:
+    def _in_layers(self, names: Sequence[str]) -> set[str]:
+        """Those of ``names`` in the layers of ``layers_to_transform``."""
         if not self.layers_to_transform:
-            return True
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        match = next((found for found in (re.match(p, name) for p in patterns) if found), None)
-        return match is not None and int(match["idx"]) in self.layers_to_transform
+            return set(names)
+        layers = {str(index) for index in self.layers_to_transform}
+        patterns = [_layer_pattern(p) for p in self.layers_pattern] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        found = self._matches("layers_pattern", patterns, names)
+        first = [next((match for match in row if match is not None), None) for row in zip(*found, strict=True)]
+        return {name for name, match in zip(names, first, strict=True) if match in layers}
+
+    def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """For every name, the first key of a pattern that matches its end from a dot on (``get_pattern_key``)."""
+        keys = list(getattr(self, field_name))
+        found = self._matches(field_name, [_suffix_pattern(key) for key in keys], names)
+        for number, name in enumerate(names):
+            yield name, next((key for key, row in zip(keys, found, strict=True) if row[number] is not None), "")
+
+    def _matches(
+        self, field_name: str, patterns: list[str], names: Sequence[str], *, full: bool = False
+    ) -> list[list[str | None]]:
+        try:
+            return bounded.matches(patterns, names, full=full)
+        except bounded.BoundedError as error:
+            raise NaloraError(
+                f"{self.where}: {field_name}",
+                expected="regular expressions that match a model's module names in seconds",
+                found=error,
+                remedy="do not trust this file; name the modules in a list instead",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where an adapter sits in a model, and with which rank and alpha."""
+
+    modules: frozenset[str]  # targeted Linear modules
+    parameters: frozenset[str]  # targeted parameters, e.g. stacks of experts
+    ranks: Mapping[str, int]  # of every module and parameter, were it targeted
+    alphas: Mapping[str, float]
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
@@ -126,14 +163,14 @@ def read_peft_config(folder: Path) -> PeftConfig:
     targets = _targets(fields)
     config = PeftConfig(
         where=str(path),
-        rank=fields.integer("r", low=1),
+        rank=fields.integer("r"),
         alpha=fields.number("lora_alpha"),
         target_modules=targets,
         target_parameters=fields.strings("target_parameters"),
         exclude_modules=fields.strings_or_regex("exclude_modules"),
         layers_to_transform=fields.integers("layers_to_transform"),
-        layers_pattern=fields.strings("layers_pattern"),
-        rank_pattern=fields.pattern("rank_pattern", lambda sub, key: sub.integer(key, low=1)),
+        layers_pattern=fields.layer_patterns(),
+        rank_pattern=fields.pattern("rank_pattern", lambda sub, key: sub.integer(key)),
         alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.number(key)),
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
@@ -197,10 +234,12 @@ class _Fields:
     raw: Mapping[str, Any]
     where: str
 
-    def integer(self, key: str, *, low: int) -> int:
+    def integer(self, key: str) -> int:
         value = self.raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self._error(key, f"an integer of {low} or more", value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._error(key, "an integer of 1 or more", value)
+        if value > _MAX_RANK:
+            raise self._error(key, f"at most {_MAX_RANK}", value)
         return value
 
     def number(
@@ -244,13 +283,16 @@ class _Fields:
         if not isinstance(value, dict):
             raise self._error(key, "an object of pattern: value", value)
         inner = _Fields(value, f"{self.where}: {key}")
-        return {self._regex(key, name): read(inner, name) for name in value}
+        return {self._regex(key, name, _suffix_pattern): read(inner, name) for name in value}
 
-    def _regex(self, key: str, pattern: str) -> str:
+    def layer_patterns(self) -> tuple[str, ...]:
+        return tuple(self._regex("layers_pattern", name, _layer_pattern) for name in self.strings("layers_pattern"))
+
+    def _regex(self, key: str, pattern: str, use: Callable[[str], str] = str) -> str:
+        """``pattern``, if it is an expression also in the ``use`` that is made of it."""
         try:
-            re.compile(pattern)
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
+            bounded.matches([pattern, use(pattern)], [])
+        except bounded.BoundedError as error:
             raise self._error(key, "a regular expression", f"{pattern!r} ({error})") from error
         return pattern
 
@@ -259,13 +301,20 @@ class _Fields:
         return NaloraError(f"{self.where}: {key}", expected=expected, found=str(shown)[:200])
 
 
-def _pattern_key(patterns: Mapping[str, Any], name: str) -> str:
-    """The first key that matches the end of ``name`` from a dot on, or ``name`` (PEFT's ``get_pattern_key``)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
+def _suffix_pattern(key: str) -> str:
+    """What PEFT makes of a key of rank_pattern or alpha_pattern."""
+    return rf"(.*\.)?({key})$"
 
 
-def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+def _layer_pattern(name: str) -> str:
+    """What PEFT makes of an entry of layers_pattern; the group is the layer's number."""
+    return rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
+
+
+def _has_suffix(name: str, suffixes: frozenset[str]) -> bool:
+    """Whether ``name``, or its end from some dot on, is among ``suffixes``."""
+    parts = name.split(".")
+    return any(".".join(parts[first:]) in suffixes for first in range(len(parts)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

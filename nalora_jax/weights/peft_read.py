@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import unflatten
+from nalora_jax.weights.origin import is_comparable
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
     Adapter,
@@ -28,6 +30,8 @@ from nalora_jax.weights.peft_modules import (
     split,
     without_padding,
 )
+
+log = logging.getLogger(__name__)
 
 TENSORS_NAME = "adapter_model.safetensors"
 FINGERPRINT_KEY = "nalora.base_fingerprint"
@@ -111,13 +115,23 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
 
 def _check_fingerprint(folder: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
     noted = metadata.get(FINGERPRINT_KEY)
-    if noted and fingerprint and noted != fingerprint:
-        raise NaloraError(
-            str(folder / TENSORS_NAME),
-            expected=f"an adapter of the base model {fingerprint}",
-            found=f"one of the base model {noted}",
-            remedy="load the model that the adapter was trained on (its name is in adapter_config.json)",
+    if not noted or not fingerprint or noted == fingerprint:
+        return
+    where = str(folder / TENSORS_NAME)
+    if not is_comparable(noted, fingerprint):
+        log.warning(
+            "%s: made with an earlier version, whose digest of the base covered a part of its weights and cannot be "
+            "compared; check that the base is the one that adapter_config.json names",
+            where,
         )
+        return
+    raise NaloraError(
+        where,
+        expected=f"an adapter of the base model {fingerprint}",
+        found=f"one of the base model {noted}",
+        remedy="load the very weights that the adapter was trained on (their name is in adapter_config.json); the same "
+        "model in another number format is another base",
+    )
 
 
 # ---------------------------------------------------------------- what the configuration asks for
@@ -132,25 +146,40 @@ class _Slot:
     layer: int
     module: HostModule
     targeted: bool
+    rank: int
+    alpha: float
     expert: int | None = None
     stacked: bool = False
 
 
 def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[_Slot]:
-    for layer in range(config.n_layers):
-        for module in layout.modules:
-            name = layout.full_name(layer, module.name)
-            yield _Slot(name, name, layer, module, peft.targets_module(name))
-        for path, pattern in layout.experts.items():
-            for expert in range(config.n_experts):
-                name = layout.full_name(layer, pattern.format(expert))
-                yield _Slot(name, name, layer, HostModule(pattern, (path,)), peft.targets_module(name), expert=expert)
-        stacks = [(layout.full_name(layer, stack.name), stack) for stack in layout.parameters]
-        chosen = [(name, stack) for name, stack in stacks if peft.targets_parameter(name)]
+    linear = [place for layer in range(config.n_layers) for place in _linear_modules(layout, config, layer)]
+    stacks = {
+        layer: [(layout.full_name(layer, stack.name), stack) for stack in layout.parameters]
+        for layer in range(config.n_layers)
+    }
+    parameters = [name for listed in stacks.values() for name, _ in listed]
+    choices = peft.choose([name for name, *_ in linear], parameters)
+    for name, layer, module, expert in linear:
+        given = (choices.ranks[name], choices.alphas[name])
+        yield _Slot(name, name, layer, module, name in choices.modules, *given, expert=expert)
+    for layer, listed in stacks.items():
+        chosen = [(name, stack) for name, stack in listed if name in choices.parameters]
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
         for depth, (name, stack) in enumerate(reversed(chosen)):
             key = name.rpartition(".")[0] + ".base_layer" * depth
-            yield _Slot(key, name, layer, stack, True, stacked=True)
+            yield _Slot(key, name, layer, stack, True, choices.ranks[name], choices.alphas[name], stacked=True)
+
+
+def _linear_modules(
+    layout: ModuleLayout, config: ModelConfig, layer: int
+) -> Iterator[tuple[str, int, HostModule, int | None]]:
+    """Name, layer, module and expert of every Linear module of a layer."""
+    for module in layout.modules:
+        yield layout.full_name(layer, module.name), layer, module, None
+    for path, pattern in layout.experts.items():
+        for expert in range(config.n_experts):
+            yield layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), expert
 
 
 def _group(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
@@ -235,7 +264,7 @@ def _adapter(config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, par
     """One slot's tensors, checked, in this library's layout."""
     shape = module_shape(config, slot.module)
     d_in, d_out = shape[-2:]
-    rank = peft.rank_of(slot.name)
+    rank = slot.rank
     count = config.n_experts if slot.stacked else 1
     wanted = {"a": (count * rank, d_in), "b": (d_out, count * rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
@@ -254,7 +283,7 @@ def _adapter(config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, par
     if slot.stacked:  # A is [experts * r, d_in], expert-major; B is [d_out, r * experts], rank-major
         a = parts["a"].reshape(count, rank, d_in).transpose(0, 2, 1)
         b = parts["b"].reshape(d_out, rank, count).transpose(2, 1, 0)
-    scale = adapter_scale(peft.alpha_of(slot.name), rank, rslora=peft.rslora)
+    scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
     adapter = Adapter(a, b, scale, parts.get("magnitude"))
     return without_padding(adapter) if slot.stacked else adapter
 

@@ -194,3 +194,23 @@ def test_many_texts_at_once_equal_each_alone(tokenizer):
         (alone,) = tokenize([text], tokenizer)
         np.testing.assert_array_equal(one.ids, alone.ids)
         np.testing.assert_array_equal(one.answer, alone.answer)
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"messages": [{"role": 1, "content": "hi"}]}, r"messages\[0\]: role: expected a text, found a int"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content: .*found a NoneType"),
+        ({"messages": {"role": 1, "content": None}}, "messages: expected a list of chat messages, found a dict"),
+        ({"messages": {"role": "user", "content": "hi"}}, "messages: expected a list of chat messages, found a dict"),
+        ({"messages": {}}, "messages: expected a list of chat messages"),
+        (
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            r"messages\[0\]: content: expected Unicode text, found half a character",
+        ),
+        ({"prompt": "\udfff", "completion": "x"}, "prompt: expected Unicode text, found half a character"),
+    ],
+)
+def test_records_of_the_wrong_kind_are_named(tokenizer, record, found):
+    with pytest.raises(NaloraError, match=f"here: {found}"):
+        render(record, CONFIG, tokenizer, "here")

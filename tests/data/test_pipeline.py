@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -165,7 +166,12 @@ def test_too_long(open_data, write_jsonl, tokenizer, caplog):
     ):
         open_data(dataclasses.replace(base, too_long="error"))
     caplog.set_level(logging.INFO)
+    caplog.clear()
     dropped = open_data(base).describe()
+    assert (
+        f"left out 1 of 3 records (33%), longer than --data.max-length {base.max_length}; --data.max-length"
+        in caplog.text
+    )
     assert (dropped["examples"], dropped["dropped"], dropped["truncated"]) == (2, 1, 0)
     assert "2 examples" in caplog.text
     data = open_data(dataclasses.replace(base, too_long="truncate"), batch_size=1)
@@ -240,3 +246,26 @@ def test_loss_on_every_turn_reaches_the_batch(open_data, write_jsonl, tokenizer)
     ]
     data = open_data(DataConfig(dataset=write_jsonl({"messages": turns}), loss_on="assistant"), batch_size=1)
     assert answers_of(take(data, 1)[0], tokenizer) == ["the sky<|im_end|>green hills<|im_end|>"]
+
+
+def test_the_length_that_keeps_all_is_named_every_time(open_data, write_jsonl, tokenizer, caplog):
+    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 1, 1, 9)]
+    path = write_jsonl(*texts)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        assert open_data(DataConfig(dataset=path, max_length=8), batch_size=1).describe()["dropped"] == 1
+        (message,) = [record.message for record in caplog.records if "left out" in record.message]
+        assert "1 of 4 records (25%)" in message
+    enough = int(re.search(r"--data.max-length (\d+) keeps all", message)[1])
+    assert open_data(DataConfig(dataset=path, max_length=enough), batch_size=1).describe()["dropped"] == 0
+    assert open_data(DataConfig(dataset=path, max_length=enough - 1), batch_size=1).describe()["dropped"] == 1
+
+
+def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
+    texts = [{"prompt": "sky " * size, "completion": "blue"} for size in (1, 9, 9, 1, 9)]
+    with pytest.raises(
+        NaloraError, match=r"3 of 5 records \(60%\), longer than --data.max-length 8; .*keeps all.*truncate"
+    ):
+        open_data(DataConfig(dataset=write_jsonl(*texts), max_length=8), batch_size=1)
+    half = write_jsonl(*texts[:4], name="half.jsonl")
+    assert open_data(DataConfig(dataset=half, max_length=8), batch_size=1).describe()["dropped"] == 2

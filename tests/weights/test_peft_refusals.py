@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import map_named
@@ -71,6 +72,14 @@ BAD_CONFIGS = [
     ({"rank_pattern": {"up_proj": None}}, "rank_pattern: up_proj"),
     ({"rank_pattern": ["up_proj"]}, "rank_pattern"),
     ({"alpha_pattern": {"up_(proj": 3}}, "regular expression"),
+    ({"r": 10**400}, "r: expected at most 1048576"),
+    ({"rank_pattern": {"up_proj": 10**30}}, "rank_pattern: up_proj: expected at most 1048576"),
+    ({"lora_alpha": 10**400}, "lora_alpha: expected a number above 0"),
+    ({"alpha_pattern": {"up_proj": -(10**400)}}, "alpha_pattern: up_proj"),
+    ({"target_modules": "mlp{99999999999}"}, "target_modules: expected a regular expression"),
+    ({"layers_to_transform": [0], "layers_pattern": ["lay(ers"]}, "layers_pattern: expected a regular expression"),
+    ({"layers_to_transform": [0], "layers_pattern": ["(?P<idx>layers)"]}, "layers_pattern"),
+    ({"rank_pattern": {"(" * 5000 + ")" * 5000: 2}}, "rank_pattern: expected a regular expression"),
     ({"use_dora": True}, "lora_magnitude_vector"),
     ({"use_dora": "yes"}, "use_dora"),
     ({"lora_dropout": 1.5}, "lora_dropout"),
@@ -86,6 +95,28 @@ def test_bad_configs_are_refused_by_name(change, message, good, tmp_path):
     write(tmp_path / "bad", settings_, tensors)
     with pytest.raises(NaloraError, match=message):
         import_adapter(tmp_path / "bad", config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": "(.*.*)*[.](gate|up|down)_projX"},
+        {"exclude_modules": "([a-z0-9_.]+)+X"},
+        {"rank_pattern": {"([a-z0-9_.]+)+X": 2}},
+        {"alpha_pattern": {"([a-z0-9_.]+)+X": 2}},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": ["([a-z0-9_.]+)+X"]},
+    ],
+    ids=lambda change: list(change)[-1],
+)
+def test_expressions_that_backtrack_for_ever_are_refused(change, good, tmp_path, monkeypatch):
+    config, _, settings_, tensors = good
+    helper = bounded._Helper()
+    monkeypatch.setattr(bounded, "SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "_HELPER", helper)
+    write(tmp_path / "bad", settings_ | change, tensors)
+    with pytest.raises(NaloraError, match=r"regular expressions that match .* found more than 0\.5 seconds"):
+        import_adapter(tmp_path / "bad", config)
+    helper.stop()
 
 
 KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
@@ -113,6 +144,13 @@ def test_bad_tensors_are_refused_by_name(change, message, good, tmp_path):
     write(tmp_path / "bad", settings_, change(tensors))
     with pytest.raises(NaloraError, match=message):
         import_adapter(tmp_path / "bad", config)
+
+
+def test_a_base_noted_by_an_earlier_version_is_said_not_to_be_comparable(good, caplog):
+    config, folder, *_ = good
+    with caplog.at_level("WARNING"):
+        import_adapter(folder, config, fingerprint="all:" + "0" * 64)
+    assert "made with an earlier version, whose digest of the base covered a part of its weights" in caplog.text
 
 
 def test_bad_files_are_refused(good, tiny_model, tmp_path):

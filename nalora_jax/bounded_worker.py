@@ -1,0 +1,123 @@
+"""The helper process of `bounded`: renders chat templates and matches regular expressions, one request a line.
+
+It is run by its path and imports nothing of this library, so that it starts in a tenth of a second. What it runs is
+foreign: it has little memory, an alarm ends it when a request takes too long, and it writes nothing but its answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+from typing import Any
+
+MEMORY = 512 << 20  # bytes of address space
+MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
+_MAX_ERROR = 500  # characters of a program's own complaint that are passed on
+
+
+def serve(seconds: float) -> None:
+    """Answer requests until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    environment = chat_environment()
+    _limit_memory()
+    _answer({"answer": "ready"})
+    template = None
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            request = json.loads(line)
+            if "patterns" in request:
+                answer: Any = match_all(**request)
+            else:
+                if request["template"] is not None:
+                    template = environment.from_string(request["template"])
+                assert template is not None
+                answer = [_checked(template.render(variables)) for variables in request["render"]]
+            text = json.dumps({"answer": answer})
+        except Exception as error:  # a foreign program may fail in any way
+            text = json.dumps({"error": _complaint(error)})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def _limit_memory() -> None:
+    import resource
+
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
+        _, most = resource.getrlimit(kind)
+        resource.setrlimit(kind, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def _answer(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def _checked(text: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a text of more than {MAX_TEXT:,} characters")
+    return text
+
+
+def _complaint(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return f"more than {MEMORY >> 20} MB of memory"
+    return f"{type(error).__name__}: {str(error)[:_MAX_ERROR]}"
+
+
+def match_all(patterns: list[str], names: list[str], full: bool) -> list[list[str | None]]:
+    """See `bounded.matches`."""
+    found: list[list[str | None]] = []
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except Exception as error:  # re.error, OverflowError, RecursionError
+            raise ValueError(f"{pattern[:100]!r}: {error}") from error
+        match = compiled.fullmatch if full else compiled.match
+        rows = [match(name) for name in names]
+        grouped = "idx" in compiled.groupindex
+        found.append([None if row is None else (row["idx"] or "") if grouped else "" for row in rows])
+    return found
+
+
+def chat_environment() -> Any:
+    """The jinja2 environment that chat templates are written for: sandboxed, with transformers' own additions."""
+    from datetime import datetime
+
+    import jinja2
+    import jinja2.ext
+    import jinja2.nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(jinja2.ext.Extension):
+        """``{% generation %} ... {% endgeneration %}``, which marks an assistant's text: its body as it is."""
+
+        tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            lineno = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(lineno)
+
+    def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+        """jinja2's own filter escapes HTML characters, which no model was trained on."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = to_json
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env
+
+
+if __name__ == "__main__":
+    serve(float(sys.argv[1]))

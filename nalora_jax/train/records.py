@@ -1,0 +1,138 @@
+"""What the lines of a run's log may hold: everything that reads a log relies on it, and it may have been edited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+_MAX_STEP = 2**53
+_MAX_DEPTH = 12  # of a run's config
+_MAX_LAYERS = 2**16
+
+
+def check_record(record: Mapping[str, Any], where: str) -> None:
+    """Refuses a line whose known fields are of the wrong type; fields that are not known are nobody's concern.
+
+    Args:
+      record: one parsed line of metrics.jsonl.
+      where: file and line, for the message.
+
+    Raises:
+      NaloraError: names the field.
+    """
+    if "run" in record:
+        _check_header(record, where)
+    if "resumed" in record:
+        resumed = _mapping(record, "resumed", where)
+        _check_step(resumed.get("step"), f"{where}: resumed: step")
+    if "done" in record:
+        done = _mapping(record, "done", where)
+        for name in ("step", "best_step"):
+            if done.get(name) is not None:
+                _check_step(done[name], f"{where}: done: {name}")
+    if "step" in record:
+        _check_step(record["step"], f"{where}: step")
+    if "eval" in record:
+        check_evaluation(_mapping(record, "eval", where), f"{where}: eval")
+        if "step" not in record:
+            raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
+    elif "step" in record:
+        _check_numbers({name: value for name, value in record.items() if name != "layers"}, where)
+        if record.get("layers") is not None:
+            _check_layers(_mapping(record, "layers", where), f"{where}: layers")
+
+
+def check_evaluation(values: Mapping[str, Any], where: str) -> None:
+    """Refuses an evaluation whose metrics are no numbers, or whose samples are of another form than a run writes."""
+    numbers = {name: value for name, value in values.items() if name not in ("samples", "right", "paired")}
+    _check_numbers(numbers, where)
+    if values.get("n") is not None:
+        _check_step(values["n"], f"{where}: n")
+    if values.get("paired") is not None:
+        paired = _mapping(values, "paired", where)
+        _check_numbers(paired, f"{where}: paired", needed=("low", "high", "gained", "lost", "p_value"))
+    samples = values.get("samples") or []
+    texts = isinstance(samples, list) and all(isinstance(one, Mapping) and "prompt" in one for one in samples)
+    if not texts:
+        raise _error(f"{where}: samples", "a list of prompts with their answers", samples)
+    right = values.get("right") or []
+    if not isinstance(right, list) or not all(isinstance(one, bool) for one in right):
+        raise _error(f"{where}: right", "a list of true and false", right)
+
+
+def _check_header(record: Mapping[str, Any], where: str) -> None:
+    run = _mapping(record, "run", where)
+    if _depth(run) > _MAX_DEPTH:
+        raise NaloraError(f"{where}: run", expected="a run's settings", found="objects nested too deeply")
+    if "data" in run:
+        _mapping(run, "data", f"{where}: run")
+    if "steps" in run:
+        _check_step(run["steps"], f"{where}: run: steps")
+    for name in ("versions", "base"):
+        if record.get(name) is not None:
+            _mapping(record, name, where)
+    base = record.get("base") or {}
+    if not all(isinstance(value, str) for value in base.values()):
+        raise _error(f"{where}: base", "texts", base)
+
+
+def _depth(value: Any) -> int:
+    """How deeply objects and lists are nested, without recursion."""
+    depth, level = 0, [value]
+    while level and depth <= _MAX_DEPTH:
+        depth += 1
+        inner = [list(one.values()) if isinstance(one, Mapping) else one for one in level]
+        level = [item for one in inner if isinstance(one, list) for item in one]
+    return depth
+
+
+def _check_layers(layers: Mapping[str, Any], where: str) -> None:
+    """One number, or one row of numbers, for every layer."""
+    for name, rows in layers.items():
+        here = f"{where}: {name}"
+        if rows is None:
+            continue
+        if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
+            raise _error(here, "a list with an entry for every layer", rows)
+        nested = [row for row in rows if isinstance(row, list)]
+        if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
+            raise _error(here, "rows of one length", rows)
+        for value in [item for row in nested for item in row] if nested else rows:
+            _check_number(value, here)
+
+
+def _check_numbers(values: Mapping[str, Any], where: str, needed: tuple[str, ...] = ()) -> None:
+    for name, value in values.items():
+        _check_number(value, f"{where}: {name}")
+    for name in needed:
+        if values.get(name) is None:
+            raise NaloraError(f"{where}: {name}", expected="a number", found="nothing")
+
+
+def _check_number(value: object, where: str) -> None:
+    """A finite number or null; a whole number of any length is one that a float can hold."""
+    if value is None or isinstance(value, bool):
+        return
+    if not isinstance(value, int | float) or not abs(value) < 1e300 or not math.isfinite(value):
+        raise _error(where, "a finite number, or null", value)
+
+
+def _check_step(value: object, where: str) -> None:
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_STEP
+    if not whole or value != int(value):  # type: ignore[call-overload]
+        raise _error(where, "a count, 0 or more", value)
+
+
+def _mapping(record: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = record[name]
+    if not isinstance(value, Mapping):
+        raise _error(f"{where}: {name}", "a JSON object", value)
+    return value
+
+
+def _error(where: str, expected: str, found: object) -> NaloraError:
+    remedy = "the file was edited or damaged: restore that line, or delete it"
+    return NaloraError(where, expected=expected, found=repr(found)[:100], remedy=remedy)

