@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import doctor, parser, usage, verbs
+from nalora_jax.cli import doctor, parser, plan, usage, verbs
 from nalora_jax.ranges import check_path, check_ranges
 
 
@@ -49,6 +50,7 @@ VERBS = {
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
+    "plan": Verb(plan.PlanArgs, plan.plan),
     "doctor": Verb(parser.DoctorArgs, doctor.doctor),
 }
 
@@ -82,6 +84,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
+    words = _with_mesh(words)
     asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))
@@ -95,6 +98,14 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         if isinstance(value := getattr(args, one.name), Path):
             check_path(f"--{one.name}", value)
     return args
+
+
+def _with_mesh(words: list[str]) -> list[str]:
+    """``--mesh auto`` as the flags that it stands for: every axis is left open."""
+    for i, pair in enumerate(itertools.pairwise(words)):
+        if pair == ("--mesh", "auto"):
+            return [*words[:i], *(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")), *words[i + 2 :]]
+    return words
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import jax
 
 from nalora_jax.errors import NaloraError
 
@@ -39,6 +42,13 @@ CHIPS = {
     "h100": Chip("NVIDIA H100 SXM", "gpu", 989e12, 79.0e9 * 0.92, 3350e9, 450e9, 50e9, "NVIDIA H100 data sheet"),
 }
 _GPUS_A_NODE = 8
+# What JAX calls them (`jax.Device.device_kind`), in lower case.
+_KINDS = {
+    "v5e": ("tpu v5 lite", "tpu v5e"),
+    "v6e": ("tpu v6 lite", "tpu v6e"),
+    "v5p": ("tpu v5p", "tpu v5"),
+    "h100": ("h100",),
+}
 
 
 @dataclass(frozen=True)
@@ -98,3 +108,19 @@ def topology(name: str) -> Topology:
         "8xh100 or 64xh100 (whole nodes of 8)",
         found=repr(name),
     )
+
+
+def of_devices(devices: Sequence[jax.Device]) -> Topology | None:
+    """The machine that real (or abstract) devices are; None for one that the table of chips does not know."""
+    kind = next((key for key, names in _KINDS.items() if any(n in devices[0].device_kind.lower() for n in names)), None)
+    if kind is None:
+        return None
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if CHIPS[kind].platform == "gpu":
+        nodes = len({device.process_index for device in devices})
+        a_node = len(devices) // nodes
+        shape = (nodes, a_node) if nodes * a_node == len(devices) else (1, len(devices))
+    else:
+        first = [d.coords for d in devices if getattr(d, "slice_index", 0) == getattr(devices[0], "slice_index", 0)]
+        shape = tuple(max(axis) - min(axis) + 1 for axis in zip(*first, strict=True))
+    return Topology(f"{len(devices)} x {CHIPS[kind].name}", CHIPS[kind], kind, shape, slices)

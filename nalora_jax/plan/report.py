@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import jax
 
 from nalora_jax import distributed
-from nalora_jax.config import MaskConfig, MeshConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.plan.auto import with_layout
 from nalora_jax.plan.figures import Figures, figures
 from nalora_jax.plan.layouts import Layout, choose
 from nalora_jax.plan.machines import Topology
@@ -105,13 +106,6 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int) -> Pla
         other,
         bound_of(ours, where, base, spec, config, seq),
     )
-
-
-def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    """``config`` with the mesh and the rematerialisation of ``layout``."""
-    mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
-    compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
-    return replace(config, mesh=mesh, compute=compute)
 
 
 def bound_of(

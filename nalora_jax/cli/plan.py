@@ -1,0 +1,112 @@
+"""The verb ``nalora plan``: what a run needs of hardware that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig, check
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class PlanArgs:
+    """Compile a training step for TPUs or GPUs that are not there: whether it fits, and how fast it can be."""
+
+    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, qwen3-32b, mixtral-8x7b; or a config.json, or a folder that holds one.
+    model: str
+    # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
+    topology: tuple[str, ...]
+    # Rows a step over all chips (0: one a chip).
+    batch: int = 0
+    # Tokens of a row.
+    seq: int = 4096
+    # Micro-batches that each step accumulates over.
+    accumulate: int = 1
+    # Adapters: PATTERN:RANK[:ALPHA] ..., as of nalora train.
+    rules: tuple[LoRARule, ...] = LoRAConfig().rules
+    # Rematerialisation; "auto" chooses it together with the mesh.
+    remat: Literal["auto", "none", "full", "attention", "dots"] = "auto"
+    # Hold the adapted model's projections quantized.
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    # Price of one chip and hour: the cost of a million tokens is shown.
+    price: float | None = None
+    # Write the figures to this file as well, a JSON line for each topology.
+    json: Path | None = None
+    # Say which layout would be chosen, and compile nothing.
+    estimate: bool = False
+    # Axes of the mesh; what is left open is chosen.
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def plan(args: PlanArgs) -> None:
+    """Prints the plan of each topology."""
+    from nalora_jax.plan.machines import topology
+
+    machines = [topology(name) for name in args.topology]
+    if not machines:
+        raise NaloraError("--topology", expected="at least one machine", found="none")
+    _prepare(gpus=any(machine.chip.platform == "gpu" for machine in machines))
+    from nalora_jax.models.config import projection_shapes
+    from nalora_jax.nn.low_rank import resolve
+    from nalora_jax.plan.layouts import choose
+    from nalora_jax.plan.models import architecture
+    from nalora_jax.plan.report import describe
+    from nalora_jax.plan.report import plan as compiled
+
+    base = architecture(args.model)
+    for machine in machines:
+        config = _config(args, args.batch or machine.size * args.accumulate)
+        if args.estimate:
+            spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+            print(f"{args.model} on {machine.name}: {choose(config, base, spec, machine, args.seq)}", flush=True)
+            continue
+        found = compiled(config, base, machine, args.seq)
+        print("\n".join(describe(found, price=args.price)), flush=True)
+        if args.json is not None:
+            with args.json.open("a") as file:
+                file.write(json.dumps(found.to_dict()) + "\n")
+
+
+def _config(args: PlanArgs, rows: int) -> RunConfig:
+    return check(
+        replace(
+            RunConfig(),
+            model=args.model,
+            lora=LoRAConfig(rules=args.rules),
+            mesh=args.mesh,
+            train=TrainConfig(batch_size=rows, accumulate=args.accumulate),
+            compute=ComputeConfig(remat=args.remat, quantize=args.quantize),
+        )
+    )
+
+
+def _prepare(*, gpus: bool) -> None:
+    """The environment in which the compilers work: no device is looked for, and GPUs' find their tools.
+
+    Raises:
+      NaloraError: JAX has been started already, for other devices.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if "jax" in sys.modules:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    if not gpus:
+        return
+    # Nothing can be timed here, so XLA must not try; its default choices are compiled.
+    flags = ["--xla_gpu_autotune_level=0"]
+    try:
+        tools = importlib.util.find_spec("nvidia.cuda_nvcc")
+    except ModuleNotFoundError:
+        tools = None
+    if tools is not None and tools.submodule_search_locations:
+        flags.append(f"--xla_gpu_cuda_data_dir={next(iter(tools.submodule_search_locations))}")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
