@@ -64,6 +64,7 @@ class Plan:
             "layout": asdict(self.layout),
             "fits": self.fits,
             "memory": self.nalora.memory,
+            "limit": self.where.chip.memory,
             "arguments": self.nalora.arguments,
             "moved": self.nalora.moved(),
             "hidden": self.nalora.moved(overlapped=True),

@@ -1,0 +1,93 @@
+"""The table of docs/pods.md: models on pods, by the real compilers (no TPU and no GPU is used).
+
+    pip install '.[tpu]' && python benchmarks/pods.py --platform tpu       # in an environment of its own
+    pip install '.[cuda]' && python benchmarks/pods.py --platform gpu      # in another one
+    python benchmarks/pods.py --page                                       # the page alone, from what is recorded
+
+Each entry is `nalora plan` with the defaults that a user gets: 4,096 tokens a row, one row a chip, rank 8 on every
+projection of the FFNs, mesh and rematerialisation chosen. Entries that are recorded are not compiled again (--again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).parent / "results" / "pods.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
+START, END = "<!-- table: benchmarks/pods.py -->", "<!-- end of table -->"
+MODELS = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "qwen3-32b", "mixtral-8x7b")
+TOPOLOGIES = {"tpu": ("v5e:16x16", "v6e:16x16", "v5p:8x8x16"), "gpu": ("8xh100", "64xh100")}
+
+
+def recorded() -> dict[tuple[str, str], dict[str, Any]]:
+    """The newest entry of each model and topology."""
+    lines = RECORD.read_text().splitlines() if RECORD.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {(entry["model"], entry["topology"]): entry for entry in found}
+
+
+def compile_entry(model: str, topology: str) -> bool:
+    """Adds an entry to the record, in a process of its own; whether that worked."""
+    command = [sys.executable, "-m", "nalora_jax", "plan", "--model", model, "--topology", topology]
+    finished = subprocess.run([*command, "--json", str(RECORD)], check=False)
+    return finished.returncode == 0
+
+
+def table() -> str:
+    """Markdown, a row for each entry."""
+    entries = recorded()
+    lines = [
+        "| model | machine | data x fsdp x tensor, remat | GB a chip (limit) | received GB a chip and step (behind products) "
+        "| step, at least | implied MFU | tokens/s a chip | NA-LoRA over LoRA: flops, HBM, collectives |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        for topology in (name for names in TOPOLOGIES.values() for name in names):
+            entry = entries.get((model, topology))
+            if entry is None:
+                continue
+            layout, over = entry["layout"], entry["over_lora"]
+            chips = layout["data"] * layout["fsdp"] * layout["tensor"]
+            lines.append(
+                f"| {model} | {topology} | {layout['data']} x {layout['fsdp']} x {layout['tensor']}, {layout['remat']} "
+                f"| {entry['memory'] / 1e9:.1f} ({entry['limit'] / 1e9:.1f}){'' if entry['fits'] else ' **does not fit**'} "
+                f"| {entry['moved'] / 1e9:.2f} ({entry['hidden'] / 1e9:.2f}) | {entry['seconds']:.3f} s "
+                f"| {entry['mfu']:.0%} | {entry['tokens_per_second'] / chips:,.0f} "
+                f"| {over['flops']:.4f}, {over['HBM bytes']:.4f}, {over['collective bytes']:.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Puts the table between the markers of the page."""
+    text = PAGE.read_text()
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=tuple(TOPOLOGIES), default="tpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--topologies", nargs="+", help="by default all of the platform's")
+    parser.add_argument("--again", action="store_true", help="compile what is recorded as well")
+    parser.add_argument("--page", action="store_true", help="nothing but the page")
+    options = parser.parse_args()
+    failed = []
+    for model in () if options.page else options.models:
+        for topology in options.topologies or TOPOLOGIES[options.platform]:
+            if (options.again or (model, topology) not in recorded()) and not compile_entry(model, topology):
+                failed.append(f"{model} on {topology}")
+    write_page()
+    if failed:
+        sys.exit("not compiled: " + ", ".join(failed))
+
+
+if __name__ == "__main__":
+    main()
