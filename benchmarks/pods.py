@@ -42,8 +42,9 @@ def table() -> str:
     """Markdown, a row for each entry."""
     entries = recorded()
     lines = [
-        "| model | machine | data x fsdp x tensor, remat | GB a chip (limit) | received GB a chip and step (behind products) "
-        "| step, at least | implied MFU | tokens/s a chip | NA-LoRA over LoRA: flops, HBM, collectives |",
+        "| model | machine | data x fsdp x tensor, remat | GB a chip (limit) "
+        "| received GB a chip and step (behind products) | step, at least | implied MFU | tokens/s a chip "
+        "| NA-LoRA over LoRA: flops, HBM, collectives |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model in MODELS:
@@ -52,10 +53,11 @@ def table() -> str:
             if entry is None:
                 continue
             layout, over = entry["layout"], entry["over_lora"]
+            misfit = "" if entry["fits"] else " **does not fit**"
             chips = layout["data"] * layout["fsdp"] * layout["tensor"]
             lines.append(
                 f"| {model} | {topology} | {layout['data']} x {layout['fsdp']} x {layout['tensor']}, {layout['remat']} "
-                f"| {entry['memory'] / 1e9:.1f} ({entry['limit'] / 1e9:.1f}){'' if entry['fits'] else ' **does not fit**'} "
+                f"| {entry['memory'] / 1e9:.1f} ({entry['limit'] / 1e9:.1f}){misfit} "
                 f"| {entry['moved'] / 1e9:.2f} ({entry['hidden'] / 1e9:.2f}) | {entry['seconds']:.3f} s "
                 f"| {entry['mfu']:.0%} | {entry['tokens_per_second'] / chips:,.0f} "
                 f"| {over['flops']:.4f}, {over['HBM bytes']:.4f}, {over['collective bytes']:.4f} |"

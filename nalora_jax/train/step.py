@@ -206,18 +206,19 @@ def _by_block(collection: Any) -> dict[str, dict[str, jax.Array]]:
 
 
 def _accumulate(sums: Callable[[Batch, jax.Array], dict[str, Any]], batch: Batch, key: jax.Array) -> dict[str, Any]:
-    """``sums`` added up over the leading axis of the batch."""
+    """``sums`` added up over the leading axis of the batch; traced once, however many micro-batches there are."""
     count = batch["tokens"].shape[0]
-    first = sums({name: value[0] for name, value in batch.items()}, jax.random.fold_in(key, 0))
     if count == 1:
-        return first
+        return sums({name: value[0] for name, value in batch.items()}, jax.random.fold_in(key, 0))
 
     def body(total: dict[str, Any], item: tuple[Batch, jax.Array]) -> tuple[dict[str, Any], None]:
         micro, index = item
         return _add(total, sums(micro, jax.random.fold_in(key, index))), None
 
-    rest = {name: value[1:] for name, value in batch.items()}
-    return lax.scan(body, first, (rest, jnp.arange(1, count)))[0]
+    first = {name: value[0] for name, value in batch.items()}
+    # Zero is where sums start, and maxima of what is never below it.
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, first, key))
+    return lax.scan(body, nothing, (dict(batch), jnp.arange(count)))[0]
 
 
 def _add(total: Any, part: Any) -> Any:

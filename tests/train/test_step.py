@@ -121,6 +121,15 @@ def _assert_close(one: Any, other: Any, *, atol: float) -> None:
 SGD = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"))
 
 
+def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
+    def products(accumulate: int) -> int:
+        assembly, params = _assemble(CONFIG)
+        text = assembly.step.lower(params, assembly.state, _batch(0, accumulate)).as_text()
+        return text.count("stablehlo.dot_general")
+
+    assert products(1) == products(2) == products(4) > 0
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_any_split_into_micro_batches_is_the_same_step(accumulate: int) -> None:
     whole, metrics = _run(SGD)
