@@ -276,7 +276,12 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The default template: its own file first, then tokenizer_config.json (one text, or several by name)."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise NaloraError(
+                str(file), expected="a chat template", found=error, remedy="download the file again"
+            ) from error
     value = settings.get("chat_template")
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}

@@ -190,6 +190,18 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert lines[-1]["done"]["step"] == 40
 
 
+def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
+    config, result = finished
+    noted = _lines(config.output)[0]["base"]
+    loaded = load(config.output, dtype="float32").base
+    assert loaded.origin is not None
+    assert noted == loaded.origin.to_dict()
+    assert (noted["name"], noted["numbers"]) == (config.model, "F32")
+    assert json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == noted["name"]
+    for text in ((result.adapter / "README.md").read_text(), result.report.read_text()):
+        assert all(fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20]))
+
+
 def test_records_of_the_callers_own(settings: RunConfig, tmp_path: Path) -> None:
     records = [{"prompt": f"{a} {b}", "completion": " z"} for a in "abcdefgh" for b in "ijkl"]
     source = {"train": RecordsSource("mine", records[:24]), "held": RecordsSource("held", records[24:])}
@@ -202,18 +214,6 @@ def test_records_of_the_callers_own(settings: RunConfig, tmp_path: Path) -> None
     result = nalora_run.run(config, source=source)
     assert result.before["n"] > 0
     assert result.adapter.is_dir()
-
-
-def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:
-    config, result = finished
-    noted = _lines(config.output)[0]["base"]
-    loaded = load(config.output, dtype="float32").base
-    assert loaded.origin is not None
-    assert noted == loaded.origin.to_dict()
-    assert (noted["name"], noted["numbers"]) == (config.model, "F32")
-    assert json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == noted["name"]
-    for text in ((result.adapter / "README.md").read_text(), result.report.read_text()):
-        assert all(fact in text for fact in (noted["file"], "safetensors", "F32", noted["fingerprint"][:20]))
 
 
 def test_the_run_folder_is_a_model_for_every_verb(

@@ -240,6 +240,12 @@ def test_template_failures_are_user_errors(tmp_path: Path, template: str, found:
     assert found in str(error.value)
 
 
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (save(tmp_path) / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(NaloraError, match=r"chat_template\.jinja: expected a chat template"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="chat template.*prompt/completion"):
         Tokenizer.from_folder(save(tmp_path)).render_chat(CHAT)

@@ -66,15 +66,6 @@ def test_card_states_base_data_method_result_and_command():
         assert fact in text, fact
 
 
-def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
-    before = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
-    text = render_card(dataclasses.replace(CARD, before=before, after=before | {"loss": 2.5, "low": 2.4, "high": 2.61}))
-    assert "| base | 3.2000 | 3.100 to 3.310 | 50 |" in text
-    assert "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |" in text
-    assert "|  | loss | interval | examples |" in text
-    assert "accuracy" not in text
-
-
 def test_a_card_says_which_numbers_its_results_belong_to():
     digest = "all:" + "0123456789abcdef" * 4
     origin = Origin("pypi:p==1/m.Q4_1.gguf", "m.Q4_1.gguf", "GGUF", "Q4_1 (79%), Q8_0 (21%)", digest, "owner/model")
@@ -93,6 +84,15 @@ def test_a_card_says_which_numbers_its_results_belong_to():
     assert "base_model" not in data  # the hub's model is not what it was trained on
     quantized = dataclasses.replace(CARD.run, compute=ComputeConfig(quantize="nf4"))
     assert "held as nf4 and bfloat16" in render_card(dataclasses.replace(CARD, run=quantized, origin=origin))
+
+
+def test_an_interval_of_the_loss_does_not_stand_beside_an_empty_accuracy():
+    before = {"loss": 3.2, "low": 3.1, "high": 3.31, "perplexity": 24.5, "n": 50}
+    text = render_card(dataclasses.replace(CARD, before=before, after=before | {"loss": 2.5, "low": 2.4, "high": 2.61}))
+    assert "| base | 3.2000 | 3.100 to 3.310 | 50 |" in text
+    assert "| with the adapter | 2.5000 | 2.400 to 2.610 | 50 |" in text
+    assert "|  | loss | interval | examples |" in text
+    assert "accuracy" not in text
 
 
 def test_plain_lora_is_not_called_nalora():
