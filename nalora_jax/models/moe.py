@@ -20,7 +20,7 @@ from nalora_jax import activations, selection, statistics
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.checks import Live, gate_checks
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product
-from nalora_jax.nn.low_rank import TargetSpec, column_norm, combine, init_a
+from nalora_jax.nn.low_rank import TargetSpec, column_norm, combine, init_a, moved_from
 from nalora_jax.nn.matmul import Numerics, expand, unpack_leaf
 from nalora_jax.nn.quantize import Quantized
 
@@ -254,7 +254,7 @@ class ExpertDense(nn.Module):
             return delta
         a, b = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
         start = grouped_residual(x, a, b, scale, routing.sizes, operand=self.numerics.adapter)
-        return lax.stop_gradient(delta - start.astype(delta.dtype))
+        return lax.stop_gradient(moved_from(delta, start.astype(delta.dtype)))
 
     def _kernel(self, shape: tuple[int, ...]) -> jax.Array | Quantized:
         if self.has_variable("params", "kernel"):

@@ -13,7 +13,7 @@ from jax import lax
 
 from nalora_jax.cpu import native
 from nalora_jax.nn.fused_lora import adapted_matmul, worthwhile
-from nalora_jax.nn.low_rank import TargetSpec, batched_residual, column_norm, combine, init_a, residual
+from nalora_jax.nn.low_rank import TargetSpec, batched_residual, column_norm, combine, init_a, moved_from, residual
 from nalora_jax.nn.matmul import STACKS, Kernel, Numerics, dot, expand, is_native, matmul
 from nalora_jax.nn.side_by_side import Adapter, Projection, project
 from nalora_jax.selection import sampled
@@ -123,8 +123,15 @@ class LoRADense(nn.Module):
           from_start: False for the whole residual, wherever it started.
         """
         x, y, factors = *lax.stop_gradient((x, sampled(y, weights, stride))), None
+        moves = from_start and self.starts_elsewhere()
         if isinstance(delta, jax.Array):
             delta = lax.stop_gradient(sampled(delta, weights, stride))
+            if moves:
+                hidden, b = self._moved(sampled(x, weights, stride), scale, whole=True)
+                delta = moved_from(delta, dot(hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape))
+        elif moves:
+            factors = self._moved(sampled(x, weights, stride), scale)
+            delta = dot(*factors, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
         elif self.target is not None and self.has_variable("lora", "a"):
             a, b = lax.stop_gradient((self.get_variable("lora", "a"), self.get_variable("lora", "b")))
             # Sampled behind A, whose product with all of x the call has made: no further pass over x.
@@ -137,16 +144,24 @@ class LoRADense(nn.Module):
             delta = dot(hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
         else:
             delta = jnp.zeros_like(y)
-        if from_start and self.starts_elsewhere():
-            a, b = lax.stop_gradient((self.get_variable("params", "start_a"), self.get_variable("params", "start_b")))
-            hidden = dot(sampled(x, weights, stride).reshape(-1, x.shape[-1]), a, self.numerics.adapter)
-            start = dot(scale * hidden, b, self.numerics.adapter).astype(y.dtype).reshape(y.shape)
-            return Probe(y - (delta - start), delta - start)
         return Probe(y - delta, delta, factors)
 
     def starts_elsewhere(self) -> bool:
         """Whether the adapter started at something else than 0."""
         return self.has_variable("params", "start_a")
+
+    def _moved(self, x: jax.Array, scale: jax.Array | float, *, whole: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Two factors whose product is how far the residual of x has moved, or with ``whole`` where it started.
+
+        ``s x (A B - A0 B0) = s (x (A - A0)) B + s (x A0) (B - B0)``: exactly 0 before the first update.
+        """
+        a0, b0 = lax.stop_gradient((self.get_variable("params", "start_a"), self.get_variable("params", "start_b")))
+        a, b = lax.stop_gradient((self.get_variable("lora", "a"), self.get_variable("lora", "b")))
+        flat, operand = x.reshape(-1, x.shape[-1]), self.numerics.adapter
+        start = scale * dot(flat, a0, operand)
+        if whole:
+            return start, b0
+        return jnp.concatenate([scale * dot(flat, a - a0, operand), start], 1), jnp.concatenate([b, b - b0])
 
     def projection(
         self,

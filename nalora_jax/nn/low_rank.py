@@ -232,6 +232,12 @@ def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
     return base if delta is None else base + delta
 
 
+def moved_from(delta: jax.Array, start: jax.Array) -> jax.Array:
+    """``delta - start``, and 0 where that is no more than the rounding of the two."""
+    moved = delta - start
+    return jnp.where(jnp.abs(moved) <= 4 * jnp.finfo(delta.dtype).eps * jnp.abs(start), 0, moved)
+
+
 def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A of a fresh adapter, ``[..., d_in, r]``: uniform in +-1/sqrt(d_in), as PEFT's Kaiming-uniform(sqrt 5) gives."""
     bound = 1.0 / math.sqrt(shape[-2])

@@ -326,7 +326,7 @@ def test_short_rows_count() -> None:
 def test_what_was_not_measured_is_not_a_number_and_stops_the_run() -> None:
     assembly, params = _assemble(CONFIG)
     batch = _batch(0)
-    batch["segment_ids"] = np.zeros_like(batch["segment_ids"])
+    batch |= {name: np.zeros_like(batch[name]) for name in ("segment_ids", "loss_weights")}
     late = assembly.state._replace(gate=assembly.state.gate._replace(count=jnp.int32(10)))
     _, metrics = assembly.step(params, late, batch)
     for name in ("importance", "occupancy", "feature", "misalignment", "limit"):
@@ -348,9 +348,11 @@ def test_without_an_adapter_on_a_gate_no_mechanism_acts(caplog: pytest.LogCaptur
     assert np.all(shown["importance"] > 0)
 
 
-def test_pissa_starts_without_movement() -> None:
+@pytest.mark.parametrize("probe_stride", [1, 4])
+def test_pissa_starts_without_movement(probe_stride: int) -> None:
     """Principal components that the adapter starts with are no movement: misalignment is 0 before the first update."""
-    config = replace(CONFIG, lora=replace(CONFIG.lora, init="pissa"))
+    compute = replace(CONFIG.compute, probe_stride=probe_stride)
+    config = replace(CONFIG, lora=replace(CONFIG.lora, init="pissa"), compute=compute)
     made = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
     assembly = assemble(config, BASE, init_params(BASE, jax.random.key(1)), made)
     state, shown = assembly.state, []
