@@ -1,6 +1,7 @@
 """The command line: ``nalora VERB ...``, also ``python -m nalora_jax VERB ...``.
 
-Bad input is one line on standard error and exit status 2; an interrupt is status 130. A traceback means a bug.
+Bad input is one line on standard error and exit status 2, Ctrl-C is status 130, SIGTERM 143, a lost process of a
+multi-host run 75. A traceback means a bug.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from nalora_jax import notes
 from nalora_jax.cpu import hugepages
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import Interrupted, LostPeerError, NaloraError
 
 # What the machine or a path's name, not the library, has to answer for.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
@@ -50,8 +51,15 @@ def guarded(run: Callable[[], None]) -> int:
     try:
         run()
         sys.stdout.flush()
+    except LostPeerError as error:
+        _fail(str(error))
+        sys.stdout.flush()
+        os._exit(error.status)  # leaving JAX's group in good order would wait for those that are gone
     except NaloraError as error:
         return _fail(str(error))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

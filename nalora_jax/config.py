@@ -257,8 +257,8 @@ class RunConfig:
     model: str = "smollm2-135m-instruct"
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or this run's own with --resume.
     output: str = "runs/default"
-    # Continue the run in `output` exactly where its last checkpoint left it.
-    resume: bool = False
+    # Continue the run in `output` where its last checkpoint left it, with its own settings; "auto": if there is one.
+    resume: bool | Literal["auto"] = False
     # Optimizer steps.
     steps: int = 100
     # Seed of adapters, data order and dropout.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from signal import Signals
+
 # Bytes of a message: files quote what strangers wrote, however long.
 MAX_MESSAGE = 2000
 
@@ -31,7 +33,33 @@ class NaloraError(ValueError):
 
 
 class TrainingDivergedError(NaloraError):
-    """The loss became NaN or infinite; the checkpoints of earlier steps are kept."""
+    """The loss, an adapter or a moment became NaN or infinite; the checkpoints of earlier steps are kept."""
+
+
+class LostPeerError(NaloraError):
+    """Another process of a multi-host run is gone; the command line exits with `status`, for schedulers to restart."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user (Ctrl-C) or the system (SIGTERM) stopped the run.
+
+    Args:
+      signal: which of the two.
+      saved: step of the checkpoint that was written because of it; None where there was nothing to save.
+      resume: how to go on, for the message.
+
+    Attributes:
+      status: the process's exit status, 128 + the signal's number by convention (130, 143): schedulers start a process
+        again that ends so.
+    """
+
+    def __init__(self, signal: Signals, saved: int | None = None, resume: str = "") -> None:
+        self.signal, self.saved, self.status = signal, saved, 128 + int(signal)
+        what = f"interrupted by {signal.name}"
+        what += "" if saved is None else f"; saved step {saved}"
+        super().__init__(f"{what}; {resume}" if resume else what)
 
 
 def shorten(text: str, limit: int) -> str:

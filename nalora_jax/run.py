@@ -7,50 +7,51 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig, check
-from nalora_jax.cpu import processor
+from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.sources import Source
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
+from nalora_jax.files import write_atomically
 from nalora_jax.load import ADAPTER
-from nalora_jax.models.decoder import Decoder
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.report.history import read_evaluation
-from nalora_jax.train.assembly import Assembly, assemble, plain_adapter
-from nalora_jax.train.checkpoint import FOLDER as CHECKPOINTS
-from nalora_jax.train.checkpoint import Checkpointer, prepare_output
+from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.compilation import use_compilation_cache
+from nalora_jax.train.export import card, export
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.inputs import check_data, check_rules
-from nalora_jax.train.loop import FitResult, Schedule, fit
-from nalora_jax.train.metrics import MetricsLog, SilentLog, write_atomically
+from nalora_jax.train.loop import FitResult, Measured, Schedule, fit
+from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.metrics import MetricsLog, SilentLog, recorded_settings
+from nalora_jax.train.output import CHECKPOINTS, Output, open_output
+from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
-from nalora_jax.weights.card import Card, write_card
-from nalora_jax.weights.hub import alias_of, resolve
-from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+from nalora_jax.weights.card import write_card
+from nalora_jax.weights.hub import ResolvedSource, resolve
+from nalora_jax.weights.model import read_config
 
 log = logging.getLogger(__name__)
+
+BEFORE = "before.json"  # of a run's folder: metrics of the base model, and which questions they are of
 
 
 @dataclass(frozen=True)
@@ -74,221 +75,95 @@ def run(config: RunConfig, *, source: Mapping[str, Source] | None = None) -> Run
 
     Raises:
       NaloraError: bad settings, files or data; nothing of an earlier run is touched.
-      TrainingDivergedError: the loss stopped being finite; the last good checkpoint is kept.
+      TrainingDivergedError: the loss or the state stopped being finite; the last good checkpoint is kept.
+      Interrupted: Ctrl-C or SIGTERM; where steps had been done, the last one is saved.
     """
     check(config)
     for text in config.mechanisms:
         make(text)  # an unknown name is said before anything is loaded
     distributed.initialize_distributed()
-    folder = prepare_output(config.output, config.resume)
+    with distributed.lost_peers_named(), stop_signals() as stop, open_output(config.output, config.resume) as output:
+        return _run(config, output, source, stop)
+
+
+def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None, stop: StopSignals) -> RunResult:
+    # ---------------------------------------------------------------- devices, and whether the settings fit them
     if config.compute.compilation_cache:
         use_compilation_cache()
     mesh = distributed.make_mesh(config.mesh)
-    started = time.perf_counter()
-    kind = None if config.compute.quantize == "none" else config.compute.quantize
     files = resolve(config.model)
+    check_layout(config, files, mesh)
     if source is None:
-        check_data(config.data)  # before minutes go into loading the weights
-    check_rules(config.lora, files)
-    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
-    log.info(
-        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
-        loaded.source,
-        trees.size_bytes(loaded.params) / 1e6,
-        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
-        time.perf_counter() - started,
-    )
+        check_data(config.data)
+
+    # ---------------------------------------------------------------- base model, adapters, step
+    loaded = _load(config, files, mesh)
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
+
+    # ---------------------------------------------------------------- training rows, held-out questions
     data = _train_data(config, loaded, mesh, source)
-    if config.lora.init == "gradient" and not config.resume:
+    if config.lora.init == "gradient" and not output.resumes:
         assembly = _gradient_start(assembly, loaded, data)
     log.info("training data: %s", json.dumps(data.describe()))
+    batches = data.batches()
     reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
+    questions = {"reported": digest(reported), "selecting": digest(selecting)}
     evaluator, selector = (
         Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
         for items in (reported, selecting)
     )
+
     with Checkpointer(
-        folder / CHECKPOINTS,
+        output.folder / CHECKPOINTS,
         fingerprint=loaded.fingerprint,
         config=config.to_dict(),
         keep=config.train.keep,
         best_metric=evaluator.metric,
         best_mode=evaluator.mode,
     ) as checkpointer:
-        return _Run(config, folder, loaded, assembly, data, evaluator, selector, checkpointer).execute()
-
-
-class _Run:
-    """The stages after everything is in place; also the loop's hooks."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        loaded: LoadedModel,
-        assembly: Assembly,
-        data: TrainData,
-        evaluator: Evaluator,
-        selector: Evaluator,
-        checkpointer: Checkpointer,
-    ) -> None:
-        self.config, self.folder, self.loaded, self.assembly = config, folder, loaded, assembly
-        self.evaluator, self.selector, self.checkpointer = evaluator, selector, checkpointer
-        self.batches: BatchIterator = data.batches()
-        self.latest: dict[str, Any] = {}  # the evaluation of the current step
-
-    def execute(self) -> RunResult:
-        state, start = self._start()
-        self.metrics, self.progress = self._records(start)
-        with self.metrics, self.progress:
-            origin = {} if self.loaded.origin is None else {"base": self.loaded.origin.to_dict()}
-            self.metrics.start(self.config.to_dict(), versions=versions(), device=describe_device(), **origin)
+        # ------------------------------------------------------------ where to start, and what is known from before
+        state, start = _start(config, output, assembly, batches, checkpointer)
+        known = _known_before(output, questions)
+        metrics, progress = _records(config, output.folder, start)
+        beside = _Beside(metrics, progress, selector, assembly.params, checkpointer, batches, stop)
+        with metrics, progress:
+            settings = config.to_dict()
+            more = {"settings": settings} if start else {}
+            more |= {} if loaded.origin is None else {"base": loaded.origin.to_dict()}
+            metrics.start(settings, versions=versions(), device=describe_device(), **more)
             try:
-                before = self._before(start)
-                result = self._fit(state, start)
-                best, after = self._best(result, before)
-                adapter = self._export(best, before, after)
+                # ---------------------------------------------------- evaluate, train, evaluate, export
+                before = known or _measure_before(output.folder, evaluator, beside, loaded, questions)
+                result = _fit(config, assembly, state, start, beside)
+                best = _best(result, checkpointer, assembly)
+                after = _measure_after(best, before, evaluator, beside)
+                adapter = export(config, output.folder / ADAPTER, loaded, assembly, best, batches)
+                readme = card(config, loaded, assembly, before, after)
+                distributed.on_first_process(lambda: write_card(adapter, readme))
             except (NaloraError, KeyboardInterrupt) as error:
-                self.metrics.write({"done": {"message": str(error) or "interrupted"}})
+                metrics.write({"done": {"message": str(error) or "interrupted"}})
                 raise
-            self.metrics.write({"done": {"step": result.step, "best_step": after["step"]}})
-        from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
+            metrics.write({"done": {"step": result.step, "best_step": after["step"]}})
 
-        distributed.on_first_process(lambda: log.info("report: %s", write_report(self.folder)))
-        return RunResult(self.folder, adapter, self.folder / FILE, before, after, after["step"])
+    # ---------------------------------------------------------------- report
+    from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
 
-    def _records(self, start: int) -> tuple[MetricsLog, Progress]:
-        """The log and what is shown: of process 0; those of other processes keep and show nothing."""
-        if jax.process_index():
-            return SilentLog(), Progress(self.config.steps, console=Console(quiet=True))
-        log = MetricsLog(self.folder, tensorboard=self.config.tensorboard, resume=start or None)
-        return log, Progress(self.config.steps, start=start)
+    distributed.on_first_process(lambda: log.info("report: %s", write_report(output.folder)))
+    return RunResult(output.folder, adapter, output.folder / FILE, before, after, after["step"])
 
-    def _start(self) -> tuple[TrainState, int]:
-        if not self.config.resume:
-            return self.assembly.state, 0
-        state, position = self.checkpointer.restore("latest", self.assembly.state)
-        self.batches.set_state(position)
-        start = int(state.step)
-        log.info("resumed from step %d", start)
-        return state, start
 
-    def _before(self, start: int) -> dict[str, Any]:
-        """Held-out metrics of the base model: measured by a new run, read back by a resumed one."""
-        saved = self.folder / "before.json"
-        if start and saved.exists():
-            return read_evaluation(saved)
-        before = self.evaluator.measure(self.loaded.params, None, samples=True)
-        distributed.on_first_process(lambda: write_atomically(saved, json.dumps(before)))
-        self.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
-        self.progress.say(f"before: {describe(before)}")
-        self._record_evaluation(0, self.selector.measure(self.loaded.params, None))
-        return before
+@dataclass(frozen=True)
+class _Beside:
+    """What happens beside the steps (the loop's `Hooks`): logging, selecting, saving, and being asked to stop."""
 
-    def _fit(self, state: TrainState, start: int) -> FitResult:
-        train = self.config.train
-        schedule = Schedule(self.config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
-        rate = make_schedule(self.config.optimizer, self.config.steps)
-        with_mesh = _on_mesh(self.batches, self.assembly.mesh)
-        return fit(
-            self.assembly.step,
-            self.assembly.view(self.assembly.params),
-            state,
-            with_mesh,
-            self,
-            schedule,
-            rate,
-            start=start,
-        )
-
-    def _best(self, result: FitResult, before: Mapping[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """The state whose evaluation was best, and its metrics on the examples that had no say in that."""
-        self.checkpointer.wait()
-        step = self.checkpointer.best_step()
-        state = result.state
-        if step is not None and step != result.step:
-            log.info("the best evaluation was at step %d: exporting that one", step)
-            state, _ = self.checkpointer.restore(step, self.assembly.state)
-        after = self.evaluator.measure(self.assembly.params, state.lora, samples=True)
-        if "right" in after and "right" in before:
-            after["paired"] = asdict(compare(before["right"], after["right"]))
-        record = {"step": int(state.step), "final": True, "eval": _without(after, "right")}
-        self.metrics.write(record)
-        self.progress.say(f"after (step {record['step']}): {describe(after)}")
-        return state, after | {"step": int(state.step)}
-
-    def _export(self, state: TrainState, before: Mapping[str, Any], after: Mapping[str, Any]) -> Path:
-        """PEFT files of the trained adapter, read back and compared before anybody is told that they exist."""
-        folder, loaded = self.folder / ADAPTER, self.loaded
-        lora, spec = plain_adapter(self.assembly, state.lora)
-
-        def write() -> None:
-            export_adapter(
-                lora,
-                spec,
-                loaded.config,
-                folder,
-                base_model_name=loaded.source,
-                fingerprint=loaded.fingerprint,
-                overwrite=True,
-            )
-            verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
-
-        distributed.on_first_process(write)
-        difference = self._exported_difference(state.lora, folder)
-        distributed.on_first_process(lambda: write_card(folder, self._card(before, after)))
-        log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
-        return folder
-
-    def _exported_difference(self, lora: Any, folder: Path) -> float:
-        """Largest difference between the logits of the trained adapter and of the files, on one training row."""
-        batch = next(iter(self.batches))
-        row = {name: batch[name][0, :1] for name in ("tokens", "positions", "segment_ids")}
-        row = multihost_utils.broadcast_one_to_all(row)
-        files, spec = import_adapter(folder, self.loaded.config, fingerprint=self.loaded.fingerprint)
-
-        def logits(model: Decoder, params: Any, lora: Any) -> Any:
-            @jax.jit
-            def apply(variables: Any) -> jax.Array:
-                hidden = model.apply(
-                    variables, row["tokens"], positions=row["positions"], segment_ids=row["segment_ids"]
-                )
-                return model.apply(variables, hidden[:, ::8], method="unembed")
-
-            return distributed.fetch(apply({"params": params, "lora": lora}))
-
-        model = self.assembly.eval_model
-        found = max_logit_difference(
-            lambda _: logits(model, self.assembly.params, lora),
-            lambda _: logits(model.clone(adapters=spec), self.loaded.params, files),
-            row["tokens"],
-        )
-        # PiSSA's residual was rounded to the base's dtype once; nothing else differs by more than a sum's order.
-        rounded = self.config.lora.init == "pissa" and self.config.compute.dtype == "bfloat16"
-        if not found < (0.05 if rounded else 1e-3):
-            raise NaloraError(
-                str(folder), expected="the trained adapter's logits", found=f"a difference of {found:.1e}"
-            )
-        return found
-
-    def _card(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> Card:
-        alias = alias_of(self.config.model)
-        return Card(
-            "adapter",
-            self.loaded.source,
-            self.assembly.spec,
-            run=self.config,
-            license=alias.parts[0].licence if alias else "",
-            before=before,
-            after=after,
-            versions=versions(),
-            device=describe_device(),
-            origin=self.loaded.origin,
-        )
-
-    # ------------------------------------------------------------ hooks of the loop
+    metrics: MetricsLog
+    progress: Progress
+    selector: Evaluator
+    params: Any
+    checkpointer: Checkpointer
+    batches: BatchIterator
+    stop: StopSignals
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -299,22 +174,55 @@ class _Run:
         self.metrics.write({"step": step, **record})
         self.progress.log(step, record)
 
-    def evaluate(self, step: int, state: TrainState) -> float:
+    def evaluate(self, step: int, state: TrainState) -> Measured:
         """Measure the adapter on the held-out examples that choose the checkpoint."""
-        self.latest = self.selector.measure(self.assembly.params, state.lora)
-        self._record_evaluation(step, self.latest)
-        value = float(self.latest[self.selector.metric])
-        return value if self.selector.mode == "max" else -value
+        return self.select(step, self.params, state.lora)
 
-    def save(self, step: int, state: TrainState, metric: float | None) -> None:
+    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
         """Start writing a checkpoint."""
-        name: str = self.selector.metric
-        measured = None if metric is None else {name: float(self.latest[name])}
-        self.checkpointer.save(step, state, self.batches.get_state(), measured)
+        self.checkpointer.save(step, state, self.batches.get_state(), measured and measured.metrics)
 
-    def _record_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether a signal came."""
+        return self.stop.asked(step)
+
+    def select(self, step: int, params: Any, lora: Any | None) -> Measured:
+        """The metric that ranks checkpoints, written and shown."""
+        values = self.selector.measure(params, lora)
         self.metrics.write({"step": step, "eval": values})
         self.progress.say(f"step {step}: {describe(values)}")
+        value = float(values[self.selector.metric])
+        return Measured(value if self.selector.mode == "max" else -value, {self.selector.metric: value})
+
+
+# -------------------------------------------------------------------- stages, in their order
+
+
+def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
+    """Refuse settings that cannot be laid out, from the model's description alone, before its weights are read.
+
+    Raises:
+      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing.
+    """
+    base = read_config(files)
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
+    check_rules(config.lora, files)
+
+
+def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
+    """The base model on the mesh."""
+    started = time.perf_counter()
+    kind = None if config.compute.quantize == "none" else config.compute.quantize
+    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
+    log.info(
+        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
+        loaded.source,
+        trees.size_bytes(loaded.params) / 1e6,
+        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
+        time.perf_counter() - started,
+    )
+    return loaded
 
 
 def _gradient_start(assembly: Assembly, loaded: LoadedModel, data: TrainData) -> Assembly:
@@ -330,13 +238,7 @@ def _gradient_start(assembly: Assembly, loaded: LoadedModel, data: TrainData) ->
     return replace(assembly, state=assembly.begin(lora, config.seed))
 
 
-def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != name}
-
-
-def _train_data(
-    config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None = None
-) -> TrainData:
+def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None) -> TrainData:
     """The rows of this process; the mesh decides which those are."""
     train = config.train
     data = train_data(
@@ -359,6 +261,118 @@ def _train_data(
     return data
 
 
+def _start(
+    config: RunConfig, output: Output, assembly: Assembly, batches: BatchIterator, checkpointer: Checkpointer
+) -> tuple[TrainState, int]:
+    """The state to train from, and the steps that it has had; the batches are put where it left off."""
+    if not output.resumes:
+        return assembly.state, 0
+    state, position = checkpointer.restore("latest", assembly.state)
+    batches.set_state(position)
+    start = int(state.step)
+    log.info("resumed from step %d", start)
+    steps = recorded_settings(output.folder).get("steps", config.steps)
+    if steps != config.steps:
+        was, now = (float(make_schedule(config.optimizer, total)(start)) for total in (steps, config.steps))
+        log.warning(
+            "--steps %d instead of %d: the learning-rate schedule spans the steps, so it goes on at %.2e where it was "
+            "at %.2e; the result is not that of an uninterrupted run",
+            *(config.steps, steps, now, was),
+        )
+    return state, start
+
+
+def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any] | None:
+    """Held-out metrics of the base model as the resumed run measured them; None where nobody has yet.
+
+    Raises:
+      NaloraError: they are of other questions than the evaluation data now holds.
+    """
+    saved = output.folder / BEFORE
+    if not (output.resumes and saved.exists()):
+        return None
+    found = read_evaluation(saved)
+    asked = found.pop("questions", questions)
+    if asked != questions:
+        raise NaloraError(
+            "--data.eval-split",
+            expected="the questions that the run measured its base model on",
+            found="other ones: the evaluation data has changed since",
+            remedy="restore that data, or start a new run in another --output",
+        )
+    return found
+
+
+def _records(config: RunConfig, folder: Path, start: int) -> tuple[MetricsLog, Progress]:
+    """The log and what is shown: of process 0; those of other processes keep and show nothing."""
+    if jax.process_index():
+        return SilentLog(), Progress(config.steps, console=Console(quiet=True))
+    return MetricsLog(folder, tensorboard=config.tensorboard, resume=start or None), Progress(config.steps, start=start)
+
+
+def _measure_before(
+    folder: Path, evaluator: Evaluator, beside: _Beside, loaded: LoadedModel, questions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
+    before = evaluator.measure(loaded.params, None, samples=True)
+    text = json.dumps(before | {"questions": questions})
+    distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
+    beside.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
+    beside.progress.say(f"before: {describe(before)}")
+    beside.select(0, loaded.params, None)
+    return before
+
+
+def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: _Beside) -> FitResult:
+    """The steps.
+
+    Raises:
+      Interrupted: a signal asked to stop; the last step is saved.
+    """
+    train = config.train
+    schedule = Schedule(config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
+    rate = make_schedule(config.optimizer, config.steps)
+    params = assembly.view(assembly.params)
+    with beside.stop.between_steps():
+        result = fit(
+            assembly.step, params, state, _on_mesh(beside.batches, assembly.mesh), beside, schedule, rate, start=start
+        )
+    if result.interrupted:
+        beside.checkpointer.wait()
+        again = f"continue with --output {config.output} --resume"
+        raise Interrupted(beside.stop.signal, result.step, again)
+    return result
+
+
+def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> TrainState:
+    """The state whose evaluation was best; the last one where none was measured."""
+    checkpointer.wait()
+    step = checkpointer.best_step()
+    if step is None or step == result.step:
+        return result.state
+    state: TrainState
+    state, _ = checkpointer.restore("best", assembly.state)
+    log.info("the best evaluation was at step %d: exporting that one", int(state.step))
+    return state
+
+
+def _measure_after(
+    best: TrainState, before: Mapping[str, Any], evaluator: Evaluator, beside: _Beside
+) -> dict[str, Any]:
+    """Metrics of the best state on the examples that had no say in choosing it."""
+    after = evaluator.measure(beside.params, best.lora, samples=True)
+    if "right" in after and len(before.get("right", ())) == len(after["right"]):
+        after["paired"] = asdict(compare(before["right"], after["right"]))
+    step = int(best.step)
+    beside.metrics.write({"step": step, "final": True, "eval": _without(after, "right")})
+    beside.progress.say(f"after (step {step}): {describe(after)}")
+    return after | {"step": step}
+
+
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
 def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     for batch in batches:
         yield distributed.make_global_batch(batch, mesh, rows_axis=1)
@@ -367,23 +381,3 @@ def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array
 def describe_targets(assembly: Assembly) -> str:
     """Adapted projections with their ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
     return ", ".join(f"{path.removeprefix('layers/')} ({spec.rank})" for path, spec in assembly.spec.targets)
-
-
-def describe_device() -> str:
-    """Kind and number of devices, and the processor behind a CPU device."""
-    device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else f"{processor.name()}, {os.cpu_count()} cores"
-    return f"{jax.device_count()} x {device.platform} ({kind})"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what a run computes."""
-    names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # this library, run from a checkout that was never installed
-        return "not installed"

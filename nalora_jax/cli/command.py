@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
-    words = _with_mesh(words)
+    words = [word for one in _with_mesh(words) for word in (("--resume", "no") if one == "--no-resume" else (one,))]
     asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))

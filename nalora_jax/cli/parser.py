@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_type_hints
@@ -19,7 +19,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from nalora_jax.config import LoRARule, MeshConfig, RunConfig
+from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.ranges import AXIS, COUNT, SEED, TOKENS, Range
 
@@ -245,7 +245,31 @@ def registry() -> ConstructorRegistry:
             str_from_instance=lambda value: [format_rule(rule) for rule in value],
         )
 
+    @rules.primitive_rule
+    def resume(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Literal["auto"]] | None:
+        if info.type != bool | Literal["auto"]:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",  # `--resume` alone means yes
+            metavar="[yes|no|auto]",
+            instance_from_str=parse_resume,
+            is_instance=lambda value: isinstance(value, bool) or value == "auto",
+            str_from_instance=lambda value: ["auto" if value == "auto" else "yes" if value else "no"],
+        )
+
     return rules
+
+
+def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
+    """What stands after ``--resume``: nothing is yes.
+
+    Raises:
+      ValueError: it is something else; tyro turns this into its own message.
+    """
+    found: dict[tuple[str, ...], bool | Literal["auto"]] = {(): True, ("yes",): True, ("no",): False, ("auto",): "auto"}
+    if tuple(texts) not in found:
+        raise ValueError(f"expected nothing, yes, no or auto, found {' '.join(texts)!r}")
+    return found[tuple(texts)]
 
 
 def parse_rule(text: str) -> LoRARule:
@@ -281,17 +305,26 @@ def typed(value: Any) -> str:
 
 
 def defaults(argv: Sequence[str]) -> TrainArgs:
-    """What the flags of a run start from: the file given by ``--config``, else the dataclasses' defaults.
+    """What the flags of a run start from: the file given by ``--config``, the run that is resumed, or the defaults.
 
     Raises:
       NaloraError: no file is given, or it is not a config.
     """
     config = values_of(argv, "--config")
     if config is None:
-        return TrainArgs()
+        resume, output = values_of(argv, "--resume"), values_of(argv, "--output")
+        return TrainArgs() if resume in (None, ["no"]) else TrainArgs(run=_recorded((output or [RunConfig.output])[0]))
     if not config:
         raise NaloraError("--config", expected="a Python file", found="nothing")
     return TrainArgs(Path(config[0]), load_config(config[0]))
+
+
+def _recorded(output: str) -> RunConfig:
+    """The settings of the run in ``output``, which it is continued with; the defaults where there is none."""
+    from nalora_jax.train.metrics import recorded_settings
+
+    settings = recorded_settings(output)
+    return replace(config_from_dict(settings) if settings else RunConfig(), output=output, resume=False)
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:

@@ -44,8 +44,9 @@ def evaluate(args: cli.EvalArgs) -> None:
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.data.sources import open_source
     from nalora_jax.evaluate.heldout import Evaluator, describe
+    from nalora_jax.files import write_atomically
     from nalora_jax.load import load, locate
-    from nalora_jax.train.metrics import to_json, write_atomically
+    from nalora_jax.train.metrics import to_json
 
     if args.output is not None:
         check_new_path("--output", args.output)
@@ -93,6 +94,7 @@ def generate(args: cli.GenerateArgs) -> None:
 
 def export(args: cli.ExportArgs) -> None:
     """Write an adapter for another tool, and read it back."""
+    from nalora_jax.files import write_atomically
     from nalora_jax.load import load
     from nalora_jax.weights.peft import export_adapter, verify_export
 
@@ -109,7 +111,7 @@ def export(args: cli.ExportArgs) -> None:
         max_lora_rank=args.max_lora_rank,
         fingerprint=base.fingerprint,
     )
-    (args.output / "README.md").write_text(card(model, "adapter"), encoding="utf-8")
+    write_atomically(args.output / "README.md", card(model, "adapter"))
     difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)
     print(f"{args.output}: adapter for {args.target}, read back and compared (largest difference {difference:.1e})")
 

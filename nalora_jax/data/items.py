@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,8 @@ class CompletionItem:
 
 
 Item = ChoiceItem | CompletionItem
+
+
+def digest(items: Sequence[Item]) -> str:
+    """SHA-256 of questions with their answers: equal where the same is asked in the same order."""
+    return hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()

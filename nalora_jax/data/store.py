@@ -22,6 +22,7 @@ from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import find_damage, write_digests
 from nalora_jax.notes import counting
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # Raised when the same records and tokenizer would give other tokens.
-_FORMAT = 1
+_FORMAT = 2
 # Records read, rendered and tokenized together: enough to keep every core busy, little to hold in memory.
 _CHUNK = 2048
 # Options that change tokens, besides the split and the limit.
@@ -99,7 +100,7 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = (cache or cache_dir()) / "tokens" / name
-    if not (folder / "meta.json").exists():
+    if not _whole(folder):
         require_some(source)
         indices = _selection(len(source), config.train_limit, seed)
         try:
@@ -221,7 +222,23 @@ def _write(scratch: Path, examples: Iterator[Example], config: DataConfig, bos_i
     counts = Counts(len(offsets) - 1, dropped, truncated, offsets[-1], targets, longest)
     meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
     (scratch / "meta.json").write_text(json.dumps(meta))
+    write_digests(scratch)
     return counts
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the store is there and is what was written; one that is not is removed, to be made again."""
+    if not folder.exists():
+        return False
+    try:
+        damage = find_damage(folder)
+    except OSError:
+        damage = "it has no digests"
+    if damage is None:
+        return True
+    _LOG.warning("the cached tokens in %s are damaged (%s): making them again", folder, damage)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _load(folder: Path) -> TokenStore:

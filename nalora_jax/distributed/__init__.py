@@ -11,7 +11,7 @@ from nalora_jax.distributed.mesh import (
     resolve_sizes,
     smallest_mesh,
 )
-from nalora_jax.distributed.processes import fetch, initialize_distributed, on_first_process
+from nalora_jax.distributed.processes import fetch, initialize_distributed, lost_peers_named, on_first_process, tell_all
 from nalora_jax.distributed.sharding import (
     PARAM_RULES,
     STATE_RULES,
@@ -36,6 +36,7 @@ __all__ = [
     "fetch",
     "fit_spec",
     "initialize_distributed",
+    "lost_peers_named",
     "make_global_batch",
     "make_mesh",
     "on_first_process",
@@ -44,4 +45,5 @@ __all__ = [
     "rows_of_processes",
     "shardings",
     "smallest_mesh",
+    "tell_all",
 ]

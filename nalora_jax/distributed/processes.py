@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nalora_jax.errors import NaloraError
+from nalora_jax.distributed import lost_peer
+from nalora_jax.errors import LostPeerError, NaloraError
 
 T = TypeVar("T")
+_LONGEST_ANSWER = 512  # bytes
+_HEARTBEAT_TIMEOUT = (
+    60  # seconds without a sign of a process until it counts as lost; NALORA_HEARTBEAT_TIMEOUT sets another
+)
+_SHUTDOWN_TIMEOUT = 30  # seconds that a process which has ended waits for the others
+# What JAX, Gloo, NCCL and the coordination service say when a process of the group is gone.
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|heartbeat|Socket closed|UNAVAILABLE|ABORTED"
+    r"|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|DEADLINE_EXCEEDED|NCCL[^\n]{0,80}(remote|abort)"
+)
 
 
 def initialize_distributed() -> bool:
@@ -32,7 +48,12 @@ def initialize_distributed() -> bool:
     if not (explicit or _cluster_tasks() > 1 or _on_tpu_vm()):
         return False
     try:
-        jax.distributed.initialize(num_processes=_env_int("JAX_NUM_PROCESSES"), process_id=_env_int("JAX_PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=_env_int("JAX_NUM_PROCESSES"),
+            process_id=_env_int("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=_env_int("NALORA_HEARTBEAT_TIMEOUT") or _HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+        )
     except ValueError as error:
         if not explicit:  # a TPU host outside Google Cloud's own images: JAX knows of no other process
             return False
@@ -45,6 +66,60 @@ def initialize_distributed() -> bool:
     if jax.process_index():
         logging.getLogger("nalora_jax").setLevel(logging.WARNING)
     return True
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """Within this block the end of another process ends this one with one line, within two minutes.
+
+    There are two ways to notice it. A collective fails, which is a `LostPeerError`. Or JAX's coordination service
+    misses the process's heartbeat and ends this process from C++, with a stack trace and SIGABRT: standard error goes
+    through `nalora_jax.distributed.lost_peer`, a process of its own, which says it in a line instead.
+
+    Raises:
+      LostPeerError: a collective failed.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    restore = _filter_stderr()
+    try:
+        yield
+    except NaloraError:
+        raise
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        signs = _LOST.search(str(error))
+        if signs is None:
+            raise
+        raise LostPeerError(
+            "the other processes",
+            expected="all of them to go on",
+            found=f"that one is gone ({signs[0]})",
+            remedy="its own log says why; start all of them again with --resume",
+        ) from error
+    # After an error it stays: leaving JAX's group may fail as well, at the very end of the process.
+    restore()
+
+
+def _filter_stderr() -> Callable[[], None]:
+    """Puts `nalora_jax.distributed.lost_peer` behind standard error, C++'s included; returns what takes it away."""
+    sys.stderr.flush()
+    own = os.dup(2)
+    command = [sys.executable, "-S", "-E", str(Path(lost_peer.__file__))]
+    # A session of its own: a Ctrl-C at the terminal must not end it before what it filters.
+    helper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=own, start_new_session=True)
+    assert helper.stdin is not None
+    os.dup2(helper.stdin.fileno(), 2)
+    helper.stdin.close()
+
+    def restore() -> None:
+        sys.stderr.flush()
+        os.write(2, lost_peer.END)
+        os.dup2(own, 2)  # the last one that writes to the helper, which ends
+        os.close(own)
+        helper.wait(timeout=10)
+
+    return restore
 
 
 def fetch(x: jax.Array) -> np.ndarray:
@@ -76,6 +151,21 @@ def on_first_process(action: Callable[[], T]) -> T | None:
     if failure is not None:
         raise failure
     return result
+
+
+def tell_all(action: Callable[[], str | None]) -> str | None:
+    """What ``action`` answers in process 0, in all processes; it must not communicate.
+
+    Raises:
+      NaloraError: in the other processes, where ``action`` raised in process 0.
+    """
+    answer = on_first_process(action)
+    if jax.process_count() == 1:
+        return answer
+    text = (answer or "").encode()[:_LONGEST_ANSWER]
+    padded = np.frombuffer(text.ljust(_LONGEST_ANSWER, b"\0"), np.uint8)
+    told = multihost_utils.broadcast_one_to_all(padded)
+    return np.asarray(told, np.uint8).tobytes().rstrip(b"\0").decode(errors="replace") or None
 
 
 def _env_int(name: str) -> int | None:

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from nalora_jax import downloads
+from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
-from nalora_jax.train.metrics import write_atomically
 
 
 @dataclass(frozen=True)

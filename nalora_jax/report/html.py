@@ -19,9 +19,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from nalora_jax.config import RunConfig
+from nalora_jax.files import write_atomically
 from nalora_jax.report import plots
 from nalora_jax.report.history import History, Score, read_history
-from nalora_jax.train.metrics import write_atomically
 from nalora_jax.train.progress import duration
 from nalora_jax.weights.origin import Origin
 

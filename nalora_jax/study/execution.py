@@ -23,13 +23,13 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.optim.nalora import make_schedule
-from nalora_jax.run import describe_device, versions
 from nalora_jax.study.laboratory import Items, Laboratory, code_version, on_mesh
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.loop import Schedule, fit
+from nalora_jax.train.loop import Measured, Schedule, fit
+from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import to_json
 from nalora_jax.train.state import TrainState
 
@@ -196,6 +196,11 @@ class _Bench:
     def advance(self, step: int) -> None:
         """Nothing to show."""
 
+    def asked_to_stop(self, step: int) -> bool:
+        """Never: an interrupted run is done again from its last snapshot."""
+        del step
+        return False
+
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Keep the whole-model numbers of a log step, and the mean over layers of what each layer says."""
         names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
@@ -204,15 +209,15 @@ class _Bench:
         layers = {f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")}
         self.training.append(to_json(row | layers))
 
-    def evaluate(self, step: int, state: TrainState) -> float:
+    def evaluate(self, step: int, state: TrainState) -> Measured:
         """The loss on the validation items."""
         loss = self._loss(state.lora, self.items)
         self.curve.append({"step": step, "loss": loss})
-        return -loss
+        return Measured(-loss, {"loss": loss})
 
-    def save(self, step: int, state: TrainState, metric: float | None) -> None:
+    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
         """Write the snapshot, whole or not at all."""
-        del metric
+        del measured
         seconds = self.seconds_before + time.perf_counter() - self._began
         notes = {"step": step, "curve": self.curve, "training": self.training, "seconds": seconds}
         arrays: dict[str, Any] = {path: distributed.fetch(leaf) for path, leaf in trees.flatten(state).items()}

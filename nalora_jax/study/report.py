@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import write_atomically
 from nalora_jax.study.pictures import draw
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Records
 from nalora_jax.study.tables import render
-from nalora_jax.train.metrics import write_atomically
 
 TABLES = "results.md"
 PICTURES = "pictures"

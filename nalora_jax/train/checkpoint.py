@@ -1,17 +1,21 @@
 """Checkpoints of a run: what training changes, where the data stands, and what it all belongs to.
 
-Orbax writes them in the background and commits each by a rename, so a checkpoint is whole or absent. The frozen base
-weights are never in one; in their place stand the base model's fingerprint and the run's settings, and restoring into
-another model or other settings is an error that names what differs.
+Orbax writes them in the background and commits each by a rename, so a checkpoint is whole or absent. Before that, while
+it is finalised, the SHA-256 of every file is written beside it, and checked before anything is restored: a checkpoint
+that the disk changed afterwards is set aside, and the one before it taken. The frozen base weights are never in one; in
+their place stand the base model's fingerprint and the run's settings, and restoring into another model or other
+settings is an error that names what differs.
 
     <output>/checkpoints/<step>/state    arrays: step, adapters, optimizer, gate averages, random key data
                                /data     position of the input pipeline
-                               /run      fingerprint of the base model, and the settings
+                               /run      fingerprint of the base model, the settings, and the metrics once more
                                /metrics  held-out metrics, where they were measured at that step
+    <output>/checkpoints.damaged/<step>  what was found damaged
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -19,20 +23,53 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from nalora_jax import trees
-from nalora_jax.distributed import on_first_process
+from nalora_jax import files, trees
+from nalora_jax.distributed import on_first_process, tell_all
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import snapshot
 
-FOLDER = "checkpoints"  # inside a run's output folder
+log = logging.getLogger(__name__)
+_ITEMS = ("state", "data", "run")
+_JSON = "metadata"  # Orbax's name for the file of a JSON item
+
+
+class _DigestedArrays(ocp.StandardCheckpointHandler):
+    """Arrays with the digests of their files; Orbax finalises an item once all processes have written their parts."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        files.write_digests(directory)
+
+
+class _DigestedJson(ocp.JsonCheckpointHandler):
+    """JSON with the digest of its file."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        files.write_digests(directory)
+
+
+def _handlers() -> Any:
+    """Who writes and reads which item."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    arrays = _DigestedArrays()
+    for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
+        registry.add("state", arguments, arrays)
+    for item in ("data", "run"):
+        handler = _DigestedJson(_JSON)
+        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            registry.add(item, arguments, handler)
+    return registry
 
 
 class Checkpointer:
@@ -80,16 +117,11 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=asynchronous,
         )
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "run": ocp.JsonCheckpointHandler(),
-        }
         logging.getLogger("absl").addFilter(_is_news)
         _hush_cancelled_writes()
         with _io_errors(f"checkpoints {self.folder}", "a folder that can be written"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            on_first_process(self._set_unreadable_aside)
+            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=_handlers())
 
     def save(
         self, step: int, state: Any, data_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -108,18 +140,21 @@ class Checkpointer:
         self.wait()
         if step in self._manager.all_steps():
             return False
+        ranked = _floats(metrics if metrics and math.isfinite(metrics[self._best_metric]) else None)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(snapshot.to_arrays(state)),
             data=ocp.args.JsonSave(snapshot.plain(data_state)),
-            run=ocp.args.JsonSave(self._run),
+            run=ocp.args.JsonSave(self._run | {"metrics": ranked}),
         )
-        ranked = metrics if metrics and math.isfinite(metrics[self._best_metric]) else None
         with self._write_errors():
             # force: Orbax skips steps below the latest one, which a run continued from its best checkpoint revisits.
-            return bool(self._manager.save(step, args=arguments, metrics=_floats(ranked), force=True))
+            return bool(self._manager.save(step, args=arguments, metrics=ranked, force=True))
 
     def restore(self, which: Literal["latest", "best"] | int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The train state and data position of a checkpoint.
+
+        Where the latest or best one is damaged, it is moved to ``<folder>.damaged``, a warning says so, and the next
+        latest or best is taken.
 
         Args:
           which: "latest", "best", or a step.
@@ -128,21 +163,72 @@ class Checkpointer:
 
         Raises:
           NaloraError: there is no such checkpoint, it belongs to another base model or to other settings, its arrays
-            have other names, shapes or dtypes, or its files are damaged.
+            have other names, shapes or dtypes, or its files are damaged and no other checkpoint is whole.
         """
-        step = self._find(which)
+        while True:
+            step = self._find(which)
+            ranked = self.metrics(step)
+            with _io_errors(f"checkpoint {self.folder / str(step)}", "a readable checkpoint"):
+                damage = tell_all(partial(self._damage, step, ranked))
+            if damage is None:
+                return self._read(step, like)
+            others = [other for other in self._manager.all_steps() if other != step]
+            if isinstance(which, int) or not others:
+                raise NaloraError(
+                    f"checkpoint {self.folder / str(step)}",
+                    expected="the files that were written",
+                    found=f"a damaged one ({damage})",
+                    remedy=f"steps {others} are there as well" if others else "start a new run in another --output",
+                )
+            on_first_process(partial(self._set_aside, step, damage))
+            self._manager.reload()
+            if which == "best" and self.best_step() is None:
+                which = "latest"
+
+    def _damage(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
+        """What differs from the digests that were written with a checkpoint, None where nothing does."""
+        folder = epath.Path(self.folder / str(step))
+        if not any((folder / item / files.DIGESTS).exists() for item in _ITEMS):
+            return None  # written by a version that kept none
+        try:
+            for item in _ITEMS:
+                if (damage := files.find_damage(folder / item)) is not None:
+                    return f"{item}: {damage}"
+            written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
+        except (FileNotFoundError, ValueError) as error:  # a disk that does not answer is no damage
+            return _reason(error)
+        return None if written == metrics else "metrics: not what was written"
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        """Move a damaged checkpoint out of the way of the one that will be written in its place."""
+        aside = self.folder.with_name(f"{self.folder.name}.damaged")
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (self.folder / str(step)).rename(aside / str(step))
+        log.warning("checkpoint %d is damaged (%s): moved to %s, taking an earlier one", step, damage, aside)
+
+    def _set_unreadable_aside(self) -> None:
+        """Orbax reads the metrics of all checkpoints when it opens them, and stops at what is no JSON."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in list(self.folder.glob("*/metrics/metrics")):
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                step = path.parent.parent.name
+                if step.isdecimal():
+                    self._set_aside(int(step), "metrics: not what was written")
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Checks and restores the checkpoint of ``step``."""
         where = f"checkpoint {self.folder / str(step)}"
-        earlier = [other for other in self._manager.all_steps() if other < step]
-        way_out = f"delete that folder to continue from step {max(earlier)}" if earlier else "start a new run"
-        remedy = f"it is damaged: {way_out}"
-        with _io_errors(where, "a readable checkpoint", remedy):
+        with _io_errors(where, "a readable checkpoint"):
             small = ocp.args.Composite(run=ocp.args.JsonRestore(), data=ocp.args.JsonRestore())
             meta = self._manager.restore(step, args=small)
             saved = trees.flatten(self._manager.item_metadata(step).state.tree)
         snapshot.check_run(where, meta.run, self._run)
         wanted = snapshot.abstract(like)
         snapshot.check_arrays(where, saved, trees.flatten(wanted))
-        with _io_errors(where, "a readable checkpoint", remedy):
+        with _io_errors(where, "a readable checkpoint"):
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
         return snapshot.from_arrays(restored.state, like), meta.data
 
@@ -221,49 +307,6 @@ class Checkpointer:
         return step
 
 
-def prepare_output(folder: Path | str, resume: bool) -> Path:
-    """A run's output folder, made or checked, so that no run ever writes over another one.
-
-    With several processes, which share the folder, the first one decides for all, before any of them writes.
-
-    Raises:
-      NaloraError: the folder holds files and ``resume`` is off, ``resume`` is on and there is no checkpoint in it, or
-        it cannot be written.
-    """
-    path = Path(folder)
-    on_first_process(lambda: _claim(path, resume))
-    return path
-
-
-def _claim(path: Path, resume: bool) -> None:
-    """Make or check the folder."""
-    if path.exists() and not path.is_dir():
-        raise NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
-    saved = path / FOLDER
-    holds_files = path.is_dir() and any(path.iterdir())
-    resumable = saved.is_dir() and any(ocp.path.step.standard_name_format().find_all(saved))
-    if resume and not resumable:
-        stopped = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
-        remedy = stopped if holds_files else "start without --resume, or name the run's own --output"
-        raise NaloraError("--resume", expected=f"a checkpoint in {saved}", found="none", remedy=remedy)
-    if holds_files and not resume:
-        raise NaloraError(
-            "--output",
-            expected="a new or empty folder",
-            found=f"{path}, which holds {_listing(path)}",
-            remedy="choose another folder" + (", or continue that run with --resume" if resumable else ""),
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NaloraError(f"--output {path}", expected="a folder that can be written", found=_reason(error)) from error
-
-
-def _listing(path: Path) -> str:
-    names = sorted(entry.name for entry in path.iterdir())
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a log record says what nothing else says.
 
@@ -293,13 +336,13 @@ def _hush_cancelled_writes() -> None:
 
 
 @contextmanager
-def _io_errors(where: str, expected: str, remedy: str = "") -> Iterator[None]:
+def _io_errors(where: str, expected: str) -> Iterator[None]:
     try:
         yield
     except NaloraError:
         raise
     except Exception as error:  # the storage layers raise whatever they like, bare Exception among it
-        raise NaloraError(where, expected=expected, found=_reason(error), remedy=remedy) from error
+        raise NaloraError(where, expected=expected, found=_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

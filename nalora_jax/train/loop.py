@@ -6,15 +6,27 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.notes import counting
-from nalora_jax.train.state import TrainState
+from nalora_jax.train.state import TrainState, non_finite
 from nalora_jax.train.step import compile_ahead
+
+_ANEW = (
+    "the checkpoints of earlier steps are kept; start anew in another --output with a lower --optimizer.learning-rate "
+    "or a longer warm-up"
+)
+
+
+class Measured(NamedTuple):
+    """One evaluation, as the loop sees it."""
+
+    score: float  # higher is better
+    metrics: Mapping[str, float]  # what ranks the checkpoint
 
 
 class Hooks(Protocol):
@@ -23,11 +35,14 @@ class Hooks(Protocol):
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Show and write the numbers of a log step."""
 
-    def evaluate(self, step: int, state: TrainState) -> float:
-        """Measure the held-out metric (higher is better), write it, and return it."""
+    def evaluate(self, step: int, state: TrainState) -> Measured:
+        """Measure the held-out metric, write it, and return it."""
 
-    def save(self, step: int, state: TrainState, metric: float | None) -> None:
-        """Start saving a checkpoint; ``metric`` is the evaluation of this very step, if there was one."""
+    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+        """Start saving a checkpoint; ``measured`` is the evaluation of this very step, if there was one."""
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether the run has to end after this step, which is then saved; all processes answer alike."""
 
     def advance(self, step: int) -> None:
         """Note that a step has been dispatched."""
@@ -52,6 +67,7 @@ class FitResult:
     step: int
     metrics: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out metric)
     stopped_early: bool = False
+    interrupted: bool = False  # asked to stop: the state is saved, and no evaluation of it was made
 
 
 def fit(
@@ -78,8 +94,8 @@ def fit(
       start: steps done before.
 
     Raises:
-      TrainingDivergedError: a loss is not finite. Checkpoints of earlier steps are kept; none is written of a state
-        whose loss was not seen to be finite.
+      TrainingDivergedError: a loss is not finite, or an adapter or a moment of a state that was to be saved.
+        Checkpoints of earlier steps are kept; none is written of a state that has diverged.
     """
     result = FitResult(state, start)
     meter = _Meter()
@@ -92,23 +108,39 @@ def fit(
         hooks.advance(step)
         meter.add(step, metrics)
         last = step == schedule.steps
-        evaluates = last or _due(step, schedule.eval_every)
-        saves = last or _due(step, schedule.save_every) or evaluates
+        result.interrupted = hooks.asked_to_stop(step) and not last
+        evaluates = not result.interrupted and (last or _due(step, schedule.eval_every))
+        saves = last or _due(step, schedule.save_every) or evaluates or result.interrupted
         if last or _due(step, schedule.log_every) or saves:
             hooks.log(step, meter.record(float(learning_rate(step - 1))))
         result.state, result.step = state, step
-        metric = None
-        if evaluates:
-            metric = hooks.evaluate(step, state)
-            result.metrics.append((step, metric))
         if saves:
-            hooks.save(step, state, metric)
-        if evaluates or saves:
+            _refuse_diverged(step, state)
+        measured = None
+        if evaluates:
+            measured = hooks.evaluate(step, state)
+            result.metrics.append((step, measured.score))
+        if saves:
+            hooks.save(step, state, measured)
             meter.restart_clock()
+        if result.interrupted:
+            break
         if evaluates and not last and _exhausted([m for _, m in result.metrics], schedule.patience):
             result.stopped_early = True
             break
     return result
+
+
+def _refuse_diverged(step: int, state: TrainState) -> None:
+    """The loss of a step is that of the state before it: what is saved is looked at itself."""
+    bad = non_finite(state)
+    if bad:
+        raise TrainingDivergedError(
+            f"step {step}: {bad[0]}",
+            expected="finite numbers",
+            found=f"NaN or infinity in {len(bad)} arrays",
+            remedy=_ANEW,
+        )
 
 
 def _due(step: int, every: int) -> bool:
@@ -155,8 +187,7 @@ class _Meter:
                     f"step {step}: loss",
                     expected="a finite number",
                     found=row["loss"],
-                    remedy="the checkpoints of earlier steps are kept; start anew in another --output with a lower "
-                    "--optimizer.learning-rate or a longer warm-up",
+                    remedy=_ANEW,
                 )
         _require_acting(self._steps[-1][0], fetched[2])
         timed = rows[len(rows) - self._timed :] if self._timed else []

@@ -3,7 +3,7 @@
 Lines, told apart by their keys:
 
     {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
-    {"resumed": {"step": 50, "versions": {...}, "device": "..."}}                   once per resume
+    {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
     {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
     {"step": 50, "final": true, "eval": {...}}                                      that of the exported adapter
@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import write_atomically
 from nalora_jax.train.records import check_record
 
 FILE = "metrics.jsonl"
@@ -95,7 +95,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files; more than once is fine."""
-        self._file.close()
+        with suppress(OSError):  # what did not fit on the disk was said when it was written
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -162,6 +163,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def recorded_settings(folder: Path | str) -> dict[str, Any]:
+    """The settings that the run in ``folder`` was last started or continued with; {} where none are recorded."""
+    path = Path(folder) / FILE
+    found: dict[str, Any] = {}
+    for record in read_metrics(path) if path.is_file() else []:
+        newest = record.get("run") or record.get("resumed", {}).get("settings")
+        found = newest if isinstance(newest, dict) else found
+    return found
+
+
 def to_json(value: Any) -> Any:
     """``value`` as plain JSON types.
 
@@ -197,22 +208,6 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     for name, rows in record.get("layers", {}).items():
         found += [(f"{name}/layer_{index:02d}", row) for index, row in enumerate(rows)]
     return [(tag, value) for tag, value in found if isinstance(value, int | float) and not isinstance(value, bool)]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step: readers see the old file or the new one, never a half."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    scratch = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)  # mkstemp makes private files
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:

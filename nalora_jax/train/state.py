@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nalora_jax import trees
 from nalora_jax.optim.nalora import GateState, Mechanisms, init_gate_state
 
 
@@ -49,3 +50,19 @@ def init_state(
     key = jax.random.key_data(jax.random.key(seed))
     start = jnp.zeros((), jnp.int32)
     return TrainState(start, lora, optimizer.init(lora), init_gate_state(gate_shapes, mechanisms), key)
+
+
+def non_finite(state: Any) -> list[str]:
+    """Paths of the floating-point arrays of ``state`` that hold NaN or infinity, e.g. ``["opt_state/0/mu/..."]``.
+
+    One pass over the state and one fetch; all processes have to ask.
+    """
+    floats = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    found = jax.device_get(_all_finite(list(floats.values())))
+    return [path for path, finite in zip(floats, found, strict=True) if not finite]
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """bool [leaves]: whether every element of each is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])

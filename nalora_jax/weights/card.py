@@ -12,6 +12,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from nalora_jax.config import RunConfig
+from nalora_jax.files import write_atomically
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.weights.origin import Origin
 
@@ -58,9 +59,13 @@ def render_card(card: Card) -> str:
 
 
 def write_card(folder: str | Path, card: Card) -> Path:
-    """Writes the card as ``README.md`` of an existing folder."""
+    """Writes the card as ``README.md`` of an existing folder.
+
+    Raises:
+      NaloraError: it cannot be written.
+    """
     path = Path(folder) / "README.md"
-    path.write_text(render_card(card), encoding="utf-8")
+    write_atomically(path, render_card(card))
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,7 @@ from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import unflatten
 from nalora_jax.weights.origin import is_comparable
-from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
+from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
     Adapter,
     HostModule,
@@ -35,6 +37,12 @@ log = logging.getLogger(__name__)
 
 TENSORS_NAME = "adapter_model.safetensors"
 FINGERPRINT_KEY = "nalora.base_fingerprint"
+DIGEST_KEY = "nalora.sha256"
+# Fields of adapter_config.json that decide what the tensors mean.
+_MEANING = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
+    *("target_modules", "target_parameters"),
+)
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 _KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
@@ -67,6 +75,7 @@ def import_adapter(
     folder = Path(folder)
     peft = read_peft_config(folder)
     tensors, metadata = read_tensors(folder)
+    _check_digest(folder, tensors, metadata)
     _check_fingerprint(folder, metadata, fingerprint)
     slots = {slot.key: slot for slot in _slots(layout or module_layout(config), config, peft)}
     modules = _group(tensors, folder / TENSORS_NAME, dora=peft.dora)
@@ -111,6 +120,34 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise NaloraError(f"{path}: {name}", expected="finite numbers", found="NaN or infinity")
     return values
+
+
+def adapter_digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
+    """SHA-256 of an adapter: its tensors in float32 and the settings that decide what they mean.
+
+    Where the base model lies, and anything else in the config that this library does not compute with, may be edited.
+    """
+    digest = hashlib.sha256(json.dumps({name: settings.get(name) for name in _MEANING}, sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def _check_digest(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Refuse files that this library wrote and something changed since."""
+    noted = metadata.get(DIGEST_KEY)
+    if noted is None:
+        return
+    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    found = adapter_digest(tensors, settings)
+    if noted != found:
+        raise NaloraError(
+            str(folder),
+            expected=f"the adapter that was written (sha256 {noted[:16]}...)",
+            found=f"another one (sha256 {found[:16]}...): a file was damaged or edited",
+            remedy="copy it again, or export it again from the run",
+        )
 
 
 def _check_fingerprint(folder: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
@@ -27,7 +26,8 @@ from nalora_jax.weights.peft_modules import (
     module_shape,
     part_widths,
 )
-from nalora_jax.weights.peft_read import FINGERPRINT_KEY, TENSORS_NAME
+from nalora_jax.weights.peft_read import DIGEST_KEY, FINGERPRINT_KEY, TENSORS_NAME, adapter_digest
+from nalora_jax.weights.shards import write_tensors
 
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md"})
 
@@ -78,10 +78,12 @@ def export_adapter(
     if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
         spec = replace(spec, dropout=0.0)  # it acts in training only, and PEFT refuses to load it for experts
     settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
-    metadata = {"format": "pt"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    tensors = dict(_tensors(entries, layout))
+    metadata = {"format": "pt", DIGEST_KEY: adapter_digest(tensors, settings)}
+    metadata |= {FINGERPRINT_KEY: fingerprint} if fingerprint else {}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
-        save_file(dict(_tensors(entries, layout)), scratch / TENSORS_NAME, metadata=metadata)
+        write_tensors(scratch / TENSORS_NAME, tensors, metadata)
     return Path(folder)
 
 

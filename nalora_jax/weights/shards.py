@@ -24,6 +24,7 @@ from nalora_jax.weights.folders import write_json
 # Names of numpy dtypes in safetensors, and back; those that model files use.
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_TORCH = {"format": "pt"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -74,8 +75,19 @@ def _plan(infos: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
     return shards
 
 
-def _write_file(path: Path, infos: list[TensorInfo], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    header = json.dumps(_header(infos), separators=(",", ":")).encode()
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """One file that holds ``tensors``, sorted by name: equal tensors and metadata give equal bytes.
+
+    The library's own writer orders the metadata by a hash that differs between processes.
+    """
+    infos = [TensorInfo(name, array.shape, array.dtype) for name, array in sorted(tensors.items())]
+    _write_file(path, infos, iter(sorted(tensors.items())), metadata)
+
+
+def _write_file(
+    path: Path, infos: list[TensorInfo], tensors: Iterator[tuple[str, np.ndarray]], metadata: Mapping[str, str] = _TORCH
+) -> None:
+    header = json.dumps(_header(infos, metadata), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # readers map the data aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -85,8 +97,8 @@ def _write_file(path: Path, infos: list[TensorInfo], tensors: Iterator[tuple[str
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _header(infos: list[TensorInfo]) -> Mapping[str, object]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(infos: list[TensorInfo], metadata: Mapping[str, str]) -> Mapping[str, object]:
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     for info in infos:
         end = start + info.nbytes

@@ -220,6 +220,24 @@ def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatc
     assert sorted(path.name for path in (tmp_path / "cache" / "tokens").glob("incomplete-*")) == []
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "answer.bin", "offsets.npy", "meta.json", "digests.json"])
+def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_path, caplog, name):
+    first = open_data(config).store
+    tokens, fingerprint = first.tokens.copy(), first.fingerprint
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    caplog.set_level(logging.WARNING)
+    again = open_data(config).store
+    assert f"the cached tokens in {folder} are damaged ({name} is" in caplog.text
+    np.testing.assert_array_equal(again.tokens, tokens)
+    assert again.fingerprint == fingerprint
+    caplog.clear()
+    open_data(config)
+    assert not caplog.records
+
+
 def test_broken_data_leave_nothing_behind(open_data, write_jsonl, tmp_path):
     path = write_jsonl(*({"prompt": "a", "completion": "b"} for _ in range(5)), "{oops")
     with pytest.raises(NaloraError, match=r"data.jsonl:6: expected a JSON object"):

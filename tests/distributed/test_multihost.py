@@ -9,7 +9,8 @@ from jax.sharding import AxisType, Mesh
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax import distributed
-from nalora_jax.train.checkpoint import FOLDER, Checkpointer, prepare_output
+from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.train.output import CHECKPOINTS, open_output
 
 assert distributed.initialize_distributed() and jax.process_count() == 2
 mesh = distributed.make_mesh(MeshConfig(data=-1, fsdp=2))
@@ -36,8 +37,10 @@ where = distributed.shardings(state, mesh, distributed.STATE_RULES)
 placed = jax.tree.map(lambda x, at: jax.make_array_from_callback(x.shape, at, lambda index: x[index]), state, where)
 if jax.process_index() == 0:
     time.sleep(0.5)  # the other one must wait for the verdict before it writes
-output = prepare_output(sys.argv[1], resume=False)
-with Checkpointer(output / FOLDER, fingerprint="f", config={}) as checkpoints:
+with (
+    open_output(sys.argv[1], resume=False) as output,
+    Checkpointer(output.folder / CHECKPOINTS, fingerprint="f", config={}) as checkpoints,
+):
     checkpoints.save(1, placed, {"row": 3}, {"accuracy": 0.5})
     checkpoints.save(2, placed, {"row": 4})
     assert (checkpoints.latest_step(), checkpoints.best_step()) == (2, 1)
@@ -49,7 +52,8 @@ for before, after in zip(jax.tree.leaves(placed), jax.tree.leaves(restored)):
         np.testing.assert_array_equal(one.data, other.data)
 
 try:
-    prepare_output(sys.argv[1], resume=False)
+    with open_output(sys.argv[1], resume=False):
+        pass
 except NaloraError as error:
     print("DONE", error)
 """

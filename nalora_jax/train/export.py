@@ -1,0 +1,115 @@
+"""The adapter that a run leaves: PEFT files of the best state, proved by reading them back, and their card."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from nalora_jax import distributed
+from nalora_jax.config import RunConfig
+from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.train.assembly import Assembly, plain_adapter
+from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.state import TrainState
+from nalora_jax.weights import LoadedModel
+from nalora_jax.weights.card import Card
+from nalora_jax.weights.hub import alias_of
+from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    config: RunConfig,
+    folder: Path,
+    loaded: LoadedModel,
+    assembly: Assembly,
+    state: TrainState,
+    batches: BatchIterator,
+) -> Path:
+    """PEFT files of the trained adapter, read back and compared before anybody is told that they exist.
+
+    Args:
+      config: the run's settings.
+      folder: new, or an earlier export, which is replaced.
+      loaded: the base model.
+      assembly: the run's adapters and model.
+      state: what is exported.
+      batches: rows that logits are compared on.
+
+    Raises:
+      NaloraError: the files cannot be written, or are not the adapter that was trained.
+    """
+    lora, spec = plain_adapter(assembly, state.lora)
+
+    def write() -> None:
+        export_adapter(
+            lora,
+            spec,
+            loaded.config,
+            folder,
+            base_model_name=loaded.source,
+            fingerprint=loaded.fingerprint,
+            overwrite=True,
+        )
+        verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
+
+    distributed.on_first_process(write)
+    difference = _difference(loaded, assembly, state.lora, folder, batches)
+    # PiSSA's residual was rounded to the base's dtype once; nothing else differs by more than a sum's order.
+    rounded = config.lora.init == "pissa" and config.compute.dtype == "bfloat16"
+    if not difference < (0.05 if rounded else 1e-3):
+        raise NaloraError(
+            str(folder), expected="the trained adapter's logits", found=f"a difference of {difference:.1e}"
+        )
+    log.info("adapter: %s (read back: logits differ by at most %.1e)", folder, difference)
+    return folder
+
+
+def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator) -> float:
+    """Largest difference between the logits of the trained adapter and of the files, on one training row."""
+    batch = next(iter(batches))
+    row = {name: batch[name][0, :1] for name in ("tokens", "positions", "segment_ids")}
+    row = multihost_utils.broadcast_one_to_all(row)
+    files, spec = import_adapter(folder, loaded.config, fingerprint=loaded.fingerprint)
+
+    def logits(model: Decoder, params: Any, lora: Any) -> Any:
+        @jax.jit
+        def apply(variables: Any) -> jax.Array:
+            hidden = model.apply(variables, row["tokens"], positions=row["positions"], segment_ids=row["segment_ids"])
+            return model.apply(variables, hidden[:, ::8], method="unembed")
+
+        return distributed.fetch(apply({"params": params, "lora": lora}))
+
+    model = assembly.eval_model
+    return max_logit_difference(
+        lambda _: logits(model, assembly.params, lora),
+        lambda _: logits(model.clone(adapters=spec), loaded.params, files),
+        row["tokens"],
+    )
+
+
+def card(
+    config: RunConfig, loaded: LoadedModel, assembly: Assembly, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Card:
+    """The adapter's README.md, with the run's settings and results."""
+    alias = alias_of(config.model)
+    return Card(
+        "adapter",
+        loaded.source,
+        assembly.spec,
+        run=config,
+        license=alias.parts[0].licence if alias else "",
+        before=before,
+        after=after,
+        versions=versions(),
+        device=describe_device(),
+        origin=loaded.origin,
+    )

@@ -1,0 +1,129 @@
+"""A file that says who writes to a folder.
+
+The kernel's lock on the file ends with its process, whatever ended that, so that nothing stale is left on one host.
+Where the folder is shared between hosts the kernel may not know of the others' locks: the holder also touches the file
+every few seconds, and whoever finds the name of another host in it watches whether that goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+FILE = "run.lock"
+_BEAT = 5.0  # seconds between two touches
+_STALE = 20.0  # seconds without a touch after which a holder on another host counts as gone
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # file systems without locks
+
+
+@dataclass
+class Lock:
+    """A folder's lock, held by this process."""
+
+    path: Path
+    descriptor: int
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def acquire(cls, path: Path) -> Lock:
+        """Take the lock, over from a process that is gone if need be.
+
+        Raises:
+          NaloraError: a living process holds it; its host, process id and command are named.
+          OSError: the file cannot be written.
+        """
+        descriptor = _open_locked(path)
+        try:
+            _wait_for_other_host(path, descriptor)
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_own_name()).encode(), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        lock = cls(path, descriptor)
+        threading.Thread(target=lock._beat, name="output lock", daemon=True).start()
+        return lock
+
+    def release(self) -> None:
+        """Let others write; more than once is fine."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self.path.unlink(missing_ok=True)  # before the kernel's lock goes: nobody can hold the name in between
+        os.close(self.descriptor)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_BEAT):
+            try:
+                os.utime(self.path)
+            except OSError:  # the folder is gone or unreachable: the run's own writes will say so
+                return
+
+
+def _open_locked(path: Path) -> int:
+    """The file at ``path``, locked; again where its former holder removed it in between."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                holder = _read(descriptor)
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise _held(path, holder) from None
+                raise
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _wait_for_other_host(path: Path, descriptor: int) -> None:
+    """Refuse if a holder on another host still touches the file."""
+    holder = _read(descriptor)
+    if not holder or holder.get("host") == socket.gethostname():
+        return
+    touched, until = path.stat().st_mtime_ns, time.monotonic() + _STALE
+    while time.monotonic() < until:
+        time.sleep(0.2)
+        if path.stat().st_mtime_ns != touched:
+            raise _held(path, holder)
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        found = json.loads(os.pread(descriptor, 1 << 16, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _own_name() -> dict[str, Any]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": " ".join(sys.argv)[:200]}
+
+
+def _held(path: Path, holder: dict[str, Any]) -> NaloraError:
+    who = "process {pid} on {host} since {since} ({command})".format(
+        **{name: holder.get(name, "?") for name in ("pid", "host", "since", "command")}
+    )
+    return NaloraError(
+        f"--output {path.parent}",
+        expected="a folder that no other run writes to",
+        found=who,
+        remedy="wait for that run or stop it, or choose another --output",
+    )

@@ -1,0 +1,166 @@
+"""A run's output folder: who may write to it, and whether all processes see it.
+
+<output>/run.lock         while a run writes here: who it is
+        /metrics.jsonl    what it measured, and its settings (`nalora_jax.train.metrics`)
+        /checkpoints/     what it can be continued from (`nalora_jax.train.checkpoint`)
+        /before.json      held-out metrics of the base model
+        /adapter/         PEFT files of the best checkpoint
+        /report.html      made from metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import path as ocp_path
+
+from nalora_jax.distributed import on_first_process
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.lock import FILE as LOCK
+from nalora_jax.train.lock import Lock
+
+CHECKPOINTS = "checkpoints"
+_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", CHECKPOINTS}  # what a run writes before a checkpoint
+_SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
+
+Resume = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A run's folder, locked, and whether there is a run in it to continue."""
+
+    folder: Path
+    resumes: bool
+
+
+@contextmanager
+def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
+    """A run's output folder, made or checked, so that no run ever writes over another one or beside it.
+
+    With several processes the first one decides for all, before any of them writes, and holds the lock.
+
+    Args:
+      folder: on storage that all processes share.
+      resume: continue the run in it; "auto" does so where there is a checkpoint, and starts a run where there is none,
+        over the log of one that was stopped before its first checkpoint.
+
+    Raises:
+      NaloraError: the folder holds files and ``resume`` is off; ``resume`` is on and there is no checkpoint in it;
+        another process writes to it; it cannot be written; or one of the processes does not see it.
+    """
+    _refuse_url(str(folder))
+    path = Path(folder)
+    held: list[Lock] = []
+    try:
+        resumes = on_first_process(lambda: _claim(path, resume, held))
+        if jax.process_count() > 1:
+            resumes = bool(multihost_utils.broadcast_one_to_all(np.int32(bool(resumes))))
+            check_shared(path)
+        yield Output(path, bool(resumes))
+    finally:
+        for lock in held:
+            lock.release()
+
+
+def check_shared(folder: Path, within: float = _SEEN_WITHIN) -> None:
+    """Refuse a folder that only some of the processes see: each looks for a file that the first one wrote.
+
+    Raises:
+      NaloraError: in every process, naming those that do not see it.
+    """
+    number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint32))
+    mark = folder / f".shared-{number.tobytes().hex()}"
+    on_first_process(mark.touch)
+    until = time.monotonic() + within
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    seen = np.asarray(multihost_utils.process_allgather(np.int32(mark.exists()))).ravel()
+    on_first_process(lambda: mark.unlink(missing_ok=True))
+    if not seen.all():
+        blind = ", ".join(map(str, np.flatnonzero(seen == 0)[:8]))
+        raise NaloraError(
+            f"--output {folder}",
+            expected=f"a folder that all {len(seen)} processes share",
+            found=f"one that process {blind} does not see",
+            remedy="name a folder on storage that is mounted on every host (NFS, Filestore, a bucket with gcsfuse)",
+        )
+
+
+def _refuse_url(name: str) -> None:
+    """``Path("gs://bucket")`` would be a local folder called ``gs:``."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", name)
+    if scheme:
+        remedy = "mount the bucket on every host (gcsfuse for gs://, mountpoint-s3 for s3://) and name a folder in it"
+        raise NaloraError("--output", expected="a folder of a file system", found=name, remedy=remedy)
+
+
+def _claim(path: Path, resume: Resume, held: list[Lock]) -> bool:
+    """Make or check the folder and lock it; whether there is a run to continue."""
+    if path.exists() and not path.is_dir():
+        raise NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
+    if resume is True:
+        _require_checkpoint(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = Lock.acquire(path / LOCK)
+    except OSError as error:
+        found = error.strerror or error
+        raise NaloraError(f"--output {path}", expected="a folder that can be written", found=found) from error
+    held.append(lock)
+    resumes = bool(resume) and has_checkpoint(path)
+    if resume is True:
+        _require_checkpoint(path)  # it may have gone while another process held the lock
+    if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
+        _clear(path)
+    if not resumes and _files(path):
+        way = ", or continue that run with --resume" if has_checkpoint(path) else ""
+        raise NaloraError(
+            "--output",
+            expected="a new or empty folder",
+            found=f"{path}, which holds {_listing(path)}",
+            remedy=f"choose another folder{way}",
+        )
+    return resumes
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run left that was stopped before its first checkpoint: it starts again from nothing."""
+    for name in _files(path):
+        entry = path / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether the run in ``path`` has a committed checkpoint."""
+    saved = path / CHECKPOINTS
+    return saved.is_dir() and any(ocp_path.step.standard_name_format().find_all(saved))
+
+
+def _require_checkpoint(path: Path) -> None:
+    if has_checkpoint(path):
+        return
+    stopped = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
+    remedy = stopped if _files(path) else "start without --resume, or name the run's own --output"
+    raise NaloraError("--resume", expected=f"a checkpoint in {path / CHECKPOINTS}", found="none", remedy=remedy)
+
+
+def _files(path: Path) -> list[str]:
+    """Names of what a run left in ``path``."""
+    return sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.is_dir() else []
+
+
+def _listing(path: Path) -> str:
+    names = _files(path)
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,0 +1,48 @@
+"""A run that moves: 1 -> 2 -> 4 -> 1 processes, then 1 -> 8 -> 2 devices, and is the run that stayed where it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nalora_jax.config import MeshConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from tests import tiny
+from tests.distributed.elastic import Record, advance
+
+
+def in_processes(count: int, folder: Path, steps: int) -> list[Record]:
+    started = tiny.start(
+        ["-m", "tests.distributed.elastic", str(folder), str(steps)], count=count, JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+    )
+    done = []
+    for status, out, error in tiny.finish(started):
+        assert status == 0, error
+        words = [line.split()[1:] for line in out.splitlines() if line.startswith("STEP")]
+        done.append([(int(step), tokens, float(loss)) for step, tokens, loss in words])
+    assert all(one == done[0] for one in done)
+    return done[0]
+
+
+def test_a_run_that_moves_between_processes_and_devices_goes_on_as_if_it_had_stayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    alone = tiny.make_config(tmp_path, steps=12)
+    stayed = advance(replace(alone, output=str(tmp_path / "stayed")), 12, 1)
+    moved = advance(alone, 2, 1)
+    moved += in_processes(2, tmp_path, 2)
+    moved += in_processes(4, tmp_path, 2)
+    moved += advance(alone, 2, 1)
+    moved += advance(replace(alone, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), 2, 8)
+    moved += advance(replace(alone, mesh=MeshConfig(1, 2, 1)), 2, 2)
+    assert [(step, tokens) for step, tokens, _ in moved] == [(step, tokens) for step, tokens, _ in stayed]
+    assert len({tokens for _, tokens, _ in moved}) > 10
+    np.testing.assert_allclose([loss for *_, loss in moved], [loss for *_, loss in stayed], rtol=2e-4)
+
+    other = replace(alone, train=TrainConfig(batch_size=4))
+    with pytest.raises(NaloraError, match=r"train\.batch_size = 8, found train\.batch_size = 4; restore these"):
+        advance(other, 1, 1)

@@ -1,0 +1,223 @@
+"""What happens to a run when something breaks: each fault is made many times; docs/reliability.md gets the outcomes.
+
+    python -m tests.faults --times 5        # some 20 minutes on two cores
+
+A run that was interrupted and continued is "identical" where its adapter files have the bytes of a run left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.checkpoint import Checkpointer
+from tests import tiny
+
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+BEGIN, END = "<!-- faults: python -m tests.faults -->", "<!-- end of faults -->"
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+STEPS = 40
+
+
+class Place:
+    """A folder with a model, questions, and the adapter of a run that was left alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        os.environ["NALORA_CACHE"] = str(folder / "cache")
+        self.config = replace(tiny.make_config(folder), steps=STEPS)
+        self.whole = self.new_run()
+        _expect(self.train(self.whole)[0], 0)
+
+    def new_run(self, **changes: object) -> RunConfig:
+        """A run of its own, which takes itself up where there is something to take up."""
+        self.count += 1
+        return replace(self.config, output=str(self.folder / f"run-{self.count}"), resume="auto", **changes)
+
+    def start(self, config: RunConfig, count: int = 1) -> list[subprocess.Popen]:
+        settings = tiny.write_settings(config, self.folder / f"{Path(config.output).name}.py")
+        command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+        return tiny.start(command, count=count, NALORA_HEARTBEAT_TIMEOUT="10")
+
+    def train(self, config: RunConfig) -> tuple[int, str]:
+        """Exit status and standard error of the run to its end."""
+        ((status, _, error),) = tiny.finish(self.start(config))
+        return status, error
+
+    def verdict(self, config: RunConfig) -> str:
+        """Continue the run and compare what it exports."""
+        status, error = self.train(config)
+        if status:
+            return f"FAILED to go on: {error.splitlines()[-1]}"
+        pairs = [(Path(run.output) / "adapter" / name for run in (config, self.whole)) for name in ADAPTER]
+        return "went on, identical" if all(a.read_bytes() == b.read_bytes() for a, b in pairs) else "went on, DIFFERENT"
+
+
+def _expect(found: object, wanted: object) -> None:
+    if found != wanted:
+        raise AssertionError(f"expected {wanted!r}, found {found!r}")
+
+
+def killed(place: Place, rng: random.Random) -> str:
+    """SIGKILL at a random moment of the steps, then the same command again"""
+    config = place.new_run()
+    (process,) = place.start(config)
+    tiny.wait_for_line(process, f"step {rng.randrange(2, STEPS - 4)}/")
+    time.sleep(rng.random() / 20)
+    process.send_signal(signal.SIGKILL)
+    tiny.finish([process])
+    return place.verdict(config)
+
+
+def terminated(place: Place, rng: random.Random) -> str:
+    """SIGTERM at a random step, then the same command again"""
+    config = place.new_run()
+    (process,) = place.start(config)
+    tiny.wait_for_line(process, f"step {rng.randrange(2, STEPS - 4)}/")
+    process.send_signal(signal.SIGTERM)
+    ((status, _, error),) = tiny.finish([process])
+    said = re.search(r"interrupted by SIGTERM; saved step \d+; continue with", error)
+    return f"status {status}, {'said how to go on' if said else 'SILENT'}, {place.verdict(config)}"
+
+
+def second(place: Place, rng: random.Random) -> str:
+    """a second process on the folder of a running one"""
+    del rng
+    config = place.new_run()
+    (process,) = place.start(config)
+    tiny.wait_for_line(process, "step 4/")
+    status, error = place.train(config)
+    named = f"process {process.pid} on" in error and error.count("error:") == 1
+    tiny.finish([process])
+    outcome = f"second one: status {status}, {'names the first' if named else 'NAMES NOBODY'}"
+    return f"{outcome}; first one {place.verdict(config)}"
+
+
+def lost(place: Place, rng: random.Random) -> str:
+    """one of two processes killed"""
+    config = place.new_run(mesh=MeshConfig(-1, 1, 1), train=TrainConfig(batch_size=8, log_every=1, save_every=2))
+    processes = place.start(replace(config, steps=10**6), count=2)
+    tiny.wait_for_line(processes[0], "step 6/")
+    gone = rng.randrange(2)
+    processes[gone].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    status, _, error = tiny.finish(processes, timeout=150)[1 - gone]
+    soon = "within two minutes" if time.monotonic() - began < 120 else "LATE"
+    traces = re.search("Traceback|stack trace", error)
+    lines = sum(line.startswith("error: ") for line in error.splitlines())
+    told = f"{lines} line(s), {'A TRACE' if traces else 'no trace'}"
+    return f"the other ends {soon}, {'non-zero' if status else 'ZERO'}, {told}"
+
+
+def _two_checkpoints(place: Place) -> Path:
+    """Steps 1 and 2 in a folder of their own; the arrays of each are full of its number."""
+    place.count += 1
+    folder = place.folder / f"checkpoints-{place.count}"
+    with Checkpointer(folder, fingerprint="f", config={}) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"a": jnp.full((64, 8), float(step)), "step": jnp.int32(step)}, {"row": step})
+    return folder
+
+
+def _restored(folder: Path) -> str:
+    like = {"a": jnp.zeros((64, 8)), "step": jnp.int32(0)}
+    try:
+        with Checkpointer(folder, fingerprint="f", config={}) as checkpoints:
+            state, data = checkpoints.restore("latest", like)
+    except NaloraError as error:
+        return f"REFUSED: {error}"
+    step = int(state["step"])
+    right = data == {"row": step} and np.all(np.asarray(state["a"]) == step)
+    return f"{'the one before taken' if step == 1 else 'RESTORED'}, {'right' if right else 'WRONG'}"
+
+
+def _file(folder: Path, rng: random.Random) -> Path:
+    """A file of the newest checkpoint that something is restored from."""
+    notes = ("commit_success.txt", "_CHECKPOINT_METADATA")  # of when it was written
+    return rng.choice(sorted(p for p in (folder / "2").rglob("*") if p.is_file() and p.name not in notes))
+
+
+def flipped(place: Place, rng: random.Random) -> str:
+    """one bit of the newest checkpoint flipped"""
+    folder = _two_checkpoints(place)
+    path = _file(folder, rng)
+    content = bytearray(path.read_bytes())
+    bit = rng.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return _restored(folder)
+
+
+def truncated(place: Place, rng: random.Random) -> str:
+    """a file of the newest checkpoint cut off"""
+    folder = _two_checkpoints(place)
+    path = _file(folder, rng)
+    content = path.read_bytes()
+    path.write_bytes(content[: rng.randrange(len(content))])
+    return _restored(folder)
+
+
+def full(place: Place, rng: random.Random) -> str:
+    """the disk full under checkpoint, adapter, merged model, token cache, log and report"""
+    del place, rng
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_full_disk.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PAGE.parent.parent)
+    return "one error that names the file, nothing half-written" if done.returncode == 0 else f"FAILED: {done.stdout}"
+
+
+# Fault, and how many times it is made for one of --times.
+FAULTS: tuple[tuple[Callable[[Place, random.Random], str], int], ...] = (
+    (killed, 1),
+    (terminated, 1),
+    (flipped, 30),
+    (truncated, 30),
+    (full, 1),
+    (second, 1),
+    (lost, 1),
+)
+
+
+def main() -> None:
+    """Make the faults and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[fault.__name__ for fault, _ in FAULTS])
+    given = parser.parse_args()
+    logging.disable()
+    rows = ["| fault | times | outcome |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Place(Path(scratch))
+        for fault, factor in FAULTS:
+            if fault.__name__ not in given.only:
+                continue
+            rng = random.Random(0)
+            outcomes = Counter(fault(place, rng) for _ in range(given.times * factor))
+            told = "; ".join(f"{count}: {outcome}" for outcome, count in outcomes.most_common())
+            rows.append(f"| {fault.__doc__} | {given.times * factor} | {told} |")
+            print(rows[-1], flush=True)
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(rows) + f"\n\n{END}{tail}")
+    print(f"{PAGE}, JAX {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()

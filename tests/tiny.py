@@ -1,0 +1,160 @@
+"""A run that takes seconds: a random Llama of two layers whose words are letters, and questions that it learns.
+
+Used by tests that start whole runs, in this process or in others, and by ``python -m tests.faults``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+)
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.merge import write_merged
+
+WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
+HF = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def make_model(folder: Path) -> Path:
+    """The model as a Hugging Face folder."""
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    config = ModelConfig.from_hf(HF)
+    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
+    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
+    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+
+
+def make_questions(path: Path, count: int = 60) -> Path:
+    """Prompts of two letters; the answer is always z."""
+    rng = np.random.default_rng(0)
+    records = (rng.choice(list(string.ascii_lowercase[:-1]), 3, replace=False) for _ in range(count))
+    lines = [
+        json.dumps({"prompt": f"{a} {b}", "completion": " z", "choices": [str(c), "z"], "gold": 1})
+        for a, b, c in records
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def make_config(folder: Path, **changes: Any) -> RunConfig:
+    """A run on the model and the questions below ``folder``, which are made if they are missing."""
+    model, questions = folder / "model", folder / "questions.jsonl"
+    if not model.exists():
+        make_model(model)
+    if not questions.exists():
+        make_questions(questions)
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "output": str(folder / "run"),
+        "steps": 6,
+        "lora": LoRAConfig(rules=(LoRARule("ffn", 4),)),
+        "mask": MaskConfig(warmup=2),
+        "step_scale": StepScaleConfig(warmup=2),
+        "optimizer": OptimizerConfig(learning_rate=2e-2),
+        "data": DataConfig(
+            dataset=str(questions),
+            train_split="train[:80%]",
+            eval_split="train[80%:]",
+            max_length=16,
+            eval_limit=6,
+            select_limit=3,
+        ),
+        "mesh": MeshConfig(data=1, fsdp=1, tensor=1),
+        "train": TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2),
+        "compute": ComputeConfig(dtype="float32", compilation_cache=False),
+    }
+    return RunConfig(**(settings | changes))
+
+
+def write_settings(config: RunConfig, path: Path) -> Path:
+    """``config`` as a file for ``--config``."""
+    text = "from nalora_jax.config import config_from_dict\n\n\ndef config():\n    return config_from_dict({!r})\n"
+    path.write_text(text.format(config.to_dict()))
+    return path
+
+
+def start(arguments: Sequence[str], *, count: int = 1, devices: int = 1, **variables: str) -> list[subprocess.Popen]:
+    """Starts ``python ARGUMENTS`` as ``count`` processes of one run, each with simulated devices of its own."""
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | variables
+    if count > 1:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)}
+    own = [clean | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {}) for index in range(count)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([sys.executable, *arguments], env=variables, **pipes) for variables in own]
+
+
+def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Exit status, standard output and error of each; what does not end in time is killed, which is an error."""
+    until = time.monotonic() + timeout
+    try:
+        found = [(one, *one.communicate(timeout=max(until - time.monotonic(), 1))) for one in processes]
+    finally:
+        for one in processes:
+            if one.poll() is None:
+                one.send_signal(signal.SIGKILL)
+    return [(one.returncode, out, error) for one, out, error in found]
+
+
+def wait_for_line(process: subprocess.Popen, text: str) -> str:
+    """Reads the process's standard output up to the first line that holds ``text``."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"the process ended without {text!r}: {process.stderr and process.stderr.read()}")
+
+
+def losses(folder: Path | str) -> dict[int, float]:
+    """Loss of every logged step."""
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}

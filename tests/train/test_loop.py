@@ -1,0 +1,113 @@
+"""The loop's decisions, with a step and hooks that do next to nothing."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.train.loop import FitResult, Measured, Schedule, fit
+from nalora_jax.train.preemption import stop_signals
+from nalora_jax.train.state import TrainState, non_finite
+
+
+class Hooks:
+    """Notes what it is asked for."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.saved: list[tuple[int, float | None]] = []
+        self.evaluated: list[int] = []
+        self.stop_at = stop_at
+
+    def log(self, step: int, record: Any) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def evaluate(self, step: int, state: TrainState) -> Measured:
+        self.evaluated.append(step)
+        return Measured(float(step), {"loss": -float(step)})
+
+    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+        self.saved.append((step, measured and measured.metrics["loss"]))
+
+    def asked_to_stop(self, step: int) -> bool:
+        return step == self.stop_at
+
+
+def run(hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0) -> FitResult:
+    """Steps whose loss is always finite; at step ``at`` the part ``poison`` of the state becomes infinite."""
+
+    @jax.jit
+    def step(params: Any, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        now = state.step + 1
+        extra = jnp.where(now == at, jnp.inf, 0.0)
+        parts = {"lora": state.lora, "opt_state": state.opt_state}
+        parts |= {
+            name: jax.tree.map(lambda leaf: leaf + extra.astype(leaf.dtype) if leaf.ndim else leaf, parts[name])
+            for name in [poison]
+            if name
+        }
+        metrics = {name: jnp.float32(1) for name in ("loss", "tokens", "target_tokens", "grad_norm")}
+        return state._replace(step=now, **parts), metrics | {"layers": {}}
+
+    moments = {"mu": {"a": jnp.zeros(3)}, "count": jnp.int32(0)}
+    state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, moments, None, jnp.zeros(2, jnp.uint32))  # type: ignore[arg-type]
+    return fit(step, {}, state, itertools.repeat(jnp.zeros(1)), hooks, schedule, lambda _: 0.1)
+
+
+def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> None:
+    hooks = Hooks()
+    result = run(hooks, Schedule(steps=7, log_every=2, eval_every=4, save_every=3))
+    assert (result.step, result.interrupted, result.stopped_early) == (7, False, False)
+    assert hooks.evaluated == [4, 7]
+    assert hooks.saved == [(3, None), (4, -4.0), (6, None), (7, -7.0)]
+
+
+@pytest.mark.parametrize(("poison", "named"), [("lora", "lora/a"), ("opt_state", "opt_state/mu/a")])
+def test_a_state_that_has_diverged_is_not_saved_though_its_loss_is_finite(poison: str, named: str) -> None:
+    hooks = Hooks()
+    with pytest.raises(TrainingDivergedError, match=rf"step 4: {named}: expected finite numbers, .*are kept"):
+        run(hooks, Schedule(steps=8, log_every=1, eval_every=0, save_every=2), poison=poison, at=3)
+    assert [step for step, _ in hooks.saved] == [2]
+
+
+def test_integers_and_keys_are_not_asked_whether_they_are_finite() -> None:
+    state = {"count": jnp.int32(3), "key": jnp.zeros(2, jnp.uint32), "ok": jnp.ones(2), "bad": jnp.array([1, jnp.nan])}
+    assert non_finite(state) == ["bad"]
+
+
+def test_where_it_is_asked_to_stop_it_saves_that_step_without_evaluating_it() -> None:
+    hooks = Hooks(stop_at=4)
+    result = run(hooks, Schedule(steps=8, log_every=3, eval_every=4, save_every=0))
+    assert (result.step, result.interrupted) == (4, True)
+    assert hooks.saved == [(4, None)]
+    assert hooks.evaluated == []
+
+
+def test_asked_to_stop_at_its_last_step_it_ends_as_always() -> None:
+    hooks = Hooks(stop_at=3)
+    assert not run(hooks, Schedule(steps=3, log_every=1, eval_every=0, save_every=0)).interrupted
+    assert hooks.evaluated == [3]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_between_steps_a_signal_waits_and_elsewhere_it_stops_at_once(number: signal.Signals, status: int) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as stop, stop.between_steps():
+        assert not stop.asked(1)
+        signal.raise_signal(number)
+        assert stop.asked(2)
+        assert stop.signal == number
+        with pytest.raises(Interrupted):
+            signal.raise_signal(number)  # the second one does not wait
+    with stop_signals(), pytest.raises(Interrupted, match=f"interrupted by {number.name}") as caught:
+        signal.raise_signal(number)
+    assert caught.value.status == status
+    assert signal.getsignal(number) == before
