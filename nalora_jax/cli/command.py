@@ -55,6 +55,10 @@ VERBS = {
 }
 
 
+# The numbers that each verb's own flags may hold.
+RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES}
+
+
 def execute(argv: Sequence[str]) -> None:
     """Does what ``argv`` asks for.
 
@@ -93,7 +97,7 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         usage.check(name, verb.arguments, words)
     start = parser.defaults(words) if verb.arguments is parser.TrainArgs else None
     args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
-    check_ranges(args, parser.RANGES.get(verb.arguments, {}))
+    check_ranges(args, RANGES.get(verb.arguments, {}))
     for one in fields(args):
         if isinstance(value := getattr(args, one.name), Path):
             check_path(f"--{one.name}", value)

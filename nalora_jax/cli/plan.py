@@ -12,6 +12,7 @@ from typing import Literal
 
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.ranges import AXIS, COUNT, ROWS, TOKENS, Range
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class PlanArgs:
     estimate: bool = False
     # Axes of the mesh; what is left open is chosen.
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+RANGES = {
+    "batch": COUNT,
+    "seq": TOKENS,
+    "accumulate": ROWS,
+    "price": Range("a number", "[0, 1e6]"),
+    "mesh.data": AXIS,
+    "mesh.fsdp": AXIS,
+    "mesh.tensor": AXIS,
+}
 
 
 def plan(args: PlanArgs) -> None:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nalora_jax.errors import NaloraError
+
 ROWS = 2  # along each axis of the input that a layer does not contract: enough to compare
 
 
@@ -88,6 +90,34 @@ def randomised(tree: Any, seed: int = 0) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
     return jax.tree.unflatten(structure, [_random(leaf, key) for leaf, key in zip(leaves, keys, strict=False)])
+
+
+def holds_numbers(tree: Any) -> bool:
+    """Whether there are numbers to compare with: not shapes alone, and not traced."""
+    leaves = jax.tree.leaves(tree)
+    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def check_merged(merged: Any, adapted: Any, base: Any) -> None:
+    """Compares what a merged model returns with the adapted one's, up to rounding, measured by what adapters change.
+
+    Raises:
+      NaloraError: they differ by more.
+    """
+    for one, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
+        if not jnp.issubdtype(getattr(want, "dtype", jnp.int32), jnp.floating):
+            continue
+        one, want, before = (np.asarray(leaf, np.float32) for leaf in (one, want, before))
+        short = jnp.finfo(jax.tree.leaves(adapted)[0].dtype).bits < 32
+        allowed = 0.05 * np.abs(want - before).max(initial=0) + (3e-2 if short else 1e-3) * np.abs(want).max(initial=0)
+        found = np.abs(one - want).max(initial=0)
+        if not found <= allowed:
+            raise NaloraError(
+                "merge",
+                expected=f"the adapted model's result, within {allowed:.2g}",
+                found=f"a difference of {found:.2g}",
+                remedy="a kernel is also used outside of the layer that holds it: leave that layer unadapted",
+            )
 
 
 def _random(leaf: Any, key: jax.Array) -> Any:

@@ -20,12 +20,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nalora_jax import activations, selection, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.integrations.layers import Dense, Unfit
+from nalora_jax.integrations.layers import Dense, Unfit, check_merged, holds_numbers
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
 from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.low_rank import adapter_scale, init_a, residual
@@ -114,10 +113,10 @@ class Foreign(ABC):
         """
         merged = self._merged(variables, lora)
         args, options = (args, options) if args else self._example
-        if args and _holds_numbers((variables, lora, args, options)):
+        if args and holds_numbers((variables, lora, args, options)):
             adapted = jax.jit(lambda v, a: self.apply(v, a, *args, **options))(variables, lora)
             run = jax.jit(lambda v: self._plain(v, args, options))
-            _check_merged(run(merged), adapted, run(variables))
+            check_merged(run(merged), adapted, run(variables))
         return merged
 
     @property
@@ -271,30 +270,6 @@ def _observed_bwd(statistics: Any, sums: Any, g: jax.Array) -> Any:
 
 
 _observed.defvjp(_observed_fwd, _observed_bwd)
-
-
-def _holds_numbers(tree: Any) -> bool:
-    """Whether there are numbers to compare with: not shapes alone, and not traced."""
-    leaves = jax.tree.leaves(tree)
-    return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
-
-
-def _check_merged(merged: Any, adapted: Any, base: Any) -> None:
-    """Raises unless ``merged`` is ``adapted`` up to rounding, measured by what the adapters change."""
-    for one, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
-        if not jnp.issubdtype(getattr(want, "dtype", jnp.int32), jnp.floating):
-            continue
-        one, want, before = (np.asarray(leaf, np.float32) for leaf in (one, want, before))
-        short = jnp.finfo(jax.tree.leaves(adapted)[0].dtype).bits < 32
-        allowed = 0.05 * np.abs(want - before).max(initial=0) + (3e-2 if short else 1e-3) * np.abs(want).max(initial=0)
-        found = np.abs(one - want).max(initial=0)
-        if not found <= allowed:
-            raise NaloraError(
-                "merge",
-                expected=f"the adapted model's result, within {allowed:.2g}",
-                found=f"a difference of {found:.2g}",
-                remedy="a kernel is also used outside of the layer that holds it: leave that layer unadapted",
-            )
 
 
 def _flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:

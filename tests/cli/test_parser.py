@@ -256,9 +256,11 @@ ZERO = {
     "--data.train-limit", "--data.workers", "--train.eval-every", "--train.save-every", "--train.keep",
     "--train.patience", "--mask.frozen-after", "--mask.permute", "--step-scale.frozen-after", "--step-scale.permute",
     "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
+    "--batch", "--price",
 }  # fmt: skip
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 POSITIONAL = {"eval": ["m"], "generate": ["m", "--prompt", "x"], "export": ["r", "--output", "o"], "inspect": ["m"]}
+POSITIONAL |= {"study": ["run", "s"], "plan": ["--model", "m", "--topology", "v5e:4x4"]}
 
 
 @pytest.mark.parametrize("bad", BAD)
