@@ -73,10 +73,13 @@ class Laboratory:
 
         The step is built for a learning rate of 1 and its updates are multiplied by the run's own, a value in the
         optimizer's state: every optimizer of this library is linear in its learning rate, weight decay included.
+        What a mechanism draws at random it draws when the step is built: such a method is compiled once a seed.
         """
         config = run.config
+        draws = bool(config.mechanisms) or max(config.mask.permute, config.step_scale.permute) >= 0
         shape = {"max_length": config.data.max_length}
-        general = replace(config, seed=0, data=DataConfig(), optimizer=replace(config.optimizer, learning_rate=1.0))
+        optimizer = replace(config.optimizer, learning_rate=1.0)
+        general = replace(config, seed=config.seed if draws else 0, data=DataConfig(), optimizer=optimizer)
         key = json.dumps([general.to_dict(), shape], sort_keys=True)
         if key not in self._prepared:
             model = self.model(config)

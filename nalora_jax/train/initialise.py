@@ -95,7 +95,9 @@ class _Search:
             batch_shards=distributed.batch_shards(mesh),
             head_sharding=head_sharding(base, mesh),
         )
-        self._sums: Callable[..., dict[str, Any]] = jax.jit(make_gradients(model, config))
+        self._sums: Callable[..., dict[str, Any]] = jax.jit(
+            make_gradients(model, config), compiler_options=distributed.compiler_options(mesh)
+        )
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
 

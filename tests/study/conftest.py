@@ -59,14 +59,14 @@ dataset = QUESTIONS
 train = "train[:60%]"
 validation = "train[60%:80%]"
 test = "train[80%:]"
-validation_items = 30
+validation_items = 20
 test_items = 20
 data = {max_length = 16}
 
 [probes.z_again]
 dataset = QUESTIONS
 split = "train[80%:]"
-items = 10
+items = 20
 
 [methods.lora]
 

@@ -23,8 +23,8 @@ from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.study import execution
 from nalora_jax.study.laboratory import Laboratory
-from nalora_jax.study.plan import Run, pending, wanted
-from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.plan import Cell, Run, pending, wanted
+from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.status import status
 from nalora_jax.study.verification import verify
@@ -94,6 +94,21 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(finished: Path) -
     assert compiled["again", "tune"][0] == 0  # another seed is no other method
 
 
+def test_what_a_placebo_draws_at_random_is_another_draw_for_another_seed(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = laboratory.protocol
+    shuffled = Method(settings={"mask": {"kind": "soft", "permute": 0}})
+    changed = replace(protocol, methods=dict(protocol.methods) | {"shuffled": shuffled})
+    run = Run(changed, "tune", Cell(protocol.models[0], "z", "shuffled"), 1e-2, 0)
+    monkeypatch.setattr(laboratory, "protocol", changed)
+    made = [
+        laboratory.prepared(one).assembly.mechanisms for one in (run, replace(run, seed=1), replace(run, rate=2e-2))
+    ]
+    assert made[0].seed != made[1].seed
+    assert made[0] is made[2]
+
+
 def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laboratory) -> None:
     records = list(Records(finished).read().values())
     for seed in (1, 2):
@@ -134,7 +149,7 @@ def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finis
         assert [point["step"] for point in one["curve"]] == [0, 4, 8]
         assert one["curve"][-1]["loss"] == one["validation"]["loss"] < one["curve"][0]["loss"]
         assert ("test" in one) == ("test" in one["items"]) == (one["stage"] == "test")
-        assert one["validation"]["n"] == 30
+        assert one["validation"]["n"] == 20
     test = by(records, stage="test", method="lora", seed=1)
     assert test["test"]["n"] == 20
     assert 0 <= test["test"]["accuracy"] <= 1

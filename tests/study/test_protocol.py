@@ -28,7 +28,7 @@ def test_a_method_is_the_common_settings_with_its_own(study: Path) -> None:
     assert config.lora.rules == (LoRARule("ffn/gate_proj", 2),)
     assert config.optimizer.rates == (("gate_proj", 0.5),)
     assert (config.optimizer.learning_rate, config.seed, config.steps) == (0.01, 7, 8)
-    assert (config.data.train_split, config.data.max_length, config.data.eval_limit) == ("train[:60%]", 16, 30)
+    assert (config.data.train_split, config.data.max_length, config.data.eval_limit) == ("train[:60%]", 16, 20)
     assert protocol.config(protocol.models[0], "z", "lora", 0.01, 7).optimizer.rates == ()
     assert read_protocol(study / "protocol.toml") == protocol  # the file does as well as its folder
 
