@@ -258,7 +258,7 @@ def is_unicode(text: str) -> bool:
 def _token_text(value: object) -> str:
     """The text of a special token as configs write it: ``"</s>"`` or ``{"content": "</s>", ...}``."""
     content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
+    return content if isinstance(content, str) and is_unicode(content) else ""
 
 
 def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:

@@ -276,7 +276,7 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_that_names_the_file(tmp_p
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("eos", [None, "<nowhere>", 7])
+@pytest.mark.parametrize("eos", [None, "<nowhere>", 7, "\ud800"])
 def test_an_end_of_sequence_token_is_needed(tmp_path: Path, eos: object) -> None:
     save(tmp_path)
     edit(tmp_path / "tokenizer_config.json", eos_token=eos)
