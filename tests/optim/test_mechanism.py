@@ -110,7 +110,7 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
     other = only("squared:warmup=0,permute=4", seed=1)
     (differs,) = own_factors(state_after(other), other).values()
     assert (differs[PATH] != moved[PATH]).mean() > 0.8
-    places = [np.argmax(moved[PATH][i] == np.max(rule[PATH][i])) for i in range(L)]
+    places = [int(np.argmax(moved[PATH][i] == np.max(rule[PATH][i]))) for i in range(L)]
     assert len(set(places)) > 1
 
 
