@@ -180,7 +180,7 @@ def full(place: Place, rng: random.Random) -> str:
     del place, rng
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_full_disk.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PAGE.parent.parent)
-    return "one error that names the file, nothing half-written" if done.returncode == 0 else f"FAILED: {done.stdout}"
+    return "one error that names the file, nothing half-written" if done.returncode == 0 else f"FAILED: {done.stdout.strip().splitlines()[-1]}"
 
 
 # Fault, and how many times it is made for one of --times.
