@@ -180,7 +180,11 @@ def full(place: Place, rng: random.Random) -> str:
     del place, rng
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_full_disk.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PAGE.parent.parent)
-    return "one error that names the file, nothing half-written" if done.returncode == 0 else f"FAILED: {done.stdout.strip().splitlines()[-1]}"
+    return (
+        "one error that names the file, nothing half-written"
+        if done.returncode == 0
+        else f"FAILED: {done.stdout.strip().splitlines()[-1]}"
+    )
 
 
 # Fault, and how many times it is made for one of --times.
@@ -209,7 +213,7 @@ def main() -> None:
             if fault.__name__ not in given.only:
                 continue
             rng = random.Random(0)
-            outcomes = Counter(fault(place, rng) for _ in range(given.times * factor))
+            outcomes = Counter(" ".join(fault(place, rng).split()) for _ in range(given.times * factor))
             told = "; ".join(f"{count}: {outcome}" for outcome, count in outcomes.most_common())
             rows.append(f"| {fault.__doc__} | {given.times * factor} | {told} |")
             print(rows[-1], flush=True)

@@ -47,7 +47,7 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
 
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
     """Refuses an evaluation whose metrics are no numbers, or whose samples are of another form than a run writes."""
-    numbers = {name: value for name, value in values.items() if name not in ("samples", "right", "paired")}
+    numbers = {name: value for name, value in values.items() if name not in ("samples", "right", "paired", "questions")}
     _check_numbers(numbers, where)
     if values.get("n") is not None:
         _check_step(values["n"], f"{where}: n")
