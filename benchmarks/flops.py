@@ -51,10 +51,10 @@ def compiled(layers: int, batch: int, seq: int, dtype: str, method: str) -> floa
     """Flops of the compiled step by XLA's own count, without loops: layers unrolled, the vocabulary in one block."""
     from flax import linen as nn
 
-    from nalora_jax.nn import loss
+    from nalora_jax.cpu import cross_entropy
 
     unrolled = partial(nn.scan, unroll=layers)
-    with mock.patch.object(nn, "scan", unrolled), mock.patch.object(loss, "_BLOCK", SMOLLM2["vocab_size"]):
+    with mock.patch.object(nn, "scan", unrolled), mock.patch.object(cross_entropy, "BLOCK", SMOLLM2["vocab_size"]):
         step, arguments = assembled(layers, batch, seq, dtype, method, remat="none", loss_chunk=batch * seq)
         lowered = step.lower(*arguments)
     return float(lowered.compile().cost_analysis()["flops"])
@@ -96,10 +96,13 @@ def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
     import jax
     import jax.numpy as jnp
 
-    from nalora_jax.nn.matmul import dot
+    import nalora_jax.cpu.register  # noqa: F401  for products of this library's own
+    from nalora_jax.ops.matmul import dot
+    from nalora_jax.ops.numerics import numerics_for
 
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.float32).astype(dtype)
-    ways = (lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32), lambda x, y: dot(x, y, dtype))
+    numerics = numerics_for(dtype)
+    ways = (lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32), lambda x, y: dot(x, y, numerics))
     found = []
     for product in map(jax.jit, ways):
         product(x, x).block_until_ready()

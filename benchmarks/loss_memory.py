@@ -26,18 +26,20 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
     import jax
     import jax.numpy as jnp
 
-    from nalora_jax.nn.loss import Head, cross_entropy
-    from nalora_jax.nn.matmul import as_integers
+    import nalora_jax.cpu.register  # noqa: F401  as a run does
+    from nalora_jax.ops.cross_entropy import PLAIN_HEAD, cross_entropy
+    from nalora_jax.ops.numerics import numerics_for
+    from nalora_jax.ops.storage import prepare
 
     rows = (options.batch, options.seq)
     hidden = jax.ShapeDtypeStruct((*rows, options.d_model), jnp.float32)
     kernel = jax.ShapeDtypeStruct((options.d_model, vocab), dtype)
     targets = jax.ShapeDtypeStruct(rows, jnp.int32)
     weights = jax.ShapeDtypeStruct(rows, jnp.float32)
-    head = Head(operand=dtype)
+    numerics = numerics_for(dtype)
 
     def chunked(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        return cross_entropy(hidden, kernel, targets, weights, head=head)
+        return cross_entropy(hidden, kernel, targets, weights, PLAIN_HEAD, numerics)
 
     def materialised(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         operands = hidden.astype(dtype), jax.lax.stop_gradient(kernel)
@@ -49,8 +51,8 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
         program = jax.jit(jax.value_and_grad(loss)).lower(hidden, kernel, targets, weights).compile()
         return int(program.memory_analysis().temp_size_in_bytes)
 
-    # A step holds the head as `view_params` views it.
-    held = jax.eval_shape(as_integers, kernel)
+    # As a step takes the head.
+    held = prepare({"params": {"lm_head": {"kernel": kernel}}}, numerics)["params"]["lm_head"]["kernel"]
     return {"chunked": measure(chunked, held), "materialised": measure(materialised, kernel)}
 
 

@@ -82,12 +82,10 @@ def program(
     compiler: dict[str, str] | None = None,
 ) -> Any:
     """The compiled training step."""
-    import jax
     from flax import linen as nn
 
-    # Platform choices in the model code go by the default backend, which is a CPU here.
     scan = partial(nn.scan, unroll=layers) if unroll else nn.scan
-    with mock.patch.object(jax, "default_backend", return_value="tpu"), mock.patch.object(nn, "scan", scan):
+    with mock.patch.object(nn, "scan", scan):
         step, arguments = _step(method, layers, topology_mesh(topology), rows, seq, chunk=rows * seq if unroll else 0)
         return step.lower(*arguments).compile(compiler_options=compiler)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from nalora_jax import notes
-from nalora_jax.cpu import hugepages
 from nalora_jax.errors import Interrupted, LostPeerError, NaloraError
 
 # What the machine or a path's name, not the library, has to answer for.
@@ -35,14 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> int:
     """The process ``nalora``: `main` with huge pages where the machine has them."""
-    hugepages.restart()
+    _restart()
     return main()
 
 
 def train_command() -> int:
     """The process ``train.py``: the flags of ``nalora train`` without the verb."""
-    hugepages.restart()
+    _restart()
     return main(["train", *sys.argv[1:]])
+
+
+def _restart() -> None:
+    """Huge pages for the heap, by starting this process again (`nalora_jax.cpu.hugepages`, which can be left out)."""
+    if importlib.util.find_spec("nalora_jax.cpu") is not None:
+        importlib.import_module("nalora_jax.cpu.hugepages").restart()
 
 
 def guarded(run: Callable[[], None]) -> int:

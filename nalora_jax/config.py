@@ -225,7 +225,10 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # Hold the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), or "none".
     quantize: Literal["none", "int8", "nf4"] = "none"
-    # Rematerialisation: "auto" (by platform, as measured), "none", "full", "dots" (keep what takes a matmul), or
+    # How operations are computed: "auto" (what is fastest on the platform), "xla" (plain JAX), or an implementation by
+    # name, such as "cpu".
+    implementation: str = "auto"
+    # Rematerialisation: "auto" (by platform, as measured), "none", "full", "dots" (save what takes a matmul), or
     # "attention" (of that, nothing that is d_ff wide).
     remat: Literal["auto", "none", "full", "attention", "dots"] = "auto"
     # Take the channel statistics on one in n positions of each row (1: on all).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -17,13 +19,16 @@ from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.nn.matmul import numerics_for
+from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
+
+if importlib.util.find_spec("nalora_jax.cpu") is not None:  # everything runs without it
+    importlib.import_module("nalora_jax.cpu.register")
 
 ADAPTER = "adapter"  # of a run's folder: the exported adapter
 
@@ -98,8 +103,10 @@ def load(
     quantize: Literal["none", "int8", "nf4", "run"] = "none",
     mesh: Mesh | None = None,
     resolved: ResolvedSource | None = None,
+    implementation: str = "auto",
 ) -> AdaptedModel:
-    """The model called ``model``, with its adapter on; the arguments are those of `locate` and `weights.load_model`.
+    """The model called ``model``, with its adapter on; the arguments are those of `locate`, `weights.load_model` and
+    `nalora_jax.ops.numerics.numerics_for`.
 
     Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
     with ``quantize="run"``. Whoever has resolved the base's name gives what was found as ``resolved``.
@@ -119,7 +126,7 @@ def load(
     if mesh is not None:
         distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
-    module = Decoder(base.config, spec, numerics_for(dtype, jax.default_backend()))
+    module = Decoder(base.config, spec, numerics_for(dtype, platform_of(mesh), implementation))
     return AdaptedModel(base, module, lora, located)
 
 

@@ -28,6 +28,8 @@ from nalora_jax.evaluate.heldout import Evaluator, describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
 from nalora_jax.load import ADAPTER
+from nalora_jax.ops.numerics import platform_of
+from nalora_jax.ops.registry import check_implementation
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.report.history import read_evaluation
@@ -91,6 +93,7 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
     if config.compute.compilation_cache:
         use_compilation_cache()
     mesh = distributed.make_mesh(config.mesh)
+    check_implementation(config.compute.implementation, platform_of(mesh).name)
     files = resolve(config.model)
     check_layout(config, files, mesh)
     if source is None:

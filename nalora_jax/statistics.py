@@ -126,7 +126,7 @@ RATIOS = {
     "limit": ("linear", "feature"),
     "nonlinearity": ("excess", "response"),
 }
-# What `nalora_jax.nn.checks` writes: largest ratios, not sums, over layers' tokens and micro-batches.
+# What `nalora_jax.ops.checks` writes: largest ratios, not sums, over layers' tokens and micro-batches.
 CHECK = "check_"
 
 

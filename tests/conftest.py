@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import resource
@@ -10,7 +11,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -28,6 +31,14 @@ os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest
+
+if TYPE_CHECKING:
+    from nalora_jax.ops.numerics import Numerics
+
+# As a command does; without it operations are their plain functions, and so are their tests.
+HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None
+if HAS_CPU:
+    importlib.import_module("nalora_jax.cpu.register")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -68,6 +79,21 @@ def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(params=["xla", *(["cpu", "cpu without kernels"] if HAS_CPU else [])])
+def numerics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Numerics]:
+    """Makes the numerics of a dtype, in every implementation that the machine has, for a program on one device."""
+    from nalora_jax.ops.numerics import numerics_for
+
+    name, _, without = request.param.partition(" without ")
+    if without:
+        monkeypatch.setenv("NALORA_NATIVE", "0")
+
+    def make(dtype: str = "float32", **changes: Any) -> Numerics:
+        return replace(numerics_for(dtype, "cpu", name), **changes)
+
+    return make
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ from nalora_jax.generate.text import TextStream
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
 from nalora_jax.nn.low_rank import resolve
-from nalora_jax.nn.matmul import numerics_for, pack, pack_views
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.tokenizer import Tokenizer
 
 VOCAB = 257
@@ -172,12 +171,8 @@ def test_weights_and_prompts_on_a_mesh_give_the_same_text(model, variables, gene
     assert sharded.generate(prompts, max_new_tokens=6) == generator.generate(prompts, max_new_tokens=6)
 
 
-def test_packed_views_share_memory_and_generate_the_same(model, variables):
+def test_bf16_weights_generate_what_they_do_without_a_cache(model, variables):
     half = {**variables, "params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
-    kernel = half["params"]["layers"]["ffn"]["up_proj"]["kernel"]
-    view = pack_views(half["params"])["layers"]["ffn"]["up_proj"]["kernel"]
-    assert view.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
-    chex.assert_trees_all_equal(pack_views(half["params"]), pack(half["params"]))
     low = model.clone(numerics=numerics_for("bfloat16", "cpu"))
     prompt = prompts_of([6])
     made = Generator(low, half, byte_tokenizer()).complete(prompt, max_new_tokens=5, stop_ids=())

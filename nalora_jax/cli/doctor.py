@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -10,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cpu import hugepages, processor
 from nalora_jax.downloads import cache_dir, private_dir
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "huggingface_hub")
@@ -117,6 +117,9 @@ def _devices() -> tuple[dict[str, str], list[str]]:
 
 
 def _kernels() -> tuple[dict[str, str], list[str]]:
+    if importlib.util.find_spec("nalora_jax.cpu") is None:
+        return {"kernels": "none: nalora_jax.cpu is not installed"}, []
+    from nalora_jax.cpu import hugepages, processor
     from nalora_jax.cpu.native import library
     from nalora_jax.errors import NaloraError
 

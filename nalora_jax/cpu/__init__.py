@@ -1,1 +1,4 @@
-"""What exists because of a CPU: kernels in C++, the heap, huge pages, instruction sets."""
+"""What exists because of a CPU, and can be deleted: without it every operation is its plain function.
+
+`nalora_jax.cpu.register` registers the implementation "cpu"; nothing but the entry points imports it.
+"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +16,10 @@ from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.plan import Batch, Pair, Split, choose_layout, make_batches, split_group
 from nalora_jax.generate.shapes import batch_shards, place_batch
-from nalora_jax.models.cache import Cache, grow, init_cache
+from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.matmul import pack_views, packed
 from nalora_jax.notes import counting
+from nalora_jax.ops.storage import prepare
 
 # Floats of one chunk of logits.
 _CHUNK_FLOATS = 1 << 23
@@ -65,7 +64,7 @@ def score_groups(
     splits = [split_group(index, pairs) for index, pairs in enumerate(groups)]
     _check_lengths(splits, model.config.max_positions)
     layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
-    variables = viewed(variables)
+    variables = prepare(variables, model.numerics, tables=False)
     scores: list[list[Score]] = [[Score(0.0, 0, True)] * len(split.tails) for split in splits]
     with counting("evaluating", sum(map(len, scores))) as done:
         for batch, pairs in make_batches(splits, layout):
@@ -86,11 +85,6 @@ def _check_lengths(splits: Sequence[Split], context: int) -> None:
                 found=length,
                 remedy="drop or shorten long items",
             )
-
-
-def viewed(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """``variables`` as compiled programs take them fastest; see `pack_views`."""
-    return {**variables, "params": pack_views(variables["params"])}
 
 
 def _score_batch(model: Decoder, variables: Any, batch: Batch, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +112,6 @@ def _stems_and_tails(
     scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the scored targets ``[rows, lanes, tail]``, and whether each is the likeliest token."""
-    variables = packed(variables)
     lanes, tail = targets.shape[1:]
     tokens, positions, segments = (tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments"))
     call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
@@ -137,17 +130,9 @@ def _stem_cache(model: Decoder, variables: Any, stem: dict[str, jax.Array], lane
         stem["tokens"],
         positions=stem["positions"],
         segment_ids=stem["segments"],
-        cache=init_cache(model.config, rows, 0, model.numerics.operand),
+        cache=init_cache(model.config, rows, 0, model.numerics),
     )
-    cache = grow(cache, max(size, tail))
-    return replace(
-        cache,
-        k=jnp.repeat(cache.k, lanes, axis=1),
-        v=jnp.repeat(cache.v, lanes, axis=1),
-        positions=jnp.repeat(cache.positions, lanes, axis=0),
-        segments=jnp.repeat(cache.segments, lanes, axis=0),
-        lengths=jnp.repeat(cache.lengths, lanes, axis=0),
-    )
+    return repeat(grow(cache, max(size, tail)), lanes)
 
 
 def target_log_probs(

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from nalora_jax.data.items import CompletionItem
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.likelihood import score_groups, target_log_probs, viewed
+from nalora_jax.evaluate.likelihood import score_groups, target_log_probs
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.generate.shapes import place_batch
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.matmul import packed
+from nalora_jax.ops.storage import prepare
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def perplexity(
     Raises:
       NaloraError: no batch has a target.
     """
-    variables = viewed(variables)
+    variables = prepare(variables, model.numerics, tables=False)
     sums: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     for batch in batches:
@@ -76,7 +76,6 @@ def completion_loss(
 
 @partial(jax.jit, static_argnames=("model",))
 def _batch_log_probs(model: Decoder, variables: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    variables = packed(variables)
     hidden = model.apply(variables, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
     return target_log_probs(model, variables, hidden, batch["targets"], batch["loss_weights"] > 0)[0]
 

@@ -115,7 +115,7 @@ class Generator:
         self.max_length = context if max_length is None else min(max_length, context)
         _require("max_length", self.max_length > 1, "at least 2", max_length)
         self.variables = variables
-        self._weights = view_weights(variables)
+        self._weights = view_weights(model, variables)
 
     def with_lora(self, lora: Any) -> Generator:
         """The same model with another adapter of the same shape (None: the base), without compiling anything."""

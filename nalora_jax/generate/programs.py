@@ -18,7 +18,7 @@ from jax import lax
 from nalora_jax.generate.sampling import Array, Sampling, next_tokens
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.matmul import packed, view_params
+from nalora_jax.ops.storage import prepare
 
 # Parameters that logits are made from, tied or not.
 _HEAD = ("embed", "lm_head")
@@ -29,7 +29,7 @@ NO_TOKEN = -1
 class Weights(NamedTuple):
     """A model's variables as the programs take them, sharing their memory."""
 
-    body: Any  # for the layers and for looking tokens up; bf16 arrays packed
+    body: Any  # for the layers and for embedding tokens, prepared
     head: Any  # for the logits
 
 
@@ -57,12 +57,10 @@ class State:
     step: jax.Array  # int32 [], tokens made so far
 
 
-def view_weights(variables: Mapping[str, Any]) -> Weights:
+def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
     """``{"params": ...}``, and ``"lora"`` where there are adapters, as the programs take them."""
-    params = variables["params"]
-    return Weights(
-        {**variables, "params": view_params(params)}, {"params": {k: v for k, v in params.items() if k in _HEAD}}
-    )
+    head = {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}
+    return Weights(prepare(variables, model.numerics), {"params": head})
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
@@ -76,10 +74,10 @@ def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -
       slots: size of the cache: the padded prompt and every token to come.
     """
     batch, seq = prompts.tokens.shape
-    cache = init_cache(model.config, batch, 0, model.numerics.operand)
+    cache = init_cache(model.config, batch, 0, model.numerics)
     segments = (jnp.arange(seq)[None, :] < prompts.lengths[:, None]).astype(jnp.int32)
     hidden, cache = model.apply(
-        packed(weights.body),
+        weights.body,
         prompts.tokens,
         segment_ids=segments,
         cache=cache,
@@ -116,11 +114,12 @@ def decode(
     Returns:
       The state, and int32 ``[batch, size]``: the tokens, `NO_TOKEN` beyond a row's end.
     """
-    variables = packed(weights.body)
 
     def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, made = carry
-        hidden, cache = model.apply(variables, state.token[:, None], cache=state.cache, adapter_ids=prompts.adapter_ids)
+        hidden, cache = model.apply(
+            weights.body, state.token[:, None], cache=state.cache, adapter_ids=prompts.adapter_ids
+        )
         token = next_tokens(model.apply(weights.head, hidden[:, 0], method="unembed"), prompts.sampling, state.step)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]
         made = lax.dynamic_update_slice(made, column, (jnp.zeros_like(i), i))

@@ -25,9 +25,9 @@ from nalora_jax import activations, selection, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import Dense, Unfit, check_merged, holds_numbers
-from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import Probe
-from nalora_jax.nn.low_rank import adapter_scale, init_a, residual
+from nalora_jax.nn.low_rank import adapter_scale, init_a
+from nalora_jax.ops.adapted_dense import residual
+from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.optim.columns import find_gates
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nalora_jax.cpu import native
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
-from nalora_jax.nn.attention_kernels import Kernel
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
 from nalora_jax.nn.layers import ResidualNorm, RMSNorm, apply_rope
-from nalora_jax.nn.lora import Call, LoRADense, side_by_side
+from nalora_jax.nn.lora import LoRADense
 from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.nn.matmul import Numerics, kept
+from nalora_jax.ops.adapted_dense import Dense, adapted_dense, parallel_dense
+from nalora_jax.ops.attention import CachedKeys, Keys, attention
+from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.storage import Kernel, LayerStack
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +33,7 @@ class LayerInputs:
     rope: jax.Array | None  # int [], index into the rotary tables; None where there is one
     scales: dict[str, dict[str, jax.Array]]  # adapters' scales by block ("attn", "ffn") and projection
     # This layer's cached keys and values, or its number where it reads them in `SharedInputs.cache`.
-    cached: tuple[jax.Array, jax.Array] | jax.Array | None
+    cached: tuple[Kernel, Kernel] | jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +48,7 @@ class SharedInputs:
     adapter_ids: jax.Array | None  # int [batch]
     cached_positions: jax.Array | None  # int [batch, slots]
     cached_segments: jax.Array | None  # int [batch, slots]
-    cache: tuple[jax.Array, jax.Array] | None = None  # all layers' cached keys and values
+    cache: tuple[LayerStack, LayerStack] | None = None  # all layers' cached keys and values
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -72,24 +73,20 @@ class Attention(nn.Module):
     config: ModelConfig
     adapters: Adapters = Adapters()
     numerics: Numerics = Numerics()
-    kernel: Kernel = Kernel()
+    activation_sharding: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
         """``[batch, seq, d_model]`` -> the same, and this call's keys and values."""
         c = self.config
-        q, k, v = self._project(
-            x,
-            {
-                "q_proj": self._dense("q_proj", c.n_heads * c.head_dim, c.qkv_bias),
-                "k_proj": self._dense("k_proj", c.n_kv_heads * c.head_dim, c.qkv_bias),
-                "v_proj": self._dense("v_proj", c.n_kv_heads * c.head_dim, c.qkv_bias),
-            },
-            layer,
-            shared,
-        )
+        widths = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
+        layers = [
+            self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
+            for name, heads in widths.items()
+        ]
+        q, k, v = (made.y for made in parallel_dense(x, layers, self.numerics))
         if c.qk_norm:
-            q, k = kept(q, self.numerics.kept), kept(k, self.numerics.kept)
+            q, k = round_and_save(q, self.numerics), round_and_save(k, self.numerics)
         if c.qk_norm == "projection":
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         # [batch, seq, heads, head_dim]
@@ -98,29 +95,15 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = shared.tables[0 if layer.rope is None else layer.rope]
         q, k = apply_rope(q, table), apply_rope(k, table)
-        out = self._attend(q, k, v, layer, shared)
-        out = out.reshape(*x.shape[:-1], -1)
-        (out,) = self._project(out, {"o_proj": self._dense("o_proj", c.d_model, c.o_bias)}, layer, shared)
-        return out, (k, v)
+        out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
+        o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
+        return adapted_dense(out, o_proj, self.numerics).y, (k, v)
 
-    def _dense(self, name: str, features: int, bias: bool) -> LoRADense:
-        return LoRADense(
-            features,
-            self.adapters.get(name),
-            use_bias=bias,
-            dora=self.adapters.dora,
-            dropout=self.adapters.dropout,
-            numerics=self.numerics,
-            name=name,
-        )
-
-    def _project(
-        self, x: jax.Array, layers: Mapping[str, LoRADense], layer: LayerInputs, shared: SharedInputs
-    ) -> list[jax.Array]:
-        scales = layer.scales.get("attn", {})
-        calls = [Call(dense, scales.get(name, 1.0)) for name, dense in layers.items()]
-        results = side_by_side(x, calls, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
-        return [y for y, _ in results]
+    def _dense(self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs) -> Dense:
+        adapters, scale = self.adapters, layer.scales.get("attn", {}).get(name, 1.0)
+        module = LoRADense(d_out, adapters.get(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name)
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
+        return dense
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
@@ -128,22 +111,23 @@ class Attention(nn.Module):
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
         c = self.config
         keys = Keys(k, v, shared.positions, shared.segments)
-        cached: CachedKeys | native.Cached | None = None
+        cached: CachedKeys | None = None
         if layer.cached is not None:
             assert shared.cached_positions is not None
             assert shared.cached_segments is not None
             integers = shared.cached_positions, shared.cached_segments
             if isinstance(layer.cached, tuple):
-                cached = CachedKeys(*layer.cached, *integers)
+                k_then, v_then = layer.cached
             else:
                 assert shared.cache is not None
-                of_k, of_v = (native.Slice(stack, layer.cached) for stack in shared.cache)
-                cached = native.Cached(of_k, of_v, *integers)
+                k_then, v_then = (stack.layer(layer.cached) for stack in shared.cache)
+            cached = CachedKeys(k_then, v_then, *integers)
         rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
-        n = self.numerics
-        scoring = Scoring(c.score_scale, c.attn_softcap, n.operand, n.kept, c.attn_dropout, n.within().result)
+        windows = tuple(sorted(set(c.layer_windows)))
+        config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.activation_sharding)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
-        return attention(q, keys, window, scoring, cached=cached, dropout_rng=rng, kernel=self.kernel)
+        out: jax.Array = attention(q, keys, window, config, self.numerics.within(), cached=cached, dropout_rng=rng)
+        return out
 
 
 class Block(nn.Module):
@@ -154,18 +138,17 @@ class Block(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     activation_sharding: NamedSharding | None = None
-    attention_kernel: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys | None]:
         """``[batch, seq, d_model]`` -> the same, and the new keys and values where there is a cache."""
         c = self.config
-        kernel = Kernel(self.attention_kernel, tuple(sorted(set(c.layer_windows))), self.activation_sharding)
-        attn = Attention(c, block_adapters(self.adapters, "attn"), self.numerics, kernel, name="attn")
+        adapters = block_adapters(self.adapters, "attn")
+        attn = Attention(c, adapters, self.numerics, self.activation_sharding, name="attn")
         x, normed = self._added("attn_norm", x, None)
         y, keys = attn(normed, layer, shared)
         if c.post_norm:
-            y = self._norm("attn_post_norm", kept(y, self.numerics.kept))
+            y = self._norm("attn_post_norm", round_and_save(y, self.numerics))
         x, normed = self._added("ffn_norm", x, y)
         y = self._ffn()(
             normed,
@@ -189,7 +172,7 @@ class Block(nn.Module):
             x, y = self._add(x, y), None
         if c.pre_norm:
             return ResidualNorm(c.norm_eps, c.norm_offset, self.numerics, name=name)(x, y)
-        return x, kept(x, self.numerics.kept)
+        return x, round_and_save(x, self.numerics)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         scale = self.config.residual_scale

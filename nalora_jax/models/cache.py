@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.matmul import pack
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import Kernel, Stored, store
 
 
 @jax.tree_util.register_dataclass
@@ -21,16 +22,16 @@ from nalora_jax.nn.matmul import pack
 class Cache:
     """Keys and values of all layers, and who may see each slot."""
 
-    k: jax.Array  # [layers, batch, kv_heads, head_dim, slots]
-    v: jax.Array  # [layers, batch, kv_heads, slots, head_dim]
+    k: Kernel  # [layers, batch, kv_heads, head_dim, slots], stored as the numerics' platform reads it best
+    v: Kernel  # [layers, batch, kv_heads, slots, head_dim]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
     lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
     index: jax.Array  # int32 []: slots used, the next one to write
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache with ``length`` slots: room for all tokens of all calls, padding included.
+def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics = Numerics()) -> Cache:  # noqa: B008
+    """An empty cache of ``numerics.operand`` with ``length`` slots: room for all tokens of all calls, padding included.
 
     With ``length`` 0 the first call finds nothing to attend to but its own tokens, and makes room for just those;
     `grow` makes more.
@@ -41,8 +42,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.fl
     lead = (config.n_layers, batch, config.n_kv_heads)
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
-        k=pack(jnp.zeros((*lead, config.head_dim, length), dtype)),
-        v=pack(jnp.zeros((*lead, length, config.head_dim), dtype)),
+        k=store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
+        v=store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
         positions=slots,
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -53,16 +54,25 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: Any = jnp.fl
 def grow(cache: Cache, length: int) -> Cache:
     """The cache with empty slots added up to ``length``."""
 
-    def pad(x: jax.Array, axis: int) -> jax.Array:
+    def pad(x: Any, axis: int) -> Any:
         more = [(0, 0)] * x.ndim
         more[axis] = (0, length - x.shape[axis])
-        return jnp.pad(x, more)
+        return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
 
     positions, segments = pad(cache.positions, 1), pad(cache.segments, 1)
     return replace(cache, k=pad(cache.k, 4), v=pad(cache.v, 3), positions=positions, segments=segments)
 
 
-def extend(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> Cache:
+def repeat(cache: Cache, count: int) -> Cache:
+    """The cache with every row ``count`` times."""
+    k, v = (jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), x) for x in (cache.k, cache.v))
+    rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in ("positions", "segments", "lengths")}
+    return replace(cache, k=k, v=v, **rows)
+
+
+def extend(
+    cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array, numerics: Numerics
+) -> Cache:
     """The cache with new tokens in it.
 
     Args:
@@ -71,24 +81,27 @@ def extend(cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segme
       v: the same.
       positions: int ``[batch, seq]``.
       segments: int ``[batch, seq]``, 0 for padding.
+      numerics: as for `init_cache`.
     """
     if cache.positions.shape[1] == 0:
         cache = grow(cache, positions.shape[1])
     zero = jnp.zeros((), jnp.int32)
-    columns, rows = _stored(k.transpose(0, 1, 3, 4, 2), cache.k), _stored(v.transpose(0, 1, 3, 2, 4), cache.v)
+
+    def write(stack: Kernel, new: jax.Array, axis: int) -> Kernel:
+        same = store(new.astype(numerics.operand), numerics) if isinstance(stack, Stored) else new.astype(stack.dtype)
+        start = [zero] * stack.ndim
+        start[axis] = cache.index
+        written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
+        return written
+
     return Cache(
-        k=jax.lax.dynamic_update_slice(cache.k, columns, (zero, zero, zero, zero, cache.index)),
-        v=jax.lax.dynamic_update_slice(cache.v, rows, (zero, zero, zero, cache.index, zero)),
+        k=write(cache.k, k.transpose(0, 1, 3, 4, 2), 4),
+        v=write(cache.v, v.transpose(0, 1, 3, 2, 4), 3),
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, (zero, cache.index)),
         segments=jax.lax.dynamic_update_slice(cache.segments, segments, (zero, cache.index)),
         lengths=cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32),
         index=cache.index + positions.shape[1],
     )
-
-
-def _stored(x: jax.Array, like: jax.Array) -> jax.Array:
-    """``x`` in the cache's dtype; bf16 on CPU as integers, see `nalora_jax.nn.matmul.pack`."""
-    return pack(x.astype(jnp.bfloat16)) if like.dtype == jnp.uint16 else x.astype(like.dtype)
 
 
 def default_positions(segments: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 """What a decoder is made of: one frozen description for every family, read from a Hugging Face ``config.json``.
 
-`families.py` holds one small reader per ``model_type``; this module holds what they fill in.
+`families.py` holds one small reader per ``model_type``; this module holds what they fill in, and knows none of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,13 +82,21 @@ class ModelConfig:
         Raises:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
         """
-        from nalora_jax.models.families import read  # families fills this class in, so it imports this module
-
-        return read(raw, where)
+        return _READERS[0](raw, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
+
+
+Reader = Callable[[Mapping[str, Any], str], ModelConfig]
+_READERS: list[Reader] = []
+
+
+def reads_configs(reader: Reader) -> Reader:
+    """Makes a function what `ModelConfig.from_hf` calls: `nalora_jax.models.families` has it, and knows this module."""
+    _READERS[:] = [reader]
+    return reader
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

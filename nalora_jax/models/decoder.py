@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,15 +17,19 @@ from jax.sharding import NamedSharding
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
-from nalora_jax.nn.attention import reads_in_place
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
+from nalora_jax.nn.lora import frozen_kernel
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, init_a
-from nalora_jax.nn.matmul import KEPT, KEPT_WIDE, STACKS, Numerics, dot, look_up, unpack_leaf
+from nalora_jax.ops.attention import reads_cache_in_place
+from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import SAVED, SAVED_WIDE
+from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, take_rows
 from nalora_jax.trees import flatten, unflatten
 
-# What the backward pass finds stored: everything, the layer's input only, or also what takes a matrix product to make
-# ("attention": without what is as wide as the feed-forward block).
+# What is saved for the backward pass: everything, the layer's input only, or also what takes a matrix product to
+# compute ("attention": without what is as wide as the feed-forward block).
 REMAT = ("none", "full", "attention", "dots")
 
 
@@ -34,11 +39,10 @@ class Decoder(nn.Module):
     Attributes:
       config: the architecture.
       adapters: ranks and alphas of the adapters; the collection ``lora`` may still be absent (the base alone).
-      numerics: dtypes.
+      numerics: dtypes, platform, implementation.
       remat: one of `REMAT`.
       stats: strides of the gate statistics, which are taken where ``gate_stats`` is mutable.
       activation_sharding: of ``[batch, seq, d_model]`` between layers, on a mesh; None leaves it to the compiler.
-      attention_kernel: "auto" (the platform's best), "xla", "cudnn" (GPU) or "splash" (TPU).
     """
 
     config: ModelConfig
@@ -47,7 +51,6 @@ class Decoder(nn.Module):
     remat: str = "none"
     stats: GateStatsConfig | None = None
     activation_sharding: NamedSharding | None = None
-    attention_kernel: str = "auto"
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
@@ -58,7 +61,6 @@ class Decoder(nn.Module):
             self.numerics,
             self.stats or GateStatsConfig(),
             self.activation_sharding,
-            self.attention_kernel,
         )
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
@@ -93,7 +95,11 @@ class Decoder(nn.Module):
         shared = _shared_inputs(
             self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
         )
-        x = self.embed(tokens).astype(jnp.float32) * self.config.embed_scale
+        if cache is not None and reads_cache_in_place(tokens.shape[1], cache.k, self.numerics):
+            assert isinstance(cache.k, LayerStack)
+            assert isinstance(cache.v, LayerStack)
+            shared = replace(shared, cache=(cache.k, cache.v))
+        x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         x = constrain(x, self.activation_sharding)
         x, new_keys = self.layers(
             x.astype(self.numerics.result),
@@ -107,16 +113,16 @@ class Decoder(nn.Module):
             return hidden
         k, v = new_keys
         positions, segments = (jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments))
-        return hidden, extend(cache, k, v, positions, segments)
+        return hidden, extend(cache, k, v, positions, segments, self.numerics)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits ``[..., vocab]`` float32 of hidden states ``[..., d_model]``, scale and soft cap applied."""
         c = self.config
         flat = hidden.reshape(-1, c.d_model)
         if c.tie_embeddings:
-            logits = dot(flat, self.embed.table(), self.numerics.operand, dims=(1, 1))
+            logits = dot(flat, self.embed.table(), self.numerics, dims=(1, 1))
         else:
-            logits = self.lm_head(flat, self.numerics.operand)
+            logits = self.lm_head(flat, self.numerics)
         logits = (logits * c.logit_scale).reshape(*hidden.shape[:-1], c.vocab_size)
         return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
 
@@ -129,14 +135,15 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         shape = (self.vocab_size, self.d_model)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
+        self.embedding = frozen_kernel(self, shape, nn.initializers.normal(0.02), "embedding")
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int ``[...]`` -> ``[..., d_model]`` in the table's dtype; the table may be packed (`nn.matmul.pack`)."""
-        return unpack_leaf(look_up(self.table(), tokens))
+    def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
+        """int ``[...]`` -> ``[..., d_model]`` in the table's dtype."""
+        rows: jax.Array = take_rows(self.table(), tokens, numerics)
+        return rows
 
-    def table(self) -> jax.Array:
-        """``[vocab, d_model]``, without a gradient."""
+    def table(self) -> Kernel:
+        """``[vocab, d_model]`` as it is stored, without a gradient."""
         return lax.stop_gradient(self.embedding)
 
 
@@ -146,18 +153,18 @@ class Head(nn.Module):
     vocab_size: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, operand: str) -> jax.Array:
+    def __call__(self, x: jax.Array, numerics: Numerics) -> jax.Array:
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.vocab_size))
-        return dot(x, lax.stop_gradient(kernel), operand)
+        logits: jax.Array = dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
+        return logits
 
 
 def _stack(remat: str, n_layers: int) -> Any:
     """`Block` scanned over layers, rematerialised as asked."""
-    kept = {"attention": (KEPT,), "dots": (KEPT, KEPT_WIDE)}
+    saved = {"attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
-    policy = jax.checkpoint_policies.save_only_these_names(*kept[remat]) if remat in kept else None
+    policy = jax.checkpoint_policies.save_only_these_names(*saved[remat]) if remat in saved else None
     block = Block if remat == "none" else nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
@@ -213,7 +220,6 @@ def _shared_inputs(
         adapter_ids=adapter_ids,
         cached_positions=None if cache is None else cache.positions,
         cached_segments=None if cache is None else cache.segments,
-        cache=None if cache is None or not reads_in_place(tokens.shape[1], cache.k) else (cache.k, cache.v),
         deterministic=deterministic,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import registered
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, reads_configs
 from nalora_jax.models.fields import Fields
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
@@ -31,6 +31,7 @@ _GEMMA3: dict[str, Any] = {
 }
 
 
+@reads_configs
 def read(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """The `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):

@@ -6,7 +6,8 @@ tokens that reached each expert; nothing is dropped and no capacity is assumed. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +19,14 @@ from jax import lax
 
 from nalora_jax import activations, selection, statistics
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.checks import Live, gate_checks
-from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gated_product
-from nalora_jax.nn.low_rank import TargetSpec, column_norm, combine, init_a, moved_from
-from nalora_jax.nn.matmul import Numerics, expand, unpack_leaf
-from nalora_jax.nn.quantize import Quantized
+from nalora_jax.nn.ffn import Adapters
+from nalora_jax.nn.lora import frozen_kernel
+from nalora_jax.nn.low_rank import TargetSpec, init_a
+from nalora_jax.ops.adapted_dense import Adapter, Factors, Products, column_norm, combine, gated, moved_from
+from nalora_jax.ops.checks import Live, gate_checks
+from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import Kernel, expand
 
 
 class Routing(NamedTuple):
@@ -58,12 +62,12 @@ def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
     )
 
 
-def grouped_matmul(x: jax.Array, kernels: jax.Array | Quantized, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+def grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
     """Every row through its expert's frozen kernel: no gradient for the kernels.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.
-      kernels: ``[experts, d_in, d_out]``: float, packed or quantized.
+      kernels: ``[experts, d_in, d_out]``, as they are stored.
       sizes: int ``[experts]``.
       numerics: dtypes of operands and result.
 
@@ -88,8 +92,8 @@ def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> t
     return _frozen(x, kernels, sizes, operand), (kernels, sizes, jnp.zeros((0,), x.dtype))
 
 
-def _frozen_bwd(operand: str, kept: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
-    kernels, sizes, like_x = kept
+def _frozen_bwd(operand: str, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    kernels, sizes, like_x = residuals
     dx = _ragged(g, expand(kernels).swapaxes(1, 2), sizes, operand).astype(like_x.dtype)
     return dx, None, None
 
@@ -107,7 +111,7 @@ def grouped_residual(
     *,
     operand: str = "float32",
 ) -> jax.Array:
-    """`low_rank.residual` per expert: ``s (x A_e) B_e`` with the gated gradient of A where there is a mask.
+    """`nalora_jax.ops.adapted_dense.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.
@@ -122,38 +126,54 @@ def grouped_residual(
       ``[rows, d_out]`` float32.
     """
     chex.assert_rank([x, a, b], [2, 3, 3])
-    return _residual(x, a, b, jnp.asarray(scale, jnp.float32), sizes, mask, operand)
+    (y,), _ = gated(GroupedProducts(sizes, operand), x, (Factors.of(Adapter(a, b, scale, mask)),))
+    out: jax.Array = y
+    return out
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _residual(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, sizes: jax.Array, mask: jax.Array | None, operand: str
-) -> jax.Array:
-    return _residual_fwd(x, a, b, scale, sizes, mask, operand)[0]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupedProducts(Products):
+    """Every row's products are those of its expert's adapter; the factors have a leading axis ``[experts]``."""
 
+    sizes: jax.Array  # int [experts], rows of each
+    operand: str = field(metadata={"static": True})
 
-def _residual_fwd(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, sizes: jax.Array, mask: jax.Array | None, operand: str
-) -> tuple[jax.Array, Any]:
-    hidden = scale * _ragged(x, a, sizes, operand)
-    return _ragged(hidden, b, sizes, operand), (x, a, b, scale, sizes, mask, hidden)
+    def _dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return _ragged(x, y, self.sizes, self.operand)
 
+    def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
+        """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
+        made: jax.Array = jax.linear_transpose(partial(self._dot, x), like)(g)[0]
+        return made
 
-def _residual_bwd(operand: str, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    x, a, b, scale, sizes, mask, hidden = kept
-    back = scale * _ragged(g, b.swapaxes(1, 2), sizes, operand)
-    shaping = back if mask is None else scale * _ragged(g, (b * mask[:, None, :]).swapaxes(1, 2), sizes, operand)
-    dx = _ragged(back, a.swapaxes(1, 2), sizes, operand).astype(x.dtype)
-    da, db = _per_expert(x, shaping, a, sizes, operand), _per_expert(hidden, g, b, sizes, operand)
-    return dx, da, db, jnp.zeros_like(scale), None, None if mask is None else jnp.zeros_like(mask)
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """See `Products`."""
+        (layer,) = layers
+        hidden = layer.scale * self._dot(x, layer.a)
+        return [self._dot(hidden, layer.b)], [hidden]
 
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], None]:
+        """See `Products`."""
+        (g,), (wide,) = gs, wides
+        return [self._dot(g, wide.swapaxes(1, 2))], None
 
-def _per_expert(x: jax.Array, g: jax.Array, like: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
-    """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
-    return jax.linear_transpose(lambda kernels: _ragged(x, kernels, sizes, operand), like)(g)[0]
-
-
-_residual.defvjp(_residual_fwd, _residual_bwd)
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        shaping: Sequence[Any],
+        beside: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        (layer,), (g,) = layers, gs
+        dx = self._dot(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
+        return dx, [self._per_expert(x, shaping[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]
 
 
 def expert_statistics(
@@ -164,7 +184,7 @@ def expert_statistics(
     activation: activations.Activation,
     config: GateStatsConfig,
 ) -> dict[str, jax.Array]:
-    """`nalora_jax.nn.ffn.gate_statistics` of every expert, over the tokens that reached it.
+    """`nalora_jax.ops.gated_mlp.gate_statistics` of every expert, over the tokens that reached it.
 
     Args:
       base: ``[rows, d_ff]`` frozen pre-activations of rows sorted by expert.
@@ -198,7 +218,7 @@ def _taken(x: jax.Array, weights: jax.Array, stride: int) -> jax.Array:
 def expert_cotangent_statistics(
     delta: jax.Array, weights: jax.Array, names: Iterable[str], *, stride: int
 ) -> dict[str, jax.Array]:
-    """`nalora_jax.nn.ffn.cotangent_statistics` by expert: ``weights [experts, rows]``, results ``[experts, ...]``."""
+    """`gated_mlp.cotangent_statistics` by expert: ``weights [experts, rows]``, results ``[experts, ...]``."""
     own, delta = _taken(weights.T, weights, stride).T, _taken(delta, weights, stride)
     return jax.vmap(lambda one: statistics.cotangent_statistics(delta, one, names))(own)
 
@@ -225,7 +245,7 @@ class ExpertDense(nn.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """``[rows, d_in]`` sorted by expert -> ``(base, residual)``, each ``[rows, features]``."""
         shape = (self.n_experts, x.shape[-1], self.features)
-        kernel = self._kernel(shape)
+        kernel = frozen_kernel(self, shape, nn.initializers.lecun_normal(batch_axis=(0,)))
         base = grouped_matmul(x, kernel, routing.sizes, self.numerics)
         if self.target is None or not (self.is_initializing() or self.has_variable("lora", "a")):
             return base, None
@@ -255,14 +275,6 @@ class ExpertDense(nn.Module):
         a, b = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
         start = grouped_residual(x, a, b, scale, routing.sizes, operand=self.numerics.adapter)
         return lax.stop_gradient(moved_from(delta, start.astype(delta.dtype)))
-
-    def _kernel(self, shape: tuple[int, ...]) -> jax.Array | Quantized:
-        if self.has_variable("params", "kernel"):
-            stored = self.get_variable("params", "kernel")
-            if isinstance(stored, Quantized):  # `param` would compare the shape of its codes
-                return stored
-        kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(batch_axis=(0,)), shape)
-        return kernel
 
 
 class MoEFFN(nn.Module):
@@ -301,7 +313,7 @@ class MoEFFN(nn.Module):
         base, delta = gate(rows, routing, scales.get("gate_proj", 1.0), mask, **options)
         z = self._tapped(combine(base, delta), routing, token_weights)
         u = combine(*self._experts("up_proj", self.d_ff)(rows, routing, scales.get("up_proj", 1.0), **options))
-        hidden, _ = gated_product(z, u, activations.get(self.activation), self.numerics.kept, self.numerics.result)
+        hidden, _ = gated_product(z, u, activations.get(self.activation), self.numerics)
         moved = gate.moved(rows, routing, scales.get("gate_proj", 1.0), delta)
         self._observe(z, moved, Live(z, base, delta, u, hidden), routing, token_weights)
         down = self._experts("down_proj", self.d_model)
@@ -346,7 +358,7 @@ class MoEFFN(nn.Module):
         base = live.base if moved is live.dz or moved is None else z - moved
         written = expert_statistics(base, moved, z, weights, activation, self.stats)
         if self.stats.check:
-            written |= gate_checks(live, activation, self.stats.check, self.numerics.kept)
+            written |= gate_checks(live, activation, self.stats.check, self.numerics.residual)
         for name, value in written.items():
             self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
@@ -360,5 +372,5 @@ class Router(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[tokens, d_model]`` -> float32 ``[tokens, experts]``."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.n_experts))
-        frozen = lax.stop_gradient(unpack_leaf(kernel)).astype(jnp.float32)
+        frozen = lax.stop_gradient(kernel).astype(jnp.float32)
         return lax.dot_general(x.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))

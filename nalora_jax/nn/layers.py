@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax.cpu import native
-from nalora_jax.nn.matmul import KEPT, Numerics, is_native, kept, stored
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.residual_norm import residual_norm, rms_norm
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -44,18 +41,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale.astype(jnp.float32) + self.offset, self.eps).astype(self.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    # Kept by a rematerialised layer: one number a token, for which it would read all of x again.
-    inverse = stored(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), "float32")
-    return x * inverse * jnp.broadcast_to(scale, x.shape)
-
-
 class ResidualNorm(nn.Module):
-    """A residual stream, what is added to it, and the frozen root-mean-square norm of the sum.
-
-    The norm reads the sum as it is kept for the backward pass; the sum itself is not rounded.
+    """A residual stream, what is added to it, and the frozen root-mean-square norm of the sum (`residual_norm`).
 
     Attributes:
       eps: added to the mean square.
@@ -71,36 +58,10 @@ class ResidualNorm(nn.Module):
     def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """``[..., d]`` twice (y: or nothing) -> ``x + y`` and its norm, both ``[..., d]``."""
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
-        scale, n = scale.astype(jnp.float32) + self.offset, self.numerics
-        rows = math.prod(x.shape[:-1])
-        if n.within().result == n.kept == "bfloat16" and x.dtype == jnp.float32 and is_native(rows, n.operand):
-            flat = x.reshape(rows, -1), None if y is None else y.astype(x.dtype).reshape(rows, -1)
-            total, normed = _residual_norm(*flat, scale, self.eps)
-            return total.reshape(x.shape), normed.reshape(x.shape)
-        total = x if y is None else x + y.astype(x.dtype)
-        return total, rms_norm(kept(total, n.kept), scale, self.eps).astype(n.result)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _residual_norm(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    return _residual_norm_fwd(x, y, scale, eps)[0]
-
-
-def _residual_norm_fwd(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float) -> tuple[Any, Any]:
-    total, held, inverse = native.add_rms(x, y, eps)
-    # A rematerialised layer makes the norm again from these, in one pass over half the bytes.
-    held, inverse = checkpoint_name(held, KEPT), checkpoint_name(inverse, KEPT)
-    return (total, native.normalise(held, inverse, scale)), (held, inverse, scale, y is None)
-
-
-def _residual_norm_bwd(eps: float, residuals: Any, gradients: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
-    held, inverse, scale, alone = residuals
-    ds, dn = gradients
-    dx = native.norm_gradient(held, inverse, scale, dn, ds)
-    return dx, None if alone else dx, jnp.zeros_like(scale)
-
-
-_residual_norm.defvjp(_residual_norm_fwd, _residual_norm_bwd)
+        added: tuple[jax.Array, jax.Array] = residual_norm(
+            x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics
+        )
+        return added
 
 
 # ---------------------------------------------------------------- rotary position embeddings
@@ -145,7 +106,7 @@ def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
 
 
 def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
-    """Long wavelengths are stretched, short ones kept, those in between interpolated."""
+    """Long wavelengths are stretched, short ones unchanged, those in between interpolated."""
     turns = spec.max_positions * plain / (2 * math.pi)
     smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -153,7 +114,7 @@ def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
 
 
 def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
-    """Dimensions below the ramp are kept, above it stretched."""
+    """Dimensions below the ramp are unchanged, above it stretched."""
 
     def dimension(turns: float) -> float:
         return spec.dim * math.log(spec.max_positions / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
@@ -239,9 +200,9 @@ def _apply_rope_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[ja
     return apply_rope(x, table), (table, jnp.zeros((0,), x.dtype))
 
 
-def _apply_rope_bwd(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+def _apply_rope_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
     # The rotation back. Autodiff's sums of padded halves are four times slower on CPU.
-    table, like_x = kept
+    table, like_x = saved
     back = jnp.stack([table[0], -table[1]])
     return apply_rope(g, back).astype(like_x.dtype), None
 

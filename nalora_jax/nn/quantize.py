@@ -3,8 +3,8 @@
     kernel [d_in, d_out]   int8: codes int8 [d_in, d_out], one scale per output channel
                            nf4:  codes uint8 [d_in / 2, d_out], two to a byte; a scale per 64 inputs and output channel
 
-A quantized kernel takes the place of the array in the ``params`` tree; `nalora_jax.nn.matmul` expands it one layer at a
-time, in the forward and again in the backward pass, so that the float kernel is never kept. Adapters and their
+A quantized kernel takes the place of the array in the ``params`` tree; operations expand it one layer at a time, in
+the forward and again in the backward pass, so that the float kernel is never saved. Adapters and their
 gradients stay float32. Norms, biases, embeddings and routers stay as they are. `nalora_jax.weights.load` quantizes a
 model tensor by tensor while it reads it.
 """
@@ -21,6 +21,7 @@ import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4"]
 _BLOCK = 64
@@ -48,7 +49,7 @@ NF4_LEVELS = (
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Stored):
     """Codes and scales of one kernel, or of a stack of them."""
 
     codes: jax.Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
@@ -61,10 +62,9 @@ class Quantized:
         *lead, rows, d_out = self.codes.shape
         return (*lead, rows * (2 if self.kind == "nf4" else 1), d_out)
 
-    @property
-    def ndim(self) -> int:
-        """Rank of the float kernel."""
-        return self.codes.ndim
+    def expand(self) -> jax.Array:
+        """The float32 kernel."""
+        return dequantize(self)
 
 
 def quantize(kernel: jax.Array, kind: Kind) -> Quantized:

@@ -24,7 +24,7 @@ from nalora_jax.plan.roofline import active_parameters, attention_flops, useful_
 POLICIES = ("dots", "attention", "full")
 _MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
 _USABLE = 0.9  # of the memory: how far estimates may be off (docs/pods.md)
-_LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.nn.loss`)
+_LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
 _WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
 
 

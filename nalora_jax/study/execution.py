@@ -18,10 +18,11 @@ import jax
 import numpy as np
 
 from nalora_jax import distributed, trees
-from nalora_jax.cpu import processor
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
+from nalora_jax.ops.numerics import Numerics, Platform
+from nalora_jax.ops.programs import processor_name
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.study.laboratory import Items, Laboratory, code_version, on_mesh
 from nalora_jax.study.plan import Run, pending
@@ -134,7 +135,7 @@ def perform(run: Run, laboratory: Laboratory, snapshot: Path) -> Record:
         "protocol": run.protocol.digest,
         "code": code_version(),
         "versions": versions(),
-        "processor": processor.name(),
+        "processor": processor_name(Numerics(platform=Platform("cpu"))),
         "device": describe_device(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -17,14 +17,15 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, statistics, trees
 from nalora_jax.config import ComputeConfig, RunConfig
-from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.loss import Head
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
-from nalora_jax.nn.matmul import Numerics, numerics_for, view_params
+from nalora_jax.ops.cross_entropy import Head
+from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.programs import best_remat
+from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step
@@ -33,8 +34,6 @@ from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 log = logging.getLogger(__name__)
 
 _STEPS = itertools.count()
-# d_model up to which products on tiles are made again sooner than kept (benchmarks/notes/versus_peft.md).
-_WIDEST_MADE_AGAIN = 1024
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Assembly:
         return self.model.clone(remat="none", activation_sharding=None)
 
     def view(self, params: Any) -> Any:
-        """``params`` as the compiled step takes them without copying; see `nalora_jax.nn.matmul.view_params`."""
-        return view_params(params) if self.mesh.size == 1 else params
+        """``params`` as the compiled step takes them fastest, without a copy; see `nalora_jax.ops.storage.prepare`."""
+        return prepare({"params": params}, self.model.numerics)
 
 
 def assemble(
@@ -122,7 +121,7 @@ def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     return trees.unflatten(leaves | jax.device_put(starts, placed))
 
 
-def plain_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
+def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
     """The trained adapter as one of the original base, in host memory: itself, or PiSSA's difference."""
     lora = jax.tree.map(distributed.fetch, lora)
     if assembly.initial is None:
@@ -146,12 +145,12 @@ def build_model(
       check: tolerance of the checks on live gates; 0 makes none.
       measured: statistics that mechanisms need.
     """
-    platform = mesh.devices.flat[0].platform
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     return Decoder(
         base,
         spec,
-        numerics_for(compute.dtype, platform),
-        remat=choose_remat(compute, platform, base.d_model),
+        numerics,
+        remat=best_remat(base.d_model, numerics) if compute.remat == "auto" else compute.remat,
         stats=GateStatsConfig(
             compute.stats_stride, compute.probe_stride, check=check, extra=statistics.extra(measured)
         ),
@@ -162,17 +161,6 @@ def build_model(
 def activation_sharding(mesh: Mesh) -> NamedSharding | None:
     """Where ``[batch, seq, d_model]`` lives between layers: rows over ("data", "fsdp"); None on one device."""
     return NamedSharding(mesh, P(distributed.BATCH_AXES)) if mesh.size > 1 else None
-
-
-def choose_remat(compute: ComputeConfig, platform: str, d_model: int) -> str:
-    """The policy that "auto" stands for: what was measured to cost least on each platform (docs/benchmarks.md)."""
-    if compute.remat != "auto":
-        return compute.remat
-    if platform != "cpu":
-        return "full"
-    # What a product costs per byte of its result grows with d_model; what it costs to keep that byte does not.
-    again = compute.dtype == "bfloat16" and native.multiplies_on_tiles() and d_model <= _WIDEST_MADE_AGAIN
-    return "attention" if again else "dots"
 
 
 def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> Mechanisms:
@@ -214,9 +202,9 @@ def _gate_shape(base: ModelConfig) -> tuple[int, ...]:
     return (base.n_layers, *experts, base.d_ff)
 
 
-def head_of(base: ModelConfig, numerics: Numerics) -> Head:
-    """How the loss makes logits from hidden states."""
-    return Head(base.tie_embeddings, numerics.operand, base.final_softcap, base.logit_scale)
+def head_of(base: ModelConfig) -> Head:
+    """How logits come from hidden states."""
+    return Head(base.tie_embeddings, base.final_softcap, base.logit_scale)
 
 
 def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
@@ -258,7 +246,8 @@ def compile_step(
     """The step jitted over the mesh: one trace in a run, state donated; chexified where gates are checked."""
     settings = StepConfig(
         mechanisms=mechanisms,
-        head=head_of(base, model.numerics),
+        head=head_of(base),
+        numerics=model.numerics,
         loss_chunk=config.compute.loss_chunk,
         batch_shards=distributed.batch_shards(mesh),
         head_sharding=head_sharding(base, mesh),

@@ -15,7 +15,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.train.assembly import Assembly, plain_adapter
+from nalora_jax.train.assembly import Assembly, exportable_adapter
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel
@@ -47,7 +47,7 @@ def export(
     Raises:
       NaloraError: the files cannot be written, or are not the adapter that was trained.
     """
-    lora, spec = plain_adapter(assembly, state.lora)
+    lora, spec = exportable_adapter(assembly, state.lora)
 
     def write() -> None:
         export_adapter(

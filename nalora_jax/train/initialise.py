@@ -90,7 +90,8 @@ class _Search:
         mesh = assembly.mesh
         config = StepConfig(
             mechanisms=Mechanisms((), base.activation),
-            head=head_of(base, model.numerics),
+            head=head_of(base),
+            numerics=model.numerics,
             loss_chunk=assembly.config.compute.loss_chunk,
             batch_shards=distributed.batch_shards(mesh),
             head_sharding=head_sharding(base, mesh),

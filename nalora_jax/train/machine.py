@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import platform as python
 from importlib.metadata import PackageNotFoundError, version
 
-import jax
-
-from nalora_jax.cpu import processor
+from nalora_jax.ops.numerics import Numerics, platform_of
+from nalora_jax.ops.programs import device_name
 
 
 def describe_device() -> str:
     """Kind and number of devices, and the processor behind a CPU device."""
-    device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else f"{processor.name()}, {os.cpu_count()} cores"
-    return f"{jax.device_count()} x {device.platform} ({kind})"
+    platform = platform_of()
+    return f"{platform.devices} x {platform.name} ({device_name(Numerics(platform=platform))})"
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+    return {"python": python.python_version()} | {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str:

@@ -13,7 +13,7 @@ becomes of them (`nalora_jax.optim`). The order within step t:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import chex
@@ -24,10 +24,10 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax import statistics, trees
-from nalora_jax.cpu import heap
-from nalora_jax.nn import checks
-from nalora_jax.nn.loss import Head, cross_entropy
-from nalora_jax.nn.matmul import pack, packed
+from nalora_jax.ops import checks
+from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.numerics import Numerics, Platform
+from nalora_jax.ops.programs import after_compilation
 from nalora_jax.optim.gate_state import (
     Mechanisms,
     channel_factors,
@@ -46,16 +46,15 @@ Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
 def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> None:
-    """Compiles ``step`` for arguments like these before its first call, and hands the compiler's memory back.
+    """Compiles ``step`` for arguments like these before its first call.
 
-    A first call would compile as well, but allocate its buffers on top of what the compiler had. From here on memory is
-    kept from step to step. A step that is not jitted is left alone.
+    A first call would compile as well, but allocate its buffers on top of the compiler's memory; an implementation may
+    hand that back here. A step that is not jitted is left alone.
     """
     if hasattr(step, "lower"):
         step.lower(params, state, batch).compile()  # the call finds it compiled
-        heap.release()
-        if jax.default_backend() == "cpu":
-            heap.retain()
+        (device, *_) = jax.tree.leaves(batch)[0].devices()
+        after_compilation(Numerics(platform=Platform(device.platform)))
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class StepConfig:
 
     mechanisms: Mechanisms
     head: Head
+    numerics: Numerics = field(default_factory=Numerics)
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
     # Of adapters (and masks) within the step, where the state splits them further; a tree, and one for all masks.
@@ -82,10 +82,10 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
       config: static choices.
 
     Returns:
-      A function of params (frozen), a `TrainState`, and a batch of ``tokens, targets, loss_weights, segment_ids,
-      positions``, each ``[micro_batches, rows, seq]``. Metrics are ``loss`` (mean per target token), ``grad_norm``,
-      ``tokens`` (real), ``target_tokens``, ``layers`` (see `layer_metrics`), and ``idle``: by mechanism, whether it
-      ought to act by now and has measured no token.
+      A function of params (frozen, or what `nalora_jax.ops.storage.prepare` makes of them), a `TrainState`, and a batch
+      of ``tokens, targets, loss_weights, segment_ids, positions``, each ``[micro_batches, rows, seq]``. Metrics are
+      ``loss`` (mean per target token), ``grad_norm``, ``tokens`` (real), ``target_tokens``, ``layers`` (see
+      `layer_metrics`), and ``idle``: by mechanism, whether it ought to act by now and has measured no token.
     """
     gradients = _micro_gradients(model, config)
     mechanisms = config.mechanisms
@@ -101,7 +101,7 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
         if config.lora_sharding is not None:  # gathered once, not in every layer
             lora = lax.with_sharding_constraint(lora, config.lora_sharding)
             collection = jax.tree.map(lambda m: lax.with_sharding_constraint(m, config.mask_sharding), collection)
-        sums = _accumulate(lambda b, k: gradients(pack(params), lora, channels, collection, b, k), batch, key)
+        sums = _accumulate(lambda b, k: gradients(params, lora, channels, collection, b, k), batch, key)
         if config.check_gates:
             _check_gates(sums["stats"])
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["target_tokens"], 1.0), sums["grads"])
@@ -132,7 +132,7 @@ def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch]
     gradients = _micro_gradients(model, config)
 
     def sums(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
-        return _accumulate(lambda b, k: gradients(pack(params), lora, {}, None, b, k), batch, jax.random.key(0))
+        return _accumulate(lambda b, k: gradients(params, lora, {}, None, b, k), batch, jax.random.key(0))
 
     return sums
 
@@ -145,7 +145,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
     def loss_sum(
         lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
-        variables = packed({"params": params, "lora": lora}) | ({"gate_mask": masks} if masks else {})
+        frozen = params if "params" in params else {"params": params}
+        variables = {**frozen, "lora": lora} | ({"gate_mask": masks} if masks else {})
         variables |= {"gate_taps": taps} if taps else {}
         hidden, written = model.apply(
             variables,
@@ -156,7 +157,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
             rngs={"dropout": key},
             mutable=["gate_stats"],
         )
-        kernel = params["embed"]["embedding"] if config.head.transposed else params["lm_head"]["kernel"]
+        parts = frozen["params"]
+        kernel = parts["embed"]["embedding"] if config.head.transposed else parts["lm_head"]["kernel"]
         if config.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
             kernel = lax.with_sharding_constraint(kernel, config.head_sharding)
         loss = cross_entropy(
@@ -164,7 +166,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
             kernel,
             batch["targets"],
             batch["loss_weights"],
-            head=config.head,
+            config.head,
+            config.numerics,
             chunk=config.loss_chunk,
             compact=config.batch_shards == 1,
             shards=config.batch_shards,

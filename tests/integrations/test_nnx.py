@@ -16,8 +16,8 @@ from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations import adapt_nnx
 from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import Probe
 from nalora_jax.nn.low_rank import residual
+from nalora_jax.ops.gated_mlp import Probe
 from nalora_jax.optim.gate_state import own_factors
 from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
 

@@ -16,7 +16,8 @@ from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, resolve
-from nalora_jax.nn.matmul import Numerics, numerics_for, pack
+from nalora_jax.ops.numerics import Numerics, numerics_for
+from nalora_jax.ops.storage import prepare
 from nalora_jax.trees import flatten, unflatten
 
 BASE = {
@@ -224,15 +225,16 @@ def test_the_program_does_not_grow_with_depth(config):
     assert size(2) == size(9)
 
 
-def test_low_precision_stays_close(config, params):
-    """bf16 base weights, packed as the training step packs them, on both kinds of platform."""
+def test_low_precision_stays_close(config, params, numerics):
+    """bf16 base weights, prepared as for a training step, on both kinds of platform."""
     spec, tokens = everywhere(config), tokens_of(2, 8)
     lora = trained(config, spec)
     exact = run(Decoder(config, spec), params, tokens, lora)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    for numerics in (numerics_for("bfloat16", "cpu"), numerics_for("bfloat16", "tpu")):
-        ours = run(Decoder(config, spec, numerics), pack(half), tokens, lora)
-        assert ours.dtype == numerics.result
+    for chosen in (numerics("bfloat16"), numerics_for("bfloat16", "tpu")):
+        model, prepared = Decoder(config, spec, chosen), prepare({"params": half}, chosen)
+        ours = jax.jit(model.apply)({**prepared, "lora": lora}, tokens)
+        assert ours.dtype == chosen.result
         if config.n_experts:  # a rounded hidden state may choose another expert for a token
             off = np.abs(ours.astype(jnp.float32) - exact).max(axis=-1)
             assert np.median(off) < 0.2

@@ -11,11 +11,13 @@ import torch
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.moe import ExpertDense, MoEFFN, grouped_matmul, grouped_residual, route
-from nalora_jax.nn import checks
-from nalora_jax.nn.ffn import Adapters, GateStatsConfig, gate_statistics
-from nalora_jax.nn.lora import Probe
-from nalora_jax.nn.low_rank import TargetSpec, residual
-from nalora_jax.nn.matmul import Numerics, matmul
+from nalora_jax.nn.ffn import Adapters
+from nalora_jax.nn.low_rank import TargetSpec
+from nalora_jax.ops import checks
+from nalora_jax.ops.adapted_dense import residual
+from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
+from nalora_jax.ops.matmul import matmul
+from nalora_jax.ops.numerics import Numerics
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
 SIZES = np.array([5, 0, 3, 2], np.int32)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.nn.lora import LoRADense, Probe
+from nalora_jax.nn.lora import LoRADense
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.nn.matmul import Numerics
+from nalora_jax.ops.adapted_dense import LowRankHidden
+from nalora_jax.ops.gated_mlp import take_probe
+from nalora_jax.ops.numerics import Numerics
 
 
 def _layer(**options: object) -> tuple[LoRADense, dict, jax.Array]:
@@ -65,21 +68,15 @@ def test_low_precision_operands_keep_float32_masters() -> None:
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
-def test_probe_takes_the_layer_apart_fused_or_not() -> None:
+def test_probe_takes_the_layer_apart(numerics: Any) -> None:
     layer, variables, x = _layer()
     lora = jax.tree.map(lambda v: v + 0.1, variables["lora"])
     variables = {"params": variables["params"] | {"bias": jnp.ones(40)}, "lora": lora}
-    fused = layer.clone(numerics=Numerics(fused=True))
-
-    def probe(layer: LoRADense, x: jax.Array) -> tuple[jax.Array, Probe]:
-        y, delta = layer(x, 2.0)
-        assert delta is None  # kept for nothing but the probe, it would be written whole
-        return y, layer.probe(x, y, delta, jnp.ones(y.shape[:-1]), 2, 2.0)
-
-    want_y, want = nn.apply(probe, layer)(variables, x)
-    y, got = nn.apply(probe, fused)(variables, x)
+    want, _ = layer.apply(variables, x, 2.0)
     base, _ = layer.apply(variables, x, adapted=False)
-    np.testing.assert_allclose(y, want_y, rtol=1e-5, atol=1e-5)
-    for taken in (got, want):
-        np.testing.assert_allclose(taken.base, base[:, ::2], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(taken.delta, (want_y - base)[:, ::2], rtol=1e-5, atol=1e-5)
+    y, delta = layer.clone(numerics=numerics()).apply(variables, x, 2.0)
+    assert isinstance(delta, LowRankHidden)  # written to memory for nothing but the probe otherwise
+    taken = take_probe(y, delta, jnp.ones((2, 3)), 2, numerics())
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(taken.base, base[:, ::2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(taken.delta, (want - base)[:, ::2], rtol=1e-5, atol=1e-5)

@@ -12,8 +12,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
-from nalora_jax.nn.matmul import Numerics, matmul
 from nalora_jax.nn.quantize import NF4_LEVELS, dequantize, quantize, quantize_params
+from nalora_jax.ops.matmul import matmul
+from nalora_jax.ops.numerics import Numerics
 
 KERNEL = np.random.default_rng(0).normal(size=(2, 128, 24)).astype(np.float32)
 

@@ -18,8 +18,8 @@ import pytest
 from nalora_jax import activations
 from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
-from nalora_jax.nn.loss import Head
 from nalora_jax.nn.low_rank import TargetSpec
+from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.optim.nalora import find_gates, make_mechanisms, nalora
 from nalora_jax.train.state import init_state
 from nalora_jax.train.step import StepConfig, make_train_step

@@ -27,7 +27,7 @@ from nalora_jax.config import (
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn import ffn, lora
+from nalora_jax.ops import adapted_dense, gated_mlp
 from nalora_jax.optim.gate_state import make_mechanisms, own_factors
 from nalora_jax.optim.nalora import make_optimizer
 from nalora_jax.train import assembly as assembly_module
@@ -246,23 +246,26 @@ def test_masks_and_scales_act_after_the_warmup() -> None:
         assert np.all(step["misalignment"] > 0)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("implementation", ["xla", "auto"])
 @pytest.mark.parametrize("fault", ["activation", "scale", "sign"])
-def test_the_debug_check_catches_injected_faults(fault: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
-    monkeypatch.setattr(lora, "worthwhile", lambda *_: fused)
+def test_the_debug_check_catches_injected_faults(
+    fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = replace(CONFIG.compute, implementation=implementation)
+    debug = replace(CONFIG, compute=compute, debug=DebugConfig(check_gates=True))
     _run(debug, steps=1)  # the sound model passes
-    sound = lora.adapted_matmul
+    factor = 1.1 if fault == "scale" else -1.0
+    sound = adapted_dense.Factors.of
 
-    def scaled(factor: float) -> None:
-        """Adapters that add ``factor`` of what they should, in one product with the base or apart."""
-        monkeypatch.setattr(lora, "adapted_matmul", lambda x, w, a, b, s, *rest: sound(x, w, a, b, factor * s, *rest))
-        monkeypatch.setattr(lora, "combine", lambda base, delta: base if delta is None else base + factor * delta)
+    def scaled(adapter: Any, kernel: Any = None) -> Any:
+        """Factors of adapters that add ``factor`` of what they should, whatever computes the products."""
+        made = sound(adapter, kernel)
+        return made if made.a is None else made._replace(b=factor * made.b)
 
     if fault == "activation":
-        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+        monkeypatch.setattr(gated_mlp, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     else:
-        scaled(1.1 if fault == "scale" else -1.0)
+        monkeypatch.setattr(adapted_dense.Factors, "of", scaled)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run(debug, steps=1)
 
@@ -370,11 +373,11 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
 
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
-        head, rules = assembly_module.head_of(BASE, made.model.numerics), made.mechanisms
+        head, rules = assembly_module.head_of(BASE), made.mechanisms
         step = make_train_step(made.model, made.optimizer, StepConfig(rules, head))
         return str(jax.make_jaxpr(step)(params, made.state, _batch(0)))
 
     plain = program(CONFIG)
     asked = program(replace(CONFIG, mechanisms=("delta",)))
-    monkeypatch.setattr(ffn._Block, "_tapped", lambda self, z, weights: z)
+    monkeypatch.setattr(gated_mlp, "tapped", lambda z, measurement: z)
     assert program(CONFIG) == plain != asked

@@ -11,6 +11,7 @@ the CPU has one of these and there is a C++ compiler, and kept in the cache; eve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import chex
@@ -20,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.cpu.native.library import available, has_tiles, multiplies_few_rows, multiplies_on_tiles, name_of
+from nalora_jax.ops.storage import Stored
 
 __all__ = [
     "Cached",
@@ -50,7 +52,9 @@ __all__ = [
 ]
 
 
-class Slice(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slice(Stored):
     """A matrix, or what else a stack holds, read where it lies: a slice of its own would be a copy every time."""
 
     stack: jax.Array  # [n, ...], bf16 viewed as uint16
@@ -59,19 +63,23 @@ class Slice(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix."""
-        return self.stack.shape[1:]
+        return tuple(self.stack.shape[1:])
 
     def copied(self) -> jax.Array:
-        """The matrix as an array of its own."""
+        """The matrix as an array of its own, uint16."""
         return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
+
+    def expand(self) -> jax.Array:
+        """The bf16 matrix as an array of its own."""
+        return lax.bitcast_convert_type(self.copied(), jnp.bfloat16)
 
 
 class Term(NamedTuple):
     """One product of a sum; both sides bf16, or bf16 viewed as uint16."""
 
     x: jax.Array  # [rows, depth]
-    y: jax.Array | Slice  # [depth, columns], or [columns, depth]
-    turned: bool = False  # the latter
+    y: Any  # an array, or a `Slice`, [depth, columns], or [columns, depth]
+    transposed: bool = False  # the latter
 
 
 class Sum(NamedTuple):
@@ -94,10 +102,10 @@ def products(*sums: Sum) -> list[jax.Array]:
     indices: list[jax.Array] = []
     shapes = []
     for terms, dtype in sums:
-        rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].turned else 1]
-        for x, y, turned in terms:
+        rows, columns = terms[0].x.shape[0], terms[0].y.shape[0 if terms[0].transposed else 1]
+        for x, y, transposed in terms:
             chex.assert_shape(x, (rows, None))
-            chex.assert_equal(y.shape, (columns, x.shape[1]) if turned else (x.shape[1], columns))
+            chex.assert_equal(y.shape, (columns, x.shape[1]) if transposed else (x.shape[1], columns))
             if isinstance(y, Slice):
                 indices.append(jnp.asarray(y.at, jnp.int32))
                 y = y.stack
@@ -109,7 +117,7 @@ def products(*sums: Sum) -> list[jax.Array]:
         *operands,
         *indices,
         terms=np.array([len(terms) for terms, _ in sums], np.int64),
-        turned=np.array([term.turned for term in every], np.int64),
+        transposed=np.array([term.transposed for term in every], np.int64),
         stacked=np.array([isinstance(term.y, Slice) for term in every], np.int64),
     )
     return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
@@ -122,7 +130,7 @@ _AT_ONCE = 256
 
 
 class Heads(NamedTuple):
-    """Queries, keys, values, and the integers that decide what is seen (see `nalora_jax.nn.attention`)."""
+    """Queries, keys, values, and the integers that decide what is seen (see `nalora_jax.ops.attention`)."""
 
     q: jax.Array  # [batch, seq, heads, head_dim], scaled; bf16 or a view of it
     k: jax.Array  # [batch, seq, kv_heads, head_dim]
@@ -208,7 +216,7 @@ def over_vocabulary(
     table: jax.Array,
     count: jax.Array | int,
     *,
-    turned: bool,
+    transposed: bool,
     scale: float = 1.0,
     softcap: float = 0.0,
     gradient: bool = True,
@@ -217,9 +225,9 @@ def over_vocabulary(
 
     Args:
       hidden: bf16 ``[rows, d_model]``, or a view of it.
-      table: E, bf16 ``[d_model, vocab]``, or ``[vocab, d_model]`` if ``turned``; or a view of it.
+      table: E, bf16 ``[d_model, vocab]``, or ``[vocab, d_model]`` if ``transposed``; or a view of it.
       count: how many of the rows, from the first on, are wanted; the others come out as 0, 1 and zeros.
-      turned: see table.
+      transposed: see table.
       scale: products are multiplied by it, before the cap.
       softcap: ``c tanh(l / c)``; 0: none.
       gradient: whether the third is wanted.
@@ -229,10 +237,10 @@ def over_vocabulary(
       derivative of the logits by their products.
     """
     rows, d_model = hidden.shape
-    chex.assert_axis_dimension(table, 1 if turned else 0, d_model)
+    chex.assert_axis_dimension(table, 1 if transposed else 0, d_model)
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
     shapes = [row, row, jax.ShapeDtypeStruct((rows, d_model if gradient else 0), jnp.float32)]
-    attributes = {"turned": turned, "scale": np.float32(scale), "cap": np.float32(softcap)}
+    attributes = {"transposed": transposed, "scale": np.float32(scale), "cap": np.float32(softcap)}
     operands = (_bits(hidden), _bits(table), jnp.asarray(count, jnp.int32))
     top, total, attended = _call("over_vocabulary", shapes)(*operands, **attributes)
     return top, total, attended

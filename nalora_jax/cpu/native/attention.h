@@ -2,11 +2,11 @@
 //
 // As in nn/blockwise_attention.py: a key is seen by queries of its segment, at positions from its own on and less than
 // `window` after it; tokens of a segment lie in order, so that keys after a query's block are not touched. Queries come
-// scaled. Operands of products are bfloat16, everything else is float32. No array is turned or copied as a whole:
+// scaled. Operands of products are bfloat16, everything else is float32. No array is transposed or copied as a whole:
 // heads are read where they lie, [batch, seq, heads, head_dim].
 //
 // The gradient makes the probabilities again from the log-sum-exps (flash attention, arXiv 2205.14135). It works on
-// turned scores, [keys, queries]: so made, they are the left operand of the gradients of keys and values as they are,
+// transposed scores, [keys, queries]: so made, they are the left operand of the gradients of keys and values as they are,
 // and packed for that of queries by interleaving two rows. What a query's slopes have in common, <g, out>, is also the
 // sum of its weights times their slopes: where all queries are taken at once, all weights are made first and the result
 // need not be kept.
@@ -118,7 +118,7 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
   float* sums = scratch.take<float>(kSide * width);
   for (int64_t p = 0; p < blocks; p++) {
     const int64_t n = std::min(kSide, seq - p * kSide);
-    pack_turned(in.k + key_at + p * kSide * key_stride, key_stride, dim, n, keys + p * key_panel);
+    pack_transposed(in.k + key_at + p * kSide * key_stride, key_stride, dim, n, keys + p * key_panel);
   }
   for (int64_t c = 0; c < steps; c++) {
     pack(in.v + key_at + c * kStep, key_stride, seq, std::min(kStep, dim - c * kStep), values + c * value_panel);
@@ -205,7 +205,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
   const Places at = in.places(b, scratch);
   Bits* keys = scratch.take<Bits>(rows * width);
   Bits* values = scratch.take<Bits>(rows * width);
-  Bits* keys_turned = scratch.take<Bits>(width * rows);
+  Bits* keys_transposed = scratch.take<Bits>(width * rows);
   float* dk = scratch.take<float>(rows * width);
   float* dv = scratch.take<float>(rows * width);
   Bits* q_panels = scratch.take<Bits>(size / kSide * panel);  // for the scores
@@ -222,7 +222,7 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
   gather(in.k + key_at, key_stride, seq, dim, width, keys);
   gather(in.v + key_at, key_stride, seq, dim, width, values);
   for (int64_t i = 0; i < rows; i += kSide) {
-    for (int64_t c = 0; c < width; c += kSide) turned(keys + i * width + c, width, keys_turned + c * rows + i, rows);
+    for (int64_t c = 0; c < width; c += kSide) transposed(keys + i * width + c, width, keys_transposed + c * rows + i, rows);
   }
   std::fill_n(dk, rows * width, 0.0f);
   std::fill_n(dv, rows * width, 0.0f);
@@ -236,8 +236,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
       int64_t first = first_block + panels;  // key block that any of these queries meets
       for (int64_t p = 0; p < panels; p++) {
         const int64_t columns = std::min(kSide, n - p * kSide), from = p * kSide * stride;
-        pack_turned(q + from, stride, dim, columns, q_panels + p * panel);
-        pack_turned(g + from, stride, dim, columns, g_panels + p * panel);
+        pack_transposed(q + from, stride, dim, columns, q_panels + p * panel);
+        pack_transposed(g + from, stride, dim, columns, g_panels + p * panel);
         first = std::min(first, at.first_met(first_block + p, first_block + p));
       }
       for (int64_t c = 0; c < steps; c++) {
@@ -331,9 +331,9 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
       for (int64_t p = 0; p < panels; p++) {
         for (int64_t c = 0; c < steps; c++) {
           // [32 of dim, 32 queries]
-          block.hold({keys_turned + c * kStep * rows + first * kSide, rows, (first_block + p + 1 - first) * kSide});
+          block.hold({keys_transposed + c * kStep * rows + first * kSide, rows, (first_block + p + 1 - first) * kSide});
           block.multiply(slopes_packed + p * deep + first * kPanelStep, scores, kSide);
-          turned(scores, kSide, back, kSide);
+          transposed(scores, kSide, back, kSide);
           for (int64_t i = 0; i < std::min(kSide, n - p * kSide); i++) {
             float* to = of.dq + row_at + (p * kSide + i) * stride + c * kStep;
             std::memcpy(to, back + i * kSide, std::min(kStep, dim - c * kStep) * sizeof(float));

@@ -62,7 +62,7 @@ inline void turn(__m512i* r) {
 }
 
 // As `pack`, of y [columns, depth].
-inline void pack_turned(const Bits* y, int64_t stride, int64_t depth, int64_t columns, Bits* panel) {
+inline void pack_transposed(const Bits* y, int64_t stride, int64_t depth, int64_t columns, Bits* panel) {
   for (int64_t k = 0; k < depth; k += kStep) {
     const __mmask32 mask = first(depth - k);
     for (int64_t c = 0; c < kSide; c += 16, panel += kTile) {
@@ -92,7 +92,7 @@ inline float most_of(const float* lanes) {
 
 // out[j, i] = in[i, j] of 32 x 32 numbers.
 template <typename T>
-inline void turned(const T* in, int64_t stride, T* out, int64_t out_stride) {
+inline void transposed(const T* in, int64_t stride, T* out, int64_t out_stride) {
   for (int64_t i = 0; i < kSide; i += 16) {
     for (int64_t j = 0; j < kSide; j += 16) {
       __m512i r[16];

@@ -56,9 +56,9 @@ void add_few(const float* x, int64_t width, const Bits* y, int64_t stride, int64
   }
 }
 
-// The same of a y that is turned: [columns, depth].
+// The same of a y that is transposed: [columns, depth].
 template <int kRows>
-void add_few_turned(const float* x, int64_t width, const Bits* y, int64_t depth, int64_t columns, float* to) {
+void add_few_transposed(const float* x, int64_t width, const Bits* y, int64_t depth, int64_t columns, float* to) {
   const int64_t wide = up(columns, kSide);
   for (int64_t c = 0; c < columns; c++, y += depth) {
     constexpr int64_t kRegisters = kSide / kLanes;

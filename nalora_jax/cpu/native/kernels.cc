@@ -20,7 +20,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_products, nalora::products,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<ffi::Span<const int64_t>>("terms")
-                                  .Attr<ffi::Span<const int64_t>>("turned")
+                                  .Attr<ffi::Span<const int64_t>>("transposed")
                                   .Attr<ffi::Span<const int64_t>>("stacked"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention, nalora::attention,
@@ -62,7 +62,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_over_vocabulary, nalora::over_vocabulary,
                                   .Ret<nalora::Row>()
                                   .Ret<nalora::Row>()
                                   .Ret<nalora::Rows>()
-                                  .Attr<bool>("turned")
+                                  .Attr<bool>("transposed")
                                   .Attr<float>("scale")
                                   .Attr<float>("cap"));
 

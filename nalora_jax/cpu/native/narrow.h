@@ -9,13 +9,13 @@ namespace nalora {
 
 constexpr int64_t kWide = 1024;         // columns of a thread at most
 constexpr int64_t kChunk = 4 * kStep;   // of the depth, that is packed at a time
-constexpr int64_t kTurnedChunk = 2048;  // the same of a y that is turned
+constexpr int64_t kTransposedChunk = 2048;  // the same of a y that is transposed
 
 struct Term {
   const Bits* x;
   const Bits* y;
   int64_t depth;
-  bool turned;
+  bool transposed;
 };
 
 struct Sum {
@@ -56,8 +56,8 @@ void few_rows(const Sum& sum, int64_t start, int64_t columns, Scratch& scratch) 
     for (int64_t r = 0; r < kRows; r++) {
       for (int64_t k = 0; k < term.depth; k++) x[r * width + k] = widened(term.x[r * term.depth + k]);
     }
-    if (term.turned) {
-      add_few_turned<kRows>(x, width, term.y + start * term.depth, term.depth, columns, sums);
+    if (term.transposed) {
+      add_few_transposed<kRows>(x, width, term.y + start * term.depth, term.depth, columns, sums);
     } else {
       add_few<kRows>(x, width, term.y + start, sum.columns, term.depth, columns, sums);
     }
@@ -86,10 +86,10 @@ struct Stretched {
     for (int64_t c = 0; c < columns; c += kSide) block.add(packed + c / kSide * panel, sums + c, wide, rows);
   }
 
-  void add_turned(Block& block, Bits* packed, float* sums) const {
+  void add_transposed(Block& block, Bits* packed, float* sums) const {
     for (int64_t c = 0; c < columns; c += kSide) {
       const Bits* from = term.y + (start + c) * term.depth + k;
-      pack_turned(from, term.depth, depth, std::min(kSide, columns - c), packed);
+      pack_transposed(from, term.depth, depth, std::min(kSide, columns - c), packed);
       block.add(packed, sums + c, up(columns, kSide), rows);
     }
   }
@@ -97,20 +97,20 @@ struct Stretched {
 
 // Columns of a sum of at most 32 rows.
 inline void packed_rows(const Sum& sum, int64_t start, int64_t columns, Block& block, Scratch& scratch) {
-  const int64_t wide = up(columns, kSide), room = std::max(wide * kChunk, kTurnedChunk * kSide);
+  const int64_t wide = up(columns, kSide), room = std::max(wide * kChunk, kTransposedChunk * kSide);
   scratch.reserve(Scratch::room<float>(kSide * wide) + Scratch::room<Bits>(room) +
-                  Scratch::room<Bits>(kSide * kTurnedChunk));
+                  Scratch::room<Bits>(kSide * kTransposedChunk));
   float* sums = scratch.take<float>(kSide * wide);
-  Bits *packed = scratch.take<Bits>(room), *x = scratch.take<Bits>(kSide * kTurnedChunk);
+  Bits *packed = scratch.take<Bits>(room), *x = scratch.take<Bits>(kSide * kTransposedChunk);
   std::fill_n(sums, kSide * wide, 0.0f);
   for (const Term& term : sum.terms) {
-    const int64_t most = term.turned ? kTurnedChunk : kChunk;
+    const int64_t most = term.transposed ? kTransposedChunk : kChunk;
     for (int64_t k = 0; k < term.depth; k += most) {
       const int64_t depth = std::min(most, term.depth - k), padded = up(depth, kStep);
       gather(term.x + k, term.depth, sum.rows, depth, padded, x);
       block.hold({x, padded, padded});
       const Stretched part{term, k, depth, sum.rows, start, columns, sum.columns};
-      term.turned ? part.add_turned(block, packed, sums) : part.add(block, packed, sums);
+      term.transposed ? part.add_transposed(block, packed, sums) : part.add(block, packed, sums);
     }
   }
   put_columns(sum, start, columns, sums, wide);

@@ -28,7 +28,7 @@ inline void pack(const Bits* y, int64_t stride, int64_t depth, int64_t columns, 
   pack_by([=](int64_t k, int64_t j) { return y[k * stride + j]; }, depth, columns, panel);
 }
 
-inline void pack_turned(const Bits* y, int64_t stride, int64_t depth, int64_t columns, Bits* panel) {
+inline void pack_transposed(const Bits* y, int64_t stride, int64_t depth, int64_t columns, Bits* panel) {
   pack_by([=](int64_t k, int64_t j) { return y[j * stride + k]; }, depth, columns, panel);
 }
 
@@ -46,7 +46,7 @@ inline float most_of(const float* lanes) { return *std::max_element(lanes, lanes
 
 // out[j, i] = in[i, j] of 32 x 32 numbers.
 template <typename T>
-inline void turned(const T* in, int64_t stride, T* out, int64_t out_stride) {
+inline void transposed(const T* in, int64_t stride, T* out, int64_t out_stride) {
   for (int64_t i = 0; i < kSide; i++) {
     for (int64_t j = 0; j < kSide; j++) out[j * out_stride + i] = in[i * stride + j];
   }

@@ -1,6 +1,6 @@
 // Sums of matrix products: out[p] = x[0] y[0] + x[1] y[1] + ..., several p in one call, so that threads share them all.
 //
-// Each x is [rows, depth], each y [depth, columns] or, turned, [columns, depth]; rows and columns are those of out[p],
+// Each x is [rows, depth], each y [depth, columns] or, transposed, [columns, depth]; rows and columns are those of out[p],
 // depths are free. A y may lie in a stack of matrices, of which an index names one. The work is cut into groups of
 // columns, no more than there are threads where they fit the second-level cache, because every group reads all of x. The
 // thread that opens a group packs its part of every y and multiplies some rows at a time; one that finds no group to open
@@ -60,13 +60,13 @@ inline void pack(const Group& group, Bits* packed) {
   const Sum& sum = group.sum;
   for (const Term& term : sum.terms) {
     // A few rows of all panels, then the next: memory is fast where what is read lies side by side.
-    const int64_t depth = term.turned ? term.depth : kStep;
+    const int64_t depth = term.transposed ? term.depth : kStep;
     for (int64_t k = 0; k < term.depth; k += depth, packed += ceil_div(depth, kStep) * kPanelStep) {
       for (int64_t c = 0; c < group.columns; c += kSide) {
         const int64_t column = group.column + c, columns = std::min(kSide, group.columns - c);
         Bits* panel = packed + c / kSide * sum.panel();
-        if (term.turned) {
-          pack_turned(term.y + column * term.depth, term.depth, term.depth, columns, panel);
+        if (term.transposed) {
+          pack_transposed(term.y + column * term.depth, term.depth, term.depth, columns, panel);
         } else {
           const Bits* from = term.y + k * sum.columns + column;
           const int64_t coming = std::min(kStep, term.depth - k - kStep);
@@ -148,13 +148,13 @@ inline void take(Work& work, Block& block, Scratch& scratch) {
 }
 
 inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           ffi::Span<const int64_t> terms, ffi::Span<const int64_t> turned,
+                           ffi::Span<const int64_t> terms, ffi::Span<const int64_t> transposed,
                            ffi::Span<const int64_t> stacked) {
   const auto refused = [](const char* what) {
     return ffi::Error::InvalidArgument(std::string("nalora_products: ") + what);
   };
-  const size_t factors = 2 * turned.size(), slices = std::count(stacked.begin(), stacked.end(), 1);
-  if (terms.size() != rets.size() || stacked.size() != turned.size() || factors + slices != args.size()) {
+  const size_t factors = 2 * transposed.size(), slices = std::count(stacked.begin(), stacked.end(), 1);
+  if (terms.size() != rets.size() || stacked.size() != transposed.size() || factors + slices != args.size()) {
     return refused("operands do not fit the terms");
   }
   const auto work = std::make_shared<Work>();
@@ -170,11 +170,11 @@ inline ffi::Error products(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
     sum.out = (*out)->untyped_data();
     sum.rounded = (*out)->element_type() != ffi::F32;
     for (int64_t t = 0; t < terms[p]; t++, next++) {
-      if (next >= turned.size()) return refused("operands do not fit the terms");
+      if (next >= transposed.size()) return refused("operands do not fit the terms");
       auto x = args.get<ffi::AnyBuffer>(2 * next), y = args.get<ffi::AnyBuffer>(2 * next + 1);
       if (x.has_error()) return x.error();
       if (y.has_error()) return y.error();
-      const bool turn_y = turned[next] != 0, in_stack = stacked[next] != 0;
+      const bool turn_y = transposed[next] != 0, in_stack = stacked[next] != 0;
       const auto left = x->dimensions();
       auto right = y->dimensions();
       if (left.size() != 2 || right.size() != (in_stack ? 3 : 2)) return refused("an operand is not a matrix");

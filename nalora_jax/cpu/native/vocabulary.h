@@ -21,7 +21,7 @@ struct Vocabulary {
   const Bits* hidden;  // [rows, d_model]
   const Bits* table;   // [vocab, d_model], or [d_model, vocab]
   int64_t rows, d_model, vocab;
-  bool turned;         // the former
+  bool transposed;         // the former
   float scale, cap;
   bool gradient;       // whether `attended` is wanted
   int64_t row_blocks() const { return ceil_div(rows, kSide); }
@@ -58,21 +58,21 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
   Bits* rows = scratch.take<Bits>(kSide * width);
   float* logits = scratch.take<float>(kSide * kEntries);
   Bits* weights = scratch.take<Bits>(kSide * kEntries);
-  const Bits* table = of.table + (of.turned ? start * of.d_model : start);
+  const Bits* table = of.table + (of.transposed ? start * of.d_model : start);
   for (int64_t p = 0; p < panels; p++) {
     const int64_t columns = std::min(kSide, n - p * kSide);
-    if (of.turned) {
-      pack_turned(table + p * kSide * of.d_model, of.d_model, of.d_model, columns, entries + p * panel);
+    if (of.transposed) {
+      pack_transposed(table + p * kSide * of.d_model, of.d_model, of.d_model, columns, entries + p * panel);
     } else {
       pack(table + p * kSide, of.vocab, of.d_model, columns, entries + p * panel);
     }
   }
   for (int64_t c = 0; of.gradient && c < steps; c++) {
     const int64_t columns = std::min(kStep, of.d_model - c * kStep);
-    if (of.turned) {
+    if (of.transposed) {
       pack(table + c * kStep, of.d_model, n, columns, entries_tall + c * tall);
     } else {
-      pack_turned(table + c * kStep * of.vocab, of.vocab, n, columns, entries_tall + c * tall);
+      pack_transposed(table + c * kStep * of.vocab, of.vocab, n, columns, entries_tall + c * tall);
     }
   }
   for (int64_t b = 0; b < of.row_blocks(); b++) {
@@ -131,11 +131,11 @@ void add_entries(const Vocabulary& of, int64_t start, Partial& sums, Block& bloc
 }
 
 inline ffi::Error over_vocabulary(ffi::ThreadPool pool, Matrix hidden, Matrix table, Integer count,
-                                  ffi::Result<Row> top, ffi::Result<Row> total, ffi::Result<Rows> attended, bool turned,
+                                  ffi::Result<Row> top, ffi::Result<Row> total, ffi::Result<Rows> attended, bool transposed,
                                   float scale, float cap) {
   const int64_t rows = hidden.dimensions()[0], d_model = hidden.dimensions()[1];
   const bool gradient = attended->dimensions()[1] > 0;
-  if (table.dimensions()[turned ? 1 : 0] != d_model) {
+  if (table.dimensions()[transposed ? 1 : 0] != d_model) {
     return ffi::Error::InvalidArgument("nalora_over_vocabulary: shapes do not fit");
   }
   const int64_t wanted = std::clamp<int64_t>(*count.typed_data(), 0, rows);
@@ -147,7 +147,7 @@ inline ffi::Error over_vocabulary(ffi::ThreadPool pool, Matrix hidden, Matrix ta
   bool done = true;
   for (int64_t start = 0; start < wanted && done; start += group) {
     const Vocabulary of{hidden.typed_data() + start * d_model, table.typed_data(), std::min(group, wanted - start),
-                        d_model, table.dimensions()[turned ? 0 : 1], turned, scale, cap, gradient};
+                        d_model, table.dimensions()[transposed ? 0 : 1], transposed, scale, cap, gradient};
     // Every part of the sums has its own entries, whichever thread makes it: equal results in every run.
     const int64_t parts = std::clamp<int64_t>(pool.num_threads(), 1, ceil_div(of.vocab, kEntries));
     auto partials = std::make_shared<std::vector<Partial>>(parts);

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import pytest
 
 from nalora_jax.cpu import native
@@ -28,7 +27,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes `nalora_jax.cpu.native` available for a test, whatever the machine."""
     monkeypatch.setenv("NALORA_NATIVE", request.param)
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     if request.param == "emulated":
         flags = ("-DNALORA_TILES", "-include", str(EMULATED), *library._VECTORS)
         monkeypatch.setitem(library._FLAGS, "emulated", flags)

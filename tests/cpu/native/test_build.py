@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from nalora_jax.cpu import processor
@@ -29,7 +28,6 @@ def _decided_anew() -> Iterator[None]:
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on one CPU with tiles."""
     monkeypatch.setattr(library, "kinds", lambda: ("tiles", "vectors", "plain"))
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -72,8 +70,7 @@ def test_where_xla_does_the_work(
 ) -> None:
     monkeypatch.setenv("NALORA_NATIVE", choice)
     monkeypatch.setattr(library, "kinds", lambda: kinds)
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert not library.available()
+    assert not library.available(devices)
     assert caplog.messages == []
 
 

@@ -44,10 +44,10 @@ def test_sums_of_products(seed: int) -> None:
         terms, want = [], np.zeros((rows, columns))
         for _ in range(rng.integers(1, 4)):
             depth = int(rng.choice([1, 8, 31, 32, 64, 100, 300]))
-            turned = bool(rng.integers(2))
-            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
-            terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, turned))
-            want += exact(x) @ (exact(y).T if turned else exact(y))
+            transposed = bool(rng.integers(2))
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if transposed else (depth, columns)))
+            terms.append(Term(x, in_stack(rng, y) if rng.integers(2) else y, transposed))
+            want += exact(x) @ (exact(y).T if transposed else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
         wanted.append(want)
     for got, want, asked in zip(native.products(*sums), wanted, sums, strict=True):
@@ -57,17 +57,17 @@ def test_sums_of_products(seed: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 19, 32])
-@pytest.mark.parametrize("turned", [False, True])
-def test_sums_of_few_rows(turned: bool, rows: int) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_of_few_rows(transposed: bool, rows: int) -> None:
     """Several sums, two terms, edges everywhere, and depths and widths beyond what is packed at a time."""
     rng = np.random.default_rng(rows)
     sums, wanted, bounds = [], [], []
     for depths, columns, bound in (((577, 3), 1100, 1e-6), ((70,), 45, 1e-6), ((2_070,), 45, 2.5e-6)):
         terms, want = [], np.zeros((rows, columns))
         for depth in depths:
-            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if turned else (depth, columns)))
-            terms.append(Term(x, in_stack(rng, y), turned))
-            want += exact(x) @ (exact(y).T if turned else exact(y))
+            x, y = draw(rng, rows, depth), draw(rng, *((columns, depth) if transposed else (depth, columns)))
+            terms.append(Term(x, in_stack(rng, y), transposed))
+            want += exact(x) @ (exact(y).T if transposed else exact(y))
         sums += [Sum(terms, dtype) for dtype in ("float32", "bfloat16")]
         wanted += [want, want]
         bounds += [bound, 2**-8]
@@ -116,7 +116,7 @@ def test_norms_of_sums(columns: int, added: bool) -> None:
 def test_results_are_equal_in_every_run() -> None:
     rng = np.random.default_rng(0)
     hidden, table = draw(rng, 300, 64), draw(rng, 2000, 64)
-    runs = [native.over_vocabulary(hidden, table, 300, turned=True) for _ in range(5)]
+    runs = [native.over_vocabulary(hidden, table, 300, transposed=True) for _ in range(5)]
     for run in runs[1:]:
         for one, other in zip(runs[0], run, strict=True):
             np.testing.assert_array_equal(one, other)
@@ -148,14 +148,14 @@ def test_the_library_refuses_what_python_did_not_check() -> None:
     x, y = jnp.zeros((4, 8), jnp.uint16), jnp.zeros((9, 4), jnp.uint16)
     one, none = np.array([1]), np.array([0])
     with pytest.raises(Exception, match="shapes do not fit"):
-        call(x, y, terms=one, turned=none, stacked=none)
+        call(x, y, terms=one, transposed=none, stacked=none)
     with pytest.raises(Exception, match="operands do not fit the terms"):
-        call(x, y, terms=one, turned=np.array([0, 0]), stacked=none)
+        call(x, y, terms=one, transposed=np.array([0, 0]), stacked=none)
     with pytest.raises(Exception, match="operands do not fit the terms"):
-        call(x, y[None], terms=one, turned=none, stacked=one)
+        call(x, y[None], terms=one, transposed=none, stacked=one)
     for at in (-1, 1):
         with pytest.raises(Exception, match="an index is outside of its stack"):
-            call(x, jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at), terms=one, turned=none, stacked=one)
+            call(x, jnp.zeros((1, 8, 4), jnp.uint16), jnp.asarray(at), terms=one, transposed=none, stacked=one)
 
 
 def test_the_library_refuses_norms_that_do_not_fit() -> None:
@@ -352,7 +352,7 @@ def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "d_model", "vocab", "turned", "scale", "softcap", "count"),
+    ("rows", "d_model", "vocab", "transposed", "scale", "softcap", "count"),
     [
         (70, 64, 1000, True, 1.0, 0.0, 70),
         (33, 48, 513, False, 0.5, 0.0, 20),
@@ -364,12 +364,12 @@ def test_a_score_that_is_not_a_number_is_seen_by_who_sees_it() -> None:
 )
 @pytest.mark.parametrize("gradient", [True, False])
 def test_sums_over_a_vocabulary(
-    rows: int, d_model: int, vocab: int, turned: bool, scale: float, softcap: float, count: int, gradient: bool
+    rows: int, d_model: int, vocab: int, transposed: bool, scale: float, softcap: float, count: int, gradient: bool
 ) -> None:
     rng = np.random.default_rng(rows)
     hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
-    given = table if turned else table.T
-    options = {"turned": turned, "scale": scale, "softcap": softcap, "gradient": gradient}
+    given = table if transposed else table.T
+    options = {"transposed": transposed, "scale": scale, "softcap": softcap, "gradient": gradient}
     top, total, attended = native.over_vocabulary(hidden, given, count, **options)
     logits, slope = scale * exact(hidden) @ exact(table).T, scale * np.ones((rows, vocab))
     if softcap:

@@ -30,21 +30,23 @@ from nalora_jax.generate import Generator
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.nn import ffn
-from nalora_jax.nn.attention import Keys, Scoring, attention
-from nalora_jax.nn.ffn import GateStatsConfig, gate_statistics, gated_product
-from nalora_jax.nn.fused_lora import adapted_matmul
 from nalora_jax.nn.layers import ResidualNorm
-from nalora_jax.nn.lora import Probe
-from nalora_jax.nn.loss import Head, cross_entropy
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.nn.matmul import Numerics, expand, in_stacks, matmul, numerics_for, pack, pack_views
-from nalora_jax.nn.side_by_side import Adapter, Projection, project
+from nalora_jax.ops import gated_mlp
+from nalora_jax.ops.adapted_dense import Adapter, Dense, adapted_dense, parallel_dense
+from nalora_jax.ops.attention import Keys, attention
+from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics, gated_product
+from nalora_jax.ops.matmul import matmul
+from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
+from nalora_jax.ops.storage import STACKS, prepare
 from nalora_jax.selection import sampled
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 
 pytestmark = pytest.mark.usefixtures("kernels")
-CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", fused=True)
+CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", platform=Platform("cpu"))
 
 
 @pytest.fixture
@@ -96,7 +98,9 @@ def test_adapted_products(widths: tuple[int, int], result: str, both: Any) -> No
         @jax.jit
         def value_and_gradients(*given: jax.Array) -> Any:
             numerics, weights = replace(CPU, result=result), jnp.abs(mask)
-            y, back = jax.vjp(lambda x, a, b: adapted_matmul(x, kernel, a, b, 0.5, weights, numerics), *given)
+            y, back = jax.vjp(
+                lambda x, a, b: adapted_dense(x, Dense(kernel, Adapter(a, b, 0.5, weights)), numerics).y, *given
+            )
             return y, back(jnp.sin(y))
 
         return value_and_gradients(x, a, b)
@@ -137,15 +141,13 @@ def test_layers_side_by_side_are_each_layer_alone(both: Any) -> None:
     def results(together: bool) -> Any:
         def ys(x: jax.Array, a1: jax.Array, b1: jax.Array, a2: jax.Array, b2: jax.Array) -> list[jax.Array]:
             parts = [
-                Projection(kernels[0], Adapter(a1, b1, 0.5, mask)),
-                Projection(kernels[1], Adapter(a2, b2, 2.0)),
-                Projection(kernels[2]),
+                Dense(kernels[0], Adapter(a1, b1, 0.5, mask)),
+                Dense(kernels[1], Adapter(a2, b2, 2.0)),
+                Dense(kernels[2]),
             ]
             if together:
-                return [made.y for made in project(x, parts, numerics)]
-            y = adapted_matmul(x, expand(kernels[0]), a1, b1, 0.5, mask, numerics)
-            other = adapted_matmul(x, expand(kernels[1]), a2, b2, 2.0, None, numerics)
-            return [y, other, matmul(x, expand(kernels[2]), numerics)]
+                return [made.y for made in parallel_dense(x, parts, numerics)]
+            return [adapted_dense(x, part, numerics).y for part in parts]
 
         @jax.jit
         def run(*given: jax.Array) -> Any:
@@ -177,10 +179,12 @@ def test_norms_of_a_residual_stream(added: bool, both: Any) -> None:
 
 def test_kernels_stay_in_their_stacks() -> None:
     params = init_params(BASE, jax.random.key(1), jnp.bfloat16)
-    scanned, stacks = in_stacks(pack(params))
+    prepared = prepare({"params": params}, numerics_for("bfloat16", "cpu"))
+    scanned, stacks = prepared["params"], prepared[STACKS]
     paths = {f"{path}/kernel" for path in projection_shapes(BASE)}
-    assert set(trees.flatten(stacks)) == paths
+    assert {path.removesuffix("/bits") for path in trees.flatten(stacks)} == paths
     for path, leaf in trees.flatten(scanned).items():
+        path = path.removesuffix("/bits")
         assert leaf.shape == ((BASE.n_layers,) if path in paths else trees.flatten(params)[path].shape)
 
 
@@ -196,12 +200,12 @@ def test_attention(softcap: float, both: Any) -> None:
     q, k, v = draw(1, (2, 70, 4, 16), (2, 70, 2, 16), (2, 70, 2, 16))
     positions = jnp.asarray(np.r_[np.arange(30), np.arange(40)][None])
     segments = jnp.asarray(np.r_[np.full(30, 1), np.full(40, 2)][None])
-    scoring = Scoring(0.25, softcap, "bfloat16", "bfloat16")
+    config = AttentionConfig(0.25, softcap)
 
     def run() -> Any:
         @jax.jit
         def value_and_gradients(*given: jax.Array) -> Any:
-            out, back = jax.vjp(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 25, scoring), *given)
+            out, back = jax.vjp(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 25, config, CPU), *given)
             return out, back(jnp.sin(out))
 
         return value_and_gradients(q, k, v)
@@ -216,13 +220,15 @@ def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any)
     """Rows along the sequence are for meshes that split the batch, and stay XLA's."""
     (hidden,) = draw(2, (2, 30, 32))
     table = draw(3, (700, 32) if transposed else (32, 700))[0].astype(jnp.bfloat16)
-    table = pack_views(table, rank=2) if viewed else table
+    if viewed:
+        part, name = ("embed", "embedding") if transposed else ("lm_head", "kernel")
+        table = prepare({"params": {part: {name: table}}}, CPU)["params"][part][name]
     targets = jnp.asarray(np.random.default_rng(0).integers(0, 700, (2, 30)))
     weights = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 30)) < 0.6, jnp.float32)
-    head = Head(transposed, "bfloat16", softcap=9.0, scale=0.3)
+    head = Head(transposed, softcap=9.0, scale=0.3)
 
     def run() -> Any:
-        loss = lambda h: cross_entropy(h, table, targets, weights, head=head, compact=compact)  # noqa: E731
+        loss = lambda h: cross_entropy(h, table, targets, weights, head, CPU, compact=compact)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(hidden), jax.jit(loss)(hidden)
 
     # XLA's own loss multiplies natively, too.
@@ -236,7 +242,7 @@ def test_gated_products(name: str, both: Any) -> None:
     activation = activations.get(name)
 
     def run() -> Any:
-        out, back = jax.vjp(lambda z, u: gated_product(z, u, activation, "bfloat16")[0], z, u)
+        out, back = jax.vjp(lambda z, u: gated_product(z, u, activation, CPU)[0], z, u)
         return out, back(g)
 
     with_kernels, without = both(run, expected=activation.logistic is not None)
@@ -252,14 +258,14 @@ def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_str
     taken = sampled(z, weights, probe_stride).astype(jnp.float32)
     delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
     config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
-    close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config)), share=1e-4)
+    close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config, CPU)), share=1e-4)
 
 
 def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
     z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
     delta = (hidden @ b).reshape(2, 8, 70)
     probe = Probe(sampled(z.astype(jnp.bfloat16), jnp.ones((2, 32)), 4).astype(jnp.float32) - delta, delta, (hidden, b))
-    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4)
+    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4), CPU
     close(*both(lambda: gate_statistics(*given)), share=1e-4)
 
 
@@ -427,6 +433,6 @@ def test_the_same_bits_twice() -> None:
 def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
     debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
     steps(debug, 1)  # the sound model passes
-    monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+    monkeypatch.setattr(gated_mlp, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         steps(debug, 1)

@@ -2,7 +2,7 @@
 
 Four things are compared, each as a sum of errors over tokens against what is allowed; a value above 1 is a fault:
 
-    check_preactivation   z is the frozen product and the adapter's residual, made apart
+    check_preactivation   z is the frozen product and the adapter's residual, computed apart
     check_identity        phi(z) - phi(z - dz) = F + S, of phi against rho, and phi(z) = rho(z) z
     check_gate            `Activation.gate`, which the backward pass and the statistics read, is rho and its derivative
     check_product         what the down projection reads is phi(z) u
@@ -36,29 +36,29 @@ class Live(NamedTuple):
     """Arrays of one block, ``[..., d_ff]``."""
 
     z: Array  # the full pre-activation, as the program holds it
-    base: Array  # the frozen layer's part of it, made apart
-    dz: Array | None  # the adapter's part, made apart
+    base: Array  # the frozen layer's part of it, computed apart
+    dz: Array | None  # the adapter's part, computed apart
     u: Array | None  # what phi(z) is multiplied by; None where there is no such thing
-    product: Array  # phi(z) u as the program made it
+    product: Array  # phi(z) u as the program computed it
 
 
-def gate_checks(live: Live, activation: Activation, tolerance: float, kept: str) -> dict[str, Array]:
+def gate_checks(live: Live, activation: Activation, tolerance: float, residual: str) -> dict[str, Array]:
     """Largest error over its allowance of any channel, by check: float32 scalars, at most 1 where all is well.
 
     Args:
       live: arrays of the program; constants of the backward pass.
       activation: the one that the block says it uses.
       tolerance: share of ``|F| + |S|`` (or of what else is compared) that an error may have.
-      kept: dtype that z and u are rounded to before the product.
+      residual: dtype that z and u are rounded to before the product.
     """
     live = jax.tree.map(lax.stop_gradient, live)
-    rounding = max(float(jnp.finfo(dtype).eps) for dtype in (live.z.dtype, live.product.dtype, jnp.dtype(kept)))
-    z = live.z.astype(kept).astype(jnp.float32)
+    rounding = max(float(jnp.finfo(dtype).eps) for dtype in (live.z.dtype, live.product.dtype, jnp.dtype(residual)))
+    z = live.z.astype(residual).astype(jnp.float32)
     base = live.base.astype(jnp.float32)
     dz = jnp.zeros_like(z) if live.dz is None else live.dz.astype(jnp.float32)
     want = activation.phi(z)
     if live.u is not None:
-        want = want * live.u.astype(kept).astype(jnp.float32)
+        want = want * live.u.astype(residual).astype(jnp.float32)
     slack = max(rounding, 0.1 * tolerance)
     return {
         "check_preactivation": _worst(

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.nn import attention as module
-from nalora_jax.nn import blockwise_attention
-from nalora_jax.nn.attention import CachedKeys, Keys, Scoring, attention
+from nalora_jax.ops import attention as module
+from nalora_jax.ops import blockwise_attention
+from nalora_jax.ops.attention import CachedKeys, Keys, attention
+from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
 FAR = 2**30
+PLAIN = Numerics()
+SEVERAL = Platform("cpu", "", 8)  # devices: what a CPU runs without native kernels
 
 
 def draw(seq: int, seed: int = 0):
@@ -47,19 +51,24 @@ def layout(seq: int):
 
 @pytest.mark.parametrize("seq", [24, 150])
 @pytest.mark.parametrize(("window", "softcap"), [(FAR, 0.0), (7, 0.0), (FAR, 1.5), (70, 1.5)])
-def test_equals_the_plain_loop(seq, window, softcap):
+def test_equals_the_plain_loop(seq, window, softcap, numerics):
     q, k, v = draw(seq)
     positions, segments = layout(seq)
-    ours = attention(q, Keys(k, v, positions, segments), window, Scoring(0.4, softcap))
-    np.testing.assert_allclose(ours, plain(q, k, v, positions, segments, window, 0.4, softcap), atol=2e-6)
+    keys, config = Keys(k, v, positions, segments), AttentionConfig(0.4, softcap)
+    want = plain(q, k, v, positions, segments, window, 0.4, softcap)
+    attend = jax.jit(attention, static_argnums=(3, 4))
+    np.testing.assert_allclose(attend(q, keys, window, config, numerics()), want, atol=2e-6)
+    seen = segments > 0  # what padding gets is nobody's
+    rounded = attend(q, keys, window, config, numerics("bfloat16", result="float32"))
+    np.testing.assert_allclose(rounded[seen], want[seen], atol=0.05)
 
 
 def test_shared_layout_may_have_one_row():
     q, k, v = draw(20)
     positions, segments = np.arange(20, dtype=np.int32)[None], np.ones((1, 20), np.int32)
-    one = attention(q, Keys(k, v, positions, segments), 6, Scoring(0.4))
+    one = attention(q, Keys(k, v, positions, segments), 6, AttentionConfig(0.4), PLAIN)
     wide = [np.repeat(x, BATCH, axis=0) for x in (positions, segments)]
-    np.testing.assert_array_equal(one, attention(q, Keys(k, v, *wide), 6, Scoring(0.4)))
+    np.testing.assert_array_equal(one, attention(q, Keys(k, v, *wide), 6, AttentionConfig(0.4), PLAIN))
 
 
 @pytest.mark.parametrize("window", [FAR, 6])
@@ -67,22 +76,22 @@ def test_cached_keys_equal_one_run(window):
     q, k, v = draw(30)
     positions = np.tile(np.arange(30, dtype=np.int32), (BATCH, 1))
     segments = np.ones_like(positions)
-    whole = attention(q, Keys(k, v, positions, segments), window, Scoring(0.4))
+    whole = attention(q, Keys(k, v, positions, segments), window, AttentionConfig(0.4), PLAIN)
     # The cache has room to spare: slots of segment 0 that hold anything.
     spare = [np.concatenate([x[:, :20], np.full_like(x[:, :4], 7)], axis=1) for x in (k, v, positions)]
     empty = np.concatenate([segments[:, :20], np.zeros_like(segments[:, :4])], axis=1)
     new = Keys(*(x[:, 20:] for x in (k, v, positions, segments)))
     k, v = spare[0].transpose(0, 2, 3, 1), spare[1].transpose(0, 2, 1, 3)
-    ours = attention(q[:, 20:], new, window, Scoring(0.4), cached=CachedKeys(k, v, spare[2], empty))
+    ours = attention(q[:, 20:], new, window, AttentionConfig(0.4), PLAIN, cached=CachedKeys(k, v, spare[2], empty))
     np.testing.assert_allclose(ours, whole[:, 20:], atol=2e-6)
 
 
-def dense(q, k, v, positions, segments, window, scoring):
+def dense(q, k, v, positions, segments, window, config):
     """All scores at once, for autodiff."""
     k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * scoring.scale
-    if scoring.softcap:
-        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * config.scale
+    if config.softcap:
+        scores = config.softcap * jnp.tanh(scores / config.softcap)
     ahead = positions[:, :, None] - positions[:, None, :]
     seen = (segments[:, :, None] == segments[:, None, :]) & (ahead >= 0) & (ahead < window)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30)), v)
@@ -93,7 +102,7 @@ def dense(q, k, v, positions, segments, window, scoring):
 def test_gradients_are_autodiffs(seq, softcap):
     q, k, v = draw(seq)
     positions, segments = layout(seq)
-    scoring = Scoring(0.4, softcap)
+    config = AttentionConfig(0.4, softcap)
 
     def gradients(attend):
         def loss(q, k, v):
@@ -101,8 +110,8 @@ def test_gradients_are_autodiffs(seq, softcap):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    ours = gradients(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 40, scoring))
-    want = gradients(lambda q, k, v: dense(q, k, v, positions, segments, 40, scoring))
+    ours = gradients(lambda q, k, v: attention(q, Keys(k, v, positions, segments), 40, config, PLAIN))
+    want = gradients(lambda q, k, v: dense(q, k, v, positions, segments, 40, config))
     for a, b in zip(ours, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -115,7 +124,8 @@ def test_long_blocks_go_in_pieces(monkeypatch, softcap):
 
     def value_and_gradients():
         def loss(q, k, v):
-            return jnp.sum(attention(q, Keys(k, v, positions, segments), 70, Scoring(0.4, softcap)) * weights)
+            out = attention(q, Keys(k, v, positions, segments), 70, AttentionConfig(0.4, softcap), PLAIN)
+            return jnp.sum(out * weights)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
 
@@ -136,7 +146,7 @@ def test_memory_of_a_long_sequence_is_linear():
         row = jax.ShapeDtypeStruct((1, seq), jnp.int32)
 
         def loss(q, k, v, positions, segments):
-            return jnp.sum(attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4)))
+            return jnp.sum(attention(q, Keys(k, v, positions, segments), FAR, AttentionConfig(0.4), PLAIN))
 
         program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, row, row).compile()
         return program.memory_analysis().temp_size_in_bytes
@@ -144,13 +154,14 @@ def test_memory_of_a_long_sequence_is_linear():
     assert temporary(8192) < 2.3 * temporary(4096)
 
 
-def test_what_is_kept_in_bf16_costs_its_rounding_only():
+def test_what_is_saved_in_bf16_costs_its_rounding_only(numerics):
     q, k, v = draw(100)
-    positions, segments = layout(100)
+    keys = Keys(k, v, *layout(100))
 
-    def gradients(kept):
+    def gradients(dtype):
         def loss(q, k, v):
-            return jnp.sum(jnp.sin(attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4, kept=kept))))
+            chosen = numerics(residual=dtype)
+            return jnp.sum(jnp.sin(attention(q, keys._replace(k=k, v=v), FAR, AttentionConfig(0.4), chosen)))
 
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
@@ -163,19 +174,21 @@ def test_what_is_kept_in_bf16_costs_its_rounding_only():
 )
 @pytest.mark.parametrize("seq", [1, 8, 64, 65, 128, 200])
 def test_bf16_products_run_at_every_shape(seq, batch, heads, kv_heads, dim):
-    # XLA:CPU folds a turned operand or result into a product, and knows few of those that come of it in bf16.
+    # XLA:CPU folds a transposed operand or result into a product, and knows few of those that come of it in bf16.
     rng = np.random.default_rng(seq)
     q = rng.normal(size=(batch, seq, heads, dim)).astype(np.float32)
     k, v = rng.normal(size=(2, batch, seq, kv_heads, dim)).astype(np.float32)
     positions, segments = np.arange(seq, dtype=np.int32)[None], np.ones((1, seq), np.int32)
 
     def gradients(dtype):
+        chosen, config = numerics_for(dtype, SEVERAL), AttentionConfig(dim**-0.5)
+
         def loss(q, k, v):
-            return jnp.sum(jnp.sin(attention(q, Keys(k, v, positions, segments), FAR, Scoring(dim**-0.5, 0.0, *dtype))))
+            return jnp.sum(jnp.sin(attention(q, Keys(k, v, positions, segments), FAR, config, chosen)))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    for low, high in zip(gradients(("bfloat16", "bfloat16")), gradients(("float32", "float32")), strict=True):
+    for low, high in zip(gradients("bfloat16"), gradients("float32"), strict=True):
         assert np.abs(low - high).max() < 0.05 * max(1.0, np.abs(high).max())
 
 
@@ -186,20 +199,22 @@ def test_dropout_in_blocks_recomputes_the_same(monkeypatch):
     def gradients():  # a new function each time: jit would keep the first program
         def loss(q, k, v):
             keys, rng = Keys(k, v, positions, segments), jax.random.key(3)
-            return jnp.sum(jnp.sin(attention(q, keys, FAR, Scoring(0.4, dropout=0.3), dropout_rng=rng)))
+            config = AttentionConfig(0.4, dropout=0.3)
+            return jnp.sum(jnp.sin(attention(q, keys, FAR, config, PLAIN, dropout_rng=rng)))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    stored = gradients()
+    saved = gradients()
     monkeypatch.setattr(module, "_RECOMPUTE_FROM", 64)
-    for a, b in zip(stored, gradients(), strict=True):
+    for a, b in zip(saved, gradients(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_the_upper_triangle_is_skipped():
     q, k, v = draw(256)
     keys = Keys(k, v, np.arange(256, dtype=np.int32)[None], np.ones((1, 256), np.int32))
-    flops = jax.jit(lambda q: attention(q, keys, FAR, Scoring(0.4))).lower(q).compile().cost_analysis()["flops"]
+    program = jax.jit(lambda q: attention(q, keys, FAR, AttentionConfig(0.4), PLAIN)).lower(q).compile()
+    flops = program.cost_analysis()["flops"]
     products = 2 * 2 * BATCH * HEADS * 256 * 256 * DIM
     assert flops < 0.8 * products + 20 * BATCH * HEADS * 256 * 256  # the masks and the softmax, generously
 
@@ -207,10 +222,10 @@ def test_the_upper_triangle_is_skipped():
 def test_dropout_keeps_the_mean_and_needs_its_key():
     q, k, v = draw(16)
     keys = Keys(k, v, np.arange(16, dtype=np.int32)[None], np.ones((1, 16), np.int32))
-    scoring = Scoring(0.4, dropout=0.3)
-    still = attention(q, keys, FAR, scoring)
-    np.testing.assert_array_equal(still, attention(q, keys, FAR, Scoring(0.4)))
-    drop = jax.jit(jax.vmap(lambda key: attention(q, keys, FAR, scoring, dropout_rng=key)))
+    config = AttentionConfig(0.4, dropout=0.3)
+    still = attention(q, keys, FAR, config, PLAIN)
+    np.testing.assert_array_equal(still, attention(q, keys, FAR, AttentionConfig(0.4), PLAIN))
+    drop = jax.jit(jax.vmap(lambda key: attention(q, keys, FAR, config, PLAIN, dropout_rng=key)))
     many = drop(jax.random.split(jax.random.key(0), 300))
     assert np.abs(many[0] - still).max() > 0.1
     np.testing.assert_allclose(many.mean(0), still, atol=0.3)
@@ -219,7 +234,7 @@ def test_dropout_keeps_the_mean_and_needs_its_key():
 def test_low_precision_operands_stay_close():
     q, k, v = draw(64)
     positions, segments = layout(64)
-    exact = attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4))
-    rounded = attention(q, Keys(k, v, positions, segments), FAR, Scoring(0.4, operand="bfloat16"))
+    exact = attention(q, Keys(k, v, positions, segments), FAR, AttentionConfig(0.4), PLAIN)
+    rounded = attention(q, Keys(k, v, positions, segments), FAR, AttentionConfig(0.4), Numerics("bfloat16"))
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, atol=0.05)

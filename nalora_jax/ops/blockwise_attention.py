@@ -1,29 +1,41 @@
 """Self-attention of training in plain XLA: blocks of queries, forward and backward, no score outlives its block.
 
-The backward pass makes the probabilities again from the kept queries, keys and log-sum-exp, as flash attention does
-(arXiv 2205.14135); autodiff would keep ``[heads, seq, seq]`` of them, and differentiate the softmax in more passes.
+The backward pass recomputes the probabilities from the saved queries, keys and log-sum-exps, as flash attention does
+(arXiv 2205.14135); autodiff would save ``[heads, seq, seq]`` of them, and differentiate the softmax in more passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
-from nalora_jax.cpu import native
-from nalora_jax.nn.matmul import restored, rounded, stored
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Stored
 
-if TYPE_CHECKING:
-    from nalora_jax.nn.attention import Scoring
-
-# Queries whose scores are made at once: longer blocks go piece by piece, so that memory grows with the keys alone.
+# Queries whose scores are computed together: longer blocks go piece by piece, so that memory grows with the keys alone.
 PIECE = 256
 # Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
 UNSEEN = -1e30
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How scores are computed, and what a kernel must know before it runs; static."""
+
+    scale: float  # multiplies q . k
+    softcap: float = 0.0  # c tanh(score / c); 0: none
+    dropout: float = 0.0  # rate on the probabilities
+    windows: tuple[int, ...] = ()  # every value that the window may have, ascending; () means that it is never used
+    sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
+    interpret: bool = False  # run Pallas kernels in Python, for tests
 
 
 def block_size(seq: int) -> int:
@@ -46,7 +58,7 @@ def visibility(
     return same & (ahead >= 0) & (ahead < window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def blockwise_attention(
     q: jax.Array,
     k: jax.Array,
@@ -54,7 +66,8 @@ def blockwise_attention(
     positions: jax.Array,
     segments: jax.Array,
     window: jax.Array | int,
-    scoring: Scoring,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> jax.Array:
     """Softmax attention of every token over the tokens of its segment up to itself, within the window.
 
@@ -65,12 +78,13 @@ def blockwise_attention(
       positions: int ``[batch or 1, seq]``, in order along each segment.
       segments: int ``[batch or 1, seq]``.
       window: scalar.
-      scoring: scale, soft cap, dtypes; its dropout is not applied.
+      config: scale and soft cap; its dropout is not applied.
+      numerics: dtypes.
 
     Returns:
-      ``[batch, seq, heads, head_dim]`` in ``scoring.result``.
+      ``[batch, seq, heads, head_dim]`` in ``numerics.result``.
     """
-    return _fwd(q, k, v, positions, segments, window, scoring)[0]
+    return _fwd(q, k, v, positions, segments, window, config, numerics)[0]
 
 
 def _fwd(
@@ -80,111 +94,80 @@ def _fwd(
     positions: jax.Array,
     segments: jax.Array,
     window: jax.Array | int,
-    scoring: Scoring,
+    config: AttentionConfig,
+    numerics: Numerics,
 ) -> tuple[jax.Array, Any]:
-    if _is_native(scoring):
-        return _native_fwd(q, k, v, positions, segments, window, scoring)
-    heads = tuple(stored(by_key_head(x, k.shape[2]), scoring.kept) for x in (q * scoring.scale, k, v))
+    save = partial(save_residual, dtype=numerics.residual, numerics=numerics)
+    heads = tuple(save(by_key_head(x, k.shape[2])) for x in (q * config.scale, k, v))
     outs, totals = [], []
     for start, end in blocks(q.shape[1]):
         seen = _seen(heads, positions, segments, window, end)
-        rows = (heads[0][..., start:end, :], *_own(positions, segments, start, end))
-        _, (out, total) = _by_pieces(partial(_attended, seen, scoring), None, rows)
+        rows = (_rows(heads[0], start, end), *_own(positions, segments, start, end))
+        _, (out, total) = _by_pieces(partial(_attended, seen, config, numerics), None, rows)
         outs.append(out)
         totals.append(total)
     out, logsumexp = _joined(outs), _joined(totals)  # [batch, kv_heads, groups, seq, head_dim or 1]
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    held = stored(out, scoring.kept)
-    kept = (*heads, held, stored(logsumexp, "float32"), positions, segments, window, like)
-    return by_token(restored(held, scoring.result)), kept
+    saved = save(out)
+    total = save_residual(logsumexp, "float32", numerics)
+    residuals = (*heads, saved, total, positions, segments, window, like)
+    return by_token(read_residual(saved, numerics.result)), residuals
 
 
-def _is_native(scoring: Scoring) -> bool:
-    """Whether `nalora_jax.cpu.native` does the work: it reads and keeps bf16, and nothing else."""
-    return scoring.operand == scoring.kept == "bfloat16" and native.available()
-
-
-def _native_fwd(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    window: jax.Array | int,
-    scoring: Scoring,
-) -> tuple[jax.Array, Any]:
-    heads = native.Heads(
-        stored(q * scoring.scale, scoring.kept),
-        stored(k, scoring.kept),
-        stored(v, scoring.kept),
-        positions,
-        segments,
-        window,
-    )
-    out, logsumexp = native.attention(heads, scoring.softcap)
-    out, logsumexp = stored(out, scoring.kept), stored(logsumexp, "float32")
-    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
-    held = out if native.needs_result(q.shape[1], scoring.softcap) else None
-    return restored(out, scoring.result), (heads, held, logsumexp, like)
-
-
-def _native_bwd(scoring: Scoring, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
-    heads, out, logsumexp, like = residuals
-    dq, dk, dv = native.attention_gradient(heads, out, logsumexp, rounded(g, scoring.kept), scoring.softcap)
-    grads = (rounded(x, y.dtype) for x, y in zip((dq * scoring.scale, dk, dv), like, strict=True))
-    return *grads, None, None, None
-
-
-def _attended(seen: _Seen, scoring: Scoring, carry: None, rows: tuple[jax.Array, ...]) -> tuple[None, Any]:
+def _attended(
+    seen: _Seen, config: AttentionConfig, numerics: Numerics, carry: None, rows: tuple[Any, ...]
+) -> tuple[None, Any]:
     """Results and log-sum-exps of some queries."""
-    scores, unseen = _scores(seen, scoring, *rows)
+    scores, unseen = _scores(seen, config, numerics, *rows)
     scores = scores + unseen
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     # The softmax's division comes after the product with the values: a pass over head_dim, not over all keys.
-    out = product("bkgqt,bktd->bkgqd", weights, seen.value, scoring.operand) / total
+    out = product("bkgqt,bktd->bkgqd", weights, seen.value, numerics) / total
     return carry, (out, top + jnp.log(total))
 
 
-def _bwd(scoring: Scoring, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    if _is_native(scoring):
-        return _native_bwd(scoring, kept, g)
-    *heads, out, logsumexp, positions, segments, window, like = kept
+def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    *heads, out, logsumexp, positions, segments, window, like = residuals
     kv_heads, seq = heads[1].shape[1], g.shape[1]
     g = by_key_head(g.astype(jnp.float32), kv_heads)
-    inner = jnp.sum(g * restored(out, jnp.float32), axis=-1, keepdims=True)
+    inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
     # The last block first: it alone adds to all keys, so that the others add to a part of what it made, in place.
     for start, end in reversed(list(blocks(seq))):
         seen = _seen(heads, positions, segments, window, end)
-        by_query = (x[..., start:end, :] for x in (logsumexp, g, inner))
-        rows = (heads[0][..., start:end, :], *_own(positions, segments, start, end), *by_query)
+        by_query = (_rows(x, start, end) for x in (logsumexp, g, inner))
+        rows = (_rows(heads[0], start, end), *_own(positions, segments, start, end), *by_query)
         sums = (dk[..., :end], dv[..., :end])
-        sums, dq_block = _by_pieces(partial(_gradients, seen, scoring), sums, rows)
+        sums, dq_block = _by_pieces(partial(_gradients, seen, config, numerics), sums, rows)
         dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
         dq.append(dq_block)
-    # The barrier keeps XLA:CPU from turning a product instead of its result, which it then cannot run in bf16.
+    # The barrier keeps XLA:CPU from transposing inside a product instead of behind it, which it cannot run in bf16.
     dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
-    grads = (by_token(_joined(dq[::-1])) * scoring.scale, by_token(dk), by_token(dv))
+    grads = (by_token(_joined(dq[::-1])) * config.scale, by_token(dk), by_token(dv))
     return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None)
 
 
 def _gradients(
-    seen: _Seen, scoring: Scoring, sums: tuple[jax.Array, jax.Array], rows: tuple[jax.Array, ...]
+    seen: _Seen,
+    config: AttentionConfig,
+    numerics: Numerics,
+    sums: tuple[jax.Array, jax.Array],
+    rows: tuple[Any, ...],
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """``dk`` and ``dv``, ``[..., head_dim, keys]``, with what some queries add to them, and those queries' ``dq``."""
     query, positions, segments, logsumexp, g, inner = rows
-    scores, unseen = _scores(seen, scoring, query, positions, segments)
+    scores, unseen = _scores(seen, config, numerics, query, positions, segments)
     weights = jnp.exp(scores + (unseen - logsumexp))
-    slope = weights * (product("bkgqd,bktd->bkgqt", g, seen.value, scoring.operand) - inner)
-    if scoring.softcap:
-        slope = slope * (1 - jnp.square(scores / scoring.softcap))
-    # Queries on the left: a product wants its left operand turned, and scores are wider than heads.
-    dk = sums[0] + product("bkgqd,bkgqt->bkdt", restored(query, jnp.float32), slope, scoring.operand)
-    dv = sums[1] + product("bkgqd,bkgqt->bkdt", g, weights, scoring.operand)
-    return (dk, dv), product("bkgqt,bktd->bkgqd", slope, seen.key, scoring.operand)
+    slope = weights * (product("bkgqd,bktd->bkgqt", g, seen.value, numerics) - inner)
+    if config.softcap:
+        slope = slope * (1 - jnp.square(scores / config.softcap))
+    # Queries on the left: a product transposes its left operand, and scores are wider than heads.
+    dk = sums[0] + product("bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, numerics)
+    dv = sums[1] + product("bkgqd,bkgqt->bkdt", g, weights, numerics)
+    return (dk, dv), product("bkgqt,bktd->bkgqd", slope, seen.key, numerics)
 
 
 blockwise_attention.defvjp(_fwd, _bwd)
@@ -200,12 +183,13 @@ def blocks(seq: int) -> Iterator[tuple[int, int]]:
         start += length
 
 
-def _by_pieces(step: Any, carry: Any, rows: tuple[jax.Array, ...]) -> Any:
+def _by_pieces(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
     """``step(carry, rows)`` on pieces of the rows (axis -2), one after the other, the results joined on that axis."""
     length = rows[0].shape[-2]
     if length <= PIECE:
         return step(carry, rows)
-    carry, made = lax.scan(step, carry, tuple(_split(x, length // PIECE) for x in rows))
+    split = partial(_split, count=length // PIECE)
+    carry, made = lax.scan(step, carry, jax.tree.map(split, rows))
     return carry, jax.tree.map(_unsplit, made)
 
 
@@ -220,6 +204,16 @@ def _unsplit(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
+def _rows(x: Any, start: int, end: int) -> Any:
+    """Some rows (axis -2) of an array, or of a saved one in whatever form it is stored."""
+    return jax.tree.map(lambda leaf: leaf[..., start:end, :], x)
+
+
+def _keys(x: Any, end: int) -> Any:
+    """``[batch, kv_heads, 1, seq, head_dim]`` -> ``[batch, kv_heads, end, head_dim]``, likewise."""
+    return jax.tree.map(lambda leaf: leaf[:, :, 0, :end], x)
+
+
 class _Seen(NamedTuple):
     """What the queries of a block may see: the keys up to its end."""
 
@@ -231,7 +225,7 @@ class _Seen(NamedTuple):
 
 
 def _seen(heads: Any, positions: jax.Array, segments: jax.Array, window: jax.Array | int, end: int) -> _Seen:
-    key, value = (restored(x[:, :, 0, :end], jnp.float32) for x in heads[1:])
+    key, value = (read_residual(_keys(x, end), jnp.float32) for x in heads[1:])
     return _Seen(key, value, positions[:, :end], segments[:, :end], window)
 
 
@@ -241,19 +235,24 @@ def _own(positions: jax.Array, segments: jax.Array, start: int, end: int) -> tup
 
 
 def _scores(
-    seen: _Seen, scoring: Scoring, query: jax.Array, positions: jax.Array, segments: jax.Array
+    seen: _Seen,
+    config: AttentionConfig,
+    numerics: Numerics,
+    query: jax.Array | Stored,
+    positions: jax.Array,
+    segments: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores ``[batch, kv_heads, groups, rows, keys]``, soft cap applied, and which of them are seen."""
-    # Tied to the queries, or the mask of every layer would be made ahead of them all and held: [batch, seq, seq].
-    query, positions = lax.optimization_barrier((restored(query, jnp.float32), positions))
-    scores = capped(product("bkgqd,bktd->bkgqt", query, seen.key, scoring.operand), scoring)
+    # Tied to the queries, or the mask of every layer would be computed ahead of them all: [batch, seq, seq].
+    floats, positions = lax.optimization_barrier((read_residual(query, jnp.float32), positions))
+    scores = capped(product("bkgqd,bktd->bkgqt", floats, seen.key, numerics), config)
     visible = visibility(positions[..., 0], segments[..., 0], seen.positions, seen.segments, seen.window)
     return scores, jnp.where(visible[:, None, None], 0.0, UNSEEN)
 
 
-def capped(scores: jax.Array, scoring: Scoring) -> jax.Array:
+def capped(scores: jax.Array, config: AttentionConfig) -> jax.Array:
     """``c tanh(score / c)`` where there is a soft cap."""
-    return scoring.softcap * jnp.tanh(scores / scoring.softcap) if scoring.softcap else scores
+    return config.softcap * jnp.tanh(scores / config.softcap) if config.softcap else scores
 
 
 def by_key_head(x: jax.Array, kv_heads: int) -> jax.Array:
@@ -272,6 +271,7 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
 
 
-def product(equation: str, x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
-    """`jnp.einsum` with operands rounded to ``operand`` and a float32 result."""
-    return jnp.einsum(equation, rounded(x, operand), rounded(y, operand), preferred_element_type=jnp.float32)
+def product(equation: str, x: jax.Array, y: jax.Array, numerics: Numerics) -> jax.Array:
+    """`jnp.einsum` with operands rounded to ``numerics.operand`` and a float32 result."""
+    operands = (rounded(side, numerics.operand, numerics) for side in (x, y))
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

@@ -1,0 +1,216 @@
+"""Products of adapted layers on a CPU: the frozen product and the adapter's as one, and several layers in one call.
+
+The adapter's arithmetic is nothing, but its passes over ``[tokens, d_ff]`` are not where memory is the limit: on CPU
+they cost a third of the frozen products that they accompany. What differs from `nalora_jax.ops.adapted_dense` are the
+products alone; the gated gradient is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.cpu import native
+from nalora_jax.cpu.implementation import CPU
+from nalora_jax.cpu.matmul import is_native, native_sums
+from nalora_jax.cpu.native import Sum, Term
+from nalora_jax.cpu.storage import bf16_bits, from_bits
+from nalora_jax.ops import adapted_dense as ops
+from nalora_jax.ops.adapted_dense import Adapted, Dense, Factors, LowRankHidden, Products, add_bias, gated
+from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Kernel, expand
+
+
+@CPU.implements(ops.adapted_dense)
+def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
+    """A layer with one adapter, without DoRA or dropout."""
+    if dense.adapter is None or not dense.is_plain:
+        return NotImplemented
+    if is_native(_rows(x), numerics.operand, numerics):
+        return together(NativeProducts(numerics), x, [dense])[0]
+    return together(FusedProducts(numerics), x, [dense])[0] if worthwhile(x, dense.kernel) else NotImplemented
+
+
+@CPU.implements(ops.parallel_dense)
+def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
+    """Natively, in one call each way.
+
+    Threads share the work of all layers, and the gradients of x are added up where their products are computed: apart,
+    each of them would be written whole, and read again to be added up.
+    """
+    if not all(layer.is_plain for layer in layers) or not is_native(_rows(x), numerics.operand, numerics):
+        return NotImplemented
+    return together(NativeProducts(numerics), x, layers)
+
+
+def _rows(x: jax.Array) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def worthwhile(x: jax.Array, kernel: Kernel) -> bool:
+    """Whether x has so many rows that what a second pass costs is more than a copy of the kernel beside its factor.
+
+    It has not where text is generated: there the copy would be made for every token.
+    """
+    return 2 * _rows(x) >= kernel.shape[-2]
+
+
+def together(products: Products, x: jax.Array, layers: Sequence[Dense]) -> list[Adapted]:
+    """What plain layers make of x ``[..., d_in]``."""
+    factors = tuple(Factors.of(layer.adapter, layer.kernel) for layer in layers)
+    ys, hidden = gated(products, x.reshape(-1, x.shape[-1]), factors)
+    ys, hidden = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
+    return [
+        Adapted(add_bias(y, layer.bias), None if layer.adapter is None else LowRankHidden(h, layer.adapter.b))
+        for layer, y, h in zip(layers, ys, hidden, strict=True)
+    ]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FusedProducts(Products):
+    """One layer by XLA: the low-rank factor on its wide side rides along in the frozen product.
+
+    It is ``r`` more rows or columns of the kernel::
+
+        wide output (gate, up)   y  = [x, s x A] [W; B]      dx = g [W; B]^T, its last r columns being g B^T
+        wide input (down)        y  = x [W, A], whose last r columns are x A
+                                 dx = [g, s g B^T] [W, A]^T
+    """
+
+    numerics: Numerics = field(metadata={"static": True})
+
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+        """See `Products`."""
+        ((a, b, scale, _, kernel),), n = layers, self.numerics
+        d_in, d_out = kernel.shape
+        multiple = contraction_multiple(n)
+        # s x A is saved by a rematerialised layer: r columns, for which it would compute a product over x again.
+        if d_out > d_in:
+            hidden: Any = save_residual(scale * dot(x, a, n), "float32", n)
+            y = dot(self._joined(x, hidden, 1, multiple), self._joined(expand(kernel), b, 0, multiple), n)
+        else:
+            both = dot(x, self._joined(expand(kernel), a, 1), n)
+            hidden = save_residual(scale * both[:, d_out:], "float32", n)
+            y = both[:, :d_out] + dot(hidden, b, n)
+        return [rounded(y, n.result, n)], [hidden]
+
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], jax.Array | None]:
+        """See `Products`."""
+        ((_, _, _, _, kernel),), (g,), (wide,) = layers, gs, wides
+        d_in, d_out = kernel.shape
+        if d_out <= d_in:
+            return [dot(g, wide, self.numerics, dims=(1, 1))], None
+        both = dot(g, self._joined(expand(kernel), wide, 0), self.numerics, dims=(1, 1))
+        return [both[:, d_in:]], both[:, :d_in]
+
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        shaping: Sequence[Any],
+        beside: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        ((a, _, _, _, kernel),), (g,), n = layers, gs, self.numerics
+        if beside is not None:
+            dx = beside + dot(exact[0], a, n, dims=(1, 1))
+        else:
+            multiple = contraction_multiple(n)
+            sides = self._joined(g, exact[0], 1, multiple), self._joined(expand(kernel), a, 1, multiple)
+            dx = dot(*sides, n, dims=(1, 1))
+        da, db = self._narrow(shaping[0], x).T, self._narrow(hidden[0], g)
+        return rounded(dx, x.dtype, n), [da], [db]
+
+    def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
+        """Both rounded, one behind the other, and zeros up to the next ``multiple``."""
+        # As integers: XLA:CPU would join bf16 in float32, and convert both ways.
+        parts = [bf16_bits(rounded(part, self.numerics.operand, self.numerics)) for part in (first, second)]
+        if missing := -sum(part.shape[axis] for part in parts) % multiple:
+            shape = (*parts[0].shape[:axis], missing, *parts[0].shape[axis + 1 :])
+            parts.append(jnp.zeros(shape, parts[0].dtype))
+        return from_bits(jnp.concatenate(parts, axis=axis))
+
+    def _narrow(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """``x^T y`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``: ``[r, d]``."""
+        # XLA:CPU contracts the rows of a left operand in float32 only, for which the wide side would be made twice.
+        # With a row of zeros the transposed side is an array of its own, which XLA does not fold into the product.
+        transposed = bf16_bits(rounded(x, self.numerics.operand, self.numerics)).T
+        transposed = from_bits(jnp.concatenate([transposed, jnp.zeros_like(transposed[:1])]))
+        return dot(transposed, y, self.numerics)[: x.shape[1]]
+
+
+def contraction_multiple(numerics: Numerics) -> int:
+    """What the length of a contraction should be a multiple of.
+
+    Tiles of AMX take 32 bf16 numbers: 608 columns, the last 24 of them zeros, are a fifth faster than 584.
+    """
+    return 32 if numerics.operand == "bfloat16" and native.has_tiles() else 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NativeProducts(Products):
+    """Any number of layers by `nalora_jax.cpu.native`, with adapters or without."""
+
+    numerics: Numerics = field(metadata={"static": True})
+
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[Any]]:
+        """See `Products`."""
+        n = self.numerics
+        adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
+        narrow = native_sums(n, *(Sum([Term(x, layers[i].a)]) for i in adapted)) if adapted else []
+        hidden: list[Any] = [None] * len(layers)
+        terms = [[Term(x, layer.kernel)] for layer in layers]
+        for i, y in zip(adapted, narrow, strict=True):
+            # s x A is saved by a rematerialised layer: r columns, for which it would make a pass over x again.
+            hidden[i] = save_residual(layers[i].scale * y, "float32", n)
+            terms[i].append(Term(hidden[i], layers[i].b))
+        return native_sums(n, *(Sum(of, n.result) for of in terms)), hidden
+
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[Any]
+    ) -> tuple[list[Any], None]:
+        """See `Products`."""
+        sums = {i: Sum([Term(gs[i], wide, True)]) for i, wide in enumerate(wides) if wide is not None}
+        made = dict(zip(sums, native_sums(self.numerics, *sums.values()) if sums else [], strict=True))
+        return [made.get(i) for i in range(len(layers))], None
+
+    def input_terms(self, gs: Sequence[jax.Array], layers: Sequence[Factors], exact: Sequence[Any]) -> list[Term]:
+        """What the gradient of x is the sum of."""
+        terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]
+        return terms + [Term(e, layer.a, True) for e, layer in zip(exact, layers, strict=True) if e is not None]
+
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        shaping: Sequence[Any],
+        beside: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
+        sums = [Sum(self.input_terms(gs, layers, exact), x.dtype)]
+        for i in adapted:
+            sums += [Sum([Term(shaping[i].T, x)]), Sum([Term(read_residual(hidden[i], "float32").T, gs[i])])]
+        dx, *found = native_sums(self.numerics, *sums)
+        das: list[Any] = [None] * len(layers)
+        dbs: list[Any] = [None] * len(layers)
+        for i, da, db in zip(adapted, found[::2], found[1::2], strict=True):
+            das[i], dbs[i] = da.T, db
+        return dx, das, dbs

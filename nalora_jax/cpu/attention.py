@@ -1,0 +1,101 @@
+"""Attention by native kernels (`nalora_jax.cpu.native`): of training in bf16, and of one new token a row to a cache."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.cpu import native
+from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.storage import Bits
+from nalora_jax.ops import attention as ops
+from nalora_jax.ops.attention import CachedKeys, Keys, drops
+from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import read_residual, rounded, save_residual
+from nalora_jax.ops.storage import Kernel
+
+
+@CPU.implements(ops.reads_cache_in_place)
+def reads_cache_in_place(seq: int, cache: Kernel, numerics: Numerics) -> bool:
+    """One token a row, of a cache with slots that is stored as bits."""
+    one = seq == 1 and isinstance(cache, Bits) and cache.shape[-1] > 0
+    return one and usable(numerics) and native.multiplies_few_rows()
+
+
+@CPU.implements(ops.attention)
+def attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Without dropout; a cache where it is read in place."""
+    if drops(config, dropout_rng):
+        return NotImplemented
+    if cached is not None and isinstance(cached.k, native.Slice):
+        assert isinstance(cached.v, native.Slice)
+        heads = native.Heads(q, *keys, window)
+        stack = native.Cached(cached.k, cached.v, cached.positions, cached.segments)
+        return native.cached_attention(heads, stack, config.scale, config.softcap).astype(numerics.result)
+    empty = cached is None or cached.positions.shape[1] == 0
+    if empty and numerics.operand == numerics.residual == "bfloat16" and usable(numerics):
+        return _attention(q, *keys, window, config, numerics)
+    return NotImplemented
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+) -> jax.Array:
+    return _fwd(q, k, v, positions, segments, window, config, numerics)[0]
+
+
+def _fwd(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+) -> tuple[jax.Array, Any]:
+    save = partial(save_residual, dtype="bfloat16", numerics=numerics)
+    arrays = [save(x) for x in (q * config.scale, k, v)]
+    rest = (positions, segments, window)
+    out, logsumexp = native.attention(_heads(arrays, rest), config.softcap)
+    saved, total = save(out), save_residual(logsumexp, "float32", numerics)
+    like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
+    needed = saved if native.needs_result(q.shape[1], config.softcap) else None
+    return read_residual(saved, numerics.result), (arrays, rest, needed, total, like)
+
+
+def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+    arrays, rest, saved, logsumexp, like = residuals
+    out = None if saved is None else read_residual(saved, "bfloat16")
+    g = rounded(g, "bfloat16", numerics)
+    dq, dk, dv = native.attention_gradient(_heads(arrays, rest), out, logsumexp, g, config.softcap)
+    grads = (rounded(x, y.dtype, numerics) for x, y in zip((dq * config.scale, dk, dv), like, strict=True))
+    return *grads, None, None, None
+
+
+def _heads(arrays: Any, rest: Any) -> native.Heads:
+    return native.Heads(*(read_residual(x, "bfloat16") for x in arrays), *rest)
+
+
+_attention.defvjp(_fwd, _bwd)

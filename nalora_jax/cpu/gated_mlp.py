@@ -1,0 +1,245 @@
+"""The gated block by native kernels (`nalora_jax.cpu.native`): its two halves as one function each.
+
+    z = x W_gate + ...,  u = x W_up + ...          one call for both (`nalora_jax.cpu.adapted_dense`)
+    h = phi(z) u,        y = h W_down + ...        `_gated_down`
+
+The backward pass of the second recomputes h where it computes the gradients of z and u, from one reading of both: h is
+neither saved nor computed by a pass of its own. The statistics are taken in the pass that computes h, in the forward
+pass only: not again where a rematerialised layer recomputes h.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax import activations, selection
+from nalora_jax.activations import Activation
+from nalora_jax.cpu import native
+from nalora_jax.cpu.adapted_dense import NativeProducts, together
+from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.cpu.matmul import is_native, native_sums
+from nalora_jax.cpu.native import Logistic, Measured, Sum, Term
+from nalora_jax.ops import gated_mlp as ops
+from nalora_jax.ops.adapted_dense import Adapted, Dense, Factors, LowRankHidden, add_bias
+from nalora_jax.ops.gated_mlp import GateStatsConfig, Measurement, Probe
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import SAVED_WIDE, read_residual, save_residual
+
+
+@CPU.implements(ops.gated_mlp)
+def gated_mlp(
+    x: jax.Array,
+    gate: Dense,
+    up: Dense | None,
+    down: Dense,
+    activation: Activation,
+    numerics: Numerics,
+    measurement: Measurement | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """A block whose gate is a logistic function, in bf16, of plain layers."""
+    within = numerics.within()
+    bf16 = within.result == numerics.residual == "bfloat16" and is_native(
+        math.prod(x.shape[:-1]), numerics.operand, numerics
+    )
+    if up is None or activation.logistic is None or not bf16:
+        return NotImplemented
+    elsewhere = gate.adapter is not None and gate.adapter.start is not None
+    if measurement is not None and (elsewhere or measurement.config.extra):  # not what a kernel measures
+        return NotImplemented
+    if not all(layer.is_plain for layer in (gate, up, down)):
+        return NotImplemented
+    z, u = together(NativeProducts(within), x, [gate, up])
+    z = z._replace(y=ops.tapped(z.y, measurement))
+    config = GateStatsConfig() if measurement is None else measurement.config
+    partition = activations.partition(activation.name, config.tolerance)
+    gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
+    measured = None if measurement is None else _measured(z, measurement.weights, measurement.config)
+    y, sums, h = gated_down(z.y, u.y, down, gating, measured, numerics)
+    if measured is None or measurement is None or sums is None:
+        return add_bias(y, down.bias), None
+    statistics = _named(sums, measured.weights, measured.probe_weights)
+    if config.check:
+        live = z.y, u.y, h
+        statistics |= ops.block_checks(x, gate, live, z.delta, activation, numerics, config.check)
+    return add_bias(y, down.bias), statistics
+
+
+def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measured:
+    """What the kernel takes statistics with: the weights of all tokens, 0 where a stride leaves them out."""
+    if isinstance(z.delta, LowRankHidden):
+        hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
+    else:
+        hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
+    taken, probed = (selection.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
+    return Measured(taken, probed, hidden, b)
+
+
+# ---------------------------------------------------------------- the product and what is behind it
+
+
+class Gating(NamedTuple):
+    """A gate and the regions of z that its statistics count."""
+
+    logistic: Logistic
+    cuts: tuple[float, float]
+
+
+def gated_down(
+    z: jax.Array, u: jax.Array, down: Dense, gating: Gating, measured: Measured | None, numerics: Numerics
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """``h W + s (h A) B`` with ``h = phi(z) u``.
+
+    Args:
+      z, u: bf16 ``[..., d_ff]``.
+      down: the layer, ``[d_ff, d_out]``, whose bias is not added; its kernel receives no gradient.
+      gating: phi, and what to count.
+      measured: what statistics are taken with, or None; constants of the backward pass.
+      numerics: dtypes of operands and result; sums are float32.
+
+    Returns:
+      ``[..., d_out]`` in ``numerics.result``; the sums of `nalora_jax.cpu.native.gate_statistics`, or None; and h,
+      which has no gradient of its own, is there to be checked, and costs nothing where it is not read.
+    """
+    chex.assert_equal_shape([z, u])
+    chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])
+    factors = Factors.of(down.adapter, down.kernel)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (z, u))
+    y, sums, h = _gated_down(*flat, factors, lax.stop_gradient(measured), gating, numerics)
+    return y.reshape(*z.shape[:-1], -1), sums, h.reshape(z.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _gated_down(
+    z: jax.Array, u: jax.Array, down: Factors, measured: Measured | None, gating: Gating, numerics: Numerics
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    return _gated_down_fwd(z, u, down, measured, gating, numerics)[0]
+
+
+def _gated_down_fwd(
+    z: jax.Array, u: jax.Array, down: Factors, measured: Measured | None, gating: Gating, numerics: Numerics
+) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array], tuple[Any, ...]]:
+    saved = [save_residual(x, "bfloat16", numerics, SAVED_WIDE) for x in (z, u)]
+    z, u = (read_residual(x, "bfloat16") for x in saved)
+    if measured is None:
+        h, sums = native.gate(z, u, gating.logistic), None
+    else:
+        h, sums = native.gate_measured(z, u, measured, *gating)
+    (y,), (hidden,) = NativeProducts(numerics).forward(h, (down,))
+    return (y, sums, h), (*saved, down, hidden)
+
+
+def _gated_down_bwd(
+    gating: Gating, numerics: Numerics, residuals: tuple[Any, ...], cotangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array, Factors, None]:
+    (*saved, down, hidden), (g, *_) = residuals, cotangents
+    z, u = (read_residual(x, "bfloat16") for x in saved)
+    products = NativeProducts(numerics)
+    if down.a is None:
+        (dh,) = native_sums(numerics, Sum(products.input_terms((g,), (down,), (None,)), "bfloat16"))
+        dz, du, _ = native.gate_gradient(z, u, dh, gating.logistic)
+        return dz, du, Factors(None, None), None
+    assert down.mask is None, "only a gate's adapter has a mask"
+    (back,), _ = products.narrow((g,), (down,), (down.b,))
+    exact = down.scale * back
+    dh, db = native_sums(
+        numerics, Sum(products.input_terms((g,), (down,), (exact,)), "bfloat16"), Sum([Term(hidden.T, g)])
+    )
+    dz, du, h = native.gate_gradient(z, u, dh, gating.logistic, product=True)
+    assert h is not None
+    (da,) = native_sums(numerics, Sum([Term(exact.T, h)]))
+    return dz, du, Factors(da.T, db, jnp.zeros_like(down.scale)), None
+
+
+_gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)
+
+
+# ---------------------------------------------------------------- the parts, where the block cannot be one
+
+
+def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logistic | None:
+    """The gate as native kernels take it, where they can: in bf16, of a logistic function."""
+    if activation.logistic is None or z.dtype != jnp.bfloat16 or not usable(numerics):
+        return None
+    return Logistic(*activation.logistic)
+
+
+@CPU.implements(ops.gated_product)
+def gated_product(
+    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics
+) -> tuple[jax.Array, jax.Array]:
+    """``phi(z) u`` in one pass."""
+    logistic = _logistic(z, activation, numerics)
+    if u is None or logistic is None or numerics.residual != "bfloat16":
+        return NotImplemented
+    chex.assert_equal_shape([z, u])
+    return _gated_product(z, u, logistic, numerics), activation.phi(z.astype(numerics.result))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gated_product(z: jax.Array, u: jax.Array, logistic: Logistic, numerics: Numerics) -> jax.Array:
+    return native.gate(z, u, logistic)
+
+
+def _gated_product_fwd(z: jax.Array, u: jax.Array, logistic: Logistic, numerics: Numerics) -> Any:
+    saved = [save_residual(x, "bfloat16", numerics, SAVED_WIDE) for x in (z, u)]
+    z, u = (read_residual(x, "bfloat16") for x in saved)
+    return native.gate(z, u, logistic), saved
+
+
+def _gated_product_bwd(logistic: Logistic, numerics: Numerics, saved: Any, g: jax.Array) -> tuple[jax.Array, ...]:
+    z, u = (read_residual(x, "bfloat16") for x in saved)
+    return native.gate_gradient(z, u, g, logistic)[:2]
+
+
+_gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
+
+
+@CPU.implements(ops.gate_statistics)
+def gate_statistics(
+    z: jax.Array,
+    probe: Probe,
+    weights: jax.Array,
+    activation: Activation,
+    config: GateStatsConfig,
+    numerics: Numerics = Numerics(),  # noqa: B008
+) -> dict[str, jax.Array]:
+    """In one pass over the tokens that are sampled, wherever they lie."""
+    logistic = _logistic(z, activation, numerics)
+    if logistic is None or config.extra:
+        return NotImplemented
+    chex.assert_shape(weights, z.shape[:-1])
+    z, probe, weights = lax.stop_gradient((z, probe, weights.astype(jnp.float32)))
+    partition = activations.partition(activation.name, config.tolerance)
+    rows = jnp.arange(weights.size // weights.shape[-1], dtype=jnp.int32).reshape(*weights.shape[:-1], 1)
+
+    def taken(stride: int) -> tuple[jax.Array, jax.Array]:
+        positions, counted = selection.sampled_positions(weights, stride)
+        return (rows * weights.shape[-1] + positions).reshape(-1), counted.reshape(-1)
+
+    (places, counted), (probed, probe_counted) = taken(config.stride), taken(config.probe_stride)
+    delta = probe.factors or probe.delta.astype(jnp.float32).reshape(-1, z.shape[-1])
+    sampled = native.Sampled(z.reshape(-1, z.shape[-1]), places, counted, probed, delta, probe_counted)
+    sums = native.gate_statistics(sampled, logistic, (partition.z0, partition.z1))
+    return _named(sums, sampled.weights, sampled.probe_weights)
+
+
+def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dict[str, jax.Array]:
+    """What `gate_statistics` returns, of the sums that native kernels make, and of the weights that they used."""
+    slope, *below, feature, moved, linear = sums
+    tokens = jnp.sum(weights)
+    return {
+        "tokens": tokens,
+        "slope": slope,
+        "occupancy": selection.occupancy_of(below, tokens),
+        "probe_tokens": jnp.sum(probe_weights),
+        "feature": feature,
+        "selection": moved,
+        "linear": linear,
+    }

@@ -1,0 +1,14 @@
+"""The implementation "cpu", which the modules beside this one fill (`nalora_jax.ops.registry`)."""
+
+from __future__ import annotations
+
+from nalora_jax.cpu import native
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import Implementation
+
+CPU = Implementation("cpu", platform="cpu")
+
+
+def usable(numerics: Numerics) -> bool:
+    """Whether native kernels serve programs of these numerics: on one device, where they compile."""
+    return native.available(numerics.platform.devices)

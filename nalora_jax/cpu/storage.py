@@ -1,0 +1,119 @@
+"""bf16 arrays stored as their bits.
+
+XLA:CPU widens a scanned bf16 stack to float32 as a whole, in every iteration, and a whole bf16 table before it takes a
+row of it; integers it leaves alone. Outside of a compiled program the bits are a view that shares the array's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nalora_jax.cpu import native
+from nalora_jax.cpu.implementation import CPU, usable
+from nalora_jax.ops import storage
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored
+from nalora_jax.trees import map_named, unflatten
+
+# Tables at both ends of a model.
+_TABLES = ("embed/embedding", "lm_head/kernel")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bits(LayerStack):
+    """A bf16 array as its bits."""
+
+    bits: jax.Array  # uint16
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return tuple(self.bits.shape)
+
+    def expand(self) -> jax.Array:
+        """The bf16 array."""
+        return lax.bitcast_convert_type(self.bits, jnp.bfloat16)
+
+    def layer(self, index: jax.Array) -> native.Slice:
+        """One of a stack, where it lies."""
+        return native.Slice(self.bits, index)
+
+
+def bf16_bits(x: jax.Array) -> jax.Array:
+    """The bits of bf16 ``x``; anything else as it is."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """The inverse of `bf16_bits`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+@CPU.implements(storage.store)
+def store(x: jax.Array, numerics: Numerics) -> jax.Array | Stored:
+    """bf16 as its bits."""
+    return Bits(bf16_bits(x)) if x.dtype == jnp.bfloat16 else x
+
+
+@CPU.implements(storage.take_rows)
+def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
+    """Rows of the bits."""
+    bits = table.bits if isinstance(table, Bits) else table if isinstance(table, Stored) else bf16_bits(table)
+    return NotImplemented if isinstance(bits, Stored) else from_bits(jnp.take(bits, rows, axis=axis))
+
+
+def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """``size`` rows (or columns) of a table from ``start`` on."""
+    bits = table.bits if isinstance(table, Bits) else bf16_bits(storage.expand(table))
+    return from_bits(lax.dynamic_slice_in_dim(bits, start, size, axis=axis))
+
+
+@CPU.implements(storage.prepare)
+def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
+    """bf16 kernels of layers, and tables, as views of their bits; for native products in stacks, not scanned.
+
+    Native products read a dense layer's kernel where it lies: a scan over the stack would copy each of them.
+    """
+    if STACKS in variables:  # they are prepared
+        return dict(variables)
+
+    stacks: dict[str, Bits] = {}
+
+    def view(path: str, leaf: Any) -> Any:
+        layers = path.endswith("_proj/kernel") and leaf.ndim >= 3
+        if not layers and not (tables and path in _TABLES):
+            return leaf
+        bits = view_bits(leaf)
+        if not (layers and isinstance(bits, Bits) and bits.ndim == 3 and usable(numerics)):
+            return bits
+        stacks[path] = bits
+        return jnp.arange(bits.shape[0], dtype=jnp.int32)
+
+    params = map_named(view, variables["params"])
+    return {**variables, "params": params} | ({STACKS: unflatten(stacks)} if stacks else {})
+
+
+def view_bits(leaf: Any) -> Any:
+    """A bf16 array as its bits, which share its memory; anything else as it is.
+
+    A tracer becomes the bits within its program, and a `jax.ShapeDtypeStruct` their shape.
+    """
+    if getattr(leaf, "dtype", None) != jnp.bfloat16:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return Bits(jax.ShapeDtypeStruct(leaf.shape, jnp.uint16, sharding=leaf.sharding))  # type: ignore[arg-type]
+    if isinstance(leaf, jax.core.Tracer):
+        return Bits(bf16_bits(leaf))
+    shards = [
+        jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device, may_alias=True)
+        for shard in leaf.addressable_shards
+    ]
+    return Bits(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))

@@ -1,0 +1,239 @@
+"""Cross-entropy over a frozen output head, without ever holding the logits of all tokens.
+
+    loss = sum over tokens of  weight * (log sum exp l - l[target]),    l = cap tanh(scale h E^T / cap)
+
+Logits exist for one chunk of rows at a time. Because the head has no gradient, the gradient of the hidden states is
+computed in the same pass, while the chunk's probabilities are at hand: nothing is computed twice, and nothing of size
+``[tokens, vocab]`` is saved for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.ops.matmul import dot
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import operation
+from nalora_jax.ops.storage import Kernel
+
+# Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so that it takes some
+# thousand rows for an accelerator to be limited by its matrix unit.
+_CHUNK_FLOATS = 1 << 27
+
+# ``(hidden [rows, d_model], kernel, targets [rows], weights [rows], gradient wanted)`` -> every row's loss ``[rows]``
+# and hidden's gradient, of shape ``[rows, 0]`` where it is not wanted.
+Chunk = Callable[[jax.Array, Kernel, Any, jax.Array, bool], tuple[jax.Array, jax.Array]]
+
+
+class Head(NamedTuple):
+    """How logits come from hidden states (static)."""
+
+    transposed: bool = False  # the kernel is an embedding [vocab, d_model]
+    softcap: float = 0.0  # c tanh(logits / c); 0: none
+    scale: float = 1.0  # logits are multiplied by it, before the cap
+
+    @property
+    def axis(self) -> int:
+        """The vocabulary's in the kernel; the other one is the model's."""
+        return 0 if self.transposed else 1
+
+    def logits(self, products: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits of hidden states' products with the kernel, and their derivative by these."""
+        logits = products * self.scale
+        slope = jnp.full_like(logits, self.scale)
+        if self.softcap:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+            slope = slope * (1 - jnp.square(logits / self.softcap))
+        return logits, slope
+
+
+PLAIN_HEAD = Head()
+
+
+@operation
+def cross_entropy(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head = PLAIN_HEAD,
+    numerics: Numerics = Numerics(),  # noqa: B008
+    *,
+    chunk: int = 0,
+    compact: bool = True,
+    shards: int = 1,
+) -> jax.Array:
+    """Sum of ``weights * -log p(target)``.
+
+    Args:
+      hidden: ``[batch, seq, d_model]`` after the final norm.
+      kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``, as it is stored. It has no
+        gradient.
+      targets: int ``[batch, seq]``.
+      weights: ``[batch, seq]``, 0 where a position has no target.
+      head: static options.
+      numerics: dtype of the operands; logits are float32.
+      chunk: rows of logits at a time, on each device; 0 chooses by the vocabulary.
+      compact: gather the rows that have a target and compute logits for those only. On a mesh that splits the batch
+        this would move rows between devices; there, chunks run along the sequence instead.
+      shards: parts that a mesh splits the batch into. What the mesh splits of the kernel should be gathered before the
+        call, or every chunk gathers it anew.
+
+    Returns:
+      float32 scalar; differentiable with respect to ``hidden`` only.
+    """
+    # A multiple of 128, the rows that a TPU's matrix unit takes at once.
+    rows = chunk or max(_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
+    one = partial(chunk_of_rows, head=head, numerics=numerics)
+    return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), one)
+
+
+def chunk_of_rows(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    grad: bool,
+    *,
+    head: Head,
+    numerics: Numerics,
+) -> tuple[jax.Array, jax.Array]:
+    """See `Chunk`: the formula."""
+    logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
+    # A comparison within the passes that are made anyway; a gather would cross devices that split the vocabulary, and
+    # taking columns of an untied head would make a transposed copy of it: 1 GB at 128k entries of 4,096 numbers.
+    hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    exps = jnp.exp(shifted)
+    total = jnp.sum(exps, axis=-1, keepdims=True)
+    picked = jnp.sum(jnp.where(hit, shifted, 0.0), axis=-1)
+    loss = weights * (jnp.log(total[:, 0]) - picked)
+    if not grad:
+        return loss, jnp.zeros((hidden.shape[0], 0), jnp.float32)
+    probabilities = exps / total
+    return loss, weights[:, None] * dot((probabilities - hit) * slope, kernel, numerics, dims=(1, head.axis))
+
+
+# ---------------------------------------------------------------- chunk by chunk
+
+
+class Tiles(NamedTuple):
+    """Sizes of what is computed at a time (static)."""
+
+    rows: tuple[int, ...]  # hidden states, from large to small: the smaller ones for what the larger ones leave
+    compact: bool = True  # only rows that have a target
+    shards: int = 1  # parts of the batch, each of which has so many rows in a chunk
+
+
+def in_chunks(
+    hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+) -> jax.Array:
+    """The sum of ``chunk`` over all rows, made from chunks of them.
+
+    Args:
+      hidden: ``[batch, seq, d_model]``.
+      kernel: as ``chunk`` takes it; no gradient.
+      targets: arrays ``[batch, seq, ...]``, whatever ``chunk`` needs to know of every row's target.
+      weights: ``[batch, seq]``.
+      tiles: sizes.
+      chunk: a hashable function of some rows.
+    """
+    chex.assert_rank(hidden, 3)
+    for leaf in (*jax.tree.leaves(targets), weights):
+        chex.assert_equal_shape_prefix([hidden, leaf], 2)
+    weights = lax.stop_gradient(weights.astype(jnp.float32))
+    return _in_chunks(hidden, lax.stop_gradient(kernel), targets, weights, tiles, chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _in_chunks(
+    hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+) -> jax.Array:
+    return _sums(False, hidden, kernel, targets, weights, tiles, chunk)[0]
+
+
+def _sums(grad: bool, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+    """The loss, and hidden's gradient where it is wanted."""
+    *_, tiles, _ = arguments
+    run = _compacted if tiles.compact else _along_sequence
+    return run(grad, *arguments)
+
+
+def _bwd(tiles: Tiles, chunk: Chunk, gradient: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None, None]:
+    return gradient * g.astype(gradient.dtype), None, None, None
+
+
+_in_chunks.defvjp(partial(_sums, True), _bwd)
+
+
+def _compacted(
+    grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+) -> tuple[jax.Array, jax.Array]:
+    """Chunks over the rows that have a target; as many iterations as those need."""
+    shape, n = hidden.shape, weights.size
+    flat, weights = hidden.reshape(n, -1), weights.reshape(n)
+    targets = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), targets)
+    # Rows with a target first; the last chunk is filled with rows of weight zero.
+    order = jnp.argsort(weights == 0, stable=True)
+    sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
+    order = jnp.pad(order, (0, sizes[0]), constant_values=n)
+
+    def chunks(rows: int, start: jax.Array, count: jax.Array, carry: Any) -> Any:
+        def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            loss, gradient = carry
+            index = lax.dynamic_slice(order, (start + i * rows,), (rows,))
+            take = partial(jnp.take, indices=index, axis=0, mode="clip")
+            h, w, t = take(flat), take(weights), jax.tree.map(take, targets)
+            part, back = chunk(h, kernel, t, jnp.where(index < n, w, 0.0), grad)
+            if grad:
+                gradient = gradient.at[index].set(back.astype(gradient.dtype), mode="drop")
+            return loss + jnp.sum(part), gradient
+
+        return lax.fori_loop(0, count, body, carry)
+
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros_like(flat) if grad else jnp.zeros((0,), flat.dtype))
+    start, left = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32)
+    for rows in sizes:
+        count = -(-left // rows)
+        if rows > sizes[-1]:  # what a single one of the smallest chunks takes is left to it
+            count = jnp.where(left - (count - 1) * rows > sizes[-1], count, count - 1)
+        carry = chunks(rows, start, count, carry)
+        start, left = start + count * rows, jnp.maximum(left - count * rows, 0)
+    loss, gradient = carry
+    return loss, gradient.reshape(shape) if grad else gradient
+
+
+def _along_sequence(
+    grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
+) -> tuple[jax.Array, jax.Array]:
+    """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
+    batch, seq, d_model = hidden.shape
+    most = max(1, tiles.rows[0] * tiles.shards // max(batch, 1))  # positions of each example that a chunk may take
+    count = -(-seq // most)
+    step = -(-seq // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        # [batch, seq, ...] -> [count, batch, step, ...]
+        padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
+
+    def body(loss: jax.Array, part: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+        h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part)
+        losses, back = chunk(h, kernel, t, w, grad)
+        return loss + jnp.sum(losses.reshape(batch, step), axis=1), back.astype(h.dtype).reshape(batch, step, -1)
+
+    columns = (split(hidden), split(weights), jax.tree.map(split, targets))
+    # Sums of each example, so that shards of the batch meet once, after the loop.
+    losses, parts = lax.scan(body, jnp.zeros((batch,), jnp.float32), columns)
+    loss = jnp.sum(losses)
+    if not grad:
+        return loss, parts
+    whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)
+    return loss, whole[:, :seq]

@@ -1,0 +1,107 @@
+"""Attention on a GPU: cuDNN's flash attention through `jax.nn.dot_product_attention`; visibility goes in as a mask.
+
+It stores no ``[seq, seq]`` probabilities. Cached keys, dropout, soft caps, and what cuDNN refuses are the plain
+function's.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
+from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import Implementation
+
+log = logging.getLogger(__name__)
+
+CUDNN = Implementation("cudnn", platform="gpu")
+
+
+@CUDNN.implements(attention)
+def cudnn_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` where cuDNN has it."""
+    fits = numerics.operand == "bfloat16" and not config.softcap and q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
+    if not fits or cached is not None or drops(config, dropout_rng):
+        return NotImplemented
+    if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.device_kind):
+        return NotImplemented
+    visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
+    return dot_product(q, keys.k, keys.v, visible, config.scale, numerics.operand, "cudnn").astype(numerics.result)
+
+
+@lru_cache(maxsize=64)
+def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, device_kind: str) -> bool:
+    """Whether cuDNN takes these shapes on GPUs of some kind: which it does depends on its version and on the kind.
+
+    The program is lowered for a GPU whatever this machine has, and compiled where such a GPU is at hand.
+    """
+    device = _device(device_kind)
+    place = None if device is None else SingleDeviceSharding(device)
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
+    visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        return jnp.sum(dot_product(q, k, v, visible, scale, "bfloat16", "cudnn"))
+
+    try:
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, visible)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        if device is not None:
+            lowered.compile()
+    except Exception as error:  # cuDNN's refusals have no common type
+        log.warning("cuDNN attention does not apply to %s (%s); XLA's is used", q_shape, error)
+        return False
+    return True
+
+
+def _device(device_kind: str) -> jax.Device | None:
+    """A GPU of this process of the given kind, or None."""
+    try:
+        devices = jax.local_devices(backend="gpu")
+    except RuntimeError:  # there is no such backend here
+        return None
+    return next((device for device in devices if device.device_kind == device_kind), None)
+
+
+def dot_product(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    operand: str,
+    implementation: str,
+) -> jax.Array:
+    """`jax.nn.dot_product_attention` as `attention` means it.
+
+    Args:
+      q: ``[batch, seq, heads, head_dim]``.
+      k: ``[batch, seq, kv_heads, head_dim]``.
+      v: the same.
+      visible: bool ``[batch or 1, seq, seq]``.
+      scale: multiplies q . k.
+      operand: dtype of the operands.
+      implementation: "cudnn" or "xla".
+
+    Returns:
+      ``[batch, seq, heads, head_dim]`` float32.
+    """
+    q, k, v = (x.astype(operand) for x in (q, k, v))
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
+    # Causality is implied by `visible`, but only the flag lets the kernel skip the upper triangle.
+    return attend(q, k, v, mask=visible[:, None], is_causal=True).astype(jnp.float32)

@@ -1,0 +1,31 @@
+"""What an implementation may do around compiled programs; the plain functions choose what is right anywhere."""
+
+from __future__ import annotations
+
+import platform
+
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import operation
+
+
+@operation
+def after_compilation(numerics: Numerics) -> None:
+    """Called once a program that will run many times has been compiled."""
+
+
+@operation
+def best_remat(d_model: int, numerics: Numerics) -> str:
+    """The rematerialisation policy that costs least on the numerics' platform: one of `models.decoder.REMAT`."""
+    return "full"
+
+
+@operation
+def device_name(numerics: Numerics) -> str:
+    """What the platform's devices are, in words."""
+    return numerics.platform.device_kind
+
+
+@operation
+def processor_name(numerics: Numerics) -> str:
+    """The model of this machine's processor, as far as Python knows it."""
+    return platform.processor()

@@ -1,0 +1,38 @@
+"""The residual stream and the root-mean-square norm that the next part of a layer reads of it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import operation
+from nalora_jax.ops.rounding import SAVED, round_and_save
+
+
+@operation
+def residual_norm(
+    x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float, numerics: Numerics
+) -> tuple[jax.Array, jax.Array]:
+    """``x + y``, and the norm of it.
+
+    The norm reads the sum as it is saved for the backward pass; the sum itself is not rounded.
+
+    Args:
+      x: ``[..., d]``, the residual stream.
+      y: ``[..., d]``, what is added to it, or None.
+      scale: frozen float32 ``[d]``.
+      eps: added to the mean square.
+      numerics: dtypes; the norm is of ``numerics.result``.
+    """
+    total = x if y is None else x + y.astype(x.dtype)
+    return total, rms_norm(round_and_save(total, numerics), scale, eps).astype(numerics.result)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    # Saved by a rematerialised layer: one number a token, for which it would read all of x again.
+    inverse = checkpoint_name(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), SAVED)
+    return x * inverse * jnp.broadcast_to(scale, x.shape)

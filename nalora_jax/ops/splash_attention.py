@@ -1,0 +1,100 @@
+"""Attention on a TPU: JAX's Pallas splash attention, which skips blocks by segments, causality and window.
+
+It stores no ``[seq, seq]`` probabilities. Cached keys, dropout, and shapes that the kernel does not take are the plain
+function's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
+from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import Implementation
+from nalora_jax.ops.rounding import round_and_save
+
+SPLASH = Implementation("splash", platform="tpu")
+_LANES = 128  # a TPU register's width: what block sizes must be multiples of
+
+
+@SPLASH.implements(attention)
+def splash_attention(
+    q: jax.Array,
+    keys: Keys,
+    window: jax.Array | int,
+    config: AttentionConfig,
+    numerics: Numerics,
+    *,
+    cached: CachedKeys | None = None,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """`attention` of every example; on a mesh, each device its own examples and heads.
+
+    Positions have to grow by one along each segment, and the window to be one of ``config.windows``: these are
+    compiled, so that a traced window chooses among them.
+    """
+    fits = q.shape[1] % _LANES == 0 and q.shape[-1] % 64 == 0
+    # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
+    mapped = config.sharding is not None or numerics.platform.devices == 1
+    if not (fits and mapped) or cached is not None or drops(config, dropout_rng):
+        return NotImplemented
+    q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
+    # [batch, heads, seq, head_dim]; splash has no scale of its own.
+    arrays = [x.astype(numerics.operand).swapaxes(1, 2) for x in (q * config.scale, k, v)]
+    segments = jnp.broadcast_to(keys.segments, q.shape[:2])
+    windows = np.asarray(config.windows[:-1], np.int32)
+    choice = jnp.sum(jnp.asarray(window) > windows)  # 0 where there is one window
+    attend: Callable[..., jax.Array] = partial(_one_device, config=config)
+    if config.sharding is not None:
+        mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
+        heads = P(rows, "tensor" if "tensor" in mesh.shape else None)
+        specs = (heads, heads, heads, P(rows), P())
+        attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(*arrays, segments, choice).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
+
+
+def _one_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, choice: jax.Array, *, config: AttentionConfig
+) -> jax.Array:
+    """One device's part: ``[batch, heads, seq, head_dim]``."""
+    # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    branches = [
+        _for_window(q.shape[1], q.shape[2], window, config.softcap, config.interpret)
+        for window in config.windows or (q.shape[2],)
+    ]
+    ids = SegmentIds(segments, segments)
+    return jax.lax.switch(choice, [jax.vmap(branch) for branch in branches], q, k, v, ids)
+
+
+def _for_window(heads: int, seq: int, window: int, softcap: float, interpret: bool) -> Callable[..., jax.Array]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    local = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0) if window < seq else None
+    mask = masks.CausalMask((seq, seq)) if local is None else local
+    block = next(size for size in (512, 256, _LANES) if seq % size == 0)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    return splash_attention_kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )

@@ -1,0 +1,136 @@
+"""Accelerator kernels against the plain path: the TPU kernel interpreted, the GPU one by what it is given."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.ops import cudnn_attention
+from nalora_jax.ops.attention import Keys, attention
+from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
+from nalora_jax.ops.cudnn_attention import compiles, dot_product
+from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
+
+FAR = 2**30
+SEQ, HEADS, KV_HEADS, DIM = 256, 4, 2, 64
+
+
+def operands(batch: int):
+    rng = np.random.default_rng(0)
+    q, g = rng.normal(size=(2, batch, SEQ, HEADS, DIM)).astype(np.float32)
+    k, v = rng.normal(size=(2, batch, SEQ, KV_HEADS, DIM)).astype(np.float32)
+    rows = [[100, 80, 60, 16], [20, 236]]
+    segments = [np.repeat([1, 2, 3, 0], rows[0]), np.repeat([0, 1], rows[1])]
+    positions = [np.concatenate([np.arange(n) for n in row]) for row in rows]
+    layout = (np.resize(np.array(x, np.int32), (batch, SEQ)) for x in (positions, segments))
+    return q, k, v, g, *layout
+
+
+def values_and_gradients(implementation: str, window: int, config: AttentionConfig, batch: int = 2, **dtypes: str):
+    q, k, v, g, positions, segments = operands(batch)
+    numerics = Numerics(**dtypes, implementation=implementation)
+
+    @jax.jit
+    def run(q, k, v, window):
+        out, back = jax.vjp(
+            lambda q, k, v: attention(q, Keys(k, v, positions, segments), window, config, numerics), q, k, v
+        )
+        return out, *back(g.astype(out.dtype))
+
+    return run(q, k, v, jnp.int32(window))
+
+
+@pytest.mark.parametrize(
+    ("window", "windows", "softcap"), [(FAR, (FAR,), 0.0), (40, (40, FAR), 1.5), (FAR, (40, FAR), 0.0)]
+)
+def test_splash_equals_the_plain_function(window, windows, softcap):
+    config = AttentionConfig(0.125, softcap, windows=windows, interpret=True)
+    ours, plain = (values_and_gradients(name, window, config) for name in ("splash", "xla"))
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_splash_on_a_mesh_equals_the_plain_function():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
+    config = AttentionConfig(0.125, windows=(40, FAR), sharding=sharding, interpret=True)
+    ours, plain = (values_and_gradients(name, 40, config, batch=4) for name in ("splash", "xla"))
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [FAR, 40])
+def test_what_cudnn_is_given_equals_the_plain_function(window):
+    """The same call of JAX's own function, on its XLA implementation."""
+    q, k, v, _, positions, segments = operands(2)
+    visible = visibility(positions, segments, positions, segments, window)
+    ours = dot_product(q, k, v, visible, 0.125, "float32", "xla")
+    np.testing.assert_allclose(ours, values_and_gradients("xla", window, AttentionConfig(0.125))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "seq", "softcap", "dropout", "expected"),
+    [
+        ("cpu", 256, 0.0, False, ""),
+        ("gpu", 256, 0.0, False, "cudnn"),
+        ("gpu", 256, 2.0, False, ""),  # capped scores
+        ("gpu", 255, 0.0, False, ""),
+        ("gpu", 256, 0.0, True, ""),
+        ("tpu", 256, 0.0, False, "splash"),
+        ("tpu", 256, 2.0, False, "splash"),
+        ("tpu", 200, 0.0, False, ""),
+        ("tpu", 256, 0.0, True, ""),
+    ],
+)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_numerics_platform_chooses(monkeypatch, platform, seq, softcap, dropout, expected, devices):
+    """Whatever this machine has: the program is traced for the platform of its mesh."""
+    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    asked = []
+    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_: asked.append("cudnn") or q)
+    q, k = jnp.zeros((1, seq, HEADS, DIM)), jnp.zeros((1, seq, KV_HEADS, DIM))
+    keys = Keys(k, k, jnp.zeros((1, seq), int), jnp.zeros((1, seq), int))
+    numerics = numerics_for("bfloat16", Platform(platform, "", devices), "auto")
+    config, rng = AttentionConfig(0.125, softcap, 0.1), jax.random.key(0) if dropout else None
+
+    def traced(numerics: Numerics) -> str:
+        return str(jax.make_jaxpr(lambda q: attention(q, keys, FAR, config, numerics, dropout_rng=rng))(q))
+
+    if devices > 1 and expected == "splash":  # without a sharding to map the kernel over
+        expected = ""
+    splash = ["splash"] if "splash_mha" in traced(numerics) else []
+    assert asked + splash == ([expected] if expected else [])
+    asked.clear()
+    assert "splash_mha" not in traced(replace(numerics, implementation="xla"))
+    assert not asked
+
+
+def test_float32_is_not_cudnns(monkeypatch):
+    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: pytest.fail("cuDNN was asked"))
+    values_and_gradients("cudnn", FAR, AttentionConfig(0.125))
+
+
+def test_a_gpu_whose_cudnn_refuses_gets_xla(caplog):
+    """There is no cuDNN here, so that the probe fails as it would on an old GPU."""
+    probe = functools.partial(compiles, (1, 8, 4, 64), (1, 8, 2, 64), 0.125, "NVIDIA H100 80GB HBM3")
+    assert not probe()
+    assert "XLA's is used" in caplog.text
+    caplog.clear()
+    assert not probe()
+    assert not caplog.text  # once
+
+
+@pytest.mark.accelerator
+@pytest.mark.skipif(jax.devices()[0].platform != "gpu", reason="needs a GPU with cuDNN")
+def test_cudnn_equals_the_plain_function():
+    half = {"operand": "bfloat16", "residual": "bfloat16"}
+    ours, plain = (values_and_gradients(name, 40, AttentionConfig(0.125), **half) for name in ("cudnn", "xla"))
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.1)

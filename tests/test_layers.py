@@ -1,0 +1,114 @@
+"""The house's rules, read from the source: who may import whom, and where questions about a CPU may be asked."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nalora_jax
+
+ROOT = Path(nalora_jax.__file__).parent
+# Rooms that know no platform: what a CPU has reaches them as registered implementations only.
+ROOMS = ("ops", "nn", "models", "optim", "train", "evaluate", "generate", "selection", "statistics", "activations")
+# Words that belong to one place.
+WORDS = {
+    r"default_backend": (),
+    r"jax\.device_count\(\)": (),
+    r"\bnative\b": ("cpu", "cli/doctor.py"),
+    r"bitcast_convert_type": ("cpu", "generate/sampling.py"),  # sampling bisects over the bits of probabilities
+    r"\buint16\b": ("cpu", "weights"),  # files hold bf16 as well
+}
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+    """Every module's path below the package and its source, without builders of data sets."""
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("data/builders"):
+            yield name, path.read_text(encoding="utf-8")
+
+
+def _imported(source: str, name: str) -> Iterator[str]:
+    """Dotted names of this package that a module imports, at its top or within functions, not for types alone."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{name}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _room(name: str) -> str:
+    return name.partition("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_know_no_cpu(room: str) -> None:
+    found = [
+        f"{name} imports {imported}"
+        for name, source in _modules()
+        if _room(name) == room
+        for imported in _imported(source, name)
+        if imported.startswith("nalora_jax.cpu")
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words_stand_where_they_belong(word: str) -> None:
+    found = [
+        f"{name}: {line.strip()}"
+        for name, source in _modules()
+        if not name.startswith(WORDS[word])
+        for line in source.splitlines()
+        if re.search(word, line)
+    ]
+    assert found == []
+
+
+def test_operations_know_no_modules_and_modules_no_models() -> None:
+    below = {"ops": ("nn", "models", "optim", "train", "weights"), "nn": ("models", "optim", "train", "weights")}
+    found = [
+        f"{name} imports {imported}"
+        for name, source in _modules()
+        for imported in _imported(source, name)
+        if imported.startswith(tuple(f"nalora_jax.{room}" for room in below.get(_room(name), ("-",))))
+    ]
+    assert found == []
+
+
+def test_the_gated_gradient_stands_once() -> None:
+    """``B * mask`` is formed in one function."""
+    found = [name for name, source in _modules() if re.search(r"\bb \* (layer\.)?mask|\.b \* layer\.mask", source)]
+    assert found == ["ops/adapted_dense.py"]
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    """Within `models` and `nn`, function bodies included."""
+    names = {f"nalora_jax.{name.removesuffix('.py').replace('/', '.')}": source for name, source in _modules()}
+    graph = {
+        name: {one for one in _imported(source, name) if one in names}
+        for name, source in names.items()
+        if name.split(".")[1] in ("models", "nn", "ops")
+    }
+
+    def reaches(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = [start]
+        while left:
+            for found in graph.get(left.pop(), ()):
+                if found not in seen:
+                    seen.add(found)
+                    left.append(found)
+        return seen
+
+    assert [name for name in graph if name in reaches(name)] == []
