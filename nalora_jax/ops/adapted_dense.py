@@ -27,10 +27,12 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.ops.matmul import dot, matmul
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.registry import operation
+from nalora_jax.ops.rounding import SAVED
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -263,7 +265,8 @@ class PlainProducts(Products):
     def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
         """See `Products`."""
         (layer,) = layers
-        hidden = layer.scale * self._dot(x, layer.a)
+        # Saved by a rematerialised layer that saves products: r columns, for which it would multiply x again.
+        hidden = checkpoint_name(layer.scale * self._dot(x, layer.a), SAVED)
         return [self._dot(hidden, layer.b)], [hidden]
 
     def narrow(

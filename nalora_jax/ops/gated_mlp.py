@@ -261,10 +261,11 @@ def take_probe(
     z = selection.sampled(z, weights, stride)
     if moved is None and delta is None:
         return Probe(z, jnp.zeros_like(z))
-    if moved is None:
+    if moved is None and isinstance(delta, LowRankHidden):
         # Sampled behind A, whose product with all of x the layer has computed: no further pass over x.
-        part = selection.sampled(delta.value if isinstance(delta, LowRankHidden) else delta, weights, stride)
-        moved = (part.reshape(-1, part.shape[-1]), delta.b) if isinstance(delta, LowRankHidden) else part
+        moved = selection.sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
+    elif moved is None:
+        moved = selection.sampled(delta, weights, stride)
     if not isinstance(moved, tuple):
         return Probe(z - moved, moved)
     factors = moved

@@ -32,7 +32,6 @@ from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.nn import ffn
 from nalora_jax.nn.layers import ResidualNorm
 from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.ops import gated_mlp
 from nalora_jax.ops.adapted_dense import Adapter, Dense, adapted_dense, parallel_dense
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
@@ -433,6 +432,12 @@ def test_the_same_bits_twice() -> None:
 def test_gates_are_checked_on_the_live_model(monkeypatch: pytest.MonkeyPatch) -> None:
     debug = replace(CONFIG, debug=DebugConfig(check_gates=True))
     steps(debug, 1)  # the sound model passes
-    monkeypatch.setattr(gated_mlp, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+    sound = native.gate_measured
+
+    def wrong(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        h, sums = sound(*arguments)
+        return (1.1 * h).astype(h.dtype), sums
+
+    monkeypatch.setattr(native, "gate_measured", wrong)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         steps(debug, 1)
