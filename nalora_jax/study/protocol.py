@@ -138,7 +138,7 @@ class Protocol:
         data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
         data = replace(data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items)
         own = override(replace(common, data=data), self.methods[method].settings, f"[methods.{method}] settings")
-        return check(replace(own, output="", resume=False))
+        return check(replace(own, output=RunConfig().output, resume=False))  # neither means anything to a study
 
 
 def read_protocol(path: str | Path) -> Protocol:

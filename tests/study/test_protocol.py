@@ -46,7 +46,7 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         ("^margin|^extend", "margins", r"top level: expected only question, .*margin.*, found margins"),
         ("^steps = 8", "stepz = 8", r"\[run\] stepz: expected a setting of a run, .*did you mean steps\?"),
         ("^steps = 8", 'steps = "8"', r"\[run\] steps: expected a value of type int, found '8'"),
-        ("^steps = 8", "steps = 0", "--steps: expected at least 1, found 0"),
+        ("^steps = 8", "steps = 0", "--steps: expected .*, found 0"),
         ("^lora.rules.*", "lora.rules = [2]", r"\[run\] lora rules\[0\]: expected a table such as"),
         ('"gate_proj", 0.5', '"gate_proj"', r"\[methods.half\] settings optimizer rates: expected a value of type"),
         (
