@@ -261,10 +261,11 @@ def take_probe(
     z = selection.sampled(z, weights, stride)
     if moved is None and delta is None:
         return Probe(z, jnp.zeros_like(z))
+    # Sampled behind A, whose product with all of x the layer has computed: no further pass over x.
     if moved is None and isinstance(delta, LowRankHidden):
-        # Sampled behind A, whose product with all of x the layer has computed: no further pass over x.
         moved = selection.sampled(delta.value, weights, stride).reshape(-1, delta.b.shape[0]), delta.b
     elif moved is None:
+        assert isinstance(delta, jax.Array)
         moved = selection.sampled(delta, weights, stride)
     if not isinstance(moved, tuple):
         return Probe(z - moved, moved)
