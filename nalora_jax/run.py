@@ -32,6 +32,7 @@ from nalora_jax.ops.numerics import platform_of
 from nalora_jax.ops.registry import check_implementation
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.checkpoint import Checkpointer
@@ -92,16 +93,17 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
     # ---------------------------------------------------------------- devices, and whether the settings fit them
     if config.compute.compilation_cache:
         use_compilation_cache()
-    mesh = distributed.make_mesh(config.mesh)
-    check_implementation(config.compute.implementation, platform_of(mesh).name)
     files = resolve(config.model)
+    placed = laid_out(config, read_config(files))  # what is recorded keeps what the user left open
+    mesh = distributed.make_mesh(placed.mesh)
+    check_implementation(config.compute.implementation, platform_of(mesh).name)
     check_layout(config, files, mesh)
     if source is None:
         check_data(config.data)
 
     # ---------------------------------------------------------------- base model, adapters, step
     loaded = _load(config, files, mesh)
-    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    assembly = assemble(placed, loaded.config, loaded.params, mesh)
     log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
 
     # ---------------------------------------------------------------- training rows, held-out questions
