@@ -21,20 +21,37 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Where figures go, in a folder for each kind of machine; short trial runs (run.py --quick) keep theirs apart from the
-# published ones.
+# The committed figures, in a folder for each kind of machine. What is measured goes beside them, into folders that git
+# ignores, until `run.py --publish`; short trial runs (run.py --quick) have one of their own.
 PUBLISHED = Path(__file__).parent / "results"
+OWN = PUBLISHED / "own"
 QUICK = PUBLISHED / "quick"
 
 # Instruction sets that decide how fast a CPU multiplies matrices; every figure names those that it had.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+# By vendor and family: model numbers and the design that they belong to (as in Linux's tables of both makers).
+_GENERATIONS: dict[tuple[str, int], tuple[tuple[Container[int], str], ...]] = {
+    ("AuthenticAMD", 23): ((range(0x30), "Zen"), (range(0x30, 0x100), "Zen 2")),
+    ("AuthenticAMD", 25): (
+        ((*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)), "Zen 4"),
+        (range(0x100), "Zen 3"),
+    ),
+    ("AuthenticAMD", 26): ((range(0x80), "Zen 5"),),
+    ("GenuineIntel", 6): (
+        ((85,), "Skylake to Cooper Lake"),
+        ((106, 108), "Ice Lake"),
+        ((143,), "Sapphire Rapids"),
+        ((207,), "Emerald Rapids"),
+        ((173, 174), "Granite Rapids"),
+    ),
+}
 _PACKAGES = (
     *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers"),
     *("peft", "trl", "lm_eval", "qwix", "google-tunix", "easydel"),
@@ -61,14 +78,25 @@ SMOLLM2 = {
 
 
 def processor() -> dict[str, Any]:
-    """Name, cores and instruction sets of the CPU."""
+    """Name, generation ("" where it is not known), cores and instruction sets of the CPU."""
     info = _proc_fields("/proc/cpuinfo")
     flags = set(info.get("flags", "").split())
     return {
         "cpu": info.get("model name", platform.processor() or "unknown"),
+        "generation": generation(info),
         "cores": len(os.sched_getaffinity(0)),
         "flags": {name: name in flags for name in _CPU_FLAGS},
     }
+
+
+def generation(info: Mapping[str, str]) -> str:
+    """The name of a processor's design, from the fields of /proc/cpuinfo: virtual machines call them all "AMD EPYC"."""
+    try:
+        family, model = int(info["cpu family"]), int(info["model"])
+    except (KeyError, ValueError):
+        return ""
+    known = _GENERATIONS.get((info.get("vendor_id", ""), family), ())
+    return next((name for models, name in known if model in models), "")
 
 
 def machine() -> dict[str, Any]:
@@ -84,16 +112,20 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(found: Mapping[str, Any]) -> str:
-    """A file name for the kind of machine that `processor` describes: "amd-epyc", "intel-xeon-amx", "amd-epyc-avx2"."""
+    """A folder for the kind of machine that `processor` describes: "amd-epyc-zen-4-avx512-bf16", "intel-xeon-amx"."""
     cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
-    return "-".join(re.findall(r"[a-z0-9]+", f"{cpu} {instructions(found)}"))
+    words = f"{cpu} {found.get('generation', '')} {instructions(found)}"
+    return "-".join(re.findall(r"[a-z0-9]+", words.lower()))
 
 
 def instructions(found: Mapping[str, Any]) -> str:
-    """What sets the CPU that `processor` describes apart from others of its name: "amx", "avx2" (only that), ""."""
-    if found["flags"].get("amx_bf16"):
+    """The widest instructions that a CPU, as `processor` describes it, multiplies with; "" where not recorded."""
+    flags = found["flags"]
+    if flags.get("amx_bf16"):
         return "amx"
-    return "avx2" if found["flags"].get("avx512f") is False else ""
+    if flags.get("avx512_bf16"):
+        return "avx512-bf16"
+    return {True: "avx512", False: "avx2", None: ""}[flags.get("avx512f")]
 
 
 def versions() -> dict[str, str]:
@@ -118,7 +150,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else PUBLISHED) / machine_name(processor())
+RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else OWN) / machine_name(processor())
 
 
 def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:
@@ -275,8 +307,15 @@ def save(part: str, case: str, found: Mapping[str, Any], folder: Path = RESULTS)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])])
     entry = {"machine": machine(), "command": command, **found}
     record["cases"][case] = _public(json.loads(json.dumps(entry, default=str)))
-    (folder / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write(folder / f"{part}.json", record)
     return {"cases": {case: record["cases"][case]}}
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Puts a record into its file, whole or not at all."""
+    whole = path.with_suffix(".part")
+    whole.write_text(json.dumps(record, indent=1) + "\n")
+    whole.replace(path)
 
 
 def _public(value: Any) -> Any:
@@ -327,9 +366,12 @@ def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str
 
 
 def fastest(part: str, case: str, default: str, folder: Path = RESULTS) -> str:
-    """The setting with the highest median speed that `search` recorded of a case; ``default`` where there is none."""
-    speeds = load(f"{part}_search", folder)["cases"].get(case, {}).get("speeds", {})
-    return max(speeds, key=lambda name: statistics.median(speeds[name]), default=default)
+    """The setting with the highest median speed that `search` recorded of a case, here or in the committed figures of
+    this kind of machine; ``default`` where there is none."""
+    for where in (folder, PUBLISHED / folder.name):
+        if speeds := load(f"{part}_search", where)["cases"].get(case, {}).get("speeds", {}):
+            return max(speeds, key=lambda name: statistics.median(speeds[name]))
+    return default
 
 
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:

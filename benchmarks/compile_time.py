@@ -14,6 +14,7 @@ from tables import Row, at_most, compared, requirements
 from training import base_model, batch_of, parse, run_config
 
 TITLE = "Compile time in depth"
+SHORT = "Compiling"
 
 
 def compile_seconds(layers: int, dtype: str) -> float:

@@ -17,6 +17,7 @@ from model_files import files
 from tables import Row, at_most, compared_runs, requirements
 
 TITLE = "Time from command to the first step"
+SHORT = "Command to first step"
 
 
 def rows(record: dict[str, Any]) -> list[Row]:

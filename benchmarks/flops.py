@@ -29,6 +29,7 @@ from tables import Row, at_least, at_most, has_amx, requirements, spread
 from training import base_model, batch_of, parse, run_config
 
 TITLE = "Distance from the limits"
+SHORT = "Distance from the peak"
 DTYPES = ("float32", "bfloat16")
 
 

@@ -25,6 +25,7 @@ from model_files import files
 from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Generation against transformers"
+SHORT = "Generation, transformers"
 PROMPT, NEW = 64, 128
 # transformers' own settings: attention implementation, cache, torch.compile of the forward pass.
 SETTINGS = {

@@ -1,6 +1,6 @@
 """How step time and memory grow with every size, against the expected order.
 
-    python benchmarks/growth.py                       # all sizes, and the plot docs/growth.svg
+    python benchmarks/growth.py                       # all sizes, and the plot notes/growth.svg
     python benchmarks/growth.py --axis seq depth
 
 A small model (4 layers, width 256, feed-forward 1024, 4 heads, vocabulary 8,192, rank 8 on gate, up and down, 4 rows of
@@ -23,7 +23,8 @@ from common import save
 from tables import Row, at_most, growth_exponent, markdown
 
 TITLE = "Growth"
-PLOT = Path(__file__).parents[1] / "docs" / "growth.svg"
+SHORT = "Growth"
+PLOT = Path(__file__).parent / "notes" / "growth.svg"
 BASE = {"depth": 4, "width": 256, "seq": 256, "batch": 4, "rank": 8, "vocabulary": 8192}
 NOISE = 0.15  # allowed on top of an expected exponent
 # Sizes of each axis, and the expected exponents of time and of memory.
@@ -202,8 +203,6 @@ def _short(size: float) -> str:
 
 
 def main() -> None:
-    from common import QUICK, RESULTS, load
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=tuple(AXES))
     parser.add_argument("--repeats", type=int, default=5)
@@ -213,8 +212,6 @@ def main() -> None:
         sizes = AXES[axis][0][:2] if options.quick else AXES[axis][0]
         found = measure(axis, sizes, options.repeats)
         print(table(save("growth", axis, {"settings": vars(options), **found})))
-    if RESULTS.parent != QUICK:
-        plot(load("growth"), PLOT)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from model_files import files
 from tables import Row, at_most, compared_runs, requirements
 
 TITLE = "Load time"
+SHORT = "Loading, transformers"
 FORMATS = ("safetensors", "gguf")
 PARAMETERS = 134_515_008
 

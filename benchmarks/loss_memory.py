@@ -17,6 +17,7 @@ from common import save
 from tables import Row, at_most, requirements
 
 TITLE = "Loss over a large vocabulary: peak memory"
+SHORT = "Loss, full logits"
 DTYPES = ("float32", "bfloat16")
 VOCABULARIES = (131_072, 262_144)
 

@@ -28,6 +28,7 @@ from model_files import files
 from tables import Row, at_least, compared, compared_runs, requirements
 
 TITLE = "Evaluation against lm-eval with transformers"
+SHORT = "Evaluation, lm-eval"
 # The harness's own settings: batch size, attention.
 SETTINGS = {
     **{f"batch {size}": (size, "sdpa") for size in (1, 8, 16, 32, "auto")},

@@ -16,6 +16,7 @@ from tables import Row, at_most, requirements, spread
 from training import base_model, batch_of, parse, run_config, without_statistics
 
 TITLE = "What the mechanisms cost: NA-LoRA over LoRA"
+SHORT = "NA-LoRA over LoRA"
 
 
 def options() -> argparse.Namespace:

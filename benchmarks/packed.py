@@ -28,6 +28,7 @@ from common import add_rounds, compare, save_batches, script
 from tables import Row, at_least, compared, requirements
 
 TITLE = "Packed data of mixed lengths against PEFT with padding and with packing"
+SHORT = "Packed rows"
 ROWS, LENGTH = 8, 256
 SIDES = ("nalora_jax", "padded", "padded, sorted by length", "packed")
 MIX = ("boolq", "piqa", "socialiqa", "hellaswag", "arc_easy", "openbookqa", "winogrande", "csqa")

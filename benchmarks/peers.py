@@ -26,6 +26,7 @@ from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, scr
 from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Training against other JAX libraries: Tunix with Qwix LoRA, EasyDeL"
+SHORT = "Training, Tunix"
 # What a peer calls each way of rematerialisation.
 REMAT = {
     "Tunix": {"none": "NONE", "layers": "DECODER"},

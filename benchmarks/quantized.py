@@ -23,6 +23,7 @@ from common import load, peak_rss_mb, run_process, save, summary
 from tables import Row, at_most
 
 TITLE = "Quantized base weights"
+SHORT = "Quantized base"
 KINDS = ("bfloat16", "int8", "nf4")
 TASKS = ("socialiqa", "openbookqa")
 

@@ -1,12 +1,14 @@
 """Every benchmark of this library, and the page docs/benchmarks.md made from what they measured.
 
-    python benchmarks/run.py                               # all parts (hours), then the page
-    python benchmarks/run.py --only overhead load_time     # some parts, then the page
+    python benchmarks/run.py                               # all parts (hours), then a page of your figures
+    python benchmarks/run.py --only overhead load_time     # some parts
     python benchmarks/run.py --quick                       # one short round of everything, to see that it works
-    python benchmarks/run.py --page                        # the page alone, from the recorded figures
+    python benchmarks/run.py --publish                     # your figures replace the committed ones; measures nothing
+    python benchmarks/run.py --page                        # docs/benchmarks.md again, from the committed figures
 
 Each part is a command of its own, which measures this library and what a user would pick instead side by side and puts
-raw figures into benchmarks/results/<machine>/<part>.json; a part that fails is reported, and the others go on. Peers
+raw figures into benchmarks/results/own/<machine>/<part>.json, which git ignores: the committed ones, and the page made
+of them, stay until --publish (with --only, of some parts). A part that fails is reported, and the others go on. Peers
 come with the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python,
 --easydel-python, --trl-path and --tpu-path: see the help of the parts multiple_choice, peers, packed and tpu.
 """
@@ -21,13 +23,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import common
-import tables
+import pages
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-NOTES = Path(__file__).parent / "notes"
 DTYPES = ("float32", "bfloat16")
 SHAPES = ("8x128", "8x256", "4x512")
 
@@ -85,6 +84,7 @@ PARTS = (
     Part("quantized", ("",), "--steps 3 --questions 8"),
     Part("growth", ("",), "--quick"),
 )
+NAMES = tuple(part.name for part in PARTS)
 
 
 def measure(part: Part, options: argparse.Namespace) -> bool:
@@ -114,131 +114,56 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
     return succeeded
 
 
-# ---------------------------------------------------------------- the page
-
-HEADER = """# Speed and memory
-
-Made by `python benchmarks/run.py` from `benchmarks/results/<machine>/*.json`; every section names the command of each
-figure and the machine that it was measured on. Where repeated, a figure is the median, with minimum and maximum behind
-it; a ratio is that of the medians, or the median of paired ratios with its 95% interval. Both sides of a comparison run
-on the same machine, in turn, in processes of their own, with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. The machines are
-shared: differences below 5% mean nothing.
-"""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What was recorded of one part on one machine."""
-
-    part: str
-    module: Any  # the part's script
-    record: dict[str, Any]
-
-    @property
-    def machine(self) -> str:
-        """The CPU, and what it multiplies with."""
-        case = next(iter(self.record["cases"].values()))
-        return f"{case['machine']['cpu']}, {tables.instructions(case)}"
+def publish(names: Sequence[str], own: Path = common.OWN, published: Path = common.PUBLISHED) -> list[Path]:
+    """Replaces the committed figures by those of ``own``, case by case; returns the files that were written."""
+    written = []
+    for path in sorted(own.glob("*/*.json")):
+        if path.stem.removesuffix("_search") not in names:
+            continue
+        target = published / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        record = common.load(path.stem, target.parent)
+        record["cases"] |= common.load(path.stem, path.parent)["cases"]
+        common.write(target, record)
+        written.append(target)
+    return written
 
 
-def recorded(folder: Path) -> list[Figures]:
-    """By machine, then in the order of the parts; parts without figures of a machine are left out."""
-    found = []
-    for machine in sorted(path for path in folder.iterdir() if path.is_dir() and path != common.QUICK):
-        for part in PARTS:
-            record = common.load(part.name, machine)
-            if record["cases"]:
-                found.append(Figures(part.name, importlib.import_module(part.name), record))
-    return found
+def draw(written: Sequence[Path]) -> None:
+    """The plots of the parts that have one."""
+    for path in written:
+        module = importlib.import_module(path.stem) if path.stem in NAMES else None
+        if hasattr(module, "plot"):
+            module.plot(common.load(path.stem, path.parent), module.PLOT)
 
 
-def render(folder: Path = common.PUBLISHED, notes: Path = NOTES) -> str:
-    """The page's Markdown from the recorded figures."""
-    found = recorded(folder)
-    machines = dict.fromkeys(figures.machine for figures in found)
-    overviews = [overview(name, [figures for figures in found if figures.machine == name]) for name in machines]
-    parts = [[figures for figures in found if figures.part == part.name] for part in PARTS]
-    sections = [section(measured, notes) for measured in parts if measured]
-    return "\n\n".join([HEADER.strip(), "## Required and measured", *overviews, *sections]) + "\n"
-
-
-def overview(machine: str, found: Sequence[Figures]) -> str:
-    """Every figure of a machine that something was required of; parts without figures are named."""
-    lines, verdicts = [], []
-    for figures in found:
-        for row in figures.module.rows(figures.record):
-            if row.limit is not None:
-                lines.append(
-                    (figures.module.TITLE, row.what, str(row.limit), tables.ratio_text(row.ratio), row.verdict)
-                )
-                verdicts.append(row.verdict)
-    missing = [part.name for part in PARTS if part.name not in {figures.part for figures in found}]
-    head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
-    head += f" Not measured here: {', '.join(missing)}." if missing else ""
-    table = tables.markdown(("part", "figure", "required", "measured", ""), lines)
-    return f"### {machine}\n\n{head}\n\n{table}"
-
-
-def section(found: Sequence[Figures], notes: Path) -> str:
-    """A part's tables, one for each machine, what its figures mean, and where they come from."""
-    module = found[0].module
-    about = module.__doc__.strip().split("\n\n")[1:]
-    prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
-    text = [f"## {module.TITLE}", *prose]
-    for figures in found:
-        text += [f"**{figures.machine}**", module.table(figures.record)]
-    note = notes / f"{found[0].part}.md"
-    if note.exists():
-        text.append(note.read_text().strip())
-    return "\n\n".join([*text, *(sources(figures.record) for figures in found)])
-
-
-def sources(record: dict[str, Any]) -> str:
-    """Commands, and the machine that each ran on."""
-    commands: dict[str, list[str]] = {}
-    for case in record["cases"].values():
-        commands.setdefault(describe(case), []).append(f"`{case['command']}`")
-    return "\n\n".join(
-        f"{machine}:\n\n" + "\n".join(f"- {command}" for command in dict.fromkeys(found))
-        for machine, found in commands.items()
-    )
-
-
-def describe(case: dict[str, Any]) -> str:
-    """The machine of a case, its versions, and those of peers that ran in an environment of their own, in one line."""
-    machine = case["machine"]
-    flags = ", ".join(name for name, there in machine["flags"].items() if there)
-    missing = "" if tables.has_amx(case) else ", no AMX"
-    own = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
-    versions = "; ".join(
-        f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in found.items())
-        for name, found in {"": machine["versions"], **own}.items()
-    )
-    return (
-        f"{machine['cpu']} ({flags}{missing}), {machine['cores']} cores, {machine['memory_gb']:.0f} GB; "
-        f"Python {machine['python']}, {versions}"
-    )
+def write_pages() -> None:
+    """docs/benchmarks.md and notes/figures.md from the committed figures."""
+    for path, text in ((pages.PAGE, pages.render(NAMES)), (pages.FIGURES, pages.details(NAMES))):
+        path.write_text(text)
+        print("wrote", path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [part.name for part in PARTS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
-    parser.add_argument("--quick", action="store_true", help="short runs; figures go to results/quick, not to the page")
-    parser.add_argument("--page", action="store_true", help="measure nothing")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=", ".join(NAMES))
+    parser.add_argument("--quick", action="store_true", help="short runs; figures go to results/quick")
+    parser.add_argument("--publish", action="store_true", help="replace the committed figures; measures nothing")
+    parser.add_argument(
+        "--page", action="store_true", help="write the pages from the committed figures; measures nothing"
+    )
     parser.add_argument("--lm-eval-python", default=sys.executable, help="a Python that has lm-eval")
     parser.add_argument("--tunix-python", default=sys.executable, help="a Python that has google-tunix")
     parser.add_argument("--easydel-python", default=sys.executable, help="a Python that has easydel")
     parser.add_argument("--trl-path", default="", help="folders that have TRL and datasets")
     parser.add_argument("--tpu-path", default="", help="folder that libtpu was installed into")
     options = parser.parse_args()
-    chosen = [] if options.page else [part for part in PARTS if part.name in options.only]
-    failed = [part.name for part in chosen if not measure(part, options)]
-    if options.quick:
-        print(render(common.QUICK))
-    else:
-        PAGE.write_text(render())
-        print("wrote", PAGE)
+    if options.publish or options.page:
+        draw(publish(options.only) if options.publish else [])
+        write_pages()
+        return
+    failed = [part.name for part in PARTS if part.name in options.only and not measure(part, options)]
+    print(pages.render(NAMES, common.QUICK if options.quick else common.OWN))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

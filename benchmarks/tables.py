@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,15 @@ def has_amx(case: Mapping[str, Any]) -> bool:
     return common.instructions(case["machine"]) == "amx"
 
 
-def instructions(case: Mapping[str, Any]) -> str:
-    """What sets the CPU of a case apart from others of its name, in words."""
-    return {"amx": "AMX", "avx2": "AVX2 only", "": "no AMX"}[common.instructions(case["machine"])]
+_WORDS = {"amx": "AMX", "avx512-bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2": "AVX2 only", "": "no AMX"}
+
+
+def machine(case: Mapping[str, Any]) -> str:
+    """The CPU of a case in words: its name, the generation as far as it was recorded, what it multiplies with."""
+    found = case["machine"]
+    cpu = re.sub(r"\((R|TM)\)", "", found["cpu"]).removesuffix(" Processor")
+    design = f" ({found['generation']})" if found.get("generation") else ""
+    return f"{cpu}{design}, {_WORDS[common.instructions(found)]}"
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -34,6 +34,7 @@ from tables import Row, at_most, requirements
 from training import without_statistics
 
 TITLE = "On TPU topologies"
+SHORT = "NA-LoRA over LoRA"
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 128256,

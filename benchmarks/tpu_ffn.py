@@ -25,6 +25,7 @@ from tables import Row, requirements
 from tpu import LLAMA, UNSCHEDULED
 
 TITLE = "One FFN on a TPU against the limit"
+SHORT = "One FFN, the limit"
 RANK = 8
 PRODUCTS = 8  # forward 3, made again 2 (the output is not needed), backward 3: kernels have no gradients
 # Peak bfloat16 flops a second, bytes a second, cycles a second (peak / flops a cycle of the matrix units).

@@ -20,6 +20,7 @@ from common import add_rounds, alternate_processes, compare, script
 from tables import Limit, Row, at_least, at_most, compared_runs, has_amx, requirements
 
 TITLE = "Training against transformers + PEFT"
+SHORT = "Training, PEFT"
 
 
 def rows(record: dict[str, Any]) -> list[Row]:

@@ -53,7 +53,8 @@ def misalignment(z: Array, dz: Array, weights: Array, activation: Activation) ->
     """``E|S| / E|F|`` per channel over weighted tokens, 0 where nothing moves.
 
     Args:
-      z, dz: [..., d_ff].
+      z: [..., d_ff].
+      dz: [..., d_ff].
       weights: [...], 1 for a real token and 0 for padding.
 
     Returns:

@@ -176,7 +176,9 @@ def probe_statistics(
     Args:
       z_base: [..., tokens, d_ff] pre-activations without the adapter.
       dz: [..., tokens, d_ff] what the adapter adds.
-      weights, activation, names: as in `channel_statistics`.
+      weights: as in `channel_statistics`.
+      activation: as there.
+      names: as there.
 
     Returns:
       ``probe_tokens`` [] and the sums, [d_ff] each.

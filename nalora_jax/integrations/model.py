@@ -198,7 +198,10 @@ class Foreign(ABC):
         Args:
           loss: gets the adapted model as a function of the model's own arguments, returns a scalar (and, with
             ``has_aux``, anything else).
-          variables, lora, gate_mask, token_weights: see `apply`.
+          variables: see `apply`, as for the three that follow.
+          lora: the adapters, by which the loss is differentiated.
+          gate_mask: per-channel factors of the gradient of the gates' A.
+          token_weights: ``[batch, seq]``, 0 where a token is padding.
           has_aux: as in `jax.value_and_grad`.
 
         Returns:

@@ -106,9 +106,13 @@ def adapt_nnx(
     that out.
 
     Args:
-      graph, state: ``nnx.split(model)``; ``state`` is what ``apply`` and ``gradients`` take as variables.
-      keymap, lora, activation, stats: as in `nalora_jax.integrations.linen.adapt_linen`; paths are attribute names and
-        indices, e.g. ``layers/0/mlp/gate_proj``.
+      graph: the first of ``nnx.split(model)``.
+      state: the second, which is what ``apply`` and ``gradients`` take as variables.
+      keymap: as in `nalora_jax.integrations.linen.adapt_linen`; paths are attribute names and indices, e.g.
+        ``layers/0/mlp/gate_proj``.
+      lora: as there.
+      activation: as there.
+      stats: as there.
 
     Raises:
       NaloraError: see `nalora_jax.integrations.model.choose_targets`; or a layer stands at two places of the model.

@@ -58,7 +58,8 @@ def multiply_columns(
       factors: by block, [..., d_ff].
       gates: block of each gate, as `find_gates` returns it.
       argument: the name under which the caller got ``factors``, for the error.
-      leaf, magnitude: names under a gate's path.
+      leaf: the name of B under a gate's path.
+      magnitude: that of DoRA's magnitude.
 
     Raises:
       NaloraError: factors that are absent, or whose shape does not fit.

@@ -16,7 +16,8 @@ def curvature_cap(excess: Array, response: Array, tau: float) -> Array:
     """``min(1, tau / chi)`` with ``chi = E|X| / E|phi'(z) dz|``, ``X = phi(z + dz) - phi(z) - phi'(z) dz``.
 
     Args:
-      excess, response: [..., d_ff], not negative; a channel that has not moved is not capped.
+      excess: E|X|, [..., d_ff], not negative.
+      response: E|phi'(z) dz|, likewise; a channel that has not moved is not capped.
       tau: share of the response that the unseen part may have.
     """
     return jnp.where(excess > 0, jnp.minimum(1.0, tau * response / jnp.where(excess > 0, excess, 1.0)), 1.0)

@@ -25,8 +25,11 @@ class Mechanisms:
     """The mechanisms of a run, each under the label of its memory and its metrics.
 
     Example:
-      >>> [label for label, _ in make_mechanisms(names=("delta:q=0.5",), activation="silu").entries]
-      ['mask', 'step_scale', 'delta']
+      >>> for label, _ in make_mechanisms(names=("delta:q=0.5",), activation="silu").entries:
+      ...     print(label)
+      mask
+      step_scale
+      delta
     """
 
     entries: tuple[tuple[str, Mechanism], ...]
@@ -63,7 +66,8 @@ def make_mechanisms(
     """The mechanisms that a run's settings ask for.
 
     Args:
-      mask, step_scale: the two of the method, by default both on.
+      mask: the first of the method, by default on.
+      step_scale: the second, by default on.
       names: further ones, as `nalora_jax.optim.mechanism.make` reads them.
       activation: the gates'.
       total_steps: of the run, for those that depend on how far it is.

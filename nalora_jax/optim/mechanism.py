@@ -165,8 +165,10 @@ def register_mechanism(
 
     Args:
       name: for ``--mechanisms``, ``RunConfig.mechanisms`` and `make`.
-      statistics, places, reallocates: of a rule that is a function ``(averages, context) -> factor``; a class derived
-        from `Mechanism` states them itself.
+      statistics: of a rule that is a function ``(averages, context) -> factor``; a class derived from `Mechanism`
+        states them itself, like the next two.
+      places: where the factor acts.
+      reallocates: whether it is normalised to a root mean square of 1 over channels.
       replace: whether a rule of that name may be replaced.
 
     Returns:

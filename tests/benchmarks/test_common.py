@@ -113,12 +113,49 @@ def test_batches_come_back_in_order(common, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "amx", "avx512", "name"),
+    ("cpu", "generation", "widest", "name"),
     [
-        ("AMD EPYC", False, True, "amd-epyc"),
-        ("AMD EPYC", False, False, "amd-epyc-avx2"),
-        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", True, True, "intel-xeon-platinum-8481c-2-70ghz-amx"),
+        ("AMD EPYC", "", "avx512_bf16", "amd-epyc-avx512-bf16"),
+        ("AMD EPYC", "Zen 4", "avx512_bf16", "amd-epyc-zen-4-avx512-bf16"),
+        ("AMD EPYC", "Zen 3", "avx2", "amd-epyc-zen-3-avx2"),
+        ("Intel(R) Xeon(R) Processor", "", "amx_bf16", "intel-xeon-amx"),
     ],
 )
-def test_a_machine_s_folder_is_named_after_its_processor(common, cpu, amx, avx512, name):
-    assert common.machine_name({"cpu": cpu, "flags": {"amx_bf16": amx, "avx512f": avx512}}) == name
+def test_a_machine_s_folder_is_named_after_its_processor(common, cpu, generation, widest, name):
+    sets = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    flags = {each: sets.index(each) <= sets.index(widest) for each in sets}
+    assert common.machine_name({"cpu": cpu, "generation": generation, "flags": flags}) == name
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [  # family and model as /proc/cpuinfo of these processors has them
+        ("AuthenticAMD", "25", "1", "Zen 3"),  # EPYC 7763
+        ("AuthenticAMD", "25", "17", "Zen 4"),  # EPYC 9554
+        ("AuthenticAMD", "26", "2", "Zen 5"),  # EPYC 9755
+        ("AuthenticAMD", "23", "49", "Zen 2"),  # EPYC 7742
+        ("GenuineIntel", "6", "143", "Sapphire Rapids"),  # Xeon Platinum 8481C
+        ("GenuineIntel", "6", "1", ""),
+        ("HygonGenuine", "24", "1", ""),
+    ],
+)
+def test_a_processor_s_generation_is_known_by_its_numbers(common, vendor, family, model, name):
+    assert common.generation({"vendor_id": vendor, "cpu family": family, "model": model}) == name
+    assert common.generation({}) == ""
+
+
+def test_a_part_s_figures_lie_beside_the_committed_ones(common):
+    assert common.RESULTS.parent in (common.OWN, common.QUICK)
+    ignored = (common.PUBLISHED.parents[1] / ".gitignore").read_text().split()
+    for folder in (common.OWN, common.QUICK):
+        assert f"{folder.relative_to(common.PUBLISHED.parents[1])}/" in ignored
+
+
+def test_a_peer_s_fastest_setting_is_looked_up_here_and_then_among_the_committed(common, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "PUBLISHED", tmp_path / "published")
+    here, there = tmp_path / "own" / "abacus", tmp_path / "published" / "abacus"
+    assert common.fastest("part", "case", "none", here) == "none"
+    common.save("part_search", "case", {"speeds": {"slow": [1.0], "fast": [2.0]}}, there)
+    assert common.fastest("part", "case", "none", here) == "fast"
+    common.save("part_search", "case", {"speeds": {"slow": [3.0], "fast": [2.0]}}, here)
+    assert common.fastest("part", "case", "none", here) == "slow"

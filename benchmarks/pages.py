@@ -1,0 +1,168 @@
+"""docs/benchmarks.md, one short table for each machine, and notes/figures.md, which has every figure with its command.
+
+Both are made from the committed figures alone (results/<machine>/<part>.json); notes/<part>.md holds, in somebody's own
+words, what profiles showed and what was tried.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import tables
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+NOTES = Path(__file__).parent / "notes"
+FIGURES = NOTES / "figures.md"
+ROWS = 15  # at most, of a machine's table on the page
+# Measured on whatever CPU compiled the programs, which says nothing of them.
+COMPILED = {"tpu": "TPU v5e and v5p, compiled, not run", "tpu_ffn": "TPU v5e and v5p, compiled, not run"}
+# Of each part, the figures that a reader looks for first. What misses its requirement is always shown.
+HEADLINES = {
+    "versus_peft": (
+        *(f"tokens/s, {case}" for case in ("bfloat16 8x128", "float32 8x128", "bfloat16 4x512")),
+        *(f"peak memory, {case}" for case in ("bfloat16 8x128", "float32 8x128")),
+    ),
+    "packed": ("useful tokens/s, bfloat16, against PEFT packed by TRL",),
+    "peers": ("tokens/s, bfloat16 8x128, Tunix",),
+    "overhead": ("step, bfloat16 8x128",),
+    "tpu": (
+        "temporary memory per chip, Llama-3.1-8B, v5e:16x16, one sequence of 4,096 tokens a chip",
+        "all memory of NA-LoRA per chip, Llama-3.1-8B, v5e:16x16, one sequence of 4,096 tokens a chip, over the chip's",
+        *(
+            f"{what}, v5p:2x2x4, one sequence of 2,048 tokens a chip"
+            for what in ("flops per chip", "bytes accessed per chip")
+        ),
+    ),
+    "tpu_ffn": ("roofline, v5e, 2,048 tokens", "roofline, v5p, 2,048 tokens"),
+    "flops": ("flops per second: nalora, bfloat16 8x128",),
+    "loss_memory": ("131,072 tokens, bfloat16 head, 8x512 x 1024",),
+    "first_step": ("first step, bfloat16 8x128",),
+    "generation": ("tokens/s, bfloat16, batch 1", "tokens/s, bfloat16, batch 16"),
+    "multiple_choice": ("items/s, socialiqa, bfloat16",),
+}
+
+HEADER = """# Speed and memory
+
+What `benchmarks/run.py` measured: SmolLM2-135M, rank 8 on gate, up and down, on two CPU cores, beside what a user would
+pick instead. Both sides of a comparison run on the same machine, in turn, in processes of their own, with
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. A figure is the median, with minimum and maximum behind it; a ratio is that of
+the medians, or the median of paired ratios. The machines are shared: differences below 5% mean nothing.
+
+**No TPU and no GPU has run this library**; what their compilers say of its programs is in [Pods and GPUs](pods.md).
+
+Here are the figures that are looked for first, and all that miss what was required of them. Every figure with its
+command is in `benchmarks/notes/figures.md`; `benchmarks/notes/<part>.md` says what profiles showed and what was tried
+without gain. `python benchmarks/run.py` measures on your machine and shows this page with your figures; the committed
+ones stay. The AMD EPYC without a generation is one whose generation was not recorded; it multiplies float32 about twice
+as fast as the one of Zen 4."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was recorded of one part on one machine."""
+
+    part: str
+    module: Any  # the part's script
+    record: dict[str, Any]
+
+    @property
+    def machine(self) -> str:
+        """The CPU, and what it multiplies with; or what the programs were compiled for."""
+        return COMPILED.get(self.part) or tables.machine(next(iter(self.record["cases"].values())))
+
+
+def recorded(folder: Path, parts: Sequence[str]) -> list[Figures]:
+    """By machine, then in the order of the parts; parts without figures of a machine are left out."""
+    found = []
+    apart = (common.QUICK, common.OWN)
+    for machine in sorted(path for path in folder.iterdir() if path.is_dir() and path not in apart):
+        for part in parts:
+            record = common.load(part, machine)
+            if record["cases"]:
+                found.append(Figures(part, importlib.import_module(part), record))
+    return found
+
+
+def render(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
+    """The page's Markdown from the recorded figures: one table for each machine."""
+    found = recorded(folder, parts)
+    machines = sorted(dict.fromkeys(figures.machine for figures in found))
+    overviews = [overview(name, [figures for figures in found if figures.machine == name], parts) for name in machines]
+    return "\n\n".join([HEADER, *overviews]) + "\n"
+
+
+def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> str:
+    """At most `ROWS` rows of one machine; parts without figures are named."""
+    lines, verdicts = [], []
+    for figures in found:
+        for row in figures.module.rows(figures.record):
+            verdicts += [row.verdict] if row.limit is not None else []
+            missed = row.limit is not None and row.verdict != "met"
+            if missed or row.what in HEADLINES.get(figures.part, ()):
+                cells = (row.ours, row.other, tables.ratio_text(row.ratio), str(row.limit or ""), row.verdict)
+                lines.append((missed, (figures.module.SHORT, row.what, *cells)))
+    while len(lines) > ROWS:  # the last that is as required
+        lines.pop(max(i for i, (missed, _) in enumerate(lines) if not missed))
+    compiled = machine in COMPILED.values()
+    missing = [part for part in parts if part not in {figures.part for figures in found} and part not in COMPILED]
+    head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
+    head += f" Not measured here: {', '.join(missing)}." if missing and not compiled else ""
+    header = ("part", "figure", "nalora_jax", "beside it", "ratio", "required", "")
+    return f"## {machine}\n\n{head}\n\n{tables.markdown(header, [cells for _, cells in lines])}"
+
+
+def details(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
+    """Every figure with its command, by part."""
+    found = recorded(folder, parts)
+    by_part = [[figures for figures in found if figures.part == part] for part in parts]
+    head = (
+        "# Every figure\n\nMade by `python benchmarks/run.py --publish` (or `--page`) from `benchmarks/results`; "
+        "docs/benchmarks.md says how they were measured and shows the first of them."
+    )
+    return "\n\n".join([head, *(section(measured) for measured in by_part if measured)]) + "\n"
+
+
+def section(found: Sequence[Figures]) -> str:
+    """A part's tables, one for each machine, and where the figures come from."""
+    module = found[0].module
+    about = module.__doc__.strip().split("\n\n")[1:]
+    prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
+    text = [f"## {module.TITLE}", *prose]
+    for figures in found:
+        text += [f"**{figures.machine}**", module.table(figures.record)]
+    if (NOTES / f"{found[0].part}.md").exists():
+        text.append(f"What profiles showed, and what was tried: [{found[0].part}.md]({found[0].part}.md).")
+    return "\n\n".join([*text, *(sources(figures.record) for figures in found)])
+
+
+def sources(record: dict[str, Any]) -> str:
+    """Commands, and the machine that each ran on."""
+    commands: dict[str, list[str]] = {}
+    for case in record["cases"].values():
+        commands.setdefault(describe(case), []).append(f"`{case['command']}`")
+    return "\n\n".join(
+        f"{machine}:\n\n" + "\n".join(f"- {command}" for command in dict.fromkeys(found))
+        for machine, found in commands.items()
+    )
+
+
+def describe(case: dict[str, Any]) -> str:
+    """The machine of a case, its versions, and those of peers that ran in an environment of their own, in one line."""
+    machine = case["machine"]
+    flags = ", ".join(name for name, there in machine["flags"].items() if there)
+    missing = "" if tables.has_amx(case) else ", no AMX"
+    own = {name: runs[-1]["versions"] for name, runs in case.get("runs", {}).items() if "versions" in runs[-1]}
+    versions = "; ".join(
+        f"{name}{': ' if name else ''}" + ", ".join(f"{package} {version}" for package, version in found.items())
+        for name, found in {"": machine["versions"], **own}.items()
+    )
+    design = f" {machine['generation']}" if machine.get("generation") else ""
+    return (
+        f"{machine['cpu']}{design} ({flags}{missing}), {machine['cores']} cores, {machine['memory_gb']:.0f} GB; "
+        f"Python {machine['python']}, {versions}"
+    )

@@ -1,0 +1,47 @@
+"""The package's front door: what `import nalora_jax` offers, whatever was imported before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from nalora_jax import RunResult, run, load",  # `RunResult` lives in the module `run`, which imports `load`
+        "import nalora_jax.load, nalora_jax.run; from nalora_jax import run, load",
+        "from nalora_jax.load import AdaptedModel; from nalora_jax import run, load",
+    ],
+)
+def test_run_and_load_are_functions_whatever_was_imported_before(first):
+    assert _python(f"{first}\nprint(type(run).__name__, type(load).__name__)") == "function function"
+
+
+def test_importing_the_package_imports_nothing_heavy_and_names_all_that_it_has():
+    heavy = "{'jax', 'flax', 'numpy', 'optax', 'rich', 'tyro'}"
+    code = f"import sys, nalora_jax\nprint({heavy} & set(sys.modules) or 'none', *dir(nalora_jax))"
+    none, *names = _python(code).split()
+    assert none == "none"
+    import nalora_jax
+
+    assert {*nalora_jax.__all__, "__version__"} <= set(names)
+    assert nalora_jax.__version__ == version("nalora_jax")
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = nalora_jax.nothing_of_the_kind
+
+
+def test_type_checkers_are_told_that_the_package_has_types():
+    assert (ROOT / "nalora_jax" / "py.typed").exists()
