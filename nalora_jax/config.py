@@ -32,6 +32,7 @@ from nalora_jax.ranges import (
     check_ranges,
     require,
 )
+from nalora_jax.vision_config import VisionConfig, check_vision
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, for JSON and the checkpoint's fingerprint."""
@@ -357,6 +359,11 @@ RANGES = {
     "compute.probe_stride": SIZE,
     "compute.loss_chunk": COUNT,
     "debug.tolerance": Range("a number", "(0, 1]"),
+    "vision.shots": COUNT,
+    "vision.crop_area": Range("a share", "(0, 1]"),
+    "vision.max_pixels": SIZE,
+    "vision.caption_length": COUNT,
+    "vision.features": Range("a whole number", "[0, 65536]"),
 }
 
 
@@ -378,6 +385,7 @@ def check(config: RunConfig) -> RunConfig:
     for _, factor in config.optimizer.rates:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)
+    check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     return config
 
 

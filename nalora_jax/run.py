@@ -44,6 +44,7 @@ from nalora_jax.train.loop import FitResult, Measured, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, SilentLog, recorded_settings
 from nalora_jax.train.output import CHECKPOINTS, Output, open_output
+from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
@@ -93,31 +94,17 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
     # ---------------------------------------------------------------- devices, and whether the settings fit them
     if config.compute.compilation_cache:
         use_compilation_cache()
-    files = resolve(config.model)
-    placed = laid_out(config, read_config(files))  # what is recorded keeps what the user left open
+    files = None if config.vision.task else resolve(config.model)
+    placed = config if files is None else laid_out(config, read_config(files))  # records keep what was left open
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(config.compute.implementation, platform_of(mesh).name)
-    check_layout(config, files, mesh)
-    if source is None:
-        check_data(config.data)
 
-    # ---------------------------------------------------------------- base model, adapters, step
-    loaded = _load(config, files, mesh)
-    assembly = assemble(placed, loaded.config, loaded.params, mesh)
-    log.info("%s adapter parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
-
-    # ---------------------------------------------------------------- training rows, held-out questions
-    data = _train_data(config, loaded, mesh, source)
-    if config.lora.init == "gradient" and not output.resumes:
-        assembly = _gradient_start(assembly, loaded, data)
-    log.info("training data: %s", json.dumps(data.describe()))
-    batches = data.batches()
-    reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
-    questions = {"reported": digest(reported), "selecting": digest(selecting)}
-    evaluator, selector = (
-        Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
-        for items in (reported, selecting)
-    )
+    # ---------------------------------------------------------------- model, adapters, step, training rows, questions
+    pieces = _dual_pieces(config, mesh) if files is None else _pieces(placed, files, output, mesh, source)
+    loaded, assembly, evaluator = pieces.loaded, pieces.assembly, pieces.evaluator
+    log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
+    log.info("training data: %s", json.dumps(pieces.data.describe()))
+    batches = pieces.data.batches()
 
     with Checkpointer(
         output.folder / CHECKPOINTS,
@@ -129,9 +116,9 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
     ) as checkpointer:
         # ------------------------------------------------------------ where to start, and what is known from before
         state, start = _start(config, output, assembly, batches, checkpointer)
-        known = _known_before(output, questions)
+        known = _known_before(output, pieces.questions)
         metrics, progress = _records(config, output.folder, start)
-        beside = _Beside(metrics, progress, selector, assembly.params, checkpointer, batches, stop)
+        beside = _Beside(metrics, progress, pieces.selector, assembly.params, checkpointer, batches, stop)
         with metrics, progress:
             settings = config.to_dict()
             more = {"settings": settings} if start else {}
@@ -139,11 +126,11 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
             metrics.start(settings, versions=versions(), device=describe_device(), **more)
             try:
                 # ---------------------------------------------------- evaluate, train, evaluate, export
-                before = known or _measure_before(output.folder, evaluator, beside, loaded, questions)
+                before = known or _measure_before(output.folder, beside, pieces)
                 result = _fit(config, assembly, state, start, beside)
                 best = _best(result, checkpointer, assembly)
                 after = _measure_after(best, before, evaluator, beside)
-                adapter = export(config, output.folder / ADAPTER, loaded, assembly, best, batches)
+                adapter = pieces.export(output.folder / ADAPTER, best)
                 readme = card(config, loaded, assembly, before, after)
                 distributed.on_first_process(lambda: write_card(adapter, readme))
             except (NaloraError, KeyboardInterrupt) as error:
@@ -164,7 +151,7 @@ class _Beside:
 
     metrics: MetricsLog
     progress: Progress
-    selector: Evaluator
+    selector: Any
     params: Any
     checkpointer: Checkpointer
     batches: BatchIterator
@@ -201,6 +188,38 @@ class _Beside:
 
 
 # -------------------------------------------------------------------- stages, in their order
+
+
+def _dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
+    """Those of a run on images."""
+    from nalora_jax.train.dual_pieces import dual_pieces  # Pillow is an extra
+
+    return dual_pieces(config, mesh)
+
+
+def _pieces(
+    config: RunConfig, files: ResolvedSource, output: Output, mesh: Mesh, source: Mapping[str, Source] | None
+) -> Pieces:
+    """Those of a run on text."""
+    check_layout(config, files, mesh)
+    if source is None:
+        check_data(config.data)
+    loaded = _load(config, files, mesh)
+    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    data = _train_data(config, loaded, mesh, source)
+    if config.lora.init == "gradient" and not output.resumes:
+        assembly = _gradient_start(assembly, loaded, data)
+    reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
+    evaluator, selector = (
+        Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
+        for items in (reported, selecting)
+    )
+
+    def write(folder: Path, state: TrainState) -> Path:
+        return export(config, folder, loaded, assembly, state, data.batches())
+
+    questions = {"reported": digest(reported), "selecting": digest(selecting)}
+    return Pieces(loaded, assembly, data, evaluator, selector, questions, write)
 
 
 def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
@@ -315,16 +334,14 @@ def _records(config: RunConfig, folder: Path, start: int) -> tuple[MetricsLog, P
     return MetricsLog(folder, tensorboard=config.tensorboard, resume=start or None), Progress(config.steps, start=start)
 
 
-def _measure_before(
-    folder: Path, evaluator: Evaluator, beside: _Beside, loaded: LoadedModel, questions: Mapping[str, str]
-) -> dict[str, Any]:
+def _measure_before(folder: Path, beside: _Beside, pieces: Pieces) -> dict[str, Any]:
     """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
-    before = evaluator.measure(loaded.params, None, samples=True)
-    text = json.dumps(before | {"questions": questions})
+    before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
+    text = json.dumps(before | {"questions": pieces.questions})
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
     beside.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
     beside.progress.say(f"before: {describe(before)}")
-    beside.select(0, loaded.params, None)
+    beside.select(0, pieces.loaded.params, None)
     return before
 
 
@@ -361,11 +378,9 @@ def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> 
     return state
 
 
-def _measure_after(
-    best: TrainState, before: Mapping[str, Any], evaluator: Evaluator, beside: _Beside
-) -> dict[str, Any]:
+def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: _Beside) -> dict[str, Any]:
     """Metrics of the best state on the examples that had no say in choosing it."""
-    after = evaluator.measure(beside.params, best.lora, samples=True)
+    after: dict[str, Any] = evaluator.measure(beside.params, best.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
         after["paired"] = asdict(compare(before["right"], after["right"]))
     step = int(best.step)
@@ -385,4 +400,5 @@ def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array
 
 def describe_targets(assembly: Assembly) -> str:
     """Adapted projections with their ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
-    return ", ".join(f"{path.removeprefix('layers/')} ({spec.rank})" for path, spec in assembly.spec.targets)
+    names = (f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in assembly.spec.targets)
+    return ", ".join(names) or "projections alone"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pathlib
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -135,3 +137,94 @@ def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
         return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """Makes folders of tiny dual encoders with random weights, as transformers saves them: model, tokenizer, processor.
+
+    ``dual_folder("clip", vision={"hidden_act": "gelu"}, text={...}, ...)``.
+    """
+    import numpy as np
+    import tokenizers
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = ["a", "photo", "of", "the", "red", "green", "blue", "square", "circle", "cross", "dress", "bag", "boot"]
+    special = {"[PAD]": 0, "[UNK]": 1, "[EOS]": 2, "[CLS]": 3}
+    vocabulary = special | {word: len(special) + i for i, word in enumerate(words)}
+
+    def tokenizer(folder: pathlib.Path, begin: str, length: int) -> None:
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+        backend.normalizer = tokenizers.normalizers.Lowercase()
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        ends = [(name, vocabulary[name]) for name in ("[CLS]", "[EOS]")]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{begin}$A [EOS]", special_tokens=ends
+        )
+        whole = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", model_max_length=length
+        )
+        whole.save_pretrained(folder)
+
+    def make(family: str, *, vision: dict | None = None, text: dict | None = None, **top: object) -> pathlib.Path:
+        folder = tmp_path_factory.mktemp(family)
+        ids = {"vocab_size": 40, "max_position_embeddings": 12, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2}
+        ids["eos_token_id"] = 2
+        image = {**sizes, "image_size": 16, "patch_size": 4, **(vision or {})}
+        words_of = {**sizes, **ids, **(text or {})}
+        if family == "siglip2":
+            image = {name: value for name, value in image.items() if name != "image_size"} | {"num_patches": 16}
+        if family == "vision-text-dual-encoder":
+            kinds = transformers.models.auto.CONFIG_MAPPING
+            parts = (
+                kinds[image.pop("model_type", "vit")](**image),
+                kinds[words_of.pop("model_type", "bert")](**words_of),
+            )
+            join = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+            config = join(*parts, **{"projection_dim": 24, **top})
+        else:
+            config = transformers.CONFIG_MAPPING[family](vision_config=image, text_config=words_of, **top)
+        model = transformers.AutoModel.from_config(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, leaf in model.named_parameters():
+                if leaf.ndim == 0 or "logit" in name:
+                    continue
+                wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
+                leaf.copy_(torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0))
+        model.save_pretrained(folder)
+        tokenizer(folder, "" if family.startswith("siglip") else "[CLS] ", words_of["max_position_embeddings"])
+        square = {"height": 16, "width": 16}
+        processors = {
+            "clip": ("CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": square}),
+            "siglip": ("SiglipImageProcessor", {"size": square}),
+            "siglip2": ("Siglip2ImageProcessor", {"patch_size": 4, "max_num_patches": 16}),
+            "vision-text-dual-encoder": ("ViTImageProcessor", {"size": square}),
+        }
+        kind, settings = processors[family]
+        getattr(transformers, f"{kind}Pil")(**settings).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tower_folders(
+    dual_folder: Callable[..., pathlib.Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Folders of a ViT (32 wide, 3 layers) and of a BERT (48 wide, 2 layers) that were never trained together."""
+    import transformers
+
+    sizes = {"num_attention_heads": 4, "intermediate_size": 64}
+    vit = transformers.ViTConfig(hidden_size=32, num_hidden_layers=3, image_size=16, patch_size=4, **sizes)
+    bert = transformers.BertConfig(
+        vocab_size=40, hidden_size=48, num_hidden_layers=2, max_position_embeddings=12, **sizes
+    )
+    donor, root = dual_folder("vision-text-dual-encoder"), tmp_path_factory.mktemp("towers")
+    for name, model in (("image", transformers.ViTModel(vit)), ("text", transformers.BertModel(bert))):
+        model.save_pretrained(root / name)
+        for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
+            shutil.copy(file, root / name)
+    return root / "image", root / "text"

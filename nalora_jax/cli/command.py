@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import doctor, parser, plan, usage, verbs
+from nalora_jax.cli import doctor, images, parser, plan, usage, verbs
 from nalora_jax.ranges import check_path, check_ranges
 
 
@@ -52,6 +52,8 @@ VERBS = {
     "study": Verb(parser.StudyArgs, verbs.study),
     "plan": Verb(plan.PlanArgs, plan.plan),
     "doctor": Verb(parser.DoctorArgs, doctor.doctor),
+    "classify": Verb(images.ClassifyArgs, images.classify),
+    "retrieve": Verb(images.RetrieveArgs, images.retrieve),
 }
 
 

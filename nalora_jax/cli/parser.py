@@ -19,9 +19,10 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.errors import NaloraError
-from nalora_jax.ranges import AXIS, COUNT, SEED, TOKENS, Range
+from nalora_jax.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range
 
 Dtype = Literal["bfloat16", "float32"]
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
@@ -204,6 +205,8 @@ RANGES: dict[type, dict[str, Range]] = {
     ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
     InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
     StudyArgs: {"limit": COUNT},
+    ClassifyArgs: {"top": SIZE},
+    RetrieveArgs: {"top": SIZE},
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grain
 import numpy as np
@@ -100,13 +100,36 @@ class TrainData:
         return epoch_plan.row(row)
 
 
+class Stream(Protocol):
+    """Rows without end, each a pure function of its number."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch over all hosts."""
+
+    @property
+    def workers(self) -> int:
+        """Threads that put batches together ahead of their use."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold every record once."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the stream."""
+
+    def batch_at(self, row: int) -> Batch:
+        """The batch whose first row, over all hosts, is row ``row``."""
+
+
 class BatchIterator(Iterator[Batch]):
     """Batches in order, read ahead by Grain's threads, with a state that is one number.
 
     The state counts rows over all hosts, so a run may be continued with another number of hosts or batch size.
     """
 
-    def __init__(self, data: TrainData) -> None:
+    def __init__(self, data: Stream) -> None:
         self._data, self._row = data, 0
         self._batches = self._open()
 

@@ -82,8 +82,8 @@ class JsonlSource(Source):
         import tensorflow_datasets as tfds  # only slices need it
 
         whole = tfds.core.SplitInfo(name="train", shard_lengths=[len(self._lines)], num_bytes=0)
-        with _tfds_errors(self.name, 'a JSONL file has one split, "train", or slices of it such as "train[-5%:]"'):
-            return _absolute(split, {"train": whole})
+        with tfds_errors(self.name, 'a JSONL file has one split, "train", or slices of it such as "train[-5%:]"'):
+            return absolute(split, {"train": whole})
 
     def __len__(self) -> int:
         return len(self._index)
@@ -144,7 +144,7 @@ class TfdsSource(Source):
 
     @cached_property
     def _data(self) -> Any:
-        with _tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
+        with tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
             data = self._opener()
         return data
 
@@ -165,15 +165,15 @@ class TfdsSource(Source):
 
     def read(self, indices: Sequence[int]) -> list[Record]:
         """The records at ``indices``, decoded to plain Python."""
-        with _tfds_errors(self.name, "prepare the data set again"):
+        with tfds_errors(self.name, "prepare the data set again"):
             values = self._data.__getitems__([int(index) for index in indices])
         return [{name: _plain(value) for name, value in value.items()} for value in values]
 
     @property
     def spans(self) -> list[Span]:
         """Parts of the data set's splits."""
-        with _tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
-            return _absolute(self._split, self._data.dataset_info.splits)
+        with tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
+            return absolute(self._split, self._data.dataset_info.splits)
 
 
 # Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.
@@ -280,6 +280,11 @@ def _open_task(name: str, split: str, cache: Path) -> Any:
     def builder() -> Any:
         return Builder(config=name, data_dir=cache / "tfds", file_format="array_record")
 
+    return prepared(builder).as_data_source(split=split)
+
+
+def prepared(builder: Callable[[], Any]) -> Any:
+    """A TFDS builder of this library, its data prepared on first use."""
     finished = Path(builder().data_dir) / "dataset_info.json"
     if not finished.exists():
         try:
@@ -288,7 +293,7 @@ def _open_task(name: str, split: str, cache: Path) -> Any:
         except OSError:
             if not finished.exists():  # else another process was first
                 raise
-    return builder().as_data_source(split=split)
+    return builder()
 
 
 def _open_tfds(name: str, split: str, data_dir: str) -> Any:
@@ -310,7 +315,7 @@ def _tfds_output() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tfds_errors(where: str, remedy: str) -> Iterator[None]:
+def tfds_errors(where: str, remedy: str) -> Iterator[None]:
     """Says what TFDS says (it raises many types, in paragraphs) as this library's error."""
     try:
         yield
@@ -328,7 +333,7 @@ def _tfds_errors(where: str, remedy: str) -> Iterator[None]:
         raise NaloraError(where, expected="a readable TFDS data set", found=found[0], remedy=remedy) from error
 
 
-def _absolute(split: str, splits: Any) -> list[Span]:
+def absolute(split: str, splits: Any) -> list[Span]:
     """Index ranges that a split expression names, in its order."""
     import tensorflow_datasets as tfds
 

@@ -63,6 +63,11 @@ PARAM_RULES: Rules = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
     (r"norm/(scale|bias)$", P()),
+    # Encoders: what is small beside their layers.
+    (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)(positions|types)/embedding$", P()),
+    (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
+    (r"(^|/)(class_token|probe|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
 )
 
 # Everything that training changes, between steps: adapters, optimizer, gate averages, counters. Both axes that split

@@ -91,6 +91,9 @@ def describe(values: Mapping[str, Any]) -> str:
       'held-out accuracy 0.510 (95% interval 0.460 to 0.560, n 400), loss 3.600'
     """
     interval = f"95% interval {values['low']:.3f} to {values['high']:.3f}, n {values['n']}"
+    if "recall" in values:
+        ways = ", ".join(f"{name.replace('_', ' ')} {values[name]:.3f}" for name in values if "_recall_" in name)
+        return f"held-out recall at 1 {values['recall']:.3f} ({interval}), {ways}"
     if "accuracy" in values:
         return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"
     return f"held-out loss {values['loss']:.3f} ({interval})"

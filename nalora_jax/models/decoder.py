@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:  # noqa: D102
         c = self.config
         self.embed = Embedding(c.vocab_size, c.d_model)
-        self.layers = _stack(self.remat, c.n_layers)(
+        self.layers = stacked(Block, self.remat, c.n_layers)(
             c,
             self.adapters,
             self.numerics,
@@ -159,13 +159,13 @@ class Head(nn.Module):
         return logits
 
 
-def _stack(remat: str, n_layers: int) -> Any:
-    """`Block` scanned over layers, rematerialised as asked."""
+def stacked(block: Any, remat: str, n_layers: int) -> Any:
+    """``block``, a module of one layer, scanned over layers and rematerialised as asked."""
     saved = {"attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
     policy = jax.checkpoint_policies.save_only_these_names(*saved[remat]) if remat in saved else None
-    block = Block if remat == "none" else nn.remat(Block, policy=policy, prevent_cse=False)
+    block = block if remat == "none" else nn.remat(block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
         variable_broadcast=STACKS,

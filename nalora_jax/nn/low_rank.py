@@ -73,19 +73,22 @@ def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def resolve(config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers: int) -> AdapterSpec:
+def resolve(
+    config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers: int | Mapping[str, int]
+) -> AdapterSpec:
     """The adapters that the rules of ``config`` give a model.
 
     Args:
       config: ordered rules and the variant.
       shapes: kernel shape ``(..., d_in, d_out)`` of every projection that can be adapted, by stacked path, e.g.
         ``{"layers/ffn/gate_proj": (576, 1536)}``. Rules are searched in ``layers/<i>/ffn/gate_proj``.
-      n_layers: length of the stack.
+      n_layers: length of the stack, of each path where they differ (the towers of a dual encoder).
 
     Raises:
       NaloraError: a rule matches nothing, a rank is negative or larger than the projection, an alpha is not positive.
     """
-    names = {_layer_path(path, i): (path, i) for path in shapes for i in range(n_layers)}
+    depths = {path: n_layers if isinstance(n_layers, int) else n_layers[path] for path in shapes}
+    names = {_layer_path(path, i): (path, i) for path in shapes for i in range(depths[path])}
     matched = match_rules([(rule.pattern, rule) for rule in config.rules], names, where="--lora.rules")
     specs: dict[str, tuple[list[int], list[float]]] = {}
     for name, rule in matched.items():
@@ -100,7 +103,7 @@ def resolve(config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers:
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
         if rule.rank and not (math.isfinite(alpha) and alpha > 0):
             raise NaloraError(f"--lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=rule.alpha)
-        ranks, alphas = specs.setdefault(path, ([0] * n_layers, [1.0] * n_layers))
+        ranks, alphas = specs.setdefault(path, ([0] * depths[path], [1.0] * depths[path]))
         ranks[layer], alphas[layer] = rule.rank, float(alpha or 1.0)
     targets = tuple((path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0)
     if not targets:
@@ -114,9 +117,9 @@ def resolve(config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers:
 
 
 def _layer_path(path: str, layer: int) -> str:
-    """``layers/ffn/gate_proj`` of layer 3 -> ``layers/3/ffn/gate_proj``."""
-    head, _, tail = path.partition("/")
-    return f"{head}/{layer}/{tail}"
+    """``layers/ffn/gate_proj`` of layer 3 -> ``layers/3/ffn/gate_proj``; what precedes ``layers`` stays."""
+    head, _, tail = path.partition("layers/")
+    return f"{head}layers/{layer}/{tail}"
 
 
 def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -37,6 +37,8 @@ class Mechanisms:
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
     total_steps: int = 0  # of the run; 0 where it is not known
     seed: int = 0  # of the run
+    # Blocks whose gates have another activation: (path, its name).
+    others: tuple[tuple[str, str], ...] = ()
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ class Mechanisms:
 
     def context(self, count: Array, block: str) -> Context:
         """What the rules may depend on at a step."""
-        partition = activations.partition(self.activation, self.tolerance)
+        partition = activations.partition(dict(self.others).get(block, self.activation), self.tolerance)
         return Context(count, self.total_steps, partition, block, self.seed)
 
 

@@ -16,7 +16,12 @@ from nalora_jax.train.records import check_evaluation
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
 # Headline metrics by preference: key in an evaluation, its name, and whether more is better.
-METRICS = (("accuracy", "accuracy", True), ("exact_match", "exact match", True), ("loss", "held-out loss", False))
+METRICS = (
+    ("accuracy", "accuracy", True),
+    ("recall", "recall at 1", True),
+    ("exact_match", "exact match", True),
+    ("loss", "held-out loss", False),
+)
 # What logs of earlier versions call a number of every layer.
 FORMER_NAMES = {"favoured": "responsive"}
 

@@ -22,6 +22,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.files import write_atomically
 from nalora_jax.report import plots
 from nalora_jax.report.history import History, Score, read_history
+from nalora_jax.report.images import confusions, layer_labels, picture
 from nalora_jax.train.progress import duration
 from nalora_jax.weights.origin import Origin
 
@@ -134,6 +135,8 @@ def render(history: History, *, has_adapter: bool = False) -> str:
             ("Gates", _draw(GATES, history)),
         ],
         samples=_samples(history),
+        confusion=confusions(history),
+        task=config.get("vision", {}).get("task", ""),
         folder=shlex.quote(str(config.get("output", "RUN"))) if has_adapter else None,
         config=_config_rows(config),
         layers=_layer_rows(history),
@@ -267,6 +270,7 @@ def _samples(history: History) -> list[dict[str, Any]]:
         rows.append(
             {
                 "prompt": prompt,
+                "image": picture(sample),
                 "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
                 "answers": [(label, _clip(one.get("answer")), one.get("correct")) for label, one in answers],
             }
@@ -317,7 +321,8 @@ def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
     columns = [(name, values[-1]) for name, values in columns if values.ndim == 2]
     if not columns:
         return [], []
-    rows = [[str(i), *(_number(values[i]) for _, values in columns)] for i in range(len(columns[0][1]))]
+    labels = layer_labels(history, len(columns[0][1]))
+    rows = [[label, *(_number(values[i]) for _, values in columns)] for i, label in enumerate(labels)]
     return ["layer", *(HEADS.get(name, name.replace("_", " ")) for name, _ in columns)], rows
 
 

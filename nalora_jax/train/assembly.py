@@ -254,7 +254,11 @@ def compile_step(
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
     )
-    step = make_train_step(model, optimizer, settings)
+    return jit_step(config, make_train_step(model, optimizer, settings), mesh, placed)
+
+
+def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
+    """A pure step, jitted as `compile_step` says; ``placed`` is where the state lives."""
     step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
     step = chex.assert_max_traces(step, n=1)
     compiled = jax.jit(

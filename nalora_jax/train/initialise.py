@@ -34,7 +34,8 @@ from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.optim.gate_state import Mechanisms
 from nalora_jax.optim.nalora import find_gates
 from nalora_jax.train.assembly import Assembly, head_of, head_sharding
-from nalora_jax.train.step import Batch, StepConfig, make_gradients
+from nalora_jax.train.objectives import Batch
+from nalora_jax.train.step import StepConfig, make_gradients
 
 _ITERATIONS = 2
 # Columns of A that a fresh LoRA draws have this length on average: uniform in +-1/sqrt(d_in), d_in of them.

@@ -219,10 +219,15 @@ def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
 
 
 def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Whole-model means, and the per-layer rows of the (only) kind of gated block."""
+    """Whole-model means, and the per-layer rows of the gated blocks: of several towers one after the other.
+
+    With several, ``towers`` says how many rows each has.
+    """
     if not blocks:
         return {}
-    layers = next(iter(blocks.values()))
+    names = next(iter(blocks.values()))
+    layers = {name: np.concatenate([np.asarray(block[name]) for block in blocks.values()]) for name in names}
+    rows = {path.partition("/")[0]: len(block["feature"]) for path, block in blocks.items()}
     feature = np.nan_to_num(np.asarray(layers["feature"], np.float64))
     weights = feature / np.sum(feature) if np.sum(feature) > 0 else None
 
@@ -232,5 +237,5 @@ def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str
     return {
         "misalignment": overall("misalignment"),
         "misalignment_limit": overall("limit"),
-        "layers": {name: np.asarray(value) for name, value in layers.items()},
-    }
+        "layers": layers,
+    } | ({"towers": rows} if len(rows) > 1 else {})

@@ -11,6 +11,7 @@ from nalora_jax.errors import NaloraError
 _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # of a run's config
 _MAX_LAYERS = 2**16
+_OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")  # of an evaluation: what is no number
 
 
 def check_record(record: Mapping[str, Any], where: str) -> None:
@@ -40,14 +41,16 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
         if "step" not in record:
             raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
     elif "step" in record:
-        _check_numbers({name: value for name, value in record.items() if name != "layers"}, where)
+        _check_numbers({name: value for name, value in record.items() if name not in ("layers", "towers")}, where)
+        for name, rows in _mapping(record, "towers", where).items() if record.get("towers") is not None else ():
+            _check_step(rows, f"{where}: towers: {name}")
         if record.get("layers") is not None:
             _check_layers(_mapping(record, "layers", where), f"{where}: layers")
 
 
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
     """Refuses an evaluation whose metrics are no numbers, or whose samples are of another form than a run writes."""
-    numbers = {name: value for name, value in values.items() if name not in ("samples", "right", "paired", "questions")}
+    numbers = {name: value for name, value in values.items() if name not in _OTHERS}
     _check_numbers(numbers, where)
     if values.get("n") is not None:
         _check_step(values["n"], f"{where}: n")
@@ -58,6 +61,13 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
     texts = isinstance(samples, list) and all(isinstance(one, Mapping) and "prompt" in one for one in samples)
     if not texts:
         raise _error(f"{where}: samples", "a list of prompts with their answers", samples)
+    names, rows = values.get("classes") or [], values.get("confusion") or []
+    square = isinstance(names, list) and isinstance(rows, list) and all(isinstance(name, str) for name in names)
+    if not square or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+        raise _error(f"{where}: confusion", "a row of counts for each of the classes, which are texts", rows)
+    for row in rows:
+        for count in row:
+            _check_step(count, f"{where}: confusion")
     right = values.get("right") or []
     if not isinstance(right, list) or not all(isinstance(one, bool) for one in right):
         raise _error(f"{where}: right", "a list of true and false", right)

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from nalora_jax import statistics, trees
 from nalora_jax.ops import checks
-from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import Numerics, Platform
 from nalora_jax.ops.programs import after_compilation
 from nalora_jax.optim.gate_state import (
@@ -36,12 +36,12 @@ from nalora_jax.optim.gate_state import (
     own_factors,
     update_gate_state,
 )
+from nalora_jax.train.objectives import Batch, NextToken, Objective
 from nalora_jax.train.state import TrainState
 
 # How the message of a failed check begins.
 BROKEN = "gate-compensation identity broken"
 
-Batch = Mapping[str, jax.Array]
 Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
@@ -73,13 +73,19 @@ class StepConfig:
     check_gates: bool = False
 
 
-def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs, config: StepConfig) -> Step:
+def make_train_step(
+    model: Any,
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: StepConfig,
+    objective: Objective | None = None,
+) -> Step:
     """The pure step ``(params, state, batch) -> (state, metrics)``, to be jitted by the caller.
 
     Args:
       model: a `nalora_jax.models.decoder.Decoder` (or any module with its call and its ``gate_stats``).
       optimizer: from `nalora_jax.optim.nalora`; takes ``gate_factors``.
       config: static choices.
+      objective: what is minimised; by default the cross-entropy of the model's next tokens.
 
     Returns:
       A function of params (frozen, or what `nalora_jax.ops.storage.prepare` makes of them), a `TrainState`, and a batch
@@ -87,11 +93,10 @@ def make_train_step(model: Any, optimizer: optax.GradientTransformationExtraArgs
       ``loss`` (mean per target token), ``grad_norm``, ``tokens`` (real), ``target_tokens``, ``layers`` (see
       `layer_metrics`), and ``idle``: by mechanism, whether it ought to act by now and has measured no token.
     """
-    gradients = _micro_gradients(model, config)
+    gradients = _micro_gradients(objective or _next_token(model, config), config)
     mechanisms = config.mechanisms
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        chex.assert_rank(batch["tokens"], 3)
         own = own_factors(state.gate, mechanisms)
         factors = channel_factors(state.gate, mechanisms, own)
         collection = mask_collection(factors["gradient_a"]) if "gradient_a" in factors else None
@@ -129,7 +134,7 @@ def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch]
       A function whose result holds ``grads`` (of ``lora``, summed over target tokens), ``stats`` (sums by block) and
       ``target_tokens``; batches as of `make_train_step`.
     """
-    gradients = _micro_gradients(model, config)
+    gradients = _micro_gradients(_next_token(model, config), config)
 
     def sums(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
         return _accumulate(lambda b, k: gradients(params, lora, {}, None, b, k), batch, jax.random.key(0))
@@ -137,7 +142,11 @@ def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch]
     return sums
 
 
-def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, Any]]:
+def _next_token(model: Any, config: StepConfig) -> NextToken:
+    return NextToken(model, config.head, config.numerics, config.loss_chunk, config.batch_shards, config.head_sharding)
+
+
+def _micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., dict[str, Any]]:
     """Sums of one micro-batch: loss, grads, statistics, token counts."""
 
     taps = statistics.cotangent(config.mechanisms.statistics)
@@ -148,31 +157,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
         frozen = params if "params" in params else {"params": params}
         variables = {**frozen, "lora": lora} | ({"gate_mask": masks} if masks else {})
         variables |= {"gate_taps": taps} if taps else {}
-        hidden, written = model.apply(
-            variables,
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            deterministic=False,
-            rngs={"dropout": key},
-            mutable=["gate_stats"],
-        )
-        parts = frozen["params"]
-        kernel = parts["embed"]["embedding"] if config.head.transposed else parts["lm_head"]["kernel"]
-        if config.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
-            kernel = lax.with_sharding_constraint(kernel, config.head_sharding)
-        loss = cross_entropy(
-            hidden,
-            kernel,
-            batch["targets"],
-            batch["loss_weights"],
-            config.head,
-            config.numerics,
-            chunk=config.loss_chunk,
-            compact=config.batch_shards == 1,
-            shards=config.batch_shards,
-        )
-        return loss, _by_block(written["gate_stats"])
+        loss, written = objective.loss(variables, frozen["params"], batch, key)
+        return loss, _by_block(written)
 
     def sums(params: Any, lora: Any, channels: Any, masks: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1) if taps else 0, has_aux=True)
@@ -182,13 +168,8 @@ def _micro_gradients(model: Any, config: StepConfig) -> Callable[..., dict[str, 
             grads, seen = grads
             for path, found in _by_block(seen).items():
                 stats[path] = stats[path] | found
-        return {
-            "loss": loss,
-            "grads": grads,
-            "stats": stats,
-            "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
-            "target_tokens": jnp.sum(batch["loss_weights"], dtype=jnp.float32),
-        }
+        tokens, targets = objective.counts(batch)
+        return {"loss": loss, "grads": grads, "stats": stats, "tokens": tokens, "target_tokens": targets}
 
     return sums
 
@@ -210,7 +191,7 @@ def _by_block(collection: Any) -> dict[str, dict[str, jax.Array]]:
 
 def _accumulate(sums: Callable[[Batch, jax.Array], dict[str, Any]], batch: Batch, key: jax.Array) -> dict[str, Any]:
     """``sums`` added up over the leading axis of the batch; traced once, however many micro-batches there are."""
-    count = batch["tokens"].shape[0]
+    count = next(iter(batch.values())).shape[0]
     if count == 1:
         return sums({name: value[0] for name, value in batch.items()}, jax.random.fold_in(key, 0))
 

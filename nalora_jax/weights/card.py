@@ -83,7 +83,7 @@ def _front_matter(card: Card) -> str:
         base_model=card.base_model if on_hub else None,
         library_name="peft" if card.kind == "adapter" else "transformers",
         license=hub_license(card.license) if card.license else None,
-        pipeline_tag="text-generation",
+        pipeline_tag="zero-shot-image-classification" if _on_images(card) else "text-generation",
         tags=["nalora_jax", "na-lora", "lora"] + (["dora"] if card.spec.dora else []),
         base_model_relation=("adapter" if card.kind == "adapter" else "finetune") if on_hub else None,
     )
@@ -131,14 +131,16 @@ def _results(card: Card) -> str:
     if not rows:
         return ""
     split = f" on `{_short(card.run.data.dataset)}`, split `{card.run.data.eval_split}`" if card.run else ""
+    headline = "recall at 1" if "recall" in (card.after or card.before or {}) else "accuracy"
     head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
     if all(not row[1] for row in rows):  # no accuracy was measured: the interval is the loss's
         return head + "\n".join(_table(("", "loss", "interval", "examples"), [(r[0], r[3], r[2], r[4]) for r in rows]))
-    return head + "\n".join(_table(("", "accuracy", "interval", "loss", "examples"), rows))
+    return head + "\n".join(_table(("", headline, "interval", "loss", "examples"), rows))
 
 
 def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
-    accuracy, low, high, loss = (found.get(name) for name in ("accuracy", "low", "high", "loss"))
+    low, high, loss = (found.get(name) for name in ("low", "high", "loss"))
+    accuracy = found.get("accuracy", found.get("recall"))
     interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
     values = ("" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4)))
     shown_accuracy, shown_loss = values
@@ -189,23 +191,29 @@ def _usage(card: Card) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
         )
     else:
+        kind = "AutoModel" if _on_images(card) else "AutoModelForCausalLM"
         code = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})\n"
+            f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+            f"base = {kind}.from_pretrained({json.dumps(base)})\n"
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
         )
     return f"## Use\n\n```python\n{code}\n```"
+
+
+def _on_images(card: Card) -> bool:
+    return card.run is not None and bool(card.run.vision.task)
 
 
 def _settings(card: Card) -> str:
     if card.run is None:
         return ""
     run, optimizer = card.run, card.run.optimizer
+    size = f"{run.train.batch_size} of up to {run.data.max_length} tokens"
     rows = [
         ("data", f"`{_short(run.data.dataset)}`, split `{run.data.train_split}`"),
         ("steps", run.steps),
-        ("rows per step", f"{run.train.batch_size} of up to {run.data.max_length} tokens"),
-        ("loss on", run.data.loss_on),
+        ("rows per step", run.train.batch_size if _on_images(card) else size),
+        ("loss on", run.vision.task or run.data.loss_on),
         ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}"),
         ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}, {optimizer.warmup_share:.0%} warm-up"),
         ("adapter dropout", f"{run.lora.dropout:g}"),

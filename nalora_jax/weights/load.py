@@ -94,6 +94,19 @@ def load_params(
       NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a separate output head where
         the config says that it is the embedding.
     """
+    return load_leaves(param_shapes(config), source, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+
+
+def load_leaves(
+    shapes: Mapping[str, tuple[int, ...]],
+    source: TensorSource,
+    keymap: KeyMap,
+    *,
+    dtype: str,
+    shardings: Mapping[str, Sharding] | None = None,
+    quantized: Kind | None = None,
+) -> dict[str, Any]:
+    """`load_params` of a model that is described by the shapes of its leaves alone."""
     names = check_tensors(source, keymap, dtype)
     fills: dict[str, list[_Fill]] = defaultdict(list)
     for tensor in keymap.tensors:
@@ -103,7 +116,7 @@ def load_params(
     where = shardings or defaultdict(lambda: SingleDeviceSharding(jax.local_devices()[0]))
     leaves: dict[str, Any] = {}
     with ThreadPoolExecutor(WORKERS) as pool:
-        for path, shape in param_shapes(config).items():
+        for path, shape in shapes.items():
             reader = _Reader(fills[path], source, pool)
             if quantized and re.search(KERNELS, path):
                 leaves[path] = _quantized_leaf(shape, quantized, where[path], reader)
@@ -199,7 +212,7 @@ class _Reader:
             lead, rest = index[: len(fill.lead)], index[len(fill.lead) :]
             if all(part.start <= i < part.stop for i, part in zip(fill.lead, lead, strict=True)):
                 place = tuple(i - part.start for i, part in zip(fill.lead, lead, strict=True))
-                jobs.append(partial(fill.into, buffer[place], rest, self.source))
+                jobs.append(partial(fill.into, buffer[(*place, ...)], rest, self.source))  # a view, of a scalar too
         shares = -(-WORKERS // max(1, len(jobs)))  # few tensors are shared by several workers each
         tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
         list(self.pool.map(_run, tasks))  # a list, for the errors

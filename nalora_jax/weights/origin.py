@@ -21,7 +21,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.load import WORKERS, TensorSource
 
@@ -57,7 +56,7 @@ class Origin:
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
 
 
-def origin(config: ModelConfig, found: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
+def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
     """The origin of a model that `weights.hub.resolve` found.
 
     Args:
@@ -90,7 +89,7 @@ def number_formats(source: TensorSource) -> str:
     return shown[0][0] if len(shown) == 1 else ", ".join(f"{kind} ({share:.0%})" for kind, share in shown)
 
 
-def fingerprint(config: ModelConfig, source: TensorSource, *, together: bool = False) -> str:
+def fingerprint(config: Any, source: TensorSource, *, together: bool = False) -> str:
     """A digest of a model: its description, and name, shape, number format and every byte of all tensors.
 
     How a folder is cut into shards does not matter; a conversion to another number format does. The bytes are hashed

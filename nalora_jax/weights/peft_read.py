@@ -75,10 +75,10 @@ def import_adapter(
     folder = Path(folder)
     peft = read_peft_config(folder)
     tensors, metadata = read_tensors(folder)
-    _check_digest(folder, tensors, metadata)
-    _check_fingerprint(folder, metadata, fingerprint)
+    check_digest(folder, tensors, metadata)
+    check_fingerprint(folder, metadata, fingerprint)
     slots = {slot.key: slot for slot in _slots(layout or module_layout(config), config, peft)}
-    modules = _group(tensors, folder / TENSORS_NAME, dora=peft.dora)
+    modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
     _check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
     return _stack(config, peft, pieces)
@@ -134,7 +134,7 @@ def adapter_digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any
     return digest.hexdigest()
 
 
-def _check_digest(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def check_digest(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Refuse files that this library wrote and something changed since."""
     noted = metadata.get(DIGEST_KEY)
     if noted is None:
@@ -150,7 +150,8 @@ def _check_digest(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Map
         )
 
 
-def _check_fingerprint(folder: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
+def check_fingerprint(folder: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
+    """Refuses an adapter of another base model, where the file notes its own."""
     noted = metadata.get(FINGERPRINT_KEY)
     if not noted or not fingerprint or noted == fingerprint:
         return
@@ -219,7 +220,7 @@ def _linear_modules(
             yield layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), expert
 
 
-def _group(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
+def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
     """Tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ..., "b": ...}}``."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():

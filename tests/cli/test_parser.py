@@ -108,7 +108,8 @@ def test_every_flag_of_a_verb_has_help(capsys, monkeypatch, verb):
     shown = entries(help_of(capsys, monkeypatch, verb))
     for flag in flags(KINDS[verb]):
         name = {"target": "for"}.get(flag[2:], flag[2:])
-        assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), ""))), name
+        several = shown.get(f"[{name.upper()}]", "")  # a positional that takes any number of values
+        assert re.fullmatch(HELP, shown.get(f"--{name}", shown.get(name.upper(), several))), name
 
 
 def test_groups_are_described_by_their_own_docstring(capsys, monkeypatch):
@@ -258,8 +259,13 @@ ZERO = {
     "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
     "--batch", "--price",
 }  # fmt: skip
+ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 POSITIONAL = {"eval": ["m"], "generate": ["m", "--prompt", "x"], "export": ["r", "--output", "o"], "inspect": ["m"]}
+POSITIONAL |= {
+    "classify": ["i", "--model", "m", "--labels", "a,b"],
+    "retrieve": ["x", "--model", "m", "--images", "i"],
+}
 POSITIONAL |= {"study": ["run", "s"], "plan": ["--model", "m", "--topology", "v5e:4x4"]}
 
 

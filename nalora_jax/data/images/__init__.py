@@ -1,0 +1,6 @@
+"""Images: opened safely, prepared as a model's own processor prepares them, augmented by (seed, step)."""
+
+from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.processor import ImageProcessor
+
+__all__ = ["ImageProcessor", "Limits", "open_image"]

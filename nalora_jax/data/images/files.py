@@ -1,0 +1,112 @@
+"""One image from a file or from bytes, as RGB, once it is known to be whole, still and of a sane size."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+# What is decoded; Pillow knows dozens of rarer formats, each of them code that a foreign file can reach.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What their files are called.
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an image may be."""
+
+    # Pixels; a small file can claim billions (a decompression bomb), and is refused before anything is decoded.
+    max_pixels: int = 50_000_000
+    # Pixels of the shorter side over the longer one's at most: nothing is left of thinner images once they are square.
+    max_ratio: float = 100.0
+    # Take the first frame of an animated image; off: refuse it.
+    animated: bool = False
+
+
+def pillow() -> Any:
+    """``PIL.Image``.
+
+    Raises:
+      NaloraError: Pillow is not installed.
+    """
+    try:
+        return importlib.import_module("PIL.Image")
+    except ImportError as error:
+        raise NaloraError(
+            "images", expected="the package Pillow", found=error, remedy="pip install 'nalora_jax[vision]'"
+        ) from error
+
+
+def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None = None) -> Any:
+    """The image as an RGB ``PIL.Image.Image``; transparent parts become white.
+
+    Args:
+      source: a file's path, or its content.
+      name: what messages call it; the path by default.
+      limits: what is refused.
+
+    Raises:
+      NaloraError: no such file; not a whole image of a known format; larger, thinner or livelier than ``limits`` allow.
+    """
+    images, limits = pillow(), limits or Limits()
+    name = name or (str(source) if not isinstance(source, bytes) else "image")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bound and complaints about odd metadata: ours is below, and a message names the image.
+            warnings.simplefilter("ignore")
+            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            image = images.open(io.BytesIO(content), formats=FORMATS)
+            _check(image, name, limits)
+            image.load()
+            return flattened(image)
+    except images.DecompressionBombError as error:
+        raise _too_large(name, limits, error) from error
+    except NaloraError:
+        raise
+    except FileNotFoundError as error:
+        raise NaloraError(name, expected="an image", found="no such file") from error
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise NaloraError(
+            name,
+            expected=f"a whole image ({', '.join(FORMATS)})",
+            found=f"{type(error).__name__}: {error}"[:200],
+            remedy="it is damaged, truncated or of another format: remove it or save it again",
+        ) from error
+
+
+def _check(image: Any, name: str, limits: Limits) -> None:
+    """Refuses by the header alone."""
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise _too_large(name, limits, f"{width} x {height}")
+    if min(width, height) < 1 or max(width, height) > limits.max_ratio * min(width, height):
+        raise NaloraError(name, expected=f"sides that differ by at most {limits.max_ratio:g} times", found=image.size)
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and not limits.animated:
+        raise NaloraError(
+            name, expected="a still image", found=f"{frames} frames", remedy="save one of them as an image of its own"
+        )
+
+
+def _too_large(name: str, limits: Limits, found: object) -> NaloraError:
+    return NaloraError(
+        name,
+        expected=f"at most {limits.max_pixels:,} pixels",
+        found=found,
+        remedy="make it smaller; files that claim to be this large are often made to exhaust memory",
+    )
+
+
+def flattened(image: Any) -> Any:
+    """``image`` as RGB, on white where it is transparent (as transformers' processors have it)."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    images = pillow()
+    return images.alpha_composite(images.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")

@@ -1,0 +1,149 @@
+"""Batches of images, classes and captions: which records, in which order, and what is read ahead."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.data.images.augment import augmented, generator
+from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.images.sources import ImageSource, usable
+from nalora_jax.data.images.text import TextTokenizer
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.pipeline import Batch, BatchIterator
+from nalora_jax.errors import NaloraError
+from nalora_jax.vision_config import VisionConfig
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 20  # complaints in the log at most
+
+
+def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
+    """Indices of ``shots`` records of every class, ascending; of all records with 0.
+
+    Nested: the draw of fewer shots is a part of that of more. A class with fewer records gives all of them.
+
+    Raises:
+      NaloraError: a class has no record at all.
+    """
+    if not shots:
+        return np.arange(len(labels))
+    chosen: list[np.ndarray] = []
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if not len(members):
+            raise NaloraError(f"class {name!r}", expected="at least one training image", found="none")
+        if len(members) < shots:
+            log.warning("class %r has %d training images, fewer than --vision.shots %d", name, len(members), shots)
+        chosen.append(members[permutation(len(members), seed, label)[:shots]])
+    return np.sort(np.concatenate(chosen))
+
+
+def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
+    """Those of ``indices`` whose images can be read; the others are named in the log, or refused."""
+    kept, bad = usable(source, indices.tolist(), vision)
+    for text in bad[:_SHOWN]:
+        log.warning("left out: %s", text)
+    if len(bad) > _SHOWN:
+        log.warning("left out: %d more images", len(bad) - _SHOWN)
+    return kept
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """The training records of a run: row r of the endless stream is row ``r % records`` of epoch ``r // records``.
+
+    A batch has ``pixels`` (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 where there are classes, and
+    ``tokens``, ``token_weights`` of captions where there are some; each ``[accumulate, rows, ...]``.
+    """
+
+    source: ImageSource
+    indices: np.ndarray  # of the source's records that are trained on
+    processor: ImageProcessor
+    vision: VisionConfig
+    seed: int
+    batch_size: int  # rows of a batch over all hosts
+    accumulate: int
+    rows: tuple[int, ...]  # of every micro-batch that this process reads
+    workers: int
+    labels: np.ndarray | None = None  # int32, by the source's index
+    tokens: dict[str, np.ndarray] | None = None  # of captions, by the place in ``indices``
+    _order: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.indices)
+        object.__setattr__(self, "_order", lru_cache(maxsize=2)(lambda epoch: permutation(count, self.seed, epoch)))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold every record once."""
+        return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the stream: the same on any number of hosts and at any batch size."""
+        v = self.vision
+        chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
+        return f"{self.source.fingerprint}:{chosen}:{v.augment}:{v.crop_area}:{self.seed}"
+
+    def describe(self) -> dict[str, Any]:
+        """Figures for the log."""
+        return {
+            "images": len(self.indices),
+            "of": len(self.source),
+            "steps_per_epoch": round(len(self.indices) / self.batch_size, 2),
+        }
+
+    def batch_at(self, row: int) -> Batch:
+        """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
+        micro = self.batch_size // self.accumulate
+        first = np.arange(self.accumulate)[:, None] * micro
+        rows = (row + first + np.array(self.rows)).ravel()
+        flat = self._assembled(rows)
+        return {name: value.reshape(self.accumulate, len(self.rows), *value.shape[1:]) for name, value in flat.items()}
+
+    def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
+        """Batches without end, from the start or from where a state was taken; see `BatchIterator`."""
+        iterator = BatchIterator(self)
+        if state is not None:
+            iterator.set_state(state)
+        return iterator
+
+    def _assembled(self, rows: np.ndarray) -> Batch:
+        epochs, positions = np.divmod(rows, len(self.indices))
+        places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
+        taken = self.indices[places]
+        prepared = []
+        for row, index, record in zip(rows.tolist(), taken.tolist(), self.source.read(taken.tolist()), strict=True):
+            where = self.source.where(index)
+            image = open_image(self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels))
+            prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
+        batch = {name: np.stack([one[name] for one in prepared]) for name in prepared[0]}
+        if self.labels is not None:
+            batch["labels"] = self.labels[taken]
+        if self.tokens is not None:
+            batch |= {name: value[places] for name, value in self.tokens.items()}
+        return batch
+
+
+def caption_tokens(
+    source: ImageSource, indices: np.ndarray, tokenizer: TextTokenizer, vision: VisionConfig
+) -> dict[str, np.ndarray]:
+    """``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
+    limit = vision.caption_length
+    if limit > tokenizer.max_length:
+        found = limit
+        raise NaloraError("--vision.caption-length", expected=f"at most {tokenizer.max_length}", found=found)
+    captions = source.captions(indices.tolist())
+    tokens = tokenizer(captions)
+    if limit and tokens["tokens"].shape[1] > limit and not tokenizer.fixed:
+        tokens = tokenizer(captions, length=limit)
+    return tokens

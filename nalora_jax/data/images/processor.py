@@ -1,0 +1,216 @@
+"""From an image to what a model was trained to see: resize, crop, scale, as its ``preprocessor_config.json`` says.
+
+Images stay uint8 until they are on the device (a quarter of the bytes); `ImageProcessor.normalise` is the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.data.images.files import pillow
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.fields import Fields
+from nalora_jax.tokenizer import read_json
+
+FILES = ("preprocessor_config.json", "processor_config.json")
+# Pillow's numbers of the filters that processors name.
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+_ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+_SQUARE = {"size": {"height": 224, "width": 224}}
+# What each kind assumes where its file is silent (transformers).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": {
+        **_ALWAYS, **_CLIP, "resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+    },
+    "SiglipImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 3},
+    "Siglip2ImageProcessor": {**_ALWAYS, **_HALF, "resample": 2, "patch_size": 16, "max_num_patches": 256},
+    "ViTImageProcessor": {**_ALWAYS, **_HALF, **_SQUARE, "resample": 2, "default_to_square": True},
+}  # fmt: skip
+DEFAULTS |= {
+    "BitImageProcessor": DEFAULTS["CLIPImageProcessor"],
+    "CLIPFeatureExtractor": DEFAULTS["CLIPImageProcessor"],
+    "ViTFeatureExtractor": DEFAULTS["ViTImageProcessor"],
+}
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What is done to every image."""
+
+    resize: tuple[int, int] | None = None  # height and width
+    shortest: int = 0  # the shorter side's length, the other in proportion; 0: by `resize`
+    resample: int = 3  # Pillow's number of the filter
+    crop: tuple[int, int] | None = None  # height and width of the centre, padded with black where the image is smaller
+    scale: float = 1 / 255  # multiplies grey levels
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    patch_size: int = 0  # above 0: images of any shape, as at most `max_patches` patches
+    max_patches: int = 0
+
+    @property
+    def output(self) -> tuple[int, int] | None:
+        """Height and width of what comes out, where all images have the same."""
+        return self.crop or self.resize
+
+    def __call__(self, image: Any) -> dict[str, np.ndarray]:
+        """One RGB ``PIL.Image.Image`` (`open_image`) as arrays.
+
+        Returns:
+          ``pixels`` uint8 ``[height, width, 3]``; or, for images of any shape, ``pixels`` uint8
+          ``[max_patches, patch * patch * 3]``, ``shapes`` int32 ``[2]`` (rows and columns of patches) and ``mask`` bool
+          ``[max_patches]``.
+        """
+        if self.patch_size:
+            return self._patches(image)
+        target = self._target(image.height, image.width)
+        if target is not None:
+            image = image.resize((target[1], target[0]), resample=self.resample)
+        pixels = np.asarray(image, np.uint8)
+        return {"pixels": pixels if self.crop is None else _centre(pixels, self.crop)}
+
+    def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Several images, stacked."""
+        rows = [self(image) for image in images]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def normalise(self, pixels: jax.Array) -> jax.Array:
+        """uint8 pixels or patches ``[..., channels or patch * patch * channels]`` as the float32 that encoders take."""
+        repeats = pixels.shape[-1] // len(self.mean)
+        mean, std = (jnp.tile(jnp.asarray(v, jnp.float32), repeats) for v in (self.mean, self.std))
+        x = pixels.astype(jnp.float32) * self.scale
+        return (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+
+    def _target(self, height: int, width: int) -> tuple[int, int] | None:
+        if not self.shortest:
+            return self.resize
+        short, long = min(height, width), max(height, width)
+        # Rounded down, as everybody does since torchvision did.
+        other = int(self.shortest * long / short)
+        return (other, self.shortest) if width <= height else (self.shortest, other)
+
+    def _patches(self, image: Any) -> dict[str, np.ndarray]:
+        p = self.patch_size
+        height, width = _fitting(image.height, image.width, p, self.max_patches)
+        pixels = np.asarray(image.resize((width, height), resample=self.resample), np.uint8)
+        rows, columns = height // p, width // p
+        patches = pixels.reshape(rows, p, columns, p, -1).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+        padded = np.zeros((self.max_patches, patches.shape[1]), np.uint8)
+        padded[: len(patches)] = patches
+        mask = np.arange(self.max_patches) < len(patches)
+        return {"pixels": padded, "shapes": np.asarray([rows, columns], np.int32), "mask": mask}
+
+
+def read_processor(folder: Path) -> ImageProcessor:
+    """The processor of a Hugging Face folder.
+
+    Raises:
+      NaloraError: there is none, it is of a kind that is not known, or a field is ill-typed.
+    """
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise NaloraError(
+            str(folder / FILES[0]),
+            expected="the file",
+            found="nothing of that name",
+            remedy="save it with transformers: AutoImageProcessor.from_pretrained(model).save_pretrained(folder)",
+        )
+    raw = read_json(path)
+    return parse_processor(raw.get("image_processor", raw), str(path))
+
+
+def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
+    """The processor that a parsed ``preprocessor_config.json`` describes; see `read_processor`."""
+    kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
+    known = str(kind).removesuffix("Fast").removesuffix("Pil")
+    if known not in DEFAULTS:
+        raise NaloraError(f"{where}: image_processor_type", expected=f"one of {', '.join(DEFAULTS)}", found=repr(kind))
+    f = Fields(raw, DEFAULTS[known], where)
+    for name in ("do_rescale", "do_normalize", "do_resize"):
+        if not isinstance(f.get(name), bool):
+            raise f.error(name, "true or false", repr(f.get(name)))
+    resample = f.integer("resample", low=0, high=max(_FILTERS))
+    common: dict[str, Any] = {
+        "resample": resample,
+        "scale": f.number("rescale_factor") if f.get("do_rescale") else 1.0,
+        "mean": _channels(f, "image_mean") if f.get("do_normalize") else (0.0,) * 3,
+        "std": _channels(f, "image_std") if f.get("do_normalize") else (1.0,) * 3,
+    }
+    if known == "Siglip2ImageProcessor":
+        common |= {"patch_size": f.integer("patch_size", high=2**10), "max_patches": f.integer("max_num_patches")}
+        return ImageProcessor(**common)
+    resize, shortest = _size(f, "size") if f.get("do_resize") else (None, 0)
+    crop = _size(f, "crop_size")[0] if f.get("do_center_crop") else None
+    return ImageProcessor(resize, shortest, crop=crop, **common)
+
+
+def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
+    """Height and width, or the shorter side's length."""
+    value = f.get(name)
+    square = name == "crop_size" or f.get("default_to_square") is True
+    if not isinstance(value, Mapping):
+        value = {"shortest_edge": value}
+    sides = Fields(value, {}, f"{f.where}: {name}")
+    if set(value) == {"shortest_edge"}:
+        side = sides.integer("shortest_edge", high=2**14)
+        return ((side, side), 0) if square else (None, side)
+    if not {"height", "width"} <= set(value):
+        raise f.error(name, "height and width, or shortest_edge", str(value)[:60])
+    return (sides.integer("height", high=2**14), sides.integer("width", high=2**14)), 0
+
+
+def _channels(f: Fields, name: str) -> tuple[float, ...]:
+    values = f.items(name, 3, (int, float))
+    if values is None or not all(math.isfinite(v) for v in values) or (name == "image_std" and min(values) <= 0):
+        raise f.error(name, "three finite numbers (above 0 for image_std)", str(values))
+    return tuple(float(v) for v in values)
+
+
+def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
+    """The centre of ``[height, width, channels]``, in black where it is smaller."""
+    padding = [(-(-max(c - s, 0) // 2), max(c - s, 0) // 2) for c, s in zip(crop, pixels.shape, strict=False)]
+    if any(sum(pair) for pair in padding):
+        pixels = np.pad(pixels, [*padding, (0, 0)])
+    top, left = ((s - c) // 2 for c, s in zip(crop, pixels.shape, strict=False))
+    return pixels[top : top + crop[0], left : left + crop[1]]
+
+
+def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
+    """The largest size in whole patches, of about the image's shape, with at most ``most`` patches.
+
+    By bisection of the factor, to the precision that SigLIP 2's processor has: the result is part of its definition.
+    """
+
+    def sized(factor: float) -> tuple[int, int]:
+        return tuple(max(patch, math.ceil(side * factor / patch) * patch) for side in (height, width))  # type: ignore[return-value]
+
+    precision = 1e-5
+    low, high = precision / 10, 100.0
+    while high - low >= precision:
+        middle = (low + high) / 2
+        tall, wide = sized(middle)
+        if (tall / patch) * (wide / patch) <= most:
+            low = middle
+        else:
+            high = middle
+    return sized(low)
+
+
+def filter_name(processor: ImageProcessor) -> str:
+    """The resize filter's name, for reports."""
+    return _FILTERS[processor.resample]
+
+
+def resized_to(image: Any, side: int) -> Any:
+    """A square of ``side`` pixels of an RGB image, for reports."""
+    return image.resize((side, side), resample=pillow().Resampling.BICUBIC)

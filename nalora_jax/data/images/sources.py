@@ -1,0 +1,387 @@
+"""Where images come from: this library's data sets, any of TFDS, a folder of images with captions or classes.
+
+A record is what the data set holds, its image encoded (or a file's path): nothing is decoded until it is used.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.images.files import ENDINGS, Limits, open_image
+from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.data.sources import Span, absolute, prepared, tfds_errors
+from nalora_jax.downloads import cache_dir
+from nalora_jax.errors import NaloraError
+from nalora_jax.vision_config import VisionConfig
+
+# Data sets of this library: the field of the class that is taken where the config does not name one.
+OWN = {"emoji": "category", "fashion_mnist": "label"}
+# Files that describe a folder's images, best first; the middle one is what Hugging Face's ImageFolder reads.
+LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
+_NAMES = ("file_name", "image", "file", "path")
+_CHUNK = 4096
+_THREADS = 4
+
+
+class ImageSource(ABC):
+    """Records of one split expression, by index.
+
+    Attributes:
+      name: for messages, e.g. ``"emoji[train]"``.
+      dataset: what the splits belong to.
+      fingerprint: changes whenever the records could have.
+      fields: what a record's image, class and caption are called.
+    """
+
+    name: str
+    dataset: str
+    fingerprint: str
+    fields: VisionConfig
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The records at ``indices``; one call is faster than many."""
+
+    @property
+    @abstractmethod
+    def spans(self) -> list[Span]:
+        """The parts of the underlying splits that this source reads."""
+
+    @abstractmethod
+    def own_classes(self) -> tuple[str, ...]:
+        """Names of the classes as the data set lists them, by label; () where labels are texts."""
+
+    def where(self, index: int) -> str:
+        """Names a record in messages."""
+        return f"{self.name}, record {index}"
+
+    def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
+        """The encoded image of a record, or its file."""
+        value = record.get(self.fields.image_field)
+        if isinstance(value, bytes | Path):
+            return value
+        raise NaloraError(
+            f"{where}: {self.fields.image_field}",
+            expected="an image",
+            found="nothing" if value is None else type(value).__name__,
+            remedy=f"name the field by --vision.image-field (there are {', '.join(record)})",
+        )
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """The captions of the records at ``indices``."""
+        return [self._caption(row, index) for index, row in zip(indices, self.read(indices), strict=True)]
+
+    def _caption(self, record: Mapping[str, Any], index: int) -> str:
+        field = self.fields.caption_field
+        value = record.get(field)
+        if not isinstance(value, str) or not value.strip():
+            shown = "nothing" if value is None else repr(value)[:80]
+            raise NaloraError(
+                f"{self.where(index)}: {field}",
+                expected="a text",
+                found=shown,
+                remedy=f"name the field by --vision.caption-field (there are {', '.join(record)})",
+            )
+        return value
+
+    @cached_property
+    def _raw_labels(self) -> list[Any]:
+        field, found = self.fields.label_field, []
+        for start in range(0, len(self), _CHUNK):
+            rows = range(start, min(start + _CHUNK, len(self)))
+            for index, record in zip(rows, self.read(rows), strict=True):
+                value = record.get(field)
+                if not isinstance(value, int | str) or isinstance(value, bool):
+                    raise NaloraError(
+                        f"{self.where(index)}: {field}",
+                        expected="a class: a number or a name",
+                        found="nothing" if value is None else repr(value)[:80],
+                        remedy=f"name the field by --vision.label-field (there are {', '.join(record)})",
+                    )
+                found.append(value)
+        return found
+
+    def labels(self, classes: Sequence[str]) -> np.ndarray:
+        """int32 ``[len(self)]``: the index in ``classes`` (names, by label) of every record's class."""
+        own = self.own_classes()
+        places = {name: i for i, name in enumerate(own or classes)}
+        labels = np.empty(len(self), np.int32)
+        for index, value in enumerate(self._raw_labels):
+            place = value if isinstance(value, int) else places.get(value, -1)
+            if not 0 <= place < len(classes):
+                raise NaloraError(
+                    f"{self.where(index)}: {self.fields.label_field}",
+                    expected=f"one of {len(classes)} classes",
+                    found=repr(value)[:80],
+                    remedy="name every class by --vision.classes, in the order of the labels",
+                )
+            labels[index] = place
+        return labels
+
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes: those of the config, the data set's own, or all that occur, sorted.
+
+        Raises:
+          NaloraError: labels are numbers and nothing names them, or names and labels differ in number.
+        """
+        given, own = self.fields.classes, self.own_classes()
+        if given:
+            if own and len(own) != len(given):
+                raise NaloraError("--vision.classes", expected=f"{len(own)} names", found=len(given))
+            return given
+        if own:
+            return own
+        names = set(self._raw_labels)
+        if not all(isinstance(name, str) for name in names):
+            raise NaloraError(
+                f"{self.name}: classes",
+                expected="names",
+                found="numbers that the data set does not name",
+                remedy="name them by --vision.classes, in the order of the labels",
+            )
+        return tuple(sorted(names))
+
+
+class TfdsImages(ImageSource):
+    """One split expression of a TFDS data set, images left encoded."""
+
+    def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
+        self.dataset, self.name, self.fields = name, f"{name}[{split}]", fields
+        with tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
+            import tensorflow_datasets as tfds
+
+            self._data = opener(decoders={fields.image_field: tfds.decode.SkipDecoding()})
+            self._info = self._data.dataset_info
+            self._spans = absolute(split, self._info.splits)
+        if fields.image_field not in self._info.features:
+            raise NaloraError(
+                f"{name}: {fields.image_field}",
+                expected="an image",
+                found=f"only the fields {', '.join(self._info.features)}",
+                remedy="name it by --vision.image-field",
+            )
+        path = Path(self._info.data_dir) / "dataset_info.json"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = f"tfds:{self._info.full_name}:{digest}:{split}"
+        _require_some(self)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Parts of the data set's splits."""
+        return self._spans
+
+    def own_classes(self) -> tuple[str, ...]:
+        """Names of the label's feature, where it has some."""
+        features, field = self._info.features, self.fields.label_field
+        # No dict, though it looks like one: it has no `get`.
+        return tuple(getattr(features[field], "names", ()) or ()) if field in features else ()
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The records, texts decoded, images as bytes."""
+        with tfds_errors(self.name, "prepare the data set again"):
+            rows = self._data.__getitems__([int(i) for i in indices])
+        return [{name: self._plain(name, value) for name, value in row.items()} for row in rows]
+
+    def _plain(self, name: str, value: Any) -> Any:
+        if name == self.fields.image_field:
+            return bytes(value) if isinstance(value, bytes) else bytes(np.asarray(value).item())
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
+        return value.item() if scalar else value
+
+
+class ListedImages(ImageSource):
+    """Images of a folder: by a CSV or JSONL file that names them, or one subfolder per class.
+
+    Args:
+      path: the list, or the folder (with one of `LISTS` in it, or with subfolders).
+      split: "train", or a slice of it such as "train[:80%]".
+      fields: see `VisionConfig`; the file's name is in ``image_field`` or one of file_name, file, path.
+    """
+
+    def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
+        self.dataset, self.name, self.fields = str(path.resolve()), f"{path}[{split}]", fields
+        listed = path if path.is_file() else next((path / name for name in LISTS if (path / name).is_file()), None)
+        self._rows = _listed(listed) if listed is not None else _by_folder(path, fields)
+        self._root = (listed or path).parent if path.is_file() else path
+        digest = hashlib.sha256(repr(self._rows).encode())
+        with tfds_errors(self.name, 'an image folder has one split, "train", or slices of it such as "train[-20%:]"'):
+            self._spans = _slices(split, len(self._rows))
+        self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
+        self.fingerprint = f"images:{digest.hexdigest()}:{split}"
+        _require_some(self)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Parts of the list, as lines of its split "train"."""
+        return self._spans
+
+    def own_classes(self) -> tuple[str, ...]:
+        """(): labels are texts."""
+        return ()
+
+    def where(self, index: int) -> str:
+        """The image's own name."""
+        row = self._rows[int(self._index[index])]
+        return str(next((row[name] for name in (self.fields.image_field, *_NAMES) if name in row), self.name))
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows, their image as a path."""
+        return [self._record(int(i)) for i in indices]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        row = dict(self._rows[int(self._index[index])])
+        name = next((row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)), None)
+        if name is not None:
+            row[self.fields.image_field] = self._inside(name)
+        return row
+
+    def _inside(self, name: str) -> Path:
+        """The file called ``name``, which must lie in the list's folder: a list is data, and data may be foreign."""
+        path = (self._root / name).resolve()
+        if not path.is_relative_to(self._root.resolve()):
+            raise NaloraError(f"{self.name}: {name}", expected="a file in the list's folder", found="one outside of it")
+        return path
+
+
+def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None) -> ImageSource:
+    """The images of ``split`` of ``config.dataset``.
+
+    Args:
+      config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a CSV or JSONL file.
+      vision: the fields' names.
+      split: a TFDS split expression; for a folder or a list also the path of another one.
+      cache: where this library's data sets are prepared.
+
+    Raises:
+      NaloraError: no such data set, split, folder or field, or nothing in it.
+    """
+    name = config.dataset
+    if name.startswith("tfds:"):
+        return TfdsImages(name, split, partial(_tfds, name.removeprefix("tfds:"), split, config.data_dir), vision)
+    if name in OWN:
+        return TfdsImages(name, split, partial(_own, name, split, cache or cache_dir()), _own_fields(name, vision))
+    path = Path(split) if Path(split).exists() else Path(name).expanduser()
+    if not path.exists():
+        raise NaloraError(
+            "--data.dataset",
+            expected='a data set of this library, "tfds:<name>", a folder of images, or a CSV or JSONL file',
+            found=repr(name),
+            remedy="the data sets are " + ", ".join(OWN),
+        )
+    return ListedImages(path, "train" if path == Path(split) else split, vision)
+
+
+def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) -> tuple[np.ndarray, list[str]]:
+    """Those of ``indices`` whose images can be read, and what is wrong with the others, by name.
+
+    Raises:
+      NaloraError: one cannot be read and ``vision.broken`` is "error"; or none can.
+    """
+    limits = Limits(max_pixels=vision.max_pixels)
+
+    def complaint(index: int) -> str:
+        (record,) = source.read([index])
+        try:
+            where = source.where(index)
+            open_image(source.image(record, where), where, limits)
+        except NaloraError as error:
+            if vision.broken == "error":
+                raise
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(complaint, map(int, indices)))
+    kept = np.array([i for i, text in zip(indices, found, strict=True) if not text], np.int64)
+    bad = [text for text in found if text]
+    if not len(kept):
+        raise NaloraError(source.name, expected="at least one readable image", found=bad[0] if bad else "none")
+    return kept, bad
+
+
+def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
+    return replace(vision, label_field=OWN[name]) if vision.label_field == "label" else vision
+
+
+def _own(name: str, split: str, cache: Path, **options: Any) -> Any:
+    if name == "emoji":
+        from nalora_jax.data.builders.emoji import Builder
+    else:
+        from nalora_jax.data.builders.fashion_mnist import Builder
+    return prepared(lambda: Builder(data_dir=cache / "tfds", file_format="array_record")).as_data_source(
+        split=split, **options
+    )
+
+
+def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.data_source(name, split=split, data_dir=data_dir or None, **options)
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file with a header, or of a JSONL file."""
+    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+        lines = JsonLines(path)
+        return [lines[i] for i in range(len(lines))]
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        raise NaloraError(str(path), expected="a .csv or .jsonl file, or a folder", found=path.suffix or "no ending")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise NaloraError(str(path), expected="a CSV file with a header", found=error) from error
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise NaloraError(f"{path}:{number}", expected="as many cells as the header has", found="more or fewer")
+    return [dict(row) for row in rows]
+
+
+def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
+    """Every image below ``path``, its class the name of its folder."""
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    return [
+        {fields.image_field: str(p.relative_to(path)), fields.label_field: p.relative_to(path).parts[0]}
+        for p in files
+        if p.parent != path
+    ]
+
+
+def _slices(split: str, count: int) -> list[Span]:
+    if split == "train":
+        return [("train", 0, count)]
+    import tensorflow_datasets as tfds
+
+    return absolute(split, {"train": tfds.core.SplitInfo(name="train", shard_lengths=[count], num_bytes=0)})
+
+
+def _require_some(source: ImageSource) -> None:
+    if len(source) == 0:
+        raise NaloraError(
+            source.name,
+            expected="at least one image",
+            found="none",
+            remedy=f"a folder holds one of {', '.join(LISTS)}, or a subfolder of images per class",
+        )

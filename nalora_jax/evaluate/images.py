@@ -1,0 +1,252 @@
+"""Held-out images: classes by prompts (zero-shot or adapted), and retrieval by captions, both ways."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax import distributed
+from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.processor import ImageProcessor, resized_to
+from nalora_jax.data.images.sources import ImageSource
+from nalora_jax.data.images.text import TextTokenizer
+from nalora_jax.evaluate.statistics import bootstrap, wilson
+from nalora_jax.models.vision.dual import DualEncoder, normalised
+
+_BATCH = 64  # images or texts at a time
+_THREADS = 4
+_MOST_CLASSES = 60  # of a confusion matrix
+_THUMBNAIL = 64  # pixels of a picture in a report
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Records of a source that are looked at again and again."""
+
+    source: ImageSource
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the records could have."""
+        return hashlib.sha256(f"{self.source.fingerprint} {self.indices.tolist()}".encode()).hexdigest()
+
+    def opened(self, places: Sequence[int]) -> list[Any]:
+        """The RGB images at ``places`` among the indices."""
+        taken = [int(self.indices[i]) for i in places]
+        limits = Limits(max_pixels=self.source.fields.max_pixels)
+
+        def one(pair: tuple[int, dict[str, Any]]) -> Any:
+            where = self.source.where(pair[0])
+            return open_image(self.source.image(pair[1], where), where, limits)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(one, zip(taken, self.source.read(taken), strict=True)))
+
+
+class Encoders:
+    """Both towers, compiled once for batches of one size.
+
+    Args:
+      model: the pair, with the adapters' spec.
+      processor: what makes pixels of images.
+      tokenizer: what makes tokens of texts.
+    """
+
+    def __init__(self, model: DualEncoder, processor: ImageProcessor, tokenizer: TextTokenizer) -> None:
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer
+
+        @jax.jit
+        def images(variables: Any, batch: Any) -> jax.Array:
+            batch = batch | {"pixels": processor.normalise(batch["pixels"])}
+            return normalised(model.apply(variables, batch, method="encode_image"))
+
+        @jax.jit
+        def texts(variables: Any, batch: Any) -> jax.Array:
+            return normalised(model.apply(variables, batch, method="encode_text"))
+
+        self._images, self._texts = images, texts
+
+    def images(self, variables: Mapping[str, Any], pictures: Sequence[Any]) -> np.ndarray:
+        """Normalised features ``[pictures, features]`` of RGB images."""
+        batches = (self.processor.batch(part) for part in _parts(pictures))
+        return self._all(partial(self._images, variables), batches)
+
+    def records(self, variables: Mapping[str, Any], images: Images) -> np.ndarray:
+        """The same of records, which are opened as they are needed."""
+        batches = (self.processor.batch(images.opened(part)) for part in _parts(range(len(images))))
+        return self._all(partial(self._images, variables), batches)
+
+    def texts(self, variables: Mapping[str, Any], texts: Sequence[str], *, length: int = 0) -> np.ndarray:
+        """Normalised features ``[texts, features]``."""
+        tokens = self.tokenizer(texts, length=length)
+        batches = ({name: value[list(part)] for name, value in tokens.items()} for part in _parts(range(len(texts))))
+        return self._all(partial(self._texts, variables), batches)
+
+    def classes(self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """Normalised features ``[names, features]`` of class prompts; of several templates the mean's direction."""
+        prompts = [template.format(name) for name in names for template in templates]
+        features = self.texts(variables, prompts).reshape(len(names), len(templates), -1)
+        return np.asarray(normalised(jnp.asarray(features.mean(axis=1))))
+
+    def logits(self, variables: Mapping[str, Any], images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """Scaled cosines ``[images, texts]`` of normalised features."""
+        scale, bias = self.model.apply(variables, method="temperature")
+        return images @ texts.T * float(distributed.fetch(scale)) + float(distributed.fetch(bias))
+
+    def _all(self, encode: Any, batches: Iterator[Mapping[str, np.ndarray]]) -> np.ndarray:
+        """Features of all batches; the last one is padded, so that there is one program."""
+        found = []
+        for batch in batches:
+            count = len(next(iter(batch.values())))
+            wide = {n: np.concatenate([v, np.repeat(v[:1], _BATCH - count, axis=0)]) for n, v in batch.items()}
+            found.append(distributed.fetch(encode(wide))[:count])
+        return np.concatenate(found)
+
+
+def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (items[start : start + _BATCH] for start in range(0, len(items), _BATCH))
+
+
+class ClassEvaluator:
+    """Accuracy among class prompts, with one adapter after another; the counterpart of `evaluate.heldout.Evaluator`.
+
+    Args:
+      encoders: the towers.
+      images: held-out records.
+      labels: int ``[images]``.
+      classes: names, by label.
+      templates: prompts of a class.
+      samples: pictures shown with their predictions.
+    """
+
+    metric: Literal["accuracy"] = "accuracy"
+    mode: Literal["max"] = "max"
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        images: Images,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        *,
+        samples: int = 8,
+    ) -> None:
+        self._encoders, self._images, self._labels = encoders, images, labels
+        self._classes, self._templates, self._samples = tuple(classes), tuple(templates), samples
+        self.digest = images.digest
+
+    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
+        """The metrics of ``params`` with adapter ``lora`` (None: the base alone).
+
+        Returns:
+          ``accuracy`` with ``low`` and ``high`` (95%), ``loss`` (cross-entropy), ``n``; with ``samples`` a few pictures
+          with their predictions, ``right`` of every image, and ``classes`` with the ``confusion`` matrix ``[true,
+          predicted]``.
+        """
+        variables = _variables(params, lora)
+        features = self._encoders.records(variables, self._images)
+        classes = self._encoders.classes(variables, self._classes, self._templates)
+        logits = self._encoders.logits(variables, features, classes)
+        predicted = logits.argmax(axis=1)
+        right = predicted == self._labels
+        chosen = np.take_along_axis(logits, self._labels[:, None], axis=1)[:, 0]
+        losses = np.asarray(jax.nn.logsumexp(jnp.asarray(logits), axis=1)) - chosen
+        low, high = wilson(int(right.sum()), len(right))
+        values: dict[str, Any] = {"accuracy": float(right.mean()), "low": low, "high": high}
+        values |= {"loss": float(losses.mean()), "n": len(right)}
+        if samples:
+            values |= {"samples": self._shown(predicted), "right": right.tolist()}
+            if len(self._classes) <= _MOST_CLASSES:
+                count = len(self._classes)
+                matrix = np.bincount(self._labels * count + predicted, minlength=count * count).reshape(count, count)
+                values |= {"classes": list(self._classes), "confusion": matrix.tolist()}
+        return values
+
+    def _shown(self, predicted: np.ndarray) -> list[dict[str, Any]]:
+        places = np.linspace(0, len(self._labels) - 1, min(self._samples, len(self._labels))).astype(int).tolist()
+        return [
+            {
+                "prompt": self._images.source.where(int(self._images.indices[place])),
+                "image": thumbnail(image),
+                "answer": self._classes[predicted[place]],
+                "expected": self._classes[self._labels[place]],
+                "correct": bool(predicted[place] == self._labels[place]),
+            }
+            for place, image in zip(places, self._images.opened(places), strict=True)
+        ]
+
+
+class RetrievalEvaluator:
+    """How often an image's own caption comes first among all, and the other way; as `ClassEvaluator`."""
+
+    metric: Literal["recall"] = "recall"
+    mode: Literal["max"] = "max"
+
+    def __init__(self, encoders: Encoders, images: Images, captions: Sequence[str], *, samples: int = 8) -> None:
+        self._encoders, self._images, self._captions, self._samples = encoders, images, list(captions), samples
+        self.digest = images.digest
+
+    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
+        """``recall`` at 1 (mean of both ways), ``low``, ``high`` (95%), ``<way>_recall_1`` and ``_5``, ``n``."""
+        variables = _variables(params, lora)
+        images = self._encoders.records(variables, self._images)
+        texts = self._encoders.texts(variables, self._captions)
+        logits = self._encoders.logits(variables, images, texts)
+        ranks = {"image_to_text": own_ranks(logits), "text_to_image": own_ranks(logits.T)}
+        values: dict[str, Any] = {}
+        for way, found in ranks.items():
+            values |= {f"{way}_recall_{k}": float((found < k).mean()) for k in (1, 5)}
+        hits = np.mean([found < 1 for found in ranks.values()], axis=0)
+        low, high = bootstrap(hits)
+        values = {"recall": float(hits.mean()), "low": low, "high": high, **values, "n": len(hits)}
+        own = np.diagonal(logits)
+        values["loss"] = float(
+            np.mean([np.asarray(jax.nn.logsumexp(jnp.asarray(x), axis=1)) - own for x in (logits, logits.T)])
+        )
+        if samples:
+            values["samples"] = self._shown(logits.argmax(axis=1), ranks["image_to_text"])
+        return values
+
+    def _shown(self, best: np.ndarray, ranks: np.ndarray) -> list[dict[str, Any]]:
+        places = np.linspace(0, len(best) - 1, min(self._samples, len(best))).astype(int).tolist()
+        return [
+            {
+                "prompt": self._images.source.where(int(self._images.indices[place])),
+                "image": thumbnail(image),
+                "answer": self._captions[best[place]],
+                "expected": self._captions[place],
+                "correct": bool(ranks[place] < 1),
+            }
+            for place, image in zip(places, self._images.opened(places), strict=True)
+        ]
+
+
+def own_ranks(logits: np.ndarray) -> np.ndarray:
+    """int ``[rows]``: how many columns beat the row's own one, ``[rows, rows]``."""
+    return np.sum(logits > np.diagonal(logits)[:, None], axis=1)
+
+
+def thumbnail(image: Any) -> str:
+    """A small picture as a data address, for a page that loads nothing from elsewhere."""
+    buffer = io.BytesIO()
+    resized_to(image, _THUMBNAIL).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _variables(params: Any, lora: Any | None) -> dict[str, Any]:
+    return {"params": params} | ({} if lora is None else {"lora": lora})

@@ -1,0 +1,53 @@
+"""A dual encoder by what a user calls it, with the adapter that belongs to it; the counterpart of `nalora_jax.load`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.config import config_from_dict
+from nalora_jax.evaluate.images import Encoders
+from nalora_jax.load import Located, locate
+from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.weights.vision.model import LoadedDual, load_dual
+from nalora_jax.weights.vision.peft import import_dual_adapter
+
+
+@dataclass(frozen=True)
+class AdaptedDual:
+    """A dual encoder, with an adapter or without, ready to run."""
+
+    base: LoadedDual
+    encoders: Encoders
+    lora: dict[str, Any] | None
+    located: Located
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the encoders take."""
+        return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
+
+
+def load_adapted_dual(model: str, *, adapter: str | Path | None = None, dtype: str | None = None) -> AdaptedDual:
+    """The dual encoder called ``model``, with its adapter on.
+
+    Args:
+      model: as `nalora_jax.weights.vision.model.load_dual` takes it; or the folder of a run or of an adapter.
+      adapter: folder of a run or of an adapter; in its own right where ``model`` is a base.
+      dtype: of the base weights; by default the run's, else float32.
+
+    Raises:
+      NaloraError: see `nalora_jax.load.locate` and `load_dual`.
+    """
+    located = locate(model, adapter)
+    run = config_from_dict(located.run)
+    dtype = dtype or (run.compute.dtype if located.run else "float32")
+    base = load_dual(located.base, dtype=dtype, d_out=run.vision.features, loss=run.vision.loss, seed=run.seed)
+    lora, spec = None, AdapterSpec()
+    if located.adapter is not None:
+        lora, spec = import_dual_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
+    module = DualEncoder(base.config, replace(spec, dropout=0.0), numerics_for(dtype, platform_of()))
+    return AdaptedDual(base, Encoders(module, base.processor, base.tokenizer), lora, located)

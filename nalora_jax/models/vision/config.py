@@ -1,0 +1,193 @@
+"""What encoders are made of: one frozen description of a tower for every family, and one of a pair of towers.
+
+`families.py` fills them in from a Hugging Face ``config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# How a tower's features come out of its sequence.
+Pooling = Literal["first", "last", "eos", "mean", "attention"]
+TOWERS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """One tower. Every default means "the feature is absent"."""
+
+    model_type: str  # the family, e.g. "clip_text_model", "dinov2", "bert"
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int
+    activation: str  # a name of nalora_jax.activations
+    norm_eps: float
+    pooling: Pooling
+    # ---- what goes in: text ...
+    vocab_size: int = 0
+    max_positions: int = 0
+    token_types: int = 0  # rows of a table whose row 0 is added to every token (BERT's segments)
+    eos_id: int = -1  # the token whose first occurrence is pooled; 2: the largest id, as CLIP's first files mean it
+    pad_id: int = 0
+    # ---- ... or images
+    image_size: int = 0  # pixels of the square that the positions belong to
+    patch_size: int = 0
+    channels: int = 3
+    any_shape: bool = False  # takes patches of images of any shape, padded (SigLIP 2's NaFlex)
+    class_token: bool = False
+    patch_bias: bool = False
+    # ---- layers
+    embed_norm: bool = False  # a norm between the embeddings and the layers
+    causal: bool = False
+    pre_norm: bool = True  # norms of the inputs of attention and FFN; False: of the sums behind them (BERT)
+    gated: bool = False  # phi(x W_gate) * (x W_up), against phi(x W_in)
+    qkv_bias: bool = True
+    layer_scale: bool = False  # a factor per channel on what attention and FFN add
+    # ---- what comes out
+    final_norm: bool = True
+    pooler: str = ""  # activation of a dense layer behind the pooling: "tanh"
+    d_out: int = 0  # features after a projection; 0: no projection
+    projection_bias: bool = False
+
+    @property
+    def kind(self) -> str:
+        """ "text" or "image"."""
+        return "text" if self.vocab_size else "image"
+
+    @property
+    def features(self) -> int:
+        """Length of the tower's result."""
+        return self.d_out or self.d_model
+
+    @property
+    def head_dim(self) -> int:
+        """Of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the square that the positions belong to."""
+        return self.image_size // self.patch_size
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the FFN's kernels."""
+        return ("gate_proj", "up_proj", "down_proj") if self.gated else ("in_proj", "out_proj")
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every base parameter by path, layers stacked.
+
+        Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ..., "layers/ffn/in_proj/kernel": ...}``
+        """
+        shapes = self._input_shapes()
+        shapes |= {f"layers/{path}": (self.n_layers, *shape) for path, shape in self._layer_shapes().items()}
+        return shapes | self._output_shapes()
+
+    def _input_shapes(self) -> dict[str, tuple[int, ...]]:
+        d = self.d_model
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.kind == "text":
+            shapes |= {"tokens/embedding": (self.vocab_size, d), "positions/embedding": (self.max_positions, d)}
+            shapes |= {"types/embedding": (self.token_types, d)} if self.token_types else {}
+        else:
+            shapes["patches/kernel"] = (self.channels * self.patch_size**2, d)
+            shapes |= {"patches/bias": (d,)} if self.patch_bias else {}
+            shapes |= {"class_token": (d,)} if self.class_token else {}
+            shapes["positions/embedding"] = (self.grid**2 + self.class_token, d)
+        return shapes | (_norm("embed_norm", d) if self.embed_norm else {})
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        d = self.d_model
+        shapes = _norm("attn_norm", d) | _norm("ffn_norm", d)
+        if self.layer_scale:
+            shapes |= {"attn_scale": (d,), "ffn_scale": (d,)}
+        for path, shape in self.projection_shapes().items():
+            path = path.removeprefix("layers/")
+            shapes[f"{path}/kernel"] = shape
+            if self.qkv_bias or path not in ("attn/q_proj", "attn/k_proj", "attn/v_proj"):
+                shapes[f"{path}/bias"] = shape[-1:]
+        return shapes
+
+    def _output_shapes(self) -> dict[str, tuple[int, ...]]:
+        d = self.d_model
+        shapes = _norm("final_norm", d) if self.final_norm else {}
+        if self.pooling == "attention":
+            shapes |= {"pool/probe": (d,)} | _norm("pool/norm", d)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                shapes |= {f"pool/attn/{name}/kernel": (d, d), f"pool/attn/{name}/bias": (d,)}
+            shapes |= {"pool/ffn/in_proj/kernel": (d, self.d_ff), "pool/ffn/in_proj/bias": (self.d_ff,)}
+            shapes |= {"pool/ffn/out_proj/kernel": (self.d_ff, d), "pool/ffn/out_proj/bias": (d,)}
+        if self.pooler:
+            shapes |= {"pooler/kernel": (d, d), "pooler/bias": (d,)}
+        if self.d_out:
+            shapes["projection/kernel"] = (d, self.d_out)
+            shapes |= {"projection/bias": (self.d_out,)} if self.projection_bias else {}
+        return shapes
+
+    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per-layer kernel shape of everything that an adapter can be put on, by stacked path."""
+        d, f = self.d_model, self.d_ff
+        *wide, last = self.projections
+        shapes: dict[str, tuple[int, ...]] = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
+        shapes |= {f"layers/ffn/{name}": (d, f) for name in wide}
+        return shapes | {f"layers/ffn/{last}": (f, d)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}/scale": (width,), f"{name}/bias": (width,)}
+
+
+@dataclass(frozen=True)
+class DualConfig:
+    """An image tower and a text tower whose features are compared."""
+
+    model_type: str  # "clip", "siglip", "siglip2", "vision-text-dual-encoder"
+    image: EncoderConfig
+    text: EncoderConfig
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # how the pair was trained
+    # What training may change besides the adapters: projections that nobody has trained yet, for instance.
+    trained: tuple[str, ...] = ()
+
+    @property
+    def towers(self) -> dict[str, EncoderConfig]:
+        """Both, by the name that their parameters are under."""
+        return {"image": self.image, "text": self.text}
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every base parameter by path: ``image/...``, ``text/...``, ``logit_scale``, ``logit_bias``."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tower in self.towers.items():
+            shapes |= {f"{name}/{path}": shape for path, shape in tower.param_shapes().items()}
+        shapes["logit_scale"] = ()
+        return shapes | ({"logit_bias": ()} if self.loss == "sigmoid" else {})
+
+    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per-layer kernel shape of everything that an adapter can be put on, by stacked path."""
+        return {
+            f"{name}/{path}": shape
+            for name, tower in self.towers.items()
+            for path, shape in tower.projection_shapes().items()
+        }
+
+    def depths(self) -> dict[str, int]:
+        """Number of layers behind each path of `projection_shapes`."""
+        return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
+
+    @staticmethod
+    def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
+        """The description that a parsed ``config.json`` of a dual encoder gives.
+
+        Raises:
+          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
+        """
+        from nalora_jax.models.vision.families import read_dual  # families fills this class in
+
+        return read_dual(raw, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON and fingerprints."""
+        return dataclasses.asdict(self)

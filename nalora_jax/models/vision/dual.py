@@ -1,0 +1,151 @@
+"""Two towers and what compares their features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.encoder import Encoder
+from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.nn.low_rank import AdapterSpec, init_a
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.trees import flatten, unflatten
+
+# log(1 / 0.07), the start of CLIP's temperature; SigLIP starts at log 10 and a bias of -10.
+_START = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
+_START_BIAS = -10.0
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower; attributes as of `Encoder`."""
+
+    config: DualConfig
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+    remat: str = "none"
+    stats: GateStatsConfig | None = None
+    activation_sharding: NamedSharding | None = None
+
+    def setup(self) -> None:  # noqa: D102
+        shared = (self.numerics, self.remat, self.stats, self.activation_sharding)
+        self.image = Encoder(self.config.image, tower_adapters(self.adapters, "image"), *shared)
+        self.text = Encoder(self.config.text, tower_adapters(self.adapters, "text"), *shared)
+
+    def __call__(self, images: Mapping[str, jax.Array], texts: Mapping[str, jax.Array], **options: Any) -> jax.Array:
+        """Logits ``[images, texts]``, float32; arguments as of the towers."""
+        return self.logits(self.encode_image(images, **options), self.encode_text(texts, **options))
+
+    def encode_image(self, images: Mapping[str, jax.Array], **options: Any) -> jax.Array:
+        """float32 ``[batch, features]`` of ``pixels`` (and ``shapes``, ``mask``), not normalised; see `Encoder`."""
+        given = {name: images[name] for name in ("shapes", "mask") if name in images}
+        return self.image(images["pixels"], **given, **options)
+
+    def encode_text(self, texts: Mapping[str, jax.Array], **options: Any) -> jax.Array:
+        """float32 ``[batch, features]`` of ``tokens``, not normalised.
+
+        ``token_weights`` say which tokens the statistics count. Attention sees the same, but for families that were
+        trained to see their padding (SigLIP).
+        """
+        weights = texts.get("token_weights")
+        mask = None if self.config.text.pooling == "last" or weights is None else weights > 0
+        return self.text(texts["tokens"], mask=mask, token_weights=weights, **options)
+
+    def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
+        """``[images, features]``, ``[texts, features]`` -> scaled cosines ``[images, texts]``, float32."""
+        scale, bias = self.temperature()
+        cosines = jnp.einsum("if,tf->it", normalised(images), normalised(texts), precision="highest")
+        return cosines * scale + bias
+
+    def temperature(self) -> tuple[jax.Array, jax.Array]:
+        """What cosines are multiplied by, and what is added to them: float32 scalars."""
+        return jnp.exp(self._scalar("logit_scale")), self._scalar("logit_bias")
+
+    def _scalar(self, name: str) -> jax.Array:
+        for collection in ("lora", "params"):
+            if self.has_variable(collection, name):
+                value: jax.Array = self.get_variable(collection, name)
+                return value.astype(jnp.float32)
+        return jnp.zeros((), jnp.float32)
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """Rows of length 1, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def tower_adapters(spec: AdapterSpec, tower: str) -> AdapterSpec:
+    """The adapters of one tower, by its own paths."""
+    prefix = f"{tower}/"
+    return replace(spec, targets=tuple((p.removeprefix(prefix), t) for p, t in spec.targets if p.startswith(prefix)))
+
+
+# ---------------------------------------------------------------- fresh trees
+
+
+def init_params(config: DualConfig | EncoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random base weights of a tower or a pair, for tests, benchmarks, and projections that are yet to be trained."""
+    return unflatten(
+        {
+            path: _random(path, shape, jax.random.fold_in(key, i), config).astype(dtype)
+            for i, (path, shape) in enumerate(config.param_shapes().items())
+        }
+    )
+
+
+def _random(path: str, shape: tuple[int, ...], key: jax.Array, config: DualConfig | EncoderConfig) -> jax.Array:
+    noise = jax.random.normal(key, shape, jnp.float32)
+    if path == "logit_scale":
+        return jnp.asarray(_START[config.loss if isinstance(config, DualConfig) else "softmax"])
+    if path == "logit_bias":
+        return jnp.asarray(_START_BIAS)
+    if path.endswith(("/kernel",)):
+        return noise / math.sqrt(shape[-2])
+    if path.endswith(("norm/scale", "_scale")):
+        return 1.0 + 0.1 * noise
+    return 0.02 * noise
+
+
+def init_lora(
+    config: DualConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that training changes before the first step: adapters (A random, B zero), and ``config.trained``.
+
+    Args:
+      config: the pair.
+      spec: which projections, which ranks.
+      key: random key.
+      params: base weights, needed for DoRA's magnitudes; what ``config.trained`` names starts from them.
+    """
+    shapes, depths = config.projection_shapes(), config.depths()
+    base = {} if params is None else flatten(params)
+    leaves: dict[str, jax.Array] = {}
+    for i, (path, target) in enumerate(spec.targets):
+        d_in, d_out = shapes[path]
+        a = init_a(jax.random.fold_in(key, i), (depths[path], d_in, target.rank))
+        used = jnp.arange(target.rank)[None, None, :] < jnp.asarray(target.ranks)[:, None, None]
+        leaves[f"{path}/a"] = jnp.where(used, a, 0.0)
+        leaves[f"{path}/b"] = jnp.zeros((depths[path], target.rank, d_out), jnp.float32)
+        if spec.dora:
+            leaves[f"{path}/magnitude"] = jnp.linalg.norm(base[f"{path}/kernel"].astype(jnp.float32), axis=-2)
+    for path, shape in trained_shapes(config).items():
+        start = jnp.zeros(shape) if path not in base else base[path].astype(jnp.float32)
+        leaves[path] = start
+    return unflatten(leaves)
+
+
+def trained_shapes(config: DualConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every base parameter that training changes as a whole, by path."""
+    return {
+        path: shape
+        for path, shape in config.param_shapes().items()
+        if path in config.trained or path.rpartition("/")[0] in config.trained
+    }

@@ -1,0 +1,330 @@
+"""One encoder for images and for text: embeddings, a scanned stack of blocks, pooling, projection.
+
+Families differ by `EncoderConfig` only. Adapters sit on attention and FFN, and the FFN is that of `nalora_jax.nn.ffn`
+with its mask and its statistics, as in the decoder. Dropout that a family's config names for its own training is not
+applied: the frozen weights have no use for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from nalora_jax import activations
+from nalora_jax.models.block import block_adapters, constrain
+from nalora_jax.models.decoder import Embedding, stacked
+from nalora_jax.models.vision.config import EncoderConfig
+from nalora_jax.models.vision.positions import resized, resized_each
+from nalora_jax.nn.ffn import GatedFFN, GateStatsConfig, SelfGatedFFN
+from nalora_jax.nn.lora import LoRADense, frozen_kernel
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.adapted_dense import Dense as AdaptedDense
+from nalora_jax.ops.adapted_dense import adapted_dense, parallel_dense
+from nalora_jax.ops.full_attention import full_attention
+from nalora_jax.ops.matmul import matmul
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.storage import expand
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shared:
+    """What all layers read."""
+
+    mask: jax.Array | None  # bool [batch, seq], which tokens are seen
+    token_weights: jax.Array | None  # [batch, seq], for statistics
+    deterministic: bool = field(default=True, metadata={"static": True})
+
+
+class Encoder(nn.Module):
+    """A tower over the collections ``params``, ``lora``, ``gate_mask`` and ``gate_stats``.
+
+    Attributes:
+      config: the architecture.
+      adapters: ranks and alphas, by the tower's own paths ("layers/ffn/in_proj").
+      numerics: dtypes.
+      remat: one of `nalora_jax.models.decoder.REMAT`.
+      stats: strides of the gate statistics.
+      activation_sharding: of ``[batch, seq, d_model]`` between layers; None leaves it to the compiler.
+    """
+
+    config: EncoderConfig
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+    remat: str = "none"
+    stats: GateStatsConfig | None = None
+    activation_sharding: NamedSharding | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        shapes: jax.Array | None = None,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        pooled: bool = True,
+    ) -> jax.Array:
+        """Features of texts or images.
+
+        Args:
+          inputs: token ids int ``[batch, seq]``; or pixels ``[batch, height, width, channels]``, normalised; or, where
+            the family takes any shape, patches ``[batch, patches, patch * patch * channels]``.
+          mask: bool ``[batch, seq]`` of the tokens (or patches) that are there; all of them by default.
+          shapes: int ``[batch, 2]``, rows and columns of every image's patches; with patches only.
+          token_weights: ``[batch, seq]`` of the gate statistics; ``mask`` by default.
+          deterministic: no adapter dropout; otherwise the rng ``dropout`` is needed where a rate is set.
+          pooled: False for the sequence after the final norm, ``[batch, seq, d_model]``.
+
+        Returns:
+          float32 ``[batch, features]``, not normalised.
+        """
+        c = self.config
+        x = self._embedded_text(inputs) if c.kind == "text" else self._embedded_image(inputs, shapes)
+        if c.embed_norm:
+            x = LayerNorm(c.norm_eps, name="embed_norm")(x)
+        x = constrain(x.astype(self.numerics.result), self.activation_sharding)
+        shared = Shared(mask, mask if token_weights is None else token_weights, deterministic)
+        layers = stacked(EncoderBlock, self.remat, c.n_layers)(
+            c, self.adapters, self.numerics, self.stats or GateStatsConfig(), self.activation_sharding, name="layers"
+        )
+        x, _ = layers(x, _layer_scales(self.adapters), shared)
+        if c.final_norm:
+            x = LayerNorm(c.norm_eps, name="final_norm")(x)
+        return self._features(x, inputs, mask) if pooled else x
+
+    def _embedded_text(self, tokens: jax.Array) -> jax.Array:
+        c = self.config
+        seq = tokens.shape[1]
+        if seq > c.max_positions:
+            raise ValueError(f"text: expected at most {c.max_positions} tokens, found {seq}")
+        x = Embedding(c.vocab_size, c.d_model, name="tokens")(tokens, self.numerics).astype(jnp.float32)
+        rows = Embedding(c.max_positions, c.d_model, name="positions")(jnp.arange(seq)[None], self.numerics)
+        if c.token_types:
+            types = Embedding(c.token_types, c.d_model, name="types")
+            rows = rows + types(jnp.zeros((1, 1), jnp.int32), self.numerics)
+        return x + jnp.broadcast_to(rows.astype(jnp.float32), x.shape)
+
+    def _embedded_image(self, pixels: jax.Array, shapes: jax.Array | None) -> jax.Array:
+        c = self.config
+        table = expand(Embedding(c.grid**2 + c.class_token, c.d_model, name="positions").table())
+        if c.any_shape:
+            assert shapes is not None, "a family that takes images of any shape needs their shapes"
+            positions = resized_each(table, shapes, pixels.shape[1])
+            patches = pixels
+        else:
+            batch, height, width, _ = pixels.shape
+            grid = height // c.patch_size, width // c.patch_size
+            patches = patchify(pixels, c.patch_size)
+            positions = resized(table[c.class_token :], *grid)[None]
+        x = Dense(c.d_model, c.patch_bias, self.numerics, name="patches")(patches).astype(jnp.float32)
+        x = x + jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
+        if not c.class_token:
+            return x
+        first = self.param("class_token", nn.initializers.normal(0.02), (c.d_model,)) + table[0]
+        first = jnp.broadcast_to(lax.stop_gradient(first).astype(jnp.float32), (batch, 1, c.d_model))
+        return jnp.concatenate([first, x], axis=1)
+
+    def _features(self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
+        c = self.config
+        y = self._pooled(x, inputs, mask).astype(jnp.float32)
+        if c.pooler:
+            y = Dense(c.d_model, True, self.numerics, name="pooler")(y)
+            y = {"tanh": jnp.tanh}[c.pooler](y.astype(jnp.float32))
+        if c.d_out:
+            y = Dense(c.d_out, c.projection_bias, self.numerics, name="projection")(y)
+        return y.astype(jnp.float32)
+
+    def _pooled(self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
+        c = self.config
+        if c.pooling == "first":
+            return x[:, 0]
+        if c.pooling == "last":
+            return x[:, -1]
+        if c.pooling == "eos":
+            # The largest id is the last one of CLIP's vocabulary; files from before that was a field say 2.
+            ends = inputs if c.eos_id == 2 else inputs == c.eos_id
+            return jnp.take_along_axis(x, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
+        if c.pooling == "mean":
+            weights = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
+            total = jnp.sum(x.astype(jnp.float32) * weights[..., None], axis=1)
+            return total / jnp.maximum(jnp.sum(weights, axis=1), 1e-9)[:, None]
+        return AttentionPooling(c, self.numerics, name="pool")(x, mask)
+
+
+def patchify(pixels: jax.Array, patch: int) -> jax.Array:
+    """``[batch, height, width, channels]`` -> ``[batch, patches, patch * patch * channels]``, row by row.
+
+    What is left at the right and the bottom is cut off, as a strided convolution does.
+    """
+    batch, height, width, channels = pixels.shape
+    rows, columns = height // patch, width // patch
+    x = pixels[:, : rows * patch, : columns * patch]
+    x = x.reshape(batch, rows, patch, columns, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * columns, patch * patch * channels)
+
+
+def _layer_scales(adapters: AdapterSpec) -> dict[str, dict[str, jax.Array]]:
+    """The adapters' scales by block and projection, each ``[layers]``: scanned."""
+    scales: dict[str, dict[str, jax.Array]] = {}
+    for path, _ in adapters.targets:
+        _, block, name = path.split("/")
+        scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
+    return scales
+
+
+class LayerNorm(nn.Module):
+    """A frozen layer norm over the last axis, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., d]`` -> float32 ``[..., d]``."""
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
+        scale, bias = (lax.stop_gradient(p).astype(jnp.float32) for p in (scale, bias))
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
+
+
+class Dense(nn.Module):
+    """A dense layer without an adapter: frozen, or trained as a whole where ``lora`` holds its kernel."""
+
+    features: int
+    use_bias: bool
+    numerics: Numerics = Numerics()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., d_in]`` -> ``[..., features]``."""
+        kernel = frozen_kernel(self, (x.shape[-1], self.features))
+        if self.has_variable("lora", "kernel"):
+            y = jnp.dot(x.astype(jnp.float32), self.get_variable("lora", "kernel"))
+        else:
+            y = matmul(x, kernel, self.numerics)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return y + jnp.broadcast_to(lax.stop_gradient(bias).astype(y.dtype), y.shape)
+
+
+class AttentionPooling(nn.Module):
+    """One learnt query that attends over the sequence, and an FFN behind it (SigLIP); frozen."""
+
+    config: EncoderConfig
+    numerics: Numerics = Numerics()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """``[batch, seq, d_model]`` -> ``[batch, d_model]``."""
+        c = self.config
+        probe = lax.stop_gradient(self.param("probe", nn.initializers.normal(0.02), (c.d_model,)))
+        probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, c.d_model))
+        y = EncoderAttention(c, numerics=self.numerics, name="attn")(probe, x, {}, Shared(mask, None))
+        y = y.astype(jnp.float32)
+        hidden = LayerNorm(c.norm_eps, name="norm")(y)
+        hidden = FrozenFFN(c.d_ff, c.activation, self.numerics, name="ffn")(hidden)
+        return (y + hidden.astype(jnp.float32))[:, 0]
+
+
+class FrozenFFN(nn.Module):
+    """``phi(x W_in) W_out`` without adapters or statistics."""
+
+    d_ff: int
+    activation: str
+    numerics: Numerics = Numerics()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., d]`` -> ``[..., d]``."""
+        z = Dense(self.d_ff, True, self.numerics, name="in_proj")(x)
+        hidden = activations.get(self.activation).phi(z.astype(jnp.float32))
+        return Dense(x.shape[-1], True, self.numerics, name="out_proj")(hidden)
+
+
+class EncoderAttention(nn.Module):
+    """Projections with adapters, and attention over the whole row."""
+
+    config: EncoderConfig
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, source: jax.Array, scales: dict[str, jax.Array], shared: Shared) -> jax.Array:
+        """``[batch, queries, d_model]`` over ``source [batch, keys, d_model]`` -> ``[batch, queries, d_model]``."""
+        c, n = self.config, self.numerics
+        q, k, v, o = (self._dense(f"{name}_proj", name == "o" or c.qkv_bias, scales, shared) for name in "qkvo")
+        if x is source:
+            made = parallel_dense(x, [q, k, v], n)
+        else:
+            made = [adapted_dense(x, q, n), *parallel_dense(source, [k, v], n)]
+        # [batch, seq, heads, head_dim]
+        queries, keys, values = (round_and_save(y, n).reshape(*y.shape[:-1], c.n_heads, c.head_dim) for y, _ in made)
+        out = full_attention(
+            queries, keys, values, n, scale=c.head_dim**-0.5, mask=shared.mask, causal=c.causal
+        ).astype(n.result)
+        return adapted_dense(out.reshape(*x.shape[:-1], -1), o, n).y
+
+    def _dense(self, name: str, bias: bool, scales: dict[str, jax.Array], shared: Shared) -> AdaptedDense:
+        c, adapters = self.config, block_adapters(self.adapters, "attn")
+        module = LoRADense(
+            c.d_model, adapters.get(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name
+        )
+        dense: AdaptedDense = module.dense(c.d_model, scales.get(name, 1.0), deterministic=shared.deterministic)
+        return dense
+
+
+class EncoderBlock(nn.Module):
+    """Attention and FFN with their residuals; norms before them, or behind the sums."""
+
+    config: EncoderConfig
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+    stats: GateStatsConfig = GateStatsConfig()
+    activation_sharding: NamedSharding | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scales: dict[str, dict[str, jax.Array]], shared: Shared) -> tuple[jax.Array, None]:
+        """``[batch, seq, d_model]`` -> the same (and nothing to stack)."""
+        c, n = self.config, self.numerics
+
+        def attend(y: jax.Array) -> jax.Array:
+            return EncoderAttention(c, self.adapters, n, name="attn")(y, y, scales.get("attn", {}), shared)
+
+        def feed(y: jax.Array) -> jax.Array:
+            options = {"token_weights": shared.token_weights, "deterministic": shared.deterministic}
+            return self._ffn()(y, scales.get("ffn", {}), **options)
+
+        for name, block in (("attn", attend), ("ffn", feed)):
+            norm = LayerNorm(c.norm_eps, name=f"{name}_norm")
+            # A post-norm layer reads the residual stream itself.
+            y = block(norm(x).astype(n.result) if c.pre_norm else x)
+            if c.layer_scale:
+                scale = self.param(f"{name}_scale", nn.initializers.ones_init(), (c.d_model,))
+                y = y * jnp.broadcast_to(lax.stop_gradient(scale).astype(y.dtype), y.shape)
+            x = x + y.astype(x.dtype)
+            x = x if c.pre_norm else norm(x).astype(n.result)
+        return constrain(x, self.activation_sharding), None
+
+    def _ffn(self) -> GatedFFN | SelfGatedFFN:
+        c = self.config
+        return (GatedFFN if c.gated else SelfGatedFFN)(
+            d_model=c.d_model,
+            d_ff=c.d_ff,
+            activation=c.activation,
+            adapters=block_adapters(self.adapters, "ffn"),
+            use_bias=True,
+            numerics=self.numerics,
+            stats=self.stats,
+            name="ffn",
+        )

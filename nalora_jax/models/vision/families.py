@@ -1,0 +1,247 @@
+"""How a ``config.json`` becomes an `EncoderConfig` or a `DualConfig`: one small reader per ``model_type``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from nalora_jax import activations
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.fields import Fields
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+
+_CLIP_LEGACY_EOS = 2
+
+
+def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
+    """See `DualConfig.from_hf`."""
+    if not isinstance(raw, Mapping):
+        raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
+    name = raw.get("model_type")
+    if name == "vision-text-dual-encoder":
+        return _composed(Fields(raw, {"projection_dim": 512}, where))
+    if name not in DUAL:
+        raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(DUAL)}", found=repr(name))
+    f = Fields(raw, {"projection_dim": 512}, where)
+    image, text = (
+        read_encoder(f.mapping(f"{part}_config") | {"model_type": f"{name}_{part}_model"}, f"{where}: {part}_config")
+        for part in ("vision", "text")
+    )
+    if name == "clip":
+        width = f.integer("projection_dim")
+        return DualConfig(name, replace(image, d_out=width), replace(text, d_out=width))
+    _check_widths(image, text, where)
+    return DualConfig(name, image, text, loss="sigmoid")
+
+
+def _composed(f: Fields) -> DualConfig:
+    """A pair of towers that were trained apart, behind projections (transformers' VisionTextDualEncoderModel)."""
+    towers = [read_encoder(f.mapping(f"{part}_config"), f"{f.where}: {part}_config") for part in ("vision", "text")]
+    for part, tower in zip(("vision", "text"), towers, strict=True):
+        kind = "image" if part == "vision" else "text"
+        if tower.kind != kind:
+            raise f.error(f"{part}_config: model_type", f"an {kind} encoder", tower.model_type)
+    width = f.integer("projection_dim")
+    # There the towers' own pooled outputs are projected: BERT's and ViT's behind their dense layers.
+    image, text = (replace(_with_pooler(tower), d_out=width) for tower in towers)
+    return DualConfig("vision-text-dual-encoder", image, text)
+
+
+def _with_pooler(tower: EncoderConfig) -> EncoderConfig:
+    return replace(tower, pooling="first", pooler="tanh") if tower.model_type in ("bert", "vit") else tower
+
+
+def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "softmax") -> DualConfig:
+    """A pair of towers that have never met: new projections to ``d_out`` features, trained with the adapters.
+
+    Raises:
+      NaloraError: a tower of the wrong kind.
+    """
+    for name, tower in (("image", image), ("text", text)):
+        if tower.kind != name:
+            raise NaloraError(f"{name} tower", expected=f"an encoder of {name}", found=tower.model_type)
+    if loss not in ("softmax", "sigmoid"):
+        raise NaloraError("loss", expected="softmax or sigmoid", found=repr(loss))
+    trained = ["image/projection", "text/projection", "logit_scale"] + (["logit_bias"] if loss == "sigmoid" else [])
+    return DualConfig(
+        "vision-text-dual-encoder",
+        replace(image, d_out=d_out, projection_bias=False),
+        replace(text, d_out=d_out, projection_bias=False),
+        loss="sigmoid" if loss == "sigmoid" else "softmax",
+        trained=tuple(trained),
+    )
+
+
+def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderConfig:
+    """The tower that a parsed ``config.json`` (or a part of one) describes.
+
+    Raises:
+      NaloraError: see `DualConfig.from_hf`.
+    """
+    name = raw.get("model_type")
+    if name not in ENCODERS:
+        raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(ENCODERS)}", found=repr(name))
+    reader, defaults = ENCODERS[name]
+    fields = Fields(raw, defaults, where)
+    fields.refuse("quantization_config", "load the unquantized model")
+    config: EncoderConfig = reader(fields, name)
+    if config.d_model % config.n_heads:
+        raise fields.error("hidden_size", f"a multiple of num_attention_heads ({config.n_heads})", config.d_model)
+    return config
+
+
+# ---------------------------------------------------------------- families
+
+
+def _base(f: Fields, name: str, **features: Any) -> EncoderConfig:
+    values: dict[str, Any] = {
+        "model_type": name,
+        "d_model": f.integer("hidden_size"),
+        "n_layers": f.integer("num_hidden_layers", high=2**10),
+        "n_heads": f.integer("num_attention_heads", high=2**16),
+        "norm_eps": f.number("layer_norm_eps", zero=True),
+    }
+    if "d_ff" not in features:
+        values["d_ff"] = f.integer("intermediate_size")
+    if "activation" not in features:
+        values["activation"] = _activation(f)
+    return EncoderConfig(**(values | features))
+
+
+def _activation(f: Fields) -> str:
+    try:
+        return activations.get(f.text("hidden_act")).name
+    except NaloraError as error:
+        raise f.error("hidden_act", error.expected, error.found) from error
+
+
+def _text(f: Fields) -> dict[str, Any]:
+    return {"vocab_size": f.integer("vocab_size"), "max_positions": f.integer("max_position_embeddings")}
+
+
+def _image(f: Fields) -> dict[str, Any]:
+    size, patch = _side(f, "image_size"), _side(f, "patch_size")
+    if size % patch:
+        raise f.error("image_size", f"a multiple of patch_size ({patch})", size)
+    return {"image_size": size, "patch_size": patch, "channels": f.integer("num_channels", high=64)}
+
+
+def _side(f: Fields, name: str) -> int:
+    """The side of a square, also where a file gives height and width."""
+    pair = f.get(name)
+    if isinstance(pair, list) and len(pair) == 2 and pair[0] == pair[1]:
+        f = Fields({name: pair[0]}, {}, f.where)
+    return f.integer(name, high=2**14)
+
+
+def _clip_text(f: Fields, name: str) -> EncoderConfig:
+    eos = f.integer("eos_token_id", low=0)
+    return _base(f, name, **_text(f), pooling="eos", eos_id=eos, causal=True, pad_id=_pad(f))
+
+
+def _pad(f: Fields) -> int:
+    return f.integer("pad_token_id", low=0)
+
+
+def _clip_vision(f: Fields, name: str) -> EncoderConfig:
+    return _base(f, name, **_image(f), pooling="first", class_token=True, embed_norm=True)
+
+
+def _siglip_text(f: Fields, name: str) -> EncoderConfig:
+    width = f.integer("projection_size", default=f.integer("hidden_size"))
+    return _base(f, name, **_text(f), pooling="last", d_out=width, projection_bias=True, pad_id=_pad(f))
+
+
+def _siglip_vision(f: Fields, name: str) -> EncoderConfig:
+    if f.get("vision_use_head") is False:
+        raise f.error("vision_use_head", "true: its pooling head makes the features", "false")
+    return _base(f, name, **_image(f), pooling="attention", patch_bias=True)
+
+
+def _siglip2_vision(f: Fields, name: str) -> EncoderConfig:
+    patches, patch = f.integer("num_patches"), _side(f, "patch_size")
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise f.error("num_patches", "a square number", patches)
+    size = {"image_size": side * patch, "patch_size": patch, "channels": f.integer("num_channels", high=64)}
+    return _base(f, name, **size, pooling="attention", patch_bias=True, any_shape=True)
+
+
+def _vit(f: Fields, name: str) -> EncoderConfig:
+    features = {"pooling": "first", "class_token": True, "patch_bias": True}
+    return _base(f, name, **_image(f), **features, qkv_bias=f.get("qkv_bias") is not False)
+
+
+def _dinov2(f: Fields, name: str) -> EncoderConfig:
+    d_model = f.integer("hidden_size")
+    d_ff, gated = int(d_model * f.number("mlp_ratio")), f.flag("use_swiglu_ffn")
+    if gated:
+        # Two thirds, in eights: as wide as an ungated block in parameters.
+        d_ff = (int(d_ff * 2 / 3) + 7) // 8 * 8
+    return _base(
+        f,
+        name,
+        **_image(f),
+        pooling="first",
+        class_token=True,
+        patch_bias=True,
+        layer_scale=True,
+        gated=gated,
+        d_ff=d_ff,
+        activation="silu" if gated else _activation(f),
+        qkv_bias=f.get("qkv_bias") is not False,
+    )
+
+
+def _bert(f: Fields, name: str) -> EncoderConfig:
+    for feature in ("is_decoder", "add_cross_attention"):
+        f.refuse(feature)
+    kind = f.get("position_embedding_type")
+    if kind not in (None, "absolute"):
+        raise f.error("position_embedding_type", "'absolute'", repr(kind))
+    return _base(
+        f,
+        name,
+        **_text(f),
+        token_types=f.integer("type_vocab_size"),
+        pooling="mean",
+        embed_norm=True,
+        pre_norm=False,
+        final_norm=False,
+        pad_id=_pad(f),
+    )
+
+
+def _check_widths(image: EncoderConfig, text: EncoderConfig, where: str) -> None:
+    if image.features != text.features:
+        raise NaloraError(
+            f"{where}: text_config: projection_size", expected=f"{image.features}, as of images", found=text.features
+        )
+
+
+_SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_PIXELS = {"num_channels": 3, "image_size": 224, "patch_size": 16}
+_CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_CLIP_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 77}
+_CLIP_IDS = {"vocab_size": 49408, "pad_token_id": 1, "eos_token_id": 49407}
+_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_SIGLIP_TEXT = {"vocab_size": 32000, "max_position_embeddings": 64, "pad_token_id": 1}
+_GELU = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+_BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
+
+Reader = Callable[[Fields, str], EncoderConfig]
+# By ``model_type``: the reader, and what transformers assumes where the file is silent.
+ENCODERS: dict[str, tuple[Reader, dict[str, Any]]] = {
+    "clip_vision_model": (_clip_vision, _SIZES | _PIXELS | _CLIP | {"patch_size": 32}),
+    "clip_text_model": (_clip_text, _SIZES | _CLIP | _CLIP_TEXT | _CLIP_IDS),
+    "siglip_vision_model": (_siglip_vision, _SIZES | _PIXELS | _SIGLIP),
+    "siglip_text_model": (_siglip_text, _SIZES | _SIGLIP | _SIGLIP_TEXT),
+    "siglip2_vision_model": (_siglip2_vision, _SIZES | _PIXELS | _SIGLIP | {"num_patches": 256}),
+    "siglip2_text_model": (_siglip_text, _SIZES | _SIGLIP | _SIGLIP_TEXT),
+    "vit": (_vit, _SIZES | _PIXELS | _GELU),
+    "dinov2": (_dinov2, _SIZES | _PIXELS | _GELU | {"layer_norm_eps": 1e-6, "patch_size": 14, "mlp_ratio": 4}),
+    "bert": (_bert, _SIZES | _GELU | _BERT),
+}
+DUAL = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")

@@ -1,0 +1,51 @@
+"""Attention in which every token sees every other one of its row: what encoders of images and of sentences need.
+
+Their sequences are short (50 to 1,024 tokens), so that the scores are simply made; `nalora_jax.ops.attention` is the
+causal kind, in blocks.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.ops.blockwise_attention import UNSEEN, product
+from nalora_jax.ops.numerics import Numerics
+
+
+def full_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    numerics: Numerics,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:
+    """Softmax attention; scores, softmax and sums are float32.
+
+    Args:
+      q: ``[batch, queries, heads, head_dim]``.
+      k, v: ``[batch, keys, heads, head_dim]``.
+      numerics: dtype of the products' operands.
+      scale: multiplies the scores.
+      mask: bool ``[batch, keys]``, False for keys that nobody sees. A row without any key averages all of them.
+      causal: a query sees keys up to its own place only.
+
+    Returns:
+      float32 ``[batch, queries, heads, head_dim]``.
+    """
+    chex.assert_rank([q, k, v], 4)
+    chex.assert_equal_shape([k, v])
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    # [batch, heads, queries, keys]
+    scores = product("bhqd,bhkd->bhqk", q, k, numerics) * scale
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :], scores, UNSEEN)
+    if causal:
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        scores = jnp.where(seen[None, None], scores, UNSEEN)
+    out = product("bhqk,bhkd->bhqd", jax.nn.softmax(scores, axis=-1), v, numerics)
+    return out.transpose(0, 2, 1, 3)

@@ -1,0 +1,36 @@
+"""What a run on images adds to the report: its pictures, the confusion of classes, layers by tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.report.history import History
+
+_PICTURE = "data:image/png;base64,"
+
+
+def picture(sample: Mapping[str, Any]) -> str:
+    """A sample's picture as a data address, or "": nothing else may come from a log into the page."""
+    found = sample.get("image")
+    return found if isinstance(found, str) and found.startswith(_PICTURE) else ""
+
+
+def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
+    """The confusion matrix before training and that of the result: ``("before", {"classes": [...], "rows": ...})``."""
+    found = []
+    for label, record in (("before", history.initial), ("after", history.final)):
+        values = record.get("eval", {}) if record else {}
+        names, matrix = values.get("classes"), values.get("confusion")
+        if names and matrix:
+            found.append((label, {"classes": names, "rows": list(zip(names, matrix, strict=False))}))
+    return found
+
+
+def layer_labels(history: History, count: int) -> list[str]:
+    """Names of the rows of per-layer tables: numbers, with the tower's name where there are two."""
+    towers: Mapping[str, int] = next(
+        (record["towers"] for record in reversed(history.steps) if record.get("towers")), {}
+    )
+    labels = [f"{name} {i}" for name, rows in towers.items() for i in range(int(rows))]
+    return labels if len(labels) == count else [str(i) for i in range(count)]

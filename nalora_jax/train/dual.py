@@ -1,0 +1,138 @@
+"""A dual encoder and a config put together: the counterpart of `nalora_jax.train.assembly.assemble`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed, statistics
+from nalora_jax.config import RunConfig
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.vision.config import TOWERS, DualConfig
+from nalora_jax.models.vision.dual import DualEncoder, init_lora
+from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.ops.cross_entropy import Head
+from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.programs import best_remat
+from nalora_jax.optim.gate_state import Mechanisms
+from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer, nalora
+from nalora_jax.train.assembly import Assembly, activation_sharding, jit_step
+from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
+from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.step import StepConfig, make_train_step
+
+log = logging.getLogger(__name__)
+
+
+def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, processor: ImageProcessor) -> Assembly:
+    """Adapters, optimizer and step of a run on images.
+
+    Args:
+      config: the run's settings, checked; ``config.vision.task`` chooses the objective.
+      base: architecture of the pair.
+      params: its weights on ``mesh``; with the class prompts (`nalora_jax.train.dual_objectives.Classify`).
+      mesh: the run's devices.
+      processor: what makes pixels of images.
+
+    Raises:
+      NaloraError: rules that match nothing or ask for impossible ranks, a variant that these models do not have, or a
+        tensor axis that splits a head.
+    """
+    for tower in base.towers.values():
+        distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
+    if config.lora.init != "default":
+        raise NaloraError("--lora.init", expected="default for image and text encoders", found=config.lora.init)
+    spec = resolve_dual(config, base)
+    adapted = adapted_towers(spec)
+    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    gates = find_gates(lora)
+    mechanisms = _mechanisms(config, base, adapted, gates)
+    compute = config.compute
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    model = DualEncoder(
+        base,
+        spec,
+        numerics,
+        remat=best_remat(base.image.d_model, numerics) if compute.remat == "auto" else compute.remat,
+        stats=GateStatsConfig(
+            compute.stats_stride,
+            compute.probe_stride,
+            check=config.debug.tolerance if config.debug.check_gates else 0.0,
+            extra=statistics.extra(mechanisms.statistics),
+        ),
+        activation_sharding=activation_sharding(mesh),
+    )
+    inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
+    optimizer = nalora(inner, gates, mechanisms)
+    parts = {tower: base.towers[tower] for tower in adapted}
+    shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
+
+    def fresh(lora: Any, key: jax.Array) -> TrainState:
+        return init_state(lora, optimizer, shapes, mechanisms, 0)._replace(key=key)
+
+    def begin(lora: Any, seed: int) -> TrainState:
+        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
+
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
+    compiled = jax.jit(fresh, out_shardings=placed)
+    towers = Towers(model, processor, adapted, mesh if mesh.size > 1 else None)
+    objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
+    settings = StepConfig(mechanisms, Head(), numerics, **_shardings(lora, mesh), check_gates=config.debug.check_gates)
+    step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
+    state = begin(lora, config.seed)
+    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin)
+
+
+def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
+    """The adapters that the rules give both towers; none where projections are trained and every rule has rank 0."""
+    if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
+        return AdapterSpec()
+    return resolve(config.lora, base.projection_shapes(), base.depths())
+
+
+def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
+    """Towers that have adapters."""
+    return tuple(tower for tower in TOWERS if any(path.startswith(f"{tower}/") for path, _ in spec.targets))
+
+
+def trains_text(spec: AdapterSpec, base: DualConfig) -> bool:
+    """Whether training changes what the text tower says."""
+    return "text" in adapted_towers(spec) or "text/projection" in base.trained
+
+
+def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], gates: dict[str, str]) -> Mechanisms:
+    """The mechanisms of a run; none where no adapter sits on a gate, which is said in the log."""
+    first = base.towers[adapted[0] if adapted else "image"].activation
+    found = make_mechanisms(
+        config.mask,
+        config.step_scale,
+        config.mechanisms,
+        activation=first,
+        total_steps=config.steps,
+        seed=config.seed,
+    )
+    if found.entries and not gates:
+        labels = ", ".join(label for label, _ in found.entries)
+        log.warning("no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)", labels)
+        return replace(found, entries=())
+    others = {f"{t}/layers/ffn": base.towers[t].activation for t in adapted}
+    return replace(found, others=tuple((path, name) for path, name in others.items() if name != first))
+
+
+def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
+    """Where adapters and masks live within a step; nothing on one device."""
+    if mesh.size == 1:
+        return {}
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
+    return {
+        "lora_sharding": distributed.shardings(shapes, mesh, distributed.STEP_RULES),
+        "mask_sharding": NamedSharding(mesh, P()),
+    }

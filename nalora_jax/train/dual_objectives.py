@@ -1,0 +1,159 @@
+"""What dual encoders are trained by: images among class prompts, or images and their captions.
+
+The contrastive losses are over the global batch: every device compares its own rows with all features, which are the
+only thing that is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed import BATCH_AXES
+from nalora_jax.models.vision.dual import DualEncoder, normalised
+from nalora_jax.train.objectives import Batch
+
+# Of ``params``: what class prompts are, beside the weights.
+CLASSES = "classes"
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Both towers of a pair as a loss calls them."""
+
+    model: DualEncoder
+    processor: ImageProcessor
+    observed: tuple[str, ...]  # towers with adapters: their gates are measured
+    mesh: Mesh | None = None
+
+    def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """Normalised features ``[rows, features]`` of ``pixels`` (uint8), and what the gates wrote."""
+        inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
+        inputs["pixels"] = self.processor.normalise(batch["pixels"])
+        return self._encode("image", variables, inputs, key)
+
+    def texts(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """Normalised features ``[rows, features]`` of ``tokens``, and what the gates wrote."""
+        return self._encode("text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key)
+
+    def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """Factor and offset of cosines."""
+        found: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
+        return found
+
+    def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        options: dict[str, Any] = {"method": f"encode_{tower}", "deterministic": False, "rngs": {"dropout": key}}
+        if tower not in self.observed:
+            return normalised(self.model.apply(variables, inputs, **options)), {}
+        features, written = self.model.apply(variables, inputs, mutable=["gate_stats"], **options)
+        return normalised(features), written["gate_stats"]
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Cross-entropy of an image's class among the prompts of all classes.
+
+    ``params["classes"]`` holds ``features [classes, features]``, made once, where training leaves the text tower alone;
+    else ``tokens`` and ``token_weights`` ``[classes, prompts, seq]``, which every step encodes.
+    """
+
+    towers: Towers
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """See `nalora_jax.train.objectives.Objective`; the batch has ``pixels`` and ``labels [rows]``."""
+        first, second = jax.random.split(key)
+        images, written = self.towers.images(variables, batch, first)
+        classes, more = class_features(self.towers, variables, params[CLASSES], second)
+        scale, _ = self.towers.temperature(variables)
+        logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
+        chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
+        return jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen), {**written, **more}
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Images, twice."""
+        rows = jnp.float32(batch["labels"].shape[0])
+        return rows, rows
+
+
+def class_features(
+    towers: Towers, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Normalised features ``[classes, features]``: of several prompts the mean's direction; and what gates wrote."""
+    if "features" in classes:
+        return classes["features"], {}
+    count, prompts, _ = classes["tokens"].shape
+    flat = {name: value.reshape(count * prompts, -1) for name, value in classes.items()}
+    features, written = towers.texts(variables, flat, key)
+    return normalised(jnp.mean(features.reshape(count, prompts, -1), axis=1)), written
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Images and their captions told apart from those of all other rows of the global batch."""
+
+    towers: Towers
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """See `nalora_jax.train.objectives.Objective`; the batch has ``pixels``, ``tokens`` and ``token_weights``."""
+        del params
+        first, second = jax.random.split(key)
+        images, written = self.towers.images(variables, batch, first)
+        texts, more = self.towers.texts(variables, batch, second)
+        scale, bias = self.towers.temperature(variables)
+        function = softmax_contrastive if self.kind == "softmax" else sigmoid_contrastive
+        return function(images, texts, scale, bias, self.towers.mesh), {**written, **more}
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Pairs, twice."""
+        rows = jnp.float32(batch["tokens"].shape[0])
+        return rows, rows
+
+
+def softmax_contrastive(
+    images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+    """CLIP's loss (arXiv 2103.00020), summed over rows: cross-entropy of the own pair, both ways, halved.
+
+    Args:
+      images, texts: normalised ``[rows, features]``; row i of one belongs to row i of the other.
+      scale: of the cosines.
+      bias: no part of a softmax.
+      mesh: devices that the rows are split over; each compares its own with everybody's.
+    """
+    del bias
+    own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
+    total = jnp.zeros((), jnp.float32)
+    for own, others, pair in ((own_images, texts, own_texts), (own_texts, images, own_images)):
+        logits = scale * jnp.einsum("if,jf->ij", own, _everybodys(others, mesh), precision="highest")
+        total += jnp.sum(jax.nn.logsumexp(logits, axis=1) - scale * jnp.sum(own * pair, axis=1))
+    return total / 2
+
+
+def sigmoid_contrastive(
+    images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+    """SigLIP's loss (arXiv 2303.15343), summed over rows: every pair of the batch is a yes-or-no question."""
+    own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
+    logits = scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
+    own = scale * jnp.sum(own_images * own_texts, axis=1) + bias
+    # -log sigmoid(-x) = softplus(x) for all pairs; the own one has the other sign: softplus(-x) = softplus(x) - x.
+    return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(own)
+
+
+def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """``x`` where its rows are."""
+    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def _everybodys(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """``x`` as a whole on every device."""
+    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

@@ -1,0 +1,151 @@
+"""What a run on images puts together before its first step, and how it exports what it has trained."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.config import RunConfig
+from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
+from nalora_jax.data.images.sources import ImageSource, open_images
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.sources import check_disjoint
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
+from nalora_jax.models.vision.dual import DualEncoder
+from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
+from nalora_jax.train.dual_objectives import CLASSES
+from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.state import TrainState
+from nalora_jax.weights.vision.model import LoadedDual, load_dual
+from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
+
+log = logging.getLogger(__name__)
+
+_SEED = 20260101  # of the held-out draw: one for every run
+
+
+def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
+    """Model, adapters, step, data and evaluators of a run whose ``vision.task`` is set.
+
+    Raises:
+      NaloraError: bad settings, files or data.
+    """
+    vision, compute = config.vision, config.compute
+    loaded = load_dual(
+        config.model, dtype=compute.dtype, mesh=mesh, d_out=vision.features, loss=vision.loss, seed=config.seed
+    )
+    train = open_images(config.data, vision, config.data.train_split)
+    held = open_images(config.data, vision, config.data.eval_split)
+    check_disjoint(train, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
+    classes = train.classes() if vision.task == "classify" else ()
+    params = _with_classes(config, loaded, classes, mesh)
+    assembly = assemble_dual(config, loaded.config, params, mesh, loaded.processor)
+    data = _train_data(config, loaded, train, classes, mesh)
+    encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
+    reported, selecting = _held_out(config, held, encoders, classes)
+
+    def export(folder: Path, state: TrainState) -> Path:
+        _export(folder, state.lora, assembly, loaded)
+        return folder
+
+    questions = {"reported": reported.digest, "selecting": selecting.digest}
+    return Pieces(loaded, assembly, data, reported, selecting, questions, export)
+
+
+def _with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh) -> Any:
+    """The weights, and beside them the class prompts: their features, made once, where nothing changes them."""
+    if not classes:
+        return loaded.params
+    spec = resolve_dual(config, loaded.config)
+    if trains_text(spec, loaded.config):
+        prompts = [template.format(name) for name in classes for template in config.vision.templates]
+        tokens = loaded.tokenizer(prompts)
+        shape = (len(classes), len(config.vision.templates), -1)
+        found: dict[str, Any] = {name: value.reshape(shape) for name, value in tokens.items()}
+    else:
+        numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+        encoders = Encoders(DualEncoder(loaded.config, numerics=numerics), loaded.processor, loaded.tokenizer)
+        features = encoders.classes({"params": loaded.params}, classes, config.vision.templates)
+        found = {"features": features}
+        log.info("class prompts: %d features made once, since the text tower stays as it is", len(features))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = {
+        name: jax.make_array_from_callback(value.shape, whole, value.__getitem__) for name, value in found.items()
+    }
+    return {**loaded.params, CLASSES: placed}
+
+
+def _train_data(
+    config: RunConfig, loaded: LoadedDual, source: ImageSource, classes: tuple[str, ...], mesh: Mesh
+) -> ImageData:
+    train, vision = config.train, config.vision
+    labels = source.labels(classes) if classes else None
+    indices = np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
+    if config.data.train_limit:
+        indices = np.sort(indices[permutation(len(indices), config.seed)[: config.data.train_limit]])
+    indices = readable(source, indices, vision)
+    tokens = None if classes else caption_tokens(source, indices, loaded.tokenizer, vision)
+    if loaded.config.image.any_shape and loaded.processor.patch_size != loaded.config.image.patch_size:
+        found = loaded.processor.patch_size
+        raise NaloraError("preprocessor_config.json: patch_size", expected=loaded.config.image.patch_size, found=found)
+    return ImageData(
+        source,
+        indices,
+        loaded.processor,
+        vision,
+        config.seed,
+        train.batch_size,
+        train.accumulate,
+        tuple(distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist()),
+        config.data.workers,
+        labels,
+        tokens,
+    )
+
+
+def _held_out(config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]) -> tuple[Any, Any]:
+    """Evaluators of the images that results are reported on, and of others, which choose the checkpoint."""
+    data = config.data
+    drawn = permutation(len(source), _SEED)
+    limit = data.eval_limit + data.select_limit if data.eval_limit else len(source)
+    indices = readable(source, drawn[:limit], config.vision)
+    if len(indices) < 2:
+        raise NaloraError("--data.eval-split", expected="at least two images", found=len(indices))
+    cut = max(1, min(data.select_limit, len(indices) // 3))
+    parts = np.sort(indices[cut:]), np.sort(indices[:cut])
+    if not classes:
+        captions = [source.captions(part.tolist()) for part in parts]
+        return tuple(RetrievalEvaluator(encoders, Images(source, p), c) for p, c in zip(parts, captions, strict=True))  # type: ignore[return-value]
+    labels = source.labels(classes)
+    return tuple(
+        ClassEvaluator(encoders, Images(source, p), labels[p], classes, config.vision.templates) for p in parts
+    )  # type: ignore[return-value]
+
+
+def _export(folder: Path, lora: Any, assembly: Assembly, loaded: LoadedDual) -> None:
+    """PEFT files of the trained adapter, read back and compared number by number."""
+    lora = jax.tree.map(distributed.fetch, lora)
+
+    def write() -> None:
+        export_dual_adapter(
+            lora,
+            assembly.spec,
+            loaded.config,
+            folder,
+            base_model_name=loaded.source,
+            fingerprint=loaded.fingerprint,
+            overwrite=True,
+        )
+        verify_dual_export(folder, lora, assembly.spec, loaded.config, loaded.fingerprint)
+
+    distributed.on_first_process(write)
+    log.info("adapter: %s (read back: every number is equal)", folder)

@@ -1,0 +1,83 @@
+"""What a training step minimises: the one part of it that knows what the model reads.
+
+`nalora_jax.train.step` takes an `Objective` and does the rest: statistics, masks, gradients, micro-batches, update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+
+from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.numerics import Numerics
+
+Batch = Mapping[str, jax.Array]
+
+
+class Objective(Protocol):
+    """A loss over one micro-batch."""
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """The summed loss, and the collection ``gate_stats`` that the blocks wrote.
+
+        Args:
+          variables: what the model's ``apply`` takes, with the collections of the step.
+          params: the frozen weights among them, which may be stored in another form (`nalora_jax.ops.storage`).
+          batch: one micro-batch, arrays ``[rows, ...]``.
+          key: of dropout.
+        """
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """float32 scalars: units that were read (tokens, rows), and those that the loss is a mean over."""
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """Cross-entropy of the tokens that the loss weights choose."""
+
+    model: Any  # a `nalora_jax.models.decoder.Decoder`, or any module with its call
+    head: Head
+    numerics: Numerics
+    loss_chunk: int = 0
+    batch_shards: int = 1  # parts that the mesh splits the batch into
+    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        """See `Objective`; arrays of the batch are ``[rows, seq]``."""
+        chex.assert_rank(batch["tokens"], 2)
+        hidden, written = self.model.apply(
+            variables,
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            deterministic=False,
+            rngs={"dropout": key},
+            mutable=["gate_stats"],
+        )
+        kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
+        if self.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
+            kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
+        loss = cross_entropy(
+            hidden,
+            kernel,
+            batch["targets"],
+            batch["loss_weights"],
+            self.head,
+            self.numerics,
+            chunk=self.loss_chunk,
+            compact=self.batch_shards == 1,
+            shards=self.batch_shards,
+        )
+        return loss, written["gate_stats"]
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Real tokens, and target tokens."""
+        tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+        return tokens, jnp.sum(batch["loss_weights"], dtype=jnp.float32)

@@ -1,0 +1,67 @@
+"""Settings of runs on images: what is trained, on which fields, and how images become batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Dual encoders (CLIP, SigLIP, an image and a text encoder); the data set is --data.dataset as for text."""
+
+    # "" (a language model), "classify" (images among class prompts) or "contrast" (images and their captions).
+    task: Literal["", "classify", "contrast"] = ""
+    # Training images per class, drawn by --seed; 0: all of them.
+    shots: int = 16
+    # Prompts of a class, {} its name; features of several are averaged.
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    # Names of the classes in place of the data set's own, in the order of its labels.
+    classes: tuple[str, ...] = ()
+    # Field of a record that holds the image: its bytes, or a file's path.
+    image_field: str = "image"
+    # Field that holds the image's class: a number or a name.
+    label_field: str = "label"
+    # Field that holds the image's caption.
+    caption_field: str = "caption"
+    # Random changes of training images, by (seed, step): "none", "flip", or "crop" (a part of it, and flips).
+    augment: Literal["none", "flip", "crop"] = "crop"
+    # Smallest share of an image's area that a crop keeps.
+    crop_area: float = 0.5
+    # Images that are broken, animated or too large: "skip" (named in the log) or "error".
+    broken: Literal["skip", "error"] = "skip"
+    # Pixels of an image at most; more is refused unread.
+    max_pixels: int = 50_000_000
+    # Tokens of a caption at most; 0: what the text encoder takes.
+    caption_length: int = 0
+    # Two towers "image+text" that never met: features of their new projections; 0: the narrower tower's width.
+    features: int = 0
+    # Two towers that never met: trained by this loss.
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+
+
+def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> None:
+    """Refuses settings that are out of range.
+
+    Raises:
+      NaloraError: names the flag, what was expected and what was found.
+    """
+    _require("templates", bool(vision.templates), "at least one prompt", "none")
+    for template in vision.templates:
+        _require("templates", template.count("{}") == 1, "one {} for the class's name in each prompt", repr(template))
+    if vision.task == "contrast" and accumulate > 1:
+        raise NaloraError(
+            "--train.accumulate",
+            expected='1 with --vision.task "contrast": pairs are told apart from those of their micro-batch only',
+            found=accumulate,
+            remedy="use a smaller batch, more devices, or --compute.remat full",
+        )
+    if vision.task and quantize != "none":
+        raise NaloraError("--compute.quantize", expected="none for image and text encoders", found=quantize)
+
+
+def _require(flag: str, holds: bool, expected: str, found: object) -> None:
+    if not holds:
+        raise NaloraError(f"--vision.{flag}", expected=expected, found=found)

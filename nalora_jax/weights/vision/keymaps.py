@@ -1,0 +1,301 @@
+"""Tensor names of every encoder family, as transformers' files have them; see `nalora_jax.weights.keymaps`.
+
+A tower's table is written as for a folder of its own; in a dual encoder's file the names follow a prefix (``rows``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.keymaps import Array, KeyMap, Slot, SourceTensor, Transform
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of tensor: ``{layer}`` in a name runs over the stack."""
+
+    name: str
+    paths: tuple[str, ...]  # several where the file fuses them along its first axis
+    change: str = ""  # "transpose": kernels; "patches": a convolution's kernel; "lead": axes of length 1 in front
+
+
+def _dense(name: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", (f"{path}/kernel",), "transpose"), Row(f"{name}.bias", (f"{path}/bias",))
+
+
+def _norm(name: str, path: str) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", (f"{path}/scale",)), Row(f"{name}.bias", (f"{path}/bias",))
+
+
+def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    for theirs, ours in names.items():
+        rows += _dense(f"{stem}.{{layer}}.{theirs}", f"layers/{ours}")
+    for theirs, ours in norms.items():
+        rows += _norm(f"{stem}.{{layer}}.{theirs}", f"layers/{ours}")
+    return tuple(rows)
+
+
+_CLIP_LAYERS = _layers(
+    "encoder.layers",
+    {f"self_attn.{n}_proj": f"attn/{n}_proj" for n in "qkv"}
+    | {"self_attn.out_proj": "attn/o_proj", "mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj"},
+    {"layer_norm1": "attn_norm", "layer_norm2": "ffn_norm"},
+)
+_CLIP_TOKENS = (
+    Row("embeddings.token_embedding.weight", ("tokens/embedding",)),
+    Row("embeddings.position_embedding.weight", ("positions/embedding",)),
+    *_norm("final_layer_norm", "final_norm"),
+)
+_CLIP_VISION = (
+    Row("embeddings.class_embedding", ("class_token",)),
+    Row("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
+    Row("embeddings.position_embedding.weight", ("positions/embedding",)),
+    *_norm("pre_layrnorm", "embed_norm"),  # the files' own spelling
+    *_norm("post_layernorm", "final_norm"),
+    *_CLIP_LAYERS,
+)
+_SIGLIP_HEAD = (
+    Row("head.probe", ("pool/probe",), "lead"),
+    Row("head.attention.in_proj_weight", tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"), "transpose"),
+    Row("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
+    *_dense("head.attention.out_proj", "pool/attn/o_proj"),
+    *_norm("head.layernorm", "pool/norm"),
+    *_dense("head.mlp.fc1", "pool/ffn/in_proj"),
+    *_dense("head.mlp.fc2", "pool/ffn/out_proj"),
+)
+_SIGLIP_REST = (
+    Row("embeddings.patch_embedding.bias", ("patches/bias",)),
+    Row("embeddings.position_embedding.weight", ("positions/embedding",)),
+    *_norm("post_layernorm", "final_norm"),
+    *_CLIP_LAYERS,
+    *_SIGLIP_HEAD,
+)
+_SIGLIP_TEXT = (*_CLIP_TOKENS, *_CLIP_LAYERS, *_dense("head", "projection"))
+_VIT_ENDS = (
+    Row("embeddings.cls_token", ("class_token",), "lead"),
+    Row("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
+    Row("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
+    Row("embeddings.position_embeddings", ("positions/embedding",), "lead"),
+    *_norm("layernorm", "final_norm"),
+)
+_VIT_ATTENTION = {f"attention.attention.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")} | {
+    "attention.output.dense": "attn/o_proj"
+}
+_POOLER = _dense("pooler.dense", "pooler")
+_DINOV2 = (
+    *_VIT_ENDS,
+    *_layers(
+        "encoder.layer",
+        _VIT_ATTENTION | {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"},
+        {"norm1": "attn_norm", "norm2": "ffn_norm"},
+    ),
+    # A gated FFN's two halves are one tensor there.
+    Row(
+        "encoder.layer.{layer}.mlp.weights_in.weight",
+        ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
+        "transpose",
+    ),
+    Row("encoder.layer.{layer}.mlp.weights_in.bias", ("layers/ffn/gate_proj/bias", "layers/ffn/up_proj/bias")),
+    Row("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
+    Row("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
+)
+_BERT = (
+    Row("embeddings.word_embeddings.weight", ("tokens/embedding",)),
+    Row("embeddings.position_embeddings.weight", ("positions/embedding",)),
+    Row("embeddings.token_type_embeddings.weight", ("types/embedding",)),
+    *_norm("embeddings.LayerNorm", "embed_norm"),
+    *_layers(
+        "encoder.layer",
+        {f"attention.self.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")}
+        | {
+            "attention.output.dense": "attn/o_proj",
+            "intermediate.dense": "ffn/in_proj",
+            "output.dense": "ffn/out_proj",
+        },
+        {"attention.output.LayerNorm": "attn_norm", "output.LayerNorm": "ffn_norm"},
+    ),
+    *_POOLER,
+)
+
+TABLES: dict[str, tuple[Row, ...]] = {
+    "clip_vision_model": _CLIP_VISION,
+    "clip_text_model": (*_CLIP_TOKENS, *_CLIP_LAYERS),
+    "siglip_vision_model": (Row("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"), *_SIGLIP_REST),
+    "siglip_text_model": _SIGLIP_TEXT,
+    "siglip2_vision_model": (
+        Row("embeddings.patch_embedding.weight", ("patches/kernel",), "transpose"),
+        *_SIGLIP_REST,
+    ),
+    "siglip2_text_model": _SIGLIP_TEXT,
+    "vit": (
+        *_VIT_ENDS,
+        *_POOLER,
+        *_layers(
+            "encoder.layer",
+            _VIT_ATTENTION | {"intermediate.dense": "ffn/in_proj", "output.dense": "ffn/out_proj"},
+            {"layernorm_before": "attn_norm", "layernorm_after": "ffn_norm"},
+        ),
+    ),
+    "dinov2": _DINOV2,
+    "bert": _BERT,
+}
+
+# What a file may hold besides: buffers, heads of other tasks, and dense layers behind a pooling that is not used.
+_IGNORED = (r"position_ids$", r"^classifier\.", r"^cls\.", r"mask_token$")
+_POOLER_UNUSED = r"(^|\.)pooler\.dense\."
+
+
+def encoder_keymap(config: EncoderConfig) -> KeyMap:
+    """The key map of a folder that holds one tower; wrappers' prefixes (``bert.``, ``vision_model.``) are optional."""
+    tensors = tuple(_tower_tensors(config, "", ""))
+    ignored = _IGNORED if config.pooler else (*_IGNORED, _POOLER_UNUSED)
+    renames = (
+        (r"^(clip\.|siglip\.)?(vision_model|text_model)\.", ""),
+        (r"^(bert|vit|dinov2)\.", ""),
+    )
+    return KeyMap(tensors, ignored, (), renames)
+
+
+def dual_keymap(config: DualConfig) -> KeyMap:
+    """The key map of a dual encoder's folder."""
+    tensors = [
+        *_tower_tensors(config.image, "image/", "vision_model."),
+        *_tower_tensors(config.text, "text/", "text_model."),
+    ]
+    shapes = config.param_shapes()
+    if config.model_type in ("clip", "vision-text-dual-encoder"):
+        for name, tower in (("visual_projection", "image"), ("text_projection", "text")):
+            row = Row(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
+            tensors += _tensors(row, shapes, config.towers[tower])
+    lone = (1,) if config.model_type.startswith("siglip") else ()
+    for name in ("logit_scale", "logit_bias") if config.loss == "sigmoid" else ("logit_scale",):
+        into = Transform(lambda x: x.reshape(()), lambda x: x.reshape((1,)) if lone else x, mixes_rows=True)
+        tensors.append(SourceTensor(name, lone, (Slot(name),), lone or (1,), into))
+    pooled = config.image.pooler or config.text.pooler
+    return KeyMap(tuple(tensors), _IGNORED if pooled else (*_IGNORED, _POOLER_UNUSED))
+
+
+def _tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
+    shapes = {f"{path}{name}": shape for name, shape in config.param_shapes().items()}
+    covered: set[str] = set()
+    for row in TABLES[config.model_type]:
+        ours = Row(prefix + row.name, tuple(path + name for name in row.paths), row.change)
+        if all(name in shapes for name in ours.paths):
+            covered |= set(ours.paths)
+            yield from _tensors(ours, shapes, config)
+    # A pair's projections have names of their own, see `dual_keymap`.
+    left = {name for name in set(shapes) - covered if not name.endswith("projection/kernel")}
+    assert not left, f"{config.model_type}: {left}"
+
+
+def _tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig) -> Iterator[SourceTensor]:
+    """The tensors of one row: one, or one per layer."""
+    layers = range(config.n_layers) if "{layer}" in row.name else [None]
+    ours = [shapes[path]["{layer}" in row.name :] for path in row.paths]
+    shape, rows, transform = _turned(row.change, ours, config)
+    if row.change == "lead" and row.name.endswith(("cls_token", "probe")):
+        shape, rows = (1, *shape), [1]
+    for layer in layers:
+        slots = tuple(Slot(path, layer) for path in row.paths)
+        yield SourceTensor(row.name.format(layer=layer), shape, slots, tuple(rows), transform)
+
+
+def _turned(
+    change: str, ours: list[tuple[int, ...]], config: EncoderConfig
+) -> tuple[tuple[int, ...], list[int], Transform]:
+    """Shape of the file's tensor, its rows per part, and what is done to it."""
+    first = ours[0]
+    if change == "transpose":
+        rows = [shape[-1] for shape in ours]
+        return (sum(rows), first[0]), rows, Transform(_swap, _swap, swaps=True)
+    if change == "patches":
+        p, d = config.patch_size, first[-1]
+        return (d, config.channels, p, p), [d], Transform(_from_conv, lambda x: _to_conv(x, p), mixes_rows=True)
+    if change == "lead":
+        shape = (1, *first)
+        into = Transform(lambda x: x.reshape(first), lambda x: np.asarray(x).reshape(1, *first), mixes_rows=True)
+        return shape, [1], into
+    rows = [shape[0] for shape in ours]
+    return (sum(rows), *first[1:]), rows, Transform(_same, _same)
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+def _swap(array: Array) -> Array:
+    return array.swapaxes(-1, -2)
+
+
+def _from_conv(kernel: Array) -> Array:
+    """``[d, channels, p, p]`` -> ``[p * p * channels, d]``: a strided convolution is a product of its patches."""
+    return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
+
+
+def _to_conv(kernel: Array, patch: int) -> Array:
+    return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
+
+
+# ---------------------------------------------------------------- whole trees
+
+
+def params_from_tensors(
+    config: DualConfig | EncoderConfig, tensors: Mapping[str, Array], dtype: Any = np.float32
+) -> dict[str, Any]:
+    """The parameter tree of a model whose tensors are at hand, by the file's names; for exporters' formats and tests.
+
+    Raises:
+      NaloraError: a tensor is missing, unknown or misshapen.
+    """
+    keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
+    names = keymap.check({name: tuple(np.shape(value)) for name, value in tensors.items()}, config.model_type)
+    leaves = {path: np.zeros(shape, dtype) for path, shape in config.param_shapes().items()}
+    for tensor in keymap.tensors:
+        parts = tensor.split(np.asarray(tensors[names[tensor.name]]))
+        for slot, part in zip(tensor.slots, parts, strict=True):
+            leaves[slot.path][() if slot.layer is None else slot.layer] = part
+    return unflatten(leaves)
+
+
+def tensors_from_params(
+    config: DualConfig | EncoderConfig, params: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
+    leaves = flatten(params)
+    keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
+    for tensor in keymap.tensors:
+        parts = [np.asarray(leaves[slot.path])[() if slot.layer is None else slot.layer] for slot in tensor.slots]
+        yield tensor.name, tensor.join(parts).reshape(tensor.shape)
+
+
+def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
+    """transformers' module of the stacked projection ``path``, with ``{layer}`` in it: where PEFT puts an adapter."""
+    if isinstance(config, EncoderConfig):
+        tower, prefix, name = config, "", path
+    else:
+        part, _, name = path.partition("/")
+        tower, prefix = config.towers[part], {"image": "vision_model.", "text": "text_model."}[part]
+    for row in TABLES[tower.model_type]:
+        if row.paths == (f"{name}/kernel",):
+            return prefix + _in_memory(tower, row.name.removesuffix(".weight"))
+    raise KeyError(path)
+
+
+def _in_memory(tower: EncoderConfig, name: str) -> str:
+    """The name that transformers 5's modules have where it differs from the files' (ViT, DINOv2)."""
+    if tower.model_type not in ("vit", "dinov2"):
+        return name
+    name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
+    name = name.replace("attention.output.dense", "attention.o_proj")
+    if tower.model_type == "vit":
+        name = name.replace("intermediate.dense", "mlp.fc1").replace("output.dense", "mlp.fc2")
+        name = name.replace("encoder.layer.", "layers.")
+    return name

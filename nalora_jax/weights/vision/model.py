@@ -1,0 +1,187 @@
+"""A dual encoder's name in, everything that a run needs of it out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from nalora_jax import distributed, trees
+from nalora_jax.data.images.processor import ImageProcessor, read_processor
+from nalora_jax.data.images.text import TextTokenizer, read_text_tokenizer
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.dual import init_params
+from nalora_jax.models.vision.families import compose, read_encoder
+from nalora_jax.tokenizer import read_json
+from nalora_jax.weights.hf import SafetensorsFolder
+from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.load import DTYPES, TensorSource, load_leaves
+from nalora_jax.weights.origin import Origin, fingerprint, origin
+from nalora_jax.weights.vision import hub
+from nalora_jax.weights.vision.keymaps import dual_keymap, encoder_keymap
+from nalora_jax.weights.vision.onnx import OnnxFile
+
+# Between the names of two towers that were never trained together.
+JOIN = "+"
+
+
+@dataclass(frozen=True)
+class LoadedDual:
+    """An image tower and a text tower, ready to run."""
+
+    config: DualConfig
+    params: dict[str, Any]
+    tokenizer: TextTokenizer
+    processor: ImageProcessor
+    source: str  # what its adapters call their base
+    fingerprint: str
+    origin: Origin | None = None  # where the weights come from, where they come from one folder
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """One tower, with what its inputs need."""
+
+    config: EncoderConfig
+    params: dict[str, Any]
+    tokenizer: TextTokenizer | None
+    processor: ImageProcessor | None
+    source: str
+    fingerprint: str
+
+
+def load_dual(
+    source: str,
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    cache: Path | None = None,
+    d_out: int = 0,
+    loss: str = "softmax",
+    seed: int = 0,
+) -> LoadedDual:
+    """Loads a dual encoder.
+
+    Args:
+      source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder; or two towers,
+        ``image+text``, each a folder, a hub id or an alias of `hub.ALIASES`, which are then given fresh projections.
+      dtype: of the parameters, "bfloat16" or "float32".
+      mesh: devices that share the parameters; the first device by default.
+      cache: where packages are kept.
+      d_out: features of two towers' projections; 0: the smaller tower's width.
+      loss: what two towers are to be trained by, "softmax" or "sigmoid".
+      seed: of the projections.
+
+    Raises:
+      NaloraError: the model cannot be found, read or understood; the message names the file and the field.
+    """
+    _check_dtype(dtype)
+    image, plus, text = source.partition(JOIN)
+    if plus and not Path(source).exists():
+        return _joined(image.strip(), text.strip(), dtype, mesh, cache, d_out, loss, seed)
+    folder, name = hub.resolve_folder(source, cache)
+    where = folder / "config.json"
+    config = DualConfig.from_hf(read_json(where), str(where))
+    tensors = SafetensorsFolder(folder)
+    params = load_leaves(
+        config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
+    )
+    tokenizer, processor = _tokenizer(folder, config.text), read_processor(folder)
+    known = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
+    return LoadedDual(config, params, tokenizer, processor, name, known.fingerprint, known)
+
+
+def load_encoder(
+    source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
+) -> LoadedEncoder:
+    """Loads one tower: a Hugging Face folder or hub id of an encoder, or an alias of `hub.ALIASES`.
+
+    Args:
+      source, dtype, mesh, cache: as of `load_dual`.
+      prefix: path of the tower in the tree that it will be part of, for the layout on the mesh.
+
+    Raises:
+      NaloraError: see `load_dual`.
+    """
+    _check_dtype(dtype)
+    tensors: TensorSource
+    processor: ImageProcessor | None
+    tokenizer: TextTokenizer | None
+    if source in hub.ONNX:
+        file, name = hub.ONNX[source], source
+        path = hub.resolve_file(file, cache)
+        config = read_encoder(file.config, source)
+        processor, tokenizer = file.processor, None
+        tensors = OnnxFile(path, file.prefix)
+    else:
+        folder, name = hub.resolve_folder(source, cache)
+        where = folder / "config.json"
+        config = _pooled(read_encoder(read_json(where), str(where)), folder)
+        tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
+        processor = read_processor(folder) if config.kind == "image" else None
+        tensors = SafetensorsFolder(folder)
+    shardings = _shardings(config, mesh, prefix)
+    params = load_leaves(config.param_shapes(), tensors, encoder_keymap(config), dtype=dtype, shardings=shardings)
+    digest = tensors.digest(config) if isinstance(tensors, OnnxFile) else fingerprint(config, tensors)
+    return LoadedEncoder(config, params, tokenizer, processor, name, digest)
+
+
+def _joined(
+    image: str, text: str, dtype: str, mesh: Mesh | None, cache: Path | None, d_out: int, loss: str, seed: int
+) -> LoadedDual:
+    towers = [
+        load_encoder(name, dtype=dtype, mesh=mesh, cache=cache, prefix=prefix)
+        for name, prefix in ((image, "image/"), (text, "text/"))
+    ]
+    seen, read = towers
+    width = d_out or min(tower.config.d_model for tower in towers)
+    config = compose(seen.config, read.config, width, loss)
+    assert seen.processor is not None
+    assert read.tokenizer is not None
+    rest = _fresh(config, seed, mesh)
+    params = {name: {**tower.params, **rest.pop(name)} for name, tower in (("image", seen), ("text", read))}
+    digest = hashlib.sha256(f"{seen.fingerprint} {read.fingerprint} {width} {loss} {seed}".encode()).hexdigest()
+    name = f"{seen.source}{JOIN}{read.source}"
+    return LoadedDual(config, params | rest, read.tokenizer, seen.processor, name, digest)
+
+
+def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
+    """Projections and temperature of towers that have never met; float32, since they are trained."""
+    projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
+    leaves = trees.flatten(init_params(config, jax.random.key(seed)))
+    shardings = _shardings(config, mesh)
+    kept = {path: leaf for path, leaf in leaves.items() if path in projections}
+    if shardings is not None:
+        kept = {path: jax.device_put(leaf, shardings[path]) for path, leaf in kept.items()}
+    return trees.unflatten(kept)
+
+
+def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
+    fixed = config.pooling == "last"
+    return read_text_tokenizer(folder, max_length=config.max_positions, vocab_size=config.vocab_size, fixed=fixed)
+
+
+def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
+    """The pooling that sentence-transformers notes beside a BERT."""
+    settings = read_json(folder / "1_Pooling" / "config.json", missing={})
+    if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
+        return replace(config, pooling="first")
+    return config
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:  # before anything is downloaded
+        raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
+
+
+def _shardings(config: DualConfig | EncoderConfig, mesh: Mesh | None, prefix: str = "") -> dict[str, Any] | None:
+    if mesh is None:
+        return None
+    shapes = {prefix + path: jax.ShapeDtypeStruct(s, "float32") for path, s in config.param_shapes().items()}
+    placed = trees.flatten(distributed.shardings(trees.unflatten(shapes), mesh, distributed.PARAM_RULES))
+    return {path.removeprefix(prefix): sharding for path, sharding in placed.items()}

@@ -1,0 +1,253 @@
+"""PEFT adapter folders of dual encoders: written and read, both towers in one file.
+
+The two files are PEFT's own (``PeftModel.from_pretrained(CLIPModel..., folder)`` loads them). What training changed
+besides the adapters (projections between towers that had never met, the temperature) has no place in them and lies
+beside, in ``trained.safetensors``, under transformers' names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.models.vision.dual import trained_shapes
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
+from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from nalora_jax.weights.peft_modules import Adapter, alpha_for
+from nalora_jax.weights.peft_read import (
+    DIGEST_KEY,
+    FINGERPRINT_KEY,
+    TENSORS_NAME,
+    adapter_digest,
+    by_module,
+    check_digest,
+    check_fingerprint,
+    read_tensors,
+)
+from nalora_jax.weights.peft_write import layer_adapter
+from nalora_jax.weights.vision.keymaps import module_names
+
+TRAINED = "trained.safetensors"
+OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md"})
+# Leaves that may be trained as a whole, as transformers calls them; kernels are transposed there.
+_WHOLE = {
+    "image/projection/kernel": "visual_projection.weight",
+    "text/projection/kernel": "text_projection.weight",
+    "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
+}
+
+
+def export_dual_adapter(
+    lora: Mapping[str, Any],
+    spec: AdapterSpec,
+    config: DualConfig,
+    folder: str | Path,
+    *,
+    base_model_name: str,
+    fingerprint: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an adapter of either or both towers as PEFT loads it.
+
+    Args:
+      lora: the trained tree (`nalora_jax.models.vision.dual.init_lora`).
+      spec: its spec.
+      config: the pair.
+      folder: new or empty; the files appear in it together or not at all.
+      base_model_name: what other tools load as the base.
+      fingerprint: of the base weights; noted in the file, checked by `import_dual_adapter`.
+      overwrite: allow ``folder`` to hold an earlier adapter, which is replaced.
+
+    Raises:
+      NaloraError: a folder with other content, or a failed write.
+    """
+    leaves = flatten(lora)
+    adapters = dict(_adapters(leaves, spec, config))
+    tensors: dict[str, np.ndarray] = {}
+    for name, adapter in adapters.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(adapter.a.T)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(adapter.b.T)
+        if adapter.magnitude is not None:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = adapter.magnitude
+    whole = {_WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)}
+    settings = _settings(adapters, spec)
+    metadata = {"format": "pt", DIGEST_KEY: adapter_digest(tensors, settings)}
+    metadata |= {FINGERPRINT_KEY: fingerprint} if fingerprint else {}
+    with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
+        write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
+        save_file(tensors, scratch / TENSORS_NAME, metadata=metadata)
+        if whole:
+            save_file(whole, scratch / TRAINED, metadata=metadata)
+    return Path(folder)
+
+
+def import_dual_adapter(
+    folder: str | Path, config: DualConfig, *, fingerprint: str | None = None
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """A PEFT LoRA adapter of a dual encoder as this library's ``lora`` tree and the spec that describes it.
+
+    Every tensor is consumed and every targeted module of the towers' layers must have its tensors.
+
+    Raises:
+      NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field or tensor.
+    """
+    folder = Path(folder)
+    peft = read_peft_config(folder)
+    tensors, metadata = read_tensors(folder)
+    check_digest(folder, tensors, metadata)
+    check_fingerprint(folder, metadata, fingerprint)
+    path = folder / TENSORS_NAME
+    found = by_module(tensors, path, dora=peft.dora)
+    places = {module_names(config, p).format(layer=i): (p, i) for p, n in config.depths().items() for i in range(n)}
+    choices = peft.choose(list(places))
+    for name in found:
+        if name not in places or name not in choices.modules:
+            expected = "a module of this model's layers that target_modules covers"
+            raise NaloraError(f"{path}: {name}", expected=expected, found="another one", remedy="PEFT would drop it")
+    missing = [name for name in places if name in choices.modules and name not in found]
+    if missing or not found:
+        where = f"{path}: {missing[0] if missing else 'tensors'}"
+        raise NaloraError(where, expected="lora_A and lora_B of every target", found=f"{len(missing)} modules without")
+    pieces: dict[str, dict[int, Adapter]] = {}
+    for name, parts in found.items():
+        place, layer = places[name]
+        rank = choices.ranks[name]
+        scale = adapter_scale(choices.alphas[name], rank, rslora=peft.rslora)
+        shape = config.projection_shapes()[place]
+        pieces.setdefault(place, {})[layer] = _read(shape, rank, scale, parts, f"{path}: {name}")
+    lora, spec = _stacked(config, peft, pieces)
+    return unflatten(lora | _read_whole(folder, config)), spec
+
+
+def verify_dual_export(
+    folder: str | Path, lora: Mapping[str, Any], spec: AdapterSpec, config: DualConfig, fingerprint: str | None = None
+) -> None:
+    """Reads an exported adapter back and compares it with the tree that it came from, number by number.
+
+    Raises:
+      NaloraError: the file cannot be read, or differs.
+    """
+    theirs, read = import_dual_adapter(folder, config, fingerprint=fingerprint)
+    ours, back = flatten(lora), flatten(theirs)
+    for path, layers in config.depths().items():
+        for layer in range(layers):
+            meant, found = (layer_adapter(t, s, path, layer) for t, s in ((ours, spec), (back, read)))
+            if not _same(meant, found):
+                raise NaloraError(
+                    f"{folder}: {path}, layer {layer}",
+                    expected="the adapter that was exported",
+                    found="another one on reading it back",
+                    remedy="do not use these files; please report this as a bug, with the adapter's configuration",
+                )
+    for path in trained_shapes(config):
+        if not np.array_equal(np.asarray(ours[path]), back[path]):
+            raise NaloraError(f"{folder}: {path}", expected="what was exported", found="other numbers")
+
+
+def _same(a: Adapter | None, b: Adapter | None) -> bool:
+    if a is None or b is None:
+        return a is None and b is None
+    first, second = (np.zeros(0) if x.magnitude is None else x.magnitude for x in (a, b))
+    pairs = ((a.a, b.a), (a.b, b.b), (first, second))
+    return all(np.array_equal(x, y) for x, y in pairs) and math.isclose(a.scale, b.scale, rel_tol=1e-6)
+
+
+def _adapters(leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig) -> Iterator[tuple[str, Adapter]]:
+    for path, layers in config.depths().items():
+        for layer in range(layers):
+            adapter = layer_adapter(leaves, spec, path, layer)
+            if adapter is not None:
+                yield module_names(config, path).format(layer=layer), adapter
+
+
+def _settings(adapters: Mapping[str, Adapter], spec: AdapterSpec) -> dict[str, Any]:
+    ranks = {name: adapter.rank for name, adapter in adapters.items()}
+    alphas = {name: alpha_for(a.scale, a.rank, rslora=spec.rslora) for name, a in adapters.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": spec.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        # Full names: both towers have modules of the same short names, and perhaps only one is adapted.
+        "target_modules": sorted(adapters),
+        "task_type": None,
+        "use_dora": spec.dora,
+        "use_rslora": spec.rslora,
+    }
+
+
+def _read(shape: tuple[int, ...], rank: int, scale: float, parts: Mapping[str, np.ndarray], where: str) -> Adapter:
+    """One module's tensors, checked, in this library's layout."""
+    d_in, d_out = shape
+    wanted = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
+    for kind, tensor in parts.items():
+        if tensor.shape != wanted[kind]:
+            raise NaloraError(f"{where} ({kind})", expected=f"shape {wanted[kind]}", found=f"shape {tensor.shape}")
+    return Adapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
+
+
+def _stacked(
+    config: DualConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, Adapter]]
+) -> tuple[dict[str, np.ndarray], AdapterSpec]:
+    """Leaves by path, zero-padded over layers, and their spec."""
+    shapes, depths = config.projection_shapes(), config.depths()
+    leaves: dict[str, np.ndarray] = {}
+    targets = []
+    for path, layers in sorted(pieces.items()):
+        (d_in, d_out), n = shapes[path], depths[path]
+        ranks = tuple(layers[i].rank if i in layers else 0 for i in range(n))
+        a, b = np.zeros((n, d_in, max(ranks)), np.float32), np.zeros((n, max(ranks), d_out), np.float32)
+        alphas = [1.0] * n
+        for layer, piece in layers.items():
+            a[layer, :, : piece.rank], b[layer, : piece.rank] = piece.a, piece.b
+            alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
+        leaves |= {f"{path}/a": a, f"{path}/b": b}
+        if peft.dora:
+            rows = [layers[i].magnitude if i in layers else None for i in range(n)]
+            leaves[f"{path}/magnitude"] = np.stack([np.ones(d_out, np.float32) if r is None else r for r in rows])
+        targets.append((path, TargetSpec(ranks, tuple(alphas))))
+    return leaves, AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)
+
+
+def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
+    """The leaves that were trained as a whole."""
+    shapes = trained_shapes(config)
+    if not shapes:
+        return {}
+    path = folder / TRAINED
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise NaloraError(str(path), expected="projections and temperature of the pair", found=error) from error
+    leaves = {}
+    for name, shape in shapes.items():
+        value = found.get(_WHOLE[name])
+        if value is None or _outside(value).shape != shape:
+            shown = "nothing" if value is None else f"shape {value.shape}"
+            raise NaloraError(f"{path}: {_WHOLE[name]}", expected=f"a tensor for {name} {shape}", found=shown)
+        leaves[name] = _outside(value)
+    return leaves
+
+
+def _outside(value: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(value.T) if value.ndim == 2 else value

@@ -1,0 +1,96 @@
+"""Images come out as transformers' own processors make them, to one grey level."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from nalora_jax.data.images import ImageProcessor
+from nalora_jax.data.images.processor import read_processor
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.vision.encoder import patchify
+
+CASES = {
+    "CLIP": ("CLIPImageProcessorPil", {"size": {"shortest_edge": 24}, "crop_size": {"height": 20, "width": 20}}),
+    "CLIP's defaults": ("CLIPImageProcessorPil", {}),
+    "crop larger than the image": (
+        "CLIPImageProcessorPil",
+        {"do_resize": False, "crop_size": {"height": 61, "width": 50}},
+    ),
+    "SigLIP": ("SiglipImageProcessorPil", {"size": {"height": 17, "width": 31}, "resample": 1}),
+    "ViT": ("ViTImageProcessorPil", {"size": 33, "do_normalize": False}),
+    "DINOv2": ("BitImageProcessorPil", {"size": 40, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}),
+    "nearest, no scale": ("ViTImageProcessorPil", {"resample": 0, "do_rescale": False, "do_normalize": False}),
+}
+SIZES = ((37, 64), (64, 37), (50, 50), (301, 207))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width)
+    coarse = rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pixels_are_those_of_transformers(tmp_path, case) -> None:
+    name, settings = CASES[case]
+    theirs = getattr(transformers, name)(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = read_processor(tmp_path)
+    for size in SIZES:
+        image = picture(*size)
+        expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+        found = np.asarray(ours.normalise(jnp.asarray(ours(image)["pixels"])))
+        assert found.shape == expected.shape
+        assert ours.output == expected.shape[:2]
+        levels = np.abs(found - expected) * np.asarray(ours.std) / ours.scale
+        assert levels.max() < 1.0, size
+
+
+def test_patches_of_any_shape_are_those_of_transformers(tmp_path) -> None:
+    theirs = transformers.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=40)
+    theirs.save_pretrained(tmp_path)
+    ours = read_processor(tmp_path)
+    for size in (*SIZES, (5, 300)):
+        image = picture(*size)
+        expected = theirs(image, return_tensors="np")
+        found = ours(image)
+        np.testing.assert_array_equal(found["shapes"], expected["spatial_shapes"][0])
+        np.testing.assert_array_equal(found["mask"], expected["pixel_attention_mask"][0].astype(bool))
+        pixels = np.asarray(ours.normalise(jnp.asarray(found["pixels"])))[found["mask"]]
+        levels = np.abs(pixels - expected["pixel_values"][0][found["mask"]]) * 0.5 * 255
+        assert levels.max() < 1.0, size
+
+
+def test_patches_of_a_square_are_those_of_the_encoder() -> None:
+    image = picture(32, 24)
+    patches = ImageProcessor(patch_size=8, max_patches=12)._patches(image)
+    assert tuple(patches["shapes"]) == (3, 4)
+    np.testing.assert_array_equal(patchify(np.asarray(image)[None], 8)[0], patches["pixels"])
+
+
+def test_bad_files_are_named(tmp_path) -> None:
+    with pytest.raises(NaloraError, match="preprocessor_config.json"):
+        read_processor(tmp_path)
+    good = {"image_processor_type": "CLIPImageProcessor"}
+    for change, message in (
+        ({"image_processor_type": "FuyuImageProcessor"}, "image_processor_type"),
+        ({"size": {"longest": 3}}, "size"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "image_std"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"do_resize": "yes"}, "do_resize"),
+        ({"resample": 9}, "resample"),
+        ({"crop_size": {"height": -3, "width": 4}}, "height"),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(good | change))
+        with pytest.raises(NaloraError, match=message):
+            read_processor(tmp_path)
+    # What transformers 5 writes beside a tokenizer: the same object inside another.
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": good}))
+    assert read_processor(tmp_path).output == (224, 224)

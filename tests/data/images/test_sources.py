@@ -1,0 +1,197 @@
+"""Images by folder, by list and by TFDS: labels, captions, splits, and what is broken, by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.images import open_image
+from nalora_jax.data.images.sources import open_images, usable
+from nalora_jax.errors import NaloraError
+from nalora_jax.vision_config import VisionConfig
+
+PLAIN = VisionConfig()
+
+
+def test_a_folder_per_class(picture_folder) -> None:
+    folder = picture_folder(cat=3, dog=2)
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    assert source.classes() == ("cat", "dog")
+    np.testing.assert_array_equal(source.labels(source.classes()), [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(source.labels(("dog", "cat")), [1, 1, 1, 0, 0])
+    assert source.where(4) == "dog/1.png"
+    tail = open_images(DataConfig(dataset=str(folder)), PLAIN, "train[60%:]")
+    assert [tail.where(i) for i in range(len(tail))] == ["dog/0.png", "dog/1.png"]
+    assert source.fingerprint != tail.fingerprint
+    assert tail.spans == [("train", 3, 5)]
+    assert open_image(source.image(*source.read([4]), "")).size == (14, 11)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_list_of_captions(picture_folder, form) -> None:
+    folder = picture_folder(cat=2)
+    rows = [{"file_name": "cat/0.png", "caption": "a cat, asleep", "label": "cat"}]
+    rows.append({"file_name": "cat/1.png", "caption": 'the "other" cät', "label": "cat"})
+    if form == "csv":
+        text = "file_name,caption,label\n" + 'cat/0.png,"a cat, asleep",cat\ncat/1.png,"the ""other"" cät",cat\n'
+        (folder / "captions.csv").write_text(text, encoding="utf-8")
+    else:
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    for dataset in (folder, folder / f"captions.{form}"):
+        source = open_images(DataConfig(dataset=str(dataset)), PLAIN, "train")
+        assert source.captions([1, 0]) == [rows[1]["caption"], rows[0]["caption"]]
+        assert open_image(source.image(*source.read([0]), "")).size == (14, 10)
+
+
+def test_a_list_cannot_reach_other_files(picture_folder) -> None:
+    folder = picture_folder(cat=1)
+    (folder.parent / "secret.png").write_bytes((folder / "cat" / "0.png").read_bytes())
+    (folder / "captions.csv").write_text("file_name,caption\n../secret.png,oh\n")
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    with pytest.raises(NaloraError, match="a file in the list's folder"):
+        source.read([0])
+
+
+def test_broken_images_are_named_and_left_out_or_refused(picture_folder) -> None:
+    folder = picture_folder(cat=4)
+    (folder / "cat" / "1.png").write_bytes(b"nothing of the kind")
+    whole = (folder / "cat" / "2.png").read_bytes()
+    (folder / "cat" / "2.png").write_bytes(whole[:60])
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    kept, bad = usable(source, range(4), PLAIN)
+    np.testing.assert_array_equal(kept, [0, 3])
+    assert [text.split(":")[0] for text in bad] == ["cat/1.png", "cat/2.png"]
+    with pytest.raises(NaloraError, match=r"cat/[12]\.png"):
+        usable(source, range(4), VisionConfig(broken="error"))
+    with pytest.raises(NaloraError, match="at least one readable image"):
+        usable(source, range(4), VisionConfig(max_pixels=10))
+
+
+def test_what_is_missing_is_named(picture_folder, tmp_path) -> None:
+    folder = picture_folder(cat=1)
+    for dataset, fields, message in (
+        ("nowhere", PLAIN, "data set of this library"),
+        (str(tmp_path / "pictures" / "cat"), PLAIN, "at least one image"),
+    ):
+        with pytest.raises(NaloraError, match=message):
+            open_images(DataConfig(dataset=dataset), fields, "train")
+    source = open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    with pytest.raises(NaloraError, match="--vision.caption-field"):
+        source.captions([0])
+    with pytest.raises(NaloraError, match="one of 1 classes"):
+        source.labels(("bird",))
+    with pytest.raises(NaloraError, match="train"):
+        open_images(DataConfig(dataset=str(folder)), PLAIN, "validation")
+    (folder / "captions.csv").write_text("file_name,caption\ncat/0.png\n")
+    with pytest.raises(NaloraError, match="captions.csv:2"):
+        open_images(DataConfig(dataset=str(folder)), PLAIN, "train")
+    (folder / "captions.csv").write_text("file_name,label\ncat/0.png,3\n")
+    assert open_images(DataConfig(dataset=str(folder)), PLAIN, "train").classes() == ("3",)
+
+
+BUILDER = """
+import io
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["newt", "toad"])}
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, disable_shuffling=True, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((9, 8 + i, 3), i, np.uint8)).save(buffer, "PNG")
+            yield i, {"image": buffer.getvalue(), "label": i % 2}
+"""
+READ = """
+import sys
+from nalora_jax.config import DataConfig
+from nalora_jax.data.images import open_image
+from nalora_jax.data.images.sources import open_images
+from nalora_jax.vision_config import VisionConfig
+
+config = DataConfig(dataset="tfds:pond_life", data_dir=sys.argv[1])
+source = open_images(config, VisionConfig(), "train[2:]")
+assert source.classes() == ("newt", "toad"), source.classes()
+assert source.labels(source.classes()).tolist() == [0, 1, 0, 1]
+image = open_image(source.image(*source.read([3]), ""))
+assert image.size == (13, 9) and image.getpixel((0, 0)) == (5, 5, 5), image
+assert source.spans == [("train", 2, 6)]
+assert open_images(config, VisionConfig(classes=("a", "b")), "test").classes() == ("a", "b")
+for fields, split in ((VisionConfig(image_field="photo"), "train"), (VisionConfig(), "valid")):
+    try:
+        open_images(config, fields, split)
+    except ValueError as error:
+        print(error)
+try:
+    open_images(config, VisionConfig(classes=("a",)), "test").classes()
+except ValueError as error:
+    print(error)
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_users_own_tfds_data_set(tmp_path) -> None:
+    """Prepared with its builder, then read in a process that has only its files, without TensorFlow."""
+    package = tmp_path / "code" / "pond_life"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "pond_life_dataset_builder.py").write_text(BUILDER)
+    prepare = (
+        "import sys\nfrom pond_life.pond_life_dataset_builder import Builder\n"
+        "Builder(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "code"), str(Path(__file__).parents[3])])}
+    for script in (prepare, READ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "data")], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    photo, valid, names = done.stdout.strip().splitlines()
+    assert "photo" in photo
+    assert "tfds:pond_life[valid]" in valid
+    assert "--vision.classes: expected 2 names, found 1" in names
+
+
+@pytest.mark.network
+def test_emoji(tmp_path) -> None:
+    sizes = {}
+    for split in ("train", "validation", "test"):
+        source = open_images(DataConfig(dataset="emoji"), PLAIN, split, cache=tmp_path)
+        sizes[split] = len(source)
+        labels = source.labels(source.classes())
+        assert len(source.classes()) == 10
+        assert len(set(labels.tolist())) >= 9
+        for index, record in zip(range(0, len(source), 97), source.read(range(0, len(source), 97)), strict=True):
+            assert open_image(source.image(record, source.where(index))).size == (64, 64)
+        assert all(caption == caption.lower() for caption in source.captions(range(20)))
+    assert sum(sizes.values()) == 1911
+    assert 1250 < sizes["train"] < 1430
+    fine = open_images(DataConfig(dataset="emoji"), VisionConfig(label_field="subcategory"), "train", cache=tmp_path)
+    assert "face-smiling" in fine.classes()
+
+
+@pytest.mark.network
+def test_fashion_mnist(tmp_path) -> None:
+    source = open_images(DataConfig(dataset="fashion_mnist"), PLAIN, "test", cache=tmp_path)
+    labels = source.labels(source.classes())
+    np.testing.assert_array_equal(np.bincount(labels), [1000] * 10)
+    assert source.classes()[labels[0]] == "ankle boot"
+    assert open_image(source.image(*source.read([0]), "")).size == (28, 28)

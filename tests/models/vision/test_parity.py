@@ -1,0 +1,160 @@
+"""Every family of encoders against transformers: tiny random models, every feature of their configs on, float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from nalora_jax.models.vision import DualConfig, DualEncoder, Encoder
+from nalora_jax.models.vision.families import read_encoder
+from nalora_jax.weights.vision.keymaps import params_from_tensors, tensors_from_params
+
+TOLERANCE = 1e-5  # largest absolute difference of features and logits
+DUAL = {
+    "CLIP: QuickGELU, end token by its id": ("clip", {"projection_dim": 24, "text": {"eos_token_id": 39}}),
+    "CLIP: GELU, end token the largest": (
+        "clip",
+        {
+            "projection_dim": 24,
+            "vision": {"hidden_act": "gelu", "num_hidden_layers": 3},
+            "text": {"hidden_act": "gelu"},
+        },
+    ),
+    "SigLIP": ("siglip", {"text": {"projection_size": 32}}),
+    "ViT and BERT behind their dense layers": ("vision-text-dual-encoder", {"vision": {"qkv_bias": False}}),
+    "DINOv2 with SwiGLU and layer scale": (
+        "vision-text-dual-encoder",
+        {"vision": {"model_type": "dinov2", "use_swiglu_ffn": True, "mlp_ratio": 3}},
+    ),
+}
+
+
+def inputs(side: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, tokens with an end among them, and which of them are real."""
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((3, side, side, 3)).astype(np.float32)
+    tokens = rng.integers(4, 38, (4, 10))
+    mask = np.arange(10) < np.array([[10], [7], [4], [9]])
+    tokens[np.arange(4), mask.sum(1) - 1] = 39  # both the largest and the end token of the configs above
+    return pixels, np.where(mask, tokens, 0), mask
+
+
+def opened(folder: Path) -> tuple[DualConfig, dict, transformers.PreTrainedModel]:
+    config = DualConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    tensors = load_file(folder / "model.safetensors")
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    return config, params_from_tensors(config, tensors), model
+
+
+@pytest.mark.parametrize("case", DUAL)
+def test_features_and_logits_are_those_of_transformers(dual_folder, case) -> None:
+    family, changes = DUAL[case]
+    config, params, model = opened(dual_folder(family, **changes))
+    pixels, tokens, mask = inputs()
+    seen = torch.tensor(mask.astype(np.int64)) if family != "siglip" else None
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(tokens), pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)), attention_mask=seen
+        )
+    module, variables = DualEncoder(config), {"params": params}
+    texts = {"tokens": tokens, "token_weights": mask.astype(np.float32)}
+    logits = module.apply(variables, {"pixels": pixels}, texts)
+    np.testing.assert_allclose(logits, theirs.logits_per_image.numpy(), rtol=0, atol=TOLERANCE)
+    assert np.ptp(logits, axis=1).min() > 0.1  # not all the same
+    for method, batch, features in (
+        ("encode_image", {"pixels": pixels}, theirs.image_embeds),
+        ("encode_text", texts, theirs.text_embeds),
+    ):
+        ours = module.apply(variables, batch, method=method)
+        ours = ours / jnp.linalg.norm(ours, axis=-1, keepdims=True)
+        np.testing.assert_allclose(ours, features.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_siglip_2_sees_images_of_different_shapes(dual_folder) -> None:
+    config, params, model = opened(dual_folder("siglip2"))
+    rng = np.random.default_rng(1)
+    shapes = np.array([[4, 4], [2, 7], [5, 3]])
+    mask = np.arange(16)[None] < shapes.prod(1)[:, None]
+    patches = rng.standard_normal((3, 16, 4 * 4 * 3)).astype(np.float32) * mask[..., None]
+    _, tokens, _ = inputs()
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(tokens),
+            pixel_values=torch.tensor(patches),
+            pixel_attention_mask=torch.tensor(mask.astype(np.int32)),
+            spatial_shapes=torch.tensor(shapes),
+        )
+    images = {"pixels": patches, "shapes": shapes, "mask": mask}
+    logits = DualEncoder(config).apply({"params": params}, images, {"tokens": tokens})
+    np.testing.assert_allclose(logits, theirs.logits_per_image.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_positions_are_resized_for_images_of_another_size() -> None:
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=4, mlp_ratio=2
+    )
+    model = transformers.Dinov2Model(config).eval()
+    ours = read_encoder(config.to_dict())
+    tensors = saved(model)
+    pixels = np.random.default_rng(0).standard_normal((2, 20, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(pixels.transpose(0, 3, 1, 2)))
+    variables = {"params": params_from_tensors(ours, tensors)}
+    np.testing.assert_allclose(
+        Encoder(ours).apply(variables, pixels), theirs.pooler_output.numpy(), rtol=0, atol=TOLERANCE
+    )
+    np.testing.assert_allclose(
+        Encoder(ours).apply(variables, pixels, pooled=False), theirs.last_hidden_state.numpy(), rtol=0, atol=TOLERANCE
+    )
+
+
+def saved(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    """The tensors of a model under the names that its files have."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("case", DUAL)
+def test_tensors_survive_the_way_in_and_out(dual_folder, case) -> None:
+    family, changes = DUAL[case]
+    folder = dual_folder(family, **changes)
+    config = DualConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    tensors = load_file(folder / "model.safetensors")
+    back = dict(tensors_from_params(config, params_from_tensors(config, tensors)))
+    assert {name for name in tensors if name not in back} <= {"vision_model.embeddings.mask_token"} | {
+        name for name in tensors if "pooler" in name
+    }
+    for name, value in back.items():
+        np.testing.assert_array_equal(value, tensors[name], err_msg=name)
+
+
+def test_layers_of_one_tower_cost_one_trace(dual_folder) -> None:
+    """A scanned stack: twice as many layers are no more equations."""
+    counts = []
+    for depth in (2, 4):
+        config = DualConfig.from_hf(
+            json.loads((dual_folder("clip", vision={"num_hidden_layers": depth}) / "config.json").read_text())
+        ).image
+        params = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+            config.param_shapes(),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        from nalora_jax.trees import unflatten
+
+        pixels = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+        jaxpr = jax.make_jaxpr(lambda p, x, c=config: Encoder(c).apply({"params": p}, x))(unflatten(params), pixels)
+        counts.append(str(jaxpr).count("\n"))
+    assert counts[0] == counts[1]

@@ -1,0 +1,186 @@
+"""Whole runs on images, from a folder of pictures to an adapter that PEFT reads, and the verbs that use it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax.__main__ import main
+from nalora_jax.cli.parser import load_config
+from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.load_dual import load_adapted_dual
+from nalora_jax.run import run
+from nalora_jax.train import loop
+from nalora_jax.train.metrics import read_metrics
+from nalora_jax.vision_config import VisionConfig
+from nalora_jax.weights.vision.peft import import_dual_adapter
+
+CLASSES = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three colours in shuffled order, with captions; one file is damaged."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng, rows = np.random.default_rng(0), []
+    for i in range(36):
+        name = CLASSES[i % 3]
+        colour = np.full(3, 30.0)
+        colour[i % 3] = 220.0
+        pixels = np.clip(colour + rng.normal(0, 20, (20, 20, 3)), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        (folder / f"{i}.png").write_bytes(buffer.getvalue() if i != 4 else buffer.getvalue()[:50])
+        rows.append({"file_name": f"{i}.png", "label": name, "caption": f"a photo of the {name} square"})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def few_shot(model: Path | str, pictures: Path, output: Path, **changes: object) -> RunConfig:
+    """`configs/clip_few_shot.py` on a tiny model and a folder."""
+    base = replace(
+        load_config("configs/clip_few_shot.py"),
+        model=str(model),
+        output=str(output),
+        steps=6,
+        data=DataConfig(
+            str(pictures), train_split="train[:60%]", eval_split="train[60%:]", eval_limit=9, select_limit=4, workers=1
+        ),
+        train=TrainConfig(batch_size=8, log_every=2, eval_every=3, save_every=3),
+        compute=ComputeConfig("float32", stats_stride=1, compilation_cache=False),
+        mesh=MeshConfig(data=4, fsdp=2),
+        vision=VisionConfig("classify", shots=4, templates=("a photo of a {}.", "the {} square")),
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(dual_folder, pictures, tmp_path_factory) -> tuple[Path, Path]:
+    """A model's folder, and that of a finished few-shot run on it, over eight devices."""
+    model = dual_folder("clip")
+    folder = tmp_path_factory.mktemp("runs") / "clip"
+    run(few_shot(model, pictures, folder))
+    return model, folder
+
+
+def test_a_run_leaves_an_adapter_metrics_and_a_report(trained) -> None:
+    model, folder = trained
+    records = read_metrics(folder / "metrics.jsonl")
+    initial = next(r for r in records if r.get("initial"))
+    final = next(r for r in records if r.get("final"))
+    for record in (initial, final):
+        values = record["eval"]
+        assert values["n"] == 9
+        assert np.sum(values["confusion"]) == 9
+        assert values["classes"] == ["blue", "green", "red"]
+        assert {sample["expected"] for sample in values["samples"]} <= set(CLASSES)
+        np.testing.assert_allclose(np.trace(values["confusion"]) / 9, values["accuracy"])
+    page = (folder / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 8
+    assert "Confusion" in page
+    assert f"nalora classify IMAGE --model {folder}" in page
+    logged = [r for r in records if "layers" in r]
+    assert len(logged[-1]["layers"]["importance"]) == 2  # the image tower's layers alone
+    assert len(list((folder / "checkpoints").iterdir())) >= 1
+    adapted = load_adapted_dual(str(folder))
+    lora, spec = import_dual_adapter(folder / "adapter", adapted.base.config, fingerprint=adapted.base.fingerprint)
+    assert {path for path, _ in spec.targets} == {"image/layers/ffn/in_proj", "image/layers/ffn/out_proj"}
+    assert max(np.abs(leaf["b"]).max() for leaf in lora["image"]["layers"]["ffn"].values()) > 0
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(trained, pictures, tmp_path) -> None:
+    """Three steps, a stop, three more: the very numbers of six."""
+    model, whole = trained
+    short = few_shot(model, pictures, tmp_path / "run")
+
+    class Stopped(Exception):
+        pass
+
+    real = loop._Meter.add
+
+    def add(self, step, metrics):
+        if step == 5:
+            raise Stopped
+        real(self, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Meter, "add", add)
+        with pytest.raises(Stopped):
+            run(short)
+    run(replace(short, resume=True))
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (tmp_path / "run", whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_captions_of_two_towers_that_never_met(tower_folders, pictures, tmp_path) -> None:
+    image, text = tower_folders
+    settings = few_shot(
+        f"{image}+{text}",
+        pictures,
+        tmp_path / "run",
+        lora=LoRAConfig(rules=(LoRARule("ffn", 2),)),
+        vision=VisionConfig("contrast", features=16, loss="sigmoid"),
+    )
+    result = run(settings)
+    assert result.before["n"] == result.after["n"] == 9
+    assert set(result.after) >= {"recall", "image_to_text_recall_1", "text_to_image_recall_5"}
+    logged = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "towers" in r]
+    assert logged[-1]["towers"] == {"image": 3, "text": 2}
+    assert (tmp_path / "run" / "adapter" / "trained.safetensors").is_file()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "image 2" in page
+    assert "recall at 1" in page.lower()
+    adapted = load_adapted_dual(str(tmp_path / "run"))
+    assert adapted.base.config.image.d_out == 16
+
+
+def test_the_verbs_classify_and_retrieve(trained, pictures, capsys) -> None:
+    model, folder = trained
+    images = [str(pictures / f"{i}.png") for i in (0, 1)]
+    assert main(["classify", *images, "--model", str(folder), "--labels", "red, green,blue"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()]
+    assert [line[0] for line in lines] == images
+    for line in lines:
+        shares = [float(cell.split()[-1]) for cell in line[1:]]
+        assert len(shares) == 3
+        assert shares == sorted(shares, reverse=True)
+        np.testing.assert_allclose(sum(shares), 1.0, atol=0.002)
+    base = main(["classify", *images, "--model", str(model), "--adapter", str(folder), "--labels", "red,green,blue"])
+    assert base == 0
+    # The same model and adapter by their own names; the prompts are the run's.
+    assert [line.split("\t") for line in capsys.readouterr().out.strip().splitlines()] == lines
+    assert main(["retrieve", "the red square", "--images", str(pictures), "--model", str(folder), "--top", "2"]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.strip().splitlines()) == 2
+    assert f"left out: {pictures / '4.png'}" in shown.err
+    for bad, message in (
+        (["classify", images[0], "--model", str(model), "--labels", "red"], "--labels"),
+        (["classify", str(pictures / "4.png"), "--model", str(model), "--labels", "a,b"], "4.png"),
+        (["retrieve", "x", "--images", str(pictures / "none"), "--model", str(model)], "--images"),
+    ):
+        assert main(bad) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_are_refused(trained, pictures, tmp_path) -> None:
+    model, _ = trained
+    settings = few_shot(model, pictures, tmp_path / "run")
+    for changes, message in (
+        ({"vision": VisionConfig("classify", templates=("no name",))}, "--vision.templates"),
+        ({"vision": VisionConfig("classify", classes=("red", "green"))}, "one of 2 classes"),
+        ({"vision": VisionConfig("contrast", caption_field="title")}, "--vision.caption-field"),
+        ({"vision": VisionConfig("classify", broken="error", shots=0)}, "4.png"),
+        ({"data": replace(settings.data, eval_split="train[50%:]")}, "--data.eval-split"),
+        ({"lora": LoRAConfig(init="pissa")}, "--lora.init"),
+        ({"compute": ComputeConfig(quantize="int8")}, "--compute.quantize"),
+    ):
+        with pytest.raises(NaloraError, match=message):
+            run(replace(settings, output=str(tmp_path / message.strip("-").replace(".", "_")), **changes))

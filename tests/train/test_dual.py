@@ -1,0 +1,165 @@
+"""A training step of a dual encoder: the same step, mechanisms and state as for language, on one device and eight."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    DebugConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+    check,
+)
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.dual_pieces import dual_pieces
+from nalora_jax.vision_config import VisionConfig
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200), "dark": (15, 15, 15)}
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pictures of each colour, with captions."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng, rows = np.random.default_rng(0), ["file_name,caption,label"]
+    for i in range(20):
+        for name, colour in COLOURS.items():
+            pixels = np.clip(np.asarray(colour) + rng.normal(0, 25, (18, 20, 3)), 0, 255).astype(np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            (folder / f"{name}{i}.png").write_bytes(buffer.getvalue())
+            rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
+    base = RunConfig(
+        model=str(model),
+        steps=8,
+        data=DataConfig(
+            str(data), train_split="train[:60%]", eval_split="train[60%:]", eval_limit=20, select_limit=8, workers=0
+        ),
+        train=TrainConfig(batch_size=8),
+        compute=ComputeConfig("float32", stats_stride=1, probe_stride=1),
+        vision=VisionConfig("classify", shots=4, templates=("a photo of a {}.",)),
+        mask=MaskConfig(warmup=1),
+        step_scale=StepScaleConfig(warmup=1),
+        mesh=MeshConfig(data=1),
+    )
+    return replace(base, **changes)
+
+
+def steps(settings: RunConfig, mesh, count: int = 3):
+    """The pieces of a run, its state after some steps, and the metrics of the last."""
+    pieces = dual_pieces(settings, mesh)
+    state, params = pieces.assembly.state, pieces.assembly.view(pieces.assembly.params)
+    batches = pieces.data.batches()
+    losses = []
+    for _ in range(count):
+        batch = distributed.make_global_batch(next(batches), mesh, rows_axis=1)
+        state, metrics = pieces.assembly.step(params, state, batch)
+        losses.append(float(metrics["loss"]))
+    batches.close()
+    return pieces, state, metrics, losses
+
+
+def one_device():
+    return distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("task", ["classify", "contrast"])
+def test_both_towers_learn_with_the_mechanisms_on(dual_folder, colours, task) -> None:
+    rules = LoRAConfig(rules=(LoRARule("ffn", 2), LoRARule("attn", 2)))
+    vision = VisionConfig(task, shots=4, augment="none")
+    settings = config(dual_folder("clip"), colours, vision=vision, lora=rules, debug=DebugConfig(check_gates=True))
+    _, state, metrics, losses = steps(settings, one_device(), 8)
+    assert losses[-1] < losses[0]
+    assert set(metrics["layers"]) == {"image/layers/ffn", "text/layers/ffn"}
+    for layers in metrics["layers"].values():
+        assert np.all(np.asarray(layers["importance"]) > 0)
+        np.testing.assert_allclose(np.asarray(layers["occupancy"]).sum(axis=1), 1.0, rtol=1e-5)
+    moved = {p: float(np.abs(leaf).max()) for p, leaf in trees.flatten(state.lora).items() if p.endswith("/b")}
+    assert min(moved.values()) > 0, moved
+
+
+def test_a_frozen_text_tower_is_encoded_once(dual_folder, colours) -> None:
+    """With adapters on images only, class features are constants of the step: its program has no text tower."""
+    folder = dual_folder("clip", vision={"num_hidden_layers": 3})
+    rules = LoRAConfig(rules=(LoRARule("image/.*ffn", 2),))
+    settings = config(folder, colours, lora=rules)
+    pieces, _, metrics, _ = steps(settings, one_device(), 1)
+    assert set(metrics["layers"]) == {"image/layers/ffn"}
+    assert set(pieces.assembly.params["classes"]) == {"features"}
+    text = config(folder, colours, lora=LoRAConfig(rules=(LoRARule("text/.*ffn", 2),)))
+    pieces, _, metrics, _ = steps(text, one_device(), 1)
+    assert set(metrics["layers"]) == {"text/layers/ffn"}
+    assert set(pieces.assembly.params["classes"]) == {"tokens", "token_weights"}
+
+
+def test_cached_and_encoded_class_prompts_give_one_loss(dual_folder, colours) -> None:
+    """Before any step an adapter changes nothing, so the loss must not depend on who encodes the prompts."""
+    folder = dual_folder("clip")
+    losses = []
+    for rule in ("image/.*ffn", "text/.*ffn"):
+        vision = VisionConfig("classify", shots=4, augment="none", templates=("a photo of a {}.", "the {} square"))
+        settings = config(folder, colours, lora=LoRAConfig(rules=(LoRARule(rule, 2),)), vision=vision)
+        losses.append(steps(settings, one_device(), 1)[3][0])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "task"), [("clip", "contrast"), ("siglip", "contrast"), ("clip", "classify")])
+def test_eight_devices_are_one(dual_folder, colours, family, task) -> None:
+    rules = LoRAConfig(rules=(LoRARule("ffn", 2),))
+    vision = VisionConfig(task, shots=4)
+    settings = config(dual_folder(family), colours, vision=vision, lora=rules)
+    _, alone, _, losses = steps(settings, one_device(), 3)
+    mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    _, together, _, many = steps(settings, mesh, 3)
+    np.testing.assert_allclose(many, losses, rtol=1e-4)
+    for path, leaf in trees.flatten(alone.lora).items():
+        other = distributed.fetch(trees.flatten(together.lora)[path])
+        np.testing.assert_allclose(other, leaf, rtol=0, atol=3e-4, err_msg=path)
+
+
+def test_micro_batches_are_one_batch(dual_folder, colours) -> None:
+    rules = LoRAConfig(rules=(LoRARule("image/.*ffn", 2),))
+    whole = config(dual_folder("clip"), colours, lora=rules)
+    parts = replace(whole, train=TrainConfig(batch_size=8, accumulate=2))
+    (_, one, _, first), (_, two, _, second) = steps(whole, one_device(), 3), steps(parts, one_device(), 3)
+    np.testing.assert_allclose(first, second, rtol=1e-4)
+    for path, leaf in trees.flatten(one.lora).items():
+        np.testing.assert_allclose(trees.flatten(two.lora)[path], leaf, atol=3e-4, err_msg=path)
+    with pytest.raises(NaloraError, match="--train.accumulate"):
+        check(replace(parts, vision=VisionConfig("contrast")))
+
+
+def test_towers_that_never_met_train_their_projections(dual_folder, tower_folders, colours) -> None:
+    """Rank 0 everywhere leaves the projections alone to be trained: the baseline that adapters are compared with."""
+    image, text = tower_folders
+    vision = VisionConfig("contrast", augment="none")
+    for rank, blocks in ((0, set()), (2, {"image/layers/ffn", "text/layers/ffn"})):
+        settings = config(f"{image}+{text}", colours, lora=LoRAConfig(rules=(LoRARule("ffn", rank),)), vision=vision)
+        pieces, state, metrics, losses = steps(settings, one_device(), 8)
+        assert set(metrics["layers"]) == blocks
+        assert losses[-1] < losses[0]
+        moved = trees.flatten(state.lora)
+        for path in ("image/projection/kernel", "text/projection/kernel", "logit_scale"):
+            assert np.abs(moved[path] - trees.flatten(pieces.loaded.params)[path]).max() > 0, path
+    with pytest.raises(NaloraError, match="at least one adapter"):
+        dual_pieces(config(dual_folder("clip"), colours, lora=LoRAConfig(rules=(LoRARule("ffn", 0),))), one_device())
