@@ -17,14 +17,15 @@ _TPU = {
 }
 # Schedules by latency, so that a layer's kernels are on their way while the one before it is computed.
 _GPU = {
-    "xla_gpu_enable_latency_hiding_scheduler": "true",
-    "xla_gpu_enable_while_loop_double_buffering": "true",  # two layers in one iteration of the scan
-    "xla_gpu_enable_pipelined_all_gather": "true",
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,  # two layers in one iteration of the scan
+    "xla_gpu_enable_pipelined_all_gather": True,
 }
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """For ``jax.jit(..., compiler_options=...)`` of a step on ``mesh``; none where no kernel is ever gathered."""
     if mesh.shape["fsdp"] == 1:
         return {}
-    return dict({"tpu": _TPU, "gpu": _GPU}.get(mesh.devices.flat[0].platform, {}))
+    by_platform: dict[str, dict[str, str | bool]] = {"tpu": {**_TPU}, "gpu": {**_GPU}}
+    return by_platform.get(mesh.devices.flat[0].platform, {})

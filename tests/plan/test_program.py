@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 
 from nalora_jax import distributed
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+)
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.plan.figures import figures
 from nalora_jax.plan.program import step_and_arguments
+from nalora_jax.plan.report import without_statistics
 
 # Collectives are those of the program that a user's compiler makes.
 pytestmark = pytest.mark.optimised
@@ -73,3 +83,24 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     first = compiled(tmp_path, mesh=MeshConfig(8, 1, 1))
     monkeypatch.setattr("nalora_jax.plan.figures.of_compiled", lambda _: pytest.fail("compiled again"))
     assert compiled(tmp_path, mesh=MeshConfig(8, 1, 1)) == first
+
+
+def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):
+    # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an error.
+    monkeypatch.setattr(distributed, "compiler_options", lambda mesh: {"xla_cpu_enable_fast_min_max": False})
+    found = []
+    for off in (False, True):
+        kinds = {"mask": MaskConfig(kind="off"), "step_scale": StepScaleConfig(kind="off")} if off else {}
+        config = RunConfig(
+            lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+            mesh=MeshConfig(1, 8, 1),
+            train=TrainConfig(batch_size=16),
+            compute=ComputeConfig(dtype="float32", remat="full"),
+            **kinds,
+        )
+        mesh = distributed.make_mesh(config.mesh)
+        step, arguments = step_and_arguments(config, ModelConfig.from_hf(BASE), mesh, seq=SEQ)
+        found.append(figures(without_statistics(step, mesh) if off else step, arguments, cache=tmp_path))
+    ours, plain = found
+    assert plain.flops < ours.flops
+    assert plain.moved() < ours.moved()
