@@ -324,7 +324,7 @@ def _received(kind: str, instruction: Instruction, computation: Computation, dev
 
 def _group_size(attributes: str) -> int:
     """Devices in one group of a collective, from any of the forms in which HLO writes groups."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))

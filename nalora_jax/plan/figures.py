@@ -17,6 +17,8 @@ from nalora_jax import downloads
 from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
 
+_ACCOUNTING = "2"  # of what is read from programs: what an earlier one kept is not taken
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -50,7 +52,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
     program = re.sub(r"train_step_\d+", "train_step", lowered.as_text())  # steps of a process are numbered
-    text = "\n".join([program, device.device_kind, *(_version(name) for name in ("jaxlib", "libtpu"))])
+    text = "\n".join([_ACCOUNTING, program, device.device_kind, *(_version(name) for name in ("jaxlib", "libtpu"))])
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
     file = (cache or downloads.cache_dir()) / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if file.exists():

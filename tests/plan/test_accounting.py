@@ -129,3 +129,19 @@ def test_the_parts_of_one_collective_are_one_and_what_runs_between_them_hides_it
 def test_what_lies_beside_the_cores_is_no_traffic_of_the_memory():
     text = TPU_STYLE.replace("S(1)", "")
     assert Program(text).memory_bytes - Program(TPU_STYLE).memory_bytes == pytest.approx(32 * 16 * 2)
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("mesh['a'=256,'b'=1] {'a'}", 256),
+        ("mesh['a'=32,'b'=1,'c'=8], device_ids=([8,32]T(1,0)) {'a'}", 32),
+        ("mesh['a'=4,'b'=2,'c'=8] {'a','c'}", 32),
+        ("[32,8]<=[256]", 8),
+        ("[8,32]<=[32,8]T(1,0)", 32),
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ],
+)
+def test_groups_of_devices_in_every_form_that_compilers_write(groups, devices):
+    text = TPU_STYLE.replace("replica_groups=[1,8]<=[8]", f"replica_groups={groups}")
+    assert Program(text).collectives[-1].devices == devices
