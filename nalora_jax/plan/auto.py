@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import jax
 
-from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
@@ -33,8 +32,7 @@ def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device]
     found = list(jax.devices() if devices is None else devices)
     where = of_devices(found)
     if where is None:  # a CPU, or a chip that nothing is known of: the simplest mesh that works
-        sizes = distributed.resolve_sizes(config.mesh, len(found))
-        return replace(config, mesh=MeshConfig(*sizes))
+        return config
     spec = resolve(config.lora, projection_shapes(base), base.n_layers)
     layout = choose(config, base, spec, where, config.data.max_length)
     log.info("mesh: %s", layout)

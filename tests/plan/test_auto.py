@@ -63,4 +63,4 @@ def test_a_pod_s_run_is_laid_out_by_what_fits():
 def test_cpus_take_the_simplest_mesh():
     assert of_devices(jax.devices()) is None
     found = laid_out(RunConfig(), architecture("llama-3.1-8b"))
-    assert (found.mesh, found.compute.remat) == (MeshConfig(8, 1, 1), "auto")
+    assert found == RunConfig()  # left open: `make_mesh` takes the simplest mesh

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision.config import DualConfig
@@ -36,6 +36,7 @@ from nalora_jax.weights.peft_read import (
     read_tensors,
 )
 from nalora_jax.weights.peft_write import layer_adapter
+from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.vision.keymaps import module_names
 
 TRAINED = "trained.safetensors"
@@ -87,9 +88,9 @@ def export_dual_adapter(
     metadata |= {FINGERPRINT_KEY: fingerprint} if fingerprint else {}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
-        save_file(tensors, scratch / TENSORS_NAME, metadata=metadata)
+        write_tensors(scratch / TENSORS_NAME, tensors, metadata)
         if whole:
-            save_file(whole, scratch / TRAINED, metadata=metadata)
+            write_tensors(scratch / TRAINED, whole, metadata)
     return Path(folder)
 
 
