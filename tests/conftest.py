@@ -147,8 +147,9 @@ def dual_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathl
     """
     import numpy as np
     import tokenizers
-    import torch
-    import transformers
+
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     words = ["a", "photo", "of", "the", "red", "green", "blue", "square", "circle", "cross", "dress", "bag", "boot"]

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 TENSORS_NAME = "adapter_model.safetensors"
 FINGERPRINT_KEY = "nalora.base_fingerprint"
 DIGEST_KEY = "nalora.sha256"
+# Stands beside the digest in every file, so that a file whose digest lost its name is not taken for another tool's.
+LAYOUT_KEY = "nalora.layout"
 # Fields of adapter_config.json that decide what the tensors mean.
 _MEANING = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
@@ -75,7 +77,7 @@ def import_adapter(
     folder = Path(folder)
     peft = read_peft_config(folder)
     tensors, metadata = read_tensors(folder)
-    check_digest(folder, tensors, metadata)
+    check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
     slots = {slot.key: slot for slot in _slots(layout or module_layout(config), config, peft)}
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
@@ -122,28 +124,43 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
     return values
 
 
-def adapter_digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
-    """SHA-256 of an adapter: its tensors in float32 and the settings that decide what they mean.
+def file_metadata(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], fingerprint: str | None = None
+) -> dict[str, str]:
+    """The metadata of a file that holds ``tensors``: the base's fingerprint, and a digest of the whole.
+
+    Args:
+      tensors: what the file holds, by name.
+      settings: of ``adapter_config.json``.
+      fingerprint: of the base model's weights.
+    """
+    metadata = {"format": "pt", LAYOUT_KEY: "1"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    return metadata | {DIGEST_KEY: _digest(tensors, settings, metadata)}
+
+
+def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of an adapter: tensors in float32, what is noted beside them, and settings that give them meaning.
 
     Where the base model lies, and anything else in the config that this library does not compute with, may be edited.
     """
-    digest = hashlib.sha256(json.dumps({name: settings.get(name) for name in _MEANING}, sort_keys=True).encode())
+    meaning = {name: settings.get(name) for name in _MEANING}
+    noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
+    digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
     for name, array in sorted(tensors.items()):
         digest.update(f"{name}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array, "<f4").tobytes())
     return digest.hexdigest()
 
 
-def check_digest(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Refuse files that this library wrote and something changed since."""
-    noted = metadata.get(DIGEST_KEY)
-    if noted is None:
-        return
-    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    found = adapter_digest(tensors, settings)
+def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Refuse a file that this library wrote and something changed since, or the ``adapter_config.json`` beside it."""
+    if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
+        return  # another tool's
+    settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
+    noted, found = metadata.get(DIGEST_KEY, "none"), _digest(tensors, settings, metadata)
     if noted != found:
         raise NaloraError(
-            str(folder),
+            str(path),
             expected=f"the adapter that was written (sha256 {noted[:16]}...)",
             found=f"another one (sha256 {found[:16]}...): a file was damaged or edited",
             remedy="copy it again, or export it again from the run",

@@ -26,7 +26,7 @@ from nalora_jax.weights.peft_modules import (
     module_shape,
     part_widths,
 )
-from nalora_jax.weights.peft_read import DIGEST_KEY, FINGERPRINT_KEY, TENSORS_NAME, adapter_digest
+from nalora_jax.weights.peft_read import TENSORS_NAME, file_metadata
 from nalora_jax.weights.shards import write_tensors
 
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md"})
@@ -79,11 +79,9 @@ def export_adapter(
         spec = replace(spec, dropout=0.0)  # it acts in training only, and PEFT refuses to load it for experts
     settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
     tensors = dict(_tensors(entries, layout))
-    metadata = {"format": "pt", DIGEST_KEY: adapter_digest(tensors, settings)}
-    metadata |= {FINGERPRINT_KEY: fingerprint} if fingerprint else {}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
-        write_tensors(scratch / TENSORS_NAME, tensors, metadata)
+        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
     return Path(folder)
 
 

@@ -326,10 +326,13 @@ def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
 
 
 def _own(name: str, split: str, cache: Path, **options: Any) -> Any:
-    if name == "emoji":
-        from nalora_jax.data.builders.emoji import Builder
-    else:
-        from nalora_jax.data.builders.fashion_mnist import Builder
+    from tensorflow_datasets.core import registered
+
+    with registered.skip_registering():  # TFDS has names of its own, "fashion_mnist" among them
+        if name == "emoji":
+            from nalora_jax.data.builders.emoji import Builder
+        else:
+            from nalora_jax.data.builders.fashion_mnist import Builder
     return prepared(lambda: Builder(data_dir=cache / "tfds", file_format="array_record")).as_data_source(
         split=split, **options
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,10 +184,18 @@ class DualConfig:
         Raises:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
         """
-        from nalora_jax.models.vision.families import read_dual  # families fills this class in
-
-        return read_dual(raw, where)
+        return _READERS[0](raw, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
+
+
+Reader = Callable[[Mapping[str, Any], str], DualConfig]
+_READERS: list[Reader] = []
+
+
+def reads_dual_configs(reader: Reader) -> Reader:
+    """Makes a function what `DualConfig.from_hf` calls: ``families.py`` has it, and knows this module."""
+    _READERS[:] = [reader]
+    return reader

@@ -10,11 +10,12 @@ from typing import Any
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.fields import Fields
-from nalora_jax.models.vision.config import DualConfig, EncoderConfig
+from nalora_jax.models.vision.config import DualConfig, EncoderConfig, reads_dual_configs
 
 _CLIP_LEGACY_EOS = 2
 
 
+@reads_dual_configs
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
     """See `DualConfig.from_hf`."""
     if not isinstance(raw, Mapping):

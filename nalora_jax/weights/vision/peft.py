@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.vision.config import DualConfig
@@ -26,13 +25,11 @@ from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import Adapter, alpha_for
 from nalora_jax.weights.peft_read import (
-    DIGEST_KEY,
-    FINGERPRINT_KEY,
     TENSORS_NAME,
-    adapter_digest,
     by_module,
     check_digest,
     check_fingerprint,
+    file_metadata,
     read_tensors,
 )
 from nalora_jax.weights.peft_write import layer_adapter
@@ -84,13 +81,11 @@ def export_dual_adapter(
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = adapter.magnitude
     whole = {_WHOLE[path]: _outside(np.asarray(leaves[path], np.float32)) for path in trained_shapes(config)}
     settings = _settings(adapters, spec)
-    metadata = {"format": "pt", DIGEST_KEY: adapter_digest(tensors, settings)}
-    metadata |= {FINGERPRINT_KEY: fingerprint} if fingerprint else {}
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | {"base_model_name_or_path": base_model_name})
-        write_tensors(scratch / TENSORS_NAME, tensors, metadata)
+        write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
         if whole:
-            write_tensors(scratch / TRAINED, whole, metadata)
+            write_tensors(scratch / TRAINED, whole, file_metadata(whole, settings, fingerprint))
     return Path(folder)
 
 
@@ -107,7 +102,7 @@ def import_dual_adapter(
     folder = Path(folder)
     peft = read_peft_config(folder)
     tensors, metadata = read_tensors(folder)
-    check_digest(folder, tensors, metadata)
+    check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
     path = folder / TENSORS_NAME
     found = by_module(tensors, path, dora=peft.dora)
@@ -237,7 +232,9 @@ def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
         return {}
     path = folder / TRAINED
     try:
-        found = load_file(path)
+        with safe_open(path, framework="np") as handle:
+            found = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            check_digest(path, found, dict(handle.metadata() or {}))
     except (OSError, SafetensorError) as error:
         raise NaloraError(str(path), expected="projections and temperature of the pair", found=error) from error
     leaves = {}
