@@ -13,7 +13,7 @@ Needs `pip install 'nalora_jax[vision]'`. Both towers: --lora.rules "ffn:8" "att
 from __future__ import annotations
 
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig, TrainConfig
-from nalora_jax.vision_config import VisionConfig
+from nalora_jax.config.vision import VisionConfig
 
 
 def config() -> RunConfig:

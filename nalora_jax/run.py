@@ -38,9 +38,10 @@ from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.export import card, export
+from nalora_jax.train.hooks import RunHooks
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.inputs import check_data, check_rules
-from nalora_jax.train.loop import FitResult, Measured, Schedule, fit
+from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, SilentLog, recorded_settings
 from nalora_jax.train.output import CHECKPOINTS, Output, open_output
@@ -118,7 +119,7 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
         state, start = _start(config, output, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
         metrics, progress = _records(config, output.folder, start)
-        beside = _Beside(metrics, progress, pieces.selector, assembly.params, checkpointer, batches, stop)
+        beside = RunHooks(metrics, progress, pieces.selector, assembly.params, checkpointer, batches, stop)
         with metrics, progress:
             settings = config.to_dict()
             more = {"settings": settings} if start else {}
@@ -143,48 +144,6 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
 
     distributed.on_first_process(lambda: log.info("report: %s", write_report(output.folder)))
     return RunResult(output.folder, adapter, output.folder / FILE, before, after, after["step"])
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """What happens beside the steps (the loop's `Hooks`): logging, selecting, saving, and being asked to stop."""
-
-    metrics: MetricsLog
-    progress: Progress
-    selector: Any
-    params: Any
-    checkpointer: Checkpointer
-    batches: BatchIterator
-    stop: StopSignals
-
-    def advance(self, step: int) -> None:
-        """Move the progress bar."""
-        self.progress.advance(step)
-
-    def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Write and show a log step."""
-        self.metrics.write({"step": step, **record})
-        self.progress.log(step, record)
-
-    def evaluate(self, step: int, state: TrainState) -> Measured:
-        """Measure the adapter on the held-out examples that choose the checkpoint."""
-        return self.select(step, self.params, state.lora)
-
-    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
-        """Start writing a checkpoint."""
-        self.checkpointer.save(step, state, self.batches.get_state(), measured and measured.metrics)
-
-    def asked_to_stop(self, step: int) -> bool:
-        """Whether a signal came."""
-        return self.stop.asked(step)
-
-    def select(self, step: int, params: Any, lora: Any | None) -> Measured:
-        """The metric that ranks checkpoints, written and shown."""
-        values = self.selector.measure(params, lora)
-        self.metrics.write({"step": step, "eval": values})
-        self.progress.say(f"step {step}: {describe(values)}")
-        value = float(values[self.selector.metric])
-        return Measured(value if self.selector.mode == "max" else -value, {self.selector.metric: value})
 
 
 # -------------------------------------------------------------------- stages, in their order
@@ -334,7 +293,7 @@ def _records(config: RunConfig, folder: Path, start: int) -> tuple[MetricsLog, P
     return MetricsLog(folder, tensorboard=config.tensorboard, resume=start or None), Progress(config.steps, start=start)
 
 
-def _measure_before(folder: Path, beside: _Beside, pieces: Pieces) -> dict[str, Any]:
+def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces) -> dict[str, Any]:
     """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
     text = json.dumps(before | {"questions": pieces.questions})
@@ -345,7 +304,7 @@ def _measure_before(folder: Path, beside: _Beside, pieces: Pieces) -> dict[str, 
     return before
 
 
-def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: _Beside) -> FitResult:
+def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks) -> FitResult:
     """The steps.
 
     Raises:
@@ -378,7 +337,7 @@ def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> 
     return state
 
 
-def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: _Beside) -> dict[str, Any]:
+def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: RunHooks) -> dict[str, Any]:
     """Metrics of the best state on the examples that had no say in choosing it."""
     after: dict[str, Any] = evaluator.measure(beside.params, best.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):

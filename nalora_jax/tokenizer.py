@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from nalora_jax import bounded
+from nalora_jax.bounded.growth import check_growth
 from nalora_jax.errors import NaloraError
 
 
@@ -212,7 +213,11 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
             remedy="save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)",
         )
     try:
-        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        content = path.read_bytes()
+        check_growth(json.loads(content), str(path))
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    except NaloraError:
+        raise
     except BaseException as error:  # the binding raises plain Exceptions, and panics, which are none
         if is_foreign(error):
             raise NaloraError(

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from scipy import special
 
-from nalora_jax import activations, distributed, formulas, statistics
+from nalora_jax import activations, distributed, statistics
+from nalora_jax.activations import formulas
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,

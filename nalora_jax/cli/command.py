@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.cli import doctor, images, parser, plan, usage, verbs
-from nalora_jax.ranges import check_path, check_ranges
+from nalora_jax.config.ranges import check_path, check_ranges
 
 
 @dataclass(frozen=True)

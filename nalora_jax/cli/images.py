@@ -52,7 +52,7 @@ class RetrieveArgs:
 
 def classify(args: ClassifyArgs) -> None:
     """Print every image's likeliest classes with their probabilities, tab-separated."""
-    from nalora_jax.load_dual import load_adapted_dual
+    from nalora_jax.load.dual import load_adapted_dual
 
     names = [name.strip() for name in args.labels.split(",") if name.strip()]
     if len(names) < 2:
@@ -75,7 +75,7 @@ def retrieve(args: RetrieveArgs) -> None:
     import numpy as np
 
     from nalora_jax.data.images.files import ENDINGS
-    from nalora_jax.load_dual import load_adapted_dual
+    from nalora_jax.load.dual import load_adapted_dual
 
     if not args.images.is_dir():
         raise NaloraError("--images", expected="a folder", found=str(args.images))

@@ -21,8 +21,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
+from nalora_jax.config.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range
 from nalora_jax.errors import NaloraError
-from nalora_jax.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range
 
 Dtype = Literal["bfloat16", "float32"]
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")

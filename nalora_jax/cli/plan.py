@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig, check
+from nalora_jax.config.ranges import AXIS, COUNT, ROWS, TOKENS, Range
 from nalora_jax.errors import NaloraError
-from nalora_jax.ranges import AXIS, COUNT, ROWS, TOKENS, Range
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import DataConfig, MeshConfig, check, config_from_dict
+from nalora_jax.config.ranges import check_path
 from nalora_jax.errors import NaloraError
-from nalora_jax.ranges import check_path
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

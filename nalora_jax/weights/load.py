@@ -1,6 +1,6 @@
 """Tensors of a file into the parameter tree, one block at a time, straight to the devices that hold them.
 
-A file format is a `TensorSource`; what its tensors are called and how they are turned is a `KeyMap`. Every device's
+A file format is a `TensorSource`; what its tensors are called and how they are transposed is a `KeyMap`. Every device's
 part of every leaf is one buffer that is filled from slices of the file, by all cores: memory that the system has to
 find first costs more than the copy into it, and comes faster to several at once. On a CPU JAX takes such a buffer over
 without a copy, so loading needs the parameters' own bytes and a block per core.
@@ -32,7 +32,7 @@ from nalora_jax.nn.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-BLOCK = 1 << 16  # elements read at once: a quarter of a megabyte, which stays in a core's cache while it is turned
+BLOCK = 1 << 16  # elements read at once: a quarter of a megabyte, which stays in a core's cache while it is transposed
 _QUANTIZED = 1 << 18  # elements quantized at once
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 _ALIGNMENT = 64  # bytes; what XLA asks of a host buffer that it uses as it is

@@ -25,9 +25,9 @@ from nalora_jax.config import (
     TrainConfig,
     check,
 )
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.dual_pieces import dual_pieces
-from nalora_jax.vision_config import VisionConfig
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200), "dark": (15, 15, 15)}
 

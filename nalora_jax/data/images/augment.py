@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.files import pillow
-from nalora_jax.vision_config import VisionConfig
 
 _RATIO = (3 / 4, 4 / 3)  # of a crop's sides
 _TRIES = 10

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.augment import augmented, generator
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor
@@ -19,7 +20,6 @@ from nalora_jax.data.images.text import TextTokenizer
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import Batch, BatchIterator
 from nalora_jax.errors import NaloraError
-from nalora_jax.vision_config import VisionConfig
 
 log = logging.getLogger(__name__)
 

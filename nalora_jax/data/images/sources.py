@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.files import ENDINGS, Limits, open_image
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.sources import Span, absolute, prepared, tfds_errors
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.vision_config import VisionConfig
 
 # Data sets of this library: the field of the class that is taken where the config does not name one.
 OWN = {"emoji": "category", "fashion_mnist": "label"}

@@ -98,9 +98,9 @@ def _named(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray
     array = arrays.get(node.input[1])
     if array is None or array.ndim != 2:
         return None
-    turned = node.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in node.attribute)
+    transposed = node.op_type == "MatMul" or not any(a.name == "transB" and a.i for a in node.attribute)
     layer = node.output[0].rpartition(f"/{node.op_type}")[0].strip("/").replace("/", ".")
-    return f"{layer}.weight", array.T if turned else array
+    return f"{layer}.weight", array.T if transposed else array
 
 
 def _positions(graph: Any, arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import DataConfig
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images import open_image
 from nalora_jax.data.images.sources import open_images, usable
 from nalora_jax.errors import NaloraError
-from nalora_jax.vision_config import VisionConfig
 
 PLAIN = VisionConfig()
 
@@ -125,7 +125,7 @@ import sys
 from nalora_jax.config import DataConfig
 from nalora_jax.data.images import open_image
 from nalora_jax.data.images.sources import open_images
-from nalora_jax.vision_config import VisionConfig
+from nalora_jax.config.vision import VisionConfig
 
 config = DataConfig(dataset="tfds:pond_life", data_dir=sys.argv[1])
 source = open_images(config, VisionConfig(), "train[2:]")

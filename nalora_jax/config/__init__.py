@@ -1,4 +1,4 @@
-"""A run's settings: frozen dataclasses, one comment per field, every default stated once, here.
+"""A run's settings: frozen dataclasses, one comment per field, every default stated once, in this package.
 
 The command line (``train.py``, ``nalora train``) is generated from these classes, comments included; an experiment in
 ``configs/`` is a Python file whose ``config()`` returns a `RunConfig` that differs from the defaults where it says so.
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nalora_jax.errors import NaloraError
-from nalora_jax.ranges import (
+from nalora_jax.config.method import LoRAConfig, LoRARule, MaskConfig, OptimizerConfig, StepScaleConfig
+from nalora_jax.config.ranges import (
     ALPHA,
     AXIS,
     BELOW_ONE,
@@ -32,117 +32,26 @@ from nalora_jax.ranges import (
     check_ranges,
     require,
 )
-from nalora_jax.vision_config import VisionConfig, check_vision
+from nalora_jax.config.vision import VisionConfig, check_vision
+from nalora_jax.errors import NaloraError
 
-
-@dataclass(frozen=True)
-class LoRARule:
-    """One ordered rule: the first whose pattern matches a projection's path decides its adapter."""
-
-    # Regular expression, searched in paths such as "layers/3/ffn/gate_proj" or "layers/0/attn/q_proj".
-    pattern: str
-    # Rank r of the adapter; 0 leaves what it matches unadapted.
-    rank: int = 8
-    # Alpha: the residual is scaled by alpha / rank, or alpha / sqrt(rank) with rsLoRA. None means 2 * rank.
-    alpha: float | None = None
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which projections get adapters, and which kind."""
-
-    # Ordered rules; the first match wins, an unmatched projection stays frozen, an unused rule is an error.
-    rules: tuple[LoRARule, ...] = (LoRARule("ffn/(gate|up|down|in|out)_proj"),)
-    # Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank.
-    rslora: bool = False
-    # Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output channel.
-    dora: bool = False
-    # Initialisation: "default" (A uniform as in PEFT, B zero), "pissa" (principal components, arXiv 2404.02948), or
-    # "gradient" (A the directions in which the first batches' gradient of the kernel is largest, B zero).
-    init: Literal["default", "pissa", "gradient"] = "default"
-    # gradient: batches that the gradient is taken on, each read five times: 20 steps' time with 4.
-    gradient_batches: int = 4
-    # gradient: weight of the gate's output channels: "ones", their "slope", or the slopes "permuted" (its placebo).
-    gradient_weights: Literal["ones", "slope", "permuted"] = "ones"
-    # Dropout rate on the adapters' input, in training only.
-    dropout: float = 0.0
-    # LoRA+ (arXiv 2402.12354): learning rate of B over that of A.
-    plus_ratio: float = 1.0
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Mechanism 1: the derivative-based temporal-importance mask of the gate channels."""
-
-    # "off", "hard" (keep the top share of channels) or "soft" (importance over its mean, to a power, clipped).
-    kind: Literal["off", "hard", "soft"] = "soft"
-    # hard: share of channels kept in each layer, in (0, 1].
-    keep: float = 0.5
-    # soft: exponent on importance / mean(importance).
-    power: float = 2.0
-    # soft: lower clip of the mask.
-    low: float = 0.0
-    # soft: upper clip of the mask.
-    high: float = 4.0
-    # Decay beta of the importance average.
-    decay: float = 0.95
-    # Steps before the mask acts.
-    warmup: int = 10
-    # Also mask the gradient of A through the gate's branch (the update of B's columns is always masked).
-    mask_gradient: bool = True
-    # Measured steps after which importance stays as it is (1: that of one calibration batch); 0: never.
-    frozen_after: int = 0
-    # Placebo: seed of a permutation of the mask over each layer's channels, fixed in a run; -1: none.
-    permute: int = -1
-
-
-@dataclass(frozen=True)
-class StepScaleConfig:
-    """Mechanism 2: the activation-specific step scale on the gate channels' updates."""
-
-    # "off", or "homogeneity": the mean over occupied regions of a gain that falls where the coarse degree is low.
-    kind: Literal["off", "homogeneity"] = "homogeneity"
-    # Gain of the regions inverted, contracting, expanding, linear; their scale does not matter.
-    gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)
-    # The partition counts as meaningful where two regions of different degree hold at least this share of tokens.
-    min_occupancy: float = 0.02
-    # Decay of the occupancy average.
-    decay: float = 0.95
-    # Steps before the scale acts.
-    warmup: int = 10
-    # Measured steps after which the occupancies stay as they are; 0: never.
-    frozen_after: int = 0
-    # Placebo: seed of a permutation of the scale over each layer's channels, fixed in a run; -1: none.
-    permute: int = -1
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The inner optimizer and its schedule."""
-
-    # "adamw", "adam", "sgd", "lion" or "adafactor".
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
-    # Peak learning rate.
-    learning_rate: float = 1e-3
-    # "cosine", "linear" or "constant", after a linear warm-up.
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    # Learning rate of some adapters over that of the others: (pattern, factor) pairs, the first match wins, e.g.
-    # ffn/gate_proj 2. Patterns are searched in paths such as "layers/ffn/gate_proj"; an unused one is an error.
-    rates: tuple[tuple[str, float], ...] = ()
-    # Share of the steps spent warming up.
-    warmup_share: float = 0.05
-    # Learning rate at the end over its peak.
-    final_ratio: float = 0.1
-    # Decoupled weight decay.
-    weight_decay: float = 0.0
-    # Adam's b1, the decay of its average of gradients (lion's too).
-    b1: float = 0.9
-    # Adam's b2, the decay of its average of squared gradients (lion's too).
-    b2: float = 0.999
-    # Adam's eps, added to the root of the average of squares.
-    eps: float = 1e-8
-    # Global-norm clip of the gradient; 0 turns it off.
-    clip_norm: float = 1.0
+__all__ = [
+    "RANGES",
+    "ComputeConfig",
+    "DataConfig",
+    "DebugConfig",
+    "LoRAConfig",
+    "LoRARule",
+    "MaskConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "StepScaleConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "check",
+    "config_from_dict",
+]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nalora_jax import formulas
+from nalora_jax.activations import formulas
 from nalora_jax.errors import NaloraError
 from nalora_jax.registry import Registry
 

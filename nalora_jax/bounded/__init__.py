@@ -2,7 +2,7 @@
 
 A chat template is a program, and so is a regular expression: a file from the net may hold one that loops for ever or
 asks for all memory, and neither jinja2's sandbox nor Python's ``re`` knows a limit. One helper process, started at the
-first use and kept, runs them (`bounded_worker`); one that takes too long or too much ends with that process, and the
+first use and kept, runs them (`worker.py`); one that takes too long or too much ends with that process, and the
 next use starts another. A call costs a tenth of a millisecond more than it would here.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.bounded_worker import MEMORY
+from nalora_jax.bounded.worker import MEMORY
 
 SECONDS = 6.0  # for one call; what a file's own templates and expressions need is a thousandth of it
 _START_SECONDS = 60.0  # for the helper process to begin, on the busiest machine
@@ -135,7 +135,7 @@ class _Helper:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
         self.stop()
-        worker = Path(__file__).with_name("bounded_worker.py")
+        worker = Path(__file__).with_name("worker.py")
         # Its own module search path, so that it finds the same jinja2; -P keeps this package's folder out of it.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-P", "-W", "ignore", str(worker), str(SECONDS)]

@@ -1,0 +1,101 @@
+"""How much longer a tokenizer's rules can make a text, judged from its JSON before a text is given to it.
+
+A ``tokenizer.json`` is a program, too: a list of replacements, each of which may double what the one before left. The
+tokenizers library runs them in this process, without a limit.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+# A space becomes three bytes, a ligature eighteen letters; ALBERT's rules, one after another, come to some 970.
+LONGEST, TOKENS = 1024.0, 4096
+_UNICODE = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "Lowercase": 3.0, "ByteLevel": 2.0}
+
+
+def check_growth(raw: Any, where: str) -> None:
+    """Refuses a parsed ``tokenizer.json`` whose rules can lengthen a text without reasonable bound.
+
+    Args:
+      raw: the parsed file, of any content: what is no rule is left to the tokenizers library.
+      where: the file, for the message.
+
+    Raises:
+      NaloraError: normalizer or decoder can make a text more than 1,024 times as long, or the post-processor adds
+        more than 4,096 tokens to each.
+    """
+    if not isinstance(raw, Mapping):
+        return
+    for part in ("normalizer", "decoder"):
+        found = _growth(raw.get(part))
+        if found > LONGEST:
+            raise NaloraError(
+                f"{where}: {part}",
+                expected=f"rules that make a text at most {LONGEST:.0f} times as long",
+                found=f"rules that can make it {found:.3g} times as long",
+                remedy="use the tokenizer that the model's authors published",
+            )
+    added = _added(raw.get("post_processor"))
+    if added > TOKENS:
+        raise NaloraError(
+            f"{where}: post_processor", expected=f"at most {TOKENS} tokens added to a text", found=f"{added}"
+        )
+
+
+def _growth(rule: Any) -> float:
+    """The largest ratio of bytes after ``rule`` to bytes before it."""
+    if not isinstance(rule, Mapping):
+        return 1.0
+    product = 1.0
+    for name in ("normalizers", "decoders"):
+        for one in rule.get(name) or () if isinstance(rule.get(name), list) else ():
+            product *= _growth(one)
+    kind = rule.get("type")
+    if kind == "Replace":
+        product *= _replacement(rule.get("pattern"), rule.get("content"))
+    elif kind == "Precompiled":
+        product *= _precompiled(rule.get("precompiled_charsmap"))
+    elif isinstance(kind, str):
+        product *= _UNICODE.get(kind, 1.0)
+    return product
+
+
+def _replacement(pattern: Any, content: Any) -> float:
+    if not isinstance(content, str):
+        return 1.0
+    size = len(content.encode(errors="replace"))
+    text = pattern.get("String") if isinstance(pattern, Mapping) else None
+    if isinstance(text, str) and text:
+        return max(1.0, size / len(text.encode(errors="replace")))
+    return 1.0 + size  # a regular expression may match nothing, between any two bytes
+
+
+def _precompiled(text: Any) -> float:
+    """By SentencePiece's table: the size of a trie, the trie, then the replacements, each ended by a zero."""
+    try:
+        table = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        return 1.0  # the library says so itself
+    replacements = table[4 + int.from_bytes(table[:4], "little") :]
+    return float(max(1, max(map(len, replacements.split(b"\0")), default=1)))
+
+
+def _added(rule: Any) -> int:
+    """Tokens that a post-processor adds to one text."""
+    if not isinstance(rule, Mapping):
+        return 0
+    inner = rule.get("processors")
+    total = sum(map(_added, inner)) if isinstance(inner, list) else 0
+    specials, template = rule.get("special_tokens"), rule.get("single")
+    if isinstance(specials, Mapping) and isinstance(template, list):
+        for piece in template:
+            name = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
+            token = specials.get(name.get("id")) if isinstance(name, Mapping) else None
+            ids = token.get("ids") if isinstance(token, Mapping) else None
+            total += len(ids) if isinstance(ids, list) else 0
+    return total

@@ -1,0 +1,58 @@
+"""What happens beside a run's steps: logging, measuring, saving, and being asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.evaluate.heldout import describe
+from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.train.loop import Measured
+from nalora_jax.train.metrics import MetricsLog
+from nalora_jax.train.preemption import StopSignals
+from nalora_jax.train.progress import Progress
+from nalora_jax.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class RunHooks:
+    """What happens beside the steps (the loop's `Hooks`): logging, selecting, saving, and being asked to stop."""
+
+    metrics: MetricsLog
+    progress: Progress
+    selector: Any
+    params: Any
+    checkpointer: Checkpointer
+    batches: BatchIterator
+    stop: StopSignals
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self.progress.advance(step)
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write and show a log step."""
+        self.metrics.write({"step": step, **record})
+        self.progress.log(step, record)
+
+    def evaluate(self, step: int, state: TrainState) -> Measured:
+        """Measure the adapter on the held-out examples that choose the checkpoint."""
+        return self.select(step, self.params, state.lora)
+
+    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+        """Start writing a checkpoint."""
+        self.checkpointer.save(step, state, self.batches.get_state(), measured and measured.metrics)
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether a signal came."""
+        return self.stop.asked(step)
+
+    def select(self, step: int, params: Any, lora: Any | None) -> Measured:
+        """The metric that ranks checkpoints, written and shown."""
+        values = self.selector.measure(params, lora)
+        self.metrics.write({"step": step, "eval": values})
+        self.progress.say(f"step {step}: {describe(values)}")
+        value = float(values[self.selector.metric])
+        return Measured(value if self.selector.mode == "max" else -value, {self.selector.metric: value})
