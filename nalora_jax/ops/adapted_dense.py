@@ -162,7 +162,7 @@ def _low_rank(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.A
     chex.assert_shape(factors.a, (x.shape[-1], factors.b.shape[0]))
     flat = x.reshape(-1, x.shape[-1])
     (y,), (hidden,) = gated(PlainProducts(numerics), flat, (factors,))
-    return y.reshape(*x.shape[:-1], -1), hidden.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1]), hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
 
 # ---------------------------------------------------------------- the gated gradient of A

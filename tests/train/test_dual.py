@@ -89,7 +89,7 @@ def test_both_towers_learn_with_the_mechanisms_on(dual_folder, colours, task) ->
     vision = VisionConfig(task, shots=4, augment="none")
     settings = config(dual_folder("clip"), colours, vision=vision, lora=rules, debug=DebugConfig(check_gates=True))
     _, state, metrics, losses = steps(settings, one_device(), 8)
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
     assert set(metrics["layers"]) == {"image/layers/ffn", "text/layers/ffn"}
     for layers in metrics["layers"].values():
         assert np.all(np.asarray(layers["importance"]) > 0)

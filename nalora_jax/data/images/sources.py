@@ -328,7 +328,7 @@ def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
 def _own(name: str, split: str, cache: Path, **options: Any) -> Any:
     from tensorflow_datasets.core import registered
 
-    with registered.skip_registering():  # TFDS has names of its own, "fashion_mnist" among them
+    with registered.skip_registration():  # TFDS has names of its own, "fashion_mnist" among them
         if name == "emoji":
             from nalora_jax.data.builders.emoji import Builder
         else:
