@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA's CPU client. By default one per device: where two collectives of one program do not depend on each
 # other, devices may wait in different ones until no thread is left to finish either.
 os.environ.setdefault("NPROC", "32")
+# A program that one test has compiled is read by the others, in whichever process they run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/nalora-tests-{os.getppid()}")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest

@@ -42,7 +42,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
-        os.environ["NALORA_CACHE"] = str(folder / "cache")
+        os.environ["NALORA_CACHE"] = tiny.new_cache(folder / "cache")
         self.config = replace(tiny.make_config(folder), steps=STEPS)
         self.whole = self.new_run()
         _expect(self.train(self.whole)[0], 0)

@@ -5,8 +5,10 @@ Used by tests that start whole runs, in this process or in others, and by ``pyth
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import string
@@ -34,6 +36,7 @@ from nalora_jax.config import (
     StepScaleConfig,
     TrainConfig,
 )
+from nalora_jax.downloads import cache_dir
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
@@ -56,6 +59,18 @@ HF = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+
+
+def new_cache(folder: Path) -> str:
+    """A folder to be NALORA_CACHE: new, but for the CPU kernels, whose compilation takes half a minute."""
+    target = folder / "native"
+    if importlib.util.find_spec("nalora_jax.cpu") is not None:
+        from nalora_jax.cpu.native import library
+
+        if library.available():
+            shutil.copytree(cache_dir() / "native", target, ignore=shutil.ignore_patterns("making-*"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
 
 
 def make_model(folder: Path) -> Path:

@@ -30,7 +30,7 @@ def in_processes(count: int, folder: Path, steps: int) -> list[Record]:
 def test_a_run_that_moves_between_processes_and_devices_goes_on_as_if_it_had_stayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path / "cache"))
     alone = tiny.make_config(tmp_path, steps=12)
     stayed = advance(replace(alone, output=str(tmp_path / "stayed")), 12, 1)
     moved = advance(alone, 2, 1)

@@ -17,7 +17,7 @@ def test_a_lost_process_ends_the_other_with_one_line_and_sigterm_to_one_saves_in
     config = replace(tiny.make_config(tmp_path), steps=10**6, mesh=MeshConfig(-1, 1, 1), train=train, resume="auto")
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     command = ["-m", "nalora_jax", "train", "--config", str(settings)]
-    variables = {"NALORA_CACHE": str(tmp_path / "cache"), "NALORA_HEARTBEAT_TIMEOUT": "10"}
+    variables = {"NALORA_CACHE": tiny.new_cache(tmp_path / "cache"), "NALORA_HEARTBEAT_TIMEOUT": "10"}
     saved = tmp_path / "run" / "checkpoints"
 
     first, second = tiny.start(command, count=2, **variables)

@@ -60,9 +60,10 @@ def test_nf4_wants_whole_blocks() -> None:
         quantize(jnp.zeros((100, 4)), "nf4")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("kind", "dora", "family"),
+    [("int8", False, "llama"), ("nf4", True, "llama"), ("int8", True, "mixtral"), ("nf4", False, "mixtral")],
+)
 def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool, family: str) -> None:
     raw = {
         "model_type": family,

@@ -170,9 +170,14 @@ def test_what_is_saved_in_bf16_costs_its_rounding_only(numerics):
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "dim"), [(1, 1, 1, 8), (2, 4, 4, 64), (8, 9, 3, 64), (1, 8, 1, 128)]
+    ("seq", "batch", "heads", "kv_heads", "dim"),
+    [
+        *[(seq, 8, 9, 3, 64) for seq in (1, 8, 64, 65, 128, 200)],
+        *[(seq, 1, 8, 1, 128) for seq in (1, 65)],
+        *[(seq, 2, 4, 4, 64) for seq in (8, 200)],
+        *[(seq, 1, 1, 1, 8) for seq in (64, 128)],
+    ],
 )
-@pytest.mark.parametrize("seq", [1, 8, 64, 65, 128, 200])
 def test_bf16_products_run_at_every_shape(seq, batch, heads, kv_heads, dim):
     # XLA:CPU folds a transposed operand or result into a product, and knows few of those that come of it in bf16.
     rng = np.random.default_rng(seq)

@@ -16,6 +16,7 @@ from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
+from tests import tiny
 
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {
@@ -112,7 +113,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of these tests' own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NALORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NALORA_CACHE", tiny.new_cache(tmp_path_factory.mktemp("new") / "cache"))
         yield
 
 
