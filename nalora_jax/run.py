@@ -19,6 +19,7 @@ from rich.console import Console
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig, check
+from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
 from nalora_jax.data.questions import held_out
@@ -48,6 +49,7 @@ from nalora_jax.train.output import CHECKPOINTS, Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress
+from nalora_jax.train.settle import settled
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.card import write_card
@@ -71,12 +73,20 @@ class RunResult:
     best_step: int
 
 
-def run(config: RunConfig, *, source: Mapping[str, Source] | None = None) -> RunResult:
+def run(
+    config: RunConfig,
+    *,
+    data: Data | None = None,
+    format: Format | None = None,
+    source: Mapping[str, Source] | None = None,
+) -> RunResult:
     """Fine-tunes; see the module's docstring. With several processes all of them do, and the first one logs and writes.
 
     Args:
       config: the run's settings.
-      source: records by split (``{"train": ..., "validation": ...}``), in place of ``config.data.dataset``.
+      data: records, or records by split, in place of ``config.data.dataset``; see `data.given.given_sources`.
+      format: makes an example of each record, or None of one to leave out.
+      source: sources by split (``{"train": ..., "validation": ...}``), in place of ``config.data.dataset``.
 
     Raises:
       NaloraError: bad settings, files or data; nothing of an earlier run is touched.
@@ -84,6 +94,8 @@ def run(config: RunConfig, *, source: Mapping[str, Source] | None = None) -> Run
       Interrupted: Ctrl-C or SIGTERM; where steps had been done, the last one is saved.
     """
     check(config)
+    own, source = given_sources(config.data, data=data, source=source, format=format)
+    config = replace(config, data=own)
     for text in config.mechanisms:
         make(text)  # an unknown name is said before anything is loaded
     distributed.initialize_distributed()
@@ -96,6 +108,7 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
     if config.compute.compilation_cache:
         use_compilation_cache()
     files = None if config.vision.task else resolve(config.model)
+    config = settled(config, files, source)
     placed = config if files is None else laid_out(config, read_config(files))  # records keep what was left open
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(config.compute.implementation, platform_of(mesh).name)
@@ -161,8 +174,7 @@ def _pieces(
 ) -> Pieces:
     """Those of a run on text."""
     check_layout(config, files, mesh)
-    if source is None:
-        check_data(config.data)
+    check_data(config.data, source)
     loaded = _load(config, files, mesh)
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     data = _train_data(config, loaded, mesh, source)

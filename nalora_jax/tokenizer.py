@@ -111,20 +111,31 @@ class Tokenizer:
             remedy="remove that token from the text, or use the tokenizer that belongs to the model",
         )
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """``messages`` as the one text that the model was tuned on.
 
         Args:
           messages: ``{"role": ..., "content": ...}`` dicts, in order.
           add_generation_prompt: end with what precedes an assistant's answer.
+          tools: JSON schemas of the tools that the assistant may call.
 
         Raises:
           NaloraError: the model has no chat template, or the template refuses the messages, or exceeds a limit of time
             or memory.
         """
-        return self.render_chats([(messages, add_generation_prompt)])[0]
+        return self.render_chats([(messages, add_generation_prompt)], tools)[0]
 
-    def render_chats(self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]) -> list[str]:
+    def render_chats(
+        self,
+        chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str]:
         """`render_chat` of several (messages, add_generation_prompt), for little more than the cost of one."""
         if self.chat_template is None:
             raise NaloraError(
@@ -133,7 +144,7 @@ class Tokenizer:
                 found="none in its tokenizer",
                 remedy="use an instruction-tuned model, or prompt/completion data",
             )
-        rest = {"tools": None, "documents": None, **(self.special_tokens or {})}
+        rest = {"tools": tools, "documents": None, **(self.special_tokens or {})}
         variables = [{"messages": messages, "add_generation_prompt": prompt, **rest} for messages, prompt in chats]
         try:
             return bounded.render(self.chat_template, variables)

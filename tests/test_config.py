@@ -15,14 +15,15 @@ RULE = LoRARule("x", 1)
 RANGES = [
     # flag, values that are refused, values at the edge that are accepted
     ("steps", [0, -1], [1]),
+    ("epochs", [-1.0, math.nan, math.inf], [0.0, 0.5]),
     ("train.batch_size", [0, -8], [1]),
     ("train.accumulate", [0], [1, 4]),
     ("train.log_every", [0], [1]),
-    ("train.eval_every", [-1], [0]),
+    ("train.eval_every", [-2], [-1, 0]),
     ("train.save_every", [-1], [0]),
     ("train.keep", [-1], [0]),
     ("train.patience", [-1], [0]),
-    ("data.max_length", [0], [1]),
+    ("data.max_length", [-1], [0, 1]),
     ("data.eval_limit", [-1], [0]),
     ("data.train_limit", [-1], [0]),
     ("compute.stats_stride", [0], [1, 8]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Any
 
 from nalora_jax.cli import doctor, images, parser, plan, usage, verbs
 from nalora_jax.config.ranges import check_path, check_ranges
+from nalora_jax.errors import NaloraError
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ _TRAIN = (
     "--output",
     "--resume",
     "--steps",
+    "--epochs",
+    "--dry-run",
     "--seed",
     "--data.dataset",
     "--data.eval-split",
@@ -56,6 +58,9 @@ VERBS = {
     "retrieve": Verb(images.RetrieveArgs, images.retrieve),
 }
 
+
+_RESUME = ("yes", "no", "auto")
+_ASSIGNED = ("--mesh=", "--data.max-length=", "--resume=")
 
 # The numbers that each verb's own flags may hold.
 RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES}
@@ -90,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
-    words = [word for one in _with_mesh(words) for word in (("--resume", "no") if one == "--no-resume" else (one,))]
+    words = _spelled_out(words)
     asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))
@@ -99,6 +104,8 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         usage.check(name, verb.arguments, words)
     start = parser.defaults(words) if verb.arguments is parser.TrainArgs else None
     args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
+    if verb.arguments is parser.TrainArgs and args.run.epochs and parser.values_of(words, "--steps") is not None:
+        raise NaloraError("--steps", expected="steps or epochs", found="both", remedy="leave one of them out")
     check_ranges(args, RANGES.get(verb.arguments, {}))
     for one in fields(args):
         if isinstance(value := getattr(args, one.name), Path):
@@ -106,12 +113,28 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     return args
 
 
-def _with_mesh(words: list[str]) -> list[str]:
-    """``--mesh auto`` as the flags that it stands for: every axis is left open."""
-    for i, pair in enumerate(itertools.pairwise(words)):
-        if pair == ("--mesh", "auto"):
-            return [*words[:i], *(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")), *words[i + 2 :]]
-    return words
+# What may be typed, and the flags that it stands for.
+_SHORT = {
+    ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")),
+    ("--data.max-length", "auto"): ("--data.max-length=0",),
+}
+
+
+def _spelled_out(words: list[str]) -> list[str]:
+    """Words as the parser takes them: without ``--mesh auto``, ``--data.max-length auto``, ``--resume FOLDER``."""
+    found: list[str] = []
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
+    while rest:
+        pair = tuple(rest[:2])
+        if pair in _SHORT:
+            found += _SHORT[pair]
+        elif pair[0] == "--resume" and len(pair) == 2 and not pair[1].startswith("-") and pair[1] not in _RESUME:
+            found += ["--output", pair[1], "--resume", "yes"]
+        else:
+            found += ["--resume", "no"] if rest[0] == "--no-resume" else rest[:1]
+            pair = pair[:1]
+        rest = rest[len(pair) :]
+    return found
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:

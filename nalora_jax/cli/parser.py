@@ -6,26 +6,21 @@ so that ``nalora --help`` answers at once.
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
 from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
 from nalora_jax.config.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range
 from nalora_jax.errors import NaloraError
 
 Dtype = Literal["bfloat16", "float32"]
-RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
 
 
 def one_device() -> MeshConfig:
@@ -37,9 +32,12 @@ def one_device() -> MeshConfig:
 class TrainArgs:
     """Fine-tune a model: adapters, checkpoints, metrics and a report go to --output."""
 
-    # Python file whose config() returns the RunConfig that all other flags start from. It is executed: use only files
-    # that you trust.
+    # YAML or JSON file of settings that all other flags start from; or a Python file whose config() returns them, which
+    # is executed: use only files that you trust.
     config: Path | None = None
+    # Show what would run (the settings as YAML, parameters, rows, steps, an estimate of memory) and stop; no weight is
+    # loaded and nothing is written but the data's cache.
+    dry_run: bool = False
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
 
@@ -51,9 +49,9 @@ class EvalArgs:
     model: Positional[str]
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Task, "tfds:<name>" or JSONL file. By default what the run was trained on, else socialiqa.
+    # As --data.dataset of nalora train. By default what the run was trained on, else socialiqa.
     dataset: str | None = None
-    # Split. By default the run's, else "validation".
+    # Split. By default the run's; of another --dataset its "validation", or else all of "train".
     split: str | None = None
     # Examples at most (0: all). By default the run's, else 400.
     limit: int | None = None
@@ -149,7 +147,7 @@ class InspectArgs:
     adapter: Path | None = None
     # Texts to run through; by default a few of this library's own.
     texts: tuple[str, ...] = ()
-    # Take the texts from this task, "tfds:<name>" or JSONL file instead.
+    # Take the texts from these data instead: as --data.dataset of nalora train.
     dataset: str | None = None
     # Split of that data.
     split: str = "validation"
@@ -210,28 +208,6 @@ RANGES: dict[type, dict[str, Range]] = {
 }
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """What ``config()`` of the Python file at ``path`` returns.
-
-    Raises:
-      NaloraError: the file is missing, is not Python, has no ``config``, fails, or returns something else.
-    """
-    path = Path(path)
-    function = getattr(_load_module(path), "config", None)
-    if not callable(function):
-        raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
-    try:
-        config = function()
-    except NaloraError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise _bad_config(path, "config() to return a RunConfig", f"{type(error).__name__}: {error}") from error
-    if not isinstance(config, RunConfig):
-        raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
-    _check_types(config, path)
-    return config
-
-
 def registry() -> ConstructorRegistry:
     """tyro's rules of construction, and how adapter rules are typed: ``PATTERN:RANK[:ALPHA]``."""
     rules = ConstructorRegistry()
@@ -275,31 +251,6 @@ def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
     return found[tuple(texts)]
 
 
-def parse_rule(text: str) -> LoRARule:
-    """An adapter rule as typed on the command line.
-
-    Example:
-      >>> parse_rule("ffn/gate_proj:16"), parse_rule("attn:8:32")
-      (LoRARule(pattern='ffn/gate_proj', rank=16, alpha=None), LoRARule(pattern='attn', rank=8, alpha=32.0))
-
-    Raises:
-      ValueError: it is not of the form PATTERN:RANK[:ALPHA]; tyro turns this into its own message.
-    """
-    match = RULE.fullmatch(text)
-    try:
-        if match is None:
-            raise ValueError
-        alpha = match["alpha"]
-        return LoRARule(match["pattern"], int(match["rank"]), None if alpha is None else float(alpha))
-    except ValueError:
-        raise ValueError(f"expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found {text!r}") from None
-
-
-def format_rule(rule: LoRARule) -> str:
-    """The text that `parse_rule` reads as ``rule``."""
-    return f"{rule.pattern}:{rule.rank}" + ("" if rule.alpha is None else f":{rule.alpha:g}")
-
-
 def typed(value: Any) -> str:
     """A default as it would be typed; nothing for None and for what is off."""
     if isinstance(value, tuple):
@@ -318,8 +269,8 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
         resume, output = values_of(argv, "--resume"), values_of(argv, "--output")
         return TrainArgs() if resume in (None, ["no"]) else TrainArgs(run=_recorded((output or [RunConfig.output])[0]))
     if not config:
-        raise NaloraError("--config", expected="a Python file", found="nothing")
-    return TrainArgs(Path(config[0]), load_config(config[0]))
+        raise NaloraError("--config", expected="a YAML, JSON or Python file", found="nothing")
+    return TrainArgs(Path(config[0]), run=load_config(config[0]))
 
 
 def _recorded(output: str) -> RunConfig:
@@ -327,7 +278,9 @@ def _recorded(output: str) -> RunConfig:
     from nalora_jax.train.metrics import recorded_settings
 
     settings = recorded_settings(output)
-    return replace(config_from_dict(settings) if settings else RunConfig(), output=output, resume=False)
+    config = config_from_dict(settings) if settings else RunConfig()
+    # Epochs have become the steps that are recorded with them, which --steps may now change.
+    return replace(config, output=output, resume=False, epochs=0.0)
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
@@ -342,45 +295,3 @@ def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
             end = next((i for i, one in enumerate(rest) if one.startswith("--")), len(rest))
             found = list(rest[:end])
     return found
-
-
-def _load_module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise _bad_config(path, "a Python file", "a folder" if path.is_dir() else "no such file")
-    spec = importlib.util.spec_from_file_location("nalora_config", path)
-    if spec is None or spec.loader is None:
-        raise _bad_config(path, "a Python file, with a name that ends in .py", path.name)
-    module = importlib.util.module_from_spec(spec)
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache beside the user's file
-    try:
-        spec.loader.exec_module(module)
-    except NaloraError:
-        raise
-    except (Exception, SystemExit) as error:  # a file that ends the program must not look like a finished run
-        raise _bad_config(path, "a Python file that can be run", f"{type(error).__name__}: {error}") from error
-    finally:
-        sys.dont_write_bytecode = write_bytecode
-    return module
-
-
-def _check_types(config: Any, path: Path, prefix: str = "") -> None:
-    """Raises unless every field of the nested dataclasses has its declared type: Python itself does not check."""
-    hints = get_type_hints(type(config))
-    for one in fields(config):
-        name, value = f"{prefix}{one.name}", getattr(config, one.name)
-        try:
-            check_type(value, hints[one.name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        except TypeCheckError as error:
-            hint = hints[one.name]
-            hint = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise _bad_config(path, f"{name} of type {hint}", repr(value)) from error
-        for index, part in enumerate(value if isinstance(value, tuple) else ()):
-            if is_dataclass(part):
-                _check_types(part, path, f"{name}[{index}].")
-        if is_dataclass(value):
-            _check_types(value, path, f"{name}.")
-
-
-def _bad_config(path: Path, expected: str, found: str) -> NaloraError:
-    remedy = "see the files in configs/ for examples"
-    return NaloraError(f"--config {path}", expected=expected, found=found, remedy=remedy)

@@ -30,6 +30,10 @@ def train(args: cli.TrainArgs) -> None:
     """Fine-tune as the config says; `nalora_jax.run.run` prints what happens."""
     check(args.run)  # before anything heavy is imported
     check_new_path("--output", Path(args.run.output))
+    if args.dry_run:
+        from nalora_jax.cli.dry_run import dry_run
+
+        return dry_run(args.run)
     from nalora_jax.run import run
 
     run(args.run)
@@ -42,7 +46,7 @@ def evaluate(args: cli.EvalArgs) -> None:
     with PiSSA up to rounding, as it is exported to another base than it was trained on).
     """
     from nalora_jax.data.questions import eval_examples, held_out
-    from nalora_jax.data.sources import open_source
+    from nalora_jax.data.sources import open_held_out, split_to_measure
     from nalora_jax.evaluate.heldout import Evaluator, describe
     from nalora_jax.files import write_atomically
     from nalora_jax.load import load, locate
@@ -56,7 +60,9 @@ def evaluate(args: cli.EvalArgs) -> None:
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
     data = data_of(locate(args.model, args.adapter).run, asked)
     with flags_of_verb():
-        open_source(data, data.eval_split).read([0])  # before a model is loaded for nothing
+        if args.dataset is not None and args.split is None:
+            data = replace(data, eval_split=split_to_measure(data))
+        open_held_out(data, data.eval_split).read([0])  # before a model is loaded for nothing
     mesh = mesh_of(args.mesh)
     quantize = args.quantize or "run"
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
@@ -159,7 +165,7 @@ def inspect(args: cli.InspectArgs) -> None:
     """Print the table of every layer's gates, and draw the picture if asked for."""
     from rich.console import Console
 
-    from nalora_jax.data.sources import open_source
+    from nalora_jax.data.sources import open_held_out
     from nalora_jax.load import load, locate
     from nalora_jax.report.inspect import check_picture, layer_table, save_picture
     from nalora_jax.report.inspection import TEXTS, inspect_texts
@@ -172,7 +178,7 @@ def inspect(args: cli.InspectArgs) -> None:
         run = locate(args.model, args.adapter).run
         data = replace(_run_data(run), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
         with flags_of_verb():
-            open_source(data, data.eval_split).read([0])
+            open_held_out(data, data.eval_split).read([0])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype)
     texts: Sequence[str] = args.texts or TEXTS
     if data is not None:
@@ -242,9 +248,9 @@ def card(model: AdaptedModel, kind: Literal["adapter", "merged"]) -> str:
 def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     """The first ``eval_limit`` records of ``eval_split`` (0: all), rendered as in training."""
     from nalora_jax.data.chat import render
-    from nalora_jax.data.sources import open_source
+    from nalora_jax.data.sources import open_held_out
 
-    source = open_source(data, data.eval_split)
+    source = open_held_out(data, data.eval_split)
     count = min(len(source), data.eval_limit or len(source))
     records = enumerate(source.read(range(count)))
     return [render(record, data, tokenizer, source.where(index)).text for index, record in records]

@@ -20,13 +20,14 @@ from nalora_jax.config.ranges import (
     BELOW_ONE,
     COUNT,
     GAIN,
+    INTERVAL,
+    LENGTH,
     PERMUTATION,
     RANK,
     ROWS,
     SEED,
     SHARE,
     SIZE,
-    TOKENS,
     Range,
     check_path,
     check_ranges,
@@ -58,19 +59,21 @@ __all__ = [
 class DataConfig:
     """What to train and evaluate on, and how text becomes rows."""
 
-    # A task of this library ("socialiqa", ...), "tfds:<name>", or the path of a JSONL file.
+    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path of a file (JSONL, JSON, CSV,
+    # TSV, Parquet, Arrow) or folder; or several with weights: "a.jsonl*3,b.parquet".
     dataset: str = "socialiqa"
     # TFDS folder that holds (or receives) a "tfds:" data set; empty means TFDS's own default.
     data_dir: str = ""
-    # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a JSONL file has one split, "train".
+    # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a file has one split, "train".
     train_split: str = "train"
-    # Split held out for evaluation. For JSONL: another file's path, or a slice such as "train[-5%:]".
-    eval_split: str = "validation"
+    # Split held out for evaluation, another file's path, or "auto": the split "validation" if there is one, else 5% of
+    # the training records (at most 500), drawn once by a fixed seed.
+    eval_split: str = "auto"
     # Held-out examples that before and after are measured on (0: all that are left), drawn once by a fixed seed.
     eval_limit: int = 400
     # Other held-out examples, measured along the way, which choose the checkpoint that is exported.
     select_limit: int = 200
-    # Tokens per row.
+    # Tokens per row; 0, "auto" on the command line: a length that keeps 99% of the examples whole.
     max_length: int = 128
     # Pack several examples into one row (they never attend to each other); off: one example a row.
     pack: bool = True
@@ -117,8 +120,8 @@ class TrainConfig:
     accumulate: int = 1
     # Steps between log lines.
     log_every: int = 10
-    # Steps between evaluations; 0 turns evaluation during training off.
-    eval_every: int = 50
+    # Steps between evaluations; -1: 50, or half of a run that is shorter than 100 steps; 0: none during training.
+    eval_every: int = -1
     # Steps between checkpoints; 0 turns checkpoints during training off.
     save_every: int = 50
     # Checkpoints kept besides the best one.
@@ -171,9 +174,12 @@ class RunConfig:
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or this run's own with --resume.
     output: str = "runs/default"
     # Continue the run in `output` where its last checkpoint left it, with its own settings; "auto": if there is one.
+    # On the command line --resume FOLDER names the run too.
     resume: bool | Literal["auto"] = False
     # Optimizer steps.
     steps: int = 100
+    # Passes over the data, in place of steps; 0: what `steps` says.
+    epochs: float = 0.0
     # Seed of adapters, data order and dropout.
     seed: int = 0
     # Also write TensorBoard event files.
@@ -224,6 +230,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
 # Every number of a run's settings; those of rules and gains are checked one by one.
 RANGES = {
     "steps": SIZE,
+    "epochs": Range("a number", "[0, 1e6]"),
     "seed": SEED,
     "lora.dropout": BELOW_ONE,
     "lora.plus_ratio": Range("a number", "(0, 1e6]"),
@@ -251,7 +258,7 @@ RANGES = {
     "optimizer.clip_norm": Range("a number", "[0, 1e9]"),
     "data.eval_limit": COUNT,
     "data.select_limit": SIZE,
-    "data.max_length": TOKENS,
+    "data.max_length": LENGTH,
     "data.train_limit": COUNT,
     "data.workers": Range("a whole number", "[0, 1024]"),
     "mesh.data": AXIS,
@@ -260,7 +267,7 @@ RANGES = {
     "train.batch_size": ROWS,
     "train.accumulate": ROWS,
     "train.log_every": SIZE,
-    "train.eval_every": COUNT,
+    "train.eval_every": INTERVAL,
     "train.save_every": COUNT,
     "train.keep": COUNT,
     "train.patience": COUNT,

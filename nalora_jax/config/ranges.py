@@ -38,6 +38,8 @@ class Range:
 INDEX = 2**31 - 1  # the largest number that JAX counts with
 COUNT, SIZE = Range("a whole number", f"[0, {INDEX}]"), Range("a whole number", f"[1, {INDEX}]")
 SEED, TOKENS = Range("a whole number", f"[0, {2**32 - 1}]"), Range("a whole number", f"[1, {2**24}]")
+LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: left to the library
+INTERVAL = Range("a whole number", f"[0, {INDEX}]", also=-1)  # -1: left to the library
 ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
 PERMUTATION = Range("a whole number", f"[0, {2**32 - 1}]", also=-1)  # a seed; -1 is none
 BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data.forms import canonical, message_of, tools_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import is_unicode
 
@@ -32,7 +33,7 @@ class Rendered:
 
 
 def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
-    """The training text of a record, by the fields that it has: chat messages, or prompt and completion.
+    """The training text of a record, by the fields that it has (`nalora_jax.data.forms`).
 
     Args:
       record: one record of the data set.
@@ -44,8 +45,10 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
       NaloraError: a field is missing or of the wrong type, there is no answer, or the chat template is one whose
         earlier turns change when later ones are added, so that no exact mask exists.
     """
+    record = canonical(record, config, where)
     if config.messages_field in record:
-        return render_chat(messages_of(record, config, where), config.loss_on, tokenizer, where)
+        messages, tools = messages_of(record, config, where), tools_of(record, where)
+        return render_chat(messages, config.loss_on, tokenizer, where, tools)
     prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
     completion = text_field(record, config.completion_field, where, "--data.completion-field")
     if not completion:
@@ -56,7 +59,13 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
     return Rendered(text, ((0 if config.loss_on == "all" else len(prompt), len(text)),), special=True)
 
 
-def render_chat(messages: Sequence[Message], loss_on: str, tokenizer: Tokenizer, where: str) -> Rendered:
+def render_chat(
+    messages: Sequence[Message],
+    loss_on: str,
+    tokenizer: Tokenizer,
+    where: str,
+    tools: Sequence[Message] | None = None,
+) -> Rendered:
     """A conversation as its model's template writes it.
 
     An answer runs from where generation would start to the end of its end-of-turn token; white space that a template
@@ -74,11 +83,11 @@ def render_chat(messages: Sequence[Message], loss_on: str, tokenizer: Tokenizer,
     if turns and turns[0] == 0 and loss_on != "all":
         raise NaloraError(where, expected="a user's or system's message first", found="an assistant's")
     if loss_on == "all":
-        text = tokenizer.render_chat(messages).rstrip()
+        text = tokenizer.render_chat(messages, tools=tools).rstrip()
         return Rendered(text, ((0, len(text)),), special=False)
     # The whole, and for each answer what comes before it and what comes up to its end.
     parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
-    text, *texts = tokenizer.render_chats([(messages, False), *parts])
+    text, *texts = tokenizer.render_chats([(messages, False), *parts], tools)
     answers = tuple(_answer(text, before, upto, where) for before, upto in zip(texts[::2], texts[1::2], strict=True))
     end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
     return Rendered(text[:end], answers, special=False)
@@ -115,13 +124,11 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
     if not isinstance(value, list) or not value:
         found = "none" if value == [] else f"a {type(value).__name__}"
         raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=found)
-    for number, message in enumerate(value):
-        here = f"{where}: {field}[{number}]"
-        if not isinstance(message, dict):
-            raise NaloraError(here, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
-        text_field(message, "role", here)
-        text_field(message, "content", here)
-    return value
+    messages = [message_of(message, f"{where}: {field}[{number}]") for number, message in enumerate(value)]
+    for number, message in enumerate(messages):
+        text_field(message, "role", f"{where}: {field}[{number}]")
+        text_field(message, "content", f"{where}: {field}[{number}]")
+    return messages
 
 
 def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", others: str = "") -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,10 @@ class JsonLines:
             kind = type(value).__name__
             raise NaloraError(self.where(index), expected="a JSON object", found=f"a {kind}", remedy="fix this line")
         return value
+
+    def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The objects at ``indices``."""
+        return [self[index] for index in indices]
 
     def where(self, index: int) -> str:
         """``path:line``, the line counted from 1 as editors do."""

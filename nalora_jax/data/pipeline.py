@@ -13,8 +13,9 @@ import grain
 import numpy as np
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data.lengths import with_length
 from nalora_jax.data.packing import Pattern, Plan, assemble, pack, plan
-from nalora_jax.data.sources import Source, open_source
+from nalora_jax.data.sources import Source, open_train
 from nalora_jax.data.store import TokenStore, open_store
 from nalora_jax.errors import NaloraError
 
@@ -207,7 +208,8 @@ def train_data(
         )
     if rows is None:
         rows = range(batch_size // accumulate)
-    opened = open_source(config, config.train_split, cache=cache, source=source)
+    opened = open_train(config, cache=cache, source=source)
+    config = with_length(config, opened, tokenizer)
     store = open_store(opened, config, tokenizer, seed, cache)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(store, pattern, seed, batch_size, accumulate, tuple(map(int, rows)), config.workers)

@@ -11,9 +11,10 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
+from nalora_jax.data.forms import canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import Source, check_disjoint, open_source, require_some
+from nalora_jax.data.sources import Source, open_held_out, open_pair, require_some
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.errors import NaloraError
 
@@ -60,9 +61,10 @@ def eval_examples(
     Raises:
       NaloraError: bad data, or records that are trained on too.
     """
-    read = open_source(config, split or config.eval_split, cache=cache, source=source)
-    if split is None and config.train_split != config.eval_split:
-        check_disjoint(open_source(config, config.train_split, cache=cache, source=source), read)
+    if split is None:
+        _, read = open_pair(config, cache=cache, source=source)
+    else:
+        read = open_held_out(config, split, cache=cache, source=source)
     require_some(read)
     count = config.eval_limit if limit is None else limit
     drawn = permutation(len(read), _SEED)
@@ -107,8 +109,10 @@ def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tup
 
 def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
     """The texts to score of one record."""
+    record = canonical(record, config, where)
     if config.messages_field in record:
-        return _Question([_chat_text(messages_of(record, config, where), tokenizer, where)], [], 0, False)
+        messages, tools = messages_of(record, config, where), tools_of(record, where)
+        return _Question([_chat_text(messages, tokenizer, where, tools)], [], 0, False)
     prompts, completions, choices, gold = _choices(record, config, where)
     pairs = zip(prompts, completions, strict=True)
     texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
@@ -148,15 +152,26 @@ def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer
     return _chat_text(as_messages(prompt, completion), tokenizer, where)
 
 
-def _chat_text(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> Rendered:
+def _chat_text(
+    messages: Sequence[Message], tokenizer: Tokenizer, where: str, tools: Sequence[Message] | None = None
+) -> Rendered:
     """A conversation up to the end of its last answer, without the end-of-turn token."""
-    text = render_chat(messages, "answer", tokenizer, where)
-    ((start, _),) = text.answers
-    answer = next(turn["content"] for turn in reversed(messages) if turn["role"] == "assistant").strip()
-    found = text.text.find(answer, start)
-    if not answer or found < 0:
-        raise NaloraError(where, expected="an answer that the chat template writes as it is", found=repr(answer[:80]))
-    end = found + len(answer)
+    text = render_chat(messages, "answer", tokenizer, where, tools)
+    ((start, end),) = text.answers
+    last = next(turn for turn in reversed(messages) if turn["role"] == "assistant")
+    if last.get("tool_calls"):  # how a call is written is the template's own affair
+        stops = [token for index in tokenizer.eos_ids if (token := tokenizer.backend.id_to_token(index))]
+        written = text.text[start:end]
+        stop = next((one for one in stops if written.endswith(one)), "")
+        end = start + len(written.removesuffix(stop).rstrip())
+    else:
+        answer = last["content"].strip()
+        found = text.text.find(answer, start)
+        if not answer or found < 0:
+            raise NaloraError(
+                where, expected="an answer that the chat template writes as it is", found=repr(answer[:80])
+            )
+        end = found + len(answer)
     return Rendered(text.text[:end], ((start, end),), special=False)
 
 

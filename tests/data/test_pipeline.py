@@ -21,7 +21,7 @@ def config(write_jsonl) -> DataConfig:
     records = [
         {"prompt": f"Question: {'which way ' * (n % 7)}{n}?\nAnswer:", "completion": f" up {n}"} for n in range(COUNT)
     ]
-    return DataConfig(dataset=write_jsonl(*records), max_length=64)
+    return DataConfig(eval_split="unread", dataset=write_jsonl(*records), max_length=64)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_limit_takes_the_first_of_the_shuffle(open_data, config):
 def test_too_long(open_data, write_jsonl, tokenizer, caplog):
     long = {"prompt": "up " * 60, "completion": " Paris"}
     path = write_jsonl({"prompt": "up", "completion": " Paris"}, long, {"prompt": "down", "completion": " Paris"})
-    base = DataConfig(dataset=path, max_length=10)
+    base = DataConfig(eval_split="unread", dataset=path, max_length=10)
     size = len(tokenizer.encode(long["prompt"])) + len(tokenizer.encode(" Paris")) + 1
     with pytest.raises(
         NaloraError, match=rf"data.jsonl:2: expected at most --data.max-length 10 .*found {size} tokens"
@@ -185,19 +185,23 @@ def test_example_exactly_as_long_as_a_row(open_data, write_jsonl, tokenizer):
     record = {"prompt": "up up up", "completion": " Paris"}
     size = len(tokenizer.encode(record["prompt"])) + len(tokenizer.encode(record["completion"])) + 1
     path = write_jsonl(record)
-    data = open_data(DataConfig(dataset=path, max_length=size - 1, too_long="error"), batch_size=1)
+    data = open_data(DataConfig(eval_split="unread", dataset=path, max_length=size - 1, too_long="error"), batch_size=1)
     assert data.describe()["filling"] == 1.0
     with pytest.raises(NaloraError):
-        open_data(DataConfig(dataset=path, max_length=size - 2, too_long="error"))
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=size - 2, too_long="error"))
 
 
 def test_record_without_a_token_to_learn(open_data, write_jsonl, tokenizer):
     talk = [{"role": "user", "content": "up"}]
     path = write_jsonl({"prompt": "a", "completion": "b"}, {"messages": talk})
     with pytest.raises(NaloraError, match=r"data.jsonl:2: expected an assistant's turn"):
-        open_data(DataConfig(dataset=path))
+        open_data(DataConfig(eval_split="unread", dataset=path))
     with pytest.raises(NaloraError, match=r"eos.jsonl:1: expected a token to learn, found none in 1 tokens"):
-        open_data(DataConfig(dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl")))
+        open_data(
+            DataConfig(
+                eval_split="unread", dataset=write_jsonl({"prompt": "", "completion": "<|im_end|>"}, name="eos.jsonl")
+            )
+        )
 
 
 def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatch):
@@ -241,7 +245,7 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_
 def test_broken_data_leave_nothing_behind(open_data, write_jsonl, tmp_path):
     path = write_jsonl(*({"prompt": "a", "completion": "b"} for _ in range(5)), "{oops")
     with pytest.raises(NaloraError, match=r"data.jsonl:6: expected a JSON object"):
-        open_data(DataConfig(dataset=path))
+        open_data(DataConfig(eval_split="unread", dataset=path))
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 
@@ -262,7 +266,9 @@ def test_loss_on_every_turn_reaches_the_batch(open_data, write_jsonl, tokenizer)
         {"role": role, "content": text}
         for role, text in [("user", "up"), ("assistant", "the sky"), ("user", "more"), ("assistant", "green hills")]
     ]
-    data = open_data(DataConfig(dataset=write_jsonl({"messages": turns}), loss_on="assistant"), batch_size=1)
+    data = open_data(
+        DataConfig(eval_split="unread", dataset=write_jsonl({"messages": turns}), loss_on="assistant"), batch_size=1
+    )
     assert answers_of(take(data, 1)[0], tokenizer) == ["the sky<|im_end|>green hills<|im_end|>"]
 
 
@@ -271,12 +277,23 @@ def test_the_length_that_keeps_all_is_named_every_time(open_data, write_jsonl, t
     path = write_jsonl(*texts)
     for _ in range(2):  # the second time from the cache
         caplog.clear()
-        assert open_data(DataConfig(dataset=path, max_length=8), batch_size=1).describe()["dropped"] == 1
+        assert (
+            open_data(DataConfig(eval_split="unread", dataset=path, max_length=8), batch_size=1).describe()["dropped"]
+            == 1
+        )
         (message,) = [record.message for record in caplog.records if "left out" in record.message]
         assert "1 of 4 records (25%)" in message
     enough = int(re.search(r"--data.max-length (\d+) keeps all", message)[1])
-    assert open_data(DataConfig(dataset=path, max_length=enough), batch_size=1).describe()["dropped"] == 0
-    assert open_data(DataConfig(dataset=path, max_length=enough - 1), batch_size=1).describe()["dropped"] == 1
+    assert (
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=enough), batch_size=1).describe()["dropped"]
+        == 0
+    )
+    assert (
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=enough - 1), batch_size=1).describe()[
+            "dropped"
+        ]
+        == 1
+    )
 
 
 def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
@@ -284,6 +301,8 @@ def test_more_than_half_dropped_is_an_error(open_data, write_jsonl):
     with pytest.raises(
         NaloraError, match=r"3 of 5 records \(60%\), longer than --data.max-length 8; .*keeps all.*truncate"
     ):
-        open_data(DataConfig(dataset=write_jsonl(*texts), max_length=8), batch_size=1)
+        open_data(DataConfig(eval_split="unread", dataset=write_jsonl(*texts), max_length=8), batch_size=1)
     half = write_jsonl(*texts[:4], name="half.jsonl")
-    assert open_data(DataConfig(dataset=half, max_length=8), batch_size=1).describe()["dropped"] == 2
+    assert (
+        open_data(DataConfig(eval_split="unread", dataset=half, max_length=8), batch_size=1).describe()["dropped"] == 2
+    )

@@ -1,0 +1,221 @@
+"""Files that a run's flags may start from: Python, YAML and JSON; and a run's settings as YAML.
+
+A YAML or JSON file holds what differs from the defaults, by the names of `nalora_jax.config`:
+
+    model: smollm2-135m-instruct
+    epochs: 2
+    lora:
+      rules: ["ffn:16:32", "attn/(q|v)_proj:8"]
+    data: {dataset: chat.jsonl, chat: true}
+
+Rules may be written as on the command line. Nothing in such a file is executed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from nalora_jax.cli.usage import did_you_mean
+from nalora_jax.config import LoRARule, RunConfig
+from nalora_jax.errors import NaloraError
+
+RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
+ENDINGS = (".yaml", ".yml", ".json")
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The settings in a YAML or JSON file, or what ``config()`` of a Python file returns.
+
+    Raises:
+      NaloraError: the file is missing, is neither, has no ``config``, fails, or returns something else.
+    """
+    path = Path(path)
+    if path.suffix in ENDINGS:
+        config = read_settings(path)
+        _check_types(config, path)
+        return config
+    function = getattr(_load_module(path), "config", None)
+    if not callable(function):
+        raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
+    try:
+        config = function()
+    except NaloraError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _bad_config(path, "config() to return a RunConfig", f"{type(error).__name__}: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
+    _check_types(config, path)
+    return config
+
+
+def read_settings(path: Path) -> RunConfig:
+    """The run's settings in a YAML or JSON file.
+
+    Raises:
+      NaloraError: it cannot be read, names a field that there is not, or a value is of the wrong type.
+    """
+    where = f"--config {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise NaloraError(where, expected="a readable file", found=error.strerror or error) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise NaloraError(where, expected=f"a {kind} file", found=" ".join(str(error).split())) from error
+    made: RunConfig = _made(RunConfig, {} if values is None else values, where, "")
+    return made
+
+
+def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
+    """A dataclass with the fields that ``values`` names."""
+    if not isinstance(values, Mapping):
+        raise NaloraError(where, expected=f"settings by name in {prefix or 'the file'}", found=repr(values)[:80])
+    hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
+    found = {}
+    for name, value in values.items():
+        full = f"{prefix}.{name}" if prefix else str(name)
+        if name not in known:
+            near = did_you_mean(str(name), known)
+            remedy = f"did you mean {near}?" if near else "nalora train --help-all lists all"
+            raise NaloraError(where, expected="settings of a run", found=full, remedy=remedy)
+        found[name] = _value(hints[name], value, where, full)
+    return kind(**found)
+
+
+def _value(hint: Any, value: Any, where: str, name: str) -> Any:
+    """``value`` as ``hint`` has it: what YAML and JSON cannot tell apart is made what the field is."""
+    if is_dataclass(hint):
+        return _rule(value, where, name) if hint is LoRARule else _made(hint, value, where, name)
+    inner = get_args(hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise NaloraError(where, expected=f"a list in {name}", found=repr(value)[:80])
+        kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) != len(value):
+            raise NaloraError(where, expected=f"{len(kinds)} values in {name}", found=len(value))
+        return tuple(_value(kind, one, where, name) for kind, one in zip(kinds, value, strict=True))
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [kind for kind in inner if kind is not type(None) and get_origin(kind) is not Literal]
+        return value if value is None or isinstance(value, str) else _value(kinds[0], value, where, name)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a text
+        except ValueError:
+            raise NaloraError(where, expected=f"a number in {name}", found=repr(value)[:80]) from None
+    if name == "data.max_length" and value == "auto":
+        return 0
+    return value
+
+
+def _rule(value: Any, where: str, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return _made(LoRARule, value, where, name)
+    try:
+        return parse_rule(value if isinstance(value, str) else repr(value))
+    except ValueError as error:
+        raise NaloraError(where, expected=f"rules PATTERN:RANK[:ALPHA] in {name}", found=error) from None
+
+
+def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
+    """Settings as a YAML file that `read_settings` reads as the same.
+
+    Args:
+      config: the settings.
+      changed_only: leave out what has its default.
+    """
+    values = _plain(config, RunConfig() if changed_only else None)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100) if values else "{}\n"
+
+
+def _plain(value: Any, default: Any) -> Any:
+    if isinstance(value, LoRARule):
+        return format_rule(value)
+    if is_dataclass(value):
+        found = {}
+        for one in fields(value):
+            own = getattr(value, one.name)
+            if default is None or own != getattr(default, one.name):
+                inner = getattr(default, one.name) if default is not None and is_dataclass(own) else None
+                found[one.name] = _plain(own, inner)
+        return found
+    return [_plain(one, None) for one in value] if isinstance(value, tuple) else value
+
+
+def parse_rule(text: str) -> LoRARule:
+    """An adapter rule as typed on the command line.
+
+    Example:
+      >>> parse_rule("ffn/gate_proj:16"), parse_rule("attn:8:32")
+      (LoRARule(pattern='ffn/gate_proj', rank=16, alpha=None), LoRARule(pattern='attn', rank=8, alpha=32.0))
+
+    Raises:
+      ValueError: it is not of the form PATTERN:RANK[:ALPHA]; tyro turns this into its own message.
+    """
+    match = RULE.fullmatch(text)
+    try:
+        if match is None:
+            raise ValueError
+        alpha = match["alpha"]
+        return LoRARule(match["pattern"], int(match["rank"]), None if alpha is None else float(alpha))
+    except ValueError:
+        raise ValueError(f"expected PATTERN:RANK[:ALPHA], e.g. 'ffn/gate_proj:16', found {text!r}") from None
+
+
+def format_rule(rule: LoRARule) -> str:
+    """The text that `parse_rule` reads as ``rule``."""
+    return f"{rule.pattern}:{rule.rank}" + ("" if rule.alpha is None else f":{rule.alpha:g}")
+
+
+def _load_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise _bad_config(path, "a Python file", "a folder" if path.is_dir() else "no such file")
+    spec = importlib.util.spec_from_file_location("nalora_config", path)
+    if spec is None or spec.loader is None:
+        raise _bad_config(path, "a Python file, with a name that ends in .py", path.name)
+    module = importlib.util.module_from_spec(spec)
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache beside the user's file
+    try:
+        spec.loader.exec_module(module)
+    except NaloraError:
+        raise
+    except (Exception, SystemExit) as error:  # a file that ends the program must not look like a finished run
+        raise _bad_config(path, "a Python file that can be run", f"{type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = write_bytecode
+    return module
+
+
+def _check_types(config: Any, path: Path, prefix: str = "") -> None:
+    """Raises unless every field of the nested dataclasses has its declared type: Python itself does not check."""
+    hints = get_type_hints(type(config))
+    for one in fields(config):
+        name, value = f"{prefix}{one.name}", getattr(config, one.name)
+        try:
+            check_type(value, hints[one.name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError as error:
+            hint = hints[one.name]
+            hint = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise _bad_config(path, f"{name} of type {hint}", repr(value)) from error
+        for index, part in enumerate(value if isinstance(value, tuple) else ()):
+            if is_dataclass(part):
+                _check_types(part, path, f"{name}[{index}].")
+        if is_dataclass(value):
+            _check_types(value, path, f"{name}.")
+
+
+def _bad_config(path: Path, expected: str, found: str) -> NaloraError:
+    remedy = "see the files in configs/ for examples"
+    return NaloraError(f"--config {path}", expected=expected, found=found, remedy=remedy)

@@ -1,0 +1,101 @@
+"""``nalora train --dry-run``: what a run would be, from the model's description, its tokenizer and the data alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from nalora_jax import distributed, trees
+from nalora_jax.cli import config_files
+from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.data.pipeline import TrainData, train_data
+from nalora_jax.data.questions import held_out
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.programs import best_remat
+from nalora_jax.optim import make
+from nalora_jax.plan.auto import laid_out
+from nalora_jax.plan.layouts import Layout, estimate
+from nalora_jax.plan.machines import of_devices, topology
+from nalora_jax.run import check_layout
+from nalora_jax.train.inputs import check_data
+from nalora_jax.train.settle import settled
+from nalora_jax.weights.hub import resolve as find_model
+from nalora_jax.weights.model import read_config, read_tokenizer_of
+
+
+def dry_run(config: RunConfig) -> None:
+    """Prints the settings as a YAML file that ``--config`` takes, and in comments what they come to.
+
+    Raises:
+      NaloraError: what a run would be refused for before its weights are read.
+    """
+    if config.vision.task:
+        raise NaloraError("--dry-run", expected="a run on text", found=f"--vision.task {config.vision.task}")
+    for text in config.mechanisms:
+        make(text)
+    files = find_model(config.model)
+    check_data(config.data)
+    config = settled(config, files)
+    base = read_config(files)
+    tokenizer = read_tokenizer_of(files, base)
+    placed = laid_out(config, base)
+    mesh = distributed.make_mesh(placed.mesh)
+    check_layout(placed, files, mesh)
+    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    train = config.train
+    data = train_data(
+        config.data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed
+    )
+    reported, selecting = held_out(config.data, tokenizer)
+    lines = [
+        f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
+        f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
+        f"training data: {json.dumps(data.describe())}",
+        f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
+        f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
+        *_memory(placed, base, spec, mesh),
+    ]
+    print(config_files.as_yaml(config), end="")
+    print("\n".join(f"# {line}" for line in lines))
+
+
+def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
+    """Numbers that the optimizer moves."""
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
+    params = trees.unflatten(shapes) if spec.dora else None
+    lora: Any = jax.eval_shape(lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params)
+    return trees.count(lora)
+
+
+def _epochs(config: RunConfig, data: TrainData) -> float:
+    return config.steps * config.train.batch_size / data.rows_per_epoch
+
+
+def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
+    """An estimate of what a device holds while it trains."""
+    sizes = tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    remat: str = config.compute.remat
+    if remat == "auto":
+        numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+        remat = best_remat(base.d_model, numerics)
+    config = replace(config, mesh=MeshConfig(*sizes))
+    # Bytes do not depend on the machine; where nothing is known of it, its times are not shown.
+    where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
+    layout: Layout = estimate(config, base, spec, where, config.data.max_length, sizes, remat)
+    parts = {
+        "weights": layout.weights,
+        "adapters and optimizer": layout.state,
+        "activations": layout.activations,
+        "working space": layout.working,
+    }
+    shown = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    grid = " x ".join(f"{axis} {size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    return [f"mesh: {grid}, remat {remat}", f"memory of a device, estimated: {layout.memory / 1e9:.2f} GB ({shown})"]

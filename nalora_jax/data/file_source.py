@@ -1,0 +1,77 @@
+"""Files as a source of records; see `nalora_jax.data.files` for what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.data.files import Rows, open_rows, splits_of
+from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
+from nalora_jax.data.tfds_source import absolute_of
+
+
+class FileSource(Source):
+    """Records of files, or the part of them that a split expression names.
+
+    Args:
+      path: a file, a pattern or a folder; see `nalora_jax.data.files`.
+      split: of what `files.splits_of` finds there; a single file has one, "train".
+
+    Raises:
+      NaloraError: on opening, where a file is missing, broken or empty, or the expression is not one or names nothing.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train") -> None:
+        files = splits_of(str(path))
+        self.siblings = tuple(files)
+        self.dataset, self.name = str(Path(path).expanduser().resolve()), f"{path}[{split}]"
+        asked = {part.split("[")[0].strip() for part in split.split("+")}
+        opened = {name: [open_rows(one) for one in files[name]] for name in files if {name, "all"} & asked}
+        self._spans = self._parse(split, opened, files)
+        self._rows = [one for rows in opened.values() for one in rows]
+        self._ends = np.cumsum([0, *map(len, self._rows)])
+        sizes = [sum(map(len, rows)) for rows in opened.values()]
+        first = dict(zip(opened, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self._index = np.concatenate([first[name] + np.arange(start, stop) for name, start, stop in self._spans])
+        self.fingerprint = f"files:{':'.join(one.sha256 for one in self._rows)}:{split}"
+        require_some(self)
+
+    def _parse(self, split: str, opened: Mapping[str, Sequence[Rows]], files: Mapping[str, Any]) -> list[Span]:
+        only = 'one split, "train", or' if list(files) == ["train"] else f"{', '.join(files)}, or"
+        with foreign_errors(self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"):
+            return absolute_of(split, {name: sum(map(len, rows)) for name, rows in opened.items()})
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at ``indices``; those of one file are read together."""
+        found: list[Record] = [{}] * len(indices)
+        places = [self._place(index) for index in indices]
+        for number in {file for file, _ in places}:
+            at = [position for position, (file, _) in enumerate(places) if file == number]
+            for position, record in zip(at, self._rows[number].read([places[p][1] for p in at]), strict=True):
+                found[position] = record
+        return found
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the file and of the row in it."""
+        whole = int(self._index[index])
+        file = int(np.searchsorted(self._ends, whole, side="right")) - 1
+        return file, whole - int(self._ends[file])
+
+    @property
+    def spans(self) -> list[Span]:
+        """Parts of the files' splits."""
+        return self._spans
+
+    def where(self, index: int) -> str:
+        """``path:line``, or what else names the record."""
+        file, row = self._place(index)
+        return self._rows[file].where(row)

@@ -1,0 +1,314 @@
+"""Files of records with random access: JSON lines and arrays, CSV and TSV, Parquet, Arrow; and folders of them."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import io
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nalora_jax.data.jsonl import JsonLines
+from nalora_jax.data.source import Record, foreign_errors
+from nalora_jax.errors import NaloraError
+
+# Endings of the files that are looked for in folders.
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+# Names that files and folders begin with, and the splits that they mean.
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS |= {"dev": "validation", "test": "test"}
+_OPEN_GROUPS = 2  # row groups of a Parquet file that are held decoded
+
+
+class Rows(Protocol):
+    """Records of one file, by index."""
+
+    sha256: str  # of the file
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at ``indices``, in that order."""
+
+    def where(self, index: int) -> str:
+        """Names a record in messages."""
+
+
+def open_rows(path: Path) -> Rows:
+    """The records of a file, by its ending; a file of another ending is one of JSON lines.
+
+    Raises:
+      NaloraError: there is no such file, it is not what its ending says, or it holds nothing.
+    """
+    kind = path.suffix.lower()
+    if kind == ".json" and _begins_with(path, b"["):
+        return JsonArray(path)
+    if kind in (".csv", ".tsv"):
+        return DelimitedRows(path, "\t" if kind == ".tsv" else ",")
+    if kind in (".parquet", ".arrow", ".feather"):
+        return TableRows(path)
+    return JsonLines(path)
+
+
+def splits_of(name: str) -> dict[str, list[Path]]:
+    """The files of every split of a path: a file or a pattern has one, "train"; a folder those that its names say.
+
+    A folder is one that `datasets.Dataset.save_to_disk` wrote, or one of data files at any depth whose names, or
+    whose folders' names, begin with their split's (``train-00000-of-00002.parquet``, ``validation/part.jsonl``);
+    where none does, all of them are "train".
+
+    Raises:
+      NaloraError: a folder without such files.
+    """
+    path = Path(name).expanduser()
+    if glob.has_magic(name) and not path.exists():
+        return {"train": [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
+    if not path.is_dir():
+        return {"train": [path]}
+    if (path / "dataset_dict.json").is_file():
+        names = _read_json(path / "dataset_dict.json").get("splits", [])
+        return {str(split): _arrow_files(path / str(split)) for split in names}
+    if (path / "state.json").is_file():
+        return {"train": _arrow_files(path)}
+    files = sorted(one for one in path.rglob("*") if one.suffix.lower() in ENDINGS and one.name != "dataset_infos.json")
+    if not files:
+        raise NaloraError(
+            str(path),
+            expected="a folder that datasets' save_to_disk wrote, or one with data files",
+            found=f"no file that ends in {', '.join(ENDINGS)}",
+        )
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(_split_of(file.relative_to(path)), []).append(file)
+    return found if set(found) - {""} else {"train": files}
+
+
+def is_path(text: str) -> bool:
+    """Whether ``text`` means files: it ends as they do, or there is something of that name, or matching it."""
+    path = Path(text).expanduser()
+    if path.suffix.lower() in ENDINGS or path.is_file():
+        return True
+    return ("/" in text and path.is_dir()) or _is_saved(path) or (glob.has_magic(text) and "/" in text)
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file's own name, or else the innermost of its folders, begins with; "" for none."""
+    for part in (file.name, *reversed(file.parent.parts)):
+        match = re.match(r"([a-z]+)(?![a-z])", part.lower())
+        if match and match[1] in _SPLITS:
+            return _SPLITS[match[1]]
+    return ""
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """The Arrow files of one split as save_to_disk lists them."""
+    listed = _read_json(folder / "state.json").get("_data_files")
+    names = [one.get("filename") for one in listed or [] if isinstance(one, dict)] if isinstance(listed, list) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise NaloraError(str(folder / "state.json"), expected="_data_files, names of Arrow files", found=repr(listed))
+    return [folder / str(name) for name in names]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NaloraError(str(path), expected="a JSON file of datasets' save_to_disk", found=error) from error
+    if not isinstance(value, dict):
+        raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)
+    return value
+
+
+class JsonArray:
+    """The objects of a JSON file that holds one array; it is read into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        data = _bytes(path)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            self._records = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise NaloraError(str(path), expected="a JSON array of objects", found=error, remedy="fix it") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The objects at ``indices``.
+
+        Raises:
+          NaloraError: one of them is no object.
+        """
+        for index in indices:
+            if not isinstance(self._records[index], dict):
+                kind = type(self._records[index]).__name__
+                raise NaloraError(self.where(index), expected="a JSON object", found=f"a {kind}")
+        return [self._records[index] for index in indices]
+
+    def where(self, index: int) -> str:
+        """``path, item n``, counted from 1."""
+        return f"{self._path}, item {range(len(self))[index] + 1}"
+
+
+class DelimitedRows:
+    """The rows of a CSV or TSV file whose first row names the fields; every value is a text. Read into memory."""
+
+    def __init__(self, path: Path, delimiter: str) -> None:
+        self._path = path
+        data = _bytes(path)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self._rows: list[tuple[str, ...]] = []
+        self._lines: list[int] = []
+        self._fields: list[str] = []
+        try:
+            self._parse(data.decode("utf-8-sig"), delimiter)
+        except (UnicodeDecodeError, csv.Error) as error:
+            where = f"{path}:{self._lines[-1] + 1 if self._lines else 1}"
+            raise NaloraError(where, expected="rows of text in UTF-8", found=error, remedy="save it anew") from error
+
+    def _parse(self, text: str, delimiter: str) -> None:
+        limit = csv.field_size_limit(2**31 - 1)  # a conversation may be longer than the default of 128 kB
+        try:
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            self._fields = next(reader, [])
+            if len(set(self._fields)) < len(self._fields) or not all(self._fields):
+                found = ", ".join(map(repr, self._fields))
+                raise NaloraError(f"{self._path}:1", expected="a name of its own for every column", found=found)
+            for row in filter(None, reader):
+                if len(row) != len(self._fields):
+                    raise NaloraError(
+                        f"{self._path}:{reader.line_num}",
+                        expected=f"{len(self._fields)} values, one for each of {', '.join(self._fields)}",
+                        found=f"{len(row)}",
+                        remedy="quote values that hold the separator or a line break",
+                    )
+                self._rows.append(tuple(row))
+                self._lines.append(reader.line_num)
+        finally:
+            csv.field_size_limit(limit)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The rows at ``indices``."""
+        return [dict(zip(self._fields, self._rows[index], strict=True)) for index in indices]
+
+    def where(self, index: int) -> str:
+        """``path:line``, the last line of the row."""
+        return f"{self._path}:{self._lines[index]}"
+
+
+class TableRows:
+    """The rows of a Parquet file, decoded by groups of rows when they are asked for, or of an Arrow file, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.sha256 = _digest(path)
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        with self._errors():
+            sizes, self._groups = _parquet(path) if path.suffix.lower() == ".parquet" else _arrow(path)
+        self._ends = np.cumsum([0, *sizes])
+
+    def _errors(self) -> Any:
+        return foreign_errors(str(self._path), f"a readable {self._path.suffix.lower()[1:]} file", "write it anew")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The rows at ``indices``; those of one group are taken together."""
+        import pyarrow as pa
+
+        wanted = np.asarray(indices, np.int64)
+        groups = np.searchsorted(self._ends, wanted, side="right") - 1
+        found: list[Record] = [{}] * len(wanted)
+        for group in np.unique(groups).tolist():
+            at = np.flatnonzero(groups == group)
+            with self._errors():
+                rows = self._group(group).take(pa.array(wanted[at] - self._ends[group])).to_pylist()
+            for position, row in zip(at.tolist(), rows, strict=True):
+                found[position] = row
+        return found
+
+    def _group(self, number: int) -> Any:
+        if number not in self._open:
+            self._open[number] = self._groups[number]()
+            if len(self._open) > _OPEN_GROUPS:
+                self._open.popitem(last=False)
+        return self._open[number]
+
+    def where(self, index: int) -> str:
+        """``path, row n``, counted from 1."""
+        return f"{self._path}, row {range(len(self))[index] + 1}"
+
+
+Groups = tuple[list[int], list[Callable[[], Any]]]
+
+
+def _parquet(path: Path) -> Groups:
+    """Sizes of the groups of rows of a Parquet file, and what decodes each of them."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path, memory_map=True)
+    count = file.num_row_groups
+    return [file.metadata.row_group(i).num_rows for i in range(count)], [
+        partial(file.read_row_group, i) for i in range(count)
+    ]
+
+
+def _arrow(path: Path) -> Groups:
+    """Those of the record batches of an Arrow file, or of a stream as datasets writes it."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(str(path))
+    try:
+        reader: Any = pa.ipc.open_file(mapped)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except pa.ArrowInvalid:
+        mapped.seek(0)
+        batches = list(pa.ipc.open_stream(mapped))
+    return [batch.num_rows for batch in batches], [partial(pa.Table.from_batches, [batch]) for batch in batches]
+
+
+def _bytes(path: Path) -> bytes:
+    with _readable(path):
+        data = path.read_bytes()
+    return data
+
+
+def _digest(path: Path) -> str:
+    with _readable(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return digest
+
+
+def _begins_with(path: Path, mark: bytes) -> bool:
+    """Whether the first byte of a file that is no white space (nor a byte-order mark) is ``mark``."""
+    with _readable(path), path.open("rb") as file:
+        begins = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == mark
+    return begins
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what the file system says about a path into an error of this library."""
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or error
+        raise NaloraError(str(path), expected="a readable file", found=found, remedy="check the path") from error

@@ -1,0 +1,196 @@
+"""The forms in which people keep examples, and each of them as prompt and completion or as chat messages.
+
+    messages       {"messages": [{"role", "content"}], "tools": [...]}, tool calls as OpenAI writes them
+    completion     {"prompt": "...", "completion": "..."}
+    conversation   {"prompt": [messages], "completion": [messages]}
+    ShareGPT       {"conversations": [{"from": "human", "value": "..."}], "system": "..."}
+    Alpaca         {"instruction": "...", "input": "...", "output": "..."}
+
+A record is of the first form whose fields it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nalora_jax.config import DataConfig
+from nalora_jax.errors import NaloraError
+
+Record = dict[str, Any]
+CONVERSATIONS = "conversations"
+# ShareGPT's names of speakers, and the roles of chat templates.
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
+ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
+ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
+_CALL = "function_call"
+# Stanford Alpaca's prompts: what models without a chat template have been tuned with most.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
+    """What a record is, in words for the log; "" for none of the known forms."""
+    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
+    if config.messages_field in record:
+        tools = ", with tools" if record.get("tools") else ""
+        return f"chat messages ({config.messages_field}){tools}"
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return f"chat messages ({config.prompt_field} and {config.completion_field})"
+    if config.prompt_field in record:
+        choices = ", with choices" if record.get("choices") else ""
+        return f"prompt and completion ({config.prompt_field}, {config.completion_field}){choices}"
+    if CONVERSATIONS in record:
+        return f"ShareGPT conversations ({CONVERSATIONS}: from, value)"
+    if {"instruction", "output"} <= record.keys():
+        wrapped = "the chat template" if config.chat else "Alpaca's prompt"
+        return f"Alpaca fields (instruction, input, output), written by {wrapped}"
+    return ""
+
+
+def canonical(record: Record, config: DataConfig, where: str) -> Record:
+    """A record of any form as one with ``config.messages_field``, or with a prompt and a completion.
+
+    Raises:
+      NaloraError: a field is of another type than its form has; a record of no known form is returned as it is.
+    """
+    prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
+    if config.messages_field in record:
+        return record
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _with_messages(record, config, [*prompt, *completion])
+    if config.prompt_field in record:
+        return record
+    if CONVERSATIONS in record:
+        system = record.get("system")
+        first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+        found = record[CONVERSATIONS]
+        return _with_messages(record, config, [*first, *found] if isinstance(found, list) else found)
+    if {"instruction", "output"} <= record.keys():
+        return _alpaca(record, config, where)
+    return record
+
+
+def _with_messages(record: Record, config: DataConfig, messages: Any) -> Record:
+    tools = {"tools": record["tools"]} if record.get("tools") else {}
+    return {config.messages_field: messages} | tools
+
+
+def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
+    texts = {name: record.get(name) or "" for name in ("instruction", "input", "output")}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise NaloraError(f"{where}: {name}", expected="a text", found=f"a {type(text).__name__}")
+    if config.chat:
+        prompt = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
+    else:
+        # Not str.format on the whole: a text with braces is no template.
+        template = _ALPACA_INPUT if texts["input"] else _ALPACA
+        prompt = template.replace("{instruction}", "\0").replace("{input}", texts["input"])
+        prompt = prompt.replace("\0", texts["instruction"])
+    return {config.prompt_field: prompt, config.completion_field: texts["output"]}
+
+
+def message_of(value: Any, where: str) -> Record:
+    """One chat message as templates take it: a role and a text, and perhaps tool calls whose arguments are objects.
+
+    Args:
+      value: ``{"role", "content"}`` as OpenAI has it, or ``{"from", "value"}`` as ShareGPT has it. A content of parts
+        is their text; one that is null beside tool calls is empty.
+      where: names the message.
+
+    Raises:
+      NaloraError: it is neither, an unknown speaker, or parts that are no text.
+    """
+    if not isinstance(value, dict):
+        raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}")
+    # Arrow fills up with nulls what other messages have.
+    message = {name: part for name, part in value.items() if part is not None or name in ("role", "content")}
+    if message.get("role") is None and {"from", "value"} <= message.keys():
+        return _shared(message, where)
+    calls = message.get("tool_calls")
+    if isinstance(calls, list) and calls:
+        message["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
+        message["content"] = message.get("content") or ""
+    else:
+        message.pop("tool_calls", None)
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(_part(part, f"{where}: content") for part in message["content"])
+    return message
+
+
+def _shared(message: Record, where: str) -> Record:
+    """A message of ShareGPT."""
+    speaker = message["from"]
+    if speaker == _CALL:
+        call = {"type": "function", "function": _object(message["value"], f"{where}: value")}
+        return {"role": "assistant", "content": "", "tool_calls": [_call(call, where)]}
+    if speaker not in ROLES:
+        known = ", ".join([*ROLES, _CALL])
+        raise NaloraError(f"{where}: from", expected=f"one of {known}", found=repr(speaker)[:80])
+    return {"role": ROLES[speaker], "content": message["value"]}
+
+
+def _call(call: Any, where: str) -> Record:
+    """A tool call with its arguments as an object: OpenAI sends them as JSON in a text, templates want them so."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+        raise NaloraError(where, expected=expected, found=repr(call)[:80])
+    arguments = _object(function.get("arguments") or {}, f"{where}: arguments")
+    rest = {name: part for name, part in call.items() if part is not None and name != "function"}
+    return {"type": "function"} | rest | {"function": {"name": function["name"], "arguments": _without_null(arguments)}}
+
+
+def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
+    """Schemas of the tools that a conversation may use, from its field "tools": a list, or one as JSON in a text.
+
+    Raises:
+      NaloraError: it is neither.
+    """
+    value = record.get("tools")
+    if not value:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
+    if isinstance(value, list):
+        value = [json.loads(one) if isinstance(one, str) and one[:1] == "{" else one for one in value]
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise NaloraError(f"{where}: tools", expected="a list of tools", found=repr(value)[:80])
+    return [_without_null(one) for one in value] or None
+
+
+def _object(value: Any, where: str) -> Record:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise NaloraError(where, expected="a JSON object", found=error) from error
+    if not isinstance(value, dict):
+        raise NaloraError(where, expected="a JSON object", found=repr(value)[:80])
+    return value
+
+
+def _without_null(value: Any) -> Any:
+    """Without the nulls that a column of Arrow puts where other rows have fields."""
+    if isinstance(value, dict):
+        return {name: _without_null(part) for name, part in value.items() if part is not None}
+    return [_without_null(part) for part in value] if isinstance(value, list) else value
+
+
+def _part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        raise NaloraError(where, expected='a text, or parts {"type": "text", "text": ...}', found=repr(part)[:80])
+    return text

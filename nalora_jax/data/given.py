@@ -1,0 +1,131 @@
+"""Records that a program hands in, and functions that make examples of records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.source import Record, RecordsSource, Source, Span
+from nalora_jax.data.sources import AUTO, open_source
+from nalora_jax.errors import NaloraError
+
+NAME = "in memory"  # what a run's data set is called that a program handed in
+# An example (of any form of `nalora_jax.data.forms`) of a record; None leaves the record out.
+Format = Callable[[Record], Record | None]
+Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
+_CHUNK = 2048
+
+
+class FormattedSource(Source):
+    """Another source's records through a function.
+
+    The function is called once for every record when this is made, to know what it leaves out and to tell later whether
+    it still says the same, and again when a record is read.
+
+    Raises:
+      NaloraError: the function fails, or returns something else than a dict or None; names the record.
+    """
+
+    def __init__(self, base: Source, function: Format) -> None:
+        self._base, self._function = base, function
+        self.dataset, self.name, self.siblings = base.dataset, base.name, base.siblings
+        digest, kept = hashlib.sha256(), []
+        for start in range(0, len(base), _CHUNK):
+            indices = range(start, min(start + _CHUNK, len(base)))
+            for index, record in zip(indices, base.read(indices), strict=True):
+                example = self._apply(index, record)
+                if example is not None:
+                    kept.append(index)
+                    digest.update(json.dumps(example, sort_keys=True, default=str).encode())
+        self._kept = np.array(kept, np.int64)
+        self.fingerprint = f"formatted:{base.fingerprint}:{digest.hexdigest()}"
+
+    def _apply(self, index: int, record: Record) -> Record | None:
+        try:
+            example = self._function(record)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            raise NaloraError(f"format, {self._base.where(index)}", expected="an example", found=found) from error
+        if example is not None and not isinstance(example, dict):
+            found = type(example).__name__
+            raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=found)
+        return example
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The examples at ``indices``."""
+        wanted = self._kept[np.asarray(indices, np.int64)].tolist()
+        pairs = zip(wanted, self._base.read(wanted), strict=True)
+        return [self._apply(index, record) or {} for index, record in pairs]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those of the whole."""
+        return self._base.spans
+
+    def where(self, index: int) -> str:
+        """What the whole calls the record."""
+        return self._base.where(int(self._kept[index]))
+
+
+def given_sources(
+    config: DataConfig, *, data: Data | None = None, source: Mapping[str, Source] | None = None, format: Format | None
+) -> tuple[DataConfig, Mapping[str, Source] | None]:
+    """What a program handed in as sources by split, and the data settings that go with them.
+
+    Args:
+      config: the run's data settings.
+      data: records, of which some are held out; or records by split, such as ``{"train": ..., "validation": ...}``. An
+        iterable is read once, into memory. A `datasets.Dataset` or ``DatasetDict`` is such a thing too.
+      source: sources by split.
+      format: makes an example of each record; of what ``config`` names where nothing is handed in.
+
+    Raises:
+      NaloraError: both ``data`` and ``source``, records that are no dicts, or a ``format`` that fails.
+    """
+    if data is not None and source is not None:
+        raise NaloraError("run", expected="data or source", found="both")
+    found = source
+    if data is not None:
+        found, config = (
+            {name: _records(name, one) for name, one in _by_split(data).items()},
+            replace(config, dataset=NAME),
+        )
+    if format is None:
+        return config, found
+    if found is None:
+        found = {name: open_source(config, name) for name in _splits(config)}
+    return config, {name: FormattedSource(one, format) for name, one in found.items()}
+
+
+def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+    return data if isinstance(data, Mapping) else {"train": data}
+
+
+def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
+    found = []
+    for index, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            kind = type(record).__name__
+            raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {kind}")
+        found.append(dict(record))
+    return RecordsSource(f"{NAME}[{split}]", found)
+
+
+def _splits(config: DataConfig) -> list[str]:
+    """The splits that a run reads."""
+    if config.eval_split != AUTO:
+        return [config.train_split, config.eval_split]
+    train = open_source(config, config.train_split)
+    return [config.train_split, *(["validation"] if "validation" in train.siblings else [])]

@@ -1,0 +1,65 @@
+"""Data sets of the Hugging Face hub, through the library `datasets` (extra ``datasets``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nalora_jax.data.source import Record, Source, Span, foreign_errors
+from nalora_jax.errors import NaloraError
+
+
+class HubSource(Source):
+    """One split expression of a data set that `datasets` has loaded.
+
+    Args:
+      name: for messages.
+      split: a split expression, of the form that TFDS and `datasets` share.
+      data: a `datasets.Dataset`.
+      siblings: splits that the data set has.
+    """
+
+    def __init__(self, name: str, split: str, data: Any, siblings: Sequence[str]) -> None:
+        self._data = data
+        self.dataset, self.name, self.siblings = name, f"{name}[{split}]", tuple(siblings)
+        self.fingerprint = f"hf:{data._fingerprint}"  # of the files and everything done to them
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at ``indices``."""
+        columns = self._data[list(map(int, indices))]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Parts of the data set's splits."""
+        from nalora_jax.data.tfds_source import absolute_of
+
+        known = self._data.info.splits or {}
+        sizes = {name: known[name].num_examples for name in known} or {self._split: len(self)}
+        return absolute_of(self._split, sizes)
+
+
+def open_hub(argument: str, split: str) -> Source:
+    """The split of ``ORG/NAME[:CONFIG]``; downloaded on first use, into the cache of `datasets`.
+
+    Raises:
+      NaloraError: the extra is not installed, or the data set cannot be had; code of a data set is never executed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        remedy = "pip install datasets (or nalora_jax with its extra `datasets`)"
+        raise NaloraError(f"hf:{argument}", expected="the library datasets", found="none", remedy=remedy) from error
+    name, _, config = argument.partition(":")
+    remedy = "check the id, its config (hf:ORG/NAME:CONFIG) and the split; a private data set needs HF_TOKEN"
+    with foreign_errors(f"hf:{argument}[{split}]", "a data set that can be loaded from the hub", remedy):
+        names = datasets.get_dataset_split_names(name, config or None)
+        data = datasets.load_dataset(name, config or None, split=split)
+    return HubSource(f"hf:{argument}", split, data, names)

@@ -1,0 +1,67 @@
+"""How long rows have to be: from the lengths of a data set's examples."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.chat import render
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.source import Source
+from nalora_jax.data.tokenize import tokenize
+from nalora_jax.notes import counting
+from nalora_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+KEPT = 0.99  # share of the examples that fit a row
+_SAMPLE = 10_000  # examples that are measured at most
+_MULTIPLE = 8
+_CHUNK = 2048
+_SEED = 20260103  # of the draw of those that are measured: one for every run
+
+
+def with_length(config: DataConfig, source: Source, tokenizer: Tokenizer, context: int = 2**24) -> DataConfig:
+    """``config`` with the row length that it leaves to the data (0) decided: 99 of 100 examples fit it.
+
+    Args:
+      config: of the run.
+      source: its training records, of which 10,000 at most are measured.
+      tokenizer: of the model.
+      context: tokens that the model can read at most.
+    """
+    if config.max_length:
+        return config
+    lengths = example_lengths(source, config, tokenizer)
+    wanted = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
+    length = max(1, min(-(-wanted // _MULTIPLE) * _MULTIPLE, context))
+    fitting = float(np.mean(lengths <= length))
+    log.info(
+        "rows of %d tokens: %.1f%% of %d examples fit, the longest has %d",
+        length,
+        100 * fitting,
+        len(lengths),
+        lengths.max(),
+    )
+    return replace(config, max_length=length)
+
+
+def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """Row positions of examples, of a fixed draw where there are more than 10,000, int64 [n].
+
+    Raises:
+      NaloraError: a record is broken.
+    """
+    indices = np.sort(permutation(len(source), _SEED)[:_SAMPLE])
+    found: list[int] = []
+    with counting("measuring examples", len(indices)) as done:
+        for start in range(0, len(indices), _CHUNK):
+            chunk = indices[start : start + _CHUNK].tolist()
+            records = zip(chunk, source.read(chunk), strict=True)
+            texts = [render(record, config, tokenizer, source.where(index)) for index, record in records]
+            found += [len(example.ids) - 1 for example in tokenize(texts, tokenizer)]
+            done(len(chunk))
+    return np.array(found, np.int64)

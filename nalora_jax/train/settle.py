@@ -1,0 +1,57 @@
+"""What a run's settings leave to its data: the length of rows, and with epochs the steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from nalora_jax.config import RunConfig
+from nalora_jax.data.lengths import with_length
+from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.sources import Source, open_train
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.model import read_config, read_tokenizer_of
+
+log = logging.getLogger(__name__)
+
+_EVAL_EVERY = 50
+
+
+def settled(config: RunConfig, files: ResolvedSource | None, source: Mapping[str, Source] | None = None) -> RunConfig:
+    """``config`` with its data's row length, its steps and its interval of evaluation decided.
+
+    Args:
+      config: of the run.
+      files: of the model, whose description and tokenizer are read; None for image and text encoders.
+      source: sources by split, in place of what ``config`` names.
+
+    Raises:
+      NaloraError: bad data; or epochs of images.
+    """
+    if config.epochs and files is None:
+        raise NaloraError("--epochs", expected="0 with --vision.task", found=config.epochs, remedy="give --steps")
+    if files is not None and (config.epochs or not config.data.max_length):
+        config = _of_data(config, files, source)
+    every = config.train.eval_every
+    if every < 0:
+        every = min(_EVAL_EVERY, max(config.steps // 2, 1))
+    return replace(config, train=replace(config.train, eval_every=every))
+
+
+def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> RunConfig:
+    base = read_config(files)
+    tokenizer = read_tokenizer_of(files, base)
+    data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions)
+    config = replace(config, data=data)
+    if not config.epochs:
+        return config
+    train = config.train
+    rows = train_data(
+        data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed, source=source
+    ).rows_per_epoch
+    steps = max(1, math.ceil(config.epochs * rows / train.batch_size))
+    log.info("%g epochs of %d rows: %d steps of %d", config.epochs, rows, steps, train.batch_size)
+    return replace(config, steps=steps)

@@ -1,0 +1,138 @@
+"""YAML and JSON settings, what is typed for what, and what a dry run says."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nalora_jax.cli import command, verbs
+from nalora_jax.cli.config_files import as_yaml, load_config
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import resolve
+from tests import tiny
+
+SETTINGS: dict[str, Any] = {
+    "model": "somewhere",
+    "epochs": 2,
+    "resume": "auto",
+    "lora": {"rules": ["ffn:16:32", {"pattern": "attn/(q|v)_proj", "rank": 4, "alpha": 8}]},
+    "optimizer": {"learning_rate": "2e-3", "rates": [["gate", 2]]},
+    "step_scale": {"gains": [1, 1, 1, 2]},
+    "data": {"dataset": "chat.jsonl", "max_length": "auto"},
+}
+EXPECTED = RunConfig(
+    model="somewhere",
+    epochs=2.0,
+    resume="auto",
+    lora=LoRAConfig(rules=(LoRARule("ffn", 16, 32.0), LoRARule("attn/(q|v)_proj", 4, 8.0))),
+    optimizer=OptimizerConfig(learning_rate=2e-3, rates=(("gate", 2.0),)),
+    data=DataConfig(dataset="chat.jsonl", max_length=0),
+    step_scale=replace(RunConfig().step_scale, gains=(1.0, 1.0, 1.0, 2.0)),
+)
+
+
+def test_yaml_and_json_hold_what_differs_from_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(SETTINGS).replace("'2e-3'", "2e-3"))
+    (tmp_path / "empty.yml").write_text("# nothing\n")
+    for name in ("a.json", "a.yaml"):
+        assert load_config(tmp_path / name) == EXPECTED
+        types = [type(value) for value in load_config(tmp_path / name).step_scale.gains]
+        assert types == [float] * 4
+    assert load_config(tmp_path / "empty.yml") == RunConfig()
+    _, args = command.parse(["train", "--config", str(tmp_path / "a.yaml"), "--seed", "3"])
+    assert args.run == replace(EXPECTED, seed=3)
+
+
+@pytest.mark.parametrize("config", [RunConfig(), EXPECTED])
+@pytest.mark.parametrize("changed_only", [False, True])
+def test_settings_survive_yaml(tmp_path: Path, config: RunConfig, changed_only: bool) -> None:
+    (tmp_path / "a.yaml").write_text(as_yaml(config, changed_only=changed_only))
+    assert load_config(tmp_path / "a.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps: [1", "expected a YAML file"),
+        ("- 1", r"expected settings by name in the file, found \[1\]"),
+        ("lora: 3", "expected settings by name in lora, found 3"),
+        ("step: 3", r"expected settings of a run, found step; did you mean steps\?"),
+        ("data: {dataste: x}", r"found data.dataste; did you mean dataset\?"),
+        ("steps: many", "expected steps of type int, found 'many'"),
+        ("optimizer: {learning_rate: fast}", "expected a number in optimizer.learning_rate, found 'fast'"),
+        ("step_scale: {gains: [1, 2]}", "expected 4 values in step_scale.gains, found 2"),
+        ("lora: {rules: [ffn]}", "expected rules PATTERN:RANK"),
+        ("mask: {kind: none}", "expected mask.kind of type"),
+        ("!!python/object/apply:os.system ['false']", "expected a YAML file"),
+    ],
+)
+def test_broken_settings_are_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(NaloraError, match=said):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_what_is_typed_short(tmp_path: Path) -> None:
+    _, args = command.parse(["train", "--data.max-length", "auto", "--epochs", "2"])
+    assert (args.run.data.max_length, args.run.epochs) == (0, 2.0)
+    _, args = command.parse(["train", "--data.max-length=auto", "--resume", "auto"])
+    assert (args.run.data.max_length, args.run.resume) == (0, "auto")
+    with pytest.raises(NaloraError, match="--steps: expected steps or epochs, found both"):
+        command.parse(["train", "--steps", "3", "--epochs", "1"])
+    recorded = replace(RunConfig(), steps=57, epochs=3.0, model="mine", output="elsewhere")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(json.dumps({"run": recorded.to_dict()}) + "\n")
+    for words in (["--resume", str(folder)], [f"--resume={folder}"], ["--output", str(folder), "--resume"]):
+        _, args = command.parse(["train", *words])
+        assert args.run == replace(recorded, output=str(folder), resume=True, epochs=0.0)
+    _, args = command.parse(["train", "--resume", str(folder), "--steps", "99"])
+    assert args.run.steps == 99
+
+
+def test_a_dry_run_says_what_would_run_and_loads_no_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import jax
+
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    config = tiny.make_config(tmp_path)
+    config = replace(
+        config, epochs=3.0, data=replace(config.data, eval_split="auto", train_split="train", max_length=0)
+    )
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(as_yaml(config))
+    _, args = command.parse(["train", "--config", str(settings), "--dry-run"])
+    verbs.train(args)
+    assert not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    (tmp_path / "resolved.yaml").write_text(text)
+    resolved = load_config(tmp_path / "resolved.yaml")
+    assert resolved.data.max_length == 8  # 2 letters, the answer and its end: 3 positions, in steps of 8
+    # 57 records of 3 positions, two in a row of 8, 8 rows a step.
+    assert resolved.steps == -(-3 * 29 // 8)
+    base = tiny.ModelConfig.from_hf(tiny.HF)
+    spec = resolve(config.lora, tiny_shapes(base), base.n_layers)
+    count = sum(leaf.size for leaf in jax.tree.leaves(init_lora(base, spec, jax.random.key(0))))
+    assert f"# adapters: {count:,} trained parameters, 3 projections a layer" in text
+    embed, attention, ffn = 28 * 16, 4 * 16 * 16, 3 * 16 * 32
+    assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
+    assert "# held out: 2 examples that results are reported on, 1 that choose the checkpoint" in text
+    assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
+
+
+def tiny_shapes(base: Any) -> Any:
+    from nalora_jax.models.config import projection_shapes
+
+    return projection_shapes(base)

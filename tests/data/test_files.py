@@ -1,0 +1,174 @@
+"""Files of every kind give the same records, by index, and say where a broken one is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.files import open_rows, splits_of
+from nalora_jax.data.sources import check_disjoint, open_source
+from nalora_jax.errors import NaloraError
+
+RECORDS = [
+    {"prompt": f'question {i}, "quoted"\nsecond line', "completion": f" answer {i} \u2028\u00e9"} for i in range(23)
+]
+
+
+def _delimited(delimiter: str) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(RECORDS[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(RECORDS)
+    return text.getvalue()
+
+
+def _arrow_stream(path: Path, records: list[dict]) -> None:
+    table = pa.Table.from_pylist(records)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=5)
+
+
+def _arrow_file(path: Path, records: list[dict]) -> None:
+    table = pa.Table.from_pylist(records)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+
+
+def save_to_disk(folder: Path, records: list[dict]) -> None:
+    """As datasets.Dataset.save_to_disk lays a folder out, in two shards."""
+    folder.mkdir(parents=True)
+    names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
+    for name, part in zip(names, (records[:9], records[9:]), strict=True):
+        _arrow_stream(folder / name, part)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+    "lines.json": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+    "array.json": lambda path: path.write_text("\ufeff " + json.dumps(RECORDS, indent=1), encoding="utf-8"),
+    "a.csv": lambda path: path.write_text(_delimited(","), encoding="utf-8-sig", newline=""),
+    "a.TSV": lambda path: path.write_text(_delimited("\t"), encoding="utf-8", newline=""),
+    "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(RECORDS), path, row_group_size=4),
+    "stream.arrow": lambda path: _arrow_stream(path, RECORDS),
+    "a.feather": lambda path: _arrow_file(path, RECORDS),
+    "saved": lambda path: save_to_disk(path, RECORDS),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_records_by_index(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    source = open_source(DataConfig(dataset=str(path)), "train")
+    assert len(source) == len(RECORDS)
+    order = [22, 0, 7, 7, 13, 4]
+    assert source.read(order) == [RECORDS[i] for i in order]
+    assert source[-1] == RECORDS[-1]
+    part = open_source(DataConfig(dataset=str(path)), "train[-20%:]")
+    assert part.read(range(len(part))) == RECORDS[18:]
+    assert part.fingerprint != source.fingerprint
+    with pytest.raises(NaloraError, match="which shares 5"):
+        check_disjoint(source, part)
+    assert str(path) in part.where(0)
+
+
+def test_places_are_named_as_an_editor_counts_them(tmp_path: Path) -> None:
+    for name, where in (("a.csv", ":3"), ("array.json", ", item 1"), ("a.parquet", ", row 1"), ("a.jsonl", ":1")):
+        WRITERS[name](tmp_path / name)
+        assert open_source(DataConfig(dataset=str(tmp_path / name)), "train").where(0) == f"{tmp_path / name}{where}"
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train").fingerprint
+
+    WRITERS["a.parquet"](tmp_path / "a.parquet")
+    first = fingerprint()
+    assert fingerprint() == first
+    pq.write_table(pa.Table.from_pylist(RECORDS[1:]), tmp_path / "a.parquet")
+    assert fingerprint() != first
+
+
+def test_a_folder_has_the_splits_that_its_names_say(tmp_path: Path) -> None:
+    for name in (
+        "train-00000-of-00002.parquet",
+        "train-00001-of-00002.parquet",
+        "data/validation/part.jsonl",
+        "dev.csv",
+    ):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        WRITERS["a" + path.suffix](path)
+    (tmp_path / "mine" / "README.md").write_text("no data")
+    folder = f"{tmp_path}/mine"
+    assert {name: len(files) for name, files in splits_of(folder).items()} == {"train": 2, "validation": 2}
+    train = open_source(DataConfig(dataset=folder), "train")
+    assert train.read([0, 22, 23, 45]) == [RECORDS[0], RECORDS[22], RECORDS[0], RECORDS[22]]
+    assert train.siblings == ("validation", "train")
+    assert len(open_source(DataConfig(dataset=folder), "train[:10]+validation[-2:]")) == 12
+    with pytest.raises(NaloraError, match=r"expected validation, train, or slices"):
+        open_source(DataConfig(dataset=folder), "test")
+    assert len(open_source(DataConfig(dataset=f"{folder}/train-*.parquet"), "train")) == 46
+
+
+def test_files_without_a_split_in_their_names_are_trained_on(tmp_path: Path) -> None:
+    for name in ("one.jsonl", "training_notes.jsonl"):  # "training" is no split's name
+        WRITERS["a.jsonl"](tmp_path / name)
+    assert {name: len(files) for name, files in splits_of(str(tmp_path)).items()} == {"train": 2}
+
+
+def test_a_saved_dict_of_data_sets_has_its_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "dict"
+    save_to_disk(folder / "train", RECORDS[:18])
+    save_to_disk(folder / "validation", RECORDS[9:])
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    assert len(open_source(DataConfig(dataset=str(folder)), "train")) == 18
+    assert open_source(DataConfig(dataset=str(folder)), "validation").read([13]) == [RECORDS[22]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", '[{"a": 1}, 2', r"a\.json: expected a JSON array of objects"),
+        ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: expected 2 values, one for each of a, b, found 1"),
+        ("a.csv", "a,a\n1,2\n", r"a\.csv:1: expected a name of its own for every column, found 'a', 'a'"),
+        ("a.csv", 'a,b\n1,"2"x\n', r"a\.csv:1: expected rows of text in UTF-8"),
+        ("a.parquet", "PAR1 and no more", r"a\.parquet: expected a readable parquet file"),
+        ("a.arrow", "nothing", r"a\.arrow: expected a readable arrow file"),
+        ("a.csv", "a,b\n", "expected at least one record"),
+        ("saved/state.json", '{"_data_files": [{"filename": "../../x.arrow"}]}', "expected _data_files"),
+        ("folder/notes.txt", "x", "expected a folder that datasets' save_to_disk wrote"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, name: str, content: str, said: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    dataset = path.parent if path.parent != tmp_path else path
+    with pytest.raises(NaloraError, match=said):
+        open_source(DataConfig(dataset=str(dataset)), "train")
+
+
+def test_items_that_are_no_objects_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, 2]')
+    with pytest.raises(NaloraError, match=r"a\.json, item 2: expected a JSON object, found a int"):
+        open_rows(path).read([0, 1])
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    for name in ("no.csv", "no.parquet", "no.json", "no.arrow"):
+        with pytest.raises(NaloraError, match=rf"{name}: expected a readable"):
+            open_source(DataConfig(dataset=str(tmp_path / name)), "train")
+    with pytest.raises(NaloraError, match=r"none-\*\.csv\[train\]: expected at least one record"):
+        open_source(DataConfig(dataset=str(tmp_path / "none-*.csv")), "train")

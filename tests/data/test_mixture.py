@@ -1,0 +1,199 @@
+"""Mixtures by weight, what is held out where nobody says so, and records that a program hands in."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalora_jax.config import DataConfig
+from nalora_jax.data.given import NAME, FormattedSource, given_sources
+from nalora_jax.data.mixture import components
+from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.questions import held_out
+from nalora_jax.data.selected import MOST
+from nalora_jax.data.sources import RecordsSource, open_pair, open_source, register_source, split_to_measure
+from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.inputs import check_data
+
+
+def records(name: str, count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"{name} {i}", "completion": f" {i}"} for i in range(count)]
+
+
+def texts(source: Any) -> list[str]:
+    return [record["prompt"] for record in source.read(range(len(source)))]
+
+
+def test_weights_say_how_often_a_record_is_seen(write_jsonl: Callable[..., str]) -> None:
+    a, b = write_jsonl(*records("a", 10), name="a.jsonl"), write_jsonl(*records("b", 8), name="b.jsonl")
+    config = DataConfig(dataset=f"{a}*2.5, {b}*.25", eval_split="train[:0]")
+    train = open_pair(
+        DataConfig(dataset=f"{a}*2.5, {b}*.25", eval_split=write_jsonl(*records("c", 3), name="c.jsonl"))
+    )[0]
+    seen = Counter(texts(train))
+    assert sorted(Counter(seen[f"a {i}"] for i in range(10)).items()) == [(2, 5), (3, 5)]
+    assert sum(seen[f"b {i}"] for i in range(8)) == 2
+    assert train.describe() == f"{a}[train] 25 (93%), {b}[train] 2 (7%)"
+    assert train.where(26) in {f"{b}:{i}" for i in range(1, 9)}
+    again = open_pair(
+        DataConfig(dataset=f"{a}*2.5,{b}*0.25", eval_split=write_jsonl(*records("c", 3), name="c.jsonl"))
+    )[0]
+    assert (again.fingerprint, texts(again)) == (train.fingerprint, texts(train))
+    assert len(open_source(config, "train")) == 18  # as data to measure on each counts once
+
+
+@pytest.mark.parametrize("bad", ["a.jsonl*0,b.jsonl", "a.jsonl,,b.jsonl", "a.jsonl*2000"])
+def test_bad_mixtures_are_refused(bad: str) -> None:
+    with pytest.raises(NaloraError, match=r"--data.dataset: expected data sets with weights in \(0, 1000\]"):
+        components(bad)
+
+
+def test_names_with_commas_and_stars_are_no_mixtures(tmp_path: Path) -> None:
+    odd = tmp_path / "a,b*2"
+    odd.write_text("{}")
+    assert components(str(odd)) == [(str(odd), 1.0)]
+    assert components("data/train-*.parquet*3,x") == [("data/train-*.parquet", 3.0), ("x", 1.0)]
+
+
+def test_a_mixture_goes_on_where_it_stopped(
+    tokenizer: Tokenizer, write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    a, b = write_jsonl(*records("a", 30), name="a.jsonl"), write_jsonl(*records("b", 20), name="b.jsonl")
+    config = DataConfig(dataset=f"{a}*2,{b}", max_length=24)
+
+    def data(seed: int = 3) -> Any:
+        return train_data(config, tokenizer, batch_size=2, seed=seed, cache=tmp_path / "cache")
+
+    batches = data().batches()
+    whole = [next(batches)["tokens"].tolist() for _ in range(6)]
+    first = data().batches()
+    assert [next(first)["tokens"].tolist() for _ in range(3)] == whole[:3]
+    second = data().batches(first.get_state())
+    assert [next(second)["tokens"].tolist() for _ in range(3)] == whole[3:]
+    assert next(data(4).batches())["tokens"].tolist() != whole[0]
+
+
+@pytest.mark.parametrize(("size", "count"), [(4, 2), (60, 3), (20_000, MOST)])
+def test_one_in_twenty_is_held_out_where_nothing_is(size: int, count: int) -> None:
+    source = {"train": RecordsSource("mine", records("x", size))}
+    train, held = open_pair(DataConfig(), source=source)
+    assert (len(train), len(held)) == (size - count, count)
+    assert sorted(texts(train) + texts(held)) == sorted(record["prompt"] for record in records("x", size))
+    assert texts(open_pair(DataConfig(), source=source)[1]) == texts(held)
+    assert train.fingerprint != held.fingerprint
+
+
+def test_too_few_to_hold_out() -> None:
+    with pytest.raises(NaloraError, match="mine: expected at least 4 records, of which two are held out, found 3"):
+        open_pair(DataConfig(), source={"train": RecordsSource("mine", records("x", 3))})
+
+
+def test_what_is_held_out_is_said(write_jsonl: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+    a, b = write_jsonl(*records("a", 40), name="a.jsonl"), write_jsonl(*records("b", 20), name="b.jsonl")
+    with caplog.at_level(logging.INFO, "nalora_jax"):
+        check_data(DataConfig(dataset=f"{a}*3,{b}"))
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert "prompt and completion (prompt, completion)" in said
+    assert f"{a}[train], 38 of 40 records 114 (86%), {b}[train], 18 of 20 records 18 (14%)" in said
+    assert f"held out, so some records are, by a fixed draw: {a}[train], 2 of 40 records; {b}[train], 2 of" in said
+
+
+def test_a_split_of_its_own_is_taken(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    import json
+
+    for name, count in (("train", 9), ("validation", 5)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(one) for one in records(name, count)))
+    config = DataConfig(dataset=f"{tmp_path}/")
+    train, held = open_pair(config)
+    assert (len(train), len(held)) == (9, 5)
+    reported, selecting = held_out(config, tokenizer)
+    assert len(reported) + len(selecting) == 5
+    assert split_to_measure(config) == "validation"
+    assert split_to_measure(DataConfig(dataset=str(tmp_path / "train.jsonl"))) == "train"
+
+
+def test_a_registered_source_that_knows_no_splits_is_divided() -> None:
+    register_source("same_for_all")(lambda argument, split: RecordsSource("same", records("s", 40)))
+    train, held = open_pair(DataConfig(dataset="same_for_all:x"))
+    assert (len(train), len(held)) == (38, 2)
+
+
+def test_records_of_a_program(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
+    assert config.dataset == NAME
+    assert len(train_data(config, tokenizer, batch_size=2, source=source, cache=tmp_path).store.offsets) - 1 == 38
+    _, split = given_sources(DataConfig(), data={"train": records("x", 9), "validation": records("y", 5)}, format=None)
+    assert [len(one) for one in open_pair(DataConfig(), source=split)] == [9, 5]
+    with pytest.raises(NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"):
+        given_sources(DataConfig(), data=[{}, "x"], format=None)  # type: ignore[list-item]
+    with pytest.raises(NaloraError, match="run: expected data or source, found both"):
+        given_sources(DataConfig(), data=[{}], source={}, format=None)
+
+
+def test_a_function_makes_examples(write_jsonl: Callable[..., str]) -> None:
+    path = write_jsonl(*[{"q": f"q{i}", "a": i} for i in range(40)])
+
+    def example(record: dict[str, Any]) -> dict[str, Any] | None:
+        return None if record["a"] == 3 else {"prompt": record["q"], "completion": f" {record['a']}"}
+
+    config, source = given_sources(DataConfig(dataset=path), format=example)
+    assert config.dataset == path
+    train, held = open_pair(config, source=source)
+    assert sorted(texts(train) + texts(held)) == sorted(f"q{i}" for i in range(40) if i != 3)
+    whole = source["train"]
+    assert whole.where(3) == f"{path}:5"  # the line after the one that was left out
+    other = FormattedSource(open_source(config, "train"), lambda record: {"prompt": record["q"], "completion": "x"})
+    assert other.fingerprint != whole.fingerprint
+    with pytest.raises(NaloraError, match=rf"format, {path}:1: expected an example, found KeyError: 'question'"):
+        FormattedSource(open_source(config, "train"), lambda record: record["question"])
+    with pytest.raises(NaloraError, match=rf"format, {path}:1: expected a dict, or None, found str"):
+        FormattedSource(open_source(config, "train"), lambda record: "text")  # type: ignore[arg-type,return-value]
+
+
+class _Dataset:
+    """As much of datasets.Dataset as is read."""
+
+    _fingerprint = "abc"
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        self._rows = rows
+        split = types.SimpleNamespace(num_examples=40)
+        self.info = types.SimpleNamespace(splits={"train": split, "test": split})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: list[int]) -> dict[str, list[str]]:
+        return {name: [self._rows[i][name] for i in indices] for name in self._rows[0]}
+
+
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, config: str | None, *, split: str) -> _Dataset:
+        if name != "org/data":
+            raise FileNotFoundError(f"Couldn't find {name}\non the hub")
+        assert config == "small"
+        return _Dataset(records(split, 40 if split == "train" else 20))
+
+    fake = types.SimpleNamespace(get_dataset_split_names=lambda name, config: ["train", "test"], load_dataset=load)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    config = DataConfig(dataset="hf:org/data:small")
+    train, held = open_pair(config)
+    assert (len(train), len(held)) == (38, 2)
+    part = open_source(config, "train[50%:]")
+    assert part.spans == [("train", 20, 40)]
+    assert part.read([1])[0]["completion"] == " 1"
+    with pytest.raises(
+        NaloraError, match=r"hf:org/none\[train\]: expected a data set that can be loaded from the hub, found"
+    ):
+        open_source(DataConfig(dataset="hf:org/none"), "train")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NaloraError, match="hf:org/data: expected the library datasets, found none; pip install"):
+        open_source(DataConfig(dataset="hf:org/data"), "train")
