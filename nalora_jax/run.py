@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.export import card, export
@@ -44,7 +45,7 @@ from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.inputs import check_data, check_rules
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.metrics import MetricsLog, SilentLog, recorded_settings
+from nalora_jax.train.metrics import MetricsLog, recorded_settings
 from nalora_jax.train.output import CHECKPOINTS, Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
@@ -78,6 +79,7 @@ def run(
     *,
     data: Data | None = None,
     format: Format | None = None,
+    callbacks: Sequence[Callback] = (),
     source: Mapping[str, Source] | None = None,
 ) -> RunResult:
     """Fine-tunes; see the module's docstring. With several processes all of them do, and the first one logs and writes.
@@ -86,6 +88,7 @@ def run(
       config: the run's settings.
       data: records, or records by split, in place of ``config.data.dataset``; see `data.given.given_sources`.
       format: makes an example of each record, or None of one to leave out.
+      callbacks: who is told of log steps, evaluations and checkpoints, beside those that ``config`` names.
       source: sources by split (``{"train": ..., "validation": ...}``), in place of ``config.data.dataset``.
 
     Raises:
@@ -98,12 +101,19 @@ def run(
     config = replace(config, data=own)
     for text in config.mechanisms:
         make(text)  # an unknown name is said before anything is loaded
+    told = [*make_callbacks(config.callbacks), *callbacks]
     distributed.initialize_distributed()
     with distributed.lost_peers_named(), stop_signals() as stop, open_output(config.output, config.resume) as output:
-        return _run(config, output, source, stop)
+        return _run(config, output, source, told, stop)
 
 
-def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None, stop: StopSignals) -> RunResult:
+def _run(
+    config: RunConfig,
+    output: Output,
+    source: Mapping[str, Source] | None,
+    callbacks: Sequence[Callback],
+    stop: StopSignals,
+) -> RunResult:
     # ---------------------------------------------------------------- devices, and whether the settings fit them
     if config.compute.compilation_cache:
         use_compilation_cache()
@@ -131,13 +141,11 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
         # ------------------------------------------------------------ where to start, and what is known from before
         state, start = _start(config, output, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
-        metrics, progress = _records(config, output.folder, start)
-        beside = RunHooks(metrics, progress, pieces.selector, assembly.params, checkpointer, batches, stop)
-        with metrics, progress:
-            settings = config.to_dict()
-            more = {"settings": settings} if start else {}
-            more |= {} if loaded.origin is None else {"base": loaded.origin.to_dict()}
-            metrics.start(settings, versions=versions(), device=describe_device(), **more)
+        told, progress = _listeners(config, output.folder, start, callbacks)
+        beside = RunHooks(told, progress, pieces.selector, assembly.params, checkpointer, batches, stop)
+        with told, progress:
+            more = {"data": pieces.data.describe()} | ({"base": loaded.origin.to_dict()} if loaded.origin else {})
+            told.start(Started(output.folder, config.to_dict(), start, versions(), describe_device(), more))
             try:
                 # ---------------------------------------------------- evaluate, train, evaluate, export
                 before = known or _measure_before(output.folder, beside, pieces)
@@ -148,9 +156,9 @@ def _run(config: RunConfig, output: Output, source: Mapping[str, Source] | None,
                 readme = card(config, loaded, assembly, before, after)
                 distributed.on_first_process(lambda: write_card(adapter, readme))
             except (NaloraError, KeyboardInterrupt) as error:
-                metrics.write({"done": {"message": str(error) or "interrupted"}})
+                told.end(Ended(message=str(error) or "interrupted"))
                 raise
-            metrics.write({"done": {"step": result.step, "best_step": after["step"]}})
+            told.end(Ended(result.step, after["step"]))
 
     # ---------------------------------------------------------------- report
     from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
@@ -298,11 +306,13 @@ def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any
     return found
 
 
-def _records(config: RunConfig, folder: Path, start: int) -> tuple[MetricsLog, Progress]:
-    """The log and what is shown: of process 0; those of other processes keep and show nothing."""
+def _listeners(
+    config: RunConfig, folder: Path, start: int, callbacks: Sequence[Callback]
+) -> tuple[Callbacks, Progress]:
+    """Who is told, and what is shown: of process 0; those of other processes keep and show nothing."""
     if jax.process_index():
-        return SilentLog(), Progress(config.steps, console=Console(quiet=True))
-    return MetricsLog(folder, tensorboard=config.tensorboard, resume=start or None), Progress(config.steps, start=start)
+        return Callbacks(None), Progress(config.steps, console=Console(quiet=True))
+    return Callbacks(MetricsLog(folder, resume=start or None), callbacks), Progress(config.steps, start=start)
 
 
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces) -> dict[str, Any]:
@@ -310,7 +320,7 @@ def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces) -> dict[str,
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
     text = json.dumps(before | {"questions": pieces.questions})
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
-    beside.metrics.write({"step": 0, "initial": True, "eval": _without(before, "right")})
+    beside.told.evaluation(0, before, "initial")
     beside.progress.say(f"before: {describe(before)}")
     beside.select(0, pieces.loaded.params, None)
     return before
@@ -355,13 +365,9 @@ def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, 
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
         after["paired"] = asdict(compare(before["right"], after["right"]))
     step = int(best.step)
-    beside.metrics.write({"step": step, "final": True, "eval": _without(after, "right")})
+    beside.told.evaluation(step, after, "final")
     beside.progress.say(f"after (step {step}): {describe(after)}")
     return after | {"step": step}
-
-
-def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != name}
 
 
 def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:

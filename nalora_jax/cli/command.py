@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import doctor, images, parser, plan, usage, verbs
+from nalora_jax.cli import doctor, from_peft, images, parser, plan, usage, verbs
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
 
@@ -49,6 +49,7 @@ VERBS = {
     "export": Verb(parser.ExportArgs, verbs.export),
     "merge": Verb(parser.MergeArgs, verbs.merge),
     "import": Verb(parser.ImportArgs, verbs.import_),
+    "from-peft": Verb(from_peft.FromPeftArgs, from_peft.from_peft),
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),

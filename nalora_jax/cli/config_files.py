@@ -42,9 +42,7 @@ def load_config(path: str | Path) -> RunConfig:
     """
     path = Path(path)
     if path.suffix in ENDINGS:
-        config = read_settings(path)
-        _check_types(config, path)
-        return config
+        return settings_of(read_values(path), path)
     function = getattr(_load_module(path), "config", None)
     if not callable(function):
         raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
@@ -60,11 +58,11 @@ def load_config(path: str | Path) -> RunConfig:
     return config
 
 
-def read_settings(path: Path) -> RunConfig:
-    """The run's settings in a YAML or JSON file.
+def read_values(path: Path) -> Any:
+    """What a YAML or JSON file holds.
 
     Raises:
-      NaloraError: it cannot be read, names a field that there is not, or a value is of the wrong type.
+      NaloraError: it cannot be read, or is neither.
     """
     where = f"--config {path}"
     try:
@@ -75,7 +73,17 @@ def read_settings(path: Path) -> RunConfig:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise NaloraError(where, expected=f"a {kind} file", found=" ".join(str(error).split())) from error
-    made: RunConfig = _made(RunConfig, {} if values is None else values, where, "")
+    return values
+
+
+def settings_of(values: Any, path: Path) -> RunConfig:
+    """The run's settings that nested values mean; ``path`` names them in messages.
+
+    Raises:
+      NaloraError: a field that there is not, or a value of the wrong type.
+    """
+    made: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
+    _check_types(made, path)
     return made
 
 
@@ -130,7 +138,7 @@ def _rule(value: Any, where: str, name: str) -> Any:
 
 
 def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
-    """Settings as a YAML file that `read_settings` reads as the same.
+    """Settings as a YAML file that `load_config` reads as the same.
 
     Args:
       config: the settings.

@@ -182,8 +182,8 @@ class RunConfig:
     epochs: float = 0.0
     # Seed of adapters, data order and dropout.
     seed: int = 0
-    # Also write TensorBoard event files.
-    tensorboard: bool = False
+    # Where else the log goes: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow (docs/callbacks.md).
+    callbacks: tuple[str, ...] = ()
     # Mechanisms beside the mask and the step scale: NAME or NAME:setting=value,... (docs/method.md lists them).
     mechanisms: tuple[str, ...] = ()
 

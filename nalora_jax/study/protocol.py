@@ -39,7 +39,7 @@ from nalora_jax.study.overrides import checked, override
 
 FILE = "protocol.toml"
 # What belongs to the study, not to a method: otherwise runs would not be pairs. And what a run without files ignores.
-_STUDYS_OWN = ("model", "seed", "steps", "epochs", "data", "train", "output", "resume", "tensorboard", "mesh", "debug")
+_STUDYS_OWN = ("model", "seed", "steps", "epochs", "data", "train", "output", "resume", "callbacks", "mesh", "debug")
 
 
 @dataclass(frozen=True)

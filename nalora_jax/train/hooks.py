@@ -8,9 +8,9 @@ from typing import Any
 
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.evaluate.heldout import describe
+from nalora_jax.train.callbacks import Callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.loop import Measured
-from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
@@ -20,7 +20,7 @@ from nalora_jax.train.state import TrainState
 class RunHooks:
     """What happens beside the steps (the loop's `Hooks`): logging, selecting, saving, and being asked to stop."""
 
-    metrics: MetricsLog
+    told: Callbacks
     progress: Progress
     selector: Any
     params: Any
@@ -34,7 +34,7 @@ class RunHooks:
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Write and show a log step."""
-        self.metrics.write({"step": step, **record})
+        self.told.log(step, record)
         self.progress.log(step, record)
 
     def evaluate(self, step: int, state: TrainState) -> Measured:
@@ -44,6 +44,7 @@ class RunHooks:
     def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
         """Start writing a checkpoint."""
         self.checkpointer.save(step, state, self.batches.get_state(), measured and measured.metrics)
+        self.told.save(step, self.checkpointer.folder / str(step))
 
     def asked_to_stop(self, step: int) -> bool:
         """Whether a signal came."""
@@ -52,7 +53,7 @@ class RunHooks:
     def select(self, step: int, params: Any, lora: Any | None) -> Measured:
         """The metric that ranks checkpoints, written and shown."""
         values = self.selector.measure(params, lora)
-        self.metrics.write({"step": step, "eval": values})
+        self.told.evaluation(step, values)
         self.progress.say(f"step {step}: {describe(values)}")
         value = float(values[self.selector.metric])
         return Measured(value if self.selector.mode == "max" else -value, {self.selector.metric: value})

@@ -1,4 +1,4 @@
-"""The run's log: ``metrics.jsonl`` (one JSON object a line), and TensorBoard event files when asked for.
+"""The run's log: ``metrics.jsonl``, one JSON object a line.
 
 Lines, told apart by their keys:
 
@@ -30,17 +30,17 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.train.callbacks import Callback, Ended, Started
 from nalora_jax.train.records import check_record
 
 FILE = "metrics.jsonl"
 
 
-class MetricsLog:
-    """Appends lines to ``folder/metrics.jsonl``; a context manager that closes its files.
+class MetricsLog(Callback):
+    """Appends lines to ``folder/metrics.jsonl``; a context manager that closes the file.
 
     Args:
       folder: the run's folder; made if it is missing.
-      tensorboard: also write event files to ``folder/tensorboard``.
       resume: step of the restored checkpoint, or None for a new run. Lines of later steps are dropped, because the
         resumed run writes them again, and so is a last line that a crash left half written.
 
@@ -48,7 +48,7 @@ class MetricsLog:
       NaloraError: a new run's folder already holds a log, or the log that is resumed is damaged before its last line.
     """
 
-    def __init__(self, folder: str | Path, *, tensorboard: bool = False, resume: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, resume: int | None = None) -> None:
         self.path = Path(folder) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume is None and self.path.exists():
@@ -62,7 +62,6 @@ class MetricsLog:
         kept = [] if resume is None else _rewind(self.path, resume)
         self._has_header = any("run" in record for record in kept)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = _event_writer(self.path.parent, resume) if tensorboard else None
 
     def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
         """Write the first line of a new run (config, versions, device), or the note of a resumed one."""
@@ -74,7 +73,7 @@ class MetricsLog:
             self._has_header = True
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line; numbers at a step also go to TensorBoard.
+        """Append one line.
 
         Args:
           record: nested dicts and lists of numbers, strings, booleans, None, numpy scalars and arrays.
@@ -89,16 +88,30 @@ class MetricsLog:
         except OSError as error:
             remedy = "free some space, then continue with --resume"
             raise NaloraError(str(self.path), expected="to append a line", found=error, remedy=remedy) from error
-        if self._events is not None and "step" in plain:
-            for tag, value in scalars(plain):
-                self._events.add_scalar(tag, value, plain["step"])
+
+    def on_start(self, started: Started) -> None:
+        """The first line, or the note of a resumed run."""
+        settings = {"settings": started.config} if started.step else {}
+        self.start(started.config, versions=started.versions, device=started.device, **settings, **started.more)
+
+    def on_log(self, step: int, record: Mapping[str, Any]) -> None:
+        """The line of a log step."""
+        self.write({"step": step, **record})
+
+    def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
+        """The line of an evaluation; which questions were answered rightly is not kept."""
+        kept = {name: value for name, value in values.items() if not (kind and name == "right")}
+        self.write({"step": step, **({kind: True} if kind else {}), "eval": kept})
+
+    def on_end(self, ended: Ended) -> None:
+        """The last line."""
+        known = {"message": ended.message} if ended.message else {"step": ended.step, "best_step": ended.best_step}
+        self.write({"done": known})
 
     def close(self) -> None:
-        """Close the files; more than once is fine."""
+        """Close the file; more than once is fine."""
         with suppress(OSError):  # what did not fit on the disk was said when it was written
             self._file.close()
-        if self._events is not None:
-            self._events.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -106,22 +119,6 @@ class MetricsLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         del kind, error, trace
         self.close()
-
-
-class SilentLog(MetricsLog):
-    """Keeps nothing: the log of every process but the first."""
-
-    def __init__(self) -> None:
-        pass
-
-    def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
-        """Nothing."""
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -197,7 +194,7 @@ def to_json(value: Any) -> Any:
 
 
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """TensorBoard tags and numbers of one line: top-level numbers, the evaluation's, and one tag per layer.
+    """Tags and numbers of one line, for trackers: top-level numbers, the evaluation's, and one tag per layer.
 
     Example:
       >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})
@@ -222,9 +219,3 @@ def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
 
 def _step(record: Mapping[str, Any]) -> int:
     return int(record.get("step", record.get("resumed", {}).get("step", 0)))
-
-
-def _event_writer(folder: Path, resume: int | None) -> Any:
-    from tensorboardX import SummaryWriter  # heavy (protobuf), and rarely asked for
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume is None else resume + 1)

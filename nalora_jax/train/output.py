@@ -31,7 +31,8 @@ from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.lock import Lock
 
 CHECKPOINTS = "checkpoints"
-_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", CHECKPOINTS}  # what a run writes before a checkpoint
+# What a run writes before a checkpoint.
+_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", CHECKPOINTS}
 _SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 
 Resume = bool | Literal["auto"]

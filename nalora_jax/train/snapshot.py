@@ -21,7 +21,7 @@ from nalora_jax.weights.origin import is_comparable
 # it writes and when, but not what one of its steps computes (beyond the order of a sum). The model's name is among them
 # because the fingerprint decides.
 FREE_SETTINGS = (
-    r"^(model|output|resume|steps|epochs|tensorboard)$",
+    r"^(model|output|resume|steps|epochs|tensorboard|callbacks)$",
     r"^train\.(log_every|eval_every|save_every|keep|patience)$",
     r"^mesh\.",
     r"^data\.workers$",

@@ -13,7 +13,7 @@ import yaml
 
 from nalora_jax.cli import command, verbs
 from nalora_jax.cli.config_files import as_yaml, load_config
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig, RunConfig
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import resolve
@@ -105,7 +105,7 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     import jax
 
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    config = tiny.make_config(tmp_path)
+    config = tiny.make_config(tmp_path, mesh=MeshConfig())
     config = replace(
         config, epochs=3.0, data=replace(config.data, eval_split="auto", train_split="train", max_length=0)
     )

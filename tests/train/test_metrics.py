@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.train.callbacks import Ended, Started
 from nalora_jax.train.metrics import MetricsLog, read_metrics, scalars, to_json, write_atomically
 
 MACHINE = {"versions": {"jax": "0.10"}, "device": "cpu"}
@@ -155,21 +156,24 @@ def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
     assert scalars({"step": 5, "eval": {"accuracy": 0.5, "samples": [1]}}) == [("eval/accuracy", 0.5)]
 
 
-def test_tensorboard_events_hold_the_scalars(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    with MetricsLog(tmp_path, tensorboard=True) as log:
-        log.write({"step": 7, "loss": 1.5, "layers": {"limit": [0.25]}})
-    data = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    found, at = {}, 0
-    while at < len(data):  # TFRecord: length (8 bytes), crc (4), the event, crc (4)
-        size = int.from_bytes(data[at : at + 8], "little")
-        event = Event.FromString(data[at + 12 : at + 12 + size])
-        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        at += 16 + size
-    assert found == {("train/loss", 7): 1.5, ("limit/layer_00", 7): 0.25}
-
-
-def test_no_event_files_unless_asked_for(tmp_path):
-    write_steps(tmp_path, [1])
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+def test_the_log_is_a_callback(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.on_start(Started(tmp_path, {"steps": 9}, more={"base": {"name": "x"}}))
+        log.on_eval(0, {"loss": 2.0, "n": 4, "right": [True]}, "initial")
+        log.on_log(7, {"loss": 1.5, "layers": {"limit": [0.25]}})
+        log.on_eval(7, {"loss": 1.0, "n": 2}, "")
+        log.on_end(Ended(9, 7))
+    first, *rest = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["run"], first["base"]) == ({"steps": 9}, {"name": "x"})
+    assert rest == [
+        {"step": 0, "initial": True, "eval": {"loss": 2.0, "n": 4}},
+        {"step": 7, "loss": 1.5, "layers": {"limit": [0.25]}},
+        {"step": 7, "eval": {"loss": 1.0, "n": 2}},
+        {"done": {"step": 9, "best_step": 7}},
+    ]
+    with MetricsLog(tmp_path, resume=7) as log:
+        log.on_start(Started(tmp_path, {"steps": 12}, 7))
+        log.on_end(Ended(message="stopped"))
+    resumed, done = read_metrics(tmp_path / "metrics.jsonl")[-2:]
+    assert (resumed["resumed"]["step"], resumed["resumed"]["settings"]) == (7, {"steps": 12})
+    assert done == {"done": {"message": "stopped"}}

@@ -1,0 +1,52 @@
+"""The verb ``nalora from-peft``: settings of PEFT or TRL as a file for ``nalora train --config``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from nalora_jax.config import check
+from nalora_jax.errors import NaloraError
+
+
+@dataclass(frozen=True)
+class FromPeftArgs:
+    """Write the settings of PEFT (adapter_config.json) or of TRL (config.yaml) as a config of nalora train."""
+
+    # adapter_config.json, or an adapter's folder; a LoraConfig or the flat settings of TRL's scripts as YAML or JSON.
+    file: Positional[Path]
+    # New YAML file to write; by default it is printed.
+    output: Path | None = None
+
+
+def from_peft(args: FromPeftArgs) -> None:
+    """Convert, and say what was left out.
+
+    Raises:
+      NaloraError: the file is none of these, or holds settings that mean nothing here; all of them are named.
+    """
+    from nalora_jax.cli import config_files
+    from nalora_jax.files import write_atomically
+    from nalora_jax.weights import peft_settings
+
+    path = args.file / "adapter_config.json" if args.file.is_dir() else args.file
+    values = config_files.read_values(path)
+    known = set(values) if isinstance(values, Mapping) else set()
+    ours = known & set(peft_settings.TRL) - set(peft_settings.PEFT)
+    if not known & {*peft_settings.PEFT, *peft_settings.TRL}:
+        raise NaloraError(str(path), expected="settings of PEFT or TRL", found=", ".join(map(str, known)) or "none")
+    convert = peft_settings.from_trl if ours else peft_settings.from_peft
+    settings, notes = convert(values)
+    config = check(config_files.settings_of(settings, path))
+    text = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)
+    if args.output is None:
+        sys.stdout.write(text)
+        return
+    if args.output.exists():
+        raise NaloraError("--output", expected="a new file", found=f"{args.output}, which exists")
+    write_atomically(args.output, text)
+    print(f"{args.output}: nalora train --config {args.output}")

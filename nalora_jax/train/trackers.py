@@ -1,0 +1,175 @@
+"""Callbacks that write a run's numbers for other programs: TensorBoard, Weights & Biases, MLflow.
+
+Each imports its program when a run begins; none is needed by a run that does not name it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
+from nalora_jax.train.metrics import scalars, to_json
+
+_RUN_ID = "nalora_run_id"  # of a tracker's folder: the run there that a continued one goes on with
+
+
+class _Numbers(Callback):
+    """Hands on every number at its step, by a tag such as "train/loss", "eval/accuracy" or "misalignment/layer_03"."""
+
+    def on_log(self, step: int, record: Mapping[str, Any]) -> None:
+        """The numbers of a log step."""
+        self.write(step, dict(scalars(to_json({"step": step, **record}))))
+
+    def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
+        """Those of an evaluation; of the base and of the result they have tags of their own."""
+        found = scalars(to_json({"eval": {name: value for name, value in values.items() if name != "right"}}))
+        tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
+        self.write(step, {tag + name.removeprefix("eval/"): value for name, value in found})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand them on."""
+        raise NotImplementedError
+
+
+@register_callback("tensorboard")
+@dataclass
+class TensorBoard(_Numbers):
+    """Event files in the run's folder ``tensorboard``."""
+
+    def on_start(self, started: Started) -> None:
+        """Open the files; of a continued run, later steps are dropped, because it writes them again."""
+        from tensorboardX import SummaryWriter  # heavy (protobuf), and rarely asked for
+
+        purge = started.step + 1 if started.step else None
+        self._events: Any = SummaryWriter(str(started.folder / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One event for every number."""
+        for tag, value in values.items():
+            self._events.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        if hasattr(self, "_events"):
+            self._events.close()
+
+
+@register_callback("wandb")
+@dataclass
+class Wandb(_Numbers):
+    """Weights & Biases (extra ``wandb``), with its files in the run's folder; ``mode=offline`` needs no account."""
+
+    project: str = "nalora_jax"
+    name: str = ""  # by default the name of the run's folder
+    entity: str = ""
+    mode: str = ""  # "online", "offline" or "disabled"; by default what WANDB_MODE says
+
+    def __post_init__(self) -> None:
+        self._wandb = _imported("wandb")
+
+    def on_start(self, started: Started) -> None:
+        """Begin a run there, or go on with the one that belongs to a continued run."""
+        self._run: Any = self._wandb.init(
+            project=self.project,
+            name=self.name or started.folder.resolve().name,
+            entity=self.entity or None,
+            mode=self.mode or None,
+            dir=str(started.folder),
+            id=_run_id(started, "wandb"),
+            resume="allow",
+            config=to_json({**started.config, "versions": started.versions, "device": started.device}),
+        )
+        # The step is a number like others: a continued run may write some of its steps once more.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of its table."""
+        self._run.log({"step": step, **values})
+
+    def on_end(self, ended: Ended) -> None:
+        """Finish the run there, as failed where it was broken off."""
+        if ended.best_step is not None:
+            self._run.summary["best_step"] = ended.best_step
+        self._run.finish(exit_code=1 if ended.message else 0)
+
+
+@register_callback("mlflow")
+@dataclass
+class MLflow(_Numbers):
+    """MLflow (extra ``mlflow``)."""
+
+    experiment: str = "nalora_jax"
+    name: str = ""  # by default the name of the run's folder
+    uri: str = ""  # of the tracking server or store; by default what MLFLOW_TRACKING_URI says
+
+    def __post_init__(self) -> None:
+        self._mlflow = _imported("mlflow")
+
+    def on_start(self, started: Started) -> None:
+        """Begin a run there with the settings as parameters, or go on with the one of a continued run."""
+        self._client = self._mlflow.MlflowClient(tracking_uri=self.uri or None)
+        known = started.folder / "mlflow" / _RUN_ID
+        if started.step and known.exists():
+            self._id = known.read_text(encoding="utf-8")
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        found = self._client.get_experiment_by_name(self.experiment)
+        experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
+        name = self.name or started.folder.resolve().name
+        self._id = self._client.create_run(experiment, run_name=name).info.run_id
+        _write_id(known, self._id)
+        kind = self._mlflow.entities.Param
+        params = [kind(key, str(value)[:500]) for key, value in _flat(to_json(started.config))]
+        for first in range(0, len(params), 100):  # what its interface takes at once
+            self._client.log_batch(self._id, params=params[first : first + 100])
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One batch of metrics."""
+        now = int(time.time() * 1000)
+        found = [self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()]
+        for first in range(0, len(found), 1000):
+            self._client.log_batch(self._id, metrics=found[first : first + 1000])
+
+    def on_end(self, ended: Ended) -> None:
+        """Finish the run there."""
+        self._client.set_terminated(self._id, "FAILED" if ended.message else "FINISHED")
+
+
+def _run_id(started: Started, folder: str) -> str:
+    """The id of the tracker's run: a new one, or that which belongs to the run that is continued."""
+    path = started.folder / folder / _RUN_ID
+    if started.step and path.exists():
+        return path.read_text(encoding="utf-8")
+    made = uuid.uuid4().hex
+    _write_id(path, made)
+    return made
+
+
+def _write_id(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _imported(name: str) -> Any:
+    """The tracker's library, looked for before a run writes anything."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        remedy = f"pip install {name} (or nalora_jax with its extra `{name}`)"
+        raise NaloraError(f"--callbacks {name}", expected=f"the library {name}", found=error, remedy=remedy) from error

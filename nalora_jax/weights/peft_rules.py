@@ -1,0 +1,93 @@
+"""Modules of transformers' models, as PEFT's settings name them, as ordered rules over this library's projections."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+
+# What transformers calls a projection, and where it is in the paths that rules are searched in.
+MODULES = {name: f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+MODULES |= {name: f"ffn/{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+# Fused ones, and those of Mixtral's experts.
+MODULES |= {"qkv_proj": "attn/(q|k|v)_proj", "gate_up_proj": "ffn/(gate|up)_proj"}
+MODULES |= {"w1": "ffn/gate_proj", "w3": "ffn/up_proj", "w2": "ffn/down_proj"}
+_NAME = re.compile(r"[\w.]+")
+
+
+def rules_of(
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | str | None,
+    excluded: Sequence[str] | str | None = None,
+    layers: Sequence[int] | int | None = None,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+) -> list[str]:
+    """Rules ``PATTERN:RANK:ALPHA`` that adapt what PEFT's settings adapt.
+
+    Example:
+      >>> rules_of(rank=8, alpha=16, targets=["q_proj", "v_proj"], ranks={"v_proj": 4})
+      ['attn/v_proj:4:16', 'attn/q_proj:8:16', 'attn/v_proj:8:16']
+
+    Raises:
+      NaloraError: an expression, a name that no supported model has, or none at all.
+    """
+    ranks, alphas = dict(ranks or {}), dict(alphas or {})
+    if targets is None:
+        raise NaloraError(
+            "target_modules",
+            expected="names of modules",
+            found="none",
+            remedy="PEFT's default depends on the model: name them",
+        )
+    if isinstance(targets, str):
+        if targets.lower() != "all-linear":
+            raise NaloraError(
+                "target_modules",
+                expected='names, or "all-linear"',
+                found=f"the expression {targets!r}",
+                remedy="write it as --lora.rules: patterns are searched in paths such as layers/3/ffn/gate_proj",
+            )
+        targets = [
+            name for name in MODULES if name.endswith("_proj") and "_up" not in name and not name.startswith("qkv")
+        ]
+    if isinstance(excluded, str):
+        raise NaloraError("exclude_modules", expected="names", found=f"the expression {excluded!r}")
+    out = {_path(name, "exclude_modules") for name in excluded or ()}
+    kept = [name for name in targets if _path(name, "target_modules") not in out]
+    numbers = [layers] if isinstance(layers, int) else list(layers or [])
+    within = f"layers/({'|'.join(map(str, numbers))})/" if numbers else ""
+    wanted = {_path(name, "target_modules") for name in kept}
+    named = {name: _path(name, "rank_pattern, alpha_pattern") for name in [*ranks, *alphas]}
+    # A pattern for a module that is not targeted means nothing to PEFT.
+    special = [name for name, path in named.items() if re.sub(r"^layers/\d+/", "", path) in wanted]
+    found = [
+        _rule(_path(name, "rank_pattern, alpha_pattern"), ranks.get(name, rank), alphas.get(name, alpha), within)
+        for name in special
+    ]
+    found += [_rule(_path(name, "target_modules"), rank, alpha, within) for name in kept]
+    return list(dict.fromkeys(found))
+
+
+def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
+    pattern = path if path.startswith("layers/") else within + path
+    return f"{pattern}:{rank}:{alpha:g}"
+
+
+def _path(name: str, where: str) -> str:
+    """The pattern of a module: of every layer, or of the one that its name gives."""
+    bare = name.removeprefix("^").removesuffix("$")
+    last = bare.rpartition(".")[2]
+    if not _NAME.fullmatch(bare) or last not in MODULES:
+        raise NaloraError(
+            where,
+            expected=f"modules of {', '.join(MODULES)}",
+            found=repr(name),
+            remedy="write it as --lora.rules by hand",
+        )
+    layer = re.search(r"layers\.(\d+)\.", bare)
+    return f"layers/{layer[1]}/{MODULES[last]}" if layer else MODULES[last]

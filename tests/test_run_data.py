@@ -1,0 +1,92 @@
+"""A whole run on records that a program hands in, with what it leaves to them and who listens to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from nalora_jax import distributed, run
+from nalora_jax.__main__ import main
+from nalora_jax.config import DataConfig, TrainConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.callbacks import Callback
+from tests import tiny
+
+
+class Told(Callback):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def on_eval(self, step: int, values: Any, kind: str) -> None:
+        self.events.append(("eval", step, kind))
+
+    def on_save(self, step: int, folder: Path) -> None:
+        self.events.append(("save", step, folder.name))
+
+    def on_end(self, ended: Any) -> None:
+        self.events.append(("end", ended.step, ended.best_step))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of the test's own, and one of the simulated devices."""
+    make = distributed.make_mesh
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
+
+
+def test_a_run_on_records_of_a_program(tmp_path: Path) -> None:
+    config = tiny.make_config(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    config = replace(
+        config,
+        epochs=2.0,
+        data=DataConfig(max_length=0),
+        train=TrainConfig(batch_size=8, log_every=1, save_every=0),
+        callbacks=("tensorboard",),
+    )
+
+    def example(record: dict[str, Any]) -> dict[str, Any]:
+        return {**record["inner"], "completion": " z"}
+
+    told = Told()
+    wrapped = ({"inner": one} for one in records)
+    result = run(config, data=wrapped, format=example, callbacks=[told])
+    header = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    settings = header["run"]
+    # 57 of 60 records are trained on: 3 positions each, two in a row of 8, 29 rows, 8 a step.
+    assert header["data"]["examples"] == 57
+    assert (settings["steps"], settings["epochs"], settings["data"]["max_length"]) == (8, 2.0, 8)
+    assert (settings["train"]["eval_every"], settings["data"]["dataset"]) == (4, "in memory")
+    assert (result.before["n"], result.after["n"]) == (2, 2)
+    assert [event for event in told.events if event[0] != "save"] == [
+        ("eval", 0, "initial"),
+        ("eval", 0, ""),
+        ("eval", 4, ""),
+        ("eval", 8, ""),
+        ("eval", result.best_step, "final"),
+        ("end", 8, result.best_step),
+    ]
+    assert [event[1:] for event in told.events if event[0] == "save"] == [(4, "4"), (8, "8")]
+    assert list((result.folder / "tensorboard").iterdir())
+
+    again = replace(config, resume=True, epochs=3.0)
+    longer = run(again, data=[{"inner": one} for one in records], format=example)
+    assert json.loads((longer.folder / "metrics.jsonl").read_text().splitlines()[-1])["done"]["step"] == 11
+    other = {"prompt": "a b", "completion": " y", "choices": ["c", "y"], "gold": 1}
+    with pytest.raises(NaloraError, match="data position"):
+        run(replace(again, epochs=0.0, steps=12), data=[{"inner": other} for _ in records], format=example)
+
+
+def test_a_run_goes_on_with_nothing_but_its_folder(tmp_path: Path) -> None:
+    config = replace(tiny.make_config(tmp_path), steps=2)
+    run(config)
+    assert main(["train", "--resume", config.output, "--steps", "4"]) == 0
+    assert sorted(tiny.losses(config.output)) == [1, 2, 3, 4]

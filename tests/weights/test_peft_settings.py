@@ -1,0 +1,149 @@
+"""Settings of PEFT and TRL: nothing is left out without a word, and adapters are those that PEFT would have made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nalora_jax.__main__ import main
+from nalora_jax.cli.config_files import load_config, settings_of
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.weights.peft_settings import PEFT, TRL, from_peft, from_trl, table_of
+
+DOCS = Path(__file__).parents[2] / "docs"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+def test_every_field_of_peft_is_in_the_table() -> None:
+    peft = pytest.importorskip("peft")
+    assert {one.name for one in dataclasses.fields(peft.LoraConfig)} == set(PEFT)
+
+
+def test_every_own_field_of_trl_is_in_the_table() -> None:
+    trl = pytest.importorskip("trl")  # of the extra `bench`
+    import transformers
+
+    common = {one.name for one in dataclasses.fields(transformers.TrainingArguments)}
+    assert {one.name for one in dataclasses.fields(trl.SFTConfig)} - common <= set(TRL)
+
+
+@pytest.mark.parametrize(("page", "fields"), [("from_peft.md", PEFT), ("from_trl.md", TRL)])
+def test_the_pages_hold_the_tables(page: str, fields: Any) -> None:
+    assert "\n".join(table_of(fields)) in (DOCS / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "r": 4, "lora_alpha": 12},
+        {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2, "up_proj": 3}, "use_rslora": True},
+        {"target_modules": ["o_proj"], "alpha_pattern": {"model.layers.1.self_attn.o_proj": 1.0}},
+        {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["k_proj"]},
+    ],
+)
+def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    theirs = peft.LoraConfig(**settings)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"})
+    )
+    expected = {}
+    for name, module in peft.inject_adapter_in_model(theirs, model).named_modules():
+        if hasattr(module, "lora_A"):
+            path = name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
+            expected[path.replace(".", "/")] = (module.r["default"], float(module.scaling["default"]))
+
+    made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
+    base = ModelConfig.from_hf(LLAMA)
+    spec = resolve(settings_of(made, Path("mine.yaml")).lora, projection_shapes(base), base.n_layers)
+    found = {}
+    for target, adapter in spec.targets:
+        for layer in range(base.n_layers):
+            if adapter.ranks[layer]:
+                found[target.replace("layers/", f"layers/{layer}/")] = (adapter.ranks[layer], adapter.alphas[layer])
+    assert found.keys() == expected.keys()
+    for name, (rank, scale) in expected.items():
+        assert found[name][0] == rank
+        assert found[name][1] / (rank**0.5 if theirs.use_rslora else rank) == pytest.approx(scale)
+    assert not [note for note in notes if "not known" in note]
+
+
+def test_what_is_refused_is_named_with_the_reason() -> None:
+    bad = {"target_modules": ["q_proj"], "bias": "all", "use_qalora": True, "modules_to_save": ["lm_head"]}
+    with pytest.raises(NaloraError) as caught:
+        from_peft(bad | {"init_lora_weights": "olora", "r": 8})
+    for part in (
+        "bias = 'all' (biases stay",
+        "use_qalora = True (it is another",
+        "modules_to_save",
+        "'olora' (there are",
+    ):
+        assert part in str(caught.value)
+    for targets, said in [
+        (None, "found none"),
+        (r".*\.q_proj", "found the expression"),
+        (["c_attn"], "found 'c_attn'"),
+    ]:
+        with pytest.raises(NaloraError, match=f"target_modules: .*{said}"):
+            from_peft({"target_modules": targets})
+    with pytest.raises(NaloraError, match="fp16 = True"):
+        from_trl({"fp16": True})
+
+
+def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sft.yaml"
+    path.write_text(
+        "model_name_or_path: Qwen/Qwen3-0.6B\ndataset_name: trl-lib/Capybara\ndataset_config: small\n"
+        "learning_rate: 2.0e-4\nnum_train_epochs: 2\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 8\n"
+        "max_length: 1024\npacking: true\nassistant_only_loss: true\nlogging_steps: 25\neval_strategy: steps\n"
+        "eval_steps: 100\nwarmup_ratio: 0.1\nlr_scheduler_type: cosine\nreport_to: [wandb]\nbf16: true\n"
+        "use_peft: true\nlora_r: 32\nlora_alpha: 16\nlora_target_modules: [q_proj, v_proj]\nload_in_4bit: true\n"
+        "gradient_checkpointing: true\noutput_dir: Qwen3-SFT\nsomething_new: 3\n"
+    )
+    assert main(["from-peft", str(path), "--output", str(tmp_path / "ours.yaml")]) == 0
+    config = load_config(tmp_path / "ours.yaml")
+    assert (config.model, config.output, config.epochs) == ("Qwen/Qwen3-0.6B", "Qwen3-SFT", 2.0)
+    assert config.data.dataset == "hf:trl-lib/Capybara:small"
+    assert (config.data.max_length, config.data.loss_on, config.callbacks) == (1024, "assistant", ("wandb",))
+    assert (config.train.batch_size, config.train.accumulate, config.train.eval_every) == (16, 8, 100)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_share) == (2e-4, 0.1)
+    assert [rule.pattern for rule in config.lora.rules] == ["attn/q_proj", "attn/v_proj"]
+    assert config.compute.quantize == "nf4"
+    text = (tmp_path / "ours.yaml").read_text()
+    assert "# something_new is not known here: left out" in text
+    assert "# gradient_checkpointing is left out" in text
+    assert main(["from-peft", str(path), "--output", str(tmp_path / "ours.yaml")]) == 2
+    assert "expected a new file" in capsys.readouterr().err
+
+
+def test_a_folder_of_peft_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["up_proj"],
+        "base_model_name_or_path": "m",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert main(["from-peft", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "model: m\nlora:\n  rules:\n  - ffn/up_proj:4:8\n"
+    (tmp_path / "other.json").write_text("{}")
+    assert main(["from-peft", str(tmp_path / "other.json")]) == 2
