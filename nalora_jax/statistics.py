@@ -245,9 +245,7 @@ def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
     return {name: jnp.zeros(get(name).shape(channels), jnp.float32) for name in cotangent(names)}
 
 
-def tap(
-    z: Array, sinks: Mapping[str, Array], weights: Array, sums: Callable[[Array, Array, Iterable[str]], Sums]
-) -> Array:
+def tap(z: Array, sinks: Mapping[str, Array], weights: Any, sums: Callable[[Array, Any, Iterable[str]], Sums]) -> Array:
     """``z`` itself, whose backward pass hands the statistics of its cotangent to ``sinks`` as their gradient.
 
     The value and the gradient of z are untouched. The zeros in ``sinks`` ride through whatever the model does to its
@@ -263,12 +261,12 @@ def tap(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tap(z: Array, sinks: Sums, weights: Array, sums: Callable[..., Sums]) -> Array:
+def _tap(z: Array, sinks: Sums, weights: Any, sums: Callable[..., Sums]) -> Array:
     del sinks, weights, sums
     return z
 
 
-def _tap_fwd(z: Array, sinks: Sums, weights: Array, sums: Callable[..., Sums]) -> tuple[Array, Any]:
+def _tap_fwd(z: Array, sinks: Sums, weights: Any, sums: Callable[..., Sums]) -> tuple[Array, Any]:
     del sums
     return z, (sinks, weights)
 

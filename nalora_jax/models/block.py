@@ -181,7 +181,12 @@ class Block(nn.Module):
     def _ffn(self) -> Any:
         c = self.config
         kind = MoEFFN if c.n_experts else GatedFFN if c.gated else SelfGatedFFN
-        extra = {"n_experts": c.n_experts, "top_k": c.experts_per_token, "norm_topk": c.norm_topk}
+        extra = {
+            "n_experts": c.n_experts,
+            "top_k": c.experts_per_token,
+            "norm_topk": c.norm_topk,
+            "sharding": self.activation_sharding,
+        }
         return kind(
             d_model=c.d_model,
             d_ff=c.d_ff,

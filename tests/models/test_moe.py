@@ -10,7 +10,8 @@ import torch
 
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.moe import ExpertDense, MoEFFN, grouped_matmul, grouped_residual, route
+from nalora_jax.models.experts import grouped_matmul, grouped_residual, route
+from nalora_jax.models.moe import ExpertDense, MoEFFN
 from nalora_jax.nn.ffn import Adapters
 from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.ops import checks
@@ -118,7 +119,7 @@ def test_a_stack_of_adapters_is_refused_by_name():
     variables["params"] = {"kernel": normal(EXPERTS, D, F)}
     variables["lora"] = {"a": normal(2, EXPERTS, D, RANK), "b": normal(2, EXPERTS, RANK, F)}
     with pytest.raises(NaloraError, match="stack of adapters"):
-        module.apply(variables, normal(10, D), route(jnp.asarray(normal(5, EXPERTS)), 2, normalize=True))
+        module.apply(variables, D)
 
 
 def test_dropout_acts_on_the_adapters_input_only():

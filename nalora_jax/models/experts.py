@@ -1,0 +1,391 @@
+"""The arithmetic of a mixture of gated experts: pure functions of the tokens that one device holds.
+
+Rows of tokens are sorted by expert, so that every projection is one grouped product (`lax.ragged_dot`) over exactly the
+tokens that reached each expert; nothing is dropped and no capacity is assumed. The mechanisms work per expert channel.
+`nalora_jax.models.moe` lays it out on a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax import activations, selection, statistics
+from nalora_jax.ops.adapted_dense import Adapter, Factors, Products, column_norm, combine, gated, moved_from
+from nalora_jax.ops.checks import NAMES, Live, gate_checks
+from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import Kernel, expand
+
+
+class Routing(NamedTuple):
+    """Which rows go where: row i of the sorted rows is token ``token[i]`` in expert ``expert[i]``."""
+
+    order: jax.Array  # int [tokens * top_k], the sorting: top_k rows of token 0, of token 1, ... -> rows by expert
+    token: jax.Array  # int [tokens * top_k]
+    expert: jax.Array  # int [tokens * top_k], ascending
+    sizes: jax.Array  # int [experts], rows of each
+    weight: jax.Array  # float32 [tokens * top_k]
+    back: jax.Array  # int [tokens * top_k], inverse of the sorting
+
+
+def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
+    """The ``top_k`` experts of every token and their weights.
+
+    Args:
+      logits: float32 ``[tokens, experts]``.
+      top_k: experts per token.
+      normalize: scale the chosen experts' probabilities to sum to 1.
+    """
+    n_experts = logits.shape[-1]
+    weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+    if normalize:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    return Routing(
+        order=order,
+        token=order // top_k,
+        expert=flat[order],
+        sizes=jnp.bincount(flat, length=n_experts).astype(jnp.int32),
+        weight=weights.reshape(-1)[order],
+        back=jnp.argsort(order),
+    )
+
+
+def grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    """Every row through its expert's frozen kernel: no gradient for the kernels.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      kernels: ``[experts, d_in, d_out]``, as they are stored.
+      sizes: int ``[experts]``.
+      numerics: dtypes of operands and result.
+
+    Returns:
+      ``[rows, d_out]`` in ``numerics.result``.
+    """
+    chex.assert_rank([x, sizes], [2, 1])
+    assert kernels.ndim == 3
+    return _frozen(x, kernels, sizes, numerics.operand).astype(numerics.result)
+
+
+def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+    return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> jax.Array:
+    return _ragged(x, expand(kernels), sizes, operand)
+
+
+def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> tuple[jax.Array, Any]:
+    return _frozen(x, kernels, sizes, operand), (kernels, sizes, jnp.zeros((0,), x.dtype))
+
+
+def _frozen_bwd(operand: str, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    kernels, sizes, like_x = residuals
+    dx = _ragged(g, expand(kernels).swapaxes(1, 2), sizes, operand).astype(like_x.dtype)
+    return dx, None, None
+
+
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)
+
+
+def grouped_residual(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    sizes: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    operand: str = "float32",
+) -> jax.Array:
+    """`nalora_jax.ops.adapted_dense.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      a: ``[experts, d_in, r]`` float32.
+      b: ``[experts, r, d_out]`` float32.
+      scale: scalar.
+      sizes: int ``[experts]``.
+      mask: ``[experts, d_out]`` or None.
+      operand: dtype of the operands.
+
+    Returns:
+      ``[rows, d_out]`` float32.
+    """
+    chex.assert_rank([x, a, b], [2, 3, 3])
+    (y,), _ = gated(GroupedProducts(sizes, operand), x, (Factors.of(Adapter(a, b, scale, mask)),))
+    out: jax.Array = y
+    return out
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupedProducts(Products):
+    """Every row's products are those of its expert's adapter; the factors have a leading axis ``[experts]``."""
+
+    sizes: jax.Array  # int [experts], rows of each
+    operand: str = field(metadata={"static": True})
+
+    def _dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return _ragged(x, y, self.sizes, self.operand)
+
+    def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
+        """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
+        made: jax.Array = jax.linear_transpose(partial(self._dot, x), like)(g)[0]
+        return made
+
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """See `Products`."""
+        (layer,) = layers
+        hidden = layer.scale * self._dot(x, layer.a)
+        return [self._dot(hidden, layer.b)], [hidden]
+
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], None]:
+        """See `Products`."""
+        (g,), (wide,) = gs, wides
+        return [self._dot(g, wide.swapaxes(1, 2))], None
+
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        shaping: Sequence[Any],
+        beside: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        (layer,), (g,) = layers, gs
+        dx = self._dot(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
+        return dx, [self._per_expert(x, shaping[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]
+
+
+# ---------------------------------------------------------------- statistics
+
+
+class Sample(NamedTuple):
+    """Sorted rows that statistics are taken of."""
+
+    rows: jax.Array | None  # int [taken], or None: all of them
+    weights: jax.Array  # float32 [experts, taken]: the row's token weight in its own expert, 0 in the others
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """``[rows, n]`` -> ``[taken, n]``."""
+        return x if self.rows is None else jnp.take(x, self.rows, axis=0)
+
+
+def sample(routing: Routing, token_weights: jax.Array, stride: int) -> Sample:
+    """One in ``stride`` of the rows of every sequence, real ones where there are any: singly, for small experts.
+
+    The rows of a sequence are sorted by expert of their own, so that a sequence counts alike in any batch.
+
+    Args:
+      routing: of all tokens of the batch.
+      token_weights: ``[batch, seq]``, 0 for padding.
+      stride: 1 or more.
+    """
+    token_weights = lax.stop_gradient(token_weights).astype(jnp.float32)
+    rows, expert = None, routing.expert
+    weights = jnp.take(token_weights.reshape(-1), routing.token)
+    if stride > 1:
+        batch = token_weights.shape[0]
+        own = routing.expert[routing.back].reshape(batch, -1)
+        # [batch, seq * top_k], places among all sorted rows: a sequence's, by expert
+        places = jnp.take_along_axis(routing.back.reshape(batch, -1), jnp.argsort(own, axis=1, stable=True), axis=1)
+        taken = selection.sampled(places[..., None], jnp.take(weights, places), stride, run=1)
+        rows = taken.reshape(-1)
+        weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
+    reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
+    return Sample(rows, jnp.where(reached, weights[None, :], 0.0))
+
+
+def expert_statistics(
+    base: jax.Array,
+    delta: jax.Array | None,
+    z: jax.Array,
+    samples: tuple[Sample, Sample],
+    activation: activations.Activation,
+    config: GateStatsConfig,
+) -> dict[str, jax.Array]:
+    """`nalora_jax.ops.gated_mlp.gate_statistics` of every expert, over the tokens that reached it.
+
+    Args:
+      base: ``[rows, d_ff]`` frozen pre-activations of rows sorted by expert.
+      delta: ``[rows, d_ff]`` residual, or None.
+      z: ``[rows, d_ff]`` full pre-activations.
+      samples: rows that the gate, and that the probe is measured on.
+      activation: the gate's.
+      config: tolerance, and which statistics.
+
+    Returns:
+      The same names with a leading ``[experts]`` axis.
+    """
+    partition = activations.partition(activation.name, config.tolerance)
+    gate, probe = samples
+    seen, start = gate.take(z), probe.take(base)
+    moved = jnp.zeros_like(start) if delta is None else probe.take(delta)
+
+    def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
+        stats = statistics.channel_statistics(seen, of_gate, activation, partition, config.extra)
+        return stats | statistics.probe_statistics(start, moved, of_probe, activation, config.extra)
+
+    return jax.vmap(one)(gate.weights, probe.weights)
+
+
+def expert_cotangent_statistics(delta: jax.Array, of: Sample, names: Iterable[str]) -> dict[str, jax.Array]:
+    """`nalora_jax.ops.gated_mlp.cotangent_statistics` by expert: ``[rows, d_ff]`` -> ``[experts, ...]``."""
+    taken = of.take(delta)
+    return jax.vmap(lambda own: statistics.cotangent_statistics(taken, own, names))(of.weights)
+
+
+# ---------------------------------------------------------------- the block
+
+
+class Experts(NamedTuple):
+    """One projection of all experts; every array has a leading axis ``[experts]``, but for the scale."""
+
+    kernel: Kernel  # [experts, d_in, d_out]
+    adapter: Adapter | None = None
+
+
+class Layer(NamedTuple):
+    """The arrays of a block."""
+
+    router: jax.Array  # [d_model, experts]
+    gate: Experts
+    up: Experts
+    down: Experts
+    sinks: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
+
+
+@dataclass(frozen=True)
+class RoutedConfig:
+    """The static choices of a block."""
+
+    top_k: int
+    normalize: bool  # the chosen experts' probabilities sum to 1
+    activation: str
+    numerics: Numerics
+    stats: GateStatsConfig
+    measure: bool = False  # take statistics
+    dropout: float = 0.0  # on the adapters' inputs
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of what is measured."""
+        names = (*statistics.COUNTS, *statistics.STANDARD, *statistics.forward(self.stats.extra))
+        return (*names, *NAMES) if self.stats.check else names
+
+
+def routed_ffn(
+    x: jax.Array,
+    token_weights: jax.Array,
+    keys: jax.Array | None,
+    layer: Layer,
+    config: RoutedConfig,
+    axis: str | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Every token through its ``top_k`` experts.
+
+    Args:
+      x: ``[batch, seq, d_model]``.
+      token_weights: ``[batch, seq]``, which tokens the statistics count.
+      keys: ``[batch]``, of the dropout of every sequence; None for none.
+      layer: arrays of the block.
+      config: static choices.
+      axis: a mapped mesh axis whose devices each hold a part of every expert's channels, in their order.
+
+    Returns:
+      ``[batch, seq, d_model]``, and the statistics, ``{}`` where none are taken.
+    """
+    numerics, activation = config.numerics, activations.get(config.activation)
+    flat = x.reshape(-1, x.shape[-1])
+    # In float32 whatever the model's dtype: a rounding error here would pick another expert.
+    frozen = lax.stop_gradient(layer.router).astype(jnp.float32)
+    logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
+    routing = route(logits, config.top_k, normalize=config.normalize)
+    drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
+    rows = jnp.take(flat, routing.token, axis=0)
+    base, delta = _projected(layer.gate, rows, drop[0](rows), routing, numerics)
+    z, sampled = combine(base, delta), sample(routing, token_weights, config.stats.stride)
+    if layer.sinks:
+        z = statistics.tap(z, layer.sinks, sampled, expert_cotangent_statistics)
+    u = combine(*_projected(layer.up, rows, drop[1](rows), routing, numerics))
+    hidden, _ = gated_product(z, u, activation, numerics)
+    measured: dict[str, jax.Array] = {}
+    if config.measure:
+        moved = _moved(layer.gate, rows, routing, delta, numerics)
+        start = base if moved is delta or moved is None else z - moved
+        samples = sampled, sample(routing, token_weights, config.stats.probe_stride)
+        measured = expert_statistics(start, moved, z, samples, activation, config.stats)
+        if config.stats.check:
+            live = Live(z, base, delta, u, hidden)
+            found = gate_checks(live, activation, config.stats.check, numerics.residual)
+            measured |= found if axis is None else {name: lax.pmax(worst, axis) for name, worst in found.items()}
+    y = combine(*_projected(layer.down, hidden, drop[2](hidden, axis), routing, numerics, axis))
+    y = y * routing.weight[:, None].astype(y.dtype)
+    # [tokens, top_k, d_model] in the tokens' own order
+    y = jnp.sum(y[routing.back].reshape(-1, config.top_k, x.shape[-1]), axis=1).reshape(x.shape)
+    return y if axis is None else lax.psum(y, axis), measured
+
+
+def _projected(
+    experts: Experts, x: jax.Array, inner: jax.Array, routing: Routing, numerics: Numerics, axis: str | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Base and residual ``[rows, d_out]``: `nalora_jax.ops.adapted_dense` over grouped rows; ``inner`` is what the
+    adapter reads. With ``axis`` the inputs are split over it, and so what is returned is a part of the sum.
+    """
+    base, adapter = grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
+    if adapter is None:
+        return base, None
+    delta = grouped_residual(inner, *adapter[:3], routing.sizes, adapter.mask, operand=numerics.adapter)
+    if adapter.magnitude is not None:
+        kernel = lax.stop_gradient(expand(experts.kernel)).astype(jnp.float32)
+        norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(kernel, *adapter[:3])
+        norm = lax.stop_gradient(norm)
+        norm = norm if axis is None else jnp.sqrt(lax.psum(jnp.square(norm), axis))
+        ratio = (adapter.magnitude / norm)[routing.expert]
+        ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
+        delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
+    return base, delta.astype(base.dtype)
+
+
+def _moved(
+    gate: Experts, x: jax.Array, routing: Routing, delta: jax.Array | None, numerics: Numerics
+) -> jax.Array | None:
+    """How far the residual ``delta`` has moved from where its adapter started; None of no adapter."""
+    if delta is None or gate.adapter is None or gate.adapter.start is None:
+        return delta
+    started = grouped_residual(x, *gate.adapter.start, gate.adapter.scale, routing.sizes, operand=numerics.adapter)
+    return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
+
+
+def _dropped(
+    keys: jax.Array | None, routing: Routing, config: RoutedConfig, place: int, x: jax.Array, axis: str | None = None
+) -> jax.Array:
+    """``x [rows, d]`` with dropout, drawn by sequence, token and channel: the same however the mesh splits them."""
+    if keys is None:
+        return x
+    size, first = 1, jnp.int32(0)
+    if axis is not None:
+        size, first = lax.axis_size(axis), lax.axis_index(axis) * x.shape[1]
+    shape = (x.shape[0] // keys.shape[0], size * x.shape[1])
+    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - config.dropout, shape)  # noqa: E731
+    # [batch, seq * top_k, d] in the tokens' own order
+    kept = lax.dynamic_slice_in_dim(jax.vmap(draw)(keys), first, x.shape[1], axis=2)
+    kept = jnp.take(kept.reshape(x.shape), routing.order, axis=0)
+    return jnp.where(kept, x / (1.0 - config.dropout), 0.0)

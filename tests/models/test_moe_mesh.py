@@ -1,0 +1,181 @@
+"""Experts on a mesh: eight devices are one, and each does an eighth of the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed, statistics, trees
+from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import Decoder, init_lora, init_params
+from nalora_jax.models.moe import MoEFFN
+from nalora_jax.nn.ffn import Adapters
+from nalora_jax.nn.low_rank import TargetSpec, resolve
+from nalora_jax.nn.quantize import quantize
+from nalora_jax.ops import checks
+from nalora_jax.ops.gated_mlp import GateStatsConfig
+from nalora_jax.ops.numerics import Numerics
+
+EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
+STATS = GateStatsConfig(stride=2, probe_stride=3, check=1e-5, extra=("excess",))
+SPEC = TargetSpec((RANK,), (6.0,))
+
+
+def block(sharding: NamedSharding | None = None, **options: Any) -> MoEFFN:
+    names = ("gate_proj", "up_proj", "down_proj")
+    adapters = Adapters(tuple((name, SPEC) for name in names), **options)
+    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=STATS, sharding=sharding)
+
+
+def variables_of(module: MoEFFN, kind: str = "") -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    made = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
+    lora = {name: {**leaf, "b": rng.normal(size=leaf["b"].shape) * 0.2} for name, leaf in made["lora"].items()}
+    params = dict(made["params"])
+    for name in lora if kind else ():
+        params[name] = {"kernel": quantize(params[name]["kernel"], kind)}
+    if not kind:  # as PiSSA leaves them
+        gate = {"start_a": made["lora"]["gate_proj"]["a"], "start_b": 0.1 * rng.normal(size=(EXPERTS, RANK, F))}
+        params["gate_proj"] = {**params["gate_proj"], **gate}
+    mask = {"mask": rng.uniform(size=(EXPERTS, F))}
+    taps = statistics.taps(("delta", "delta_squared"), (EXPERTS, F))
+    return jax.tree.map(
+        lambda x: x if np.issubdtype(x.dtype, np.integer) else jnp.asarray(x, jnp.float32),
+        {"params": params, "lora": lora, "gate_mask": mask, "gate_taps": taps},
+    )
+
+
+def results(module: MoEFFN, variables: dict[str, Any], *, dropout: bool) -> dict[str, Any]:
+    """Output, gradients, and statistics of both passes; where the module has a mesh, the arrays are laid out on it."""
+    rng = np.random.default_rng(1)
+    x, g = (jnp.asarray(v, jnp.float32) for v in rng.normal(size=(2, ROWS, SEQ, D)))
+    lengths = rng.integers(1, SEQ + 1, (ROWS, 1))
+    weights = jnp.asarray(np.arange(SEQ) < lengths, jnp.float32)
+    if module.sharding is not None:
+        mesh = module.sharding.mesh
+        x, g, weights = (jax.device_put(v, module.sharding) for v in (x, g, weights))
+        places = distributed.shardings(variables["params"], mesh, distributed.PARAM_RULES)
+        variables = variables | {"params": jax.device_put(variables["params"], places)}
+
+    @jax.jit
+    def run(lora, taps, x, variables):
+        def loss(lora, taps, x):
+            y, written = module.apply(
+                {**variables, "lora": lora, "gate_taps": taps},
+                x,
+                {"gate_proj": 2.0, "up_proj": 1.5, "down_proj": jnp.float32(0.5)},
+                token_weights=weights,
+                deterministic=not dropout,
+                rngs={"dropout": jax.random.key(7)},
+                mutable=["gate_stats"],
+            )
+            return jnp.sum(y * g), (y, written)
+
+        grads, (y, written) = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(lora, taps, x)
+        return {"y": y, "lora": grads[0], "taps": grads[1], "x": grads[2], **written}
+
+    found: dict[str, Any] = jax.device_get(run(variables["lora"], variables["gate_taps"], x, variables))
+    return found
+
+
+def sharding_of(mesh: MeshConfig) -> NamedSharding:
+    return NamedSharding(distributed.make_mesh(mesh), P(distributed.BATCH_AXES))
+
+
+def assert_close(spread: Any, single: Any) -> None:
+    ours, theirs = trees.flatten(spread), trees.flatten(single)
+    assert set(ours) == set(theirs)
+    for path, value in theirs.items():
+        limit = 3e-6 * max(1.0, float(np.max(np.abs(value))))
+        if path.rpartition("/")[2] in checks.NAMES:  # largest error of a part of the tokens, not of all
+            assert np.all(ours[path] <= 1), path
+            continue
+        np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=limit, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kind", "options"),
+    [
+        (MeshConfig(2, 2, 2), "", {"dropout": 0.3}),
+        (MeshConfig(1, 2, 4), "", {"dora": True}),
+        (MeshConfig(1, 4, 2), "int8", {}),
+        (MeshConfig(1, 2, 4), "nf4", {}),  # F holds two blocks of 64: no four parts of it, so every device has all
+    ],
+    ids=str,
+)
+def test_eight_devices_are_one(mesh, kind, options):
+    single = block(**options)
+    variables = variables_of(single, kind)
+    dropout = "dropout" in options
+    spread = results(block(sharding_of(mesh), **options), variables, dropout=dropout)
+    assert_close(spread, results(single, variables, dropout=dropout))
+
+
+def test_every_device_routes_its_own_tokens():
+    """The whole gradient, counted by the compiler: an eighth on each of eight devices, on either kind of axis."""
+
+    def flops(sharding: NamedSharding | None) -> float:
+        module = block(sharding)
+        variables = jax.eval_shape(lambda: variables_of(block()))
+        x = jax.ShapeDtypeStruct((ROWS, SEQ, D), jnp.float32, sharding=sharding)
+
+        def loss(lora, x, variables):
+            return jnp.sum(module.apply({**variables, "lora": lora}, x, mutable=["gate_stats"])[0])
+
+        made = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables["lora"], x, variables).compile()
+        return float(made.cost_analysis()["flops"])
+
+    whole = flops(None)
+    for mesh in (MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)):
+        assert flops(sharding_of(mesh)) < 1.2 / 8 * whole, mesh
+
+
+def test_a_decoder_s_loss_gradients_and_statistics():
+    """Through the scan over layers and rematerialisation."""
+    base = ModelConfig.from_hf(
+        {
+            "model_type": "mixtral",
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
+        }
+    )
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
+    params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    tokens = np.random.default_rng(0).integers(0, 64, (ROWS, SEQ)).astype(np.int32)
+
+    def run(sharding: NamedSharding | None) -> Any:
+        model = Decoder(base, spec, Numerics(), remat="dots", stats=STATS, activation_sharding=sharding)
+        placed = params
+        rows = tokens
+        if sharding is not None:
+            placed = jax.device_put(params, distributed.shardings(params, sharding.mesh, distributed.PARAM_RULES))
+            rows = jax.device_put(tokens, sharding)
+
+        @jax.jit
+        def step(lora, params, tokens):
+            def loss(lora):
+                hidden, written = model.apply({"params": params, "lora": lora}, tokens, mutable=["gate_stats"])
+                return jnp.mean(jnp.square(hidden)) + jnp.mean(hidden[..., 0]), written
+
+            (value, written), grads = jax.value_and_grad(loss, has_aux=True)(lora)
+            return {"loss": value, "grads": grads, **written}
+
+        return jax.device_get(step(lora, placed, rows))
+
+    assert_close(run(sharding_of(MeshConfig(2, 2, 2))), run(None))
