@@ -12,12 +12,14 @@ model tensor by tensor while it reads it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
@@ -55,6 +57,8 @@ class Quantized(Stored):
     codes: jax.Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
     scales: jax.Array  # float32 [..., blocks, d_out]
     kind: Kind = field(metadata={"static": True})
+    # Of one layer's codes and scales as products read them, where a mesh splits them further (`gathered`).
+    places: tuple[NamedSharding, NamedSharding] | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,8 +67,17 @@ class Quantized(Stored):
         return (*lead, rows * (2 if self.kind == "nf4" else 1), d_out)
 
     def expand(self) -> jax.Array:
-        """The float32 kernel."""
-        return dequantize(self)
+        """The float32 kernel, of codes that are gathered before they become floats."""
+        if self.places is None:
+            return dequantize(self)
+        codes, scales = (_at(part, place) for part, place in zip((self.codes, self.scales), self.places, strict=True))
+        return dequantize(Quantized(codes, scales, self.kind))
+
+
+def _at(part: jax.Array, place: NamedSharding) -> jax.Array:
+    """Codes or scales whose last two axes lie as ``place`` says."""
+    whole = NamedSharding(place.mesh, P(*[None] * (part.ndim - 2), *place.spec))
+    return jax.lax.with_sharding_constraint(part, whole)
 
 
 def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
@@ -109,6 +122,36 @@ def dequantize(kernel: Quantized) -> jax.Array:
     unit = jnp.take(jnp.asarray(NF4_LEVELS, jnp.float32), codes.astype(jnp.int32))
     blocks = unit.reshape(*lead, d_in // _BLOCK, _BLOCK, d_out)
     return (blocks * kernel.scales[..., None, :]).reshape(*lead, d_in, d_out)
+
+
+def gathered(params: Any, axis: str) -> Any:
+    """``params`` whose quantized kernels, split over a mesh axis, are gathered over it as codes, not as floats.
+
+    Left to itself the compiler expands each device's part and gathers float32: four times the bytes of int8, seven of
+    nf4. Experts are left as they are: `nalora_jax.models.moe` gathers what it maps over the mesh.
+
+    Args:
+      params: a tree of arrays, or of descriptions of arrays, with shardings.
+      axis: name of the mesh axis that is gathered over; others stay split.
+    """
+
+    def told(leaf: Any) -> Any:
+        if not isinstance(leaf, Quantized) or leaf.codes.ndim > 3:
+            return leaf
+        codes, scales = (_without(part.sharding, leaf.codes.ndim, axis) for part in (leaf.codes, leaf.scales))
+        return leaf if codes is None or scales is None else replace(leaf, places=(codes, scales))
+
+    return jax.tree.map(told, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+
+
+def _without(sharding: Any, ndim: int, axis: str) -> NamedSharding | None:
+    """The last two axes of a sharding, not split over ``axis``; None where there is no such axis."""
+    if not isinstance(sharding, NamedSharding) or axis not in sharding.mesh.shape:
+        return None
+    spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
+    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
+    kept = [tuple(name for name in names if name != axis) or None for names in parts]
+    return NamedSharding(sharding.mesh, P(*kept))
 
 
 def quantize_params(params: Any, kind: Kind, pattern: str = KERNELS) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
-from nalora_jax.config import RunConfig
+from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import resolve
+from nalora_jax.nn.quantize import KERNELS, gathered, quantize
 from nalora_jax.plan.machines import Topology
 from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
 from nalora_jax.train.state import init_state
@@ -109,14 +112,21 @@ def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq:
         lora = init_lora(base, spec, jax.random.key(0))
         return init_state(lora, optimizer, {"layers/ffn": gate}, mechanisms, 0)
 
-    weights = {path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in param_shapes(base).items()}
-    params, _ = _placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)
+    weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
+    params = gathered(_placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
     state, places = _placed(jax.eval_shape(fresh), mesh, distributed.STATE_RULES)
     micro = config.train.batch_size // config.train.accumulate
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     shape = (config.train.accumulate, micro, seq)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows) for name, dtype in _BATCH.items()}
     return compile_step(config, base, model, optimizer, mechanisms, mesh, places), (params, state, batch)
+
+
+def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
+    """A frozen array as it is held."""
+    if compute.quantize == "none" or not re.search(KERNELS, path):
+        return jax.ShapeDtypeStruct(shape, compute.dtype)
+    return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 
 def _placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:

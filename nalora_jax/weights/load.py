@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 _ALIGNMENT = 64  # bytes; what XLA asks of a host buffer that it uses as it is
 
 Index = tuple[slice, ...]  # start and stop given, no step
+Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,47 +228,128 @@ def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> Non
 
 def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
     """The leaf as a global array; each distinct slice of this process's devices is read once, on its own."""
-    read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    read: dict[Key, np.ndarray] = {}
 
     def shard(index: Index | None) -> np.ndarray:
-        given = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), shape, strict=True))
-        key = tuple((part.start, part.stop) for part in given)
+        key = _given(index, shape)
         if key not in read:
-            read[key] = reader.read(given, dtype)
+            read[key] = reader.read(tuple(slice(*part) for part in key), dtype)
         return read[key]
 
     return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _given(index: Index | None, shape: tuple[int, ...]) -> Key:
+    """Start and stop along every axis."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
 
 
 _quantize = jax.jit(quantize, static_argnums=1)
 
 
 def _quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, reader: _Reader) -> Quantized:
-    """The leaf's codes and scales, some output channels of one layer (one expert) after the other.
+    """The leaf's codes and scales, those of this process's devices, some output channels of one layer at a time."""
+    like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
+    wholes = (like.codes, like.scales)
+    places = [_fitted(part.shape, sharding) for part in wholes]
+    held = [
+        {_given(index, part.shape) for index in place.addressable_devices_indices_map(part.shape).values()}
+        for part, place in zip(wholes, places, strict=True)
+    ]
+    made = quantized_parts(shape, kind, held[0], held[1], reader.read)
 
-    On several devices each process quantizes all of the leaf, since blocks of weights may cross the devices' borders.
+    def placed(part: jax.ShapeDtypeStruct, place: Sharding, of: Mapping[Key, np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(part.shape, place, lambda index: of[_given(index, part.shape)])
+
+    codes, scales = (placed(*one) for one in zip(wholes, places, made, strict=True))
+    return Quantized(codes, scales, kind)
+
+
+def quantized_parts(
+    shape: tuple[int, ...],
+    kind: Kind,
+    codes: Iterable[Key],
+    scales: Iterable[Key],
+    read: Callable[[Index, Any], np.ndarray],
+) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]]:
+    """Parts of a quantized leaf, without more of the float leaf than the blocks of weights that they touch.
+
+    Args:
+      shape: of the float leaf.
+      kind: of the codes.
+      codes: which parts of its codes, as starts and stops; whole along leading axes.
+      scales: which parts of its scales.
+      read: a slice of the float leaf.
+
+    Returns:
+      The codes and the scales by part.
     """
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
-    codes, scales = (_aligned(part.shape, part.dtype) for part in (like.codes, like.scales))
-    columns = max(1, _QUANTIZED // shape[-2])
-    for lead in np.ndindex(*shape[:-2]):
-        for start in range(0, shape[-1], columns):
-            channels = slice(start, min(start + columns, shape[-1]))
-            index = (*(slice(i, i + 1) for i in lead), slice(0, shape[-2]), channels)
-            one = _quantize(reader.read(index, np.float32), kind)
-            for whole, part in ((codes, one.codes), (scales, one.scales)):
-                whole[(*lead, slice(None), channels)] = np.asarray(part).reshape(part.shape[-2:])
-    return Quantized(_placed(codes, sharding), _placed(scales, sharding), kind)
+    made: tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]] = ({}, {})
+    by_columns: dict[tuple[int, int], list[_Target]] = defaultdict(list)
+    for keys, whole, parts in ((codes, like.codes, made[0]), (scales, like.scales, made[1])):
+        for key in keys:
+            parts[key] = _aligned(tuple(stop - start for start, stop in key), whole.dtype)
+            rows = shape[-2] // whole.shape[-2]
+            by_columns[key[-1]].append(_Target(parts[key], key[-2], rows, whole is like.codes))
+    block = shape[-2] // like.scales.shape[-2]
+    for (first, last), targets in by_columns.items():
+        spans = _joined(sorted(target.blocks(block) for target in targets))
+        for lead in np.ndindex(*shape[:-2]):
+            for begin, end in spans:
+                columns = max(1, _QUANTIZED // (end - begin))
+                for start in range(first, last, columns):
+                    channels = slice(start, min(start + columns, last))
+                    floats = read((*(slice(i, i + 1) for i in lead), slice(begin, end), channels), np.float32)
+                    one = _quantize(floats, kind)
+                    for target in targets:
+                        target.take(one, lead, begin, slice(channels.start - first, channels.stop - first))
+    return made
 
 
-def _placed(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    """``array`` where the float kernel would be; an axis that became too short to be split is whole everywhere."""
-    if isinstance(sharding, NamedSharding):
-        parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]
-        ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
-        kept = [names if size % n == 0 else None for names, n, size in zip(parts, ways, array.shape, strict=False)]
-        sharding = NamedSharding(sharding.mesh, P(*kept))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A part of a quantized leaf's codes or scales that is being filled."""
+
+    buffer: np.ndarray
+    rows: tuple[int, int]  # of the codes or scales
+    inputs: int  # that a row stands for
+    codes: bool
+
+    def blocks(self, block: int) -> tuple[int, int]:
+        """Inputs of the blocks of weights that it touches."""
+        start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
+        return start // block * block, -(-stop // block) * block
+
+    def take(self, made: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
+        """Its share of ``made``, whose inputs begin at ``begin``."""
+        part: np.ndarray = np.asarray(made.codes if self.codes else made.scales)
+        part, first = part.reshape(part.shape[-2:]), begin // self.inputs
+        start, stop = max(self.rows[0], first), min(self.rows[1], first + len(part))
+        if start < stop:
+            mine = slice(start - self.rows[0], stop - self.rows[0])
+            self.buffer[lead][mine, channels] = part[start - first : stop - first]
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted spans, those that touch made one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
+    """Where the float kernel would be; an axis that became too short to be split is whole everywhere."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]
+    ways = [math.prod(sharding.mesh.shape[name] for name in names) for names in parts]
+    kept = [names if size % n == 0 else None for names, n, size in zip(parts, ways, shape, strict=False)]
+    return NamedSharding(sharding.mesh, P(*kept))
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

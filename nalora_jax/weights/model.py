@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from nalora_jax import distributed, trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
-from nalora_jax.nn.quantize import Kind
+from nalora_jax.nn.quantize import Kind, gathered
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights import hub
 from nalora_jax.weights.gguf import GGUFFile
@@ -89,6 +89,7 @@ def load_model(
     keymap = keymap_for(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
     params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
     return LoadedModel(config, params, tokenizer, known.name, known.fingerprint, raw, known)

@@ -39,12 +39,12 @@ BASE = {
 }
 
 
-def compiled(tmp_path, *, mesh: MeshConfig, chunk: int = 16, tied: bool = False, accumulate: int = 1):
+def compiled(tmp_path, *, mesh: MeshConfig, chunk: int = 16, tied: bool = False, accumulate: int = 1, **compute: str):
     config = RunConfig(
         lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
         mesh=mesh,
         train=TrainConfig(batch_size=16 * accumulate, accumulate=accumulate),
-        compute=ComputeConfig(dtype="float32", loss_chunk=chunk, remat="full"),
+        compute=ComputeConfig(**{"dtype": "float32", "loss_chunk": chunk, "remat": "full", **compute}),
     )
     base = ModelConfig.from_hf(BASE | {"tie_word_embeddings": tied})
     step, arguments = step_and_arguments(config, base, distributed.make_mesh(mesh), seq=SEQ)
@@ -104,3 +104,12 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
     ours, plain = found
     assert plain.flops < ours.flops
     assert plain.moved() < ours.moved()
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("int8", 1.0, 1.1), ("nf4", 0.5, 0.6)])
+def test_quantized_kernels_are_gathered_as_codes(tmp_path, kind, least, most):
+    found = compiled(tmp_path, mesh=MeshConfig(1, 8, 1), quantize=kind)
+    weights = (4 * D * D - 2 * D * D // 2 + 3 * D * D_FF) * 7 / 8
+    in_loops = sum(c.total for c in found.collectives if c.times > 1 and c.kind == "all-gather") / LAYERS
+    # Once forward and once backward, where the layer is made again from what has been gathered.
+    assert 2 * least * weights <= in_loops < 2 * most * weights

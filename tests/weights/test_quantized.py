@@ -20,10 +20,11 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.quantize import quantize_params
+from nalora_jax.nn.quantize import quantize, quantize_params
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import load_model
 from nalora_jax.weights.keymaps import tensors_from_params
+from nalora_jax.weights.load import quantized_parts
 
 RAW = {
     "model_type": "llama",
@@ -88,6 +89,49 @@ def test_codes_are_split_over_a_mesh(tmp_path: Path, sizes: tuple[int, int, int]
         np.testing.assert_array_equal(leaf, alone[path], err_msg=path)
     codes = spread["layers/ffn/gate_proj/kernel/codes"]
     assert codes.addressable_shards[0].data.size == codes.size // 8
+
+
+def test_products_over_a_mesh_read_the_same_floats(tmp_path: Path) -> None:
+    write(tmp_path, RAW)
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    for kind in ("int8", "nf4"):
+        alone, spread = (
+            load_model(str(tmp_path), dtype="float32", quantized=kind, mesh=where).params["layers"]
+            for where in (None, mesh)
+        )
+        for block, name in (("ffn", "gate_proj"), ("ffn", "down_proj"), ("attn", "k_proj")):
+            ours, theirs = spread[block][name]["kernel"], alone[block][name]["kernel"]
+            assert ours.places is not None
+            found = jax.jit(lambda kernel: kernel.expand())(ours)
+            np.testing.assert_array_equal(found, theirs.expand())
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes", "scales", "most"),
+    [
+        # Rows 96 to 160 of the weights touch two blocks of 64, and one scale of each; columns 8 to 16 of 24.
+        ("nf4", [((0, 2), (48, 80), (8, 16))], [((0, 2), (1, 2), (8, 16))], 2 * 128 * 8),
+        # Two chips of a torus: what lies between their rows is another process's.
+        ("nf4", [((0, 2), (0, 32), (0, 24)), ((0, 2), (96, 128), (0, 24))], [], 2 * 2 * 64 * 24),
+        # A scale of int8 is that of all inputs.
+        ("int8", [((0, 2), (0, 64), (0, 12))], [((0, 2), (0, 1), (0, 12))], 2 * 256 * 12),
+    ],
+)
+def test_a_process_quantizes_what_its_devices_hold(kind, codes, scales, most) -> None:
+    kernel = np.random.default_rng(0).normal(size=(2, 256, 24)).astype(np.float32)
+    read = []
+
+    def reader(index: Any, dtype: Any) -> np.ndarray:
+        read.append(kernel[index].size)
+        return kernel[index].astype(dtype)
+
+    made = quantized_parts(kernel.shape, kind, codes, scales, reader)
+    whole = quantize(kernel, kind)
+    for keys, parts, of in ((codes, made[0], whole.codes), (scales, made[1], whole.scales)):
+        assert list(parts) == list(keys)
+        for key, part in parts.items():
+            np.testing.assert_array_equal(part, np.asarray(of)[tuple(slice(*span) for span in key)])
+    assert sum(read) == most
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
