@@ -1,7 +1,7 @@
 """Attention on a GPU: cuDNN's flash attention through `jax.nn.dot_product_attention`; visibility goes in as a mask.
 
-It stores no ``[seq, seq]`` probabilities. Cached keys, dropout, soft caps, and what cuDNN refuses are the plain
-function's.
+It stores no ``[seq, seq]`` probabilities, but that mask: long rows are left to `nalora_jax.ops.triton_attention`.
+Cached keys, dropout, soft caps, and what cuDNN refuses are the plain function's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from jax.sharding import SingleDeviceSharding
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
 from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import Implementation
+from nalora_jax.ops.registry import AUTO, Implementation
 
 log = logging.getLogger(__name__)
 
 CUDNN = Implementation("cudnn", platform="gpu")
+_LARGEST_BIAS = 256 << 20  # bytes; visibility of longer rows is better compared than stored
 
 
 @CUDNN.implements(attention)
@@ -38,10 +39,18 @@ def cudnn_attention(
     fits = numerics.operand == "bfloat16" and not config.softcap and q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
     if not fits or cached is not None or drops(config, dropout_rng):
         return NotImplemented
+    if numerics.implementation == AUTO and bias_bytes(q.shape, config) > _LARGEST_BIAS:
+        return NotImplemented
     if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.device_kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
     return dot_product(q, keys.k, keys.v, visible, config.scale, numerics.operand, "cudnn").astype(numerics.result)
+
+
+def bias_bytes(q_shape: tuple[int, ...], config: AttentionConfig) -> int:
+    """Bytes on each device of the visibility that cuDNN reads: bfloat16 ``[rows, 1, seq, seq]``."""
+    rows = q_shape[0] if config.sharding is None else config.sharding.shard_shape((q_shape[0], 1, 1))[0]
+    return 2 * rows * q_shape[1] ** 2
 
 
 @lru_cache(maxsize=64)

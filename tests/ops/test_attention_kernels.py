@@ -134,3 +134,45 @@ def test_cudnn_equals_the_plain_function():
     ours, plain = (values_and_gradients(name, 40, AttentionConfig(0.125), **half) for name in ("cudnn", "xla"))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=0.1)
+
+
+def test_triton_equals_the_plain_function():
+    config = AttentionConfig(0.125, windows=(FAR,), interpret=True)
+    ours, plain = (values_and_gradients(name, FAR, config) for name in ("triton", "xla"))
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_triton_on_a_mesh_equals_the_plain_function():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None))
+    config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
+    ours, plain = (values_and_gradients(name, FAR, config, batch=4) for name in ("triton", "xla"))
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seq", "windows", "named", "expected"),
+    [
+        (4096, (FAR,), "auto", "cudnn"),  # 32 MB of visibility a row
+        (16384, (FAR,), "auto", "triton"),  # 512 MB
+        (16384, (FAR,), "cudnn", "cudnn"),  # asked for by name
+        (16384, (4096, FAR), "auto", ""),  # a window: in blocks, without visibility as an array
+        (16384 + 64, (FAR,), "auto", ""),
+    ],
+)
+def test_long_rows_are_not_given_visibility_as_an_array(monkeypatch, seq, windows, named, expected):
+    monkeypatch.setattr(cudnn_attention, "compiles", lambda *_: True)
+    asked = []
+    monkeypatch.setattr(cudnn_attention, "dot_product", lambda q, *_: asked.append("cudnn") or q)
+    q, k = (jax.ShapeDtypeStruct((1, seq, heads, DIM), jnp.bfloat16) for heads in (HEADS, KV_HEADS))
+    segments = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+    numerics = numerics_for("bfloat16", Platform("gpu", "NVIDIA H100 80GB HBM3", 1), named)
+    config = AttentionConfig(0.125, windows=windows)
+
+    def run(q, k, segments):
+        return attention(q, Keys(k, k, segments, segments), FAR, config, numerics)
+
+    program = str(jax.make_jaxpr(run)(q, k, segments))
+    assert asked + ["triton"] * ("mha_forward" in program) == ([expected] if expected else [])
