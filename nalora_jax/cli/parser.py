@@ -165,10 +165,12 @@ class InspectArgs:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Write report.html of a run again, from its metrics.jsonl."""
+    """Write report.html of a run again, from its metrics.jsonl; of several runs, one page that compares them."""
 
-    # Folder of the run.
-    run: Positional[Path]
+    # Folders of runs. Those that differ in their seed alone are shown as one, with a band.
+    run: Positional[tuple[Path, ...]]
+    # Several runs: the page to write. By default comparison.html in the current folder.
+    output: Path = Path("comparison.html")
 
 
 @dataclass(frozen=True)

@@ -192,10 +192,13 @@ def inspect(args: cli.InspectArgs) -> None:
 
 
 def report(args: cli.ReportArgs) -> None:
-    """Write report.html again and say where it is."""
+    """Write report.html again, or a page about several runs, and say where it is."""
+    from nalora_jax.report.compare import write_comparison
     from nalora_jax.report.html import write_report
 
-    print(write_report(args.run))
+    if not args.run:
+        raise NaloraError("nalora report", expected="the folder of a run", found="none")
+    print(write_report(args.run[0]) if len(args.run) == 1 else write_comparison(args.run, args.output))
 
 
 def study(args: cli.StudyArgs) -> None:

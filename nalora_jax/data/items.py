@@ -48,6 +48,8 @@ class CompletionItem:
     # Texts of both, as tokenized.
     prompt: str
     completion: str
+    # The conversation before the answer as (role, text), where it was one: for display.
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 Item = ChoiceItem | CompletionItem
@@ -55,4 +57,5 @@ Item = ChoiceItem | CompletionItem
 
 def digest(items: Sequence[Item]) -> str:
     """SHA-256 of questions with their answers: equal where the same is asked in the same order."""
-    return hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()
+    asked = [{name: value for name, value in asdict(item).items() if name != "turns"} for item in items]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class _Question:
     choices: list[str]
     gold: int
     own_prompts: bool
+    turns: tuple[tuple[str, str], ...] = ()  # of a conversation, before the answer
 
 
 def eval_examples(
@@ -112,7 +114,8 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
     record = canonical(record, config, where)
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
-        return _Question([_chat_text(messages, tokenizer, where, tools)], [], 0, False)
+        text = _chat_text(messages, tokenizer, where, tools)
+        return _Question([text], [], 0, False, _turns(messages))
     prompts, completions, choices, gold = _choices(record, config, where)
     pairs = zip(prompts, completions, strict=True)
     texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
@@ -175,6 +178,16 @@ def _chat_text(
     return Rendered(text.text[:end], ((start, end),), special=False)
 
 
+def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    """The conversation before the last answer as (role, text); a tool call as its JSON."""
+    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
+    shown = []
+    for turn in messages[:last]:
+        calls = [json.dumps(call["function"]) for call in turn.get("tool_calls", ())]
+        shown.append((str(turn["role"]), "\n".join(filter(None, [turn["content"], *calls]))))
+    return tuple(shown)
+
+
 def _item(question: _Question, examples: Sequence[Any]) -> Item:
     """Splits the tokens of each text into prompt and answer."""
     starts = [int(np.argmax(example.answer)) for example in examples]
@@ -184,6 +197,6 @@ def _item(question: _Question, examples: Sequence[Any]) -> Item:
     ((start, stop),) = gold.answers
     prompt = gold.text[:start]
     if not question.choices:
-        return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop])
+        return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
     own = prompts if question.own_prompts else None
     return ChoiceItem(prompts[question.gold], answers, question.gold, prompt, question.choices, own)

@@ -76,9 +76,15 @@ class Evaluator:
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
         shown = self.completions[: self._samples]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
-        answers = generator.generate([item.prompt_ids for item in shown], max_new_tokens=_SAMPLE_TOKENS)
+        answers = generator.complete([item.prompt_ids for item in shown], max_new_tokens=_SAMPLE_TOKENS)
         return [
-            {"prompt": item.prompt, "answer": answer.strip(), "expected": item.completion.strip()}
+            {
+                "prompt": item.prompt,
+                "turns": [{"role": role, "text": text} for role, text in item.turns],
+                "answer": answer.text.strip(),
+                "cut": answer.reason == "length",
+                "expected": item.completion.strip(),
+            }
             for item, answer in zip(shown, answers, strict=True)
         ]
 

@@ -124,8 +124,8 @@ def render(history: History, *, has_adapter: bool = False) -> str:
       has_adapter: the run's folder holds an exported adapter, so say how to use it.
     """
     config = history.config
-    return _template().render(
-        css=Markup(_resource("style.css")),
+    return template("page.html.j2").render(
+        css=Markup(resource("style.css")),
         title=_title(config),
         status=_status(history),
         tiles=list(_tiles(history)),
@@ -272,10 +272,22 @@ def _samples(history: History) -> list[dict[str, Any]]:
                 "prompt": prompt,
                 "image": picture(sample),
                 "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
-                "answers": [(label, _clip(one.get("answer")), one.get("correct")) for label, one in answers],
+                "turns": _turns(sample),
+                "answers": [(label, _answer(one), one.get("correct")) for label, one in answers],
             }
         )
     return rows
+
+
+def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The conversation before an answer as (role, text), where the log has it."""
+    turns = sample.get("turns") or []
+    return [(str(one["role"]), _clip(one["text"])) for one in turns if {"role", "text"} <= one.keys()]
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """An answer; one that went on where the evaluation stopped is marked."""
+    return _clip(sample.get("answer")) + (" […]" if sample.get("cut") else "")
 
 
 def _clip(value: object) -> str:
@@ -285,22 +297,23 @@ def _clip(value: object) -> str:
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """(dotted name, value, differs from the default) of every field."""
-    defaults = dict(_flatten(RunConfig().to_dict()))
-    return [(name, _plain(value), name in defaults and defaults[name] != value) for name, value in _flatten(config)]
+    defaults = dict(flatten(RunConfig().to_dict()))
+    return [(name, plain_text(value), name in defaults and defaults[name] != value) for name, value in flatten(config)]
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
-def _plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """A value as a reader would type it; adapter rules as on the command line."""
     if isinstance(value, list):
-        return "  ".join(map(_plain, value))
+        return "  ".join(map(plain_text, value))
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
         alpha = value.get("alpha")
         return f"{value['pattern']}:{value['rank']}" + ("" if alpha is None else f":{_number_text(alpha)}")
@@ -331,10 +344,12 @@ def _number(value: float) -> str:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page's template, everything in it escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_resource("page.html.j2"))
+    return environment.from_string(resource(name))
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file of this package as text."""
     return files("nalora_jax.report").joinpath(name).read_text(encoding="utf-8")

@@ -61,6 +61,10 @@ def check_evaluation(values: Mapping[str, Any], where: str) -> None:
     texts = isinstance(samples, list) and all(isinstance(one, Mapping) and "prompt" in one for one in samples)
     if not texts:
         raise _error(f"{where}: samples", "a list of prompts with their answers", samples)
+    for one in samples:
+        turns = one.get("turns") or []
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise _error(f"{where}: samples: turns", "a list of roles with their texts", turns)
     names, rows = values.get("classes") or [], values.get("confusion") or []
     square = isinstance(names, list) and isinstance(rows, list) and all(isinstance(name, str) for name in names)
     if not square or not all(isinstance(row, list) and len(row) == len(names) for row in rows):

@@ -227,3 +227,20 @@ def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(NaloraError, match=r"metrics\.jsonl: expected the log of a run"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversation_is_shown_by_role_and_what_is_cut_is_marked(make_run):
+    turns = [{"role": "system", "text": "Be <brief>."}, {"role": "user", "text": "Which way is up?"}]
+    sample = {
+        "prompt": "<|im_start|>system",
+        "turns": turns,
+        "answer": "The sky, which",
+        "cut": True,
+        "expected": "Up.",
+    }
+    values = {"loss": 5.0, "low": 4.0, "high": 6.0, "n": 4, "samples": [sample]}
+    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(encoding="utf-8")
+    assert '<span class="role">system</span>Be &lt;brief&gt;.' in page
+    assert page.index('<span class="role">user</span>Which way is up?') > page.index('<span class="role">system</span>')
+    assert "The sky, which […]" in page
+    assert "im_start" not in page

@@ -14,6 +14,7 @@ from nalora_jax.cli.config_files import load_config, settings_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
+from nalora_jax.weights.peft_rules import rules_of
 from nalora_jax.weights.peft_settings import PEFT, TRL, from_peft, from_trl, table_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -53,7 +54,7 @@ def test_the_pages_hold_the_tables(page: str, fields: Any) -> None:
         {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": "all-linear", "r": 4, "lora_alpha": 12},
         {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [0, 2]},
-        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2, "up_proj": 3}, "use_rslora": True},
+        {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}, "use_rslora": True},
         {"target_modules": ["o_proj"], "alpha_pattern": {"model.layers.1.self_attn.o_proj": 1.0}},
         {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["k_proj"]},
     ],
@@ -84,6 +85,11 @@ def test_the_adapters_are_those_that_peft_makes(settings: dict[str, Any]) -> Non
         assert found[name][0] == rank
         assert found[name][1] / (rank**0.5 if theirs.use_rslora else rank) == pytest.approx(scale)
     assert not [note for note in notes if "not known" in note]
+
+
+def test_patterns_of_modules_that_are_not_targeted_mean_nothing() -> None:
+    found = rules_of(rank=8, alpha=16, targets=["q_proj"], ranks={"up_proj": 3, "q_proj": 4}, alphas={"v_proj": 1})
+    assert found == ["attn/q_proj:4:16", "attn/q_proj:8:16"]
 
 
 def test_what_is_refused_is_named_with_the_reason() -> None:

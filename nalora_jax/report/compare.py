@@ -1,0 +1,217 @@
+"""One page about several runs: those that differ in their seed alone are one group, drawn as a line with a band.
+
+Like report.html it is made from metrics.jsonl alone, loads nothing, and fits a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.files import write_atomically
+from nalora_jax.report.history import History, read_history
+from nalora_jax.report.html import flatten, plain_text, resource, template
+from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
+from nalora_jax.train.progress import duration
+
+# Settings that say where and how a run is kept, not what it is.
+_ASIDE = ("seed", "output", "resume", "callbacks", "tensorboard", "data.workers", "compute.compilation_cache")
+_GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # and so many groups at most
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of the same settings."""
+
+    label: str
+    colour: str  # variable of the page's style
+    runs: tuple[History, ...]
+
+
+def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Write a page about the runs in ``folders``; returns its path.
+
+    Raises:
+      NaloraError: a folder holds no run, one is given twice, or there are more than seven different settings.
+    """
+    seen = {Path(folder).resolve() for folder in folders}
+    if len(seen) < len(folders):
+        raise NaloraError("nalora report", expected="different runs", found=" ".join(map(str, folders)))
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, render_comparison([read_history(folder) for folder in folders]))
+    return output
+
+
+def render_comparison(runs: Sequence[History]) -> str:
+    """The page as text."""
+    groups = group_runs(runs)
+    return template("compare.html.j2").render(
+        css=Markup(resource("style.css")),
+        title=f"{len(runs)} runs, {len(groups)} settings",
+        heads=("before", "after", "difference", "loss after", "misalignment", "tokens/s", "time", "seeds"),
+        rows=[(group.label, f"var(--{group.colour})", _row(group)) for group in groups],
+        metric=_metric(groups),
+        pictures=list(_pictures(groups)),
+        settings=_settings(groups),
+    )
+
+
+def group_runs(runs: Sequence[History]) -> list[Group]:
+    """Runs that differ in nothing but their seed together, in the order given, named by what tells them apart."""
+    found: dict[str, list[History]] = {}
+    for run in runs:
+        found.setdefault(repr(sorted(_identity(run).items())), []).append(run)
+    if len(found) > len(_GROUP_COLOURS):
+        raise NaloraError(
+            "nalora report", expected=f"at most {len(_GROUP_COLOURS)} different settings", found=len(found)
+        )
+    identities = [_identity(ones[0]) for ones in found.values()]
+    names = [_method(ones[0].config) for ones in found.values()]
+    apart = _apart(identities)
+    labels = []
+    for name, identity in zip(names, identities, strict=True):
+        # What the method's name says already is not said again, unless two have the same name.
+        own = [
+            one for one in apart if names.count(name) > 1 or not one.startswith(("mask.", "step_scale.", "mechanisms"))
+        ]
+        labels.append(", ".join([name, *(f"{one} {identity.get(one, 'unknown')}" for one in own[:4])]))
+    return [
+        Group(label, colour, tuple(ones))
+        for label, colour, ones in zip(labels, _GROUP_COLOURS, found.values(), strict=False)
+    ]
+
+
+def _identity(run: History) -> dict[str, str]:
+    return {name: plain_text(value) for name, value in flatten(run.config) if name not in _ASIDE}
+
+
+def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names of the settings in which runs differ."""
+    names = dict.fromkeys(name for one in identities for name in one)
+    return [name for name in names if len({one.get(name) for one in identities}) > 1]
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    """ "LoRA" where no mechanism is on, else "NA-LoRA"."""
+    kinds = [config.get(name, {}).get("kind", "off") for name in ("mask", "step_scale")]
+    return "LoRA" if kinds == ["off", "off"] and not config.get("mechanisms") else "NA-LoRA"
+
+
+def _metric(groups: Sequence[Group]) -> str:
+    metric = groups[0].runs[0].metric
+    return metric[1] if metric else "held-out metric"
+
+
+def _row(group: Group) -> list[str]:
+    """Cells of a group's row: means over its runs, with the lowest and the highest where there are several."""
+    ends = [run.outcome for run in group.runs if len(run.outcome) == 2]
+    losses = [run.measured[-1]["eval"].get("loss") for run in group.runs if run.measured]
+    seeds = ", ".join(str(run.config.get("seed", "?")) for run in group.runs)
+    speeds = [run.column("tokens_per_second")[1] for run in group.runs]
+    return [
+        _spread([end[0].value for end in ends]),
+        _spread([end[1].value for end in ends]),
+        _spread([end[1].value - end[0].value for end in ends], "+.3f"),
+        _spread(losses),
+        _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
+        _spread([float(np.nanmedian(speed)) for speed in speeds if np.isfinite(speed).any()], ",.0f"),
+        _spread([run.total("seconds") for run in group.runs], "time"),
+        seeds,
+    ]
+
+
+def _last(values: np.ndarray) -> float:
+    return float(values[-1]) if values.size else np.nan
+
+
+def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
+    known = [value for value in values if value is not None and np.isfinite(value)]
+
+    def text(value: float) -> str:
+        return duration(value) if form == "time" else format(value, form)
+
+    if not known:
+        return "–"
+    mean, low, high = text(float(np.mean(known))), text(min(known)), text(max(known))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Rows of the table of what tells the groups apart."""
+    identities = [_identity(group.runs[0]) for group in groups]
+    return [(name, [one.get(name, "–") for one in identities]) for name in _apart(identities)]
+
+
+def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
+    """(title, drawing, what to read in it)."""
+    band = "Lines are means over the runs of a group, bands their lowest and highest."
+    columns: list[tuple[str, str, Callable[[History], tuple[np.ndarray, np.ndarray]], str]] = [
+        (f"Held-out {_metric(groups)}", "metric", _scores, f"On the questions that choose the checkpoint. {band}"),
+        ("Loss", "loss", lambda run: run.column("loss"), f"Of training, per target token. {band}"),
+        (
+            "Misalignment",
+            "misalignment",
+            lambda run: run.column("misalignment"),
+            f"Compare it at equal movement. {band}",
+        ),
+        (
+            "Feature movement",
+            "feature",
+            _movement,
+            f"Mean over layers of E|F|: how far adapters move the gates. {band}",
+        ),
+        ("Gradient norm", "grad_norm", lambda run: run.column("grad_norm"), f"Before clipping. {band}"),
+    ]
+    for title, name, column, caption in columns:
+        svg = _bands(groups, column, name, title)
+        if svg is not None:
+            yield title, Markup(svg), caption
+
+
+def _scores(run: History) -> tuple[np.ndarray, np.ndarray]:
+    scores = run.scores
+    return np.array([one.step for one in scores], float), np.array([one.value for one in scores], float)
+
+
+def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = run.layers("feature")
+    kept = np.isfinite(values).any(axis=1) if values.ndim == 2 else np.zeros(0, bool)
+    return steps[kept], np.nanmean(values[kept], axis=1) if kept.any() else np.zeros(0)
+
+
+def _bands(
+    groups: Sequence[Group], column: Callable[[History], tuple[np.ndarray, np.ndarray]], name: str, title: str
+) -> str | None:
+    """A line with a band for every group, over the steps that all of its runs have."""
+    with style():
+        figure, axis = new_figure()
+        for group in groups:
+            rows = [dict(zip(*map(np.ndarray.tolist, column(run)), strict=True)) for run in group.runs]
+            steps = sorted(set.intersection(*(set(row) for row in rows)))
+            values = np.array([[row[step] for step in steps] for row in rows])
+            if not steps or not np.isfinite(values).all():
+                kept = np.isfinite(values).all(axis=0) if steps else np.zeros(0, bool)
+                steps, values = [one for one, fine in zip(steps, kept, strict=True) if fine], values[:, kept]
+            if not steps:
+                continue
+            at, mean, low, high = thin(np.array(steps), values.mean(0), values.min(0), values.max(0))
+            if len(rows) > 1:
+                axis.fill_between(at, low, high, color=COLOURS[group.colour], alpha=0.2, linewidth=0)
+            marker = {"marker": "o", "markersize": 4} if len(at) < 20 else {}
+            axis.plot(at, mean, color=COLOURS[group.colour], label=_short(group.label), **marker)
+        if not axis.lines:
+            return None
+        axis.set(xlabel="step", ylabel=title[0].lower() + title[1:])
+        axis.legend(loc="best")
+        return to_svg(figure, f"compare-{name.replace('_', '-')}", f"{title} of the runs over the steps")
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 44 else label[:43] + "…"
