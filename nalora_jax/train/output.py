@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import shutil
 import time
@@ -27,6 +26,7 @@ from orbax.checkpoint import path as ocp_path
 
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
+from nalora_jax.train import remote
 from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.lock import Lock
 
@@ -53,7 +53,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
     With several processes the first one decides for all, before any of them writes, and holds the lock.
 
     Args:
-      folder: on storage that all processes share.
+      folder: on storage that all processes share; with one process also a URL (`nalora_jax.train.remote`).
       resume: continue the run in it; "auto" does so where there is a checkpoint, and starts a run where there is none,
         over the log of one that was stopped before its first checkpoint.
 
@@ -61,7 +61,12 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
       NaloraError: the folder holds files and ``resume`` is off; ``resume`` is on and there is no checkpoint in it;
         another process writes to it; it cannot be written; or one of the processes does not see it.
     """
-    _refuse_url(str(folder))
+    where = remote.url(str(folder))
+    if where is not None:
+        _refuse_url(where)
+        with remote.mirrored(where, fresh=not resume) as copied, open_output(copied, resume) as output:
+            yield output
+        return
     path = Path(folder)
     held: list[Lock] = []
     try:
@@ -99,12 +104,12 @@ def check_shared(folder: Path, within: float = _SEEN_WITHIN) -> None:
         )
 
 
-def _refuse_url(name: str) -> None:
-    """``Path("gs://bucket")`` would be a local folder called ``gs:``."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", name)
-    if scheme:
+def _refuse_url(where: str) -> None:
+    """Checkpoints of several processes are written by all of them, to storage that they share."""
+    if jax.process_count() > 1:
         remedy = "mount the bucket on every host (gcsfuse for gs://, mountpoint-s3 for s3://) and name a folder in it"
-        raise NaloraError("--output", expected="a folder of a file system", found=name, remedy=remedy)
+        expected = f"a folder of a file system, with {jax.process_count()} processes"
+        raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
 
 
 def _claim(path: Path, resume: Resume, held: list[Lock]) -> bool:

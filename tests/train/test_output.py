@@ -87,11 +87,12 @@ def test_an_interrupted_first_save_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"])
-def test_a_url_is_refused_with_what_to_use_and_no_folder_of_that_name_appears(
+def test_a_url_is_refused_with_several_processes_and_no_folder_of_that_name_appears(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NaloraError, match=rf"--output: .*found {name}; mount the bucket on every host \(gcsfuse"):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(NaloraError, match=r"--output: .*found ..://bucket/run; mount the bucket on every host"):
         opened(Path(name) if "//" not in name else name)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

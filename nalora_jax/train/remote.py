@@ -1,0 +1,235 @@
+"""A run's folder on an object store (``gs://bucket/run``), for runs of one process.
+
+The run writes to a folder of this machine; whatever is finished there is copied to the store, every half minute and
+once more at the end, and what the run removed is removed there. A run that is continued, here or on another machine,
+takes what the store holds. Of a checkpoint the digests go first, so that a copy that was cut off is found to be
+damaged, and the checkpoint before it is taken.
+
+Paths are etils' (`epath`), which has ``gs://`` and ``s3://`` with fsspec's packages for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from orbax.checkpoint import path as ocp_path
+
+from nalora_jax import downloads, files
+from nalora_jax.errors import NaloraError
+from nalora_jax.train.lock import FILE as LOCK
+
+log = logging.getLogger(__name__)
+HOLDER = "remote.lock"  # in the store: who copies to it, and when last
+_EVERY = 30.0  # seconds between two copies
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def url(name: str) -> str | None:
+    """``name`` as the URL that it is, None of a path; ``Path("gs://bucket")`` has lost a slash."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
+    return f"{found[1]}://{name[found.end() :]}" if found else None
+
+
+@contextmanager
+def mirrored(where: str, *, fresh: bool, every: float = _EVERY) -> Iterator[Path]:
+    """A folder of this machine whose finished files are copied to the URL ``where``, until it is left.
+
+    Args:
+      where: the run's folder in the store.
+      fresh: the run may not find another one there; else what is there is fetched first.
+      every: seconds between two copies.
+
+    Raises:
+      NaloraError: the store cannot be reached, or not be written; another machine writes to that folder; ``fresh``, and
+        it holds a run. At the end: the last copy failed, which leaves everything in the folder that is named.
+    """
+    folder = downloads.cache_dir() / "runs" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    mirror = Mirror(where, _opened(where), folder)
+    with _store_errors(where, "a folder that can be read and written"):
+        mirror.claim()
+        mirror.fetch(fresh=fresh)
+        mirror.push()
+    stop = threading.Event()
+    thread = threading.Thread(target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True)
+    thread.start()
+    try:
+        yield folder
+    finally:
+        stop.set()
+        thread.join()
+        with _store_errors(where, f"to take the last files of the run, which are in {folder}"):
+            mirror.push()
+            mirror.release()
+        log.info("output: %s", where)
+
+
+@dataclass
+class Mirror:
+    """Copies one folder to one place of a store."""
+
+    where: str
+    store: epath.Path
+    folder: Path
+    _copied: dict[str, tuple[int, int]] = field(default_factory=dict)  # size and time of what the store has, by name
+
+    def claim(self) -> None:
+        """Note in the store that this machine writes there.
+
+        Raises:
+          NaloraError: another machine does.
+        """
+        lock = self.store / HOLDER
+        if lock.exists():
+            try:
+                holder = json.loads(lock.read_text())
+                age = time.time() - float(holder["time"])
+            except (ValueError, KeyError, TypeError):
+                holder, age = {}, 0.0
+            if holder.get("host") != socket.gethostname() and age < 4 * _EVERY:
+                raise NaloraError(
+                    f"--output {self.where}",
+                    expected="a folder that no other run writes to",
+                    found=f"that {holder.get('host', 'another machine')} wrote to it {age:.0f} seconds ago",
+                    remedy=f"wait for that run or stop it; if it is gone, start again in {4 * _EVERY:.0f} seconds",
+                )
+        self._sign()
+
+    def release(self) -> None:
+        """The other way round."""
+        (self.store / HOLDER).unlink(missing_ok=True)
+
+    def fetch(self, *, fresh: bool) -> None:
+        """Make the folder what the store holds; with ``fresh`` that has to be nothing.
+
+        Raises:
+          NaloraError: it is not.
+        """
+        names = sorted(name for name in _names(self.store) if name != HOLDER)
+        if fresh and names:
+            raise NaloraError(
+                "--output",
+                expected="a new or empty folder",
+                found=f"{self.where}, which holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}",
+                remedy="choose another folder, or continue that run with --resume",
+            )
+        if self.folder.exists():  # what an earlier run left on this machine; its last copies are in the store
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        for name in names:
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with (self.store / name).open("rb") as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+            self._copied[name] = _state(target)
+
+    def push(self) -> None:
+        """Copy what is new or has changed, and remove what is gone."""
+        self._sign()
+        found = {name: _state(self.folder / name) for name in finished(self.folder)}
+        for name in sorted(found, key=_order):
+            if self._copied.get(name) == found[name]:
+                continue
+            with (self.folder / name).open("rb") as source, (self.store / name).open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+            self._copied[name] = found[name]
+        for name in [name for name in self._copied if name not in found]:
+            (self.store / name).unlink(missing_ok=True)
+            del self._copied[name]
+
+    def _sign(self) -> None:
+        (self.store / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
+
+
+def finished(folder: Path) -> list[str]:
+    """Names of the files below ``folder`` that nobody is writing: no scratch files, no checkpoints under way."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name]
+        within = Path(root).relative_to(folder)
+        found += [str(within / name) for name in names if not name.startswith(".") and name != LOCK]
+    return found
+
+
+def _order(name: str) -> tuple[bool, str]:
+    """Digests first: they say what else has to be there."""
+    return (Path(name).name != files.DIGESTS, name)
+
+
+def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
+    warned = False
+    while not stop.wait(every):
+        try:
+            mirror.push()
+            warned = False
+        except FileNotFoundError:  # removed by the run while it was looked at
+            continue
+        except Exception as error:  # stores raise errors of their own; the last copy raises
+            if not warned:
+                log.warning("%s cannot be written (%s); trying again", mirror.where, error)
+            warned = True
+
+
+def _opened(where: str) -> epath.Path:
+    """The path in the store, whose packages are there."""
+    scheme = where.partition("://")[0]
+    try:
+        store = epath.Path(where)
+        store.exists()
+    except (ImportError, ValueError, KeyError) as error:
+        package = _PACKAGES.get(scheme)
+        raise NaloraError(
+            "--output",
+            expected="a folder, or a URL of a store that this Python can reach",
+            found=where,
+            remedy=f"pip install {package}" if package else "use gs:// or s3://, or a folder",
+        ) from error
+    except Exception as error:
+        raise _unreachable(where, "a folder that can be read", error) from error
+    return store
+
+
+def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Paths of the files below ``folder``, relative to it."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _names(path, f"{prefix}{path.name}/")
+        else:
+            yield prefix + path.name
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _store_errors(where: str, expected: str) -> Iterator[None]:
+    """Whatever a store raises, as this library's error."""
+    try:
+        yield
+    except NaloraError:
+        raise
+    except Exception as error:
+        raise _unreachable(where, expected, error) from error
+
+
+def _unreachable(where: str, expected: str, error: Any) -> NaloraError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return NaloraError(f"--output {where}", expected=expected, found=reason, remedy="check the bucket and your rights")
