@@ -19,13 +19,15 @@ from rich.console import Console
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig, check
+from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.data.sources import Source
 from nalora_jax.errors import Interrupted, NaloraError
-from nalora_jax.evaluate.heldout import Evaluator, describe
+from nalora_jax.evaluate.heldout import describe
+from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
 from nalora_jax.load import ADAPTER
@@ -50,12 +52,13 @@ from nalora_jax.train.output import CHECKPOINTS, Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress
+from nalora_jax.train.seeing import seen_sources, with_images
 from nalora_jax.train.settle import settled
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.card import write_card
 from nalora_jax.weights.hub import ResolvedSource, resolve
-from nalora_jax.weights.model import read_config
+from nalora_jax.weights.model import read_config, read_tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +120,14 @@ def _run(
     # ---------------------------------------------------------------- devices, and whether the settings fit them
     if config.compute.compilation_cache:
         use_compilation_cache()
-    files = None if config.vision.task else resolve(config.model)
+    files = None if config.vision.task in DUAL else resolve(config.model)
+    images = config.vision.task == "chat"
+    if images:
+        assert files is not None
+        tokens = read_tokenizer_of(files, read_config(files, images=True)).images
+        source = seen_sources(config.data, config.vision, tokens, source)
     config = settled(config, files, source)
-    placed = config if files is None else laid_out(config, read_config(files))  # records keep what was left open
+    placed = config if files is None else laid_out(config, read_config(files, images=images))  # records keep the rest
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(config.compute.implementation, platform_of(mesh).name)
 
@@ -184,13 +192,13 @@ def _pieces(
     check_layout(config, files, mesh)
     check_data(config.data, source)
     loaded = _load(config, files, mesh)
-    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init == "gradient" and not output.resumes:
         assembly = _gradient_start(assembly, loaded, data)
     reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
     evaluator, selector = (
-        Evaluator(assembly.eval_model, loaded.tokenizer, items, mesh=mesh if mesh.size > 1 else None)
+        evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
         for items in (reported, selecting)
     )
 
@@ -207,17 +215,18 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     Raises:
       NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing.
     """
-    base = read_config(files)
+    base = read_config(files, images=config.vision.task == "chat")
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
-    check_rules(config.lora, files)
+    check_rules(config.lora, files, images=config.vision.task == "chat")
 
 
 def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
     """The base model on the mesh."""
     started = time.perf_counter()
     kind = None if config.compute.quantize == "none" else config.compute.quantize
-    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind)
+    images = config.vision.task == "chat"
+    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind, images=images)
     log.info(
         "%s: %.0f MB of parameters in %s, loaded in %.1f s",
         loaded.source,
@@ -253,6 +262,9 @@ def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapp
         rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
         source=source,
     )
+    if loaded.config.sight is not None:
+        assert source is not None
+        data = with_images(data, config.data, config.vision, loaded, source)
     longest, context = int(data.store.lengths.max()), loaded.config.max_positions
     if longest > context:
         raise NaloraError(

@@ -19,6 +19,7 @@ import tokenizers
 from nalora_jax import bounded
 from nalora_jax.bounded.growth import check_growth
 from nalora_jax.errors import NaloraError
+from nalora_jax.image_tokens import ImageTokens, as_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class Tokenizer:
       add_bos: whether the model was trained with ``bos_id`` in front.
       special_tokens: by the names that chat templates use, e.g. ``{"eos_token": "<|im_end|>"}``.
       rows: rows of the model's embedding, where that is known: a text that needs an id beyond them is refused.
+      images: how a model that sees writes images into its text.
     """
 
     backend: tokenizers.Tokenizer
@@ -46,6 +48,7 @@ class Tokenizer:
     add_bos: bool = False
     special_tokens: Mapping[str, str] | None = None
     rows: int | None = None
+    images: ImageTokens | None = None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -136,7 +139,11 @@ class Tokenizer:
         chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[str]:
-        """`render_chat` of several (messages, add_generation_prompt), for little more than the cost of one."""
+        """`render_chat` of several (messages, add_generation_prompt), for little more than the cost of one.
+
+        Of a model that sees the texts hold the tokens of every image, and begin with the begin-of-sequence token, as
+        transformers' processors have it.
+        """
         if self.chat_template is None:
             raise NaloraError(
                 "chat template",
@@ -145,9 +152,11 @@ class Tokenizer:
                 remedy="use an instruction-tuned model, or prompt/completion data",
             )
         rest = {"tools": tools, "documents": None, **(self.special_tokens or {})}
+        if self.images is not None:
+            chats = [(as_parts(messages), prompt) for messages, prompt in chats]
         variables = [{"messages": messages, "add_generation_prompt": prompt, **rest} for messages, prompt in chats]
         try:
-            return bounded.render(self.chat_template, variables)
+            texts = bounded.render(self.chat_template, variables)
         except bounded.BoundedError as error:
             raise NaloraError(
                 "chat template",
@@ -156,6 +165,12 @@ class Tokenizer:
                 remedy="change the messages' roles or their order; a template that is no jinja2, or goes beyond the "
                 "limits of time and memory, is the model's own fault",
             ) from error
+        return texts if self.images is None else [self._with_images(text) for text in texts]
+
+    def _with_images(self, text: str) -> str:
+        assert self.images is not None
+        begin = (self.special_tokens or {}).get("bos_token", "") if self.add_bos else ""
+        return ("" if text.startswith(begin) else begin) + self.images.expanded(text)
 
     @staticmethod
     def from_folder(path: str | Path) -> Tokenizer:
@@ -289,7 +304,10 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The default template: its own file first, then tokenizer_config.json (one text, or several by name)."""
+    """The default template: its own file first, then tokenizer_config.json (one text, or several by name).
+
+    Where neither has one, chat_template.json: what processors of models that see were saved with.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -302,6 +320,8 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default")
+    if value is None:
+        value = read_json(folder / "chat_template.json", missing={}).get("chat_template")
     return value if isinstance(value, str) else None
 
 

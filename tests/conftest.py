@@ -233,3 +233,108 @@ def tower_folders(
         for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
             shutil.copy(file, root / name)
     return root / "image", root / "text"
+
+
+# The chat templates of llava-hf/llava-1.5-7b-hf and, without its system turn, google/gemma-3-4b-it.
+_TEMPLATES = {
+    "llava": "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}"
+    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+    "gemma3": "{{ bos_token }}{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' "
+    "else message['role'] %}{{ '<start_of_turn>' + role + '\n' }}{% if message['content'] is string %}"
+    "{{ message['content'] | trim }}{% else %}{% for item in message['content'] %}{% if item['type'] == 'image' %}"
+    "{{ '<start_of_image>' }}{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
+    "{% endif %}",
+}
+
+
+@pytest.fixture(scope="session")
+def seeing_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., pathlib.Path]:
+    """Makes folders of tiny decoders that see, with random weights, as transformers saves them.
+
+    ``seeing_folder("llava", text={...}, vision={...}, ...)``: model, tokenizer, chat template, image processor. Tokens
+    are words, spaces and line breaks.
+    """
+    import numpy as np
+    import tokenizers
+
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<start_of_image>", "<end_of_image>", "<end_of_turn>"]
+    special += ["<start_of_turn>"]
+    words = "USER ASSISTANT user model a photo of the red green blue square circle What colour is this Describe image"
+    vocabulary = {
+        word: i for i, word in enumerate([*special, " ", "\n", "\n\n", "\n\n\n", ":", ".", "?", *words.split()])
+    }
+
+    def tokenizer() -> Any:
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+        split = tokenizers.Regex(r"\w+|\n+|[^\w\n]")
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(split, "isolated")
+        backend.decoder = tokenizers.decoders.Fuse()
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+        names = {"image_token": "<image>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            additional_special_tokens=[*special[4:]],
+            extra_special_tokens=names,
+            model_max_length=256,
+        )
+
+    def make(family: str, *, vision: dict | None = None, text: dict | None = None, **top: object) -> pathlib.Path:
+        folder = tmp_path_factory.mktemp(family)
+        image = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+        image |= {"image_size": 16, "patch_size": 4, **(vision or {})}
+        words_of = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+        words_of |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+        words_of |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        top = {"image_token_index": vocabulary["<image>"], **top}
+        square = {"height": 16, "width": 16}
+        own = tokenizer()
+        template = _TEMPLATES[family]
+        if family == "llava":
+            parts = transformers.CLIPVisionConfig(**image), transformers.LlamaConfig(**(words_of | (text or {})))
+            config = transformers.LlavaConfig(vision_config=parts[0], text_config=parts[1], **top)
+            model = transformers.LlavaForConditionalGeneration(config)
+            size = {"size": {"shortest_edge": 16}, "crop_size": square}
+            processor = transformers.LlavaProcessor(
+                transformers.CLIPImageProcessorPil(**size),
+                own,
+                patch_size=4,
+                vision_feature_select_strategy=top.get("vision_feature_select_strategy", "default"),
+                num_additional_image_tokens=1,
+                chat_template=template,
+            )
+        else:
+            words_of |= {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+            image["vision_use_head"] = False
+            parts = transformers.SiglipVisionConfig(**image), transformers.Gemma3TextConfig(**(words_of | (text or {})))
+            more = {"mm_tokens_per_image": 4, "boi_token_index": vocabulary["<start_of_image>"]}
+            more["eoi_token_index"] = vocabulary["<end_of_image>"]
+            config = transformers.Gemma3Config(vision_config=parts[0], text_config=parts[1], **(more | top))
+            model = transformers.Gemma3ForConditionalGeneration(config)
+            processor = transformers.Gemma3Processor(
+                transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil(size=square),
+                own,
+                chat_template=template,
+                image_seq_length=4,
+            )
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for leaf in model.parameters():
+                wide = 1.0 / np.sqrt(leaf.shape[-1]) if leaf.ndim > 1 else 0.2
+                leaf.copy_(torch.randn(leaf.shape, generator=generator) * wide + (leaf if leaf.ndim == 1 else 0))
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return folder
+
+    return make

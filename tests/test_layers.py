@@ -112,3 +112,14 @@ def test_no_module_imports_one_that_imports_it() -> None:
         return seen
 
     assert [name for name in graph if name in reaches(name)] == []
+
+
+def test_data_know_no_models() -> None:
+    found = [
+        f"{name} imports {imported}"
+        for name, source in _modules()
+        if _room(name) == "data"
+        for imported in _imported(source, name)
+        if imported.startswith(tuple(f"nalora_jax.{room}" for room in ("models", "nn", "weights", "train", "generate")))
+    ]
+    assert found == []

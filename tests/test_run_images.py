@@ -170,6 +170,34 @@ def test_the_verbs_classify_and_retrieve(trained, pictures, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_the_verbs_that_take_every_run_take_these(trained, tmp_path, capsys) -> None:
+    """`eval` measures what the run reported; `export` and `merge` write what PEFT and transformers load."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model, folder = trained
+    assert main(["eval", str(folder), "--output", str(tmp_path / "numbers.json")]) == 0
+    final = next(r for r in read_metrics(folder / "metrics.jsonl") if r.get("final"))["eval"]
+    assert f"held-out accuracy {final['accuracy']:.3f}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "numbers.json").read_text())["confusion"] == final["confusion"]
+    assert main(["export", str(folder), "--output", str(tmp_path / "adapter")]) == 0
+    assert main(["merge", str(folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    base = transformers.CLIPModel.from_pretrained(model)
+    merged = transformers.CLIPModel.from_pretrained(tmp_path / "merged").eval()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "pixel_values": torch.randn(2, 3, 16, 16, generator=generator),
+        "input_ids": torch.tensor([[3, 5, 6, 2], [3, 7, 8, 2]]),
+    }
+    with torch.no_grad():
+        found = [one(**inputs).logits_per_image.numpy() for one in (merged, adapted)]
+    np.testing.assert_allclose(*found, atol=1e-4)
+    assert load_adapted_dual(str(tmp_path / "merged")).lora is None
+    assert main(["export", str(folder), "--output", str(tmp_path / "vllm"), "--for", "vllm"]) == 2
+    assert "peft for image and text encoders" in capsys.readouterr().err
+
+
 def test_settings_that_do_not_fit_are_refused(trained, pictures, tmp_path) -> None:
     model, _ = trained
     settings = few_shot(model, pictures, tmp_path / "run")

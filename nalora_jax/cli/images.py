@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from nalora_jax.config import config_from_dict
+from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.cli.parser import EvalArgs, ExportArgs, MergeArgs
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,72 @@ def retrieve(args: RetrieveArgs) -> None:
     paths = list(pictures)
     for i in np.argsort(-cosines, kind="stable")[: args.top]:
         print(f"{paths[i]}\t{cosines[i]:.4f}")
+
+
+def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
+    """Whether a verb is about a run that trained a dual encoder."""
+    from nalora_jax.load import locate
+
+    return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
+
+
+def evaluate(args: EvalArgs) -> dict[str, Any]:
+    """The held-out metric of a run on images, on the images that it reported on unless others are asked for."""
+    from nalora_jax.data.images.sources import open_images
+    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.train.dual_pieces import held_out_images
+
+    if args.quantize not in (None, "none"):
+        raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
+    model = load_adapted_dual(str(args.model), adapter=args.adapter, dtype=args.dtype)
+    run = config_from_dict(model.located.run)
+    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit}
+    data = replace(run.data, **{name: value for name, value in asked.items() if value is not None})
+    vision = run.vision
+    classes = open_images(data, vision, data.train_split).classes() if vision.task == "classify" else ()
+    held = open_images(data, vision, data.eval_split)
+    reported, _ = held_out_images(replace(run, data=data), held, model.encoders, classes)
+    values: dict[str, Any] = reported.measure(model.base.params, model.lora, samples=args.output is not None)
+    print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
+    return {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)} | values
+
+
+def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
+    """Write an adapter of a dual encoder for PEFT, and read it back."""
+    from nalora_jax.files import write_atomically
+    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
+
+    if args.target != "peft":
+        raise NaloraError("--for", expected="peft for image and text encoders", found=args.target)
+    given = (str(args.run), None) if args.model is None else (args.model, args.run)
+    model = load_adapted_dual(given[0], adapter=given[1])
+    base = model.base
+    assert model.lora is not None
+    name, mark = base.source, base.fingerprint
+    export_dual_adapter(model.lora, model.spec, base.config, args.output, base_model_name=name, fingerprint=mark)
+    write_atomically(args.output / "README.md", card(model, "adapter"))
+    verify_dual_export(args.output, model.lora, model.spec, base.config, mark)
+    print(f"{args.output}: adapter for peft, read back and compared (every number is equal)")
+
+
+def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
+    """Write a dual encoder with its adapter folded in as one Hugging Face folder."""
+    from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.weights.vision.hub import resolve_folder
+    from nalora_jax.weights.vision.merge import write_merged_dual
+
+    # Merged in float32 and rounded once.
+    model = load_adapted_dual(str(args.model), adapter=args.adapter, dtype="float32")
+    assert model.lora is not None
+    config, base = model.base.config, model.base
+    source = Path() if config.trained else resolve_folder(model.located.base)[0]
+    text = card(model, "merged")
+    write_merged_dual(
+        args.output, config, base.params, model.lora, model.spec, source=source, dtype=args.dtype, card=text
+    )
+    print(f"{args.output}: merged model in {args.dtype}")
 
 
 def _opened(paths: Sequence[Path], *, skip: bool) -> Iterator[tuple[Path, Any]]:

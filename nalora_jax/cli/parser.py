@@ -87,8 +87,10 @@ class GenerateArgs:
     top_p: float = 1.0
     # Seed of the sampling.
     seed: int = 0
-    # Wrap the prompt in the model's chat template. By default as the run was trained, else not.
+    # Wrap the prompt in the model's chat template. By default as the run was trained, else not; with images, always.
     chat: bool | None = None
+    # Image files that the prompt is about, for a model that sees (LLaVA, Gemma 3).
+    image: tuple[Path, ...] = ()
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Dtype | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.

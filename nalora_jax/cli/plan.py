@@ -64,7 +64,7 @@ def plan(args: PlanArgs) -> None:
     if not machines:
         raise NaloraError("--topology", expected="at least one machine", found="none")
     _prepare(gpus=any(machine.chip.platform == "gpu" for machine in machines))
-    from nalora_jax.models.config import projection_shapes
+    from nalora_jax.models.config import depths, projection_shapes
     from nalora_jax.nn.low_rank import resolve
     from nalora_jax.plan.layouts import choose
     from nalora_jax.plan.models import architecture
@@ -75,7 +75,7 @@ def plan(args: PlanArgs) -> None:
     for machine in machines:
         config = _config(args, args.batch or machine.size * args.accumulate)
         if args.estimate:
-            spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+            spec = resolve(config.lora, projection_shapes(base), depths(base))
             print(f"{args.model} on {machine.name}: {choose(config, base, spec, machine, args.seq)}", flush=True)
             continue
         found = compiled(config, base, machine, args.seq)

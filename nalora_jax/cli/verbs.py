@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nalora_jax.cli import images
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import DataConfig, MeshConfig, check, config_from_dict
 from nalora_jax.config.ranges import check_path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from nalora_jax.load import AdaptedModel
+    from nalora_jax.load.dual import AdaptedDual
     from nalora_jax.tokenizer import Tokenizer
 
 
@@ -47,30 +49,46 @@ def evaluate(args: cli.EvalArgs) -> None:
     """
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.data.sources import open_held_out, split_to_measure
-    from nalora_jax.evaluate.heldout import Evaluator, describe
+    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.seeing import evaluator_of
     from nalora_jax.files import write_atomically
     from nalora_jax.load import load, locate
     from nalora_jax.train.metrics import to_json
+    from nalora_jax.train.seeing import seen_sources
 
     if args.output is not None:
         check_new_path("--output", args.output)
         if args.output.exists():
             found = f"{args.output}, which exists"
             raise NaloraError("--output", expected="a new file", found=found, remedy="choose another name")
+    if images.is_dual(args.model, args.adapter):
+        found = images.evaluate(args)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(args.output, json.dumps(to_json(found), indent=2) + "\n")
+        return
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
+    run = config_from_dict(locate(args.model, args.adapter).run)
     data = data_of(locate(args.model, args.adapter).run, asked)
     with flags_of_verb():
-        if args.dataset is not None and args.split is None:
+        if args.dataset is not None and args.split is None and run.vision.task != "chat":
             data = replace(data, eval_split=split_to_measure(data))
-        open_held_out(data, data.eval_split).read([0])  # before a model is loaded for nothing
+        if run.vision.task != "chat":
+            open_held_out(data, data.eval_split).read([0])  # before a model is loaded for nothing
     mesh = mesh_of(args.mesh)
     quantize = args.quantize or "run"
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
-    if any(value is not None for value in asked.values()):
-        items = eval_examples(data, model.base.tokenizer, split=data.eval_split)
+    own = any(value is not None for value in asked.values())
+    source = None
+    if model.base.processor is not None:
+        with flags_of_verb():
+            splits = (data.eval_split,) if own else (data.train_split, data.eval_split)
+            source = seen_sources(data, run.vision, model.base.tokenizer.images, splits=splits)
+    if own:
+        items = eval_examples(data, model.base.tokenizer, split=data.eval_split, source=source)
     else:  # the very questions that the run reported on
-        items, _ = held_out(data, model.base.tokenizer)
-    evaluator = Evaluator(model.module, model.base.tokenizer, items, mesh=mesh)
+        items, _ = held_out(data, model.base.tokenizer, source=source)
+    evaluator = evaluator_of(model.base, model.module, items, mesh)
     values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     if args.output is not None:
@@ -81,19 +99,28 @@ def evaluate(args: cli.EvalArgs) -> None:
 
 def generate(args: cli.GenerateArgs) -> None:
     """Print the answer as it is made."""
+    from nalora_jax.data.images.chat import asked
+    from nalora_jax.data.images.files import open_image
     from nalora_jax.generate import Generator
     from nalora_jax.load import load
 
     prompt = _standard_input() if args.prompt == "-" else args.prompt
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     mesh = mesh_of(args.mesh)
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh)
-    tokenizer = model.base.tokenizer
+    pictures = [open_image(path) for path in args.image]  # before a model is loaded for nothing
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=True if pictures else None)
+    tokenizer, processor = model.base.tokenizer, model.base.processor
     tokens: str | list[int] = prompt
-    if model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
+    if pictures:
+        tokens = asked(
+            prompt, len(pictures), tokenizer, chat=tokenizer.chat_template is not None and args.chat is not False
+        )
+    elif model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
         text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
         tokens = tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token itself
-    for piece in Generator(model.module, model.variables, tokenizer, mesh=mesh).stream(tokens, **settings):
+    generator = Generator(model.module, model.variables, tokenizer, mesh=mesh, processor=processor)
+    seen = [processor(picture)["pixels"] for picture in pictures] if processor is not None else []
+    for piece in generator.stream(tokens, images=seen, **settings):
         print(piece, end="", flush=True)
     print()
 
@@ -105,6 +132,9 @@ def export(args: cli.ExportArgs) -> None:
     from nalora_jax.weights.peft import export_adapter, verify_export
 
     _refuse_existing(args.output)
+    if images.is_dual(*((args.run, None) if args.model is None else (args.model, args.run))):
+        images.export(args, card)
+        return
     model = load(args.run) if args.model is None else load(args.model, adapter=args.run)
     base, lora = model.base, _lora(model)
     export_adapter(
@@ -129,6 +159,9 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.weights.merge import write_merged
 
     _refuse_existing(args.output)
+    if images.is_dual(args.model, args.adapter):
+        images.merge(args, card)
+        return
     located = locate(args.model, args.adapter)
     found = hub.resolve(located.base)
     # Merged in float32 and rounded once: what the files hold must not be rounded on loading.
@@ -225,7 +258,7 @@ def study(args: cli.StudyArgs) -> None:
             print(path)
 
 
-def card(model: AdaptedModel, kind: Literal["adapter", "merged"]) -> str:
+def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
     """README.md of what is written from ``model``, with the run's settings and results where it was one of ours."""
     from nalora_jax.report.history import read_history
     from nalora_jax.weights.card import Card, render_card

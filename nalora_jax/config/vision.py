@@ -7,13 +7,16 @@ from typing import Literal
 
 from nalora_jax.errors import NaloraError
 
+DUAL = ("classify", "contrast")  # tasks of dual encoders
+
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Dual encoders (CLIP, SigLIP, an image and a text encoder); the data set is --data.dataset as for text."""
+    """Dual encoders (CLIP, ...) and decoders that see (LLaVA, ...); the data set is --data.dataset as for text."""
 
-    # "" (a language model), "classify" (images among class prompts) or "contrast" (images and their captions).
-    task: Literal["", "classify", "contrast"] = ""
+    # "" (a language model), "classify" (images among class prompts), "contrast" (images and their captions) or "chat"
+    # (conversations about images, with a decoder that sees).
+    task: Literal["", "classify", "contrast", "chat"] = ""
     # Training images per class, drawn by --seed; 0: all of them.
     shots: int = 16
     # Prompts of a class, {} its name; features of several are averaged.
@@ -26,6 +29,8 @@ class VisionConfig:
     label_field: str = "label"
     # Field that holds the image's caption.
     caption_field: str = "caption"
+    # chat: what captions answer, in records that have no messages and no prompt.
+    prompt: str = "Describe the image."
     # Random changes of training images, by (seed, step): "none", "flip", or "crop" (a part of it, and flips).
     augment: Literal["none", "flip", "crop"] = "crop"
     # Smallest share of an image's area that a crop keeps.
@@ -58,7 +63,7 @@ def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> Non
             found=accumulate,
             remedy="use a smaller batch, more devices, or --compute.remat full",
         )
-    if vision.task and quantize != "none":
+    if vision.task in DUAL and quantize != "none":
         raise NaloraError("--compute.quantize", expected="none for image and text encoders", found=quantize)
 
 

@@ -36,9 +36,10 @@ def attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """Without dropout; a cache where it is read in place."""
-    if drops(config, dropout_rng):
+    if drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     if cached is not None and isinstance(cached.k, native.Slice):
         assert isinstance(cached.v, native.Slice)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.forms import canonical, message_of, tools_of
+from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import is_unicode
 
@@ -127,7 +127,8 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
     messages = [message_of(message, f"{where}: {field}[{number}]") for number, message in enumerate(value)]
     for number, message in enumerate(messages):
         text_field(message, "role", f"{where}: {field}[{number}]")
-        text_field(message, "content", f"{where}: {field}[{number}]")
+        if not isinstance(message.get("content"), Parts):
+            text_field(message, "content", f"{where}: {field}[{number}]")
     return messages
 
 

@@ -20,6 +20,8 @@ from nalora_jax.errors import NaloraError
 
 Record = dict[str, Any]
 CONVERSATIONS = "conversations"
+# Field of a record that holds its images, encoded or as files' paths, where a model sees them.
+IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
 ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
@@ -35,6 +37,10 @@ _ALPACA_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+
+
+class Parts(list[dict[str, str]]):
+    """A message's content of texts and images in order, for a model that sees; see `nalora_jax.data.images.chat`."""
 
 
 def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
@@ -122,7 +128,7 @@ def message_of(value: Any, where: str) -> Record:
         message["content"] = message.get("content") or ""
     else:
         message.pop("tool_calls", None)
-    if isinstance(message.get("content"), list):
+    if isinstance(message.get("content"), list) and not isinstance(message["content"], Parts):
         message["content"] = "".join(_part(part, f"{where}: content") for part in message["content"])
     return message
 

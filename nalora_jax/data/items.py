@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,23 @@ class CompletionItem:
     turns: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class SeenItem(CompletionItem):
+    """A completion whose prompt has images: encoded, or files' paths."""
+
+    images: tuple[bytes | Path, ...] = ()
+
+
 Item = ChoiceItem | CompletionItem
 
 
 def digest(items: Sequence[Item]) -> str:
     """SHA-256 of questions with their answers: equal where the same is asked in the same order."""
     asked = [{name: value for name, value in asdict(item).items() if name != "turns"} for item in items]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(asked, default=_stated).encode()).hexdigest()
+
+
+def _stated(value: bytes | Path) -> str:
+    """What an image is told apart by: its content."""
+    content = value.read_bytes() if isinstance(value, Path) else value
+    return hashlib.sha256(content).hexdigest()

@@ -20,6 +20,7 @@ from nalora_jax.data.store import TokenStore, open_store
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
+    from nalora_jax.data.images.rows import RowImages
     from nalora_jax.tokenizer import Tokenizer
 
 # Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights, segment_ids, positions.
@@ -40,6 +41,8 @@ class TrainData:
     rows: tuple[int, ...]
     # Threads that put batches together ahead of their use.
     workers: int
+    # Of a model that sees: the images of every row (`nalora_jax.data.images.rows`).
+    images: RowImages | None = None
     _plan: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,11 +80,12 @@ class TrainData:
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
         rows = (row + first + np.array(self.rows)).ravel().tolist()
-        store = self.store
-        flat = assemble(
-            [self._row(index) for index in rows], store.tokens, store.answer, store.offsets, self.pattern.capacity
-        )
-        return {name: value.reshape(self.accumulate, len(self.rows), -1) for name, value in flat.items()}
+        store, examples = self.store, [self._row(index) for index in rows]
+        flat = assemble(examples, store.tokens, store.answer, store.offsets, self.pattern.capacity)
+        if self.images is not None:
+            flat |= self.images.batch(examples)
+        lead = (self.accumulate, len(self.rows))
+        return {name: value.reshape(*lead, *value.shape[1:]) for name, value in flat.items()}
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
         """Batches without end, from the start or from where `BatchIterator.get_state` was taken.

@@ -12,8 +12,8 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
-from nalora_jax.data.forms import canonical, tools_of
-from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
+from nalora_jax.data.forms import IMAGES, canonical, tools_of
+from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import Source, open_held_out, open_pair, require_some
 from nalora_jax.data.tokenize import tokenize
@@ -35,6 +35,7 @@ class _Question:
     gold: int
     own_prompts: bool
     turns: tuple[tuple[str, str], ...] = ()  # of a conversation, before the answer
+    images: tuple[Any, ...] | None = None  # None where the model does not see
 
 
 def eval_examples(
@@ -111,15 +112,16 @@ def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tup
 
 def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
     """The texts to score of one record."""
+    images = record.get(IMAGES)
     record = canonical(record, config, where)
     if config.messages_field in record:
         messages, tools = messages_of(record, config, where), tools_of(record, where)
         text = _chat_text(messages, tokenizer, where, tools)
-        return _Question([text], [], 0, False, _turns(messages))
+        return _Question([text], [], 0, False, _turns(messages), images)
     prompts, completions, choices, gold = _choices(record, config, where)
     pairs = zip(prompts, completions, strict=True)
     texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
-    return _Question(texts, choices, gold, bool(record.get("choice_prompts")))
+    return _Question(texts, choices, gold, bool(record.get("choice_prompts")), images)
 
 
 def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[list[str], list[str], list[str], int]:
@@ -196,6 +198,8 @@ def _item(question: _Question, examples: Sequence[Any]) -> Item:
     gold = question.texts[question.gold]
     ((start, stop),) = gold.answers
     prompt = gold.text[:start]
+    if question.images is not None:
+        return SeenItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns, question.images)
     if not question.choices:
         return CompletionItem(prompts[0], answers[0], prompt, gold.text[start:stop], question.turns)
     own = prompts if question.own_prompts else None

@@ -17,12 +17,14 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import render
+from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import find_damage, write_digests
+from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.notes import counting
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # Raised when the same records and tokenizer would give other tokens.
-_FORMAT = 2
+_FORMAT = 3
 # Records read, rendered and tokenized together: enough to keep every core busy, little to hold in memory.
 _CHUNK = 2048
 # Options that change tokens, besides the split and the limit.
@@ -67,6 +69,8 @@ class TokenStore:
     answer: np.ndarray
     # Where each example begins, and the end, int64 [examples + 1].
     offsets: np.ndarray
+    # The source's record of each example, int64 [examples].
+    records: np.ndarray
     counts: Counts
     # sha256 of all of the above: equal on every host that reads the same data.
     fingerprint: str
@@ -144,16 +148,21 @@ def _selection(size: int, limit: int, seed: int) -> np.ndarray:
     return np.arange(size) if not 0 < limit < size else np.sort(permutation(size, seed)[:limit])
 
 
-def _examples(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> Iterator[Example]:
-    """Tokenized records, not yet cut."""
+def _examples(
+    source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
+) -> Iterator[tuple[int, Example]]:
+    """Records' indices and their tokens, not yet cut."""
     with counting("tokenizing", len(indices)) as done:
         for start in range(0, len(indices), _CHUNK):
             chunk = indices[start : start + _CHUNK].tolist()
-            records = zip(chunk, source.read(chunk), strict=True)
-            texts = [render(record, config, tokenizer, source.where(index)) for index, record in records]
-            for index, example in zip(chunk, tokenize(texts, tokenizer), strict=True):
+            records = source.read(chunk)
+            pairs = zip(chunk, records, strict=True)
+            texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
+            for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
                 _check(example, config, source.where(index))
-                yield example
+                if tokenizer.images is not None:
+                    _check_images(example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index))
+                yield index, example
             done(len(chunk))
 
 
@@ -171,6 +180,18 @@ def _check(example: Example, config: DataConfig, where: str) -> None:
             expected=f"at most --data.max-length {config.max_length} tokens and the one after them",
             found=f"{len(example.ids)} tokens",
             remedy="raise --data.max-length, or choose --data.too-long drop or truncate",
+        )
+
+
+def _check_images(example: Example, tokens: ImageTokens, count: int, where: str) -> None:
+    """As many image tokens as the record's images have: a template may have dropped or doubled one."""
+    found = int(np.sum(example.ids == tokens.token_id))
+    if found != count * tokens.count:
+        raise NaloraError(
+            where,
+            expected=f"{count} images of {tokens.count} tokens {tokens.token!r}",
+            found=f"{found} such tokens",
+            remedy="the model's chat template must write one placeholder for every image",
         )
 
 
@@ -198,12 +219,12 @@ def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig
     _LOG.info("tokenized %s: %d examples in %.1f s", source.name, counts.examples, time.perf_counter() - began)
 
 
-def _write(scratch: Path, examples: Iterator[Example], config: DataConfig, bos_id: int | None) -> Counts:
-    """Streams examples into the files of a store; memory does not grow with them, but for 8 bytes each."""
-    offsets, digest = [0], hashlib.sha256()
+def _write(scratch: Path, examples: Iterator[tuple[int, Example]], config: DataConfig, bos_id: int | None) -> Counts:
+    """Streams examples into the files of a store; memory does not grow with them, but for 16 bytes each."""
+    offsets, records, digest = [0], [], hashlib.sha256()
     dropped = truncated = targets = longest = 0
     with (scratch / "tokens.bin").open("wb") as tokens, (scratch / "answer.bin").open("wb") as answer:
-        for example in examples:
+        for record, example in examples:
             size = len(example.ids)
             longest = max(longest, size)
             if size > config.max_length + 1:
@@ -217,8 +238,10 @@ def _write(scratch: Path, examples: Iterator[Example], config: DataConfig, bos_i
                 file.write(part.tobytes())
                 digest.update(part.tobytes())
             offsets.append(offsets[-1] + len(example.ids))
+            records.append(record)
             targets += int(example.answer[1:].sum())
     np.save(scratch / "offsets.npy", np.array(offsets, np.int64))
+    np.save(scratch / "records.npy", np.array(records, np.int64))
     counts = Counts(len(offsets) - 1, dropped, truncated, offsets[-1], targets, longest)
     meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
     (scratch / "meta.json").write_text(json.dumps(meta))
@@ -247,6 +270,7 @@ def _load(folder: Path) -> TokenStore:
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
         answer=np.memmap(folder / "answer.bin", np.uint8, mode="r"),
         offsets=np.load(folder / "offsets.npy"),
+        records=np.load(folder / "records.npy"),
         counts=Counts(**meta["counts"]),
         fingerprint=meta["fingerprint"],
     )
@@ -256,4 +280,5 @@ def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Changes with anything that could change the ids of a text."""
     rest = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.chat_template)
     special = sorted((tokenizer.special_tokens or {}).items())
-    return hashlib.sha256(f"{tokenizer.backend.to_str()}{rest}{special}".encode()).hexdigest()
+    images = "" if tokenizer.images is None else str(tokenizer.images)
+    return hashlib.sha256(f"{tokenizer.backend.to_str()}{rest}{special}{images}".encode()).hexdigest()

@@ -121,6 +121,8 @@ def _example(
         answer[position[start] : position[stop]] = True
     if stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops):
         ids, answer = [*ids, tokenizer.eos_id], np.append(answer, True)
+    if tokenizer.images is not None:  # nobody learns to write images
+        answer &= np.asarray(ids) != tokenizer.images.token_id
     if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
         ids, answer = [tokenizer.bos_id, *ids], np.insert(answer, 0, False)
     return Example(np.array(ids, np.int32), answer)

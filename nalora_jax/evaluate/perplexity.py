@@ -57,7 +57,7 @@ def perplexity(
         loss, tokens = _by_document(batch, -log_probs.astype(np.float64))
         sums.append(loss)
         counts.append(tokens)
-    return _result(np.concatenate([*sums, np.zeros(0)]), np.concatenate([*counts, np.zeros(0)]))
+    return result(np.concatenate([*sums, np.zeros(0)]), np.concatenate([*counts, np.zeros(0)]))
 
 
 def completion_loss(
@@ -71,7 +71,7 @@ def completion_loss(
     """Loss of the reference completions after their prompts; an item is a document."""
     groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
     scores = [row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)]
-    return _result(np.array([-score.log_prob for score in scores]), np.array([score.tokens for score in scores]))
+    return result(np.array([-score.log_prob for score in scores]), np.array([score.tokens for score in scores]))
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -90,7 +90,8 @@ def _by_document(batch: Mapping[str, Any], losses: np.ndarray) -> tuple[np.ndarr
     return sums[tokens > 0], tokens[tokens > 0].astype(np.float64)
 
 
-def _result(sums: np.ndarray, counts: np.ndarray) -> Result:
+def result(sums: np.ndarray, counts: np.ndarray) -> Result:
+    """Loss, interval and counts of documents' loss sums and token counts."""
     tokens = int(counts.sum())
     if tokens == 0:
         raise NaloraError("evaluation data", expected="at least one target token", found="none")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
+from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, view_weights
+from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, see, view_weights
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
 from nalora_jax.generate.text import TextStream
@@ -20,6 +21,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or its token ids
+Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
 
 # Tokens per call: calls cost little, so few enough that a stream flows and a stop text is noticed soon.
 _STREAM_TOKENS = 4
@@ -99,6 +101,7 @@ class Generator:
       tokenizer: of the same model.
       max_length: longest prompt and answer together; the model's context by default.
       mesh: where the weights are sharded: the mesh over whose data axes prompts are split.
+      processor: of the images of a model that sees.
     """
 
     def __init__(
@@ -109,8 +112,9 @@ class Generator:
         *,
         max_length: int | None = None,
         mesh: Mesh | None = None,
+        processor: ImageProcessor | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
+        self.model, self.tokenizer, self.mesh, self.processor = model, tokenizer, mesh, processor
         context = model.config.max_positions
         self.max_length = context if max_length is None else min(max_length, context)
         _require("max_length", self.max_length > 1, "at least 2", max_length)
@@ -121,7 +125,8 @@ class Generator:
         """The same model with another adapter of the same shape (None: the base), without compiling anything."""
         rest = {name: tree for name, tree in self.variables.items() if name != "lora"}
         variables = rest if lora is None else {**rest, "lora": lora}
-        return Generator(self.model, variables, self.tokenizer, max_length=self.max_length, mesh=self.mesh)
+        options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
+        return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
 
     def generate(
         self,
@@ -129,6 +134,7 @@ class Generator:
         *,
         batch_size: int = 16,
         adapter_ids: Sequence[int] | None = None,
+        images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[str]:
         """The continuation of each prompt, without the prompt.
@@ -137,12 +143,16 @@ class Generator:
           prompts: texts, or token ids.
           batch_size: prompts at once.
           adapter_ids: the adapter of each prompt, where ``lora`` is a stack; -1 for none.
+          images: the images of each prompt, prepared (uint8 ``[height, width, 3]`` of the model's processor), in the
+            order of its image tokens.
           **settings: the fields of `Settings`.
 
         Raises:
-          NaloraError: a prompt is empty or fills the context, or a setting is out of range.
+          NaloraError: a prompt is empty or fills the context, a setting is out of range, or a prompt has more or fewer
+            images than its tokens have places for.
         """
-        completions = self.complete(prompts, batch_size=batch_size, adapter_ids=adapter_ids, **settings)
+        more = {"batch_size": batch_size, "adapter_ids": adapter_ids, "images": images}
+        completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
         return [completion.text for completion in completions]
 
     def complete(
@@ -151,6 +161,7 @@ class Generator:
         *,
         batch_size: int = 16,
         adapter_ids: Sequence[int] | None = None,
+        images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[Completion]:
         """As `generate`, with token ids and the reason why each answer ended."""
@@ -162,24 +173,42 @@ class Generator:
             _require(
                 "adapter_ids", len(adapter_ids) == len(ids), f"one for each of {len(ids)} prompts", len(adapter_ids)
             )
+        pixels: list[Images] = [() for _ in ids] if images is None else list(images)
+        _require("images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels))
+        for number, (row, seen) in enumerate(zip(ids, pixels, strict=True)):
+            self._check_images(row, seen, f"prompt {number}")
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: less padding
         made: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             adapters = None if adapter_ids is None else [adapter_ids[i] for i in rows]
-            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters)
+            own = [pixels[i] for i in rows]
+            batch = _Batch(self, [ids[i] for i in rows], chosen, [seeds[i] for i in rows], adapters, own)
             made |= zip(rows, batch.run(), strict=True)
         return [made[i] for i in range(len(ids))]
 
-    def stream(self, prompt: Prompt, *, adapter_id: int | None = None, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, adapter_id: int | None = None, images: Images = (), **settings: Any
+    ) -> Iterator[str]:
         """The continuation in pieces, as they are made; joined, they are what `generate` gives.
 
         Never half a character, and nothing of a stop text. Raises as `generate` does, at the call.
         """
         chosen = Settings(**settings)
         adapters = None if adapter_id is None else [adapter_id]
-        batch = _Batch(self, [self._encode(prompt, "prompt")], chosen, chosen.seeds(1), adapters)
+        ids = self._encode(prompt, "prompt")
+        self._check_images(ids, images, "prompt")
+        batch = _Batch(self, [ids], chosen, chosen.seeds(1), adapters, [images])
         return (pieces[0] for pieces in batch.pieces(_STREAM_TOKENS) if pieces[0])
+
+    def _check_images(self, ids: Sequence[int], images: Images, where: str) -> None:
+        tokens = self.tokenizer.images
+        found = 0 if tokens is None else ids.count(tokens.token_id)
+        if tokens is None or self.processor is None:
+            _require("images", not images, "a model that sees, for images", f"{len(images)} for a language model")
+        elif found != len(images) * tokens.count:
+            expected = f"{tokens.count} tokens {tokens.token!r} for each of {len(images)} images"
+            raise NaloraError(where, expected=expected, found=found)
 
     def _encode(self, prompt: Prompt, where: str) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -213,6 +242,7 @@ class _Batch:
         settings: Settings,
         seeds: Sequence[int],
         adapters: Sequence[int] | None,
+        images: Sequence[Images],
     ) -> None:
         self._generator, self._count = generator, len(ids)
         self._limits = np.array([min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids])
@@ -223,6 +253,8 @@ class _Batch:
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
         longest = max(len(row) for row in ids)
         self._prompts = self._make_prompts(ids, bucket(longest, minimum=16), settings, seeds, adapters)
+        if any(images):
+            self._prompts = replace(self._prompts, features=self._features(images))
         self._slots = bucket(self._prompts.tokens.shape[1] + int(self._limits.max()), minimum=32)
 
     def _make_prompts(
@@ -257,6 +289,19 @@ class _Batch:
         padded = np.full((bucket(len(stops), minimum=8),), NO_TOKEN, np.int32)
         padded[: len(stops)] = stops
         return Prompts(**place_batch(rows, mesh), stop_ids=padded)
+
+    def _features(self, images: Sequence[Images]) -> Any:
+        """What the model sees, for every row of the batch."""
+        generator = self._generator
+        assert generator.processor is not None
+        assert generator.processor.output is not None
+        rows, places = self._prompts.tokens.shape[0], bucket(max(map(len, images)))
+        pixels = np.zeros((rows, places, *generator.processor.output, 3), np.uint8)
+        for row, seen in enumerate(images):
+            for place, image in enumerate(seen):
+                pixels[row, place] = image
+        placed = place_batch(pixels, generator.mesh)
+        return see(generator.model, generator.processor, generator._weights, placed)
 
     def run(self) -> list[Completion]:
         """All tokens of all rows."""

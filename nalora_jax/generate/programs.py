@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.generate.sampling import Array, Sampling, next_tokens
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
@@ -44,6 +45,7 @@ class Prompts:
     stop_ids: Array  # int32 [stops]
     sampling: Sampling
     adapter_ids: Array | None = None  # int32 [batch], with a stack of adapters
+    features: Array | None = None  # [batch, places, d_model] of images, from `see`
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +63,13 @@ def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
     """``{"params": ...}``, and ``"lora"`` where there are adapters, as the programs take them."""
     head = {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}
     return Weights(prepare(variables, model.numerics), {"params": head})
+
+
+@partial(jax.jit, static_argnames=("model", "processor"))
+def see(model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Array) -> jax.Array:
+    """What stands in the places of image tokens, of uint8 pixels ``[batch, images, height, width, 3]``."""
+    features: jax.Array = model.apply(weights.body, processor.normalise(jnp.asarray(pixels)), method="see")
+    return features
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
@@ -82,6 +91,7 @@ def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -
         segment_ids=segments,
         cache=cache,
         adapter_ids=prompts.adapter_ids,
+        features=prompts.features,
     )
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
     step = jnp.zeros((), jnp.int32)

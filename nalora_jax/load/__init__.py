@@ -18,6 +18,7 @@ from nalora_jax import distributed
 from nalora_jax.config import config_from_dict
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.train.metrics import FILE as METRICS
@@ -104,9 +105,12 @@ def load(
     mesh: Mesh | None = None,
     resolved: ResolvedSource | None = None,
     implementation: str = "auto",
+    images: bool | None = None,
 ) -> AdaptedModel:
     """The model called ``model``, with its adapter on; the arguments are those of `locate`, `weights.load_model` and
     `nalora_jax.ops.numerics.numerics_for`.
+
+    A model is loaded to see ``images`` where that is asked for, by default where the run that made the adapter did.
 
     Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
     with ``quantize="run"``. Whoever has resolved the base's name gives what was found as ``resolved``.
@@ -116,17 +120,20 @@ def load(
         splits a head.
     """
     located = locate(model, adapter)
-    compute = config_from_dict(located.run).compute
+    run = config_from_dict(located.run)
+    compute = run.compute
+    images = run.vision.task == "chat" if images is None else images
     dtype = dtype or compute.dtype
     kind = compute.quantize if quantize == "run" else quantize
-    base = load_model(resolved or located.base, dtype=dtype, mesh=mesh, quantized=None if kind == "none" else kind)
+    quantized = None if kind == "none" else kind
+    base = load_model(resolved or located.base, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     if mesh is not None:
         distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
-    module = Decoder(base.config, spec, numerics_for(dtype, platform_of(mesh), implementation))
+    module = decoder_for(base.config, spec, numerics_for(dtype, platform_of(mesh), implementation))
     return AdaptedModel(base, module, lora, located)
 
 

@@ -24,6 +24,7 @@ class AdaptedDual:
     encoders: Encoders
     lora: dict[str, Any] | None
     located: Located
+    spec: AdapterSpec  # ranks and alphas of the adapter; empty without one
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -50,4 +51,4 @@ def load_adapted_dual(model: str, *, adapter: str | Path | None = None, dtype: s
     if located.adapter is not None:
         lora, spec = import_dual_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     module = DualEncoder(base.config, replace(spec, dropout=0.0), numerics_for(dtype, platform_of()))
-    return AdaptedDual(base, Encoders(module, base.processor, base.tokenizer), lora, located)
+    return AdaptedDual(base, Encoders(module, base.processor, base.tokenizer), lora, located, spec)

@@ -49,6 +49,9 @@ class SharedInputs:
     cached_positions: jax.Array | None  # int [batch, slots]
     cached_segments: jax.Array | None  # int [batch, slots]
     cache: tuple[LayerStack, LayerStack] | None = None  # all layers' cached keys and values
+    starts: jax.Array | None = (
+        None  # int [batch or 1, seq], from where on a token is seen, if not from its own position
+    )
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -126,7 +129,8 @@ class Attention(nn.Module):
         windows = tuple(sorted(set(c.layer_windows)))
         config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.activation_sharding)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
-        out: jax.Array = attention(q, keys, window, config, self.numerics.within(), cached=cached, dropout_rng=rng)
+        rest: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts}
+        out: jax.Array = attention(q, keys, window, config, self.numerics.within(), **rest)
         return out
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.nn.layers import RopeSpec
+
+if TYPE_CHECKING:
+    from nalora_jax.models.vision.sight import Sight
 
 # A window that no sequence reaches: "attend to everything before", as a number that can be scanned with the others.
 GLOBAL_WINDOW = 2**30
@@ -53,6 +56,7 @@ class ModelConfig:
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
     norm_topk: bool = True  # the chosen experts' weights are scaled to sum to 1
+    sight: Sight | None = None  # the image tower and the projector of a model that sees
 
     @property
     def rope_theta(self) -> float:
@@ -76,20 +80,25 @@ class ModelConfig:
         return tuple(len(self.ropes) if index < 0 else index for index in indices)
 
     @staticmethod
-    def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    def from_hf(raw: Mapping[str, Any], where: str = "config.json", *, images: bool = False) -> ModelConfig:
         """The description that a parsed ``config.json`` gives, of transformers 4 or 5.
+
+        Args:
+          raw: the parsed file.
+          where: its name, for messages.
+          images: describe a multimodal model with what it sees images by; by default its text model alone.
 
         Raises:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
         """
-        return _READERS[0](raw, where)
+        return _READERS[0](raw, where, images)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
 
 
-Reader = Callable[[Mapping[str, Any], str], ModelConfig]
+Reader = Callable[[Mapping[str, Any], str, bool], ModelConfig]
 _READERS: list[Reader] = []
 
 
@@ -111,7 +120,7 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["final_norm/scale"] = (d,)
     if not config.tie_embeddings:
         shapes["lm_head/kernel"] = (d, v)
-    return shapes
+    return shapes | ({} if config.sight is None else config.sight.param_shapes())
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -123,7 +132,7 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"attn/{name}_norm/scale"] = (config.head_dim if config.qk_norm == "head" else widths[name],)
     if config.n_experts:
         shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
-    for path, shape in projection_shapes(config).items():
+    for path, shape in _projections(config).items():
         path = path.removeprefix("layers/")
         shapes[f"{path}/kernel"] = shape
         if _has_bias(config, path):
@@ -143,6 +152,26 @@ def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Example:
       ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``; experts lead with their axis.
     """
+    return _projections(config) | ({} if config.sight is None else config.sight.projection_shapes())
+
+
+def depths(config: ModelConfig) -> dict[str, int]:
+    """Number of layers behind each path of `projection_shapes`; a projector is a stack of one."""
+    own = dict.fromkeys(_projections(config), config.n_layers)
+    return own | ({} if config.sight is None else config.sight.depths())
+
+
+def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Channel shape and activation of every feed-forward block, by stacked path; the decoder's first.
+
+    Example (Llama): ``{"layers/ffn": ((L, F), "silu")}``.
+    """
+    experts = (config.n_experts,) if config.n_experts else ()
+    own = {"layers/ffn": ((config.n_layers, *experts, config.d_ff), config.activation)}
+    return own | ({} if config.sight is None else config.sight.gate_blocks())
+
+
+def _projections(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, f = config.d_model, config.d_ff
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     ffn = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, depths, param_shapes, projection_shapes
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import frozen_kernel
@@ -76,6 +76,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
+        features: jax.Array | None = None,
     ) -> Any:
         """Hidden states after the final norm.
 
@@ -88,6 +89,8 @@ class Decoder(nn.Module):
           cache: keys and values of earlier calls (`init_cache`); the rows' segments are then 1 throughout.
           deterministic: no dropout; otherwise the rng ``dropout`` is needed where a rate is set.
           adapter_ids: int ``[batch]``, which adapter of a stack each example uses.
+          features: ``[batch, places, d_model]`` of images, which stand in the places of each row's image tokens, in
+            order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); rows may have fewer such tokens than places.
 
         Returns:
           ``[batch, seq, d_model]``; with a cache, that and the extended cache.
@@ -100,6 +103,13 @@ class Decoder(nn.Module):
             assert isinstance(cache.v, LayerStack)
             shared = replace(shared, cache=(cache.k, cache.v))
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
+        if features is not None:
+            sight = self.config.sight
+            assert sight is not None
+            places = tokens == sight.image_token
+            x = _with_features(x, features, places)
+            if sight.mutual:
+                shared = replace(shared, starts=run_starts(places, shared.positions, shared.segments))
         x = constrain(x, self.activation_sharding)
         x, new_keys = self.layers(
             x.astype(self.numerics.result),
@@ -125,6 +135,26 @@ class Decoder(nn.Module):
             logits = self.lm_head(flat, self.numerics)
         logits = (logits * c.logit_scale).reshape(*hidden.shape[:-1], c.vocab_size)
         return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
+
+
+def _with_features(x: jax.Array, features: jax.Array, places: jax.Array) -> jax.Array:
+    """``x [batch, seq, d]`` with the features of each row in its ``places [batch, seq]``, in order."""
+    index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)
+    # A row with more places than features gets NaN there, which nobody can overlook.
+    found = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
+    return jnp.where(places[..., None], found, x)
+
+
+def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """The position of the first token of each run of ``places``; elsewhere a token's own. int ``[batch, seq]``.
+
+    Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
+    """
+    positions, segments = (jnp.broadcast_to(x, places.shape) for x in (positions, segments))
+    index = jnp.broadcast_to(jnp.arange(places.shape[1])[None], places.shape)
+    goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
+    return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
 
 
 class Embedding(nn.Module):
@@ -180,8 +210,9 @@ def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | Non
     """What is scanned along the layers."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
-        _, block, name = path.split("/")
-        scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
+        if path.startswith("layers/"):  # others are of what it sees by
+            _, block, name = path.split("/")
+            scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
     windows, ropes = config.layer_windows, config.layer_ropes
     cached = None if cache is None else jnp.arange(config.n_layers) if in_place else (cache.k, cache.v)
     return LayerInputs(
@@ -247,11 +278,15 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     for i, (path, shape) in enumerate(param_shapes(config).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
         if path.endswith("/scale"):
-            leaf = 1.0 - config.norm_offset + 0.1 * noise
+            offset = (
+                0.0 if path.startswith(("image/", "unused/")) else config.norm_offset
+            )  # an encoder's norms have none
+            leaf = 1.0 - offset + 0.1 * noise
         elif path.endswith("/bias"):
             leaf = 0.02 * noise
         else:
-            leaf = noise * (0.02 if path == "embed/embedding" else 1.0 / math.sqrt(shape[-2]))
+            small = path.endswith(("/embedding", "/class_token", "/probe"))
+            leaf = noise * (0.02 if small else 1.0 / math.sqrt(shape[-2]))
         leaves[path] = leaf.astype(dtype)
     return unflatten(leaves)
 
@@ -278,9 +313,10 @@ def init_lora(
 def _fresh(config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array) -> dict[str, jax.Array]:
     leaves = {}
     for i, (path, target) in enumerate(targets):
-        *lead, d_in, d_out = (config.n_layers, *projection_shapes(config)[path])
+        n_layers = depths(config)[path]
+        *lead, d_in, d_out = (n_layers, *projection_shapes(config)[path])
         a = init_a(jax.random.fold_in(key, i), (*lead, d_in, target.rank))
         used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
-        leaves[f"{path}/a"] = jnp.where(used.reshape(config.n_layers, *(1,) * (a.ndim - 2), target.rank), a, 0.0)
+        leaves[f"{path}/a"] = jnp.where(used.reshape(n_layers, *(1,) * (a.ndim - 2), target.rank), a, 0.0)
         leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
     return leaves

@@ -7,15 +7,17 @@ for and this library does not do is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
+from nalora_jax.fields import Fields
 from nalora_jax.models import registered
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, reads_configs
-from nalora_jax.models.fields import Fields
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
+from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
@@ -32,14 +34,21 @@ _GEMMA3: dict[str, Any] = {
 
 
 @reads_configs
-def read(raw: Mapping[str, Any], where: str) -> ModelConfig:
+def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfig:
     """The `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
-    if name == "gemma3":  # multimodal: the text model is one of its parts
-        text = Fields(raw, {}, where).mapping("text_config")
-        name, raw = "gemma3_text", {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    if isinstance(name, str) and name in MULTIMODAL:  # the text model is one of its parts
+        text = read(text_part(raw, where), f"{where}: text_config", False)
+        return replace(text, sight=read_sight(raw, text, where)) if images else text
+    if images:
+        raise NaloraError(
+            f"{where}: model_type",
+            expected=f"a model that sees images: one of {', '.join(MULTIMODAL)}",
+            found=repr(name),
+            remedy="use such a model, or leave --vision.task (or --image) out",
+        )
     if not isinstance(name, str) or (name not in _READERS and name not in registered.FAMILIES):
         raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(supported())}", found=repr(name))
     if name in _READERS:

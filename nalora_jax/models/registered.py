@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.fields import Fields
 from nalora_jax.registry import Registry
 
 # Names of this library's own families (`nalora_jax.models.families`).
@@ -31,7 +31,7 @@ def register_family(
 ) -> Callable[[Callable[[Fields, str], ModelConfig]], Callable[[Fields, str], ModelConfig]]:
     """A decorator that makes a reader of configs selectable by a config.json's ``model_type``.
 
-    The reader gets the file's `nalora_jax.models.fields.Fields` and the name, and returns a `ModelConfig`;
+    The reader gets the file's `nalora_jax.fields.Fields` and the name, and returns a `ModelConfig`;
     `base_config` reads what every family has.
 
     Args:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nalora_jax.models.fields import Fields
+from nalora_jax.fields import Fields
 from nalora_jax.nn.layers import ROPE_KINDS, RopeSpec
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")

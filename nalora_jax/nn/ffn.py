@@ -120,8 +120,8 @@ class SelfGatedFFN(_Block):
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """``[batch, seq, d_model]`` -> ``[batch, seq, d_model]``; arguments as in `GatedFFN`."""
+        """``[batch, seq, d_in]`` -> ``[batch, seq, d_model]``; arguments as in `GatedFFN`."""
         options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
-        gate = self._dense("in_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
+        gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
         down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
         return self._measured(x, gate, None, down, token_weights)

@@ -60,6 +60,7 @@ def attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of every token over the tokens that it sees.
 
@@ -71,6 +72,8 @@ def attention(
       numerics: dtypes of operands, of what is saved and of the result; sums and softmax are float32.
       cached: keys of earlier calls, seen under the same rule.
       dropout_rng: key for ``config.dropout``; None for no dropout.
+      starts: int ``[batch or 1, keys]``, the position from which on a key is seen, where that is not its own: tokens of
+        one image that see each other all have the first one's.
 
     Returns:
       ``[batch, seq, heads, head_dim]`` in ``numerics.result``.
@@ -79,9 +82,9 @@ def attention(
     chex.assert_equal_shape([keys.k, keys.v])
     if cached is not None and cached.positions.shape[1] == 0:  # a cache without slots: there were no earlier calls
         cached = None
-    if cached is None and not drops(config, dropout_rng):
+    if cached is None and starts is None and not drops(config, dropout_rng):
         return blockwise_attention(q, *keys, window, config, numerics)
-    return _attend_in_blocks(q, keys, window, config, numerics, cached, dropout_rng).astype(numerics.result)
+    return _attend_in_blocks(q, keys, window, config, numerics, cached, dropout_rng, starts).astype(numerics.result)
 
 
 @operation
@@ -106,15 +109,19 @@ def _attend_in_blocks(
     numerics: Numerics,
     cached: CachedKeys | None,
     dropout_rng: jax.Array | None,
+    starts: jax.Array | None,
 ) -> jax.Array:
-    """Cached keys and dropout: blocks of queries, each against the cache and the keys up to its own end."""
+    """Cached keys and dropout: blocks of queries, each against the cache and the keys up to its own end.
+
+    With ``starts`` against all keys: a later one may be seen.
+    """
     attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4, 5))
     outputs = []
     for start, end in blocks(q.shape[1]):
-        seen = Keys(*(x[:, :end] for x in keys))
+        seen = keys if starts is not None else Keys(*(x[:, :end] for x in keys))
         rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, start)
         here = (keys.positions[:, start:end], keys.segments[:, start:end])
-        outputs.append(attend(q[:, start:end], here, seen, window, config, numerics, cached, rng))
+        outputs.append(attend(q[:, start:end], here, seen, window, config, numerics, cached, rng, starts))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 
@@ -127,6 +134,7 @@ def _attend(
     numerics: Numerics,
     cached: CachedKeys | None,
     rng: jax.Array | None,
+    starts: jax.Array | None,
 ) -> jax.Array:
     """One block of queries against given keys; without a stored score outside it."""
     batch, seq, heads, dim = q.shape
@@ -134,7 +142,7 @@ def _attend(
     # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head.
     q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
     sources: list[Keys | CachedKeys] = [keys] if cached is None else [cached, keys]
-    scores = [_scores(q, here, source, window, config, numerics, groups) for source in sources]
+    scores = [_scores(q, here, source, window, config, numerics, groups, starts) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
     scored = jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0]
     weights = jnp.exp(scored - jax.lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True)))
@@ -161,13 +169,14 @@ def _scores(
     config: AttentionConfig,
     numerics: Numerics,
     groups: int,
+    starts: jax.Array | None,
 ) -> jax.Array:
     """Masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
     if isinstance(keys, CachedKeys):
-        scores = product("bkqd,bkdt->bkqt", q, expand(keys.k), numerics)
+        scores, starts = product("bkqd,bkdt->bkqt", q, expand(keys.k), numerics), None
     else:
         scores = product("bkqd,bktd->bkqt", q, keys.k.transpose(0, 2, 1, 3), numerics)
     scores = capped(scores * config.scale, config)
-    visible = visibility(*here, keys.positions, keys.segments, window)
+    visible = visibility(*here, keys.positions, keys.segments, window, starts)
     scores = scores.reshape(*scores.shape[:2], groups, -1, scores.shape[-1])
     return jnp.where(visible[:, None, None], scores, UNSEEN)

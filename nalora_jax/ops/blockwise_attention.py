@@ -51,11 +51,16 @@ def visibility(
     key_positions: jax.Array,
     key_segments: jax.Array,
     window: jax.Array | int,
+    key_starts: jax.Array | None = None,
 ) -> jax.Array:
-    """Whether each query sees each key: bool ``[batch or 1, queries, keys]`` from int ``[batch or 1, ...]``."""
+    """Whether each query sees each key: bool ``[batch or 1, queries, keys]`` from int ``[batch or 1, ...]``.
+
+    A key is seen from its own position on, or from ``key_starts`` on.
+    """
     ahead = positions[:, :, None] - key_positions[:, None, :]
+    since = ahead if key_starts is None else positions[:, :, None] - key_starts[:, None, :]
     same = segments[:, :, None] == key_segments[:, None, :]
-    return same & (ahead >= 0) & (ahead < window)
+    return same & (since >= 0) & (ahead < window)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7))

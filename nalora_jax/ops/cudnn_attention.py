@@ -34,10 +34,11 @@ def cudnn_attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` where cuDNN has it."""
     fits = numerics.operand == "bfloat16" and not config.softcap and q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
-    if not fits or cached is not None or drops(config, dropout_rng):
+    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     if numerics.implementation == AUTO and bias_bytes(q.shape, config) > _LARGEST_BIAS:
         return NotImplemented

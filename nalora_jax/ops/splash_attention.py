@@ -34,6 +34,7 @@ def splash_attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` of every example; on a mesh, each device its own examples and heads.
 
@@ -43,7 +44,7 @@ def splash_attention(
     fits = q.shape[1] % _LANES == 0 and q.shape[-1] % 64 == 0
     # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
     mapped = config.sharding is not None or numerics.platform.devices == 1
-    if not (fits and mapped) or cached is not None or drops(config, dropout_rng):
+    if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
     # [batch, heads, seq, head_dim]; splash has no scale of its own.

@@ -154,6 +154,12 @@ def estimate(
     return replace(layout, gathers=times * gathered, seconds=seconds, mfu=times * useful / (where.chip.flops * seconds))
 
 
+def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:
+    """A model without what it sees images by, which is small beside the decoder: what estimates are made of."""
+    own = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
+    return replace(base, sight=None), replace(spec, targets=own)
+
+
 def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tuple[float, float]:
     """Bytes of one layer, and of what is not in a layer."""
     projections = {f"{path}/kernel" for path in projection_shapes(base)}

@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
 from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import resolve
 from nalora_jax.nn.quantize import KERNELS, gathered, quantize
 from nalora_jax.plan.machines import Topology
-from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
+from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step, measured_blocks
 from nalora_jax.train.state import init_state
 
 _BATCH = {
@@ -102,15 +102,15 @@ def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq:
       mesh: real or abstract devices.
       seq: tokens of a row.
     """
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    spec = resolve(config.lora, projection_shapes(base), depths(base))
     mechanisms = build_mechanisms(config, base, spec)
     model = build_model(base, spec, config.compute, mesh, measured=mechanisms.statistics)
     optimizer = build_optimizer(config, base, spec, mechanisms)
-    gate = (base.n_layers, *((base.n_experts,) if base.n_experts else ()), base.d_ff)
+    gates = measured_blocks(base, spec)
 
     def fresh() -> Any:
         lora = init_lora(base, spec, jax.random.key(0))
-        return init_state(lora, optimizer, {"layers/ffn": gate}, mechanisms, 0)
+        return init_state(lora, optimizer, gates, mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(_placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")

@@ -10,7 +10,7 @@ import jax
 
 from nalora_jax import distributed
 from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.plan.auto import with_layout
 from nalora_jax.plan.figures import Figures, figures
@@ -88,7 +88,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int) -> Pla
     Raises:
       NaloraError: nothing fits, or the compiler is not there.
     """
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    spec = resolve(config.lora, projection_shapes(base), depths(base))
     layout = choose(config, base, spec, where, seq)
     config = with_layout(config, layout)
     mesh = distributed.make_mesh(config.mesh, devices(where))

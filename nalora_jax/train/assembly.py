@@ -17,9 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, statistics, trees
 from nalora_jax.config import ComputeConfig, RunConfig
+from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, gate_blocks, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora
+from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.ops.cross_entropy import Head
@@ -27,6 +29,7 @@ from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.ops.programs import best_remat
 from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
+from nalora_jax.train.objectives import SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
@@ -63,7 +66,13 @@ class Assembly:
 
 
 def assemble(
-    config: RunConfig, base: ModelConfig, params: Any, mesh: Mesh, *, last: optax.GradientTransformation | None = None
+    config: RunConfig,
+    base: ModelConfig,
+    params: Any,
+    mesh: Mesh,
+    *,
+    last: optax.GradientTransformation | None = None,
+    processor: ImageProcessor | None = None,
 ) -> Assembly:
     """Adapters, optimizer and step of a run.
 
@@ -73,12 +82,17 @@ def assemble(
       params: its weights on ``mesh``.
       mesh: the run's devices.
       last: what the updates pass through after everything that the config asks for.
+      processor: of the images of a model that sees.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks; a tensor axis that splits a head.
     """
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    if base.sight is not None:
+        if config.lora.init != "default":
+            raise NaloraError("--lora.init", expected="default for a model that sees", found=config.lora.init)
+        distributed.check_heads(mesh, n_heads=base.sight.tower.n_heads, n_kv_heads=base.sight.tower.n_heads)
+    spec = resolve(config.lora, projection_shapes(base), depths(base))
     mechanisms = build_mechanisms(config, base, spec)
     model = build_model(
         base, spec, config.compute, mesh, check=_check_tolerance(config), measured=mechanisms.statistics
@@ -96,7 +110,7 @@ def assemble(
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
 
     def fresh(lora: Any, key: jax.Array) -> TrainState:
-        state = init_state(lora, optimizer, {"layers/ffn": _gate_shape(base)}, mechanisms, 0)
+        state = init_state(lora, optimizer, measured_blocks(base, spec), mechanisms, 0)
         return state._replace(key=key)
 
     def begin(lora: Any, seed: int) -> TrainState:
@@ -105,7 +119,7 @@ def assemble(
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
     compiled = jax.jit(fresh, out_shardings=placed)
-    step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed)
+    step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed, processor)
     return Assembly(
         config, model, spec, mesh, mechanisms, optimizer, begin(lora, config.seed), params, step, begin, initial
     )
@@ -146,7 +160,7 @@ def build_model(
       measured: statistics that mechanisms need.
     """
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
-    return Decoder(
+    return decoder_for(
         base,
         spec,
         numerics,
@@ -177,7 +191,9 @@ def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) ->
         labels = ", ".join(label for label, _ in found.entries)
         log.warning("no adapter sits on a gate (gate_proj or in_proj): no mechanism acts (%s)", labels)
         return replace(found, entries=())
-    return found
+    measured = measured_blocks(base, spec)
+    others = {path: name for path, (_, name) in gate_blocks(base).items() if path in measured}
+    return replace(found, others=tuple((path, name) for path, name in others.items() if name != base.activation))
 
 
 def build_optimizer(
@@ -197,9 +213,10 @@ def _check_tolerance(config: RunConfig) -> float:
     return config.debug.tolerance if config.debug.check_gates else 0.0
 
 
-def _gate_shape(base: ModelConfig) -> tuple[int, ...]:
-    experts = (base.n_experts,) if base.n_experts else ()
-    return (base.n_layers, *experts, base.d_ff)
+def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Channel shape of the blocks whose statistics are kept: the decoder's, and others that have adapters."""
+    adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
+    return {path: shape for path, (shape, _) in gate_blocks(base).items() if path == "layers/ffn" or path in adapted}
 
 
 def head_of(base: ModelConfig) -> Head:
@@ -230,8 +247,14 @@ def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[st
         shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")
     return {
         "lora_sharding": distributed.shardings(trees.unflatten(shapes), mesh, distributed.STEP_RULES),
-        "mask_sharding": NamedSharding(mesh, distributed.fit_spec(P("tensor"), _gate_shape(base), mesh)),
+        "mask_sharding": NamedSharding(mesh, _mask_spec(measured_blocks(base, spec), mesh)),
     }
+
+
+def _mask_spec(blocks: dict[str, tuple[int, ...]], mesh: Mesh) -> P:
+    """One layout for the masks of all blocks."""
+    specs = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in blocks.values()}
+    return specs.pop() if len(specs) == 1 else P()
 
 
 def compile_step(
@@ -242,6 +265,7 @@ def compile_step(
     mechanisms: Mechanisms,
     mesh: Mesh,
     placed: Any,
+    processor: ImageProcessor | None = None,
 ) -> Step:
     """The step jitted over the mesh: one trace in a run, state donated; chexified where gates are checked."""
     settings = StepConfig(
@@ -254,7 +278,20 @@ def compile_step(
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
     )
-    return jit_step(config, make_train_step(model, optimizer, settings), mesh, placed)
+    objective = None
+    if base.sight is not None:
+        kept = tuple(measured_blocks(base, model.adapters))
+        objective = SeenNextToken(
+            model,
+            settings.head,
+            settings.numerics,
+            settings.loss_chunk,
+            settings.batch_shards,
+            settings.head_sharding,
+            processor,
+            kept,
+        )
+    return jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
 
 
 def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:

@@ -52,7 +52,7 @@ def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
     assembly = assemble_dual(config, loaded.config, params, mesh, loaded.processor)
     data = _train_data(config, loaded, train, classes, mesh)
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
-    reported, selecting = _held_out(config, held, encoders, classes)
+    reported, selecting = held_out_images(config, held, encoders, classes)
 
     def export(folder: Path, state: TrainState) -> Path:
         _export(folder, state.lora, assembly, loaded)
@@ -113,7 +113,9 @@ def _train_data(
     )
 
 
-def _held_out(config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]) -> tuple[Any, Any]:
+def held_out_images(
+    config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]
+) -> tuple[Any, Any]:
     """Evaluators of the images that results are reported on, and of others, which choose the checkpoint."""
     data = config.data
     drawn = permutation(len(source), _SEED)

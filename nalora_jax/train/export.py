@@ -77,14 +77,21 @@ def export(
 def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator) -> float:
     """Largest difference between the logits of the trained adapter and of the files, on one training row."""
     batch = next(iter(batches))
-    row = {name: batch[name][0, :1] for name in ("tokens", "positions", "segment_ids")}
+    names = ("tokens", "positions", "segment_ids", *(("pixels",) if "pixels" in batch else ()))
+    row = {name: batch[name][0, :1] for name in names}
     row = multihost_utils.broadcast_one_to_all(row)
     files, spec = import_adapter(folder, loaded.config, fingerprint=loaded.fingerprint)
 
     def logits(model: Decoder, params: Any, lora: Any) -> Any:
         @jax.jit
         def apply(variables: Any) -> jax.Array:
-            hidden = model.apply(variables, row["tokens"], positions=row["positions"], segment_ids=row["segment_ids"])
+            seen = {}
+            if "pixels" in row:
+                assert loaded.processor is not None
+                pixels = loaded.processor.normalise(row["pixels"])
+                seen["features"] = model.apply(variables, pixels, method="see")
+            rest = {"positions": row["positions"], "segment_ids": row["segment_ids"]}
+            hidden = model.apply(variables, row["tokens"], **rest, **seen)
             return model.apply(variables, hidden[:, ::8], method="unembed")
 
         return distributed.fetch(apply({"params": params, "lora": lora}))

@@ -10,7 +10,7 @@ from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
 from nalora_jax.data.sources import Source, open_pair
-from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.config import depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.model import read_config
@@ -35,11 +35,13 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     return train, held_out
 
 
-def check_rules(lora: LoRAConfig, model: ResolvedSource) -> AdapterSpec:
+def check_rules(lora: LoRAConfig, model: ResolvedSource, *, images: bool = False) -> AdapterSpec:
     """The adapters that the rules mean on a model, of which the description alone is read.
+
+    With ``images`` the model is one that sees, and its tower and projector are among what rules are searched in.
 
     Raises:
       NaloraError: a rule matches nothing, or asks for an impossible rank.
     """
-    config = read_config(model)
-    return resolve(lora, projection_shapes(config), config.n_layers)
+    config = read_config(model, images=images)
+    return resolve(lora, projection_shapes(config), depths(config))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
+from nalora_jax import trees
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.numerics import Numerics
 
@@ -52,15 +53,7 @@ class NextToken:
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         """See `Objective`; arrays of the batch are ``[rows, seq]``."""
         chex.assert_rank(batch["tokens"], 2)
-        hidden, written = self.model.apply(
-            variables,
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            deterministic=False,
-            rngs={"dropout": key},
-            mutable=["gate_stats"],
-        )
+        hidden, written = self.hidden(variables, batch, key)
         kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
         if self.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
             kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
@@ -75,9 +68,51 @@ class NextToken:
             compact=self.batch_shards == 1,
             shards=self.batch_shards,
         )
-        return loss, written["gate_stats"]
+        return loss, written
+
+    def hidden(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states ``[rows, seq, d_model]``, and the collection ``gate_stats``."""
+        hidden, written = self.model.apply(
+            variables,
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            deterministic=False,
+            rngs={"dropout": key},
+            mutable=["gate_stats"],
+            **options,
+        )
+        return hidden, written["gate_stats"]
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Real tokens, and target tokens."""
         tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
         return tokens, jnp.sum(batch["loss_weights"], dtype=jnp.float32)
+
+
+@dataclass(frozen=True)
+class SeenNextToken(NextToken):
+    """`NextToken` of a model that sees the images of its rows."""
+
+    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: makes numbers of grey levels
+    measured: tuple[str, ...] = ()  # blocks whose statistics are kept: those without adapters have no use for theirs
+
+    def hidden(
+        self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
+    ) -> tuple[jax.Array, Any]:
+        """See `NextToken`; beside its arrays ``pixels [rows, images, height, width, 3]`` and ``images [rows]``."""
+        features, seen = self.model.apply(
+            variables,
+            self.processor.normalise(batch["pixels"]),
+            batch["images"],
+            deterministic=False,
+            rngs={"dropout": jax.random.fold_in(key, 1)},
+            mutable=["gate_stats"],
+            method="see",
+        )
+        hidden, written = super().hidden(variables, batch, key, features=features, **options)
+        leaves = trees.flatten(seen["gate_stats"]) | trees.flatten(written)
+        kept = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] in self.measured}
+        return hidden, trees.unflatten(kept)

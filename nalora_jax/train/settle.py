@@ -42,7 +42,7 @@ def settled(config: RunConfig, files: ResolvedSource | None, source: Mapping[str
 
 
 def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> RunConfig:
-    base = read_config(files)
+    base = read_config(files, images=config.vision.task == "chat")
     tokenizer = read_tokenizer_of(files, base)
     data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions)
     config = replace(config, data=data)

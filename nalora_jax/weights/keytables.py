@@ -45,9 +45,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(
-            _rows(HF, config.model_type) or (), HF_IGNORED.get(config.model_type, _ROTARY), aliases, HF_RENAMES
-        )
+        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT), aliases, HF_RENAMES)
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
@@ -68,8 +66,8 @@ def _rows(tables: dict[str, tuple[Row, ...]], model_type: str) -> tuple[Row, ...
 # ---------------------------------------------------------------- transformers
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
-# A multimodal Gemma 3 holds the text model beside these.
-HF_IGNORED = {"gemma3_text": (*_ROTARY, r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")}
+# A multimodal model holds the text model beside these.
+SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),

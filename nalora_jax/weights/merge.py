@@ -21,16 +21,21 @@ from jax import lax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.vision.sight import MULTIMODAL, text_part
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
-from nalora_jax.weights.keymaps import Slot, SourceTensor, keymap_for
+from nalora_jax.weights.keymaps import Slot, SourceTensor
 from nalora_jax.weights.keytables import Source
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
+from nalora_jax.weights.vision.sight import file_name, model_keymap
 
+# What the text models of multimodal ones are called on their own.
+_TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM"}
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -89,9 +94,10 @@ def merged_tensors(
       source: whose names and layouts: transformers' or llama.cpp's.
     """
     leaves, adapters = flatten(params), flatten(lora or {})
-    for tensor in keymap_for(config, source).tensors:
+    for tensor in model_keymap(config, source).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]
-        yield tensor.name, tensor.join(parts)
+        name = file_name(config, tensor.name) if source == "hf" else tensor.name
+        yield name, tensor.join(parts).reshape(tensor.shape)
 
 
 def _slot_value(
@@ -149,15 +155,15 @@ def write_merged(
     """
     chosen = _dtype(dtype)
     leaves = flatten(params)
-    tensors = keymap_for(config, "hf").tensors
-    infos = [TensorInfo(t.name, t.shape, chosen or _stored_dtype(leaves, t)) for t in tensors]
+    tensors = model_keymap(config, "hf").tensors
+    infos = [TensorInfo(file_name(config, t.name), t.shape, chosen or _stored_dtype(leaves, t)) for t in tensors]
     settings = _settings(hf_config, config, infos)
     with new_folder(folder) as scratch:
         write_json(scratch / "config.json", settings)
         if isinstance(tokenizer, Tokenizer):
             write_tokenizer(tokenizer, scratch, max_length=config.max_positions)
         else:
-            copy_tokenizer(tokenizer, scratch)
+            copy_tokenizer(tokenizer, scratch, images=config.sight is not None)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
         write_shards(scratch, infos, merged_tensors(config, params, lora, spec, dtype=chosen), shard_bytes=shard_bytes)
@@ -179,10 +185,11 @@ def _stored_dtype(leaves: Mapping[str, Any], tensor: SourceTensor) -> np.dtype:
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
     """``config.json`` of the merged model: the base's, of its text model alone, in the written dtype."""
     settings = dict(raw)
-    if raw.get("model_type") == "gemma3":  # multimodal: only the text model is here
-        settings = {**raw["text_config"], "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-        settings["tie_word_embeddings"] = raw.get("tie_word_embeddings", True)
-    described = ModelConfig.from_hf(settings)
+    if raw.get("model_type") in MULTIMODAL and config.sight is None:  # only the text model is here
+        settings = text_part(raw, "config.json")
+        named = _TEXT_CLASSES.get(settings["model_type"])
+        settings["architectures"] = [named] if named else []
+    described = ModelConfig.from_hf(settings, images=config.sight is not None)
     if described != config:
         fields = [name for name, value in described.to_dict().items() if value != config.to_dict()[name]]
         raise NaloraError(

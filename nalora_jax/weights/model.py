@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from nalora_jax import distributed, trees
+from nalora_jax.data.images.processor import ImageProcessor, read_processor
 from nalora_jax.errors import NaloraError
+from nalora_jax.fields import Fields
+from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.vision.sight import Sight
 from nalora_jax.nn.quantize import Kind, gathered
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights import hub
@@ -20,9 +25,9 @@ from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.load import DTYPES, TensorSource, load_params
 from nalora_jax.weights.origin import Origin, origin
+from nalora_jax.weights.vision.sight import model_keymap
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +43,22 @@ class LoadedModel:
     fingerprint: str  # of all weights; see `weights.origin.fingerprint`
     hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
     origin: Origin | None = None  # where the weights come from, where they come from files
+    processor: ImageProcessor | None = None  # of a model that was loaded to see
 
 
-def read_config(found: hub.ResolvedSource) -> ModelConfig:
+def read_config(found: hub.ResolvedSource, *, images: bool = False) -> ModelConfig:
     """The architecture of a model, read from its description alone: no weight is.
+
+    Args:
+      found: its files.
+      images: with what it sees images by; see `ModelConfig.from_hf`.
 
     Raises:
       NaloraError: the description cannot be read or understood.
     """
     where = found.path if found.kind == "gguf" else found.path / "config.json"
     raw = hf_config(GGUFFile(found.path)) if found.kind == "gguf" else read_json(where)
-    return ModelConfig.from_hf(raw, str(where))
+    return ModelConfig.from_hf(raw, str(where), images=images)
 
 
 def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig) -> Tokenizer:
@@ -58,7 +68,8 @@ def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig) -> Tokeniz
       NaloraError: its files are missing or damaged.
     """
     tokenizer = read_tokenizer(GGUFFile(found.path)) if found.kind == "gguf" else Tokenizer.from_folder(found.path)
-    return tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
+    tokenizer = tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
+    return tokenizer if config.sight is None else _seeing(tokenizer, config.sight, found.path)
 
 
 def load_model(
@@ -68,6 +79,7 @@ def load_model(
     mesh: Mesh | None = None,
     cache: Path | None = None,
     quantized: Kind | None = None,
+    images: bool = False,
 ) -> LoadedModel:
     """Loads a model by name.
 
@@ -77,6 +89,7 @@ def load_model(
       mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first device by default.
       cache: where packages are kept.
       quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.nn.quantize`) instead of ``dtype``.
+      images: load a multimodal model with what it sees images by; by default its text model alone.
 
     Raises:
       NaloraError: the model cannot be found, read or understood; the message names the file and the field.
@@ -84,27 +97,70 @@ def load_model(
     if dtype not in DTYPES:  # before anything is downloaded
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
     found = hub.resolve(source, cache) if isinstance(source, str) else source
-    raw, config, tensors, tokenizer = _opened(found)
+    raw, config, tensors, tokenizer = _opened(found, images)
     tokenizer = tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
-    keymap = keymap_for(config, found.kind)
+    processor = None
+    if config.sight is not None:
+        tokenizer = _seeing(tokenizer, config.sight, found.path)
+        processor = _processor(found.path, config.sight)
+    keymap = model_keymap(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
     params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
-    return LoadedModel(config, params, tokenizer, known.name, known.fingerprint, raw, known)
+    return LoadedModel(config, params, tokenizer, known.name, known.fingerprint, raw, known, processor)
 
 
-def _opened(found: hub.ResolvedSource) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
+def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
     """Description, tensors (not read yet) and tokenizer of either kind of source."""
     if found.kind == "gguf":
         file = GGUFFile(found.path)
         raw = hf_config(file)
-        return raw, ModelConfig.from_hf(raw, str(found.path)), file, read_tokenizer(file)
+        return raw, ModelConfig.from_hf(raw, str(found.path), images=images), file, read_tokenizer(file)
     where = found.path / "config.json"
     raw = read_json(where)
-    config = ModelConfig.from_hf(raw, str(where))
+    config = ModelConfig.from_hf(raw, str(where), images=images)
     return raw, config, SafetensorsFolder(found.path), Tokenizer.from_folder(found.path)
+
+
+def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:
+    """How a model writes an image into its text.
+
+    Raises:
+      NaloraError: a token that its config.json names is not in its tokenizer.
+    """
+
+    def named(token_id: int, field: str) -> str:
+        text = tokenizer.backend.id_to_token(token_id)
+        if text is None or tokenizer.encode(text, special=False) != [token_id]:
+            expected = f"a special token with the id {token_id}, as config.json's {field} says"
+            raise NaloraError(f"{where}: tokenizer.json", expected=expected, found=repr(text))
+        return text
+
+    token = named(sight.image_token, "image_token_index")
+    if sight.model_type != "gemma3":
+        return ImageTokens(token, sight.image_token, sight.tokens, token)
+    f = Fields(raw, {"boi_token_index": 255_999, "eoi_token_index": 256_000}, f"{where}: config.json")
+    first, last = (named(f.integer(name, low=0), name) for name in ("boi_token_index", "eoi_token_index"))
+    return ImageTokens(token, sight.image_token, sight.tokens, first, f"\n\n{first}", f"{last}\n\n")
+
+
+def _seeing(tokenizer: Tokenizer, sight: Sight, folder: Path) -> Tokenizer:
+    raw = read_json(folder / "config.json")
+    return replace(tokenizer, images=image_tokens(sight, raw, tokenizer, str(folder)))
+
+
+def _processor(folder: Path, sight: Sight) -> ImageProcessor:
+    processor, side = read_processor(folder), sight.tower.image_size
+    if processor.output != (side, side):
+        raise NaloraError(
+            f"{folder}: image processor",
+            expected=f"images of {side} x {side}, which the tower was made for",
+            found=processor.output,
+            remedy="set size (and crop_size) to config.json's image_size",
+        )
+    return processor
 
 
 def _shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.config import ModelConfig, depths
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import flatten
 from nalora_jax.weights.peft_modules import Adapter, ModuleLayout, compact
@@ -46,7 +46,7 @@ def verify_export(
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
-        for layer in range(config.n_layers):
+        for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
             found = layer_adapter(theirs, loaded_spec, path, layer)
             worst = max(worst, _difference(folder, f"{path}, layer {layer}", meant, found))

@@ -20,6 +20,7 @@ import numpy as np
 
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.weights import keytables
+from nalora_jax.weights.vision.sight import sight_modules
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class HostModule:
 
     name: str  # within the layer: "mlp.gate_up_proj"
     parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
+    whole: bool = False  # the name is the module's full one, with {layer} in it where there are several
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class ModuleLayout:
     experts: Mapping[str, str] = field(default_factory=dict)  # path -> Linear module of one expert, "experts.{}.w1"
     prefix: str = "model.layers"
 
-    def full_name(self, layer: int, name: str) -> str:
+    def full_name(self, layer: int, module: str | HostModule) -> str:
         """``mlp.gate_proj`` of layer 3 -> ``model.layers.3.mlp.gate_proj``."""
-        return f"{self.prefix}.{layer}.{name}"
+        if isinstance(module, str):
+            return f"{self.prefix}.{layer}.{module}"
+        return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
 
 
 _STACKS = (
@@ -58,7 +62,9 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
     shapes = projection_shapes(config)
-    modules: list[HostModule] = []
+    modules: list[HostModule] = [
+        HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
+    ]
     experts: dict[str, str] = {}
     for row in keytables.table(config, "hf").rows:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
@@ -69,7 +75,8 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
             experts[paths[0]] = name.replace(_EXPERT, "{}")
         else:
             modules.append(HostModule(name, paths))
-    return ModuleLayout(tuple(modules), _STACKS if experts else (), experts)
+    prefix = "model.layers" if config.sight is None else "model.language_model.layers"
+    return ModuleLayout(tuple(modules), _STACKS if experts else (), experts, prefix)
 
 
 def part_widths(config: ModelConfig, module: HostModule) -> list[int]:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import unflatten
 from nalora_jax.weights.origin import is_comparable
@@ -208,7 +208,8 @@ class _Slot:
 
 
 def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[_Slot]:
-    linear = [place for layer in range(config.n_layers) for place in _linear_modules(layout, config, layer)]
+    most = max(depths(config).values())
+    linear = [place for layer in range(most) for place in _linear_modules(layout, config, layer)]
     stacks = {
         layer: [(layout.full_name(layer, stack.name), stack) for stack in layout.parameters]
         for layer in range(config.n_layers)
@@ -230,9 +231,11 @@ def _linear_modules(
     layout: ModuleLayout, config: ModelConfig, layer: int
 ) -> Iterator[tuple[str, int, HostModule, int | None]]:
     """Name, layer, module and expert of every Linear module of a layer."""
+    layers = depths(config)
     for module in layout.modules:
-        yield layout.full_name(layer, module.name), layer, module, None
-    for path, pattern in layout.experts.items():
+        if layer < layers[module.parts[0]]:
+            yield layout.full_name(layer, module), layer, module, None
+    for path, pattern in layout.experts.items() if layer < config.n_layers else ():
         for expert in range(config.n_experts):
             yield layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), expert
 
@@ -358,22 +361,23 @@ def _stack(
     config: ModelConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, Adapter]]
 ) -> tuple[dict[str, Any], AdapterSpec]:
     """The tree, zero-padded over layers, and its spec."""
-    shapes = projection_shapes(config)
+    shapes, counts = projection_shapes(config), depths(config)
     leaves: dict[str, np.ndarray] = {}
     targets = []
     for path, layers in sorted(pieces.items()):
         *lead, d_in, d_out = shapes[path]
-        ranks = [layers[i].rank if i in layers else 0 for i in range(config.n_layers)]
-        a = np.zeros((config.n_layers, *lead, d_in, max(ranks)), np.float32)
-        b = np.zeros((config.n_layers, *lead, max(ranks), d_out), np.float32)
-        alphas = [1.0] * config.n_layers
+        n_layers = counts[path]
+        ranks = [layers[i].rank if i in layers else 0 for i in range(n_layers)]
+        a = np.zeros((n_layers, *lead, d_in, max(ranks)), np.float32)
+        b = np.zeros((n_layers, *lead, max(ranks), d_out), np.float32)
+        alphas = [1.0] * n_layers
         for layer, piece in layers.items():
             a[layer, ..., : piece.rank], b[layer, ..., : piece.rank, :] = piece.a, piece.b
             alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
         leaves |= {f"{path}/a": a, f"{path}/b": b}
         if peft.dora:
             ones = np.ones(d_out, np.float32)  # an unadapted layer never reads its magnitude
-            rows = [layers[i].magnitude if i in layers else ones for i in range(config.n_layers)]
+            rows = [layers[i].magnitude if i in layers else ones for i in range(n_layers)]
             leaves[f"{path}/magnitude"] = np.stack([row for row in rows if row is not None])
         targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))
     spec = AdapterSpec(tuple(targets), rslora=peft.rslora, dora=peft.dora, dropout=peft.dropout)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.config import ModelConfig, depths
 from nalora_jax.nn.low_rank import AdapterSpec, adapter_scale
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
@@ -72,6 +72,10 @@ def export_adapter(
     layout = layout or module_layout(config)
     if target == "vllm":
         _check_vllm(spec)
+        seen = [path for path, _ in spec.targets if not path.startswith("layers/")]
+        if seen:
+            rule = "adapters of the language model alone (vLLM's rule)"
+            raise NaloraError("--for vllm", expected=rule, found=f"one at {seen[0]}", remedy="merge it into the base")
     entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
@@ -124,8 +128,11 @@ def _entries(
     """Every adapted module, fused where the family fuses."""
     leaves = flatten(lora)
     _check_known(spec, layout)
-    for layer in range(config.n_layers):
+    layers = depths(config)
+    for layer in range(max(layers.values())):
         for module in (*layout.modules, *layout.parameters):
+            if layer >= layers[module.parts[0]]:
+                continue
             parts = [layer_adapter(leaves, spec, path, layer) for path in module.parts]
             stacked = module in layout.parameters
             if stacked and per_expert:
@@ -134,7 +141,7 @@ def _entries(
             adapter = fuse(parts, part_widths(config, module))
             if adapter is None:
                 continue
-            name = layout.full_name(layer, module.name)
+            name = layout.full_name(layer, module)
             _check_dora(spec, name, adapter, stacked=stacked)
             yield _Entry(name, layer, module, adapter, stacked)
 
@@ -309,7 +316,7 @@ def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dic
         found = {values[name] for name in names}
         if found == {common}:
             continue
-        if len(found) == 1:
+        if len(found) == 1 and "{layer}" not in module:
             pattern[module] = found.pop()
         else:
             pattern |= {name: values[name] for name in names if values[name] != common}
@@ -323,7 +330,8 @@ def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
         modules.setdefault(entry.module.name, []).append(entry)
     names: set[str] = set()
     for module, members in modules.items():
-        everywhere = {member.layer for member in members} == set(range(config.n_layers))
+        # Where there is a tower beside the decoder, both have modules of the same short names.
+        everywhere = config.sight is None and {member.layer for member in members} == set(range(config.n_layers))
         short = module if members[0].stacked else module.rpartition(".")[2]
         names |= {short} if everywhere else {member.name for member in members}
     return sorted(names)

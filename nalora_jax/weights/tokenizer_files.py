@@ -28,13 +28,17 @@ FILES = (
 )
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies what ``source`` holds of `FILES`.
+# What a model that sees has besides.
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
+    """Copies what ``source`` holds of `FILES`, and with ``images`` of `IMAGE_FILES`.
 
     Raises:
       NaloraError: there is no tokenizer among them.
     """
-    found = [name for name in FILES if (source / name).is_file()]
+    found = [name for name in (*FILES, *(IMAGE_FILES if images else ())) if (source / name).is_file()]
     if not {"tokenizer.json", "tokenizer.model"} & set(found):
         raise NaloraError(str(source), expected="tokenizer.json", found="no tokenizer", remedy="give the base's folder")
     for name in found:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nalora_jax.data.images.files import pillow
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.fields import Fields
+from nalora_jax.fields import Fields
 from nalora_jax.tokenizer import read_json
 
 FILES = ("preprocessor_config.json", "processor_config.json")
@@ -41,6 +41,8 @@ DEFAULTS |= {
     "BitImageProcessor": DEFAULTS["CLIPImageProcessor"],
     "CLIPFeatureExtractor": DEFAULTS["CLIPImageProcessor"],
     "ViTFeatureExtractor": DEFAULTS["ViTImageProcessor"],
+    "LlavaImageProcessor": DEFAULTS["CLIPImageProcessor"],
+    "Gemma3ImageProcessor": DEFAULTS["SiglipImageProcessor"] | {"resample": 2},
 }
 
 
@@ -139,6 +141,8 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
     for name in ("do_rescale", "do_normalize", "do_resize"):
         if not isinstance(f.get(name), bool):
             raise f.error(name, "true or false", repr(f.get(name)))
+    for name in ("do_pad", "do_pan_and_scan"):
+        f.refuse(name, "set it to false in the file, as the model's own is")
     resample = f.integer("resample", low=0, high=max(_FILTERS))
     common: dict[str, Any] = {
         "resample": resample,

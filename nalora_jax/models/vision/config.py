@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # How a tower's features come out of its sequence.
-Pooling = Literal["first", "last", "eos", "mean", "attention"]
+Pooling = Literal["first", "last", "eos", "mean", "attention", "none"]
 TOWERS = ("image", "text")
 
 

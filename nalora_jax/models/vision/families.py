@@ -9,7 +9,7 @@ from typing import Any
 
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.fields import Fields
+from nalora_jax.fields import Fields
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, reads_dual_configs
 
 _CLIP_LEGACY_EOS = 2
@@ -23,7 +23,7 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
     name = raw.get("model_type")
     if name == "vision-text-dual-encoder":
         return _composed(Fields(raw, {"projection_dim": 512}, where))
-    if name not in DUAL:
+    if not isinstance(name, str) or name not in DUAL:
         raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(DUAL)}", found=repr(name))
     f = Fields(raw, {"projection_dim": 512}, where)
     image, text = (
@@ -82,7 +82,7 @@ def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderC
       NaloraError: see `DualConfig.from_hf`.
     """
     name = raw.get("model_type")
-    if name not in ENCODERS:
+    if not isinstance(name, str) or name not in ENCODERS:
         raise NaloraError(f"{where}: model_type", expected=f"one of {', '.join(ENCODERS)}", found=repr(name))
     reader, defaults = ENCODERS[name]
     fields = Fields(raw, defaults, where)

@@ -11,7 +11,6 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from nalora_jax import downloads
-from nalora_jax.data.images.processor import FILES as PROCESSOR_FILES
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
@@ -102,7 +101,7 @@ def resolve_file(weights: OnnxWeights, cache: Path | None = None) -> Path:
 
 def _snapshot(repository: str) -> Path:
     """A hub repository's files: the local cache's where it is whole, else the hub's."""
-    wanted = [*HUB_FILES, *PROCESSOR_FILES, "1_Pooling/config.json"]
+    wanted = [*HUB_FILES, "1_Pooling/config.json"]
     for local in (True, False):
         try:
             folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=local, allow_patterns=wanted))

@@ -155,7 +155,7 @@ _POOLER_UNUSED = r"(^|\.)pooler\.dense\."
 
 def encoder_keymap(config: EncoderConfig) -> KeyMap:
     """The key map of a folder that holds one tower; wrappers' prefixes (``bert.``, ``vision_model.``) are optional."""
-    tensors = tuple(_tower_tensors(config, "", ""))
+    tensors = tuple(tower_tensors(config, "", ""))
     ignored = _IGNORED if config.pooler else (*_IGNORED, _POOLER_UNUSED)
     renames = (
         (r"^(clip\.|siglip\.)?(vision_model|text_model)\.", ""),
@@ -167,14 +167,14 @@ def encoder_keymap(config: EncoderConfig) -> KeyMap:
 def dual_keymap(config: DualConfig) -> KeyMap:
     """The key map of a dual encoder's folder."""
     tensors = [
-        *_tower_tensors(config.image, "image/", "vision_model."),
-        *_tower_tensors(config.text, "text/", "text_model."),
+        *tower_tensors(config.image, "image/", "vision_model."),
+        *tower_tensors(config.text, "text/", "text_model."),
     ]
     shapes = config.param_shapes()
     if config.model_type in ("clip", "vision-text-dual-encoder"):
         for name, tower in (("visual_projection", "image"), ("text_projection", "text")):
             row = Row(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
-            tensors += _tensors(row, shapes, config.towers[tower])
+            tensors += row_tensors(row, shapes, config.towers[tower])
     lone = (1,) if config.model_type.startswith("siglip") else ()
     for name in ("logit_scale", "logit_bias") if config.loss == "sigmoid" else ("logit_scale",):
         into = Transform(lambda x: x.reshape(()), lambda x: x.reshape((1,)) if lone else x, mixes_rows=True)
@@ -183,20 +183,21 @@ def dual_keymap(config: DualConfig) -> KeyMap:
     return KeyMap(tuple(tensors), _IGNORED if pooled else (*_IGNORED, _POOLER_UNUSED))
 
 
-def _tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
+def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
+    """A tower's tensors, under a prefix in the file and a path in the tree."""
     shapes = {f"{path}{name}": shape for name, shape in config.param_shapes().items()}
     covered: set[str] = set()
     for row in TABLES[config.model_type]:
         ours = Row(prefix + row.name, tuple(path + name for name in row.paths), row.change)
         if all(name in shapes for name in ours.paths):
             covered |= set(ours.paths)
-            yield from _tensors(ours, shapes, config)
+            yield from row_tensors(ours, shapes, config)
     # A pair's projections have names of their own, see `dual_keymap`.
     left = {name for name in set(shapes) - covered if not name.endswith("projection/kernel")}
     assert not left, f"{config.model_type}: {left}"
 
 
-def _tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig) -> Iterator[SourceTensor]:
+def row_tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig) -> Iterator[SourceTensor]:
     """The tensors of one row: one, or one per layer."""
     layers = range(config.n_layers) if "{layer}" in row.name else [None]
     ours = [shapes[path]["{layer}" in row.name :] for path in row.paths]

@@ -1,0 +1,344 @@
+"""Conversations about images: records of several forms, as messages whose contents are texts and images in order.
+
+OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat templates::
+
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}},
+                                               {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
+
+LLaVA's form, and records without messages, whose image comes before their prompt::
+
+    {"image": "cat.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                           {"from": "gpt", "value": "A cat."}]}
+    {"image": "cat.png", "prompt": "What is this?", "completion": " A cat."}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.chat import text_field
+from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
+from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.sources import OWN, ImageSource, open_images
+from nalora_jax.data.mixture import components
+from nalora_jax.data.source import Record, Source, Span
+from nalora_jax.data.sources import open_source
+from nalora_jax.errors import NaloraError
+from nalora_jax.image_tokens import ImageTokens
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_THREADS, _SHOWN = 4, 20  # that open images before a run; complaints in the log at most
+_PLACEHOLDER = "<image>"  # in LLaVA's texts, whatever the model's own is
+
+Image = bytes | Path
+
+
+class ChatImages(Source):
+    """The records of another source in one form: messages (or prompt and completion) and, under `IMAGES`, images.
+
+    Args:
+      source: the records as they are.
+      data: names of their fields, and whether prompts become chats.
+      vision: names of the fields of image and caption, and the question that captions answer.
+      tokens: how the model writes an image.
+      folder: of the images' files; nothing outside of it is read. None: records hold images, or none has files.
+      kept: indices of the source's records that are taken; all by default.
+    """
+
+    def __init__(
+        self,
+        source: Source | ImageSource,
+        data: DataConfig,
+        vision: VisionConfig,
+        tokens: ImageTokens,
+        folder: Path | None,
+        kept: np.ndarray | None = None,
+    ) -> None:
+        self.name, self.dataset = source.name, source.dataset
+        self.fingerprint = f"images:{source.fingerprint}:{vision.image_field}:{vision.caption_field}:{vision.prompt}"
+        self._source, self._data, self._vision, self._tokens = source, data, vision, tokens
+        self._folder = None if folder is None else folder.resolve()
+        self._kept = np.arange(len(source)) if kept is None else kept
+        if len(self._kept) < len(source):
+            self.fingerprint += f":{hashlib.sha256(self._kept.astype('<i8').tobytes()).hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read([index])[0]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those of the source."""
+        return self._source.spans
+
+    def where(self, index: int) -> str:
+        """As the source names it."""
+        return self._source.where(int(self._kept[index]))
+
+    def read(self, indices: Sequence[int]) -> list[Record]:
+        """The records at ``indices``."""
+        own = [int(self._kept[int(index)]) for index in indices]
+        rows = self._source.read(own)
+        return [self._record(row, self._source.where(i)) for i, row in zip(own, rows, strict=True)]
+
+    def images(self, index: int) -> tuple[Image, ...]:
+        """The images of a record, encoded, in the order of the text."""
+        found: tuple[Image, ...] = self[index][IMAGES]
+        return found
+
+    def readable(self) -> ChatImages:
+        """The records whose images can be read; the others are named in the log.
+
+        Raises:
+          NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can.
+        """
+        limits = Limits(max_pixels=self._vision.max_pixels)
+
+        def complaint(index: int) -> str:
+            try:
+                for image in self.images(index):
+                    opened(image, self.where(index), limits)
+            except NaloraError as error:
+                if self._vision.broken == "error":
+                    raise
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = list(pool.map(complaint, range(len(self))))
+        bad = [text for text in found if text]
+        for text in bad[:_SHOWN]:
+            log.warning("left out: %s", text)
+        if len(bad) > _SHOWN:
+            log.warning("left out: %d more records", len(bad) - _SHOWN)
+        if len(bad) == len(found):
+            raise NaloraError(self.name, expected="at least one record with readable images", found=bad[0])
+        kept = self._kept[np.array([not text for text in found], bool)]
+        return ChatImages(self._source, self._data, self._vision, self._tokens, self._folder, kept) if bad else self
+
+    def _record(self, row: Record, where: str) -> Record:
+        data, images = self._data, self._given(row, where)
+        row = canonical(row, data, where)
+        if data.messages_field not in row:
+            return self._question(row, images, where)
+        messages, images = self._messages(row[data.messages_field], images, where)
+        return {**row, data.messages_field: messages, IMAGES: images}
+
+    # ------------------------------------------------------------ conversations
+
+    def _messages(
+        self, messages: Any, given: tuple[Image, ...], where: str
+    ) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
+        """Messages whose contents are `Parts`, but for the assistant's texts; ``given`` fill texts' placeholders."""
+        if not isinstance(messages, list) or not messages:
+            raise NaloraError(f"{where}: messages", expected="a list of messages", found=repr(messages)[:80])
+        left, images, made = list(given), [], []
+        for number, message in enumerate(messages):
+            here = f"{where}: messages[{number}]"
+            message = _spoken(message, here)
+            parts: list[dict[str, str]] = []
+            for part in self._parts(message, here):
+                if isinstance(part, str):
+                    parts.append({"type": "text", "text": part})
+                    continue
+                if part is None and not left:
+                    raise NaloraError(here, expected=f"an image for every {_PLACEHOLDER}", found="fewer images")
+                images.append(left.pop(0) if part is None else part)
+                parts.append({"type": "image"})
+            made.append({**message, "content": self._content(message, parts, here)})
+        if left:
+            found = f"{len(left)} images more than places"
+            raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=found)
+        return made, tuple(images)
+
+    def _content(self, message: Mapping[str, Any], parts: list[dict[str, str]], here: str) -> Any:
+        for part in parts:
+            if self._tokens.reserved(part.get("text", "")):
+                expected = f"no {self._tokens.token} or {self._tokens.placeholder} in a text"
+                raise NaloraError(here, expected=expected, found=part["text"][:80])
+        if message.get("role") != "assistant":
+            return Parts(parts)
+        if any(part["type"] == "image" for part in parts):
+            raise NaloraError(here, expected="texts from the assistant", found="an image")
+        return "".join(part["text"] for part in parts)
+
+    def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
+        """Texts and images of a message, None for an image that the record names elsewhere."""
+        content = message.get("content")
+        if not isinstance(content, list):
+            yield from _split(text_field(dict(message), "content", here))
+            return
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text":
+                yield from (text for text in [text_field(part, "text", here)] if text)
+            elif kind == "image_url":
+                url = part.get("image_url")
+                yield self._opened(url.get("url") if isinstance(url, dict) else url, here)
+            elif kind == "image":
+                value = next((part[name] for name in ("image", "path", "url") if part.get(name) is not None), None)
+                yield None if value is None else self._opened(value, here)
+            else:
+                expected = 'parts of the type "text", "image" or "image_url"'
+                raise NaloraError(f"{here}: content", expected=expected, found=repr(part)[:80])
+
+    # ------------------------------------------------------------ prompts and captions
+
+    def _question(self, row: Record, images: tuple[Image, ...], where: str) -> Record:
+        data, vision = self._data, self._vision
+        if data.prompt_field in row:
+            prompt = text_field(row, data.prompt_field, where)
+            answer = text_field(row, data.completion_field, where, "--data.completion-field")
+        else:
+            prompt, answer = vision.prompt, text_field(row, vision.caption_field, where, "--vision.caption-field")
+        if _PLACEHOLDER not in prompt:
+            prompt = f"{_PLACEHOLDER}\n" * len(images) + prompt
+        if data.chat:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer.strip()}]
+            messages, images = self._messages(turns, images, where)
+            return {data.messages_field: messages, IMAGES: images}
+        if prompt.count(_PLACEHOLDER) != len(images):
+            expected = f"{_PLACEHOLDER} once for each of {len(images)} images"
+            raise NaloraError(f"{where}: {data.prompt_field}", expected=expected, found=repr(prompt)[:80])
+        texts = prompt.split(_PLACEHOLDER)
+        if any(self._tokens.reserved(text) for text in (*texts, answer)):
+            raise NaloraError(where, expected=f"no {self._tokens.token} in a text", found=repr(prompt + answer)[:80])
+        answer = answer if answer[:1].isspace() else f" {answer}"
+        whole = self._tokens.expansion.join(texts)
+        return {data.prompt_field: whole, data.completion_field: answer, IMAGES: images}
+
+    # ------------------------------------------------------------ images
+
+    def _given(self, row: Record, where: str) -> tuple[Image, ...]:
+        """The images that a record names beside its texts."""
+        value = row.get(self._vision.image_field)
+        if value is None:
+            value = row.get("images")
+        if value is None:
+            return ()
+        values = value if isinstance(value, list) else [value]
+        return tuple(self._opened(one, f"{where}: {self._vision.image_field}") for one in values)
+
+    def _opened(self, value: Any, where: str) -> Image:
+        """An image's bytes, or the path of its file."""
+        if isinstance(value, bytes | Path):
+            return value
+        if not isinstance(value, str) or not value:
+            raise NaloraError(where, expected="an image's path", found=repr(value)[:80])
+        if value.startswith("data:"):
+            return _from_url(value, where)
+        scheme, colon, rest = value.partition("://")
+        if colon and scheme != "file":
+            remedy = "download it, and name the file"
+            raise NaloraError(where, expected="an image's path or a data: URL", found=value[:80], remedy=remedy)
+        if self._folder is None:
+            raise NaloraError(
+                where, expected="an image", found=f"the path {value[:80]}, of a data set without a folder"
+            )
+        path = (self._folder / (rest if colon else value)).resolve()
+        if not path.is_relative_to(self._folder):  # a list is data, and data may be foreign
+            raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
+        return path
+
+
+def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: ImageTokens) -> ChatImages:
+    """Conversations about images: ``split`` of ``config.dataset``.
+
+    Args:
+      config: its ``dataset`` is what `nalora_jax.data.sources.open_source` takes, with records of any form that this
+        module knows, or what `open_images` takes, whose captions then answer ``vision.prompt``.
+      vision: names of fields.
+      split: see there.
+      tokens: how the model writes an image.
+
+    Raises:
+      NaloraError: no such data set, split or field, or nothing in it.
+    """
+    name = config.dataset
+    if len(components(name)) > 1:
+        raise NaloraError("--data.dataset", expected='one data set with --vision.task "chat"', found=name)
+    path = Path(split).expanduser() if Path(split).suffix and Path(split).exists() else Path(name).expanduser()
+    lists = path.is_file() and path.suffix in (".csv", ".tsv")
+    if name in OWN or name.startswith("tfds:") or path.is_dir() or lists:
+        return ChatImages(open_images(config, vision, split), config, vision, tokens, None)
+    folder = path.parent if path.is_file() else Path.cwd()
+    return ChatImages(open_source(config, split), config, vision, tokens, folder)
+
+
+def opened(image: Image, where: str, limits: Limits) -> Any:
+    """An image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
+    return open_image(image, where if isinstance(image, bytes) else f"{where}: {image}", limits)
+
+
+def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
+    """Token ids of a question about ``images`` images, which come before it.
+
+    Raises:
+      NaloraError: the model does not see, or the prompt holds what stands for images.
+    """
+    tokens = tokenizer.images
+    if tokens is None:
+        raise NaloraError("--image", expected="a model that sees images", found="a language model")
+    if tokens.reserved(prompt):
+        raise NaloraError("--prompt", expected=f"no {tokens.token} in it: images come first", found=repr(prompt)[:80])
+    if not chat:
+        return tokenizer.encode(f"{tokens.expansion}\n" * images + prompt)
+    parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])
+    text = tokenizer.render_chat([{"role": "user", "content": parts}], add_generation_prompt=True)
+    return tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token itself
+
+
+def _spoken(message: Any, where: str) -> Record:
+    """A message with a role, where ShareGPT's and LLaVA's form names a speaker."""
+    if not isinstance(message, dict):
+        raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
+    if message.get("role") is not None or not {"from", "value"} <= message.keys():
+        return message
+    role = ROLES.get(str(message["from"]))
+    if role is None:
+        raise NaloraError(f"{where}: from", expected=", ".join(ROLES), found=repr(message["from"])[:80])
+    return {"role": role, "content": message["value"]}
+
+
+def _split(text: str) -> Iterator[str | None]:
+    """``"<image>\\nWhat?"`` -> None, ``"What?"``: texts, and None where an image stands.
+
+    The line break beside an image belongs to the place, not to the text: templates write their own.
+    """
+    pieces = text.split(_PLACEHOLDER)
+    for number, piece in enumerate(pieces):
+        if number:
+            yield None
+            piece = piece.removeprefix("\n")
+        if number < len(pieces) - 1:
+            piece = piece.removesuffix("\n")
+        if piece or len(pieces) == 1:
+            yield piece
+
+
+def _from_url(value: str, where: str) -> bytes:
+    head, comma, body = value.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("it is not in base64")
+        return base64.b64decode(body, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise NaloraError(where, expected="data:image/...;base64,...", found=f"{head[:40]}: {error}") from error

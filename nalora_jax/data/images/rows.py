@@ -1,0 +1,75 @@
+"""The images of packed rows: which records they belong to, how many places a row has, and their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nalora_jax.data.forms import IMAGES
+from nalora_jax.data.images.chat import opened
+from nalora_jax.data.images.files import Limits
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.packing import Pattern
+from nalora_jax.data.source import Source
+from nalora_jax.data.store import TokenStore
+from nalora_jax.image_tokens import ImageTokens
+
+
+@dataclass(frozen=True, eq=False)
+class RowImages:
+    """What a batch of packed rows sees: uint8 ``pixels`` and int32 ``images``, their number.
+
+    The images of a row come in the order of its image tokens; places beyond ``images`` are black and are not read.
+    """
+
+    source: Source  # with images in its records (`nalora_jax.data.images.chat`)
+    records: np.ndarray  # int64 [examples], of the source
+    processor: ImageProcessor
+    limits: Limits
+    places: int
+
+    def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Of rows given by their examples."""
+        shape = self.processor.output
+        assert shape is not None
+        pixels = np.zeros((len(rows), self.places, *shape, 3), np.uint8)
+        counts = np.zeros(len(rows), np.int32)
+        for row, examples in enumerate(rows):
+            for example in examples.tolist():
+                record = int(self.records[example])
+                for image in self.source.read([record])[0][IMAGES]:
+                    whole = opened(image, self.source.where(record), self.limits)
+                    pixels[row, counts[row]] = self.processor(whole)["pixels"]
+                    counts[row] += 1
+        return {"pixels": pixels, "images": counts}
+
+
+def row_images(
+    source: Source,
+    store: TokenStore,
+    pattern: Pattern,
+    tokens: ImageTokens,
+    processor: ImageProcessor,
+    limits: Limits,
+) -> RowImages:
+    """The images of the rows that ``pattern`` makes of the examples in ``store``, which came from ``source``."""
+    places = places_of(pattern, store.lengths, images_of(store, tokens))
+    return RowImages(source, store.records, processor, limits, places)
+
+
+def images_of(store: TokenStore, tokens: ImageTokens) -> np.ndarray:
+    """How many images each example has: int ``[examples]``."""
+    sums = np.add.reduceat((store.tokens == tokens.token_id).astype(np.int64), store.offsets[:-1])
+    return sums // tokens.count
+
+
+def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
+    """Images of the row that may have most, in whichever epoch: at least 1, so that there is something to see.
+
+    A row's slots have lengths; which example of a length stands in a slot is drawn anew in every epoch.
+    """
+    most = np.zeros(int(lengths.max()) + 1, np.int64)
+    np.maximum.at(most, lengths, images)
+    return max(1, int(np.add.reduceat(most[pattern.lengths], pattern.starts[:-1]).max()))

@@ -1,0 +1,154 @@
+"""The held-out metric of a model that sees: the loss of reference answers to questions about images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax.data.images.chat import opened
+from nalora_jax.data.images.files import Limits
+from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.data.items import Item, SeenItem
+from nalora_jax.distributed import fetch
+from nalora_jax.evaluate.heldout import Evaluator
+from nalora_jax.evaluate.likelihood import target_log_probs
+from nalora_jax.evaluate.perplexity import Result, result
+from nalora_jax.generate import Generator
+from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.ops.storage import prepare
+from nalora_jax.tokenizer import Tokenizer
+
+_SAMPLE_TOKENS = 24
+
+
+class Base(Protocol):
+    """What is needed of a loaded model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+
+    @property
+    def processor(self) -> ImageProcessor | None:
+        """What prepares its images, where it sees."""
+
+
+class SeeingEvaluator(Evaluator):
+    """`Evaluator` of questions about images; the metric is the loss per answer token."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        items: Sequence[SeenItem],
+        processor: ImageProcessor,
+        *,
+        mesh: Mesh | None = None,
+        limits: Limits | None = None,
+        samples: int = 4,
+    ) -> None:
+        super().__init__(model, tokenizer, items, mesh=mesh, samples=samples)
+        self._processor = processor
+        pixels = [[processor(opened(i, "image", limits or Limits()))["pixels"] for i in one.images] for one in items]
+        self._pixels = dict(zip(map(id, items), pixels, strict=True))
+
+    def _complete(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
+        pixels = [self._pixels[id(item)] for item in self.completions]
+        found = seen_loss(self._model, variables, self.completions, pixels, self._processor, mesh=self._mesh)
+        values = {name: getattr(found, name) for name in ("loss", "low", "high", "perplexity", "n")}
+        return values | ({"samples": self._answers(variables)} if samples else {})
+
+    def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+        shown = self.completions[: self._samples]
+        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh, processor=self._processor)
+        answers = generator.generate(
+            [item.prompt_ids for item in shown],
+            images=[self._pixels[id(item)] for item in shown],
+            max_new_tokens=_SAMPLE_TOKENS,
+        )
+        assert self._tokenizer.images is not None
+        written = self._tokenizer.images.expansion
+        return [
+            {
+                "prompt": item.prompt.replace(written, "[image]"),
+                "answer": a.strip(),
+                "expected": item.completion.strip(),
+            }
+            for item, a in zip(shown, answers, strict=True)
+        ]
+
+
+def evaluator_of(loaded: Base, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None) -> Evaluator:
+    """The evaluator of a loaded model's questions: with images where it sees."""
+    if loaded.processor is None:
+        return Evaluator(model, loaded.tokenizer, items, mesh=mesh)
+    return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
+
+
+def seen_loss(
+    model: Decoder,
+    variables: Mapping[str, Any],
+    items: Sequence[Any],
+    pixels: Sequence[Sequence[np.ndarray]],
+    processor: ImageProcessor,
+    *,
+    batch_size: int = 8,
+    mesh: Mesh | None = None,
+) -> Result:
+    """Loss of the reference completions after their prompts and images; an item is a document.
+
+    Args:
+      model: with `see`.
+      variables: ``params``, and ``lora`` where there are adapters.
+      items: prompts and answers, tokenized.
+      pixels: of each item its images, prepared: uint8 ``[height, width, 3]``.
+      processor: makes numbers of them.
+      batch_size: items at once.
+      mesh: where the weights are sharded, if they are.
+    """
+    rows = bucket(min(batch_size, len(items)), multiple=batch_shards(mesh))
+    seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)
+    places = max(1, *(len(images) for images in pixels))
+    variables = prepare(variables, model.numerics, tables=False)
+    sums, counts = [], []
+    for start in range(0, len(items), rows):
+        part = items[start : start + rows]
+        batch = _batch(part, pixels[start : start + rows], processor, rows, seq, places)
+        found = fetch(_log_probs(model, processor, variables, place_batch(batch, mesh)))[: len(part)]
+        sums.append(-found.astype(np.float64).sum(axis=1))
+        counts.append(batch["scored"][: len(part)].sum(axis=1))
+    return result(np.concatenate(sums), np.concatenate(counts).astype(np.float64))
+
+
+def _batch(
+    items: Sequence[Any],
+    pixels: Sequence[Sequence[np.ndarray]],
+    processor: ImageProcessor,
+    rows: int,
+    seq: int,
+    places: int,
+) -> dict[str, np.ndarray]:
+    assert processor.output is not None
+    tokens, targets, segments = (np.zeros((rows, seq), np.int32) for _ in range(3))
+    scored, seen = np.zeros((rows, seq), bool), np.zeros((rows, places, *processor.output, 3), np.uint8)
+    for row, (item, images) in enumerate(zip(items, pixels, strict=True)):
+        ids = np.array([*item.prompt_ids, *item.completion_ids], np.int32)
+        last = len(ids) - 1
+        tokens[row, :last], targets[row, :last], segments[row, :last] = ids[:-1], ids[1:], 1
+        scored[row, len(item.prompt_ids) - 1 : last] = True
+        for place, image in enumerate(images):
+            seen[row, place] = image
+    return {"tokens": tokens, "targets": targets, "segments": segments, "scored": scored, "pixels": seen}
+
+
+@partial(jax.jit, static_argnames=("model", "processor"))
+def _log_probs(model: Decoder, processor: ImageProcessor, variables: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    features = model.apply(variables, processor.normalise(batch["pixels"]), method="see")
+    hidden = model.apply(variables, batch["tokens"], segment_ids=batch["segments"], features=features)
+    return target_log_probs(model, variables, hidden, batch["targets"], batch["scored"])[0]

@@ -1,0 +1,124 @@
+"""A decoder that sees: the decoder as it is, an image tower, and a projector between them.
+
+The parameters are the decoder's own tree with two more branches, so that everything that knows a decoder knows it::
+
+    params: {"embed", "layers", "final_norm", "lm_head", "image": {...}, "projector": {...}}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder, stacked
+from nalora_jax.models.vision.dual import tower_adapters
+from nalora_jax.models.vision.encoder import Dense, Encoder
+from nalora_jax.models.vision.sight import Sight
+from nalora_jax.nn.ffn import Adapters, GateStatsConfig, SelfGatedFFN
+from nalora_jax.nn.layers import RMSNorm
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.numerics import Numerics
+
+
+class SeeingDecoder(Decoder):
+    """A `Decoder` whose config has a `Sight`; `see` makes what its call takes as ``features``."""
+
+    def setup(self) -> None:  # noqa: D102
+        super().setup()
+        sight = self.config.sight
+        assert sight is not None
+        shared = (self.numerics, self.remat, self.stats, self.activation_sharding)
+        self.image = Encoder(sight.running, tower_adapters(self.adapters, "image"), *shared)
+        self.projector = Projector(sight, self.adapters, self.numerics, self.stats or GateStatsConfig())
+
+    def see(self, pixels: jax.Array, counts: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+        """What stands in the places of the image tokens.
+
+        Args:
+          pixels: float32 ``[batch, images, height, width, channels]``, normalised.
+          counts: int ``[batch]``, how many of a row's images are real; all by default. The statistics count those.
+          deterministic: no adapter dropout.
+
+        Returns:
+          ``[batch, images * tokens, d_model]``.
+        """
+        sight = self.config.sight
+        assert sight is not None
+        batch, images = pixels.shape[:2]
+        real = None if counts is None else (jnp.arange(images)[None] < counts[:, None]).reshape(-1)
+
+        def weights(seq: int) -> jax.Array | None:
+            return None if real is None else jnp.broadcast_to(real[:, None], (batch * images, seq))
+
+        tower = sight.tower
+        x = self.image(
+            pixels.reshape(-1, *pixels.shape[2:]),
+            token_weights=weights(tower.grid**2 + tower.class_token),
+            deterministic=deterministic,
+            pooled=False,
+        )
+        x = x[:, int(sight.drop_first) :]
+        y = self.projector(x, weights(sight.tokens), deterministic=deterministic)
+        return y.reshape(batch, images * sight.tokens, sight.d_model)
+
+    def __call__(self, tokens: jax.Array, **options: Any) -> Any:
+        """As `Decoder`."""
+        if self.is_initializing():
+            tower = self.config.sight.tower  # type: ignore[union-attr]
+            self.see(jnp.zeros((1, 1, tower.image_size, tower.image_size, tower.channels)))
+        return super().__call__(tokens, **options)
+
+
+class Projector(nn.Module):
+    """From the tower's features to the decoder's embeddings."""
+
+    sight: Sight
+    adapters: AdapterSpec = AdapterSpec()
+    numerics: Numerics = Numerics()
+    stats: GateStatsConfig = GateStatsConfig()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weights: jax.Array | None, *, deterministic: bool) -> jax.Array:
+        """``[images, patches, d]`` -> ``[images, tokens, d_model]``; ``weights`` of the statistics by token."""
+        s = self.sight
+        if s.projector == "pooled":
+            x = pooled_patches(x.astype(jnp.float32), s.tokens)
+            x = RMSNorm(s.tower.norm_eps, 1.0, name="norm")(x)
+            return Dense(s.d_model, False, self.numerics, name="projection")(x)
+        spec = tower_adapters(self.adapters, "projector")
+        targets = tuple((path.removeprefix("ffn/"), target) for path, target in spec.targets)
+        scales = {name: jnp.asarray(spec.scales(f"ffn/{name}")) for name, _ in targets}
+        adapters = Adapters(targets, dora=spec.dora, dropout=spec.dropout)
+        shape = (s.d_model, s.d_model, s.activation, adapters, s.bias)
+        layers = stacked(_ProjectorLayer, "none", 1)(*shape, self.numerics, self.stats, deterministic, name="ffn")
+        _, y = layers(None, scales, (x.astype(self.numerics.result), weights))
+        return y[0]
+
+
+class _ProjectorLayer(SelfGatedFFN):
+    """The two products, as one layer of a stack of one: adapters and statistics then have the shapes of all others."""
+
+    deterministic: bool = True
+
+    def __call__(  # as `nn.scan` calls a layer
+        self, carry: None, scales: dict[str, jax.Array], inputs: Any
+    ) -> tuple[None, jax.Array]:
+        x, weights = inputs
+        return carry, super().__call__(x, scales, token_weights=weights, deterministic=self.deterministic)
+
+
+def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
+    """Means over squares of patches: ``[images, side * side, d]`` -> ``[images, tokens, d]``."""
+    images, patches, d = x.shape
+    side, few = round(patches**0.5), round(tokens**0.5)
+    each = side // few
+    return x.reshape(images, few, each, few, each, d).mean(axis=(2, 4)).reshape(images, tokens, d)
+
+
+def decoder_for(config: ModelConfig, *arguments: Any, **options: Any) -> Decoder:
+    """The module of a model: `SeeingDecoder` where it sees, else `Decoder`; arguments as theirs."""
+    return (Decoder if config.sight is None else SeeingDecoder)(config, *arguments, **options)

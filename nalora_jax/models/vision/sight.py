@@ -1,0 +1,232 @@
+"""What makes a decoder see: an image tower, the tokens that are taken from it, and a projector into its embeddings.
+
+`MULTIMODAL` has one reader per ``model_type``; the text model within such a ``config.json`` is read as any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from nalora_jax import activations
+from nalora_jax.errors import NaloraError
+from nalora_jax.fields import Fields
+from nalora_jax.models.vision.config import EncoderConfig
+from nalora_jax.models.vision.families import read_encoder
+
+if TYPE_CHECKING:
+    from nalora_jax.models.config import ModelConfig
+
+# What is in the files and never run lies under this name: it is kept, so that a merged model is whole.
+UNUSED = "unused"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """An image tower and a projector beside a decoder; each image becomes ``tokens`` of its embeddings."""
+
+    model_type: str  # of the whole: "llava", "gemma3"
+    tower: EncoderConfig  # as the files have it
+    used_layers: int  # the tower's layers that are run, from the first on
+    final_norm: bool  # whether the tower's last norm is run
+    drop_first: bool  # leave out the class token's features
+    d_model: int  # of the decoder
+    tokens: int  # that stand for one image
+    image_token: int  # id of the token in whose places images stand
+    # "mlp": phi(x W_in) W_out; "pooled": means over squares of patches, a norm and one product.
+    projector: Literal["mlp", "pooled"]
+    activation: str = "gelu"  # of the projector
+    bias: bool = True
+    mutual: bool = False  # tokens of one image see each other, whatever their order
+
+    @property
+    def running(self) -> EncoderConfig:
+        """The tower as it is run: without the layers behind the features, and without a pooling."""
+        return replace(self.tower, n_layers=self.used_layers, final_norm=self.final_norm, pooling="none")
+
+    def param_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter: ``image/...``, ``projector/...``, and what is not run, ``unused/...``."""
+        run, whole = self.running.param_shapes(), self.tower.param_shapes()
+        shapes = {f"image/{path}": shape for path, shape in run.items()} | self._projector_shapes()
+        for path, shape in whole.items():
+            if path not in run:
+                shapes[f"{UNUSED}/{path}"] = shape
+            elif shape != run[path]:
+                shapes[f"{UNUSED}/{path}"] = (shape[0] - self.used_layers, *shape[1:])
+        return shapes
+
+    def _projector_shapes(self) -> dict[str, tuple[int, ...]]:
+        wide, d = self.tower.d_model, self.d_model
+        if self.projector == "pooled":
+            return {"projector/norm/scale": (wide,), "projector/projection/kernel": (wide, d)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, shape in self._mlp().items():
+            shapes[f"{path}/kernel"] = (1, *shape)
+            shapes |= {f"{path}/bias": (1, d)} if self.bias else {}
+        return shapes
+
+    def _mlp(self) -> dict[str, tuple[int, ...]]:
+        wide, d = self.tower.d_model, self.d_model
+        names: dict[str, tuple[int, ...]] = {"projector/ffn/in_proj": (wide, d), "projector/ffn/out_proj": (d, d)}
+        return names if self.projector == "mlp" else {}
+
+    def projection_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Per-layer kernel shape of everything that an adapter can be put on, by stacked path."""
+        return {f"image/{path}": shape for path, shape in self.running.projection_shapes().items()} | self._mlp()
+
+    def depths(self) -> dict[str, int]:
+        """Number of layers behind each path of `projection_shapes`."""
+        return {path: 1 if path in self._mlp() else self.used_layers for path in self.projection_shapes()}
+
+    def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `nalora_jax.models.config.gate_blocks`."""
+        blocks: dict[str, tuple[tuple[int, ...], str]] = {
+            "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
+        }
+        return blocks | ({"projector/ffn": ((1, self.d_model), self.activation)} if self.projector == "mlp" else {})
+
+
+# ---------------------------------------------------------------- families
+
+
+def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
+    """What a multimodal ``config.json`` says beside its text model.
+
+    Raises:
+      NaloraError: a missing or ill-typed field, or a feature that is not implemented.
+    """
+    name = raw["model_type"]
+    reader, defaults = MULTIMODAL[name][:2]
+    f = Fields(raw, defaults, where)
+    sight = reader(f, text)
+    if not 0 <= sight.image_token < text.vocab_size:
+        raise f.error("image_token_index", f"a token below {text.vocab_size}, the rows of the embedding", "another")
+    return sight
+
+
+def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The ``config.json`` of the text model within a multimodal one's, whose fields are differences from defaults."""
+    defaults = MULTIMODAL[raw["model_type"]][2]
+    own = Fields(raw, {}, where).mapping("text_config")
+    tied = raw.get("tie_word_embeddings")
+    if tied is None or (tied is False and own.get("tie_word_embeddings")):
+        tied = own.get("tie_word_embeddings", defaults["tie_word_embeddings"])
+    if raw["model_type"] == "gemma3":
+        own["model_type"] = "gemma3_text"
+        tied = raw.get("tie_word_embeddings", True)
+    return {**defaults, **own, "tie_word_embeddings": tied}
+
+
+def _tower(f: Fields, defaults: Mapping[str, Any]) -> EncoderConfig:
+    own = {**defaults, **f.mapping("vision_config")}
+    headless = own.pop("vision_use_head", None) is False
+    tower = read_encoder(own, f"{f.where}: vision_config")
+    tower = replace(tower, pooling="none") if headless else tower
+    if tower.kind != "image" or tower.any_shape:
+        raise f.error("vision_config: model_type", "a tower of images of one size", tower.model_type)
+    return tower
+
+
+def _image_token(f: Fields) -> int:
+    name = "image_token_id" if f.raw.get("image_token_id") is not None else "image_token_index"
+    return f.integer(name, low=0)
+
+
+def _llava(f: Fields, text: ModelConfig) -> Sight:
+    tower = _tower(f, _CLIP_LARGE)
+    layer = f.get("vision_feature_layer")
+    layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -tower.n_layers - 1 <= layer <= tower.n_layers:
+        expected = f"one layer of the {tower.n_layers} (several are not implemented)"
+        raise f.error("vision_feature_layer", expected, repr(layer)[:60])
+    used = layer if layer >= 0 else tower.n_layers + 1 + layer
+    if used < 1:
+        raise f.error("vision_feature_layer", "a layer's output, not the tower's input", layer)
+    strategy = f.get("vision_feature_select_strategy")
+    if strategy not in ("default", "full"):
+        raise f.error("vision_feature_select_strategy", "'default' or 'full'", repr(strategy))
+    drop = strategy == "default"
+    if drop and not tower.class_token:
+        expected = "'full' for a tower without a class token"
+        raise f.error("vision_feature_select_strategy", expected, repr(strategy))
+    bias = f.get("multimodal_projector_bias")
+    if not isinstance(bias, bool):
+        raise f.error("multimodal_projector_bias", "true or false", repr(bias)[:60])
+    return Sight(
+        "llava",
+        tower,
+        used_layers=used,
+        final_norm=False,
+        drop_first=drop,
+        d_model=text.d_model,
+        tokens=tower.grid**2 + (tower.class_token and not drop),
+        image_token=_image_token(f),
+        projector="mlp",
+        activation=_activation(f, "projector_hidden_act"),
+        bias=bias,
+    )
+
+
+def _activation(f: Fields, name: str) -> str:
+    try:
+        return activations.get(f.text(name)).name
+    except NaloraError as error:
+        raise f.error(name, error.expected, error.found) from error
+
+
+def _gemma3(f: Fields, text: ModelConfig) -> Sight:
+    tower = _tower(f, _SIGLIP_SO400M)
+    tokens = f.integer("mm_tokens_per_image", high=2**20)
+    side = math.isqrt(tokens)
+    if side * side != tokens or tower.grid % side:
+        raise f.error("mm_tokens_per_image", f"the square of a divisor of {tower.grid} patches a side", tokens)
+    return Sight(
+        "gemma3",
+        tower,
+        used_layers=tower.n_layers,
+        final_norm=True,
+        drop_first=False,
+        d_model=text.d_model,
+        tokens=tokens,
+        image_token=_image_token(f),
+        projector="pooled",
+        bias=False,
+        mutual=True,
+    )
+
+
+_CLIP_LARGE: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_SIGLIP_SO400M: dict[str, Any] = {"model_type": "siglip_vision_model"}
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+}
+_LLAVA = {
+    "image_token_index": 32_000,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+}
+
+Reader = Callable[[Fields, "ModelConfig"], Sight]
+# By ``model_type``: the reader, what transformers assumes where the file is silent, and the same of the text model.
+MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
+    "llava": (_llava, _LLAVA, _LLAMA),
+    "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
+}

@@ -1,0 +1,67 @@
+"""The data of a run on conversations about images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from nalora_jax.config import DataConfig
+from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.images.chat import ChatImages, open_chats
+from nalora_jax.data.images.files import Limits
+from nalora_jax.data.images.rows import row_images
+from nalora_jax.data.pipeline import TrainData
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import AUTO, open_train
+from nalora_jax.errors import NaloraError
+from nalora_jax.image_tokens import ImageTokens
+from nalora_jax.weights import LoadedModel
+
+
+def seen_sources(
+    data: DataConfig,
+    vision: VisionConfig,
+    tokens: ImageTokens | None,
+    source: Mapping[str, Source] | None = None,
+    *,
+    splits: Sequence[str] | None = None,
+) -> dict[str, Source]:
+    """The records of a run by split, in the form that `ChatImages` gives them, those without broken images.
+
+    Args:
+      data, vision: the run's settings.
+      tokens: how the model writes an image.
+      source: records by split, in place of what ``data`` names.
+      splits: which of them; those that are trained and reported on by default.
+
+    Raises:
+      NaloraError: bad data; or records would be cut, and images with them.
+    """
+    if tokens is None:
+        raise NaloraError("--model", expected="a model that sees images", found="a language model")
+    if data.too_long == "truncate":
+        raise NaloraError("--data.too-long", expected="drop or error: half an image is none", found=data.too_long)
+    found: dict[str, Source] = {}
+    for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
+        if split == AUTO:  # drawn from what is trained on
+            continue
+        if source is None:
+            chats = open_chats(data, vision, split, tokens)
+        elif split in source:
+            chats = ChatImages(source[split], data, vision, tokens, Path.cwd())
+        else:
+            raise NaloraError("source", expected=f"a split {split!r}", found=", ".join(sorted(source)) or "none")
+        found[split] = chats.readable()
+    return found
+
+
+def with_images(
+    data: TrainData, config: DataConfig, vision: VisionConfig, loaded: LoadedModel, source: Mapping[str, Source]
+) -> TrainData:
+    """Training rows with the images of their records."""
+    tokens, processor = loaded.tokenizer.images, loaded.processor
+    assert tokens is not None
+    assert processor is not None
+    trained, limits = open_train(config, source=source), Limits(max_pixels=vision.max_pixels)
+    return replace(data, images=row_images(trained, data.store, data.pattern, tokens, processor, limits))

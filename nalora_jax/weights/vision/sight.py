@@ -1,0 +1,98 @@
+"""Tensor names of what a multimodal model sees by, as transformers' files have them, and PEFT's modules there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.vision.sight import UNUSED, Sight
+from nalora_jax.weights.keymaps import KeyMap, Slot, SourceTensor, keymap_for
+from nalora_jax.weights.keytables import SIGHT, Source
+from nalora_jax.weights.vision.keymaps import TABLES, Row, row_tensors, tower_tensors
+
+_TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
+# Files of transformers 4 and 5, and of the models' own repositories.
+_RENAMES = (
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
+    (r"^(model\.)?multi_modal_projector\.", _PROJECTOR),
+)
+_PROJECTORS: dict[str, tuple[Row, ...]] = {
+    "mlp": (
+        Row("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
+        Row("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
+        Row("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
+        Row("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
+    ),
+    "pooled": (
+        Row("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
+        Row("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
+    ),
+}
+
+
+def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
+    """The key map of a model's files, with what it sees by; llama.cpp's files hold the language model alone.
+
+    Raises:
+      NaloraError: see `nalora_jax.weights.keymaps.keymap_for`.
+    """
+    text = keymap_for(replace(config, sight=None), source)
+    if config.sight is None or source != "hf":
+        return text
+    tensors = (*text.tensors, *_tower(config.sight), *_projector(config.sight))
+    ignored = (*(pattern for pattern in text.ignored if pattern not in SIGHT), r"position_ids$")
+    return KeyMap(tensors, ignored, text.aliases, (*text.renames, *_RENAMES))
+
+
+def file_name(config: ModelConfig, name: str) -> str:
+    """What a tensor is called in the files of multimodal models' own repositories, which every transformers reads."""
+    if config.sight is None:
+        return name
+    name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
+    return name.replace(_TOWER, f"{_TOWER}vision_model.", 1) if name.startswith(_TOWER) else name
+
+
+def sight_modules(sight: Sight | None) -> dict[str, str]:
+    """transformers' module of every projection beside the decoder's, by stacked path, ``{layer}`` in it."""
+    if sight is None:
+        return {}
+    found = {}
+    for path in sight.projection_shapes():
+        head, _, tail = path.partition("/")
+        rows = TABLES[sight.tower.model_type] if head == "image" else _PROJECTORS[sight.projector]
+        prefix, ours = (_TOWER, tail) if head == "image" else ("", path)
+        (name,) = (row.name for row in rows if row.paths == (f"{ours}/kernel",))
+        found[path] = f"model.{prefix}{name.removesuffix('.weight')}"
+    return found
+
+
+def _tower(sight: Sight) -> Iterator[SourceTensor]:
+    """The tower's tensors; those that are not run go to a branch of their own."""
+    run = sight.running.param_shapes()
+
+    def place(slot: Slot) -> Slot:
+        path = slot.path.removeprefix("image/")
+        if path not in run:
+            return replace(slot, path=f"{UNUSED}/{path}")
+        if slot.layer is not None and slot.layer >= sight.used_layers:
+            return replace(slot, path=f"{UNUSED}/{path}", layer=slot.layer - sight.used_layers)
+        return slot
+
+    for tensor in tower_tensors(sight.tower, "image/", _TOWER):
+        yield replace(tensor, slots=tuple(place(slot) for slot in tensor.slots))
+
+
+def _projector(sight: Sight) -> Iterator[SourceTensor]:
+    """The projector's tensors; its two products are a stack of one layer."""
+    shapes = sight.param_shapes()
+    for row in _PROJECTORS[sight.projector]:
+        (path,) = row.paths
+        if path not in shapes:
+            continue
+        if sight.projector == "pooled":
+            yield from row_tensors(row, shapes, sight.tower)
+            continue
+        for tensor in row_tensors(row, {path: shapes[path][1:]}, sight.tower):
+            yield replace(tensor, slots=(Slot(path, 0),))

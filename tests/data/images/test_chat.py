@@ -1,0 +1,140 @@
+"""Conversations about images: every form of record, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax.config import DataConfig
+from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.chat import IMAGES
+from nalora_jax.data.images.chat import open_chats
+from nalora_jax.data.images.rows import places_of
+from nalora_jax.data.packing import pack, plan
+from nalora_jax.errors import NaloraError
+from nalora_jax.image_tokens import ImageTokens, as_parts
+
+TOKENS = ImageTokens("<img>", 7, 2, "<boi>", "[", "]")
+IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What?"}
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 4), (200, 10, 10)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def opened(folder: Path, *records: dict[str, Any], chat: bool = True, **vision: Any) -> Any:
+    (folder / "a.png").write_bytes(png())
+    (folder / "b.png").write_bytes(png())
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return open_chats(DataConfig(str(path), chat=chat), VisionConfig("chat", **vision), "train", TOKENS)
+
+
+def openai(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A cat."}]}
+
+
+def test_every_form_is_the_same_conversation(tmp_path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(png()).decode()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records = [
+        openai({"type": "image_url", "image_url": {"url": "a.png"}}, TEXT),
+        openai({"type": "image_url", "image_url": "a.png"}, TEXT),
+        openai({"type": "image", "path": "a.png"}, TEXT),
+        {"image": "a.png", **openai(IMAGE, TEXT)},
+        {"image": "a.png", "conversations": turns},
+        {"images": ["a.png"], "conversations": turns},
+        {"image": "a.png", "prompt": "What?", "completion": " A cat."},
+        openai({"type": "image_url", "image_url": {"url": url}}, TEXT),
+    ]
+    source = opened(tmp_path, *records)
+    found = source.read(range(len(records)))
+    for record in found:
+        user, assistant = record["messages"]
+        assert list(user["content"]) == [IMAGE, TEXT]
+        assert assistant["content"] == "A cat."
+    assert [record[IMAGES] for record in found[:-1]] == [((tmp_path / "a.png").resolve(),)] * (len(records) - 1)
+    assert found[-1][IMAGES] == (png(),)
+
+
+def test_images_stand_where_the_text_says(tmp_path) -> None:
+    turns = [
+        {"from": "system", "value": "Be short."},
+        {"from": "human", "value": "<image> or <image>?"},
+        {"from": "gpt", "value": "The first."},
+    ]
+    source = opened(tmp_path, {"image": ["b.png", "a.png"], "conversations": turns})
+    record = source[0]
+    parts = [IMAGE, {"type": "text", "text": " or "}, IMAGE, {"type": "text", "text": "?"}]
+    assert [list(m["content"]) for m in record["messages"][:2]] == [[{"type": "text", "text": "Be short."}], parts]
+    assert [path.name for path in source.images(0)] == ["b.png", "a.png"]
+
+
+def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
+    source = opened(tmp_path, {"image": "a.png", "caption": "a cat"}, chat=False, prompt="Say:")
+    record = source[0]
+    assert (record["prompt"], record["completion"]) == ("[<img><img>]\nSay:", " a cat")
+    assert TOKENS.expanded("x<boi>y") == "x[<img><img>]y"
+    assert as_parts([{"role": "user", "content": "Hi"}])[0]["content"] == [{"type": "text", "text": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (openai({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}), "download it"),
+        (openai({"type": "image_url", "image_url": {"url": "../a.png"}}), "a file below"),
+        (openai({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), "a file below"),
+        (openai({"type": "image_url", "image_url": {"url": "data:image/png,xx"}}), "base64"),
+        (openai({"type": "image_url"}), "an image's path"),
+        (openai({"type": "video"}), "image_url"),
+        (openai(IMAGE, TEXT), "fewer images"),
+        ({"image": ["a.png", "b.png"], **openai(IMAGE, TEXT)}, "more than places"),
+        (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
+        ({"image": "a.png", "conversations": [{"from": "robot", "value": "x"}]}, "human"),
+        ({"image": "a.png", "conversations": []}, "a list of turns"),
+        ({"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"}, "texts from the assistant"),
+        ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
+    ],
+)
+def test_what_no_model_could_read_is_refused_by_line(tmp_path, record: dict[str, Any], message: str) -> None:
+    source = opened(tmp_path, record)
+    with pytest.raises(NaloraError, match=message) as error:
+        source[0]
+    assert "chats.jsonl:1" in error.value.where
+
+
+def test_broken_images_are_left_out_or_refused(tmp_path, caplog) -> None:
+    records = [openai({"type": "image", "path": name}, TEXT) for name in ("a.png", "broken.png", "b.png")]
+    source = opened(tmp_path, *records)
+    (tmp_path / "broken.png").write_bytes(png()[:40])
+    kept = source.readable()
+    assert len(kept) == 2
+    assert [kept.where(i).rpartition(":")[2] for i in range(2)] == ["1", "3"]
+    assert "broken.png" in caplog.text
+    assert kept.fingerprint != source.fingerprint
+    with pytest.raises(NaloraError, match=r"broken\.png"):
+        opened(tmp_path, *records, broken="error").readable()
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(NaloraError, match="at least one"):
+        opened(tmp_path, records[1]).readable()
+
+
+def test_no_epoch_has_a_row_with_more_images_than_places() -> None:
+    rng = np.random.default_rng(0)
+    lengths, images = rng.integers(3, 20, 200), rng.integers(0, 3, 200)
+    pattern = pack(lengths, 40)
+    places = places_of(pattern, lengths, images)
+    most = max(
+        images[plan(pattern, lengths, 0, epoch).row(row)].sum() for epoch in range(20) for row in range(pattern.rows)
+    )
+    assert most <= places <= 2 * np.diff(pattern.starts).max()
+    assert places_of(pack(lengths, 40, several=False), lengths, images) == 2

@@ -1,0 +1,129 @@
+"""Decoders that see against transformers: logits of texts with images, through the models' own processors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax.data.chat import Parts
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.vision.decoder import decoder_for
+from nalora_jax.weights.model import LoadedModel, load_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = {
+    "llava": [
+        {},
+        {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "multimodal_projector_bias": False},
+    ],
+    "gemma3": [{}],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Any]:
+    """Three images of different sizes."""
+    rng = np.random.default_rng(0)
+    sizes = ((20, 31), (40, 18), (16, 16))
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)) for size in sizes]
+
+
+def chats(*counts: int) -> list[list[dict[str, Any]]]:
+    """A conversation for each number of images, of different lengths."""
+    rows = []
+    for number, count in enumerate(counts):
+        parts: list[dict[str, str]] = [{"type": "image"}] * count
+        parts = [*parts, {"type": "text", "text": "What colour is this" + " square" * (4 * number)}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "the red circle."}]}
+        rows.append([{"role": "user", "content": Parts(parts)}, answer])
+    return rows
+
+
+def ours(loaded: LoadedModel, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]) -> tuple[np.ndarray, Any]:
+    """Padded token ids and float32 logits of conversations with their pictures."""
+    ids = [loaded.tokenizer.encode(loaded.tokenizer.render_chat(row), special=False) for row in rows]
+    tokens = np.zeros((len(ids), max(map(len, ids))), np.int32)
+    segments = np.zeros_like(tokens)
+    assert loaded.processor is not None
+    pixels = np.zeros((len(ids), max(map(len, pictures)), 16, 16, 3), np.uint8)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)], segments[i, : len(row)] = row, 1
+        for j, picture in enumerate(pictures[i]):
+            pixels[i, j] = loaded.processor(picture)["pixels"]
+    model, variables = decoder_for(loaded.config), {"params": loaded.params}
+    features = model.apply(variables, loaded.processor.normalise(jnp.asarray(pixels)), method="see")
+    hidden = model.apply(variables, jnp.asarray(tokens), segment_ids=jnp.asarray(segments), features=features)
+    return tokens, np.asarray(model.apply(variables, hidden, method="unembed"))
+
+
+def theirs(folder: Path, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The same by transformers: its processor's tokens and pixels, its logits."""
+    processor = transformers.AutoProcessor.from_pretrained(folder, backend="pil")
+    filled = []
+    for row, seen in zip(rows, pictures, strict=True):
+        left = iter(seen)
+        user = [{**part, "image": next(left)} if part["type"] == "image" else part for part in row[0]["content"]]
+        filled.append([{"role": "user", "content": user}, *row[1:]])
+    inputs = processor.apply_chat_template(
+        filled, tokenize=True, return_dict=True, return_tensors="pt", padding=True, padding_side="right"
+    )
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return inputs["input_ids"].numpy(), model(**inputs).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [(name, settings) for name, cases in FAMILIES.items() for settings in cases]
+)
+def test_logits_are_transformers_own(seeing_folder, pictures, family: str, settings: dict[str, Any]) -> None:
+    """Two conversations with one and two images of different sizes, padded, through both sides' own processors."""
+    folder = seeing_folder(family, **settings)
+    rows, seen = chats(2, 1), [pictures[:2], pictures[2:]]
+    loaded = load_model(str(folder), dtype="float32", images=True)
+    tokens, logits = ours(loaded, rows, seen)
+    expected_tokens, expected = theirs(folder, rows, seen)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    real = expected_tokens != 0
+    np.testing.assert_allclose(logits[real], expected[real], atol=2e-5)
+    other, moved = ours(loaded, rows, [[pictures[1], pictures[0]], pictures[2:]])
+    np.testing.assert_array_equal(other, tokens)
+    assert np.abs(moved[0] - logits[0])[real[0]].max() > 0.01  # the images' order is seen
+
+
+def test_the_text_model_of_a_multimodal_folder_loads_alone(seeing_folder) -> None:
+    loaded = load_model(str(seeing_folder("llava")), dtype="float32")
+    assert loaded.config.sight is None
+    assert set(loaded.params) == {"embed", "layers", "final_norm", "lm_head"}
+    assert loaded.tokenizer.images is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+        ({"vision_feature_layer": 9}, "vision_feature_layer"),
+        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
+        ({"image_token_index": 4096}, "image_token_index"),
+        ({"projector_hidden_act": "nosuch"}, "projector_hidden_act"),
+        ({"multimodal_projector_bias": 1}, "multimodal_projector_bias"),
+        ({"vision_config": {"model_type": "bert"}}, "vision_config"),
+        ({"vision_config": {"model_type": {}}}, "vision_config"),
+        ({"vision_config": 3}, "vision_config"),
+        ({"text_config": {"model_type": []}}, "text_config"),
+        ({"model_type": {}}, "model_type"),
+        ({"model_type": "llama"}, "model_type"),
+    ],
+)
+def test_what_is_not_done_is_refused_by_name(seeing_folder, changes: dict[str, Any], field: str) -> None:
+    raw = json.loads((seeing_folder("llava") / "config.json").read_text()) | changes
+    with pytest.raises(NaloraError, match=field):
+        ModelConfig.from_hf(raw, images=True)

@@ -1,0 +1,192 @@
+"""Whole runs on conversations about images: from a file of chats to an adapter that PEFT reads, and what uses it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax.__main__ import main
+from nalora_jax.cli.parser import load_config
+from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.images.chat import asked
+from nalora_jax.errors import NaloraError
+from nalora_jax.generate import Generator
+from nalora_jax.load import load
+from nalora_jax.run import run
+from nalora_jax.train.metrics import read_metrics
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+COLOURS = ("red", "green", "blue")
+QUESTION = "What colour is this?"
+RULES = {
+    "llava": (LoRARule("image/.*ffn", 2), LoRARule("projector", 4), LoRARule("", 8)),
+    "gemma3": (LoRARule("image/.*ffn", 2), LoRARule("", 8)),
+}
+TOWERS = {"llava": {"image": 2, "layers": 2, "projector": 1}, "gemma3": {"image": 3, "layers": 2}}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations about squares of three colours, in OpenAI's form and in LLaVA's; one image is damaged."""
+    folder = tmp_path_factory.mktemp("chats")
+    rng, lines = np.random.default_rng(0), []
+    for i in range(48):
+        pixels = np.full((20, 24, 3), 30.0)
+        pixels[..., i % 3] = 220.0
+        pixels = np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        (folder / f"{i}.png").write_bytes(buffer.getvalue() if i != 4 else buffer.getvalue()[:60])
+        answer = f"{COLOURS[i % 3]} square."
+        if i % 2:
+            turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            lines.append({"image": f"{i}.png", "conversations": turns})
+        else:
+            parts = [{"type": "image_url", "image_url": {"url": f"{i}.png"}}, {"type": "text", "text": QUESTION}]
+            turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+            lines.append({"messages": turns})
+    path = folder / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunConfig:
+    """`configs/llava_chat.py` on a tiny model and a file."""
+    base = replace(
+        load_config("configs/llava_chat.py"),
+        model=str(model),
+        output=str(output),
+        steps=40,
+        lora=LoRAConfig(rules=RULES["llava"]),
+        data=DataConfig(
+            str(chats),
+            train_split="train[:75%]",
+            eval_split="train[75%:]",
+            max_length=96,
+            eval_limit=6,
+            select_limit=3,
+            chat=True,
+            workers=1,
+        ),
+        train=TrainConfig(batch_size=8, log_every=5, eval_every=20, save_every=20),
+        compute=ComputeConfig("float32", stats_stride=1, compilation_cache=False),
+        mesh=MeshConfig(data=4, fsdp=2),
+    )
+    base = replace(base, optimizer=replace(base.optimizer, learning_rate=1e-2))
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module", params=["llava", "gemma3"])
+def trained(request, seeing_folder, chats, tmp_path_factory) -> tuple[Path, Path]:
+    """A model's folder, and that of a finished run on it."""
+    model = seeing_folder(request.param)
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    run(settings(model, chats, folder, lora=LoRAConfig(rules=RULES[request.param])))
+    return model, folder
+
+
+def test_a_run_lowers_the_loss_and_leaves_its_adapter(trained) -> None:
+    _, folder = trained
+    records = read_metrics(folder / "metrics.jsonl")
+    before, after = (next(r for r in records if r.get(name))["eval"] for name in ("initial", "final"))
+    assert after["loss"] < 0.5 * before["loss"]
+    logged = [r for r in records if "towers" in r]
+    assert logged[-1]["towers"] == TOWERS[folder.name]
+    assert before["samples"][0]["prompt"].count("[image]") == 1
+    adapted = load(str(folder))
+    assert {path.split("/")[0] for path, _ in adapted.spec.targets} == set(TOWERS[folder.name])
+    for path, _ in adapted.spec.targets:
+        leaf = adapted.lora
+        for name in path.split("/"):
+            leaf = leaf[name]
+        assert np.abs(leaf["b"]).max() > 0, path
+
+
+def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -> None:
+    """Logits of the trained model in transformers with PEFT, on an image of its own, against ours."""
+    model, folder = trained
+    adapted = load(str(folder), dtype="float32")
+    tokenizer, processor = adapted.base.tokenizer, adapted.base.processor
+    picture = Image.open(chats.parent / "1.png").convert("RGB")
+    ids = np.array([asked(QUESTION, 1, tokenizer, chat=True)], np.int32)
+    pixels = processor.normalise(processor(picture)["pixels"][None, None])
+    features = adapted.module.apply(adapted.variables, pixels, method="see")
+    hidden = adapted.module.apply(adapted.variables, ids, features=features)
+    ours = np.asarray(adapted.module.apply(adapted.variables, hidden, method="unembed"))
+    base = transformers.AutoModelForImageTextToText.from_pretrained(model)
+    theirs = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
+    seen = torch.tensor(np.asarray(pixels[0]).transpose(0, 3, 1, 2))
+    inputs = {"input_ids": torch.tensor(ids, dtype=torch.long), "pixel_values": seen}
+    if adapted.base.config.sight.mutual:
+        inputs["token_type_ids"] = (inputs["input_ids"] == tokenizer.images.token_id).long()
+    with torch.no_grad():
+        expected = theirs(**inputs).logits.numpy()
+        made = theirs.generate(**inputs, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :].tolist()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    generator = Generator(adapted.module, adapted.variables, tokenizer, processor=processor)
+    (answer,) = generator.complete([ids[0].tolist()], images=[[processor(picture)["pixels"]]], max_new_tokens=4)
+    assert made[: len(answer.ids)] == list(answer.ids)
+    assert any(colour in answer.text for colour in COLOURS)
+
+
+def test_the_verbs_see(trained, chats, tmp_path, capsys) -> None:
+    model, folder = trained
+    more = ["--prompt", QUESTION, "--image", str(chats.parent / "1.png"), "--max-new-tokens", "4"]
+    assert main(["generate", str(folder), *more]) == 0
+    answer = capsys.readouterr().out
+    assert any(colour in answer for colour in COLOURS)
+    assert main(["eval", str(folder)]) == 0
+    final = next(r for r in read_metrics(folder / "metrics.jsonl") if r.get("final"))["eval"]
+    assert f"held-out loss {final['loss']:.3f}" in capsys.readouterr().out
+    merged = tmp_path / "merged"
+    assert main(["merge", str(folder), "--output", str(merged), "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(merged), *more, "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == answer
+    whole, base = (transformers.AutoModelForImageTextToText.from_pretrained(one) for one in (merged, model))
+    assert {name: leaf.shape for name, leaf in whole.named_parameters()} == {
+        name: leaf.shape for name, leaf in base.named_parameters()
+    }
+    last = "model.vision_tower.encoder.layers.2.mlp.fc1.weight"  # of a layer that is not run in LLaVA
+    assert torch.equal(whole.get_parameter(last), base.get_parameter(last))
+    assert main(["export", str(folder), "--output", str(tmp_path / "adapter")]) == 0
+    assert main(["export", str(folder), "--output", str(tmp_path / "vllm"), "--for", "vllm"]) == 2
+    assert "language model alone" in capsys.readouterr().err
+
+
+def test_any_layout_makes_the_same_steps(seeing_folder, chats, tmp_path) -> None:
+    model = seeing_folder("llava")
+    rows = settings(model, chats, tmp_path / "rows", steps=2, train=TrainConfig(batch_size=8, log_every=1))
+    rows = replace(rows, mesh=MeshConfig(data=8))
+    split = replace(rows, output=str(tmp_path / "split"), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    found = [run(one) for one in (rows, split)]
+    losses = [[r["loss"] for r in read_metrics(one.folder / "metrics.jsonl") if "loss" in r] for one in found]
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) -> None:
+    model = seeing_folder("llava")
+    base = settings(model, chats, tmp_path / "run")
+    lines = chats.read_text().splitlines()
+    far = tmp_path / "far.jsonl"
+    far.write_text("\n".join([*lines[:2], json.dumps({"image": "../x.png", "conversations": []})]) + "\n")
+    for changes, message in (
+        ({"data": replace(base.data, too_long="truncate")}, "--data.too-long"),
+        ({"vision": VisionConfig("chat", broken="error")}, "4.png"),
+        ({"data": replace(base.data, max_length=12)}, "--data.max-length"),
+        ({"vision": VisionConfig()}, "a field 'prompt'"),
+        ({"data": replace(base.data, dataset=str(far), train_split="train")}, "a file below"),
+    ):
+        with pytest.raises(NaloraError, match=message):
+            run(replace(base, output=str(tmp_path / message.strip("-").replace(" ", "_")), **changes))
