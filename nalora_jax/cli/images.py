@@ -114,7 +114,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
         raise NaloraError("--quantize", expected="none for image and text encoders", found=args.quantize)
     model = load_adapted_dual(str(args.model), adapter=args.adapter, dtype=args.dtype)
     run = config_from_dict(model.located.run)
-    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit}
+    asked: dict[str, Any] = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit}
     data = replace(run.data, **{name: value for name, value in asked.items() if value is not None})
     vision = run.vision
     classes = open_images(data, vision, data.train_split).classes() if vision.task == "classify" else ()

@@ -62,10 +62,10 @@ def evaluate(args: cli.EvalArgs) -> None:
             found = f"{args.output}, which exists"
             raise NaloraError("--output", expected="a new file", found=found, remedy="choose another name")
     if images.is_dual(args.model, args.adapter):
-        found = images.evaluate(args)
+        measured = images.evaluate(args)
         if args.output is not None:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.output, json.dumps(to_json(found), indent=2) + "\n")
+            write_atomically(args.output, json.dumps(to_json(measured), indent=2) + "\n")
         return
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
     run = config_from_dict(locate(args.model, args.adapter).run)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nalora_jax.config import DataConfig
 from nalora_jax.config.vision import VisionConfig
-from nalora_jax.data.chat import IMAGES
+from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.images.chat import open_chats
 from nalora_jax.data.images.rows import places_of
 from nalora_jax.data.packing import pack, plan
@@ -100,7 +100,7 @@ def test_a_caption_answers_the_prompt_of_the_settings(tmp_path) -> None:
         ({"image": ["a.png", "b.png"], **openai(IMAGE, TEXT)}, "more than places"),
         (openai({"type": "text", "text": "a <img> b"}), "no <img>"),
         ({"image": "a.png", "conversations": [{"from": "robot", "value": "x"}]}, "human"),
-        ({"image": "a.png", "conversations": []}, "a list of turns"),
+        ({"image": "a.png", "conversations": []}, "a list of messages"),
         ({"messages": [{"role": "assistant", "content": [IMAGE]}], "image": "a.png"}, "texts from the assistant"),
         ({"image": "a.png", "text": "x"}, "--vision.caption-field"),
     ],

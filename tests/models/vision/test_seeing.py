@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nalora_jax.data.chat import Parts
+from nalora_jax.data.forms import Parts
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.decoder import decoder_for
