@@ -27,6 +27,8 @@ class PlanArgs:
     batch: int = 0
     # Tokens of a row.
     seq: int = 4096
+    # Images of a row, for the config.json of a model that sees (LLaVA, Gemma 3); 0: its text model alone.
+    images: int = 0
     # Micro-batches that each step accumulates over.
     accumulate: int = 1
     # Adapters: PATTERN:RANK[:ALPHA] ..., as of nalora train.
@@ -48,6 +50,7 @@ class PlanArgs:
 RANGES = {
     "batch": COUNT,
     "seq": TOKENS,
+    "images": COUNT,
     "accumulate": ROWS,
     "price": Range("a number", "[0, 1e6]"),
     "mesh.data": AXIS,
@@ -66,19 +69,22 @@ def plan(args: PlanArgs) -> None:
     _prepare(gpus=any(machine.chip.platform == "gpu" for machine in machines))
     from nalora_jax.models.config import depths, projection_shapes
     from nalora_jax.nn.low_rank import resolve
-    from nalora_jax.plan.layouts import choose
+    from nalora_jax.plan.layouts import choose, decoder_alone
     from nalora_jax.plan.models import architecture
     from nalora_jax.plan.report import describe
     from nalora_jax.plan.report import plan as compiled
 
-    base = architecture(args.model)
+    base = architecture(args.model, images=args.images > 0)
     for machine in machines:
         config = _config(args, args.batch or machine.size * args.accumulate)
         if args.estimate:
             spec = resolve(config.lora, projection_shapes(base), depths(base))
-            print(f"{args.model} on {machine.name}: {choose(config, base, spec, machine, args.seq)}", flush=True)
+            print(
+                f"{args.model} on {machine.name}: {choose(config, *decoder_alone(base, spec), machine, args.seq)}",
+                flush=True,
+            )
             continue
-        found = compiled(config, base, machine, args.seq)
+        found = compiled(config, base, machine, args.seq, args.images)
         print("\n".join(describe(found, price=args.price)), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:

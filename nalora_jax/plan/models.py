@@ -88,18 +88,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def architecture(name: str) -> ModelConfig:
+def architecture(name: str, *, images: bool = False) -> ModelConfig:
     """The architecture called ``name``: one of `CONFIGS`, a ``config.json``, or a Hugging Face folder.
+
+    With ``images`` a multimodal one has what it sees by; by default it is its text model alone.
 
     Raises:
       NaloraError: nothing has that name, or its config cannot be understood.
     """
     if name.lower() in CONFIGS:
-        return ModelConfig.from_hf(CONFIGS[name.lower()], name)
+        return ModelConfig.from_hf(CONFIGS[name.lower()], name, images=images)
     path = Path(name)
     file = path / "config.json" if path.is_dir() else path
     if file.suffix == ".json" and file.exists():
-        return ModelConfig.from_hf(read_json(file), str(file))
+        return ModelConfig.from_hf(read_json(file), str(file), images=images)
     raise NaloraError(
         "--model",
         expected="a config.json, a folder that holds one, or one of " + ", ".join(CONFIGS),

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
+from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
 from nalora_jax.models.decoder import init_lora
@@ -93,7 +94,9 @@ def _quiet_tpu() -> Iterator[None]:
         yield
 
 
-def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int) -> tuple[Any, tuple[Any, ...]]:
+def step_and_arguments(
+    config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int, images: int = 0
+) -> tuple[Any, tuple[Any, ...]]:
     """The jitted training step of ``config`` and descriptions of its arguments, placed on ``mesh``.
 
     Args:
@@ -101,6 +104,7 @@ def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq:
       base: architecture of the base model.
       mesh: real or abstract devices.
       seq: tokens of a row.
+      images: places for images in a row, of a model that sees.
     """
     spec = resolve(config.lora, projection_shapes(base), depths(base))
     mechanisms = build_mechanisms(config, base, spec)
@@ -119,7 +123,13 @@ def step_and_arguments(config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq:
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     shape = (config.train.accumulate, micro, seq)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=by_rows) for name, dtype in _BATCH.items()}
-    return compile_step(config, base, model, optimizer, mechanisms, mesh, places), (params, state, batch)
+    if base.sight is not None:
+        tower, lead = base.sight.tower, shape[:2]
+        seen = (*lead, images, tower.image_size, tower.image_size, tower.channels)
+        batch["pixels"] = jax.ShapeDtypeStruct(seen, jnp.uint8, sharding=by_rows)
+        batch["images"] = jax.ShapeDtypeStruct(lead, jnp.int32, sharding=by_rows)
+    step = compile_step(config, base, model, optimizer, mechanisms, mesh, places, ImageProcessor())
+    return step, (params, state, batch)
 
 
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:

@@ -14,7 +14,7 @@ from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.plan.auto import with_layout
 from nalora_jax.plan.figures import Figures, figures
-from nalora_jax.plan.layouts import Layout, choose
+from nalora_jax.plan.layouts import Layout, choose, decoder_alone
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.program import devices, step_and_arguments
 from nalora_jax.plan.roofline import Roofline, roofline
@@ -76,7 +76,7 @@ class Plan:
         }
 
 
-def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int) -> Plan:
+def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images: int = 0) -> Plan:
     """Chooses a layout, compiles the step of NA-LoRA and of LoRA for it, and bounds its time.
 
     Args:
@@ -84,17 +84,18 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int) -> Pla
       base: the model.
       where: the machine.
       seq: tokens of a row.
+      images: places for images in a row, of a model that sees; bounds and MFU count its decoder's work alone.
 
     Raises:
       NaloraError: nothing fits, or the compiler is not there.
     """
     spec = resolve(config.lora, projection_shapes(base), depths(base))
-    layout = choose(config, base, spec, where, seq)
+    layout = choose(config, *decoder_alone(base, spec), where, seq)
     config = with_layout(config, layout)
     mesh = distributed.make_mesh(config.mesh, devices(where))
-    ours = figures(*step_and_arguments(config, base, mesh, seq=seq))
+    ours = figures(*step_and_arguments(config, base, mesh, seq=seq, images=images))
     plain = replace(config, mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
-    step, arguments = step_and_arguments(plain, base, mesh, seq=seq)
+    step, arguments = step_and_arguments(plain, base, mesh, seq=seq, images=images)
     other = figures(without_statistics(step, mesh), arguments)
     return Plan(
         config.model,
@@ -105,7 +106,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int) -> Pla
         config.train.accumulate,
         ours,
         other,
-        bound_of(ours, where, base, spec, config, seq),
+        bound_of(ours, where, *decoder_alone(base, spec), config, seq),
     )
 
 

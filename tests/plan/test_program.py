@@ -113,3 +113,23 @@ def test_quantized_kernels_are_gathered_as_codes(tmp_path, kind, least, most):
     in_loops = sum(c.total for c in found.collectives if c.times > 1 and c.kind == "all-gather") / LAYERS
     # Once forward and once backward, where the layer is made again from what has been gathered.
     assert 2 * least * weights <= in_loops < 2 * most * weights
+
+
+def test_the_step_of_a_model_that_sees_takes_images():
+    """Traced for a mesh: its pixels are split by rows, and the tower's adapters are in the state."""
+    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    tower |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    raw = {"model_type": "llava", "text_config": BASE, "vision_config": tower, "image_token_index": 3}
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
+        train=TrainConfig(batch_size=16),
+        compute=ComputeConfig(dtype="float32", loss_chunk=16, remat="full"),
+    )
+    mesh = distributed.make_mesh(MeshConfig(2, 4, 1))
+    step, arguments = step_and_arguments(config, ModelConfig.from_hf(raw, images=True), mesh, seq=SEQ, images=2)
+    _, state, batch = arguments
+    assert batch["pixels"].shape == (1, 16, 2, 16, 16, 3)
+    assert batch["pixels"].sharding.spec == batch["tokens"].sharding.spec
+    assert set(state.lora) == {"image", "layers", "projector"}
+    _, metrics = step.lower(*arguments).out_info
+    assert set(metrics["layers"]) == {"image/layers/ffn", "layers/ffn", "projector/ffn"}
