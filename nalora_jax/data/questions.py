@@ -12,7 +12,7 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
-from nalora_jax.data.forms import IMAGES, canonical, tools_of
+from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import Source, open_held_out, open_pair, require_some
@@ -121,7 +121,7 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
     prompts, completions, choices, gold = _choices(record, config, where)
     pairs = zip(prompts, completions, strict=True)
     texts = [_text(prompt, completion, config, tokenizer, where) for prompt, completion in pairs]
-    return _Question(texts, choices, gold, bool(record.get("choice_prompts")), images)
+    return _Question(texts, choices, gold, bool(record.get("choice_prompts")), images=images)
 
 
 def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[list[str], list[str], list[str], int]:
@@ -186,8 +186,15 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     shown = []
     for turn in messages[:last]:
         calls = [json.dumps(call["function"]) for call in turn.get("tool_calls", ())]
-        shown.append((str(turn["role"]), "\n".join(filter(None, [turn["content"], *calls]))))
+        shown.append((str(turn["role"]), "\n".join(filter(None, [_plain(turn["content"]), *calls]))))
     return tuple(shown)
+
+
+def _plain(content: str | Parts) -> str:
+    """A message's text; an image within it as ``[image]``."""
+    if isinstance(content, Parts):
+        return "".join(part.get("text", "[image]") for part in content)
+    return content
 
 
 def _item(question: _Question, examples: Sequence[Any]) -> Item:
