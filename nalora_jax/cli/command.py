@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nalora_jax.cli import doctor, from_peft, images, parser, plan, usage, verbs
+from nalora_jax.cli import chat, doctor, evaluate, from_peft, images, parser, plan, push, usage, verbs
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
 
@@ -44,12 +44,14 @@ _TRAIN = (
 )
 VERBS = {
     "train": Verb(parser.TrainArgs, verbs.train, _TRAIN),
-    "eval": Verb(parser.EvalArgs, verbs.evaluate),
+    "eval": Verb(evaluate.EvalArgs, evaluate.evaluate),
     "generate": Verb(parser.GenerateArgs, verbs.generate),
+    "chat": Verb(chat.ChatArgs, chat.chat),
     "export": Verb(parser.ExportArgs, verbs.export),
     "merge": Verb(parser.MergeArgs, verbs.merge),
     "import": Verb(parser.ImportArgs, verbs.import_),
     "from-peft": Verb(from_peft.FromPeftArgs, from_peft.from_peft),
+    "push": Verb(push.PushArgs, push.push),
     "inspect": Verb(parser.InspectArgs, verbs.inspect),
     "report": Verb(parser.ReportArgs, verbs.report),
     "study": Verb(parser.StudyArgs, verbs.study),
@@ -64,7 +66,7 @@ _RESUME = ("yes", "no", "auto")
 _ASSIGNED = ("--mesh=", "--data.max-length=", "--resume=")
 
 # The numbers that each verb's own flags may hold.
-RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES}
+RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES, chat.ChatArgs: chat.RANGES, evaluate.EvalArgs: evaluate.RANGES}
 
 
 def execute(argv: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from nalora_jax.cli.parser import EvalArgs, ExportArgs, MergeArgs
+    from nalora_jax.cli.evaluate import EvalArgs
+    from nalora_jax.cli.parser import ExportArgs, MergeArgs
 
 
 @dataclass(frozen=True)

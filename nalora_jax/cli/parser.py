@@ -42,39 +42,15 @@ class TrainArgs:
 
 
 @dataclass(frozen=True)
-class EvalArgs:
-    """Measure a model, or a model with an adapter, on held-out data."""
-
-    # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
-    model: Positional[str]
-    # Adapter folder in PEFT's format, or the folder of a run.
-    adapter: Path | None = None
-    # As --data.dataset of nalora train. By default what the run was trained on, else socialiqa.
-    dataset: str | None = None
-    # Split. By default the run's; of another --dataset its "validation", or else all of "train".
-    split: str | None = None
-    # Examples at most (0: all). By default the run's, else 400.
-    limit: int | None = None
-    # Wrap prompts in the model's chat template. By default as the run did, else not.
-    chat: bool | None = None
-    # Write the numbers to this new JSON file as well.
-    output: Path | None = None
-    # Dtype of the base weights. By default the run's, else bfloat16.
-    dtype: Dtype | None = None
-    # Hold the adapted model's projections quantized. By default as the run did, else not.
-    quantize: Literal["none", "int8", "nf4"] | None = None
-    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
-    mesh: MeshConfig = field(default_factory=one_device)
-
-
-@dataclass(frozen=True)
 class GenerateArgs:
-    """Answer a prompt with a model, or with a model and an adapter."""
+    """Answer a prompt or a conversation with a model, or with a model and an adapter."""
 
     # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
     model: Positional[str]
     # The text to continue; "-" reads it from standard input.
-    prompt: str
+    prompt: str | None = None
+    # JSON file of chat messages to answer instead: a list of {"role": ..., "content": ...}.
+    messages: Path | None = None
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
     # Tokens to generate at most.
@@ -103,10 +79,10 @@ class ExportArgs:
 
     # Folder of the run, or an adapter folder.
     run: Positional[Path]
-    # New folder to write.
+    # New folder to write; for llama.cpp a new .gguf file.
     output: Path
-    # The tool that will load it.
-    target: Annotated[Literal["peft", "vllm"], arg(name="for")] = "peft"
+    # The tool that will load it; "gguf" is llama.cpp's --lora, on a base of any quantization.
+    target: Annotated[Literal["peft", "vllm", "gguf"], arg(name="for")] = "peft"
     # Base model. By default the one that the adapter names.
     model: str | None = None
     # vLLM's setting of that name, which the rank must not pass.
@@ -115,16 +91,18 @@ class ExportArgs:
 
 @dataclass(frozen=True)
 class MergeArgs:
-    """Fold an adapter into its base model and write a plain Hugging Face folder."""
+    """Fold an adapter into its base model and write a plain Hugging Face folder, or a GGUF file."""
 
     # Folder of a run; or a base model, with --adapter.
     model: Positional[str]
-    # New folder to write.
+    # New folder to write; with --gguf a new file.
     output: Path
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
     # Dtype of the written weights.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # Write one GGUF file for llama.cpp in this format instead; the base has to come from a GGUF file itself.
+    gguf: Literal["F32", "F16", "BF16", "Q8_0"] | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +173,6 @@ class DoctorArgs:
 # Numbers of the verbs' own flags; those of a run are in `nalora_jax.config`.
 _MESH = {"mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
 RANGES: dict[type, dict[str, Range]] = {
-    EvalArgs: {"limit": COUNT, **_MESH},
     GenerateArgs: {
         "max_new_tokens": TOKENS,
         "temperature": Range("a number", "[0, 1000]"),

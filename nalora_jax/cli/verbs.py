@@ -5,24 +5,20 @@ Heavy modules are imported by the verb that needs them, so that ``nalora report`
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.cli import images
 from nalora_jax.cli import parser as cli
-from nalora_jax.config import DataConfig, MeshConfig, check, config_from_dict
-from nalora_jax.config.ranges import check_path
+from nalora_jax.cli.outputs import check_new_file, check_new_path, data_of, flags_of_verb, mesh_of, refuse_existing
+from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from nalora_jax.load import AdaptedModel
     from nalora_jax.load.dual import AdaptedDual
     from nalora_jax.tokenizer import Tokenizer
@@ -41,70 +37,19 @@ def train(args: cli.TrainArgs) -> None:
     run(args.run)
 
 
-def evaluate(args: cli.EvalArgs) -> None:
-    """Print the held-out metric with its interval, and write it to a file if asked for.
-
-    Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
-    with PiSSA up to rounding, as it is exported to another base than it was trained on).
-    """
-    from nalora_jax.data.questions import eval_examples, held_out
-    from nalora_jax.data.sources import open_held_out, split_to_measure
-    from nalora_jax.evaluate.heldout import describe
-    from nalora_jax.evaluate.seeing import evaluator_of
-    from nalora_jax.files import write_atomically
-    from nalora_jax.load import load, locate
-    from nalora_jax.train.metrics import to_json
-    from nalora_jax.train.seeing import seen_sources
-
-    if args.output is not None:
-        check_new_path("--output", args.output)
-        if args.output.exists():
-            found = f"{args.output}, which exists"
-            raise NaloraError("--output", expected="a new file", found=found, remedy="choose another name")
-    if images.is_dual(args.model, args.adapter):
-        measured = images.evaluate(args)
-        if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(args.output, json.dumps(to_json(measured), indent=2) + "\n")
-        return
-    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
-    run = config_from_dict(locate(args.model, args.adapter).run)
-    data = data_of(locate(args.model, args.adapter).run, asked)
-    with flags_of_verb():
-        if args.dataset is not None and args.split is None and run.vision.task != "chat":
-            data = replace(data, eval_split=split_to_measure(data))
-        if run.vision.task != "chat":
-            open_held_out(data, data.eval_split).read([0])  # before a model is loaded for nothing
-    mesh = mesh_of(args.mesh)
-    quantize = args.quantize or "run"
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=quantize, mesh=mesh)
-    own = any(value is not None for value in asked.values())
-    source = None
-    if model.base.processor is not None:
-        with flags_of_verb():
-            splits = (data.eval_split,) if own else (data.train_split, data.eval_split)
-            source = seen_sources(data, run.vision, model.base.tokenizer.images, splits=splits)
-    if own:
-        items = eval_examples(data, model.base.tokenizer, split=data.eval_split, source=source)
-    else:  # the very questions that the run reported on
-        items, _ = held_out(data, model.base.tokenizer, source=source)
-    evaluator = evaluator_of(model.base, model.module, items, mesh)
-    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
-    print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
-    if args.output is not None:
-        origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.output, json.dumps(to_json(origin | values), indent=2) + "\n")
-
-
 def generate(args: cli.GenerateArgs) -> None:
     """Print the answer as it is made."""
     from nalora_jax.data.images.chat import asked
     from nalora_jax.data.images.files import open_image
     from nalora_jax.generate import Generator
+    from nalora_jax.generate.conversation import chat_tokens, read_messages
     from nalora_jax.load import load
 
-    prompt = _standard_input() if args.prompt == "-" else args.prompt
+    if (args.prompt is None) == (args.messages is None):
+        found = "neither" if args.prompt is None else "both"
+        raise NaloraError("nalora generate", expected="--prompt or --messages", found=found)
+    messages = None if args.messages is None else read_messages(args.messages)
+    prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # before a model is loaded for nothing
@@ -112,12 +57,13 @@ def generate(args: cli.GenerateArgs) -> None:
     tokenizer, processor = model.base.tokenizer, model.base.processor
     tokens: str | list[int] = prompt
     if pictures:
-        tokens = asked(
-            prompt, len(pictures), tokenizer, chat=tokenizer.chat_template is not None and args.chat is not False
-        )
-    elif model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
-        text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        tokens = tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token itself
+        in_turns = tokenizer.chat_template is not None and args.chat is not False
+        tokens = asked(prompt, len(pictures), tokenizer, chat=in_turns)
+    else:
+        if model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
+            messages = messages or [{"role": "user", "content": prompt}]
+        if messages is not None:
+            tokens = chat_tokens(tokenizer, messages)
     generator = Generator(model.module, model.variables, tokenizer, mesh=mesh, processor=processor)
     seen = [processor(picture)["pixels"] for picture in pictures] if processor is not None else []
     for piece in generator.stream(tokens, images=seen, **settings):
@@ -131,12 +77,22 @@ def export(args: cli.ExportArgs) -> None:
     from nalora_jax.load import load
     from nalora_jax.weights.peft import export_adapter, verify_export
 
-    _refuse_existing(args.output)
+    if args.target == "gguf":
+        _check_gguf_name(args.output)
+    else:
+        refuse_existing(args.output)
     if images.is_dual(*((args.run, None) if args.model is None else (args.model, args.run))):
         images.export(args, card)
         return
     model = load(args.run) if args.model is None else load(args.model, adapter=args.run)
     base, lora = model.base, _lora(model)
+    if args.target == "gguf":
+        from nalora_jax.weights.gguf_export import verify_adapter_gguf, write_adapter_gguf
+
+        write_adapter_gguf(args.output, base.config, lora, model.spec)
+        difference = verify_adapter_gguf(args.output, base.config, lora, model.spec)
+        print(f"{args.output}: adapter for llama.cpp, read back and compared (largest difference {difference:.1e})")
+        return
     export_adapter(
         lora,
         model.spec,
@@ -153,22 +109,34 @@ def export(args: cli.ExportArgs) -> None:
 
 
 def merge(args: cli.MergeArgs) -> None:
-    """Write base and adapter as one Hugging Face folder."""
+    """Write base and adapter as one Hugging Face folder, or as one GGUF file."""
     from nalora_jax.load import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
 
-    _refuse_existing(args.output)
+    if args.gguf is None:
+        refuse_existing(args.output)
+    else:
+        _check_gguf_name(args.output)
     if images.is_dual(args.model, args.adapter):
         images.merge(args, card)
         return
     located = locate(args.model, args.adapter)
     found = hub.resolve(located.base)
+    if args.gguf is not None and found.kind != "gguf":
+        remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
+        raise NaloraError("--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy)
     # Merged in float32 and rounded once: what the files hold must not be rounded on loading.
     stored = _stored_dtype(found.path / "config.json") if found.kind == "hf" else ""
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=found)
     base, lora = model.base, _lora(model)
+    if args.gguf is not None:
+        from nalora_jax.weights.gguf_export import write_merged_gguf
+
+        write_merged_gguf(args.output, base.config, base.params, lora, model.spec, base=found.path, kind=args.gguf)
+        print(f"{args.output}: merged model in {args.gguf}")
+        return
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
     tokenizer = found.path if found.kind == "hf" else base.tokenizer
@@ -209,8 +177,8 @@ def inspect(args: cli.InspectArgs) -> None:
     data = None
     if args.dataset is not None:
         run = locate(args.model, args.adapter).run
-        data = replace(_run_data(run), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
-        with flags_of_verb():
+        data = replace(data_of(run, {}), dataset=args.dataset, eval_split=args.split, eval_limit=args.limit)
+        with flags_of_verb("--dataset"):
             open_held_out(data, data.eval_split).read([0])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype)
     texts: Sequence[str] = args.texts or TEXTS
@@ -292,68 +260,22 @@ def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     return [render(record, data, tokenizer, source.where(index)).text for index, record in records]
 
 
-def mesh_of(config: MeshConfig) -> Mesh | None:
-    """The mesh of a verb, over no more devices than its axes need (-1: all); None for one device."""
-    from nalora_jax.distributed import smallest_mesh
-
-    mesh = smallest_mesh(config)
-    return mesh if mesh.size > 1 else None
-
-
-def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
-    """The data settings of the run that made the adapter (else the defaults), with what the user asked for instead."""
-    return replace(_run_data(run), **{name: value for name, value in changes.items() if value is not None})
-
-
-def _run_data(run: Mapping[str, Any]) -> DataConfig:
-    return config_from_dict(run).data
-
-
 def _lora(model: AdaptedModel) -> dict[str, Any]:
     if model.lora is None:
         raise NaloraError(model.located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
     return model.lora
 
 
+def _check_gguf_name(path: Path) -> None:
+    check_new_file("--output", path)
+    if path.suffix != ".gguf":
+        raise NaloraError("--output", expected="a name that ends in .gguf", found=str(path))
+
+
 def _stored_dtype(path: Path) -> str:
     """Dtype that a config.json names."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     return str(settings.get("dtype") or settings.get("torch_dtype"))
-
-
-def _refuse_existing(folder: Path) -> None:
-    """Before a model is loaded for nothing."""
-    check_new_path("--output", folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        remedy = "choose another --output; nothing was changed"
-        raise NaloraError(str(folder), expected="a new or empty folder", found="something else", remedy=remedy)
-
-
-def check_new_path(flag: str, path: Path) -> None:
-    """Refuses a path that cannot be made: a name that is too long, or below a file.
-
-    Raises:
-      NaloraError: names the flag.
-    """
-    check_path(flag, path)
-    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
-    if above is not None and not above.is_dir():
-        raise NaloraError(flag, expected="a path in a folder", found=f"{path}, and {above} is a file")
-    if above is not None and not path.exists() and not os.access(above, os.W_OK):
-        raise NaloraError(flag, expected="a folder that can be written", found=f"{above}, which cannot")
-
-
-@contextlib.contextmanager
-def flags_of_verb() -> Iterator[None]:
-    """Names of a run's data settings in errors become those of the verb's own flags."""
-    names = {"--data.dataset": "--dataset", "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
-    try:
-        yield
-    except NaloraError as error:
-        if error.where not in names:
-            raise
-        own = names[error.where]
-        raise NaloraError(own, expected=error.expected, found=error.found, remedy=error.remedy) from error
 
 
 def _standard_input() -> str:

@@ -44,15 +44,22 @@ def harness_model(
     Raises:
       NaloraError: lm-eval is not installed.
     """
+    require_harness()
+    from lm_eval.api.model import LM
+
+    # The harness wants an instance of its own class; everything that matters is in Requests.
+    kind = type("NaloraLM", (Requests, LM), {"__init__": _init})
+    return kind(Generator(model, variables, tokenizer, max_length=max_length, mesh=mesh), batch_size)
+
+
+def require_harness() -> None:
+    """Raises a NaloraError that says what to install where lm-eval is missing."""
     try:
-        from lm_eval.api.model import LM
+        import lm_eval.api.model  # noqa: F401
     except ImportError as error:
         raise NaloraError(
             "lm-eval", expected="the package", found="not installed", remedy="pip install 'nalora_jax[eval]'"
         ) from error
-    # The harness wants an instance of its own class; everything that matters is in Requests.
-    kind = type("NaloraLM", (Requests, LM), {"__init__": _init})
-    return kind(Generator(model, variables, tokenizer, max_length=max_length, mesh=mesh), batch_size)
 
 
 def _init(self: Any, generator: Generator, batch_size: int) -> None:

@@ -62,6 +62,40 @@ def bootstrap(
     return _percentiles(np.concatenate(means), confidence)
 
 
+def paired_bootstrap(
+    values: np.ndarray,
+    weights: np.ndarray,
+    other_values: np.ndarray,
+    other_weights: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``.
+
+    Args:
+      values, weights: ``[n]``, of the first model's units, as for `bootstrap`.
+      other_values, other_weights: ``[n]``, of the second's answers to the same units, which are resampled together.
+      confidence: of the interval.
+      resamples: bootstrap samples.
+      seed: of the resampling.
+    """
+    arrays = [np.asarray(one, np.float64) for one in (values, weights, other_values, other_weights)]
+    n = arrays[0].size
+    assert {one.shape for one in arrays} == {(n,)}
+    if n == 0:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // n)
+    differences = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(n, size=(min(rows, resamples - start), n))
+        first, first_weight, second, second_weight = (one[drawn].sum(axis=1) for one in arrays)
+        differences.append(second / second_weight - first / first_weight)
+    return _percentiles(np.concatenate(differences), confidence)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two sets of answers to the same questions."""

@@ -137,6 +137,28 @@ def load(
     return AdaptedModel(base, module, lora, located)
 
 
+def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -> AdaptedModel | None:
+    """The base of ``model`` with another adapter, its weights shared; None where ``adapter`` is no adapter's folder.
+
+    Args:
+      model: a loaded model; its own adapter is left out.
+      adapter: folder of a run or of a PEFT adapter.
+      mesh: as ``model`` was loaded on.
+
+    Raises:
+      NaloraError: the adapter cannot be read, or is one of another base.
+    """
+    folder = _adapter_folder(Path(adapter))
+    if folder is None:
+        return None
+    base = model.base
+    lora, spec = import_adapter(folder, base.config, fingerprint=base.fingerprint)
+    if mesh is not None:
+        lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
+    located = Located(model.located.base, folder, run_config(folder.parent))
+    return AdaptedModel(base, model.module.clone(adapters=spec), lora, located)
+
+
 def adapter_folder(path: Path) -> Path:
     """The PEFT folder that ``path``, a run's folder or an adapter's own, means.
 

@@ -86,7 +86,7 @@ class AdapterBank:
         if spec.dora:
             raise NaloraError(f"adapter {name}", expected="a linear adapter", found="DoRA", remedy="merge it instead")
         slot = self.names.index(name if name in self.names else None)
-        bank = self._with_slot(slot, _folded(lora, spec), f"adapter {name}")
+        bank = self._with_slot(slot, folded_scales(lora, spec), f"adapter {name}")
         return replace(bank, names=(*self.names[:slot], name, *self.names[slot + 1 :]))
 
     def unload(self, name: str) -> AdapterBank:
@@ -114,7 +114,7 @@ class AdapterBank:
             a, b = adapter.get(path, (None, None))
             for leaf, value, axis in ((f"{path}/a", a, -1), (f"{path}/b", b, -2)):
                 empty = stack[leaf][:, slot]
-                filled = empty * 0 if value is None else _padded(value, target.rank, axis, f"{where}: {path}")
+                filled = empty * 0 if value is None else padded(value, target.rank, axis, f"{where}: {path}")
                 if filled.shape != empty.shape:
                     raise NaloraError(f"{where}: {leaf}", expected=f"shape {empty.shape}", found=filled.shape)
                 stack[leaf] = stack[leaf].at[:, slot].set(filled)
@@ -139,7 +139,7 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
         raise NaloraError("combine_adapters", expected="one weight per adapter, at least one", found=found)
     if any(spec.dora for _, spec in adapters):
         raise NaloraError("combine_adapters", expected="linear adapters", found="DoRA", remedy="merge it instead")
-    folded = [_folded(lora, spec) for lora, spec in adapters]
+    folded = [folded_scales(lora, spec) for lora, spec in adapters]
     leaves: dict[str, Any] = {}
     targets = []
     for path in sorted({path for adapter in folded for path in adapter}):
@@ -151,7 +151,7 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
     return trees.unflatten(leaves), AdapterSpec(tuple(targets))
 
 
-def _folded(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
+def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
     """A and ``s B`` by path, ``[layers, ...]`` each."""
     flat = trees.flatten(lora)
     found = {}
@@ -162,7 +162,7 @@ def _folded(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, 
     return found
 
 
-def _padded(value: Any, rank: int, axis: int, where: str) -> Any:
+def padded(value: Any, rank: int, axis: int, where: str) -> Any:
     """``value`` with zeros up to ``rank`` along its rank axis."""
     if value.shape[axis] > rank:
         remedy = "make the bank with a larger rank"

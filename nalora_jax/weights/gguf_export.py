@@ -32,6 +32,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_file
+from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, keymap_for
 from nalora_jax.weights.merge import merged_tensors
 from nalora_jax.weights.peft_modules import Adapter, fuse
@@ -140,6 +141,41 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
         writer.add_file_type(LlamaFileType.ALL_F32)
         _write(writer, [_Item(name, array.shape) for name, array in tensors.items()], tensors.values())
     return Path(path)
+
+
+def verify_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> float:
+    """Reads an adapter file back and compares every update with the one that was meant.
+
+    Returns:
+      The largest difference of ``alpha / r * B A``, over the largest entry of the update that was meant.
+
+    Raises:
+      NaloraError: the file cannot be read, or holds another adapter.
+    """
+    file = GGUFFile(path)
+    alpha = file.get(Keys.Adapter.LORA_ALPHA, float)
+    meant = {tensor.name: (tensor, adapter) for tensor, adapter in _adapters(config, lora, spec)}
+    worst = 0.0
+    for name, (tensor, adapter) in meant.items():
+        a, b = (_whole(file, f"{name}.lora_{part}") for part in "ab")  # [..., r, d_in], [..., d_out, r]
+        found = alpha / a.shape[-2] * (b @ a)
+        update = adapter.scale * (np.asarray(tensor.transform.back(adapter.b), np.float64) @ adapter.a.swapaxes(-1, -2))
+        worst = max(worst, float(np.abs(found - update).max() / max(np.abs(update).max(), 1e-30)))
+    if worst > 1e-5 or len(file.shapes()) != 2 * len(meant):
+        raise NaloraError(
+            str(path),
+            expected="the adapter that was exported",
+            found="another one on reading it back",
+            remedy="do not use this file; please report this as a bug, with the adapter's configuration",
+        )
+    return worst
+
+
+def _whole(file: GGUFFile, name: str) -> np.ndarray:
+    shape = file.shapes().get(name)
+    if shape is None:
+        raise NaloraError(file.where, expected=f"a tensor {name}", found="none of that name")
+    return file.read(name, tuple(slice(0, size) for size in shape)).astype(np.float64)
 
 
 def _adapters(

@@ -213,7 +213,7 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["fly"], f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
         (["trian"], "did you mean train?"),
         (["report"], "nalora report: expected RUN, found nothing; see nalora report --help"),
-        (["generate", "m"], "nalora generate: expected --prompt, found nothing"),
+        (["generate", "m"], "nalora generate: expected --prompt or --messages, found neither"),
         (["train", "--log-format", "xml"], "--log-format: expected text or json, found xml"),
         (["generate", "m", "--prompt", "\udcff"], r"--prompt: expected text in UTF-8, found b'\xff'"),
         (["train", "--output", "a" * 300], "--output: expected a path whose parts have 1 to 255 bytes, found 'aaa"),
@@ -260,9 +260,11 @@ ZERO = {
     "--batch", "--price", "--epochs", "--data.max-length",
 }  # fmt: skip
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features"}
+ZERO |= {"--shots", "--preference.label-smoothing"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 ALLOWED["-1"].add("--train.eval-every")
-POSITIONAL = {"eval": ["m"], "generate": ["m", "--prompt", "x"], "export": ["r", "--output", "o"], "inspect": ["m"]}
+POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}
+POSITIONAL |= {"export": ["r", "--output", "o"]}
 POSITIONAL |= {
     "classify": ["i", "--model", "m", "--labels", "a,b"],
     "retrieve": ["x", "--model", "m", "--images", "i"],

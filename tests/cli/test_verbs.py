@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 
 from nalora_jax import trees
 from nalora_jax.__main__ import main
-from nalora_jax.cli.verbs import data_of
+from nalora_jax.cli.outputs import data_of
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.load import load
 from nalora_jax.models.config import ModelConfig, projection_shapes

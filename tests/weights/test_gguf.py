@@ -137,15 +137,20 @@ def test_metadata_equals_the_gguf_packages_reader(tmp_path: Path) -> None:
 
 
 def quantized(kind: GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
-    """Stored bytes of random numbers; K-quants, which the package cannot write, from random blocks."""
+    """Stored bytes of random numbers; what the package cannot write (K-quants, I-quants) from random blocks."""
     rng = np.random.default_rng(0)
-    if kind.name.endswith("_K"):
+    if kind.name.endswith("_K") or kind.name.startswith("IQ"):
         block, size = GGML_QUANT_SIZES[kind]
         raw = rng.integers(0, 256, (rows, columns // block, size), np.uint8)
-        place = size - 2 if kind.name == "Q6_K" else 0  # of the 16-bit scales
-        raw[..., place : place + 2] = rng.uniform(-1, 1, (rows, columns // block, 1)).astype(np.float16).view(np.uint8)
-        if kind.name != "Q6_K":
-            raw[..., 2:4] = raw[..., 0:2]
+        scale = rng.uniform(-1, 1, (rows, columns // block, 1)).astype(np.float16)
+        places = {"Q6_K": [size - 2], "Q3_K": [size - 2], "Q2_K": [size - 4, size - 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}
+        for place in places.get(kind.name, [0]) if kind.name != "IQ1_M" else ():
+            raw[..., place : place + 2] = scale.view(np.uint8)
+        if kind.name == "IQ1_M":  # its scale lies in the highest four bits of the last four 16-bit words
+            words = raw[..., -8:].copy().view(np.uint16)
+            bits = scale.view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)
+            words = (words & 0x0FFF) | ((bits & 0xF) << 12)
+            raw[..., -8:] = words.view(np.uint8)
         return raw.reshape(rows, -1)
     return gguf.quants.quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
 

@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
+from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import load_model
-from nalora_jax.weights.gguf_export import ARCHITECTURES, KINDS, write_adapter_gguf, write_merged_gguf
+from nalora_jax.weights.gguf_export import (
+    ARCHITECTURES,
+    KINDS,
+    verify_adapter_gguf,
+    write_adapter_gguf,
+    write_merged_gguf,
+)
 from nalora_jax.weights.keymaps import tensors_from_params
-from nalora_jax.weights.merge import merge, merged_tensors
+from nalora_jax.weights.merge import merge, merged_tensors, write_merged
+from nalora_jax.weights.peft import export_adapter
 
 TARGETS = {
     "ffn/gate_proj": ((4, 2), (8.0, 8.0)),
@@ -190,3 +198,51 @@ def test_refusals(base, tmp_path, random_lora):
     with pytest.raises(NaloraError, match=r"base\.gguf: expected a new file"):
         write_adapter_gguf(source, config, lora, spec)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.gguf", "text.gguf"]
+
+
+# ---------------------------------------------------------------- the verbs
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """The adapter of `base` in PEFT's format."""
+    config, _, lora, spec, source = base
+    fingerprint = load_model(str(source), dtype="float32").fingerprint
+    settings = {"base_model_name": str(source), "fingerprint": fingerprint}
+    return export_adapter(lora, spec, config, tmp_path / "peft", **settings)
+
+
+def test_export_for_llama_cpp_is_the_adapter_file_read_back(base, adapter, tmp_path, capsys):
+    config, _, lora, spec, _ = base
+    out = tmp_path / "out.gguf"
+    assert main(["export", str(adapter), "--for", "gguf", "--output", str(out)]) == 0
+    assert "adapter for llama.cpp, read back and compared" in capsys.readouterr().out
+    direct = write_adapter_gguf(tmp_path / "direct.gguf", config, lora, spec)
+    assert out.read_bytes() == direct.read_bytes()
+    other = {path: leaf * 1.001 for path, leaf in flatten(lora).items()}
+    with pytest.raises(NaloraError, match="expected the adapter that was exported"):
+        verify_adapter_gguf(out, config, unflatten(other), spec)
+
+
+def test_merge_writes_one_gguf_file(base, adapter, tmp_path, capsys):
+    config, params, lora, spec, source = base
+    out = tmp_path / "out.gguf"
+    assert main(["merge", str(adapter), "--gguf", "Q8_0", "--output", str(out)]) == 0
+    direct = write_merged_gguf(tmp_path / "direct.gguf", config, params, lora, spec, base=source, kind="Q8_0")
+    assert out.read_bytes() == direct.read_bytes()
+    assert main(["merge", str(adapter), "--gguf", "F16", "--output", str(out)]) == 2
+    assert "--output: expected a new file" in capsys.readouterr().err
+    assert main(["merge", str(adapter), "--gguf", "F16", "--output", str(tmp_path / "folder")]) == 2
+    assert "--output: expected a name that ends in .gguf" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_merged_of_a_gguf_base_only(base, tmp_path, capsys):
+    config, _, lora, spec, source = base
+    folder = tmp_path / "hf"
+    loaded = load_model(str(source), dtype="float32")
+    write_merged(
+        folder, config, loaded.params, None, AdapterSpec(), hf_config=loaded.hf_config, tokenizer=loaded.tokenizer
+    )
+    adapter = export_adapter(lora, spec, config, tmp_path / "peft", base_model_name=str(folder))
+    assert main(["merge", str(adapter), "--gguf", "F16", "--output", str(tmp_path / "out.gguf")]) == 2
+    assert "--gguf: expected a base that comes from a GGUF file" in capsys.readouterr().err

@@ -1,0 +1,229 @@
+"""``nalora chat``: a conversation at the terminal, or with lines that come from a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from nalora_jax.cli.outputs import mesh_of
+from nalora_jax.config import MeshConfig
+from nalora_jax.config.ranges import AXIS, COUNT, SEED, TOKENS, Range
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.generate.conversation import Conversation
+    from nalora_jax.generate.generator import Generator
+    from nalora_jax.load import AdaptedModel
+    from nalora_jax.weights.adapter_slot import AdapterSlot
+
+HELP = """\
+/adapter PATH    answer with another adapter (a run's or a PEFT folder); "none" is the base alone
+/system TEXT     another system prompt; without a text, none
+/reset           forget what was said; the system prompt stays
+/help            this
+/exit            end (so does the end of input)"""
+
+
+@dataclass(frozen=True)
+class ChatArgs:
+    """Talk to a model, or to a model with an adapter; /help lists what can be typed besides messages."""
+
+    # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
+    model: Positional[str]
+    # Adapter folder in PEFT's format, or the folder of a run.
+    adapter: Path | None = None
+    # System prompt.
+    system: str | None = None
+    # Tokens of an answer at most.
+    max_new_tokens: int = 512
+    # Sampling temperature; 0 takes the likeliest token each time.
+    temperature: float = 0.7
+    # Sample from the k likeliest tokens only (0: from all).
+    top_k: int = 0
+    # Sample from the likeliest tokens that together have this probability.
+    top_p: float = 0.95
+    # Seed of the sampling; the n-th answer has this one plus n.
+    seed: int = 0
+    # Adapters up to this rank take turns without compiling anything.
+    max_lora_rank: int = 16
+    # Dtype of the base weights. By default the run's, else bfloat16.
+    dtype: Literal["bfloat16", "float32"] | None = None
+    # Hold the adapted model's projections quantized. By default as the run did, else not.
+    quantize: Literal["none", "int8", "nf4"] | None = None
+    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
+
+
+RANGES = {
+    "max_new_tokens": TOKENS,
+    "temperature": Range("a number", "[0, 1000]"),
+    "top_k": COUNT,
+    "top_p": Range("a share", "(0, 1]"),
+    "seed": SEED,
+    "max_lora_rank": Range("a whole number", "[1, 65536]"),
+    "mesh.data": AXIS,
+    "mesh.fsdp": AXIS,
+    "mesh.tensor": AXIS,
+}
+
+
+def chat(args: ChatArgs) -> None:
+    """Read lines until they end; answers go to standard output as they are made, everything else to standard error."""
+    from nalora_jax.generate.conversation import Conversation
+    from nalora_jax.load import load
+
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    if model.base.tokenizer.chat_template is None:
+        raise NaloraError(
+            args.model,
+            expected="a model with a chat template",
+            found="none in its tokenizer",
+            remedy="use an instruction-tuned model, or nalora generate",
+        )
+    talk = _Talk(args, model, _Adapters(model, mesh, args.max_lora_rank), Conversation(args.system))
+    _say(f"{talk.adapters.name} · /help lists commands")
+    for line in _lines():
+        if line and not talk.take(line):
+            break
+
+
+class _Adapters:
+    """The model with one adapter after another."""
+
+    def __init__(self, model: AdaptedModel, mesh: Any, rank: int) -> None:
+        self._model, self._mesh, self._least = model, mesh, rank
+        self._slot: AdapterSlot | None = None
+        self.generator = self._with(model.lora, model.spec)
+        self.name = _shown(model.located.base, model.located.adapter)
+
+    def switch(self, path: str) -> None:
+        """Answer with the adapter in ``path`` from now on; "none": without one.
+
+        Raises:
+          NaloraError: it is no adapter of this base.
+        """
+        from nalora_jax.load import adapter_folder
+        from nalora_jax.nn.low_rank import AdapterSpec
+        from nalora_jax.weights.peft import import_adapter
+
+        base = self._model.base
+        if path == "none":
+            self.generator, self.name = self._with(None, AdapterSpec()), _shown(self._model.located.base, None)
+            return
+        folder = adapter_folder(Path(path))
+        lora, spec = import_adapter(folder, base.config, fingerprint=base.fingerprint)
+        self.generator, self.name = self._with(lora, spec), _shown(self._model.located.base, folder)
+
+    def _with(self, lora: Any, spec: Any) -> Generator:
+        """The generator with an adapter: in the slot, with what is compiled, if it fits; DoRA has its own program."""
+        import jax
+
+        from nalora_jax import distributed
+        from nalora_jax.generate.generator import Generator
+        from nalora_jax.weights.adapter_slot import AdapterSlot
+
+        model, rank = self._model, AdapterSlot.rank_of(spec)
+        if spec.dora:
+            module = model.module.clone(adapters=spec)
+        else:
+            if self._slot is None or rank > AdapterSlot.rank_of(self._slot.spec):
+                self._slot = AdapterSlot.on(model.base.config, rank=max(rank, self._least))
+            module, lora = model.module.clone(adapters=self._slot.spec), self._slot.fill(lora, spec)
+        if self._mesh is not None:
+            lora = jax.device_put(lora, distributed.shardings(lora, self._mesh, distributed.STATE_RULES))
+        variables = {"params": model.base.params, "lora": lora}
+        return Generator(module, variables, model.base.tokenizer, mesh=self._mesh)
+
+
+@dataclass
+class _Talk:
+    """A conversation, and what the lines that are typed do to it."""
+
+    args: ChatArgs
+    model: AdaptedModel
+    adapters: _Adapters
+    conversation: Conversation
+    answers: int = 0
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; whether to go on. What is wrong with it is said, and the conversation goes on."""
+        try:
+            if not line.startswith("/"):
+                self._answer(line)
+                return True
+            name, _, rest = line.partition(" ")
+            return self._command(name, rest.strip())
+        except NaloraError as error:
+            _say(f"error: {' '.join(str(error).split())}")
+            return True
+
+    def _command(self, name: str, rest: str) -> bool:
+        if name in ("/exit", "/quit"):
+            return False
+        does: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: _say(HELP),
+            "/adapter": self._adapter,
+            "/system": self._system,
+            "/reset": self._reset,
+        }
+        if name not in does:
+            raise NaloraError(name, expected=", ".join([*does, "/exit"]), found="none of them", remedy="see /help")
+        does[name](rest)
+        return True
+
+    def _adapter(self, path: str) -> None:
+        if path:
+            self.adapters.switch(path)
+        _say(self.adapters.name)
+
+    def _system(self, text: str) -> None:
+        self.conversation.system = text or None
+        _say(f"system prompt: {text}" if text else "no system prompt")
+
+    def _reset(self, _: str) -> None:
+        self.conversation.reset()
+        _say("a new conversation")
+
+    def _answer(self, text: str) -> None:
+        args = self.args
+        settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+        seed = (args.seed + self.answers) % 2**32
+        pieces = self.conversation.ask(text, self.adapters.generator, seed=seed, **settings)
+        self.answers += 1
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:  # of this answer, not of the conversation
+            _say(" ...")
+        print(flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, with an editable line at a terminal; Ctrl-C ends it as the end of input does."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # arrows and history, where Python has it
+    while True:
+        try:
+            yield input("> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        except UnicodeDecodeError as error:
+            raise NaloraError("standard input", expected="text in UTF-8", found=error) from error
+
+
+def _shown(base: str, adapter: Path | None) -> str:
+    return f"{base} + {adapter}" if adapter else base
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

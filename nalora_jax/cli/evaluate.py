@@ -1,0 +1,258 @@
+"""``nalora eval``: a model on held-out data, on tasks by name, in the harness, and against another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from nalora_jax.cli import images
+from nalora_jax.cli.outputs import check_new_file, data_of, flags_of_verb, mesh_of
+from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
+from nalora_jax.config.ranges import AXIS, COUNT
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.evaluate.items import Answers
+    from nalora_jax.load import AdaptedModel
+    from nalora_jax.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Measure a model, or a model with an adapter: on held-out data, on tasks, or against another."""
+
+    # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
+    model: Positional[str]
+    # Adapter folder in PEFT's format, or the folder of a run.
+    adapter: Path | None = None
+    # As --data.dataset of nalora train. By default what the run was trained on, else socialiqa.
+    dataset: str | None = None
+    # Split. By default the run's; of another --dataset its "validation", or else all of "train".
+    split: str | None = None
+    # Examples at most (0: all). By default the run's, else 400.
+    limit: int | None = None
+    # Wrap prompts in the model's chat template. By default as the run did, else not.
+    chat: bool | None = None
+    # Several data sets, separated by commas, each as for --dataset and perhaps with a split: "boolq,mine.jsonl[:100]".
+    tasks: str = ""
+    # Tasks of EleutherAI's lm-evaluation-harness (the extra "eval"), separated by commas.
+    harness: str = ""
+    # Folder of more tasks for the harness (YAML files).
+    harness_tasks: Path | None = None
+    # Worked examples before each question of the harness. By default as the task says.
+    shots: int | None = None
+    # Compare with this one, item by item: "base" (without the adapter), another adapter or run, or another model.
+    against: str | None = None
+    # Write one record an item to this new JSONL file.
+    records: Path | None = None
+    # Write the numbers to this new JSON file as well.
+    output: Path | None = None
+    # Dtype of the base weights. By default the run's, else bfloat16.
+    dtype: Literal["bfloat16", "float32"] | None = None
+    # Hold the adapted model's projections quantized. By default as the run did, else not.
+    quantize: Literal["none", "int8", "nf4"] | None = None
+    # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
+
+
+RANGES = {"limit": COUNT, "shots": COUNT, "mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
+
+
+def evaluate(args: EvalArgs) -> None:
+    """Print metrics with their intervals, and write numbers and records to files if asked for.
+
+    Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
+    with PiSSA up to rounding, as it is exported to another base than it was trained on).
+    """
+    from nalora_jax.load import load, locate
+
+    for flag, path in (("--output", args.output), ("--records", args.records)):
+        check_new_file(flag, path)
+    if args.dataset is not None and args.tasks:
+        raise NaloraError("--tasks", expected="--dataset or --tasks", found="both")
+    if images.is_dual(args.model, args.adapter):
+        _write(args, images.evaluate(args), [])
+        return
+    located = locate(args.model, args.adapter)
+    sets = [] if args.harness and not (args.tasks or args.dataset) else _data_sets(args, located.run)
+    if args.harness:
+        from nalora_jax.evaluate.harness import require_harness
+
+        require_harness()
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    if not (args.tasks or args.harness or args.against or args.records):
+        _held_out(args, model, sets[0], mesh)
+        return
+    sides = [("", model, model.module, model.variables)]
+    if args.against is not None:
+        sides.append((args.against, *_other(args, model, mesh)))
+    results: dict[str, Any] = {"model": located.base, "adapter": located.adapter, "against": args.against}
+    records: list[dict[str, Any]] = []
+    if sets:
+        results["tasks"] = _tasks(sets, sides, mesh, records, own=not (args.tasks or _asked(args)))
+    if args.harness:
+        results["harness"] = _harness(args, sides, mesh, records)
+    _write(args, results, records)
+
+
+def _asked(args: EvalArgs) -> dict[str, Any]:
+    """What the user wants otherwise than the run had it."""
+    asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
+    """The data sets to measure on; each can be opened."""
+    from nalora_jax.data.sources import open_held_out, split_to_measure
+
+    data = data_of(run, _asked(args))
+    if config_from_dict(run).vision.task == "chat":  # of conversations about images, which are opened with the model
+        return [data]
+    with flags_of_verb("--dataset"):
+        if args.dataset is not None and args.split is None:
+            data = replace(data, eval_split=split_to_measure(data))
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if args.tasks and not names:
+        raise NaloraError("--tasks", expected="names, separated by commas", found=repr(args.tasks))
+    with flags_of_verb("--tasks" if args.tasks else "--dataset"):
+        sets = [_task(name, args, data) for name in names] or [data]
+        for one in sets:
+            open_held_out(one, one.eval_split).read([0])  # before a model is loaded for nothing
+    return sets
+
+
+def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
+    """``NAME`` or ``NAME[SPLIT]``, where ``[:100]`` is a part of what it is measured on by default."""
+    from nalora_jax.data.sources import split_to_measure
+
+    name, bracket, split = text.partition("[")
+    limit = like.eval_limit if args.limit is None else args.limit
+    data = replace(like, dataset=name, eval_limit=limit)
+    chosen = split.removesuffix("]") if bracket else args.split or split_to_measure(data)
+    if bracket and not chosen[:1].isalpha():
+        chosen = f"{split_to_measure(data)}[{chosen}]"
+    return replace(data, eval_split=chosen, train_split=chosen)
+
+
+def _other(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
+    """The model to compare with: on the same base weights where it is an adapter or "base", else one of its own."""
+    from nalora_jax.load import load, put_on
+    from nalora_jax.nn.low_rank import AdapterSpec
+
+    against = str(args.against)
+    if against == "base":
+        return model, model.module.clone(adapters=AdapterSpec()), {"params": model.base.params}
+    adapted = put_on(model, against, mesh)
+    if adapted is None:
+        adapted = load(against, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    return adapted, adapted.module, adapted.variables
+
+
+Side = tuple[str, "AdaptedModel", "Decoder", dict[str, Any]]
+
+
+def _tasks(
+    sets: Sequence[DataConfig], sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]], *, own: bool
+) -> dict[str, Any]:
+    """Metrics by data set, with the comparison where there are two sides; printed as they come."""
+    from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.items import answer_items, compare_answers, describe_comparison
+
+    found: dict[str, Any] = {}
+    for data in sets:
+        name = f"{data.dataset}[{data.eval_split}]"
+        answers: list[Answers] = []
+        for label, model, module, variables in sides:
+            tokenizer = model.base.tokenizer
+            # Of a run's own data the very questions that it reported on.
+            items = held_out(data, tokenizer)[0] if own else eval_examples(data, tokenizer, split=data.eval_split)
+            answers.append(answer_items(module, variables, items, mesh=mesh))
+            print(f"{name}{f', {label}' if label else ''}: {describe(answers[-1].summary)}", flush=True)
+            records += [{"task": name, "model": label, **record} for record in answers[-1].records]
+        found[name] = dict(answers[0].summary)
+        if len(answers) == 2:
+            found[name] |= {"against": answers[1].summary, "comparison": compare_answers(answers[1], answers[0])}
+            print(f"{name}, difference: {describe_comparison(found[name]['comparison'])}", flush=True)
+    return found
+
+
+def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The harness's results, likewise."""
+    from nalora_jax.evaluate.harness import harness_model
+    from nalora_jax.evaluate.harness_tasks import compare_samples, run_harness
+
+    tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
+    options: dict[str, Any] = {"folder": args.harness_tasks, "limit": args.limit or 0, "shots": args.shots}
+    made = []
+    for label, model, module, variables in sides:
+        wrapped = harness_model(module, variables, model.base.tokenizer, mesh=mesh)
+        made.append(run_harness(wrapped, tasks, chat=bool(args.chat), **options))
+        for task, metrics in made[-1]["results"].items():
+            shown = ", ".join(f"{name.partition(',')[0]} {value:.4f}" for name, value in _numbers(metrics))
+            print(f"{task}{f', {label}' if label else ''}: {shown}", flush=True)
+        for task, rows in made[-1]["samples"].items():
+            records += [{"task": task, "model": label, **row} for row in rows]
+    found = {name: made[0][name] for name in ("results", "versions")}
+    if len(made) == 2:
+        found["against"] = made[1]["results"]
+        found["comparison"] = {
+            task: compare_samples(made[1]["samples"][task], rows) for task, rows in made[0]["samples"].items() if rows
+        }
+        for task, metrics in found["comparison"].items():
+            for metric, one in metrics.items():
+                p = f", McNemar p = {one['p_value']:.2g}" if "p_value" in one else ""
+                interval = f"95% interval {one['low']:+.4f} to {one['high']:+.4f}"
+                print(f"{task}, difference: {metric} {one['difference']:+.4f} ({interval}{p})", flush=True)
+    return found
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Metrics that the harness means for people: no standard errors, no sample counts."""
+    for name, value in metrics.items():
+        if "," in name and "stderr" not in name and isinstance(value, int | float):
+            yield name, value
+
+
+def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) -> None:
+    """The held-out metric as a run measures it."""
+    from nalora_jax.data.questions import eval_examples, held_out
+    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.seeing import evaluator_of
+    from nalora_jax.train.seeing import seen_sources
+
+    tokenizer, source = model.base.tokenizer, None
+    if model.base.processor is not None:
+        vision = config_from_dict(model.located.run).vision
+        splits = (data.eval_split,) if _asked(args) else (data.train_split, data.eval_split)
+        with flags_of_verb("--dataset"):
+            source = seen_sources(data, vision, tokenizer.images, splits=splits)
+    if _asked(args):
+        items = eval_examples(data, tokenizer, split=data.eval_split, source=source)
+    else:  # the very questions that the run reported on
+        items, _ = held_out(data, tokenizer, source=source)
+    values = evaluator_of(model.base, model.module, items, mesh).measure(
+        model.base.params, model.lora, samples=args.output is not None
+    )
+    print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
+    origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
+    _write(args, origin | values, [])
+
+
+def _write(args: EvalArgs, results: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    from nalora_jax.files import write_atomically
+    from nalora_jax.train.metrics import to_json
+
+    for path, text in (
+        (args.output, json.dumps(to_json(results), indent=2) + "\n"),
+        (args.records, "".join(json.dumps(to_json(record)) + "\n" for record in records)),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)

@@ -1,0 +1,83 @@
+"""What verbs share: judging the paths that they will write, the data that they will read, and their mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nalora_jax.config import DataConfig, MeshConfig, config_from_dict
+from nalora_jax.config.ranges import check_path
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def mesh_of(config: MeshConfig) -> Mesh | None:
+    """The mesh of a verb, over no more devices than its axes need (-1: all); None for one device."""
+    from nalora_jax.distributed import smallest_mesh
+
+    mesh = smallest_mesh(config)
+    return mesh if mesh.size > 1 else None
+
+
+def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
+    """The data settings of the run that made the adapter (else the defaults), with what the user asked for instead."""
+    return replace(config_from_dict(run).data, **{name: value for name, value in changes.items() if value is not None})
+
+
+def refuse_existing(folder: Path) -> None:
+    """Refuses an --output folder with something in it, before a model is loaded for nothing.
+
+    Raises:
+      NaloraError: there is something of that name.
+    """
+    check_new_path("--output", folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        remedy = "choose another --output; nothing was changed"
+        raise NaloraError(str(folder), expected="a new or empty folder", found="something else", remedy=remedy)
+
+
+def check_new_path(flag: str, path: Path) -> None:
+    """Refuses a path that cannot be made: a name that is too long, or below a file.
+
+    Raises:
+      NaloraError: names the flag.
+    """
+    check_path(flag, path)
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NaloraError(flag, expected="a path in a folder", found=f"{path}, and {above} is a file")
+    if above is not None and not path.exists() and not os.access(above, os.W_OK):
+        raise NaloraError(flag, expected="a folder that can be written", found=f"{above}, which cannot")
+
+
+def check_new_file(flag: str, path: Path | None) -> None:
+    """Refuses a file that exists or cannot be made; None stands for one that nobody asked for.
+
+    Raises:
+      NaloraError: names the flag.
+    """
+    if path is None:
+        return
+    check_new_path(flag, path)
+    if path.exists():
+        remedy = "choose another name"
+        raise NaloraError(flag, expected="a new file", found=f"{path}, which exists", remedy=remedy)
+
+
+@contextlib.contextmanager
+def flags_of_verb(dataset: str) -> Iterator[None]:
+    """Names of a run's data settings in errors become those of the verb's own flags; ``dataset`` is one of them."""
+    names = {"--data.dataset": dataset, "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
+    try:
+        yield
+    except NaloraError as error:
+        if error.where not in names:
+            raise
+        own = names[error.where]
+        raise NaloraError(own, expected=error.expected, found=error.found, remedy=error.remedy) from error

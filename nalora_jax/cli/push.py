@@ -1,0 +1,33 @@
+"""``nalora push``: an adapter or a merged model, with its card, to the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+
+@dataclass(frozen=True)
+class PushArgs:
+    """Upload a run's adapter, an adapter or a merged model with its card to the hub, as one commit."""
+
+    # Folder of a run, of a PEFT adapter, or of a merged model.
+    folder: Positional[Path]
+    # Repository on the hub, owner/name; it is made if there is none.
+    repo: str
+    # Hub id that the adapter's files name as their base. By default the one that they name already.
+    base_model: str | None = None
+    # Make the repository private.
+    private: bool = False
+    # Message of the commit.
+    message: str = ""
+
+
+def push(args: PushArgs) -> None:
+    """Upload, and print where it lies."""
+    from nalora_jax.weights.publish import push_folder
+
+    inner = args.folder / "adapter"
+    folder = inner if inner.is_dir() and not (args.folder / "config.json").is_file() else args.folder
+    print(push_folder(folder, args.repo, base_model=args.base_model, private=args.private, message=args.message))

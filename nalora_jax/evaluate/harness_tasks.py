@@ -1,0 +1,117 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, run on a model of this library and compared item by item."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.harness import require_harness
+from nalora_jax.evaluate.statistics import compare, paired_bootstrap
+
+
+def run_harness(
+    model: Any,
+    tasks: Sequence[str],
+    *,
+    folder: Path | None = None,
+    limit: int = 0,
+    shots: int | None = None,
+    chat: bool = False,
+) -> dict[str, Any]:
+    """The harness's own evaluation of its tasks.
+
+    Args:
+      model: from `nalora_jax.evaluate.harness.harness_model`.
+      tasks: names of tasks or groups.
+      folder: of more task files (YAML).
+      limit: items of each task at most; 0: all.
+      shots: worked examples before each question; None: as the task says.
+      chat: wrap prompts in the model's chat template.
+
+    Returns:
+      ``results`` (metrics by task, the harness's names), ``versions`` of the tasks, and ``samples``: by task, one
+      JSON-able record an item, with its ``doc_id`` and its value of every metric.
+
+    Raises:
+      NaloraError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+    """
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise NaloraError(
+            "--harness",
+            expected="tasks of lm-evaluation-harness",
+            found=", ".join(unknown),
+            remedy="lm-eval ls tasks lists them; --harness-tasks names a folder of your own",
+        )
+    try:
+        found = simple_evaluate(
+            model,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit or None,
+            apply_chat_template=chat,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=manager,
+        )
+    except NaloraError:
+        raise
+    except (OSError, ValueError) as error:  # what `datasets` raises where it cannot load a task's data
+        raise NaloraError(
+            f"--harness {','.join(tasks)}",
+            expected="tasks that the harness can load and run",
+            found=error,
+            remedy="tasks come from the hub unless their YAML names local files; see docs/evaluate.md",
+        ) from error
+    assert found is not None, "the harness returns None on other processes only"
+    samples = {task: [_record(sample) for sample in rows] for task, rows in found["samples"].items()}
+    return {"results": _plain(found["results"]), "versions": _plain(found.get("versions", {})), "samples": samples}
+
+
+def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``model`` minus ``other`` on one task: McNemar's test of metrics that are 0 or 1, else a paired bootstrap.
+
+    Args:
+      other, model: ``samples`` of `run_harness` of the same task.
+
+    Raises:
+      NaloraError: they are of other items.
+    """
+    ids = [[(sample["doc_id"], sample.get("filter")) for sample in rows] for rows in (other, model)]
+    if ids[0] != ids[1]:
+        raise NaloraError("--against", expected="answers to the same items", found="other ones")
+    found: dict[str, Any] = {}
+    for metric in model[0]["metrics"]:
+        before, after = (np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model))
+        if not (np.isfinite(before).all() and np.isfinite(after).all()):
+            continue
+        if set(np.unique([before, after])) <= {0.0, 1.0}:
+            found[metric] = asdict(compare(before, after))
+        else:
+            ones = np.ones_like(before)
+            low, high = paired_bootstrap(before, ones, after, ones)
+            found[metric] = {"difference": float(after.mean() - before.mean()), "low": low, "high": high}
+    return found
+
+
+def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of one of the harness's samples."""
+    metrics = {name: sample[name] for name in sample["metrics"]}
+    kept = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
+    names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")
+    return {**{name: _plain(sample[name]) for name in names if name in sample}, "metrics": kept}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,71 @@
+"""One place for an adapter on a base: adapters of any rank up to its own take turns in it, and no program changes.
+
+A program is compiled for the shapes and scales of an adapter. In a slot every projection has an adapter of one rank,
+zero where the adapter at hand has none, with its scale folded into B:
+
+    slot = AdapterSlot.on(config, rank=16)
+    generator = Generator(Decoder(config, slot.spec, ...), {"params": params, "lora": slot.fill(None, None)}, tokenizer)
+    generator = generator.with_lora(slot.fill(lora, spec))  # another adapter, the same programs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.weights.adapter_bank import folded_scales, padded
+
+
+@dataclass(frozen=True)
+class AdapterSlot:
+    """Shapes that adapters of one base are put into.
+
+    Attributes:
+      config: the base.
+      spec: of the slot, for the decoder: every projection, every scale 1.
+    """
+
+    config: ModelConfig
+    spec: AdapterSpec
+
+    @staticmethod
+    def on(config: ModelConfig, *, rank: int) -> AdapterSlot:
+        """The slot of a base for adapters of at most ``rank``."""
+        targets = []
+        for path, shape in sorted(projection_shapes(config).items()):
+            ranks = min(rank, *shape[-2:])
+            targets.append((path, TargetSpec((ranks,) * config.n_layers, (float(ranks),) * config.n_layers)))
+        return AdapterSlot(config, AdapterSpec(tuple(targets)))
+
+    @staticmethod
+    def rank_of(spec: AdapterSpec) -> int:
+        """The rank of the slot that an adapter needs."""
+        return max((target.rank for _, target in spec.targets), default=0)
+
+    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
+        """The adapter in the slot's shapes; zeros, which leave the base as it is, where there is none.
+
+        Args:
+          lora: float32 tree of the adapter.
+          spec: its ranks and scales.
+
+        Raises:
+          NaloraError: a rank is larger than the slot's, or the adapter is DoRA, whose update is not linear.
+        """
+        if spec is not None and spec.dora:
+            raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+        given = {} if lora is None or spec is None else folded_scales(lora, spec)
+        leaves: dict[str, Any] = {}
+        for path, target in self.spec.targets:
+            *lead, d_in, d_out = (self.config.n_layers, *projection_shapes(self.config)[path])
+            a, b = given.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
+            leaves[f"{path}/a"] = padded(a, target.rank, -1, path)
+            leaves[f"{path}/b"] = padded(b, target.rank, -2, path)
+        return trees.unflatten(leaves)

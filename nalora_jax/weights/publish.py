@@ -1,0 +1,145 @@
+"""A folder of this library's, with its card, to the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants, errors
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.files import write_atomically
+from nalora_jax.weights.peft_config import CONFIG_NAME
+
+CARD = "README.md"
+# What a repository gets of a folder: an adapter's three files, or a merged model with its tokenizer.
+FILES = (CARD, "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+
+
+def push_folder(
+    folder: Path, repository: str, *, base_model: str | None = None, private: bool = False, message: str = ""
+) -> str:
+    """Uploads an adapter or a merged model as one commit; the repository is made if there is none.
+
+    Args:
+      folder: holds ``README.md``, and ``adapter_config.json`` or ``config.json`` with their weights; left as it is.
+      repository: hub id, ``owner/name``.
+      base_model: hub id that an adapter's uploaded files name as their base, in place of what they name here.
+      private: of a repository that is made.
+      message: of the commit.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      NaloraError: the folder is neither, has no card, or names a base that nobody else has; no token; or the hub
+        refuses or cannot be reached.
+    """
+    _check_repository(repository)
+    is_adapter = _check_folder(folder)
+    named = base_model or (_base_of(folder) if is_adapter else "")
+    if is_adapter and not _is_hub_id(named):
+        raise NaloraError(
+            f"{folder / CONFIG_NAME}: base_model_name_or_path",
+            expected="a base model on the hub, which others can load",
+            found=repr(named),
+            remedy="name it with --base-model owner/name: the very weights that the adapter was trained on",
+        )
+    if huggingface_hub.get_token() is None:
+        raise NaloraError(
+            "token",
+            expected="one that may write to the hub",
+            found="none",
+            remedy="log in with `hf auth login`, or set HF_TOKEN",
+        )
+    with _prepared(folder, base_model) as ready, _complaints(repository):
+        api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT, library_name="nalora_jax")
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=ready,
+            allow_patterns=list(FILES),
+            commit_message=message or f"{'Adapter' if is_adapter else 'Merged model'} by nalora_jax",
+        )
+    return str(commit.commit_url)
+
+
+def _check_repository(repository: str) -> None:
+    if not _is_hub_id(repository):
+        raise NaloraError("--repo", expected="a hub id like owner/name", found=repr(repository))
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return name.count("/") == 1 and not Path(name).exists()
+
+
+def _check_folder(folder: Path) -> bool:
+    """Whether it is an adapter; a merged model otherwise."""
+    is_adapter = (folder / CONFIG_NAME).is_file()
+    if not is_adapter and not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
+        expected = "the folder of a run, an adapter or a merged model"
+        raise NaloraError(str(folder), expected=expected, found="none of these")
+    if not (folder / CARD).is_file():
+        remedy = "nalora export or nalora import writes the adapter again, with one"
+        raise NaloraError(str(folder), expected=f"a card ({CARD})", found="none", remedy=remedy)
+    return is_adapter
+
+
+def _base_of(folder: Path) -> str:
+    path = folder / CONFIG_NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
+    return found if isinstance(found, str) else ""
+
+
+@contextmanager
+def _prepared(folder: Path, base_model: str | None) -> Iterator[Path]:
+    """The folder itself, or a copy whose config and card name another base."""
+    if base_model is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "model"
+        shutil.copytree(folder, copy)
+        if (copy / CONFIG_NAME).is_file():
+            settings = json.loads((copy / CONFIG_NAME).read_text(encoding="utf-8"))
+            settings["base_model_name_or_path"] = base_model
+            write_atomically(copy / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        card = huggingface_hub.RepoCard.load(copy / CARD, ignore_metadata_errors=True)
+        card.data.base_model = base_model
+        write_atomically(copy / CARD, str(card))
+        yield copy
+
+
+@contextmanager
+def _complaints(repository: str) -> Iterator[None]:
+    """What the hub answers, as this library's errors."""
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        known = {
+            401: ("a token that the hub knows", "log in again with `hf auth login`, or set HF_TOKEN"),
+            403: ("a token that may write there", "make one with write access to this owner's repositories"),
+            404: ("an owner that exists", "check the spelling of owner/name"),
+        }
+        expected, remedy = known.get(status or 0, ("the hub to take the files", "try again later"))
+        found = (str(error.server_message or error).strip().splitlines() or [type(error).__name__])[0]
+        raise NaloraError(repository, expected=expected, found=f"{status}: {found}", remedy=remedy) from error
+    except (OSError, errors.HFValidationError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
+        raise NaloraError(
+            repository, expected="the hub to take the files", found=reason, remedy="check the network"
+        ) from error

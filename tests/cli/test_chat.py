@@ -1,0 +1,212 @@
+"""`nalora chat` and `nalora generate --messages` on a tiny model, with scripted input."""
+
+from __future__ import annotations
+
+import json
+import string
+import sys
+from io import StringIO
+
+import jax
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from nalora_jax.__main__ import main
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.generate import Generator, programs
+from nalora_jax.load import load
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import init_lora, init_params
+from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.merge import write_merged
+from nalora_jax.weights.peft import export_adapter
+
+WORDS = ["<end>", "<unk>", "system", "user", "assistant", *string.ascii_lowercase]
+HF = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "hidden_act": "silu",
+    "max_position_embeddings": 96,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+SETTINGS = ["--max-new-tokens", "4", "--temperature", "0", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama with a chat template, as a Hugging Face folder."""
+    backend = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    folder = tmp_path_factory.mktemp("models") / "base"
+    config = ModelConfig.from_hf(HF)
+    params = jax.tree.map(lambda leaf: 3 * leaf, init_params(config, jax.random.key(0)))
+    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=TEMPLATE)
+    return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def adapters(base):
+    """Two adapters of different ranks, scales and places."""
+    model, folders = load(base, dtype="float32"), []
+    for number, rules in enumerate([(LoRARule("ffn/", 2),), (LoRARule("layers/1/ffn", 0), LoRARule("", 5, 3.0))]):
+        spec = resolve(LoRAConfig(rules=rules), projection_shapes(model.base.config), 2)
+        fresh = init_lora(model.base.config, spec, jax.random.key(number))
+        lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.25, fresh))
+        folders.append(base.parent / f"adapter{number}")
+        settings = {"base_model_name": str(base), "fingerprint": model.base.fingerprint}
+        export_adapter(lora, spec, model.base.config, folders[-1], **settings)
+    return folders
+
+
+def talk(monkeypatch, capsys, model, lines, *flags):
+    """Answers, and what was said beside them."""
+    monkeypatch.setattr(sys, "stdin", StringIO("".join(f"{line}\n" for line in lines)))
+    assert main(["chat", str(model), *SETTINGS, *flags]) == 0
+    out, err = capsys.readouterr()
+    return out.splitlines(), err
+
+
+def answer(model, messages, adapter=None):
+    """What the model itself says to a conversation, its adapter in its own shapes."""
+    loaded = load(model, adapter=adapter, dtype="float32")
+    tokens = loaded.base.tokenizer.encode("".join(f"{role} {text} " for role, text in messages) + "assistant ")
+    generator = Generator(loaded.module, loaded.variables, loaded.base.tokenizer)
+    return generator.generate([tokens], max_new_tokens=4)[0]
+
+
+def test_a_conversation_remembers_its_turns_and_its_system_prompt(base, monkeypatch, capsys):
+    lines = ["a b c", "", "d e", "/reset", "d e", "/system", "d e"]
+    said, _ = talk(monkeypatch, capsys, base, lines, "--system", "x y")
+    first = answer(base, [("system", "x y"), ("user", "a b c")])
+    asked = [("system", "x y"), ("user", "a b c"), ("assistant", first), ("user", "d e")]
+    alone = [[("system", "x y"), ("user", "d e")], [("system", "x y"), ("user", "d e"), ("assistant", "")]]
+    third = answer(base, alone[0])
+    fourth = answer(base, [("user", "d e"), ("assistant", third), ("user", "d e")])
+    assert said == [first, answer(base, asked), third, fourth]
+    assert len(set(said)) == 4
+
+
+def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(base, adapters, monkeypatch, capsys):
+    one, two = adapters
+    counts = []
+    monkeypatch.setattr(Generator, "stream", _counting(Generator.stream, counts))
+    lines = ["a b c"]
+    for path in (two, "none", one):
+        lines += ["/reset", f"/adapter {path}", "a b c"]
+    said, err = talk(monkeypatch, capsys, base, lines, "--adapter", str(one))
+    asked = [("user", "a b c")]
+    assert said == [answer(base, asked, adapter) for adapter in (one, two, None, one)]
+    assert len(set(said)) == 3
+    assert f"{base} + {two}" in err
+    assert 0 < counts[1] == counts[-1]  # programs before each answer: those of the first serve all
+
+
+def _counting(stream, counts):
+    def wrapped(self, *given, **settings):
+        counts.append(programs.prefill._cache_size() + programs.decode._cache_size())
+        return stream(self, *given, **settings)
+
+    return wrapped
+
+
+def test_the_adapter_is_switched_with_the_turns_kept(base, adapters, monkeypatch, capsys):
+    said, _ = talk(monkeypatch, capsys, base, ["a b", f"/adapter {adapters[1]}", "c"])
+    asked = [("user", "a b"), ("assistant", said[0]), ("user", "c")]
+    assert said[1] == answer(base, asked, adapters[1])
+
+
+def test_an_adapter_above_the_rank_that_was_asked_for_is_taken_too(base, adapters, monkeypatch, capsys):
+    said, _ = talk(monkeypatch, capsys, base, [f"/adapter {adapters[1]}", "a b c"], "--max-lora-rank", "2")
+    assert said == [answer(base, [("user", "a b c")], adapters[1])]
+
+
+def test_what_is_wrong_is_said_and_the_conversation_goes_on(base, adapters, tmp_path, monkeypatch, capsys):
+    lines = ["/adapter nowhere", "/adaptr x", "/help", "a " * 200, "a b c", "/exit", "never said"]
+    said, err = talk(monkeypatch, capsys, base, lines)
+    assert said == [answer(base, [("user", "a b c")])]
+    assert "error: nowhere: expected a folder with adapter_config.json" in err
+    assert "error: /adaptr: expected /help, /adapter" in err
+    assert "error: prompt: expected fewer than 96 tokens (the context), found" in err
+    assert "/system TEXT" in err
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(base, monkeypatch, capsys):
+    stream = Generator.stream
+
+    def interrupted(self, *given, **settings):
+        pieces = stream(self, *given, **settings)
+
+        def some():
+            yield next(pieces)
+            raise KeyboardInterrupt
+
+        return some()
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    said, err = talk(monkeypatch, capsys, base, ["a b c", "d"])
+    assert len(said) == 2
+    assert err.count("...") == 2
+
+
+def test_a_model_without_a_chat_template_is_refused(base, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in base.iterdir():
+        if file.name != "chat_template.jinja":
+            text = file.read_bytes()
+            if file.name == "tokenizer_config.json":
+                settings = json.loads(text)
+                settings.pop("chat_template", None)
+                text = json.dumps(settings).encode()
+            (bare / file.name).write_bytes(text)
+    assert main(["chat", str(bare)]) == 2
+    assert "expected a model with a chat template, found none in its tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_generate_takes_messages(base, tmp_path, capsys, wrapped):
+    messages = [{"role": "system", "content": "x y"}, {"role": "user", "content": "a b c"}]
+    file = tmp_path / "messages.json"
+    file.write_text(json.dumps({"messages": messages} if wrapped else messages))
+    assert main(["generate", str(base), "--messages", str(file), *SETTINGS]) == 0
+    assert capsys.readouterr().out == answer(base, [("system", "x y"), ("user", "a b c")]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "expected a JSON file"),
+        ("[]", "expected a list of messages"),
+        ('{"messages": 3}', 'expected a list of messages, or an object with "messages", found a int'),
+        ('[{"role": "user"}]', "messages[0]: expected a field 'content'"),
+        ('["a"]', 'messages[0]: expected {"role": ..., "content": ...}, found a str'),
+        ('[{"role": "assistant", "content": "a"}]', "expected a user's message last"),
+    ],
+)
+def test_messages_that_are_none_are_refused_before_anything_is_loaded(tmp_path, capsys, content, said):
+    file = tmp_path / "messages.json"
+    file.write_text(content)
+    assert main(["generate", "no/model", "--messages", str(file)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_generate_wants_a_prompt_or_messages(capsys):
+    assert main(["generate", "no/model"]) == 2
+    assert "expected --prompt or --messages, found neither" in capsys.readouterr().err
+    assert main(["generate", "no/model", "--prompt", "a", "--messages", "b.json"]) == 2
+    assert "found both" in capsys.readouterr().err

@@ -1,0 +1,210 @@
+"""`nalora eval` on tasks by name, with records, against another model, and in the harness, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from nalora_jax.__main__ import main
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.data.questions import eval_examples
+from nalora_jax.evaluate.heldout import Evaluator
+from nalora_jax.evaluate.items import Answers, compare_answers
+from nalora_jax.load import load
+from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.weights.peft import export_adapter
+from tests import tiny
+
+F32 = ["--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base, two adapters, questions with choices, and completions."""
+    folder = tmp_path_factory.mktemp("eval")
+    tiny.make_model(folder / "model")
+    tiny.make_questions(folder / "choices.jsonl", 40)
+    rows = [{"prompt": f"{a} b", "completion": f" {c} x"} for a, c in zip("cdefgh", "ijklmn", strict=True)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = load(folder / "model", dtype="float32").base
+    for number, rules in enumerate([(LoRARule("ffn/", 2),), (LoRARule("q_proj", 4),)]):
+        spec = resolve(LoRAConfig(rules=rules), projection_shapes(base.config), 2)
+        lora = jax.tree.map(lambda leaf: leaf + 0.4, init_lora(base.config, spec, jax.random.key(number)))
+        settings = {"base_model_name": str(folder / "model"), "fingerprint": base.fingerprint}
+        export_adapter(jax.device_get(lora), spec, base.config, folder / f"adapter{number}", **settings)
+    return folder
+
+
+def evaluate(place, capsys, *flags):
+    """Lines that were printed, numbers and records that were written."""
+    output, records = place / "out.json", place / "records.jsonl"
+    for file in (output, records):
+        file.unlink(missing_ok=True)
+    flags = [str(flag) for flag in flags]
+    assert main(["eval", *flags, *F32, "--output", str(output), "--records", str(records)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, json.loads(output.read_text()), [json.loads(line) for line in records.read_text().splitlines()]
+
+
+def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(place, capsys):
+    tasks = f"{place}/choices.jsonl[:30],{place}/texts.jsonl"
+    lines, found, records = evaluate(place, capsys, place / "adapter0", "--tasks", tasks, "--limit", "20")
+    model = load(place / "adapter0", dtype="float32")
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{place}/choices.jsonl[train[:30]]",
+        f"{place}/texts.jsonl[train]",
+    ]
+    for (name, numbers), split, count in zip(found["tasks"].items(), ("train[:30]", "train"), (20, 6), strict=True):
+        config = replace(tiny.make_config(place).data, dataset=name.partition("[")[0], train_split=split, eval_limit=20)
+        items = eval_examples(config, model.base.tokenizer, split=split)
+        alone = Evaluator(model.module, model.base.tokenizer, items).measure(model.base.params, model.lora)
+        assert {key: pytest.approx(value, rel=1e-6) for key, value in numbers.items()} == {
+            key: value for key, value in alone.items() if key in numbers
+        }
+        mine = [record for record in records if record["task"] == name]
+        assert [record["item"] for record in mine] == list(range(count))
+        assert [record["prompt"] for record in mine] == [item.prompt for item in items]
+        total, tokens = (sum(record[key] for record in mine) for key in ("loss", "tokens"))
+        assert total / tokens == pytest.approx(numbers["loss"], rel=1e-6)
+    chosen = [record for record in records if "choices" in record]
+    assert (
+        np.mean([record["correct"] for record in chosen])
+        == found["tasks"][f"{place}/choices.jsonl[train[:30]]"]["accuracy"]
+    )
+    for record in chosen:
+        assert record["answer"] == int(np.argmax(record["log_probs"]))  # all choices have one character
+        assert record["loss"] == pytest.approx(-record["log_probs"][record["gold"]])
+
+
+@pytest.mark.parametrize("against", ["base", "adapter1", "model"])
+def test_two_models_are_compared_item_by_item(place, capsys, against):
+    other = against if against == "base" else str(place / against)
+    flags = [place / "adapter0", "--tasks", f"{place}/choices.jsonl", "--against", other, "--limit", "0"]
+    lines, found, records = evaluate(place, capsys, *flags)
+    (task,) = found["tasks"].values()
+    sides = [[r for r in records if r["model"] == label] for label in ("", other)]
+    right = np.array([[record["correct"] for record in side] for side in sides])
+    gained, lost = int(np.sum(right[0] & ~right[1])), int(np.sum(~right[0] & right[1]))
+    paired = task["comparison"]["accuracy"]
+    assert (paired["gained"], paired["lost"], paired["n"]) == (gained, lost, 40)
+    assert gained + lost > 0
+    assert paired["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+    assert task["comparison"]["loss"]["difference"] == pytest.approx(task["loss"] - task["against"]["loss"])
+    alone = evaluate(
+        place, capsys, place / "adapter1" if against == "adapter1" else place / "model", *flags[1:3], "--limit", "0"
+    )
+    (same,) = alone[1]["tasks"].values()
+    assert task["against"] == same
+    assert "McNemar p" in lines[2]
+
+
+def test_the_interval_of_a_difference_in_loss_is_scipys():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 9, 150)
+    losses = tokens * rng.exponential(2.0, 150)
+    others = losses + tokens * rng.normal(0.1, 0.5, 150)
+
+    def answers(sums):
+        records = [
+            {"prompt": str(i), "loss": s, "tokens": int(t)} for i, (s, t) in enumerate(zip(sums, tokens, strict=True))
+        ]
+        return Answers(records, {"loss": sums.sum() / tokens.sum()})
+
+    found = compare_answers(answers(losses), answers(others))["loss"]
+
+    def statistic(first, second, count, axis):
+        return (second.sum(axis) - first.sum(axis)) / count.sum(axis)
+
+    theirs = stats.bootstrap(
+        (losses, others, tokens), statistic, paired=True, n_resamples=10_000, method="percentile", rng=1
+    ).confidence_interval
+    assert found["difference"] == pytest.approx(others.sum() / tokens.sum() - losses.sum() / tokens.sum())
+    np.testing.assert_allclose((found["low"], found["high"]), theirs, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tasks", "socialiq"], "--tasks: expected a task of this library"),
+        (["--tasks", ","], "--tasks: expected names, separated by commas"),
+        (["--tasks", "a", "--dataset", "b"], "--tasks: expected --dataset or --tasks, found both"),
+        (["--records", "{place}/texts.jsonl"], "--records: expected a new file"),
+        (["--tasks", "{place}/choices.jsonl", "--against", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_requests_are_one_line(place, capsys, flags, said):
+    assert main(["eval", str(place / "model"), *(flag.format(place=place) for flag in flags)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_harness_is_said_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.model", None)
+    assert main(["eval", "no/model", "--harness", "hellaswag"]) == 2
+    assert "pip install 'nalora_jax[eval]'" in capsys.readouterr().err
+
+
+def harness_task(folder: Path, count: int) -> Path:
+    """A multiple-choice task of the harness on a local file of questions, as its YAML describes it."""
+    data = tiny.make_questions(folder / "items.jsonl", count)
+    text = f"""\
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: prompt
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "letters.yaml").write_text(text)
+    return folder / "tasks"
+
+
+@pytest.mark.lm_eval
+@pytest.mark.filterwarnings("default")  # the harness and `datasets` have some of their own
+def test_the_harness_says_of_200_items_what_it_says_of_its_own_model(place, tmp_path, capsys, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tasks = harness_task(tmp_path, 200)
+    merged = tmp_path / "merged"
+    assert main(["merge", str(place / "adapter0"), "--output", str(merged), "--dtype", "float32"]) == 0
+    flags = ["--harness", "letters", "--harness-tasks", tasks, "--against", "base"]
+    lines, found, records = evaluate(place, capsys, place / "adapter0", *flags)
+    theirs = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(merged), "dtype": "float32", "device": "cpu", "batch_size": 8},
+        tasks=["letters"],
+        task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0,
+    )
+    mine = sorted((r for r in records if r["model"] == ""), key=lambda r: r["doc_id"])
+    other = sorted(theirs["samples"]["letters"], key=lambda r: r["doc_id"])
+    assert len(mine) == len(other) == 200
+    for a, b in zip(mine, other, strict=True):
+        assert a["metrics"] == {"acc": b["acc"], "acc_norm": b["acc_norm"]}
+        ours, hf = ([float(r[0]) for r in one["filtered_resps"]] for one in (a, b))
+        np.testing.assert_allclose(ours, hf, rtol=1e-3, atol=1e-3)
+    assert found["harness"]["results"]["letters"]["acc,none"] == theirs["results"]["letters"]["acc,none"]
+    paired = found["harness"]["comparison"]["letters"]["acc"]
+    assert paired["n"] == 200
+    assert any("McNemar p" in line for line in lines)
+
+
+@pytest.mark.lm_eval
+def test_an_unknown_task_of_the_harness_is_refused(place, capsys):
+    assert main(["eval", str(place / "model"), "--harness", "no_such_task"]) == 2
+    assert "expected tasks of lm-evaluation-harness, found no_such_task" in capsys.readouterr().err

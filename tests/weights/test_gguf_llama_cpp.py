@@ -1,0 +1,160 @@
+"""What the verbs write for llama.cpp, and every number format that is read, beside llama.cpp itself (xllamacpp).
+
+The wheel is no part of the extra `test`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from nalora_jax.__main__ import main
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.load import load
+from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.trees import unflatten
+from nalora_jax.weights.keymaps import tensors_from_params
+from nalora_jax.weights.peft import export_adapter
+
+xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
+
+WIDTH = 256  # rows of whole blocks of every format
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa"]
+HF: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": len(WORDS),
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+IDS = [3, 4, 5, 6, 7, 8, 9, 10]
+QUANTIZED = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
+
+
+def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
+    """A tiny Llama as llama.cpp's converter would write it; its feed-forward blocks in a format of random blocks."""
+    config = ModelConfig.from_hf(HF)
+    rng = np.random.default_rng(0)
+    params = unflatten({p: rng.standard_normal(s, np.float32) / 12 for p, s in param_shapes(config).items()})
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(64)
+    writer.add_value_length(64)
+    writer.add_rope_dimension_count(64)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([2, 3, 3, *[1] * (len(WORDS) - 3)])
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    for name, tensor in tensors_from_params(config, params, "gguf"):
+        if kind is not None and "ffn" in name and tensor.ndim == 2:
+            writer.add_tensor(name, random_blocks(kind, len(tensor), rng), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def random_blocks(kind: GGMLQuantizationType, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of random codes with small scales, ``[rows, bytes of a row]``."""
+    block, size = GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (rows, WIDTH // block, size), np.uint8)
+    scale = np.float16(1e-3)
+    for place in {"Q3_K": [size - 2], "Q2_K": [size - 4, size - 2]}.get(kind.name, [0]):
+        raw[..., place : place + 2] = np.array([scale]).view(np.uint8)
+    if kind.name == "IQ1_M":  # the scale lies in the highest four bits of its last four 16-bit words
+        raw[..., :2] = rng.integers(0, 256, raw[..., :2].shape, np.uint8)
+        bits = np.array([scale]).view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16)
+        words = (raw[..., -8:].copy().view(np.uint16) & 0x0FFF) | ((bits & 0xF) << 12)
+        raw[..., -8:] = words.view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def llama_cpp(path: Path, lora: Path | None = None) -> np.ndarray:
+    """llama.cpp's log-probabilities of the next token after `IDS`, float64 ``[vocab]``."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 64
+    params.n_parallel = 1
+    params.warmup = False
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if lora is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+    server = xllamacpp.Server(params)
+    asked = {"prompt": IDS, "n_predict": 1, "n_probs": len(WORDS), "temperature": 1.0, "seed": 0, "cache_prompt": False}
+    answer = server.handle_completions(asked)
+    answer = json.loads(answer) if isinstance(answer, str) else answer
+    found = np.full(len(WORDS), np.nan)
+    for one in answer["completion_probabilities"][0]["top_logprobs"]:
+        found[one["id"]] = one["logprob"]
+    return found
+
+
+def ours(model: Any) -> np.ndarray:
+    hidden = model.module.apply(model.variables, jnp.asarray([IDS]))
+    logits = model.module.apply(model.variables, hidden[0, -1], method="unembed")
+    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+
+def adapted(folder: Path) -> tuple[Path, Path]:
+    """A base in a GGUF file, and a PEFT adapter of it with ranks and scales of every kind."""
+    base = write_base(folder / "base.gguf")
+    model = load(str(base), dtype="float32")
+    rules = (LoRARule("layers/0/ffn/gate", 0), LoRARule("ffn", 4, 3.0), LoRARule("", 2))
+    spec = resolve(LoRAConfig(rules=rules), projection_shapes(model.base.config), 2)
+    lora = init_lora(model.base.config, spec, jax.random.key(0))
+    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.02, lora))
+    settings = {"base_model_name": str(base), "fingerprint": model.base.fingerprint}
+    return base, export_adapter(lora, spec, model.base.config, folder / "adapter", **settings)
+
+
+def test_an_exported_adapter_and_a_merged_model_say_the_same_there(tmp_path):
+    base, adapter = adapted(tmp_path)
+    lora, merged = tmp_path / "lora.gguf", tmp_path / "merged.gguf"
+    assert main(["export", str(adapter), "--for", "gguf", "--output", str(lora)]) == 0
+    assert main(["merge", str(adapter), "--gguf", "F32", "--output", str(merged)]) == 0
+    expected = ours(load(str(base), adapter=adapter, dtype="float32"))
+    plain = ours(load(str(base), dtype="float32"))
+    assert np.abs(expected - plain).max() > 0.1
+    np.testing.assert_allclose(llama_cpp(base), plain, atol=2e-3)
+    np.testing.assert_allclose(llama_cpp(base, lora), expected, atol=2e-3)
+    np.testing.assert_allclose(llama_cpp(merged), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_base_is_read_as_llama_cpp_reads_it(tmp_path, name):
+    base = write_base(tmp_path / "base.gguf", GGMLQuantizationType[name])
+    # llama.cpp rounds activations to 8 bits for these formats.
+    np.testing.assert_allclose(llama_cpp(base), ours(load(str(base), dtype="float32")), atol=0.05)
