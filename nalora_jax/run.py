@@ -51,6 +51,7 @@ from nalora_jax.train.metrics import MetricsLog, recorded_settings
 from nalora_jax.train.output import CHECKPOINTS, Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
+from nalora_jax.train.preference_pieces import preference_pieces
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.seeing import seen_sources, with_images
 from nalora_jax.train.settle import settled
@@ -192,6 +193,8 @@ def _pieces(
     check_layout(config, files, mesh)
     check_data(config.data, source)
     loaded = _load(config, files, mesh)
+    if config.preference.loss != "none":
+        return preference_pieces(config, loaded, mesh, source)
     assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init == "gradient" and not output.resumes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nalora_jax.config.method import LoRAConfig, LoRARule, MaskConfig, OptimizerConfig, StepScaleConfig
+from nalora_jax.config.preference import PreferenceConfig, check_preference
 from nalora_jax.config.ranges import (
     ALPHA,
     AXIS,
@@ -197,6 +198,7 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, for JSON and the checkpoint's fingerprint."""
@@ -275,6 +277,8 @@ RANGES = {
     "compute.probe_stride": SIZE,
     "compute.loss_chunk": COUNT,
     "debug.tolerance": Range("a number", "(0, 1]"),
+    "preference.beta": Range("a number", "(0, 1000]"),
+    "preference.label_smoothing": Range("a share", "[0, 0.5)"),
     "vision.shots": COUNT,
     "vision.crop_area": Range("a share", "(0, 1]"),
     "vision.max_pixels": SIZE,
@@ -302,6 +306,7 @@ def check(config: RunConfig) -> RunConfig:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
+    check_preference(config.preference, init=config.lora.init, task=config.vision.task)
     return config
 
 

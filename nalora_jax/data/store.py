@@ -117,11 +117,11 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
                 remedy="free space, or set NALORA_CACHE to another folder",
             ) from error
     store = _load(folder)
-    _report_dropped(source.name, store.counts, config)
+    report_dropped(source.name, store.counts, config)
     return store
 
 
-def _report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
+def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
     """Says how many records were left out as too long; refuses where those are more than half.
 
     A model that learns from the short half of a data set has learned something else than its user meant.

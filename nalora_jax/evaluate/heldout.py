@@ -100,6 +100,9 @@ def describe(values: Mapping[str, Any]) -> str:
     if "recall" in values:
         ways = ", ".join(f"{name.replace('_', ' ')} {values[name]:.3f}" for name in values if "_recall_" in name)
         return f"held-out recall at 1 {values['recall']:.3f} ({interval}), {ways}"
+    if "rewards_margin" in values:
+        rewards = f"reward margin {values['rewards_margin']:+.3f}, preferred {values['rewards_accuracy']:.1%}"
+        return f"held-out preference loss {values['loss']:.4f} ({interval}), {rewards}"
     if "accuracy" in values:
         return f"held-out accuracy {values['accuracy']:.3f} ({interval}), loss {values['loss']:.3f}"
     return f"held-out loss {values['loss']:.3f} ({interval})"

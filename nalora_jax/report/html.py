@@ -53,6 +53,11 @@ TRAINING = (
         "Loss",
         "Mean negative log-likelihood per target token; held out: on the questions that choose the checkpoint.",
     ),
+    Picture(
+        plots.rewards,
+        "Rewards",
+        "Beta times the log-ratio to the base, of chosen and of rejected answers; the margin is their difference.",
+    ),
     Picture(plots.learning_rate, "Learning rate", "The schedule, as applied."),
     Picture(
         plots.speed, "Speed", "Real tokens per second between two log steps, without compiling, evaluating and saving."

@@ -57,6 +57,25 @@ def metric(history: History) -> str | None:
         return to_svg(figure, "metric", f"Held-out {name} over the steps")
 
 
+def rewards(history: History) -> str | None:
+    """Rewards of chosen and rejected answers in training, and the held-out margin; of preference tuning."""
+    steps, margin = history.column("rewards_margin")
+    eval_steps, held_out = history.eval_column("rewards_margin")
+    if not margin.size and not held_out.size:
+        return None
+    with style():
+        figure, axis = new_figure()
+        for name, colour in (("chosen", "c1"), ("rejected", "c3")):
+            at, values = history.column(f"rewards_{name}")
+            axis.plot(at, values, color=COLOURS[colour], linewidth=1.4, label=name)
+        axis.plot(steps, margin, color=COLOURS["muted"], linewidth=1.2, linestyle="--", label="margin")
+        if held_out.size:
+            axis.plot(eval_steps, held_out, "o-", color=COLOURS["c2"], markersize=4.5, label="held-out margin")
+        axis.set(xlabel="step", ylabel="reward")
+        axis.legend(loc="best")
+        return to_svg(figure, "rewards", "Rewards of chosen and rejected answers over the steps")
+
+
 def learning_rate(history: History) -> str | None:
     """Learning rate over the steps."""
     return _single_line(history, "learning_rate", "learning rate", "c1")

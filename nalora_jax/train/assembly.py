@@ -29,9 +29,9 @@ from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.ops.programs import best_remat
 from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
-from nalora_jax.train.objectives import SeenNextToken
+from nalora_jax.train.objectives import Objective, SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
-from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step
+from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step, next_token
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 
 log = logging.getLogger(__name__)
@@ -278,7 +278,7 @@ def compile_step(
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
     )
-    objective = None
+    objective: Objective | None = None
     if base.sight is not None:
         kept = tuple(measured_blocks(base, model.adapters))
         objective = SeenNextToken(
@@ -291,6 +291,10 @@ def compile_step(
             processor,
             kept,
         )
+    if config.preference.loss != "none":
+        from nalora_jax.train.preference import Preference
+
+        objective = Preference(next_token(model, settings), config.preference)
     return jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
 
 

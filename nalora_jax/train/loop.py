@@ -177,7 +177,8 @@ class _Meter:
 
     def record(self, learning_rate: float) -> dict[str, Any]:
         """The log line: means over the steps since the last one, layers of the last step."""
-        slim = [{k: m[k] for k in ("loss", "tokens", "target_tokens", "grad_norm")} for _, m in self._steps]
+        names = ("loss", "tokens", "target_tokens", "grad_norm")
+        slim = [{k: m[k] for k in names} | dict(m.get("measured", {})) for _, m in self._steps]
         fetched = jax.device_get((slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {})))
         seconds = time.perf_counter() - self._since
         rows: list[dict[str, float]] = [{k: float(v) for k, v in row.items()} for row in fetched[0]]
@@ -200,6 +201,8 @@ class _Meter:
             "tokens_per_second": sum(row["tokens"] for row in timed) / seconds if timed else None,
             "seconds": seconds,
         }
+        for name in sorted({*rows[0]} - {*names}):
+            record[name] = sum(row[name] * row["target_tokens"] for row in rows) / max(targets, 1.0)
         record |= summarise_layers(fetched[1])
         self._steps = []
         self.restart_clock()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -22,11 +23,19 @@ from nalora_jax.ops.numerics import Numerics
 Batch = Mapping[str, jax.Array]
 
 
+class Found(NamedTuple):
+    """What an objective finds of one micro-batch."""
+
+    loss: jax.Array  # summed
+    gate_stats: Any  # the collection that the blocks wrote
+    measured: Mapping[str, jax.Array] = MappingProxyType({})  # sums of other numbers for the log, by name
+
+
 class Objective(Protocol):
     """A loss over one micro-batch."""
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """The summed loss, and the collection ``gate_stats`` that the blocks wrote.
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
+        """The summed loss, the collection ``gate_stats`` that the blocks wrote, and what else the log shows.
 
         Args:
           variables: what the model's ``apply`` takes, with the collections of the step.
@@ -50,30 +59,16 @@ class NextToken:
     batch_shards: int = 1  # parts that the mesh splits the batch into
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
         """See `Objective`; arrays of the batch are ``[rows, seq]``."""
-        chex.assert_rank(batch["tokens"], 2)
         hidden, written = self.hidden(variables, batch, key)
-        kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
-        if self.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
-            kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
-        loss = cross_entropy(
-            hidden,
-            kernel,
-            batch["targets"],
-            batch["loss_weights"],
-            self.head,
-            self.numerics,
-            chunk=self.loss_chunk,
-            compact=self.batch_shards == 1,
-            shards=self.batch_shards,
-        )
-        return loss, written
+        return Found(self.cross_entropy(hidden, params, batch, batch["loss_weights"]), written)
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
     ) -> tuple[jax.Array, Any]:
-        """Hidden states ``[rows, seq, d_model]``, and the collection ``gate_stats``."""
+        """Hidden states ``[rows, seq, d_model]`` after the final norm, and what the gates wrote."""
+        chex.assert_rank(batch["tokens"], 2)
         hidden, written = self.model.apply(
             variables,
             batch["tokens"],
@@ -85,6 +80,27 @@ class NextToken:
             **options,
         )
         return hidden, written["gate_stats"]
+
+    def kernel(self, params: Any) -> Any:
+        """The head's kernel, as it is stored."""
+        kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
+        if self.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
+            kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
+        return kernel
+
+    def cross_entropy(self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array) -> jax.Array:
+        """The cross-entropy of the targets, weighted by ``[rows, seq]`` and summed."""
+        return cross_entropy(
+            hidden,
+            self.kernel(params),
+            batch["targets"],
+            weights,
+            self.head,
+            self.numerics,
+            chunk=self.loss_chunk,
+            compact=self.batch_shards == 1,
+            shards=self.batch_shards,
+        )
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Real tokens, and target tokens."""

@@ -129,6 +129,8 @@ def describe(values: Mapping[str, float | None]) -> list[str]:
         "loss": "loss {:.3f}",
         "learning_rate": "lr {:.1e}",
         "tokens_per_second": "{:,.0f} tok/s",
+        "rewards_margin": "reward margin {:+.3f}",
+        "rewards_accuracy": "preferred {:.0%}",
         "misalignment": "misalignment {:.3f}",
     }
     return [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]

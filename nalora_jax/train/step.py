@@ -91,9 +91,10 @@ def make_train_step(
       A function of params (frozen, or what `nalora_jax.ops.storage.prepare` makes of them), a `TrainState`, and a batch
       of ``tokens, targets, loss_weights, segment_ids, positions``, each ``[micro_batches, rows, seq]``. Metrics are
       ``loss`` (mean per target token), ``grad_norm``, ``tokens`` (real), ``target_tokens``, ``layers`` (see
-      `layer_metrics`), and ``idle``: by mechanism, whether it ought to act by now and has measured no token.
+      `layer_metrics`), ``measured`` (the objective's own numbers, means likewise), and ``idle``: by mechanism, whether
+      it ought to act by now and has measured no token.
     """
-    gradients = _micro_gradients(objective or _next_token(model, config), config)
+    gradients = _micro_gradients(objective or next_token(model, config), config)
     mechanisms = config.mechanisms
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
@@ -114,8 +115,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_factors=factors)
         gate = update_gate_state(state.gate, stats, mechanisms)
         lora = optax.apply_updates(state.lora, updates)
+        units = jnp.maximum(sums["target_tokens"], 1.0)
         metrics = {
-            "loss": sums["loss"] / jnp.maximum(sums["target_tokens"], 1.0),
+            "loss": sums["loss"] / units,
+            "measured": {name: value / units for name, value in sums["measured"].items()},
             "grad_norm": optax.tree.norm(grads),
             "tokens": sums["tokens"],
             "target_tokens": sums["target_tokens"],
@@ -134,7 +137,7 @@ def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch]
       A function whose result holds ``grads`` (of ``lora``, summed over target tokens), ``stats`` (sums by block) and
       ``target_tokens``; batches as of `make_train_step`.
     """
-    gradients = _micro_gradients(_next_token(model, config), config)
+    gradients = _micro_gradients(next_token(model, config), config)
 
     def sums(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
         return _accumulate(lambda b, k: gradients(params, lora, {}, None, b, k), batch, jax.random.key(0))
@@ -142,7 +145,8 @@ def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch]
     return sums
 
 
-def _next_token(model: Any, config: StepConfig) -> NextToken:
+def next_token(model: Any, config: StepConfig) -> NextToken:
+    """The cross-entropy of the model's next tokens, with a step's static choices."""
     return NextToken(model, config.head, config.numerics, config.loss_chunk, config.batch_shards, config.head_sharding)
 
 
@@ -153,23 +157,24 @@ def _micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., 
 
     def loss_sum(
         lora: Any, taps: Any, params: Any, masks: Any, batch: Batch, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+    ) -> tuple[jax.Array, tuple[dict[str, dict[str, jax.Array]], dict[str, jax.Array]]]:
         frozen = params if "params" in params else {"params": params}
         variables = {**frozen, "lora": lora} | ({"gate_mask": masks} if masks else {})
         variables |= {"gate_taps": taps} if taps else {}
-        loss, written = objective.loss(variables, frozen["params"], batch, key)
-        return loss, _by_block(written)
+        found = objective.loss(variables, frozen["params"], batch, key)
+        return found.loss, (_by_block(found.gate_stats), dict(found.measured))
 
     def sums(params: Any, lora: Any, channels: Any, masks: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1) if taps else 0, has_aux=True)
         zeros = {path: statistics.taps(taps, shape) for path, shape in channels.items()} if taps else {}
-        (loss, stats), grads = differentiate(lora, _nested(zeros), params, masks, batch, key)
+        (loss, (stats, measured)), grads = differentiate(lora, _nested(zeros), params, masks, batch, key)
         if taps:
             grads, seen = grads
             for path, found in _by_block(seen).items():
                 stats[path] = stats[path] | found
         tokens, targets = objective.counts(batch)
-        return {"loss": loss, "grads": grads, "stats": stats, "tokens": tokens, "target_tokens": targets}
+        counts = {"tokens": tokens, "target_tokens": targets}
+        return {"loss": loss, "grads": grads, "stats": stats, "measured": measured} | counts
 
     return sums
 

@@ -1,0 +1,303 @@
+"""Preference pairs: records with a prompt, a chosen and a rejected answer, to packed rows.
+
+A pair is packed as one unit, its chosen answer first, each after the prompt as a segment of its own:
+
+    tokens        p p c c p p r | p c p r r        two pairs in a row
+    segment_ids   1 1 1 1 2 2 2 | 3 3 4 4 4        odd: chosen, even: rejected
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nalora_jax.config import DataConfig
+from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
+from nalora_jax.data.packing import Pattern, Plan, assemble, pack, permutation, plan
+from nalora_jax.data.pipeline import Batch, BatchIterator
+from nalora_jax.data.sources import Source
+from nalora_jax.data.store import Counts, report_dropped
+from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.errors import NaloraError
+from nalora_jax.notes import counting
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+_CHUNK = 1024  # records that are rendered and tokenized together
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with both answers, tokenized; the answer of each is marked."""
+
+    chosen: Example
+    rejected: Example
+    prompt: str  # text, for display
+    texts: tuple[str, str]  # of the answers
+
+    @property
+    def positions(self) -> int:
+        """Positions in a row that both take: the last token of each is only a target."""
+        return len(self.chosen.ids) + len(self.rejected.ids) - 2
+
+
+def render_pair(
+    record: dict[str, Any], config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, where: str
+) -> tuple[Rendered, Rendered]:
+    """The texts of a record's two answers, each after the prompt; the answer alone counts.
+
+    Example:
+      {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+      {"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": [{"role": "assistant", "content": "4"}], ...}
+      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}   whole conversations
+
+    A question with ``choices`` and ``gold`` (a task of this library) is the pair of its right choice and the one after
+    it in the list.
+
+    Raises:
+      NaloraError: a field is missing or of the wrong type, or an answer is empty.
+    """
+    fields = preference.chosen_field, preference.rejected_field
+    if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
+        record = record | dict(zip(fields, _of_choices(record, where), strict=True))
+    first, second = (_answer(record, config, name, tokenizer, where) for name in fields)
+    return first, second
+
+
+def _of_choices(record: dict[str, Any], where: str) -> tuple[str, str]:
+    choices, gold = record["choices"], record.get("gold")
+    if not isinstance(gold, int) or len(choices) < 2 or not 0 <= gold < len(choices):
+        raise NaloraError(f"{where}: gold", expected=f"the index of one of {len(choices)} choices", found=repr(gold))
+    return f" {choices[gold]}", f" {choices[(gold + 1) % len(choices)]}"
+
+
+def _answer(record: dict[str, Any], config: DataConfig, name: str, tokenizer: Tokenizer, where: str) -> Rendered:
+    if name not in record:
+        flag = "--preference.chosen-field or --preference.rejected-field"
+        text_field(record, name, where, flag)
+    prompt, answer = record.get(config.prompt_field), record[name]
+    if isinstance(answer, list | dict) or isinstance(prompt, list | dict):
+        before = [] if prompt is None else _messages(record, config.prompt_field, where, "user")
+        return render_chat([*before, *_messages(record, name, where, "assistant")], "answer", tokenizer, where)
+    before_text = text_field(record, config.prompt_field, where, "--data.prompt-field")
+    if not text_field(record, name, where).strip():
+        raise NaloraError(f"{where}: {name}", expected="an answer", found="an empty text")
+    if config.chat:
+        return render_chat(as_messages(before_text, answer), "answer", tokenizer, where)
+    text = before_text + answer
+    return Rendered(text, ((len(before_text), len(text)),), special=True)
+
+
+def _messages(record: dict[str, Any], name: str, where: str, role: str) -> list[Message]:
+    """Messages of a field; a text there is one message of ``role``."""
+    if isinstance(record[name], str):
+        return [{"role": role, "content": text_field(record, name, where)}]
+    return messages_of(record, DataConfig(messages_field=name), where)
+
+
+def tokenize_pairs(
+    source: Source,
+    indices: Sequence[int],
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+) -> Iterator[Pair]:
+    """The pairs of the records at ``indices``, not yet cut.
+
+    Raises:
+      NaloraError: a record is no pair, or both of its answers are the same.
+    """
+    with counting("tokenizing", len(indices)) as done:
+        for start in range(0, len(indices), _CHUNK):
+            chunk = [int(index) for index in indices[start : start + _CHUNK]]
+            records = zip(chunk, source.read(chunk), strict=True)
+            texts = [
+                render_pair(record, config, preference, tokenizer, source.where(index)) for index, record in records
+            ]
+            examples = iter(tokenize([text for pair in texts for text in pair], tokenizer))
+            for index, pair in zip(chunk, texts, strict=True):
+                yield _pair(pair, next(examples), next(examples), source.where(index))
+            done(len(chunk))
+
+
+def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, where: str) -> Pair:
+    for name, example in (("chosen", chosen), ("rejected", rejected)):
+        if not example.has_target:
+            raise NaloraError(f"{where}: {name}", expected="a token after the first", found="none")
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise NaloraError(where, expected="two answers that differ", found="the same one twice", remedy="remove it")
+    ((start, _),) = texts[0].answers
+    answers = [text.text[slice(*text.answers[0])] for text in texts]
+    return Pair(chosen, rejected, texts[0].text[:start], (answers[0], answers[1]))
+
+
+@dataclass(frozen=True)
+class PairData:
+    """The training rows of a run on pairs, as `nalora_jax.data.pipeline.TrainData` has those of examples."""
+
+    tokens: np.ndarray  # int32, of all answers after their prompts: chosen, rejected, chosen, ...
+    answer: np.ndarray  # uint8, 1 where a token belongs to an answer
+    offsets: np.ndarray  # int64 [2 * pairs + 1], where each begins
+    counts: Counts
+    pattern: Pattern
+    seed: int
+    # Rows of a batch over all hosts, and the micro-batches that they are split into.
+    batch_size: int
+    accumulate: int
+    # Rows of every micro-batch that this process reads.
+    rows: tuple[int, ...]
+    # Threads that put batches together ahead of their use.
+    workers: int
+    _plan: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        lengths = self.lengths
+        cached = lru_cache(maxsize=2)(lambda epoch: plan(self.pattern, lengths, self.seed, epoch))
+        object.__setattr__(self, "_plan", cached)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Row positions of each pair."""
+        return pair_lengths(self.offsets)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that hold every pair once."""
+        return self.pattern.rows
+
+    @property
+    def pairs_per_row(self) -> int:
+        """Pairs in a row at most."""
+        return int(np.diff(self.pattern.starts).max())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the stream: the same on any number of hosts and at any batch size."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.answer, self.offsets):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        packed = int(self.pattern.rows < len(self.pattern.lengths))
+        return f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
+
+    def describe(self) -> dict[str, Any]:
+        """Figures for the log."""
+        return {
+            "pairs": self.counts.examples,
+            "dropped": self.counts.dropped,
+            "truncated": self.counts.truncated,
+            "tokens": self.counts.tokens,
+            "targets": self.counts.targets,
+            "rows_per_epoch": self.rows_per_epoch,
+            "steps_per_epoch": round(self.rows_per_epoch / self.batch_size, 2),
+            "filling": round(self.pattern.filling, 4),
+        }
+
+    def batch_at(self, row: int) -> Batch:
+        """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it.
+
+        Beside the arrays of text, ``pairs`` ``[accumulate, rows, pairs_per_row]``: 1 for each pair in a row.
+        """
+        micro = self.batch_size // self.accumulate
+        first = np.arange(self.accumulate)[:, None] * micro
+        pairs = [self._row(index) for index in (row + first + np.array(self.rows)).ravel().tolist()]
+        examples = [np.stack([2 * row, 2 * row + 1], axis=1).ravel() for row in pairs]
+        flat = assemble(examples, self.tokens, self.answer, self.offsets, self.pattern.capacity)
+        counts = np.array([len(row) for row in pairs])
+        flat["pairs"] = (np.arange(self.pairs_per_row)[None, :] < counts[:, None]).astype(np.float32)
+        return {name: value.reshape(self.accumulate, len(self.rows), -1) for name, value in flat.items()}
+
+    def batches(self) -> BatchIterator:
+        """Batches without end, from the start."""
+        return BatchIterator(self)
+
+    def _row(self, index: int) -> np.ndarray:
+        """Pairs in row ``index`` of the stream."""
+        epoch, row = divmod(index, self.rows_per_epoch)
+        epoch_plan: Plan = self._plan(epoch)
+        return epoch_plan.row(row)
+
+
+def pair_lengths(offsets: np.ndarray) -> np.ndarray:
+    """Row positions of each pair, int64 [pairs]."""
+    return (np.diff(offsets) - 1).reshape(-1, 2).sum(axis=1)
+
+
+def pair_data(
+    source: Source,
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> PairData:
+    """Tokenizes and packs the pairs of ``source``; a row of ``max_length`` positions holds both answers of a pair.
+
+    Longer pairs are dropped, refused or cut as ``config.too_long`` says: of a pair that is cut, each answer with its
+    prompt takes half a row.
+
+    Args:
+      source: the records.
+      config: how text becomes rows.
+      preference: names of the fields.
+      tokenizer: of the model.
+      batch_size: rows per step over all hosts.
+      accumulate: micro-batches per step.
+      seed: of the shuffle.
+      rows: which rows of a micro-batch this process reads; all by default.
+
+    Raises:
+      NaloraError: bad records, or pairs most of which do not fit.
+    """
+    indices = np.arange(len(source))
+    if 0 < config.train_limit < len(source):
+        indices = np.sort(permutation(len(source), seed)[: config.train_limit])
+    kept: list[Example] = []
+    dropped = truncated = longest = 0
+    pairs = tokenize_pairs(source, indices.tolist(), config, preference, tokenizer)
+    for index, pair in zip(indices.tolist(), pairs, strict=True):
+        longest = max(longest, pair.positions)
+        examples = [pair.chosen, pair.rejected]
+        if pair.positions > config.max_length:
+            if config.too_long == "error":
+                expected = f"at most --data.max-length {config.max_length} tokens in both answers with their prompts"
+                raise NaloraError(source.where(index), expected=expected, found=pair.positions)
+            if config.too_long == "drop":
+                dropped += 1
+                continue
+            truncated += 1
+            examples = [fit(example, config.max_length // 2, tokenizer.bos_id) for example in examples]
+        kept += examples
+    if not kept:
+        found = f"{dropped} pairs, all of them longer"
+        remedy = f"--data.max-length {longest} keeps all"
+        raise NaloraError(
+            source.name, expected=f"pairs of at most {config.max_length} tokens", found=found, remedy=remedy
+        )
+    tokens = np.concatenate([example.ids for example in kept]).astype(np.int32)
+    answer = np.concatenate([example.answer for example in kept]).astype(np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in kept])]).astype(np.int64)
+    targets = sum(int(example.answer[1:].sum()) for example in kept)
+    counts = Counts(len(kept) // 2, dropped, truncated, len(tokens), targets, longest + 1)
+    report_dropped(source.name, counts, config)
+    pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
+    own = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
+    return PairData(tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own, config.workers)
+
+
+def held_out_pairs(
+    source: Source, config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, count: int, seed: int
+) -> list[Pair]:
+    """``count`` pairs (0: all), drawn once by ``seed``, in the source's order."""
+    drawn = permutation(len(source), seed)
+    indices = np.sort(drawn[:count] if count else drawn).tolist()
+    return list(tokenize_pairs(source, indices, config, preference, tokenizer))

@@ -1,0 +1,105 @@
+"""The held-out loss and rewards of preference pairs, as a run's log and its report keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+
+from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.data.preference import Pair
+from nalora_jax.data.tokenize import Example
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.likelihood import score_groups
+from nalora_jax.evaluate.statistics import bootstrap
+from nalora_jax.generate import Generator
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
+
+_SAMPLE_TOKENS = 48
+
+
+class PreferenceEvaluator:
+    """Measures adapters on the same pairs again and again, against the base, which is scored once.
+
+    Args:
+      model: the decoder, with the adapters' spec.
+      tokenizer: of the base model.
+      pairs: what is measured on.
+      config: of the loss.
+      mesh: where the weights are sharded, if they are.
+      samples: prompts shown with the model's own answer.
+
+    Attributes:
+      metric: name of the headline metric.
+      mode: less of it is better.
+    """
+
+    metric: Literal["loss"] = "loss"
+    mode: Literal["min"] = "min"
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        pairs: Sequence[Pair],
+        config: PreferenceConfig,
+        *,
+        mesh: Mesh | None = None,
+        samples: int = 4,
+    ) -> None:
+        if not pairs:
+            raise NaloraError("evaluation data", expected="at least one pair", found="none")
+        self._model, self._tokenizer, self._pairs, self._config = model, tokenizer, pairs, config
+        self._mesh, self._samples = mesh, samples
+        self._reference: np.ndarray | None = None
+        self._tokens = np.array([[len(_split(one)[1]) for one in (p.chosen, p.rejected)] for p in pairs])
+
+    def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
+        """The metrics of ``params`` with adapter ``lora`` (None: the base alone, whose rewards are 0).
+
+        Returns:
+          ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, and means over pairs:
+          ``rewards_chosen``, ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs
+          whose chosen answer has the larger reward; with ``samples`` a few prompts with the model's own answer.
+        """
+        if self._reference is None:
+            self._reference = self._scores(self._model.clone(adapters=AdapterSpec()), {"params": params})
+        variables = {"params": params} | ({} if lora is None else {"lora": lora})
+        scores = self._reference if lora is None else self._scores(self._model, variables)
+        ratios = scores - self._reference
+        rewards = self._config.beta * (ratios / self._tokens if self._config.per_token else ratios)
+        margin = rewards[:, 0] - rewards[:, 1]
+        smoothing = self._config.label_smoothing
+        losses = (1 - smoothing) * np.logaddexp(0.0, -margin) + smoothing * np.logaddexp(0.0, margin)
+        low, high = bootstrap(losses)
+        values: dict[str, Any] = {"loss": float(losses.mean()), "low": low, "high": high, "n": len(losses)}
+        values |= {"rewards_chosen": float(rewards[:, 0].mean()), "rewards_rejected": float(rewards[:, 1].mean())}
+        values |= {"rewards_margin": float(margin.mean()), "rewards_accuracy": float((margin > 0).mean())}
+        return values | ({"samples": self._answers(variables)} if samples else {})
+
+    def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
+        """Log-probabilities ``[pairs, 2]`` of both answers, chosen first."""
+        groups = [[_split(pair.chosen), _split(pair.rejected)] for pair in self._pairs]
+        scored = score_groups(model, variables, groups, mesh=self._mesh)
+        return np.array([[score.log_prob for score in row] for row in scored])
+
+    def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+        shown = self._pairs[: self._samples]
+        generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh)
+        prompts = [_split(pair.chosen)[0] for pair in shown]
+        answers = generator.generate(prompts, max_new_tokens=_SAMPLE_TOKENS)
+        return [
+            {"prompt": pair.prompt, "answer": answer.strip(), "expected": pair.texts[0].strip()}
+            for pair, answer in zip(shown, answers, strict=True)
+        ]
+
+
+def _split(example: Example) -> tuple[list[int], list[int]]:
+    """Prompt and answer of a tokenized text; the answer is one piece at its end."""
+    start = int(np.argmax(example.answer))
+    ids = example.ids.tolist()
+    return (ids[:start], ids[start:]) if start else (ids[:1], ids[1:])  # nothing predicts the first token

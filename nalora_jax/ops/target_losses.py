@@ -1,0 +1,83 @@
+"""The loss of every target on its own, chunk by chunk as in `nalora_jax.ops.cross_entropy`, without a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Head, chunk_of_rows
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import Kernel
+
+_CHUNK_FLOATS = 1 << 25  # of one chunk of logits on a device: nothing is computed twice here, so small ones will do
+
+
+def target_losses(
+    hidden: jax.Array,
+    kernel: Kernel,
+    targets: jax.Array,
+    weights: jax.Array,
+    head: Head = PLAIN_HEAD,
+    numerics: Numerics = Numerics(),  # noqa: B008
+    *,
+    chunk: int = 0,
+    shards: int = 1,
+) -> jax.Array:
+    """``weights * -log p(target)`` of every position, float32 ``[batch, seq]``; no gradient.
+
+    Args:
+      hidden: ``[batch, seq, d_model]`` after the final norm.
+      kernel: of the head, as it is stored.
+      targets: int ``[batch, seq]``.
+      weights: ``[batch, seq]``, 0 where a position has no target.
+      head: static options.
+      numerics: dtype of the operands.
+      chunk: rows of logits at a time, on each device; 0 chooses by the vocabulary.
+      shards: parts that a mesh splits the batch into; on one device only positions with a target are computed.
+    """
+    hidden, kernel, weights = lax.stop_gradient((hidden, kernel, weights.astype(jnp.float32)))
+    rows = chunk or max(_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
+
+    def losses(h: Any, t: Any, w: Any) -> jax.Array:
+        return chunk_of_rows(h, kernel, t, w, False, head=head, numerics=numerics)[0]
+
+    if shards == 1:
+        return _of_targets(hidden, targets, weights, losses, rows)
+    return _along_sequence(hidden, targets, weights, losses, rows * shards)
+
+
+def _of_targets(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int) -> jax.Array:
+    n = weights.size
+    rows = min(rows, n)
+    flat, t, w = hidden.reshape(n, -1), targets.reshape(n), weights.reshape(n)
+    order = jnp.pad(jnp.argsort(w == 0, stable=True), (0, rows), constant_values=n)
+    count = -(-jnp.sum(w != 0, dtype=jnp.int32) // rows)
+
+    def body(i: jax.Array, found: jax.Array) -> jax.Array:
+        index = lax.dynamic_slice(order, (i * rows,), (rows,))
+        h, targets, weights = (jnp.take(x, index, axis=0, mode="clip") for x in (flat, t, w))
+        return found.at[index].set(losses(h, targets, weights), mode="drop")
+
+    return lax.fori_loop(0, count, body, jnp.zeros((n,), jnp.float32)).reshape(weights.shape)
+
+
+def _along_sequence(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int) -> jax.Array:
+    """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
+    batch, seq = weights.shape
+    count = -(-seq // max(1, rows // batch))
+    step = -(-seq // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        # [batch, seq, ...] -> [count, batch, step, ...]
+        padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
+
+    def body(_: None, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        h, t, w = (x.reshape(-1, *x.shape[2:]) for x in part)
+        return None, losses(h, t, w).reshape(batch, step)
+
+    _, found = lax.scan(body, None, (split(hidden), split(targets), split(weights)))
+    return jnp.moveaxis(found, 0, 1).reshape(batch, count * step)[:, :seq]

@@ -1,0 +1,113 @@
+"""Direct preference optimisation (arXiv 2305.18290) as an objective of the training step.
+
+    delta = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
+    loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
+
+p_ref is the base with the adapter off: the same frozen weights, read once more. The loss depends on tokens only through
+delta, so its gradient is that of a cross-entropy whose weights are the derivative of the loss by each token's
+log-probability, and logits exist chunk by chunk as in any other step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.train.objectives import Batch, Found, NextToken
+
+# Collections that make the policy of the base.
+_ADAPTED = ("lora", "gate_mask", "gate_taps")
+
+
+class Pairs(NamedTuple):
+    """What a loss says of pairs, each float32 and of the shape of the log-ratios."""
+
+    loss: jax.Array
+    chosen: jax.Array  # rewards: beta times the log-ratio
+    rejected: jax.Array
+
+
+def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pairs:
+    """The loss of pairs.
+
+    Args:
+      chosen, rejected: log-ratios of policy and reference; per token of the answer with ``config.per_token``.
+      config: beta and label smoothing.
+    """
+    margin = config.beta * (chosen - rejected)
+    smoothing = config.label_smoothing
+    loss = (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
+    return Pairs(loss, config.beta * chosen, config.beta * rejected)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """DPO over packed pairs (`nalora_jax.data.preference`): an `nalora_jax.train.objectives.Objective`."""
+
+    policy: NextToken
+    config: PreferenceConfig
+
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
+        """See `nalora_jax.train.objectives.Objective`; the batch has ``pairs`` ``[rows, pairs]`` besides text."""
+        hidden, written = self.policy.hidden(variables, batch, key)
+        base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
+        reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
+            base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        policy_losses, reference_losses = (self._losses(h, params, batch) for h in (hidden, reference))
+        # [rows, pairs, 2]: log-ratios of the answers to each pair, chosen first, and their numbers of tokens.
+        ratios = self._by_answer(reference_losses - policy_losses, batch)
+        tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
+        per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
+        real = batch["pairs"]
+
+        def total(ratios: jax.Array) -> tuple[jax.Array, Pairs]:
+            found = dpo(ratios[..., 0] * per[..., 0], ratios[..., 1] * per[..., 1], self.config)
+            return jnp.sum(real * found.loss), found
+
+        (value, found), slope = jax.value_and_grad(total, has_aux=True)(ratios)
+        surrogate = self.policy.cross_entropy(hidden, params, batch, self._by_token(-slope, batch))
+        measured = {
+            "rewards_chosen": jnp.sum(real * found.chosen),
+            "rewards_rejected": jnp.sum(real * found.rejected),
+            "rewards_margin": jnp.sum(real * (found.chosen - found.rejected)),
+            "rewards_accuracy": jnp.sum(real * (found.chosen > found.rejected)),
+        }
+        # The loss's value, with the surrogate's gradient.
+        return Found(lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured))
+
+    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Real tokens, and pairs."""
+        return self.policy.counts(batch)[0], jnp.sum(batch["pairs"])
+
+    def _losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
+        policy = self.policy
+        return target_losses(
+            hidden,
+            policy.kernel(params),
+            batch["targets"],
+            batch["loss_weights"],
+            policy.head,
+            policy.numerics,
+            chunk=policy.loss_chunk,
+            shards=policy.batch_shards,
+        )
+
+    def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Sums ``[rows, pairs, 2]`` of ``[rows, seq]`` over each segment; segment 0 is padding."""
+        count = 2 * batch["pairs"].shape[1]
+        sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(values, batch["segment_ids"])
+        return sums[:, 1:].reshape(sums.shape[0], -1, 2)
+
+    def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """Every token's value ``[rows, seq]`` of ``[rows, pairs, 2]``; 0 where it is no target."""
+        flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
+        return jnp.take_along_axis(flat, batch["segment_ids"], axis=1) * batch["loss_weights"]

@@ -1,0 +1,92 @@
+"""What a run on preference pairs puts together before its first step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.config import RunConfig
+from nalora_jax.data.packing import permutation
+from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
+from nalora_jax.data.sources import Source, check_disjoint, open_source
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.train.assembly import assemble
+from nalora_jax.train.export import export
+from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.state import TrainState
+from nalora_jax.weights import LoadedModel
+
+_SEED = 20260101  # of the held-out draw: one for every run
+
+
+def preference_pieces(
+    config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None
+) -> Pieces:
+    """Adapters, step, pairs and evaluators of a run with ``preference.loss``.
+
+    Raises:
+      NaloraError: bad records, pairs that do not fit, or too few held out.
+    """
+    train, data, preference = config.train, config.data, config.preference
+    records = open_source(data, data.train_split, source=source)
+    held = open_source(data, data.eval_split, source=source)
+    check_disjoint(records, held)
+    rows = pair_data(
+        records,
+        data,
+        preference,
+        loaded.tokenizer,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        seed=config.seed,
+        rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
+    )
+    context = loaded.config.max_positions
+    count = data.eval_limit + data.select_limit if data.eval_limit else 0
+    pairs = held_out_pairs(held, data, preference, loaded.tokenizer, count, _SEED)
+    fitting = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
+    reported, selecting = _split(fitting, data.eval_limit, data.select_limit)
+    longest = int(max(b - a for a, b in zip(rows.offsets[:-1], rows.offsets[1:], strict=True))) - 1
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"answers with their prompts of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {2 * context} or less",
+        )
+    assembly = assemble(config, loaded.config, loaded.params, mesh)
+    one = mesh if mesh.size > 1 else None
+    evaluator, selector = (
+        PreferenceEvaluator(assembly.eval_model, loaded.tokenizer, part, preference, mesh=one)
+        for part in (reported, selecting)
+    )
+
+    def write(folder: Path, state: TrainState) -> Path:
+        return export(config, folder, loaded, assembly, state, rows.batches())
+
+    questions = {"reported": _digest(reported), "selecting": _digest(selecting)}
+    return Pieces(loaded, assembly, rows, evaluator, selector, questions, write)
+
+
+def _split(pairs: Sequence[Pair], reported: int, selecting: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs that results are reported on, and others that choose the checkpoint."""
+    if len(pairs) < 2:
+        raise NaloraError("--data.eval-split", expected="at least two pairs", found=len(pairs))
+    order = permutation(len(pairs), _SEED + 1).tolist()
+    cut = max(1, min(selecting, len(pairs) // 3))
+    rest = order[cut:] if not reported else order[cut : cut + reported]
+    return [pairs[i] for i in sorted(rest)], [pairs[i] for i in sorted(order[:cut])]
+
+
+def _digest(pairs: Sequence[Pair]) -> str:
+    """SHA-256 of pairs: equal where the same is asked in the same order."""
+    found = hashlib.sha256()
+    for pair in pairs:
+        for example in (pair.chosen, pair.rejected):
+            found.update(example.ids.tobytes() + example.answer.tobytes() + b"|")
+    return found.hexdigest()

@@ -1,0 +1,363 @@
+"""Preference tuning: the objective against its plain formula, the data, and a whole run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_expit
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+    check,
+)
+from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.data.preference import pair_data
+from nalora_jax.data.sources import RecordsSource
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.preference import PreferenceEvaluator
+from nalora_jax.load import load
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.ops.cross_entropy import Head, cross_entropy
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.target_losses import target_losses
+from nalora_jax.run import run
+from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train.assembly import assemble
+from nalora_jax.train.preference import dpo
+from tests import tiny
+
+BASE = ModelConfig.from_hf(tiny.HF)
+DATA = DataConfig(max_length=24)
+RECORDS = [
+    {"prompt": "a b", "chosen": " c", "rejected": " d e f"},
+    {"prompt": "g", "chosen": " h i j k", "rejected": " l"},
+    {"prompt": "m n o p", "chosen": " q", "rejected": " r"},
+    {"prompt": "s", "chosen": " t u", "rejected": " v w"},
+    {"prompt": "x y", "chosen": " z z", "rejected": " z a b"},
+]
+CHAT = (
+    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+DPO = PreferenceConfig("dpo")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return replace(
+        Tokenizer.from_folder(tiny.make_model(tmp_path_factory.mktemp("model") / "base")), chat_template=CHAT
+    )
+
+
+def pairs(tokenizer, config=DATA, preference=DPO, records=RECORDS, **options):
+    options = {"batch_size": 2, "seed": 3} | options
+    return pair_data(RecordsSource("pairs", records), config, preference, tokenizer, **options)
+
+
+def settings(preference, **changes):
+    return RunConfig(
+        steps=8,
+        lora=LoRAConfig(rules=(LoRARule("ffn", 4), LoRARule("q_proj", 2))),
+        mask=MaskConfig(warmup=1),
+        step_scale=StepScaleConfig(warmup=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        compute=ComputeConfig(dtype="float32", stats_stride=1),
+        preference=preference,
+        mesh=MeshConfig(1, 1, 1),
+        **changes,
+    )
+
+
+def assembled(preference, mesh=None):
+    """A run's assembly on a fixed base, its adapters moved away from the start."""
+    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(BASE, jax.random.key(0)))
+    mesh = mesh or distributed.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    made = assemble(settings(preference), BASE, params, mesh)
+    moved = {
+        path: leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape)
+        for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())
+    }
+    return made, made.begin(trees.unflatten(moved), 0)
+
+
+def sides(data):
+    """Ids and number of answer tokens of every chosen and rejected text."""
+    rows = zip(data.offsets[:-1], data.offsets[1:], strict=True)
+    texts = [(data.tokens[a:b], int(data.answer[a + 1 : b].sum())) for a, b in rows]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def plain_loss(lora, model, params, data, preference, which):
+    """DPO of the pairs ``which``, one unpacked text at a time."""
+
+    def log_prob(variables, decoder, text):
+        ids, count = text
+        hidden = decoder.apply(variables, jnp.asarray(ids[None, :-1]))
+        table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed")[0])
+        picked = jnp.take_along_axis(table, jnp.asarray(ids[1:, None]), axis=1)[-count:, 0]
+        return jnp.sum(picked) / (count if preference.per_token else 1)
+
+    total = 0.0
+    for index in which:
+        ratios = [
+            log_prob({"params": params, "lora": lora}, model, text) - log_prob({"params": params}, Decoder(BASE), text)
+            for text in sides(data)[index]
+        ]
+        margin = preference.beta * (ratios[0] - ratios[1])
+        s = preference.label_smoothing
+        total += -(1 - s) * jax.nn.log_sigmoid(margin) - s * jax.nn.log_sigmoid(-margin)
+    return total / len(which)
+
+
+@pytest.mark.parametrize(
+    "preference",
+    [PreferenceConfig("dpo", beta=0.5), PreferenceConfig("dpo", beta=2.0, label_smoothing=0.1, per_token=True)],
+    ids=["dpo", "smoothed, per token"],
+)
+def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(tokenizer, preference):
+    data = pairs(tokenizer, preference=preference)
+    made, state = assembled(preference)
+    batch = data.batch_at(0)
+    which = np.concatenate([data._row(i) for i in range(2)])
+    assert batch["pairs"].sum() == len(which) > 2
+    value, grads = jax.value_and_grad(plain_loss)(state.lora, made.eval_model, made.params, data, preference, which)
+    expected_norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
+    _, metrics = made.step(made.view(made.params), state, batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
+    assert float(metrics["target_tokens"]) == len(which)
+    assert abs(float(value) - np.log(2)) > 0.01
+
+
+def test_a_fresh_adapter_has_rewards_of_zero_and_the_loss_of_a_coin(tokenizer):
+    made, _ = assembled(PreferenceConfig("dpo"))
+    _, metrics = made.step(made.view(made.params), made.state, pairs(tokenizer).batch_at(0))
+    np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-6)
+    assert all(
+        float(metrics["measured"][name]) == 0 for name in ("rewards_chosen", "rewards_margin", "rewards_accuracy")
+    )
+
+
+def test_micro_batches_and_a_mesh_change_nothing(tokenizer):
+    preference = PreferenceConfig("dpo", beta=0.5)
+    whole = pairs(tokenizer, batch_size=4, records=RECORDS * 3)
+    split = replace(whole, accumulate=2, rows=(0, 1))
+    results = []
+    meshed = distributed.make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
+    for data, mesh in ((whole, None), (split, None), (whole, meshed)):
+        made, state = assembled(preference, mesh)
+        batch = distributed.make_global_batch(data.batch_at(0), made.mesh, rows_axis=1)
+        state, metrics = made.step(made.view(made.params), state, batch)
+        results.append(
+            (jax.device_get(metrics["loss"]), jax.device_get(metrics["measured"]), jax.device_get(state.lora))
+        )
+    for loss, measured, lora in results[1:]:
+        np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
+        for name, value in measured.items():
+            np.testing.assert_allclose(value, results[0][1][name], rtol=1e-4, atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), lora, results[0][2])
+
+
+def test_every_target_s_loss_adds_up_to_the_cross_entropy():
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (4, 11, 16))
+    kernel = jax.random.normal(keys[1], (16, 40))
+    targets = jax.random.randint(keys[2], (4, 11), 0, 40)
+    weights = (jax.random.uniform(keys[3], (4, 11)) > 0.5).astype(jnp.float32)
+    head = Head(softcap=5.0)
+    table = 5.0 * np.tanh(np.asarray(hidden) @ np.asarray(kernel) / 5.0)
+    shifted = table - np.log(np.exp(table).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(shifted, np.asarray(targets)[..., None], -1)[..., 0] * np.asarray(weights)
+    for chunk, shards in ((0, 1), (7, 1), (8, 2)):
+        found = target_losses(hidden, kernel, targets, weights, head, Numerics(), chunk=chunk, shards=shards)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    total = cross_entropy(hidden, kernel, targets, weights, head, Numerics())
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
+
+
+def test_rewards_and_losses_are_the_textbook_s():
+    chosen, rejected = jnp.array([0.3, -2.0, 0.0]), jnp.array([-0.1, 1.0, 0.0])
+    found = dpo(chosen, rejected, PreferenceConfig("dpo", beta=0.2, label_smoothing=0.25))
+    margin = 0.2 * np.asarray(chosen - rejected, np.float64)
+    np.testing.assert_allclose(found.loss, -0.75 * log_expit(margin) - 0.25 * log_expit(-margin), rtol=1e-6)
+    np.testing.assert_allclose(found.chosen - found.rejected, margin, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_rows_hold_every_pair_once_and_as_two_segments(tokenizer):
+    data = pairs(tokenizer, batch_size=1)
+    seen = []
+    for row in range(data.rows_per_epoch):
+        batch = {name: value[0, 0] for name, value in data.batch_at(row).items()}
+        count = int(batch["pairs"].sum())
+        assert batch["segment_ids"].max() == 2 * count
+        for pair in range(count):
+            texts = []
+            for segment in (2 * pair + 1, 2 * pair + 2):
+                at = batch["segment_ids"] == segment
+                ids = [*batch["tokens"][at].tolist(), int(batch["targets"][at][-1])]
+                answer = batch["targets"][at][batch["loss_weights"][at] > 0].tolist()
+                assert ids[-len(answer) :] == answer
+                assert answer[-1] == 0  # the end of the text is part of an answer
+                texts.append(tokenizer.decode(ids[:-1]))
+            seen.append(tuple(texts))
+    assert sorted(seen) == sorted((r["prompt"] + r["chosen"], r["prompt"] + r["rejected"]) for r in RECORDS)
+
+
+def test_a_position_belongs_to_its_pairs_and_seed(tokenizer):
+    data, other = pairs(tokenizer), pairs(tokenizer, seed=4)
+    batches = data.batches()
+    first, state = next(batches), batches.get_state()
+    second = next(batches)
+    again = data.batches()
+    again.set_state(state)
+    jax.tree.map(np.testing.assert_array_equal, next(again), second)
+    assert not np.array_equal(first["tokens"], second["tokens"])
+    with pytest.raises(NaloraError, match="checkpoint: data position"):
+        other.batches().set_state(state)
+    for one in (batches, again):
+        one.close()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "prompt": [{"role": "user", "content": "x"}],
+            "chosen": [{"role": "assistant", "content": "y"}],
+            "rejected": "z",
+        },
+        {
+            "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+            "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}],
+        },
+        {"prompt": "x", "chosen": "y", "rejected": "z"},
+    ],
+    ids=["messages", "whole conversations", "text through the template"],
+)
+def test_chat_pairs_go_through_the_template(tokenizer, record):
+    data = pairs(tokenizer, replace(DATA, chat=True), records=[record])
+    texts = [tokenizer.decode(ids) for (ids, _), _ in sides(data)] + [
+        tokenizer.decode(ids) for _, (ids, _) in sides(data)
+    ]
+    assert texts == ["u x a y", "u x a z"]
+    assert [count for side in sides(data)[0] for _, count in [side]] == [2, 2]  # the answer and the end
+
+
+def test_a_question_with_choices_is_its_right_one_against_the_next(tokenizer):
+    question = {"prompt": "x", "completion": " c", "choices": ["a", "b", "c"], "gold": 2}
+    ((chosen, _), (rejected, _)) = sides(pairs(tokenizer, records=[question]))[0]
+    assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("x c", "x a")
+
+
+def test_long_pairs_are_dropped_cut_or_refused(tokenizer, caplog):
+    long = {"prompt": "a b c d e f g h i j k l m", "chosen": " n", "rejected": " o p"}
+    assert pairs(tokenizer, records=[*RECORDS, long]).describe()["dropped"] == 1
+    assert "left out 1 of 6 records" in caplog.text
+    cut = pairs(tokenizer, replace(DATA, too_long="truncate"), records=[*RECORDS, long])
+    (chosen, _), (rejected, _) = sides(cut)[-1]
+    assert tokenizer.decode(chosen).endswith("l m n")
+    assert max(len(chosen), len(rejected)) == DATA.max_length // 2 + 1
+    with pytest.raises(NaloraError, match="pairs, record 5: expected at most --data.max-length 24 tokens"):
+        pairs(tokenizer, replace(DATA, too_long="error"), records=[*RECORDS, long])
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"prompt": "a", "chosen": " b"}, "a field 'rejected'"),
+        ({"prompt": "a", "chosen": " b", "rejected": " "}, "rejected: expected an answer, found an empty text"),
+        ({"prompt": "a", "chosen": " b", "rejected": " b"}, "expected two answers that differ"),
+        ({"prompt": "a", "chosen": " b", "rejected": 3}, "rejected: expected a text"),
+        ({"prompt": [{"role": "user"}], "chosen": " b", "rejected": " c"}, "a field 'content'"),
+    ],
+)
+def test_records_that_are_no_pairs_name_themselves(tokenizer, record, said):
+    with pytest.raises(NaloraError, match="pairs, record 1.*") as error:
+        pairs(tokenizer, records=[RECORDS[0], record])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": LoRAConfig(init="pissa")}, "--lora.init: expected default"),
+        ({"preference": PreferenceConfig("dpo", beta=0.0)}, "--preference.beta: expected a number in"),
+        (
+            {"preference": PreferenceConfig("dpo", label_smoothing=0.5)},
+            "--preference.label-smoothing: expected a share",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes, said):
+    with pytest.raises(NaloraError, match=said):
+        check(replace(RunConfig(preference=PreferenceConfig("dpo")), **changes))
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path):
+    """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has them."""
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(rng.choice(list("abcdefgh"), 3)) for _ in range(60)]
+    lines = [json.dumps({"prompt": prompt, "chosen": " z", "rejected": " y x"}) for prompt in prompts]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    config = tiny.make_config(
+        tmp_path,
+        steps=12,
+        preference=PreferenceConfig("dpo", beta=0.5),
+        data=DataConfig(
+            str(tmp_path / "pairs.jsonl"),
+            train_split="train[:80%]",
+            eval_split="train[80%:]",
+            max_length=16,
+            eval_limit=8,
+            select_limit=4,
+        ),
+        train=TrainConfig(batch_size=8, log_every=1, eval_every=6, save_every=6),
+    )
+    result = run(config)
+    records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert steps[0]["rewards_margin"] == 0
+    assert steps[-1]["rewards_margin"] > 0.5
+    assert steps[-1]["rewards_accuracy"] > 0.9
+    assert steps[-1]["loss"] < 0.6
+    assert steps[-1]["layers"]["mask_mean"]  # mechanisms act as in any run
+    assert result.before["loss"] == pytest.approx(np.log(2))
+    assert result.before["rewards_accuracy"] == 0
+    assert result.after["loss"] < 0.6
+    assert result.after["rewards_margin"] > 0.5
+    page = result.report.read_text()
+    assert "reward" in page
+    model = load(result.folder, dtype="float32")
+    data = config.data
+    from nalora_jax.data.preference import held_out_pairs
+    from nalora_jax.data.sources import open_source
+
+    held = held_out_pairs(open_source(data, data.eval_split), data, config.preference, model.base.tokenizer, 0, 0)
+    found = PreferenceEvaluator(model.module, model.base.tokenizer, held, config.preference).measure(
+        model.base.params, model.lora
+    )
+    assert found["rewards_margin"] > 0.5

@@ -1,0 +1,101 @@
+"""The preference loss beside TRL's trainer, on the same batch (TRL is no part of the extra `test`)."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
+from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.data.preference import pair_data
+from nalora_jax.data.sources import RecordsSource
+from nalora_jax.load import load
+from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.decoder import init_lora
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.ops.cross_entropy import Head
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.train.objectives import NextToken
+from nalora_jax.train.preference import Preference
+from nalora_jax.weights.peft import export_adapter
+from tests import tiny
+
+trl = pytest.importorskip("trl", reason="TRL is not installed (it is in the extra `bench`)")
+pytestmark = pytest.mark.filterwarnings("default")  # of torch, transformers and TRL
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def records():
+    rng = np.random.default_rng(0)
+
+    def text(low, high):
+        return " ".join(rng.choice(list(LETTERS), rng.integers(low, high)))
+
+    return [{"prompt": text(2, 6), "chosen": f" {text(1, 6)}", "rejected": f" {text(1, 6)}"} for _ in range(8)]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
+def test_loss_and_rewards_are_trl_s_on_the_same_batch(tmp_path, kind):
+    import datasets
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tiny.make_model(tmp_path / "base")
+    model = load(base, dtype="float32")
+    spec = resolve(LoRAConfig(rules=(LoRARule("", 4),)), projection_shapes(model.base.config), 2)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05, init_lora(model.base.config, spec, jax.random.key(1)))
+    export_adapter(jax.device_get(lora), spec, model.base.config, tmp_path / "adapter", base_model_name=str(base))
+
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = trl.DPOTrainer(
+        model=policy.merge_and_unload(),
+        ref_model=AutoModelForCausalLM.from_pretrained(base),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            loss_type=[kind],
+            beta=0.7,
+            per_device_train_batch_size=8,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            max_length=None,
+        ),
+        train_dataset=datasets.Dataset.from_list(records()),
+        processing_class=tokenizer,
+    )
+    (theirs,) = trainer.get_train_dataloader()
+    trainer.model.eval()
+    expected = float(trainer.compute_loss(trainer.model, theirs))
+    logged = trainer._metrics["eval"]
+
+    config = PreferenceConfig("dpo", beta=0.7, per_token=kind == "sigmoid_norm")
+    source = RecordsSource("pairs", records())
+    data = pair_data(source, DataConfig(max_length=64), config, model.base.tokenizer, batch_size=2)
+    ids = [row[row != tokenizer.pad_token_id].tolist() for row in theirs["input_ids"].numpy()]
+    mine = [data.tokens[a:b].tolist() for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)]
+    assert sorted(ids) == sorted(row[:-1] for row in mine)  # without the end token, which is the padding there
+
+    # All pairs in one batch of two rows, in one call.
+    rows = -(-data.rows_per_epoch // 1)
+    batch = {
+        name: np.concatenate(
+            [pair_batch[name] for pair_batch in (data.batch_at(i) for i in range(0, rows, 2))], axis=1
+        )[0]
+        for name in data.batch_at(0)
+    }
+    kept = slice(0, rows)
+    batch = {name: value[kept] for name, value in batch.items()}
+    assert batch["pairs"].sum() == 8
+    head = Head(transposed=True)
+    objective = Preference(NextToken(model.module.clone(adapters=spec), head, Numerics()), config)
+    variables = {"params": model.base.params, "lora": lora}
+    found = objective.loss(variables, model.base.params, batch, jax.random.key(0))
+    np.testing.assert_allclose(float(found.loss) / 8, expected, rtol=1e-5)
+    if kind == "sigmoid":
+        for name in ("chosen", "rejected"):
+            theirs_mean = np.mean(logged[f"rewards/{name}"])
+            np.testing.assert_allclose(float(found.measured[f"rewards_{name}"]) / 8, theirs_mean, rtol=1e-4, atol=1e-5)
