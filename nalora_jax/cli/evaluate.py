@@ -79,6 +79,9 @@ def evaluate(args: EvalArgs) -> None:
         _write(args, images.evaluate(args), [])
         return
     located = locate(args.model, args.adapter)
+    if config_from_dict(located.run).preference.loss != "none" and not (args.tasks or args.dataset or args.harness):
+        _preference(args, located.run)
+        return
     sets = [] if args.harness and not (args.tasks or args.dataset) else _data_sets(args, located.run)
     if args.harness:
         from nalora_jax.evaluate.harness import require_harness
@@ -240,6 +243,28 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
     values = evaluator_of(model.base, model.module, items, mesh).measure(
         model.base.params, model.lora, samples=args.output is not None
     )
+    print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
+    origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
+    _write(args, origin | values, [])
+
+
+def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
+    """The held-out loss and rewards of a run on pairs, as it measured them itself."""
+    from nalora_jax.data.preference import held_out_pairs
+    from nalora_jax.evaluate.heldout import describe
+    from nalora_jax.evaluate.preference import PreferenceEvaluator
+    from nalora_jax.load import load
+
+    if args.against is not None or args.records is not None:
+        flag = "--against" if args.against is not None else "--records"
+        remedy = "a run on pairs is compared with its base by itself: that is what its rewards are"
+        raise NaloraError(flag, expected="--tasks or --dataset beside it", found="neither", remedy=remedy)
+    data, preference = data_of(run, _asked(args)), config_from_dict(run).preference
+    mesh = mesh_of(args.mesh)
+    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    pairs, _ = held_out_pairs(data, preference, model.base.tokenizer, model.base.config.max_positions)
+    evaluator = PreferenceEvaluator(model.module, model.base.tokenizer, pairs, preference, mesh=mesh)
+    values = evaluator.measure(model.base.params, model.lora, samples=args.output is not None)
     print(f"{data.dataset}[{data.eval_split}]: {describe(values)}")
     origin = {"model": model.located.base, "adapter": model.located.adapter, "data": vars(data)}
     _write(args, origin | values, [])

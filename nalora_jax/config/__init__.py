@@ -47,6 +47,7 @@ __all__ = [
     "MaskConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "RunConfig",
     "StepScaleConfig",
     "TrainConfig",

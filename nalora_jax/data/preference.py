@@ -9,7 +9,7 @@ A pair is packed as one unit, its chosen answer first, each after the prompt as 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
 from nalora_jax.data.packing import Pattern, Plan, assemble, pack, permutation, plan
 from nalora_jax.data.pipeline import Batch, BatchIterator
-from nalora_jax.data.sources import Source
+from nalora_jax.data.sources import Source, open_source
 from nalora_jax.data.store import Counts, report_dropped
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.errors import NaloraError
@@ -30,6 +30,7 @@ from nalora_jax.notes import counting
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
+_SEED = 20260101  # of the held-out draw: one for every run
 _CHUNK = 1024  # records that are rendered and tokenized together
 
 
@@ -295,9 +296,33 @@ def pair_data(
 
 
 def held_out_pairs(
-    source: Source, config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, count: int, seed: int
-) -> list[Pair]:
-    """``count`` pairs (0: all), drawn once by ``seed``, in the source's order."""
-    drawn = permutation(len(source), seed)
-    indices = np.sort(drawn[:count] if count else drawn).tolist()
-    return list(tokenize_pairs(source, indices, config, preference, tokenizer))
+    config: DataConfig,
+    preference: PreferenceConfig,
+    tokenizer: Tokenizer,
+    context: int,
+    *,
+    source: Mapping[str, Source] | None = None,
+) -> tuple[list[Pair], list[Pair]]:
+    """A run's held-out pairs: those that results are reported on, and others that choose its checkpoint.
+
+    Args:
+      config: the evaluation split and its limits.
+      preference: names of the fields.
+      tokenizer: of the model.
+      context: positions of the model; a pair with a longer text is left out.
+      source: sources by split, in place of what ``config`` names.
+
+    Raises:
+      NaloraError: bad records, or fewer than two pairs.
+    """
+    records = open_source(config, config.eval_split, source=source)
+    count = config.eval_limit + config.select_limit if config.eval_limit else len(records)
+    indices = np.sort(permutation(len(records), _SEED)[:count]).tolist()
+    pairs = list(tokenize_pairs(records, indices, config, preference, tokenizer))
+    pairs = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
+    if len(pairs) < 2:
+        raise NaloraError("--data.eval-split", expected="at least two pairs", found=len(pairs))
+    order = permutation(len(pairs), _SEED + 1).tolist()
+    cut = max(1, min(config.select_limit, len(pairs) // 3))
+    rest = order[cut : cut + config.eval_limit] if config.eval_limit else order[cut:]
+    return [pairs[i] for i in sorted(rest)], [pairs[i] for i in sorted(order[:cut])]

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
-from nalora_jax.data.packing import permutation
 from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
 from nalora_jax.data.sources import Source, check_disjoint, open_source
 from nalora_jax.errors import NaloraError
@@ -20,8 +19,6 @@ from nalora_jax.train.export import export
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel
-
-_SEED = 20260101  # of the held-out draw: one for every run
 
 
 def preference_pieces(
@@ -34,8 +31,7 @@ def preference_pieces(
     """
     train, data, preference = config.train, config.data, config.preference
     records = open_source(data, data.train_split, source=source)
-    held = open_source(data, data.eval_split, source=source)
-    check_disjoint(records, held)
+    check_disjoint(records, open_source(data, data.eval_split, source=source))
     rows = pair_data(
         records,
         data,
@@ -47,10 +43,7 @@ def preference_pieces(
         rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
     )
     context = loaded.config.max_positions
-    count = data.eval_limit + data.select_limit if data.eval_limit else 0
-    pairs = held_out_pairs(held, data, preference, loaded.tokenizer, count, _SEED)
-    fitting = [pair for pair in pairs if max(len(pair.chosen.ids), len(pair.rejected.ids)) <= context]
-    reported, selecting = _split(fitting, data.eval_limit, data.select_limit)
+    reported, selecting = held_out_pairs(data, preference, loaded.tokenizer, context, source=source)
     longest = int(max(b - a for a, b in zip(rows.offsets[:-1], rows.offsets[1:], strict=True))) - 1
     if longest > context:
         raise NaloraError(
@@ -71,16 +64,6 @@ def preference_pieces(
 
     questions = {"reported": _digest(reported), "selecting": _digest(selecting)}
     return Pieces(loaded, assembly, rows, evaluator, selector, questions, write)
-
-
-def _split(pairs: Sequence[Pair], reported: int, selecting: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs that results are reported on, and others that choose the checkpoint."""
-    if len(pairs) < 2:
-        raise NaloraError("--data.eval-split", expected="at least two pairs", found=len(pairs))
-    order = permutation(len(pairs), _SEED + 1).tolist()
-    cut = max(1, min(selecting, len(pairs) // 3))
-    rest = order[cut:] if not reported else order[cut : cut + reported]
-    return [pairs[i] for i in sorted(rest)], [pairs[i] for i in sorted(order[:cut])]
 
 
 def _digest(pairs: Sequence[Pair]) -> str:

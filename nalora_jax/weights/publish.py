@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -75,11 +76,7 @@ def _check_repository(repository: str) -> None:
 
 
 def _is_hub_id(name: str) -> bool:
-    try:
-        huggingface_hub.utils.validate_repo_id(name)
-    except errors.HFValidationError:
-        return False
-    return name.count("/") == 1 and not Path(name).exists()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _check_folder(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import pytest
 from scipy.special import log_expit
 
 from nalora_jax import distributed, trees
+from nalora_jax.__main__ import main
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -29,8 +30,6 @@ from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.sources import RecordsSource
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.preference import PreferenceEvaluator
-from nalora_jax.load import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
@@ -91,7 +90,7 @@ def assembled(preference, mesh=None):
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
     made = assemble(settings(preference), BASE, params, mesh)
     moved = {
-        path: leaf + 0.1 * jax.random.normal(jax.random.key(i), leaf.shape)
+        path: leaf + 0.3 * jax.random.normal(jax.random.key(i), leaf.shape)
         for i, (path, leaf) in enumerate(trees.flatten(made.state.lora).items())
     }
     return made, made.begin(trees.unflatten(moved), 0)
@@ -143,7 +142,7 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
     assert float(metrics["target_tokens"]) == len(which)
-    assert abs(float(value) - np.log(2)) > 0.01
+    assert abs(float(value) - np.log(2)) > 0.005
 
 
 def test_a_fresh_adapter_has_rewards_of_zero_and_the_loss_of_a_coin(tokenizer):
@@ -164,15 +163,13 @@ def test_micro_batches_and_a_mesh_change_nothing(tokenizer):
     for data, mesh in ((whole, None), (split, None), (whole, meshed)):
         made, state = assembled(preference, mesh)
         batch = distributed.make_global_batch(data.batch_at(0), made.mesh, rows_axis=1)
-        state, metrics = made.step(made.view(made.params), state, batch)
-        results.append(
-            (jax.device_get(metrics["loss"]), jax.device_get(metrics["measured"]), jax.device_get(state.lora))
-        )
-    for loss, measured, lora in results[1:]:
+        _, metrics = made.step(made.view(made.params), state, batch)
+        results.append(jax.device_get((metrics["loss"], metrics["grad_norm"], metrics["measured"])))
+    for loss, norm, measured in results[1:]:
         np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
+        np.testing.assert_allclose(norm, results[0][1], rtol=1e-4)
         for name, value in measured.items():
-            np.testing.assert_allclose(value, results[0][1][name], rtol=1e-4, atol=1e-6)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), lora, results[0][2])
+            np.testing.assert_allclose(value, results[0][2][name], rtol=1e-4, atol=1e-6)
 
 
 def test_every_target_s_loss_adds_up_to_the_cross_entropy():
@@ -316,7 +313,15 @@ def test_settings_that_do_not_go_together_are_refused(changes, said):
 # ---------------------------------------------------------------- a whole run
 
 
-def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path):
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one of the simulated devices."""
+    make = distributed.make_mesh
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has them."""
     rng = np.random.default_rng(0)
     prompts = [" ".join(rng.choice(list("abcdefgh"), 3)) for _ in range(60)]
@@ -351,13 +356,11 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path):
     assert result.after["rewards_margin"] > 0.5
     page = result.report.read_text()
     assert "reward" in page
-    model = load(result.folder, dtype="float32")
-    data = config.data
-    from nalora_jax.data.preference import held_out_pairs
-    from nalora_jax.data.sources import open_source
-
-    held = held_out_pairs(open_source(data, data.eval_split), data, config.preference, model.base.tokenizer, 0, 0)
-    found = PreferenceEvaluator(model.module, model.base.tokenizer, held, config.preference).measure(
-        model.base.params, model.lora
-    )
-    assert found["rewards_margin"] > 0.5
+    out = tmp_path / "eval.json"
+    assert main(["eval", str(result.folder), "--output", str(out)]) == 0
+    found = json.loads(out.read_text())
+    for name in ("loss", "rewards_margin", "rewards_accuracy", "n"):
+        assert found[name] == pytest.approx(result.after[name], rel=1e-6)
+    assert "held-out preference loss" in capsys.readouterr().out
+    assert main(["eval", str(result.folder), "--against", "base"]) == 2
+    assert "--against: expected --tasks or --dataset beside it" in capsys.readouterr().err

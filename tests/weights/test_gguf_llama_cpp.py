@@ -5,7 +5,6 @@ The wheel is no part of the extra `test`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,9 @@ def write_base(path: Path, kind: GGMLQuantizationType | None = None) -> Path:
     """A tiny Llama as llama.cpp's converter would write it; its feed-forward blocks in a format of random blocks."""
     config = ModelConfig.from_hf(HF)
     rng = np.random.default_rng(0)
-    params = unflatten({p: rng.standard_normal(s, np.float32) / 12 for p, s in param_shapes(config).items()})
+    leaves = {path: rng.standard_normal(shape, np.float32) for path, shape in param_shapes(config).items()}
+    scales = {path: 0.1 if path.endswith("/scale") else 0.2 if "embed" in path else 0.08 for path in leaves}
+    params = unflatten({path: scales[path] * leaf + path.endswith("/scale") for path, leaf in leaves.items()})
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -113,11 +114,10 @@ def llama_cpp(path: Path, lora: Path | None = None) -> np.ndarray:
     if lora is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
     server = xllamacpp.Server(params)
-    asked = {"prompt": IDS, "n_predict": 1, "n_probs": len(WORDS), "temperature": 1.0, "seed": 0, "cache_prompt": False}
+    asked = {"prompt": IDS, "max_tokens": 1, "logprobs": len(WORDS), "temperature": 1.0, "seed": 0}
     answer = server.handle_completions(asked)
-    answer = json.loads(answer) if isinstance(answer, str) else answer
     found = np.full(len(WORDS), np.nan)
-    for one in answer["completion_probabilities"][0]["top_logprobs"]:
+    for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         found[one["id"]] = one["logprob"]
     return found
 
@@ -135,7 +135,7 @@ def adapted(folder: Path) -> tuple[Path, Path]:
     rules = (LoRARule("layers/0/ffn/gate", 0), LoRARule("ffn", 4, 3.0), LoRARule("", 2))
     spec = resolve(LoRAConfig(rules=rules), projection_shapes(model.base.config), 2)
     lora = init_lora(model.base.config, spec, jax.random.key(0))
-    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.02, lora))
+    lora = jax.device_get(jax.tree.map(lambda leaf: leaf + 0.05, lora))
     settings = {"base_model_name": str(base), "fingerprint": model.base.fingerprint}
     return base, export_adapter(lora, spec, model.base.config, folder / "adapter", **settings)
 
@@ -156,5 +156,7 @@ def test_an_exported_adapter_and_a_merged_model_say_the_same_there(tmp_path):
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_base_is_read_as_llama_cpp_reads_it(tmp_path, name):
     base = write_base(tmp_path / "base.gguf", GGMLQuantizationType[name])
-    # llama.cpp rounds activations to 8 bits for these formats.
-    np.testing.assert_allclose(llama_cpp(base), ours(load(str(base), dtype="float32")), atol=0.05)
+    expected = ours(load(str(base), dtype="float32"))
+    # llama.cpp rounds activations to 8 bits for these formats, of weights that are larger than a model's here. A code
+    # that is read wrongly changes logits by about their range.
+    np.testing.assert_allclose(llama_cpp(base), expected, atol=0.03 * np.ptp(expected))
