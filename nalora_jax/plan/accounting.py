@@ -22,6 +22,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+_BETWEEN = " between slices"  # ends the kind of a collective of several slices
 # Instructions that move no bytes of their own.
 _FREE = frozenset(
     (
@@ -49,11 +50,16 @@ class Collective:
 
     kind: str
     received: float  # bytes that reach a device over the interconnect, each time
-    devices: int  # that take part
+    devices: int  # that take part; 0: one of every slice
     times: float  # a step
     overlapped: bool  # the schedule holds products between its start and its end
     in_loop: str  # the computation it stands in
     source: str  # what it belongs to in the model (op_name)
+
+    @property
+    def between_slices(self) -> bool:
+        """Whether it goes through the data-centre network that joins slices of TPUs."""
+        return self.kind.endswith(_BETWEEN)
 
     @property
     def total(self) -> float:
@@ -157,6 +163,8 @@ class Program:
                         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                         key = channel.group(1) if channel and holder is not scheduled else instruction.name
                         groups.setdefault(key, []).append((caller.name, instruction, holder))
+                    elif instruction.opcode == "send" and holder is scheduled and _of_slices(instruction):
+                        yield self._between(instruction, scheduled)
             for parts in groups.values():
                 callers = [caller for caller, _, _ in parts]
                 yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
@@ -173,6 +181,24 @@ class Program:
             devices,
             self.times[scheduled.name],
             self._overlapped(instruction, scheduled, callers),
+            scheduled.name,
+            source.group(1) if source else "",
+        )
+
+    def _between(self, send: Instruction, scheduled: Computation) -> Collective:
+        """A collective of several slices, which is a transfer to the host and one from it under the same name."""
+        kind = re.search(r'megascale_transfer_type="(\w+)"', send.attributes)
+        name = re.search(r'transfer_rendezvous="[^"]*"', send.attributes)
+        every = list(scheduled.instructions.values())
+        back = [i for i in every if i.opcode == "recv" and name is not None and name[0] in i.attributes]
+        ends = [every.index(u) for i in back for u in scheduled.users[i.name] if u.opcode == "recv-done"]
+        source = re.search(r'op_name="([^"]*)"', send.attributes)
+        return Collective(
+            (kind[1].lower().replace("_", "-") if kind else "transfer") + _BETWEEN,
+            sum(i.shapes[0].size for i in back),
+            0,
+            self.times[scheduled.name],
+            any(self._works(i) for i in every[every.index(send) + 1 : max(ends, default=0)]),
             scheduled.name,
             source.group(1) if source else "",
         )
@@ -277,6 +303,10 @@ class Program:
         if result.opcode == "fusion" and result.calls[0] in self.computations:
             return self._written(self.computations[result.calls[0]])
         return sum(shape.size for shape in result.shapes)
+
+
+def _of_slices(instruction: Instruction) -> bool:
+    return "megascale" in instruction.attributes
 
 
 def _used(instruction: Instruction, index: int, held: float) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.plan.accounting import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
 
@@ -93,8 +94,8 @@ def roofline(
     """The bound of a compiled training step of ``rows`` rows over all chips."""
     chip, share = where.chip, rows / where.size * n_tensor
     flops = program.flops + kernel_flops(program, base, share, seq, n_tensor)
-    hidden = sum(c.total / where.inbound(c.devices) for c in program.collectives if c.overlapped)
-    exposed = sum(c.total / where.inbound(c.devices) for c in program.collectives if not c.overlapped)
+    times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
+    hidden, exposed = (sum(seconds for seconds, behind in times if behind == which) for which in (True, False))
     return Roofline(
         flops / chip.matrix_rate,
         program.memory_bytes / chip.bandwidth,
@@ -103,3 +104,8 @@ def roofline(
         useful_flops(base, spec, rows, seq) / where.size,
         chip.flops,
     )
+
+
+def _inbound(collective: Collective, where: Topology) -> float:
+    """Bytes a second that reach a chip in a collective."""
+    return where.chip.network if collective.between_slices else where.inbound(collective.devices)

@@ -145,3 +145,26 @@ def test_what_lies_beside_the_cores_is_no_traffic_of_the_memory():
 def test_groups_of_devices_in_every_form_that_compilers_write(groups, devices):
     text = TPU_STYLE.replace("replica_groups=[1,8]<=[8]", f"replica_groups={groups}")
     assert Program(text).collectives[-1].devices == devices
+
+
+def test_a_collective_between_slices_is_a_transfer_to_the_host_and_back():
+    """As the TPU's compiler writes it: what a slice has summed goes to the others through the hosts."""
+    named = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    named += '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    lines = f"""\
+  %after = token[] after-all()
+  %send.1 = (f32[2,8,128]{{2,1,0}}, u32[], token[]) send(%small, %after), channel_id=2, {named}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, {named}
+  %recv.1 = (f32[2,8,128]{{2,1,0}}, u32[], token[]) recv(%after), channel_id=3, {named}
+  %product = f32[8,16]{{1,0}} convolution(%x, %w), dim_labels=bf_io->bf
+  %recv-done.1 = (f32[2,8,128]{{2,1,0}}, token[]) recv-done(%recv.1), channel_id=3, {named}
+"""
+    text = TPU_STYLE.replace(
+        "  %async-collective-start =",
+        f"  %small = f32[2,8,128]{{2,1,0}} parameter(3)\n{lines}  %async-collective-start =",
+    )
+    (found,) = [c for c in Program(text).collectives if c.between_slices]
+    assert (found.kind, found.received, found.times) == ("all-reduce between slices", 2 * 8 * 128 * 4, 1.0)
+    assert found.overlapped
+    idle = text.replace("  %product = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf\n", "")
+    assert [c.overlapped for c in Program(idle).collectives if c.between_slices] == [False]
