@@ -113,6 +113,8 @@ def machine() -> dict[str, Any]:
 
 def machine_name(found: Mapping[str, Any]) -> str:
     """A folder for the kind of machine that `processor` describes: "amd-epyc-zen-4-avx512-bf16", "intel-xeon-amx"."""
+    if found.get("accelerator"):
+        return "-".join(re.findall(r"[a-z0-9]+", found["accelerator"].lower()))
     cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
     words = f"{cpu} {found.get('generation', '')} {instructions(found)}"
     return "-".join(re.findall(r"[a-z0-9]+", words.lower()))

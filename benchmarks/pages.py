@@ -21,6 +21,8 @@ FIGURES = NOTES / "figures.md"
 ROWS = 15  # at most, of a machine's table on the page
 # Measured on whatever CPU compiled the programs, which says nothing of them.
 COMPILED = {"tpu": "TPU v5e and v5p, compiled, not run", "tpu_ffn": "TPU v5e and v5p, compiled, not run"}
+# All of whose figures are on the page, and which nobody misses on a machine without accelerators.
+WHOLE = ("accelerator",)
 # Of each part, the figures that a reader looks for first. What misses its requirement is always shown.
 HEADLINES = {
     "versus_peft": (
@@ -54,6 +56,8 @@ pick instead. Both sides of a comparison run on the same machine, in turn, in pr
 the medians, or the median of paired ratios. The machines are shared: differences below 5% mean nothing.
 
 **No TPU and no GPU has run this library**; what their compilers say of its programs is in [Pods and GPUs](pods.md).
+`python benchmarks/accelerator.py` measures on yours: tokens/s, MFU and memory, beside PEFT on a GPU and Tunix on a TPU;
+with `--publish` the figures come onto this page.
 
 Here are the figures that are looked for first, and all that miss what was required of them. Every figure with its
 command is in `benchmarks/notes/figures.md`; `benchmarks/notes/<part>.md` says what profiles showed and what was tried
@@ -72,7 +76,7 @@ class Figures:
 
     @property
     def machine(self) -> str:
-        """The CPU, and what it multiplies with; or what the programs were compiled for."""
+        """The CPU and what it multiplies with, or the accelerators; or what the programs were compiled for."""
         return COMPILED.get(self.part) or tables.machine(next(iter(self.record["cases"].values())))
 
 
@@ -103,15 +107,17 @@ def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> st
         for row in figures.module.rows(figures.record):
             verdicts += [row.verdict] if row.limit is not None else []
             missed = row.limit is not None and row.verdict != "met"
-            if missed or row.what in HEADLINES.get(figures.part, ()):
+            if missed or figures.part in WHOLE or row.what in HEADLINES.get(figures.part, ()):
                 cells = (row.ours, row.other, tables.ratio_text(row.ratio), str(row.limit or ""), row.verdict)
                 lines.append((missed, (figures.module.SHORT, row.what, *cells)))
     while len(lines) > ROWS:  # the last that is as required
         lines.pop(max(i for i, (missed, _) in enumerate(lines) if not missed))
     compiled = machine in COMPILED.values()
-    missing = [part for part in parts if part not in {figures.part for figures in found} and part not in COMPILED]
+    accelerated = all(figures.part in WHOLE for figures in found)
+    there = (*COMPILED, *WHOLE, *(figures.part for figures in found))
+    missing = [part for part in parts if part not in there]
     head = f"{verdicts.count('met')} of {len(verdicts)} measured ratios are as required."
-    head += f" Not measured here: {', '.join(missing)}." if missing and not compiled else ""
+    head += f" Not measured here: {', '.join(missing)}." if missing and not compiled and not accelerated else ""
     header = ("part", "figure", "nalora_jax", "beside it", "ratio", "required", "")
     return f"## {machine}\n\n{head}\n\n{tables.markdown(header, [cells for _, cells in lines])}"
 

@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,24 +35,24 @@ REMAT = {
 }
 
 
-def tunix_model(dtype: str, remat: str) -> Any:
-    """Tunix's decoder with Qwix's adapters."""
+def tunix_model(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> Any:
+    """Tunix's decoder with Qwix's adapters; ``shape`` in transformers' names."""
     import jax
     import qwix
     from flax import nnx
     from tunix.models.llama3 import model as llama
 
     config = llama.ModelConfig(
-        num_layers=SMOLLM2["num_hidden_layers"],
-        vocab_size=SMOLLM2["vocab_size"],
-        embed_dim=SMOLLM2["hidden_size"],
-        hidden_dim=SMOLLM2["intermediate_size"],
-        num_heads=SMOLLM2["num_attention_heads"],
-        head_dim=SMOLLM2["head_dim"],
-        num_kv_heads=SMOLLM2["num_key_value_heads"],
-        rope_theta=int(SMOLLM2["rope_theta"]),
-        norm_eps=SMOLLM2["rms_norm_eps"],
-        weight_tying=True,
+        num_layers=shape["num_hidden_layers"],
+        vocab_size=shape["vocab_size"],
+        embed_dim=shape["hidden_size"],
+        hidden_dim=shape["intermediate_size"],
+        num_heads=shape["num_attention_heads"],
+        head_dim=shape["head_dim"],
+        num_kv_heads=shape["num_key_value_heads"],
+        rope_theta=int(shape["rope_theta"]),
+        norm_eps=shape["rms_norm_eps"],
+        weight_tying=shape["tie_word_embeddings"],
         remat_config=llama.RematConfig[remat],
     )
     base = llama.Llama3(config, rngs=nnx.Rngs(0))
@@ -66,14 +67,14 @@ def tunix_model(dtype: str, remat: str) -> Any:
     return qwix.apply_lora_to_model(base, provider, **base.get_model_input())
 
 
-def tunix_step(dtype: str, remat: str) -> Any:
+def tunix_step(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> Any:
     """Tunix's compiled step as a function of tokens ``[batch, seq]`` that returns the loss."""
     import jax.numpy as jnp
     import optax
     from tunix.sft import peft_trainer
 
     config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=100, checkpoint_root_directory=None)
-    trainer = peft_trainer.PeftTrainer(tunix_model(dtype, remat), optax.adamw(1e-3, weight_decay=0.0), config)
+    trainer = peft_trainer.PeftTrainer(tunix_model(dtype, remat, shape), optax.adamw(1e-3, weight_decay=0.0), config)
     trainer = trainer.with_gen_model_input_fn(lambda inputs: inputs)
     compiled, _ = trainer.jit_train_and_eval_step()
 

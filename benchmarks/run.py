@@ -83,6 +83,7 @@ PARTS = (
     ),
     Part("quantized", ("",), "--steps 3 --questions 8"),
     Part("growth", ("",), "--quick"),
+    Part("accelerator", ("",), "--tiny --steps 2"),
 )
 NAMES = tuple(part.name for part in PARTS)
 

@@ -120,8 +120,10 @@ _WORDS = {"amx": "AMX", "avx512-bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2
 
 
 def machine(case: Mapping[str, Any]) -> str:
-    """The CPU of a case in words: its name, the generation as far as it was recorded, what it multiplies with."""
+    """The accelerators of a case; or its CPU in words: name, generation if recorded, what it multiplies with."""
     found = case["machine"]
+    if found.get("accelerator"):
+        return str(found["accelerator"])
     cpu = re.sub(r"\((R|TM)\)", "", found["cpu"]).removesuffix(" Processor")
     design = f" ({found['generation']})" if found.get("generation") else ""
     return f"{cpu}{design}, {_WORDS[common.instructions(found)]}"

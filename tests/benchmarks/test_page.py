@@ -57,7 +57,7 @@ def test_the_figures_state_required_and_measured_machine_and_command(run, tmp_pa
     for text in (page, figures):
         assert speed in text
         assert memory in text
-    others = ", ".join(name for name in run.NAMES if name not in ("versus_peft", "tpu", "tpu_ffn"))
+    others = ", ".join(name for name in run.NAMES if name not in ("versus_peft", "tpu", "tpu_ffn", "accelerator"))
     assert f"1 of 2 measured ratios are as required. Not measured here: {others}." in page
     assert "Abacus 9 (avx2, no AMX), 2 cores, 8 GB; Python 3.11, jax 0.10.2, peft 0.21.2" in figures.replace(
         "3.11.7", "3.11"

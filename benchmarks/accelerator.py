@@ -1,0 +1,332 @@
+"""Training on your accelerators: tokens/s, MFU and memory, beside PEFT on a GPU and Tunix on a TPU.
+
+    pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs of one machine
+    pip install '.[tpu]' google-tunix qwix && python benchmarks/accelerator.py               # TPU chips of one host
+    python benchmarks/accelerator.py --model qwen3-32b --seq 8192 --publish
+    python benchmarks/accelerator.py --tiny                                                  # on anything, in a minute
+
+Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, whole rows, bfloat16. This
+library runs as `python train.py` does, mesh and rematerialisation chosen, on all chips, as NA-LoRA and as plain LoRA.
+PEFT and Tunix run on one chip, with their layers made again in the backward pass; speeds are those of one chip. Every
+run is a process of its own. What could not be compared is said, with the reason, and kept in the record. MFU is useful
+flops (4 a frozen weight and token, 6 an adapter's, attention with causality used) over the data sheet's peak.
+
+--peer-python names a Python that has the peer, where that is another one. --publish puts the figures among the
+committed ones and makes docs/benchmarks.md again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import common
+import numpy as np
+from common import peak_rss_mb, random_tokens, script, values, versions
+from tables import Row, at_most, compared, markdown, spread
+
+TITLE = "Training on accelerators"
+SHORT = "Accelerator"
+OURS, LORA = "nalora_jax", "nalora_jax, plain LoRA"
+# By platform: who is compared with, and the packages that it needs.
+PEERS = {
+    "gpu": ("PEFT", ("torch", "transformers", "peft")),
+    "cpu": ("PEFT", ("torch", "transformers", "peft")),
+    "tpu": ("Tunix", ("tunix", "qwix")),
+}
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+RANK = 8
+
+
+def shape_of(name: str) -> dict[str, Any]:
+    """The ``config.json`` of a model by name; "tiny" is `TINY`."""
+    from nalora_jax.plan.models import CONFIGS
+
+    return TINY if name == "tiny" else CONFIGS[name]
+
+
+# ---------------------------------------------------------------- measured processes
+
+
+def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
+    """This library on all devices."""
+    import jax
+    import training
+
+    import nalora_jax.cpu.register  # noqa: F401  as a run does
+    from nalora_jax import config as c
+    from nalora_jax import distributed
+    from nalora_jax.models.config import ModelConfig, projection_shapes
+    from nalora_jax.models.decoder import init_params
+    from nalora_jax.nn.low_rank import resolve
+    from nalora_jax.plan.auto import laid_out
+    from nalora_jax.plan.machines import of_devices
+    from nalora_jax.plan.roofline import useful_flops
+    from nalora_jax.train.assembly import assemble
+
+    devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)
+    rows = options.rows * len(devices)
+    off = {"mask": c.MaskConfig(kind="off"), "step_scale": c.StepScaleConfig(kind="off")} if method == "lora" else {}
+    config = c.RunConfig(
+        steps=10_000,
+        lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", RANK),)),
+        train=c.TrainConfig(batch_size=rows),
+        data=c.DataConfig(max_length=options.seq),
+        compute=c.ComputeConfig(dtype=options.dtype),
+        optimizer=c.OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, clip_norm=0.0),
+        **off,
+    )
+    config = laid_out(config, base, devices)
+    mesh = distributed.make_mesh(config.mesh, devices)
+    shapes = jax.eval_shape(lambda key: init_params(base, key, options.dtype), jax.random.key(0))
+    places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
+    params = jax.jit(lambda key: init_params(base, key, options.dtype), out_shardings=places)(jax.random.key(0))
+    assembly = assemble(config, base, params, mesh)
+    held, view = [assembly.state], assembly.view(assembly.params)
+
+    def step(tokens: np.ndarray) -> float:
+        held[0], metrics = assembly.step(view, held[0], training.batch_of(tokens, mesh))
+        return float(metrics["loss"])
+
+    record = timed(step, options, rows, base.vocab_size)
+    spec, where = resolve(config.lora, projection_shapes(base), base.n_layers), of_devices(devices)
+    flops = useful_flops(base, spec, options.rows, options.seq)
+    return {
+        **record,
+        "tokens_per_second": [speed / len(devices) for speed in record["tokens_per_second"]],
+        "chips": len(devices),
+        "mesh": dict(mesh.shape),
+        "remat": assembly.model.remat,
+        "flops": flops,
+        "mfu": None if where is None else flops / statistics.median(record["seconds"]) / where.chip.flops,
+        **jax_memory(),
+    }
+
+
+def train_peft(options: argparse.Namespace) -> dict[str, Any]:
+    """transformers + PEFT on one GPU, or on the CPU."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    transformers.logging.set_verbosity_error()
+    cuda = torch.cuda.is_available()
+    where = "cuda" if cuda else "cpu"
+    raw = dict(shape_of(options.model))
+    config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    dtype = getattr(torch, options.dtype)
+    with torch.device(where):
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    base.config.use_cache = False
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
+
+    def step(tokens: np.ndarray) -> float:
+        given = torch.from_numpy(tokens).to(where)
+        loss = model(input_ids=given, labels=given).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())  # waits for the GPU
+
+    record = timed(step, options, options.rows, config.vocab_size)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_rss_mb() / 1e3
+    return {**record, "chips": 1, "memory_gb": peak, "memory_of": "the GPU" if cuda else "the process"}
+
+
+def train_tunix(options: argparse.Namespace) -> dict[str, Any]:
+    """Tunix with Qwix's adapters on one chip."""
+    import peers
+
+    shape = shape_of(options.model)
+    step = peers.tunix_step(options.dtype, "DECODER", shape)
+    return {**timed(step, options, options.rows, shape["vocab_size"], "int32"), "chips": 1, **jax_memory()}
+
+
+def timed(
+    step: Callable[[np.ndarray], float], options: argparse.Namespace, rows: int, vocab: int, dtype: str = "int64"
+) -> dict[str, Any]:
+    """Seconds and speeds of the steps after two that are not counted; ``step`` returns the loss, and so waits."""
+    seconds, losses = [], []
+    for tokens in random_tokens(options.steps + 2, rows, options.seq, vocab):
+        start = time.perf_counter()
+        losses.append(step(tokens.astype(dtype)))
+        seconds.append(time.perf_counter() - start)
+    speeds = [rows * options.seq / s for s in seconds[2:]]
+    return {"seconds": seconds[2:], "tokens_per_second": speeds, "losses": losses, "versions": versions()}
+
+
+def jax_memory() -> dict[str, Any]:
+    """Most memory that was in use on the fullest of JAX's devices; the process's where they do not tell."""
+    import jax
+
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    if None in peaks:
+        return {"memory_gb": peak_rss_mb() / 1e3, "memory_of": "the process"}
+    return {"memory_gb": max(peaks) / 1e9, "memory_of": "a chip"}
+
+
+def describe() -> dict[str, Any]:
+    """Platform, kind and number of this machine's accelerators."""
+    import jax
+
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "chips": len(devices)}
+
+
+def has(packages: tuple[str, ...]) -> dict[str, Any]:
+    """Those of ``packages`` that this Python does not have."""
+    import importlib.util
+
+    return {"missing": [name for name in packages if importlib.util.find_spec(name) is None]}
+
+
+def one(options: argparse.Namespace) -> dict[str, Any]:
+    """What a process of its own is asked for."""
+    if options.one == "describe":
+        return describe()
+    if options.one.startswith("has:"):
+        return has(tuple(options.one.removeprefix("has:").split(",")))
+    runs: Mapping[str, Callable[[], dict[str, Any]]] = {
+        OURS: lambda: train_ours(options, "nalora"),
+        LORA: lambda: train_ours(options, "lora"),
+        "PEFT": lambda: train_peft(options),
+        "Tunix": lambda: train_tunix(options),
+    }
+    return runs[options.one]()
+
+
+# ---------------------------------------------------------------- the page
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """Comparisons: NA-LoRA's step over plain LoRA's, and speed and memory against the peer where there is one."""
+    found_rows = []
+    for case, found in record["cases"].items():
+        runs = found["runs"]
+        if LORA in runs:
+            steps = [values(runs[name], "seconds") for name in (OURS, LORA)]
+            found_rows.append(compared(f"step over plain LoRA's, {case}", *steps, at_most(1.02), digits=3, unit="s"))
+        for peer in (name for name in runs if name not in (OURS, LORA)):
+            ours, theirs = (values(runs[name], "tokens_per_second") for name in (OURS, peer))
+            found_rows.append(compared(f"tokens/s a chip, {case}, {peer}", ours, theirs, None))
+            ours, theirs = (values(runs[name], "memory_gb") for name in (OURS, peer))
+            found_rows.append(compared(f"memory, {case}, {peer}", ours, theirs, None, digits=1, unit="GB"))
+    return found_rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """Every run of every case, and what could not be compared."""
+    lines, notes = [], []
+    for case, found in record["cases"].items():
+        for name, runs in found["runs"].items():
+            mfu = [run["mfu"] for run in runs if run.get("mfu") is not None]
+            layout = " x ".join(map(str, runs[-1]["mesh"].values())) if "mesh" in runs[-1] else "1"
+            speed = spread(values(runs, "tokens_per_second"))
+            memory = f"{max(values(runs, 'memory_gb')):.1f} ({runs[-1]['memory_of']})"
+            lines.append((case, name, layout, speed, f"{statistics.median(mfu):.0%}" if mfu else "", memory))
+        notes += [f"{case}: {what} was not compared: {why}." for what, why in found["not_compared"].items()]
+    header = ("work", "library", "data x fsdp x tensor", "tokens/s a chip", "MFU", "GB, at most")
+    return "\n\n".join([markdown(header, lines), *notes])
+
+
+def not_measured(platform: str, kind: str, mfu: object, other: str) -> dict[str, str]:
+    """What this machine cannot say, whatever is installed."""
+    notes = {name: f"it is for {'TPUs' if name == 'Tunix' else 'GPUs'}" for name in ("PEFT", "Tunix") if name != other}
+    if mfu is None:
+        notes["MFU"] = f"no data sheet of {kind} is known here" if platform != "cpu" else "a CPU's peak is not known"
+    return notes
+
+
+def main() -> None:
+    options = parse()
+    if options.one:
+        print(json.dumps(one(options)))
+        return
+    here = common.run_process(script("accelerator.py", "--one", "describe")).record
+    tiny = options.tiny or (here["platform"] == "cpu" and options.model is None)
+    defaults = {"model": "tiny", "seq": 64, "steps": 3} if tiny else {"model": "llama-3.1-8b", "seq": 4096, "steps": 10}
+    for name, value in defaults.items():
+        setattr(options, name, getattr(options, name) or value)
+    work = ["--model", options.model, "--rows", options.rows, "--seq", options.seq, "--steps", options.steps]
+    work += ["--dtype", options.dtype]
+    peer, packages = PEERS.get(here["platform"], ("PEFT", PEERS["gpu"][1]))
+    commands = {name: script("accelerator.py", "--one", name, *work) for name in (OURS, LORA)}
+    asked = script("accelerator.py", "--one", "has:" + ",".join(packages), python=options.peer_python)
+    missing = common.run_process(asked).record["missing"]
+    reasons: dict[str, str] = {}
+    if missing:
+        reasons[peer] = f"{', '.join(missing)} not installed"
+    else:
+        commands[peer] = script("accelerator.py", "--one", peer, *work, python=options.peer_python)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, command in commands.items():
+        print(f"running {name} ...", flush=True)
+        try:
+            runs[name] = [common.run_process(command).record for _ in range(options.rounds)]
+        except RuntimeError as error:
+            if name == OURS:  # without it there is nothing to compare
+                raise
+            reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
+    reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"], peer)
+    case = f"{options.model} {options.dtype}, {options.rows} x {options.seq} a chip"
+    kept = {name: value for name, value in vars(options).items() if name not in ("one", "publish")}
+    found = {"settings": kept, "accelerator": here, "runs": runs, "not_compared": reasons}
+    print(table(save(case, found, here, publish=options.publish)))
+
+
+def save(case: str, found: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
+    """Records a case under the name of the accelerator; a CPU is a machine like that of the other parts."""
+    described = common.machine()
+    if here["platform"] != "cpu":
+        described["accelerator"] = f"{here['chips']} x {here['kind']}"
+    root = common.QUICK if os.environ.get("NALORA_BENCH_QUICK") else common.OWN
+    record = common.save("accelerator", case, {"machine": described, **found}, root / common.machine_name(described))
+    if publish:
+        subprocess.run(script("run.py", "--publish", "--only", "accelerator"), check=True)
+    return record
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model that `nalora plan` knows by name; llama-3.1-8b, on a CPU a tiny one")
+    parser.add_argument("--rows", type=int, default=1, help="rows a chip and step")
+    parser.add_argument("--seq", type=int, default=0, help="tokens of a row; 4,096 by default")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps; 10 by default")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each library")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--tiny", action="store_true", help="a model of two narrow layers")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has PEFT or Tunix")
+    parser.add_argument("--publish", action="store_true", help="put the figures among the committed ones")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

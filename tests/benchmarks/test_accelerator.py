@@ -1,0 +1,100 @@
+"""The command for owners of GPUs and TPUs, on a CPU: every library trains a tiny model, and the page takes it in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def accelerator(monkeypatch, tmp_path):
+    """The script, whose measured processes are calls, and whose figures go elsewhere."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("accelerator")
+    monkeypatch.setattr(module.common, "OWN", tmp_path / "own")
+    monkeypatch.delenv("NALORA_BENCH_QUICK", raising=False)
+
+    def run(command: list[str]) -> Any:
+        return SimpleNamespace(record=json.loads(json.dumps(module.one(module.parse(command[2:])))))
+
+    monkeypatch.setattr(module.common, "run_process", run)
+    yield module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "") or "").startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/accelerator.py", *arguments])
+    module.main()
+    (file,) = module.common.OWN.glob("*/accelerator.json")
+    (found,) = json.loads(file.read_text())["cases"].values()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # between PEFT and transformers
+def test_it_runs_on_a_cpu_and_says_what_that_cannot_tell(accelerator, monkeypatch, capsys):
+    found = call(accelerator, monkeypatch, "--tiny", "--steps", "1", "--seq", "16", "--dtype", "float32")
+    assert set(found["runs"]) == {"nalora_jax", "nalora_jax, plain LoRA", "PEFT"}
+    for (run,) in found["runs"].values():
+        assert np.all(np.isfinite(run["losses"]))
+        # Random tokens of 512: both libraries start near the logarithm of that.
+        assert run["losses"][0] == pytest.approx(np.log(512), rel=0.1)
+        assert len(run["tokens_per_second"]) == 1
+        assert run["memory_gb"] > 0
+    assert set(found["not_compared"]) == {"Tunix", "MFU"}
+    shown = capsys.readouterr().out
+    assert "Tunix was not compared: it is for TPUs." in shown
+    assert "MFU was not compared: a CPU's peak is not known." in shown
+
+
+def test_a_missing_or_failing_peer_is_said_and_kept_in_the_record(accelerator, monkeypatch, capsys):
+    run = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
+    tpu = {"platform": "tpu", "kind": "TPU v6 lite", "chips": 4}
+    monkeypatch.setattr(accelerator, "describe", lambda: tpu)
+    monkeypatch.setattr(accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 4, "fsdp": 1, "tensor": 1}})
+    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": [p for p in packages if p == "qwix"]})
+    found = call(accelerator, monkeypatch)
+    assert found["not_compared"] == {"Tunix": "qwix not installed", "PEFT": "it is for GPUs"}
+    assert found["machine"]["accelerator"] == "4 x TPU v6 lite"
+    assert found["settings"]["model"] == "llama-3.1-8b"
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": []})
+    monkeypatch.setattr(accelerator, "train_tunix", fails)
+    found = call(accelerator, monkeypatch)
+    assert found["not_compared"]["Tunix"] == "it failed (out of memory)"
+    assert "| 4 x 1 x 1 | 5 | 50% | 1.0 (a chip) |" in capsys.readouterr().out
+
+
+def test_the_page_takes_the_figures_in(accelerator, tmp_path):
+    pages = importlib.import_module("pages")
+    run = {"seconds": [1.0], "tokens_per_second": [500.0], "memory_gb": 30.0, "memory_of": "a chip", "mfu": 0.5}
+    runs = {"nalora_jax": [run], "nalora_jax, plain LoRA": [{**run, "seconds": [0.995]}]}
+    runs["PEFT"] = [{**run, "tokens_per_second": [400.0], "memory_gb": 40.0}]
+    machine = {"cpu": "Abacus", "cores": 8, "flags": {}, "memory_gb": 64.0, "python": "3.11", "versions": {"jax": "0"}}
+    case = {"machine": {**machine, "accelerator": "8 x H100"}, "command": "x", "runs": runs, "not_compared": {}}
+    folder = tmp_path / accelerator.common.machine_name(case["machine"])
+    folder.mkdir()
+    assert folder.name == "8-x-h100"
+    (folder / "accelerator.json").write_text(json.dumps({"cases": {"llama": case}}))
+    parts = [part.name for part in importlib.import_module("run").PARTS]
+    page = pages.render(parts, tmp_path).split("## 8 x H100\n")[1]
+    assert "| step over plain LoRA's, llama | 1.000 s | 0.995 s | 1.005 | at most 1.02 | met |" in page
+    assert "| tokens/s a chip, llama, PEFT | 500 | 400 | 1.25 |" in page
+    assert "Not measured here" not in page
+    assert "PEFT" in pages.details(parts, tmp_path)
