@@ -7,6 +7,7 @@ does not take are the plain function's, which stores no such array either.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -60,7 +61,10 @@ def triton_attention(
 def _one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig) -> jax.Array:
     """One device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
     # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
-    from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
+    with warnings.catch_warnings():
+        # JAX 0.12 calls it deprecated in favour of a package of its own (tokamax), which has no stable version yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
     half = _BLOCK // 2
     sizes = BlockSizes(_BLOCK, _BLOCK, half, half, half, half)
