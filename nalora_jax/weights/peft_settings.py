@@ -152,7 +152,7 @@ TRL: dict[str, Field] = {
     "lr_scheduler_type": Field(
         "optimizer.schedule", "cosine, linear, constant", _choice(_SCHEDULES, "there are cosine, linear and constant")
     ),
-    "warmup_ratio": Field("optimizer.warmup_share"),
+    "warmup_ratio": Field("optimizer.warmup_share", "of earlier versions"),
     "warmup_steps": Field("optimizer.warmup_share", "below 1 a share, as in transformers 5; else divided by max_steps"),
     "weight_decay": Field("optimizer.weight_decay"),
     "adam_beta1": Field("optimizer.b1"),
@@ -220,6 +220,21 @@ TRL: dict[str, Field] = {
     "shuffle_dataset": Field("", "always, by seed", ignored=True),
     "dataset_num_proc": Field("", "all cores", ignored=True),
     "dataset_kwargs": Field("", "of datasets' own loading", ignored=True),
+    "dtype": Field(
+        "compute.dtype",
+        "bfloat16 or float32",
+        lambda value: {"bfloat16": "bfloat16", "float32": "float32", "auto": None, None: None}.get(
+            value, Refused("there are bfloat16 and float32")
+        ),
+    ),
+    "lora_target_parameters": PEFT["target_parameters"],
+    "lora_task_type": PEFT["task_type"],
+    "model_revision": Field("", "name a snapshot's folder as --model instead", ignored=True),
+    "dataset_streaming": Field("", "data are read by index", ignored=True),
+    "attn_implementation": Field("", "attention is chosen by the platform", ignored=True),
+    "use_bnb_nested_quant": Field("", "see docs/quantized.md", ignored=True),
+    "bnb_4bit_quant_storage": Field("", "see docs/quantized.md", ignored=True),
+    "ignore_bias_buffers": Field("", "of PyTorch's data parallelism", ignored=True),
     "activation_offloading": Field("", "see --compute.remat", ignored=True),
 }
 

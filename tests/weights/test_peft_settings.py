@@ -40,7 +40,8 @@ def test_every_own_field_of_trl_is_in_the_table() -> None:
     import transformers
 
     common = {one.name for one in dataclasses.fields(transformers.TrainingArguments)}
-    assert {one.name for one in dataclasses.fields(trl.SFTConfig)} - common <= set(TRL)
+    kinds = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments)
+    assert {one.name for kind in kinds for one in dataclasses.fields(kind)} - common <= set(TRL)
 
 
 @pytest.mark.parametrize(("page", "fields"), [("from_peft.md", PEFT), ("from_trl.md", TRL)])
