@@ -113,6 +113,7 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.load import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
+    from nalora_jax.weights.saved_modules import fold_saved
 
     if args.gguf is None:
         refuse_existing(args.output)
@@ -131,10 +132,11 @@ def merge(args: cli.MergeArgs) -> None:
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=found)
     base, lora = model.base, _lora(model)
+    config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
     if args.gguf is not None:
         from nalora_jax.weights.gguf_export import write_merged_gguf
 
-        write_merged_gguf(args.output, base.config, base.params, lora, model.spec, base=found.path, kind=args.gguf)
+        write_merged_gguf(args.output, config, params, lora, spec, base=found.path, kind=args.gguf)
         print(f"{args.output}: merged model in {args.gguf}")
         return
     if base.hf_config is None:
@@ -142,11 +144,11 @@ def merge(args: cli.MergeArgs) -> None:
     tokenizer = found.path if found.kind == "hf" else base.tokenizer
     write_merged(
         args.output,
-        base.config,
-        base.params,
+        config,
+        params,
         lora,
-        model.spec,
-        hf_config=base.hf_config,
+        spec,
+        hf_config=base.hf_config | ({"tie_word_embeddings": False} if model.spec.saved else {}),
         tokenizer=tokenizer,
         dtype=args.dtype,
         card=card(model, "merged"),

@@ -307,8 +307,21 @@ def check(config: RunConfig) -> RunConfig:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
+    _check_saved(config)
     check_preference(config.preference, init=config.lora.init, task=config.vision.task)
     return config
+
+
+def _check_saved(config: RunConfig) -> None:
+    """Tables that are trained as a whole need a start that leaves the base alone, and a loss that knows of them."""
+    if not config.lora.modules_to_save:
+        return
+    for flag, found, fits in (
+        ("--lora.init", config.lora.init, "default"),
+        ("--vision.task", config.vision.task, ""),
+        ("--preference.loss", config.preference.loss, "none"),
+    ):
+        require(flag, found == fits, f"{fits or 'a language model'} with --lora.modules-to-save", found)
 
 
 def _check_rules(rules: tuple[LoRARule, ...]) -> None:

@@ -35,6 +35,9 @@ class LoRAConfig:
     gradient_batches: int = 4
     # gradient: weight of the gate's output channels: "ones", their "slope", or the slopes "permuted" (its placebo).
     gradient_weights: Literal["ones", "slope", "permuted"] = "ones"
+    # Train the token embedding and the output head as a whole too, as PEFT's modules_to_save does: each takes three
+    # times the memory of its table in float32. Of a model with tied embeddings they part.
+    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
     # Dropout rate on the adapters' input, in training only.
     dropout: float = 0.0
     # LoRA+ (arXiv 2402.12354): learning rate of B over that of A.

@@ -58,10 +58,13 @@ def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
 
 
 # Frozen weights. No trailing default: a weight that nobody thought of is an error, not a silent replica.
-PARAM_RULES: Rules = (
-    *_kernel_rules(),
+_TABLE_RULES: Rules = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
+)
+PARAM_RULES: Rules = (
+    *_kernel_rules(),
+    *_TABLE_RULES,
     (r"norm/(scale|bias)$", P()),
     # Encoders: what is small beside their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
@@ -75,6 +78,7 @@ PARAM_RULES: Rules = (
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
     *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
+    *_TABLE_RULES,  # those that are trained as a whole, and their moments
     # Whatever a mechanism remembers and a block measures ends in an axis of channels; counts and checks have none.
     (rf"(^|/)({'|'.join(COUNTS)}|{CHECK}\w*)$", P()),
     (r"(^|/)(gate/memory|gate_mask|gate_stats|gate_taps)/", P(_WHOLE)),
@@ -85,6 +89,8 @@ STATE_RULES: Rules = (
 # that they belong to.
 STEP_RULES: Rules = (
     *_adapter_rules(lambda axis: "tensor" if axis == "tensor" else None),
+    (r"(^|/)embed/embedding$", P("tensor", None)),
+    (r"(^|/)lm_head/kernel$", P(None, "tensor")),
     (r"(^|/)mask$", P("tensor")),
     (r"", P()),
 )

@@ -20,7 +20,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, depths, param_s
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import frozen_kernel
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, init_a
+from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec, init_a
 from nalora_jax.ops.attention import reads_cache_in_place
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
@@ -129,7 +129,9 @@ class Decoder(nn.Module):
         """Logits ``[..., vocab]`` float32 of hidden states ``[..., d_model]``, scale and soft cap applied."""
         c = self.config
         flat = hidden.reshape(-1, c.d_model)
-        if c.tie_embeddings:
+        if self.has_variable("lora", "lm_head"):  # trained as a whole
+            logits = dot(flat, self.get_variable("lora", "lm_head")["kernel"], self.numerics)
+        elif c.tie_embeddings:
             logits = dot(flat, self.embed.table(), self.numerics, dims=(1, 1))
         else:
             logits = self.lm_head(flat, self.numerics)
@@ -158,7 +160,7 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
 
 
 class Embedding(nn.Module):
-    """Rows of a frozen table."""
+    """Rows of a table: frozen, unless the collection ``lora`` has one that is trained."""
 
     vocab_size: int
     d_model: int
@@ -169,11 +171,14 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
         """int ``[...]`` -> ``[..., d_model]`` in the table's dtype."""
+        if self.has_variable("lora", "embedding"):
+            trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
+            return trained
         rows: jax.Array = take_rows(self.table(), tokens, numerics)
         return rows
 
     def table(self) -> Kernel:
-        """``[vocab, d_model]`` as it is stored, without a gradient."""
+        """The frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
         return lax.stop_gradient(self.embedding)
 
 
@@ -300,9 +305,13 @@ def init_lora(
       config: the model.
       spec: which projections, which ranks; a layer's A is zero beyond its own rank.
       key: random key.
-      params: base weights, needed for DoRA's magnitudes.
+      params: base weights, needed for DoRA's magnitudes and for tables that are trained as a whole.
     """
     leaves = _fresh(config, spec.targets, key)
+    for name in spec.saved:
+        base = flatten(params)
+        table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
+        leaves[TABLES[name]] = table.astype(jnp.float32)
     for path, _ in spec.targets if spec.dora else ():
         kernel = flatten(params)[f"{path}/kernel"]
         leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.adapted_dense import residual as residual
 from nalora_jax.trees import match_rules
+
+# Tables that can be trained as a whole, by PEFT's name of their module: where they lie in ``params`` and ``lora``.
+TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class AdapterSpec:
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
+    # Names in `TABLES` that are trained as a whole (PEFT's modules_to_save).
+    saved: tuple[str, ...] = ()
+
+    @property
+    def linear(self) -> AdapterSpec:
+        """The same adapters without what depends on the base's weights: magnitudes and trained tables."""
+        return replace(self, dora=False, saved=())
 
     def target(self, path: str) -> TargetSpec | None:
         """The spec of ``path``, or None if nothing there is adapted."""
@@ -113,7 +123,8 @@ def resolve(
             found="rank 0 everywhere",
             remedy="give a rule a rank of 1 or more",
         )
-    return AdapterSpec(targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout)
+    saved = tuple(name for name in TABLES if name in config.modules_to_save)
+    return AdapterSpec(targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout, saved=saved)
 
 
 def _layer_path(path: str, layer: int) -> str:

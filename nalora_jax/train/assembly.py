@@ -23,7 +23,7 @@ from nalora_jax.models.config import ModelConfig, depths, gate_blocks, projectio
 from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.nn.low_rank import TABLES, AdapterSpec, resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.ops.programs import best_remat
@@ -107,7 +107,7 @@ def assemble(
         initial = jax.tree.map(distributed.fetch, lora)
         params = _with_starts(params, lora, mesh)
     else:
-        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora else None)
+        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora or spec.saved else None)
 
     def fresh(lora: Any, key: jax.Array) -> TrainState:
         state = init_state(lora, optimizer, measured_blocks(base, spec), mechanisms, 0)
@@ -205,8 +205,8 @@ def build_optimizer(
 
 
 def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
-    linear = replace(spec, dora=False)  # magnitudes would need the weights, and are no gates
-    return find_gates(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
+    # Magnitudes would need the weights, and are no gates.
+    return find_gates(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
 
 
 def _check_tolerance(config: RunConfig) -> float:
@@ -240,8 +240,10 @@ def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[st
     """Where adapters and masks live within a step; nothing on one device."""
     if mesh.size == 1:
         return {}
-    linear = replace(spec, dora=False)
-    shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, linear, key), jax.random.key(0)))
+    shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
+    for name in spec.saved:
+        sizes = (base.vocab_size, base.d_model)
+        shapes[TABLES[name]] = jax.ShapeDtypeStruct(sizes if name == "embed_tokens" else sizes[::-1], "float32")
     for path, _ in spec.targets if spec.dora else ():
         b = shapes[f"{path}/b"].shape
         shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from nalora_jax import trees
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.trained_head import trained_cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -62,6 +63,19 @@ class NextToken:
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
         """See `Objective`; arrays of the batch are ``[rows, seq]``."""
         hidden, written = self.hidden(variables, batch, key)
+        if "lm_head" in variables["lora"]:
+            head = variables["lora"]["lm_head"]["kernel"]
+            loss = trained_cross_entropy(
+                hidden,
+                head,
+                batch["targets"],
+                batch["loss_weights"],
+                self.head,
+                self.numerics,
+                chunk=self.loss_chunk,
+                shards=self.batch_shards,
+            )
+            return Found(loss, written)
         return Found(self.cross_entropy(hidden, params, batch, batch["loss_weights"]), written)
 
     def hidden(

@@ -22,6 +22,7 @@ from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.weights.saved_modules import refuse_saved
 
 Adapter = tuple[Mapping[str, Any], AdapterSpec]  # a lora tree and its spec
 
@@ -85,6 +86,7 @@ class AdapterBank:
             raise NaloraError("adapter bank", expected="a free slot", found=held, remedy="unload one first")
         if spec.dora:
             raise NaloraError(f"adapter {name}", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+        refuse_saved(spec, f"adapter {name}", "merge it instead")
         slot = self.names.index(name if name in self.names else None)
         bank = self._with_slot(slot, folded_scales(lora, spec), f"adapter {name}")
         return replace(bank, names=(*self.names[:slot], name, *self.names[slot + 1 :]))
@@ -139,6 +141,8 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
         raise NaloraError("combine_adapters", expected="one weight per adapter, at least one", found=found)
     if any(spec.dora for _, spec in adapters):
         raise NaloraError("combine_adapters", expected="linear adapters", found="DoRA", remedy="merge it instead")
+    for _, spec in adapters:
+        refuse_saved(spec, "combine_adapters", "merge it instead")
     folded = [folded_scales(lora, spec) for lora, spec in adapters]
     leaves: dict[str, Any] = {}
     targets = []

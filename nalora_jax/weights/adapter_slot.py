@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec
 from nalora_jax.weights.adapter_bank import folded_scales, padded
 
 
@@ -52,6 +52,8 @@ class AdapterSlot:
     def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
         """The adapter in the slot's shapes; zeros, which leave the base as it is, where there is none.
 
+        Tables that are trained as a whole come along; programs are compiled once with them and once without.
+
         Args:
           lora: float32 tree of the adapter.
           spec: its ranks and scales.
@@ -68,4 +70,6 @@ class AdapterSlot:
             a, b = given.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
             leaves[f"{path}/a"] = padded(a, target.rank, -1, path)
             leaves[f"{path}/b"] = padded(b, target.rank, -2, path)
+        tables = {} if lora is None or spec is None else trees.flatten(lora)
+        leaves |= {TABLES[name]: tables[TABLES[name]] for name in (spec.saved if spec else ())}
         return trees.unflatten(leaves)

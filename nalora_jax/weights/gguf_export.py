@@ -37,6 +37,7 @@ from nalora_jax.weights.keymaps import SourceTensor, keymap_for
 from nalora_jax.weights.merge import merged_tensors
 from nalora_jax.weights.peft_modules import Adapter, fuse
 from nalora_jax.weights.peft_write import layer_adapter
+from nalora_jax.weights.saved_modules import refuse_saved
 
 # What a file can be written as, and llama.cpp's number of it in general.file_type.
 KINDS = {
@@ -124,6 +125,7 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
     if spec.dora:
         rule = "LoRA or rsLoRA: llama.cpp has no DoRA"
         raise NaloraError("GGUF adapter", expected=rule, found="DoRA", remedy="write the merged model instead")
+    refuse_saved(spec, "GGUF adapter", "write the merged model instead")
     adapters = list(_adapters(config, lora, spec))
     alpha = adapters[0][1].scale * adapters[0][1].rank
     tensors: dict[str, np.ndarray] = {}

@@ -29,6 +29,7 @@ from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.keymaps import Slot, SourceTensor
 from nalora_jax.weights.keytables import Source
 from nalora_jax.weights.peft_write import layer_adapter
+from nalora_jax.weights.saved_modules import refuse_saved
 from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
@@ -47,6 +48,7 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
       lora: adapters, stacked.
       spec: their ranks, alphas and variant.
     """
+    refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
     leaves, adapters = dict(flatten(params)), flatten(lora)
     for path, _ in spec.targets:
         a, b = (jnp.asarray(adapters[f"{path}/{name}"]) for name in ("a", "b"))
@@ -93,6 +95,7 @@ def merged_tensors(
       dtype: of every tensor; by default each keeps its parameter's.
       source: whose names and layouts: transformers' or llama.cpp's.
     """
+    refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
     leaves, adapters = flatten(params), flatten(lora or {})
     for tensor in model_keymap(config, source).tensors:
         parts = [_slot_value(leaves, adapters, spec, slot, dtype) for slot in tensor.slots]

@@ -10,7 +10,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.nn.low_rank import TABLES, AdapterSpec
 from nalora_jax.trees import flatten
 from nalora_jax.weights.peft_modules import Adapter, ModuleLayout, compact
 from nalora_jax.weights.peft_read import import_adapter
@@ -45,6 +45,10 @@ def verify_export(
     loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint, layout=layout)
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
+    for name in sorted({*spec.saved, *loaded_spec.saved}):
+        table, read = (np.asarray(leaves.get(TABLES[name], 0.0), np.float32) for leaves in (ours, theirs))
+        if not np.array_equal(table, read):
+            raise _differs(folder, name)
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)
@@ -62,13 +66,17 @@ def _difference(folder: str | Path, place: str, meant: Adapter | None, found: Ad
         same = a.b.shape == b.b.shape and np.array_equal(a.a, b.a) and _same(a.magnitude, b.magnitude)
         difference = _relative(a, b) if same else 1.0
     if not same or difference > _FOLD_TOLERANCE:
-        raise NaloraError(
-            f"{folder}: {place}",
-            expected="the adapter that was exported",
-            found="another one on reading it back",
-            remedy="do not use these files; please report this as a bug, with the adapter's configuration",
-        )
+        raise _differs(folder, place)
     return difference
+
+
+def _differs(folder: str | Path, place: str) -> NaloraError:
+    return NaloraError(
+        f"{folder}: {place}",
+        expected="the adapter that was exported",
+        found="another one on reading it back",
+        remedy="do not use these files; please report this as a bug, with the adapter's configuration",
+    )
 
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:

@@ -26,7 +26,6 @@ _INERT = {
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "inference_mode",
@@ -41,12 +40,14 @@ _INERT = {
 _READ = {
     "alpha_pattern",
     "bias",
+    "ensure_weight_tying",
     "exclude_modules",
     "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
     "lora_dropout",
+    "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
@@ -78,6 +79,8 @@ class PeftConfig:
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    tied: bool = False  # ensure_weight_tying
 
     def choose(self, modules: Sequence[str], parameters: Sequence[str] = ()) -> Choices:
         """What this config says about a model's Linear modules (not the output head) and parameters, as PEFT reads it.
@@ -175,6 +178,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
         dropout=fields.number("lora_dropout", default=0.0, low=0.0, high=1.0),
+        modules_to_save=fields.strings("modules_to_save"),
+        tied=fields.flag("ensure_weight_tying"),
     )
     if isinstance(targets, str) and (config.layers_to_transform or config.layers_pattern):
         raise NaloraError(

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
-from nalora_jax.trees import unflatten
+from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.origin import is_comparable
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
@@ -32,6 +32,7 @@ from nalora_jax.weights.peft_modules import (
     split,
     without_padding,
 )
+from nalora_jax.weights.saved_modules import take_saved
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,13 @@ def import_adapter(
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
+    tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=str(folder / TENSORS_NAME))
     slots = {slot.key: slot for slot in _slots(layout or module_layout(config), config, peft)}
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
     _check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
-    return _stack(config, peft, pieces)
+    lora, spec = _stack(config, peft, pieces)
+    return unflatten(flatten(lora) | tables), replace(spec, saved=saved)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -144,6 +147,8 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], meta
     Where the base model lies, and anything else in the config that this library does not compute with, may be edited.
     """
     meaning = {name: settings.get(name) for name in _MEANING}
+    # Files of earlier versions have no such modules, and digests without them.
+    meaning |= {name: settings[name] for name in ("modules_to_save", "ensure_weight_tying") if settings.get(name)}
     noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
     digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
     for name, array in sorted(tensors.items()):

@@ -27,6 +27,7 @@ from nalora_jax.weights.peft_modules import (
     part_widths,
 )
 from nalora_jax.weights.peft_read import TENSORS_NAME, file_metadata
+from nalora_jax.weights.saved_modules import refuse_saved, saved_tensors
 from nalora_jax.weights.shards import write_tensors
 
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md"})
@@ -82,7 +83,7 @@ def export_adapter(
     if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
         spec = replace(spec, dropout=0.0)  # it acts in training only, and PEFT refuses to load it for experts
     settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
-    tensors = dict(_tensors(entries, layout))
+    tensors = dict(_tensors(entries, layout)) | (saved_tensors(lora, spec, config) if spec.saved else {})
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
@@ -198,6 +199,7 @@ def _check_dora(spec: AdapterSpec, name: str, adapter: Adapter, *, stacked: bool
 
 
 def _check_vllm(spec: AdapterSpec) -> None:
+    refuse_saved(spec, "--for vllm", "vLLM takes no modules_to_save: merge it into the base instead")
     if spec.dora:
         rule = "no DoRA (vLLM's rule: use_dora is refused)"
         raise NaloraError("--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead")
@@ -283,7 +285,7 @@ def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, 
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": spec.dropout,
-        "modules_to_save": None,
+        "modules_to_save": list(spec.saved) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,

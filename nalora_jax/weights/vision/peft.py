@@ -101,6 +101,9 @@ def import_dual_adapter(
     """
     folder = Path(folder)
     peft = read_peft_config(folder)
+    if peft.modules_to_save:
+        listed = ", ".join(peft.modules_to_save)
+        raise NaloraError(f"{peft.where}: modules_to_save", expected="null for image and text encoders", found=listed)
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)

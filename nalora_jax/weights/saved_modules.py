@@ -1,0 +1,117 @@
+"""Tables that are trained as a whole beside the adapters: PEFT's ``modules_to_save``, the token embedding and the head.
+
+They lie in the collection ``lora``, in float32, where they stand in for the base's:
+
+    lora: {"embed": {"embedding": [vocab, d_model]}, "lm_head": {"kernel": [d_model, vocab]}, "layers": ...}
+
+A model with tied embeddings has one table for both, and PEFT keeps a trained copy for each module that is named, so
+that they part: with ``embed_tokens`` alone the head stays the base's. So does this library. PEFT's
+``ensure_weight_tying`` makes the head the trained embedding instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.nn.low_rank import TABLES, AdapterSpec
+from nalora_jax.weights.keymaps import keymap_for
+
+_HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
+
+
+def tensor_names(config: ModelConfig) -> dict[str, str]:
+    """Name of each table's weight in transformers' files: ``{"embed_tokens": "model.embed_tokens.weight", ...}``."""
+    paths = {tensor.slots[0].path: tensor.name for tensor in keymap_for(config, "hf").tensors}
+    return {"embed_tokens": paths[_EMBEDDING], "lm_head": paths.get(_HEAD, "lm_head.weight")}
+
+
+def take_saved(
+    config: ModelConfig, tensors: dict[str, np.ndarray], names: Sequence[str], *, tied: bool, where: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The trained tables of an adapter file, taken out of its tensors.
+
+    Args:
+      config: the base model.
+      tensors: by PEFT's key; those of the tables are removed.
+      names: of ``modules_to_save``.
+      tied: ``ensure_weight_tying``: the head is the trained embedding.
+      where: names the file.
+
+    Returns:
+      Leaves of the ``lora`` tree by path, and the modules that they are.
+
+    Raises:
+      NaloraError: a module that is not supported, a table that is missing, or one of another shape.
+    """
+    leaves: dict[str, np.ndarray] = {}
+    if tied and "base_model.model.lm_head.weight" in tensors:  # PEFT writes the head that it keeps tied, too
+        names = [*names, "lm_head"]
+    for name in dict.fromkeys(name.rpartition(".")[2] for name in names):
+        if name not in TABLES:
+            expected = f"some of {', '.join(TABLES)} (other modules are not supported)"
+            raise NaloraError(f"{where}: modules_to_save", expected=expected, found=name)
+        key = f"base_model.model.{tensor_names(config)[name]}"
+        if key not in tensors:
+            if name == "lm_head" and tied and _EMBEDDING in leaves:
+                continue
+            raise NaloraError(f"{where}: {key}", expected=f"the trained {name} of modules_to_save", found="nothing")
+        table = tensors.pop(key)
+        shape = (config.vocab_size, config.d_model)
+        if table.shape != shape:
+            raise NaloraError(
+                f"{where}: {key}",
+                expected=f"shape {shape}, as the base has it",
+                found=f"shape {table.shape}",
+                remedy="an adapter with new tokens needs a base whose embedding was resized for them",
+            )
+        leaves[TABLES[name]] = table if name == "embed_tokens" else np.ascontiguousarray(table.T)
+    if tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:
+        leaves[_HEAD] = np.ascontiguousarray(leaves[_EMBEDDING].T)
+    return leaves, tuple(name for name in TABLES if TABLES[name] in leaves)
+
+
+def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The trained tables by PEFT's key, as its files hold them."""
+    leaves = trees.flatten(lora)
+    found = {}
+    for name in spec.saved:
+        table = np.asarray(leaves[TABLES[name]], np.float32)
+        found[f"base_model.model.{tensor_names(config)[name]}"] = table if name == "embed_tokens" else table.T.copy()
+    return found
+
+
+def fold_saved(
+    config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[ModelConfig, dict[str, Any], AdapterSpec]:
+    """The base with the trained tables in place of its own; of a tied model embedding and head part.
+
+    Returns:
+      Config, parameters, and the spec of what is left of the adapter.
+    """
+    if not spec.saved:
+        return config, dict(params), spec
+    leaves, trained = trees.flatten(params), trees.flatten(lora)
+    if config.tie_embeddings:
+        leaves[_HEAD] = jnp.asarray(leaves[_EMBEDDING]).T
+    for name in spec.saved:
+        leaves[TABLES[name]] = jnp.asarray(trained[TABLES[name]])
+    return replace(config, tie_embeddings=False), trees.unflatten(leaves), replace(spec, saved=())
+
+
+def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
+    """Refuses an adapter with trained tables where there is no place for them.
+
+    Raises:
+      NaloraError: it has some.
+    """
+    if spec.saved:
+        found = f"trained {' and '.join(spec.saved)}"
+        raise NaloraError(where, expected="an adapter of projections alone", found=found, remedy=remedy)
