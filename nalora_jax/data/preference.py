@@ -21,7 +21,7 @@ from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
 from nalora_jax.data.packing import Pattern, Plan, assemble, pack, permutation, plan
 from nalora_jax.data.pipeline import Batch, BatchIterator
-from nalora_jax.data.sources import Source, open_source
+from nalora_jax.data.sources import Source, open_held_out
 from nalora_jax.data.store import Counts, report_dropped
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.errors import NaloraError
@@ -315,7 +315,7 @@ def held_out_pairs(
     Raises:
       NaloraError: bad records, or fewer than two pairs.
     """
-    records = open_source(config, config.eval_split, source=source)
+    records = open_held_out(config, config.eval_split, source=source)
     count = config.eval_limit + config.select_limit if config.eval_limit else len(records)
     indices = np.sort(permutation(len(records), _SEED)[:count]).tolist()
     pairs = list(tokenize_pairs(records, indices, config, preference, tokenizer))

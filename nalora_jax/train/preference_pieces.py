@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
-from nalora_jax.data.sources import Source, check_disjoint, open_source
+from nalora_jax.data.sources import Source, open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.train.assembly import assemble
@@ -30,8 +30,7 @@ def preference_pieces(
       NaloraError: bad records, pairs that do not fit, or too few held out.
     """
     train, data, preference = config.train, config.data, config.preference
-    records = open_source(data, data.train_split, source=source)
-    check_disjoint(records, open_source(data, data.eval_split, source=source))
+    records, _ = open_pair(data, source=source)
     rows = pair_data(
         records,
         data,

@@ -33,12 +33,23 @@ def settled(config: RunConfig, files: ResolvedSource | None, source: Mapping[str
     """
     if config.epochs and files is None:
         raise NaloraError("--epochs", expected="0 with --vision.task", found=config.epochs, remedy="give --steps")
+    if config.preference.loss != "none":
+        _check_pairs(config)
     if files is not None and (config.epochs or not config.data.max_length):
         config = _of_data(config, files, source)
     every = config.train.eval_every
     if every < 0:
         every = min(_EVAL_EVERY, max(config.steps // 2, 1))
     return replace(config, train=replace(config.train, eval_every=every))
+
+
+def _check_pairs(config: RunConfig) -> None:
+    """Of pairs neither the steps of an epoch nor a row's length are made of the data."""
+    remedy = "name it: a row holds both answers of a pair"
+    if config.epochs:
+        raise NaloraError("--epochs", expected="0 with --preference.loss", found=config.epochs, remedy="give --steps")
+    if not config.data.max_length:
+        raise NaloraError("--data.max-length", expected="a length with --preference.loss", found="auto", remedy=remedy)
 
 
 def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> RunConfig:

@@ -148,10 +148,9 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
 def test_a_fresh_adapter_has_rewards_of_zero_and_the_loss_of_a_coin(tokenizer):
     made, _ = assembled(PreferenceConfig("dpo"))
     _, metrics = made.step(made.view(made.params), made.state, pairs(tokenizer).batch_at(0))
-    np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-6)
-    assert all(
-        float(metrics["measured"][name]) == 0 for name in ("rewards_chosen", "rewards_margin", "rewards_accuracy")
-    )
+    np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-5)
+    for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):  # two programs: to rounding
+        np.testing.assert_allclose(metrics["measured"][name], 0.0, atol=1e-5)
 
 
 def test_micro_batches_and_a_mesh_change_nothing(tokenizer):
@@ -345,7 +344,7 @@ def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     assert steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
-    assert steps[0]["rewards_margin"] == 0
+    assert steps[0]["rewards_margin"] == pytest.approx(0.0, abs=1e-5)
     assert steps[-1]["rewards_margin"] > 0.5
     assert steps[-1]["rewards_accuracy"] > 0.9
     assert steps[-1]["loss"] < 0.6
