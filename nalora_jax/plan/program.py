@@ -112,13 +112,13 @@ def step_and_arguments(
     optimizer = build_optimizer(config, base, spec, mechanisms)
     gates = measured_blocks(base, spec)
 
-    def fresh() -> Any:
-        lora = init_lora(base, spec, jax.random.key(0))
+    def fresh(params: Any) -> Any:
+        lora = init_lora(base, spec, jax.random.key(0), params)
         return init_state(lora, optimizer, gates, mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
     params = gathered(_placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
-    state, places = _placed(jax.eval_shape(fresh), mesh, distributed.STATE_RULES)
+    state, places = _placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     micro = config.train.batch_size // config.train.accumulate
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     shape = (config.train.accumulate, micro, seq)

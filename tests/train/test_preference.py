@@ -143,13 +143,10 @@ def test_loss_and_gradient_of_a_packed_batch_are_those_of_the_plain_formula(toke
     np.testing.assert_allclose(metrics["grad_norm"], expected_norm, rtol=1e-4)
     assert float(metrics["target_tokens"]) == len(which)
     assert abs(float(value) - np.log(2)) > 0.005
-
-
-def test_a_fresh_adapter_has_rewards_of_zero_and_the_loss_of_a_coin(tokenizer):
-    made, _ = assembled(PreferenceConfig("dpo"))
-    _, metrics = made.step(made.view(made.params), made.state, pairs(tokenizer).batch_at(0))
+    # A fresh adapter: rewards of zero, to the rounding of two programs, and the loss of a coin.
+    _, metrics = made.step(made.view(made.params), made.state, batch)
     np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-5)
-    for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):  # two programs: to rounding
+    for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):
         np.testing.assert_allclose(metrics["measured"][name], 0.0, atol=1e-5)
 
 
@@ -159,7 +156,7 @@ def test_micro_batches_and_a_mesh_change_nothing(tokenizer):
     split = replace(whole, accumulate=2, rows=(0, 1))
     results = []
     meshed = distributed.make_mesh(MeshConfig(2, 1, 2), jax.devices()[:4])
-    for data, mesh in ((whole, None), (split, None), (whole, meshed)):
+    for data, mesh in ((whole, None), (split, meshed)):
         made, state = assembled(preference, mesh)
         batch = distributed.make_global_batch(data.batch_at(0), made.mesh, rows_axis=1)
         _, metrics = made.step(made.view(made.params), state, batch)
