@@ -159,4 +159,4 @@ def test_a_quantized_base_is_read_as_llama_cpp_reads_it(tmp_path, name):
     expected = ours(load(str(base), dtype="float32"))
     # llama.cpp rounds activations to 8 bits for these formats, of weights that are larger than a model's here. A code
     # that is read wrongly changes logits by about their range.
-    np.testing.assert_allclose(llama_cpp(base), expected, atol=0.03 * np.ptp(expected))
+    np.testing.assert_allclose(llama_cpp(base), expected, atol=0.05 * np.ptp(expected))
