@@ -67,7 +67,7 @@ class SeeingEvaluator(Evaluator):
     def _answers(self, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
         shown = self.completions[: self._samples]
         generator = Generator(self._model, variables, self._tokenizer, mesh=self._mesh, processor=self._processor)
-        answers = generator.generate(
+        answers = generator.complete(
             [item.prompt_ids for item in shown],
             images=[self._pixels[id(item)] for item in shown],
             max_new_tokens=_SAMPLE_TOKENS,
@@ -77,10 +77,12 @@ class SeeingEvaluator(Evaluator):
         return [
             {
                 "prompt": item.prompt.replace(written, "[image]"),
-                "answer": a.strip(),
+                "turns": [{"role": role, "text": text} for role, text in item.turns],
+                "answer": answer.text.strip(),
+                "cut": answer.reason == "length",
                 "expected": item.completion.strip(),
             }
-            for item, a in zip(shown, answers, strict=True)
+            for item, answer in zip(shown, answers, strict=True)
         ]
 
 
