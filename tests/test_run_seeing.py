@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -124,9 +125,13 @@ def test_peft_loads_the_adapter_and_transformers_sees_the_same(trained, chats) -
     picture = Image.open(chats.parent / "1.png").convert("RGB")
     ids = np.array([asked(QUESTION, 1, tokenizer, chat=True)], np.int32)
     pixels = processor.normalise(processor(picture)["pixels"][None, None])
-    features = adapted.module.apply(adapted.variables, pixels, method="see")
-    hidden = adapted.module.apply(adapted.variables, ids, features=features)
-    ours = np.asarray(adapted.module.apply(adapted.variables, hidden, method="unembed"))
+
+    @jax.jit
+    def logits(variables, pixels):
+        hidden = adapted.module.apply(variables, ids, features=adapted.module.apply(variables, pixels, method="see"))
+        return adapted.module.apply(variables, hidden, method="unembed")
+
+    ours = np.asarray(logits(adapted.variables, pixels))
     base = transformers.AutoModelForImageTextToText.from_pretrained(model)
     theirs = peft.PeftModel.from_pretrained(base, folder / "adapter").eval()
     seen = torch.tensor(np.asarray(pixels[0]).transpose(0, 3, 1, 2))

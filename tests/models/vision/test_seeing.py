@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,10 +59,15 @@ def ours(loaded: LoadedModel, rows: list[list[dict[str, Any]]], pictures: list[l
         tokens[i, : len(row)], segments[i, : len(row)] = row, 1
         for j, picture in enumerate(pictures[i]):
             pixels[i, j] = loaded.processor(picture)["pixels"]
-    model, variables = decoder_for(loaded.config), {"params": loaded.params}
-    features = model.apply(variables, loaded.processor.normalise(jnp.asarray(pixels)), method="see")
-    hidden = model.apply(variables, jnp.asarray(tokens), segment_ids=jnp.asarray(segments), features=features)
-    return tokens, np.asarray(model.apply(variables, hidden, method="unembed"))
+    model, processor = decoder_for(loaded.config), loaded.processor
+
+    @jax.jit
+    def logits(variables: Any, tokens: jax.Array, segments: jax.Array, pixels: jax.Array) -> jax.Array:
+        features = model.apply(variables, processor.normalise(pixels), method="see")
+        hidden = model.apply(variables, tokens, segment_ids=segments, features=features)
+        return model.apply(variables, hidden, method="unembed")
+
+    return tokens, np.asarray(logits({"params": loaded.params}, tokens, segments, pixels))
 
 
 def theirs(folder: Path, rows: list[list[dict[str, Any]]], pictures: list[list[Any]]) -> tuple[np.ndarray, np.ndarray]:
