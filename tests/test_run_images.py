@@ -170,6 +170,7 @@ def test_the_verbs_classify_and_retrieve(trained, pictures, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_verbs_that_take_every_run_take_these(trained, tmp_path, capsys) -> None:
     """`eval` measures what the run reported; `export` and `merge` write what PEFT and transformers load."""
     torch = pytest.importorskip("torch")
