@@ -173,14 +173,20 @@ def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) ->
     model = seeing_folder("llava")
     base = settings(model, chats, tmp_path / "run")
     lines = chats.read_text().splitlines()
-    far = tmp_path / "far.jsonl"
+    far = chats.parent / "far.jsonl"  # beside the images that its first lines name
     far.write_text("\n".join([*lines[:2], json.dumps({"image": "../x.png", "conversations": []})]) + "\n")
     for changes, message in (
         ({"data": replace(base.data, too_long="truncate")}, "--data.too-long"),
         ({"vision": VisionConfig("chat", broken="error")}, "4.png"),
         ({"data": replace(base.data, max_length=12)}, "--data.max-length"),
         ({"vision": VisionConfig()}, "matches nothing"),  # read as its text model, which has no image tower
-        ({"data": replace(base.data, dataset=str(far), train_split="train")}, "a file below"),
+        (
+            {
+                "data": replace(base.data, dataset=str(far), train_split="train"),
+                "vision": VisionConfig("chat", broken="error"),
+            },
+            "a file below",
+        ),
     ):
         with pytest.raises(NaloraError, match=message):
             run(replace(base, output=str(tmp_path / message.strip("-").replace(" ", "_")), **changes))

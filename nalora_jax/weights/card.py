@@ -130,7 +130,7 @@ def _results(card: Card) -> str:
     ]
     if not rows:
         return ""
-    split = f" on `{_short(card.run.data.dataset)}`, split `{card.run.data.eval_split}`" if card.run else ""
+    split = f" on `{_short(card.run.data.dataset)}`, {_held_out(card.run.data.eval_split)}" if card.run else ""
     headline = "recall at 1" if "recall" in (card.after or card.before or {}) else "accuracy"
     head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
     if all(not row[1] for row in rows):  # no accuracy was measured: the interval is the loss's
@@ -256,6 +256,11 @@ def _licence(card: Card) -> str:
 
 def _on_hub(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _held_out(split: str) -> str:
+    """What the results were measured on, in words."""
+    return "its validation split or else 5% of its records" if split == "auto" else f"split `{split}`"
 
 
 def _short(name: str) -> str:

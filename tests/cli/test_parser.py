@@ -212,7 +212,7 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["train", "extra"], "nalora train: expected flags and their values, found 'extra'"),
         (["fly"], f"fly: expected a verb: {', '.join(KINDS)}, found none of that name; see nalora --help"),
         (["trian"], "did you mean train?"),
-        (["report"], "nalora report: expected RUN, found nothing; see nalora report --help"),
+        (["report"], "nalora report: expected the folder of a run, found none"),
         (["generate", "m"], "nalora generate: expected --prompt or --messages, found neither"),
         (["train", "--log-format", "xml"], "--log-format: expected text or json, found xml"),
         (["generate", "m", "--prompt", "\udcff"], r"--prompt: expected text in UTF-8, found b'\xff'"),
@@ -260,7 +260,7 @@ ZERO = {
     "--batch", "--price", "--epochs", "--data.max-length",
 }  # fmt: skip
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features"}
-ZERO |= {"--shots", "--preference.label-smoothing"}
+ZERO |= {"--shots", "--images", "--preference.label-smoothing"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}

@@ -234,7 +234,8 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_
     (folder / name).write_bytes(content)
     caplog.set_level(logging.WARNING)
     again = open_data(config).store
-    assert f"the cached tokens in {folder} are damaged ({name} is" in caplog.text
+    said = "" if name == "digests.json" else f"{name} is"  # which digest was hit, and which file it is of, is chance
+    assert f"the cached tokens in {folder} are damaged ({said}" in caplog.text
     np.testing.assert_array_equal(again.tokens, tokens)
     assert again.fingerprint == fingerprint
     caplog.clear()
