@@ -50,6 +50,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Files about packages that are no part of the extra `test`.
+FILES_OF = {"trl": "train/test_preference_trl.py", "xllamacpp": "weights/test_gguf_llama_cpp.py"}
+collect_ignore = [file for package, file in FILES_OF.items() if importlib.util.find_spec(package) is None]
+
+
+def pytest_report_header() -> list[str]:
+    """Says which files are left out."""
+    return [f"left out, for want of a package: tests/{file}" for file in collect_ignore]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-of-each", action="store_true", help="of a test with several cases only the first")
 
@@ -61,6 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         missing.add("lm_eval")
     if importlib.util.find_spec("tunix") is None:  # brings a training stack of its own
         missing.add("tunix")
+    if importlib.util.find_spec("trl") is None:  # the extra `bench`
+        missing.add("trl")
     if "gemma" not in os.environ.get("NALORA_ACCEPT_LICENSE", ""):  # only a person can accept terms
         missing.add("gemma_terms")
     wanted = [item for item in items if not missing & {mark.name for mark in item.iter_markers()}]

@@ -35,9 +35,10 @@ def test_every_field_of_peft_is_in_the_table() -> None:
     assert {one.name for one in dataclasses.fields(peft.LoraConfig)} == set(PEFT)
 
 
+@pytest.mark.trl
 def test_every_own_field_of_trl_is_in_the_table() -> None:
-    trl = pytest.importorskip("trl")  # of the extra `bench`
     import transformers
+    import trl
 
     common = {one.name for one in dataclasses.fields(transformers.TrainingArguments)}
     kinds = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments)
