@@ -1,13 +1,15 @@
 """Attention on a TPU: JAX's Pallas splash attention, which skips blocks by segments, causality and window.
 
-It stores no ``[seq, seq]`` probabilities. Cached keys, dropout, and shapes that the kernel does not take are the plain
-function's.
+It stores no ``[seq, seq]`` probabilities. Its result and the logarithms of its sums are saved by rematerialised layers
+that save products, so that the backward pass does not run it again. Cached keys, dropout, and shapes that the kernel
+does not take are the plain function's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,15 @@ from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.registry import Implementation
-from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.rounding import SAVED, round_and_save
 
 SPLASH = Implementation("splash", platform="tpu")
 _LANES = 128  # a TPU register's width: what block sizes must be multiples of
+# Queries and keys of a block. A block is computed whole if any of it is seen, so that large ones waste products along
+# the diagonal, and small ones time between them. Tunix takes 1,024 and MaxText 1,024 to 2,048 at these lengths.
+_BLOCKS = (1024, 512, 256, _LANES)
+# Gradients of queries that the fused kernel leaves for a sum, one of each block of keys: beyond, they take gigabytes.
+_MOST_PARTS = 8
 
 
 @SPLASH.implements(attention)
@@ -82,20 +89,32 @@ def _for_window(heads: int, seq: int, window: int, softcap: float, interpret: bo
 
     local = masks.LocalMask((seq, seq), window_size=(window - 1, 0), offset=0) if window < seq else None
     mask = masks.CausalMask((seq, seq)) if local is None else local
-    block = next(size for size in (512, 256, _LANES) if seq % size == 0)
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
     return splash_attention_kernel.make_splash_mha_single_device(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=sizes,
+        block_sizes=splash_attention_kernel.BlockSizes(**block_sizes(seq, window)),
         attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
+
+
+def block_sizes(seq: int, window: int) -> dict[str, Any]:
+    """Settings of the kernels for rows of ``seq`` tokens, a multiple of 128, that see ``window`` before them.
+
+    Blocks are a quarter of the row at most, and half of the window. One kernel makes all gradients, with five products
+    instead of the seven of two kernels, but where a window leaves few products and not fewer of the sums behind it.
+    """
+    seen = min(window, seq)
+    fitting = [size for size in _BLOCKS if seq % size == 0 and 4 * size <= seq and (seen == seq or 2 * size <= seen)]
+    block = max(fitting, default=_LANES)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    if seen == seq and seq // block <= _MOST_PARTS:
+        return dict.fromkeys(names, block) | {"use_fused_bwd_kernel": True}
+    return dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
+
+
+def computed_pairs(seq: int, window: int) -> float:
+    """Pairs of a query and a key that the kernels compute for a row: those of all blocks of which any is seen."""
+    block = block_sizes(seq, window)["block_q"]
+    before = -(-(min(window, seq) - 1) // block)  # blocks of keys before the diagonal's that a block of queries sees
+    return float(sum(min(i, before) + 1 for i in range(seq // block)) * block * block)

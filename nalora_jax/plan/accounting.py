@@ -23,6 +23,7 @@ _COLLECTIVES = (
     "collective-broadcast",
 )
 _BETWEEN = " between slices"  # ends the kind of a collective of several slices
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'  # the end of the first part of a collective
 # Instructions that move no bytes of their own.
 _FREE = frozenset(
     (
@@ -278,7 +279,7 @@ class Program:
                 total += self._read_of(computation, user)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
                 total += sum(shape.size for shape in user.shapes)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
+            elif self._hands_on(user, source, computation):
                 continue
             elif user.opcode == "fusion" and user.calls[0] in self.computations:
                 inner = self.computations[user.calls[0]]
@@ -286,6 +287,12 @@ class Program:
             else:
                 return math.inf
         return total
+
+    @staticmethod
+    def _hands_on(user: Instruction, source: Instruction, computation: Computation) -> bool:
+        """Whether a fusion returns an operand in place, changed or not, without reading it."""
+        updated = user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
+        return updated or (user.opcode == "tuple" and user.is_root) or _is_continued(user, computation)
 
     def _written(self, computation: Computation) -> float:
         return self._written_by(computation, computation.root)
@@ -300,6 +307,10 @@ class Program:
         if result.opcode == "tuple":
             parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
             return sum(self._written_by(computation, part) for part in parts if not part.shapes[0].on_chip)
+        if result.opcode == "parameter" or _is_continued(result, computation):  # handed on in place
+            return 0.0
+        if _STARTS in result.attributes:  # what is gathered, without the operand that it hands on
+            return sum(shape.size for name in result.operands for shape in computation.instructions[name].shapes)
         if result.opcode == "fusion" and result.calls[0] in self.computations:
             return self._written(self.computations[result.calls[0]])
         return sum(shape.size for shape in result.shapes)
@@ -307,6 +318,16 @@ class Program:
 
 def _of_slices(instruction: Instruction) -> bool:
     return "megascale" in instruction.attributes
+
+
+def _is_continued(instruction: Instruction, computation: Computation) -> bool:
+    """Whether a fusion holds one of the parts that a TPU's compiler cuts a collective into, but not the first.
+
+    All of them name the whole of what is gathered; its bytes are those of the first, and move once.
+    """
+    if 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes:
+        return True
+    return instruction.opcode in _COLLECTIVES and _STARTS not in computation.root.attributes
 
 
 def _used(instruction: Instruction, index: int, held: float) -> float:

@@ -18,7 +18,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.plan.machines import Topology
-from nalora_jax.plan.roofline import active_parameters, attention_flops, useful_flops
+from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_flops, useful_flops
 
 # Policies in the order of what they keep for the backward pass, most first.
 POLICIES = ("dots", "attention", "full")
@@ -128,11 +128,12 @@ def estimate(
     wide = 4.0 if config.compute.dtype == "float32" else 2.0
     layer, ends = _weights(base, width or wide, wide)
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
+    kept = _saved(base, remat, tensor, splash=_is_splash(where, seq)) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor,  # of A and B one is split over fsdp
-        activations=_saved(base, remat, tensor) * wide * tokens * base.n_layers,
+        activations=kept * base.n_layers,
         working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide),
         gathers=0.0,
         seconds=0.0,
@@ -140,7 +141,7 @@ def estimate(
     )  # fmt: skip
     times = config.train.accumulate
     useful = useful_flops(base, spec, micro, seq) / where.size
-    matrix = _executed(base, spec, remat, rows, seq) / tensor / where.chip.matrix_rate
+    matrix = _executed(base, spec, remat, rows, seq, splash=_is_splash(where, seq)) / tensor / where.chip.matrix_rate
     passes = 2.3 if remat == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
     summed = 0.0
@@ -148,7 +149,7 @@ def estimate(
         sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
         moved = 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
         summed = sums * base.n_layers * moved / where.inbound(tensor)
-    hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * layout.activations) / where.chip.bandwidth
+    hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
     gradients = 2 * adapters / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
     seconds = times * (max(matrix, hbm, gathered) + summed) + gradients
     return replace(layout, gathers=times * gathered, seconds=seconds, mfu=times * useful / (where.chip.flops * seconds))
@@ -173,9 +174,14 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
     return layer, ends
 
 
-def _saved(base: ModelConfig, remat: str, tensor: int) -> float:
+def _is_splash(where: Topology, seq: int) -> bool:
+    """Whether attention is the kernel `nalora_jax.ops.splash_attention`, whose result is saved with the products."""
+    return where.chip.platform == "tpu" and seq % 128 == 0
+
+
+def _saved(base: ModelConfig, remat: str, tensor: int, *, splash: bool) -> float:
     """Numbers a token and layer that wait for the backward pass."""
-    heads = (base.n_heads + 2 * base.n_kv_heads) * base.head_dim / tensor
+    heads = ((2 if splash else 1) * base.n_heads + 2 * base.n_kv_heads) * base.head_dim / tensor
     chosen = base.experts_per_token if base.n_experts else 1
     wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
     return {
@@ -197,7 +203,7 @@ def _working(base: ModelConfig, tokens: float, tensor: int, *, gathered: bool, w
     return head + max(layer, loss)
 
 
-def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int) -> float:
+def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, *, splash: bool) -> float:
     """Flops of a step on the rows of one shard, with what is computed twice."""
     chosen = base.experts_per_token if base.n_experts else 1
     inner = sum(
@@ -207,10 +213,11 @@ def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq
     )
     ffn_in = (2 if base.gated else 1) * base.d_model * base.d_ff * chosen
     again = {"full": inner, "attention": ffn_in}.get(remat, 0.0) * base.n_layers
-    tokens = rows * seq
-    adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base)
-    # Attention's forward pass is made again under every policy, its gradients take five products to the forward's two.
-    kernels = 2.5 * rows * attention_flops(base, seq)
+    tokens, seen = rows * seq, rows * attention_flops(base, seq)
+    adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
+    # Other kernels' forward pass is made again under every policy, and gradients take five products to its two.
+    splashed = rows * splash_flops(base, seq, forward=2 if remat == "full" else 1) if splash else 0.0
+    kernels = splashed or 4.5 * seen
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

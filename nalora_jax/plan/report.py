@@ -114,7 +114,8 @@ def bound_of(
     found: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
 ) -> Roofline:
     """The roofline of a step."""
-    return roofline(found, where, base, spec, config.train.batch_size, seq, config.mesh.tensor)
+    train = config.train
+    return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
 from nalora_jax.plan.accounting import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
@@ -48,6 +49,19 @@ def attention_flops(base: ModelConfig, seq: int) -> float:
     return total
 
 
+def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float = 1.0) -> float:
+    """Flops of splash attention's kernels in all layers for one row, of all blocks that they compute.
+
+    2 products in each forward pass; behind them 5 where one kernel makes all gradients, and 7 where two do.
+    """
+    total = 0.0
+    for window in base.layer_windows:
+        fused = "use_fused_bwd_kernel" in block_sizes(seq, window)
+        products = 2 * forward + (5 if fused else 7) * backward
+        total += products * 2.0 * computed_pairs(seq, window) * base.n_heads * base.head_dim
+    return total
+
+
 def active_parameters(base: ModelConfig) -> float:
     """Weights that multiply every token, the head included and the embedding not."""
     total = 0.0
@@ -71,29 +85,35 @@ def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) ->
     return tokens * (4 * active_parameters(base) + 6 * adapters) + 3 * rows * attention_flops(base, seq)
 
 
-def kernel_flops(program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int) -> float:
-    """Flops of splash attention's kernels, which XLA does not count.
-
-    2 products forward, 4 for the gradients of keys and values, 3 for those of queries, 5 where one kernel makes all of
-    them; over the pairs that causality leaves.
-    """
-    per_layer = rows * attention_flops(base, seq) / base.n_layers / n_tensor / 2  # of one product
-    products = {"fwd": 2, "dkv": 4, "dq": 3}
-    total = 0.0
-    for name, times in program.custom_calls.items():
-        for part, count in products.items():
-            if "splash" in name and f"_{part}" in name:
-                fused = part == "dkv" and not any("_dq" in other for other in program.custom_calls)
-                total += times * (5 if fused else count) * per_layer
-    return total
+def kernel_flops(
+    program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int, accumulate: int = 1
+) -> float:
+    """Flops of splash attention's kernels in a step of ``rows`` rows, which XLA does not count."""
+    # Every window is a branch, and each layer takes one of them.
+    layers = len(set(base.layer_windows)) * base.n_layers * accumulate
+    runs = {
+        part: sum(times for name, times in program.custom_calls.items() if "splash" in name and f"_{part}" in name)
+        for part in ("fwd", "dkv")
+    }
+    if not runs["fwd"]:
+        return 0.0
+    each = splash_flops(base, seq, forward=runs["fwd"] / layers, backward=runs["dkv"] / layers)
+    return rows * each / n_tensor
 
 
 def roofline(
-    program: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, rows: int, seq: int, n_tensor: int = 1
+    program: Figures,
+    where: Topology,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    rows: int,
+    seq: int,
+    n_tensor: int = 1,
+    accumulate: int = 1,
 ) -> Roofline:
-    """The bound of a compiled training step of ``rows`` rows over all chips."""
+    """The bound of a compiled training step of ``rows`` rows over all chips, in ``accumulate`` micro-batches."""
     chip, share = where.chip, rows / where.size * n_tensor
-    flops = program.flops + kernel_flops(program, base, share, seq, n_tensor)
+    flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, accumulate)
     times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
     hidden, exposed = (sum(seconds for seconds, behind in times if behind == which) for which in (True, False))
     return Roofline(

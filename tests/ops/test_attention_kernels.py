@@ -12,11 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.models.config import GLOBAL_WINDOW
 from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
 from nalora_jax.ops.cudnn_attention import compiles, dot_product
 from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
+from nalora_jax.ops.rounding import SAVED
+from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
 
 FAR = 2**30
 SEQ, HEADS, KV_HEADS, DIM = 256, 4, 2, 64
@@ -64,6 +67,45 @@ def test_splash_on_a_mesh_equals_the_plain_function():
     ours, plain = (values_and_gradients(name, 40, config, batch=4) for name in ("splash", "xla"))
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_layer_that_saves_products_does_not_run_splash_again(devices):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    sharding = NamedSharding(mesh, P(("data", "fsdp"), None, None)) if devices > 1 else None
+    config = AttentionConfig(0.125, windows=(FAR,), sharding=sharding, interpret=True)
+    q, k, v, _, positions, segments = operands(4)
+    numerics = Numerics(implementation="splash")
+
+    def layer(q, k, v):
+        return jnp.sin(attention(q, Keys(k, v, positions, segments), FAR, config, numerics))
+
+    def forward_runs(policy) -> int:
+        loss = jax.checkpoint(layer, policy=policy)
+        gradient = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(loss(*x)), argnums=(0, 1, 2)))
+        program = gradient.lower(q, k, v).compile().as_text().splitlines()
+        return sum(" while(" in line and "splash_mha_fwd" in line for line in program)  # the interpreted kernel
+
+    once = forward_runs(jax.checkpoint_policies.save_only_these_names(SAVED))
+    assert forward_runs(jax.checkpoint_policies.nothing_saveable) == 2 * once > 0
+
+
+@pytest.mark.parametrize("seq", [128, 256, 384, 1024, 4096, 32768])
+@pytest.mark.parametrize("window", [40, 1024, GLOBAL_WINDOW])
+def test_blocks_divide_the_row_and_their_pairs_are_counted(seq, window):
+    sizes = block_sizes(seq, window)
+    block = sizes["block_q"]
+    assert seq % block == 0
+    assert block % 128 == 0
+    assert block == 128 or (4 * block <= seq and 2 * block <= window)
+    assert ("block_q_dq" in sizes) != sizes.get("use_fused_bwd_kernel", False)
+    if window < seq or seq > 8192:  # sums of queries' gradients would be as many as blocks
+        assert "use_fused_bwd_kernel" not in sizes
+    if seq <= 4096:
+        q, k = np.mgrid[:seq, :seq]
+        seen = (k <= q) & (k > q - window)
+        blocks = seen.reshape(seq // block, block, seq // block, block).any(axis=(1, 3))
+        assert computed_pairs(seq, window) == blocks.sum() * block**2
 
 
 @pytest.mark.parametrize("window", [FAR, 40])

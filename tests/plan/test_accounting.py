@@ -131,6 +131,31 @@ def test_what_lies_beside_the_cores_is_no_traffic_of_the_memory():
     assert Program(text).memory_bytes - Program(TPU_STYLE).memory_bytes == pytest.approx(32 * 16 * 2)
 
 
+def test_what_a_collective_in_parts_gathers_is_written_once():
+    """Every part names the whole buffer, which it hands on; only the first and the product's own arrays count."""
+    gathered, piece, x, y = 32 * 16 * 2, 4 * 16 * 2, 8 * 32 * 2, 8 * 16 * 4
+    text = TPU_STYLE.replace("S(1)", "")
+    text = text.replace(
+        "ROOT %t = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) tuple(%p.1, %all-gather.1)",
+        "ROOT %t = (bf16[4,16]{1,0}, bf16[32,16]{1,0}) custom-call(%all-gather.1), "
+        'custom_call_target="AsyncCollectiveStart"',
+    ).replace(
+        "ROOT %convolution = f32[8,16]{1,0} convolution(%p.3, %p.4), dim_labels=bf_io->bf",
+        "%convolution = f32[8,16]{1,0} convolution(%p.3, %p.4), dim_labels=bf_io->bf\n"
+        "  ROOT %u = (f32[8,16]{1,0}, bf16[4,16]{1,0}, bf16[32,16]{1,0}) tuple(%convolution, %p.2, %all-gather.2)",
+    )
+    text = text.replace(
+        "%async_collective_fusion = f32[8,16]{1,0} fusion",
+        "%async_collective_fusion = (f32[8,16]{1,0}, bf16[4,16]{1,0}, bf16[32,16]{1,0}) fusion",
+    ).replace(
+        "ROOT %b = bf16[32,16]{1,0} bitcast(%p.5)",
+        'ROOT %b = bf16[32,16]{1,0} custom-call(%p.5), custom_call_target="AsyncCollectiveDone"',
+    )
+    first, second = piece + gathered, x + gathered + y  # the gather; the product, whose kernel is as large
+    plain = piece + gathered + x + gathered + y  # the gather and the product at the end, which are in no parts
+    assert Program(text).memory_bytes == first + second + plain
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [

@@ -10,12 +10,13 @@ import pytest
 
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
+from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import choose, estimate
 from nalora_jax.plan.machines import topology
 from nalora_jax.plan.models import CONFIGS, architecture
-from nalora_jax.plan.roofline import active_parameters, attention_flops
+from nalora_jax.plan.roofline import active_parameters, attention_flops, kernel_flops, splash_flops
 
 
 def chosen(model: str, where: str, *, seq: int = 4096, rows: int = 0, **options):
@@ -83,6 +84,22 @@ def test_keeping_more_takes_memory_and_saves_products():
     layouts = [estimate(config, base, spec, machine, 4096, (1, 256, 1), p) for p in ("dots", "attention", "full")]
     assert np.all(np.diff([layout.memory for layout in layouts]) < 0)
     assert np.all(np.diff([layout.seconds for layout in layouts]) > 0)
+
+
+def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
+    base = replace(architecture("llama-3.1-8b"), n_layers=2)
+    heads = base.n_heads * base.head_dim
+    # 4,096 tokens in blocks of 1,024: 10 of 16; two products forward, five behind it in one kernel.
+    blocks = 10 * 1024**2
+    assert splash_flops(base, 4096, forward=1) == 2 * 7 * 2 * blocks * heads
+    program = Figures(0, 0, 0, 0, {"splash_mha_fwd_segmented_residuals": 4.0, "splash_mha_dkv_x": 2.0}, ())
+    assert kernel_flops(program, base, 3, 4096, 1) == 3 * splash_flops(base, 4096, forward=2)
+    # The same calls, two micro-batches of half of the rows each.
+    assert kernel_flops(program, base, 3, 4096, 1, 2) == 3 * splash_flops(base, 4096, forward=1, backward=0.5)
+    windowed = replace(base, windows=(512, GLOBAL_WINDOW))
+    both = kernel_flops(program, windowed, 1, 4096, 1)  # a branch each, of which every layer takes one
+    assert both == splash_flops(windowed, 4096, forward=1, backward=0.5)
+    assert kernel_flops(Figures(0, 0, 0, 0, {}, ()), base, 3, 4096, 1) == 0
 
 
 def test_parameters_and_attention_are_counted_as_the_models_are():
