@@ -90,9 +90,16 @@ class Implementation:
         _REGISTERED[self.name] = self
 
     def implements(self, of: Operation[Any]) -> Callable[[F], F]:
-        """Registers the decorated function for an operation; it has the operation's parameters."""
+        """Registers the decorated function for an operation; it has the operation's parameters.
+
+        Raises:
+          TypeError: it has others, so that a call on another platform than this one would fail.
+        """
 
         def register(function: F) -> F:
+            expected, found = (list(inspect.signature(one).parameters) for one in (of.plain, function))
+            if found != expected:
+                raise TypeError(f"{self.name}: {function.__name__} has the parameters {found}, not {expected}")
             of.implementations[self.name] = function
             return function
 

@@ -35,6 +35,7 @@ def triton_attention(
     *,
     cached: CachedKeys | None = None,
     dropout_rng: jax.Array | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` of every example; on a mesh, each device its own examples and heads.
 
@@ -44,7 +45,7 @@ def triton_attention(
     far = bool(config.windows) and min(config.windows) >= q.shape[1]
     # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
     mapped = config.sharding is not None or numerics.platform.devices == 1
-    if not (fits and far and mapped) or cached is not None or drops(config, dropout_rng):
+    if not (fits and far and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     del window
     q, k, v = (round_and_save(x, numerics).astype(numerics.operand) for x in (q, keys.k, keys.v))
