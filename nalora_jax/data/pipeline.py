@@ -16,7 +16,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.packing import Pattern, Plan, assemble, pack, plan
 from nalora_jax.data.sources import Source, open_train
-from nalora_jax.data.store import TokenStore, open_store
+from nalora_jax.data.store import Counts, TokenStore, open_store
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -25,6 +25,20 @@ if TYPE_CHECKING:
 
 # Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights, segment_ids, positions.
 Batch = dict[str, np.ndarray]
+
+
+def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int) -> dict[str, Any]:
+    """What the log says of packed rows: how many ``noun`` they hold, and how long they last."""
+    return {
+        noun: counts.examples,
+        "dropped": counts.dropped,
+        "truncated": counts.truncated,
+        "tokens": counts.tokens,
+        "targets": counts.targets,
+        "rows_per_epoch": pattern.rows,
+        "steps_per_epoch": round(pattern.rows / batch_size, 2),
+        "filling": round(pattern.filling, 4),
+    }
 
 
 @dataclass(frozen=True)
@@ -63,17 +77,7 @@ class TrainData:
 
     def describe(self) -> dict[str, Any]:
         """Figures for the log."""
-        counts = self.store.counts
-        return {
-            "examples": counts.examples,
-            "dropped": counts.dropped,
-            "truncated": counts.truncated,
-            "tokens": counts.tokens,
-            "targets": counts.targets,
-            "rows_per_epoch": self.rows_per_epoch,
-            "steps_per_epoch": round(self.rows_per_epoch / self.batch_size, 2),
-            "filling": round(self.pattern.filling, 4),
-        }
+        return stream_figures("examples", self.store.counts, self.pattern, self.batch_size)
 
     def batch_at(self, row: int) -> Batch:
         """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""

@@ -20,7 +20,7 @@ from nalora_jax.config import DataConfig
 from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
 from nalora_jax.data.packing import Pattern, Plan, assemble, pack, permutation, plan
-from nalora_jax.data.pipeline import Batch, BatchIterator
+from nalora_jax.data.pipeline import Batch, BatchIterator, stream_figures
 from nalora_jax.data.sources import Source, open_held_out
 from nalora_jax.data.store import Counts, report_dropped
 from nalora_jax.data.tokenize import Example, fit, tokenize
@@ -189,16 +189,7 @@ class PairData:
 
     def describe(self) -> dict[str, Any]:
         """Figures for the log."""
-        return {
-            "pairs": self.counts.examples,
-            "dropped": self.counts.dropped,
-            "truncated": self.counts.truncated,
-            "tokens": self.counts.tokens,
-            "targets": self.counts.targets,
-            "rows_per_epoch": self.rows_per_epoch,
-            "steps_per_epoch": round(self.rows_per_epoch / self.batch_size, 2),
-            "filling": round(self.pattern.filling, 4),
-        }
+        return stream_figures("pairs", self.counts, self.pattern, self.batch_size)
 
     def batch_at(self, row: int) -> Batch:
         """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it.
@@ -262,10 +253,26 @@ def pair_data(
     indices = np.arange(len(source))
     if 0 < config.train_limit < len(source):
         indices = np.sort(permutation(len(source), seed)[: config.train_limit])
+    kept, dropped, truncated, longest = _fitting(source, indices.tolist(), config, preference, tokenizer)
+    tokens = np.concatenate([example.ids for example in kept]).astype(np.int32)
+    answer = np.concatenate([example.answer for example in kept]).astype(np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in kept])]).astype(np.int64)
+    targets = sum(int(example.answer[1:].sum()) for example in kept)
+    counts = Counts(len(kept) // 2, dropped, truncated, len(tokens), targets, longest + 1)
+    report_dropped(source.name, counts, config)
+    pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
+    own = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
+    return PairData(tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own, config.workers)
+
+
+def _fitting(
+    source: Source, indices: list[int], config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer
+) -> tuple[list[Example], int, int, int]:
+    """Both answers of each pair that a row holds; how many were dropped, how many cut; positions of the longest."""
     kept: list[Example] = []
     dropped = truncated = longest = 0
-    pairs = tokenize_pairs(source, indices.tolist(), config, preference, tokenizer)
-    for index, pair in zip(indices.tolist(), pairs, strict=True):
+    pairs = tokenize_pairs(source, indices, config, preference, tokenizer)
+    for index, pair in zip(indices, pairs, strict=True):
         longest = max(longest, pair.positions)
         examples = [pair.chosen, pair.rejected]
         if pair.positions > config.max_length:
@@ -284,15 +291,7 @@ def pair_data(
         raise NaloraError(
             source.name, expected=f"pairs of at most {config.max_length} tokens", found=found, remedy=remedy
         )
-    tokens = np.concatenate([example.ids for example in kept]).astype(np.int32)
-    answer = np.concatenate([example.answer for example in kept]).astype(np.uint8)
-    offsets = np.concatenate([[0], np.cumsum([len(example.ids) for example in kept])]).astype(np.int64)
-    targets = sum(int(example.answer[1:].sum()) for example in kept)
-    counts = Counts(len(kept) // 2, dropped, truncated, len(tokens), targets, longest + 1)
-    report_dropped(source.name, counts, config)
-    pattern = pack(pair_lengths(offsets), config.max_length, several=config.pack)
-    own = tuple(range(batch_size // accumulate)) if rows is None else tuple(map(int, rows))
-    return PairData(tokens, answer, offsets, counts, pattern, seed, batch_size, accumulate, own, config.workers)
+    return kept, dropped, truncated, longest
 
 
 def held_out_pairs(

@@ -49,9 +49,7 @@ class SharedInputs:
     cached_positions: jax.Array | None  # int [batch, slots]
     cached_segments: jax.Array | None  # int [batch, slots]
     cache: tuple[LayerStack, LayerStack] | None = None  # all layers' cached keys and values
-    starts: jax.Array | None = (
-        None  # int [batch or 1, seq], from where on a token is seen, if not from its own position
-    )
+    starts: jax.Array | None = None  # int [batch or 1, seq], from where on a token is seen, if not its own position
     deterministic: bool = field(default=True, metadata={"static": True})
 
 

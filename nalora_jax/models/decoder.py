@@ -283,10 +283,8 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     for i, (path, shape) in enumerate(param_shapes(config).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
         if path.endswith("/scale"):
-            offset = (
-                0.0 if path.startswith(("image/", "unused/")) else config.norm_offset
-            )  # an encoder's norms have none
-            leaf = 1.0 - offset + 0.1 * noise
+            of_encoder = path.startswith(("image/", "unused/"))  # whose norms have no offset
+            leaf = 1.0 - (0.0 if of_encoder else config.norm_offset) + 0.1 * noise
         elif path.endswith("/bias"):
             leaf = 0.02 * noise
         else:

@@ -10,6 +10,7 @@ computed in the same pass, while the chunk's probabilities are at hand: nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -210,30 +211,49 @@ def _compacted(
     return loss, gradient.reshape(shape) if grad else gradient
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Chunks of whole columns of a batch ``[batch, seq, ...]``, the last one filled with zeros."""
+
+    seq: int
+    chunks: int
+    step: int  # positions of each example in a chunk
+
+    @classmethod
+    def of(cls, batch: int, seq: int, rows: int) -> Columns:
+        """Of at most ``rows`` rows each, or of one column."""
+        chunks = -(-seq // max(1, rows // max(batch, 1)))
+        return cls(seq, chunks, -(-seq // chunks))
+
+    def split(self, arrays: Any) -> Any:
+        """Arrays ``[batch, seq, ...]`` -> ``[chunks, batch, step, ...]``."""
+
+        def one(x: jax.Array) -> jax.Array:
+            padded = jnp.pad(x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(padded.reshape(x.shape[0], self.chunks, self.step, *x.shape[2:]), 1, 0)
+
+        return jax.tree.map(one, arrays)
+
+    def join(self, parts: jax.Array) -> jax.Array:
+        """``[chunks, batch, step, ...]`` -> ``[batch, seq, ...]``."""
+        whole = jnp.moveaxis(parts, 0, 1)
+        return whole.reshape(whole.shape[0], self.chunks * self.step, *whole.shape[3:])[:, : self.seq]
+
+
 def _along_sequence(
     grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
-    batch, seq, d_model = hidden.shape
-    most = max(1, tiles.rows[0] * tiles.shards // max(batch, 1))  # positions of each example that a chunk may take
-    count = -(-seq // most)
-    step = -(-seq // count)
-
-    def split(x: jax.Array) -> jax.Array:
-        # [batch, seq, ...] -> [count, batch, step, ...]
-        padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
+    batch, seq, _ = hidden.shape
+    columns = Columns.of(batch, seq, tiles.rows[0] * tiles.shards)
 
     def body(loss: jax.Array, part: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
         h, w, t = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part)
         losses, back = chunk(h, kernel, t, w, grad)
-        return loss + jnp.sum(losses.reshape(batch, step), axis=1), back.astype(h.dtype).reshape(batch, step, -1)
+        gradient = back.astype(h.dtype).reshape(batch, columns.step, -1)
+        return loss + jnp.sum(losses.reshape(batch, columns.step), axis=1), gradient
 
-    columns = (split(hidden), split(weights), jax.tree.map(split, targets))
     # Sums of each example, so that shards of the batch meet once, after the loop.
-    losses, parts = lax.scan(body, jnp.zeros((batch,), jnp.float32), columns)
+    losses, parts = lax.scan(body, jnp.zeros((batch,), jnp.float32), columns.split((hidden, weights, targets)))
     loss = jnp.sum(losses)
-    if not grad:
-        return loss, parts
-    whole = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, d_model)
-    return loss, whole[:, :seq]
+    return loss, columns.join(parts) if grad else parts

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Head, chunk_of_rows
+from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Columns, Head, chunk_of_rows
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel
 
@@ -67,17 +67,11 @@ def _of_targets(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losse
 def _along_sequence(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int) -> jax.Array:
     """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
     batch, seq = weights.shape
-    count = -(-seq // max(1, rows // batch))
-    step = -(-seq // count)
-
-    def split(x: jax.Array) -> jax.Array:
-        # [batch, seq, ...] -> [count, batch, step, ...]
-        padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
+    columns = Columns.of(batch, seq, rows)
 
     def body(_: None, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         h, t, w = (x.reshape(-1, *x.shape[2:]) for x in part)
-        return None, losses(h, t, w).reshape(batch, step)
+        return None, losses(h, t, w).reshape(-1, columns.step)
 
-    _, found = lax.scan(body, None, (split(hidden), split(targets), split(weights)))
-    return jnp.moveaxis(found, 0, 1).reshape(batch, count * step)[:, :seq]
+    _, found = lax.scan(body, None, columns.split((hidden, targets, weights)))
+    return columns.join(found)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.cross_entropy import Head
+from nalora_jax.ops.cross_entropy import Columns, Head
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
 
@@ -64,13 +64,7 @@ def _loss(
 def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int) -> Any:
     """The loss, and the gradients of hidden states and kernel: chunks of whole columns of the batch."""
     batch, seq, _ = hidden.shape
-    count = -(-seq // max(1, rows // batch))
-    step = -(-seq // count)
-
-    def split(x: jax.Array) -> jax.Array:
-        # [batch, seq, ...] -> [count, batch, step, ...]
-        padded = jnp.pad(x, ((0, 0), (0, count * step - seq)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, step, *x.shape[2:]), 1, 0)
+    columns = Columns.of(batch, seq, rows)
 
     def body(carry: tuple[jax.Array, jax.Array], part: Any) -> Any:
         h, t, w = (x.reshape(-1, *x.shape[2:]) for x in part)
@@ -81,12 +75,12 @@ def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any, head: Head, n
         delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
         back = dot(delta, kernel, numerics, dims=(1, 1)).astype(h.dtype)
         loss, gradient = carry
-        return (loss + jnp.sum(losses), gradient + dot(h, delta, numerics, dims=(0, 0))), back.reshape(batch, step, -1)
+        sums = loss + jnp.sum(losses), gradient + dot(h, delta, numerics, dims=(0, 0))
+        return sums, back.reshape(batch, columns.step, -1)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
-    (loss, gradient), parts = lax.scan(body, start, (split(hidden), split(targets), split(weights)))
-    back = jnp.moveaxis(parts, 0, 1).reshape(batch, count * step, -1)[:, :seq]
-    return loss, (back, gradient)
+    (loss, gradient), parts = lax.scan(body, start, columns.split((hidden, targets, weights)))
+    return loss, (columns.join(parts), gradient)
 
 
 def _backward(head: Head, numerics: Numerics, rows: int, gradients: Any, g: jax.Array) -> Any:

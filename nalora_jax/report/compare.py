@@ -54,7 +54,7 @@ def render_comparison(runs: Sequence[History]) -> str:
     groups = group_runs(runs)
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
-        title=f"{len(runs)} runs, {len(groups)} settings",
+        title=f"{len(runs)} runs, {len(groups)} {'setting' if len(groups) == 1 else 'settings'}",
         heads=("before", "after", "difference", "loss after", "misalignment", "tokens/s", "time", "seeds"),
         rows=[(group.label, f"var(--{group.colour})", _row(group)) for group in groups],
         metric=_metric(groups),
