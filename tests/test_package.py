@@ -43,5 +43,10 @@ def test_importing_the_package_imports_nothing_heavy_and_names_all_that_it_has()
         _ = nalora_jax.nothing_of_the_kind
 
 
+def test_models_and_their_files_bring_no_data_pipeline_along():
+    code = "import sys, nalora_jax.models.families, nalora_jax.weights\nprint({'grain', 'orbax'} & set(sys.modules))"
+    assert _python(code) == "set()"
+
+
 def test_type_checkers_are_told_that_the_package_has_types():
     assert (ROOT / "nalora_jax" / "py.typed").exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.data.files import Rows, open_rows, splits_of
+from nalora_jax.data.files import RecordFile, open_rows, splits_of
 from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import absolute_of
 
@@ -39,7 +39,7 @@ class FileSource(Source):
         self.fingerprint = f"files:{':'.join(one.sha256 for one in self._rows)}:{split}"
         require_some(self)
 
-    def _parse(self, split: str, opened: Mapping[str, Sequence[Rows]], files: Mapping[str, Any]) -> list[Span]:
+    def _parse(self, split: str, opened: Mapping[str, Sequence[RecordFile]], files: Mapping[str, Any]) -> list[Span]:
         only = 'one split, "train", or' if list(files) == ["train"] else f"{', '.join(files)}, or"
         with foreign_errors(self.name, f'{only} slices such as "train[-5%:]"', "name a split that is there"):
             return absolute_of(split, {name: sum(map(len, rows)) for name, rows in opened.items()})

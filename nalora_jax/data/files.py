@@ -29,7 +29,7 @@ _SPLITS |= {"dev": "validation", "test": "test"}
 _OPEN_GROUPS = 2  # row groups of a Parquet file that are held decoded
 
 
-class Rows(Protocol):
+class RecordFile(Protocol):
     """Records of one file, by index."""
 
     sha256: str  # of the file
@@ -43,7 +43,7 @@ class Rows(Protocol):
         """Names a record in messages."""
 
 
-def open_rows(path: Path) -> Rows:
+def open_rows(path: Path) -> RecordFile:
     """The records of a file, by its ending; a file of another ending is one of JSON lines.
 
     Raises:

@@ -50,7 +50,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """The rows of one epoch."""
 
     pattern: Pattern
@@ -89,7 +89,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = 
     return Pattern(np.concatenate(slots), np.concatenate([[0], np.cumsum(per_row)]), capacity)
 
 
-def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> Plan:
+def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> PackingPlan:
     """The rows of ``epoch``: every example exactly once, in a slot of its own length.
 
     Args:
@@ -102,7 +102,7 @@ def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> Plan:
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     examples = np.empty(len(lengths), np.int64)
     examples[np.argsort(pattern.lengths, kind="stable")] = by_length
-    return Plan(pattern, examples, permutation(pattern.rows, seed, epoch, 1))
+    return PackingPlan(pattern, examples, permutation(pattern.rows, seed, epoch, 1))
 
 
 def permutation(n: int, *key: int) -> np.ndarray:

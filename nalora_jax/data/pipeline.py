@@ -14,7 +14,7 @@ import numpy as np
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.lengths import with_length
-from nalora_jax.data.packing import Pattern, Plan, assemble, pack, plan
+from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
 from nalora_jax.data.sources import Source, open_train
 from nalora_jax.data.store import Counts, TokenStore, open_store
 from nalora_jax.errors import NaloraError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
 # Arrays [accumulate, rows of this process, max_length]: tokens, targets, loss_weights, segment_ids, positions.
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 
 def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class TrainData:
         """Figures for the log."""
         return stream_figures("examples", self.store.counts, self.pattern, self.batch_size)
 
-    def batch_at(self, row: int) -> Batch:
+    def batch_at(self, row: int) -> HostBatch:
         """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
@@ -105,7 +105,7 @@ class TrainData:
     def _row(self, index: int) -> np.ndarray:
         """Examples in row ``index`` of the stream."""
         epoch, row = divmod(index, self.rows_per_epoch)
-        epoch_plan: Plan = self._plan(epoch)
+        epoch_plan: PackingPlan = self._plan(epoch)
         return epoch_plan.row(row)
 
 
@@ -128,11 +128,11 @@ class Stream(Protocol):
     def fingerprint(self) -> str:
         """Identity of the stream."""
 
-    def batch_at(self, row: int) -> Batch:
+    def batch_at(self, row: int) -> HostBatch:
         """The batch whose first row, over all hosts, is row ``row``."""
 
 
-class BatchIterator(Iterator[Batch]):
+class BatchIterator(Iterator[HostBatch]):
     """Batches in order, read ahead by Grain's threads, with a state that is one number.
 
     The state counts rows over all hosts, so a run may be continued with another number of hosts or batch size.
@@ -142,13 +142,13 @@ class BatchIterator(Iterator[Batch]):
         self._data, self._row = data, 0
         self._batches = self._open()
 
-    def _open(self) -> grain.DatasetIterator[Batch]:
+    def _open(self) -> grain.DatasetIterator[HostBatch]:
         rows = grain.MapDataset.range(self._row, sys.maxsize, self._data.batch_size)
         threads = self._data.workers
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
         return iter(rows.map(self._data.batch_at).to_iter_dataset(options))
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         batch = next(self._batches)
         self._row += self._data.batch_size
         return batch

@@ -19,8 +19,8 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
-from nalora_jax.data.packing import Pattern, Plan, assemble, pack, permutation, plan
-from nalora_jax.data.pipeline import Batch, BatchIterator, stream_figures
+from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, permutation, plan
+from nalora_jax.data.pipeline import BatchIterator, HostBatch, stream_figures
 from nalora_jax.data.sources import Source, open_held_out
 from nalora_jax.data.store import Counts, report_dropped
 from nalora_jax.data.tokenize import Example, fit, tokenize
@@ -191,7 +191,7 @@ class PairData:
         """Figures for the log."""
         return stream_figures("pairs", self.counts, self.pattern, self.batch_size)
 
-    def batch_at(self, row: int) -> Batch:
+    def batch_at(self, row: int) -> HostBatch:
         """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it.
 
         Beside the arrays of text, ``pairs`` ``[accumulate, rows, pairs_per_row]``: 1 for each pair in a row.
@@ -212,7 +212,7 @@ class PairData:
     def _row(self, index: int) -> np.ndarray:
         """Pairs in row ``index`` of the stream."""
         epoch, row = divmod(index, self.rows_per_epoch)
-        epoch_plan: Plan = self._plan(epoch)
+        epoch_plan: PackingPlan = self._plan(epoch)
         return epoch_plan.row(row)
 
 

@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\
 
 
 @dataclass(frozen=True)
-class Result:
+class ExactMatchResult:
     """Share of answers that equal their reference, with its 95% interval."""
 
     accuracy: float
@@ -43,7 +43,7 @@ def exact_match(
     normalise: Normalise | None = None,
     batch_size: int = 16,
     **settings: Any,
-) -> Result:
+) -> ExactMatchResult:
     """Lets the model answer every prompt and compares.
 
     Args:
@@ -63,7 +63,7 @@ def exact_match(
     pairs = zip(answers, items, strict=True)
     correct = np.array([matches(answer, item.completion, clean) for answer, item in pairs])
     low, high = wilson(int(correct.sum()), len(items))
-    return Result(float(correct.mean()), low, high, len(items), tuple(answers), correct)
+    return ExactMatchResult(float(correct.mean()), low, high, len(items), tuple(answers), correct)
 
 
 def matches(answer: str, reference: str, normalise: Normalise) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.plan import Batch, Pair, Split, choose_layout, make_batches, split_group
+from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, make_batches, split_group
 from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.decoder import Decoder
@@ -87,7 +87,9 @@ def _check_lengths(splits: Sequence[Split], context: int) -> None:
             )
 
 
-def _score_batch(model: Decoder, variables: Any, batch: Batch, mesh: Mesh | None) -> tuple[np.ndarray, np.ndarray]:
+def _score_batch(
+    model: Decoder, variables: Any, batch: ScoringBatch, mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray]:
     placed = place_batch((batch.stem, batch.tails, batch.targets, batch.owner >= 0), mesh)
     log_probs, greedy = _stems_and_tails(model, variables, *placed)
     return fetch(log_probs).astype(np.float64), fetch(greedy)

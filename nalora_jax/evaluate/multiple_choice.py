@@ -20,7 +20,7 @@ Per = Literal["choice", "token", "character", "byte"]
 
 
 @dataclass(frozen=True)
-class Sample:
+class AnsweredQuestion:
     """One question with its answer, for people to read."""
 
     prompt: str
@@ -30,7 +30,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Result:
+class MultipleChoiceResult:
     """Accuracy on a set of questions, with its 95% interval."""
 
     accuracy: float  # by the rule that was asked for
@@ -43,7 +43,7 @@ class Result:
     n: int
     predictions: np.ndarray  # int [n]: the choice of each question, by the rule that was asked for
     correct: np.ndarray  # bool [n], for paired comparisons
-    samples: tuple[Sample, ...]
+    samples: tuple[AnsweredQuestion, ...]
 
 
 def score_choices(
@@ -68,7 +68,7 @@ def multiple_choice(
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
     samples: int = 3,
-) -> Result:
+) -> MultipleChoiceResult:
     """Asks the model all questions.
 
     Args:
@@ -91,7 +91,7 @@ def multiple_choice(
     correct = answers == gold
     low, high = wilson(int(correct.sum()), len(items))
     right = [row[item.gold] for row, item in zip(scores, items, strict=True)]
-    return Result(
+    return MultipleChoiceResult(
         accuracy=float(correct.mean()),
         low=low,
         high=high,
@@ -127,5 +127,7 @@ def _size(text: str, score: Score, per: Per) -> int:
     return max(sizes[per], 1)
 
 
-def _sample(item: ChoiceItem, answer: int) -> Sample:
-    return Sample(item.prompt, item.choices[answer].strip(), item.choices[item.gold].strip(), answer == item.gold)
+def _sample(item: ChoiceItem, answer: int) -> AnsweredQuestion:
+    return AnsweredQuestion(
+        item.prompt, item.choices[answer].strip(), item.choices[item.gold].strip(), answer == item.gold
+    )

@@ -23,7 +23,7 @@ from nalora_jax.ops.storage import prepare
 
 
 @dataclass(frozen=True)
-class Result:
+class PerplexityResult:
     """Loss over all target tokens, with its 95% bootstrap interval over documents."""
 
     loss: float  # nats per token
@@ -36,7 +36,7 @@ class Result:
 
 def perplexity(
     model: Decoder, variables: Mapping[str, Any], batches: Iterable[Mapping[str, Any]], *, mesh: Mesh | None = None
-) -> Result:
+) -> PerplexityResult:
     """Loss over packed batches; a document is a segment of a row.
 
     Args:
@@ -67,7 +67,7 @@ def completion_loss(
     *,
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
-) -> Result:
+) -> PerplexityResult:
     """Loss of the reference completions after their prompts; an item is a document."""
     groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
     scores = [row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)]
@@ -90,11 +90,11 @@ def _by_document(batch: Mapping[str, Any], losses: np.ndarray) -> tuple[np.ndarr
     return sums[tokens > 0], tokens[tokens > 0].astype(np.float64)
 
 
-def result(sums: np.ndarray, counts: np.ndarray) -> Result:
+def result(sums: np.ndarray, counts: np.ndarray) -> PerplexityResult:
     """Loss, interval and counts of documents' loss sums and token counts."""
     tokens = int(counts.sum())
     if tokens == 0:
         raise NaloraError("evaluation data", expected="at least one target token", found="none")
     loss = float(sums.sum() / tokens)
     low, high = bootstrap(sums, counts)
-    return Result(loss, low, high, math.exp(min(loss, 700.0)), tokens, len(sums))
+    return PerplexityResult(loss, low, high, math.exp(min(loss, 700.0)), tokens, len(sums))

@@ -38,7 +38,7 @@ class Split:
 
 
 @dataclass
-class Row:
+class ScoringRow:
     """A stem row, its lanes, and who is in them."""
 
     room: int  # of the stem row
@@ -62,7 +62,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ScoringLayout:
     """Shapes of every batch of a plan, so that one program scores all of them."""
 
     rows: int  # stem rows in a batch
@@ -72,7 +72,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScoringBatch:
     """Arrays of one call. Integer segments tell groups apart, 0 is padding."""
 
     stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
@@ -116,7 +116,7 @@ def _common_prefix(texts: Sequence[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> Layout:
+def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> ScoringLayout:
     """Shapes that fit all groups and leave little padding.
 
     Args:
@@ -134,7 +134,7 @@ def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> L
     tail = _rounded(max(longest_tail, min(1.05 * tails * (stem / stems if stems else 1), 512)))
     needed = max(-(-stems // max(stem, 1)), int(-(-tails // tail)))
     rows = min(max(1, tokens // max(stem, tail)), needed)
-    return Layout(-(-rows // shards) * shards, stem, lanes, tail)
+    return ScoringLayout(-(-rows // shards) * shards, stem, lanes, tail)
 
 
 def _rounded(size: float) -> int:
@@ -143,13 +143,13 @@ def _rounded(size: float) -> int:
     return int(-(-size // step) * step)
 
 
-def pack_rows(splits: Sequence[Split], layout: Layout) -> list[Row]:
+def pack_rows(splits: Sequence[Split], layout: ScoringLayout) -> list[ScoringRow]:
     """Rows that hold every group, long ones first, each into the first open row with room."""
-    open_rows: list[Row] = []
-    rows: list[Row] = []
+    open_rows: list[ScoringRow] = []
+    rows: list[ScoringRow] = []
     for split in sorted(splits, key=lambda split: -len(split.stem) - max(map(len, split.tails))):
         if not any(row.add(split) for row in open_rows):
-            row = Row(layout.stem, [layout.tail] * layout.lanes)
+            row = ScoringRow(layout.stem, [layout.tail] * layout.lanes)
             fits = row.add(split)
             assert fits, "the layout holds every group"
             rows.append(row)
@@ -157,14 +157,16 @@ def pack_rows(splits: Sequence[Split], layout: Layout) -> list[Row]:
     return rows
 
 
-def make_batches(splits: Sequence[Split], layout: Layout) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+def make_batches(
+    splits: Sequence[Split], layout: ScoringLayout
+) -> Iterator[tuple[ScoringBatch, list[tuple[int, int]]]]:
     """Batches of all groups, each with the (group, pair) that its owner numbers stand for."""
     rows = pack_rows(splits, layout)
     for start in range(0, len(rows), layout.rows):
         yield _fill(rows[start : start + layout.rows], layout)
 
 
-def _fill(rows: Sequence[Row], layout: Layout) -> tuple[Batch, list[tuple[int, int]]]:
+def _fill(rows: Sequence[ScoringRow], layout: ScoringLayout) -> tuple[ScoringBatch, list[tuple[int, int]]]:
     shape = (layout.rows, layout.lanes, layout.tail)
     stem, tails = _empty(layout.rows, layout.stem), _empty(*shape)
     targets, owner = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
@@ -181,7 +183,7 @@ def _fill(rows: Sequence[Row], layout: Layout) -> tuple[Batch, list[tuple[int, i
                 owner[r, lane, end - group.scored[tail] : end] = len(pairs)
                 pairs.append((group.index, tail))
                 used[lane] = end
-    return Batch(stem, tails, targets, owner), pairs
+    return ScoringBatch(stem, tails, targets, owner), pairs
 
 
 def _empty(*shape: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from nalora_jax.data.items import Item, SeenItem
 from nalora_jax.distributed import fetch
 from nalora_jax.evaluate.heldout import Evaluator
 from nalora_jax.evaluate.likelihood import target_log_probs
-from nalora_jax.evaluate.perplexity import Result, result
+from nalora_jax.evaluate.perplexity import PerplexityResult, result
 from nalora_jax.generate import Generator
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
 from nalora_jax.models.decoder import Decoder
@@ -27,7 +27,7 @@ from nalora_jax.tokenizer import Tokenizer
 _SAMPLE_TOKENS = 24
 
 
-class Base(Protocol):
+class LoadedModel(Protocol):
     """What is needed of a loaded model."""
 
     @property
@@ -86,7 +86,7 @@ class SeeingEvaluator(Evaluator):
         ]
 
 
-def evaluator_of(loaded: Base, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None) -> Evaluator:
+def evaluator_of(loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None) -> Evaluator:
     """The evaluator of a loaded model's questions: with images where it sees."""
     if loaded.processor is None:
         return Evaluator(model, loaded.tokenizer, items, mesh=mesh)
@@ -102,7 +102,7 @@ def seen_loss(
     *,
     batch_size: int = 8,
     mesh: Mesh | None = None,
-) -> Result:
+) -> PerplexityResult:
     """Loss of the reference completions after their prompts and images; an item is a document.
 
     Args:

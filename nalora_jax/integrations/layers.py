@@ -23,7 +23,7 @@ ROWS = 2  # along each axis of the input that a layer does not contract: enough 
 
 
 @dataclass(frozen=True)
-class Dense:
+class Contraction:
     """How a layer multiplies its input: by which parameter, and which of that parameter's axes are contracted."""
 
     parameter: str  # its name in the layer: "kernel", "w", ...
@@ -40,7 +40,7 @@ class Unfit:
     dense: bool = False  # its shapes are those of a dense layer, so that a user takes it for one
 
 
-def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> list[Dense]:
+def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> list[Contraction]:
     """Every product of an input of shape ``x`` with one parameter that has the shape ``out``.
 
     Example:
@@ -54,11 +54,11 @@ def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out:
             for cut in range(1, len(shape)):
                 inputs, outputs = (shape[cut:], shape[:cut]) if transposed else (shape[:cut], shape[cut:])
                 if x[-len(inputs) :] == inputs and out == (*x[: len(x) - len(inputs)], *outputs):
-                    found.append(Dense(name, inputs, outputs, transposed))
+                    found.append(Contraction(name, inputs, outputs, transposed))
     return found
 
 
-def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> Dense | Unfit:
+def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> Contraction | Unfit:
     """How ``layer`` multiplies ``x``, by running it.
 
     Args:
@@ -133,7 +133,7 @@ def _random(leaf: Any, key: jax.Array) -> Any:
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _is_product(one: Dense, params: Mapping[str, Any], x: Any, out: Any) -> bool:
+def _is_product(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> bool:
     """Whether ``out`` is the product, or the product and one more parameter."""
     product = _product(one, params, x)
     rest = np.asarray(out, np.float32) - product
@@ -141,7 +141,7 @@ def _is_product(one: Dense, params: Mapping[str, Any], x: Any, out: Any) -> bool
     return any(_near(rest - np.asarray(bias, np.float32), product, out) for bias in (0.0, *biases))
 
 
-def _misfit(one: Dense, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
+def _misfit(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
     """What is different, in words: a factor is recognised, everything else is a number."""
     product, found = _product(one, params, x), np.asarray(out, np.float32)
     formula = f"x @ {one.parameter}{'.T' if one.transposed else ''} + bias"
@@ -154,7 +154,7 @@ def _misfit(one: Dense, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
     return Unfit(f"{reason} (an activation, a factor or dropout inside?)", True)
 
 
-def _product(one: Dense, params: Mapping[str, Any], x: Any) -> np.ndarray:
+def _product(one: Contraction, params: Mapping[str, Any], x: Any) -> np.ndarray:
     """``x @ kernel`` in float32, shaped as the layer's output."""
     d_in, d_out = math.prod(one.inputs), math.prod(one.outputs)
     kernel = np.asarray(params[one.parameter], np.float32)

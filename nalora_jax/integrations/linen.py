@@ -14,7 +14,7 @@ from flax.core import unfreeze
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.integrations.layers import ROWS, Dense, Unfit, arrangements, examine, no_product, randomised
+from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, arrangements, examine, no_product, randomised
 from nalora_jax.integrations.model import Foreign, Keymap, Projection, choose_targets, folded
 from nalora_jax.nn.ffn import GateStatsConfig
 
@@ -140,17 +140,17 @@ def _projections(module: nn.Module, variables: Any, example: Sequence[Any], opti
             return module.apply(variables, *example, **options)
 
     jax.eval_shape(call, variables, tuple(example))
-    known: dict[Any, Dense | Unfit] = {}  # equal layers are run once
+    known: dict[Any, Contraction | Unfit] = {}  # equal layers are run once
     found = []
     for own in sorted(seen):
         layer = _examined(seen[own], known)
-        name = layer.parameter if isinstance(layer, Dense) else next(iter(seen[own].own_params))
+        name = layer.parameter if isinstance(layer, Contraction) else next(iter(seen[own].own_params))
         stored, shape = _node(params, own)[name].shape, seen[own].own_params[name].shape
         found.append(Projection(own, stored[: len(stored) - len(shape)], layer))
     return found
 
 
-def _examined(seen: _Seen, known: dict[Any, Dense | Unfit]) -> Dense | Unfit:
+def _examined(seen: _Seen, known: dict[Any, Contraction | Unfit]) -> Contraction | Unfit:
     """How a layer multiplies its input: it is run on few rows of random numbers, unless an equal one was."""
     x, out, own = seen.args[0], seen.out, seen.own_params
     if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from nalora_jax import activations, selection, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.integrations.layers import Dense, Unfit, check_merged, holds_numbers
+from nalora_jax.integrations.layers import Contraction, Unfit, check_merged, holds_numbers
 from nalora_jax.nn.low_rank import adapter_scale, init_a
 from nalora_jax.ops.adapted_dense import residual
 from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
@@ -41,12 +41,12 @@ class Projection:
 
     own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
     lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
-    layer: Dense | Unfit
+    layer: Contraction | Unfit
 
     @property
-    def dense(self) -> Dense:
+    def dense(self) -> Contraction:
         """The product; only of what was not refused."""
-        assert isinstance(self.layer, Dense)
+        assert isinstance(self.layer, Contraction)
         return self.layer
 
     @property
@@ -303,7 +303,7 @@ def choose_targets(
     rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
     usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
     for path, rule in rules.items():
-        usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Dense)
+        usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
     targets = []
     for path, rule in rules.items():
         if rule.rank == 0 or not _fits(named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]):
@@ -331,7 +331,7 @@ def _fits(projection: Projection, path: str, where: str, beside_others: bool) ->
     Embeddings, convolutions and the like, which a wide pattern finds beside dense layers, are left as they are, and
     said.
     """
-    if isinstance(projection.layer, Dense):
+    if isinstance(projection.layer, Contraction):
         return True
     if beside_others and not projection.layer.dense:
         log.warning("%s finds %s, which is left as it is: %s", where, path, projection.layer.reason)

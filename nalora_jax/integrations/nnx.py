@@ -15,7 +15,7 @@ from flax import nnx
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.integrations.layers import ROWS, Dense, Unfit, examine, randomised
+from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, examine, randomised
 from nalora_jax.integrations.model import Foreign, Keymap, Projection, Target, choose_targets, folded
 from nalora_jax.nn.ffn import GateStatsConfig
 
@@ -150,7 +150,7 @@ def _shared(model: Any) -> set[int]:
     return {one for one, count in places.items() if count > 1}
 
 
-def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], Dense | Unfit]:
+def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], Contraction | Unfit]:
     """Leading axes of a module's parameters, and how one slice of it multiplies its input."""
     inputs, lead = _inputs(module, params)
     graph, state = nnx.split(module)
@@ -161,7 +161,7 @@ def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tupl
     for shape in inputs:
         x = randomised(jax.ShapeDtypeStruct((ROWS, *shape), jnp.float32), seed=1)
         layer = examine(lambda x: nnx.merge(graph, values, copy=True)(x), flat, x)
-        if isinstance(layer, Dense):
+        if isinstance(layer, Contraction):
             return lead, layer
         reasons.append(layer)
     return lead, next((one for one in reasons if one.dense), reasons[0])

@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         )
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
-            self.lm_head = Head(c.vocab_size)
+            self.lm_head = LMHead(c.vocab_size)
 
     def __call__(
         self,
@@ -182,7 +182,7 @@ class Embedding(nn.Module):
         return lax.stop_gradient(self.embedding)
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """The untied output projection."""
 
     vocab_size: int

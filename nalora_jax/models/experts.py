@@ -177,7 +177,7 @@ class GroupedProducts(Products):
 # ---------------------------------------------------------------- statistics
 
 
-class Sample(NamedTuple):
+class SampledRows(NamedTuple):
     """Sorted rows that statistics are taken of."""
 
     rows: jax.Array | None  # int [taken], or None: all of them
@@ -188,7 +188,7 @@ class Sample(NamedTuple):
         return x if self.rows is None else jnp.take(x, self.rows, axis=0)
 
 
-def sample(routing: Routing, token_weights: jax.Array, stride: int) -> Sample:
+def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRows:
     """One in ``stride`` of the rows of every sequence, real ones where there are any: singly, for small experts.
 
     The rows of a sequence are sorted by expert of their own, so that a sequence counts alike in any batch.
@@ -210,14 +210,14 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> Sample:
         rows = taken.reshape(-1)
         weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
     reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
-    return Sample(rows, jnp.where(reached, weights[None, :], 0.0))
+    return SampledRows(rows, jnp.where(reached, weights[None, :], 0.0))
 
 
 def expert_statistics(
     base: jax.Array,
     delta: jax.Array | None,
     z: jax.Array,
-    samples: tuple[Sample, Sample],
+    samples: tuple[SampledRows, SampledRows],
     activation: activations.Activation,
     config: GateStatsConfig,
 ) -> dict[str, jax.Array]:
@@ -246,7 +246,7 @@ def expert_statistics(
     return jax.vmap(one)(gate.weights, probe.weights)
 
 
-def expert_cotangent_statistics(delta: jax.Array, of: Sample, names: Iterable[str]) -> dict[str, jax.Array]:
+def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterable[str]) -> dict[str, jax.Array]:
     """`nalora_jax.ops.gated_mlp.cotangent_statistics` by expert: ``[rows, d_ff]`` -> ``[experts, ...]``."""
     taken = of.take(delta)
     return jax.vmap(lambda own: statistics.cotangent_statistics(taken, own, names))(of.weights)

@@ -27,7 +27,7 @@ FORMER_NAMES = {"favoured": "responsive"}
 
 
 @dataclass(frozen=True)
-class Score:
+class EvaluationScore:
     """The headline metric of one evaluation."""
 
     step: int
@@ -87,12 +87,12 @@ class History:
         return next((m for m in METRICS if any(e["eval"].get(m[0]) is not None for e in self.measured)), None)
 
     @property
-    def scores(self) -> list[Score]:
+    def scores(self) -> list[EvaluationScore]:
         """The headline metric of every evaluation along the way, by step."""
         return self._scores(self.evals)
 
     @property
-    def outcome(self) -> list[Score]:
+    def outcome(self) -> list[EvaluationScore]:
         """The headline metric before training and of the result; one alone, or none, where not both are known."""
         scores = self._scores(self.measured)
         return [scores[0], scores[-1]] if len(scores) > 1 else scores
@@ -103,7 +103,7 @@ class History:
         ends = ((self.initial,) if self.initial else (), (self.final,) if self.final else ())
         return (*ends[0], *self.evals, *ends[1])
 
-    def _scores(self, records: Sequence[Mapping[str, Any]]) -> list[Score]:
+    def _scores(self, records: Sequence[Mapping[str, Any]]) -> list[EvaluationScore]:
         if self.metric is None:
             return []
         key = self.metric[0]
@@ -171,9 +171,9 @@ def history_of(records: Sequence[Mapping[str, Any]]) -> History:
     )
 
 
-def _score(record: Mapping[str, Any], key: str) -> Score:
+def _score(record: Mapping[str, Any], key: str) -> EvaluationScore:
     found = record["eval"]  # its low and high are the interval of the headline metric
-    return Score(int(record["step"]), float(found[key]), found.get("low"), found.get("high"), found.get("n"))
+    return EvaluationScore(int(record["step"]), float(found[key]), found.get("low"), found.get("high"), found.get("n"))
 
 
 def _has(record: Mapping[str, Any], name: str) -> bool:

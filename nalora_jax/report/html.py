@@ -21,7 +21,7 @@ from markupsafe import Markup
 from nalora_jax.config import RunConfig
 from nalora_jax.files import write_atomically
 from nalora_jax.report import plots
-from nalora_jax.report.history import History, Score, read_history
+from nalora_jax.report.history import EvaluationScore, History, read_history
 from nalora_jax.report.images import confusions, layer_labels, picture
 from nalora_jax.train.progress import duration
 from nalora_jax.weights.origin import Origin
@@ -196,7 +196,7 @@ def _headline(history: History) -> dict[str, Any] | None:
     }
 
 
-def _range(label: str, score: Score, scale: tuple[float, float]) -> dict[str, Any]:
+def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
     def at(value: float) -> str:
         return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
 
@@ -207,7 +207,7 @@ def _range(label: str, score: Score, scale: tuple[float, float]) -> dict[str, An
     return row
 
 
-def _verdict(shown: Sequence[Score], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
+def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
     """One honest sentence about the difference; item by item where the last evaluation holds a comparison.
 
     Args:
@@ -231,7 +231,7 @@ def _verdict(shown: Sequence[Score], more_is_better: bool, paired: Mapping[str, 
     return f"{change}; the intervals {'do not overlap' if apart else 'overlap, so more items would be needed to tell'}."
 
 
-def _apart(first: Score, second: Score) -> bool | None:
+def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
     """Whether two intervals do not overlap; None where one is not known."""
     if first.low is None or first.high is None or second.low is None or second.high is None:
         return None

@@ -14,7 +14,7 @@ from nalora_jax.study.statistics import Paired, holm, paired
 
 
 @dataclass(frozen=True)
-class Result:
+class MethodResult:
     """A cell with its finished runs."""
 
     cell: Cell
@@ -36,7 +36,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """One method against another on one task."""
 
     cell: Cell
@@ -45,7 +45,7 @@ class Comparison:
     adjusted_p: float  # of the signed-rank test, by Holm over the tasks and models of this pair of methods
 
 
-def results(protocol: Protocol, records: Mapping[str, Record]) -> list[Result]:
+def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodResult]:
     """Every cell of the study, in the order of the file."""
     found = []
     for cell in cells(protocol):
@@ -53,16 +53,16 @@ def results(protocol: Protocol, records: Mapping[str, Record]) -> list[Result]:
         tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
         runs = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
         tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
-        found.append(Result(cell, grid, tuple(tuned), tests))
+        found.append(MethodResult(cell, grid, tuple(tuned), tests))
     return found
 
 
-def comparisons(protocol: Protocol, found: Sequence[Result]) -> list[Comparison]:
+def comparisons(protocol: Protocol, found: Sequence[MethodResult]) -> list[MethodComparison]:
     """Every method against the baseline, then every method against its placebos; only seeds that both finished."""
     others = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
     others += [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
     by_cell = {result.cell: result for result in found}
-    made: list[Comparison] = []
+    made: list[MethodComparison] = []
     for method, other in dict.fromkeys(others):
         raw = []
         for model in protocol.models:
@@ -71,11 +71,11 @@ def comparisons(protocol: Protocol, found: Sequence[Result]) -> list[Comparison]
                 one = _paired(by_cell[cell], by_cell[Cell(model, task, other)], protocol.margin)
                 raw += [] if one is None else [(cell, one)]
         adjusted = holm([one.wilcoxon_p for _, one in raw])
-        made += [Comparison(cell, other, one, p) for (cell, one), p in zip(raw, adjusted, strict=True)]
+        made += [MethodComparison(cell, other, one, p) for (cell, one), p in zip(raw, adjusted, strict=True)]
     return made
 
 
-def _paired(first: Result, second: Result, margin: float) -> Paired | None:
+def _paired(first: MethodResult, second: MethodResult, margin: float) -> Paired | None:
     mine, theirs = first.held(), second.held()
     seeds = [seed for seed in mine if seed in theirs]
     if not seeds:

@@ -29,7 +29,7 @@ from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.loop import Measured, Schedule, fit
+from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import to_json
 from nalora_jax.train.state import TrainState
@@ -210,13 +210,13 @@ class _Bench:
         layers = {f"mean_{n}": np.mean(v) for n, v in layers if v.ndim == 1 and n not in ("misalignment", "limit")}
         self.training.append(to_json(row | layers))
 
-    def evaluate(self, step: int, state: TrainState) -> Measured:
+    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """The loss on the validation items."""
         loss = self._loss(state.lora, self.items)
         self.curve.append({"step": step, "loss": loss})
-        return Measured(-loss, {"loss": loss})
+        return LoopEvaluation(-loss, {"loss": loss})
 
-    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Write the snapshot, whole or not at all."""
         del measured
         seconds = self.seconds_before + time.perf_counter() - self._began

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from nalora_jax.study.analysis import Comparison, Result, comparisons, last, mean, results
+from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, last, mean, results
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
@@ -24,7 +24,7 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     """SVG text by file name; a picture for which there is nothing to draw is left out."""
     found = results(protocol, records)
     marks = {name: _mark(index) for index, name in enumerate(protocol.methods)}
-    panels: dict[str, Callable[[Any, Sequence[Result], dict[str, Any]], bool]] = {
+    panels: dict[str, Callable[[Any, Sequence[MethodResult], dict[str, Any]], bool]] = {
         "loss_by_rate.svg": _loss_by_rate,
         "loss_by_step.svg": _loss_by_step,
         "misalignment.svg": _misalignment,
@@ -38,9 +38,9 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
     return {name: text for name, text in made.items() if text}
 
 
-def _grid(name: str, found: Sequence[Result], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
+def _grid(name: str, found: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
     """One panel per model and task, side by side, with one legend."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, str], list[MethodResult]] = {}
     for result in found:
         groups.setdefault((result.cell.model, result.cell.task), []).append(result)
     figure = Figure(figsize=(5.2 * len(groups), 4.2), layout="constrained")
@@ -58,7 +58,7 @@ def _mark(index: int) -> dict[str, Any]:
     return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
 
 
-def _loss_by_rate(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> bool:
+def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
     """Validation loss over learning rates; tests at the chosen one with the range over seeds."""
     top = []
     for result in group:
@@ -78,7 +78,7 @@ def _loss_by_rate(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> 
     return True
 
 
-def _loss_by_step(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> bool:
+def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
     """Validation loss along the test runs, mean over seeds, without the loss before training."""
     drawn = False
     for result in group:
@@ -92,7 +92,7 @@ def _loss_by_step(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> 
     return drawn
 
 
-def _misalignment(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> bool:
+def _misalignment(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
     """Misalignment at the end of each test run over how far its gates moved."""
     drawn = False
     for result in group:
@@ -107,7 +107,7 @@ def _misalignment(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> 
     return drawn
 
 
-def _importance(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> bool:
+def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
     """Mean slope E|phi'| of the gates along the test runs."""
     drawn = False
     for result in group:
@@ -121,7 +121,7 @@ def _importance(axis: Any, group: Sequence[Result], marks: dict[str, Any]) -> bo
     return drawn
 
 
-def _differences(protocol: Protocol, made: Sequence[Comparison]) -> str:
+def _differences(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
     """Paired differences with their intervals, one line per comparison, and the margin of equivalence."""
     if not made:
         return ""

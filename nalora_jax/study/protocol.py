@@ -60,7 +60,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ForgettingProbe:
     """Items of other data, measured before and after the test runs: what the training made the model forget."""
 
     dataset: str
@@ -100,7 +100,7 @@ class Protocol:
     methods: dict[str, Method]
     # Settings of every run.
     run: dict[str, Any] = field(default_factory=dict)
-    probes: dict[str, Probe] = field(default_factory=dict)
+    probes: dict[str, ForgettingProbe] = field(default_factory=dict)
     # Steps between evaluations on the validation items.
     evaluate_every: int = 100
     # Rates that are added at most at either end of the grid, while the best one lies at that end.
@@ -167,7 +167,7 @@ def read_protocol(path: str | Path) -> Protocol:
 
 
 _NOT_IN_THE_FILE = ("path", "digest", "_settings")
-_TABLES: dict[str, type] = {"tasks": Task, "methods": Method, "probes": Probe}
+_TABLES: dict[str, type] = {"tasks": Task, "methods": Method, "probes": ForgettingProbe}
 
 
 def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from nalora_jax.study.analysis import Comparison, Result, comparisons, deviation, last, mean, results
+from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, deviation, last, mean, results
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
@@ -67,7 +67,7 @@ def _methods(protocol: Protocol) -> str:
     return "## Methods\n\n" + table(["method", "what it is", "placebo of"], rows)
 
 
-def _learning_rates(protocol: Protocol, found: Sequence[Result]) -> str:
+def _learning_rates(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     seeds = ", ".join(map(str, protocol.tuning_seeds))
     parts = [f"## Learning rates\n\nFinal validation loss, mean over tuning seeds {seeds}; the chosen rate is bold."]
     for title, group in _groups(found):
@@ -77,7 +77,7 @@ def _learning_rates(protocol: Protocol, found: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def _tuned(result: Result, rate: float) -> str:
+def _tuned(result: MethodResult, rate: float) -> str:
     grid = dict(zip(result.tuning.rates, result.tuning.losses, strict=True))
     if grid.get(rate) is None:
         return "-" if rate in grid else ""
@@ -85,11 +85,11 @@ def _tuned(result: Result, rate: float) -> str:
     return f"**{text}**" if rate == result.tuning.chosen else text
 
 
-def _edge(result: Result) -> str:
+def _edge(result: MethodResult) -> str:
     return "yes" if result.tuning.at_edge else ""
 
 
-def _tests(protocol: Protocol, found: Sequence[Result]) -> str:
+def _tests(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     parts = ["## Test\n\nAt each method's chosen rate; mean and standard deviation over the test seeds."]
     header = ["method", "rate", "parameters", "seeds", "diverged", "loss", "deviation", "accuracy"]
     header += ["misalignment", "its limit", "feature movement", "seconds a run"]
@@ -99,7 +99,7 @@ def _tests(protocol: Protocol, found: Sequence[Result]) -> str:
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
-def _test_row(result: Result) -> list[str]:
+def _test_row(result: MethodResult) -> list[str]:
     losses, held = result.losses(), list(result.held().values())
     accuracy = [float(one["test"]["accuracy"]) for one in held if one["test"].get("accuracy") is not None]
     names = ("misalignment", "misalignment_limit", "mean_feature")
@@ -118,7 +118,7 @@ def _test_row(result: Result) -> list[str]:
     ]
 
 
-def _comparisons(protocol: Protocol, made: Sequence[Comparison]) -> str:
+def _comparisons(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
     if not made:
         return ""
     text = (
@@ -146,7 +146,7 @@ def _comparisons(protocol: Protocol, made: Sequence[Comparison]) -> str:
     return f"{text}\n\n" + table(header, rows)
 
 
-def _multiples(protocol: Protocol, found: Sequence[Result]) -> str:
+def _multiples(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     multiples = sorted(protocol.test_multiples)
     if len(multiples) < 2:
         return ""
@@ -161,7 +161,7 @@ def _multiples(protocol: Protocol, found: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def _probes(protocol: Protocol, found: Sequence[Result]) -> str:
+def _probes(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     names = list(protocol.probes)
     if not names:
         return ""
@@ -181,13 +181,13 @@ def _probe(held: Sequence[Record], name: str) -> str:
     return f"{number(float(probes[0]['before']))} {mean(change) + 0.0:+.4f}"
 
 
-def _groups(found: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+def _groups(found: Sequence[MethodResult]) -> list[tuple[str, list[MethodResult]]]:
     """Results by model and task, each with its heading."""
-    groups: dict[str, list[Result]] = {}
+    groups: dict[str, list[MethodResult]] = {}
     for result in found:
         groups.setdefault(f"### {result.cell.task}, {result.cell.model}", []).append(result)
     return list(groups.items())
 
 
-def _named(result: Result) -> str:
+def _named(result: MethodResult) -> str:
     return result.cell.method

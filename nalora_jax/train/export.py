@@ -17,7 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.train.assembly import Assembly, exportable_adapter
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.pieces import Base
+from nalora_jax.train.pieces import RunBase
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel
 from nalora_jax.weights.card import Card
@@ -105,7 +105,7 @@ def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path
 
 
 def card(
-    config: RunConfig, loaded: Base, assembly: Assembly, before: Mapping[str, Any], after: Mapping[str, Any]
+    config: RunConfig, loaded: RunBase, assembly: Assembly, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> Card:
     """The adapter's README.md, with the run's settings and results."""
     alias = alias_of(config.model)

@@ -10,7 +10,7 @@ from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.train.callbacks import Callbacks
 from nalora_jax.train.checkpoint import Checkpointer
-from nalora_jax.train.loop import Measured
+from nalora_jax.train.loop import LoopEvaluation
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
@@ -37,11 +37,11 @@ class RunHooks:
         self.told.log(step, record)
         self.progress.log(step, record)
 
-    def evaluate(self, step: int, state: TrainState) -> Measured:
+    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Measure the adapter on the held-out examples that choose the checkpoint."""
         return self.select(step, self.params, state.lora)
 
-    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Start writing a checkpoint."""
         self.checkpointer.save(step, state, self.batches.get_state(), measured and measured.metrics)
         self.told.save(step, self.checkpointer.folder / str(step))
@@ -50,10 +50,10 @@ class RunHooks:
         """Whether a signal came."""
         return self.stop.asked(step)
 
-    def select(self, step: int, params: Any, lora: Any | None) -> Measured:
+    def select(self, step: int, params: Any, lora: Any | None) -> LoopEvaluation:
         """The metric that ranks checkpoints, written and shown."""
         values = self.selector.measure(params, lora)
         self.told.evaluation(step, values)
         self.progress.say(f"step {step}: {describe(values)}")
         value = float(values[self.selector.metric])
-        return Measured(value if self.selector.mode == "max" else -value, {self.selector.metric: value})
+        return LoopEvaluation(value if self.selector.mode == "max" else -value, {self.selector.metric: value})

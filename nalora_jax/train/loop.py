@@ -22,7 +22,7 @@ _ANEW = (
 )
 
 
-class Measured(NamedTuple):
+class LoopEvaluation(NamedTuple):
     """One evaluation, as the loop sees it."""
 
     score: float  # higher is better
@@ -35,10 +35,10 @@ class Hooks(Protocol):
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         """Show and write the numbers of a log step."""
 
-    def evaluate(self, step: int, state: TrainState) -> Measured:
+    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Measure the held-out metric, write it, and return it."""
 
-    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Start saving a checkpoint; ``measured`` is the evaluation of this very step, if there was one."""
 
     def asked_to_stop(self, step: int) -> bool:

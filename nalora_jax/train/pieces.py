@@ -13,7 +13,7 @@ from nalora_jax.train.state import TrainState
 from nalora_jax.weights.origin import Origin
 
 
-class Base(Protocol):
+class RunBase(Protocol):
     """A loaded model, as a run needs it."""
 
     @property
@@ -33,7 +33,7 @@ class Base(Protocol):
         """Where its weights come from, where they come from one file or folder."""
 
 
-class Rows(Protocol):
+class TrainingRows(Protocol):
     """Training rows."""
 
     def batches(self) -> BatchIterator:
@@ -47,9 +47,9 @@ class Rows(Protocol):
 class Pieces:
     """The parts of a run."""
 
-    loaded: Base
+    loaded: RunBase
     assembly: Assembly
-    data: Rows
+    data: TrainingRows
     evaluator: Any  # of the examples that results are reported on; see `nalora_jax.evaluate.heldout.Evaluator`
     selector: Any  # of those that choose the checkpoint
     questions: Mapping[str, str]  # digests of the examples behind both

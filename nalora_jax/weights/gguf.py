@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.load import Index, Stored
+from nalora_jax.weights.load import FileTensor, Index
 
 T = TypeVar("T")
 
@@ -98,10 +98,10 @@ class GGUFFile:
         flat = self._rows(name, stored, first.start * per_row, first.stop * per_row)
         return flat.reshape(-1, *stored.shape[1:])[(slice(None), *rest)]
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> FileTensor:
         """Where a tensor's bytes lie."""
         one = self._tensors[name]
-        return Stored(self.path, one.offset, one.nbytes, one.kind.name)
+        return FileTensor(self.path, one.offset, one.nbytes, one.kind.name)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The metadata value of ``key``, of Python type ``kind`` (an int passes for a float).

@@ -35,7 +35,7 @@ from nalora_jax.weights.folders import new_file
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.keymaps import SourceTensor, keymap_for
 from nalora_jax.weights.merge import merged_tensors
-from nalora_jax.weights.peft_modules import Adapter, fuse
+from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.saved_modules import refuse_saved
 
@@ -182,7 +182,7 @@ def _whole(file: GGUFFile, name: str) -> np.ndarray:
 
 def _adapters(
     config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec
-) -> Iterator[tuple[SourceTensor, Adapter]]:
+) -> Iterator[tuple[SourceTensor, ModuleAdapter]]:
     """Every adapted tensor of llama.cpp's files and its adapter, fused where they fuse."""
     leaves = flatten(lora)
     for tensor in keymap_for(config, "gguf").tensors:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import is_unicode, read_json
-from nalora_jax.weights.load import Index, Stored
+from nalora_jax.weights.load import FileTensor, Index
 from nalora_jax.weights.shards import DTYPES
 
 INDEX = "model.safetensors.index.json"
@@ -89,10 +89,10 @@ class SafetensorsFolder:
         self._mapped += max(array.nbytes, _NEIGHBOURS)
         return array
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> FileTensor:
         """Where a tensor's bytes lie."""
         one = self._tensors[name]
-        return Stored(one.file, one.start, one.stop - one.start, one.dtype)
+        return FileTensor(one.file, one.start, one.stop - one.start, one.dtype)
 
     def _bytes(self, path: Path) -> np.ndarray:
         """A file, mapped anew now and then: its pages in memory count as this process's until then."""

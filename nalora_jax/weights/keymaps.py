@@ -22,7 +22,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import keytables
-from nalora_jax.weights.keytables import Row, Source
+from nalora_jax.weights.keytables import Source, TensorRow
 
 Array = Any  # numpy or jax arrays: every conversion uses methods that both have
 
@@ -187,7 +187,7 @@ def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
     return KeyMap(tensors, table.ignored, table.aliases, table.renames)
 
 
-def _tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
+def _tensors(row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
     """The tensors of one row: one, one per layer, or one per layer and expert."""
     layers = range(config.n_layers) if "{layer}" in row.name else [None]
     experts = range(config.n_experts) if "{expert}" in row.name else [None]
@@ -203,7 +203,7 @@ def _tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: ModelConfi
             yield SourceTensor(name, shape, slots, tuple(s[0] for s in theirs), transform)
 
 
-def _transform(row: Row, config: ModelConfig) -> Transform:
+def _transform(row: TensorRow, config: ModelConfig) -> Transform:
     if row.change == "transpose":
         return Transform(_swap, _swap, swaps=True)
     if row.change == "minus_one":

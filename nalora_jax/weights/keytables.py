@@ -18,7 +18,7 @@ Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose"]
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One kind of tensor."""
 
     name: str
@@ -31,7 +31,7 @@ class Row:
 class Table:
     """All tensors of one family in one format, and what else may be in a file."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TensorRow, ...]
     ignored: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
@@ -53,7 +53,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     return Table(rows, GGUF_IGNORED, aliases)
 
 
-def _rows(tables: dict[str, tuple[Row, ...]], model_type: str) -> tuple[Row, ...] | None:
+def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[TensorRow, ...] | None:
     """Rows of a family, of one from outside too (`nalora_jax.models.families.register_family`)."""
     if model_type in tables:
         return tables[model_type]
@@ -74,30 +74,31 @@ HF_RENAMES = (
 )
 
 _HF_ENDS = (
-    Row("model.embed_tokens.weight", ("embed/embedding",)),
-    Row("model.norm.weight", ("final_norm/scale",)),
-    Row("lm_head.weight", ("lm_head/kernel",), "transpose"),
+    TensorRow("model.embed_tokens.weight", ("embed/embedding",)),
+    TensorRow("model.norm.weight", ("final_norm/scale",)),
+    TensorRow("lm_head.weight", ("lm_head/kernel",), "transpose"),
 )
 
 
-def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[Row, ...]:
+def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[TensorRow, ...]:
     """Kernels and biases of projections that transformers and we call by the same names."""
     stem = f"model.layers.{{layer}}.{module}"
-    kernels = (Row(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
-    biases = (Row(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)
+    kernels = (TensorRow(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
+    biases = (TensorRow(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)
     return (*kernels, *biases)
 
 
-def _hf_norms(**names: str) -> tuple[Row, ...]:
+def _hf_norms(**names: str) -> tuple[TensorRow, ...]:
     return tuple(
-        Row(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",)) for ours, theirs in names.items()
+        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",))
+        for ours, theirs in names.items()
     )
 
 
 _HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
 _HF_FFN = _hf_dense("mlp", "ffn", ("gate_proj", "up_proj", "down_proj"))
 _HF_QK_NORMS = tuple(
-    Row(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",)) for n in ("q_norm", "k_norm")
+    TensorRow(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",)) for n in ("q_norm", "k_norm")
 )
 _HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
 _HF_POST_NORMS = _hf_norms(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm")
@@ -106,35 +107,35 @@ _HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
 _HF_PHI3 = (
     *_HF_ENDS,
     *_HF_PRE_NORMS,
-    Row(
+    TensorRow(
         "model.layers.{layer}.self_attn.qkv_proj.weight",
         tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"),
         "transpose",
     ),
-    Row("model.layers.{layer}.self_attn.o_proj.weight", ("layers/attn/o_proj/kernel",), "transpose"),
-    Row(
+    TensorRow("model.layers.{layer}.self_attn.o_proj.weight", ("layers/attn/o_proj/kernel",), "transpose"),
+    TensorRow(
         "model.layers.{layer}.mlp.gate_up_proj.weight",
         ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
         "transpose",
     ),
-    Row("model.layers.{layer}.mlp.down_proj.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.mlp.down_proj.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
 )
 
 
-def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[TensorRow, ...]:
     stem = f"model.layers.{{layer}}.{module}"
     names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     experts = (
-        Row(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
+        TensorRow(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
         for ours, theirs in names.items()
     )
-    return (Row(f"{stem}.gate.weight", ("layers/ffn/router/kernel",), "transpose"), *experts)
+    return (TensorRow(f"{stem}.gate.weight", ("layers/ffn/router/kernel",), "transpose"), *experts)
 
 
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
 _HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
-HF: dict[str, tuple[Row, ...]] = {
+HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
     "qwen2": _HF_LLAMA,
@@ -159,26 +160,28 @@ _GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_pr
 _GGUF_FFN_NAMES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
-def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ()) -> tuple[Row, ...]:
+def _gguf_dense(folder: str, names: dict[str, str], pairs: tuple[str, ...] = ()) -> tuple[TensorRow, ...]:
     rows = []
     for ours, theirs in names.items():
         stem, leaf = f"blk.{{layer}}.{theirs}", f"layers/{folder}/{ours}"
-        rows.append(Row(f"{stem}.weight", (f"{leaf}/kernel",), "pairs_transpose" if ours in pairs else "transpose"))
-        rows.append(Row(f"{stem}.bias", (f"{leaf}/bias",), "pairs" if ours in pairs else ""))
+        rows.append(
+            TensorRow(f"{stem}.weight", (f"{leaf}/kernel",), "pairs_transpose" if ours in pairs else "transpose")
+        )
+        rows.append(TensorRow(f"{stem}.bias", (f"{leaf}/bias",), "pairs" if ours in pairs else ""))
     return tuple(rows)
 
 
-def _gguf_norms(names: dict[str, str], change: Change = "") -> tuple[Row, ...]:
+def _gguf_norms(names: dict[str, str], change: Change = "") -> tuple[TensorRow, ...]:
     return tuple(
-        Row(f"blk.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",), change) for ours, theirs in names.items()
+        TensorRow(f"blk.{{layer}}.{theirs}.weight", (f"layers/{ours}/scale",), change) for ours, theirs in names.items()
     )
 
 
-def _gguf_ends(change: Change = "") -> tuple[Row, ...]:
+def _gguf_ends(change: Change = "") -> tuple[TensorRow, ...]:
     return (
-        Row("token_embd.weight", ("embed/embedding",)),
-        Row("output_norm.weight", ("final_norm/scale",), change),
-        Row("output.weight", ("lm_head/kernel",), "transpose"),
+        TensorRow("token_embd.weight", ("embed/embedding",)),
+        TensorRow("output_norm.weight", ("final_norm/scale",), change),
+        TensorRow("output.weight", ("lm_head/kernel",), "transpose"),
     )
 
 
@@ -192,15 +195,15 @@ _GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
 _GGUF_LLAMA = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_FFN)
 _GGUF_QWEN2 = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_ATTENTION, *_GGUF_FFN)
 _GGUF_EXPERTS = (
-    Row("blk.{layer}.ffn_gate_inp.weight", ("layers/ffn/router/kernel",), "transpose"),
+    TensorRow("blk.{layer}.ffn_gate_inp.weight", ("layers/ffn/router/kernel",), "transpose"),
     *(
-        Row(f"blk.{{layer}}.{theirs}_exps.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
+        TensorRow(f"blk.{{layer}}.{theirs}_exps.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
         for ours, theirs in _GGUF_FFN_NAMES.items()
     ),
 )
 
 
-def _gguf_gemma(norms: dict[str, str]) -> tuple[Row, ...]:
+def _gguf_gemma(norms: dict[str, str]) -> tuple[TensorRow, ...]:
     """llama.cpp's Gemma files hold 1 + w."""
     return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
 
@@ -208,13 +211,13 @@ def _gguf_gemma(norms: dict[str, str]) -> tuple[Row, ...]:
 _GGUF_PHI3 = (
     *_gguf_ends(),
     *_gguf_norms(_GGUF_PRE),
-    Row("blk.{layer}.attn_qkv.weight", tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"), "transpose"),
-    Row("blk.{layer}.attn_output.weight", ("layers/attn/o_proj/kernel",), "transpose"),
-    Row("blk.{layer}.ffn_up.weight", ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"), "transpose"),
-    Row("blk.{layer}.ffn_down.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
+    TensorRow("blk.{layer}.attn_qkv.weight", tuple(f"layers/attn/{name}_proj/kernel" for name in "qkv"), "transpose"),
+    TensorRow("blk.{layer}.attn_output.weight", ("layers/attn/o_proj/kernel",), "transpose"),
+    TensorRow("blk.{layer}.ffn_up.weight", ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"), "transpose"),
+    TensorRow("blk.{layer}.ffn_down.weight", ("layers/ffn/down_proj/kernel",), "transpose"),
 )
 
-GGUF: dict[str, tuple[Row, ...]] = {
+GGUF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _GGUF_LLAMA,
     "mistral": _GGUF_LLAMA,
     "qwen2": _GGUF_QWEN2,

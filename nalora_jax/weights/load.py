@@ -42,7 +42,7 @@ Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class FileTensor:
     """A tensor's bytes in a file."""
 
     file: Path
@@ -67,7 +67,7 @@ class TensorSource(Protocol):
     def read(self, name: str, index: Index) -> np.ndarray:
         """A slice of a tensor as floating-point numbers, reading little more of the file than that."""
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> FileTensor:
         """Where a tensor's bytes lie, and in which number format."""
 
 

@@ -12,7 +12,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths
 from nalora_jax.nn.low_rank import TABLES, AdapterSpec
 from nalora_jax.trees import flatten
-from nalora_jax.weights.peft_modules import Adapter, ModuleLayout, compact
+from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact
 from nalora_jax.weights.peft_read import import_adapter
 from nalora_jax.weights.peft_write import export_adapter, layer_adapter
 
@@ -57,7 +57,7 @@ def verify_export(
     return worst
 
 
-def _difference(folder: str | Path, place: str, meant: Adapter | None, found: Adapter | None) -> float:
+def _difference(folder: str | Path, place: str, meant: ModuleAdapter | None, found: ModuleAdapter | None) -> float:
     """Relative difference of ``scale * B``; raises above the tolerance, or where A or the magnitude differ at all."""
     a, b = (_effective(adapter) for adapter in (meant, found))
     if a is None or b is None:
@@ -83,7 +83,7 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
 
 
-def _effective(adapter: Adapter | None) -> Adapter | None:
+def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
     """The adapter's ranks that act; None where none does and there is no magnitude either."""
     if adapter is None:
         return None
@@ -91,7 +91,7 @@ def _effective(adapter: Adapter | None) -> Adapter | None:
     return live if live.rank or live.magnitude is not None else None
 
 
-def _relative(a: Adapter, b: Adapter) -> float:
+def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
     if a.scale == b.scale and np.array_equal(a.b, b.b):
         return 0.0
     first, second = (adapter.scale * adapter.b.astype(np.float64) for adapter in (a, b))

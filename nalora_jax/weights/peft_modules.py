@@ -95,7 +95,7 @@ def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class ModuleAdapter:
     """One layer's adapter without padding, in this library's layout; experts lead with their axis."""
 
     a: np.ndarray  # [..., d_in, r] float32
@@ -109,7 +109,7 @@ class Adapter:
         return int(self.a.shape[-1])
 
 
-def fuse(parts: Sequence[Adapter | None], widths: Sequence[int]) -> Adapter | None:
+def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> ModuleAdapter | None:
     """One adapter of a fused module from those of its parts; None if no part is adapted.
 
     Args:
@@ -134,10 +134,10 @@ def fuse(parts: Sequence[Adapter | None], widths: Sequence[int]) -> Adapter | No
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
         magnitude = np.concatenate([part.magnitude for part in present if part.magnitude is not None])
-    return Adapter(np.concatenate([part.a for part in present], axis=-1), b, scale, magnitude)
+    return ModuleAdapter(np.concatenate([part.a for part in present], axis=-1), b, scale, magnitude)
 
 
-def split(adapter: Adapter, widths: Sequence[int]) -> list[Adapter | None]:
+def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter | None]:
     """The parts of a fused module's adapter: the exact inverse of `fuse`, up to folded scales.
 
     A part keeps the ranks that reach its outputs; a part that no rank reaches is unadapted. A fresh adapter (B all
@@ -146,24 +146,24 @@ def split(adapter: Adapter, widths: Sequence[int]) -> list[Adapter | None]:
     if len(widths) == 1:
         return [adapter]
     fresh = not adapter.b.any()
-    parts: list[Adapter | None] = []
+    parts: list[ModuleAdapter | None] = []
     for start, width in zip(np.cumsum([0, *widths[:-1]]), widths, strict=True):
         block = adapter.b[..., start : start + width]
         magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
         # Without its magnitude a part would lose its column norms, so DoRA keeps every part.
         keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))
-        found = Adapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
+        found = ModuleAdapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
         parts.append(found if found.rank else None)
     return parts
 
 
-def compact(adapter: Adapter) -> Adapter:
+def compact(adapter: ModuleAdapter) -> ModuleAdapter:
     """The adapter without the ranks whose row of B is zero: the same function."""
     keep = _live_ranks(adapter.b)
-    return Adapter(adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude)
+    return ModuleAdapter(adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude)
 
 
-def without_padding(adapter: Adapter) -> Adapter:
+def without_padding(adapter: ModuleAdapter) -> ModuleAdapter:
     """The adapter without ranks that do nothing, unless none does anything yet (a fresh adapter)."""
     return compact(adapter) if adapter.b.any() else adapter
 

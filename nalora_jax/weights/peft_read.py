@@ -22,8 +22,8 @@ from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.origin import is_comparable
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
-    Adapter,
     HostModule,
+    ModuleAdapter,
     ModuleLayout,
     alpha_for,
     module_layout,
@@ -302,10 +302,10 @@ def _check_complete(
 
 def _pieces(
     config: ModelConfig, peft: PeftConfig, path: Path, found: list[tuple[_Slot, dict[str, np.ndarray]]]
-) -> dict[str, dict[int, Adapter]]:
+) -> dict[str, dict[int, ModuleAdapter]]:
     """Adapters by stacked path and layer."""
-    pieces: dict[str, dict[int, Adapter]] = {}
-    experts: dict[tuple[str, int], dict[int, Adapter]] = {}
+    pieces: dict[str, dict[int, ModuleAdapter]] = {}
+    experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
     for slot, parts in found:
         adapter = _adapter(config, peft, path, slot, parts)
         if slot.expert is not None:
@@ -323,7 +323,9 @@ def _pieces(
     return pieces
 
 
-def _adapter(config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, parts: dict[str, np.ndarray]) -> Adapter:
+def _adapter(
+    config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, parts: dict[str, np.ndarray]
+) -> ModuleAdapter:
     """One slot's tensors, checked, in this library's layout."""
     shape = module_shape(config, slot.module)
     d_in, d_out = shape[-2:]
@@ -347,11 +349,11 @@ def _adapter(config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, par
         a = parts["a"].reshape(count, rank, d_in).transpose(0, 2, 1)
         b = parts["b"].reshape(d_out, rank, count).transpose(2, 1, 0)
     scale = adapter_scale(slot.alpha, rank, rslora=peft.rslora)
-    adapter = Adapter(a, b, scale, parts.get("magnitude"))
+    adapter = ModuleAdapter(a, b, scale, parts.get("magnitude"))
     return without_padding(adapter) if slot.stacked else adapter
 
 
-def _join_experts(members: list[Adapter]) -> Adapter:
+def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
     """One adapter with an expert axis; ranks padded, scales folded relative to the first expert's."""
     rank, scale = max(member.rank for member in members), members[0].scale
     a = np.zeros((len(members), members[0].a.shape[0], rank), np.float32)
@@ -359,11 +361,11 @@ def _join_experts(members: list[Adapter]) -> Adapter:
     for index, member in enumerate(members):
         a[index, :, : member.rank] = member.a
         b[index, : member.rank] = member.b * np.float32(member.scale / scale)
-    return Adapter(a, b, scale)
+    return ModuleAdapter(a, b, scale)
 
 
 def _stack(
-    config: ModelConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, Adapter]]
+    config: ModelConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, Any], AdapterSpec]:
     """The tree, zero-padded over layers, and its spec."""
     shapes, counts = projection_shapes(config), depths(config)

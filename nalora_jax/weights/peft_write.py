@@ -17,8 +17,8 @@ from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_modules import (
-    Adapter,
     HostModule,
+    ModuleAdapter,
     ModuleLayout,
     alpha_for,
     fuse,
@@ -90,7 +90,7 @@ def export_adapter(
     return Path(folder)
 
 
-def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> Adapter | None:
+def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> ModuleAdapter | None:
     """The adapter of one layer of ``path`` without its padding, or None where the layer is unadapted.
 
     Args:
@@ -106,7 +106,7 @@ def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer
     a, b = (np.asarray(leaves[f"{path}/{name}"][layer], np.float32) for name in ("a", "b"))
     magnitude = np.asarray(leaves[f"{path}/magnitude"][layer], np.float32) if spec.dora else None
     scale = adapter_scale(target.alphas[layer], rank, rslora=spec.rslora)
-    return Adapter(a[..., :rank], b[..., :rank, :], scale, magnitude)
+    return ModuleAdapter(a[..., :rank], b[..., :rank, :], scale, magnitude)
 
 
 # ---------------------------------------------------------------- adapters by module
@@ -119,7 +119,7 @@ class _Entry:
     name: str
     layer: int
     module: HostModule
-    adapter: Adapter
+    adapter: ModuleAdapter
     stacked: bool = False
 
 
@@ -166,12 +166,12 @@ def _common(values: Iterable[Any]) -> Any:
 
 
 def _expert_entries(
-    layout: ModuleLayout, config: ModelConfig, module: HostModule, layer: int, parts: list[Adapter | None]
+    layout: ModuleLayout, config: ModelConfig, module: HostModule, layer: int, parts: list[ModuleAdapter | None]
 ) -> Iterator[_Entry]:
     for path, part in zip(module.parts, parts, strict=True):
         for expert in range(config.n_experts if part is not None else 0):
             assert part is not None
-            one = Adapter(part.a[expert], part.b[expert], part.scale)
+            one = ModuleAdapter(part.a[expert], part.b[expert], part.scale)
             pattern = layout.experts[path]
             yield _Entry(layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), one)
 
@@ -183,7 +183,7 @@ def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
             raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
 
 
-def _check_dora(spec: AdapterSpec, name: str, adapter: Adapter, *, stacked: bool) -> None:
+def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, stacked: bool) -> None:
     if spec.dora and (stacked or adapter.magnitude is None):
         raise NaloraError(
             f"DoRA at {name}",
@@ -234,17 +234,17 @@ def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostMo
     return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
 
 
-def _fold(adapter: Adapter, rank: int, scale: float) -> Adapter:
+def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     """Zero-padded to ``rank``, with B carrying the difference to ``scale``."""
     pad = rank - adapter.rank
     b = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
     still = [(0, 0)] * (b.ndim - 2)
-    return Adapter(np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale)
+    return ModuleAdapter(np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale)
 
 
-def _zeros(config: ModelConfig, module: HostModule, rank: int, scale: float) -> Adapter:
+def _zeros(config: ModelConfig, module: HostModule, rank: int, scale: float) -> ModuleAdapter:
     d_in, d_out = module_shape(config, module)[-2:]
-    return Adapter(np.zeros((d_in, rank), np.float32), np.zeros((rank, d_out), np.float32), scale)
+    return ModuleAdapter(np.zeros((d_in, rank), np.float32), np.zeros((rank, d_out), np.float32), scale)
 
 
 # ---------------------------------------------------------------- the two files

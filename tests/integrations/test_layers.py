@@ -15,7 +15,7 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations import adapt_linen, adapt_nnx
-from nalora_jax.integrations.layers import Dense, arrangements
+from nalora_jax.integrations.layers import Contraction, arrangements
 
 D = 8
 X = jax.random.normal(jax.random.key(0), (3, 5, D))
@@ -120,7 +120,7 @@ def test_a_kernel_of_outputs_by_inputs_is_adapted() -> None:
             return x @ self.param("weight", nn.initializers.normal(0.3), (5, D)).T
 
     adapted, variables, apply = linen(Wide())
-    assert adapted.targets[0].projection.dense == Dense("weight", (D,), (5,), transposed=True)
+    assert adapted.targets[0].projection.dense == Contraction("weight", (D,), (5,), transposed=True)
     assert_merges(adapted, variables, apply)
 
 

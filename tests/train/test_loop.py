@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from nalora_jax.errors import Interrupted, TrainingDivergedError
-from nalora_jax.train.loop import FitResult, Measured, Schedule, fit
+from nalora_jax.train.loop import FitResult, LoopEvaluation, Schedule, fit
 from nalora_jax.train.preemption import stop_signals
 from nalora_jax.train.state import TrainState, non_finite
 
@@ -30,11 +30,11 @@ class Hooks:
     def advance(self, step: int) -> None:
         pass
 
-    def evaluate(self, step: int, state: TrainState) -> Measured:
+    def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         self.evaluated.append(step)
-        return Measured(float(step), {"loss": -float(step)})
+        return LoopEvaluation(float(step), {"loss": -float(step)})
 
-    def save(self, step: int, state: TrainState, measured: Measured | None) -> None:
+    def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         self.saved.append((step, measured and measured.metrics["loss"]))
 
     def asked_to_stop(self, step: int) -> bool:

@@ -18,7 +18,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.data.images.sources import ImageSource, usable
 from nalora_jax.data.images.text import TextTokenizer
 from nalora_jax.data.packing import permutation
-from nalora_jax.data.pipeline import Batch, BatchIterator
+from nalora_jax.data.pipeline import BatchIterator, HostBatch
 from nalora_jax.errors import NaloraError
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class ImageData:
             "steps_per_epoch": round(len(self.indices) / self.batch_size, 2),
         }
 
-    def batch_at(self, row: int) -> Batch:
+    def batch_at(self, row: int) -> HostBatch:
         """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
@@ -117,7 +117,7 @@ class ImageData:
             iterator.set_state(state)
         return iterator
 
-    def _assembled(self, rows: np.ndarray) -> Batch:
+    def _assembled(self, rows: np.ndarray) -> HostBatch:
         epochs, positions = np.divmod(rows, len(self.indices))
         places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
         taken = self.indices[places]

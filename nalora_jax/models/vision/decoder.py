@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, stacked
 from nalora_jax.models.vision.dual import tower_adapters
-from nalora_jax.models.vision.encoder import Dense, Encoder
+from nalora_jax.models.vision.encoder import Encoder, PlainDense
 from nalora_jax.models.vision.sight import Sight
 from nalora_jax.nn.ffn import Adapters, GateStatsConfig, SelfGatedFFN
 from nalora_jax.nn.layers import RMSNorm
@@ -88,7 +88,7 @@ class Projector(nn.Module):
         if s.projector == "pooled":
             x = pooled_patches(x.astype(jnp.float32), s.tokens)
             x = RMSNorm(s.tower.norm_eps, 1.0, name="norm")(x)
-            return Dense(s.d_model, False, self.numerics, name="projection")(x)
+            return PlainDense(s.d_model, False, self.numerics, name="projection")(x)
         spec = tower_adapters(self.adapters, "projector")
         targets = tuple((path.removeprefix("ffn/"), target) for path, target in spec.targets)
         scales = {name: jnp.asarray(spec.scales(f"ffn/{name}")) for name, _ in targets}

@@ -124,7 +124,7 @@ class Encoder(nn.Module):
             grid = height // c.patch_size, width // c.patch_size
             patches = patchify(pixels, c.patch_size)
             positions = resized(table[c.class_token :], *grid)[None]
-        x = Dense(c.d_model, c.patch_bias, self.numerics, name="patches")(patches).astype(jnp.float32)
+        x = PlainDense(c.d_model, c.patch_bias, self.numerics, name="patches")(patches).astype(jnp.float32)
         x = x + jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
         if not c.class_token:
             return x
@@ -136,10 +136,10 @@ class Encoder(nn.Module):
         c = self.config
         y = self._pooled(x, inputs, mask).astype(jnp.float32)
         if c.pooler:
-            y = Dense(c.d_model, True, self.numerics, name="pooler")(y)
+            y = PlainDense(c.d_model, True, self.numerics, name="pooler")(y)
             y = {"tanh": jnp.tanh}[c.pooler](y.astype(jnp.float32))
         if c.d_out:
-            y = Dense(c.d_out, c.projection_bias, self.numerics, name="projection")(y)
+            y = PlainDense(c.d_out, c.projection_bias, self.numerics, name="projection")(y)
         return y.astype(jnp.float32)
 
     def _pooled(self, x: jax.Array, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -197,7 +197,7 @@ class LayerNorm(nn.Module):
         return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
-class Dense(nn.Module):
+class PlainDense(nn.Module):
     """A dense layer without an adapter: frozen, or trained as a whole where ``lora`` holds its kernel."""
 
     features: int
@@ -247,9 +247,9 @@ class FrozenFFN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., d]`` -> ``[..., d]``."""
-        z = Dense(self.d_ff, True, self.numerics, name="in_proj")(x)
+        z = PlainDense(self.d_ff, True, self.numerics, name="in_proj")(x)
         hidden = activations.get(self.activation).phi(z.astype(jnp.float32))
-        return Dense(x.shape[-1], True, self.numerics, name="out_proj")(hidden)
+        return PlainDense(x.shape[-1], True, self.numerics, name="out_proj")(hidden)
 
 
 class EncoderAttention(nn.Module):

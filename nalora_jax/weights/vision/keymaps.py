@@ -18,7 +18,7 @@ from nalora_jax.weights.keymaps import Array, KeyMap, Slot, SourceTensor, Transf
 
 
 @dataclass(frozen=True)
-class Row:
+class VisionTensorRow:
     """One kind of tensor: ``{layer}`` in a name runs over the stack."""
 
     name: str
@@ -26,16 +26,18 @@ class Row:
     change: str = ""  # "transpose": kernels; "patches": a convolution's kernel; "lead": axes of length 1 in front
 
 
-def _dense(name: str, path: str) -> tuple[Row, Row]:
-    return Row(f"{name}.weight", (f"{path}/kernel",), "transpose"), Row(f"{name}.bias", (f"{path}/bias",))
+def _dense(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
+    return VisionTensorRow(f"{name}.weight", (f"{path}/kernel",), "transpose"), VisionTensorRow(
+        f"{name}.bias", (f"{path}/bias",)
+    )
 
 
-def _norm(name: str, path: str) -> tuple[Row, Row]:
-    return Row(f"{name}.weight", (f"{path}/scale",)), Row(f"{name}.bias", (f"{path}/bias",))
+def _norm(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
+    return VisionTensorRow(f"{name}.weight", (f"{path}/scale",)), VisionTensorRow(f"{name}.bias", (f"{path}/bias",))
 
 
-def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[Row, ...]:
-    rows: list[Row] = []
+def _layers(stem: str, names: Mapping[str, str], norms: Mapping[str, str]) -> tuple[VisionTensorRow, ...]:
+    rows: list[VisionTensorRow] = []
     for theirs, ours in names.items():
         rows += _dense(f"{stem}.{{layer}}.{theirs}", f"layers/{ours}")
     for theirs, ours in norms.items():
@@ -50,40 +52,40 @@ _CLIP_LAYERS = _layers(
     {"layer_norm1": "attn_norm", "layer_norm2": "ffn_norm"},
 )
 _CLIP_TOKENS = (
-    Row("embeddings.token_embedding.weight", ("tokens/embedding",)),
-    Row("embeddings.position_embedding.weight", ("positions/embedding",)),
+    VisionTensorRow("embeddings.token_embedding.weight", ("tokens/embedding",)),
+    VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
     *_norm("final_layer_norm", "final_norm"),
 )
 _CLIP_VISION = (
-    Row("embeddings.class_embedding", ("class_token",)),
-    Row("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
-    Row("embeddings.position_embedding.weight", ("positions/embedding",)),
+    VisionTensorRow("embeddings.class_embedding", ("class_token",)),
+    VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
+    VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
     *_norm("pre_layrnorm", "embed_norm"),  # the files' own spelling
     *_norm("post_layernorm", "final_norm"),
     *_CLIP_LAYERS,
 )
 _SIGLIP_HEAD = (
-    Row("head.probe", ("pool/probe",), "lead"),
-    Row("head.attention.in_proj_weight", tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"), "transpose"),
-    Row("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
+    VisionTensorRow("head.probe", ("pool/probe",), "lead"),
+    VisionTensorRow("head.attention.in_proj_weight", tuple(f"pool/attn/{n}_proj/kernel" for n in "qkv"), "transpose"),
+    VisionTensorRow("head.attention.in_proj_bias", tuple(f"pool/attn/{n}_proj/bias" for n in "qkv")),
     *_dense("head.attention.out_proj", "pool/attn/o_proj"),
     *_norm("head.layernorm", "pool/norm"),
     *_dense("head.mlp.fc1", "pool/ffn/in_proj"),
     *_dense("head.mlp.fc2", "pool/ffn/out_proj"),
 )
 _SIGLIP_REST = (
-    Row("embeddings.patch_embedding.bias", ("patches/bias",)),
-    Row("embeddings.position_embedding.weight", ("positions/embedding",)),
+    VisionTensorRow("embeddings.patch_embedding.bias", ("patches/bias",)),
+    VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
     *_norm("post_layernorm", "final_norm"),
     *_CLIP_LAYERS,
     *_SIGLIP_HEAD,
 )
 _SIGLIP_TEXT = (*_CLIP_TOKENS, *_CLIP_LAYERS, *_dense("head", "projection"))
 _VIT_ENDS = (
-    Row("embeddings.cls_token", ("class_token",), "lead"),
-    Row("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
-    Row("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
-    Row("embeddings.position_embeddings", ("positions/embedding",), "lead"),
+    VisionTensorRow("embeddings.cls_token", ("class_token",), "lead"),
+    VisionTensorRow("embeddings.patch_embeddings.projection.weight", ("patches/kernel",), "patches"),
+    VisionTensorRow("embeddings.patch_embeddings.projection.bias", ("patches/bias",)),
+    VisionTensorRow("embeddings.position_embeddings", ("positions/embedding",), "lead"),
     *_norm("layernorm", "final_norm"),
 )
 _VIT_ATTENTION = {f"attention.attention.{n}": f"attn/{n[0]}_proj" for n in ("query", "key", "value")} | {
@@ -98,19 +100,21 @@ _DINOV2 = (
         {"norm1": "attn_norm", "norm2": "ffn_norm"},
     ),
     # A gated FFN's two halves are one tensor there.
-    Row(
+    VisionTensorRow(
         "encoder.layer.{layer}.mlp.weights_in.weight",
         ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
         "transpose",
     ),
-    Row("encoder.layer.{layer}.mlp.weights_in.bias", ("layers/ffn/gate_proj/bias", "layers/ffn/up_proj/bias")),
-    Row("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
-    Row("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
+    VisionTensorRow(
+        "encoder.layer.{layer}.mlp.weights_in.bias", ("layers/ffn/gate_proj/bias", "layers/ffn/up_proj/bias")
+    ),
+    VisionTensorRow("encoder.layer.{layer}.layer_scale1.lambda1", ("layers/attn_scale",)),
+    VisionTensorRow("encoder.layer.{layer}.layer_scale2.lambda1", ("layers/ffn_scale",)),
 )
 _BERT = (
-    Row("embeddings.word_embeddings.weight", ("tokens/embedding",)),
-    Row("embeddings.position_embeddings.weight", ("positions/embedding",)),
-    Row("embeddings.token_type_embeddings.weight", ("types/embedding",)),
+    VisionTensorRow("embeddings.word_embeddings.weight", ("tokens/embedding",)),
+    VisionTensorRow("embeddings.position_embeddings.weight", ("positions/embedding",)),
+    VisionTensorRow("embeddings.token_type_embeddings.weight", ("types/embedding",)),
     *_norm("embeddings.LayerNorm", "embed_norm"),
     *_layers(
         "encoder.layer",
@@ -125,13 +129,16 @@ _BERT = (
     *_POOLER,
 )
 
-TABLES: dict[str, tuple[Row, ...]] = {
+TABLES: dict[str, tuple[VisionTensorRow, ...]] = {
     "clip_vision_model": _CLIP_VISION,
     "clip_text_model": (*_CLIP_TOKENS, *_CLIP_LAYERS),
-    "siglip_vision_model": (Row("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"), *_SIGLIP_REST),
+    "siglip_vision_model": (
+        VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
+        *_SIGLIP_REST,
+    ),
     "siglip_text_model": _SIGLIP_TEXT,
     "siglip2_vision_model": (
-        Row("embeddings.patch_embedding.weight", ("patches/kernel",), "transpose"),
+        VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "transpose"),
         *_SIGLIP_REST,
     ),
     "siglip2_text_model": _SIGLIP_TEXT,
@@ -173,7 +180,7 @@ def dual_keymap(config: DualConfig) -> KeyMap:
     shapes = config.param_shapes()
     if config.model_type in ("clip", "vision-text-dual-encoder"):
         for name, tower in (("visual_projection", "image"), ("text_projection", "text")):
-            row = Row(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
+            row = VisionTensorRow(f"{name}.weight", (f"{tower}/projection/kernel",), "transpose")
             tensors += row_tensors(row, shapes, config.towers[tower])
     lone = (1,) if config.model_type.startswith("siglip") else ()
     for name in ("logit_scale", "logit_bias") if config.loss == "sigmoid" else ("logit_scale",):
@@ -188,7 +195,7 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
     shapes = {f"{path}{name}": shape for name, shape in config.param_shapes().items()}
     covered: set[str] = set()
     for row in TABLES[config.model_type]:
-        ours = Row(prefix + row.name, tuple(path + name for name in row.paths), row.change)
+        ours = VisionTensorRow(prefix + row.name, tuple(path + name for name in row.paths), row.change)
         if all(name in shapes for name in ours.paths):
             covered |= set(ours.paths)
             yield from row_tensors(ours, shapes, config)
@@ -197,7 +204,9 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
     assert not left, f"{config.model_type}: {left}"
 
 
-def row_tensors(row: Row, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig) -> Iterator[SourceTensor]:
+def row_tensors(
+    row: VisionTensorRow, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
+) -> Iterator[SourceTensor]:
     """The tensors of one row: one, or one per layer."""
     layers = range(config.n_layers) if "{layer}" in row.name else [None]
     ours = [shapes[path]["{layer}" in row.name :] for path in row.paths]

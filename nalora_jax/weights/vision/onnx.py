@@ -13,7 +13,7 @@ import numpy as np
 
 from nalora_jax.downloads import file_sha256
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.load import Index, Stored
+from nalora_jax.weights.load import FileTensor, Index
 from nalora_jax.weights.origin import FINGERPRINT_PREFIX
 
 _WEIGHT = ("MatMul", "Gemm")
@@ -57,9 +57,9 @@ class OnnxFile:
         tensor = self._tensors[name]
         return (tensor if tensor.shape else tensor.reshape(1))[index]
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> FileTensor:
         """The file as a whole: where a tensor's bytes lie within it is its format's affair."""
-        return Stored(self.path, 0, self.path.stat().st_size, self._tensors[name].dtype.name)
+        return FileTensor(self.path, 0, self.path.stat().st_size, self._tensors[name].dtype.name)
 
     def digest(self, config: Any) -> str:
         """The model's fingerprint: of the description, and every byte of the file."""

@@ -23,7 +23,7 @@ from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
-from nalora_jax.weights.peft_modules import Adapter, alpha_for
+from nalora_jax.weights.peft_modules import ModuleAdapter, alpha_for
 from nalora_jax.weights.peft_read import (
     TENSORS_NAME,
     by_module,
@@ -119,7 +119,7 @@ def import_dual_adapter(
     if missing or not found:
         where = f"{path}: {missing[0] if missing else 'tensors'}"
         raise NaloraError(where, expected="lora_A and lora_B of every target", found=f"{len(missing)} modules without")
-    pieces: dict[str, dict[int, Adapter]] = {}
+    pieces: dict[str, dict[int, ModuleAdapter]] = {}
     for name, parts in found.items():
         place, layer = places[name]
         rank = choices.ranks[name]
@@ -155,7 +155,7 @@ def verify_dual_export(
             raise NaloraError(f"{folder}: {path}", expected="what was exported", found="other numbers")
 
 
-def _same(a: Adapter | None, b: Adapter | None) -> bool:
+def _same(a: ModuleAdapter | None, b: ModuleAdapter | None) -> bool:
     if a is None or b is None:
         return a is None and b is None
     first, second = (np.zeros(0) if x.magnitude is None else x.magnitude for x in (a, b))
@@ -163,7 +163,7 @@ def _same(a: Adapter | None, b: Adapter | None) -> bool:
     return all(np.array_equal(x, y) for x, y in pairs) and math.isclose(a.scale, b.scale, rel_tol=1e-6)
 
 
-def _adapters(leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig) -> Iterator[tuple[str, Adapter]]:
+def _adapters(leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig) -> Iterator[tuple[str, ModuleAdapter]]:
     for path, layers in config.depths().items():
         for layer in range(layers):
             adapter = layer_adapter(leaves, spec, path, layer)
@@ -171,7 +171,7 @@ def _adapters(leaves: Mapping[str, Any], spec: AdapterSpec, config: DualConfig) 
                 yield module_names(config, path).format(layer=layer), adapter
 
 
-def _settings(adapters: Mapping[str, Adapter], spec: AdapterSpec) -> dict[str, Any]:
+def _settings(adapters: Mapping[str, ModuleAdapter], spec: AdapterSpec) -> dict[str, Any]:
     ranks = {name: adapter.rank for name, adapter in adapters.items()}
     alphas = {name: alpha_for(a.scale, a.rank, rslora=spec.rslora) for name, a in adapters.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -195,18 +195,20 @@ def _settings(adapters: Mapping[str, Adapter], spec: AdapterSpec) -> dict[str, A
     }
 
 
-def _read(shape: tuple[int, ...], rank: int, scale: float, parts: Mapping[str, np.ndarray], where: str) -> Adapter:
+def _read(
+    shape: tuple[int, ...], rank: int, scale: float, parts: Mapping[str, np.ndarray], where: str
+) -> ModuleAdapter:
     """One module's tensors, checked, in this library's layout."""
     d_in, d_out = shape
     wanted = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
         if tensor.shape != wanted[kind]:
             raise NaloraError(f"{where} ({kind})", expected=f"shape {wanted[kind]}", found=f"shape {tensor.shape}")
-    return Adapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
+    return ModuleAdapter(parts["a"].T, parts["b"].T, scale, parts.get("magnitude"))
 
 
 def _stacked(
-    config: DualConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, Adapter]]
+    config: DualConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, np.ndarray], AdapterSpec]:
     """Leaves by path, zero-padded over layers, and their spec."""
     shapes, depths = config.projection_shapes(), config.depths()

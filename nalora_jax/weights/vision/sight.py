@@ -10,7 +10,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.vision.sight import UNUSED, Sight
 from nalora_jax.weights.keymaps import KeyMap, Slot, SourceTensor, keymap_for
 from nalora_jax.weights.keytables import SIGHT, Source
-from nalora_jax.weights.vision.keymaps import TABLES, Row, row_tensors, tower_tensors
+from nalora_jax.weights.vision.keymaps import TABLES, VisionTensorRow, row_tensors, tower_tensors
 
 _TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
 # Files of transformers 4 and 5, and of the models' own repositories.
@@ -18,16 +18,16 @@ _RENAMES = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
     (r"^(model\.)?multi_modal_projector\.", _PROJECTOR),
 )
-_PROJECTORS: dict[str, tuple[Row, ...]] = {
+_PROJECTORS: dict[str, tuple[VisionTensorRow, ...]] = {
     "mlp": (
-        Row("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
-        Row("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
-        Row("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
-        Row("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
+        VisionTensorRow("multi_modal_projector.linear_1.weight", ("projector/ffn/in_proj/kernel",), "transpose"),
+        VisionTensorRow("multi_modal_projector.linear_1.bias", ("projector/ffn/in_proj/bias",)),
+        VisionTensorRow("multi_modal_projector.linear_2.weight", ("projector/ffn/out_proj/kernel",), "transpose"),
+        VisionTensorRow("multi_modal_projector.linear_2.bias", ("projector/ffn/out_proj/bias",)),
     ),
     "pooled": (
-        Row("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
-        Row("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
+        VisionTensorRow("multi_modal_projector.mm_soft_emb_norm.weight", ("projector/norm/scale",)),
+        VisionTensorRow("multi_modal_projector.mm_input_projection_weight", ("projector/projection/kernel",)),
     ),
 }
 
