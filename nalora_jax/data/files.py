@@ -247,7 +247,10 @@ class TableRows:
 
     def _group(self, number: int) -> Any:
         if number not in self._open:
-            self._open[number] = self._groups[number]()
+            rows = self._groups[number]()
+            # Arrow trusts a file's offsets: without this, a damaged one reads outside of its memory.
+            rows.validate(full=True)
+            self._open[number] = rows
             if len(self._open) > _OPEN_GROUPS:
                 self._open.popitem(last=False)
         return self._open[number]

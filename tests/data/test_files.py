@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -163,6 +164,17 @@ def test_items_that_are_no_objects_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"a": 1}, 2]')
     with pytest.raises(NaloraError, match=r"a\.json, item 2: expected a JSON object, found a int"):
+        open_rows(path).read([0, 1])
+
+
+def test_an_arrow_file_whose_offsets_lead_elsewhere_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    _arrow_file(path, [{"text": "abcd"}, {"text": "efgh"}])
+    content = path.read_bytes()
+    offsets = np.asarray([0, 4, 8], np.int32).tobytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, np.asarray([0, 4, 2**30], np.int32).tobytes()))
+    with pytest.raises(NaloraError, match=r"a\.arrow: expected a readable arrow file"):
         open_rows(path).read([0, 1])
 
 

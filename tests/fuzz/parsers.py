@@ -27,6 +27,7 @@ from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.load import check_tensors
 from nalora_jax.weights.peft import import_adapter
+from tests.fuzz import people
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -261,4 +262,14 @@ PARSERS = (
     Parser("metrics.jsonl in the report", "metrics.jsonl", _run, _use_log),
     Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
     Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
+    Parser("JSON array", "rows.json", people.write_json_array, lambda folder: people.read_rows(folder, "rows.json")),
+    Parser("CSV", "rows.csv", people.write_csv, lambda folder: people.read_rows(folder, "rows.csv")),
+    Parser("Parquet", "rows.parquet", people.write_parquet, lambda folder: people.read_rows(folder, "rows.parquet")),
+    Parser("Arrow", "rows.arrow", people.write_arrow, lambda folder: people.read_rows(folder, "rows.arrow")),
+    Parser("YAML settings", "run.yaml", people.write_settings, people.read_settings),
+    Parser("PNG", "image.png", people.write_png, lambda folder: people.read_image(folder, "image.png")),
+    Parser("JPEG", "image.jpg", people.write_jpeg, lambda folder: people.read_image(folder, "image.jpg")),
+    Parser("preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor),
+    Parser("config.json of CLIP", "config.json", people.write_clip, people.read_clip),
+    Parser("ONNX", "model.onnx", people.write_onnx, people.read_onnx),
 )

@@ -27,6 +27,7 @@ _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.2686
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _SQUARE = {"size": {"height": 224, "width": 224}}
+_LARGEST = 1e30  # of a channel's mean and deviation
 # What each kind assumes where its file is silent (transformers).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {
@@ -175,8 +176,9 @@ def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
 
 def _channels(f: Fields, name: str) -> tuple[float, ...]:
     values = f.items(name, 3, (int, float))
-    if values is None or not all(math.isfinite(v) for v in values) or (name == "image_std" and min(values) <= 0):
-        raise f.error(name, "three finite numbers (above 0 for image_std)", str(values))
+    least = 0.0 if name == "image_std" else -_LARGEST
+    if values is None or not all(least <= v <= _LARGEST for v in values) or (least == 0 and 0 in values):
+        raise f.error(name, "three finite numbers (above 0 for image_std)", str(values)[:80])
     return tuple(float(v) for v in values)
 
 

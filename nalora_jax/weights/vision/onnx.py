@@ -79,14 +79,12 @@ class OnnxFile:
             if any(tensor.external_data for tensor in graph.initializer):
                 raise ValueError("its weights lie in other files")
             arrays = {tensor.name: helper.to_array(tensor) for tensor in graph.initializer}
+            # Names that are no UTF-8 come as bytes, and fail where they are read as text.
+            found = {name: array for name, array in arrays.items() if not name.startswith("onnx::")}
+            found |= dict(filter(None, (_named(node, arrays) for node in graph.node)))
+            found |= _positions(graph, arrays, self.prefix)
         except Exception as error:  # protobuf's own, or the system's
             raise NaloraError(self.where, expected="a whole ONNX file", found=f"{error}"[:200]) from error
-        found = {name: array for name, array in arrays.items() if not name.startswith("onnx::")}
-        for node in graph.node:
-            named = _named(node, arrays)
-            if named is not None:
-                found[named[0]] = named[1]
-        found |= _positions(graph, arrays, self.prefix)
         wanted = {name: array for name, array in found.items() if name.startswith(self.prefix)}
         return {name.removeprefix(self.prefix): array for name, array in wanted.items()}
 
