@@ -60,6 +60,11 @@ class Parser:
     file: str
     write: Callable[[Path], None]  # a good folder
     read: Callable[[Path], Any]
+    every: int = 1  # of a campaign's inputs it takes one in so many, for it is slow
+
+    def share(self, inputs: int) -> int:
+        """Its part of a campaign."""
+        return max(inputs // self.every, min(inputs, 4))
 
 
 def _tokenizer(folder: Path) -> None:
@@ -259,7 +264,7 @@ PARSERS = (
     Parser("adapter tensors", "adapter_model.safetensors", _adapter, _use_adapter),
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
-    Parser("metrics.jsonl in the report", "metrics.jsonl", _run, _use_log),
+    Parser("metrics.jsonl in the report", "metrics.jsonl", _run, _use_log, every=50),  # draws its pictures each time
     Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
     Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
     Parser("JSON array", "rows.json", people.write_json_array, lambda folder: people.read_rows(folder, "rows.json")),
