@@ -58,7 +58,8 @@ class Assembly:
     @property
     def eval_model(self) -> Decoder:
         """The decoder as evaluation and generation run it: nothing is rematerialised, nothing laid out."""
-        return self.model.clone(remat="none", activation_sharding=None)
+        stats = replace(self.model.stats, sharding=None) if self.model.stats else None
+        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def view(self, params: Any) -> Any:
         """``params`` as the compiled step takes them fastest, without a copy; see `nalora_jax.ops.storage.prepare`."""
@@ -166,7 +167,11 @@ def build_model(
         numerics,
         remat=best_remat(base.d_model, numerics) if compute.remat == "auto" else compute.remat,
         stats=GateStatsConfig(
-            compute.stats_stride, compute.probe_stride, check=check, extra=statistics.extra(measured)
+            compute.stats_stride,
+            compute.probe_stride,
+            check=check,
+            extra=statistics.extra(measured),
+            sharding=activation_sharding(mesh),
         ),
         activation_sharding=activation_sharding(mesh),
     )
@@ -277,6 +282,7 @@ def compile_step(
         loss_chunk=config.compute.loss_chunk,
         batch_shards=distributed.batch_shards(mesh),
         head_sharding=head_sharding(base, mesh),
+        stats_sharding=activation_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
     )

@@ -66,6 +66,7 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
             compute.probe_stride,
             check=config.debug.tolerance if config.debug.check_gates else 0.0,
             extra=statistics.extra(mechanisms.statistics),
+            sharding=activation_sharding(mesh),
         ),
         activation_sharding=activation_sharding(mesh),
     )
@@ -85,7 +86,14 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
     compiled = jax.jit(fresh, out_shardings=placed)
     towers = Towers(model, processor, adapted, mesh if mesh.size > 1 else None)
     objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-    settings = StepConfig(mechanisms, Head(), numerics, **_shardings(lora, mesh), check_gates=config.debug.check_gates)
+    settings = StepConfig(
+        mechanisms,
+        Head(),
+        numerics,
+        stats_sharding=activation_sharding(mesh),
+        **_shardings(lora, mesh),
+        check_gates=config.debug.check_gates,
+    )
     step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
     state = begin(lora, config.seed)
     return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin)
