@@ -31,6 +31,7 @@ from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.objectives import Objective, SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step, next_token
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 
@@ -53,6 +54,7 @@ class Assembly:
     params: Any  # frozen weights that the adapters sit on: the base's, with PiSSA what its components leave of them
     step: Step  # compiled on first use; donates the state
     begin: Callable[[Any, int], TrainState]  # the state before the first step, of given adapters and another seed
+    state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # PiSSA's adapters before the first step, in host memory
 
     @property
@@ -121,9 +123,8 @@ def assemble(
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
     compiled = jax.jit(fresh, out_shardings=placed)
     step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed, processor)
-    return Assembly(
-        config, model, spec, mesh, mechanisms, optimizer, begin(lora, config.seed), params, step, begin, initial
-    )
+    state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
+    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial)
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:

@@ -26,6 +26,7 @@ from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer,
 from nalora_jax.train.assembly import Assembly, activation_sharding, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.train.step import StepConfig, make_train_step
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
         check_gates=config.debug.check_gates,
     )
     step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
-    state = begin(lora, config.seed)
-    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin)
+    state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
+    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics)
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:

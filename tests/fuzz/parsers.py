@@ -217,7 +217,9 @@ def _run(folder: Path) -> None:
         "tokens_per_second": 9.5,
         "seconds": 2.0,
     }
-    step |= {"misalignment": 0.2, "misalignment_limit": 0.1, "layers": layers}
+    step |= {"misalignment": 0.2, "misalignment_limit": 0.1, "layers": layers, "peak_memory": 10**9}
+    step |= {"histograms": {"mask": {"edges": [0.5, 1.0, 2.0], "counts": [[1, 5, 2, 0], [0, 8, 0, 0]]}}}
+    step |= {"adapters": {"layers/ffn/gate_proj": [0.1, None]}}
     base = {
         "name": "x",
         "file": "x.gguf",
@@ -235,7 +237,7 @@ def _run(folder: Path) -> None:
         {"step": 20, **step},
         {"step": 20, "eval": scores},
         {"step": 20, "final": True, "eval": {**scores, "paired": paired, "samples": samples}},
-        {"done": {"step": 20, "best_step": 20}},
+        {"done": {"step": 20, "best_step": 20, "seconds": {"preparing": 5.0, "training": 9.5}}},
     ]
     (folder / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
     (folder / "before.json").write_text(json.dumps({**scores, "samples": samples, "right": [True, False]}))
