@@ -39,14 +39,27 @@ from nalora_jax.study.overrides import checked, override
 
 FILE = "protocol.toml"
 # What belongs to the study, not to a method: otherwise runs would not be pairs. And what a run without files ignores.
-_STUDYS_OWN = ("model", "seed", "steps", "epochs", "data", "train", "output", "resume", "callbacks", "mesh", "debug")
+_STUDYS_OWN = (
+    "model",
+    "seed",
+    "steps",
+    "epochs",
+    "data",
+    "vision",
+    "train",
+    "output",
+    "resume",
+    "callbacks",
+    "mesh",
+    "debug",
+)
 
 
 @dataclass(frozen=True)
 class Task:
     """Data to train on and two sets of fixed items to measure on."""
 
-    # A task of this library, "tfds:<name>" or a JSONL file, as `DataConfig.dataset`.
+    # A task of this library, "tfds:<name>", a JSONL file or a folder of images, as `DataConfig.dataset`.
     dataset: str
     # Split expressions; no two of them share a record.
     train: str = "train"
@@ -57,6 +70,8 @@ class Task:
     test_items: int = 1000
     # Other settings of the data, as of a DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
+    # Settings of images, as of a VisionConfig, e.g. {task = "classify", shots = 4}.
+    vision: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class Protocol:
     extend: int = 2
     # Multiples of its chosen rate that each method is tested at, 1 among them: others show where it breaks.
     test_multiples: tuple[float, ...] = (1.0,)
-    # Differences of less than this, in nats per token, count as none.
+    # Differences of less than this, in nats per token (or image), count as none.
     margin: float = 0.005
     # Hours of all runs together after which no further one is begun (0: no bound).
     budget_hours: float = 0.0
@@ -137,7 +152,13 @@ class Protocol:
         common = override(RunConfig(), self.run, "[run]")
         data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
         data = replace(data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items)
-        own = override(replace(common, data=data), self.methods[method].settings, f"[methods.{method}] settings")
+        vision = override(common.vision, chosen.vision, f"[tasks.{task}] vision")
+        if vision.task == "chat":
+            where = f"[tasks.{task}] vision task"
+            raise NaloraError(where, expected='"classify", "contrast", or none for text', found='"chat"')
+        own = override(
+            replace(common, data=data, vision=vision), self.methods[method].settings, f"[methods.{method}] settings"
+        )
         return check(replace(own, output=RunConfig().output, resume=False))  # neither means anything to a study
 
 

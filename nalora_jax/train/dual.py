@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +32,15 @@ from nalora_jax.train.step import StepConfig, make_train_step
 log = logging.getLogger(__name__)
 
 
-def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, processor: ImageProcessor) -> Assembly:
+def assemble_dual(
+    config: RunConfig,
+    base: DualConfig,
+    params: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> Assembly:
     """Adapters, optimizer and step of a run on images.
 
     Args:
@@ -40,6 +49,7 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
       params: its weights on ``mesh``; with the class prompts (`nalora_jax.train.dual_objectives.Classify`).
       mesh: the run's devices.
       processor: what makes pixels of images.
+      last: what the updates pass through after everything that the config asks for.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks, a variant that these models do not have, or a
@@ -71,6 +81,8 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
     )
     inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, gates, mechanisms)
+    if last is not None:
+        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
     parts = {tower: base.towers[tower] for tower in adapted}
     shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
 
