@@ -31,7 +31,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
@@ -116,13 +116,15 @@ class Protocol:
     # Settings of every run.
     run: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, ForgettingProbe] = field(default_factory=dict)
+    # What chooses learning rates and is compared first; accuracy and recall (of images) as 1 minus them.
+    metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
     evaluate_every: int = 100
     # Rates that are added at most at either end of the grid, while the best one lies at that end.
     extend: int = 2
     # Multiples of its chosen rate that each method is tested at, 1 among them: others show where it breaks.
     test_multiples: tuple[float, ...] = (1.0,)
-    # Differences of less than this, in nats per token (or image), count as none.
+    # Differences of less than this, in the metric's unit (nats per token or image), count as none.
     margin: float = 0.005
     # Hours of all runs together after which no further one is begun (0: no bound).
     budget_hours: float = 0.0
@@ -237,7 +239,9 @@ def _check(protocol: Protocol) -> None:
     for model in p.models:
         for task in p.tasks:
             for method in p.methods:
-                p.config(model, task, method, p.rates[0], p.tuning_seeds[0])
+                measured = p.config(model, task, method, p.rates[0], p.tuning_seeds[0]).vision.task
+                fits = p.metric == "loss" or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
+                _require("metric", fits, f"what [tasks.{task}] measures along the way", p.metric)
 
 
 def _check_method(p: Protocol, name: str, method: Method) -> None:
