@@ -20,6 +20,7 @@ _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "ax
 _STYLE |= {"axes.grid": True, "grid.color": "#dddddd", "legend.frameon": False, "legend.fontsize": 8}
 _COLOURS = mpl.color_sequences["tab10"]
 _MARKERS = "osD^vP*X"
+_COLUMNS = 4  # panels in a row of a picture
 
 
 def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
@@ -41,14 +42,18 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def _grid(name: str, found: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
-    """One panel per model and task, side by side, with one legend."""
+    """One panel per model and task, up to four side by side, with one legend."""
     groups: dict[tuple[str, str], list[MethodResult]] = {}
     for result in found:
         groups.setdefault((result.cell.model, result.cell.task), []).append(result)
-    figure = Figure(figsize=(5.2 * len(groups), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    columns = min(len(groups), _COLUMNS)
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(groups) :]:
+        axis.remove()
     drawn = False
-    for axis, ((model, task), group) in zip(axes, groups.items(), strict=True):
+    for axis, ((model, task), group) in zip(axes[: len(groups)], groups.items(), strict=True):
         drawn |= panel(axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()

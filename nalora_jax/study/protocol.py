@@ -236,12 +236,15 @@ def _check(protocol: Protocol) -> None:
     _require("baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline)
     for name, one in p.methods.items():
         _check_method(p, name, one)
+    kinds = set()
     for model in p.models:
         for task in p.tasks:
             for method in p.methods:
                 measured = p.config(model, task, method, p.rates[0], p.tuning_seeds[0]).vision.task
                 fits = p.metric == "loss" or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
                 _require("metric", fits, f"what [tasks.{task}] measures along the way", p.metric)
+                kinds.add("images" if measured else "text")
+    _require("tasks", len(kinds) == 1, "all of text or all of images: a model is for either", "both")
 
 
 def _check_method(p: Protocol, name: str, method: Method) -> None:

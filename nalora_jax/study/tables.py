@@ -180,14 +180,14 @@ def _comparisons(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
 
 def _other_measures(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     """Differences of what was measured besides, without tests: there are too many to read anything into one."""
-    header, rows = ["method", "against", "task", "measure", "seeds", "difference", "interval", "better"], []
+    header, rows = ["measure", "method", "against", "task", "seeds", "difference", "interval", "better"], []
     several = len(protocol.models) > 1
     for name in _other_names(protocol, found):
         for one in comparisons(protocol, found, name):
             p, cell = one.paired, one.cell
             task = f"{cell.task} ({cell.model})" if several else cell.task
-            measure = [named(name), str(p.n), f"{p.mean + 0.0:+.4f}", f"{p.low:+.4f} to {p.high:+.4f}"]
-            rows.append([cell.method, one.other, task, *measure, f"{p.better}/{p.n}"])
+            cells = [named(name), cell.method, one.other, task, str(p.n), f"{p.mean + 0.0:+.4f}"]
+            rows.append([*cells, f"{p.low:+.4f} to {p.high:+.4f}", f"{p.better}/{p.n}"])
     return f"## Paired differences of other measures\n\n{table(header, rows)}" if rows else ""
 
 
