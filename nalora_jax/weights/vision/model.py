@@ -175,6 +175,9 @@ def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> Ima
     if side % config.patch_size:
         expected = f"a multiple of the patch size, {config.patch_size}"
         raise NaloraError("--vision.image-size", expected=expected, found=side)
+    if not (processor.shortest or processor.resize):
+        where = "preprocessor_config.json: do_resize"
+        raise NaloraError(where, expected="true, with --vision.image-size", found="false")
     return processor.of_side(side)
 
 
