@@ -46,8 +46,6 @@ from tests import tiny
 
 nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
 
-pytestmark = pytest.mark.optimised  # some tests compare bits
-
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {
     "model_type": "llama",

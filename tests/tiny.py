@@ -137,7 +137,8 @@ def start(arguments: Sequence[str], *, count: int = 1, devices: int = 1, **varia
     """Starts ``python ARGUMENTS`` as ``count`` processes of one run, each with simulated devices of its own."""
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
-    clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | variables
+    clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    clean |= variables
     if count > 1:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +105,21 @@ def sides(data):
 
 
 def plain_loss(lora, model, params, data, preference, which):
-    """DPO of the pairs ``which``, one unpacked text at a time."""
+    """DPO of the pairs ``which``, one unpacked text at a time, padded at its end so that one program serves all."""
+    longest = max(len(ids) for pair in sides(data) for ids, _ in pair)
 
     def log_prob(variables, decoder, text):
         ids, count = text
-        hidden = decoder.apply(variables, jnp.asarray(ids[None, :-1]))
+        answer = np.zeros(longest - 1, np.float32)
+        answer[len(ids) - 1 - count : len(ids) - 1] = 1
+        return of_padded(variables, decoder, np.pad(ids, (0, longest - len(ids))), answer)
+
+    @partial(jax.jit, static_argnums=1)
+    def of_padded(variables, decoder, ids, answer):
+        hidden = decoder.apply(variables, ids[None, :-1])
         table = jax.nn.log_softmax(decoder.apply(variables, hidden, method="unembed")[0])
-        picked = jnp.take_along_axis(table, jnp.asarray(ids[1:, None]), axis=1)[-count:, 0]
-        return jnp.sum(picked) / (count if preference.per_token else 1)
+        picked = jnp.take_along_axis(table, ids[1:, None], axis=1)[:, 0] * answer
+        return jnp.sum(picked) / (jnp.sum(answer) if preference.per_token else 1)
 
     total = 0.0
     for index in which:

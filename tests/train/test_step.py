@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -109,6 +110,12 @@ def _run(config: RunConfig, mesh: MeshConfig | None = None, steps: int = 3, accu
     return jax.device_get(state), history
 
 
+@cache
+def _alone(config: RunConfig) -> Any:
+    """Three whole steps on one device: what splits, meshes and repetitions are compared with."""
+    return _run(config)
+
+
 def _assert_close(one: Any, other: Any, *, atol: float) -> None:
     first, second = trees.flatten(one), trees.flatten(other)
     assert first.keys() == second.keys()
@@ -132,7 +139,7 @@ def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_i
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_any_split_into_micro_batches_is_the_same_step(accumulate: int) -> None:
-    whole, metrics = _run(SGD)
+    whole, metrics = _alone(SGD)
     split, split_metrics = _run(SGD, accumulate=accumulate)
     _assert_close(whole.lora, split.lora, atol=2e-6)
     _assert_close(whole.gate, split.gate, atol=1e-6)
@@ -146,7 +153,7 @@ def test_a_mesh_is_one_device(mesh: MeshConfig) -> None:
         with pytest.raises(NaloraError, match="2 key/value heads"):
             _run(SGD, mesh)
         return
-    alone, metrics = _run(SGD)
+    alone, metrics = _alone(SGD)
     spread, spread_metrics = _run(SGD, mesh)
     _assert_close(alone.lora, spread.lora, atol=2e-6)
     _assert_close(alone.gate, spread.gate, atol=1e-6)
@@ -200,7 +207,7 @@ def test_with_both_mechanisms_off_it_is_plain_lora_to_the_bit() -> None:
     assembly, params = _assemble(off)
     optimizer = make_optimizer(off.optimizer, off.steps)
     assert jax.tree.structure(optimizer.init(assembly.state.lora)) == jax.tree.structure(assembly.state.opt_state)
-    on, _ = _run(CONFIG)
+    on, _ = _alone(CONFIG)
     gate = "layers/ffn/gate_proj/b"
     assert np.abs(trees.flatten(ours.lora)[gate] - trees.flatten(on.lora)[gate]).max() > 1e-3
 
@@ -228,14 +235,14 @@ def test_with_both_mechanisms_off_it_is_plain_lora_to_the_bit() -> None:
 
 
 def test_one_trace_and_the_same_bits_twice() -> None:
-    first, _ = _run(CONFIG, steps=4)  # assemble() allows one trace only
-    second, _ = _run(CONFIG, steps=4)
+    first, _ = _alone(CONFIG)  # assemble() allows one trace only
+    second, _ = _run(CONFIG)
     for path, value in trees.flatten(first).items():
         np.testing.assert_array_equal(value, trees.flatten(second)[path], err_msg=path)
 
 
 def test_masks_and_scales_act_after_the_warmup() -> None:
-    _, history = _run(CONFIG, steps=3)
+    _, history = _alone(CONFIG)
     layers = [step["layers"]["layers/ffn"] for step in history]
     np.testing.assert_array_equal(layers[0]["mask_mean"], np.ones(3))
     np.testing.assert_array_equal(layers[0]["step_scale_max"], np.ones(3))
@@ -246,14 +253,22 @@ def test_masks_and_scales_act_after_the_warmup() -> None:
         assert np.all(step["misalignment"] > 0)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "auto"])
-@pytest.mark.parametrize("fault", ["activation", "scale", "sign"])
+def _checked(**compute: str) -> RunConfig:
+    return replace(CONFIG, compute=replace(CONFIG.compute, **compute), debug=DebugConfig(check_gates=True))
+
+
+@pytest.mark.parametrize("compute", [{}, {"implementation": "xla"}, {"dtype": "bfloat16"}], ids=str)
+def test_the_debug_check_passes_the_sound_model(compute: dict[str, str]) -> None:
+    _run(_checked(**compute), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "implementation"), [("activation", "xla"), ("activation", "auto"), ("scale", "auto"), ("sign", "xla")]
+)
 def test_the_debug_check_catches_injected_faults(
     fault: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = replace(CONFIG.compute, implementation=implementation)
-    debug = replace(CONFIG, compute=compute, debug=DebugConfig(check_gates=True))
-    _run(debug, steps=1)  # the sound model passes
+    debug = _checked(implementation=implementation)
     factor = 1.1 if fault == "scale" else -1.0
     sound = adapted_dense.Factors.of
 
@@ -270,25 +285,27 @@ def test_the_debug_check_catches_injected_faults(
         _run(debug, steps=1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    debug = replace(CONFIG, debug=DebugConfig(check_gates=True), compute=replace(CONFIG.compute, dtype=dtype))
-    _run(debug, steps=1)  # the sound model passes
-    silu = activations.get("silu")
+SILU = activations.get("silu")
+WRONG: dict[str, dict[str, Any]] = {
+    "rho": {"rho": lambda z: 1.02 * SILU.rho(z)},
+    "value": {"gate": lambda z: (1.02 * SILU.gate(z)[0], SILU.gate(z)[1])},
+    "derivative": {"gate": lambda z: (SILU.gate(z)[0], 1.05 * SILU.gate(z)[1])},
+}
 
-    def shown_with(**wrong: Any) -> None:
-        monkeypatch.setitem(activations._ACTIVATIONS, "silu", replace(silu, **wrong))
-        with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
-            _run(debug, steps=1)
 
-    shown_with(rho=lambda z: 1.02 * silu.rho(z))
-    shown_with(gate=lambda z: (1.02 * silu.gate(z)[0], silu.gate(z)[1]))
-    shown_with(gate=lambda z: (silu.gate(z)[0], 1.05 * silu.gate(z)[1]))
+@pytest.mark.parametrize(
+    ("wrong", "dtype"), [("rho", "bfloat16"), ("value", "float32"), ("derivative", "bfloat16"), ("rho", "float32")]
+)
+def test_the_debug_check_catches_a_wrong_rho_and_a_wrong_gate(
+    wrong: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(activations._ACTIVATIONS, "silu", replace(SILU, **WRONG[wrong]))
+    with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
+        _run(_checked(dtype=dtype), steps=1)
 
 
 def test_the_check_runs_on_the_program_that_trains() -> None:
-    checked = replace(CONFIG, debug=DebugConfig(check_gates=True))
-    plain, checked_state = _run(CONFIG, steps=2)[0], _run(checked, steps=2)[0]
+    plain, checked_state = _alone(CONFIG)[0], _run(_checked())[0]
     _assert_close(plain.lora, checked_state.lora, atol=1e-6)
 
 
