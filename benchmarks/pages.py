@@ -29,7 +29,6 @@ HEADLINES = {
         *(f"tokens/s, {case}" for case in ("bfloat16 8x128", "float32 8x128", "bfloat16 4x512")),
         *(f"peak memory, {case}" for case in ("bfloat16 8x128", "float32 8x128")),
     ),
-    "few_shot": ("images/s, bfloat16 32x224", "images/s, float32 32x224"),
     "packed": ("useful tokens/s, bfloat16, against PEFT packed by TRL",),
     "peers": ("tokens/s, bfloat16 8x128, Tunix",),
     "overhead": ("step, bfloat16 8x128",),
