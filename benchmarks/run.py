@@ -55,6 +55,7 @@ PARTS = (
         ),
         "--rounds 1 --steps 2",
     ),
+    Part("few_shot", _lines("--dtype {dtype}"), "--rounds 1 --steps 1 --layers 2 --batch 4"),
     Part("packed", _lines("--dtype {dtype}"), "--rounds 1 --steps 2"),
     Part("peers", _lines("--peer Tunix --dtype {dtype}", "--peer EasyDeL --dtype {dtype}"), "--rounds 1 --steps 2"),
     Part("overhead", _lines("--dtype {dtype}"), "--pairs 3 --layers 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nalora_jax.config import ComputeConfig, DataConfig, LoRAConfig, LoRARule, M
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.chat import asked
 from nalora_jax.errors import NaloraError
-from nalora_jax.load import load
+from nalora_jax.load import Located, load
 from nalora_jax.run import run
 from nalora_jax.train.metrics import read_metrics
 
@@ -167,6 +168,51 @@ def test_the_verbs_see(trained, chats, tmp_path, capsys) -> None:
     assert main(["export", str(folder), "--output", str(tmp_path / "adapter")]) == 0
     assert main(["export", str(folder), "--output", str(tmp_path / "vllm"), "--for", "vllm"]) == 2
     assert "language model alone" in capsys.readouterr().err
+
+
+def test_a_conversation_shows_images(seeing_folder, chats, monkeypatch, capsys) -> None:
+    """Two turns, the second with two images more, as transformers answers them; what is wrong is said in between."""
+    model, folder = seeing_folder("llava"), chats.parent
+    lines = [f"/image {folder / '1.png'}", QUESTION, "/image nowhere.png", f"/image {folder / '4.png'}"]
+    lines += ["a <image> ?", f"/image {folder / '2.png'}", f"/image {folder / '3.png'}", "Describe this"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    told = ["--max-new-tokens", "4", "--temperature", "0", "--dtype", "float32"]
+    assert main(["chat", str(model), *told]) == 0
+    out, err = capsys.readouterr()
+    said = out.splitlines()
+    assert "error: nowhere.png: expected" in err
+    assert "4.png" in err.split("error: ")[2]  # damaged
+    assert "error: message: expected no <image> in it" in err
+    assert err.count("with the next message: 1 image\n") == 2
+    assert "with the next message: 2 images" in err
+
+    processor = transformers.AutoProcessor.from_pretrained(model, backend="pil")
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
+    turns: list[dict] = []
+    for numbers, text, answer in (((1,), QUESTION, said[0]), ((2, 3), "Describe this", said[1])):
+        shown = [{"type": "image", "image": Image.open(folder / f"{i}.png").convert("RGB")} for i in numbers]
+        turns.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
+        inputs = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            made = whole.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(made, skip_special_tokens=True) == answer
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+
+
+def test_a_language_model_is_shown_nothing(seeing_folder, chats, monkeypatch, capsys) -> None:
+    """A run that trained the text model alone made an adapter of that: the model is loaded as it was."""
+    from nalora_jax.cli import chat
+
+    model = seeing_folder("llava")
+    assert chat._sees(chat.ChatArgs(str(model)))
+    textual = Located(str(model), None, {"vision": {"task": ""}})
+    monkeypatch.setattr(importlib.import_module("nalora_jax.load"), "locate", lambda *_: textual)
+    assert not chat._sees(chat.ChatArgs(str(model)))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {chats.parent / '1.png'}\n"))
+    assert main(["chat", str(model), "--dtype", "float32"]) == 0
+    assert "error: /image: expected a model that sees images, found" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit_are_refused(seeing_folder, chats, tmp_path) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nalora_jax.weights.adapter_slot import AdapterSlot
 
 HELP = """\
+/image PATH      show an image with the next message, to a model that sees; several one after another
 /adapter PATH    answer with another adapter (a run's or a PEFT folder); "none" is the base alone
 /system TEXT     another system prompt; without a text, none
 /reset           forget what was said; the system prompt stays
@@ -80,7 +81,8 @@ def chat(args: ChatArgs) -> None:
     from nalora_jax.load import load
 
     mesh = mesh_of(args.mesh)
-    model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
+    options: dict[str, Any] = {"dtype": args.dtype, "quantize": args.quantize or "run", "mesh": mesh}
+    model = load(args.model, adapter=args.adapter, images=_sees(args), **options)
     if model.base.tokenizer.chat_template is None:
         raise NaloraError(
             args.model,
@@ -93,6 +95,21 @@ def chat(args: ChatArgs) -> None:
     for line in _lines():
         if line and not talk.take(line):
             break
+
+
+def _sees(args: ChatArgs) -> bool:
+    """Whether to load what a model sees images by: if it has that, unless the adapter's run went without."""
+    from nalora_jax.config.vision import VisionConfig
+    from nalora_jax.load import locate
+    from nalora_jax.weights.hub import resolve
+    from nalora_jax.weights.model import read_config
+
+    located = locate(args.model, args.adapter)
+    if located.run:
+        return bool(located.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
+    with contextlib.suppress(NaloraError):  # a language model; or one that cannot be read, which loading says better
+        return read_config(resolve(located.base), images=True).sight is not None
+    return False
 
 
 class _Adapters:
@@ -140,7 +157,8 @@ class _Adapters:
         if self._mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self._mesh, distributed.STATE_RULES))
         variables = {"params": model.base.params, "lora": lora}
-        return Generator(module, variables, model.base.tokenizer, mesh=self._mesh)
+        processor = model.base.processor
+        return Generator(module, variables, model.base.tokenizer, mesh=self._mesh, processor=processor)
 
 
 @dataclass
@@ -152,6 +170,7 @@ class _Talk:
     adapters: _Adapters
     conversation: Conversation
     answers: int = 0
+    pictures: list[Any] = field(default_factory=list)  # shown with the next message, prepared
 
     def take(self, line: str) -> bool:
         """Do what a line says; whether to go on. What is wrong with it is said, and the conversation goes on."""
@@ -170,6 +189,7 @@ class _Talk:
             return False
         does: dict[str, Callable[[str], None]] = {
             "/help": lambda _: _say(HELP),
+            "/image": self._image,
             "/adapter": self._adapter,
             "/system": self._system,
             "/reset": self._reset,
@@ -184,20 +204,34 @@ class _Talk:
             self.adapters.switch(path)
         _say(self.adapters.name)
 
+    def _image(self, path: str) -> None:
+        from nalora_jax.data.images.files import open_image
+
+        processor = self.model.base.processor
+        if processor is None:
+            found = f"{self.adapters.name}, which was loaded as a language model"
+            raise NaloraError("/image", expected="a model that sees images", found=found)
+        if not path:
+            raise NaloraError("/image", expected="an image file", found="none")
+        self.pictures.append(processor(open_image(Path(path).expanduser()))["pixels"])
+        _say(f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
+
     def _system(self, text: str) -> None:
         self.conversation.system = text or None
         _say(f"system prompt: {text}" if text else "no system prompt")
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
+        self.pictures = []
         _say("a new conversation")
 
     def _answer(self, text: str) -> None:
         args = self.args
         settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
         seed = (args.seed + self.answers) % 2**32
-        pieces = self.conversation.ask(text, self.adapters.generator, seed=seed, **settings)
+        pieces = self.conversation.ask(text, self.adapters.generator, images=self.pictures, seed=seed, **settings)
         self.answers += 1
+        self.pictures = []
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)

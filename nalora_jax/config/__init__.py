@@ -283,6 +283,7 @@ RANGES = {
     "vision.shots": COUNT,
     "vision.crop_area": Range("a share", "(0, 1]"),
     "vision.max_pixels": SIZE,
+    "vision.image_size": Range("a whole number", "[0, 65536]"),
     "vision.caption_length": COUNT,
     "vision.features": Range("a whole number", "[0, 65536]"),
 }

@@ -39,6 +39,9 @@ class VisionConfig:
     broken: Literal["skip", "error"] = "skip"
     # Pixels of an image at most; more is refused unread.
     max_pixels: int = 50_000_000
+    # classify, contrast: side in pixels of the squares that images become, a multiple of the patch size, for which
+    # positions are interpolated (smaller is faster); 0: the model's own.
+    image_size: int = 0
     # Tokens of a caption at most; 0: what the text encoder takes.
     caption_length: int = 0
     # Two towers "image+text" that never met: features of their new projections; 0: the narrower tower's width.
@@ -63,6 +66,8 @@ def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> Non
             found=accumulate,
             remedy="use a smaller batch, more devices, or --compute.remat full",
         )
+    if vision.image_size and vision.task not in DUAL:
+        _require("image-size", False, f"0 with any --vision.task but {' and '.join(DUAL)}", vision.image_size)
     if vision.task in DUAL and quantize != "none":
         raise NaloraError("--compute.quantize", expected="none for image and text encoders", found=quantize)
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nalora_jax.data.chat import Message, text_field
+from nalora_jax.data.forms import Parts
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.generator import Generator
 from nalora_jax.tokenizer import Tokenizer
@@ -19,11 +22,13 @@ class Conversation:
     Attributes:
       system: the system prompt, or None.
       turns: user's and assistant's messages, in order.
+      images: those that the turns show, in their order, prepared (uint8 ``[height, width, 3]``).
     """
 
     def __init__(self, system: str | None = None) -> None:
         self.system = system
         self.turns: list[Message] = []
+        self.images: list[np.ndarray] = []
 
     @property
     def messages(self) -> list[Message]:
@@ -31,24 +36,34 @@ class Conversation:
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.turns]
 
     def reset(self) -> None:
-        """Forget the turns; the system prompt stays."""
-        self.turns = []
+        """Forget the turns and their images; the system prompt stays."""
+        self.turns, self.images = [], []
 
-    def ask(self, text: str, generator: Generator, **settings: Any) -> Iterator[str]:
+    def ask(
+        self, text: str, generator: Generator, *, images: Sequence[np.ndarray] = (), **settings: Any
+    ) -> Iterator[str]:
         """The answer to ``text`` in pieces. Where it cannot be asked, the conversation stays as it was.
 
         Args:
           text: of the user.
           generator: answers.
+          images: what the user shows before the text, as the model's processor prepares it.
           **settings: the fields of `nalora_jax.generate.Settings`.
 
         Raises:
-          NaloraError: the chat template refuses the turns, or they fill the context.
+          NaloraError: the chat template refuses the turns, they fill the context, or the text holds what stands for
+            images.
         """
-        asked = {"role": "user", "content": text}
-        pieces = generator.stream(chat_tokens(generator.tokenizer, [*self.messages, asked]), **settings)
-        answer = {"role": "assistant", "content": ""}
+        tokens = generator.tokenizer.images
+        if tokens is not None and tokens.reserved(text):
+            raise NaloraError("message", expected=f"no {tokens.token} in it", found=repr(text)[:80])
+        parts = Parts([*[{"type": "image"}] * len(images), {"type": "text", "text": text}])
+        asked: Message = {"role": "user", "content": parts if images else text}
+        seen = [*self.images, *images]
+        pieces = generator.stream(chat_tokens(generator.tokenizer, [*self.messages, asked]), images=seen, **settings)
+        answer: Message = {"role": "assistant", "content": ""}
         self.turns += [asked, answer]
+        self.images = seen
         return self._taken(pieces, answer)
 
     def _taken(self, pieces: Iterator[str], answer: Message) -> Iterator[str]:

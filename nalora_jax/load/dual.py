@@ -46,7 +46,15 @@ def load_adapted_dual(model: str, *, adapter: str | Path | None = None, dtype: s
     located = locate(model, adapter)
     run = config_from_dict(located.run)
     dtype = dtype or (run.compute.dtype if located.run else "float32")
-    base = load_dual(located.base, dtype=dtype, d_out=run.vision.features, loss=run.vision.loss, seed=run.seed)
+    vision = run.vision
+    base = load_dual(
+        located.base,
+        dtype=dtype,
+        d_out=vision.features,
+        loss=vision.loss,
+        seed=run.seed,
+        image_size=vision.image_size,
+    )
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
         lora, spec = import_dual_adapter(located.adapter, base.config, fingerprint=base.fingerprint)

@@ -117,8 +117,8 @@ def step_and_arguments(
         return init_state(lora, optimizer, gates, mechanisms, 0)
 
     weights = {path: _weight(path, shape, config.compute) for path, shape in param_shapes(base).items()}
-    params = gathered(_placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
-    state, places = _placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
+    params = gathered(placed(trees.unflatten(weights), mesh, distributed.PARAM_RULES)[0], "fsdp")
+    state, places = placed(jax.eval_shape(fresh, trees.unflatten(weights)), mesh, distributed.STATE_RULES)
     micro = config.train.batch_size // config.train.accumulate
     by_rows = NamedSharding(mesh, P(None, distributed.BATCH_AXES))
     shape = (config.train.accumulate, micro, seq)
@@ -139,6 +139,7 @@ def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
     return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 
-def _placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
+def placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
+    """Descriptions of arrays where the rules put them, and the places."""
     places = distributed.shardings(tree, mesh, rules)
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places), places

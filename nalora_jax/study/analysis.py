@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.plan import Cell, Tuning, cells, test_runs, tuning, tuning_runs
+from nalora_jax.study.plan import Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.statistics import Paired, holm, paired
@@ -21,14 +21,19 @@ class MethodResult:
     tuning: Tuning
     tuned: tuple[Record, ...]
     tests: Mapping[tuple[int, float], Record]  # by seed and multiple of the chosen rate
+    metric: str = "loss"  # of the protocol
 
     def held(self, multiple: float = 1.0) -> dict[int, Record]:
         """Tests that did not diverge, by seed."""
         return {s: one for (s, m), one in self.tests.items() if m == multiple and not one["diverged"]}
 
     def losses(self, multiple: float = 1.0) -> list[float]:
-        """Test losses of those, in the order of their seeds."""
-        return [float(one["test"]["loss"]) for one in self.held(multiple).values()]
+        """Test costs (`nalora_jax.study.plan.cost`) of those, in the order of their seeds."""
+        return [cost(self.metric, one["test"]) for one in self.held(multiple).values()]
+
+    def measured(self, name: str) -> list[float]:
+        """One measure of the test items at the chosen rate, in the order of the seeds; [] where there is none."""
+        return [float(one["test"][name]) for one in self.held().values() if one["test"].get(name) is not None]
 
     def diverged(self, multiple: float = 1.0) -> int:
         """Tests that did."""
@@ -53,12 +58,18 @@ def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodRes
         tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
         runs = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
         tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
-        found.append(MethodResult(cell, grid, tuple(tuned), tests))
+        found.append(MethodResult(cell, grid, tuple(tuned), tests, protocol.metric))
     return found
 
 
-def comparisons(protocol: Protocol, found: Sequence[MethodResult]) -> list[MethodComparison]:
-    """Every method against the baseline, then every method against its placebos; only seeds that both finished."""
+def comparisons(protocol: Protocol, found: Sequence[MethodResult], metric: str = "") -> list[MethodComparison]:
+    """Every method against the baseline, then every method against its placebos; only seeds that both finished.
+
+    Args:
+      protocol, found: of the study.
+      metric: measure of the test items that is compared, as its `cost`; by default the protocol's.
+    """
+    metric = metric or protocol.metric
     others = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
     others += [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
     by_cell = {result.cell: result for result in found}
@@ -68,20 +79,20 @@ def comparisons(protocol: Protocol, found: Sequence[MethodResult]) -> list[Metho
         for model in protocol.models:
             for task in protocol.tasks:
                 cell = Cell(model, task, method)
-                one = _paired(by_cell[cell], by_cell[Cell(model, task, other)], protocol.margin)
+                one = _paired(by_cell[cell], by_cell[Cell(model, task, other)], protocol.margin, metric)
                 raw += [] if one is None else [(cell, one)]
         adjusted = holm([one.wilcoxon_p for _, one in raw])
         made += [MethodComparison(cell, other, one, p) for (cell, one), p in zip(raw, adjusted, strict=True)]
     return made
 
 
-def _paired(first: MethodResult, second: MethodResult, margin: float) -> Paired | None:
+def _paired(first: MethodResult, second: MethodResult, margin: float, metric: str) -> Paired | None:
     mine, theirs = first.held(), second.held()
-    seeds = [seed for seed in mine if seed in theirs]
+    seeds = [seed for seed in mine if seed in theirs and metric in mine[seed]["test"]]
     if not seeds:
         return None
     _require_pairs([(mine[seed], theirs[seed]) for seed in seeds])
-    first_losses, second_losses = ([float(side[s]["test"]["loss"]) for s in seeds] for side in (mine, theirs))
+    first_losses, second_losses = ([cost(metric, side[s]["test"]) for s in seeds] for side in (mine, theirs))
     return paired(first_losses, second_losses, margin)
 
 

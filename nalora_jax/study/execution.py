@@ -19,15 +19,14 @@ import numpy as np
 
 from nalora_jax import distributed, trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.evaluate.multiple_choice import multiple_choice
-from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.ops.numerics import Numerics, Platform
 from nalora_jax.ops.programs import processor_name
 from nalora_jax.optim.nalora import make_schedule
-from nalora_jax.study.laboratory import Items, Laboratory, code_version, on_mesh
+from nalora_jax.study.laboratory import Laboratory, code_version
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records
+from nalora_jax.study.subject import Items, on_mesh
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
@@ -147,13 +146,12 @@ class _Bench:
     def __init__(self, run: Run, laboratory: Laboratory, snapshot: Path) -> None:
         self.run, self.laboratory, self.snapshot = run, laboratory, snapshot
         self.prepared, self.data = laboratory.prepared(run), laboratory.data(run)
-        self.model = self.prepared.assembly.eval_model
         self.items = laboratory.validation_items(run)
         self.tested: dict[str, Items] = {}
         if run.stage == "test":
             self.tested = {"test": laboratory.test_items(run)} | laboratory.probe_items(run)
         self.digests = {"validation": self.items.digest} | {name: one.digest for name, one in self.tested.items()}
-        self.curve: list[dict[str, float]] = []  # step and validation loss
+        self.curve: list[dict[str, float]] = []  # step and measures of the validation items
         self.training: list[dict[str, float]] = []  # the loop's log steps
         self.seconds_before = self.training_seconds = 0.0
         self._began = time.perf_counter()
@@ -161,11 +159,11 @@ class _Bench:
     def train(self) -> TrainState:
         """All steps, from the snapshot where there is one."""
         config, assembly = self.run.config, self.prepared.assembly
-        state = self.laboratory.start(self.run, self.data)
+        state = self.laboratory.start(self.run, self.prepared, self.data)
         self.parameters = trees.count(state.lora)
         state, start = self._resumed(state)
         if not start:
-            self.curve.append({"step": 0, "loss": self._base(self.items)})
+            self.curve.append({"step": 0} | self._base(self.items))
         batches = self.data.batches()
         batches.set_state({"row": start * config.train.batch_size, "data": self.data.fingerprint})
         every = self.run.protocol.evaluate_every
@@ -174,7 +172,7 @@ class _Bench:
         began = time.perf_counter()
         try:
             rows = on_mesh(batches, assembly)
-            result = fit(assembly.step, self.prepared.params, state, rows, self, schedule, rate, start=start)
+            result = fit(assembly.step, self.prepared.step_params, state, rows, self, schedule, rate, start=start)
         finally:
             batches.close()
             self.training_seconds += time.perf_counter() - began
@@ -182,14 +180,15 @@ class _Bench:
 
     def measure(self, state: TrainState) -> dict[str, Any]:
         """The final numbers: of a test run also those on the test items and on the probes."""
-        final: dict[str, Any] = {"validation": {"loss": self.curve[-1]["loss"], "n": len(self.items.completions)}}
+        validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
+        final: dict[str, Any] = {"validation": validation | {"n": len(self.items)}}
         probes: dict[str, Any] = {}
         for name, items in self.tested.items():
-            values: dict[str, Any] = {"loss": self._loss(state.lora, items), "n": len(items.completions)}
+            values: dict[str, Any] = self._measured(state.lora, items, whole=name == "test") | {"n": len(items)}
             if name == "test":
-                final["test"] = values | self._accuracy(state.lora, items)
+                final["test"] = values
             else:
-                probes[name] = values | {"before": self._base(items)}
+                probes[name] = {"loss": values["loss"], "n": len(items), "before": self._base(items)["loss"]}
         return final | ({"probes": probes} if probes else {})
 
     # ------------------------------------------------------------ hooks of the loop
@@ -212,10 +211,10 @@ class _Bench:
         self.training.append(to_json(row | layers))
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
-        """The loss on the validation items."""
-        loss = self._loss(state.lora, self.items)
-        self.curve.append({"step": step, "loss": loss})
-        return LoopEvaluation(-loss, {"loss": loss})
+        """The measures of the validation items."""
+        values = self._measured(state.lora, self.items, whole=False)
+        self.curve.append({"step": step} | values)
+        return LoopEvaluation(-values["loss"], values)
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Write the snapshot, whole or not at all."""
@@ -245,34 +244,11 @@ class _Bench:
         log.info("  taken up at step %d", notes["step"])
         return state, int(notes["step"])
 
-    def _base(self, items: Items) -> float:
-        return self.laboratory.base_loss(self.run, items, lambda: self._loss(None, items))
+    def _base(self, items: Items) -> dict[str, float]:
+        return self.laboratory.measure_base(self.run, self.prepared, items)
 
-    def _variables(self, lora: Any) -> dict[str, Any]:
-        if lora is None:
-            return {"params": self.laboratory.model(self.run.config).params}
-        return {"params": self.prepared.assembly.params, "lora": lora}
-
-    def _loss(self, lora: Any, items: Items) -> float:
-        mesh = self.prepared.assembly.mesh
-        found = completion_loss(
-            self.model, self._variables(lora), items.completions, mesh=mesh if mesh.size > 1 else None
-        )
-        return found.loss
-
-    def _accuracy(self, lora: Any, items: Items) -> dict[str, float]:
-        if not items.choices:
-            return {}
-        mesh = self.prepared.assembly.mesh
-        found = multiple_choice(
-            self.model,
-            self._variables(lora),
-            items.choices,
-            per="character",
-            mesh=mesh if mesh.size > 1 else None,
-            samples=0,
-        )
-        return {"accuracy": found.accuracy}
+    def _measured(self, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
+        return self.laboratory.measure(self.run, self.prepared, lora, items, whole=whole)
 
 
 class _Compilations:

@@ -1,10 +1,10 @@
-"""What the runs of one process share: base models, tokens, items and compiled programs, each made on first use."""
+"""What the runs of one process share: base models, data, items and compiled programs, each made on first use."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,38 +14,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
-from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
-from nalora_jax.data.questions import eval_examples
-from nalora_jax.data.sources import check_disjoint, open_source
-from nalora_jax.models.decoder import init_lora
+from nalora_jax.study.language import Language
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
-from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.initialise import gradient_adapters
+from nalora_jax.study.subject import Items, StudyRows, Subject
+from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.state import TrainState
-from nalora_jax.weights import LoadedModel, load_model
 
 _RATE = "step_size"  # the factor of the optimizer's last stage, in its state: a traced value
 
 
 @dataclass(frozen=True)
-class Items:
-    """Fixed items to measure on."""
-
-    completions: Sequence[CompletionItem]  # the right answer of each
-    choices: Sequence[ChoiceItem]  # those with choices
-    digest: str  # of all token ids
-
-
-@dataclass(frozen=True)
 class Prepared:
-    """A method made ready: its assembly at learning rate 1, and its weights as the step takes them."""
+    """A method made ready: its assembly at learning rate 1, and its weights as they are and as the step takes them."""
 
     assembly: Assembly
     params: Any
+    step_params: Any
 
 
 class Laboratory:
@@ -53,20 +39,17 @@ class Laboratory:
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
-        self._models: dict[str, LoadedModel] = {}
-        self._prepared: dict[str, Prepared] = {}
+        self._subjects: dict[str, Subject] = {}
+        self._assemblies: dict[str, Assembly] = {}
         self._items: dict[str, Items] = {}
-        self._base_losses: dict[str, float] = {}
+        self._base: dict[str, dict[str, float]] = {}
 
-    def model(self, config: RunConfig) -> LoadedModel:
-        """The run's base model."""
-        compute = config.compute
-        key = json.dumps([config.model, compute.dtype, compute.quantize, config.to_dict()["mesh"]])
-        if key not in self._models:
-            kind = None if compute.quantize == "none" else compute.quantize
-            mesh = distributed.smallest_mesh(config.mesh)
-            self._models[key] = load_model(config.model, dtype=compute.dtype, mesh=mesh, quantized=kind)
-        return self._models[key]
+    def subject(self, config: RunConfig) -> Subject:
+        """The kind of model that the run's task trains."""
+        kind = "images" if config.vision.task else "language"
+        if kind not in self._subjects:
+            self._subjects[kind] = _dual_encoders() if config.vision.task else Language()
+        return self._subjects[kind]
 
     def prepared(self, run: Run) -> Prepared:
         """The run's method, compiled once for all its learning rates and seeds.
@@ -75,43 +58,29 @@ class Laboratory:
         optimizer's state: every optimizer of this library is linear in its learning rate, weight decay included.
         What a mechanism draws at random it draws when the step is built: such a method is compiled once a seed.
         """
-        config = run.config
+        config, subject = run.config, self.subject(run.config)
         draws = bool(config.mechanisms) or max(config.mask.permute, config.step_scale.permute) >= 0
-        shape = {"max_length": config.data.max_length}
         optimizer = replace(config.optimizer, learning_rate=1.0)
-        general = replace(config, seed=config.seed if draws else 0, data=DataConfig(), optimizer=optimizer)
-        key = json.dumps([general.to_dict(), shape], sort_keys=True)
-        if key not in self._prepared:
-            model = self.model(config)
+        own, facts = subject.program(config)
+        general = replace(own, seed=config.seed if draws else 0, optimizer=optimizer)
+        key = json.dumps([general.to_dict(), facts], sort_keys=True)
+        if key not in self._assemblies:
             last = optax.inject_hyperparams(optax.scale)(**{_RATE: 1.0})
-            assembly = assemble(general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last)
-            self._prepared[key] = Prepared(assembly, assembly.view(assembly.params))
-        return self._prepared[key]
+            self._assemblies[key] = subject.assemble(general, config, last)
+        assembly = self._assemblies[key]
+        params = subject.params(config, assembly)
+        return Prepared(assembly, params, assembly.view(params))
 
-    def data(self, run: Run) -> TrainData:
+    def data(self, run: Run) -> StudyRows:
         """The run's training rows, in its seed's order."""
-        config = run.config
-        tokenizer, train = self.model(config).tokenizer, config.train
-        return train_data(
-            config.data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed
-        )
+        rows: StudyRows = self.subject(run.config).data(run.config)
+        return rows
 
-    def start(self, run: Run, data: TrainData) -> TrainState:
+    def start(self, run: Run, prepared: Prepared, data: StudyRows) -> TrainState:
         """The state before the first step: the seed's A and the run's learning rate."""
-        config, model, assembly = run.config, self.model(run.config), self.prepared(run).assembly
+        config, assembly = run.config, prepared.assembly
         seed = config.seed + self.protocol.methods[run.cell.method].reseed
-        if assembly.initial is not None:  # PiSSA: the base decides, no seed does
-            lora = assembly.initial
-        elif config.lora.init == "gradient":
-            batches = data.batches()
-            rows = on_mesh(batches, assembly)
-            lora = gradient_adapters(
-                assembly, model.config, [next(rows) for _ in range(config.lora.gradient_batches)], seed
-            )
-            batches.close()
-        else:
-            params = assembly.params if assembly.spec.dora else None
-            lora = init_lora(model.config, assembly.spec, jax.random.key(seed), params)
+        lora = self.subject(config).adapters(config, assembly, data, seed)
         state = assembly.begin(lora, config.seed)
         rate = jnp.asarray(config.optimizer.learning_rate, jnp.float32)
         placed = jax.device_put(rate, optax.tree.get(state.opt_state, _RATE).sharding)
@@ -129,7 +98,7 @@ class Laboratory:
         """
         task, data = self.protocol.tasks[run.cell.task], run.config.data
         # Worded for the training split: what a tuned rate has seen must not be tested on either.
-        check_disjoint(open_source(data, task.validation), open_source(data, task.test))
+        self.subject(run.config).check_apart(run.config, task.validation, task.test)
         return self._drawn(run.config, data_of(data.dataset, task.test, task.test_items, data))
 
     def probe_items(self, run: Run) -> dict[str, Items]:
@@ -140,24 +109,31 @@ class Laboratory:
             found[name] = self._drawn(run.config, data)
         return found
 
-    def base_loss(self, run: Run, items: Items, measure: Any) -> float:
-        """What ``measure`` says of the base model without an adapter, measured once."""
-        key = json.dumps([run.config.model, run.config.to_dict()["compute"], items.digest])
-        if key not in self._base_losses:
-            self._base_losses[key] = measure()
-        return self._base_losses[key]
+    def measure(self, run: Run, prepared: Prepared, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
+        """The task's measures of a trained adapter, ``loss`` among them; see `Subject.measure`."""
+        variables: Mapping[str, Any] = {"params": prepared.params, "lora": lora}
+        return self.subject(run.config).measure(items, prepared.assembly, variables, whole=whole)
+
+    def measure_base(self, run: Run, prepared: Prepared, items: Items) -> dict[str, float]:
+        """The same of the base without an adapter, measured once."""
+        subject = self.subject(run.config)
+        name, params = subject.base(run.config)
+        key = json.dumps([name, run.config.to_dict()["compute"], items.digest])
+        if key not in self._base:
+            self._base[key] = subject.measure(items, prepared.assembly, {"params": params}, whole=False)
+        return self._base[key]
 
     def _drawn(self, config: RunConfig, data: DataConfig) -> Items:
-        key = json.dumps([config.model, vars(data)], default=str)
+        key = json.dumps([config.model, vars(data), vars(config.vision)], default=str)
         if key not in self._items:
-            self._items[key] = _items(eval_examples(data, self.model(config).tokenizer))
+            self._items[key] = self.subject(config).items(config, data)
         return self._items[key]
 
 
-def on_mesh(batches: BatchIterator, assembly: Assembly) -> Iterator[dict[str, jax.Array]]:
-    """The batches as the step takes them."""
-    for batch in batches:
-        yield distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)
+def _dual_encoders() -> Subject:
+    from nalora_jax.study.images import DualEncoders  # Pillow is an extra
+
+    return DualEncoders()
 
 
 @cache
@@ -168,16 +144,3 @@ def code_version() -> str:
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def _items(items: Sequence[Item]) -> Items:
-    completions, choices = [], []
-    for item in items:
-        if isinstance(item, ChoiceItem):
-            choices.append(item)
-            prompt, answer = item.contexts[item.gold], item.choice_ids[item.gold]
-            completions.append(CompletionItem(list(prompt), list(answer), item.prompt, item.choices[item.gold]))
-        else:
-            completions.append(item)
-    ids = json.dumps([[list(one.prompt_ids), list(one.completion_ids)] for one in completions])
-    return Items(completions, choices, hashlib.sha256(ids.encode()).hexdigest()[:16])

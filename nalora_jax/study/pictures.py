@@ -11,13 +11,16 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, last, mean, results
+from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
+from nalora_jax.study.tables import named
 
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _STYLE |= {"axes.grid": True, "grid.color": "#dddddd", "legend.frameon": False, "legend.fontsize": 8}
 _COLOURS = mpl.color_sequences["tab10"]
 _MARKERS = "osD^vP*X"
+_COLUMNS = 4  # panels in a row of a picture
 
 
 def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
@@ -39,14 +42,18 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
 
 
 def _grid(name: str, found: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
-    """One panel per model and task, side by side, with one legend."""
+    """One panel per model and task, up to four side by side, with one legend."""
     groups: dict[tuple[str, str], list[MethodResult]] = {}
     for result in found:
         groups.setdefault((result.cell.model, result.cell.task), []).append(result)
-    figure = Figure(figsize=(5.2 * len(groups), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    columns = min(len(groups), _COLUMNS)
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(groups) :]:
+        axis.remove()
     drawn = False
-    for axis, ((model, task), group) in zip(axes, groups.items(), strict=True):
+    for axis, ((model, task), group) in zip(axes[: len(groups)], groups.items(), strict=True):
         drawn |= panel(axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -59,7 +66,7 @@ def _mark(index: int) -> dict[str, Any]:
 
 
 def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Validation loss over learning rates; tests at the chosen one with the range over seeds."""
+    """Validation loss (or what else is compared) over learning rates."""
     top = []
     for result in group:
         pairs = [(rate, loss) for rate, loss in zip(result.tuning.rates, result.tuning.losses, strict=True) if loss]
@@ -72,7 +79,7 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
         top += [min(loss, best + 0.5) for loss in losses]
     if not top:
         return False
-    axis.set(xlabel="learning rate", ylabel="validation loss", xscale="log")
+    axis.set(xlabel="learning rate", ylabel=f"validation {named(group[0].metric)}", xscale="log")
     spread = max(top) - min(top)
     axis.set_ylim(min(top) - 0.05 * spread - 1e-4, max(top) + 0.05 * spread + 1e-4)
     return True
@@ -82,13 +89,13 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
     """Validation loss along the test runs, mean over seeds, without the loss before training."""
     drawn = False
     for result in group:
-        curves = [{int(p["step"]): float(p["loss"]) for p in one["curve"]} for one in result.held().values()]
+        curves = [{int(p["step"]): cost(result.metric, p) for p in one["curve"]} for one in result.held().values()]
         steps = sorted(set(curves[0]).intersection(*curves) - {0}) if curves else []
         if steps:
             values = [mean([curve[step] for curve in curves]) for step in steps]
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
             drawn = True
-    axis.set(xlabel="step", ylabel="validation loss")
+    axis.set(xlabel="step", ylabel=f"validation {named(group[0].metric)}")
     return drawn
 
 
@@ -138,7 +145,8 @@ def _differences(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
         labels.append(f"{one.cell.method} - {one.other}, {one.cell.task}" + (f", {one.cell.model}" if several else ""))
     axis.set_yticks(range(len(made)), labels, fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel=f"difference of the test loss, 95% interval (grey: the margin of {protocol.margin:g})")
+    what = f"difference of the test {named(protocol.metric)}"
+    axis.set(xlabel=f"{what}, 95% interval (grey: the margin of {protocol.margin:g})")
     return _svg(figure, "differences.svg")
 
 

@@ -72,7 +72,8 @@ class Tuning:
     """The grid of a cell as it stands."""
 
     rates: tuple[float, ...]  # ascending, with those that were added
-    losses: tuple[float | None, ...]  # mean final validation loss: infinite where a run diverged, None where some lack
+    # Mean final cost (`cost`) of the validation items: infinite where a run diverged, None where some lack.
+    losses: tuple[float | None, ...]
     at_edge: bool = False  # the best rate lies at an end of the grid, and no more may be added there
 
     @property
@@ -102,6 +103,12 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
             rates.insert(0, canonical(rates[0] ** 2 / rates[1]))
         else:
             rates.append(canonical(rates[-1] ** 2 / rates[-2]))
+
+
+def cost(metric: str, measured: Mapping[str, Any]) -> float:
+    """What is to be small: the loss, or what is missing of an accuracy or a recall."""
+    value = float(measured[metric])
+    return value if metric == "loss" else 1.0 - value
 
 
 def canonical(rate: float) -> float:
@@ -154,7 +161,8 @@ def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
 def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]) -> float | None:
     """Over the tuning seeds."""
     found = [records.get(run.id) for run in tuning_runs(protocol, cell, [rate])]
-    losses = [math.inf if one["diverged"] else float(one["validation"]["loss"]) for one in found if one is not None]
+    costs = [cost(protocol.metric, one["validation"]) for one in found if one is not None and not one["diverged"]]
+    losses = costs + [math.inf] * sum(one is not None and bool(one["diverged"]) for one in found)
     return None if len(losses) < len(found) else sum(losses) / len(losses)
 
 

@@ -31,7 +31,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
@@ -39,14 +39,27 @@ from nalora_jax.study.overrides import checked, override
 
 FILE = "protocol.toml"
 # What belongs to the study, not to a method: otherwise runs would not be pairs. And what a run without files ignores.
-_STUDYS_OWN = ("model", "seed", "steps", "epochs", "data", "train", "output", "resume", "callbacks", "mesh", "debug")
+_STUDYS_OWN = (
+    "model",
+    "seed",
+    "steps",
+    "epochs",
+    "data",
+    "vision",
+    "train",
+    "output",
+    "resume",
+    "callbacks",
+    "mesh",
+    "debug",
+)
 
 
 @dataclass(frozen=True)
 class Task:
     """Data to train on and two sets of fixed items to measure on."""
 
-    # A task of this library, "tfds:<name>" or a JSONL file, as `DataConfig.dataset`.
+    # A task of this library, "tfds:<name>", a JSONL file or a folder of images, as `DataConfig.dataset`.
     dataset: str
     # Split expressions; no two of them share a record.
     train: str = "train"
@@ -57,6 +70,8 @@ class Task:
     test_items: int = 1000
     # Other settings of the data, as of a DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
+    # Settings of images, as of a VisionConfig, e.g. {task = "classify", shots = 4}.
+    vision: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,13 +116,15 @@ class Protocol:
     # Settings of every run.
     run: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, ForgettingProbe] = field(default_factory=dict)
+    # What chooses learning rates and is compared first; accuracy and recall (of images) as 1 minus them.
+    metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
     evaluate_every: int = 100
     # Rates that are added at most at either end of the grid, while the best one lies at that end.
     extend: int = 2
     # Multiples of its chosen rate that each method is tested at, 1 among them: others show where it breaks.
     test_multiples: tuple[float, ...] = (1.0,)
-    # Differences of less than this, in nats per token, count as none.
+    # Differences of less than this, in the metric's unit (nats per token or image), count as none.
     margin: float = 0.005
     # Hours of all runs together after which no further one is begun (0: no bound).
     budget_hours: float = 0.0
@@ -137,7 +154,13 @@ class Protocol:
         common = override(RunConfig(), self.run, "[run]")
         data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
         data = replace(data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items)
-        own = override(replace(common, data=data), self.methods[method].settings, f"[methods.{method}] settings")
+        vision = override(common.vision, chosen.vision, f"[tasks.{task}] vision")
+        if vision.task == "chat":
+            where = f"[tasks.{task}] vision task"
+            raise NaloraError(where, expected='"classify", "contrast", or none for text', found='"chat"')
+        own = override(
+            replace(common, data=data, vision=vision), self.methods[method].settings, f"[methods.{method}] settings"
+        )
         return check(replace(own, output=RunConfig().output, resume=False))  # neither means anything to a study
 
 
@@ -213,10 +236,15 @@ def _check(protocol: Protocol) -> None:
     _require("baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline)
     for name, one in p.methods.items():
         _check_method(p, name, one)
+    kinds = set()
     for model in p.models:
         for task in p.tasks:
             for method in p.methods:
-                p.config(model, task, method, p.rates[0], p.tuning_seeds[0])
+                measured = p.config(model, task, method, p.rates[0], p.tuning_seeds[0]).vision.task
+                fits = p.metric == "loss" or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
+                _require("metric", fits, f"what [tasks.{task}] measures along the way", p.metric)
+                kinds.add("images" if measured else "text")
+    _require("tasks", len(kinds) == 1, "all of text or all of images: a model is for either", "both")
 
 
 def _check_method(p: Protocol, name: str, method: Method) -> None:

@@ -6,6 +6,7 @@ from nalora_jax.study.execution import hours
 from nalora_jax.study.plan import Cell, cells, tuning, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records
+from nalora_jax.study.tables import named
 
 
 def status(protocol: Protocol) -> str:
@@ -26,6 +27,7 @@ def status(protocol: Protocol) -> str:
         + (f" of {protocol.budget_hours:g} h" if protocol.budget_hours else "")
         + (f", about {(len(left) + later) * spent / len(records):.1f} h left" if records else ""),
     ]
+    lines += [f"{named(protocol.metric)} on the validation items:"] if protocol.metric != "loss" else []
     lines += [_cell(cell, protocol, records) for cell in cells(protocol)]
     foreign = records.keys() - {run.id for run in runs}
     if foreign:

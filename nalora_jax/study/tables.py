@@ -9,23 +9,50 @@ from nalora_jax.study.analysis import MethodComparison, MethodResult, comparison
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
+_WAYS = ("image_to_text", "text_to_image")
+# Of the test items, beside their number.
+_MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
+# Of the last log step of a run.
+_MOVEMENT = {
+    "misalignment": "misalignment",
+    "misalignment_limit": "its limit",
+    "mean_feature": "feature movement",
+}
+
 
 def render(protocol: Protocol, records: Mapping[str, Record]) -> str:
     """All tables, as one Markdown document."""
     found = results(protocol, records)
     parts = [
         f"# Results: {protocol.question}",
-        "Made by `nalora study report` from `records.jsonl` alone. Losses are nats per answer token; differences are "
+        f"Made by `nalora study report` from `records.jsonl` alone. Losses are nats {_unit(protocol)}; differences are "
         "method minus the other, so below 0 is better.",
         _runs(protocol, records),
         _methods(protocol),
         _learning_rates(protocol, found),
         _tests(protocol, found),
         _comparisons(protocol, comparisons(protocol, found)),
+        _other_measures(protocol, found),
         _multiples(protocol, found),
         _probes(protocol, found),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def named(metric: str) -> str:
+    """What is compared, in words."""
+    return metric if metric == "loss" else f"1 - {metric.replace('_', ' ')}"
+
+
+def _unit(protocol: Protocol) -> str:
+    """Of the losses of all tasks."""
+    units = {
+        "": "per answer token",
+        "classify": "per image among the prompts of all classes",
+        "contrast": "per image or caption among all held-out pairs (the mean of both ways)",
+    }
+    runs = [protocol.config(protocol.models[0], task, protocol.baseline, 1.0, 0) for task in protocol.tasks]
+    return "; ".join(dict.fromkeys(units[one.vision.task] for one in runs))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -69,7 +96,8 @@ def _methods(protocol: Protocol) -> str:
 
 def _learning_rates(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     seeds = ", ".join(map(str, protocol.tuning_seeds))
-    parts = [f"## Learning rates\n\nFinal validation loss, mean over tuning seeds {seeds}; the chosen rate is bold."]
+    chosen = f"Final validation {named(protocol.metric)}, mean over tuning seeds {seeds}; the chosen rate is bold."
+    parts = [f"## Learning rates\n\n{chosen}"]
     for title, group in _groups(found):
         rates = sorted({rate for result in group for rate in result.tuning.rates})
         rows = [[_named(result), *(_tuned(result, rate) for rate in rates), _edge(result)] for result in group]
@@ -91,19 +119,23 @@ def _edge(result: MethodResult) -> str:
 
 def _tests(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     parts = ["## Test\n\nAt each method's chosen rate; mean and standard deviation over the test seeds."]
-    header = ["method", "rate", "parameters", "seeds", "diverged", "loss", "deviation", "accuracy"]
-    header += ["misalignment", "its limit", "feature movement", "seconds a run"]
+    header = ["method", "rate", "parameters", "seeds", "diverged", named(protocol.metric), "deviation"]
     for title, group in _groups(found):
-        rows = [_test_row(result) for result in group if result.tests]
-        parts += [f"{title}\n\n" + table(header, rows)] if rows else []
+        names = _other_names(protocol, group)
+        rows = [_test_row(result, names) for result in group if result.tests]
+        columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
+        parts += [f"{title}\n\n" + table([*header, *columns], rows)] if rows else []
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 
-def _test_row(result: MethodResult) -> list[str]:
+def _other_names(protocol: Protocol, group: Sequence[MethodResult]) -> list[str]:
+    """Measures of the test items beside the one that the columns before show already."""
+    return [name for name in _MEASURES if name != protocol.metric and any(one.measured(name) for one in group)]
+
+
+def _test_row(result: MethodResult, names: Sequence[str]) -> list[str]:
     losses, held = result.losses(), list(result.held().values())
-    accuracy = [float(one["test"]["accuracy"]) for one in held if one["test"].get("accuracy") is not None]
-    names = ("misalignment", "misalignment_limit", "mean_feature")
-    movement = [mean([v for one in held if (v := last(one, name)) is not None]) for name in names]
+    movement = [mean([v for one in held if (v := last(one, name)) is not None]) for name in _MOVEMENT]
     return [
         _named(result),
         f"{result.tuning.chosen:g}",
@@ -112,7 +144,7 @@ def _test_row(result: MethodResult) -> list[str]:
         str(result.diverged()),
         number(mean(losses)),
         number(deviation(losses)),
-        number(mean(accuracy), 3),
+        *(number(mean(result.measured(name)), 4 if name == "loss" else 3) for name in names),
         *(number(value) for value in movement),
         number(mean([float(one["seconds"]) for one in result.tests.values()]), 0),
     ]
@@ -122,9 +154,9 @@ def _comparisons(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
     if not made:
         return ""
     text = (
-        "## Paired differences of the test loss\n\n"
+        f"## Paired differences of the test {named(protocol.metric)}\n\n"
         "Interval: 95% percentile bootstrap over seeds (few seeds make it too narrow). Better: seeds on which the "
-        "method has the lower loss. Sign test and Wilcoxon: exact, two-sided; Holm: Wilcoxon over tasks and models. "
+        "method has the lower value. Sign test and Wilcoxon: exact, two-sided; Holm: Wilcoxon over tasks and models. "
         f"Level: two one-sided t tests at 5% reject a difference of {protocol.margin:g} or more. Effect: mean over "
         f"deviation. Seeds: pairs to see {protocol.margin:g} with a power of 80%."
     )
@@ -146,11 +178,25 @@ def _comparisons(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
     return f"{text}\n\n" + table(header, rows)
 
 
+def _other_measures(protocol: Protocol, found: Sequence[MethodResult]) -> str:
+    """Differences of what was measured besides, without tests: there are too many to read anything into one."""
+    header, rows = ["measure", "method", "against", "task", "seeds", "difference", "interval", "better"], []
+    several = len(protocol.models) > 1
+    for name in _other_names(protocol, found):
+        for one in comparisons(protocol, found, name):
+            p, cell = one.paired, one.cell
+            task = f"{cell.task} ({cell.model})" if several else cell.task
+            cells = [named(name), cell.method, one.other, task, str(p.n), f"{p.mean + 0.0:+.4f}"]
+            rows.append([*cells, f"{p.low:+.4f} to {p.high:+.4f}", f"{p.better}/{p.n}"])
+    return f"## Paired differences of other measures\n\n{table(header, rows)}" if rows else ""
+
+
 def _multiples(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     multiples = sorted(protocol.test_multiples)
     if len(multiples) < 2:
         return ""
-    parts = ["## Above the chosen rate\n\nMean test loss at multiples of the chosen rate (runs that diverged)."]
+    what = f"Mean test {named(protocol.metric)} at multiples of the chosen rate (runs that diverged)."
+    parts = [f"## Above the chosen rate\n\n{what}"]
     for title, group in _groups(found):
         rows = [
             [_named(one), *(f"{number(mean(one.losses(m)))} ({one.diverged(m)})" for m in multiples)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,12 +29,20 @@ from nalora_jax.train.assembly import Assembly, activation_sharding, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.train.step import StepConfig, make_train_step
+from nalora_jax.train.step import Step, StepConfig, make_train_step
 
 log = logging.getLogger(__name__)
 
 
-def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, processor: ImageProcessor) -> Assembly:
+def assemble_dual(
+    config: RunConfig,
+    base: DualConfig,
+    params: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> Assembly:
     """Adapters, optimizer and step of a run on images.
 
     Args:
@@ -41,18 +51,72 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
       params: its weights on ``mesh``; with the class prompts (`nalora_jax.train.dual_objectives.Classify`).
       mesh: the run's devices.
       processor: what makes pixels of images.
+      last: what the updates pass through after everything that the config asks for.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks, a variant that these models do not have, or a
         tensor axis that splits a head.
     """
+    spec = resolve_dual(config, base)
+    lora = init_lora(base, spec, jax.random.key(config.seed), params)
+    made = dual_program(config, base, spec, lora, mesh, processor, last=last)
+
+    def begin(lora: Any, seed: int) -> TrainState:
+        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
+
+    compiled = jax.jit(made.fresh, out_shardings=made.places)
+    return Assembly(
+        config,
+        made.model,
+        spec,
+        mesh,
+        made.mechanisms,
+        made.optimizer,
+        begin(lora, config.seed),
+        params,
+        made.step,
+        begin,
+        StateMetrics(made.mechanisms, spec, mesh),
+    )
+
+
+@dataclass(frozen=True)
+class DualProgram:
+    """What a run on images compiles."""
+
+    model: DualEncoder
+    mechanisms: Mechanisms
+    optimizer: optax.GradientTransformationExtraArgs
+    fresh: Callable[[Any, jax.Array], TrainState]  # the state before the first step, of adapters and a key's data
+    places: Any  # where the state lives
+    step: Step
+
+
+def dual_program(
+    config: RunConfig,
+    base: DualConfig,
+    spec: AdapterSpec,
+    lora: Any,
+    mesh: Mesh,
+    processor: ImageProcessor,
+    *,
+    last: optax.GradientTransformation | None = None,
+) -> DualProgram:
+    """The step of `assemble_dual`, also for devices that are not there: nothing is computed.
+
+    Args:
+      config, base, mesh, processor, last: as of `assemble_dual`.
+      spec: the adapters.
+      lora: what training changes, or its shapes.
+
+    Raises:
+      NaloraError: see `assemble_dual`.
+    """
     for tower in base.towers.values():
         distributed.check_heads(mesh, n_heads=tower.n_heads, n_kv_heads=tower.n_heads)
     if config.lora.init != "default":
         raise NaloraError("--lora.init", expected="default for image and text encoders", found=config.lora.init)
-    spec = resolve_dual(config, base)
     adapted = adapted_towers(spec)
-    lora = init_lora(base, spec, jax.random.key(config.seed), params)
     gates = find_gates(lora)
     mechanisms = _mechanisms(config, base, adapted, gates)
     compute = config.compute
@@ -73,18 +137,16 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
     )
     inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, gates, mechanisms)
+    if last is not None:
+        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
     parts = {tower: base.towers[tower] for tower in adapted}
     shapes: dict[str, tuple[int, ...]] = {f"{t}/layers/ffn": (c.n_layers, c.d_ff) for t, c in parts.items()}
 
     def fresh(lora: Any, key: jax.Array) -> TrainState:
         return init_state(lora, optimizer, shapes, mechanisms, 0)._replace(key=key)
 
-    def begin(lora: Any, seed: int) -> TrainState:
-        return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
-
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
-    compiled = jax.jit(fresh, out_shardings=placed)
+    places = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
     towers = Towers(model, processor, adapted, mesh if mesh.size > 1 else None)
     objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
     settings = StepConfig(
@@ -95,9 +157,8 @@ def assemble_dual(config: RunConfig, base: DualConfig, params: Any, mesh: Mesh, 
         **_shardings(lora, mesh),
         check_gates=config.debug.check_gates,
     )
-    step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
-    state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
-    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics)
+    step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, places)
+    return DualProgram(model, mechanisms, optimizer, fresh, places, step)
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
 from nalora_jax.data.images.sources import ImageSource, open_images
 from nalora_jax.data.packing import permutation
@@ -41,16 +42,22 @@ def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
     """
     vision, compute = config.vision, config.compute
     loaded = load_dual(
-        config.model, dtype=compute.dtype, mesh=mesh, d_out=vision.features, loss=vision.loss, seed=config.seed
+        config.model,
+        dtype=compute.dtype,
+        mesh=mesh,
+        d_out=vision.features,
+        loss=vision.loss,
+        seed=config.seed,
+        image_size=vision.image_size,
     )
     train = open_images(config.data, vision, config.data.train_split)
     split = "validation" if config.data.eval_split == AUTO else config.data.eval_split
     held = open_images(config.data, vision, split)
     check_disjoint(train, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
     classes = train.classes() if vision.task == "classify" else ()
-    params = _with_classes(config, loaded, classes, mesh)
+    params = with_classes(config, loaded, classes, mesh)
     assembly = assemble_dual(config, loaded.config, params, mesh, loaded.processor)
-    data = _train_data(config, loaded, train, classes, mesh)
+    data = image_data(config, loaded, train, classes, mesh)
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
     reported, selecting = held_out_images(config, held, encoders, classes)
 
@@ -62,7 +69,7 @@ def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
     return Pieces(loaded, assembly, data, reported, selecting, questions, export)
 
 
-def _with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh) -> Any:
+def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh) -> dict[str, Any]:
     """The weights, and beside them the class prompts: their features, made once, where nothing changes them."""
     if not classes:
         return loaded.params
@@ -85,9 +92,10 @@ def _with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...
     return {**loaded.params, CLASSES: placed}
 
 
-def _train_data(
+def image_data(
     config: RunConfig, loaded: LoadedDual, source: ImageSource, classes: tuple[str, ...], mesh: Mesh
 ) -> ImageData:
+    """The training rows of a run: images with their classes, or without any with their captions."""
     train, vision = config.train, config.vision
     labels = source.labels(classes) if classes else None
     indices = np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
@@ -118,20 +126,35 @@ def held_out_images(
 ) -> tuple[Any, Any]:
     """Evaluators of the images that results are reported on, and of others, which choose the checkpoint."""
     data = config.data
-    drawn = permutation(len(source), _SEED)
-    limit = data.eval_limit + data.select_limit if data.eval_limit else len(source)
-    indices = readable(source, drawn[:limit], config.vision)
+    indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision)
+    cut = max(1, min(data.select_limit, len(indices) // 3))
+    reported, selecting = (
+        image_evaluator(encoders, Images(source, np.sort(part)), classes, config.vision)
+        for part in (indices[cut:], indices[:cut])
+    )
+    return reported, selecting
+
+
+def drawn_images(source: ImageSource, limit: int, vision: VisionConfig) -> np.ndarray:
+    """Indices of ``limit`` held-out images (0: all), drawn by one seed for every run, but those that cannot be read.
+
+    Raises:
+      NaloraError: fewer than two are left.
+    """
+    indices = readable(source, permutation(len(source), _SEED)[: limit or len(source)], vision)
     if len(indices) < 2:
         raise NaloraError("--data.eval-split", expected="at least two images", found=len(indices))
-    cut = max(1, min(data.select_limit, len(indices) // 3))
-    parts = np.sort(indices[cut:]), np.sort(indices[:cut])
+    return indices
+
+
+def image_evaluator(
+    encoders: Encoders, images: Images, classes: tuple[str, ...], vision: VisionConfig
+) -> ClassEvaluator | RetrievalEvaluator:
+    """What measures the task of ``vision`` on ``images``: by classes, or without any by captions."""
     if not classes:
-        captions = [source.captions(part.tolist()) for part in parts]
-        return tuple(RetrievalEvaluator(encoders, Images(source, p), c) for p, c in zip(parts, captions, strict=True))  # type: ignore[return-value]
-    labels = source.labels(classes)
-    return tuple(
-        ClassEvaluator(encoders, Images(source, p), labels[p], classes, config.vision.templates) for p in parts
-    )  # type: ignore[return-value]
+        return RetrievalEvaluator(encoders, images, images.source.captions(images.indices.tolist()))
+    labels = images.source.labels(classes)[images.indices]
+    return ClassEvaluator(encoders, images, labels, classes, vision.templates)
 
 
 def _export(folder: Path, lora: Any, assembly: Assembly, loaded: LoadedDual) -> None:

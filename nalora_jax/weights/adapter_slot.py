@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec
 from nalora_jax.weights.adapter_bank import folded_scales, padded
 
@@ -40,8 +40,8 @@ class AdapterSlot:
         """The slot of a base for adapters of at most ``rank``."""
         targets = []
         for path, shape in sorted(projection_shapes(config).items()):
-            ranks = min(rank, *shape[-2:])
-            targets.append((path, TargetSpec((ranks,) * config.n_layers, (float(ranks),) * config.n_layers)))
+            ranks, layers = min(rank, *shape[-2:]), depths(config)[path]
+            targets.append((path, TargetSpec((ranks,) * layers, (float(ranks),) * layers)))
         return AdapterSlot(config, AdapterSpec(tuple(targets)))
 
     @staticmethod
@@ -66,7 +66,7 @@ class AdapterSlot:
         given = {} if lora is None or spec is None else folded_scales(lora, spec)
         leaves: dict[str, Any] = {}
         for path, target in self.spec.targets:
-            *lead, d_in, d_out = (self.config.n_layers, *projection_shapes(self.config)[path])
+            *lead, d_in, d_out = (len(target.ranks), *projection_shapes(self.config)[path])
             a, b = given.get(path) or (jnp.zeros((*lead, d_in, 0)), jnp.zeros((*lead, 0, d_out)))
             leaves[f"{path}/a"] = padded(a, target.rank, -1, path)
             leaves[f"{path}/b"] = padded(b, target.rank, -2, path)

@@ -13,12 +13,12 @@ An adapter of a fused module is exact: with parts of rank r1, r2, ... it has ran
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -77,6 +77,44 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
             modules.append(HostModule(name, paths))
     prefix = "model.layers" if config.sight is None else "model.language_model.layers"
     return ModuleLayout(tuple(modules), _STACKS if experts else (), experts, prefix)
+
+
+# Beginnings of the modules' names of multimodal models, as in transformers 5, by those of releases before it:
+# 4.52 to 4.57, and up to 4.51.
+_TOWER = "model.vision_tower."
+_EARLIER: tuple[dict[str, str], ...] = (
+    {_TOWER: f"{_TOWER}vision_model."},
+    {
+        _TOWER: "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+    },
+)
+
+
+def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
+    """The layout of `module_layout`, with the names of the release of transformers that wrote ``modules``.
+
+    Of equals the latest.
+    """
+    latest, written = module_layout(config), set(modules)
+    if config.sight is None:
+        return latest
+    layouts = [latest, *(_renamed(latest, names) for names in _EARLIER)]
+    return max(layouts, key=lambda layout: len(written & _names(layout, config)))
+
+
+def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
+    def earlier(name: str) -> str:
+        return next((old + name.removeprefix(new) for new, old in names.items() if name.startswith(new)), name)
+
+    modules = tuple(replace(one, name=earlier(one.name)) if one.whole else one for one in layout.modules)
+    return replace(layout, modules=modules, prefix=earlier(layout.prefix))
+
+
+def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
+    layers = depths(config)
+    return {layout.full_name(i, module) for module in layout.modules for i in range(layers[module.parts[0]])}
 
 
 def part_widths(config: ModelConfig, module: HostModule) -> list[int]:

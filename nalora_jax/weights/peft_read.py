@@ -26,7 +26,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleAdapter,
     ModuleLayout,
     alpha_for,
-    module_layout,
+    layout_of,
     module_shape,
     part_widths,
     split,
@@ -58,9 +58,9 @@ def import_adapter(
     """A PEFT LoRA adapter as this library's ``lora`` tree.
 
     Understands rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and "all-linear" (matched
-    as PEFT matches them), layers_to_transform, exclude_modules, fused projections, mixtures of experts as PEFT writes
-    them for transformers 4 and 5, and float32, float16 and bfloat16 files. Every tensor is consumed and every targeted
-    module must have its tensors, so an adapter never does less than its file says.
+    as PEFT matches them), layers_to_transform, exclude_modules, fused projections, mixtures of experts and models that
+    see as PEFT writes them for transformers 4 and 5, and float32, float16 and bfloat16 files. Every tensor is consumed
+    and every targeted module must have its tensors, so an adapter never does less than its file says.
 
     Args:
       folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -81,8 +81,8 @@ def import_adapter(
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
     tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=str(folder / TENSORS_NAME))
-    slots = {slot.key: slot for slot in _slots(layout or module_layout(config), config, peft)}
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
+    slots = {slot.key: slot for slot in _slots(layout or layout_of(config, modules), config, peft)}
     _check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
     lora, spec = _stack(config, peft, pieces)

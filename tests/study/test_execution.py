@@ -23,6 +23,7 @@ from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.study import execution
 from nalora_jax.study.laboratory import Laboratory
+from nalora_jax.study.language import Language
 from nalora_jax.study.plan import Cell, Run, pending, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
@@ -118,7 +119,10 @@ def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laborato
     assert len({one["data"] for one in records}) == 3  # one order per seed
     assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
     runs = {run.cell.method: run for run in wanted(laboratory.protocol, {}) if run.rate == 1e-2}
-    starts = {name: trees.flatten(laboratory.start(run, laboratory.data(run)).lora) for name, run in runs.items()}
+    starts = {
+        name: trees.flatten(laboratory.start(run, laboratory.prepared(run), laboratory.data(run)).lora)
+        for name, run in runs.items()
+    }
     a = "layers/ffn/gate_proj/a"
     np.testing.assert_array_equal(starts["lora"][a], starts["half"][a])
     assert not np.allclose(starts["lora"][a], starts["again"][a])
@@ -129,7 +133,9 @@ def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laborato
 
 def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, laboratory: Laboratory) -> None:
     run = next(run for run in wanted(laboratory.protocol, {}) if run.rate == 2e-2)
-    model, config = laboratory.model(run.config), run.config
+    subject, config = laboratory.subject(run.config), run.config
+    assert isinstance(subject, Language)
+    model = subject.model(config)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     made = assemble(config, model.config, model.params, mesh)  # the learning rate and the seed are constants of it
     state, losses = made.state, []
@@ -297,7 +303,7 @@ def test_splits_that_overlap_are_refused(study: Path, laboratory: Laboratory, ol
     protocol = read_protocol(study)
     cell = wanted(protocol, {})[0].cell
     fresh = Laboratory(protocol)
-    fresh._models = laboratory._models
+    fresh._subjects = laboratory._subjects
     run = Run(protocol, "test", cell, 1e-2, 1)
     reads: dict[str, Callable[[Run], Any]] = {"v": fresh.validation_items, "t": fresh.test_items}
     with pytest.raises(NaloraError, match=message):

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.trees import flatten, map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.peft_modules import module_layout
@@ -387,6 +387,50 @@ def test_import_experts_of_transformers_4(tiny_model, random_lora, deltas, tmp_p
 
 
 # ---------------------------------------------------------------- vLLM
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "target"),
+    [
+        (("model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.language_model."), "fc1"),
+        (("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model."), "fc1"),
+        (
+            ("vision_tower.vision_model.", "", "language_model.model."),
+            r"(vision_tower|language_model\.model)\..*(fc1|up_proj)",
+        ),
+    ],
+)
+def test_import_models_that_see_of_transformers_4(prefixes, target, tmp_path):
+    """Names of 4.52 to 4.57, and up to 4.51; patterns are matched against the names that the file has."""
+    tower = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    tower |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+    raw = {"model_type": "llava", "text_config": text, "vision_config": tower, "image_token_index": 3}
+    config = ModelConfig.from_hf(raw, images=True)
+    rng, seen, projector, words = np.random.default_rng(0), *prefixes
+    sizes = {f"{seen}encoder.layers.{i}.mlp.fc1": (32, 48) for i in range(2)}
+    sizes |= {f"{words}layers.{i}.mlp.up_proj": (24, 40) for i in range(2)}
+    sizes |= {f"{projector}linear_1": (32, 24)} if projector else {}
+    tensors = {}
+    for name, (d_in, d_out) in sizes.items():
+        for factor, shape in (("lora_A", (2, d_in)), ("lora_B", (d_out, 2))):
+            tensors[f"base_model.model.{name}.{factor}.weight"] = rng.standard_normal(shape).astype(np.float32)
+    targets = target if "(" in target else ["fc1", "up_proj", "linear_1"]
+    settings_ = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets}
+    write(tmp_path / "adapter", settings_, tensors)
+    lora, spec = import_adapter(tmp_path / "adapter", config)
+    found = flatten(lora)
+    paths = {
+        "image/layers/ffn/in_proj": f"{seen}encoder.layers.1.mlp.fc1",
+        "layers/ffn/up_proj": f"{words}layers.1.mlp.up_proj",
+    }
+    paths |= {"projector/ffn/in_proj": f"{projector}linear_1"} if projector else {}
+    assert {path for path, _ in spec.targets} == set(paths)
+    for path, name in paths.items():
+        for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
+            expected = tensors[f"base_model.model.{name}.{theirs}.weight"].T
+            np.testing.assert_array_equal(found[f"{path}/{ours}"][-1], expected, err_msg=path)
 
 
 def vllm_accepts(folder: Path, max_lora_rank: int = 16) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,14 @@ class ImageProcessor:
             image = image.resize((target[1], target[0]), resample=self.resample)
         pixels = np.asarray(image, np.uint8)
         return {"pixels": pixels if self.crop is None else _centre(pixels, self.crop)}
+
+    def of_side(self, side: int) -> ImageProcessor:
+        """The same for squares of ``side`` pixels, with the same share of an image cut off."""
+        whole = self.output or (self.shortest, self.shortest)
+        height, width = self.resize or whole
+        resize = (round(height * side / whole[0]), round(width * side / whole[1])) if self.resize else None
+        crop = (side, side) if self.shortest or self.crop else None
+        return replace(self, resize=resize, shortest=round(self.shortest * side / min(whole)), crop=crop)
 
     def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
         """Several images, stacked."""

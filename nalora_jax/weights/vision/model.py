@@ -64,6 +64,7 @@ def load_dual(
     d_out: int = 0,
     loss: str = "softmax",
     seed: int = 0,
+    image_size: int = 0,
 ) -> LoadedDual:
     """Loads a dual encoder.
 
@@ -76,6 +77,7 @@ def load_dual(
       d_out: features of two towers' projections; 0: the smaller tower's width.
       loss: what two towers are to be trained by, "softmax" or "sigmoid".
       seed: of the projections.
+      image_size: side of the images in pixels; 0: the model's own.
 
     Raises:
       NaloraError: the model cannot be found, read or understood; the message names the file and the field.
@@ -83,7 +85,11 @@ def load_dual(
     _check_dtype(dtype)
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
-        return _joined(image.strip(), text.strip(), dtype, mesh, cache, d_out, loss, seed)
+        towers = [
+            load_encoder(name.strip(), dtype=dtype, mesh=mesh, cache=cache, prefix=prefix)
+            for name, prefix in ((image, "image/"), (text, "text/"))
+        ]
+        return join(*towers, mesh=mesh, d_out=d_out, loss=loss, seed=seed, image_size=image_size)
     folder, name = hub.resolve_folder(source, cache)
     where = folder / "config.json"
     config = DualConfig.from_hf(read_json(where), str(where))
@@ -91,7 +97,7 @@ def load_dual(
     params = load_leaves(
         config.param_shapes(), tensors, dual_keymap(config), dtype=dtype, shardings=_shardings(config, mesh)
     )
-    tokenizer, processor = _tokenizer(folder, config.text), read_processor(folder)
+    tokenizer, processor = _tokenizer(folder, config.text), _of_side(read_processor(folder), config.image, image_size)
     known = origin(config, ResolvedSource("hf", folder, name), tensors, together=mesh is not None)
     return LoadedDual(config, params, tokenizer, processor, name, known.fingerprint, known)
 
@@ -131,23 +137,48 @@ def load_encoder(
     return LoadedEncoder(config, params, tokenizer, processor, name, digest)
 
 
-def _joined(
-    image: str, text: str, dtype: str, mesh: Mesh | None, cache: Path | None, d_out: int, loss: str, seed: int
+def join(
+    image: LoadedEncoder,
+    text: LoadedEncoder,
+    *,
+    mesh: Mesh | None = None,
+    d_out: int = 0,
+    loss: str = "softmax",
+    seed: int = 0,
+    image_size: int = 0,
 ) -> LoadedDual:
-    towers = [
-        load_encoder(name, dtype=dtype, mesh=mesh, cache=cache, prefix=prefix)
-        for name, prefix in ((image, "image/"), (text, "text/"))
-    ]
-    seen, read = towers
-    width = d_out or min(tower.config.d_model for tower in towers)
-    config = compose(seen.config, read.config, width, loss)
-    assert seen.processor is not None
-    assert read.tokenizer is not None
+    """Two towers that were never trained together, with fresh projections; arguments as of `load_dual`.
+
+    Raises:
+      NaloraError: a tower is of the other kind, or their images cannot be made of that size.
+    """
+    width = d_out or min(tower.config.d_model for tower in (image, text))
+    config = compose(image.config, text.config, width, loss)
+    assert image.processor is not None
+    assert text.tokenizer is not None
     rest = _fresh(config, seed, mesh)
-    params = {name: {**tower.params, **rest.pop(name)} for name, tower in (("image", seen), ("text", read))}
-    digest = hashlib.sha256(f"{seen.fingerprint} {read.fingerprint} {width} {loss} {seed}".encode()).hexdigest()
-    name = f"{seen.source}{JOIN}{read.source}"
-    return LoadedDual(config, params | rest, read.tokenizer, seen.processor, name, digest)
+    params = {name: {**tower.params, **rest.pop(name)} for name, tower in (("image", image), ("text", text))}
+    digest = hashlib.sha256(f"{image.fingerprint} {text.fingerprint} {width} {loss} {seed}".encode()).hexdigest()
+    name = f"{image.source}{JOIN}{text.source}"
+    processor = _of_side(image.processor, image.config, image_size)
+    return LoadedDual(config, params | rest, text.tokenizer, processor, name, digest)
+
+
+def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:
+    """The processor for squares of ``side`` pixels, where that is not 0."""
+    if not side:
+        return processor
+    if config.any_shape:
+        remedy = "the number of patches is max_num_patches of its preprocessor_config.json"
+        expected = "0 for a model that takes images of any shape"
+        raise NaloraError("--vision.image-size", expected=expected, found=side, remedy=remedy)
+    if side % config.patch_size:
+        expected = f"a multiple of the patch size, {config.patch_size}"
+        raise NaloraError("--vision.image-size", expected=expected, found=side)
+    if not (processor.shortest or processor.resize):
+        where = "preprocessor_config.json: do_resize"
+        raise NaloraError(where, expected="true, with --vision.image-size", found="false")
+    return processor.of_side(side)
 
 
 def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:

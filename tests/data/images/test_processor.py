@@ -36,6 +36,25 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+@pytest.mark.parametrize(
+    ("case", "side", "scaled"),
+    [
+        ("CLIP", 10, {"size": {"shortest_edge": 12}, "crop_size": {"height": 10, "width": 10}}),
+        ("ViT", 21, {"size": 21, "do_normalize": False}),
+    ],
+)
+def test_another_size_is_another_size_in_the_file(tmp_path, case, side, scaled) -> None:
+    """The same share is cut off; pixels are those of transformers with the numbers that the file would have."""
+    kind, settings = CASES[case]
+    getattr(transformers, kind)(**settings).save_pretrained(tmp_path)
+    theirs, image = getattr(transformers, kind)(**(settings | scaled), do_rescale=False), picture(301, 207)
+    theirs.do_normalize = False
+    expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    found = read_processor(tmp_path).of_side(side)(image)["pixels"]
+    assert found.shape == (side, side, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_pixels_are_those_of_transformers(tmp_path, case) -> None:
     name, settings = CASES[case]

@@ -110,3 +110,7 @@ def test_what_is_wrong_is_named(dual_folder, tmp_path) -> None:
             load_dual(source, dtype="float32")
     with pytest.raises(NaloraError, match="dtype"):
         load_dual(str(folder), dtype="int8")
+    with pytest.raises(NaloraError, match="--vision.image-size: expected a multiple of the patch size, 4, found 10"):
+        load_dual(str(dual_folder("clip")), dtype="float32", image_size=10)
+    with pytest.raises(NaloraError, match="0 for a model that takes images of any shape, found 8"):
+        load_dual(str(dual_folder("siglip2")), dtype="float32", image_size=8)

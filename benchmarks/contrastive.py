@@ -1,0 +1,110 @@
+"""The collectives of the contrastive step, by the TPU's compiler (no TPU is used), and their table in docs/images.md.
+
+    pip install '.[tpu,vision]' && python benchmarks/contrastive.py      # in an environment of its own
+    python benchmarks/contrastive.py --page                              # the page alone, from what is recorded
+
+CLIP ViT-B/16, rank 8 on the feed-forward blocks of both towers, 128 pairs a chip, weights replicated. What may be
+gathered are the features of both towers: every chip's negatives are everybody's pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).parent / "results" / "contrastive.json"
+PAGE = Path(__file__).parents[1] / "docs" / "images.md"
+START, END = "<!-- table: benchmarks/contrastive.py -->", "<!-- end of table -->"
+PAIRS, TOKENS, RANK = 128, 77, 8  # pairs a chip, tokens of a caption
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 512,
+    "vision_config": {
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        **{"image_size": 224, "patch_size": 16},
+    },
+    "text_config": {
+        **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    },
+}
+
+
+def compiled(name: str) -> dict[str, Any]:
+    """Bytes that a chip receives in a step, by kind of collective and what it belongs to."""
+    from nalora_jax import distributed
+    from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+    from nalora_jax.config.vision import VisionConfig
+    from nalora_jax.models.vision.config import DualConfig
+    from nalora_jax.plan.dual import contrastive_step
+    from nalora_jax.plan.figures import figures
+    from nalora_jax.plan.machines import topology
+    from nalora_jax.plan.program import devices
+
+    machine = topology(name)
+    mesh = distributed.make_mesh(MeshConfig(data=machine.size), devices(machine))
+    rows = PAIRS * machine.size
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn", RANK),)),
+        train=TrainConfig(batch_size=rows),
+        vision=VisionConfig("contrast"),
+    )
+    base = DualConfig.from_hf(CLIP)
+    found = figures(*contrastive_step(config, base, mesh, seq=TOKENS))
+    kinds: dict[str, list[Any]] = defaultdict(list)
+    for one in found.collectives:
+        kinds[one.kind].append(one)
+    return {
+        "topology": name,
+        "chips": machine.size,
+        "pairs": rows,
+        "features": 2 * rows * base.image.features * 4,
+        "memory": found.memory,
+        "kinds": {
+            kind: {
+                "times": sum(one.times for one in several),
+                "received": sum(one.total for one in several),
+                "largest": max(one.received for one in several),
+                "of": sorted({one.source.rpartition("/")[0][-80:] for one in several})[:8],
+            }
+            for kind, several in sorted(kinds.items())
+        },
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown, a row for each kind."""
+    lines = ["| collective | times a step | MB that a chip receives | largest, MB |", "|---|--:|--:|--:|"]
+    for kind, found in record["kinds"].items():
+        lines.append(f"| {kind} | {found['times']:g} | {found['received'] / 1e6:.2f} | {found['largest'] / 1e6:.2f} |")
+    whole, share = record["features"] / 1e6, 1 - 1 / record["chips"]
+    where = f"{record['topology']}, {record['chips']} chips, {record['pairs']:,} pairs a step"
+    features = f"the features of both towers as a whole are {whole:.2f} MB (float32), of which a chip lacks"
+    head = f"{where}, {record['memory'] / 1e9:.1f} GB a chip; {features} {whole * share:.2f} MB."
+    return head + "\n\n" + "\n".join(lines)
+
+
+def write_page(record: dict[str, Any]) -> None:
+    """Puts the table between the markers of the page."""
+    text = PAGE.read_text()
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{START}\n{table(record)}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="v6e:4x8")
+    parser.add_argument("--page", action="store_true", help="nothing but the page")
+    options = parser.parse_args()
+    if not options.page:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        RECORD.write_text(json.dumps(compiled(options.topology), indent=1) + "\n")
+    write_page(json.loads(RECORD.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Dual encoders in a study: images among class prompts, or images and their captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.images.pipeline import ImageData
+from nalora_jax.data.images.sources import ImageSource, open_images
+from nalora_jax.data.sources import check_disjoint
+from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
+from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.dual import assemble_dual
+from nalora_jax.train.dual_objectives import CLASSES
+from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, with_classes
+from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
+
+_MEASURES = (
+    *("loss", "accuracy", "recall"),
+    *(f"{way}_recall_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageItems:
+    """Held-out images, with the classes that they are told apart by, or with their captions."""
+
+    images: Images
+    classes: tuple[str, ...]
+    vision: VisionConfig
+    loaded: LoadedDual  # whose processor and tokenizer they pass through
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class DualEncoders:
+    """See `nalora_jax.study.subject.Subject`. Projections of towers that never met are drawn by the run's seed."""
+
+    def __init__(self) -> None:
+        self._towers: dict[str, LoadedEncoder] = {}
+        self._models: dict[str, LoadedDual] = {}
+        self._sources: dict[str, ImageSource] = {}
+        self._params: dict[str, Any] = {}
+        self._rows: dict[str, ImageData] = {}
+        self._encoders: dict[Any, Encoders] = {}
+        self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
+
+    def model(self, config: RunConfig) -> LoadedDual:
+        """The run's base: of two towers that never met with the projections of its seed."""
+        image, plus, text = config.model.partition(JOIN)
+        joined = bool(plus) and not Path(config.model).exists()
+        vision, mesh = config.vision, _mesh(config)
+        settings = [vision.features, vision.loss, vision.image_size, config.compute.dtype, config.to_dict()["mesh"]]
+        key = json.dumps([config.model, config.seed if joined else 0, *settings])
+        if key in self._models:
+            return self._models[key]
+        options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss, "image_size": vision.image_size}
+        if joined:
+            towers = self._tower(image.strip(), "image/", config), self._tower(text.strip(), "text/", config)
+            self._models[key] = join(*towers, mesh=mesh, seed=config.seed, **options)
+        else:
+            self._models[key] = load_dual(config.model, dtype=config.compute.dtype, mesh=mesh, **options)
+        return self._models[key]
+
+    def _tower(self, name: str, prefix: str, config: RunConfig) -> LoadedEncoder:
+        key = json.dumps([name, prefix, config.compute.dtype, config.to_dict()["mesh"]])
+        if key not in self._towers:
+            loaded = load_encoder(name, dtype=config.compute.dtype, mesh=_mesh(config), prefix=prefix)
+            self._towers[key] = loaded
+        return self._towers[key]
+
+    def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
+        """Of the data the lengths of texts and the number of classes; of the images how they are seen."""
+        v = config.vision
+        seen = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
+        params, rows = self.params(config), self.data(config)
+        shapes = {name: value.shape for name, value in params.get(CLASSES, {}).items()}
+        shapes |= {name: value.shape[1:] for name, value in (rows.tokens or {}).items()}
+        return replace(config, data=DataConfig(), vision=seen), shapes
+
+    def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
+        """As ``nalora train`` does."""
+        loaded = self.model(config)
+        return assemble_dual(general, loaded.config, self.params(config), _mesh(config), loaded.processor, last=last)
+
+    def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
+        """Both towers, and the prompts of the task's classes."""
+        del assembly
+        loaded, classes = self.model(config), self._classes(config, config.data)
+        # The rules decide whether prompts are encoded once or in every step.
+        key = json.dumps([loaded.fingerprint, classes, config.vision.templates, config.to_dict()["lora"]["rules"]])
+        if key not in self._params:
+            self._params[key] = with_classes(config, loaded, classes, _mesh(config))
+        return self._params[key]
+
+    def base(self, config: RunConfig) -> tuple[str, Any]:
+        """Both towers with the projections of the seed."""
+        loaded = self.model(config)
+        return loaded.fingerprint, loaded.params
+
+    def data(self, config: RunConfig) -> ImageData:
+        """Images in the seed's order; of a few shots those that the seed draws."""
+        key = json.dumps([config.seed, *(vars(part) for part in (config.data, config.vision, config.train))])
+        if key not in self._rows:
+            source = self._source(config, config.data, config.data.train_split)
+            classes = self._classes(config, config.data)
+            self._rows[key] = image_data(config, self.model(config), source, classes, _mesh(config))
+        return self._rows[key]
+
+    def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
+        """A by ``seed``, projections by the run's."""
+        del data
+        loaded = self.model(config)
+        return init_lora(loaded.config, assembly.spec, jax.random.key(seed), loaded.params)
+
+    def items(self, config: RunConfig, data: DataConfig) -> ImageItems:
+        """Images that are opened when they are measured on."""
+        train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
+        if data.train_split != data.eval_split:  # equal: data that nothing is trained on
+            check_disjoint(train, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
+        indices = drawn_images(held, data.eval_limit, config.vision)
+        images = Images(held, indices[indices.argsort()])
+        classes, loaded = self._classes(config, data), self.model(config)
+        asked = json.dumps([images.digest, classes, config.vision.templates, loaded.processor.output])
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        return ImageItems(images, classes, config.vision, loaded, digest)
+
+    def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
+        """By the spans of both."""
+        check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))  # type: ignore[arg-type]
+
+    def measure(
+        self, items: ImageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
+    ) -> dict[str, float]:
+        """``loss`` and ``accuracy``, or ``loss`` and recall: one pass gives all of them."""
+        del whole
+        evaluator = self._evaluator(assembly, items)
+        found = evaluator.measure(variables["params"], variables.get("lora"))
+        return {name: float(found[name]) for name in _MEASURES if name in found}
+
+    def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
+        """Compiled once for all methods with adapters of the same shapes."""
+        model, loaded = assembly.eval_model.clone(stats=None), items.loaded
+        key = (model, loaded.processor)  # one model has one tokenizer
+        if key not in self._encoders:
+            self._encoders[key] = Encoders(model, loaded.processor, loaded.tokenizer)
+        if (key, items.digest) not in self._evaluators:
+            made = image_evaluator(self._encoders[key], items.images, items.classes, items.vision)
+            self._evaluators[key, items.digest] = made
+        return self._evaluators[key, items.digest]
+
+    def _classes(self, config: RunConfig, data: DataConfig) -> tuple[str, ...]:
+        if config.vision.task != "classify":
+            return ()
+        return self._source(config, data, data.train_split).classes()
+
+    def _source(self, config: RunConfig, data: DataConfig, split: str) -> ImageSource:
+        """Opened once, since the classes of a large set take a while to read."""
+        v = config.vision
+        fields = [v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels]
+        key = json.dumps([data.dataset, data.data_dir, split, fields])
+        if key not in self._sources:
+            self._sources[key] = open_images(data, v, split)
+        return self._sources[key]
+
+
+def _mesh(config: RunConfig) -> Mesh:
+    return distributed.smallest_mesh(config.mesh)

@@ -1,0 +1,236 @@
+"""A tiny study over images: the runs are those of the training loop, and pairs are pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from nalora_jax import trees
+from nalora_jax.data.images.sources import open_images
+from nalora_jax.distributed import make_global_batch, make_mesh
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
+from nalora_jax.models.vision import DualEncoder
+from nalora_jax.study import execution
+from nalora_jax.study.laboratory import Laboratory
+from nalora_jax.study.plan import Cell, Run, wanted
+from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.records import Record, Records
+from nalora_jax.study.report import write_report
+from nalora_jax.train.dual_pieces import dual_pieces
+
+PROTOCOL = """
+question = "Which method learns colours?"
+models = [BASE]
+baseline = "lora"
+rates = [1e-2, 2e-2]
+extend = 0
+tuning_seeds = [0]
+test_seeds = [1]
+evaluate_every = 2
+METRIC
+
+[run]
+steps = 4
+lora.rules = [{pattern = "ffn", rank = 2}]
+mask.kind = "off"
+step_scale.kind = "off"
+train = {batch_size = 8, log_every = 2}
+compute = {dtype = "float32", compilation_cache = false}
+mesh = {data = 1}
+TASKS
+
+[methods.lora]
+
+[methods.projections]
+settings.lora.rules = [{pattern = "ffn", rank = 0}]
+"""
+TASK = """
+[tasks.NAME]
+dataset = DATA
+train = "train[:50%]"
+validation = "train[50%:75%]"
+test = "train[75%:]"
+vision = {VISION}
+"""
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200)}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen pictures of each colour, with captions."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng, rows = np.random.default_rng(0), ["file_name,caption,label"]
+    for i in range(16):
+        for name, colour in COLOURS.items():
+            pixels = np.clip(np.asarray(colour) + rng.normal(0, 25, (18, 18, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+            rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def write_protocol(folder: Path, towers: tuple[Path, Path], data: Path, tasks: dict[str, str], metric: str) -> Protocol:
+    written = [
+        TASK.replace("NAME", name).replace("DATA", json.dumps(str(data))).replace("VISION", vision)
+        for name, vision in tasks.items()
+    ]
+    text = PROTOCOL.replace("BASE", json.dumps("+".join(map(str, towers)))).replace("TASKS", "".join(written))
+    (folder / "protocol.toml").write_text(text.replace("METRIC", metric))
+    return read_protocol(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Laboratory:
+    """A finished study of images and captions."""
+    folder, tasks = tmp_path_factory.mktemp("pairs"), {"pairs": 'task = "contrast", augment = "flip", image_size = 12'}
+    laboratory = Laboratory(write_protocol(folder, tower_folders, colours, tasks, ""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "Laboratory", lambda _: laboratory)
+        assert execution.run_study(laboratory.protocol) == 6
+    return laboratory
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Laboratory:
+    """Two tasks of few pictures, whose classes have the same names in another order; nothing is run."""
+    tasks = {
+        "two": 'task = "classify", shots = 2, classes = ["red", "green", "blue"]',
+        "four": 'task = "classify", shots = 4, classes = ["blue", "green", "red"]',
+    }
+    folder = tmp_path_factory.mktemp("shots")
+    return Laboratory(write_protocol(folder, tower_folders, colours, tasks, 'metric = "accuracy"'))
+
+
+def records_of(laboratory: Laboratory) -> list[Record]:
+    return list(Records(laboratory.protocol.folder).read().values())
+
+
+def run_of(laboratory: Laboratory, task: str, method: str = "lora", seed: int = 1) -> Run:
+    return Run(laboratory.protocol, "test", Cell(laboratory.protocol.models[0], task, method), 1e-2, seed)
+
+
+def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Laboratory) -> None:
+    """Rows, projections and adapters of the seed, and the measures behind them, are those of ``nalora train``."""
+    (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
+    config = pairs.protocol.config(pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"])
+    pieces = dual_pieces(config, make_mesh(config.mesh, jax.devices()[:1]))
+    state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
+    for _ in range(4):
+        batch = make_global_batch(next(batches), pieces.assembly.mesh, rows_axis=1)
+        state, metrics = pieces.assembly.step(pieces.assembly.view(pieces.assembly.params), state, batch)
+        losses.append(float(metrics["loss"]))
+    batches.close()
+    np.testing.assert_allclose([row["loss"] for row in record["training"]], np.mean(np.split(np.array(losses), 2), 1))
+    run = run_of(pairs, "pairs")
+    mine = pairs.measure(run, pairs.prepared(run), state.lora, pairs.test_items(run), whole=True)
+    for name, value in mine.items():
+        assert record["test"][name] == pytest.approx(value, abs=1e-6), name
+    assert set(mine) >= {"loss", "recall", "image_to_text_recall_5", "text_to_image_recall_1"}
+
+
+def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(pairs: Laboratory) -> None:
+    records = records_of(pairs)
+    assert len({one["data"] for one in records}) == 2  # one order per seed
+    assert len({json.dumps(one["items"]) for one in records if one["stage"] == "test"}) == 1
+    starts = {}
+    for method in ("lora", "projections"):
+        for seed in (0, 1):
+            run = run_of(pairs, "pairs", method, seed)
+            starts[method, seed] = trees.flatten(pairs.start(run, pairs.prepared(run), pairs.data(run)).lora)
+    path = "image/projection/kernel"
+    np.testing.assert_array_equal(starts["lora", 1][path], starts["projections", 1][path])
+    assert not np.allclose(starts["lora", 0][path], starts["lora", 1][path])
+    assert set(starts["projections", 1]) == {path, "text/projection/kernel", "logit_scale"}
+    for method in ("lora", "projections"):
+        counts = [one["compilations"] for one in records if (one["method"], one["stage"]) == (method, "tune")]
+        assert counts[1:] == [0]
+        assert all(one["curve"][-1]["loss"] < one["curve"][0]["loss"] for one in records)
+
+
+def test_the_report_has_both_ways_of_retrieval(pairs: Laboratory) -> None:
+    write_report(pairs.protocol)
+    text = (pairs.protocol.folder / "results.md").read_text()
+    (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
+    (header,) = [line for line in text.splitlines() if line.startswith("| method | rate | parameters")]
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| lora | {record['rate']:g} |")]
+    shown = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert float(shown["loss"]) == pytest.approx(record["test"]["loss"], abs=6e-5)
+    assert float(shown["text to image recall 5"]) == pytest.approx(record["test"]["text_to_image_recall_5"], abs=6e-4)
+    assert "nats per image or caption among all held-out pairs" in text
+    assert "| 1 - recall | projections | lora | pairs | 1 |" in text
+
+
+def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Laboratory) -> None:
+    first, second = run_of(shots, "two"), run_of(shots, "four")
+    assert shots.prepared(first).assembly is shots.prepared(second).assembly
+    assert [len(shots.data(run).indices) for run in (first, second)] == [3 * 2, 3 * 4]
+    for run in (first, second):
+        prepared, items = shots.prepared(run), shots.test_items(run)
+        loaded = shots.subject(run.config).model(run.config)
+        source = open_images(run.config.data, run.config.vision, "train[75%:]")
+        labels = source.labels(items.classes)
+        encoders = Encoders(DualEncoder(loaded.config), loaded.processor, loaded.tokenizer)
+        images = Images(source, np.arange(len(source)))
+        alone = ClassEvaluator(encoders, images, labels, items.classes, run.config.vision.templates)
+        found = shots.measure_base(run, prepared, items)
+        assert found["loss"] == pytest.approx(alone.measure(loaded.params, None)["loss"], abs=1e-5)
+        tokens = np.asarray(prepared.params["classes"]["tokens"])[:, 0]
+        prompts = [run.config.vision.templates[0].format(name) for name in items.classes]
+        np.testing.assert_array_equal(tokens, loaded.tokenizer(prompts)["tokens"])
+
+
+def test_the_metric_chooses_the_rate(shots: Laboratory, tmp_path: Path) -> None:
+    """By accuracy, though the loss would choose the other one."""
+    from nalora_jax.study.plan import tuning, tuning_runs
+
+    protocol, cell = shots.protocol, run_of(shots, "two").cell
+    runs = {run.rate: run for run in tuning_runs(protocol, cell, protocol.rates)}
+    measured = {1e-2: {"loss": 3.0, "accuracy": 0.8}, 2e-2: {"loss": 2.0, "accuracy": 0.7}}
+    records = {run.id: {"diverged": False, "validation": measured[rate]} for rate, run in runs.items()}
+    grid = tuning(protocol, cell, records)
+    assert grid.chosen == 1e-2
+    assert grid.losses == pytest.approx((0.2, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("vision", "metric", "message"),
+    [
+        ('task = "chat"', "", r'\[tasks.t\] vision task: expected "classify", "contrast", or none for text'),
+        ('task = "contrast"', 'metric = "accuracy"', r"metric: expected what \[tasks.t\] measures along the way"),
+        (
+            'task = "classify", shot = 1',
+            "",
+            r"\[tasks.t\] vision shot: expected a setting.*did you mean shots",
+        ),
+        ("image_size = 12", "", "--vision.image-size: expected 0 with any --vision.task but classify and contrast"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, vision: str, metric: str, message: str) -> None:
+    with pytest.raises(NaloraError, match=message):
+        write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, {"t": vision}, metric)
+
+
+def test_text_and_images_are_studies_of_their_own(tmp_path: Path) -> None:
+    tasks = {"seen": 'task = "classify"', "read": ""}
+    with pytest.raises(NaloraError, match="tasks: expected all of text or all of images"):
+        write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, tasks, "")
+
+
+def test_splits_that_overlap_are_refused(
+    tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path, shots: Laboratory
+) -> None:
+    protocol = write_protocol(tmp_path, tower_folders, colours, {"t": 'task = "classify"'}, "")
+    text = (tmp_path / "protocol.toml").read_text().replace('test = "train[75%:]"', 'test = "train[70%:]"')
+    (tmp_path / "protocol.toml").write_text(text)
+    protocol = read_protocol(tmp_path)
+    laboratory = Laboratory(protocol)
+    laboratory._subjects["images"] = shots.subject(run_of(shots, "two").config)
+    (run, *_) = wanted(protocol, {})
+    with pytest.raises(NaloraError, match="shares 2 with it"):
+        laboratory.test_items(run)
