@@ -128,15 +128,16 @@ def _run(
         assert files is not None
         tokens = read_tokenizer_of(files, read_config(files, images=True)).images
         source = seen_sources(config.data, config.vision, tokens, source)
-    config = settled(config, files, source)
+    records = _on_images().image_records(config) if files is None else ()
+    config = settled(config, files, source, images=len(records[0].indices) if records else 0)
     placed = config if files is None else laid_out(config, read_config(files, images=images))  # records keep the rest
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(config.compute.implementation, platform_of(mesh).name)
 
     # ---------------------------------------------------------------- model, adapters, step, training rows, questions
-    pieces = _dual_pieces(config, mesh) if files is None else _pieces(placed, files, output, mesh, source)
+    pieces = _pieces(placed, files, output, mesh, source) if files else _on_images().dual_pieces(config, *records, mesh)
     loaded, assembly, evaluator = pieces.loaded, pieces.assembly, pieces.evaluator
-    log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", describe_targets(assembly))
+    log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())
     log.info("training data: %s", json.dumps(pieces.data.describe()))
     batches = pieces.data.batches()
 
@@ -186,11 +187,11 @@ def _run(
 # -------------------------------------------------------------------- stages, in their order
 
 
-def _dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
-    """Those of a run on images."""
-    from nalora_jax.train.dual_pieces import dual_pieces  # Pillow is an extra
+def _on_images() -> Any:
+    """The module of runs on images, whose Pillow is an extra."""
+    from nalora_jax.train import dual_pieces
 
-    return dual_pieces(config, mesh)
+    return dual_pieces
 
 
 def _pieces(
@@ -396,9 +397,3 @@ def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, 
 def _on_mesh(batches: BatchIterator, mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
     for batch in batches:
         yield distributed.make_global_batch(batch, mesh, rows_axis=1)
-
-
-def describe_targets(assembly: Assembly) -> str:
-    """Adapted projections with their ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
-    names = (f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in assembly.spec.targets)
-    return ", ".join(names) or "projections alone"

@@ -12,10 +12,10 @@ import jax
 from nalora_jax import distributed, trees
 from nalora_jax.cli import config_files
 from nalora_jax.config import MeshConfig, RunConfig
+from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
 from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.ops.numerics import numerics_for, platform_of
@@ -26,6 +26,7 @@ from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.run import check_layout
 from nalora_jax.train.inputs import check_data
+from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model
 from nalora_jax.weights.model import read_config, read_tokenizer_of
@@ -37,25 +38,42 @@ def dry_run(config: RunConfig) -> None:
     Raises:
       NaloraError: what a run would be refused for before its weights are read.
     """
-    if config.vision.task:
-        raise NaloraError("--dry-run", expected="a run on text", found=f"--vision.task {config.vision.task}")
     for text in config.mechanisms:
         make(text)
-    files = find_model(config.model)
-    check_data(config.data)
-    config = settled(config, files)
-    base = read_config(files)
-    tokenizer = read_tokenizer_of(files, base)
+    if config.vision.task in DUAL:
+        from nalora_jax.cli.dry_run_images import describe_images  # Pillow is an extra
+
+        config, lines = describe_images(config)
+    else:
+        config, lines = _describe(config)
+    print(config_files.as_yaml(config), end="")
+    print("\n".join(f"# {line}" for line in lines))
+
+
+def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The settings of a run on text, decided, and what they come to."""
+    files, images = find_model(config.model), config.vision.task == "chat"
+    base = read_config(files, images=images)
+    tokenizer, source = read_tokenizer_of(files, base), None
+    if images:
+        source = seen_sources(config.data, config.vision, tokenizer.images)
+    check_data(config.data, source)
+    config = settled(config, files, source)
     placed = laid_out(config, base)
     mesh = distributed.make_mesh(placed.mesh)
     check_layout(placed, files, mesh)
-    spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+    spec = resolve(config.lora, projection_shapes(base), depths(base))
     train = config.train
     data = train_data(
-        config.data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed
+        config.data,
+        tokenizer,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        seed=config.seed,
+        source=source,
     )
-    reported, selecting = held_out(config.data, tokenizer)
-    lines = [
+    reported, selecting = held_out(config.data, tokenizer, source=source)
+    return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
         f"training data: {json.dumps(data.describe())}",
@@ -63,14 +81,12 @@ def dry_run(config: RunConfig) -> None:
         f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(placed, base, spec, mesh),
     ]
-    print(config_files.as_yaml(config), end="")
-    print("\n".join(f"# {line}" for line in lines))
 
 
 def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     """Numbers that the optimizer moves."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
-    params = trees.unflatten(shapes) if spec.dora else None
+    params = trees.unflatten(shapes) if spec.dora or spec.saved else None
     lora: Any = jax.eval_shape(lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params)
     return trees.count(lora)
 

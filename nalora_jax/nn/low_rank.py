@@ -58,6 +58,11 @@ class AdapterSpec:
         """The same adapters without what depends on the base's weights: magnitudes and trained tables."""
         return replace(self, dora=False, saved=())
 
+    def describe(self) -> str:
+        """What is trained, with ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
+        names = [f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        return ", ".join(names) or "projections alone"
+
     def target(self, path: str) -> TargetSpec | None:
         """The spec of ``path``, or None if nothing there is adapted."""
         return dict(self.targets).get(path)

@@ -24,7 +24,7 @@ from nalora_jax.models.vision.dual import init_lora
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.dual import assemble_dual
 from nalora_jax.train.dual_objectives import CLASSES
-from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, with_classes
+from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, trained_on, with_classes
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
 _MEASURES = (
@@ -118,7 +118,8 @@ class DualEncoders:
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
             classes = self._classes(config, config.data)
-            self._rows[key] = image_data(config, self.model(config), source, classes, _mesh(config))
+            records = trained_on(config, source, classes)
+            self._rows[key] = image_data(config, self.model(config), records, _mesh(config))
         return self._rows[key]
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:

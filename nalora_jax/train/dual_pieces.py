@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,40 @@ log = logging.getLogger(__name__)
 _SEED = 20260101  # of the held-out draw: one for every run
 
 
-def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
+@dataclass(frozen=True)
+class ImageRecords:
+    """The records of a run on images, those whose images can be read."""
+
+    source: ImageSource
+    indices: np.ndarray  # of those that are trained on, ascending
+    classes: tuple[str, ...]  # none where there are captions
+    labels: np.ndarray | None  # int32, by the source's index
+
+
+def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
+    """What a run whose ``vision.task`` is set trains on, and the split that is held out; no model is needed.
+
+    Raises:
+      NaloraError: bad data, or records that are both trained on and held out.
+    """
+    data, vision = config.data, config.vision
+    source = open_images(data, vision, data.train_split)
+    held = open_images(data, vision, "validation" if data.eval_split == AUTO else data.eval_split)
+    check_disjoint(source, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
+    return trained_on(config, source, source.classes() if vision.task == "classify" else ()), held
+
+
+def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...]) -> ImageRecords:
+    """The images of ``source`` that a run draws: all, or as many of each class as its settings say; each is opened."""
+    data, vision = config.data, config.vision
+    labels = source.labels(classes) if classes else None
+    indices = np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
+    if data.train_limit:
+        indices = np.sort(indices[permutation(len(indices), config.seed)[: data.train_limit]])
+    return ImageRecords(source, readable(source, indices, vision), classes, labels)
+
+
+def dual_pieces(config: RunConfig, records: ImageRecords, held: ImageSource, mesh: Mesh) -> Pieces:
     """Model, adapters, step, data and evaluators of a run whose ``vision.task`` is set.
 
     Raises:
@@ -50,16 +84,11 @@ def dual_pieces(config: RunConfig, mesh: Mesh) -> Pieces:
         seed=config.seed,
         image_size=vision.image_size,
     )
-    train = open_images(config.data, vision, config.data.train_split)
-    split = "validation" if config.data.eval_split == AUTO else config.data.eval_split
-    held = open_images(config.data, vision, split)
-    check_disjoint(train, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
-    classes = train.classes() if vision.task == "classify" else ()
-    params = with_classes(config, loaded, classes, mesh)
+    params = with_classes(config, loaded, records.classes, mesh)
     assembly = assemble_dual(config, loaded.config, params, mesh, loaded.processor)
-    data = image_data(config, loaded, train, classes, mesh)
+    data = image_data(config, loaded, records, mesh)
     encoders = Encoders(assembly.eval_model, loaded.processor, loaded.tokenizer)
-    reported, selecting = held_out_images(config, held, encoders, classes)
+    reported, selecting = held_out_images(config, held, encoders, records.classes)
 
     def export(folder: Path, state: TrainState) -> Path:
         _export(folder, state.lora, assembly, loaded)
@@ -92,17 +121,11 @@ def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...]
     return {**loaded.params, CLASSES: placed}
 
 
-def image_data(
-    config: RunConfig, loaded: LoadedDual, source: ImageSource, classes: tuple[str, ...], mesh: Mesh
-) -> ImageData:
+def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh) -> ImageData:
     """The training rows of a run: images with their classes, or without any with their captions."""
     train, vision = config.train, config.vision
-    labels = source.labels(classes) if classes else None
-    indices = np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
-    if config.data.train_limit:
-        indices = np.sort(indices[permutation(len(indices), config.seed)[: config.data.train_limit]])
-    indices = readable(source, indices, vision)
-    tokens = None if classes else caption_tokens(source, indices, loaded.tokenizer, vision)
+    source, indices = records.source, records.indices
+    tokens = None if records.classes else caption_tokens(source, indices, loaded.tokenizer, vision)
     if loaded.config.image.any_shape and loaded.processor.patch_size != loaded.config.image.patch_size:
         found = loaded.processor.patch_size
         raise NaloraError("preprocessor_config.json: patch_size", expected=loaded.config.image.patch_size, found=found)
@@ -116,7 +139,7 @@ def image_data(
         train.accumulate,
         tuple(distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist()),
         config.data.workers,
-        labels,
+        records.labels,
         tokens,
     )
 
@@ -125,14 +148,19 @@ def held_out_images(
     config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]
 ) -> tuple[Any, Any]:
     """Evaluators of the images that results are reported on, and of others, which choose the checkpoint."""
+    reported, selecting = (
+        image_evaluator(encoders, Images(source, part), classes, config.vision)
+        for part in held_out_indices(config, source)
+    )
+    return reported, selecting
+
+
+def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images that results are reported on, and of those that choose the checkpoint."""
     data = config.data
     indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision)
     cut = max(1, min(data.select_limit, len(indices) // 3))
-    reported, selecting = (
-        image_evaluator(encoders, Images(source, np.sort(part)), classes, config.vision)
-        for part in (indices[cut:], indices[:cut])
-    )
-    return reported, selecting
+    return np.sort(indices[cut:]), np.sort(indices[:cut])
 
 
 def drawn_images(source: ImageSource, limit: int, vision: VisionConfig) -> np.ndarray:

@@ -20,19 +20,26 @@ log = logging.getLogger(__name__)
 _EVAL_EVERY = 50
 
 
-def settled(config: RunConfig, files: ResolvedSource | None, source: Mapping[str, Source] | None = None) -> RunConfig:
+def settled(
+    config: RunConfig,
+    files: ResolvedSource | None,
+    source: Mapping[str, Source] | None = None,
+    *,
+    images: int = 0,
+) -> RunConfig:
     """``config`` with its data's row length, its steps and its interval of evaluation decided.
 
     Args:
       config: of the run.
       files: of the model, whose description and tokenizer are read; None for image and text encoders.
       source: sources by split, in place of what ``config`` names.
+      images: that image and text encoders are trained on.
 
     Raises:
-      NaloraError: bad data; or epochs of images.
+      NaloraError: bad data; or epochs of pairs.
     """
     if config.epochs and files is None:
-        raise NaloraError("--epochs", expected="0 with --vision.task", found=config.epochs, remedy="give --steps")
+        config = _with_steps(config, images, "images")
     if config.preference.loss != "none":
         _check_pairs(config)
     if files is not None and (config.epochs or not config.data.max_length):
@@ -63,6 +70,12 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
     rows = train_data(
         data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed, source=source
     ).rows_per_epoch
-    steps = max(1, math.ceil(config.epochs * rows / train.batch_size))
-    log.info("%g epochs of %d rows: %d steps of %d", config.epochs, rows, steps, train.batch_size)
+    return _with_steps(config, rows, "rows")
+
+
+def _with_steps(config: RunConfig, rows: int, kind: str) -> RunConfig:
+    """``config`` with the steps that its epochs come to."""
+    batch = config.train.batch_size
+    steps = max(1, math.ceil(config.epochs * rows / batch))
+    log.info("%g epochs of %d %s: %d steps of %d", config.epochs, rows, kind, steps, batch)
     return replace(config, steps=steps)

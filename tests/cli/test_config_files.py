@@ -130,6 +130,9 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
     assert "# held out: 2 examples that results are reported on, 1 that choose the checkpoint" in text
     assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
+    words = ["train", "--config", str(settings), "--lora.modules-to-save", "embed_tokens", "--dry-run"]
+    verbs.train(command.parse(words)[1])
+    assert f"# adapters: {count + embed:,} trained parameters" in capsys.readouterr().out
 
 
 def tiny_shapes(base: Any) -> Any:

@@ -27,7 +27,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.dual_pieces import dual_pieces
+from nalora_jax.train.dual_pieces import dual_pieces, image_records
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200), "dark": (15, 15, 15)}
 
@@ -67,7 +67,7 @@ def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
 
 def steps(settings: RunConfig, mesh, count: int = 3):
     """The pieces of a run, its state after some steps, and the metrics of the last."""
-    pieces = dual_pieces(settings, mesh)
+    pieces = dual_pieces(settings, image_records(settings), mesh)
     state, params = pieces.assembly.state, pieces.assembly.view(pieces.assembly.params)
     batches = pieces.data.batches()
     losses = []
@@ -161,5 +161,6 @@ def test_towers_that_never_met_train_their_projections(dual_folder, tower_folder
         moved = trees.flatten(state.lora)
         for path in ("image/projection/kernel", "text/projection/kernel", "logit_scale"):
             assert np.abs(moved[path] - trees.flatten(pieces.loaded.params)[path]).max() > 0, path
+    settings = config(dual_folder("clip"), colours, lora=LoRAConfig(rules=(LoRARule("ffn", 0),)))
     with pytest.raises(NaloraError, match="at least one adapter"):
-        dual_pieces(config(dual_folder("clip"), colours, lora=LoRAConfig(rules=(LoRARule("ffn", 0),))), one_device())
+        dual_pieces(settings, image_records(settings), one_device())

@@ -102,6 +102,25 @@ def load_dual(
     return LoadedDual(config, params, tokenizer, processor, name, known.fingerprint, known)
 
 
+def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax") -> DualConfig:
+    """The description of a dual encoder, without its weights; arguments as of `load_dual`."""
+    image, plus, text = source.partition(JOIN)
+    if plus and not Path(source).exists():
+        seen, read = (_description(name.strip(), cache)[0] for name in (image, text))
+        return compose(seen, read, d_out or min(seen.d_model, read.d_model), loss)
+    where = hub.resolve_folder(source, cache)[0] / "config.json"
+    return DualConfig.from_hf(read_json(where), str(where))
+
+
+def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path | None, str]:
+    """A tower's architecture, its folder (None where its weights are one ONNX file), and its name."""
+    if source in hub.ONNX:
+        return read_encoder(hub.ONNX[source].config, source), None, source
+    folder, name = hub.resolve_folder(source, cache)
+    where = folder / "config.json"
+    return _pooled(read_encoder(read_json(where), str(where)), folder), folder, name
+
+
 def load_encoder(
     source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
 ) -> LoadedEncoder:
@@ -118,16 +137,12 @@ def load_encoder(
     tensors: TensorSource
     processor: ImageProcessor | None
     tokenizer: TextTokenizer | None
-    if source in hub.ONNX:
-        file, name = hub.ONNX[source], source
-        path = hub.resolve_file(file, cache)
-        config = read_encoder(file.config, source)
+    config, folder, name = _description(source, cache)
+    if folder is None:
+        file = hub.ONNX[source]
         processor, tokenizer = file.processor, None
-        tensors = OnnxFile(path, file.prefix)
+        tensors = OnnxFile(hub.resolve_file(file, cache), file.prefix)
     else:
-        folder, name = hub.resolve_folder(source, cache)
-        where = folder / "config.json"
-        config = _pooled(read_encoder(read_json(where), str(where)), folder)
         tokenizer = _tokenizer(folder, config) if config.kind == "text" else None
         processor = read_processor(folder) if config.kind == "image" else None
         tensors = SafetensorsFolder(folder)

@@ -1,0 +1,56 @@
+"""``nalora train --dry-run`` of image and text encoders: from their descriptions and the images alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from nalora_jax import trees
+from nalora_jax.config import RunConfig
+from nalora_jax.models.vision.config import DualConfig
+from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.train.dual import resolve_dual
+from nalora_jax.train.dual_pieces import held_out_indices, image_records
+from nalora_jax.train.settle import settled
+from nalora_jax.weights.vision.model import read_dual
+
+
+def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The settings of a run on images, decided, and what they come to.
+
+    Raises:
+      NaloraError: what a run would be refused for before its weights are read.
+    """
+    records, held_out = image_records(config)
+    config = settled(config, None, images=len(records.indices))
+    base = read_dual(config.model, d_out=config.vision.features, loss=config.vision.loss)
+    spec = resolve_dual(config, base)
+    reported, selecting = held_out_indices(config, held_out)
+    whole, trained = sum(map(math.prod, base.param_shapes().values())), _trained(base, spec)
+    of = f"{len(records.classes)} classes, " if records.classes else ""
+    epochs = config.steps * config.train.batch_size / len(records.indices)
+    held = f"{4 * trained / 1e9:.2f} GB each for trained parameters, their gradients and what the optimizer remembers"
+    return config, [
+        f"base model: {whole:,} parameters, {config.model}",
+        f"trained parameters: {trained:,}, on {len(spec.targets)} projections a layer of both towers",
+        f"training data: {of}{len(records.indices)} images of {len(records.source)}",
+        f"held out: {len(reported)} images that results are reported on, {len(selecting)} that choose the checkpoint",
+        f"steps: {config.steps} of {config.train.batch_size} images, {epochs:.2f} epochs",
+        f"memory: {_bytes(config) * whole / 1e9:.2f} GB for the weights, {held}; activations are not estimated",
+    ]
+
+
+def _trained(base: DualConfig, spec: AdapterSpec) -> int:
+    """Numbers that the optimizer moves."""
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
+    lora: Any = jax.eval_shape(
+        lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), trees.unflatten(shapes)
+    )
+    return trees.count(lora)
+
+
+def _bytes(config: RunConfig) -> int:
+    return 2 if config.compute.dtype == "bfloat16" else 4
