@@ -52,7 +52,7 @@ from nalora_jax.train.output import CHECKPOINTS, Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.preference_pieces import preference_pieces
-from nalora_jax.train.progress import Progress
+from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.train.seeing import seen_sources, with_images
 from nalora_jax.train.settle import settled
 from nalora_jax.train.state import TrainState
@@ -118,6 +118,7 @@ def _run(
     callbacks: Sequence[Callback],
     stop: StopSignals,
 ) -> RunResult:
+    spent = Stages()
     # ---------------------------------------------------------------- devices, and whether the settings fit them
     if config.compute.compilation_cache:
         use_compilation_cache()
@@ -151,23 +152,29 @@ def _run(
         state, start = _start(config, output, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
         told, progress = _listeners(config, output.folder, start, callbacks)
-        beside = RunHooks(told, progress, pieces.selector, assembly.params, checkpointer, batches, stop)
+        measured = assembly.state_metrics
+        beside = RunHooks(told, progress, pieces.selector, assembly.params, checkpointer, batches, stop, measured)
         with told, progress:
             more = {"data": pieces.data.describe()} | ({"base": loaded.origin.to_dict()} if loaded.origin else {})
             told.start(Started(output.folder, config.to_dict(), start, versions(), describe_device(), more))
+            spent.end("preparing")
             try:
                 # ---------------------------------------------------- evaluate, train, evaluate, export
                 before = known or _measure_before(output.folder, beside, pieces)
+                spent.end("evaluating the base")
                 result = _fit(config, assembly, state, start, beside)
                 best = _best(result, checkpointer, assembly)
+                spent.end("training")
                 after = _measure_after(best, before, evaluator, beside)
+                spent.end("evaluating the result")
                 adapter = pieces.export(output.folder / ADAPTER, best)
                 readme = card(config, loaded, assembly, before, after)
                 distributed.on_first_process(lambda: write_card(adapter, readme))
             except (NaloraError, KeyboardInterrupt) as error:
                 told.end(Ended(message=str(error) or "interrupted"))
                 raise
-            told.end(Ended(result.step, after["step"]))
+            spent.end("exporting")
+            told.end(Ended(result.step, after["step"], seconds=spent.seconds))
 
     # ---------------------------------------------------------------- report
     from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
@@ -351,6 +358,7 @@ def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, b
     schedule = Schedule(config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
     rate = make_schedule(config.optimizer, config.steps)
     params = assembly.view(assembly.params)
+    beside.state_metrics.compile_ahead(state)
     with beside.stop.between_steps():
         result = fit(
             assembly.step, params, state, _on_mesh(beside.batches, assembly.mesh), beside, schedule, rate, start=start

@@ -64,6 +64,8 @@ class Statistic:
     values: Callable[[Any], Array | tuple[Array, ...]]
     # Number of parts, 0 for none: a sum is [d_ff], or [parts, d_ff].
     parts: int = 0
+    # Whether the parts of every token add up to 1, so that the last one's sum is what the others leave of the count.
+    complete: bool = False
     # cotangent: the power of delta, by which the sum scales with the loss.
     degree: float = 0
     # Name under which the log shows its mean over a layer's tokens and channels; "": it does not.
@@ -104,7 +106,7 @@ def _occupied(gate: Gate) -> tuple[Array, ...]:
 
 
 SLOPE = Statistic("slope", "gate", lambda g: jnp.abs(g.rho + g.z * g.drho), metric="importance")
-OCCUPANCY = Statistic("occupancy", "gate", _occupied, parts=4, metric="occupancy")
+OCCUPANCY = Statistic("occupancy", "gate", _occupied, parts=4, complete=True, metric="occupancy")
 FEATURE = Statistic("feature", "probe", lambda m: jnp.abs(m.rho * m.dz), metric="feature")
 SELECTION = Statistic("selection", "probe", lambda m: jnp.abs(m.selection))
 LINEAR = Statistic("linear", "probe", lambda m: jnp.abs(m.z * m.drho * m.dz))
@@ -268,14 +270,12 @@ def _tap(z: Array, sinks: Sums, weights: Any, sums: Callable[..., Sums]) -> Arra
 
 def _tap_fwd(z: Array, sinks: Sums, weights: Any, sums: Callable[..., Sums]) -> tuple[Array, Any]:
     del sums
-    return z, (sinks, weights)
+    return z, (dict.fromkeys(sinks), weights)
 
 
 def _tap_bwd(sums: Callable[..., Sums], kept: Any, g: Array) -> tuple[Any, ...]:
-    sinks, weights = kept
-    found = sums(g, weights, tuple(sinks))
-    chex.assert_trees_all_equal_shapes(found, sinks)
-    return g, found, None
+    names, weights = kept
+    return g, sums(g, weights, tuple(names)), None
 
 
 _tap.defvjp(_tap_fwd, _tap_bwd)
@@ -287,6 +287,30 @@ _tap.defvjp(_tap_fwd, _tap_bwd)
 def merged(path: str, one: Array, other: Array) -> Array:
     """Two parts' values of the leaf at ``path``: sums are added, of checks the larger counts."""
     return jnp.maximum(one, other) if path.rpartition("/")[2].startswith(CHECK) else one + other
+
+
+def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
+    """Of one block's sums by shard, those among ``names`` and the counts, summed over the shards.
+
+    Nothing else travels between devices. Of parts that are `Statistic.complete` the last does not either.
+
+    Args:
+      sums: ``[layers, shards, ..., d_ff]``, ``[layers, shards, ..., parts, d_ff]``, counts ``[layers, shards, ...]``.
+      names: statistics.
+
+    Returns:
+      The same without the axis ``[shards]``.
+    """
+    found = {name: jnp.sum(sums[name], axis=1) for name in COUNTS if name in sums}
+    for name in names:
+        entry, value = get(name), sums[name]
+        if not entry.complete:
+            found[name] = jnp.sum(value, axis=1)
+            continue
+        others = jnp.sum(value[..., :-1, :], axis=1)
+        rest = found[entry.count][..., None] - jnp.sum(others, axis=-2)
+        found[name] = jnp.concatenate([others, jnp.maximum(rest, 0.0)[..., None, :]], axis=-2)
+    return found
 
 
 def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
@@ -318,7 +342,8 @@ def layer_means(sums: Mapping[str, Array]) -> Sums:
     """What the log shows of one block's statistics: means over a layer's tokens, channels and experts, and `RATIOS`.
 
     Args:
-      sums: ``[layers, ..., d_ff]``, ``[layers, ..., parts, d_ff]`` and counts ``[layers, ...]``.
+      sums: ``[layers, ..., d_ff]``, ``[layers, ..., parts, d_ff]`` and counts ``[layers, ...]``; axes between may be
+        those of experts and of shards.
 
     Returns:
       By metric: ``[layers]``, or ``[layers, parts]``. NaN in a layer of which no token was measured, which is not 0;
@@ -326,15 +351,13 @@ def layer_means(sums: Mapping[str, Array]) -> Sums:
     """
     found: Sums = {}
     for name in (name for name in sums if name in _TABLE and get(name).metric):
-        entry = get(name)
-        layers, d_ff = sums[name].shape[0], sums[name].shape[-1]
-        count = _layer_total(sums[entry.count]) * d_ff
-        value = sums[name]
-        if entry.parts:  # [layers, parts, ..., d_ff]
-            value = jnp.moveaxis(value, -2, 1).reshape(layers * entry.parts, -1)
-            count = jnp.repeat(count, entry.parts)
-        shown = _known(_layer_total(value), count)
-        found[entry.metric] = shown.reshape(layers, entry.parts) if entry.parts else shown
+        entry, value = get(name), sums[name]
+        count = _layer_total(sums[entry.count]) * value.shape[-1]
+        if entry.parts:
+            value = jnp.sum(value, axis=(*range(1, value.ndim - 2), value.ndim - 1))  # [layers, parts]
+            found[entry.metric] = _known(value, count[:, None])
+        else:
+            found[entry.metric] = _known(_layer_total(value), count)
     for ratio, (above, below) in RATIOS.items():
         if above in sums and below in sums:
             bottom, count = _layer_total(sums[below]), _layer_total(sums[get(below).count])
@@ -344,7 +367,7 @@ def layer_means(sums: Mapping[str, Array]) -> Sums:
 
 
 def _layer_total(x: Array) -> Array:
-    return jnp.sum(x.reshape(x.shape[0], -1), axis=1)
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))  # not reshaped: axes may be split over devices
 
 
 def _known(total: Array, count: Array) -> Array:

@@ -187,6 +187,31 @@ def test_a_run_learns_and_leaves_an_adapter_a_report_and_a_log(finished: tuple[R
     assert max(last["step_scale_max"]) > 1
     assert min(last["mask_mean"]) != 1
     assert lines[-1]["done"]["step"] == 40
+    assert list(lines[-1]["done"]["seconds"])[::2] == ["preparing", "training", "exporting"]
+
+
+def test_the_log_counts_factors_and_measures_adapters(finished: tuple[RunConfig, Any]) -> None:
+    config, _ = finished
+    logged = [line for line in _lines(config.output) if "histograms" in line]
+    assert [line["step"] for line in logged] == [line["step"] for line in _lines(config.output) if "loss" in line]
+    for label in ("mask", "step_scale"):
+        first, last = (np.array(line["histograms"][label]["counts"]) for line in (logged[0], logged[-1]))
+        np.testing.assert_array_equal(last.sum(1), [HF["intermediate_size"]] * HF["num_hidden_layers"])
+        assert ((last > 0).sum(1) > 3).all()
+        assert first.shape == last.shape == (2, len(logged[-1]["histograms"][label]["edges"]) + 1)
+    best = _lines(config.output)[-1]["done"]["best_step"]
+    norms = next(line["adapters"] for line in logged if line["step"] == best)
+    saved = _adapter(config.output)
+    scale = (lambda one: one["lora_alpha"] / one["r"])(
+        json.loads((Path(config.output) / "adapter" / "adapter_config.json").read_text())
+    )
+    for name in ("gate_proj", "up_proj"):
+        whole = [
+            np.linalg.norm(scale * saved[f"{prefix}.lora_B.weight"] @ saved[f"{prefix}.lora_A.weight"])
+            for prefix in (f"base_model.model.model.layers.{layer}.mlp.{name}" for layer in range(2))
+        ]
+        np.testing.assert_allclose(norms[f"layers/ffn/{name}"], whole, rtol=1e-4)
+    assert logged[-1]["peak_memory"] > 10**8
 
 
 def test_every_file_names_the_very_weights_that_were_trained_on(finished: tuple[RunConfig, Any]) -> None:

@@ -67,7 +67,7 @@ def gated_mlp(
     statistics = _named(sums, measured.weights, measured.probe_weights)
     if config.check:
         live = z.y, u.y, h
-        statistics |= ops.block_checks(x, gate, live, z.delta, activation, numerics, config.check)
+        statistics |= ops.block_checks(x, gate, live, z.delta, activation, numerics, config)
     return add_bias(y, down.bias), statistics
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.d_model)
+        self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding)
         self.layers = stacked(Block, self.remat, c.n_layers)(
             c,
             self.adapters,
@@ -160,10 +161,17 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
 
 
 class Embedding(nn.Module):
-    """Rows of a table: frozen, unless the collection ``lora`` has one that is trained."""
+    """Rows of a table: frozen, unless the collection ``lora`` has one that is trained.
+
+    Attributes:
+      vocab_size: rows of the table.
+      d_model: its columns.
+      sharding: of ``[batch, seq, d_model]`` on a mesh, for what is looked up; None leaves it to the compiler.
+    """
 
     vocab_size: int
     d_model: int
+    sharding: NamedSharding | None = None
 
     def setup(self) -> None:  # noqa: D102
         shape = (self.vocab_size, self.d_model)
@@ -174,12 +182,26 @@ class Embedding(nn.Module):
         if self.has_variable("lora", "embedding"):
             trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
             return trained
-        rows: jax.Array = take_rows(self.table(), tokens, numerics)
-        return rows
+        of_tokens, by_columns = column_layouts(self.sharding)
+        rows: jax.Array = take_rows(self.table(), constrain(tokens, of_tokens), numerics)
+        return constrain(constrain(rows, by_columns), self.sharding)
 
     def table(self) -> Kernel:
         """The frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
         return lax.stop_gradient(self.embedding)
+
+
+def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """Where tokens ``[batch, seq]`` are, and what is looked up for them, before it is laid out as ``sharding`` says.
+
+    A device holds a part of the table's columns where the mesh splits the rows of a batch further, by "fsdp": it looks
+    those up for the tokens of all devices with the other columns, and then they exchange what they have. Left to it,
+    the compiler makes the whole result on every device of a mesh that splits the table's rows as well (by "tensor").
+    """
+    if sharding is None or min(sharding.mesh.shape.values()) == 1:
+        return None, None
+    data, *fsdp = sharding.spec[0]
+    return NamedSharding(sharding.mesh, P(data)), NamedSharding(sharding.mesh, P(data, None, tuple(fsdp)))
 
 
 class LMHead(nn.Module):

@@ -7,7 +7,6 @@ gathered for the layer. The arithmetic is `nalora_jax.models.experts`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from nalora_jax.nn.quantize import Quantized
 from nalora_jax.ops.adapted_dense import Adapter
 from nalora_jax.ops.gated_mlp import GateStatsConfig
 from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.shards import count, first_alone
 from nalora_jax.ops.storage import Kernel, expand
 
 _AXIS = "tensor"  # of the mesh, which splits the experts' channels
@@ -151,34 +151,45 @@ def on_mesh(
 
     Args:
       sharding: of x; None on one device. Where it does not divide the batch, all devices do all of it.
-      x, weights, keys, layer, config: as of `routed_ffn`.
+      x, weights, keys, layer, config: as of `routed_ffn`; where ``config.stats`` has a sharding, sinks have a leading
+        axis ``[shards]``.
+
+    Returns:
+      As of `routed_ffn`, the statistics by shard where ``config.stats`` has a sharding.
     """
-    if sharding is None or sharding.mesh.size == 1:
-        return routed_ffn(x, weights, keys, layer, config)
+    by_shard = count(config.stats.sharding) > 1
+    if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
+        y, measured = routed_ffn(x, weights, keys, _with_own_sinks(layer) if by_shard else layer, config)
+        return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
-    if x.shape[0] % math.prod(mesh.shape[name] for name in rows):
-        return routed_ffn(x, weights, keys, layer, config)
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
 
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, measured = routed_ffn(x, weights, keys, layer, config, axis)
+        y, measured = routed_ffn(x, weights, keys, _with_own_sinks(layer) if by_shard else layer, config, axis)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()
     y, parts = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis)),
+        in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None)),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
         # An axis that splits nothing is left to the compiler: mapped, it would cut cotangents into parts of a sum, and
         # statistics of them are not linear.
         axis_names={*rows, *([axis] if axis else [])},
         check_vma=False,
     )(x, weights, keys, layer)
+    if by_shard:
+        return y, parts
     merge = {name: jnp.max if name.startswith(statistics.CHECK) else jnp.sum for name in names}
     return y, {name: merge[name](part, axis=0) for name, part in parts.items()}
+
+
+def _with_own_sinks(layer: Layer) -> Layer:
+    """``layer`` with the first of its sinks by shard: on a device that holds those of its own shard, these."""
+    return layer._replace(sinks={name: sink[0] for name, sink in layer.sinks.items()})
 
 
 def _splits(layer: Layer, parts: int) -> bool:
@@ -193,8 +204,8 @@ def _splits(layer: Layer, parts: int) -> bool:
     return parts > 1 and divides(layer.gate.kernel, 2) and divides(layer.up.kernel, 2) and divides(layer.down.kernel, 1)
 
 
-def _specs(layer: Layer, axis: str | None) -> Any:
-    """Where a device's part of the arrays lies: channels over ``axis``, everything else whole."""
+def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
+    """Where a device's part of the arrays lies: channels over ``axis``, sinks by shard over ``rows``, else whole."""
     channels = P(None, None, axis)
 
     def projection(experts: Experts, kernel: P, a: P, b: P, of_outputs: P) -> Any:
@@ -214,7 +225,7 @@ def _specs(layer: Layer, axis: str | None) -> Any:
         projection(layer.gate, channels, P(), channels, P(None, axis)),
         projection(layer.up, channels, P(), channels, P(None, axis)),
         projection(layer.down, P(None, axis, None), P(None, axis, None), P(), P()),
-        {name: _by_channel(name, axis) for name in layer.sinks},
+        {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.sinks},
     )
     return Layer(*places)
 

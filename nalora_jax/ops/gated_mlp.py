@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from nalora_jax import activations, selection, statistics
 from nalora_jax.activations import Activation
@@ -27,6 +28,7 @@ from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.registry import operation
 from nalora_jax.ops.rounding import SAVED_WIDE, read_residual, rounded, save_residual
+from nalora_jax.ops.shards import by_shard, count
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class GateStatsConfig:
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
     check: float = 0.0  # tolerance of the checks on the live arrays (`nalora_jax.ops.checks`); 0 makes none
     extra: tuple[str, ...] = ()  # statistics of the forward pass beyond the standard ones (`nalora_jax.statistics`)
+    # Of [batch, seq, d_model]. If it splits the rows, every shard sums its own: arrays have a leading axis [shards].
+    sharding: NamedSharding | None = None
 
 
 class Measurement(NamedTuple):
@@ -79,7 +83,8 @@ def gated_mlp(
       measurement: which statistics to take, or None for none.
 
     Returns:
-      ``[batch, seq, d_model]`` in ``numerics.result``, and the statistics (`gate_statistics`), or None.
+      ``[batch, seq, d_model]`` in ``numerics.result``, and the statistics (`gate_statistics`, by shard where the
+      measurement's config has a sharding), or None.
     """
     if up is None:
         z, delta = adapted_dense(x, gate, numerics.within())
@@ -92,7 +97,7 @@ def gated_mlp(
     if measurement is not None:
         measured = _statistics(x, gate, z, delta, activation, numerics, measurement)
         if measurement.config.check:
-            measured |= block_checks(x, gate, (z, u, h), delta, activation, numerics, measurement.config.check)
+            measured |= block_checks(x, gate, (z, u, h), delta, activation, numerics, measurement.config)
     return adapted_dense(h, down, numerics).y, measured
 
 
@@ -109,7 +114,10 @@ def _statistics(
         weights, config, _ = measurement
         moved = _movement(x, gate, delta, weights, config.probe_stride, numerics)
         probe = take_probe(z.astype(numerics.result), delta, weights, config.probe_stride, numerics, moved)
-        measured: dict[str, jax.Array] = gate_statistics(z, probe, weights, activation, config, numerics)
+        if count(config.sharding) > 1:
+            probe = probe._replace(factors=None)  # of all tokens
+        sums = partial(gate_statistics, activation=activation, config=config, numerics=numerics)
+        measured: dict[str, jax.Array] = by_shard(sums, config.sharding, z, probe, weights)
         return measured
 
 
@@ -120,14 +128,16 @@ def block_checks(
     delta: jax.Array | LowRankHidden | None,
     activation: Activation,
     numerics: Numerics,
-    tolerance: float,
+    config: GateStatsConfig,
 ) -> dict[str, jax.Array]:
     """`nalora_jax.ops.checks.gate_checks` of ``(z, u, phi(z) u)`` as a block computed them from x."""
     z, u, product = live
     # Both parts are computed apart from z, which may be one product: a fault of that must not cancel out.
     base = adapted_dense(x, gate._replace(adapter=None), numerics.within()).y
     dz = take_probe(z.astype(numerics.result), delta, jnp.ones(z.shape[:-1], bool), 1, numerics).delta
-    return gate_checks(Live(z, base, dz, u, product), activation, tolerance, numerics.residual)
+    checks = partial(gate_checks, activation=activation, tolerance=config.check, residual=numerics.residual)
+    found: dict[str, jax.Array] = by_shard(checks, config.sharding, Live(z, base, dz, u, product))
+    return found
 
 
 # ---------------------------------------------------------------- phi(z) u
@@ -235,7 +245,13 @@ def tapped(z: jax.Array, measurement: Measurement | None) -> jax.Array:
     """``z``, its cotangent measured where there are sinks for that."""
     if measurement is None or not measurement.sinks:
         return z
-    sums = partial(cotangent_statistics, stride=measurement.config.stride)
+    config = measurement.config
+
+    def sums(delta: jax.Array, weights: jax.Array, names: Iterable[str]) -> dict[str, jax.Array]:
+        of_rows = partial(cotangent_statistics, names=names, stride=config.stride)
+        found: dict[str, jax.Array] = by_shard(of_rows, config.sharding, delta, weights)
+        return found
+
     return statistics.tap(z, measurement.sinks, measurement.weights.astype(jnp.float32), sums)
 
 

@@ -48,10 +48,10 @@ def splash_attention(
     Positions have to grow by one along each segment, and the window to be one of ``config.windows``: these are
     compiled, so that a traced window chooses among them.
     """
-    fits = q.shape[1] % _LANES == 0 and q.shape[-1] % 64 == 0
     # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
     mapped = config.sharding is not None or numerics.platform.devices == 1
-    if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
+    fits = takes(q.shape[1], q.shape[-1]) and mapped
+    if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
     # [batch, heads, seq, head_dim]; splash has no scale of its own.
@@ -66,6 +66,11 @@ def splash_attention(
         specs = (heads, heads, heads, P(rows), P())
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return attend(*arrays, segments, choice).swapaxes(1, 2).astype(jnp.float32).astype(numerics.result)
+
+
+def takes(seq: int, head_dim: int) -> bool:
+    """Whether the kernels take rows of ``seq`` tokens and heads of ``head_dim`` numbers."""
+    return seq % _LANES == 0 and head_dim % 64 == 0
 
 
 def _one_device(

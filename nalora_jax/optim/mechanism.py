@@ -72,6 +72,8 @@ class Mechanism:
     name: ClassVar[str] = ""
     # Names in `nalora_jax.statistics` of what it needs.
     statistics: ClassVar[tuple[str, ...]] = ()
+    # Edges of the bins in which the log counts its factors: by default from 1/8 to 8, four to a doubling.
+    bins: ClassVar[tuple[float, ...]] = tuple(2.0 ** (k / 4) for k in range(-12, 13))
     # Whether it re-allocates: the product of all such factors at a place is normalised to a root mean square of 1 over
     # each layer's channels. One that is meant to change the size of steps, or to stop them, says False.
     reallocates: ClassVar[bool] = True

@@ -46,6 +46,8 @@ class HomogeneityStep(Mechanism):
     min_occupancy: float = 0.02
 
     statistics: ClassVar[tuple[str, ...]] = ("occupancy",)
+    # From 1/2 to 2, eight to a doubling: the default gains are within a factor of 2 of each other.
+    bins: ClassVar[tuple[float, ...]] = tuple(2.0 ** (k / 8) for k in range(-8, 9))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,6 +24,8 @@ _COLLECTIVES = (
 )
 _BETWEEN = " between slices"  # ends the kind of a collective of several slices
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'  # the end of the first part of a collective
+# Custom calls that are no kernels: a TPU's compiler marks with them what it does itself.
+_MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|AllocateBuffer)"')
 # Instructions that move no bytes of their own.
 _FREE = frozenset(
     (
@@ -124,6 +126,8 @@ class Program:
         """How often each kernel runs that XLA did not make, by the name of its instruction without number."""
         found: dict[str, float] = {}
         for computation, instruction in self._running("custom-call"):
+            if _MARKS.search(instruction.attributes):
+                continue
             name = re.sub(r"[.\d]+$", "", instruction.name)
             found[name] = found.get(name, 0.0) + self.times[computation.name]
         return found

@@ -17,7 +17,7 @@ from nalora_jax import downloads
 from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
 
-_ACCOUNTING = "4"  # of what is read from programs: what an earlier one kept is not taken
+_ACCOUNTING = "5"  # of what is read from programs: what an earlier one kept is not taken
 
 
 @dataclass(frozen=True)

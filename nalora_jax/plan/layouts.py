@@ -17,6 +17,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.splash_attention import SPLASH, takes
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_flops, useful_flops
 
@@ -128,7 +129,8 @@ def estimate(
     wide = 4.0 if config.compute.dtype == "float32" else 2.0
     layer, ends = _weights(base, width or wide, wide)
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
-    kept = _saved(base, remat, tensor, splash=_is_splash(where, seq)) * wide * tokens
+    splash = _is_splash(where, base, seq)
+    kept = _saved(base, remat, tensor, splash=splash) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
@@ -141,7 +143,7 @@ def estimate(
     )  # fmt: skip
     times = config.train.accumulate
     useful = useful_flops(base, spec, micro, seq) / where.size
-    matrix = _executed(base, spec, remat, rows, seq, splash=_is_splash(where, seq)) / tensor / where.chip.matrix_rate
+    matrix = _executed(base, spec, remat, rows, seq, splash=splash) / tensor / where.chip.matrix_rate
     passes = 2.3 if remat == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
     summed = 0.0
@@ -174,9 +176,9 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
     return layer, ends
 
 
-def _is_splash(where: Topology, seq: int) -> bool:
+def _is_splash(where: Topology, base: ModelConfig, seq: int) -> bool:
     """Whether attention is the kernel `nalora_jax.ops.splash_attention`, whose result is saved with the products."""
-    return where.chip.platform == "tpu" and seq % 128 == 0
+    return where.chip.platform == SPLASH.platform and takes(seq, base.head_dim)
 
 
 def _saved(base: ModelConfig, remat: str, tensor: int, *, splash: bool) -> float:

@@ -72,6 +72,7 @@ class Plan:
             "mfu": self.bound.mfu,
             "tokens_per_second": self.tokens_per_second,
             "bound": asdict(self.bound),
+            "kernels": dict(self.nalora.custom_calls),
             "over_lora": self.ratios(),
         }
 
@@ -149,6 +150,9 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
         same = [c for c in found.collectives if c.kind == kind]
         received, hidden = (sum(c.total for c in same if c.overlapped or every) / 1e9 for every in (True, False))
         yield f"  {kind:<11} {received:.2f} GB received a chip and step, {hidden:.2f} of them behind products"
+    if found.custom_calls:
+        calls = (f"{name} x {times:g}" for name, times in sorted(found.custom_calls.items()))
+        yield "  kernels     " + ", ".join(calls)
     yield f"  matrix unit {bound.matrix * 1e3:.0f} ms, at 75% of {chip.flops / 1e12:.0f} TFLOP/s ({chip.source})"
     yield f"  HBM         {bound.hbm * 1e3:.0f} ms, at {chip.bandwidth / 1e9:,.0f} GB/s"
     yield (

@@ -38,6 +38,15 @@ class EvaluationScore:
 
 
 @dataclass(frozen=True)
+class Histograms:
+    """How a mechanism's factors were spread over channels at the log steps; see `train.state_metrics`."""
+
+    steps: np.ndarray  # [T]
+    edges: np.ndarray  # [B], rising
+    counts: np.ndarray  # [T, L, B + 1]: channels below the first edge, between two, from the last one on
+
+
+@dataclass(frozen=True)
 class History:
     """The lines of one metrics.jsonl, sorted by what they are."""
 
@@ -76,6 +85,39 @@ class History:
         rows = [(record["step"], record["layers"][name]) for record in self.steps if _has(record, name)]
         return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
 
+    @property
+    def mechanisms(self) -> list[str]:
+        """Labels of the mechanisms whose factors the last log steps count."""
+        return list(next((r["histograms"] for r in reversed(self.steps) if r.get("histograms")), {}))
+
+    def histograms(self, label: str) -> Histograms | None:
+        """Those of one mechanism, as its last log step counts them; None where there are none."""
+        found = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
+        known = [(step, one["edges"], np.array(one["counts"], float)) for step, one in found if one]
+        if not known:
+            return None
+        _, edges, last = known[-1]
+        alike = [(step, counts) for step, bins, counts in known if bins == edges and counts.shape == last.shape]
+        at, rows = (list(column) for column in zip(*alike, strict=True))
+        return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
+
+    def adapters(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(steps [T], norms [T, L]) of the adapters by path; null becomes NaN."""
+        found: dict[str, list[tuple[float, list[float | None]]]] = {}
+        for record in self.steps:
+            for path, norms in (record.get("adapters") or {}).items():
+                if norms is not None and not any(isinstance(norm, list) for norm in norms):
+                    found.setdefault(path, []).append((record["step"], norms))
+        alike = {path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in found.items()}
+        return {
+            path: (np.array([step for step, _ in rows], float), np.array([norms for _, norms in rows], float))
+            for path, rows in alike.items()
+        }
+
+    def last(self, name: str) -> float | None:
+        """A number of the last log step that has it."""
+        return next((float(r[name]) for r in reversed(self.steps) if r.get(name) is not None), None)
+
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps [E], values [E]) of one number of the evaluations."""
         rows = [(record["step"], record["eval"][name]) for record in self.evals if name in record["eval"]]
@@ -92,10 +134,23 @@ class History:
         return self._scores(self.evals)
 
     @property
+    def ends(self) -> tuple[Mapping[str, Any], ...]:
+        """The evaluations that before and after are taken from, of the same questions; one alone where one is known.
+
+        They are of the base and of the result, on the questions that results are reported on; while the result is not
+        measured, the first and the last along the way, on those that choose the checkpoint.
+        """
+        if self.initial and self.final:
+            return self.initial, self.final
+        if self.initial and len(self.evals) < 2:
+            return (self.initial,)
+        along = (*self.evals, *((self.final,) if self.final else ()))
+        return (along[0], along[-1]) if len(along) > 1 else along
+
+    @property
     def outcome(self) -> list[EvaluationScore]:
-        """The headline metric before training and of the result; one alone, or none, where not both are known."""
-        scores = self._scores(self.measured)
-        return [scores[0], scores[-1]] if len(scores) > 1 else scores
+        """The headline metric of `ends`."""
+        return self._scores(self.ends)
 
     @property
     def measured(self) -> tuple[Mapping[str, Any], ...]:

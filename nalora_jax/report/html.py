@@ -7,9 +7,9 @@ phone. Everything that comes from the log is escaped by the template engine.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from markupsafe import Markup
 
 from nalora_jax.config import RunConfig
 from nalora_jax.files import write_atomically
-from nalora_jax.report import plots
-from nalora_jax.report.history import EvaluationScore, History, read_history
+from nalora_jax.report import plots, state_plots
+from nalora_jax.report.history import History, read_history
 from nalora_jax.report.images import confusions, layer_labels, picture
-from nalora_jax.train.progress import duration
+from nalora_jax.report.summary import headline, tiles
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
@@ -63,6 +63,12 @@ TRAINING = (
         plots.speed, "Speed", "Real tokens per second between two log steps, without compiling, evaluating and saving."
     ),
     Picture(plots.gradient, "Gradient norm", "Over all adapters, before clipping."),
+    Picture(
+        state_plots.adapters,
+        "Adapter norms",
+        "Frobenius norm of the low-rank update s·AB: how far each kind of module has moved from its base weight. "
+        "Above: of all layers together, over the steps. Below: of every layer, at the last one.",
+    ),
 )
 GATES = (
     Picture(
@@ -133,13 +139,14 @@ def render(history: History, *, has_adapter: bool = False) -> str:
         css=Markup(resource("style.css")),
         title=_title(config),
         status=_status(history),
-        tiles=list(_tiles(history)),
-        headline=_headline(history),
+        tiles=list(tiles(history)),
+        headline=headline(history),
         sections=[
             ("Training", _draw(TRAINING, history)),
-            ("Gates", _draw(GATES, history)),
+            ("Gates", _draw((*GATES, *_spreads(history)), history)),
         ],
         samples=_samples(history),
+        sampled_after=_sampled_after(history),
         confusion=confusions(history),
         task=config.get("vision", {}).get("task", ""),
         folder=shlex.quote(str(config.get("output", "RUN"))) if has_adapter else None,
@@ -149,6 +156,23 @@ def render(history: History, *, has_adapter: bool = False) -> str:
         device=history.header.get("device", ""),
         base=_base(history.header.get("base")),
     )
+
+
+def _spreads(history: History) -> list[Picture]:
+    """A picture for every mechanism whose factors the log counts."""
+    caption = (
+        "The factor that each channel gets in the coming step, by size; above 1 it takes larger steps than the layer's "
+        "others, below 1 smaller ones. Above: all layers together, the line when it first acted. Below: every layer. "
+        "Factors are those of this mechanism alone, before the product of all is normalised; in the warm-up they are 1."
+    )
+    return [
+        Picture(
+            partial(state_plots.histogram, mechanism=label),
+            f"{label[:40].replace('_', ' ').capitalize()}: spread over channels",
+            caption,
+        )
+        for label in history.mechanisms
+    ]
 
 
 def _base(noted: Mapping[str, Any] | None) -> str:
@@ -177,90 +201,6 @@ def _status(history: History) -> str:
     return f"{ended}, best at step {best}" if best is not None and best != last else str(ended)
 
 
-def _headline(history: History) -> dict[str, Any] | None:
-    """The headline metric before and after training, placed on a common scale, or None without an evaluation."""
-    if history.metric is None:
-        return None
-    _, name, more_is_better = history.metric
-    shown = history.outcome
-    edges = [edge for s in shown for edge in (s.low, s.value, s.high) if edge is not None]
-    low, high = min(edges), max(edges)
-    pad = 0.08 * (high - low) or 1.0
-    scale = (low - pad, high + pad)
-    labels = ["before", "after"] if len(shown) == 2 else [f"step {shown[0].step}"]
-    return {
-        "name": name,
-        "rows": [_range(label, score, scale) for label, score in zip(labels, shown, strict=True)],
-        "verdict": _verdict(shown, more_is_better, history.final.get("eval", {}).get("paired")),
-        "n": shown[-1].n,
-    }
-
-
-def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
-    def at(value: float) -> str:
-        return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
-
-    row: dict[str, Any] = {"label": label, "value": f"{score.value:.3f}", "at": at(score.value), "interval": None}
-    if score.low is not None and score.high is not None:
-        width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
-        row |= {"interval": f"{score.low:.3f} to {score.high:.3f}", "low": at(score.low), "width": width}
-    return row
-
-
-def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
-    """One honest sentence about the difference; item by item where the last evaluation holds a comparison.
-
-    Args:
-      shown: before and after, or one of them.
-      more_is_better: of the metric.
-      paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
-    """
-    if len(shown) < 2:
-        return ""
-    gain = shown[1].value - shown[0].value
-    if gain == 0:
-        return "No change."
-    change = f"{gain:+.3f}, {'better' if (gain > 0) == more_is_better else 'worse'}"
-    if paired:
-        interval = f"95% of the difference, item by item: {paired['low']:+.3f} to {paired['high']:+.3f}"
-        counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
-        return f"{change} ({interval}; {counts})."
-    apart = _apart(shown[0], shown[1])
-    if apart is None:
-        return f"{change}."
-    return f"{change}; the intervals {'do not overlap' if apart else 'overlap, so more items would be needed to tell'}."
-
-
-def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
-    """Whether two intervals do not overlap; None where one is not known."""
-    if first.low is None or first.high is None or second.low is None or second.high is None:
-        return None
-    return first.high < second.low or second.high < first.low
-
-
-def _tiles(history: History) -> Iterator[tuple[str, str, str]]:
-    """(name, value, note) of the small boxes at the top."""
-    losses = [record["eval"]["loss"] for record in history.measured if record["eval"].get("loss") is not None]
-    if len(losses) > 1:
-        yield "Held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "before → after"
-    speed = history.column("tokens_per_second")[1]
-    if np.isfinite(speed).any():
-        tokens = history.total("tokens")
-        yield (
-            "Tokens per second",
-            f"{np.nanmedian(speed):,.0f}",
-            f"median; {tokens:,.0f} tokens" if tokens else "median",
-        )
-    seconds = history.total("seconds")
-    if seconds:
-        yield "Training time", duration(seconds), "min:s, without compiling" if seconds < 3600 else "h:min:s"
-    values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
-    if values.size and np.isfinite(values[-1]):
-        known = limit.size and np.isfinite(limit[-1])
-        note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}" if known else "of the whole model"
-        yield "Misalignment", f"{values[-1]:.3f}", note
-
-
 def _samples(history: History) -> list[dict[str, Any]]:
     """Sample answers of the first evaluation that has some, each with the last one's answer to the same prompt."""
     sampled = [record for record in history.measured if record["eval"].get("samples")]
@@ -282,6 +222,12 @@ def _samples(history: History) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _sampled_after(history: History) -> int | None:
+    """The step of the adapter whose answers stand beside the base's; None where there is one kind of answers only."""
+    sampled = [record for record in history.measured if record["eval"].get("samples")]
+    return int(sampled[-1]["step"]) if len(sampled) > 1 and sampled[0]["step"] == 0 else None
 
 
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ POINTS = 400  # most points drawn of one line
 
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names come from the log, and a $ in one is a $
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.edgecolor": COLOURS["muted"],

@@ -201,8 +201,9 @@ class _Bench:
         del step
         return False
 
-    def log(self, step: int, record: Mapping[str, Any]) -> None:
+    def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
         """Keep the whole-model numbers of a log step, and the mean over layers of what each layer says."""
+        del state
         names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
         row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
         layers = record.get("layers", {}).items()

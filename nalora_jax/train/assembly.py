@@ -31,6 +31,7 @@ from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.objectives import Objective, SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step, next_token
 from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
 
@@ -53,12 +54,14 @@ class Assembly:
     params: Any  # frozen weights that the adapters sit on: the base's, with PiSSA what its components leave of them
     step: Step  # compiled on first use; donates the state
     begin: Callable[[Any, int], TrainState]  # the state before the first step, of given adapters and another seed
+    state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # PiSSA's adapters before the first step, in host memory
 
     @property
     def eval_model(self) -> Decoder:
         """The decoder as evaluation and generation run it: nothing is rematerialised, nothing laid out."""
-        return self.model.clone(remat="none", activation_sharding=None)
+        stats = replace(self.model.stats, sharding=None) if self.model.stats else None
+        return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def view(self, params: Any) -> Any:
         """``params`` as the compiled step takes them fastest, without a copy; see `nalora_jax.ops.storage.prepare`."""
@@ -120,9 +123,8 @@ def assemble(
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
     compiled = jax.jit(fresh, out_shardings=placed)
     step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed, processor)
-    return Assembly(
-        config, model, spec, mesh, mechanisms, optimizer, begin(lora, config.seed), params, step, begin, initial
-    )
+    state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
+    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial)
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
@@ -166,7 +168,11 @@ def build_model(
         numerics,
         remat=best_remat(base.d_model, numerics) if compute.remat == "auto" else compute.remat,
         stats=GateStatsConfig(
-            compute.stats_stride, compute.probe_stride, check=check, extra=statistics.extra(measured)
+            compute.stats_stride,
+            compute.probe_stride,
+            check=check,
+            extra=statistics.extra(measured),
+            sharding=activation_sharding(mesh),
         ),
         activation_sharding=activation_sharding(mesh),
     )
@@ -277,6 +283,7 @@ def compile_step(
         loss_chunk=config.compute.loss_chunk,
         batch_shards=distributed.batch_shards(mesh),
         head_sharding=head_sharding(base, mesh),
+        stats_sharding=activation_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
     )

@@ -46,6 +46,7 @@ class Ended:
     step: int | None = None  # the last one; None where it was broken off
     best_step: int | None = None  # the one that was exported
     message: str = ""  # why it was broken off
+    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by stage, in their order
 
 
 class Callback:

@@ -28,6 +28,7 @@ from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer,
 from nalora_jax.train.assembly import Assembly, activation_sharding, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.train.step import Step, StepConfig, make_train_step
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,19 @@ def assemble_dual(
         return compiled(lora, jax.random.key_data(jax.random.key(seed)))  # one program for all seeds
 
     compiled = jax.jit(made.fresh, out_shardings=made.places)
-    state = begin(lora, config.seed)
-    return Assembly(config, made.model, spec, mesh, made.mechanisms, made.optimizer, state, params, made.step, begin)
+    return Assembly(
+        config,
+        made.model,
+        spec,
+        mesh,
+        made.mechanisms,
+        made.optimizer,
+        begin(lora, config.seed),
+        params,
+        made.step,
+        begin,
+        StateMetrics(made.mechanisms, spec, mesh),
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ def dual_program(
             compute.probe_stride,
             check=config.debug.tolerance if config.debug.check_gates else 0.0,
             extra=statistics.extra(mechanisms.statistics),
+            sharding=activation_sharding(mesh),
         ),
         activation_sharding=activation_sharding(mesh),
     )
@@ -136,7 +149,14 @@ def dual_program(
     places = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
     towers = Towers(model, processor, adapted, mesh if mesh.size > 1 else None)
     objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
-    settings = StepConfig(mechanisms, Head(), numerics, **_shardings(lora, mesh), check_gates=config.debug.check_gates)
+    settings = StepConfig(
+        mechanisms,
+        Head(),
+        numerics,
+        stats_sharding=activation_sharding(mesh),
+        **_shardings(lora, mesh),
+        check_gates=config.debug.check_gates,
+    )
     step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, places)
     return DualProgram(model, mechanisms, optimizer, fresh, places, step)
 

@@ -11,9 +11,11 @@ from nalora_jax.evaluate.heldout import describe
 from nalora_jax.train.callbacks import Callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.loop import LoopEvaluation
+from nalora_jax.train.machine import peak_memory
 from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
+from nalora_jax.train.state_metrics import StateMetrics
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,15 @@ class RunHooks:
     checkpointer: Checkpointer
     batches: BatchIterator
     stop: StopSignals
+    state_metrics: StateMetrics
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         self.progress.advance(step)
 
-    def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Write and show a log step."""
-        self.told.log(step, record)
+    def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
+        """Write and show a log step, with what is measured of the state and of this process."""
+        self.told.log(step, {**record, **self.state_metrics.measure(state), **peak_memory()})
         self.progress.log(step, record)
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:

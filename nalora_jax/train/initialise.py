@@ -96,6 +96,7 @@ class _Search:
             loss_chunk=assembly.config.compute.loss_chunk,
             batch_shards=distributed.batch_shards(mesh),
             head_sharding=head_sharding(base, mesh),
+            stats_sharding=model.stats.sharding,
         )
         self._sums: Callable[..., dict[str, Any]] = jax.jit(
             make_gradients(model, config), compiler_options=distributed.compiler_options(mesh)

@@ -32,8 +32,8 @@ class LoopEvaluation(NamedTuple):
 class Hooks(Protocol):
     """What happens beside the steps; the loop decides when."""
 
-    def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Show and write the numbers of a log step."""
+    def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
+        """Show and write the numbers of a log step, and what is to be known of the state after it."""
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
         """Measure the held-out metric, write it, and return it."""
@@ -112,7 +112,7 @@ def fit(
         evaluates = not result.interrupted and (last or _due(step, schedule.eval_every))
         saves = last or _due(step, schedule.save_every) or evaluates or result.interrupted
         if last or _due(step, schedule.log_every) or saves:
-            hooks.log(step, meter.record(float(learning_rate(step - 1))))
+            hooks.log(step, meter.record(float(learning_rate(step - 1))), state)
         result.state, result.step = state, step
         if saves:
             _refuse_diverged(step, state)

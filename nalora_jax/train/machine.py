@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import platform as python
+import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
 
 from nalora_jax.ops.numerics import Numerics, platform_of
 from nalora_jax.ops.programs import device_name
@@ -19,6 +23,25 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"python": python.python_version()} | {name: _version(name) for name in names}
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory that this process has held so far, in bytes: what of it the machine tells.
+
+    Returns:
+      ``peak_memory``, of the host's; ``peak_device_memory``, of the fullest of this process's devices, where they have
+      memory of their own.
+    """
+    found = {}
+    status = Path("/proc/self/status")
+    # Not getrusage, whose maximum a process inherits from the one that started it.
+    held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if held:
+        found["peak_memory"] = 1024 * int(held[1])
+    on_devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if any(on_devices):
+        found["peak_device_memory"] = max(on_devices)
+    return found
 
 
 def _version(name: str) -> str:

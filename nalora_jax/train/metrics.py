@@ -4,10 +4,10 @@ Lines, told apart by their keys:
 
     {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
-    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step
+    {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
     {"step": 50, "final": true, "eval": {...}}                                      that of the exported adapter
-    {"done": {"step": 100, "best_step": 50}}                                        the run has ended
+    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run has ended
 
 The evaluations before training and of the exported adapter may carry ``"samples": [{"prompt", "answer", "expected",
 "correct"}]``, the last two optional.
@@ -105,8 +105,9 @@ class MetricsLog(Callback):
 
     def on_end(self, ended: Ended) -> None:
         """The last line."""
-        known = {"message": ended.message} if ended.message else {"step": ended.step, "best_step": ended.best_step}
-        self.write({"done": known})
+        known: dict[str, Any] = {"step": ended.step, "best_step": ended.best_step}
+        known = {"message": ended.message} if ended.message else known
+        self.write({"done": known | ({"seconds": ended.seconds} if ended.seconds else {})})
 
     def close(self) -> None:
         """Close the file; more than once is fine."""

@@ -136,6 +136,19 @@ def describe(values: Mapping[str, float | None]) -> list[str]:
     return [text.format(value) for name, text in formats.items() if (value := values.get(name)) is not None]
 
 
+class Stages:
+    """Seconds of wall time by stage; each begins where the one before it ended, the first when this is made."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """Say that ``stage`` is over."""
+        now = time.perf_counter()
+        self.seconds[stage], self._since = now - self._since, now
+
+
 def duration(seconds: float) -> str:
     """A length of time as ``m:ss`` or ``h:mm:ss``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from nalora_jax.errors import NaloraError
 _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # of a run's config
 _MAX_LAYERS = 2**16
+_MAX_EDGES = 2**10
+_NESTED = ("layers", "towers", "adapters", "histograms")  # of a log step
 _OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")  # of an evaluation: what is no number
 
 
@@ -34,6 +37,8 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
         for name in ("step", "best_step"):
             if done.get(name) is not None:
                 _check_step(done[name], f"{where}: done: {name}")
+        if done.get("seconds") is not None:
+            _check_numbers(_mapping(done, "seconds", f"{where}: done"), f"{where}: done: seconds")
     if "step" in record:
         _check_step(record["step"], f"{where}: step")
     if "eval" in record:
@@ -41,11 +46,14 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
         if "step" not in record:
             raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
     elif "step" in record:
-        _check_numbers({name: value for name, value in record.items() if name not in ("layers", "towers")}, where)
+        _check_numbers({name: value for name, value in record.items() if name not in _NESTED}, where)
         for name, rows in _mapping(record, "towers", where).items() if record.get("towers") is not None else ():
             _check_step(rows, f"{where}: towers: {name}")
-        if record.get("layers") is not None:
-            _check_layers(_mapping(record, "layers", where), f"{where}: layers")
+        for part in ("layers", "adapters"):
+            if record.get(part) is not None:
+                _check_layers(_mapping(record, part, where), f"{where}: {part}")
+        if record.get("histograms") is not None:
+            _check_histograms(_mapping(record, "histograms", where), f"{where}: histograms")
 
 
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
@@ -116,6 +124,24 @@ def _check_layers(layers: Mapping[str, Any], where: str) -> None:
             raise _error(here, "rows of one length", rows)
         for value in [item for row in nested for item in row] if nested else rows:
             _check_number(value, here)
+
+
+def _check_histograms(histograms: Mapping[str, Any], where: str) -> None:
+    """Rising edges, and for every layer a row of counts: one bin more than there are edges."""
+    for label in histograms:
+        here, one = f"{where}: {label}", _mapping(histograms, label, where)
+        edges, counts = one.get("edges"), one.get("counts")
+        if not isinstance(edges, list) or not 1 < len(edges) <= _MAX_EDGES:
+            raise _error(f"{here}: edges", "a list of at least two numbers", edges)
+        for edge in edges:
+            _check_number(edge, f"{here}: edges")
+        if None in edges or any(low >= high for low, high in itertools.pairwise(edges)):
+            raise _error(f"{here}: edges", "rising numbers", edges)
+        rows = counts if isinstance(counts, list) and all(isinstance(row, list) for row in counts) else []
+        if {len(row) for row in rows} != {len(edges) + 1}:
+            raise _error(f"{here}: counts", f"rows of {len(edges) + 1} counts, one a layer", counts)
+        for count in (count for row in rows for count in row):
+            _check_step(count, f"{here}: counts")
 
 
 def _check_numbers(values: Mapping[str, Any], where: str, needed: tuple[str, ...] = ()) -> None:

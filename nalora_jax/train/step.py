@@ -4,7 +4,8 @@ The only place that knows both the blocks that write statistics (`nalora_jax.nn`
 becomes of them (`nalora_jax.optim`). The order within step t:
 
 1. the factors of the mechanisms come from what they remember of step t - 1;
-2. every micro-batch gives a loss sum, gradient sums and statistics, added up over the (global) batch;
+2. every micro-batch gives a loss sum, gradient sums and statistics, added up over the (global) batch; on a mesh the
+   statistics by shard, and over the shards once;
 3. gradients are divided by the number of target tokens, so that any split of the batch is the same step;
 4. the optimizer updates the adapters, the factors acting before or after its preconditioner;
 5. the mechanisms take in the statistics, once.
@@ -28,6 +29,7 @@ from nalora_jax.ops import checks
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import Numerics, Platform
 from nalora_jax.ops.programs import after_compilation
+from nalora_jax.ops.shards import count, pinned
 from nalora_jax.optim.gate_state import (
     Mechanisms,
     channel_factors,
@@ -70,6 +72,7 @@ class StepConfig:
     lora_sharding: Any = None
     mask_sharding: NamedSharding | None = None
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
+    stats_sharding: NamedSharding | None = None  # the blocks' own (`nalora_jax.ops.gated_mlp.GateStatsConfig`)
     check_gates: bool = False
 
 
@@ -113,7 +116,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["target_tokens"], 1.0), sums["grads"])
         stats = {path: statistics.per_target(block, sums["target_tokens"]) for path, block in sums["stats"].items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, gate_factors=factors)
-        gate = update_gate_state(state.gate, stats, mechanisms)
+        gate = update_gate_state(state.gate, _reduced(stats, mechanisms.statistics, config), mechanisms)
         lora = optax.apply_updates(state.lora, updates)
         units = jnp.maximum(sums["target_tokens"], 1.0)
         metrics = {
@@ -140,7 +143,8 @@ def make_gradients(model: Any, config: StepConfig) -> Callable[[Any, Any, Batch]
     gradients = _micro_gradients(next_token(model, config), config)
 
     def sums(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
-        return _accumulate(lambda b, k: gradients(params, lora, {}, None, b, k), batch, jax.random.key(0))
+        found = _accumulate(lambda b, k: gradients(params, lora, {}, None, b, k), batch, jax.random.key(0))
+        return found | {"stats": _reduced(found["stats"], statistics.STANDARD, config)}
 
     return sums
 
@@ -166,17 +170,39 @@ def _micro_gradients(objective: Objective, config: StepConfig) -> Callable[..., 
 
     def sums(params: Any, lora: Any, channels: Any, masks: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         differentiate = jax.value_and_grad(loss_sum, argnums=(0, 1) if taps else 0, has_aux=True)
-        zeros = {path: statistics.taps(taps, shape) for path, shape in channels.items()} if taps else {}
+        zeros = _sinks(taps, channels, config)
         (loss, (stats, measured)), grads = differentiate(lora, _nested(zeros), params, masks, batch, key)
         if taps:
             grads, seen = grads
             for path, found in _by_block(seen).items():
                 stats[path] = stats[path] | found
+        stats = pinned(stats, config.stats_sharding, axis=1)
         tokens, targets = objective.counts(batch)
         counts = {"tokens": tokens, "target_tokens": targets}
         return {"loss": loss, "grads": grads, "stats": stats, "measured": measured} | counts
 
     return sums
+
+
+def _sinks(
+    names: tuple[str, ...], channels: Mapping[str, tuple[int, ...]], config: StepConfig
+) -> dict[str, dict[str, jax.Array]]:
+    """Zeros by block whose gradients are the statistics ``names`` of cotangents, by shard where blocks sum so."""
+    shards = count(config.stats_sharding)
+    shapes = {path: shape if shards == 1 else (shape[0], shards, *shape[1:]) for path, shape in channels.items()}
+    zeros = {path: statistics.taps(names, shape) for path, shape in shapes.items()} if names else {}
+    placed: dict[str, dict[str, jax.Array]] = pinned(zeros, config.stats_sharding, axis=1)
+    return placed
+
+
+def _reduced(
+    stats: dict[str, dict[str, jax.Array]], names: tuple[str, ...], config: StepConfig
+) -> dict[str, dict[str, jax.Array]]:
+    """Sums by block over the whole batch: the only ones of a step, after all layers and micro-batches."""
+    if count(config.stats_sharding) == 1:
+        return stats
+    with jax.named_scope("statistics"):
+        return {path: statistics.over_shards(block, names) for path, block in stats.items()}
 
 
 def _nested(blocks: Mapping[str, Mapping[str, jax.Array]]) -> Any:
@@ -223,7 +249,7 @@ def layer_metrics(
     """What the log keeps of each block, per layer.
 
     Args:
-      stats: sums by block; channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``.
+      stats: sums by block; channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``; they may be by shard.
       mechanisms: those of the run.
       own: each one's factors before this step, by label and block (`own_factors`).
       factors: what they made together, by place and block (`channel_factors`).

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.nn.low_rank import TABLES
 from nalora_jax.weights.peft_rules import rules_of
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
@@ -58,6 +59,13 @@ def _init(value: Any) -> Any:
     )
 
 
+def _saved(value: Any) -> Any:
+    names = [str(name).rpartition(".")[2] for name in value or []]
+    if set(names) <= set(TABLES):
+        return [name for name in TABLES if name in names] or None
+    return Refused(f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as they are")
+
+
 # Fields of which rules are made are marked by the setting "lora.rules".
 PEFT: dict[str, Field] = {
     "r": Field("lora.rules", "rank of each rule"),
@@ -80,11 +88,11 @@ PEFT: dict[str, Field] = {
         _only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
     ),
     "peft_type": Field("", "LORA", _only("LORA", because=_OTHER_METHOD)),
-    "modules_to_save": Field(
-        "", "the base stays as it is", _only(because="embeddings, heads and norms of the base stay as they are here")
-    ),
+    "modules_to_save": Field("lora.modules_to_save", " and ".join(TABLES), _saved),
     "trainable_token_indices": Field(
-        "", "the base stays as it is", _only(because="embeddings of the base stay as they are here")
+        "",
+        "the whole table: `modules_to_save`",
+        _only(because="single rows of the embedding are not trained here: name the table in modules_to_save"),
     ),
     "target_parameters": Field(
         "", "experts are projections here", _only(because="name experts by patterns such as ffn/gate_proj instead")
@@ -111,7 +119,7 @@ PEFT: dict[str, Field] = {
     "revision": Field("", "name a snapshot's folder as --model instead", ignored=True),
     "megatron_core": Field("", "a name of a module", ignored=True),
     "runtime_config": Field("", "of PEFT's own memory", ignored=True),
-    "ensure_weight_tying": Field("", "nothing that is tied is trained", ignored=True),
+    "ensure_weight_tying": Field("", "", _only(False, because="a trained embedding and its head are apart here")),
 }
 
 _SCHEDULES = {name: name for name in ("cosine", "linear", "constant")} | {"constant_with_warmup": "constant"}

@@ -11,12 +11,11 @@ from tests.fuzz.mutate import damaged
 from tests.fuzz.parsers import PARSERS, Parser
 
 INPUTS = 60
-SLOW = {"metrics.jsonl in the report": 4}  # it draws its pictures each time
 
 
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
 def test_damaged_files_are_read_or_refused_in_words(parser: Parser) -> None:
-    found = list(outcomes(parser, seed=1, first=0, last=SLOW.get(parser.name, INPUTS)))
+    found = list(outcomes(parser, seed=1, first=0, last=parser.share(INPUTS)))
     assert {one.number: one.untyped for one in found if one.untyped} == {}
 
 

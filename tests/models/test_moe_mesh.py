@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,16 +23,25 @@ from nalora_jax.nn.quantize import quantize
 from nalora_jax.ops import checks
 from nalora_jax.ops.gated_mlp import GateStatsConfig
 from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.shards import count
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, check=1e-5, extra=("excess",))
 SPEC = TargetSpec((RANK,), (6.0,))
 
 
-def block(sharding: NamedSharding | None = None, **options: Any) -> MoEFFN:
+def block(sharding: NamedSharding | None = None, *, by_shard: bool = False, **options: Any) -> MoEFFN:
     names = ("gate_proj", "up_proj", "down_proj")
     adapters = Adapters(tuple((name, SPEC) for name in names), **options)
-    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=STATS, sharding=sharding)
+    stats = replace(STATS, sharding=sharding) if by_shard else STATS
+    return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding)
+
+
+def over_shards(sums: Any, axis: int) -> Any:
+    def reduced(path: str, value: Any) -> Any:
+        return (np.max if path.rpartition("/")[2] in checks.NAMES else np.sum)(value, axis=axis)
+
+    return trees.map_named(reduced, sums)
 
 
 def variables_of(module: MoEFFN, kind: str = "") -> dict[str, Any]:
@@ -63,6 +73,10 @@ def results(module: MoEFFN, variables: dict[str, Any], *, dropout: bool) -> dict
         x, g, weights = (jax.device_put(v, module.sharding) for v in (x, g, weights))
         places = distributed.shardings(variables["params"], mesh, distributed.PARAM_RULES)
         variables = variables | {"params": jax.device_put(variables["params"], places)}
+    shards = count(module.stats.sharding)
+    if shards > 1:
+        taps = {name: jnp.stack([zeros] * shards) for name, zeros in variables["gate_taps"].items()}
+        variables = variables | {"gate_taps": taps}
 
     @jax.jit
     def run(lora, taps, x, variables):
@@ -82,6 +96,8 @@ def results(module: MoEFFN, variables: dict[str, Any], *, dropout: bool) -> dict
         return {"y": y, "lora": grads[0], "taps": grads[1], "x": grads[2], **written}
 
     found: dict[str, Any] = jax.device_get(run(variables["lora"], variables["gate_taps"], x, variables))
+    if shards > 1:
+        found |= {name: over_shards(found[name], axis=0) for name in ("taps", "gate_stats")}
     return found
 
 
@@ -114,7 +130,8 @@ def test_eight_devices_are_one(mesh, kind, options):
     single = block(**options)
     variables = variables_of(single, kind)
     dropout = "dropout" in options
-    spread = results(block(sharding_of(mesh), **options), variables, dropout=dropout)
+    by_shard = kind in ("", "nf4")  # as a step has them; else as whoever calls a model on a mesh
+    spread = results(block(sharding_of(mesh), by_shard=by_shard, **options), variables, dropout=dropout)
     assert_close(spread, results(single, variables, dropout=dropout))
 
 
@@ -160,7 +177,8 @@ def test_a_decoder_s_loss_gradients_and_statistics():
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, SEQ)).astype(np.int32)
 
     def run(sharding: NamedSharding | None) -> Any:
-        model = Decoder(base, spec, Numerics(), remat="dots", stats=STATS, activation_sharding=sharding)
+        stats = replace(STATS, sharding=sharding)
+        model = Decoder(base, spec, Numerics(), remat="dots", stats=stats, activation_sharding=sharding)
         placed = params
         rows = tokens
         if sharding is not None:
@@ -178,4 +196,5 @@ def test_a_decoder_s_loss_gradients_and_statistics():
 
         return jax.device_get(step(lora, placed, rows))
 
-    assert_close(run(sharding_of(MeshConfig(2, 2, 2))), run(None))
+    spread = run(sharding_of(MeshConfig(2, 2, 2)))
+    assert_close(spread | {"gate_stats": over_shards(spread["gate_stats"], axis=1)}, run(None))

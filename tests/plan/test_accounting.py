@@ -156,6 +156,39 @@ def test_what_a_collective_in_parts_gathers_is_written_once():
     assert Program(text).memory_bytes == first + second + plain
 
 
+KERNELS = """\
+HloModule step, is_scheduled=true
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%p), index=1
+  %splash_mha_fwd_residuals.7 = f32[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], f32[8,128]{1,0}) tuple(%i, %splash_mha_fwd_residuals.7)
+}
+
+%condition (q: (s32[], f32[8,128])) -> pred[] {
+  %q = (s32[], f32[8,128]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %last = s32[] constant(32)
+  ROOT %less = pred[] compare(%j, %last), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8,128])) -> f32[8,128] {
+  %a = (s32[], f32[8,128]{1,0}) parameter(0)
+  %buffer.1 = f32[8,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %loop = (s32[], f32[8,128]{1,0}) while(%a), condition=%condition, body=%body
+  %y = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+  %splash_mha_fwd_residuals.8 = f32[8,128]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dkv.2 = f32[8,128]{1,0} custom-call(%y), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_kernels_are_counted_by_name_as_often_as_they_run():
+    assert Program(KERNELS).custom_calls == {"splash_mha_fwd_residuals": 33.0, "splash_mha_dkv": 1.0}
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [

@@ -14,7 +14,7 @@ from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shap
 from nalora_jax.nn.low_rank import resolve
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import choose, estimate
-from nalora_jax.plan.machines import topology
+from nalora_jax.plan.machines import Topology, topology
 from nalora_jax.plan.models import CONFIGS, architecture
 from nalora_jax.plan.roofline import active_parameters, attention_flops, kernel_flops, splash_flops
 
@@ -100,6 +100,23 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     both = kernel_flops(program, windowed, 1, 4096, 1)  # a branch each, of which every layer takes one
     assert both == splash_flops(windowed, 4096, forward=1, backward=0.5)
     assert kernel_flops(Figures(0, 0, 0, 0, {}, ()), base, 3, 4096, 1) == 0
+
+
+def test_attention_is_splash_where_the_kernel_itself_takes_it():
+    """A result that is kept, and blocks above the diagonal, cost memory and time; only the kernel has them."""
+    base, machine = architecture("llama-3.1-8b"), topology("v6e:16x16")
+    config = RunConfig(train=TrainConfig(batch_size=256))
+
+    def of(head_dim: int, seq: int, where: Topology = machine):
+        made = replace(base, head_dim=head_dim, n_heads=4096 // head_dim, n_kv_heads=1024 // head_dim)
+        spec = resolve(LoRAConfig(), projection_shapes(made), base.n_layers)
+        return estimate(config, made, spec, where, seq, (256, 1, 1), "attention").activations
+
+    kept = 2 * 4096 * 32 * 4096.0  # bytes of attention's result in all layers
+    assert of(128, 4096) == of(64, 4096)
+    assert of(128, 4096) - of(32, 4096) == pytest.approx(kept)
+    assert of(128, 4096) / 4096 > of(128, 4032) / 4032
+    assert of(128, 4096, topology("64xh100")) == of(32, 4096)
 
 
 def test_parameters_and_attention_are_counted_as_the_models_are():

@@ -32,7 +32,7 @@ def fake_records(steps=200, layers=30, every=2, seed=0):
     yield evaluation(steps, 0.523, 3.31)
     samples = [(q, gold, after) for q, gold, _, after in QUESTIONS]
     yield evaluation(steps, 0.523, 3.31, samples=samples) | {"final": True}
-    yield {"done": {"step": steps, "best_step": steps}}
+    yield {"done": {"step": steps, "best_step": steps, "seconds": {"preparing": 20.0, "training": 300.0}}}
 
 
 def log_step(step, steps, rng, slope, shares, limit):
@@ -51,8 +51,13 @@ def log_step(step, steps, rng, slope, shares, limit):
         "mask_mean": np.full(len(slope), 1.0 if step < 10 else 1.12) + 0.1 * slope,
         "feature": 0.012 * progress * (1 + slope),
     }
+    edges = [0.125, 0.25, 0.5, 1.0, 2.0, 4.0]
+    spread = rng.multinomial(1000, [0, 0.1, 0.2, 0.3, 0.3, 0.1, 0] if step > 9 else [0, 0, 0, 0, 1, 0, 0], len(slope))
     return {
         "step": step,
+        "histograms": {name: {"edges": edges, "counts": spread} for name in ("mask", "step_scale")},
+        "adapters": {f"layers/ffn/{name}_proj": 0.5 * progress + 0.1 * slope for name in ("gate", "up")},
+        "peak_memory": 1_234_000_000,
         "loss": 3.3 + 1.8 * math.exp(-6 * progress) + 0.12 * rng.standard_normal(),
         "learning_rate": 1e-3 * min(1, step / (0.05 * steps)) * (0.55 + 0.45 * math.cos(math.pi * progress)),
         "grad_norm": 0.6 + 0.2 * rng.random(),

@@ -55,6 +55,8 @@ def test_the_page_says_what_the_run_did(fake_run):
     assert "+0.122, better; the intervals do not overlap. Measured on 400 held-out items." in words
     assert "Held-out loss 5.100 → 3.310" in words
     assert "Training time 3:40" in words
+    assert "Wall time 5:20 preparing 0:20, training 5:00" in words
+    assert "Peak memory 1.2 GB of the process" in words
     assert "200,000 tokens" in words
     assert "expected grateful before angry at Kai ✗ wrong after grateful ✓ right" in words
     assert "jax 0.10.2" in words
@@ -69,6 +71,7 @@ def test_every_picture_is_there_and_described(fake_run):
         "learning rate over the steps",
         "tokens per second over the steps",
         "gradient norm over the steps",
+        "Norms of the adapters over the steps, and of every layer",
         "Misalignment and its linear limit over the steps",
         "Misalignment of every layer over the steps, beside its linear limit",
         "Misalignment above its linear limit, of every layer",
@@ -76,6 +79,8 @@ def test_every_picture_is_there_and_described(fake_run):
         "Importance and mask of every layer",
         "Region occupancy of every layer at the first and the last step",
         "Range of the step scale of every layer",
+        "Factors of mask over channels, and in every layer",
+        "Factors of step_scale over channels, and in every layer",
     ]
 
 
@@ -167,6 +172,9 @@ def test_fields_that_differ_from_the_defaults_stand_out(make_run):
         [{"step": step, "loss": None, "layers": {"feature": [None, None]}} for step in (1, 2)],
         [{"step": 1, "misalignment": 0.2, "layers": {"misalignment": [0.2], "importance": [0.1]}}],
         [{"step": 1, "layers": {"occupancy": [[0.25] * 4], "step_scale_min": [1], "step_scale_max": [1]}}],
+        [{"step": 1, "histograms": {"$x_{": {"edges": [1, 2], "counts": [[0, 0, 0]]}}, "adapters": {"$q_{": [None]}}],
+        [{"step": s, "histograms": {"x": {"edges": [1, s + 2], "counts": [[5, s, 0]] * s}}} for s in (1, 2)],
+        [{"step": s, "adapters": {"q": [0.1] * s, "v": [[1]], "o": None}} for s in (1, 2)],
         [{"step": 1, "layers": {name: [0.0] * 3 for name in ("misalignment", "limit", "feature", "mask_mean")}}],
     ],
 )
@@ -206,6 +214,43 @@ def test_a_comparison_item_by_item_is_said_where_there_is_one(make_run):
         "+0.120, better (95% of the difference, item by item: +0.071 to +0.170; 61 gained, 12 lost, p = 0.00031)."
         in words
     )
+
+
+def of(step, loss, **kind):
+    return {"step": step, "eval": {"loss": loss}, **kind}
+
+
+@pytest.mark.parametrize(
+    ("records", "value", "said"),
+    [
+        (
+            [of(0, 5.0, initial=True), of(0, 4.0), of(9, 3.0), of(9, 2.0, final=True)],
+            "5.000 → 2.000",
+            "Before: the base model, before the first step. After: the adapter of step 9, which was exported. Both on "
+            "the same questions, which had no say in choosing it.",
+        ),
+        (  # while the result is not measured, both are of the questions along the way
+            [of(0, 5.0, initial=True), of(0, 4.0), of(9, 3.0)],
+            "4.000 → 3.000",
+            "After: the evaluation at step 9. Both on the questions that choose the checkpoint: the result has not",
+        ),
+        ([of(3, 4.0), of(9, 3.0)], "4.000 → 3.000", "Before: the evaluation at step 3. After"),
+        ([of(0, 5.0, initial=True), of(0, 4.0)], "step 0 5.000", "Held-out loss"),
+    ],
+)
+def test_it_is_said_where_before_and_after_come_from(make_run, records, value, said):
+    words = page_of(make_run(records)).words
+    assert value in words
+    assert said in words
+
+
+def test_memory_of_devices_and_the_time_since_a_resumption_are_named_so(make_run):
+    step = {"step": 9, "loss": 1.0, "peak_memory": 3.2e9, "peak_device_memory": 7.7e10}
+    words = page_of(
+        make_run([{"resumed": {"step": 5}}, step, {"done": {"step": 9, "seconds": {"training": 61}}}])
+    ).words
+    assert "Peak memory 77.0 GB of the fullest device; 3.2 GB of the host" in words
+    assert "Wall time (since step 5) 1:01" in words
 
 
 @pytest.mark.parametrize(

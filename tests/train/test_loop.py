@@ -24,7 +24,7 @@ class Hooks:
         self.evaluated: list[int] = []
         self.stop_at = stop_at
 
-    def log(self, step: int, record: Any) -> None:
+    def log(self, step: int, record: Any, state: TrainState) -> None:
         pass
 
     def advance(self, step: int) -> None:

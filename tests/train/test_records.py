@@ -25,7 +25,8 @@ GOOD: tuple[dict[str, Any], ...] = (
     },
     {"resumed": {"step": 5, "device": "cpu"}},
     {"step": 10, "final": True, "eval": {**EVAL, "paired": PAIRED, "right": [True, False]}},
-    {"done": {"step": 10, "best_step": 5}},
+    {"step": 5, "histograms": {"mask": {"edges": [0.5, 1, 2], "counts": [[0, 3, 1, 0]]}}, "adapters": {"q": [0.1]}},
+    {"done": {"step": 10, "best_step": 5, "seconds": {"training": 1.5}}},
     {"done": {"message": "interrupted"}},
     {"of a later version": ["anything"]},
 )
@@ -49,6 +50,20 @@ BAD = {
     "ragged": ({"step": 1, "layers": {"limit": [[1], [1, 2]]}}, "limit: expected rows of one length"),
     "mixed": ({"step": 1, "layers": {"limit": [1, [1]]}}, "limit: expected rows of one length"),
     "text in a layer": ({"step": 1, "layers": {"limit": ["x"]}}, "limit: expected a finite number"),
+    "adapters": ({"step": 1, "adapters": {"q": "x"}}, "adapters: q: expected a list"),
+    "histograms": ({"step": 1, "histograms": {"mask": [1]}}, "mask: expected a JSON object"),
+    "edges": ({"step": 1, "histograms": {"mask": {"edges": [2, 1], "counts": [[1, 1, 1]]}}}, "edges: expected rising"),
+    "an edge": ({"step": 1, "histograms": {"mask": {"edges": [1, "2"]}}}, "edges: expected a finite number"),
+    "no edges": ({"step": 1, "histograms": {"mask": {"counts": [[1]]}}}, "edges: expected a list of at least two"),
+    "counts": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": [[1, 2]]}}},
+        "counts: expected rows of 3",
+    ),
+    "no counts": ({"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": []}}}, "counts: expected rows of 3"),
+    "a count": (
+        {"step": 1, "histograms": {"mask": {"edges": [1, 2], "counts": [[1, 2, -1]]}}},
+        "counts: expected a co",
+    ),
     "eval": ({"step": 1, "eval": 0.5}, "eval: expected a JSON object"),
     "no step": ({"eval": {"loss": 1.0}}, "expected the step of the evaluation"),
     "accuracy": ({"step": 1, "eval": {"accuracy": {}}}, "accuracy: expected a finite number"),
@@ -57,6 +72,7 @@ BAD = {
     "paired": ({"step": 1, "eval": {"paired": {**PAIRED, "low": None}}}, "low: expected a number"),
     "right": ({"step": 1, "eval": {"right": [1]}}, "right: expected a list of true and false"),
     "resumed": ({"resumed": 5}, "resumed: expected a JSON object"),
+    "stages": ({"done": {"seconds": {"training": "long"}}}, "training: expected a finite number"),
     "done": ({"done": {"best_step": "last"}}, "best_step: expected a count"),
 }
 

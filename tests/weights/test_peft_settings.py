@@ -95,13 +95,13 @@ def test_patterns_of_modules_that_are_not_targeted_mean_nothing() -> None:
 
 
 def test_what_is_refused_is_named_with_the_reason() -> None:
-    bad = {"target_modules": ["q_proj"], "bias": "all", "use_qalora": True, "modules_to_save": ["lm_head"]}
+    bad = {"target_modules": ["q_proj"], "bias": "all", "use_qalora": True, "modules_to_save": ["norm"]}
     with pytest.raises(NaloraError) as caught:
         from_peft(bad | {"init_lora_weights": "olora", "r": 8})
     for part in (
         "bias = 'all' (biases stay",
         "use_qalora = True (it is another",
-        "modules_to_save",
+        "modules_to_save = ['norm'] (of the base, embed_tokens and lm_head",
         "'olora' (there are",
     ):
         assert part in str(caught.value)
@@ -114,6 +114,17 @@ def test_what_is_refused_is_named_with_the_reason() -> None:
             from_peft({"target_modules": targets})
     with pytest.raises(NaloraError, match="fp16 = True"):
         from_trl({"fp16": True})
+
+
+def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "model.embed_tokens"])
+    made, _ = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
+    assert settings_of(made, tmp_path / "mine.yaml").lora.modules_to_save == ("embed_tokens", "lm_head")
+    made, _ = from_trl({"lora_modules_to_save": ["lm_head"]})
+    assert made == {"lora": {"modules_to_save": ["lm_head"]}}
+    with pytest.raises(NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"):
+        from_peft({"target_modules": ["q_proj"], "ensure_weight_tying": True})
 
 
 def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,8 @@ class Encoder(nn.Module):
         seq = tokens.shape[1]
         if seq > c.max_positions:
             raise ValueError(f"text: expected at most {c.max_positions} tokens, found {seq}")
-        x = Embedding(c.vocab_size, c.d_model, name="tokens")(tokens, self.numerics).astype(jnp.float32)
+        table = Embedding(c.vocab_size, c.d_model, self.activation_sharding, name="tokens")
+        x = table(tokens, self.numerics).astype(jnp.float32)
         rows = Embedding(c.max_positions, c.d_model, name="positions")(jnp.arange(seq)[None], self.numerics)
         if c.token_types:
             types = Embedding(c.token_types, c.d_model, name="types")

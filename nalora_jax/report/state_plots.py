@@ -1,0 +1,96 @@
+"""The report's pictures of a run's state: how factors are spread over channels, and how large adapters are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from nalora_jax.report.history import Histograms, History
+from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
+
+_LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
+_MOST_TICKS = 7
+
+
+def histogram(history: History, mechanism: str) -> str | None:
+    """A mechanism's factors: of all channels when it first acts and at the last log step, below it of each layer."""
+    found = history.histograms(mechanism)
+    if found is None:
+        return None
+    together = _shares(found.counts.sum(axis=1))
+    acting = int(np.argmax((together > 0).sum(axis=1) > 1))  # before, all factors are 1
+    shown = _shown(together[[acting, -1]])
+    first, last = together[acting][shown], together[-1][shown]
+    with style():
+        figure, (upper, lower) = new_figure(5.4, rows=2, sharex=True)
+        at = np.arange(len(last))
+        upper.bar(at, last, width=0.92, color=COLOURS["c1"], label=f"step {found.steps[-1]:.0f}")
+        if acting < len(found.steps) - 1:
+            label = f"step {found.steps[acting]:.0f}"
+            upper.step(at, first, where="mid", color=COLOURS["fg"], linewidth=1.3, label=label)
+        upper.set(ylabel="share of all channels")
+        upper.legend(loc="best")
+        image = lower.imshow(
+            _shares(found.counts[-1])[:, shown],
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            extent=(-0.5, len(at) - 0.5, -0.5, found.counts.shape[1] - 0.5),
+            cmap="viridis",
+            vmin=0,
+        )
+        lower.set(xlabel="factor", ylabel="layer", title=f"share of each layer's channels, step {found.steps[-1]:.0f}")
+        lower.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        lower.grid(False)
+        _label_bins(lower, found, shown)
+        bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(4)
+        return to_svg(figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer")
+
+
+def adapters(history: History) -> str | None:
+    """Norms of the adapters: of each kind of module over the steps, below it of every layer at the last one."""
+    found = dict(list(history.adapters().items())[: 2 * len(_LINES)])
+    if not found:
+        return None
+    with style():
+        figure, (upper, lower) = new_figure(5.0, rows=2)
+        for index, (path, (steps, norms)) in enumerate(found.items()):
+            name = path.replace("layers/", "")
+            line = {"color": COLOURS[_LINES[index % len(_LINES)]], "linestyle": "-" if index < len(_LINES) else "--"}
+            with np.errstate(over="ignore"):  # of a log that was edited
+                whole = np.sqrt(np.nansum(np.square(norms), axis=1))
+            upper.plot(*thin(steps, whole), label=name, **line)
+            lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
+        upper.set(xlabel="step", ylabel="norm, all layers")
+        lower.set(xlabel="layer", ylabel=f"norm, step {max(steps[-1] for steps, _ in found.values()):.0f}")
+        for axis in (upper, lower):
+            axis.set_ylim(bottom=0)
+        columns = 3 if max(map(len, found)) < 24 else 2
+        figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
+        return to_svg(figure, "adapters", "Norms of the adapters over the steps, and of every layer")
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Counts [..., B + 1] over their row's sum."""
+    return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+
+
+def _shown(shares: np.ndarray) -> slice:
+    """The bins from the first to the last that hold a channel in any of the rows, and one on either side."""
+    held = np.flatnonzero(shares.sum(axis=0))
+    low, high = (held[0], held[-1]) if held.size else (0, shares.shape[-1] - 1)
+    return slice(max(int(low) - 1, 0), min(int(high) + 2, shares.shape[-1]))
+
+
+def _label_bins(axis: Any, found: Histograms, shown: slice) -> None:
+    """Edges between bins as ticks; what lies beyond the first and the last is said where such bins are shown."""
+    edges = {bin_ - shown.start - 0.5: found.edges[bin_ - 1] for bin_ in range(max(shown.start, 1), shown.stop)}
+    every = -(-len(edges) // _MOST_TICKS)
+    # The tick of 1 is one of them where it is shown: factors are read against it.
+    middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12))))) if edges else 0
+    ticks = {at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0}
+    axis.set_xticks(list(ticks), list(ticks.values()))

@@ -1,0 +1,133 @@
+"""The top of the report: the metric before and after, where both come from, and the run in a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.report.history import EvaluationScore, History
+from nalora_jax.train.progress import duration
+
+
+def headline(history: History) -> dict[str, Any] | None:
+    """The headline metric before and after training, placed on a common scale, or None without an evaluation."""
+    if history.metric is None:
+        return None
+    _, name, more_is_better = history.metric
+    shown = history.outcome
+    if not shown:
+        return None
+    edges = [edge for s in shown for edge in (s.low, s.value, s.high) if edge is not None]
+    low, high = min(edges), max(edges)
+    pad = 0.08 * (high - low) or 1.0
+    scale = (low - pad, high + pad)
+    labels = ["before", "after"] if len(shown) == 2 else [f"step {shown[0].step}"]
+    return {
+        "name": name,
+        "rows": [_range(label, score, scale) for label, score in zip(labels, shown, strict=True)],
+        "verdict": _verdict(shown, more_is_better, history.final.get("eval", {}).get("paired")),
+        "n": shown[-1].n,
+        "source": _source(history) if len(shown) == 2 else "",
+    }
+
+
+def _source(history: History) -> str:
+    """Where before and after come from."""
+    before, after = history.ends
+    at = before["step"]
+    first = f"the evaluation at step {at}" if at else "the base model, before the first step"
+    if "final" not in after:
+        return (
+            f"Before: {first}. After: the evaluation at step {after['step']}. Both on the questions that choose the "
+            "checkpoint: the result has not been measured."
+        )
+    last = f"the adapter of step {after['step']}, which was exported"
+    same = " Both on the same questions, which had no say in choosing it." if "initial" in before else ""
+    return f"Before: {first}. After: {last}.{same}"
+
+
+def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:
+    def at(value: float) -> str:
+        return f"{100 * (value - scale[0]) / (scale[1] - scale[0]):.1f}%"
+
+    row: dict[str, Any] = {"label": label, "value": f"{score.value:.3f}", "at": at(score.value), "interval": None}
+    if score.low is not None and score.high is not None:
+        width = f"{100 * (score.high - score.low) / (scale[1] - scale[0]):.1f}%"
+        row |= {"interval": f"{score.low:.3f} to {score.high:.3f}", "low": at(score.low), "width": width}
+    return row
+
+
+def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
+    """One honest sentence about the difference; item by item where the last evaluation holds a comparison.
+
+    Args:
+      shown: before and after, or one of them.
+      more_is_better: of the metric.
+      paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
+    """
+    if len(shown) < 2:
+        return ""
+    gain = shown[1].value - shown[0].value
+    if gain == 0:
+        return "No change."
+    change = f"{gain:+.3f}, {'better' if (gain > 0) == more_is_better else 'worse'}"
+    if paired:
+        interval = f"95% of the difference, item by item: {paired['low']:+.3f} to {paired['high']:+.3f}"
+        counts = f"{paired['gained']} gained, {paired['lost']} lost, p = {paired['p_value']:.2g}"
+        return f"{change} ({interval}; {counts})."
+    apart = _apart(shown[0], shown[1])
+    if apart is None:
+        return f"{change}."
+    return f"{change}; the intervals {'do not overlap' if apart else 'overlap, so more items would be needed to tell'}."
+
+
+def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
+    """Whether two intervals do not overlap; None where one is not known."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return None
+    return first.high < second.low or second.high < first.low
+
+
+def tiles(history: History) -> Iterator[tuple[str, str, str]]:
+    """(name, value, note) of the small boxes at the top."""
+    losses = [record["eval"]["loss"] for record in history.ends if record["eval"].get("loss") is not None]
+    if len(losses) > 1:
+        yield "Held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "before → after, same questions as above"
+    speed = history.column("tokens_per_second")[1]
+    if np.isfinite(speed).any():
+        tokens = history.total("tokens")
+        yield (
+            "Tokens per second",
+            f"{np.nanmedian(speed):,.0f}",
+            f"median; {tokens:,.0f} tokens" if tokens else "median",
+        )
+    seconds = history.total("seconds")
+    if seconds:
+        yield "Training time", duration(seconds), "min:s, without compiling" if seconds < 3600 else "h:min:s"
+    yield from _costs(history)
+    values, limit = history.column("misalignment")[1], history.column("misalignment_limit")[1]
+    if values.size and np.isfinite(values[-1]):
+        known = limit.size and np.isfinite(limit[-1])
+        note = f"limit {limit[-1]:.3f}, excess {values[-1] - limit[-1]:.4f}" if known else "of the whole model"
+        yield "Misalignment", f"{values[-1]:.3f}", note
+
+
+def _costs(history: History) -> Iterator[tuple[str, str, str]]:
+    """Wall time by stage, and the most memory."""
+    stages = {name: value for name, value in (history.done.get("seconds") or {}).items() if value is not None}
+    if stages:
+        since = f" (since step {history.resumed[-1]})" if history.resumed else ""
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in stages.items())
+        yield f"Wall time{since}", duration(sum(stages.values())), parts
+    device, host = history.last("peak_device_memory"), history.last("peak_memory")
+    if device:
+        also = f"of the fullest device; {_size(host)} of the host" if host else "of the fullest device"
+        yield "Peak memory", _size(device), also
+    elif host:
+        yield "Peak memory", _size(host), "of the process, until the last log step"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,105 @@
+"""What the log keeps of a state: how the mechanisms spread their factors over channels, and how large adapters are.
+
+It is one small program of its own that runs at log steps, so that the steps between them do not pay for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import trees
+from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.optim.gate_state import Mechanisms, own_factors
+from nalora_jax.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class StateMetrics:
+    """Measures states of one run.
+
+    Args:
+      mechanisms: those of the run.
+      spec: its adapters.
+      mesh: where its states live.
+    """
+
+    mechanisms: Mechanisms
+    spec: AdapterSpec
+    mesh: Mesh
+    _compiled: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        everywhere = NamedSharding(self.mesh, P())
+        object.__setattr__(self, "_compiled", jax.jit(self._measure, out_shardings=everywhere))
+
+    def compile_ahead(self, state: TrainState) -> None:
+        """Compiles for states like this one, so that no log step's speed has that time in it."""
+        self._compiled.lower(state).compile()
+
+    def measure(self, state: TrainState) -> dict[str, Any]:
+        """Numbers of ``state`` in host memory; all processes have to ask.
+
+        Returns:
+          ``histograms``: by a mechanism's label its ``edges`` [B], and ``counts`` [layers, B + 1] of the channels whose
+          own factor of the coming step lies below the first edge, from each edge to the next, and from the last one
+          on; layers of several blocks one after the other, experts' channels together. ``adapters``: by path the
+          Frobenius norm of ``s A B`` of every layer, [layers]; experts' together.
+        """
+        counts, norms = jax.device_get(self._compiled(state))
+        bins = {label: one.bins for label, one in self.mechanisms.entries}
+        return {
+            "histograms": {label: {"edges": bins[label], "counts": found} for label, found in counts.items()},
+            "adapters": norms,
+        }
+
+    def _measure(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        own = own_factors(state.gate, self.mechanisms)
+        counts = {
+            label: jnp.concatenate([histogram(factor, one.bins) for factor in own[label].values()])
+            for label, one in self.mechanisms.entries
+        }
+        return counts, adapter_norms(trees.flatten(state.lora), self.spec)
+
+
+def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
+    """How many channels of each layer lie below the first edge, between two, and from the last one on.
+
+    Args:
+      factor: [layers, ..., d_ff].
+      edges: [B], rising; a value on an edge counts as above it.
+
+    Returns:
+      [layers, B + 1] int32.
+    """
+    rows = factor.reshape(factor.shape[0], -1)
+    reached = jnp.sum(rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None], axis=-1, dtype=jnp.int32)
+    whole, nothing = jnp.full((len(rows), 1), rows.shape[1], jnp.int32), jnp.zeros((len(rows), 1), jnp.int32)
+    return -jnp.diff(jnp.concatenate([whole, reached, nothing], axis=1), axis=1)
+
+
+def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[str, jax.Array]:
+    """Frobenius norm of ``s A B`` of every layer, by path: [layers] float32.
+
+    ``A B`` itself, as large as the kernel, is never formed: its squared norm is the sum of the elements of
+    ``(A^T A) * (B B^T)``, both [r, r].
+
+    Args:
+      leaves: adapters by path: ``<path>/a`` [layers, ..., d_in, r] and ``<path>/b`` [layers, ..., r, d_out].
+      spec: what they are adapters of.
+    """
+    found = {}
+    for path, _ in spec.targets:
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        of_a = jnp.einsum("l...dr,l...ds->l...rs", a, a, precision="highest")
+        of_b = jnp.einsum("l...rd,l...sd->l...rs", b, b, precision="highest")
+        squared = jnp.sum(of_a * of_b, axis=tuple(range(1, a.ndim)))
+        found[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(jnp.maximum(squared, 0.0))
+    return found

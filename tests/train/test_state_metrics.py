@@ -1,0 +1,41 @@
+"""What is logged of a state, against numpy."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.optim.mechanism import Mechanism
+from nalora_jax.train.state_metrics import adapter_norms, histogram
+
+
+def test_channels_are_counted_as_numpy_counts_them() -> None:
+    rng = np.random.default_rng(0)
+    factor = np.exp(rng.normal(0, 1.5, (3, 2, 500))).astype(np.float32)
+    factor[0, 0, :4] = 0, 1, 0.125, 8  # on edges, and below the first
+    counts = np.asarray(histogram(jnp.asarray(factor), Mechanism.bins))
+    edges = np.array([-np.inf, *np.float32(Mechanism.bins), np.inf])
+    expected = [np.histogram(rows, edges)[0] for rows in factor.reshape(3, -1)]
+    np.testing.assert_array_equal(counts, expected)
+    np.testing.assert_array_equal(counts.sum(1), 1000)
+
+
+def test_norms_are_those_of_the_whole_updates() -> None:
+    rng = np.random.default_rng(1)
+    targets = (
+        ("layers/attn/q_proj", TargetSpec((4, 2, 0), (8.0, 2.0, 1.0))),
+        ("layers/ffn/gate_proj", TargetSpec((4, 4, 4), (4.0, 8.0, 2.0))),  # experts
+    )
+    shapes = {"layers/attn/q_proj": ((3, 12, 4), (3, 4, 10)), "layers/ffn/gate_proj": ((3, 5, 12, 4), (3, 5, 4, 9))}
+    leaves = {
+        f"{path}/{name}": rng.normal(size=shape).astype(np.float32)
+        for path, pair in shapes.items()
+        for name, shape in zip("ab", pair, strict=True)
+    }
+    found = adapter_norms({name: jnp.asarray(leaf) for name, leaf in leaves.items()}, AdapterSpec(targets))
+    for path, spec in targets:
+        whole = leaves[f"{path}/a"].astype(np.float64) @ leaves[f"{path}/b"].astype(np.float64)
+        scale = [alpha / rank if rank else 0.0 for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)]
+        expected = scale * np.sqrt(np.square(whole).sum(axis=tuple(range(1, whole.ndim))))
+        np.testing.assert_allclose(found[path], expected, rtol=1e-5)
