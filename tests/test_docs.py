@@ -50,3 +50,13 @@ def test_the_reference_has_all_that_packages_export() -> None:
                 assert value.__name__ in listed, f"{package}.{name}"
             else:
                 assert any(getattr(source, name, None) is value for source in sources.values()), f"{package}.{name}"
+
+
+def test_errors_of_the_troubleshooting_page_are_errors_of_this_library() -> None:
+    """Each heading is a part of a message that some module really raises."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nalora_jax").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    headings = re.findall(r"^## `(.+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(headings) > 8
+    for heading in headings:
+        assert heading in source, heading
