@@ -189,8 +189,8 @@ class _Talk:
             return False
         does: dict[str, Callable[[str], None]] = {
             "/help": lambda _: _say(HELP),
-            "/image": self._image,
             "/adapter": self._adapter,
+            "/image": self._image,
             "/system": self._system,
             "/reset": self._reset,
         }
