@@ -259,7 +259,7 @@ ZERO = {
     "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
     "--batch", "--price", "--epochs", "--data.max-length",
 }  # fmt: skip
-ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features"}
+ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
 ZERO |= {"--shots", "--images", "--preference.label-smoothing"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 ALLOWED["-1"].add("--train.eval-every")

@@ -23,7 +23,7 @@ from nalora_jax.study.plan import Cell, Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
-from nalora_jax.train.dual_pieces import dual_pieces
+from nalora_jax.train.dual_pieces import dual_pieces, image_records
 
 PROTOCOL = """
 question = "Which method learns colours?"
@@ -120,7 +120,7 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Laboratory) -> Non
     """Rows, projections and adapters of the seed, and the measures behind them, are those of ``nalora train``."""
     (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
     config = pairs.protocol.config(pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"])
-    pieces = dual_pieces(config, make_mesh(config.mesh, jax.devices()[:1]))
+    pieces = dual_pieces(config, *image_records(config), make_mesh(config.mesh, jax.devices()[:1]))
     state, losses, batches = pieces.assembly.state, [], pieces.data.batches()
     for _ in range(4):
         batch = make_global_batch(next(batches), pieces.assembly.mesh, rows_axis=1)

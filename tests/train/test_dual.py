@@ -67,7 +67,7 @@ def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
 
 def steps(settings: RunConfig, mesh, count: int = 3):
     """The pieces of a run, its state after some steps, and the metrics of the last."""
-    pieces = dual_pieces(settings, image_records(settings), mesh)
+    pieces = dual_pieces(settings, *image_records(settings), mesh)
     state, params = pieces.assembly.state, pieces.assembly.view(pieces.assembly.params)
     batches = pieces.data.batches()
     losses = []
@@ -157,10 +157,10 @@ def test_towers_that_never_met_train_their_projections(dual_folder, tower_folder
         settings = config(f"{image}+{text}", colours, lora=LoRAConfig(rules=(LoRARule("ffn", rank),)), vision=vision)
         pieces, state, metrics, losses = steps(settings, one_device(), 8)
         assert set(metrics["layers"]) == blocks
-        assert losses[-1] < losses[0]
+        assert np.mean(losses[-3:]) < np.mean(losses[:3])
         moved = trees.flatten(state.lora)
         for path in ("image/projection/kernel", "text/projection/kernel", "logit_scale"):
             assert np.abs(moved[path] - trees.flatten(pieces.loaded.params)[path]).max() > 0, path
     settings = config(dual_folder("clip"), colours, lora=LoRAConfig(rules=(LoRARule("ffn", 0),)))
     with pytest.raises(NaloraError, match="at least one adapter"):
-        dual_pieces(settings, image_records(settings), one_device())
+        dual_pieces(settings, *image_records(settings), one_device())
