@@ -90,6 +90,13 @@ def test_an_adapter_that_names_no_base_needs_one(tmp_path, name):
     assert locate("owner/base", folder).base == "owner/base"
 
 
+def test_a_config_without_end_is_one_error(tmp_path):
+    folder = make_adapter(tmp_path / "deep")
+    (folder / "adapter_config.json").write_text('{"r": ' + "[" * 100_000)
+    with pytest.raises(NaloraError, match="expected a PEFT adapter's config"):
+        locate(folder)
+
+
 @pytest.mark.parametrize("text", ["", "no json", "[1]", '{"step": 1}', '{"run": 3}'])
 def test_what_is_not_a_log_is_no_run(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)

@@ -125,7 +125,7 @@ def _arrow_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NaloraError(str(path), expected="a JSON file of datasets' save_to_disk", found=error) from error
     if not isinstance(value, dict):
         raise NaloraError(str(path), expected="a JSON object", found=type(value).__name__)

@@ -165,13 +165,13 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
     value = record.get("tools")
     if not value:
         return None
-    if isinstance(value, str):
-        try:
+    try:
+        if isinstance(value, str):
             value = json.loads(value)
-        except ValueError as error:
-            raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
-    if isinstance(value, list):
-        value = [json.loads(one) if isinstance(one, str) and one[:1] == "{" else one for one in value]
+        if isinstance(value, list):
+            value = [json.loads(one) if isinstance(one, str) and one[:1] == "{" else one for one in value]
+    except (ValueError, RecursionError) as error:
+        raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise NaloraError(f"{where}: tools", expected="a list of tools", found=repr(value)[:80])
     return [_without_null(one) for one in value] or None
@@ -181,7 +181,7 @@ def _object(value: Any, where: str) -> Record:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NaloraError(where, expected="a JSON object", found=error) from error
     if not isinstance(value, dict):
         raise NaloraError(where, expected="a JSON object", found=repr(value)[:80])

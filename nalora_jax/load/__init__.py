@@ -180,7 +180,7 @@ def base_of(adapter: Path) -> str:
     path = adapter / CONFIG_NAME
     try:
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
     if not isinstance(name, str) or not name:
         remedy = "give the base model itself, and the adapter with --adapter"

@@ -95,7 +95,7 @@ def _base_of(folder: Path) -> str:
     path = folder / CONFIG_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
     return found if isinstance(found, str) else ""
 

@@ -149,6 +149,8 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(tokenizer: Tokenizer, tmp_pa
         ({"conversations": "x"}, "expected a list of chat messages, found a str"),
         ({"instruction": ["x"], "output": "y"}, "instruction: expected a text, found a list"),
         ({"messages": TALK, "tools": "no json"}, "tools: expected a JSON list of tools"),
+        ({"messages": TALK, "tools": ["{no json"]}, "tools: expected a JSON list of tools"),
+        ({"messages": TALK, "tools": "[" * 100_000}, "tools: expected a JSON list of tools"),
         ({"messages": TALK, "tools": {"name": "x"}}, "tools: expected a list of tools"),
         (
             {"messages": [*TALK[:2], {"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]},
