@@ -76,6 +76,19 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 
+# CLIP ViT-B/16, the model of the figures about images: transformers' names; what is not said is CLIP's default.
+CLIP_B16: dict[str, Any] = {
+    "model_type": "clip",
+    "projection_dim": 512,
+    "vision_config": {
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        **{"image_size": 224, "patch_size": 16},
+    },
+    "text_config": {
+        **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    },
+}
+
 
 def processor() -> dict[str, Any]:
     """Name, generation ("" where it is not known), cores and instruction sets of the CPU."""
@@ -318,6 +331,13 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     whole = path.with_suffix(".part")
     whole.write_text(json.dumps(record, indent=1) + "\n")
     whole.replace(path)
+
+
+def write_between(page: Path, start: str, end: str, content: str) -> None:
+    """Replaces what stands between two markers of a page."""
+    before, rest = page.read_text().split(start)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{start}\n{content}\n{end}{after}")
 
 
 def _public(value: Any) -> Any:

@@ -16,21 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from common import CLIP_B16, write, write_between
+
 RECORD = Path(__file__).parent / "results" / "contrastive.json"
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 START, END = "<!-- table: benchmarks/contrastive.py -->", "<!-- end of table -->"
 PAIRS, TOKENS, RANK = 128, 77, 8  # pairs a chip, tokens of a caption
-CLIP = {
-    "model_type": "clip",
-    "projection_dim": 512,
-    "vision_config": {
-        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        **{"image_size": 224, "patch_size": 16},
-    },
-    "text_config": {
-        **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-    },
-}
 
 
 def compiled(name: str) -> dict[str, Any]:
@@ -52,7 +43,7 @@ def compiled(name: str) -> dict[str, Any]:
         train=TrainConfig(batch_size=rows),
         vision=VisionConfig("contrast"),
     )
-    base = DualConfig.from_hf(CLIP)
+    base = DualConfig.from_hf(CLIP_B16)
     found = figures(*contrastive_step(config, base, mesh, seq=TOKENS))
     kinds: dict[str, list[Any]] = defaultdict(list)
     for one in found.collectives:
@@ -87,14 +78,6 @@ def table(record: dict[str, Any]) -> str:
     return head + "\n\n" + "\n".join(lines)
 
 
-def write_page(record: dict[str, Any]) -> None:
-    """Puts the table between the markers of the page."""
-    text = PAGE.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{START}\n{table(record)}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v6e:4x8")
@@ -102,8 +85,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.page:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        RECORD.write_text(json.dumps(compiled(options.topology), indent=1) + "\n")
-    write_page(json.loads(RECORD.read_text()))
+        write(RECORD, compiled(options.topology))
+    write_between(PAGE, START, END, table(json.loads(RECORD.read_text())))
 
 
 if __name__ == "__main__":

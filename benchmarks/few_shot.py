@@ -20,16 +20,13 @@ import time
 from typing import Any
 
 import numpy as np
-from common import add_rounds, alternate_processes, compare, fastest, peak_rss_mb, script, search
+from common import CLIP_B16, add_rounds, alternate_processes, compare, fastest, peak_rss_mb, script, search
 from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Few-shot steps of CLIP ViT-B/16 against transformers + PEFT"
 SHORT = "Few-shot, PEFT"
 
 CLASSES, RANK, RATE = 100, 8, 1e-3
-# transformers' names; what is not said is CLIP's default, which is ViT-B/32.
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PEFT_SETTINGS = ("sdpa", "sdpa compiled", "eager", "eager compiled")
 
@@ -57,7 +54,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after --warmup")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--layers", type=int, default=VISION["num_hidden_layers"], help="of both towers")
+    parser.add_argument(
+        "--layers", type=int, default=CLIP_B16["vision_config"]["num_hidden_layers"], help="of both towers"
+    )
     parser.add_argument("--library", choices=("nalora_jax", "peft"), help="measure one, in this process")
     parser.add_argument("--peft", choices=PEFT_SETTINGS, help="PEFT's setting; default: the fastest that is known")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch")
@@ -68,13 +67,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def clip_config(options: argparse.Namespace) -> dict[str, Any]:
     """``config.json`` of a CLIP ViT-B/16."""
-    vision = {**VISION, "num_hidden_layers": options.layers, "image_size": options.image_size, "patch_size": 16}
-    return {
-        "model_type": "clip",
-        "projection_dim": 512,
-        "vision_config": vision,
-        "text_config": {**TEXT, "num_hidden_layers": options.layers},
-    }
+    sizes = {"num_hidden_layers": options.layers}
+    vision = {**CLIP_B16["vision_config"], **sizes, "image_size": options.image_size}
+    return {**CLIP_B16, "vision_config": vision, "text_config": {**CLIP_B16["text_config"], **sizes}}
 
 
 def batches(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:

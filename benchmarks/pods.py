@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import write_between
+
 RECORD = Path(__file__).parent / "results" / "pods.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
 START, END = "<!-- table: benchmarks/pods.py -->", "<!-- end of table -->"
@@ -65,14 +67,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write_page() -> None:
-    """Puts the table between the markers of the page."""
-    text = PAGE.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{START}\n{table()}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--platform", choices=tuple(TOPOLOGIES), default="tpu")
@@ -86,7 +80,7 @@ def main() -> None:
         for topology in options.topologies or TOPOLOGIES[options.platform]:
             if (options.again or (model, topology) not in recorded()) and not compile_entry(model, topology):
                 failed.append(f"{model} on {topology}")
-    write_page()
+    write_between(PAGE, START, END, table())
     if failed:
         sys.exit("not compiled: " + ", ".join(failed))
 

@@ -10,9 +10,7 @@ import pathlib
 import resource
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -155,22 +153,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def two_processes() -> Callable[..., list[tuple[int, str, str]]]:
     """Runs Python with the same arguments as two processes that know of each other: a pod at its smallest."""
+    from tests import tiny
 
     def run(arguments: list[str], *, devices: int, **variables: str) -> list[tuple[int, str, str]]:
         """Exit status, standard output and error of both, each with ``devices`` simulated devices."""
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        # JAX warns about, and may stall on, proxies in a distributed run's environment.
-        clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-        clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-        clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        clean |= {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, *arguments]
-        started = [subprocess.Popen(command, env=clean | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
-        outputs = [process.communicate(timeout=240) for process in started]
-        return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
+        return tiny.finish(tiny.start(arguments, count=2, devices=devices, **variables))
 
     return run
 
@@ -252,6 +239,7 @@ def tower_folders(
     dual_folder: Callable[..., pathlib.Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Folders of a ViT (32 wide, 3 layers) and of a BERT (48 wide, 2 layers) that were never trained together."""
+    import torch
     import transformers
 
     sizes = {"num_attention_heads": 4, "intermediate_size": 64}
@@ -260,7 +248,10 @@ def tower_folders(
         vocab_size=40, hidden_size=48, num_hidden_layers=2, max_position_embeddings=12, **sizes
     )
     donor, root = dual_folder("vision-text-dual-encoder"), tmp_path_factory.mktemp("towers")
-    for name, model in (("image", transformers.ViTModel(vit)), ("text", transformers.BertModel(bert))):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        towers = {"image": transformers.ViTModel(vit), "text": transformers.BertModel(bert)}
+    for name, model in towers.items():
         model.save_pretrained(root / name)
         for file in (*donor.glob("*token*"), donor / "preprocessor_config.json"):
             shutil.copy(file, root / name)

@@ -15,7 +15,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,20 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig(**(settings | changes))
 
 
+def make_pictures(folder: Path, colours: Mapping[str, Sequence[int]], count: int, size: tuple[int, int]) -> Path:
+    """``count`` noisy PNGs of ``size`` (height, width) of each colour, with captions and labels beside them."""
+    from PIL import Image
+
+    rng, rows = np.random.default_rng(0), ["file_name,caption,label"]
+    for i in range(count):
+        for name, colour in colours.items():
+            pixels = np.clip(np.asarray(colour) + rng.normal(0, 25, (*size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+            rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
 def write_settings(config: RunConfig, path: Path) -> Path:
     """``config`` as a file for ``--config``."""
     text = "from nalora_jax.config import config_from_dict\n\n\ndef config():\n    return config_from_dict({!r})\n"
@@ -135,6 +149,7 @@ def write_settings(config: RunConfig, path: Path) -> Path:
 
 def start(arguments: Sequence[str], *, count: int = 1, devices: int = 1, **variables: str) -> list[subprocess.Popen]:
     """Starts ``python ARGUMENTS`` as ``count`` processes of one run, each with simulated devices of its own."""
+    # JAX warns about, and may stall on, proxies in a distributed run's environment.
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
     clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from nalora_jax import trees
 from nalora_jax.data.images.sources import open_images
@@ -24,6 +23,7 @@ from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
 from nalora_jax.train.dual_pieces import dual_pieces, image_records
+from tests import tiny
 
 PROTOCOL = """
 question = "Which method learns colours?"
@@ -65,15 +65,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 200)}
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixteen pictures of each colour, with captions."""
-    folder = tmp_path_factory.mktemp("colours")
-    rng, rows = np.random.default_rng(0), ["file_name,caption,label"]
-    for i in range(16):
-        for name, colour in COLOURS.items():
-            pixels = np.clip(np.asarray(colour) + rng.normal(0, 25, (18, 18, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{name}{i}.png")
-            rows.append(f"{name}{i}.png,a photo of the {name} square,{name}")
-    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
-    return folder
+    return tiny.make_pictures(tmp_path_factory.mktemp("colours"), COLOURS, count=16, size=(18, 18))
 
 
 def write_protocol(folder: Path, towers: tuple[Path, Path], data: Path, tasks: dict[str, str], metric: str) -> Protocol:
