@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -86,6 +87,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = wanted
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage seldom: what is imported by now stays, and JAX's traces are many objects of a short life."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports of runs are written without their pictures, unless a module is marked, or about reports."""
+    if request.node.get_closest_marker("pictures") is not None or "report" in request.path.parts:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nalora_jax.report.html._draw", lambda pictures, history: [])
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -27,10 +27,10 @@ from nalora_jax.weights.merge import write_merged
 
 pytestmark = [pytest.mark.network, pytest.mark.optimised]
 
-QUESTIONS = 50
+QUESTIONS = 16
 TRAINING = (
-    "--steps 10 --optimizer.learning-rate 4e-3 --compute.dtype float32 --compute.no-compilation-cache "
-    "--data.max-length 64 --data.train-limit 200 --data.eval-limit 8 --data.select-limit 4 "
+    "--steps 6 --optimizer.learning-rate 4e-3 --compute.dtype float32 --compute.no-compilation-cache "
+    "--data.max-length 64 --data.train-limit 100 --data.eval-limit 4 --data.select-limit 2 "
     "--train.eval-every 0 --train.save-every 0"
 )
 

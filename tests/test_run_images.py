@@ -26,6 +26,8 @@ from nalora_jax.train import loop
 from nalora_jax.train.metrics import read_metrics
 from nalora_jax.weights.vision.peft import import_dual_adapter
 
+pytestmark = pytest.mark.pictures  # of runs' reports
+
 CLASSES = ("red", "green", "blue")
 
 

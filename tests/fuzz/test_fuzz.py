@@ -10,6 +10,8 @@ from tests.fuzz.campaign import outcomes
 from tests.fuzz.mutate import damaged
 from tests.fuzz.parsers import PARSERS, Parser
 
+pytestmark = pytest.mark.pictures  # of runs' reports
+
 INPUTS = 60
 
 

@@ -42,6 +42,8 @@ from nalora_jax.train.assembly import assemble
 from nalora_jax.train.preference import dpo
 from tests import tiny
 
+pytestmark = pytest.mark.pictures  # of runs' reports
+
 BASE = ModelConfig.from_hf(tiny.HF)
 DATA = DataConfig(max_length=24)
 RECORDS = [

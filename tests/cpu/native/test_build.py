@@ -123,16 +123,6 @@ def test_a_kind_that_this_cpu_has_not_is_refused(monkeypatch: pytest.MonkeyPatch
         library.available()
 
 
-def test_what_was_compiled_is_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
-    made = library.build(library.find_compiler(), "plain")
-    written = made.stat().st_mtime_ns
-    assert library.build(library.find_compiler(), "plain") == made
-    assert made.stat().st_mtime_ns == written
-    assert [path.name for path in made.parent.iterdir()] == [made.name]
-    assert made.parent.stat().st_mode & 0o777 == 0o700
-
-
 # ---------------------------------------------------------------- what is in the cache is run, so it is checked
 
 
@@ -153,6 +143,14 @@ def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stub.chmod(0o755)
     monkeypatch.setenv("CXX", str(stub))
     return library.build(str(stub), "plain")
+
+
+def test_what_was_compiled_is_taken_from_the_cache(compiled: Path) -> None:
+    written = compiled.stat().st_mtime_ns
+    assert library.build(os.environ["CXX"], "plain") == compiled
+    assert compiled.stat().st_mtime_ns == written
+    assert [path.name for path in compiled.parent.iterdir()] == [compiled.name]
+    assert compiled.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_library_that_was_cut_off_or_changed_is_compiled_again(compiled: Path) -> None:

@@ -280,7 +280,6 @@ def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
     ("adapted", "use_bias", "name"),
     [
         ("gate_proj up_proj down_proj", True, "silu"),
-        ("gate_proj up_proj down_proj", False, "gelu_tanh"),
         ("gate_proj", False, "silu"),
         ("down_proj", True, "gelu_tanh"),
         ("", False, "silu"),
