@@ -67,7 +67,7 @@ def _mark(index: int) -> dict[str, Any]:
 
 def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
     """Validation loss (or what else is compared) over learning rates."""
-    top = []
+    top, tried = [], set[float]()
     for result in group:
         pairs = [(rate, loss) for rate, loss in zip(result.tuning.rates, result.tuning.losses, strict=True) if loss]
         pairs = [(rate, loss) for rate, loss in pairs if math.isfinite(loss)]
@@ -75,18 +75,21 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
             continue
         rates, losses = zip(*pairs, strict=True)
         axis.plot(rates, losses, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
+        tried.update(rates)
         best = min(losses)
         top += [min(loss, best + 0.5) for loss in losses]
     if not top:
         return False
     axis.set(xlabel="learning rate", ylabel=f"validation {named(group[0].metric)}", xscale="log")
+    axis.minorticks_off()
+    axis.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)], rotation=30, fontsize=8)
     spread = max(top) - min(top)
     axis.set_ylim(min(top) - 0.05 * spread - 1e-4, max(top) + 0.05 * spread + 1e-4)
     return True
 
 
 def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Validation loss along the test runs, mean over seeds, without the loss before training."""
+    """Validation loss along the test runs, mean over seeds, without the loss before training; of one step nothing."""
     drawn = False
     for result in group:
         curves = [{int(p["step"]): cost(result.metric, p) for p in one["curve"]} for one in result.held().values()]
@@ -94,7 +97,7 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
         if steps:
             values = [mean([curve[step] for curve in curves]) for step in steps]
             axis.plot(steps, values, label=result.cell.method, linewidth=1.2, **marks[result.cell.method])
-            drawn = True
+            drawn |= len(steps) > 1
     axis.set(xlabel="step", ylabel=f"validation {named(group[0].metric)}")
     return drawn
 
@@ -146,7 +149,7 @@ def _differences(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
     axis.set_yticks(range(len(made)), labels, fontsize=8)
     axis.invert_yaxis()
     what = f"difference of the test {named(protocol.metric)}"
-    axis.set(xlabel=f"{what}, 95% interval (grey: the margin of {protocol.margin:g})")
+    axis.set_xlabel(f"{what}\n95% interval; grey: the margin of {protocol.margin:g}", fontsize=9)
     return _svg(figure, "differences.svg")
 
 
