@@ -277,7 +277,7 @@ def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high
         vmin=low,
         vmax=high if high > low else low + 1e-6,
     )
-    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(False)
     return image

@@ -61,7 +61,7 @@ def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for axis in np.ravel(axes):
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     return figure, axes
 
 
@@ -73,6 +73,10 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
       name: unique in the page; keeps the ids of two figures apart.
       label: what a screen reader says in its place.
     """
+    for line in (line for axis in figure.axes for line in axis.lines):
+        if len(line.get_xydata()) == 1 and line.get_marker() == "None":
+            line.set_marker("o")  # a line through one point is not seen
+            line.set_markersize(4)
     buffer = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name, "svg.id": None}):
         figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
