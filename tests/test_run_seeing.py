@@ -71,7 +71,7 @@ def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunCo
         load_config("configs/llava_chat.py"),
         model=str(model),
         output=str(output),
-        steps=30,
+        steps=16,
         lora=LoRAConfig(rules=RULES["llava"]),
         data=DataConfig(
             str(chats),
@@ -83,11 +83,11 @@ def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunCo
             chat=True,
             workers=1,
         ),
-        train=TrainConfig(batch_size=8, log_every=5, eval_every=30, save_every=30),
+        train=TrainConfig(batch_size=8, log_every=5, eval_every=16, save_every=16),
         compute=ComputeConfig("float32", stats_stride=1, compilation_cache=False),
         mesh=MESHES["llava"],
     )
-    base = replace(base, optimizer=replace(base.optimizer, learning_rate=1e-2))
+    base = replace(base, optimizer=replace(base.optimizer, learning_rate=2e-2))
     return replace(base, **changes)
 
 
