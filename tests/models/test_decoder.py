@@ -271,7 +271,7 @@ def test_keeping_products_makes_no_frozen_product_again():
     lora = init_lora(config, spec, jax.random.key(1))
 
     def flops(remat: str) -> float:
-        model = Decoder(config, spec, numerics_for("bfloat16", "cpu"), remat=remat)
+        model = Decoder(config, spec, numerics_for("bfloat16", "cpu", "xla"), remat=remat)
 
         def loss(lora):
             return jnp.sum(model.apply({"params": params, "lora": lora}, tokens))
@@ -279,8 +279,8 @@ def test_keeping_products_makes_no_frozen_product_again():
         return jax.jit(jax.grad(loss)).lower(lora).compile().cost_analysis()["flops"]
 
     none, dots, attention, full = (flops(remat) for remat in ("none", "dots", "attention", "full"))
-    assert dots < none + 0.3 * (full - none)
-    assert dots < attention < full
+    half = none + 0.5 * (full - none)  # elementwise functions, which are made again, count in a model this small
+    assert dots < half < attention < full
 
 
 def test_unknown_remat_is_an_error():
