@@ -1,8 +1,8 @@
 """Llama-3.1-8B on commonsense-170k, for somebody who has a GPU: planned, not run.
 
 The data are the 170,000 training questions of eight tasks that LLM-Adapters (arXiv 2304.01933) put together, in
-Alpaca's fields; three epochs as there. Both need access to the Hugging Face hub, the model also somebody who has accepted
-its terms.
+Alpaca's fields; three epochs as there. Both need access to the Hugging Face hub, the model also that its terms are
+accepted.
 
 Expected result: unknown; compare it with the same run without the mechanisms (--mask.kind off --step-scale.kind off).
 Cost: by data sheets 20 GB and at least 0.043 s a step on each of eight H100
