@@ -73,8 +73,8 @@ class Instruction:
 
     @property
     def to_host(self) -> bool:
-        """Whether what it moves leaves the device: into a stack, or to the first array of a copy's result."""
-        return self.opcode == "dynamic-update-slice-start" or (self.opcode == "copy-start" and self.shapes[0].on_host)
+        """Whether what it moves leaves the device, by its result, which a copy names first and others last."""
+        return self.shapes[0 if self.opcode == "copy-start" else -2].on_host
 
 
 @dataclass

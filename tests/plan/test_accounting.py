@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -280,10 +282,14 @@ def test_iterations_that_stand_in_front_of_a_loop_are_not_counted_again():
 
 
 def test_what_goes_to_the_host_s_memory_and_comes_back():
-    """As the TPU's compiler writes it: one layer into the stack behind a product, a copy, and one layer out of it."""
+    """As compilers write it for TPUs and GPUs: a layer into the stack behind a product, a copy, a layer out of it."""
     program = Program(OFFLOADED)
     layer, array = 8 * 16 * 2, 32 * 4
     found = [(one.to_host, one.moved, one.times, one.overlapped) for one in transfers(program)]
     assert sorted(found) == [(False, layer, 1, False), (True, array, 1, False), (True, layer, 4, True)]
+    gpu = OFFLOADED.replace("dynamic-update-slice-start(", "fusion-start(").replace(
+        "dynamic-slice-start(", "fusion-start("
+    )
+    assert list(transfers(Program(gpu))) == list(transfers(program))
     # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop compares.
     assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer
