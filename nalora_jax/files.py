@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ def file_digest(path: Any, start: int = 0) -> str:
 def write_digests(folder: Any) -> None:
     """Write ``folder/digests.json`` for all files that lie below ``folder`` now."""
     root = epath.Path(folder)
-    listed = {name: file_digest(root / name) for name in sorted(_names(root))}
+    listed = {name: file_digest(root / name) for name in sorted(_names(root)) if name != DIGESTS}
     (root / DIGESTS).write_text(json.dumps(listed, indent=0))
 
 
@@ -59,6 +60,25 @@ def find_damage(folder: Any) -> str | None:
         if file_digest(root / name) != digest:
             return f"{name} is not what was written"
     return None
+
+
+def remove_tree(folder: Any) -> None:
+    """Remove a folder, of a file system or a bucket, with all that is in it; one that is not there is no error."""
+    epath.Path(folder).rmtree(missing_ok=True)
+
+
+def move_tree(folder: Any, target: Any) -> None:
+    """Move a folder within its file system or bucket, in place of what is at ``target``; in a bucket file by file."""
+    source, sink = epath.Path(folder), epath.Path(target)
+    remove_tree(sink)
+    if "://" not in str(sink):
+        sink.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(sink)
+        return
+    for name in list(_names(source)):
+        with (source / name).open("rb") as read, (sink / name).open("wb") as write:
+            shutil.copyfileobj(read, write, _BLOCK)
+    remove_tree(source)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -90,9 +110,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the files below ``folder``, relative to it, without the list itself."""
+    """Paths of the files below ``folder``, relative to it."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from _names(path, f"{prefix}{path.name}/")
-        elif prefix or path.name != DIGESTS:
+        else:
             yield prefix + path.name

@@ -31,6 +31,7 @@ from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
 from nalora_jax.load import ADAPTER
+from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.numerics import platform_of
 from nalora_jax.ops.registry import check_implementation
 from nalora_jax.optim import make
@@ -48,7 +49,7 @@ from nalora_jax.train.inputs import check_data, check_rules
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, recorded_settings
-from nalora_jax.train.output import CHECKPOINTS, Output, open_output
+from nalora_jax.train.output import Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.preference_pieces import preference_pieces
@@ -133,6 +134,7 @@ def _run(
     placed = config if files is None else laid_out(config, read_config(files, images=images))  # records keep the rest
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(config.compute.implementation, platform_of(mesh).name)
+    check_remat(config.compute.remat, platform_of(mesh).name)
 
     # ---------------------------------------------------------------- model, adapters, step, training rows, questions
     pieces = _pieces(placed, files, output, mesh, source) if files else _on_images().dual_pieces(config, *records, mesh)
@@ -142,7 +144,7 @@ def _run(
     batches = pieces.data.batches()
 
     with Checkpointer(
-        output.folder / CHECKPOINTS,
+        output.checkpoints,
         fingerprint=loaded.fingerprint,
         config=config.to_dict(),
         keep=config.train.keep,
@@ -202,7 +204,7 @@ def _pieces(
     check_data(config.data, source)
     loaded = _load(config, files, mesh)
     if config.preference.loss != "none":
-        return preference_pieces(config, loaded, mesh, source)
+        return preference_pieces(config, loaded, mesh, source, output.share)
     assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init == "gradient" and not output.resumes:
@@ -214,7 +216,7 @@ def _pieces(
     )
 
     def write(folder: Path, state: TrainState) -> Path:
-        return export(config, folder, loaded, assembly, state, data.batches())
+        return export(config, folder, loaded, assembly, state, data.batches(), output.share)
 
     questions = {"reported": digest(reported), "selecting": digest(selecting)}
     return Pieces(loaded, assembly, data, evaluator, selector, questions, write)

@@ -17,9 +17,9 @@ from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
 from nalora_jax.models.decoder import init_lora
+from nalora_jax.models.remat import chosen_remat
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.ops.numerics import numerics_for, platform_of
-from nalora_jax.ops.programs import best_remat
 from nalora_jax.optim import make
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
@@ -98,10 +98,8 @@ def _epochs(config: RunConfig, data: TrainData) -> float:
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
     """An estimate of what a device holds while it trains."""
     sizes = tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    remat: str = config.compute.remat
-    if remat == "auto":
-        numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
-        remat = best_remat(base.d_model, numerics)
+    numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
+    remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     config = replace(config, mesh=MeshConfig(*sizes))
     # Bytes do not depend on the machine; where nothing is known of it, its times are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig, check
+from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, Remat, RunConfig, TrainConfig, check
 from nalora_jax.config.ranges import AXIS, COUNT, ROWS, TOKENS, Range
 from nalora_jax.errors import NaloraError
 
@@ -34,7 +34,7 @@ class PlanArgs:
     # Adapters: PATTERN:RANK[:ALPHA] ..., as of nalora train.
     rules: tuple[LoRARule, ...] = LoRAConfig().rules
     # Rematerialisation; "auto" chooses it together with the mesh.
-    remat: Literal["auto", "none", "full", "attention", "dots"] = "auto"
+    remat: Remat = "auto"
     # Hold the adapted model's projections quantized.
     quantize: Literal["none", "int8", "nf4"] = "none"
     # Price of one chip and hour: the cost of a million tokens is shown.

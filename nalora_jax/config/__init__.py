@@ -48,6 +48,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "PreferenceConfig",
+    "Remat",
     "RunConfig",
     "StepScaleConfig",
     "TrainConfig",
@@ -132,6 +133,12 @@ class TrainConfig:
     patience: int = 0
 
 
+# What waits for the backward pass: `nalora_jax.models.remat.REMAT`, or what is best.
+Remat = Literal[
+    "auto", "none", "full", "attention", "dots", "full_offload", "attention_offload", "dots_offload"
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ComputeConfig:
     """Numerics and memory."""
@@ -144,8 +151,8 @@ class ComputeConfig:
     # name, such as "cpu".
     implementation: str = "auto"
     # Rematerialisation: "auto" (by platform, as measured), "none", "full", "dots" (save what takes a matmul), or
-    # "attention" (of that, nothing that is d_ff wide).
-    remat: Literal["auto", "none", "full", "attention", "dots"] = "auto"
+    # "attention" (of that, nothing that is d_ff wide). With _offload, what is saved is in the host's memory (TPU, GPU).
+    remat: Remat = "auto"
     # Take the channel statistics on one in n positions of each row (1: on all).
     stats_stride: int = 4
     # Take the misalignment probe on one in n positions.

@@ -9,6 +9,7 @@ from nalora_jax.distributed.mesh import (
     check_heads,
     make_mesh,
     resolve_sizes,
+    row_sharding,
     smallest_mesh,
 )
 from nalora_jax.distributed.processes import fetch, initialize_distributed, lost_peers_named, on_first_process, tell_all
@@ -42,6 +43,7 @@ __all__ = [
     "on_first_process",
     "process_rows",
     "resolve_sizes",
+    "row_sharding",
     "rows_of_processes",
     "shardings",
     "smallest_mesh",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import MeshConfig
 from nalora_jax.errors import NaloraError
@@ -82,6 +83,11 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
 def batch_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """Where ``[batch, seq, d_model]`` lives: rows over ("data", "fsdp"); None on one device."""
+    return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and mesh.size > 1 else None
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:

@@ -133,7 +133,9 @@ def load(
     if mesh is not None:
         distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
-    module = decoder_for(base.config, spec, numerics_for(dtype, platform_of(mesh), implementation))
+    numerics = numerics_for(dtype, platform_of(mesh), implementation)
+    routing = distributed.row_sharding(mesh) if base.config.n_experts else None
+    module = decoder_for(base.config, spec, numerics, routing_sharding=routing)
     return AdaptedModel(base, module, lora, located)
 
 

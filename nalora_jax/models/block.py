@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
@@ -20,7 +21,7 @@ from nalora_jax.ops.adapted_dense import Dense, adapted_dense, parallel_dense
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.rounding import LAYER_INPUT, round_and_save
 from nalora_jax.ops.storage import Kernel, LayerStack
 
 
@@ -140,11 +141,13 @@ class Block(nn.Module):
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     activation_sharding: NamedSharding | None = None
+    routing_sharding: NamedSharding | None = None  # of tokens on their way to experts; else as between layers
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys | None]:
         """``[batch, seq, d_model]`` -> the same, and the new keys and values where there is a cache."""
         c = self.config
+        x = checkpoint_name(x, LAYER_INPUT)
         adapters = block_adapters(self.adapters, "attn")
         attn = Attention(c, adapters, self.numerics, self.activation_sharding, name="attn")
         x, normed = self._added("attn_norm", x, None)
@@ -187,7 +190,7 @@ class Block(nn.Module):
             "n_experts": c.n_experts,
             "top_k": c.experts_per_token,
             "norm_topk": c.norm_topk,
-            "sharding": self.activation_sharding,
+            "sharding": self.routing_sharding or self.activation_sharding,
         }
         return kind(
             d_model=c.d_model,

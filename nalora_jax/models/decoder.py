@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, depths, param_shapes, projection_shapes
+from nalora_jax.models.remat import stacked
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import frozen_kernel
@@ -25,13 +26,8 @@ from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec, init_a
 from nalora_jax.ops.attention import reads_cache_in_place
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import SAVED, SAVED_WIDE
-from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, take_rows
+from nalora_jax.ops.storage import Kernel, LayerStack, take_rows
 from nalora_jax.trees import flatten, unflatten
-
-# What is saved for the backward pass: everything, the layer's input only, or also what takes a matrix product to
-# compute ("attention": without what is as wide as the feed-forward block).
-REMAT = ("none", "full", "attention", "dots")
 
 
 class Decoder(nn.Module):
@@ -41,9 +37,11 @@ class Decoder(nn.Module):
       config: the architecture.
       adapters: ranks and alphas of the adapters; the collection ``lora`` may still be absent (the base alone).
       numerics: dtypes, platform, implementation.
-      remat: one of `REMAT`.
+      remat: one of `nalora_jax.models.remat.REMAT`.
       stats: strides of the gate statistics, which are taken where ``gate_stats`` is mutable.
       activation_sharding: of ``[batch, seq, d_model]`` between layers, on a mesh; None leaves it to the compiler.
+      routing_sharding: of the same where tokens go to experts, which every device then does for its own; by default as
+        between layers. Evaluation, which leaves everything else to the compiler, has this one.
     """
 
     config: ModelConfig
@@ -52,6 +50,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     stats: GateStatsConfig | None = None
     activation_sharding: NamedSharding | None = None
+    routing_sharding: NamedSharding | None = None
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
@@ -62,6 +61,7 @@ class Decoder(nn.Module):
             self.numerics,
             self.stats or GateStatsConfig(),
             self.activation_sharding,
+            self.routing_sharding,
         )
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
@@ -214,23 +214,6 @@ class LMHead(nn.Module):
         """``[tokens, d_model]`` -> float32 ``[tokens, vocab]``."""
         logits: jax.Array = dot(x, lax.stop_gradient(frozen_kernel(self, (x.shape[-1], self.vocab_size))), numerics)
         return logits
-
-
-def stacked(block: Any, remat: str, n_layers: int) -> Any:
-    """``block``, a module of one layer, scanned over layers and rematerialised as asked."""
-    saved = {"attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
-    if remat not in REMAT:
-        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
-    policy = jax.checkpoint_policies.save_only_these_names(*saved[remat]) if remat in saved else None
-    block = block if remat == "none" else nn.remat(block, policy=policy, prevent_cse=False)
-    return nn.scan(
-        block,
-        variable_broadcast=STACKS,
-        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0, "gate_taps": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
-        length=n_layers,
-    )
 
 
 def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | None, *, in_place: bool) -> LayerInputs:

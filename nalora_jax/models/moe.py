@@ -1,8 +1,8 @@
 """A mixture of gated experts as a Linen module: router, top-k, and the gated FFN of each chosen expert.
 
-On a mesh every device routes the tokens that it holds, and none are moved. Experts are split over the axis "tensor",
-each by its channels, so that all devices have the same work whatever the router prefers; what "fsdp" splits is
-gathered for the layer. The arithmetic is `nalora_jax.models.experts`.
+On a mesh every device routes the tokens that it holds, in training and in evaluation, and none are moved. Experts are
+split over the axis "tensor", each by its channels, so that all devices have the same work whatever the router prefers;
+what "fsdp" splits is gathered for the layer. The arithmetic is `nalora_jax.models.experts`.
 """
 
 from __future__ import annotations

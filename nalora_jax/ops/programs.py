@@ -15,7 +15,7 @@ def after_compilation(numerics: Numerics) -> None:
 
 @operation
 def best_remat(d_model: int, numerics: Numerics) -> str:
-    """The rematerialisation policy that costs least on the numerics' platform: one of `models.decoder.REMAT`."""
+    """The rematerialisation policy that costs least on the numerics' platform: one of `models.remat.REMAT`."""
     return "full"
 
 

@@ -1,7 +1,8 @@
 """Rounding to the dtypes of the numerics, and what is saved for the backward pass (residuals, in autodiff's sense).
 
 A rematerialised layer saves what bears one of two names: `SAVED` for what takes a matrix product to recompute, and
-`SAVED_WIDE` for that part of it which is as wide as the feed-forward block.
+`SAVED_WIDE` for that part of it which is as wide as the feed-forward block. Its input, which every policy
+saves, is `LAYER_INPUT`, for those that say where.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.registry import operation
 from nalora_jax.ops.storage import Stored, expand
 
-SAVED, SAVED_WIDE = "saved", "saved_wide"
+SAVED, SAVED_WIDE, LAYER_INPUT = "saved", "saved_wide", "layer_input"
 
 
 @operation

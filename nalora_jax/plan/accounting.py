@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from nalora_jax.plan.hlo import Computation, Instruction, parse
+from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 
 _COLLECTIVES = (
     "all-gather",
@@ -88,7 +88,7 @@ class Program:
         def visit(name: str, times: float) -> None:
             found[name] += times
             for instruction in self.computations[name].instructions.values():
-                trips = self.trips(instruction) if instruction.opcode == "while" else 1
+                trips = self.trips(instruction, self.computations[name]) if instruction.opcode == "while" else 1
                 for called in instruction.calls:
                     if called in self.computations:
                         visit(called, times * trips)
@@ -96,8 +96,8 @@ class Program:
         visit(self.entry, 1.0)
         return found
 
-    def trips(self, loop: Instruction) -> int:
-        """Iterations of a ``while``; 1 where only the running program knows them."""
+    def trips(self, loop: Instruction, holder: Computation) -> int:
+        """Iterations of a ``while`` in ``holder``; 1 where only the running program knows them."""
         known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
         if known:
             return int(known.group(1))
@@ -109,7 +109,7 @@ class Program:
                 names += [name for name in instruction.calls if name in self.computations]
                 if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64", "u32"):
                     limits += [int(value) for value in re.findall(r"^(-?\d+)\)", instruction.attributes)]
-        return max([limit for limit in limits if limit > 0], default=1)
+        return max([limit for limit in limits if limit > 0], default=1) - first_count(loop, holder)
 
     @cached_property
     def flops(self) -> float:
@@ -135,9 +135,7 @@ class Program:
     @cached_property
     def memory_bytes(self) -> float:
         """Read from and written to HBM. A slice of a stack counts as the slice."""
-        return sum(
-            self.times[c.name] * self._bytes_of(i, c) for c in self._scheduled() for i in c.instructions.values()
-        )
+        return sum(self.times[c.name] * self._bytes_of(i, c) for c in self.scheduled() for i in c.instructions.values())
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -159,7 +157,7 @@ class Program:
     # ------------------------------------------------------------ collectives
 
     def _collectives(self) -> Iterator[Collective]:
-        for scheduled in self._scheduled():
+        for scheduled in self.scheduled():
             groups: dict[str, list[tuple[str, Instruction, Computation]]] = {}
             for caller in scheduled.instructions.values():
                 for instruction, holder in self._inside(caller, scheduled):
@@ -185,7 +183,7 @@ class Program:
             _received(kind, instruction, holder, devices),
             devices,
             self.times[scheduled.name],
-            self._overlapped(instruction, scheduled, callers),
+            self.overlapped(instruction, scheduled, callers),
             scheduled.name,
             source.group(1) if source else "",
         )
@@ -208,7 +206,7 @@ class Program:
             source.group(1) if source else "",
         )
 
-    def _scheduled(self) -> Iterator[Computation]:
+    def scheduled(self) -> Iterator[Computation]:
         """Computations whose instructions run one after the other: the entry, bodies of loops, branches."""
         inner = {name for c in self.computations.values() for i in c.instructions.values() for name in self._inner(i)}
         for computation in self.computations.values():
@@ -223,7 +221,7 @@ class Program:
                 for inner in self.computations[name].instructions.values():
                     yield from self._inside(inner, self.computations[name])
 
-    def _overlapped(self, instruction: Instruction, scheduled: Computation, callers: list[str]) -> bool:
+    def overlapped(self, instruction: Instruction, scheduled: Computation, callers: list[str]) -> bool:
         """Whether products run between a collective's start and its end, by the schedule."""
         names = list(scheduled.instructions)
         places = [names.index(caller) for caller in callers]
@@ -250,6 +248,8 @@ class Program:
     def _bytes_of(self, instruction: Instruction, computation: Computation) -> float:
         """HBM traffic of one instruction of a scheduled computation."""
         opcode = instruction.opcode
+        if moved := instruction.host_bytes:
+            return moved
         if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
             return 0.0
         if "ConcatBitcast" in instruction.attributes:
@@ -260,13 +260,13 @@ class Program:
             operand = computation.instructions.get(name)
             if operand is None:
                 continue
-            held = sum(shape.size for shape in operand.shapes if not shape.on_chip)
+            held = sum(shape.size for shape in operand.shapes if shape.in_hbm)
             if not held:
                 continue
             total += min(held, self._read(inner, index)) if inner is not None else _used(instruction, index, held)
-        written = sum(shape.size for shape in instruction.shapes if not shape.on_chip)
+        written = sum(shape.size for shape in instruction.shapes if shape.in_hbm)
         if opcode.endswith("-start"):  # its result names the operand again
-            return total + sum(shape.size for shape in instruction.shapes[1:2] if not shape.on_chip)
+            return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
         return total + (
             min(written, self._written(inner)) if inner is not None else _changed(instruction, computation, written)
         )
@@ -310,7 +310,7 @@ class Program:
             return self._written_by(computation, computation.instructions[result.operands[0]])
         if result.opcode == "tuple":
             parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
-            return sum(self._written_by(computation, part) for part in parts if not part.shapes[0].on_chip)
+            return sum(self._written_by(computation, part) for part in parts if part.shapes[0].in_hbm)
         if result.opcode == "parameter" or _is_continued(result, computation):  # handed on in place
             return 0.0
         if _STARTS in result.attributes:  # what is gathered, without the operand that it hands on

@@ -16,8 +16,9 @@ import jax
 from nalora_jax import downloads
 from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
+from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "5"  # of what is read from programs: what an earlier one kept is not taken
+_ACCOUNTING = "6"  # of what is read from programs: what an earlier one kept is not taken
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Figures:
     memory_bytes: float  # read from and written to HBM in a step
     custom_calls: Mapping[str, float]  # how often kernels run that XLA did not make
     collectives: tuple[Collective, ...]
+    host: float = 0.0  # bytes of the host's memory
+    transfers: tuple[Transfer, ...] = ()  # between that and the device's
 
     @property
     def memory(self) -> float:
@@ -73,12 +76,15 @@ def of_compiled(compiled: Any) -> Figures:
         program.memory_bytes,
         program.custom_calls,
         program.collectives,
+        memory.host_temp_size_in_bytes,
+        tuple(transfers(program)),
     )
 
 
 def _read(record: dict[str, Any]) -> Figures:
     collectives = tuple(Collective(**entry) for entry in record.pop("collectives"))
-    return Figures(**record, collectives=collectives)
+    moved = tuple(Transfer(**entry) for entry in record.pop("transfers"))
+    return Figures(**record, collectives=collectives, transfers=moved)
 
 
 def _version(name: str) -> str:

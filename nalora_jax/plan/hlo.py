@@ -11,6 +11,7 @@ _DTYPE_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
 }  # fmt: skip
+_HOST = 5  # the number of the host's memory in layouts: S(5)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -28,6 +29,12 @@ class Shape:
     dtype: str
     dims: tuple[int, ...]
     on_chip: bool  # in a memory next to the cores (TPU: VMEM), not in HBM
+    on_host: bool = False  # in the host's memory
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether to read or write it is traffic of the device's main memory."""
+        return not (self.on_chip or self.on_host)
 
     @property
     def size(self) -> float:
@@ -55,6 +62,19 @@ class Instruction:
             for name in (several or single).split(",")
             if name.strip()
         )
+
+    @property
+    def host_bytes(self) -> float:
+        """Bytes that it moves between the device's memory and the host's; 0 of what moves none."""
+        if not self.opcode.endswith("-start") or not any(shape.on_host for shape in self.shapes):
+            return 0.0
+        # On one side a stack of all layers, on the other what is put into it or taken out; the rest are indices.
+        return sum(shape.size for shape in self.shapes if shape.dims and not shape.on_host)
+
+    @property
+    def to_host(self) -> bool:
+        """Whether what it moves leaves the device, by its result, which a copy names first and others last."""
+        return self.shapes[0 if self.opcode == "copy-start" else -2].on_host
 
 
 @dataclass
@@ -111,6 +131,21 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
+def first_count(loop: Instruction, holder: Computation) -> int:
+    """What a ``while`` counts from: more than 0 where the compiler has put its first iterations in front of it.
+
+    The counter is the first array of what JAX's loops carry. 0 where the text does not say.
+    """
+    carried = holder.instructions.get(loop.operands[0])
+    if carried is None or carried.opcode != "tuple":
+        return 0
+    counter = holder.instructions.get(carried.operands[0])
+    while counter is not None and counter.opcode == "copy":
+        counter = holder.instructions.get(counter.operands[0])
+    found = re.match(r"(\d+)\)", counter.attributes) if counter is not None and counter.opcode == "constant" else None
+    return int(found.group(1)) if found else 0
+
+
 def _instruction(named: re.Match[str], line: str) -> Instruction | None:
     rest = line[named.end() :]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
@@ -119,10 +154,7 @@ def _instruction(named: re.Match[str], line: str) -> Instruction | None:
         return None
     closing = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : closing]
-    shapes = tuple(
-        Shape(dtype, tuple(int(n) for n in dims.split(",") if n), bool(re.search(r"S\(\d+\)", layout or "")))
-        for dtype, dims, layout in _SHAPE.findall(rest[:end])
-    )
+    shapes = tuple(_shape(*found) for found in _SHAPE.findall(rest[:end]))
     # Parameters and constants keep what stands in their parentheses.
     attributes = (
         f"{inside}){rest[closing + 1 :]}" if opcode.group(1) in ("parameter", "constant") else rest[closing + 1 :]
@@ -130,6 +162,12 @@ def _instruction(named: re.Match[str], line: str) -> Instruction | None:
     return Instruction(
         named.group(2), opcode.group(1), shapes, tuple(_OPERAND.findall(inside)), attributes, bool(named.group(1))
     )
+
+
+def _shape(dtype: str, dims: str, layout: str) -> Shape:
+    space = re.search(r"S\((\d+)\)", layout or "")
+    on_host = space is not None and int(space.group(1)) == _HOST
+    return Shape(dtype, tuple(int(n) for n in dims.split(",") if n), space is not None and not on_host, on_host)
 
 
 def _closing(text: str, opening: int) -> int:

@@ -2,8 +2,9 @@
 
 A frozen base has neither gradients nor optimizer state, so the best layout is not that of full training: a model of
 16 GB may be whole on every chip of 32 GB, which then gathers no weights at all; one that is split is gathered once
-forward and once backward, and what is kept of the activations decides how much is computed twice. The estimates here
-need no compiler and take milliseconds; `nalora plan` compiles what was chosen and shows how well they hold.
+forward and once backward, and what is kept of the activations decides how much is computed twice. What the chip has no
+room for may wait in the host's memory, as far as its link takes no longer than the products. The estimates here need no
+compiler and take milliseconds; `nalora plan` compiles what was chosen and shows how well they hold.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.remat import OFFLOAD
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.splash_attention import SPLASH, takes
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_flops, useful_flops
 
-# Policies in the order of what they keep for the backward pass, most first.
-POLICIES = ("dots", "attention", "full")
+# Policies in the order of what they keep for the backward pass, most first; on the chip, or in the host's memory.
+POLICIES = ("dots", "attention", "full", *(name + OFFLOAD for name in ("dots", "attention", "full")))
 _MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
 _USABLE = 0.9  # of the memory: how far estimates may be off (docs/pods.md)
+_USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading, and of the system
+_UNDER_WAY = 2  # layers whose activations are on the chip while all others wait in the host's memory
 _LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
 _WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
 
@@ -41,7 +45,9 @@ class Layout:
     state: float  # bytes of adapters and optimizer
     activations: float  # bytes that wait for the backward pass
     working: float  # bytes of gathered kernels, of one layer's arrays and of the loss
+    host: float  # bytes that wait for the backward pass in the host's memory
     gathers: float  # seconds of a step in which kernels are gathered, behind products where the compiler manages
+    transfers: float  # seconds of a step in which activations go to the host's memory and come back, behind products
     seconds: float  # a step, by roofline
     mfu: float
 
@@ -52,9 +58,11 @@ class Layout:
 
     def __str__(self) -> str:
         """One line for the log and for `nalora plan`."""
+        beside = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
         return (
             f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}: "
-            f"{self.memory / 1e9:.1f} GB a chip, at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
+            f"{self.memory / 1e9:.1f} GB a chip{beside}, "
+            f"at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
         )
 
 
@@ -74,19 +82,23 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
             found=micro,
             remedy=f"use a multiple of {where.size}, a smaller --train.accumulate, or a larger --mesh.tensor",
         )
-    fitting = [layout for layout in found if layout.memory <= _USABLE * where.chip.memory]
+    chip = where.chip
+    hosted = [layout for layout in found if layout.host <= _USABLE_OF_HOST * chip.host_memory]
+    fitting = [layout for layout in hosted if layout.memory <= _USABLE * chip.memory]
     if not fitting:
-        smallest = min(found, key=lambda layout: layout.memory)
+        smallest = min(hosted or found, key=lambda layout: layout.memory if hosted else layout.host)
+        room = chip.memory if hosted else _USABLE_OF_HOST * chip.host_memory
+        of = "a chip" if hosted else "of the host's memory for each chip"
         raise NaloraError(
             f"{where.name}",
-            expected=f"{base.model_type} with {seq} tokens a row to fit in {where.chip.memory / 1e9:.0f} GB a chip",
-            found=f"{smallest.memory / 1e9:.0f} GB at the least ({smallest})",
+            expected=f"{base.model_type} with {seq} tokens a row to fit in {room / 1e9:.0f} GB {of}",
+            found=f"{(smallest.memory if hosted else smallest.host) / 1e9:.0f} GB at the least ({smallest})",
             remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
         )
     # Among those that are as fast to 1%, the one that has the least to hide, then the one that needs less memory.
     fastest = min(layout.seconds for layout in fitting)
     equal = [layout for layout in fitting if layout.seconds <= 1.01 * fastest]
-    return min(equal, key=lambda layout: (round(layout.gathers, 3), layout.tensor, layout.memory))
+    return min(equal, key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory))
 
 
 def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Iterator[Layout]:
@@ -130,31 +142,39 @@ def estimate(
     layer, ends = _weights(base, width or wide, wide)
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
     splash = _is_splash(where, base, seq)
-    kept = _saved(base, remat, tensor, splash=splash) * wide * tokens
+    saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
+    kept = _saved(base, saves, tensor, splash=splash) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor,  # of A and B one is split over fsdp
-        activations=kept * base.n_layers,
+        activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide),
+        host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
+        transfers=0.0,
         seconds=0.0,
         mfu=0.0,
     )  # fmt: skip
     times = config.train.accumulate
     useful = useful_flops(base, spec, micro, seq) / where.size
-    matrix = _executed(base, spec, remat, rows, seq, splash=splash) / tensor / where.chip.matrix_rate
-    passes = 2.3 if remat == "full" else 2.0
+    once, executed = (_executed(base, spec, policy, rows, seq, splash=splash) for policy in ("dots", saves))
+    matrix = executed / tensor / where.chip.matrix_rate
+    # Activations leave behind the products of the forward pass, which are half of what nothing is made again for.
+    ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
+    products = max(ahead, out) + max(matrix - ahead, out)
+    passes = 2.3 if saves == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
     summed = 0.0
     if tensor > 1:  # two sums forward and two backward in each layer, of [tokens, d_model]; remade layers sum again
-        sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
+        sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(saves, 0)
         moved = 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
         summed = sums * base.n_layers * moved / where.inbound(tensor)
     hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
     gradients = 2 * adapters / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
-    seconds = times * (max(matrix, hbm, gathered) + summed) + gradients
-    return replace(layout, gathers=times * gathered, seconds=seconds, mfu=times * useful / (where.chip.flops * seconds))
+    seconds = times * (max(products, hbm, gathered) + summed) + gradients
+    mfu = times * useful / (where.chip.flops * seconds)
+    return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)
 
 
 def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:

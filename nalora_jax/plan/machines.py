@@ -23,7 +23,10 @@ class Chip:
     bandwidth: float  # bytes of HBM
     interconnect: float  # bytes that reach one chip from its neighbours
     network: float  # bytes that reach one chip from another slice or node
+    host_memory: float  # bytes of its host's memory for each chip
+    host_link: float  # bytes between HBM and the host's memory
     source: str
+    host_source: str
 
     @property
     def matrix_rate(self) -> float:
@@ -33,14 +36,24 @@ class Chip:
 
 # TPU: https://cloud.google.com/tpu/docs/v5e, .../v6e, .../v5p (bidirectional interconnect bandwidth, halved); what XLA
 # reserves of HBM is taken off. GPU: NVIDIA's data sheet of the H100 SXM, NVLink 900 GB/s both ways, ConnectX-7 at
-# 400 Gb/s; JAX preallocates 92% of the memory at most.
+# 400 Gb/s; JAX preallocates 92% of the memory at most. Hosts: the memory of the virtual machines that Google rents with
+# them (TPU pages, "VM types"; a3-highgpu-8g), and PCIe, for TPUs as the JAX team's book gives it (jax-ml.github.io/
+# scaling-book/tpus), for the H100 half of its data sheet's 128 GB/s both ways.
 _CLOUD = "cloud.google.com/tpu/docs"
+_BOOK = "jax-ml.github.io/scaling-book/tpus"
 CHIPS = {
-    "v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * 2**30, 819e9, 100e9, 6.25e9, f"{_CLOUD}/v5e"),
-    "v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * 2**30, 1640e9, 224e9, 12.5e9, f"{_CLOUD}/v6e"),
-    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.0e9, 2765e9, 300e9, 12.5e9, f"{_CLOUD}/v5p"),
-    "h100": Chip("NVIDIA H100 SXM", "gpu", 989e12, 79.0e9 * 0.92, 3350e9, 450e9, 50e9, "NVIDIA H100 data sheet"),
-}
+    "v5e": Chip(
+        "TPU v5e", "tpu", 197e12, 15.75 * 2**30, 819e9, 100e9, 6.25e9, 48e9, 15e9, f"{_CLOUD}/v5e", _BOOK
+    ),
+    "v6e": Chip(
+        "TPU v6e", "tpu", 918e12, 31.25 * 2**30, 1640e9, 224e9, 12.5e9, 180e9, 32e9, f"{_CLOUD}/v6e", _BOOK
+    ),
+    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.0e9, 2765e9, 300e9, 12.5e9, 112e9, 15e9, f"{_CLOUD}/v5p", _BOOK),
+    "h100": Chip(
+        "NVIDIA H100 SXM", "gpu", 989e12, 79.0e9 * 0.92, 3350e9, 450e9, 50e9, 234e9, 64e9,
+        "NVIDIA H100 data sheet", "NVIDIA H100 data sheet",
+    ),
+}  # fmt: skip
 _GPUS_A_NODE = 8
 # What JAX calls them (`jax.Device.device_kind`), in lower case.
 _KINDS = {

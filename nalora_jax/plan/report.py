@@ -36,8 +36,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the program's memory is there."""
-        return self.nalora.memory <= self.where.chip.memory
+        """Whether the program's memory is there, on the chip and in its share of the host's."""
+        chip = self.where.chip
+        return self.nalora.memory <= chip.memory and self.nalora.host <= chip.host_memory
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,6 +67,7 @@ class Plan:
             "memory": self.nalora.memory,
             "limit": self.where.chip.memory,
             "arguments": self.nalora.arguments,
+            "host": self.nalora.host,
             "moved": self.nalora.moved(),
             "hidden": self.nalora.moved(overlapped=True),
             "seconds": self.bound.seconds,
@@ -159,6 +161,16 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
         f"  interconn.  {bound.hidden * 1e3:.0f} ms behind products, {bound.exposed * 1e3:.0f} ms not, "
         f"at {chip.interconnect / 1e9:.0f} GB/s inbound"
     )
+    if found.host:
+        there, back = (sum(one.total for one in found.transfers if one.to_host == out) for out in (True, False))
+        yield (
+            f"  host        {found.host / 1e9:.2f} GB a chip of {chip.host_memory / 1e9:.0f} "
+            f"({there / 1e9:.2f} GB out and {back / 1e9:.2f} back a step)"
+        )
+        yield (
+            f"  host link   {bound.host * 1e3:.0f} ms behind products, {bound.host_exposed * 1e3:.0f} ms not, "
+            f"at {chip.host_link / 1e9:.0f} GB/s ({chip.host_source})"
+        )
     rate = plan.tokens_per_second
     yield f"  at most     {rate:,.0f} tokens/s ({rate / where.size:,.0f} a chip), {bound.seconds:.3g} s a step"
     yield f"  implied MFU {bound.mfu:.1%}"

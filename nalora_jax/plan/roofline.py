@@ -1,8 +1,8 @@
 """How fast a compiled program can be: the time that each of a chip's resources needs, and what waits for what.
 
-A step takes the longest of the matrix unit's time (at 75% of its peak), HBM's time, and the interconnect's time for
-collectives that the schedule hides behind products; the time of all other collectives comes on top. It is a bound from
-the program and the data sheet; nothing is measured.
+A step takes the longest of the matrix unit's time (at 75% of its peak), HBM's time, and the times of the interconnect
+and of the link to the host for what the schedule hides behind products; the time of all other collectives and
+transfers comes on top. It is a bound from the program and the data sheet; nothing is measured.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Roofline:
     exposed: float  # interconnect, nothing else runs
     useful_flops: float  # a chip
     peak: float  # flops a second
+    host: float = 0.0  # link to the host's memory, behind products
+    host_exposed: float = 0.0  # the same, nothing else runs
 
     @property
     def seconds(self) -> float:
         """The step's time that all of them allow."""
-        return max(self.matrix, self.hbm, self.hidden) + self.exposed
+        return max(self.matrix, self.hbm, self.hidden, self.host) + self.exposed + self.host_exposed
 
     @property
     def mfu(self) -> float:
@@ -116,6 +118,8 @@ def roofline(
     flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, accumulate)
     times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
     hidden, exposed = (sum(seconds for seconds, behind in times if behind == which) for which in (True, False))
+    links = [(one.total / chip.host_link, one.overlapped) for one in program.transfers]
+    host, host_exposed = (sum(seconds for seconds, behind in links if behind == which) for which in (True, False))
     return Roofline(
         flops / chip.matrix_rate,
         program.memory_bytes / chip.bandwidth,
@@ -123,6 +127,8 @@ def roofline(
         exposed,
         useful_flops(base, spec, rows, seq) / where.size,
         chip.flops,
+        host,
+        host_exposed,
     )
 
 

@@ -21,12 +21,12 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, gate_blocks, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora
+from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.low_rank import TABLES, AdapterSpec, resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
-from nalora_jax.ops.programs import best_remat
 from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.objectives import Objective, SeenNextToken
@@ -59,7 +59,7 @@ class Assembly:
 
     @property
     def eval_model(self) -> Decoder:
-        """The decoder as evaluation and generation run it: nothing is rematerialised, nothing laid out."""
+        """The decoder as evaluation and generation run it: only what goes to experts is laid out, and all is kept."""
         stats = replace(self.model.stats, sharding=None) if self.model.stats else None
         return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
@@ -166,21 +166,17 @@ def build_model(
         base,
         spec,
         numerics,
-        remat=best_remat(base.d_model, numerics) if compute.remat == "auto" else compute.remat,
+        remat=chosen_remat(compute.remat, base.d_model, numerics),
         stats=GateStatsConfig(
             compute.stats_stride,
             compute.probe_stride,
             check=check,
             extra=statistics.extra(measured),
-            sharding=activation_sharding(mesh),
+            sharding=distributed.row_sharding(mesh),
         ),
-        activation_sharding=activation_sharding(mesh),
+        activation_sharding=distributed.row_sharding(mesh),
+        routing_sharding=distributed.row_sharding(mesh) if base.n_experts else None,
     )
-
-
-def activation_sharding(mesh: Mesh) -> NamedSharding | None:
-    """Where ``[batch, seq, d_model]`` lives between layers: rows over ("data", "fsdp"); None on one device."""
-    return NamedSharding(mesh, P(distributed.BATCH_AXES)) if mesh.size > 1 else None
 
 
 def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> Mechanisms:
@@ -283,7 +279,7 @@ def compile_step(
         loss_chunk=config.compute.loss_chunk,
         batch_shards=distributed.batch_shards(mesh),
         head_sharding=head_sharding(base, mesh),
-        stats_sharding=activation_sharding(mesh),
+        stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
         check_gates=config.debug.check_gates,
     )

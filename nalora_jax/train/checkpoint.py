@@ -1,10 +1,10 @@
 """Checkpoints of a run: what training changes, where the data stands, and what it all belongs to.
 
-Orbax writes them in the background and commits each by a rename, so a checkpoint is whole or absent. Before that, while
-it is finalised, the SHA-256 of every file is written beside it, and checked before anything is restored: a checkpoint
-that the disk changed afterwards is set aside, and the one before it taken. The frozen base weights are never in one; in
-their place stand the base model's fingerprint and the run's settings, and restoring into another model or other
-settings is an error that names what differs.
+Orbax writes them in the background and commits each by a rename, in a bucket by one more file, so a checkpoint is whole
+or absent. Before that, while it is finalised, the SHA-256 of every file is written beside it, and checked before
+anything is restored: a checkpoint that the disk changed afterwards is set aside, and the one before it taken. The
+frozen base weights are never in one; in their place stand the base model's fingerprint and the run's settings, and
+restoring into another model or other settings is an error that names what differs.
 
     <output>/checkpoints/<step>/state    arrays: step, adapters, optimizer, gate averages, random key data
                                /data     position of the input pipeline
@@ -19,10 +19,9 @@ import json
 import logging
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +35,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from nalora_jax import files, trees
 from nalora_jax.distributed import on_first_process, tell_all
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import snapshot
+from nalora_jax.train import remote, snapshot
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
@@ -76,7 +75,8 @@ class Checkpointer:
     """Saves and restores one run's checkpoints in one folder.
 
     Args:
-      folder: where they live; created if missing. Left-overs of an interrupted save are removed.
+      folder: where they live, of a file system or a bucket (``gs://...``); created if missing. Left-overs of an
+        interrupted save are removed.
       fingerprint: of the base model that the adapters belong to.
       config: the run's settings as plain nested dicts, ``RunConfig.to_dict()``.
       keep: checkpoints kept besides the best one; the latest is always kept.
@@ -89,7 +89,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: Path | str | epath.Path,
         *,
         fingerprint: str,
         config: Mapping[str, Any],
@@ -98,7 +98,8 @@ class Checkpointer:
         best_mode: Literal["max", "min"] = "max",
         asynchronous: bool = True,
     ) -> None:
-        self.folder = Path(folder).absolute()
+        where = remote.url(str(folder))
+        self.folder: Any = epath.Path(where) if where else Path(folder).absolute()
         self._run = snapshot.plain({"base": fingerprint, "config": config})
         self._best_metric = best_metric
         worst = -math.inf if best_mode == "max" else math.inf
@@ -202,9 +203,7 @@ class Checkpointer:
     def _set_aside(self, step: int, damage: str) -> None:
         """Move a damaged checkpoint out of the way of the one that will be written in its place."""
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        (self.folder / str(step)).rename(aside / str(step))
+        files.move_tree(self.folder / str(step), aside / str(step))
         log.warning("checkpoint %d is damaged (%s): moved to %s, taking an earlier one", step, damage, aside)
 
     def _set_unreadable_aside(self) -> None:
@@ -286,8 +285,9 @@ class Checkpointer:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             if jax.process_index() == 0:
-                for scrap in self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
-                    shutil.rmtree(scrap, ignore_errors=True)
+                for scrap in list(self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*")):
+                    with suppress(OSError):
+                        files.remove_tree(scrap)
             self._manager.reload()
             raise NaloraError(
                 f"checkpoint in {self.folder}",

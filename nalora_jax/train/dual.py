@@ -16,16 +16,16 @@ from nalora_jax import distributed, statistics
 from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
-from nalora_jax.ops.programs import best_remat
 from nalora_jax.optim.gate_state import Mechanisms
 from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer, nalora
-from nalora_jax.train.assembly import Assembly, activation_sharding, jit_step
+from nalora_jax.train.assembly import Assembly, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.state_metrics import StateMetrics
@@ -125,15 +125,15 @@ def dual_program(
         base,
         spec,
         numerics,
-        remat=best_remat(base.image.d_model, numerics) if compute.remat == "auto" else compute.remat,
+        remat=chosen_remat(compute.remat, base.image.d_model, numerics),
         stats=GateStatsConfig(
             compute.stats_stride,
             compute.probe_stride,
             check=config.debug.tolerance if config.debug.check_gates else 0.0,
             extra=statistics.extra(mechanisms.statistics),
-            sharding=activation_sharding(mesh),
+            sharding=distributed.row_sharding(mesh),
         ),
-        activation_sharding=activation_sharding(mesh),
+        activation_sharding=distributed.row_sharding(mesh),
     )
     inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, gates, mechanisms)
@@ -153,7 +153,7 @@ def dual_program(
         mechanisms,
         Head(),
         numerics,
-        stats_sharding=activation_sharding(mesh),
+        stats_sharding=distributed.row_sharding(mesh),
         **_shardings(lora, mesh),
         check_gates=config.debug.check_gates,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def export(
     assembly: Assembly,
     state: TrainState,
     batches: BatchIterator,
+    share: Callable[[str], None],
 ) -> Path:
     """PEFT files of the trained adapter, read back and compared before anybody is told that they exist.
 
@@ -44,6 +45,7 @@ def export(
       assembly: the run's adapters and model.
       state: what is exported.
       batches: rows that logits are compared on.
+      share: makes a folder that the first process wrote readable in all; see `nalora_jax.train.output.Output.share`.
 
     Raises:
       NaloraError: the files cannot be written, or are not the adapter that was trained.
@@ -63,6 +65,7 @@ def export(
         verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
 
     distributed.on_first_process(write)
+    share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, batches)
     # PiSSA's residual was rounded to the base's dtype once; nothing else differs by more than a sum's order.
     rounded = config.lora.init == "pissa" and config.compute.dtype == "bfloat16"

@@ -6,6 +6,9 @@
         /before.json      held-out metrics of the base model
         /adapter/         PEFT files of the best checkpoint
         /report.html      made from metrics.jsonl
+
+Of a bucket (``gs://...``) the checkpoints are written there, by all processes; everything else is written to a folder
+of the first one's machine and copied (`nalora_jax.train.remote`).
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 
+from nalora_jax import files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import remote
@@ -44,6 +48,19 @@ class Output:
 
     folder: Path
     resumes: bool
+    mirror: remote.Mirror | None = None  # of a URL: what copies the folder
+
+    @property
+    def checkpoints(self) -> Any:
+        """Where checkpoints are: a `Path`, or an ``epath.Path`` in a bucket."""
+        return _checkpoints(self.folder, self.mirror)
+
+    def share(self, name: str) -> None:
+        """Makes what the first process wrote to ``name``, a folder within this one, readable in all; all call it."""
+        if self.mirror is not None and jax.process_count() > 1:
+            on_first_process(self.mirror.push)
+            if jax.process_index():
+                self.mirror.fetch(name)
 
 
 @contextmanager
@@ -53,7 +70,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
     With several processes the first one decides for all, before any of them writes, and holds the lock.
 
     Args:
-      folder: on storage that all processes share; with one process also a URL (`nalora_jax.train.remote`).
+      folder: on storage that all processes share; or a URL (`nalora_jax.train.remote`), of several processes ``gs://``.
       resume: continue the run in it; "auto" does so where there is a checkpoint, and starts a run where there is none,
         over the log of one that was stopped before its first checkpoint.
 
@@ -62,26 +79,47 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
         another process writes to it; it cannot be written; or one of the processes does not see it.
     """
     where = remote.url(str(folder))
-    if where is not None:
-        _refuse_url(where)
-        with remote.mirrored(where, fresh=not resume) as copied, open_output(copied, resume) as output:
+    if where is None:
+        with _claimed(Path(folder), resume, None) as output:
+            if jax.process_count() > 1:
+                check_shared(Path(folder))
             yield output
         return
-    path = Path(folder)
+    _refuse_url(where)
+    own = (CHECKPOINTS,) if remote.is_written_directly(where) else ()
+    with remote.mirrored(where, fresh=not resume, without=own) as mirror:
+        if jax.process_count() > 1:
+            check_shared(mirror.store)
+        if jax.process_index():
+            mirror.fetch()
+        with _claimed(mirror.folder, resume, mirror) as output:
+            yield output
+
+
+@contextmanager
+def _claimed(path: Path, resume: Resume, mirror: remote.Mirror | None) -> Iterator[Output]:
+    """`open_output` of a folder of a file system, and what copies it to a URL."""
     held: list[Lock] = []
     try:
-        resumes = on_first_process(lambda: _claim(path, resume, held))
+        resumes = on_first_process(lambda: _claim(path, _checkpoints(path, mirror), resume, held))
         if jax.process_count() > 1:
             resumes = bool(multihost_utils.broadcast_one_to_all(np.int32(bool(resumes))))
-            check_shared(path)
-        yield Output(path, bool(resumes))
+        yield Output(path, bool(resumes), mirror)
     finally:
         for lock in held:
             lock.release()
 
 
-def check_shared(folder: Path, within: float = _SEEN_WITHIN) -> None:
+def _checkpoints(folder: Path, mirror: remote.Mirror | None) -> Any:
+    return (folder if mirror is None or CHECKPOINTS not in mirror.without else mirror.store) / CHECKPOINTS
+
+
+def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
     """Refuse a folder that only some of the processes see: each looks for a file that the first one wrote.
+
+    Args:
+      folder: a `Path`, or an ``epath.Path`` in a bucket.
+      within: seconds that the file may take to appear.
 
     Raises:
       NaloraError: in every process, naming those that do not see it.
@@ -90,9 +128,9 @@ def check_shared(folder: Path, within: float = _SEEN_WITHIN) -> None:
     mark = folder / f".shared-{number.tobytes().hex()}"
     on_first_process(mark.touch)
     until = time.monotonic() + within
-    while not mark.exists() and time.monotonic() < until:
+    while not (found := _is_seen(mark)) and time.monotonic() < until:
         time.sleep(0.1)
-    seen = np.asarray(multihost_utils.process_allgather(np.int32(mark.exists()))).ravel()
+    seen = np.asarray(multihost_utils.process_allgather(np.int32(found))).ravel()
     on_first_process(lambda: mark.unlink(missing_ok=True))
     if not seen.all():
         blind = ", ".join(map(str, np.flatnonzero(seen == 0)[:8]))
@@ -100,24 +138,32 @@ def check_shared(folder: Path, within: float = _SEEN_WITHIN) -> None:
             f"--output {folder}",
             expected=f"a folder that all {len(seen)} processes share",
             found=f"one that process {blind} does not see",
-            remedy="name a folder on storage that is mounted on every host (NFS, Filestore, a bucket with gcsfuse)",
+            remedy="name a folder on storage that is mounted on every host (NFS, Filestore), or a bucket (gs://...) "
+            "that every host may read and write",
         )
+
+
+def _is_seen(mark: Any) -> bool:
+    try:
+        return bool(mark.exists())
+    except Exception:  # stores raise errors of their own, without rights for example; the others have to learn of it
+        return False
 
 
 def _refuse_url(where: str) -> None:
     """Checkpoints of several processes are written by all of them, to storage that they share."""
-    if jax.process_count() > 1:
-        remedy = "mount the bucket on every host (gcsfuse for gs://, mountpoint-s3 for s3://) and name a folder in it"
-        expected = f"a folder of a file system, with {jax.process_count()} processes"
+    if jax.process_count() > 1 and not remote.is_written_directly(where):
+        remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
+        expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
         raise NaloraError("--output", expected=expected, found=where, remedy=remedy)
 
 
-def _claim(path: Path, resume: Resume, held: list[Lock]) -> bool:
+def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bool:
     """Make or check the folder and lock it; whether there is a run to continue."""
     if path.exists() and not path.is_dir():
         raise NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
     if resume is True:
-        _require_checkpoint(path)
+        _require_checkpoint(path, checkpoints)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = Lock.acquire(path / LOCK)
@@ -125,13 +171,15 @@ def _claim(path: Path, resume: Resume, held: list[Lock]) -> bool:
         found = error.strerror or error
         raise NaloraError(f"--output {path}", expected="a folder that can be written", found=found) from error
     held.append(lock)
-    resumes = bool(resume) and has_checkpoint(path)
+    resumes = bool(resume) and has_checkpoint(checkpoints)
     if resume is True:
-        _require_checkpoint(path)  # it may have gone while another process held the lock
+        _require_checkpoint(path, checkpoints)  # it may have gone while another process held the lock
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
+        if checkpoints.exists():  # in a bucket
+            files.remove_tree(checkpoints)
     if not resumes and _files(path):
-        way = ", or continue that run with --resume" if has_checkpoint(path) else ""
+        way = ", or continue that run with --resume" if has_checkpoint(checkpoints) else ""
         raise NaloraError(
             "--output",
             expected="a new or empty folder",
@@ -148,18 +196,17 @@ def _clear(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def has_checkpoint(path: Path) -> bool:
-    """Whether the run in ``path`` has a committed checkpoint."""
-    saved = path / CHECKPOINTS
-    return saved.is_dir() and any(ocp_path.step.standard_name_format().find_all(saved))
+def has_checkpoint(checkpoints: Any) -> bool:
+    """Whether a run has a committed checkpoint in its folder of checkpoints."""
+    return checkpoints.is_dir() and any(ocp_path.step.standard_name_format().find_all(checkpoints))
 
 
-def _require_checkpoint(path: Path) -> None:
-    if has_checkpoint(path):
+def _require_checkpoint(path: Path, checkpoints: Any) -> None:
+    if has_checkpoint(checkpoints):
         return
     stopped = "the run in it stopped before its first checkpoint: delete the folder, or start in another one"
     remedy = stopped if _files(path) else "start without --resume, or name the run's own --output"
-    raise NaloraError("--resume", expected=f"a checkpoint in {path / CHECKPOINTS}", found="none", remedy=remedy)
+    raise NaloraError("--resume", expected=f"a checkpoint in {checkpoints}", found="none", remedy=remedy)
 
 
 def _files(path: Path) -> list[str]:

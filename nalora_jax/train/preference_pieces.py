@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -22,9 +22,13 @@ from nalora_jax.weights import LoadedModel
 
 
 def preference_pieces(
-    config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None
+    config: RunConfig,
+    loaded: LoadedModel,
+    mesh: Mesh,
+    source: Mapping[str, Source] | None,
+    share: Callable[[str], None],
 ) -> Pieces:
-    """Adapters, step, pairs and evaluators of a run with ``preference.loss``.
+    """Adapters, step, pairs and evaluators of a run with ``preference.loss``; ``share`` as `export` takes it.
 
     Raises:
       NaloraError: bad records, pairs that do not fit, or too few held out.
@@ -59,7 +63,7 @@ def preference_pieces(
     )
 
     def write(folder: Path, state: TrainState) -> Path:
-        return export(config, folder, loaded, assembly, state, rows.batches())
+        return export(config, folder, loaded, assembly, state, rows.batches(), share)
 
     questions = {"reported": _digest(reported), "selecting": _digest(selecting)}
     return Pieces(loaded, assembly, rows, evaluator, selector, questions, write)

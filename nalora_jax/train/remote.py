@@ -1,9 +1,12 @@
-"""A run's folder on an object store (``gs://bucket/run``), for runs of one process.
+"""A run's folder on an object store (``gs://bucket/run``, ``s3://bucket/run``).
 
-The run writes to a folder of this machine; whatever is finished there is copied to the store, every half minute and
-once more at the end, and what the run removed is removed there. A run that is continued, here or on another machine,
-takes what the store holds. Of a checkpoint the digests go first, so that a copy that was cut off is found to be
-damaged, and the checkpoint before it is taken.
+The first process writes to a folder of its machine; whatever is finished there is copied to the store, every half
+minute and once more at the end, and what the run removed is removed there. A run that is continued, here or on another
+machine, takes what the store holds; other processes take it too, and write nothing.
+
+Checkpoints in Google's store are written there by Orbax, by all processes, and committed by a file; they are never
+copied. In other stores they are copied like the rest, from one process: the digests go first, so that a copy that was
+cut off is found to be damaged, and the checkpoint before it is taken.
 
 Paths are etils' (`epath`), which has ``gs://`` and ``s3://`` with fsspec's packages for them.
 """
@@ -25,10 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from orbax.checkpoint import path as ocp_path
 
 from nalora_jax import downloads, files
+from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.lock import FILE as LOCK
 
@@ -36,6 +41,7 @@ log = logging.getLogger(__name__)
 HOLDER = "remote.lock"  # in the store: who copies to it, and when last
 _EVERY = 30.0  # seconds between two copies
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+_DIRECT = "gs://"  # whose paths Orbax and TensorStore write themselves
 
 
 def url(name: str) -> str | None:
@@ -44,30 +50,48 @@ def url(name: str) -> str | None:
     return f"{found[1]}://{name[found.end() :]}" if found else None
 
 
+def is_written_directly(where: str) -> bool:
+    """Whether checkpoints go to the URL ``where`` without a folder in between, from any number of processes."""
+    return where.startswith(_DIRECT)
+
+
 @contextmanager
-def mirrored(where: str, *, fresh: bool, every: float = _EVERY) -> Iterator[Path]:
+def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY) -> Iterator[Mirror]:
     """A folder of this machine whose finished files are copied to the URL ``where``, until it is left.
+
+    With several processes every one has such a folder. The first one's is copied; the others' are empty until they
+    fetch what is in the store.
 
     Args:
       where: the run's folder in the store.
       fresh: the run may not find another one there; else what is there is fetched first.
+      without: names of folders in it that are left alone.
       every: seconds between two copies.
 
     Raises:
       NaloraError: the store cannot be reached, or not be written; another machine writes to that folder; ``fresh``, and
         it holds a run. At the end: the last copy failed, which leaves everything in the folder that is named.
     """
-    folder = downloads.cache_dir() / "runs" / hashlib.sha256(where.encode()).hexdigest()[:16]
-    mirror = Mirror(where, _opened(where), folder)
-    with _store_errors(where, "a folder that can be read and written"):
-        mirror.claim()
-        mirror.fetch(fresh=fresh)
-        mirror.push()
+    own = f"-{jax.process_index()}" if jax.process_index() else ""  # several processes may share a machine
+    folder = downloads.cache_dir() / "runs" / (hashlib.sha256(where.encode()).hexdigest()[:16] + own)
+    mirror = Mirror(where, _opened(where), folder, without)
+
+    def begin() -> None:
+        with _store_errors(where, "a folder that can be read and written"):
+            mirror.refuse_others(fresh=fresh)
+            mirror.claim()
+            mirror.fetch()
+            mirror.push()
+
+    on_first_process(begin)
+    if jax.process_index():
+        yield mirror
+        return
     stop = threading.Event()
     thread = threading.Thread(target=_keep_copying, args=(mirror, stop, every), name="output copies", daemon=True)
     thread.start()
     try:
-        yield folder
+        yield mirror
     finally:
         stop.set()
         thread.join()
@@ -84,7 +108,9 @@ class Mirror:
     where: str
     store: epath.Path
     folder: Path
+    without: tuple[str, ...] = ()  # folders at its top that are neither fetched nor copied
     _copied: dict[str, tuple[int, int]] = field(default_factory=dict)  # size and time of what the store has, by name
+    _copies: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> None:
         """Note in the store that this machine writes there.
@@ -112,24 +138,30 @@ class Mirror:
         """The other way round."""
         (self.store / HOLDER).unlink(missing_ok=True)
 
-    def fetch(self, *, fresh: bool) -> None:
-        """Make the folder what the store holds; with ``fresh`` that has to be nothing.
+    def refuse_others(self, *, fresh: bool) -> None:
+        """Where the run is ``fresh``, the store may hold nothing.
 
         Raises:
-          NaloraError: it is not.
+          NaloraError: it does.
         """
-        names = sorted(name for name in _names(self.store) if name != HOLDER)
-        if fresh and names:
+        names = sorted(self._held()) if fresh else []
+        if names:
             raise NaloraError(
                 "--output",
                 expected="a new or empty folder",
                 found=f"{self.where}, which holds {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}",
                 remedy="choose another folder, or continue that run with --resume",
             )
-        if self.folder.exists():  # what an earlier run left on this machine; its last copies are in the store
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        for name in names:
+
+    def fetch(self, within: str = "") -> None:
+        """Make the folder, or a folder ``within`` it, what the store holds."""
+        here = self.folder / within
+        if here.exists():  # what an earlier run left on this machine; its last copies are in the store
+            shutil.rmtree(here)
+        here.mkdir(parents=True, exist_ok=True)
+        for name in self._held():
+            if name.partition("/")[0] in self.without or not name.startswith(f"{within}/" if within else ""):
+                continue
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with (self.store / name).open("rb") as source, target.open("wb") as sink:
@@ -138,7 +170,11 @@ class Mirror:
 
     def push(self) -> None:
         """Copy what is new or has changed, and remove what is gone."""
-        self._sign()
+        with self._copies:
+            self._sign()
+            self._push()
+
+    def _push(self) -> None:
         found = {name: _state(self.folder / name) for name in finished(self.folder)}
         for name in sorted(found, key=_order):
             if self._copied.get(name) == found[name]:
@@ -149,6 +185,10 @@ class Mirror:
         for name in [name for name in self._copied if name not in found]:
             (self.store / name).unlink(missing_ok=True)
             del self._copied[name]
+
+    def _held(self) -> Iterator[str]:
+        """Names of what a run left in the store."""
+        return (name for name in _names(self.store) if name != HOLDER and not name.startswith("."))
 
     def _sign(self) -> None:
         (self.store / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
@@ -187,6 +227,8 @@ def _opened(where: str) -> epath.Path:
     """The path in the store, whose packages are there."""
     scheme = where.partition("://")[0]
     try:
+        if is_written_directly(where):
+            _see_what_others_write()
         store = epath.Path(where)
         store.exists()
     except (ImportError, ValueError, KeyError) as error:
@@ -200,6 +242,13 @@ def _opened(where: str) -> epath.Path:
     except Exception as error:
         raise _unreachable(where, "a folder that can be read", error) from error
     return store
+
+
+def _see_what_others_write() -> None:
+    """Has gcsfs ask the store for what is in a folder, instead of what it was told of it before."""
+    from fsspec.config import conf
+
+    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +15,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, statistics, trees
-from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig
+from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
+from nalora_jax.evaluate.perplexity import _batch_log_probs
+from nalora_jax.generate.shapes import place_batch
+from nalora_jax.load import load
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora, init_params
 from nalora_jax.models.moe import MoEFFN
@@ -24,6 +29,7 @@ from nalora_jax.ops import checks
 from nalora_jax.ops.gated_mlp import GateStatsConfig
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.shards import count
+from nalora_jax.train.assembly import Assembly, build_model
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
 STATS = GateStatsConfig(stride=2, probe_stride=3, check=1e-5, extra=("excess",))
@@ -154,23 +160,24 @@ def test_every_device_routes_its_own_tokens():
         assert flops(sharding_of(mesh)) < 1.2 / 8 * whole, mesh
 
 
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+}
+
+
 def test_a_decoder_s_loss_gradients_and_statistics():
     """Through the scan over layers and rematerialisation."""
-    base = ModelConfig.from_hf(
-        {
-            "model_type": "mixtral",
-            "vocab_size": 64,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "rms_norm_eps": 1e-5,
-        }
-    )
+    base = ModelConfig.from_hf(MIXTRAL)
     spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.1, lora)
@@ -198,3 +205,39 @@ def test_a_decoder_s_loss_gradients_and_statistics():
 
     spread = run(sharding_of(MeshConfig(2, 2, 2)))
     assert_close(spread | {"gate_stats": over_shards(spread["gate_stats"], axis=1)}, run(None))
+
+
+def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
+    """The model that a run evaluates, and the one that other verbs load, as it is compiled for one device of eight."""
+    base = ModelConfig.from_hf(MIXTRAL | {"hidden_size": D, "intermediate_size": F})
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
+    params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 64, (ROWS, SEQ))
+    segments = (np.arange(SEQ) < rng.integers(2, SEQ + 1, (ROWS, 1))).astype(np.int32)
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "loss_weights": segments.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.broadcast_to(np.arange(SEQ), (ROWS, SEQ)),
+    }
+
+    def evaluated(mesh: MeshConfig, *, first: int) -> tuple[Any, float]:
+        """Log-probabilities, and flops of each device."""
+        one = distributed.make_mesh(mesh, jax.devices()[:first])
+        placed = jax.device_put(params, distributed.shardings(params, one, distributed.PARAM_RULES))
+        made = SimpleNamespace(model=build_model(base, spec, ComputeConfig(dtype="float32"), one))
+        model = Assembly.eval_model.fget(made)
+        loaded = SimpleNamespace(config=base, params=placed)
+        monkeypatch.setattr(import_module("nalora_jax.load"), "load_model", lambda *_, **__: loaded)
+        assert load("some", mesh=one).module.routing_sharding == model.routing_sharding
+        arguments = {"params": placed, "lora": lora}, place_batch(batch, one)
+        program = _batch_log_probs.lower(model, *arguments).compile()
+        return program(*arguments), float(program.cost_analysis()["flops"])
+
+    alone, whole = evaluated(MeshConfig(1, 1, 1), first=1)
+    spread, each = evaluated(MeshConfig(2, 2, 2), first=8)
+    np.testing.assert_allclose(spread, alone, rtol=1e-4, atol=1e-5)
+    assert each < 1.3 / 8 * whole

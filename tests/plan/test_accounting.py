@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.plan.accounting import Program
+from nalora_jax.plan.transfers import transfers
 
 LAYERS, D, ROWS = 5, 64, 32
 
@@ -226,3 +227,67 @@ def test_a_collective_between_slices_is_a_transfer_to_the_host_and_back():
     assert found.overlapped
     idle = text.replace("  %product = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf\n", "")
     assert [c.overlapped for c in Program(idle).collectives if c.between_slices] == [False]
+
+
+OFFLOADED = """\
+HloModule step, is_scheduled=true
+
+%body (p: (s32[], bf16[4,8,16], bf16[8,16])) -> (s32[], bf16[4,8,16], bf16[8,16]) {
+  %p = (s32[], bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %stack = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)} get-tuple-element(%p), index=1
+  %x = bf16[8,16]{1,0} get-tuple-element(%p), index=2
+  %one = bf16[1,8,16]{2,1,0} bitcast(%x)
+  %zero = s32[] constant(0)
+  %put = ((bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,8,16]{2,1,0}, s32[], s32[], s32[]), \
+bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%stack, %one, %i, %zero, %zero)
+  %y = bf16[8,16]{1,0} convolution(%x, %x), dim_labels=bf_io->bf
+  %full = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%put)
+  ROOT %t = (s32[], bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,16]{1,0}) tuple(%i, %full, %y)
+}
+
+%condition (q: (s32[], bf16[4,8,16], bf16[8,16])) -> pred[] {
+  %q = (s32[], bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,16]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %last = s32[] constant(4)
+  ROOT %less = pred[] compare(%j, %last), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[4,8,16], bf16[8,16]), x: f32[32]) -> bf16[1,8,16] {
+  %a = (s32[], bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,16]{1,0}) parameter(0)
+  %x = f32[32]{0} parameter(1)
+  %away = (f32[32]{0:S(5)}, f32[32]{0}, u32[]{:S(2)}) copy-start(%x)
+  %gone = f32[32]{0:S(5)} copy-done(%away)
+  %loop = (s32[], bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,16]{1,0}) while(%a), condition=%condition, body=%body
+  %all = bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)} get-tuple-element(%loop), index=1
+  %k = s32[] constant(3)
+  %take = ((bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[], s32[]), bf16[1,8,16]{2,1,0}, u32[]{:S(2)}) \
+dynamic-slice-start(%all, %k, %k, %k), dynamic_slice_sizes={1,8,16}
+  ROOT %back = bf16[1,8,16]{2,1,0} dynamic-slice-done(%take)
+}
+"""
+
+
+def test_iterations_that_stand_in_front_of_a_loop_are_not_counted_again():
+    """As the TPU's compiler peels a loop whose first iteration puts something into the host's memory."""
+    given = "%start = (s32[], bf16[4,8,16]{2,1,0:T(8,128)(2,1)S(5)}, bf16[8,16]{1,0}) tuple(%n, %s, %z)"
+    text = OFFLOADED.replace("while(%a)", "while(%start)").replace(
+        "  %loop = ",
+        f"  %one.1 = s32[] constant(1)\n  %n = s32[] copy(%one.1)\n  %s = bf16[4,8,16]{{2,1,0:S(5)}} custom-call()\n"
+        f"  %z = bf16[8,16]{{1,0}} custom-call()\n  {given}\n  %loop = ",
+    )
+    assert Program(text).flops == 3 / 4 * Program(OFFLOADED).flops
+
+
+def test_what_goes_to_the_host_s_memory_and_comes_back():
+    """As compilers write it for TPUs and GPUs: a layer into the stack behind a product, a copy, a layer out of it."""
+    program = Program(OFFLOADED)
+    layer, array = 8 * 16 * 2, 32 * 4
+    found = [(one.to_host, one.moved, one.times, one.overlapped) for one in transfers(program)]
+    assert sorted(found) == [(False, layer, 1, False), (True, array, 1, False), (True, layer, 4, True)]
+    gpu = OFFLOADED.replace("dynamic-update-slice-start(", "fusion-start(").replace(
+        "dynamic-slice-start(", "fusion-start("
+    )
+    assert list(transfers(Program(gpu))) == list(transfers(program))
+    # In HBM: each of them once, the product's operands and result, and 9 bytes that the loop compares.
+    assert program.memory_bytes == 4 * (layer + 3 * layer + 9) + array + layer

@@ -13,7 +13,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
 from nalora_jax.plan.figures import Figures
-from nalora_jax.plan.layouts import choose, estimate
+from nalora_jax.plan.layouts import candidates, choose, estimate
 from nalora_jax.plan.machines import Topology, topology
 from nalora_jax.plan.models import CONFIGS, architecture
 from nalora_jax.plan.roofline import active_parameters, attention_flops, kernel_flops, splash_flops
@@ -148,3 +148,55 @@ def test_configs_are_read_like_any_other(tmp_path):
     assert isinstance(architecture("gemma-3-27b"), ModelConfig)
     with pytest.raises(NaloraError, match=r"--model: .* or one of llama-3.1-8b"):
         architecture("gpt-5")
+
+
+def test_the_host_s_memory_is_taken_where_no_chip_has_room():
+    """65,536 tokens a chip: the layers' inputs alone are 17 GB, and leave behind products that take far longer."""
+    long = {"seq": 65536, "mesh": MeshConfig(tensor=1)}
+    layout, machine = chosen("llama-3.1-8b", "v6e:16x16", **long), topology("v6e:16x16")
+    assert layout.remat.endswith("_offload")
+    assert layout.memory < 0.9 * machine.chip.memory
+    base = architecture("llama-3.1-8b")
+    inputs = 2.0 * 65536 * base.d_model * base.n_layers
+    assert inputs <= layout.host < 0.5 * machine.chip.host_memory
+    assert layout.transfers == pytest.approx(2 * layout.host / machine.chip.host_link)
+    assert f"{layout.host / 1e9:.1f} of the host's" in str(layout)
+    with pytest.raises(NaloraError, match=r"to fit in 34 GB a chip"):
+        chosen("llama-3.1-8b", "v6e:16x16", **long, compute=ComputeConfig(remat="full"))
+
+
+def test_the_host_s_memory_is_taken_nowhere_else():
+    for model, where in (("llama-3.1-8b", "v5e:16x16"), ("llama-3.1-70b", "v6e:16x16"), ("mixtral-8x7b", "64xh100")):
+        base, machine = architecture(model), topology(where)
+        config = RunConfig(train=TrainConfig(batch_size=machine.size))
+        spec = resolve(config.lora, projection_shapes(base), base.n_layers)
+        fitting = [
+            layout
+            for layout in candidates(config, base, spec, machine, 4096)
+            if layout.memory <= 0.9 * machine.chip.memory and layout.host <= 0.5 * machine.chip.host_memory
+        ]
+        fastest = min(fitting, key=lambda layout: layout.seconds)
+        found = choose(config, base, spec, machine, 4096)
+        assert found.seconds <= 1.01 * fastest.seconds
+        assert not found.host, found
+
+
+def test_a_link_to_the_host_that_is_slower_than_the_products_costs_its_time():
+    base, machine = architecture("llama-3.1-8b"), topology("v5e:16x16")
+    config = RunConfig(train=TrainConfig(batch_size=256))
+    spec = resolve(LoRAConfig(), projection_shapes(base), base.n_layers)
+
+    def of(remat: str, link: float):
+        chip = replace(machine.chip, host_link=link)
+        return estimate(config, base, spec, replace(machine, chip=chip), 4096, (256, 1, 1), remat)
+
+    kept, fast, slow = of("dots", 15e9), of("dots_offload", 1e15), of("dots_offload", 15e9)
+    assert fast.seconds == pytest.approx(kept.seconds)
+    assert fast.host == kept.activations
+    assert slow.seconds > max(kept.seconds, slow.host / 15e9)
+    assert slow.memory < kept.memory
+
+
+def test_more_than_the_host_has_is_an_error_that_says_so():
+    with pytest.raises(NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"):
+        chosen("llama-3.1-8b", "v5e:16x16", seq=32768, compute=ComputeConfig(remat="dots_offload"))

@@ -19,26 +19,26 @@ from nalora_jax.train import remote
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS, open_output
 
-URL = "gs://bucket/run"
+URL = "s3://bucket/run"
 
 
 class Store(MemoryFileSystem):
-    """Google's store, as far as paths and files go."""
+    """A store, as far as paths and files go."""
 
-    protocol = ("gcs", "gs")
+    protocol = ("s3", "s3a")
     store: dict[str, Any] = {}  # noqa: RUF012
     pseudo_dirs = [""]  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
+        return MemoryFileSystem._strip_protocol(path.removeprefix("s3://"))
 
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """What the store holds, by path."""
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
-    fsspec.register_implementation("gcs", Store, clobber=True)
+    fsspec.register_implementation("s3", Store, clobber=True)
     backend.fsspec_backend._get_filesystem.cache_clear()
     Store.store.clear()
     yield Store.store
@@ -100,7 +100,7 @@ def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(s
     with open_output(URL, False) as output:
         (output.folder / "metrics.jsonl").write_text("one\n")
     with (
-        pytest.raises(NaloraError, match=r"new or empty folder, found gs://bucket/run, which holds metrics.jsonl"),
+        pytest.raises(NaloraError, match=r"new or empty folder, found s3://bucket/run, which holds metrics.jsonl"),
         open_output(URL, False),
     ):
         pass
@@ -109,7 +109,7 @@ def test_a_store_that_holds_a_run_or_that_another_machine_writes_to_is_refused(s
     with pytest.raises(NaloraError, match=r"that elsewhere wrote to it 10 seconds ago"), open_output(URL, "auto"):
         pass
     lock.write_text(json.dumps({"host": "elsewhere", "time": remote.time.time() - 1000}))
-    with open_output("gs:/bucket/run", "auto"):  # what a path makes of the URL
+    with open_output("s3:/bucket/run", "auto"):  # what a path makes of the URL
         assert json.loads(lock.read_text())["host"] != "elsewhere"
 
 
@@ -118,7 +118,7 @@ def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_th
         raise OSError("quota exceeded")
 
     mirrored = remote.mirrored(URL, fresh=True, every=0.01)
-    folder = mirrored.__enter__()
+    folder = mirrored.__enter__().folder
     (folder / "metrics.jsonl").write_text("one\n")
     while "metrics.jsonl" not in names(store):
         remote.time.sleep(0.01)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import Decoder, stacked
+from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.remat import stacked
 from nalora_jax.models.vision.dual import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
 from nalora_jax.models.vision.sight import Sight

@@ -13,11 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from nalora_jax import activations
 from nalora_jax.models.block import block_adapters, constrain
-from nalora_jax.models.decoder import Embedding, stacked
+from nalora_jax.models.decoder import Embedding
+from nalora_jax.models.remat import stacked
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.models.vision.positions import resized, resized_each
 from nalora_jax.nn.ffn import GatedFFN, GateStatsConfig, SelfGatedFFN
@@ -28,7 +30,7 @@ from nalora_jax.ops.adapted_dense import adapted_dense, parallel_dense
 from nalora_jax.ops.full_attention import full_attention
 from nalora_jax.ops.matmul import matmul
 from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.rounding import LAYER_INPUT, round_and_save
 from nalora_jax.ops.storage import expand
 
 
@@ -49,7 +51,7 @@ class Encoder(nn.Module):
       config: the architecture.
       adapters: ranks and alphas, by the tower's own paths ("layers/ffn/in_proj").
       numerics: dtypes.
-      remat: one of `nalora_jax.models.decoder.REMAT`.
+      remat: one of `nalora_jax.models.remat.REMAT`.
       stats: strides of the gate statistics.
       activation_sharding: of ``[batch, seq, d_model]`` between layers; None leaves it to the compiler.
     """
@@ -298,6 +300,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: jax.Array, scales: dict[str, dict[str, jax.Array]], shared: Shared) -> tuple[jax.Array, None]:
         """``[batch, seq, d_model]`` -> the same (and nothing to stack)."""
         c, n = self.config, self.numerics
+        x = checkpoint_name(x, LAYER_INPUT)
 
         def attend(y: jax.Array) -> jax.Array:
             return EncoderAttention(c, self.adapters, n, name="attn")(y, y, scales.get("attn", {}), shared)

@@ -1,0 +1,83 @@
+"""Layers that are scanned, and what of them waits for the backward pass: kept, made again, or in the host's memory.
+
+A policy is named by what it saves. Those that end in ``_offload`` save the same in pinned memory of the host: layer by
+layer it leaves the device behind products of the forward pass, and comes back in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.programs import best_remat
+from nalora_jax.ops.rounding import LAYER_INPUT, SAVED, SAVED_WIDE
+from nalora_jax.ops.storage import STACKS
+
+OFFLOAD = "_offload"
+# What is saved for the backward pass: everything, the layer's input only, or also what takes a matrix product to
+# compute ("attention": without what is as wide as the feed-forward block).
+_SAVES: dict[str, tuple[str, ...]] = {"full": (), "attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
+REMAT = ("none", *_SAVES, *(name + OFFLOAD for name in _SAVES))
+_WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have a memory that is not the host's
+
+
+def chosen_remat(asked: str, d_model: int, numerics: Numerics) -> str:
+    """The policy that is meant by ``asked``, of `REMAT` or "auto", on the numerics' platform.
+
+    Raises:
+      NaloraError: see `check_remat`.
+    """
+    check_remat(asked, numerics.platform.name)
+    return best_remat(d_model, numerics) if asked == "auto" else asked
+
+
+def check_remat(asked: str, platform: str) -> None:
+    """Refuses to offload where there is nothing to offload to.
+
+    Raises:
+      NaloraError: the platform's devices compute in the host's own memory.
+    """
+    if asked.endswith(OFFLOAD) and platform not in _WITH_HOST_MEMORY:
+        raise NaloraError(
+            "--compute.remat",
+            expected=f"a policy without {OFFLOAD} on {platform or 'this platform'}, whose memory is the host's",
+            found=asked,
+            remedy=f"use {asked.removesuffix(OFFLOAD)}, or auto",
+        )
+
+
+def stacked(block: Any, remat: str, n_layers: int) -> Any:
+    """``block``, a module of one layer, scanned over layers and rematerialised as asked.
+
+    Whoever offloads a layer's input has to name it `LAYER_INPUT` where the layer begins.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
+    block = block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_broadcast=STACKS,
+        variable_axes={"params": 0, "lora": 0, "gate_mask": 0, "gate_stats": 0, "gate_taps": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=n_layers,
+    )
+
+
+def _policy(remat: str) -> Callable[..., Any] | None:
+    """What `jax.checkpoint` is told; None saves nothing but a layer's input."""
+    saved = _SAVES[remat.removesuffix(OFFLOAD)]
+    if not remat.endswith(OFFLOAD):
+        return jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
+    policy: Callable[..., Any] = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(LAYER_INPUT, *saved),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return policy
