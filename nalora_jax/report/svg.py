@@ -74,7 +74,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
       label: what a screen reader says in its place.
     """
     for line in (line for axis in figure.axes for line in axis.lines):
-        if len(line.get_xydata()) == 1 and line.get_marker() == "None":
+        if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
             line.set_marker("o")  # a line through one point is not seen
             line.set_markersize(4)
     buffer = io.StringIO()
