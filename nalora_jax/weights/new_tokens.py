@@ -84,14 +84,13 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
     held = base.config.vocab_size
     found = table_rows(folder, TENSORS_NAME, base.config)
     rows = held if found is None else found
-    new = _own_tokens(base, folder, strict=found is not None)
+    new = _own_tokens(base, folder, found, strict=rows != held)
     last = max(new.values(), default=-1)
-    if found is None and last >= held:
-        log.info("%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder)
+    if rows == held and all(token_id >= held for token_id in new.values()):
+        if new:
+            log.info("%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder)
         return base
-    if not new and rows == held:
-        return base
-    if last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size)):
+    if rows != held and (last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size))):
         raise NaloraError(
             str(folder / TENSORS_NAME),
             expected=f"tables of at least {max(last + 1, base.tokenizer.vocab_size)} rows, one for each token",
@@ -120,7 +119,7 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
       NaloraError: it has tokens of its own, or tables with another number of rows.
     """
     rows = table_rows(folder, TENSORS_NAME, base.config)
-    new = _own_tokens(base, folder, strict=rows is not None)
+    new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
     trained = {
         text: token_id for text, token_id in new.items() if rows is not None or token_id < base.config.vocab_size
     }
@@ -145,16 +144,18 @@ def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callabl
     return partial(write_extended, base.tokenizer, base.tokenizer_folder, base=files)
 
 
-def _own_tokens(base: LoadedModel, folder: Path, *, strict: bool) -> dict[str, int]:
+def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bool) -> dict[str, int]:
     """Ids of the tokens that the tokenizer in ``folder`` has beyond that of ``base``; none where there is no such file.
 
     Args:
       base: the model.
       folder: of the adapter.
-      strict: whether a tokenizer that is not the base's with more tokens is an error; else it does not count.
+      rows: of the tables that the adapter has; None where it has none, and its tokenizer does not matter.
+      strict: whether it is an error where an id means one token here and another one there; else the base's tokenizer
+        is taken, with a warning (files in other formats may spell the same tokens in other ways).
 
     Raises:
-      NaloraError: it cannot be read; or, where that is an error, an id means one token here and another one there.
+      NaloraError: it cannot be read; or it is another tokenizer, where that is an error.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -165,14 +166,17 @@ def _own_tokens(base: LoadedModel, folder: Path, *, strict: bool) -> dict[str, i
     for text, token_id in theirs.items():
         known = ours.get(text, token_id), by_id.get(token_id, text)
         if known != (token_id, text) and not (text not in ours and _UNUSED.fullmatch(known[1])):
-            if not strict:
-                return {}
-            raise NaloraError(
-                str(path),
-                expected="the tokens of the base under their own ids, and new ones besides",
-                found=f"{text!r} as {token_id}, where the model has {known[1]!r} as {known[0]}",
-                remedy="give the base that the adapter was trained on, and no adapter of other tokens beside it",
-            )
+            found = f"{text!r} as {token_id}, where the model has {known[1]!r} as {known[0]}"
+            if rows is not None and strict:
+                raise NaloraError(
+                    str(path),
+                    expected="the tokens of the base under their own ids, and new ones besides",
+                    found=found,
+                    remedy="give the base that the adapter was trained on, and no adapter of other tokens beside it",
+                )
+            if rows is not None:
+                log.warning("%s has %s: the model's own tokenizer is taken", path, found)
+            return {}
     # What the base has as a piece of text is a token of its own once it was added.
     matched, before = map(_added_tokens, backends)
     new = {text: token_id for text, token_id in theirs.items() if text not in ours} | {

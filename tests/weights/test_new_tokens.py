@@ -253,14 +253,14 @@ def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(tiny_mod
     for mesh in (None, distributed.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])):
         base = load_model(str(tmp_path), dtype="float32", mesh=mesh)
         with caplog.at_level("INFO", "nalora_jax"):
-            found = with_added(base, AddedTokens(("<out>", "w7"), ("<end>", "<go>")), mesh)
-        assert found.added == ("<go>", "<out>", "w7")
+            found = with_added(base, AddedTokens(("<out>", "w7", "<odd>"), ("<end>", "<go>")), mesh)
+        assert found.added == ("<go>", "<out>", "w7", "<odd>")
         assert "tokens that the tokenizer has already: '<end>' (1)" in caplog.text
         assert found.tokenizer.encode("w5<out>w7w7<go>") == [5, 49, 7, 7, 48]
-        assert found.config.vocab_size == found.hf_config["vocab_size"] == 50
-        np.testing.assert_allclose(found.params["embed"]["embedding"][48:], np.tile(means["embed"], (2, 1)), atol=1e-6)
+        assert found.config.vocab_size == found.hf_config["vocab_size"] == 51  # which the mesh does not divide
+        np.testing.assert_allclose(found.params["embed"]["embedding"][48:], np.tile(means["embed"], (3, 1)), atol=1e-6)
         np.testing.assert_allclose(
-            found.params["lm_head"]["kernel"][:, 48:].T, np.tile(means["lm_head"], (2, 1)), atol=1e-6
+            found.params["lm_head"]["kernel"][:, 48:].T, np.tile(means["lm_head"], (3, 1)), atol=1e-6
         )
         np.testing.assert_array_equal(found.params["embed"]["embedding"][:48], base.params["embed"]["embedding"])
 
