@@ -105,7 +105,7 @@ def export(args: cli.ExportArgs) -> None:
         target=args.target,
         max_lora_rank=args.max_lora_rank,
         fingerprint=base.fingerprint,
-        beside=tokenizer_writer(base) if base.added else None,
+        beside=tokenizer_writer(base) if base.added or base.resized else None,
     )
     write_atomically(args.output / "README.md", card(model, "adapter"))
     difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)

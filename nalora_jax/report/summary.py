@@ -51,8 +51,8 @@ def _source(history: History) -> str:
 
 def _choice(history: History) -> str:
     """How many examples chose the checkpoint, where it was chosen at all."""
-    found = next((r["eval"].get("n") for r in history.evals if r["step"] > 0), None)
-    if not found:
+    along = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
+    if len(along) < 2 or not (found := along[-1]):
         return ""
     few = ", too few to tell checkpoints apart: the choice is mostly chance" if found < FEW else ""
     return f" It was chosen on {found} others{few}."

@@ -62,7 +62,7 @@ def export(
             base_model_name=loaded.source,
             fingerprint=loaded.fingerprint,
             overwrite=True,
-            beside=tokenizer_writer(loaded) if loaded.added else None,
+            beside=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
         )
         verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
 

@@ -75,7 +75,8 @@ def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
       choosing: others, which choose the checkpoint.
       chosen: whether one is chosen: not where nothing is measured between the first step and the last.
     """
-    log.info("results rest on %d held-out examples, the choice of the checkpoint on %d others", reported, choosing)
+    by = f", the choice of the checkpoint on {choosing} others" if chosen else ""
+    log.info("results rest on %d held-out examples%s", reported, by)
     if chosen and choosing < FEW:
         log.warning(
             "only %d examples choose the checkpoint, so that the choice is mostly chance: hold out more "

@@ -31,7 +31,8 @@ _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
     """Name of each table's weight in transformers' files: ``{"embed_tokens": "model.embed_tokens.weight", ...}``."""
-    paths = {tensor.slots[0].path: tensor.name for tensor in keymap_for(config, "hf").tensors}
+    tensors = keymap_for(replace(config, sight=None), "hf").tensors
+    paths = {tensor.slots[0].path: tensor.name for tensor in tensors}
     return {"embed_tokens": paths[_EMBEDDING], "lm_head": paths.get(_HEAD, "lm_head.weight")}
 
 

@@ -230,7 +230,7 @@ def of(step, loss, n=None, **kind):
             "the same questions, which had no say in choosing it.",
         ),
         (
-            [of(0, 5.0, initial=True), of(9, 3.0, n=4), of(9, 2.0, final=True)],
+            [of(0, 5.0, initial=True), of(5, 4.0, n=4), of(9, 3.0, n=4), of(9, 2.0, final=True)],
             "5.000 → 2.000",
             "It was chosen on 4 others, too few to tell checkpoints apart: the choice is mostly chance.",
         ),

@@ -16,5 +16,6 @@ def test_a_choice_by_few_examples_is_warned_of(
     with caplog.at_level(logging.INFO, "nalora_jax"):
         say_counts(8, choosing, chosen=chosen)
     said, *warnings = (record.getMessage() for record in caplog.records)
-    assert said == f"results rest on 8 held-out examples, the choice of the checkpoint on {choosing} others"
+    by = f", the choice of the checkpoint on {choosing} others" if chosen else ""
+    assert said == f"results rest on 8 held-out examples{by}"
     assert ["only 4 examples choose the checkpoint" in text for text in warnings] == [True] * warned
