@@ -294,11 +294,7 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """A ``tokenizer.json``, without truncation and padding.
-
-    Raises:
-      NaloraError: there is none, or it is damaged or out of bounds.
-    """
+    """A ``tokenizer.json`` without truncation and padding; a `NaloraError` where it is missing or damaged."""
     if not path.is_file():
         raise NaloraError(
             str(path),
