@@ -38,14 +38,15 @@ from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
+from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.export import card, export
-from nalora_jax.train.hooks import RunHooks
+from nalora_jax.train.hooks import RunHooks, say_counts
 from nalora_jax.train.initialise import gradient_adapters
-from nalora_jax.train.inputs import check_data, check_rules
+from nalora_jax.train.inputs import check_data, check_layout, described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, recorded_settings
@@ -61,6 +62,7 @@ from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.card import write_card
 from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.model import read_config, read_tokenizer_of
+from nalora_jax.weights.new_tokens import with_added
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ def _run(
         source = seen_sources(config.data, config.vision, tokens, source)
     records = _on_images().image_records(config) if files is None else ()
     config = settled(config, files, source, images=len(records[0].indices) if records else 0)
-    placed = config if files is None else laid_out(config, read_config(files, images=images))  # records keep the rest
+    placed = config if files is None else laid_out(config, described(config, files))  # records keep the rest
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(config.compute.implementation, platform_of(mesh).name)
     check_remat(config.compute.remat, platform_of(mesh).name)
@@ -163,7 +165,7 @@ def _run(
             spent.end("preparing")
             try:
                 # ---------------------------------------------------- evaluate, train, evaluate, export
-                before = known or _measure_before(output.folder, beside, pieces)
+                before = known or _measure_before(output.folder, beside, pieces, chosen=config.train.eval_every > 0)
                 spent.end("evaluating the base")
                 result = _fit(config, assembly, state, start, beside)
                 best = _best(result, checkpointer, assembly)
@@ -222,24 +224,13 @@ def _pieces(
     return Pieces(loaded, assembly, data, evaluator, selector, questions, write)
 
 
-def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
-    """Refuse settings that cannot be laid out, from the model's description alone, before its weights are read.
-
-    Raises:
-      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing.
-    """
-    base = read_config(files, images=config.vision.task == "chat")
-    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
-    distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
-    check_rules(config.lora, files, images=config.vision.task == "chat")
-
-
 def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
     """The base model on the mesh."""
     started = time.perf_counter()
     kind = None if config.compute.quantize == "none" else config.compute.quantize
     images = config.vision.task == "chat"
     loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind, images=images)
+    loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
     log.info(
         "%s: %.0f MB of parameters in %s, loaded in %.1f s",
         loaded.source,
@@ -340,14 +331,15 @@ def _listeners(
     return Callbacks(MetricsLog(folder, resume=start or None), callbacks), Progress(config.steps, start=start)
 
 
-def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces) -> dict[str, Any]:
+def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
     """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
     text = json.dumps(before | {"questions": pieces.questions})
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
     beside.told.evaluation(0, before, "initial")
     beside.progress.say(f"before: {describe(before)}")
-    beside.select(0, pieces.loaded.params, None)
+    choosing = beside.select(0, pieces.loaded.params, None)
+    say_counts(int(before.get("n", 0)), choosing.n, chosen=chosen)
     return before
 
 

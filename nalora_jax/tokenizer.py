@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
@@ -20,6 +20,38 @@ from nalora_jax import bounded
 from nalora_jax.bounded.growth import check_growth
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens, as_parts
+
+if TYPE_CHECKING:
+    from nalora_jax.config import DataConfig
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens that are added to a model's tokenizer, as transformers' ``add_tokens`` does.
+
+    Args:
+      plain: parts of a text; decoding shows them.
+      special: marks such as those of a chat template; decoding leaves them out.
+    """
+
+    plain: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(data: DataConfig) -> AddedTokens:
+        """Those of a run's settings."""
+        return AddedTokens(data.add_tokens, data.add_special_tokens)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of them, in the order of their ids."""
+        return (*self.special, *self.plain)
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+
+NO_TOKENS = AddedTokens()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +115,35 @@ class Tokenizer:
         with _complaints("token ids"):
             text: str = self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
         return text
+
+    def with_tokens(self, added: AddedTokens) -> Tokenizer:
+        """This tokenizer with further tokens, each of which is one id wherever it stands in a text.
+
+        Ids follow the last one. What is an added token already stays as it is; a text that the vocabulary holds keeps
+        its id.
+
+        Raises:
+          NaloraError: the tokenizer cannot hold one of them apart.
+        """
+        if not added:
+            return self
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        own = {token.content for token in backend.get_added_tokens_decoder().values()}
+        with _complaints("added tokens", *added.texts):
+            for texts, add in ((added.special, backend.add_special_tokens), (added.plain, backend.add_tokens)):
+                # Not normalized: otherwise what a normalizer makes of the text around them decides whether they match.
+                special = texts is added.special
+                add([tokenizers.AddedToken(t, special=special, normalized=False) for t in texts if t not in own])
+        for text in added.texts:
+            ids = backend.encode(f"a{text}a", add_special_tokens=False).ids
+            if backend.token_to_id(text) not in ids:
+                raise NaloraError("added tokens", expected="texts that are one token each", found=repr(text))
+        return replace(self, backend=backend)
+
+    def rows_for(self, added: AddedTokens, rows: int) -> int:
+        """Rows of an embedding of ``rows`` once ``added``, which this tokenizer has, are in it: as many if they fit."""
+        ids = [self.backend.token_to_id(text) for text in added.texts]
+        return max([rows, *(token_id + 1 for token_id in ids if token_id is not None)])
 
     def for_embedding(self, rows: int, where: str) -> Tokenizer:
         """This tokenizer beside an embedding of ``rows`` rows.
@@ -173,8 +234,8 @@ class Tokenizer:
         return ("" if text.startswith(begin) else begin) + self.images.expanded(text)
 
     @staticmethod
-    def from_folder(path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder.
+    def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder, or of an adapter's: what that lacks is as in ``base``.
 
         Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json and config.json
         (stop ids) and chat_template.jinja; only the first must exist.
@@ -183,13 +244,14 @@ class Tokenizer:
           NaloraError: a file is missing or damaged, or there is no end-of-sequence token.
         """
         folder = Path(path)
-        backend = _read_backend(folder / "tokenizer.json")
+        backend = read_backend(folder / "tokenizer.json")
         settings = read_json(folder / "special_tokens_map.json", missing={})
         settings |= read_json(folder / "tokenizer_config.json", missing={})
         named = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
         special = {name: text for name, text in named.items() if text}
         bos_id, eos_id, pad_id = (backend.token_to_id(special.get(f"{n}_token", "")) for n in ("bos", "eos", "pad"))
         listed = _listed_stop_ids(folder, backend)
+        listed += [] if base is None else base.eos_ids
         if eos_id is None and listed:
             eos_id = listed[0]
         if eos_id is None:
@@ -205,9 +267,10 @@ class Tokenizer:
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             eos_ids=tuple(dict.fromkeys([eos_id, *listed])),
-            chat_template=_chat_template(folder, settings),
+            chat_template=_chat_template(folder, settings) or (None if base is None else base.chat_template),
             add_bos=_adds_bos(backend, bos_id, settings.get("add_bos_token")),
             special_tokens=special,
+            images=None if base is None else base.images,
         )
 
 
@@ -230,7 +293,8 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     return value
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """A ``tokenizer.json`` without truncation and padding; a `NaloraError` where it is missing or damaged."""
     if not path.is_file():
         raise NaloraError(
             str(path),

@@ -187,6 +187,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         check(config)
         own = small.data if data is None else replace(config.data, max_length=16, eval_limit=4, select_limit=2)
         given = {"output": config.output, "steps": min(config.steps, 2), "epochs": config.epochs, "data": own}
+        given["lora"] = replace(small.lora, modules_to_save=config.lora.modules_to_save)
         return whole(replace(small, **given), data=data, **more)
 
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -257,10 +258,16 @@ def test_checkpoints_from_python(world: World, monkeypatch: pytest.MonkeyPatch) 
     assert space["data_state"] == {"row": 5}
 
 
-def test_data_from_python(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    execute(world, "data.md", monkeypatch)
+def test_data_from_python_and_new_tokens_in_transformers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("transformers", "peft"):
+        pytest.importorskip(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        space = execute(world, "data.md", monkeypatch)
     (line, *_) = Path("runs/mail/metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["data"]["examples"] == 285  # 5% are held out
+    assert json.loads(line)["data"]["examples"] == 280  # 20 are held out
+    assert space["tokenizer"].tokenize("1<|call|>2")[1] == "<|call|>"
+    assert space["model"].get_input_embeddings().weight.shape[0] == len(space["tokenizer"]) == len(tiny.WORDS) + 1
 
 
 def test_the_quick_start_and_what_it_leaves_is_served_by_peft(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,25 +61,25 @@ def test_a_run_on_records_of_a_program(tmp_path: Path) -> None:
     result = run(config, data=wrapped, format=example, callbacks=[told])
     header = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
     settings = header["run"]
-    # 57 of 60 records are trained on: 3 positions each, two in a row of 8, 29 rows, 8 a step.
-    assert header["data"]["examples"] == 57
-    assert (settings["steps"], settings["epochs"], settings["data"]["max_length"]) == (8, 2.0, 8)
-    assert (settings["train"]["eval_every"], settings["data"]["dataset"]) == (4, "in memory")
-    assert (result.before["n"], result.after["n"]) == (2, 2)
+    # 48 of 60 records are trained on: 3 positions each, two in a row of 8, 24 rows, 8 a step.
+    assert header["data"]["examples"] == 48
+    assert (settings["steps"], settings["epochs"], settings["data"]["max_length"]) == (6, 2.0, 8)
+    assert (settings["train"]["eval_every"], settings["data"]["dataset"]) == (3, "in memory")
+    assert (result.before["n"], result.after["n"]) == (8, 8)
     assert [event for event in told.events if event[0] != "save"] == [
         ("eval", 0, "initial"),
         ("eval", 0, ""),
-        ("eval", 4, ""),
-        ("eval", 8, ""),
+        ("eval", 3, ""),
+        ("eval", 6, ""),
         ("eval", result.best_step, "final"),
-        ("end", 8, result.best_step),
+        ("end", 6, result.best_step),
     ]
-    assert [event[1:] for event in told.events if event[0] == "save"] == [(4, "4"), (8, "8")]
+    assert [event[1:] for event in told.events if event[0] == "save"] == [(3, "3"), (6, "6")]
     assert list((result.folder / "tensorboard").iterdir())
 
     again = replace(config, resume=True, epochs=3.0)
     longer = run(again, data=[{"inner": one} for one in records], format=example)
-    assert json.loads((longer.folder / "metrics.jsonl").read_text().splitlines()[-1])["done"]["step"] == 11
+    assert json.loads((longer.folder / "metrics.jsonl").read_text().splitlines()[-1])["done"]["step"] == 9
     other = {"prompt": "a b", "completion": " y", "choices": ["c", "y"], "gold": 1}
     with pytest.raises(NaloraError, match="data position"):
         run(replace(again, epochs=0.0, steps=12), data=[{"inner": other} for _ in records], format=example)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import Tokenizer, read_json
+from nalora_jax.tokenizer import AddedTokens, Tokenizer, read_json
 
 transformers = pytest.importorskip("transformers")
 
@@ -299,3 +299,20 @@ def test_missing_json_file(tmp_path: Path) -> None:
     with pytest.raises(NaloraError, match="nothing of that name"):
         read_json(tmp_path / "x.json")
     assert read_json(tmp_path / "x.json", missing={"a": 1}) == {"a": 1}
+
+
+def test_added_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """Ids and splits; a word of the vocabulary is a token of its own, and what is one already stays as it is."""
+    folder = save(tmp_path)
+    ours = Tokenizer.from_folder(folder).with_tokens(AddedTokens(("<id>", "the"), ("<call>", "<|im_end|>")))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    theirs.add_tokens(["<id>", "the"])
+    assert len(theirs) == ours.vocab_size == ours.rows_for(AddedTokens(("<id>",)), 0)
+    assert ours.rows_for(AddedTokens(("the",)), 5000) == 5000
+    for text in ("a<call>b<id>c", "<id><id> <call>", "the cathedral of them<|im_end|>", *TEXTS):
+        ids = ours.encode(text, special=False)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    with pytest.raises(NaloraError, match="added tokens: expected texts that are one token each, found ''"):
+        ours.with_tokens(AddedTokens(("",)))

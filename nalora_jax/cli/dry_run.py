@@ -24,8 +24,8 @@ from nalora_jax.optim import make
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
-from nalora_jax.run import check_layout
-from nalora_jax.train.inputs import check_data
+from nalora_jax.tokenizer import AddedTokens, Tokenizer
+from nalora_jax.train.inputs import check_data, check_layout
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model
@@ -53,8 +53,9 @@ def dry_run(config: RunConfig) -> None:
 def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The settings of a run on text, decided, and what they come to."""
     files, images = find_model(config.model), config.vision.task == "chat"
-    base = read_config(files, images=images)
-    tokenizer, source = read_tokenizer_of(files, base), None
+    added = AddedTokens.of(config.data)
+    base = read_config(files, images=images, added=added)
+    tokenizer, source = read_tokenizer_of(files, base, added), None
     if images:
         source = seen_sources(config.data, config.vision, tokenizer.images)
     check_data(config.data, source)
@@ -75,12 +76,21 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     reported, selecting = held_out(config.data, tokenizer, source=source)
     return config, [
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
+        *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
         f"training data: {json.dumps(data.describe())}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(placed, base, spec, mesh),
     ]
+
+
+def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:
+    """What the tokens that are named come to."""
+    if not added:
+        return []
+    ids = [f"{text!r} {tokenizer.backend.token_to_id(text)}" for text in added.texts]
+    return [f"added tokens: {', '.join(ids)}; the embedding has {base.vocab_size:,} rows"]
 
 
 def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:

@@ -33,6 +33,10 @@ class PlanArgs:
     accumulate: int = 1
     # Adapters: PATTERN:RANK[:ALPHA] ..., as of nalora train.
     rules: tuple[LoRARule, ...] = LoRAConfig().rules
+    # Train token embedding and output head as a whole too: embed_tokens, lm_head, as of nalora train.
+    modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
+    # Rows that the embedding and the head get for added tokens.
+    added_tokens: int = 0
     # Rematerialisation; "auto" chooses it together with the mesh.
     remat: Remat = "auto"
     # Hold the adapted model's projections quantized.
@@ -52,6 +56,7 @@ RANGES = {
     "seq": TOKENS,
     "images": COUNT,
     "accumulate": ROWS,
+    "added_tokens": COUNT,
     "price": Range("a number", "[0, 1e6]"),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
@@ -75,6 +80,7 @@ def plan(args: PlanArgs) -> None:
     from nalora_jax.plan.report import plan as compiled
 
     base = architecture(args.model, images=args.images > 0)
+    base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
     for machine in machines:
         config = _config(args, args.batch or machine.size * args.accumulate)
         if args.estimate:
@@ -96,7 +102,7 @@ def _config(args: PlanArgs, rows: int) -> RunConfig:
         replace(
             RunConfig(),
             model=args.model,
-            lora=LoRAConfig(rules=args.rules),
+            lora=LoRAConfig(rules=args.rules, modules_to_save=args.modules_to_save),
             mesh=args.mesh,
             train=TrainConfig(batch_size=rows, accumulate=args.accumulate),
             compute=ComputeConfig(remat=args.remat, quantize=args.quantize),

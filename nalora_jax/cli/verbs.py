@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nalora_jax.load import AdaptedModel
     from nalora_jax.load.dual import AdaptedDual
     from nalora_jax.tokenizer import Tokenizer
+    from nalora_jax.weights import LoadedModel
+    from nalora_jax.weights.hub import ResolvedSource
 
 
 def train(args: cli.TrainArgs) -> None:
@@ -75,6 +77,7 @@ def export(args: cli.ExportArgs) -> None:
     """Write an adapter for another tool, and read it back."""
     from nalora_jax.files import write_atomically
     from nalora_jax.load import load
+    from nalora_jax.weights.new_tokens import tokenizer_writer
     from nalora_jax.weights.peft import export_adapter, verify_export
 
     if args.target == "gguf":
@@ -102,6 +105,7 @@ def export(args: cli.ExportArgs) -> None:
         target=args.target,
         max_lora_rank=args.max_lora_rank,
         fingerprint=base.fingerprint,
+        beside=tokenizer_writer(base) if base.added or base.resized else None,
     )
     write_atomically(args.output / "README.md", card(model, "adapter"))
     difference = verify_export(args.output, lora, model.spec, base.config, fingerprint=base.fingerprint)
@@ -136,12 +140,12 @@ def merge(args: cli.MergeArgs) -> None:
     if args.gguf is not None:
         from nalora_jax.weights.gguf_export import write_merged_gguf
 
-        write_merged_gguf(args.output, config, params, lora, spec, base=found.path, kind=args.gguf)
+        tokenizer = base.tokenizer if base.added else None
+        write_merged_gguf(args.output, config, params, lora, spec, base=found.path, kind=args.gguf, tokenizer=tokenizer)
         print(f"{args.output}: merged model in {args.gguf}")
         return
     if base.hf_config is None:
         raise NaloraError(located.base, expected="a model with a config.json", found="none")
-    tokenizer = found.path if found.kind == "hf" else base.tokenizer
     write_merged(
         args.output,
         config,
@@ -149,7 +153,7 @@ def merge(args: cli.MergeArgs) -> None:
         lora,
         spec,
         hf_config=base.hf_config | ({"tie_word_embeddings": False} if model.spec.saved else {}),
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer_of(base, found),
         dtype=args.dtype,
         card=card(model, "merged"),
     )
@@ -237,6 +241,7 @@ def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) 
     alias = alias_of(model.located.base)
     licence = alias.parts[0].licence if alias else ""
     written = Card(kind, model.base.source, model.spec, license=licence, origin=model.base.origin)
+    written = replace(written, resized=getattr(model.base, "resized", 0))
     if model.located.run and model.located.adapter is not None:
         history = read_history(model.located.adapter.parent)
         measured = [record["eval"] for record in history.measured]
@@ -266,6 +271,15 @@ def _lora(model: AdaptedModel) -> dict[str, Any]:
     if model.lora is None:
         raise NaloraError(model.located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
     return model.lora
+
+
+def _tokenizer_of(base: LoadedModel, found: ResolvedSource) -> Any:
+    """What a merged folder's tokenizer is made of, as `write_merged` takes it."""
+    from nalora_jax.weights.new_tokens import tokenizer_writer
+
+    if found.kind == "gguf":
+        return base.tokenizer
+    return tokenizer_writer(base, files=found.path) if base.added else found.path
 
 
 def _check_gguf_name(path: Path) -> None:

@@ -70,7 +70,7 @@ class DataConfig:
     # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a file has one split, "train".
     train_split: str = "train"
     # Split held out for evaluation, another file's path, or "auto": the split "validation" if there is one, else 5% of
-    # the training records (at most 500), drawn once by a fixed seed.
+    # the training records, 20 where that is fewer, of fewer than 100 a fifth; at most 500, drawn once by a fixed seed.
     eval_split: str = "auto"
     # Held-out examples that before and after are measured on (0: all that are left), drawn once by a fixed seed.
     eval_limit: int = 400
@@ -86,6 +86,11 @@ class DataConfig:
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
+    # Tokens to add to the tokenizer, each one id from now on; needs --lora.modules-to-save embed_tokens lm_head, whose
+    # new rows start as the mean of the others and are trained.
+    add_tokens: tuple[str, ...] = ()
+    # The same for special tokens, such as the marks of a tool call: generated answers are shown without them.
+    add_special_tokens: tuple[str, ...] = ()
     # Field of a record that holds the prompt.
     prompt_field: str = "prompt"
     # Field of a record that holds the completion.
@@ -316,6 +321,7 @@ def check(config: RunConfig) -> RunConfig:
     check_path("--output", config.output)
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     _check_saved(config)
+    _check_added(config)
     check_preference(config.preference, init=config.lora.init, task=config.vision.task)
     return config
 
@@ -330,6 +336,20 @@ def _check_saved(config: RunConfig) -> None:
         ("--preference.loss", config.preference.loss, "none"),
     ):
         require(flag, found == fits, f"{fits or 'a language model'} with --lora.modules-to-save", found)
+
+
+def _check_added(config: RunConfig) -> None:
+    """Added tokens need trained rows on both sides: nobody has learned to read them, nor to write them."""
+    data, saved = config.data, config.lora.modules_to_save
+    for flag, texts in (("add-tokens", data.add_tokens), ("add-special-tokens", data.add_special_tokens)):
+        fine = all(text.strip() for text in texts) and len(set(texts)) == len(texts)
+        require(f"--data.{flag}", fine, "texts, none empty or named twice", ", ".join(map(repr, texts)))
+    both = set(data.add_tokens) & set(data.add_special_tokens)
+    require("--data.add-tokens", not both, "no token of --data.add-special-tokens", ", ".join(map(repr, sorted(both))))
+    if data.add_tokens or data.add_special_tokens:
+        trained = {"embed_tokens", "lm_head"} <= set(saved)
+        flag, found = "--lora.modules-to-save", " ".join(saved) or "none"
+        require(flag, trained, "embed_tokens lm_head beside added tokens, whose rows are new", found)
 
 
 def _check_rules(rules: tuple[LoRARule, ...]) -> None:

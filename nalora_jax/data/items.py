@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# Held-out examples below which a choice between checkpoints is mostly chance: one more right answer is a tenth.
+FEW = 10
+
 
 @dataclass(frozen=True)
 class ChoiceItem:

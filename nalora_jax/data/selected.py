@@ -12,6 +12,7 @@ from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.errors import NaloraError
 
 SHARE, MOST = 0.05, 500  # of the records, held out where there is no split for it
+ENOUGH, LARGEST_SHARE = 20, 0.2  # of few records, as many as say anything, but no more than this share of them
 _FEWEST = 4
 # One draw for every run, so that runs with different seeds are measured on the same records.
 _SEED = 20260101
@@ -55,8 +56,17 @@ class SelectedSource(Source):
         return self._base.where(int(self._indices[index]))
 
 
+def held_out_count(records: int) -> int:
+    """Of so many records, how many are held out: one in twenty, but 20 of fewer than 400 and a fifth of fewer than 100.
+
+    Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; never fewer than two.
+    """
+    few = min(ENOUGH, round(LARGEST_SHARE * records))
+    return min(max(round(SHARE * records), few, 2), MOST)
+
+
 def draw_held_out(whole: Source) -> tuple[Source, Source]:
-    """``whole`` divided into records to train on and others to measure on: one in twenty, at least two, at most 500.
+    """``whole`` divided into records to train on and others to measure on, as `held_out_count` says.
 
     Raises:
       NaloraError: fewer than four records.
@@ -68,7 +78,7 @@ def draw_held_out(whole: Source) -> tuple[Source, Source]:
             found=len(whole),
             remedy="add records, or name others to measure on by --data.eval-split",
         )
-    count = min(max(round(SHARE * len(whole)), 2), MOST)
+    count = held_out_count(len(whole))
     order = permutation(len(whole), _SEED)
     parts = np.sort(order[count:]), np.sort(order[:count])
     rest, held = (SelectedSource(whole, part, f"{len(part)} of {len(whole)} records") for part in parts)

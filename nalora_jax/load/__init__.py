@@ -25,6 +25,7 @@ from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
@@ -113,10 +114,13 @@ def load(
     A model is loaded to see ``images`` where that is asked for, by default where the run that made the adapter did.
 
     Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
-    with ``quantize="run"``. Whoever has resolved the base's name gives what was found as ``resolved``.
+    with ``quantize="run"``. Where the adapter was trained with added tokens, the base has them: rows of
+    its embedding and head, and the tokenizer in the adapter's folder. Whoever has resolved the base's name gives what
+    was found as ``resolved``.
 
     Raises:
-      NaloraError: see `locate`, `weights.load_model` and `weights.peft.import_adapter`; or a tensor axis of the mesh
+      NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.for_adapter` and
+        `weights.peft.import_adapter`; or a tensor axis of the mesh
         splits a head.
     """
     located = locate(model, adapter)
@@ -129,6 +133,7 @@ def load(
     base = load_model(resolved or located.base, dtype=dtype, mesh=mesh, quantized=quantized, images=images)
     lora, spec = None, AdapterSpec()
     if located.adapter is not None:
+        base = for_adapter(base, located.adapter, mesh)
         lora, spec = import_adapter(located.adapter, base.config, fingerprint=base.fingerprint)
     if mesh is not None:
         distributed.check_heads(mesh, n_heads=base.config.n_heads, n_kv_heads=base.config.n_kv_heads)
@@ -148,12 +153,13 @@ def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -
       mesh: as ``model`` was loaded on.
 
     Raises:
-      NaloraError: the adapter cannot be read, or is one of another base.
+      NaloraError: the adapter cannot be read, or is one of another base or of other added tokens.
     """
     folder = _adapter_folder(Path(adapter))
     if folder is None:
         return None
     base = model.base
+    check_adapter(base, folder)
     lora, spec = import_adapter(folder, base.config, fingerprint=base.fingerprint)
     if mesh is not None:
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))

@@ -141,15 +141,18 @@ def estimate(
     wide = 4.0 if config.compute.dtype == "float32" else 2.0
     layer, ends = _weights(base, width or wide, wide)
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
+    tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
+    tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
     splash = _is_splash(where, base, seq)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     kept = _saved(base, saves, tensor, splash=splash) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
-        state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor,  # of A and B one is split over fsdp
+        # Of A and B one is split over fsdp. Tables are; in a step they and their gradients are gathered over it.
+        state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide),
+        working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide) + (2 * tables if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
@@ -171,7 +174,7 @@ def estimate(
         moved = 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
         summed = sums * base.n_layers * moved / where.inbound(tensor)
     hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
-    gradients = 2 * adapters / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
+    gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
     seconds = times * (max(products, hbm, gathered) + summed) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.data.items import FEW
 from nalora_jax.report.history import EvaluationScore, History
 from nalora_jax.train.progress import duration
 
@@ -45,7 +46,16 @@ def _source(history: History) -> str:
         )
     last = f"the adapter of step {after['step']}, which was exported"
     same = " Both on the same questions, which had no say in choosing it." if "initial" in before else ""
-    return f"Before: {first}. After: {last}.{same}"
+    return f"Before: {first}. After: {last}.{same}{_choice(history)}"
+
+
+def _choice(history: History) -> str:
+    """How many examples chose the checkpoint, where it was chosen at all."""
+    along = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
+    if len(along) < 2 or not (found := along[-1]):
+        return ""
+    few = ", too few to tell checkpoints apart: the choice is mostly chance" if found < FEW else ""
+    return f" It was chosen on {found} others{few}."
 
 
 def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> dict[str, Any]:

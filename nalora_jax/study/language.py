@@ -21,9 +21,11 @@ from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.models.decoder import init_lora
 from nalora_jax.study.subject import on_mesh
+from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.weights.new_tokens import with_added
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,20 @@ class Language:
     def model(self, config: RunConfig) -> LoadedModel:
         """The run's base model."""
         compute = config.compute
-        key = json.dumps([config.model, compute.dtype, compute.quantize, config.to_dict()["mesh"]])
+        added = AddedTokens.of(config.data)
+        key = json.dumps([config.model, compute.dtype, compute.quantize, config.to_dict()["mesh"], added.texts])
         if key not in self._models:
             kind = None if compute.quantize == "none" else compute.quantize
             mesh = distributed.smallest_mesh(config.mesh)
-            self._models[key] = load_model(config.model, dtype=compute.dtype, mesh=mesh, quantized=kind)
+            loaded = load_model(config.model, dtype=compute.dtype, mesh=mesh, quantized=kind)
+            self._models[key] = with_added(loaded, added, mesh)
         return self._models[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Of the data only the length of the rows."""
-        return replace(config, data=DataConfig()), {"max_length": config.data.max_length}
+        """Of the data only the length of the rows, and tokens that are added."""
+        added = AddedTokens.of(config.data)
+        shapes: dict[str, Any] = {"max_length": config.data.max_length}
+        return replace(config, data=DataConfig()), shapes | ({"added": added.texts} if added else {})
 
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
         """As ``nalora train`` does."""
@@ -90,7 +96,7 @@ class Language:
             first = [next(rows) for _ in range(config.lora.gradient_batches)]
             batches.close()
             return gradient_adapters(assembly, model.config, first, seed)
-        params = assembly.params if assembly.spec.dora else None
+        params = assembly.params if assembly.spec.dora or assembly.spec.saved else None
         return init_lora(model.config, assembly.spec, jax.random.key(seed), params)
 
     def items(self, config: RunConfig, data: DataConfig) -> LanguageItems:

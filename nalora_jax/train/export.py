@@ -22,6 +22,7 @@ from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel
 from nalora_jax.weights.card import Card
 from nalora_jax.weights.hub import alias_of
+from nalora_jax.weights.new_tokens import tokenizer_writer
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def export(
             base_model_name=loaded.source,
             fingerprint=loaded.fingerprint,
             overwrite=True,
+            beside=tokenizer_writer(loaded) if loaded.added or loaded.resized else None,
         )
         verify_export(folder, lora, spec, loaded.config, fingerprint=loaded.fingerprint)
 
@@ -123,4 +125,5 @@ def card(
         versions=versions(),
         device=describe_device(),
         origin=loaded.origin,
+        resized=loaded.resized if isinstance(loaded, LoadedModel) else 0,
     )

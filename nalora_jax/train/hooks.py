@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nalora_jax.data.items import FEW
 from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.train.callbacks import Callbacks
@@ -16,6 +18,8 @@ from nalora_jax.train.preemption import StopSignals
 from nalora_jax.train.progress import Progress
 from nalora_jax.train.state import TrainState
 from nalora_jax.train.state_metrics import StateMetrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,4 +63,23 @@ class RunHooks:
         self.told.evaluation(step, values)
         self.progress.say(f"step {step}: {describe(values)}")
         value = float(values[self.selector.metric])
-        return LoopEvaluation(value if self.selector.mode == "max" else -value, {self.selector.metric: value})
+        score = value if self.selector.mode == "max" else -value
+        return LoopEvaluation(score, {self.selector.metric: value}, int(values.get("n", 0)))
+
+
+def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
+    """Say on how many held-out examples a run's figures rest, and warn where they are too few to choose by.
+
+    Args:
+      reported: examples that results are reported on.
+      choosing: others, which choose the checkpoint.
+      chosen: whether one is chosen: not where nothing is measured between the first step and the last.
+    """
+    by = f", the choice of the checkpoint on {choosing} others" if chosen else ""
+    log.info("results rest on %d held-out examples%s", reported, by)
+    if chosen and choosing < FEW:
+        log.warning(
+            "only %d examples choose the checkpoint, so that the choice is mostly chance: hold out more "
+            "(--data.eval-split), or take the last step's with --train.eval-every 0",
+            choosing,
+        )

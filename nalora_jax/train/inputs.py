@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from nalora_jax.config import DataConfig, LoRAConfig
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.config import DataConfig, LoRAConfig, RunConfig
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
 from nalora_jax.data.sources import Source, open_pair
-from nalora_jax.models.config import depths, projection_shapes
+from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.model import read_config
 
@@ -33,6 +37,23 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     if drawn:
         log.info("no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn)))
     return train, held_out
+
+
+def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:
+    """The architecture of a run's base model, with rows for the tokens that the run adds to it."""
+    return read_config(files, images=config.vision.task == "chat", added=AddedTokens.of(config.data))
+
+
+def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
+    """Refuse settings that cannot be laid out, from the model's description alone, before its weights are read.
+
+    Raises:
+      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing.
+    """
+    base = described(config, files)
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
+    check_rules(config.lora, files, images=config.vision.task == "chat")
 
 
 def check_rules(lora: LoRAConfig, model: ResolvedSource, *, images: bool = False) -> AdapterSpec:

@@ -27,6 +27,7 @@ class LoopEvaluation(NamedTuple):
 
     score: float  # higher is better
     metrics: Mapping[str, float]  # what ranks the checkpoint
+    n: int = 0  # examples behind it, where that is known
 
 
 class Hooks(Protocol):

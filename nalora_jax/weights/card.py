@@ -36,6 +36,7 @@ class Card:
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that trained it
     device: str = ""  # what it was trained on
     origin: Origin | None = None  # the base's file, number formats and digest
+    resized: int = 0  # rows of the embedding where tokens were added to the base; 0 where it has them
 
 
 def render_card(card: Card) -> str:
@@ -102,6 +103,8 @@ def _summary(card: Card) -> str:
     lines = [f"Base model: {_base_link(card.base_model)}. Adapters ({kind}), rank and alpha per projection:"]
     rows = [(f"`{path}`", _range(target.ranks), _range(target.alphas)) for path, target in card.spec.targets]
     lines += ["", *_table(("projection", "rank", "alpha"), rows)]
+    if card.spec.saved and card.kind == "adapter":
+        lines += ["", f"Trained as a whole beside them, and part of its files: {' and '.join(card.spec.saved)}."]
     if card.run:
         lines += ["", _method(card.run)]
     if card.kind == "merged":
@@ -192,9 +195,10 @@ def _usage(card: Card) -> str:
         )
     else:
         kind = "AutoModel" if _on_images(card) else "AutoModelForCausalLM"
+        resize = f"base.resize_token_embeddings({card.resized})\n" if card.resized else ""
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
-            f"base = {kind}.from_pretrained({json.dumps(base)})\n"
+            f"base = {kind}.from_pretrained({json.dumps(base)})\n{resize}"
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
         )
     return f"## Use\n\n```python\n{code}\n```"
@@ -260,7 +264,7 @@ def _on_hub(name: str) -> bool:
 
 def _held_out(split: str) -> str:
     """What the results were measured on, in words."""
-    return "its validation split or else 5% of its records" if split == "auto" else f"split `{split}`"
+    return "its validation split or else some of its records" if split == "auto" else f"split `{split}`"
 
 
 def _short(name: str) -> str:

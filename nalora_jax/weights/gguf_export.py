@@ -24,12 +24,14 @@ from gguf import (
     GGUFWriter,
     Keys,
     LlamaFileType,
+    TokenType,
 )
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_file
 from nalora_jax.weights.gguf import GGUFFile
@@ -68,6 +70,7 @@ def write_merged_gguf(
     *,
     base: str | Path,
     kind: str = "F16",
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes the merged model as one GGUF file, one tensor in memory at a time.
 
@@ -79,6 +82,7 @@ def write_merged_gguf(
       spec: their spec.
       base: the GGUF file that the base was loaded from.
       kind: format of the matrices, one of `KINDS`; vectors and routers stay float32, as llama.cpp wants them.
+      tokenizer: of the model where tokens were added to it: they are listed after the base's own.
 
     Raises:
       NaloraError: an unknown kind, a base that is not a GGUF file of this architecture, an existing file or a failed
@@ -90,7 +94,7 @@ def write_merged_gguf(
     items = [
         _Item(tensor.name, tensor.shape, _tensor_kind(tensor, kind)) for tensor in keymap_for(config, "gguf").tensors
     ]
-    _check_base(base, reader, items)
+    _check_base(base, reader, items, config)
     kinds = {item.name: item.kind for item in items}
     # Frequency factors are tensors there, and settings here.
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
@@ -99,7 +103,7 @@ def write_merged_gguf(
     data = chain((quantize(value, kinds[name]) for name, value in merged), (factor.data for factor in factors))
     with new_file(path) as scratch:
         writer = GGUFWriter(scratch, reader.fields["general.architecture"].contents())
-        _copy_fields(reader, writer)
+        _copy_fields(reader, writer, _token_fields(reader, config.vocab_size, tokenizer))
         writer.add_file_type(KINDS[kind])
         if kind == "Q8_0":
             writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -238,10 +242,13 @@ def _open(base: str | Path) -> GGUFReader:
         ) from error
 
 
-def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item]) -> None:
-    """The metadata that will be copied must describe these very tensors."""
+def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], config: ModelConfig) -> None:
+    """The metadata that will be copied must describe these very tensors; tables may have been trained and resized."""
     stored = {tensor.name: tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
+    tables = {"output.weight", "token_embd.weight"}
     for item in items:
+        if item.name in tables and stored.get(item.name, item.shape)[1:] == (config.d_model,):
+            continue
         if stored.get(item.name) != item.shape:
             raise NaloraError(
                 f"{base}: {item.name}",
@@ -251,11 +258,37 @@ def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item]) ->
             )
 
 
-def _copy_fields(reader: GGUFReader, writer: GGUFWriter) -> None:
-    """Every field of the model itself, with its type."""
+def _token_fields(reader: GGUFReader, rows: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Fields of the vocabulary where it is not the base's: a token of every row, and the chat template."""
+    held = next((int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), rows)
+    if "tokenizer.ggml.tokens" not in reader.fields or (tokenizer is None and held == rows):
+        return {}
+    tokens = list(reader.fields["tokenizer.ggml.tokens"].contents())[:rows]
+    missing = range(len(tokens), rows)
+    tokens += [f"[PAD{number}]" for number in missing]  # as llama.cpp's converter calls them
+    changed: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
+    for name, filler in (("token_type", int(TokenType.UNUSED)), ("scores", 0.0)):
+        if stored := reader.fields.get(f"tokenizer.ggml.{name}"):
+            changed[stored.name] = [*list(stored.contents())[:rows], *[filler for _ in missing]]
+    if (size := f"{reader.fields['general.architecture'].contents()}.vocab_size") in reader.fields:
+        changed[size] = rows
+    if tokenizer is None:
+        return changed
+    kinds = changed.get("tokenizer.ggml.token_type", [0] * rows)
+    for number, token in tokenizer.backend.get_added_tokens_decoder().items():
+        if number < rows and kinds[number] in (TokenType.NORMAL, TokenType.UNUSED, 0):
+            tokens[number] = token.content
+            kinds[number] = int(TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
+    if tokenizer.chat_template is not None and "tokenizer.chat_template" in reader.fields:
+        changed["tokenizer.chat_template"] = tokenizer.chat_template
+    return changed
+
+
+def _copy_fields(reader: GGUFReader, writer: GGUFWriter, changed: Mapping[str, Any]) -> None:
+    """Every field of the model itself, with its type; those of ``changed`` with another value."""
     for name, stored in reader.fields.items():
         if name in _OWN_KEYS or name.startswith(_OWN_FIELDS):
             continue
         kind = stored.types[0]
         inner = stored.types[-1] if kind == GGUFValueType.ARRAY else None
-        writer.add_key_value(name, stored.contents(), kind, inner)
+        writer.add_key_value(name, changed.get(name, stored.contents()), kind, inner)

@@ -8,7 +8,7 @@ computed in float32 and rounded once to the weight's own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def write_merged(
     spec: AdapterSpec,
     *,
     hf_config: Mapping[str, Any],
-    tokenizer: Tokenizer | Path,
+    tokenizer: Tokenizer | Path | Callable[[Path], None],
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
@@ -147,7 +147,8 @@ def write_merged(
       lora: adapters, or None to write the base.
       spec: their spec.
       hf_config: the base's ``config.json`` (`LoadedModel.hf_config`).
-      tokenizer: the base's folder, whose files are copied, or a `Tokenizer` (of a GGUF file), which is written.
+      tokenizer: the base's folder, whose files are copied; or a `Tokenizer` (of a GGUF file), which is written; or what
+        writes the files into a folder (`nalora_jax.weights.new_tokens.tokenizer_writer`).
       dtype: "float32", "float16" or "bfloat16"; by default each tensor keeps its parameter's.
       shard_bytes: largest file.
       card: text of README.md (`nalora_jax.weights.card`).
@@ -165,8 +166,10 @@ def write_merged(
         write_json(scratch / "config.json", settings)
         if isinstance(tokenizer, Tokenizer):
             write_tokenizer(tokenizer, scratch, max_length=config.max_positions)
-        else:
+        elif isinstance(tokenizer, Path):
             copy_tokenizer(tokenizer, scratch, images=config.sight is not None)
+        else:
+            tokenizer(scratch)
         if card is not None:
             (scratch / "README.md").write_text(card, encoding="utf-8")
         write_shards(scratch, infos, merged_tensors(config, params, lora, spec, dtype=chosen), shard_bytes=shard_bytes)

@@ -19,7 +19,7 @@ from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.models.vision.sight import Sight
 from nalora_jax.nn.quantize import Kind, gathered
-from nalora_jax.tokenizer import Tokenizer, read_json
+from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
@@ -44,30 +44,41 @@ class LoadedModel:
     hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
     origin: Origin | None = None  # where the weights come from, where they come from files
     processor: ImageProcessor | None = None  # of a model that was loaded to see
+    added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's own files lack
+    tokenizer_folder: Path | None = None  # holds the tokenizer's files; None where a GGUF file has it
+    resized: int = 0  # rows of its tables where they are not those of its files; 0 where they are
 
 
-def read_config(found: hub.ResolvedSource, *, images: bool = False) -> ModelConfig:
+def read_config(found: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
     """The architecture of a model, read from its description alone: no weight is.
 
     Args:
       found: its files.
       images: with what it sees images by; see `ModelConfig.from_hf`.
+      added: tokens that its embedding gets rows for.
 
     Raises:
       NaloraError: the description cannot be read or understood.
     """
     where = found.path if found.kind == "gguf" else found.path / "config.json"
     raw = hf_config(GGUFFile(found.path)) if found.kind == "gguf" else read_json(where)
-    return ModelConfig.from_hf(raw, str(where), images=images)
+    config = ModelConfig.from_hf(raw, str(where), images=images)
+    if not added:
+        return config
+    return replace(config, vocab_size=_files_tokenizer(found).with_tokens(added).rows_for(added, config.vocab_size))
 
 
-def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a model, beside its embedding; no weight is read.
+def _files_tokenizer(found: hub.ResolvedSource) -> Tokenizer:
+    return read_tokenizer(GGUFFile(found.path)) if found.kind == "gguf" else Tokenizer.from_folder(found.path)
+
+
+def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
+    """The tokenizer of a model with the tokens that are added to it, beside its embedding; no weight is read.
 
     Raises:
       NaloraError: its files are missing or damaged.
     """
-    tokenizer = read_tokenizer(GGUFFile(found.path)) if found.kind == "gguf" else Tokenizer.from_folder(found.path)
+    tokenizer = _files_tokenizer(found).with_tokens(added)
     tokenizer = tokenizer.for_embedding(config.vocab_size, f"{found.path}: tokenizer")
     return tokenizer if config.sight is None else _seeing(tokenizer, config.sight, found.path)
 
@@ -109,7 +120,18 @@ def load_model(
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
-    return LoadedModel(config, params, tokenizer, known.name, known.fingerprint, raw, known, processor)
+    folder = found.path if found.kind == "hf" else None
+    return LoadedModel(
+        config,
+        params,
+        tokenizer,
+        known.name,
+        known.fingerprint,
+        raw,
+        known,
+        processor,
+        tokenizer_folder=folder,
+    )
 
 
 def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:

@@ -222,6 +222,14 @@ def _refuse_unsupported(fields: _Fields) -> None:
             found=repr(init),
             remedy="convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
+    if rows := fields.raw.get("trainable_token_indices"):
+        raise NaloraError(
+            f"{fields.where}: trainable_token_indices",
+            expected="null (tables are read whole, as modules_to_save writes them)",
+            found=json.dumps(rows)[:80],
+            remedy="in PEFT, merge_and_unload and save_pretrained give a model with these rows; or train with "
+            "modules_to_save=['embed_tokens', 'lm_head']",
+        )
     for key, value in fields.raw.items():
         # A field of a newer PEFT that is off changes nothing; one that is on might.
         if key not in _INERT | _READ and value not in (None, False, "none") and value != [] and value != {}:

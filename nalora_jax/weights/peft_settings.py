@@ -45,6 +45,10 @@ def _choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:
     return lambda value: table.get(value, Refused(because)) if isinstance(value, str) else Refused(because)
 
 
+_RESIZED = (
+    "if the tokenizer got new tokens: name them in data.add_tokens or data.add_special_tokens, in their order; the "
+    "embedding is resized for them"
+)
 _OTHER_METHOD = "it is another method than LoRA, and is not implemented here"
 _PISSA = re.compile(r"pissa(_niter_\d+)?")
 
@@ -88,11 +92,16 @@ PEFT: dict[str, Field] = {
         _only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
     ),
     "peft_type": Field("", "LORA", _only("LORA", because=_OTHER_METHOD)),
-    "modules_to_save": Field("lora.modules_to_save", " and ".join(TABLES), _saved),
+    "modules_to_save": Field(
+        "lora.modules_to_save", f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`", _saved
+    ),
     "trainable_token_indices": Field(
         "",
-        "the whole table: `modules_to_save`",
-        _only(because="single rows of the embedding are not trained here: name the table in modules_to_save"),
+        "the whole tables: `modules_to_save`, and `data.add_tokens`",
+        _only(
+            because="single rows of the embedding are not trained here: name embed_tokens and lm_head in "
+            "modules_to_save, and new tokens in data.add_tokens"
+        ),
     ),
     "target_parameters": Field(
         "", "experts are projections here", _only(because="name experts by patterns such as ffn/gate_proj instead")
@@ -254,6 +263,8 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: one that names every field that is refused, with the reason.
     """
     settings, notes = _converted(values, PEFT, "LoraConfig")
+    if "embed_tokens" in settings.get("lora", {}).get("modules_to_save", ()):
+        notes.append(_RESIZED)
     _put(settings, "lora.rules", rules_of(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
@@ -273,6 +284,8 @@ def from_trl(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: one that names every field that is refused, with the reason.
     """
     settings, notes = _converted(values, TRL, "SFTConfig")
+    if "embed_tokens" in settings.get("lora", {}).get("modules_to_save", ()):
+        notes.append(_RESIZED)
     accumulate = values.get("gradient_accumulation_steps") or 1
     if "per_device_train_batch_size" in values:
         _put(settings, "train.batch_size", values["per_device_train_batch_size"] * accumulate)

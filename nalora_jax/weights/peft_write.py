@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,9 @@ from nalora_jax.weights.peft_modules import (
 from nalora_jax.weights.peft_read import TENSORS_NAME, file_metadata
 from nalora_jax.weights.saved_modules import refuse_saved, saved_tensors
 from nalora_jax.weights.shards import write_tensors
+from nalora_jax.weights.tokenizer_files import FILES
 
-OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md"})
+OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md", *FILES})
 
 
 def export_adapter(
@@ -46,6 +47,7 @@ def export_adapter(
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     layout: ModuleLayout | None = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes an adapter that PEFT (and, with ``target="vllm"``, vLLM) loads as it stands.
 
@@ -64,8 +66,10 @@ def export_adapter(
       max_lora_rank: vLLM's setting of that name.
       fingerprint: of the base weights; noted in the file, checked by `import_adapter`.
       extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
-      overwrite: allow ``folder`` to hold an earlier adapter (its two files and a README.md), which is replaced.
+      overwrite: allow ``folder`` to hold an earlier adapter (its two files, a README.md and a tokenizer's files), which
+        is replaced.
       layout: module names, for a model outside the known families.
+      beside: writes further files of its own into the folder, such as a tokenizer with added tokens.
 
     Raises:
       NaloraError: something that the tool cannot serve, by name; a folder with other content; a failed write.
@@ -87,6 +91,8 @@ def export_adapter(
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
+        if beside is not None:
+            beside(scratch)
     return Path(folder)
 
 

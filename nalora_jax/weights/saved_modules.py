@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
@@ -29,8 +31,34 @@ _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
     """Name of each table's weight in transformers' files: ``{"embed_tokens": "model.embed_tokens.weight", ...}``."""
-    paths = {tensor.slots[0].path: tensor.name for tensor in keymap_for(config, "hf").tensors}
+    tensors = keymap_for(replace(config, sight=None), "hf").tensors
+    paths = {tensor.slots[0].path: tensor.name for tensor in tensors}
     return {"embed_tokens": paths[_EMBEDDING], "lm_head": paths.get(_HEAD, "lm_head.weight")}
+
+
+def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
+    """Rows of the trained tables in an adapter's folder; None where it has none, or cannot be read.
+
+    Args:
+      folder: in PEFT's format.
+      tensors: name of the file of tensors in it.
+      config: the base model; how many rows it has itself does not matter.
+
+    Raises:
+      NaloraError: the embedding has other rows than the head.
+    """
+    keys = [f"base_model.model.{name}" for name in tensor_names(config).values()]
+    try:
+        with safe_open(folder / tensors, framework="np") as handle:
+            held = set(handle.keys())
+            found = {key: handle.get_slice(key).get_shape()[0] for key in keys if key in held}
+    except (SafetensorError, OSError, ValueError, IndexError):
+        return None  # reading the adapter says what is wrong
+    rows = set(found.values())
+    if len(rows) > 1:
+        shown = ", ".join(f"{count} of {key}" for key, count in found.items())
+        raise NaloraError(f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=shown)
+    return rows.pop() if rows else None
 
 
 def take_saved(
@@ -52,13 +80,18 @@ def take_saved(
       NaloraError: a module that is not supported, a table that is missing, or one of another shape.
     """
     leaves: dict[str, np.ndarray] = {}
-    if tied and "base_model.model.lm_head.weight" in tensors:  # PEFT writes the head that it keeps tied, too
-        names = [*names, "lm_head"]
+    keys = {name: f"base_model.model.{tensor}" for name, tensor in tensor_names(config).items()}
+    # PEFT writes the head that it keeps tied, and both tables of an embedding that was resized, named or not; of those
+    # that are trained once more under their inner names, and what they were before.
+    for key in keys.values():
+        for inner in ("modules_to_save", "original_module"):
+            tensors.pop(f"{key.removesuffix('.weight')}.{inner}.weight", None)
+    names = [*names, *(name for name, key in keys.items() if key in tensors)]
     for name in dict.fromkeys(name.rpartition(".")[2] for name in names):
         if name not in TABLES:
             expected = f"some of {', '.join(TABLES)} (other modules are not supported)"
             raise NaloraError(f"{where}: modules_to_save", expected=expected, found=name)
-        key = f"base_model.model.{tensor_names(config)[name]}"
+        key = keys[name]
         if key not in tensors:
             if name == "lm_head" and tied and _EMBEDDING in leaves:
                 continue
@@ -70,7 +103,7 @@ def take_saved(
                 f"{where}: {key}",
                 expected=f"shape {shape}, as the base has it",
                 found=f"shape {table.shape}",
-                remedy="an adapter with new tokens needs a base whose embedding was resized for them",
+                remedy="an adapter with new tokens needs a base that is resized for them, as nalora_jax.load does",
             )
         leaves[TABLES[name]] = table if name == "embed_tokens" else np.ascontiguousarray(table.T)
     if tied and config.tie_embeddings and _EMBEDDING in leaves and _HEAD not in leaves:

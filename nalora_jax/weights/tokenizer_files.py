@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights.folders import write_json
 
 # Everything beside the weights that a causal language model's folder may hold for its text side.
@@ -43,6 +44,38 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
         raise NaloraError(str(source), expected="tokenizer.json", found="no tokenizer", remedy="give the base's folder")
     for name in found:
         shutil.copyfile(source / name, folder / name)
+
+
+def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Path | None = None) -> None:
+    """Writes a tokenizer that tokens were added to: the files of ``source`` with its vocabulary.
+
+    Args:
+      tokenizer: with the tokens.
+      source: holds the files that it was made from, or those of the adapter that it came with.
+      folder: exists.
+      base: folder of the base, whose generation_config.json and image settings go along; an adapter needs none.
+    """
+    of_base = ("generation_config.json", *IMAGE_FILES)
+    for name in (*FILES, *IMAGE_FILES):
+        place = base if name in of_base else source
+        if place is not None and (place / name).is_file():
+            shutil.copyfile(place / name, folder / name)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    added = tokenizer.backend.get_added_tokens_decoder()
+    settings = read_json(folder / "tokenizer_config.json", missing={})
+    slow = folder / "added_tokens.json"
+    if "added_tokens_decoder" in settings or slow.is_file():  # transformers believes these more than tokenizer.json
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        listed = {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()}
+        write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": listed})
+    if tokenizer.chat_template is not None and not _has_template(folder, settings):
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if slow.is_file():
+        write_json(slow, read_json(slow) | {token.content: number for number, token in added.items()})
+
+
+def _has_template(folder: Path, settings: Mapping[str, Any]) -> bool:
+    return "chat_template" in settings or any((folder / f"chat_template.{end}").is_file() for end in ("jinja", "json"))
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:

@@ -120,19 +120,27 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     (tmp_path / "resolved.yaml").write_text(text)
     resolved = load_config(tmp_path / "resolved.yaml")
     assert resolved.data.max_length == 8  # 2 letters, the answer and its end: 3 positions, in steps of 8
-    # 57 records of 3 positions, two in a row of 8, 8 rows a step.
-    assert resolved.steps == -(-3 * 29 // 8)
+    # 48 records of 3 positions, two in a row of 8, 8 rows a step.
+    assert resolved.steps == -(-3 * 24 // 8)
     base = tiny.ModelConfig.from_hf(tiny.HF)
     spec = resolve(config.lora, tiny_shapes(base), base.n_layers)
     count = sum(leaf.size for leaf in jax.tree.leaves(init_lora(base, spec, jax.random.key(0))))
     assert f"# adapters: {count:,} trained parameters, 3 projections a layer" in text
     embed, attention, ffn = 28 * 16, 4 * 16 * 16, 3 * 16 * 32
     assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
-    assert "# held out: 2 examples that results are reported on, 1 that choose the checkpoint" in text
+    assert "# held out: 6 examples that results are reported on, 3 that choose the checkpoint" in text
     assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
     words = ["train", "--config", str(settings), "--lora.modules-to-save", "embed_tokens", "--dry-run"]
     verbs.train(command.parse(words)[1])
     assert f"# adapters: {count + embed:,} trained parameters" in capsys.readouterr().out
+    words[4:5] = ["embed_tokens", "lm_head", "--data.add-tokens", "<x>", "--data.add-special-tokens", "<go>"]
+    verbs.train(command.parse(words)[1])
+    text, rows = capsys.readouterr().out, embed + 2 * 16
+    assert "# added tokens: '<go>' 28, '<x>' 29; the embedding has 30 rows" in text
+    assert f"# base model: {rows + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
+    assert f"# adapters: {count + 2 * rows:,} trained parameters" in text
+    (tmp_path / "resolved.yaml").write_text(text)
+    assert load_config(tmp_path / "resolved.yaml").data.add_special_tokens == ("<go>",)
 
 
 def tiny_shapes(base: Any) -> Any:

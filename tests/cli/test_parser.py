@@ -260,7 +260,7 @@ ZERO = {
     "--batch", "--price", "--epochs", "--data.max-length",
 }  # fmt: skip
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
-ZERO |= {"--shots", "--images", "--preference.label-smoothing"}
+ZERO |= {"--shots", "--images", "--preference.label-smoothing", "--added-tokens"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}

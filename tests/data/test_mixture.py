@@ -81,8 +81,8 @@ def test_a_mixture_goes_on_where_it_stopped(
     assert next(data(4).batches())["tokens"].tolist() != whole[0]
 
 
-@pytest.mark.parametrize(("size", "count"), [(4, 2), (60, 3), (20_000, MOST)])
-def test_one_in_twenty_is_held_out_where_nothing_is(size: int, count: int) -> None:
+@pytest.mark.parametrize(("size", "count"), [(4, 2), (60, 12), (100, 20), (400, 20), (1_000, 50), (20_000, MOST)])
+def test_one_in_twenty_is_held_out_where_nothing_is_but_20_of_few(size: int, count: int) -> None:
     source = {"train": RecordsSource("mine", records("x", size))}
     train, held = open_pair(DataConfig(), source=source)
     assert (len(train), len(held)) == (size - count, count)
@@ -102,8 +102,8 @@ def test_what_is_held_out_is_said(write_jsonl: Callable[..., str], caplog: pytes
         check_data(DataConfig(dataset=f"{a}*3,{b}"))
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "prompt and completion (prompt, completion)" in said
-    assert f"{a}[train], 38 of 40 records 114 (86%), {b}[train], 18 of 20 records 18 (14%)" in said
-    assert f"held out, so some records are, by a fixed draw: {a}[train], 2 of 40 records; {b}[train], 2 of" in said
+    assert f"{a}[train], 32 of 40 records 96 (86%), {b}[train], 16 of 20 records 16 (14%)" in said
+    assert f"held out, so some records are, by a fixed draw: {a}[train], 8 of 40 records; {b}[train], 4 of" in said
 
 
 def test_a_split_of_its_own_is_taken(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -123,13 +123,13 @@ def test_a_split_of_its_own_is_taken(tmp_path: Path, tokenizer: Tokenizer) -> No
 def test_a_registered_source_that_knows_no_splits_is_divided() -> None:
     register_source("same_for_all")(lambda argument, split: RecordsSource("same", records("s", 40)))
     train, held = open_pair(DataConfig(dataset="same_for_all:x"))
-    assert (len(train), len(held)) == (38, 2)
+    assert (len(train), len(held)) == (32, 8)
 
 
 def test_records_of_a_program(tokenizer: Tokenizer, tmp_path: Path) -> None:
     config, source = given_sources(DataConfig(), data=iter(records("x", 40)), format=None)
     assert config.dataset == NAME
-    assert len(train_data(config, tokenizer, batch_size=2, source=source, cache=tmp_path).store.offsets) - 1 == 38
+    assert len(train_data(config, tokenizer, batch_size=2, source=source, cache=tmp_path).store.offsets) - 1 == 32
     _, split = given_sources(DataConfig(), data={"train": records("x", 9), "validation": records("y", 5)}, format=None)
     assert [len(one) for one in open_pair(DataConfig(), source=split)] == [9, 5]
     with pytest.raises(NaloraError, match=r"data\['train'\], record 1: expected a dict, found a str"):
@@ -186,7 +186,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake)
     config = DataConfig(dataset="hf:org/data:small")
     train, held = open_pair(config)
-    assert (len(train), len(held)) == (38, 2)
+    assert (len(train), len(held)) == (32, 8)
     part = open_source(config, "train[50%:]")
     assert part.spans == [("train", 20, 40)]
     assert part.read([1])[0]["completion"] == " 1"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
@@ -200,3 +202,26 @@ def test_a_link_to_the_host_that_is_slower_than_the_products_costs_its_time():
 def test_more_than_the_host_has_is_an_error_that_says_so():
     with pytest.raises(NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"):
         chosen("llama-3.1-8b", "v5e:16x16", seq=32768, compute=ComputeConfig(remat="dots_offload"))
+
+
+def test_tables_that_are_trained_as_a_whole_take_four_copies():
+    """In float32: itself, its gradient and Adam's averages; the rows of added tokens too."""
+    saved = LoRAConfig(modules_to_save=("embed_tokens", "lm_head"))
+    config, machine, states = RunConfig(train=TrainConfig(batch_size=8)), topology("8xh100"), []
+    for lora, rows in ((LoRAConfig(), 0), (saved, 0), (saved, 8), (saved, 9)):
+        base = architecture("llama-3.1-8b")
+        base = replace(base, vocab_size=base.vocab_size + rows)
+        spec = resolve(lora, projection_shapes(base), base.n_layers)
+        states.append(estimate(config, base, spec, machine, 512, (1, 1, 8), "full").state)
+    tables = 2 * 16 * 4096 * (128256 + np.array([0, 8, 9])) / (8, 8, 1)  # 9 rows more: the axis does not divide them
+    np.testing.assert_allclose(np.array(states[1:]) - states[0], tables)
+
+
+def test_the_verb_takes_tables_and_added_tokens(monkeypatch, capsys):
+    monkeypatch.setattr("nalora_jax.cli.plan._prepare", lambda **_: None)  # JAX runs already
+    args, memory = PlanArgs("llama-3.1-8b", ("v6e:4x4",), estimate=True, mesh=MeshConfig(fsdp=16)), []
+    for changes in ({}, {"modules_to_save": ("embed_tokens", "lm_head")}, {"added_tokens": 10**5}):
+        plan(replace(args, **changes))
+        memory.append(float(re.search(r"([\d.]+) GB a chip", capsys.readouterr().out)[1]))
+    assert memory[1] > memory[0] + 1  # four copies over 16 chips, and two gathered ones
+    assert memory[2] > memory[0]

@@ -216,8 +216,8 @@ def test_a_comparison_item_by_item_is_said_where_there_is_one(make_run):
     )
 
 
-def of(step, loss, **kind):
-    return {"step": step, "eval": {"loss": loss}, **kind}
+def of(step, loss, n=None, **kind):
+    return {"step": step, "eval": {"loss": loss} | ({"n": n} if n else {}), **kind}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,11 @@ def of(step, loss, **kind):
             "5.000 → 2.000",
             "Before: the base model, before the first step. After: the adapter of step 9, which was exported. Both on "
             "the same questions, which had no say in choosing it.",
+        ),
+        (
+            [of(0, 5.0, initial=True), of(5, 4.0, n=4), of(9, 3.0, n=4), of(9, 2.0, final=True)],
+            "5.000 → 2.000",
+            "It was chosen on 4 others, too few to tell checkpoints apart: the choice is mostly chance.",
         ),
         (  # while the result is not measured, both are of the questions along the way
             [of(0, 5.0, initial=True), of(0, 4.0), of(9, 3.0)],

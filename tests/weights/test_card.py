@@ -51,7 +51,7 @@ def test_card_states_base_data_method_result_and_command():
         "| `layers/ffn/gate_proj` | 4 to 8 | 16 |",
         "| base | 0.401 | 0.350 to 0.452 | 6.1661 | 400 |",
         "| with the adapter | 0.510 | 0.461 to 0.559 | 3.6000 | 400 |",
-        "Held out on `socialiqa`, its validation split or else 5% of its records",
+        "Held out on `socialiqa`, its validation split or else some of its records",
         "| steps | 123 |",
         "| learning rate | 0.001, cosine, 5% warm-up |",
         "| seed | 7 |",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import load_model
 from nalora_jax.weights.gguf_export import (
@@ -23,6 +25,7 @@ from nalora_jax.weights.gguf_export import (
 )
 from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.merge import merge, merged_tensors, write_merged
+from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.peft import export_adapter
 
 TARGETS = {
@@ -246,3 +249,29 @@ def test_a_gguf_file_is_merged_of_a_gguf_base_only(base, tmp_path, capsys):
     adapter = export_adapter(lora, spec, config, tmp_path / "peft", base_model_name=str(folder))
     assert main(["merge", str(adapter), "--gguf", "F16", "--output", str(tmp_path / "out.gguf")]) == 2
     assert "--gguf: expected a base that comes from a GGUF file" in capsys.readouterr().err
+
+
+def test_trained_tables_and_new_tokens_go_into_the_file(base, tmp_path):
+    """Of a tied base: the file has a head of its own, and a token for every row."""
+    _, _, lora, spec, source = base
+    loaded = with_added(load_model(str(source), dtype="float32"), AddedTokens(("<out>",), ("<go>",)))
+    rows = loaded.config.vocab_size
+    assert rows == 34
+    rng = np.random.default_rng(1)
+    tables = {"embed/embedding": (rows, 32), "lm_head/kernel": (32, rows)}
+    leaves = flatten(lora) | {path: rng.standard_normal(shape, np.float32) for path, shape in tables.items()}
+    spec = replace(spec, saved=("embed_tokens", "lm_head"))
+    folder = tmp_path / "adapter"
+    named = {"base_model_name": str(source), "beside": tokenizer_writer(loaded)}
+    export_adapter(unflatten(leaves), spec, loaded.config, folder, **named)
+    out = tmp_path / "merged.gguf"
+    assert main(["merge", str(folder), "--gguf", "F32", "--output", str(out)]) == 0
+    merged = load_model(str(out), dtype="float32")
+    assert (merged.config.vocab_size, merged.config.tie_embeddings) == (rows, False)
+    for path, table in leaves.items():
+        if path in tables:
+            np.testing.assert_array_equal(flatten(merged.params)[path], table)
+    text = "a<go>b<out>"
+    assert merged.tokenizer.encode(text) == loaded.tokenizer.encode(text)
+    assert [merged.tokenizer.backend.token_to_id(one) for one in ("<go>", "<out>")] == [32, 33]
+    assert merged.tokenizer.decode([32, 33]) == "<out>"

@@ -119,8 +119,13 @@ def test_what_is_refused_is_named_with_the_reason() -> None:
 def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     theirs = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "model.embed_tokens"])
-    made, _ = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
+    made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
     assert settings_of(made, tmp_path / "mine.yaml").lora.modules_to_save == ("embed_tokens", "lm_head")
+    assert "name them in data.add_tokens or data.add_special_tokens, in their order" in notes[-1]
+    with pytest.raises(
+        NaloraError, match="trainable_token_indices = .48. .single rows .* new tokens in data.add_tokens"
+    ):
+        from_peft({"target_modules": ["q_proj"], "trainable_token_indices": [48]})
     made, _ = from_trl({"lora_modules_to_save": ["lm_head"]})
     assert made == {"lora": {"modules_to_save": ["lm_head"]}}
     with pytest.raises(NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"):

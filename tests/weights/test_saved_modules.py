@@ -15,21 +15,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax import distributed, trees
-from nalora_jax.__main__ import main
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, PreferenceConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate import Generator
-from nalora_jax.load import load as load_adapted
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.trained_head import trained_cross_entropy
-from nalora_jax.run import run
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
-from tests import tiny
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -203,39 +198,3 @@ def test_a_step_trains_the_tables_by_their_gradient(tiny_model, params_of):
         assert moved["embed/embedding"] > 0
         assert moved["lm_head/kernel"] > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs take one of the simulated devices."""
-    make = distributed.make_mesh
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
-
-
-@pytest.mark.usefixtures("one_device")
-def test_a_run_trains_exports_and_merges_them(tmp_path):
-    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), modules_to_save=("embed_tokens", "lm_head"))
-    result = run(tiny.make_config(tmp_path, lora=lora))
-    assert result.after["loss"] < result.before["loss"]
-    model = load_adapted(result.folder, dtype="float32")
-    assert model.spec.saved == ("embed_tokens", "lm_head")
-    moved = np.abs(model.lora["embed"]["embedding"] - np.asarray(model.base.params["embed"]["embedding"])).max()
-    assert moved > 1e-3
-    out = tmp_path / "merged"
-    assert main(["merge", str(result.folder), "--output", str(out), "--dtype", "float32"]) == 0
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    merged = load_adapted(out, dtype="float32")
-    answers = [
-        Generator(one.module, one.variables, one.base.tokenizer).generate(["a b", "c d e"], max_new_tokens=4)
-        for one in (model, merged)
-    ]
-    assert answers[0] == answers[1]
-    assert answers[0][0].split()[0] == "z"
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(out)
-    ids = np.array([[3, 4, 5, 6]])
-    hidden = model.module.apply(model.variables, ids)
-    logits = model.module.apply(model.variables, hidden, method="unembed")
-    with torch.no_grad():
-        np.testing.assert_allclose(theirs(torch.tensor(ids)).logits.numpy(), logits, rtol=1e-4, atol=1e-4)

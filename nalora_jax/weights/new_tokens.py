@@ -1,0 +1,238 @@
+"""Tokens that a model's own files do not have: added for a run, or those that somebody's adapter was trained with.
+
+A token needs an id in the tokenizer and a row in the embedding and in the output head. Ids follow the tokenizer's last
+one; a table gets as many rows as that takes, and none where it has them already (Qwen's have more rows than tokens).
+
+    embed/embedding [vocab, d_model]   ->   [rows, d_model]     new rows: the mean of all others
+    lm_head/kernel  [d_model, vocab]   ->   [d_model, rows]     new columns: the mean of all others
+
+The mean is what transformers' ``resize_token_embeddings`` draws new rows around, with a spread of next to nothing: a
+token that starts there is likely nowhere (Hewitt, "Initializing new word embeddings", 2021).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from jax import lax
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.errors import NaloraError
+from nalora_jax.nn.low_rank import TABLES
+from nalora_jax.tokenizer import AddedTokens, Tokenizer, read_backend
+from nalora_jax.weights.model import LoadedModel
+from nalora_jax.weights.peft_read import TENSORS_NAME
+from nalora_jax.weights.saved_modules import table_rows
+from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
+
+log = logging.getLogger(__name__)
+
+_UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")  # names of rows that no token has
+
+
+def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) -> LoadedModel:
+    """The model with tokens in its tokenizer, and rows for them in its tables; what is added is said in the log.
+
+    Args:
+      base: the model as its files have it.
+      added: the tokens; those that the tokenizer has already are left as they are.
+      mesh: where its parameters are, if on one.
+
+    Raises:
+      NaloraError: the tokenizer cannot hold one of them apart.
+    """
+    if not added:
+        return base
+    own = _added_tokens(base.tokenizer.backend)
+    tokenizer = base.tokenizer.with_tokens(added)
+    rows = tokenizer.rows_for(added, base.config.vocab_size)
+    if there := {text: own[text] for text in added.texts if text in own}:
+        log.info("tokens that the tokenizer has already: %s", _shown(there))
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True)
+    new = {text: ids[text] for text in added.texts if text not in own}
+    if new:
+        more = f"the embedding grows from {base.config.vocab_size:,} to {rows:,} rows"
+        log.info("added tokens: %s; %s", _shown(new), more if rows > base.config.vocab_size else "their rows are there")
+    return replace(_resized(base, rows, tokenizer, mesh), added=tuple(new))
+
+
+def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> LoadedModel:
+    """The model with the tokens and the rows that an adapter was trained with; itself where there are no others.
+
+    The tokenizer in the adapter's folder is taken where it has tokens that the base's lacks. What its tables do not
+    hold of new rows (an adapter whose embedding alone was saved) are means, as in a new run.
+
+    Args:
+      base: the model as its files have it.
+      folder: in PEFT's format, with the tokenizer that belongs to it where tokens were added.
+      mesh: where the parameters are, if on one.
+
+    Raises:
+      NaloraError: the tables have fewer rows than the tokenizer has tokens, or more while no tokenizer says what for;
+        or the tokenizer is one of another base.
+    """
+    held = base.config.vocab_size
+    found = table_rows(folder, TENSORS_NAME, base.config)
+    rows = held if found is None else found
+    new = _own_tokens(base, folder, found, strict=rows != held)
+    last = max(new.values(), default=-1)
+    if rows == held and all(token_id >= held for token_id in new.values()):
+        if new:
+            log.info("%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder)
+        return base
+    if rows != held and (last >= rows or (not new and rows < min(held, base.tokenizer.vocab_size))):
+        raise NaloraError(
+            str(folder / TENSORS_NAME),
+            expected=f"tables of at least {max(last + 1, base.tokenizer.vocab_size)} rows, one for each token",
+            found=rows,
+            remedy="the tokenizer is not the one that the adapter was trained with, or its tables were not saved",
+        )
+    if not new and rows > held and not (folder / "tokenizer.json").is_file():
+        raise NaloraError(
+            str(folder),
+            expected=f"a tokenizer, since the adapter's tables have {rows - held} rows more than the base",
+            found="no tokenizer.json",
+            remedy="save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)",
+        )
+    tokenizer = base.tokenizer
+    if new:
+        tokenizer = Tokenizer.from_folder(folder, base.tokenizer)
+        log.info("%s: with its tokens %s", folder, _shown(new))
+    resized = _resized(base, rows, tokenizer, mesh)
+    return replace(resized, added=tuple(new), tokenizer_folder=folder) if new else resized
+
+
+def check_adapter(base: LoadedModel, folder: Path) -> None:
+    """Refuse an adapter of other tokens than those that ``base`` was loaded with: programs and ids are shared.
+
+    Raises:
+      NaloraError: it has tokens of its own, or tables with another number of rows.
+    """
+    rows = table_rows(folder, TENSORS_NAME, base.config)
+    new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
+    trained = {
+        text: token_id for text, token_id in new.items() if rows is not None or token_id < base.config.vocab_size
+    }
+    if trained or rows not in (None, base.config.vocab_size):
+        raise NaloraError(
+            str(folder),
+            expected=f"an adapter of the tokens and the {base.config.vocab_size} rows that the model was loaded with",
+            found=f"one with {_shown(trained)} besides" if trained else f"tables of {rows} rows",
+            remedy="load the model with that adapter from the start",
+        )
+
+
+def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callable[[Path], None]:
+    """What writes the tokenizer of a model with added tokens into a folder, as transformers reads it.
+
+    Args:
+      base: the model.
+      files: folder of the base, whose generation_config.json goes along; none for an adapter's folder.
+    """
+    if base.tokenizer_folder is None:
+        return lambda folder: write_tokenizer(base.tokenizer, folder, max_length=base.config.max_positions)
+    return partial(write_extended, base.tokenizer, base.tokenizer_folder, base=files)
+
+
+def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bool) -> dict[str, int]:
+    """Ids of the tokens that the tokenizer in ``folder`` has beyond that of ``base``; none where there is no such file.
+
+    Args:
+      base: the model.
+      folder: of the adapter.
+      rows: of the tables that the adapter has; None where it has none, and its tokenizer does not matter.
+      strict: whether it is an error where an id means one token here and another one there; else the base's tokenizer
+        is taken, with a warning (files in other formats may spell the same tokens in other ways).
+
+    Raises:
+      NaloraError: it cannot be read; or it is another tokenizer, where that is an error.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    backends = read_backend(path), base.tokenizer.backend
+    theirs, ours = (one.get_vocab(with_added_tokens=True) for one in backends)
+    by_id = {token_id: text for text, token_id in ours.items()}
+    for text, token_id in theirs.items():
+        known = ours.get(text, token_id), by_id.get(token_id, text)
+        if known != (token_id, text) and not (text not in ours and _UNUSED.fullmatch(known[1])):
+            found = f"{text!r} as {token_id}, where the model has {known[1]!r} as {known[0]}"
+            if rows is not None and strict:
+                raise NaloraError(
+                    str(path),
+                    expected="the tokens of the base under their own ids, and new ones besides",
+                    found=found,
+                    remedy="give the base that the adapter was trained on, and no adapter of other tokens beside it",
+                )
+            if rows is not None:
+                log.warning("%s has %s: the model's own tokenizer is taken", path, found)
+            return {}
+    # What the base has as a piece of text is a token of its own once it was added.
+    matched, before = map(_added_tokens, backends)
+    new = {text: token_id for text, token_id in theirs.items() if text not in ours} | {
+        text: token_id for text, token_id in matched.items() if text not in before
+    }
+    return dict(sorted(new.items(), key=lambda item: item[1]))
+
+
+def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    """Ids of the tokens that are matched before a text is split."""
+    return {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
+
+
+def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | None) -> LoadedModel:
+    """The model with tables of ``rows`` rows, and ``tokenizer``."""
+    tokenizer = tokenizer.for_embedding(rows, f"{base.source}: tokenizer")
+    if rows == base.config.vocab_size:
+        return replace(base, tokenizer=tokenizer)
+    params = dict(base.params)
+    for axis, path in enumerate(TABLES.values()):
+        group, name = path.split("/")
+        if group in params:
+            params[group] = dict(params[group]) | {name: _with_rows(path, params[group][name], rows, axis, mesh)}
+    config = replace(base.config, vocab_size=rows)
+    raw = None if base.hf_config is None else _described(base.hf_config, rows)
+    return replace(base, config=config, params=params, tokenizer=tokenizer, hf_config=raw, resized=rows)
+
+
+def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None) -> jax.Array:
+    """``table`` with ``rows`` along ``axis``, laid out as a table of its new shape is."""
+    shape = list(table.shape)
+    shape[axis] = rows
+    placed = table.sharding
+    if mesh is not None:
+        placed = distributed.shardings(
+            {path: jax.ShapeDtypeStruct(tuple(shape), table.dtype)}, mesh, distributed.PARAM_RULES
+        )[path]
+    return jax.jit(partial(_resize, rows=rows, axis=axis), out_shardings=placed)(table)
+
+
+def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
+    held = table.shape[axis]
+    if rows <= held:
+        return lax.slice_in_dim(table, 0, rows, axis=axis)
+    mean = jnp.mean(table, axis=axis, keepdims=True, dtype=jnp.float32).astype(table.dtype)
+    return jnp.concatenate([table, jnp.repeat(mean, rows - held, axis=axis)], axis=axis)
+
+
+def _described(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A ``config.json`` with another number of rows, that of a multimodal model's text part where it has one."""
+    if isinstance(raw.get("text_config"), dict):
+        return {**raw, "text_config": {**raw["text_config"], "vocab_size": rows}}
+    return {**raw, "vocab_size": rows}
+
+
+def _shown(tokens: Mapping[str, int], most: int = 5) -> str:
+    """The first few of them with their ids."""
+    listed = [f"{text!r} ({token_id})" for text, token_id in list(tokens.items())[:most]]
+    return ", ".join([*listed, f"and {len(tokens) - most} more"] if len(tokens) > most else listed)

@@ -1,0 +1,285 @@
+"""Tokens that are added to a model: trained and exported by a run, and those of adapters that PEFT made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+from tokenizers import models, pre_tokenizers
+
+from nalora_jax import distributed
+from nalora_jax.__main__ import main
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
+from nalora_jax.errors import NaloraError
+from nalora_jax.generate import Generator
+from nalora_jax.load import load, put_on
+from nalora_jax.run import run
+from nalora_jax.tokenizer import AddedTokens
+from nalora_jax.train import snapshot
+from nalora_jax.weights import load_model
+from nalora_jax.weights.new_tokens import with_added
+from tests import tiny
+from tests.weights.test_saved_modules import save, wrap
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+BOTH = ("embed_tokens", "lm_head")
+NEW = AddedTokens(plain=("<out>",), special=("<go>",))
+TEMPLATE = "{% for m in messages %}<go>{{ m['content'] }}<out>{% endfor %}"
+
+
+def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
+    hidden = model.module.apply(model.variables, tokens)
+    return np.asarray(model.module.apply(model.variables, hidden, method="unembed"))
+
+
+# ---------------------------------------------------------------- a run
+
+
+def make_run(folder: Path) -> RunConfig:
+    """Prompts with a token that the base does not know, answered by another one."""
+    config = tiny.make_config(folder, lora=LoRAConfig(rules=(LoRARule("ffn", 4),), modules_to_save=BOTH))
+    lines = (folder / "questions.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"].replace(" ", "<go>") for line in lines]
+    records = [json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts]
+    (folder / "questions.jsonl").write_text("\n".join(records) + "\n")
+    added = {"add_tokens": NEW.plain, "add_special_tokens": NEW.special}
+    return replace(config, data=replace(config.data, **added))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one of the simulated devices."""
+    make = distributed.make_mesh
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, caplog):
+    config = make_run(tmp_path)
+    with caplog.at_level("INFO", "nalora_jax"):
+        result = run(config)
+    assert "added tokens: '<go>' (28), '<out>' (29); the embedding grows from 28 to 30 rows" in caplog.text
+    assert "results rest on 6 held-out examples\n" in caplog.text  # only the last step is measured
+    assert result.after["loss"] < result.before["loss"]
+
+    model = load(result.folder, dtype="float32")
+    tokenizer, base = model.base.tokenizer, model.base.params["embed"]["embedding"]
+    assert tokenizer.encode("a<go>b <out>") == [2, 28, 3, 29]
+    np.testing.assert_allclose(base[28:], np.tile(np.asarray(base[:28], float).mean(0), (2, 1)), atol=1e-6)
+    moved = (
+        np.abs(model.lora["embed"]["embedding"] - base).max(axis=1),
+        np.abs(model.lora["lm_head"]["kernel"] - base.T),
+    )
+    assert moved[0][28] > 1e-3  # it is read ...
+    assert moved[1].max(axis=0)[29] > 1e-3  # ... and it is written
+    answer = Generator(model.module, model.variables, tokenizer).generate(["a<go>b"], max_new_tokens=1)
+    assert answer == ["<out>"]
+
+    tokens = np.array([[2, 28, 3, 29, 9]])
+    expected = logits_of(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' resizing
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
+    np.testing.assert_allclose(torch_logits_of(theirs, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert "base.resize_token_embeddings(30)" in (result.adapter / "README.md").read_text()
+
+    assert main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, False)
+    np.testing.assert_allclose(torch_logits_of(merged, tokens), expected, rtol=1e-4, atol=1e-4)
+    for folder in (result.adapter, tmp_path / "merged"):
+        fast = transformers.AutoTokenizer.from_pretrained(folder)
+        assert fast("a<go>b <out>")["input_ids"] == [2, 28, 3, 29]
+        assert fast.decode([28, 29], skip_special_tokens=True) == tokenizer.decode([28, 29]) == "<out>"
+
+    # What was saved is taken up by the same tokens, and by no others.
+    again = run(replace(config, resume=True))
+    assert again.best_step == result.best_step
+    other = replace(config, data=replace(config.data, add_tokens=("<other>",)))
+    settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
+    with pytest.raises(NaloraError, match=r"data\.add_tokens\.0 = '<out>', found data\.add_tokens\.0 = '<other>'"):
+        snapshot.check_run("checkpoint", *settings)
+
+
+def torch_logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+# ---------------------------------------------------------------- adapters of PEFT
+
+
+def fast_tokenizer(size: int = 48) -> Any:
+    """Of ``size`` words, with a chat template."""
+    words = {"<unk>": 0, "<end>": 1, **{f"w{number}": number for number in range(2, size)}}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def add(tokenizer: Any) -> Any:
+    tokenizer.add_special_tokens({"additional_special_tokens": list(NEW.special)})
+    tokenizer.add_tokens(list(NEW.plain))
+    return tokenizer
+
+
+@pytest.fixture
+def theirs(tiny_model, tmp_path):
+    """Makes adapters with new tokens as users of PEFT do: ``theirs(tied, **settings)`` -> folder, logits."""
+
+    def make(*, tied: bool = False, words: int = 48, resize: bool = True, **settings: Any) -> tuple[Path, np.ndarray]:
+        model, _ = tiny_model("llama", tie_word_embeddings=tied)
+        tokenizer = fast_tokenizer(words)
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "base")
+        model.name_or_path = str(tmp_path / "base")  # as from_pretrained has it
+        add(tokenizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if resize:
+                model.resize_token_embeddings(len(tokenizer))
+            wrapped = wrap(model, **settings)
+        folder = save(wrapped, tmp_path / "theirs")
+        tokenizer.save_pretrained(folder)
+        return folder, torch_logits_of(wrapped, TOKENS if resize else np.minimum(TOKENS, 47))
+
+    return make
+
+
+TOKENS = np.array([[1, 5, 48, 30, 7, 49, 2, 40]])
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (False, {"modules_to_save": list(BOTH)}),
+        (True, {"modules_to_save": list(BOTH)}),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        (False, {}),  # resized and left untrained: PEFT saves both tables all the same
+    ],
+)
+def test_peft_s_adapters_with_new_tokens_are_loaded(theirs, tied, settings):
+    folder, expected = theirs(tied=tied, **settings)
+    model = load(folder, dtype="float32")
+    assert model.base.config.vocab_size == 50
+    assert model.base.added == ("<go>", "<out>")
+    np.testing.assert_allclose(logits_of(model, TOKENS), expected, rtol=1e-4, atol=1e-4)
+    text = model.base.tokenizer.render_chat([{"role": "user", "content": "w5"}])
+    assert model.base.tokenizer.encode(text) == [48, 5, 49]
+
+
+def test_rows_that_a_base_has_to_spare_are_taken_and_shrunk_tables_are_read(theirs, tmp_path):
+    folder, expected = theirs(words=40, resize=False, modules_to_save=list(BOTH))
+    model = load(folder, dtype="float32")
+    assert (model.base.config.vocab_size, model.base.resized) == (48, 0)
+    assert model.base.tokenizer.encode("<go> w5 <out>") == [40, 5, 41]
+    with pytest.raises(NaloraError, match="tables of at least 42 rows, one for each token, found 41"):
+        load(cut(folder, tmp_path / "cut", 41))
+    smaller = load(cut(folder, tmp_path / "shrunk", 42), dtype="float32")  # resize_token_embeddings(len(tokenizer))
+    assert smaller.base.params["embed"]["embedding"].shape == (42, 16)
+    tokens = np.minimum(TOKENS, 41)
+    np.testing.assert_allclose(logits_of(smaller, tokens), logits_of(model, tokens)[..., :42], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits_of(model, np.minimum(TOKENS, 47)), expected, rtol=1e-4, atol=1e-4)
+
+
+def cut(folder: Path, copy: Path, rows: int, head: int | None = None) -> Path:
+    """A copy of the adapter with tables of ``rows`` rows, as far as it has them; ``head`` of the head."""
+    shutil.copytree(folder, copy)
+    file = copy / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in BOTH:
+        key = next(key for key in tensors if key.endswith(f"{name}.weight"))
+        tensors[key] = np.resize(tensors[key], ((head or rows) if name == "lm_head" else rows, 16))
+    save_file(tensors, file)
+    return copy
+
+
+def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
+    folder, _ = theirs(modules_to_save=list(BOTH))
+    with pytest.raises(NaloraError, match="as many rows of the head as of the embedding, found 50 of .* 49 of"):
+        load(cut(folder, tmp_path / "uneven", 50, head=49))
+    with pytest.raises(NaloraError, match="tables of at least 50 rows, one for each token, found 49"):
+        load(cut(folder, tmp_path / "few", 49))
+    (bare := cut(folder, tmp_path / "bare", 50)).joinpath("tokenizer.json").unlink()
+    with pytest.raises(NaloraError, match="a tokenizer, since the adapter's tables have 2 rows more than the base"):
+        load(bare)
+    other = cut(folder, tmp_path / "other", 50)
+    swapped = (other / "tokenizer.json").read_text().replace('"w5": 5', '"w6": 5').replace('"w6": 6', '"w5": 6')
+    (other / "tokenizer.json").write_text(swapped.replace('w5": 5', 'w6": 5'))
+    with pytest.raises(NaloraError, match="the tokens of the base under their own ids"):
+        load(other)
+    plain = load(tmp_path / "base", dtype="float32")
+    with pytest.raises(
+        NaloraError, match="an adapter of the tokens and the 48 rows .* found one with '<go>' .48., '<out>'"
+    ):
+        put_on(plain, folder)
+    same = load(folder, dtype="float32")
+    assert put_on(same, folder).base is same.base
+    renamed = cut(folder, tmp_path / "renamed", 50)
+    (renamed / "tokenizer.json").write_text((renamed / "tokenizer.json").read_text().replace("<out>", "<end-of-it>"))
+    with pytest.raises(
+        NaloraError, match="under their own ids.*'<end-of-it>' as 49, where the model has '<out>' as 49"
+    ):
+        put_on(same, renamed)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [48, 49]}))
+    with pytest.raises(NaloraError, match="trainable_token_indices: expected null .tables are read whole"):
+        load(folder)
+
+
+# ---------------------------------------------------------------- rows and settings
+
+
+def test_new_rows_are_means_on_any_mesh_and_known_tokens_are_left_alone(tiny_model, tmp_path, caplog):
+    model, _ = tiny_model("llama", tie_word_embeddings=False)
+    tokenizer = fast_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # which has no row
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    rows = {"embed": model.model.embed_tokens.weight, "lm_head": model.lm_head.weight}
+    means = {name: weight.detach().double().mean(0).numpy() for name, weight in rows.items()}
+    for mesh in (None, distributed.make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])):
+        base = load_model(str(tmp_path), dtype="float32", mesh=mesh)
+        with caplog.at_level("INFO", "nalora_jax"):
+            found = with_added(base, AddedTokens(("<out>", "w7"), ("<end>", "<go>")), mesh)
+        assert found.added == ("<go>", "<out>", "w7")
+        assert "tokens that the tokenizer has already: '<end>' (1)" in caplog.text
+        assert found.tokenizer.encode("w5<out>w7w7<go>") == [5, 50, 7, 7, 49]
+        assert found.config.vocab_size == found.hf_config["vocab_size"] == 51  # which the mesh does not divide
+        np.testing.assert_allclose(found.params["embed"]["embedding"][48:], np.tile(means["embed"], (3, 1)), atol=1e-6)
+        np.testing.assert_allclose(
+            found.params["lm_head"]["kernel"][:, 48:].T, np.tile(means["lm_head"], (3, 1)), atol=1e-6
+        )
+        np.testing.assert_array_equal(found.params["embed"]["embedding"][:48], base.params["embed"]["embedding"])
+    padded = with_added(base, AddedTokens(special=("[PAD]",)), mesh)
+    assert (padded.added, padded.resized, padded.tokenizer.encode("[PAD]")) == ((), 49, [48])
+
+
+def test_settings_of_added_tokens_are_judged():
+    saved = LoRAConfig(modules_to_save=BOTH)
+    for lora, data, said in (
+        (saved, {"add_tokens": ("<a>", "<a>")}, "--data.add-tokens: expected texts, none empty or named twice"),
+        (saved, {"add_special_tokens": (" ",)}, "--data.add-special-tokens: expected texts, none empty"),
+        (saved, {"add_tokens": ("<a>",), "add_special_tokens": ("<a>",)}, "no token of --data.add-special-tokens"),
+        (
+            LoRAConfig(modules_to_save=("lm_head",)),
+            {"add_tokens": ("<a>",)},
+            "--lora.modules-to-save: expected embed_tokens",
+        ),
+    ):
+        with pytest.raises(NaloraError, match=said):
+            check(replace(RunConfig(), lora=lora, data=replace(DataConfig(), **data)))
