@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import socket
 import string
 import subprocess
@@ -164,7 +163,7 @@ def start(arguments: Sequence[str], *, count: int = 1, devices: int = 1, **varia
     return [subprocess.Popen([sys.executable, *arguments], env=variables, **pipes) for variables in own]
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+def finish(processes: Sequence[subprocess.Popen], timeout: float = 600) -> list[tuple[int, str, str]]:
     """Exit status, standard output and error of each; what does not end in time is killed, which is an error."""
     until = time.monotonic() + timeout
     try:
@@ -172,7 +171,8 @@ def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[
     finally:
         for one in processes:
             if one.poll() is None:
-                one.send_signal(signal.SIGKILL)
+                one.kill()
+                one.communicate()
     return [(one.returncode, out, error) for one, out, error in found]
 
 
