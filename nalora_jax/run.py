@@ -45,7 +45,6 @@ from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.export import card, export
 from nalora_jax.train.hooks import RunHooks, say_counts
-from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.train.inputs import check_data, check_layout, described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
@@ -57,6 +56,7 @@ from nalora_jax.train.preference_pieces import preference_pieces
 from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.train.seeing import seen_sources, with_images
 from nalora_jax.train.settle import settled
+from nalora_jax.train.start import GRADIENT, gradient_start
 from nalora_jax.train.state import TrainState
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.card import write_card
@@ -209,8 +209,8 @@ def _pieces(
         return preference_pieces(config, loaded, mesh, source, output.share)
     assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
     data = _train_data(config, loaded, mesh, source)
-    if config.lora.init == "gradient" and not output.resumes:
-        assembly = _gradient_start(assembly, loaded, data)
+    if config.lora.init in GRADIENT:
+        assembly = gradient_start(assembly, loaded.config, data, output)
     reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
     evaluator, selector = (
         evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
@@ -239,19 +239,6 @@ def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
         time.perf_counter() - started,
     )
     return loaded
-
-
-def _gradient_start(assembly: Assembly, loaded: LoadedModel, data: TrainData) -> Assembly:
-    """The assembly with adapters that start where the gradient of the run's first batches lies."""
-    started, batches, config = time.perf_counter(), data.batches(), assembly.config
-    try:
-        with_mesh = _on_mesh(batches, assembly.mesh)
-        first = [next(with_mesh) for _ in range(config.lora.gradient_batches)]
-    finally:
-        batches.close()
-    lora = gradient_adapters(assembly, loaded.config, first, config.seed)
-    log.info("adapters start in the gradient of %d batches: %.1f s", len(first), time.perf_counter() - started)
-    return replace(assembly, state=assembly.begin(lora, config.seed))
 
 
 def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None) -> TrainData:

@@ -41,7 +41,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.train import start
 from nalora_jax.weights.merge import write_merged
+from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
 nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
@@ -316,6 +318,19 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(finished: tuple[RunCo
     )
     assert dict(whole).keys() == dict(resumed).keys()
     assert dict(whole)[40] == dict(resumed)[40]
+
+
+def test_lora_ga_goes_on_from_the_start_that_it_kept(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), init="lora_ga", gradient_batches=2)
+    config = replace(config, steps=8, lora=lora, train=TrainConfig(batch_size=8, log_every=1, eval_every=0))
+    first = nalora_run.run(config)
+    assert first.after["loss"] < first.before["loss"]
+    monkeypatch.delattr(start, "gradient_adapters")  # it is not taken again
+    # That what is exported computes what was trained, on the base as it is, the run compares by itself.
+    result = nalora_run.run(replace(config, steps=10, resume=True))
+    assert result.after["loss"] < first.before["loss"]
+    _, spec = import_adapter(result.adapter, ModelConfig.from_hf(HF))
+    assert {target.rank for _, target in spec.targets} == {8}
 
 
 def test_a_mesh_of_eight_runs_like_one_device(finished: tuple[RunConfig, Any], config: RunConfig) -> None:

@@ -67,7 +67,7 @@ def evaluate(args: EvalArgs) -> None:
     """Print metrics with their intervals, and write numbers and records to files if asked for.
 
     Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
-    with PiSSA up to rounding, as it is exported to another base than it was trained on).
+    with PiSSA or LoRA-GA up to rounding, as it is exported to another base than it was trained on).
     """
     from nalora_jax.load import load, locate
 

@@ -314,8 +314,11 @@ def check(config: RunConfig) -> RunConfig:
     require("--step-scale.gains", fits, f"four, each {GAIN}, not all 0", gains)
     batch, accumulate = config.train.batch_size, config.train.accumulate
     require("--train.batch-size", batch % accumulate == 0, f"a multiple of --train.accumulate ({accumulate})", batch)
-    both = config.compute.quantize != "none" and config.lora.init == "pissa"
-    require("--compute.quantize", not both, 'none with --lora.init "pissa"', config.compute.quantize)
+    quantized, init, weights = config.compute.quantize, config.lora.init, config.lora.gradient_weights
+    both = quantized != "none" and init in ("pissa", "lora_ga")
+    require("--compute.quantize", not both, f'none with --lora.init "{init}"', quantized)
+    weighted = init == "lora_ga" and weights != "ones"
+    require("--lora.gradient-weights", not weighted, 'ones with --lora.init "lora_ga"', weights)
     for _, factor in config.optimizer.rates:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)

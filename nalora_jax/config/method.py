@@ -28,10 +28,11 @@ class LoRAConfig:
     rslora: bool = False
     # Weight-decomposed adapters (DoRA, arXiv 2402.09353): a trained magnitude per output channel.
     dora: bool = False
-    # Initialisation: "default" (A uniform as in PEFT, B zero), "pissa" (principal components, arXiv 2404.02948), or
-    # "gradient" (A the directions in which the first batches' gradient of the kernel is largest, B zero).
-    init: Literal["default", "pissa", "gradient"] = "default"
-    # gradient: batches that the gradient is taken on, each read five times: 20 steps' time with 4.
+    # Initialisation: "default" (A uniform as in PEFT, B zero), "pissa" (principal components, arXiv 2404.02948),
+    # "lora_ga" (singular vectors of the first batches' gradient of the kernel in A and B, arXiv 2407.05000), or
+    # "gradient" (A the directions in which that gradient is largest, B zero).
+    init: Literal["default", "pissa", "lora_ga", "gradient"] = "default"
+    # lora_ga, gradient: batches that the gradient is taken on, each read five times: 20 steps' time with 4.
     gradient_batches: int = 4
     # gradient: weight of the gate's output channels: "ones", their "slope", or the slopes "permuted" (its placebo).
     gradient_weights: Literal["ones", "slope", "permuted"] = "ones"

@@ -42,7 +42,7 @@ def _kernel_rules() -> Rules:
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
         rules.append((rf"(^|/){name}/bias$", P(outer)))
-        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # where PiSSA's adapters of gates started
+        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # where adapters of gates started, if not at 0
         rules.append((rf"(^|/){name}/start_b$", P(None, outer)))
     return rules
 

@@ -108,11 +108,13 @@ def resolve(
     specs: dict[str, tuple[list[int], list[float]]] = {}
     for name, rule in matched.items():
         path, layer = names[name]
-        limit = min(shapes[path][-2:])
+        limit, side = min(shapes[path][-2:]), "the smaller side"
+        if config.init == "lora_ga":
+            limit, side = limit // 2, "half the smaller side, for LoRA-GA takes twice as many singular vectors,"
         if not 0 <= rule.rank <= limit:
             raise NaloraError(
                 f"--lora.rules {rule.pattern!r}: rank",
-                expected=f"0 to {limit} (the smaller side of {path} {shapes[path]})",
+                expected=f"0 to {limit} ({side} of {path} {shapes[path]})",
                 found=rule.rank,
             )
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha

@@ -45,7 +45,7 @@ class Adapter(NamedTuple):
     mask: jax.Array | None = None  # [d_out], weights of the output channels in A's gradient
     magnitude: jax.Array | None = None  # [d_out], of a weight-decomposed adapter (DoRA)
     ids: jax.Array | None = None  # int [batch], which of a stack; -1: none
-    start: tuple[jax.Array, jax.Array] | None = None  # A and B as they started, if that was not 0 (PiSSA)
+    start: tuple[jax.Array, jax.Array] | None = None  # A and B as they started, if not at 0 (PiSSA, LoRA-GA)
 
 
 class Dense(NamedTuple):

@@ -20,10 +20,9 @@ from nalora_jax.data.sources import check_disjoint, open_source
 from nalora_jax.evaluate.multiple_choice import multiple_choice
 from nalora_jax.evaluate.perplexity import completion_loss
 from nalora_jax.models.decoder import init_lora
-from nalora_jax.study.subject import on_mesh
 from nalora_jax.tokenizer import AddedTokens
-from nalora_jax.train.assembly import Assembly, assemble
-from nalora_jax.train.initialise import gradient_adapters
+from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.start import first_adapters
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.new_tokens import with_added
 
@@ -45,6 +44,7 @@ class Language:
 
     def __init__(self) -> None:
         self._models: dict[str, LoadedModel] = {}
+        self._started: tuple[Any, Assembly] | None = None
 
     def model(self, config: RunConfig) -> LoadedModel:
         """The run's base model."""
@@ -70,9 +70,8 @@ class Language:
         return assemble(general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
-        """The base's; with PiSSA what its components leave of them."""
-        del config
-        return assembly.params
+        """The base's, less what adapters add at the start: PiSSA's of the base, LoRA-GA's of the run's own batches."""
+        return self._started_at(config, assembly).params if config.lora.init == "lora_ga" else assembly.params
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
         """The base model, whatever the seed."""
@@ -90,14 +89,21 @@ class Language:
         model = self.model(config)
         if assembly.initial is not None:  # PiSSA: the base decides, no seed does
             return assembly.initial
+        if config.lora.init == "lora_ga":  # the batches decide, on which `params` depends as well
+            return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
-            batches = data.batches()
-            rows = on_mesh(batches, assembly)
-            first = [next(rows) for _ in range(config.lora.gradient_batches)]
-            batches.close()
-            return gradient_adapters(assembly, model.config, first, seed)
+            return first_adapters(assembly, model.config, data, seed)
         params = assembly.params if assembly.spec.dora or assembly.spec.saved else None
         return init_lora(model.config, assembly.spec, jax.random.key(seed), params)
+
+    def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
+        """The assembly of one run with LoRA-GA; the last one is kept."""
+        key = (id(assembly), config.seed, json.dumps(config.to_dict()["data"]))
+        if self._started is None or self._started[0] != key:
+            self._started = None  # its kernels make room
+            lora = first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
+            self._started = key, starting_at(assembly, lora)
+        return self._started[1]
 
     def items(self, config: RunConfig, data: DataConfig) -> LanguageItems:
         """Tokenized questions."""

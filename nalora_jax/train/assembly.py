@@ -33,7 +33,8 @@ from nalora_jax.train.objectives import Objective, SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step, next_token
-from nalora_jax.weights.pissa import pissa_split, pissa_to_lora
+from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
+from nalora_jax.weights.pissa import pissa_split
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,11 @@ class Assembly:
     mechanisms: Mechanisms
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # before the first step, on the mesh
-    params: Any  # frozen weights that the adapters sit on: the base's, with PiSSA what its components leave of them
+    params: Any  # frozen weights that the adapters sit on: the base's, less what the adapters add at the start
     step: Step  # compiled on first use; donates the state
     begin: Callable[[Any, int], TrainState]  # the state before the first step, of given adapters and another seed
     state_metrics: StateMetrics  # compiled on first use
-    initial: Any = None  # PiSSA's adapters before the first step, in host memory
+    initial: Any = None  # adapters before the first step, in host memory, where they do not start at zero
 
     @property
     def eval_model(self) -> Decoder:
@@ -130,19 +131,28 @@ def assemble(
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
     """``params`` with the gates' adapters as they start, from which the probe measures how far they move."""
     leaves, adapters = trees.flatten(params), trees.flatten(lora)
-    starts = {
-        f"{gate}/start_{name}": jnp.copy(adapters[f"{gate}/{name}"]) for gate in find_gates(lora) for name in "ab"
-    }
+    starts = {f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"}
+    starts = {path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()}
     placed = distributed.shardings(starts, mesh, distributed.PARAM_RULES)
     return trees.unflatten(leaves | jax.device_put(starts, placed))
 
 
+def starting_at(assembly: Assembly, lora: Any) -> Assembly:
+    """The assembly whose adapters start at ``lora``, B not zero, on kernels that are lowered by what those add.
+
+    The step is the same one, not compiled before this: its weights have the start of the gates' adapters among them.
+    """
+    initial = jax.tree.map(distributed.fetch, lora)  # the same bits, wherever a continuation takes them from
+    params = _with_starts(lower_kernels(assembly.params, initial, assembly.spec), initial, assembly.mesh)
+    return replace(assembly, params=params, state=assembly.begin(initial, assembly.config.seed), initial=initial)
+
+
 def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
-    """The trained adapter as one of the original base, in host memory: itself, or PiSSA's difference."""
+    """The trained adapter as one of the original base, in host memory: itself, or its difference from its start."""
     lora = jax.tree.map(distributed.fetch, lora)
     if assembly.initial is None:
         return lora, assembly.spec
-    return pissa_to_lora(lora, assembly.initial, assembly.spec)
+    return difference_as_lora(lora, assembly.initial, assembly.spec)
 
 
 def build_model(

@@ -1,10 +1,14 @@
-"""Adapters that start in the subspace that the first batches' gradient lies in (``--lora.init gradient``).
+"""Adapters that start in the first batches' gradient (``--lora.init gradient`` and ``lora_ga``).
 
 The gradient of an adapted kernel is ``G = sum over tokens of x^T delta``, ``[d_in, d_out]``, with ``delta`` the
 cotangent of the projection's output. Among all A of rank r with orthogonal columns of given length, the top r left
-singular vectors of G give B the largest gradient, ``A^T G``. B starts at zero, so the model starts as the base, nothing
-is taken out of its kernels, and what comes out of training is a plain LoRA. LoRA-GA (arXiv 2407.05000) takes the same
-decomposition but both of its sides, and takes their product out of the kernel.
+singular vectors of G give B the largest gradient, ``A^T G``. With "gradient" B starts at zero, so the model starts as
+the base, nothing is taken out of its kernels, and what comes out of training is a plain LoRA.
+
+LoRA-GA (arXiv 2407.05000) takes both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]`` of the first r
+triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``. So the first gradient step changes
+``A B`` by the best approximation of rank 2r to G, but for its length. The kernel is lowered by ``s A B``
+(`nalora_jax.train.assembly.starting_at`), so that this model, too, starts as the base.
 
 G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``, and leaves the
 model what it is as long as one of the two is zero. So subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061)
@@ -26,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nalora_jax import distributed, trees
 from nalora_jax.models.config import ModelConfig, projection_shapes
@@ -40,12 +45,17 @@ from nalora_jax.train.step import StepConfig, make_gradients
 _ITERATIONS = 2
 # Columns of A that a fresh LoRA draws have this length on average: uniform in +-1/sqrt(d_in), d_in of them.
 _COLUMN_NORM = 1 / math.sqrt(3.0)
+# LoRA-GA's gamma ("stable_gamma"), as its authors' code and PEFT have it.
+_STABLE_GAMMA = 16.0
 
 Matrices = dict[str, jax.Array]  # by the path of their projection, ``[layers, (experts,) rows, columns]``
 
 
 def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int) -> dict[str, Any]:
-    """Fresh adapters: A the gradient's top left singular vectors, each column as long as LoRA's are; B zero.
+    """Fresh adapters: A the gradient's top left singular vectors.
+
+    With ``--lora.init gradient`` each column is as long as LoRA's are, and B is zero; with ``lora_ga`` B has right
+    singular vectors, and `nalora_jax.train.assembly.starting_at` has to lower the kernels.
 
     Args:
       assembly: of the run.
@@ -58,7 +68,8 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
     """
     spec, lora_config = assembly.spec, assembly.config.lora
     shapes = projection_shapes(base)
-    wide = {path: min(target.rank + max(8, target.rank // 2), *shapes[path][-2:]) for path, target in spec.targets}
+    taken = {path: target.rank * (2 if lora_config.init == "lora_ga" else 1) for path, target in spec.targets}
+    wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in taken.items()}
     search = _Search(assembly, base, wide, batches)
     key = jax.random.key(seed)
     a = {
@@ -72,8 +83,9 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
         columns = search.columns(_weighted({path: _orthonormal_rows(row) for path, row in rows.items()}, weights))
         a = {path: jnp.linalg.qr(column)[0] for path, column in columns.items()}
         rows = _weighted(search.rows(a)[0], weights)
-    vectors = {path: jnp.matmul(a[path], jnp.linalg.svd(row, full_matrices=False)[0]) for path, row in rows.items()}
-    return _place(vectors, assembly, base, seed)
+    parts = {path: jnp.linalg.svd(row, full_matrices=False) for path, row in rows.items()}
+    left = {path: jnp.matmul(a[path], u, precision="highest") for path, (u, _, _) in parts.items()}
+    return _place(left, {path: vt for path, (_, _, vt) in parts.items()}, assembly, base, seed)
 
 
 class _Search:
@@ -152,13 +164,25 @@ def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
     return jnp.swapaxes(jnp.linalg.qr(jnp.swapaxes(matrix, -1, -2))[0], -1, -2)
 
 
-def _place(vectors: Matrices, assembly: Assembly, base: ModelConfig, seed: int) -> dict[str, Any]:
-    """The vectors as A of fresh adapters; beyond a layer's own rank it is zero."""
+def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfig, seed: int) -> dict[str, Any]:
+    """The vectors as fresh adapters; beyond a layer's own rank they are zero.
+
+    Args:
+      left: ``[layers, ..., d_in, k]``, most important first.
+      right: ``[layers, ..., k, d_out]``.
+    """
     params = assembly.params if assembly.spec.dora else None
     leaves = trees.flatten(init_lora(base, assembly.spec, jax.random.key(seed), params))
+    lora_ga = assembly.config.lora.init == "lora_ga"
     for path, target in assembly.spec.targets:
-        a = leaves[f"{path}/a"]
-        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
-        used = used.reshape(base.n_layers, *(1,) * (a.ndim - 2), target.rank)
-        leaves[f"{path}/a"] = jnp.where(used, _COLUMN_NORM * vectors[path][..., : target.rank], 0.0)
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        ranks, along = np.array(target.ranks)[:, None], np.arange(target.rank)
+        stacked = (base.n_layers, *(1,) * (a.ndim - 3))
+        used = (along < ranks).reshape(*stacked, 1, target.rank)
+        length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA) if lora_ga else _COLUMN_NORM
+        leaves[f"{path}/a"] = jnp.where(used, length * left[path][..., : target.rank], 0.0)
+        if lora_ga:
+            second = (ranks + along).reshape(*stacked, target.rank, 1)  # triplets r to 2r of each layer
+            rows = jnp.take_along_axis(right[path], second, axis=-2)
+            leaves[f"{path}/b"] = jnp.where(np.swapaxes(used, -1, -2), length * rows, 0.0)
     return trees.unflatten(leaves)

@@ -4,6 +4,7 @@
         /metrics.jsonl    what it measured, and its settings (`nalora_jax.train.metrics`)
         /checkpoints/     what it can be continued from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
+        /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
         /adapter/         PEFT files of the best checkpoint
         /report.html      made from metrics.jsonl
 
@@ -35,8 +36,9 @@ from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.lock import Lock
 
 CHECKPOINTS = "checkpoints"
+START = "start"
 # What a run writes before a checkpoint.
-_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", CHECKPOINTS}
+_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS}
 _SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 
 Resume = bool | Literal["auto"]

@@ -56,6 +56,10 @@ _PISSA = re.compile(r"pissa(_niter_\d+)?")
 def _init(value: Any) -> Any:
     if isinstance(value, str) and _PISSA.fullmatch(value):
         return "pissa"
+    if value == "lora_ga":
+        return Refused(
+            "PEFT's scales B by the singular values; --lora.init lora_ga scales both sides as the paper does"
+        )
     return (
         "default"
         if value in (True, None)

@@ -1,20 +1,18 @@
-"""PiSSA: adapters that start as a kernel's principal components (arXiv 2404.02948), and their way back to plain LoRA.
+"""PiSSA: adapters that start as a kernel's principal components (arXiv 2404.02948).
 
-The kernel is split as ``W = W_res + s A0 B0``; training moves A and B on the frozen residual ``W_res``. Tools that hold
-the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
+The kernel is split as ``W = W_res + s A0 B0``; training moves A and B on the frozen residual ``W_res``. The way back to
+plain LoRA is `nalora_jax.weights.nonzero_start`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.trees import flatten, unflatten
 
 
@@ -110,40 +108,3 @@ def _randomized_svd(w: jax.Array, rank: int, iterations: int, key: jax.Array) ->
     u, s, v = _svd(jnp.matmul(jnp.swapaxes(q, -1, -2), w, precision="highest"))
     u = jnp.matmul(q, u, precision="highest")
     return u[..., :rank], s[..., :rank], v[..., :rank]
-
-
-def pissa_to_lora(
-    lora: Mapping[str, Any], initial: Mapping[str, Any], spec: AdapterSpec
-) -> tuple[dict[str, Any], AdapterSpec]:
-    """The plain adapter of the original kernels that equals a PiSSA adapter of their residuals.
-
-    ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times sqrt(2) with rsLoRA), so
-    that the scale stays. Magnitudes of DoRA are kept: ``|W_res + s A B|`` is the norm of the same sum.
-
-    Args:
-      lora: the trained tree, stacked (``layers/ffn/gate_proj/{a, b}``).
-      initial: the tree that `pissa_init` gave before training, same shapes.
-      spec: the trained adapter's spec.
-    """
-    now, start = flatten(lora), flatten(initial)
-    factor = math.sqrt(2.0) if spec.rslora else 2.0
-    targets, leaves = [], {}
-    for path, target in spec.targets:
-        ranks = tuple(2 * rank for rank in target.ranks)
-        targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
-        pairs = ((np.asarray(now[f"{path}/{n}"]), np.asarray(start[f"{path}/{n}"])) for n in ("a", "b"))
-        (a, a0), (b, b0) = pairs
-        leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
-        leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
-    kept = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
-    plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
-    return unflatten(leaves | kept), plain
-
-
-def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
-    """Both factors side by side on the rank axis, layer by layer, without the padding between them."""
-    joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
-    for layer, rank in enumerate(target.ranks):
-        place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))
-        place[:rank], place[rank : 2 * rank] = first[:rank], second[:rank]
-    return joined

@@ -52,6 +52,12 @@ def test_bad_rules_are_refused_by_name(rules: tuple[LoRARule, ...], message: str
         resolve(LoRAConfig(rules=rules), SHAPES, n_layers=2)
 
 
+def test_lora_ga_takes_twice_as_many_singular_vectors_as_its_rank() -> None:
+    resolve(LoRAConfig(rules=(LoRARule("gate_proj", 8),), init="lora_ga"), SHAPES, n_layers=2)
+    with pytest.raises(NaloraError, match="0 to 8 \\(half the smaller side, for LoRA-GA.*found 9"):
+        resolve(LoRAConfig(rules=(LoRARule("gate_proj", 9),), init="lora_ga"), SHAPES, n_layers=2)
+
+
 def test_init_a_has_pefts_bound() -> None:
     a = init_a(jax.random.key(0), (256, 64))
     assert float(jnp.abs(a).max()) <= 1 / 16

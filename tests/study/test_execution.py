@@ -110,6 +110,26 @@ def test_what_a_placebo_draws_at_random_is_another_draw_for_another_seed(
     assert made[0] is made[2]
 
 
+def test_lora_ga_lowers_the_kernels_by_each_run_s_own_start(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol, path = laboratory.protocol, "layers/ffn/gate_proj"
+    method = Method(settings={"lora": {"init": "lora_ga", "gradient_batches": 1}})
+    changed = replace(protocol, methods=dict(protocol.methods) | {"lora_ga": method})
+    monkeypatch.setattr(laboratory, "protocol", changed)
+    kernels = []
+    for seed in (0, 1):
+        run = Run(changed, "tune", Cell(protocol.models[0], "z", "lora_ga"), 1e-2, seed)
+        prepared = laboratory.prepared(run)
+        lora = trees.flatten(jax.device_get(laboratory.start(run, prepared, laboratory.data(run)).lora))
+        kernels.append(np.asarray(trees.flatten(prepared.params)[f"{path}/kernel"]))
+        added = prepared.assembly.spec.scales(path)[:, None, None] * lora[f"{path}/a"] @ lora[f"{path}/b"]
+        base = trees.flatten(laboratory.subject(run.config).base(run.config)[1])[f"{path}/kernel"]
+        np.testing.assert_allclose(kernels[-1] + added, base, atol=1e-6)
+        assert np.abs(added).max() > 0.02
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.02  # of other batches
+
+
 def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laboratory) -> None:
     records = list(Records(finished).read().values())
     for seed in (1, 2):

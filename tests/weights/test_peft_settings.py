@@ -105,6 +105,8 @@ def test_what_is_refused_is_named_with_the_reason() -> None:
         "'olora' (there are",
     ):
         assert part in str(caught.value)
+    with pytest.raises(NaloraError, match="PEFT's scales B by the singular values"):
+        from_peft({"target_modules": ["q_proj"], "init_lora_weights": "lora_ga"})
     for targets, said in [
         (None, "found none"),
         (r".*\.q_proj", "found the expression"),

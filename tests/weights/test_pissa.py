@@ -9,8 +9,9 @@ import pytest
 
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
+from nalora_jax.weights.nonzero_start import difference_as_lora
 from nalora_jax.weights.peft import export_adapter, import_adapter
-from nalora_jax.weights.pissa import pissa_init, pissa_to_lora
+from nalora_jax.weights.pissa import pissa_init
 
 
 def kernel(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -94,7 +95,7 @@ def test_trained_adapter_becomes_plain_lora_of_the_original_base(variant, tiny_m
         unflatten({f"{path}/a": a0, f"{path}/b": b0}),
     )
 
-    lora, plain = pissa_to_lora(trained, initial, spec)
+    lora, plain = difference_as_lora(trained, initial, spec)
 
     assert plain.target(path).ranks == (8, 0, 4)
     np.testing.assert_allclose(plain.scales(path), spec.scales(path), rtol=1e-6)

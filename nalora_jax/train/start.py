@@ -1,0 +1,113 @@
+"""A start that the first batches decide: taken once, and kept for a continuation where kernels were lowered by it.
+
+LoRA-GA's kernels are the base's less what its adapters start as. Another machine, or another number of devices, would
+find singular vectors of other signs, and with them other kernels, so a continuation reads the start instead:
+
+    <output>/start/adapter.safetensors   the adapters before the first step, by path
+                  /digests.json          SHA-256 of that file
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax import distributed, files, trees
+from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.assembly import Assembly, starting_at
+from nalora_jax.train.initialise import gradient_adapters
+from nalora_jax.train.output import START, Output
+
+log = logging.getLogger(__name__)
+_FILE = "adapter.safetensors"
+GRADIENT = ("gradient", "lora_ga")  # the values of --lora.init that read batches
+
+
+class _Rows(Protocol):
+    def batches(self) -> BatchIterator: ...
+
+
+def gradient_start(assembly: Assembly, base: ModelConfig, data: _Rows, output: Output) -> Assembly:
+    """The assembly with adapters that start in the gradient of the run's first batches.
+
+    Args:
+      assembly: with ``lora.init`` one of `GRADIENT`.
+      base: architecture of its base model.
+      data: the run's rows.
+      output: the run's folder. A run that is continued has its adapters in a checkpoint, and with LoRA-GA its kernels
+        are lowered by the start that it kept.
+
+    Raises:
+      NaloraError: the start cannot be written, or is not there, or damaged.
+    """
+    config, folder = assembly.config, output.folder / START
+    if output.resumes:
+        return starting_at(assembly, _read(folder, assembly)) if config.lora.init == "lora_ga" else assembly
+    started = time.perf_counter()
+    lora = first_adapters(assembly, base, data, config.seed)
+    count = config.lora.gradient_batches
+    log.info("adapters start in the gradient of %d batches: %.1f s", count, time.perf_counter() - started)
+    if config.lora.init == "gradient":
+        return replace(assembly, state=assembly.begin(lora, config.seed))
+    assembly = starting_at(assembly, lora)
+    distributed.on_first_process(lambda: _write(folder, assembly.initial))
+    return assembly
+
+
+def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int) -> dict[str, Any]:
+    """`gradient_adapters` of the first ``lora.gradient_batches`` batches of ``data``."""
+    batches = data.batches()
+    try:
+        taken = itertools.islice(batches, assembly.config.lora.gradient_batches)
+        first = [distributed.make_global_batch(batch, assembly.mesh, rows_axis=1) for batch in taken]
+    finally:
+        batches.close()
+    return gradient_adapters(assembly, base, first, seed)
+
+
+def _write(folder: Path, initial: Mapping[str, Any]) -> None:
+    """The whole folder or nothing."""
+    scratch = folder.with_name(f".{folder.name}.new")
+    try:
+        scratch.mkdir()
+        save_file({path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()}, scratch / _FILE)
+        files.write_digests(scratch)
+        scratch.rename(folder)
+    except (OSError, SafetensorError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise NaloraError(str(folder), expected="a folder that can be written", found=found) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
+    """The adapters that `_write` wrote, which have to be those of the assembly's projections."""
+    try:
+        damage = files.find_damage(folder)
+        leaves = load_file(folder / _FILE) if damage is None else {}
+    except (OSError, SafetensorError) as error:
+        damage = getattr(error, "strerror", None) or str(error)
+    wanted = {path: leaf.shape for path, leaf in trees.flatten(assembly.state.lora).items()}
+    if damage is None and {path: leaf.shape for path, leaf in leaves.items()} != wanted:
+        damage = "adapters of other projections or shapes"
+    if damage is not None:
+        raise NaloraError(
+            str(folder),
+            expected="the adapters that the run started from",
+            found=damage,
+            remedy="restore that folder from a copy; without it the run cannot go on",
+        )
+    return trees.unflatten({path: jax.numpy.asarray(leaf) for path, leaf in leaves.items()})

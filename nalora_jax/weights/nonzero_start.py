@@ -1,0 +1,85 @@
+"""Adapters that do not start at zero (PiSSA, LoRA-GA): what their kernels give up, and their way back to plain LoRA.
+
+A kernel is split as ``W = W_low + s A0 B0``, and training moves A and B on the frozen ``W_low``. Tools that hold the
+original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
+
+
+def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
+    """A model's weights, less what its adapters add to them at the start.
+
+    Args:
+      params: base weights, layers stacked; they are not changed.
+      start: the adapters before the first step, in float32.
+      spec: of the adapters.
+
+    Returns:
+      ``params`` with ``W - s A0 B0`` in place of every adapted kernel, in its dtype (rounded once) and its place.
+    """
+    leaves, adapters = flatten(params), flatten(start)
+    for path, _ in spec.targets:
+        kernel = leaves[f"{path}/kernel"]
+        lower = jax.jit(_lower, out_shardings=kernel.sharding)
+        leaves[f"{path}/kernel"] = lower(kernel, adapters[f"{path}/a"], adapters[f"{path}/b"], spec.scales(path))
+    return unflatten(leaves)
+
+
+def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> jax.Array:
+    """Layer by layer, so that no more than one is held in float32."""
+
+    def one(layer: tuple[jax.Array, ...]) -> jax.Array:
+        w, a, b, scale = layer
+        return (w.astype(jnp.float32) - scale * jnp.matmul(a, b, precision="highest")).astype(w.dtype)
+
+    lowered: jax.Array = jax.lax.map(one, (kernel, a, b, scales))
+    return lowered
+
+
+def difference_as_lora(
+    lora: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """The plain adapter of the original kernels that equals a trained adapter of the lowered ones.
+
+    ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times sqrt(2) with rsLoRA), so
+    that the scale stays. Magnitudes of DoRA are kept: ``|W_low + s A B|`` is the norm of the same sum.
+
+    Args:
+      lora: the trained tree, stacked (``layers/ffn/gate_proj/{a, b}``).
+      start: the tree before training, same shapes.
+      spec: the trained adapter's spec.
+    """
+    now, before = flatten(lora), flatten(start)
+    factor = math.sqrt(2.0) if spec.rslora else 2.0
+    targets, leaves = [], {}
+    for path, target in spec.targets:
+        ranks = tuple(2 * rank for rank in target.ranks)
+        targets.append((path, TargetSpec(ranks, tuple(factor * alpha for alpha in target.alphas))))
+        pairs = ((np.asarray(now[f"{path}/{n}"]), np.asarray(before[f"{path}/{n}"])) for n in ("a", "b"))
+        (a, a0), (b, b0) = pairs
+        leaves[f"{path}/a"] = _join(a, a0, target, axis=-1)
+        leaves[f"{path}/b"] = _join(b, -b0, target, axis=-2)
+    kept = {path: leaf for path, leaf in now.items() if path.endswith("/magnitude")}
+    plain = AdapterSpec(tuple(targets), rslora=spec.rslora, dora=spec.dora, dropout=spec.dropout)
+    return unflatten(leaves | kept), plain
+
+
+def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
+    """Both factors side by side on the rank axis, layer by layer, without the padding between them."""
+    joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
+    for layer, rank in enumerate(target.ranks):
+        place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))
+        place[:rank], place[rank : 2 * rank] = first[:rank], second[:rank]
+    return joined

@@ -1,0 +1,229 @@
+"""Three steps of every kind of adapter beside PEFT's own: the same start, rows and AdamW give the same updates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+)
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.initialise import gradient_adapters
+from nalora_jax.weights.keymaps import params_from_tensors
+
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+optimizers = pytest.importorskip("peft.optimizers")
+pytestmark = pytest.mark.filterwarnings("default")  # of torch, transformers and PEFT
+
+SETTINGS = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+RANK, ALPHA, RATIO = 4, 12.0, 8.0
+# eps: gradients of zero but for rounding move nothing.
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, schedule="constant", warmup_share=0, clip_norm=0, weight_decay=0.1, eps=1e-5
+)
+PROJECTIONS = {
+    f"layers/{name}": f"{block}.{name.rpartition('/')[2]}"
+    for block, name in (
+        ("self_attn", "attn/q_proj"),
+        ("mlp", "ffn/gate_proj"),
+        ("mlp", "ffn/up_proj"),
+        ("mlp", "ffn/down_proj"),
+    )
+}
+# Settings of ours and of PEFT's, by method.
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LoRA": ({}, {}),
+    "rsLoRA": ({"rslora": True}, {"use_rslora": True}),
+    "DoRA": ({"dora": True}, {"use_dora": True}),
+    "LoRA+": ({"plus_ratio": RATIO}, {}),
+    "PiSSA": ({"init": "pissa"}, {"init_lora_weights": "pissa"}),
+    "LoRA-GA": ({"init": "lora_ga"}, {"init_lora_weights": "lora_ga"}),
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Any, ModelConfig, Any]:
+    """A random Llama as transformers have it, its description, and its weights as ours."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS, attn_implementation="eager"))
+    with torch.no_grad():
+        for parameter in model.parameters():  # the defaults leave logits near zero
+            parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+    config = ModelConfig.from_hf(model.config.to_dict())
+    params = params_from_tensors(config, lambda name: model.get_parameter(name).detach().numpy())
+    return model, config, jax.tree.map(jnp.asarray, params)
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    """The compiled step on lowered kernels: one program, whatever they were lowered by."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, jax.Array]]:
+    """A batch for each step."""
+    rng, made = np.random.default_rng(1), []
+    for _ in range(3):
+        tokens, targets = rng.integers(0, 40, (2, 1, 4, 12))
+        made.append(
+            {
+                "tokens": jnp.asarray(tokens, jnp.int32),
+                "targets": jnp.asarray(targets, jnp.int32),
+                "loss_weights": jnp.asarray(rng.random(tokens.shape) < 0.5, jnp.float32),
+                "segment_ids": jnp.ones(tokens.shape, jnp.int32),
+                "positions": jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), tokens.shape),
+            }
+        )
+    return made
+
+
+def our_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str) -> Assembly:
+    rules = (LoRARule("ffn/(gate|up|down)_proj|q_proj", RANK, ALPHA),)
+    config = RunConfig(
+        lora=LoRAConfig(rules=rules, **METHODS[method][0]),
+        mask=MaskConfig(kind="off"),
+        step_scale=StepScaleConfig(kind="off"),
+        optimizer=OPTIMIZER,
+        compute=ComputeConfig(dtype="float32"),
+    )
+    made = assemble(config, *base[1:], distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    return starting_at(made, gradient_adapters(made, base[1], [first], 0)) if method == "LoRA-GA" else made
+
+
+def their_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str) -> Any:
+    model, own = copy.deepcopy(base[0]), METHODS[method][1]
+    names = [name.rpartition(".")[2] for name in PROJECTIONS.values()]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM", **own)
+    if method == "LoRA-GA":
+        config.lora_ga_config = peft.LoraGAConfig()
+        peft.preprocess_loraga(model, config, lambda: their_loss(model, first).backward())
+    return peft.get_peft_model(model, config)
+
+
+def their_loss(model: Any, batch: dict[str, jax.Array]) -> Any:
+    """Mean over the target tokens."""
+    tokens, targets, weights = (torch.tensor(np.asarray(batch[n][0])) for n in ("tokens", "targets", "loss_weights"))
+    logits = model(tokens).logits.flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, targets.flatten().long(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+def places(theirs: Any) -> Iterator[tuple[str, int, Any]]:
+    """Path, layer and PEFT's module of every adapter."""
+    layers = theirs.get_base_model().model.layers
+    for path, name in PROJECTIONS.items():
+        for index, layer in enumerate(layers):
+            yield path, index, layer.get_submodule(name)
+
+
+def their_adapters(theirs: Any) -> dict[str, np.ndarray]:
+    """As a flat tree of ours."""
+    found: dict[str, list[np.ndarray]] = {}
+    for path, _, module in places(theirs):
+        for name in "ab":
+            weight = getattr(module, f"lora_{name.upper()}")["default"].weight
+            found.setdefault(f"{path}/{name}", []).append(weight.detach().numpy().T.copy())
+        for magnitude in module.lora_magnitude_vector.values():
+            found.setdefault(f"{path}/magnitude", []).append(magnitude.weight.detach().numpy().copy())
+    return {path: np.stack(layers) for path, layers in found.items()}
+
+
+def give(theirs: Any, ours: Assembly) -> None:
+    """Put our A, B and kernels into PEFT's model: singular vectors are determined up to their signs alone."""
+    lora, params = trees.flatten(ours.state.lora), trees.flatten(ours.params)
+    with torch.no_grad():
+        for path, index, module in places(theirs):
+            for name in "ab":
+                value = torch.tensor(np.asarray(lora[f"{path}/{name}"][index]).T)
+                getattr(module, f"lora_{name.upper()}")["default"].weight.copy_(value)
+            module.base_layer.weight.copy_(torch.tensor(np.asarray(params[f"{path}/kernel"][index]).T))
+
+
+def check_start(ours: Assembly, theirs: Any, method: str) -> None:
+    """What PEFT starts from is what we start from, as far as it is determined."""
+    lora, params, adapters = trees.flatten(ours.state.lora), trees.flatten(ours.params), their_adapters(theirs)
+    near = 1e-3 if method == "PiSSA" else 1e-5  # ours takes a randomized decomposition, PEFT an exact one
+    assert lora.keys() == adapters.keys()
+    for path, index, module in places(theirs):
+        assert module.scaling["default"] == pytest.approx(float(ours.spec.scales(path)[index]))
+        a, b = (np.asarray(lora[f"{path}/{name}"][index]) for name in "ab")
+        their_a, their_b = (adapters[f"{path}/{name}"][index] for name in "ab")
+        if method == "LoRA-GA":  # PEFT leaves A at length 1 and multiplies B by the singular values
+            for one, other in ((a, their_a), (b.T, their_b.T)):
+                lengths = np.linalg.norm(one, axis=0) * np.linalg.norm(other, axis=0)
+                np.testing.assert_allclose(np.abs(np.sum(one * other, axis=0)) / lengths, 1.0, atol=1e-3)
+            continue
+        np.testing.assert_allclose(a @ b, their_a @ their_b, atol=near)
+        kernel = module.base_layer.weight.detach().numpy().T
+        np.testing.assert_allclose(params[f"{path}/kernel"][index], kernel, atol=near)
+    for path in (path for path in lora if path.endswith("/magnitude")):
+        np.testing.assert_allclose(lora[path], adapters[path], rtol=1e-5)
+
+
+def their_optimizer(theirs: Any, method: str) -> Any:
+    settings = {"lr": OPTIMIZER.learning_rate, "betas": (OPTIMIZER.b1, OPTIMIZER.b2), "eps": OPTIMIZER.eps}
+    if method == "LoRA+":
+        more = {"loraplus_lr_ratio": RATIO, "loraplus_weight_decay": OPTIMIZER.weight_decay}
+        return optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, **settings, **more)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, weight_decay=OPTIMIZER.weight_decay, **settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_updates_are_those_of_peft(
+    base: Any, rows: list[dict[str, jax.Array]], steps: dict[str, Any], method: str
+) -> None:
+    ours, theirs = our_start(base, rows[0], method), their_start(base, rows[0], method)
+    check_start(ours, theirs, method)
+    give(theirs, ours)
+    with torch.no_grad():  # every method starts as the base
+        assert their_loss(theirs, rows[0]).item() == pytest.approx(their_loss(base[0], rows[0]).item(), rel=1e-5)
+    optimizer, state = their_optimizer(theirs, method), ours.state
+    train = ours.step if ours.initial is None else steps.setdefault("lowered", ours.step)
+    start = {path: np.asarray(leaf) for path, leaf in trees.flatten(state.lora).items()}
+    if method in ("PiSSA", "LoRA-GA"):
+        assert min(np.abs(leaf).max() for path, leaf in start.items() if path.endswith("/b")) > 0.01
+    for step, batch in enumerate(rows, start=1):
+        state, metrics = train(ours.params, state, batch)
+        loss = their_loss(theirs, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        np.testing.assert_allclose(float(metrics["loss"]), loss.item(), rtol=1e-5)
+        lora, adapters = trees.flatten(jax.device_get(state.lora)), their_adapters(theirs)
+        for path, before in start.items():
+            rate = OPTIMIZER.learning_rate * (RATIO if method == "LoRA+" and path.endswith("/b") else 1.0)
+            moved, their_moved = lora[path] - before, adapters[path] - before
+            assert np.abs(their_moved).max() > 0.5 * rate or (step == 1 and path.endswith("/a"))  # where B is 0
+            np.testing.assert_allclose(moved, their_moved, atol=2e-3 * rate * step, err_msg=f"{path}, step {step}")
