@@ -19,6 +19,9 @@ from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
 Stage = Literal["tune", "test"]
+# Settings that came after the first records, by group: at their default they are no part of a run's name, so that
+# records keep theirs. A new setting belongs here.
+_LATER = {"data": ("add_tokens", "add_special_tokens")}
 
 
 class Cell(NamedTuple):
@@ -48,7 +51,7 @@ class Run:
     @cached_property
     def config_hash(self) -> str:
         """Of its settings and of the items that it is measured on."""
-        settings = self.config.to_dict()
+        settings = _as_first_recorded(self.config.to_dict())
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
@@ -164,6 +167,17 @@ def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str
     costs = [cost(protocol.metric, one["validation"]) for one in found if one is not None and not one["diverged"]]
     losses = costs + [math.inf] * sum(one is not None and bool(one["diverged"]) for one in found)
     return None if len(losses) < len(found) else sum(losses) / len(losses)
+
+
+def _as_first_recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` without those of `_LATER` that are at their default."""
+    usual = RunConfig().to_dict()
+    return settings | {
+        group: {
+            name: value for name, value in settings[group].items() if name not in names or value != usual[group][name]
+        }
+        for group, names in _LATER.items()
+    }
 
 
 def _hash(value: Any) -> str:
