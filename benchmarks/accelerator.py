@@ -18,8 +18,6 @@ committed ones and makes docs/benchmarks.md again.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import os
 import statistics
@@ -76,8 +74,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     import jax
     import training
 
-    with contextlib.suppress(ModuleNotFoundError):  # as a run does; that package may be deleted
-        importlib.import_module("nalora_jax.cpu.register")
+    import nalora_jax.load  # noqa: F401  which registers the CPU's implementations where they are, as a run does
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.models.config import ModelConfig, projection_shapes

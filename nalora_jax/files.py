@@ -37,7 +37,7 @@ def file_digest(path: Any, start: int = 0) -> str:
 def write_digests(folder: Any) -> None:
     """Write ``folder/digests.json`` for all files that lie below ``folder`` now."""
     root = epath.Path(folder)
-    listed = {name: file_digest(root / name) for name in sorted(_names(root)) if name != DIGESTS}
+    listed = {name: file_digest(root / name) for name in sorted(names_below(root)) if name != DIGESTS}
     (root / DIGESTS).write_text(json.dumps(listed, indent=0))
 
 
@@ -53,7 +53,7 @@ def find_damage(folder: Any) -> str | None:
         listed = dict(json.loads(text))
     except (ValueError, TypeError):
         return f"{DIGESTS} is damaged itself"
-    present = set(_names(root))
+    present = set(names_below(root))
     for name, digest in listed.items():
         if name not in present:
             return f"{name} is missing"
@@ -75,7 +75,7 @@ def move_tree(folder: Any, target: Any) -> None:
         sink.parent.mkdir(parents=True, exist_ok=True)
         source.rename(sink)
         return
-    for name in list(_names(source)):
+    for name in list(names_below(source)):
         with (source / name).open("rb") as read, (sink / name).open("wb") as write:
             shutil.copyfileobj(read, write, _BLOCK)
     remove_tree(source)
@@ -109,10 +109,10 @@ def write_atomically(path: Path, text: str) -> None:
             scratch.unlink(missing_ok=True)
 
 
-def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the files below ``folder``, relative to it."""
+def names_below(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Paths of the files below ``folder``, of a file system or a bucket, relative to it."""
     for path in folder.iterdir():
         if path.is_dir():
-            yield from _names(path, f"{prefix}{path.name}/")
+            yield from names_below(path, f"{prefix}{path.name}/")
         else:
             yield prefix + path.name

@@ -166,6 +166,15 @@ def numerics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs take one of the simulated devices."""
+    from nalora_jax import distributed
+
+    make = distributed.make_mesh
+    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder in which 192 kB fit: a file system of that size; without the right to mount one, files of that size."""
     folder = tmp_path / "disk"

@@ -42,6 +42,7 @@ from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
 
+HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None  # it may be deleted
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {
     "model_type": "llama",
@@ -63,7 +64,7 @@ HF = {
 def new_cache(folder: Path) -> str:
     """A folder to be NALORA_CACHE: new, but for the CPU kernels, whose compilation takes half a minute."""
     target = folder / "native"
-    if importlib.util.find_spec("nalora_jax.cpu") is not None:
+    if HAS_CPU:
         from nalora_jax.cpu.native import library
 
         if library.available():
@@ -93,6 +94,32 @@ def make_questions(path: Path, count: int = 60) -> Path:
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def torch_llama() -> Any:
+    """A random Llama of two layers as transformers has it, in float32; its logits are not near zero."""
+    import torch
+    import transformers
+
+    settings = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="eager"))
+    with torch.no_grad():
+        for parameter in model.parameters():  # the defaults leave logits near zero
+            parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+    return model
 
 
 def make_config(folder: Path, **changes: Any) -> RunConfig:

@@ -127,18 +127,15 @@ class _Adapters:
         Raises:
           NaloraError: it is no adapter of this base.
         """
-        from nalora_jax.load import adapter_folder
+        from nalora_jax.load import adapter_folder, adapter_for
         from nalora_jax.nn.low_rank import AdapterSpec
-        from nalora_jax.weights.new_tokens import check_adapter
-        from nalora_jax.weights.peft import import_adapter
 
         base = self._model.base
         if path == "none":
             self.generator, self.name = self._with(None, AdapterSpec()), _shown(self._model.located.base, None)
             return
         folder = adapter_folder(Path(path))
-        check_adapter(base, folder)
-        lora, spec = import_adapter(folder, base.config, fingerprint=base.fingerprint)
+        lora, spec = adapter_for(base, folder)
         self.generator, self.name = self._with(lora, spec), _shown(self._model.located.base, folder)
 
     def _with(self, lora: Any, spec: Any) -> Generator:

@@ -25,11 +25,11 @@ from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
-from nalora_jax.train.inputs import check_data, check_layout
+from nalora_jax.train.inputs import check_data, check_layout, described
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model
-from nalora_jax.weights.model import read_config, read_tokenizer_of
+from nalora_jax.weights.model import read_tokenizer_of
 
 
 def dry_run(config: RunConfig) -> None:
@@ -54,7 +54,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The settings of a run on text, decided, and what they come to."""
     files, images = find_model(config.model), config.vision.task == "chat"
     added = AddedTokens.of(config.data)
-    base = read_config(files, images=images, added=added)
+    base = described(config, files)
     tokenizer, source = read_tokenizer_of(files, base, added), None
     if images:
         source = seen_sources(config.data, config.vision, tokenizer.images)

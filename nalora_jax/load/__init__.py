@@ -159,12 +159,21 @@ def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -
     if folder is None:
         return None
     base = model.base
-    check_adapter(base, folder)
-    lora, spec = import_adapter(folder, base.config, fingerprint=base.fingerprint)
+    lora, spec = adapter_for(base, folder)
     if mesh is not None:
         lora = jax.device_put(lora, distributed.shardings(lora, mesh, distributed.STATE_RULES))
     located = Located(model.located.base, folder, run_config(folder.parent))
     return AdaptedModel(base, model.module.clone(adapters=spec), lora, located)
+
+
+def adapter_for(base: LoadedModel, folder: Path) -> tuple[dict[str, Any], AdapterSpec]:
+    """Another adapter for a model that is loaded, and its spec.
+
+    Raises:
+      NaloraError: it cannot be read, or is one of another base or of other added tokens.
+    """
+    check_adapter(base, folder)
+    return import_adapter(folder, base.config, fingerprint=base.fingerprint)
 
 
 def adapter_folder(path: Path) -> Path:

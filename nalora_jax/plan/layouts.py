@@ -24,7 +24,7 @@ from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_flops, useful_flops
 
 # Policies in the order of what they keep for the backward pass, most first; on the chip, or in the host's memory.
-POLICIES = ("dots", "attention", "full", *(name + OFFLOAD for name in ("dots", "attention", "full")))
+POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
 _MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
 _USABLE = 0.9  # of the memory: how far estimates may be off (docs/pods.md)
 _USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading, and of the system

@@ -44,13 +44,15 @@ class Language:
 
     def __init__(self) -> None:
         self._models: dict[str, LoadedModel] = {}
-        self._started: tuple[Any, Assembly] | None = None
+        self._started: tuple[Assembly, Any, Assembly] | None = None
 
     def model(self, config: RunConfig) -> LoadedModel:
         """The run's base model."""
         compute = config.compute
         added = AddedTokens.of(config.data)
-        key = json.dumps([config.model, compute.dtype, compute.quantize, config.to_dict()["mesh"], added.texts])
+        key = json.dumps(
+            [config.model, compute.dtype, compute.quantize, config.to_dict()["mesh"], added.plain, added.special]
+        )
         if key not in self._models:
             kind = None if compute.quantize == "none" else compute.quantize
             mesh = distributed.smallest_mesh(config.mesh)
@@ -98,12 +100,12 @@ class Language:
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
         """The assembly of one run with LoRA-GA; the last one is kept."""
-        key = (id(assembly), config.seed, json.dumps(config.to_dict()["data"]))
-        if self._started is None or self._started[0] != key:
+        rows = (config.seed, config.data)
+        if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
             self._started = None  # its kernels make room
             lora = first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
-            self._started = key, starting_at(assembly, lora)
-        return self._started[1]
+            self._started = assembly, rows, starting_at(assembly, lora)
+        return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> LanguageItems:
         """Tokenized questions."""

@@ -53,16 +53,13 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
-    check_rules(config.lora, files, images=config.vision.task == "chat")
+    check_rules(config.lora, base)
 
 
-def check_rules(lora: LoRAConfig, model: ResolvedSource, *, images: bool = False) -> AdapterSpec:
-    """The adapters that the rules mean on a model, of which the description alone is read.
-
-    With ``images`` the model is one that sees, and its tower and projector are among what rules are searched in.
+def check_rules(lora: LoRAConfig, base: ModelConfig) -> AdapterSpec:
+    """The adapters that the rules mean on a model, by its description; of one that sees, in tower and projector too.
 
     Raises:
       NaloraError: a rule matches nothing, or asks for an impossible rank.
     """
-    config = read_config(model, images=images)
-    return resolve(lora, projection_shapes(config), depths(config))
+    return resolve(lora, projection_shapes(base), depths(base))

@@ -188,7 +188,8 @@ class Mirror:
 
     def _held(self) -> Iterator[str]:
         """Names of what a run left in the store."""
-        return (name for name in _names(self.store) if name != HOLDER and not name.startswith("."))
+        names = files.names_below(self.store) if self.store.exists() else ()
+        return (name for name in names if name != HOLDER and not name.startswith("."))
 
     def _sign(self) -> None:
         (self.store / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "time": time.time()}))
@@ -249,17 +250,6 @@ def _see_what_others_write() -> None:
     from fsspec.config import conf
 
     conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-
-
-def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the files below ``folder``, relative to it."""
-    if not folder.exists():
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _names(path, f"{prefix}{path.name}/")
-        else:
-            yield prefix + path.name
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.sources import Source, open_train
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import AddedTokens
+from nalora_jax.train.inputs import described
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.model import read_config, read_tokenizer_of
+from nalora_jax.weights.model import read_tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def _check_pairs(config: RunConfig) -> None:
 
 def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> RunConfig:
     added = AddedTokens.of(config.data)
-    base = read_config(files, images=config.vision.task == "chat", added=added)
+    base = described(config, files)
     tokenizer = read_tokenizer_of(files, base, added)
     data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions)
     config = replace(config, data=data)

@@ -267,8 +267,6 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: one that names every field that is refused, with the reason.
     """
     settings, notes = _converted(values, PEFT, "LoraConfig")
-    if "embed_tokens" in settings.get("lora", {}).get("modules_to_save", ()):
-        notes.append(_RESIZED)
     _put(settings, "lora.rules", rules_of(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
@@ -288,8 +286,6 @@ def from_trl(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: one that names every field that is refused, with the reason.
     """
     settings, notes = _converted(values, TRL, "SFTConfig")
-    if "embed_tokens" in settings.get("lora", {}).get("modules_to_save", ()):
-        notes.append(_RESIZED)
     accumulate = values.get("gradient_accumulation_steps") or 1
     if "per_device_train_batch_size" in values:
         _put(settings, "train.batch_size", values["per_device_train_batch_size"] * accumulate)
@@ -346,6 +342,8 @@ def _converted(values: Mapping[str, Any], table: Mapping[str, Field], kind: str)
             found="; ".join(refused),
             remedy="remove them, or change them",
         )
+    if "embed_tokens" in settings.get("lora", {}).get("modules_to_save", ()):
+        notes.append(_RESIZED)
     return settings, notes
 
 

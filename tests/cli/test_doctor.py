@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 
 import pytest
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.doctor import environment_problems, requirement_problems
-
-HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None  # it may be deleted
+from tests import tiny
 
 
 def test_it_reports_versions_devices_kernels_and_caches(monkeypatch, tmp_path, capsys):
@@ -27,7 +25,7 @@ def test_it_reports_versions_devices_kernels_and_caches(monkeypatch, tmp_path, c
     assert any(line.startswith("! XLA_FLAGS simulates several CPU devices") for line in lines)
     assert f"folder {tmp_path}" in lines
     assert "tokenized data 2.5 MB" in lines
-    if HAS_CPU:
+    if tiny.HAS_CPU:
         assert any(line.startswith("kernels ") and line.endswith("plain") for line in lines)
 
 
@@ -40,7 +38,7 @@ def test_what_is_wrong_is_named_and_ends_with_status_1(monkeypatch, tmp_path, ca
         main(["doctor"])
     assert end.value.code == 1
     problems = capsys.readouterr().out.partition("Problems\n")[2]
-    if HAS_CPU:
+    if tiny.HAS_CPU:
         assert "! NALORA_NATIVE: expected 0, 1 or" in problems
     assert "! compiled CPU kernels are not kept: " in problems
 

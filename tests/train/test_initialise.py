@@ -26,28 +26,12 @@ from nalora_jax.models.decoder import init_lora
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.weights.keymaps import params_from_tensors
+from tests import tiny
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
 
-SETTINGS = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-torch.manual_seed(0)
-TORCH = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS, attn_implementation="eager")).double()
-with torch.no_grad():
-    for parameter in TORCH.parameters():  # the defaults leave logits near zero
-        parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+TORCH = tiny.torch_llama().double()
 BASE = ModelConfig.from_hf(TORCH.config.to_dict())
 PARAMS = jax.tree.map(
     jnp.asarray, params_from_tensors(BASE, lambda name: TORCH.get_parameter(name).detach().float().numpy())

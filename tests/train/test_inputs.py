@@ -11,6 +11,7 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.inputs import check_data, check_rules
 from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.model import read_config
 
 HF = {
     "model_type": "llama",
@@ -36,12 +37,13 @@ def described(tmp_path: Path) -> ResolvedSource:
 
 
 def test_rules_are_judged_without_weights(described: ResolvedSource) -> None:
-    spec = check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),)), described)
+    base = read_config(described)
+    spec = check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),)), base)
     assert [path for path, _ in spec.targets] == ["layers/ffn/gate_proj"]
     with pytest.raises(NaloraError, match="which matches nothing"):
-        check_rules(LoRAConfig(rules=(LoRARule("mlp/"),)), described)
+        check_rules(LoRAConfig(rules=(LoRARule("mlp/"),)), base)
     with pytest.raises(NaloraError, match="rank"):
-        check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 17),)), described)
+        check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 17),)), base)
 
 
 @pytest.fixture

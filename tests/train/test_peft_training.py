@@ -26,6 +26,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.weights.keymaps import params_from_tensors
+from tests import tiny
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -33,19 +34,6 @@ peft = pytest.importorskip("peft")
 optimizers = pytest.importorskip("peft.optimizers")
 pytestmark = pytest.mark.filterwarnings("default")  # of torch, transformers and PEFT
 
-SETTINGS = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 RANK, ALPHA, RATIO = 4, 12.0, 8.0
 # eps: gradients of zero but for rounding move nothing.
 OPTIMIZER = OptimizerConfig(
@@ -74,11 +62,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def base() -> tuple[Any, ModelConfig, Any]:
     """A random Llama as transformers have it, its description, and its weights as ours."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS, attn_implementation="eager"))
-    with torch.no_grad():
-        for parameter in model.parameters():  # the defaults leave logits near zero
-            parameter.mul_(10.0 if parameter.ndim > 1 else 1.0)
+    model = tiny.torch_llama()
     config = ModelConfig.from_hf(model.config.to_dict())
     params = params_from_tensors(config, lambda name: model.get_parameter(name).detach().numpy())
     return model, config, jax.tree.map(jnp.asarray, params)

@@ -319,13 +319,6 @@ def test_settings_that_do_not_go_together_are_refused(changes, said):
 # ---------------------------------------------------------------- a whole run
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs take one of the simulated devices."""
-    make = distributed.make_mesh
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
-
-
 @pytest.mark.usefixtures("one_device")
 def test_a_run_on_pairs_prefers_what_it_was_shown(tmp_path, capsys):
     """Answers z over y, whatever the prompt: rewards rise, are logged, and the exported adapter has them."""

@@ -58,13 +58,6 @@ def make_run(folder: Path) -> RunConfig:
     return replace(config, data=replace(config.data, **added))
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs take one of the simulated devices."""
-    make = distributed.make_mesh
-    monkeypatch.setattr(distributed, "make_mesh", lambda mesh, devices=None: make(mesh, jax.devices()[:1]))
-
-
 @pytest.mark.usefixtures("one_device")
 def test_a_run_trains_new_tokens_and_transformers_and_peft_have_them(tmp_path, caplog):
     config = make_run(tmp_path)
