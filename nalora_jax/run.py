@@ -126,17 +126,14 @@ def _run(
     if config.compute.compilation_cache:
         use_compilation_cache()
     files = None if config.vision.task in DUAL else resolve(config.model)
-    images = config.vision.task == "chat"
-    if images:
+    if config.vision.task == "chat":
         assert files is not None
         tokens = read_tokenizer_of(files, read_config(files, images=True)).images
         source = seen_sources(config.data, config.vision, tokens, source)
     records = _on_images().image_records(config) if files is None else ()
     config = settled(config, files, source, images=len(records[0].indices) if records else 0)
     placed = config if files is None else laid_out(config, described(config, files))  # records keep the rest
-    mesh = distributed.make_mesh(placed.mesh)
-    check_implementation(config.compute.implementation, platform_of(mesh).name)
-    check_remat(config.compute.remat, platform_of(mesh).name)
+    mesh = _mesh(placed)
 
     # ---------------------------------------------------------------- model, adapters, step, training rows, questions
     pieces = _pieces(placed, files, output, mesh, source) if files else _on_images().dual_pieces(config, *records, mesh)
@@ -160,8 +157,7 @@ def _run(
         measured = assembly.state_metrics
         beside = RunHooks(told, progress, pieces.selector, assembly.params, checkpointer, batches, stop, measured)
         with told, progress:
-            more = {"data": pieces.data.describe()} | ({"base": loaded.origin.to_dict()} if loaded.origin else {})
-            told.start(Started(output.folder, config.to_dict(), start, versions(), describe_device(), more))
+            told.start(_started(config, output, start, pieces))
             spent.end("preparing")
             try:
                 # ---------------------------------------------------- evaluate, train, evaluate, export
@@ -181,14 +177,33 @@ def _run(
             spent.end("exporting")
             told.end(Ended(result.step, after["step"], seconds=spent.seconds))
 
-    # ---------------------------------------------------------------- report
-    from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
-
-    distributed.on_first_process(lambda: log.info("report: %s", write_report(output.folder)))
-    return RunResult(output.folder, adapter, output.folder / FILE, before, after, after["step"])
+    return RunResult(output.folder, adapter, _report(output), before, after, after["step"])
 
 
 # -------------------------------------------------------------------- stages, in their order
+
+
+def _mesh(placed: RunConfig) -> Mesh:
+    """The devices, on which the settings can be computed."""
+    mesh = distributed.make_mesh(placed.mesh)
+    check_implementation(placed.compute.implementation, platform_of(mesh).name)
+    check_remat(placed.compute.remat, platform_of(mesh).name)
+    return mesh
+
+
+def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> Started:
+    """What callbacks are told of the run before its first step."""
+    origin = pieces.loaded.origin
+    more = {"data": pieces.data.describe()} | ({"base": origin.to_dict()} if origin else {})
+    return Started(output.folder, config.to_dict(), start, versions(), describe_device(), more)
+
+
+def _report(output: Output) -> Path:
+    """Writes the report; where it is."""
+    from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
+
+    distributed.on_first_process(lambda: log.info("report: %s", write_report(output.folder)))
+    return output.folder / FILE
 
 
 def _on_images() -> Any:

@@ -43,17 +43,8 @@ def run_harness(
     """
     require_harness()
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(folder))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise NaloraError(
-            "--harness",
-            expected="tasks of lm-evaluation-harness",
-            found=", ".join(unknown),
-            remedy="lm-eval ls tasks lists them; --harness-tasks names a folder of your own",
-        )
+    manager = _manager(tasks, folder)
     try:
         found = simple_evaluate(
             model,
@@ -77,6 +68,22 @@ def run_harness(
     assert found is not None, "the harness returns None on other processes only"
     samples = {task: [_record(sample) for sample in rows] for task, rows in found["samples"].items()}
     return {"results": _plain(found["results"]), "versions": _plain(found.get("versions", {})), "samples": samples}
+
+
+def _manager(tasks: Sequence[str], folder: Path | None) -> Any:
+    """The harness's own list of tasks, which has all of ``tasks``."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise NaloraError(
+            "--harness",
+            expected="tasks of lm-evaluation-harness",
+            found=", ".join(unknown),
+            remedy="lm-eval ls tasks lists them; --harness-tasks names a folder of your own",
+        )
+    return manager
 
 
 def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -119,22 +119,7 @@ def dual_program(
     adapted = adapted_towers(spec)
     gates = find_gates(lora)
     mechanisms = _mechanisms(config, base, adapted, gates)
-    compute = config.compute
-    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
-    model = DualEncoder(
-        base,
-        spec,
-        numerics,
-        remat=chosen_remat(compute.remat, base.image.d_model, numerics),
-        stats=GateStatsConfig(
-            compute.stats_stride,
-            compute.probe_stride,
-            check=config.debug.tolerance if config.debug.check_gates else 0.0,
-            extra=statistics.extra(mechanisms.statistics),
-            sharding=distributed.row_sharding(mesh),
-        ),
-        activation_sharding=distributed.row_sharding(mesh),
-    )
+    model = _model(config, base, spec, mechanisms, mesh)
     inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, gates, mechanisms)
     if last is not None:
@@ -152,13 +137,33 @@ def dual_program(
     settings = StepConfig(
         mechanisms,
         Head(),
-        numerics,
+        model.numerics,
         stats_sharding=distributed.row_sharding(mesh),
         **_shardings(lora, mesh),
         check_gates=config.debug.check_gates,
     )
     step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, places)
     return DualProgram(model, mechanisms, optimizer, fresh, places, step)
+
+
+def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh) -> DualEncoder:
+    """The module of both towers as it trains."""
+    compute = config.compute
+    numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
+    return DualEncoder(
+        base,
+        spec,
+        numerics,
+        remat=chosen_remat(compute.remat, base.image.d_model, numerics),
+        stats=GateStatsConfig(
+            compute.stats_stride,
+            compute.probe_stride,
+            check=config.debug.tolerance if config.debug.check_gates else 0.0,
+            extra=statistics.extra(mechanisms.statistics),
+            sharding=distributed.row_sharding(mesh),
+        ),
+        activation_sharding=distributed.row_sharding(mesh),
+    )
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
