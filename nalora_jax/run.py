@@ -126,10 +126,8 @@ def _run(
     if config.compute.compilation_cache:
         use_compilation_cache()
     files = None if config.vision.task in DUAL else resolve(config.model)
-    if config.vision.task == "chat":
-        assert files is not None
-        tokens = read_tokenizer_of(files, read_config(files, images=True)).images
-        source = seen_sources(config.data, config.vision, tokens, source)
+    if files is not None and config.vision.task == "chat":
+        source = _seen(config, files, source)
     records = _on_images().image_records(config) if files is None else ()
     config = settled(config, files, source, images=len(records[0].indices) if records else 0)
     placed = config if files is None else laid_out(config, described(config, files))  # records keep the rest
@@ -168,9 +166,7 @@ def _run(
                 spent.end("training")
                 after = _measure_after(best, before, evaluator, beside)
                 spent.end("evaluating the result")
-                adapter = pieces.export(output.folder / ADAPTER, best)
-                readme = card(config, loaded, assembly, before, after)
-                distributed.on_first_process(lambda: write_card(adapter, readme))
+                adapter = _export(config, output, pieces, best, before, after)
             except (NaloraError, KeyboardInterrupt) as error:
                 told.end(Ended(message=str(error) or "interrupted"))
                 raise
@@ -181,6 +177,12 @@ def _run(
 
 
 # -------------------------------------------------------------------- stages, in their order
+
+
+def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> Mapping[str, Source] | None:
+    """The records with the places that their images take."""
+    tokens = read_tokenizer_of(files, read_config(files, images=True)).images
+    return seen_sources(config.data, config.vision, tokens, source)
 
 
 def _mesh(placed: RunConfig) -> Mesh:
@@ -196,6 +198,21 @@ def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> S
     origin = pieces.loaded.origin
     more = {"data": pieces.data.describe()} | ({"base": origin.to_dict()} if origin else {})
     return Started(output.folder, config.to_dict(), start, versions(), describe_device(), more)
+
+
+def _export(
+    config: RunConfig,
+    output: Output,
+    pieces: Pieces,
+    best: TrainState,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> Path:
+    """Writes the adapter and its card; the folder."""
+    adapter: Path = pieces.export(output.folder / ADAPTER, best)
+    readme = card(config, pieces.loaded, pieces.assembly, before, after)
+    distributed.on_first_process(lambda: write_card(adapter, readme))
+    return adapter
 
 
 def _report(output: Output) -> Path:
