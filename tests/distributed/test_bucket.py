@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import partial
+from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gcp_storage_emulator.handlers import buckets
-from gcp_storage_emulator.server import RequestHandler, Router
+from gcp_storage_emulator.handlers import buckets, objects
+from gcp_storage_emulator.server import Request, RequestHandler, Response, Router
 from gcp_storage_emulator.storage import Storage
 
 from tests import tiny
@@ -75,6 +76,39 @@ class Server(ThreadingHTTPServer):
         pass
 
 
+def honour_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store answers with generations, and refuses by them, as Google's does.
+
+    TensorStore's manifests are written with ``ifGenerationMatch`` and read again with ``ifGenerationNotMatch``. The
+    emulator knows neither: a manifest that had not changed was sent whole, without a generation, and now and then the
+    writer waited for ever.
+    """
+    upload, download = objects._media_upload, objects.download
+
+    def generation(storage: Storage, bucket: str, name: str) -> str:
+        held = storage.objects.get(bucket, {}).get(name)
+        return "0" if held is None else held["generation"]
+
+    def uploaded(request: Request, response: Response, storage: Storage) -> None:
+        found = generation(storage, request.params["bucket_name"], request.query["name"][0])
+        if request.query.get("ifGenerationMatch", [found]) == [found]:
+            upload(request, response, storage)
+        else:
+            assert request.data is not None  # what is not read resets the connection
+            response.status = HTTPStatus.PRECONDITION_FAILED
+
+    def downloaded(request: Request, response: Response, storage: Storage) -> None:
+        found = generation(storage, request.params["bucket_name"], request.params["object_id"])
+        if found != "0" and request.query.get("ifGenerationNotMatch") == [found]:
+            response.status = HTTPStatus.NOT_MODIFIED
+        else:
+            response["x-goog-generation"] = found
+            download(request, response, storage)
+
+    monkeypatch.setattr(objects, "_media_upload", uploaded)
+    monkeypatch.setattr(objects, "download", downloaded)
+
+
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Storage, str]]:
     """What the emulator holds, and its address."""
@@ -85,6 +119,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Sto
             handle(self, method)
 
     monkeypatch.setattr(Router, "handle", handled)
+    honour_generations(monkeypatch)
     buckets.create_bucket("bucket", held)
     with Server(("localhost", 0), partial(RequestHandler, held)) as server:
         thread = threading.Thread(target=server.serve_forever)
