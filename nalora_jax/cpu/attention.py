@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
@@ -14,6 +15,7 @@ from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops import attention as ops
 from nalora_jax.ops.attention import CachedKeys, Keys, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.full_attention import full_attention as whole_rows
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.rounding import read_residual, rounded, save_residual
 from nalora_jax.ops.storage import Kernel
@@ -52,7 +54,28 @@ def attention(
     return NotImplemented
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@CPU.implements(whole_rows)
+def full_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    numerics: Numerics,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    causal: bool = False,
+) -> jax.Array:
+    """Of a row over itself, without a mask: as causal attention does it, every token at one position."""
+    bf16 = numerics.operand == numerics.residual == "bfloat16" and usable(numerics)
+    if mask is not None or q.shape != k.shape or not bf16:
+        return NotImplemented
+    seq = q.shape[1]
+    positions = np.arange(seq, dtype=np.int32) if causal else np.zeros(seq, np.int32)
+    places = jnp.asarray(positions[None]), jnp.ones((1, seq), jnp.int32), seq
+    return _attention(q, k, v, *places, AttentionConfig(scale), numerics, causal).astype(jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _attention(
     q: jax.Array,
     k: jax.Array,
@@ -62,8 +85,9 @@ def _attention(
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
+    ordered: bool = True,
 ) -> jax.Array:
-    return _fwd(q, k, v, positions, segments, window, config, numerics)[0]
+    return _fwd(q, k, v, positions, segments, window, config, numerics, ordered)[0]
 
 
 def _fwd(
@@ -75,28 +99,31 @@ def _fwd(
     window: jax.Array | int,
     config: AttentionConfig,
     numerics: Numerics,
+    ordered: bool,
 ) -> tuple[jax.Array, Any]:
     save = partial(save_residual, dtype="bfloat16", numerics=numerics)
     arrays = [save(x) for x in (q * config.scale, k, v)]
     rest = (positions, segments, window)
-    out, logsumexp = native.attention(_heads(arrays, rest), config.softcap)
+    out, logsumexp = native.attention(_heads(arrays, rest, ordered), config.softcap)
     saved, total = save(out), save_residual(logsumexp, "float32", numerics)
     like = tuple(jnp.zeros((0,), x.dtype) for x in (q, k, v))
     needed = saved if native.needs_result(q.shape[1], config.softcap) else None
     return read_residual(saved, numerics.result), (arrays, rest, needed, total, like)
 
 
-def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
+def _bwd(config: AttentionConfig, numerics: Numerics, ordered: bool, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
     arrays, rest, saved, logsumexp, like = residuals
     out = None if saved is None else read_residual(saved, "bfloat16")
     g = rounded(g, "bfloat16", numerics)
-    dq, dk, dv = native.attention_gradient(_heads(arrays, rest), out, logsumexp, g, config.softcap)
+    dq, dk, dv = native.attention_gradient(_heads(arrays, rest, ordered), out, logsumexp, g, config.softcap)
     grads = (rounded(x, y.dtype, numerics) for x, y in zip((dq * config.scale, dk, dv), like, strict=True))
     return *grads, None, None, None
 
 
-def _heads(arrays: Any, rest: Any) -> native.Heads:
-    return native.Heads(*(read_residual(x, "bfloat16") for x in arrays), *rest)
+def _heads(arrays: Any, rest: Any, ordered: bool) -> native.Heads:
+    q, k, v = (read_residual(x, "bfloat16") for x in arrays)
+    positions, segments, window = rest
+    return native.Heads(q, k, v, positions, segments, window, ordered)
 
 
 _attention.defvjp(_fwd, _bwd)

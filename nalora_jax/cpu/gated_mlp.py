@@ -144,6 +144,7 @@ def _gated_down_bwd(
     if down.a is None:
         (dh,) = native_sums(numerics, Sum(products.input_terms((g,), (down,), (None,)), "bfloat16"))
         dz, du, _ = native.gate_gradient(z, u, dh, gating.logistic)
+        assert du is not None
         return dz, du, Factors(None, None), None
     assert down.mask is None, "only a gate's adapter has a mask"
     (back,), _ = products.narrow((g,), (down,), (down.b,))
@@ -152,6 +153,7 @@ def _gated_down_bwd(
         numerics, Sum(products.input_terms((g,), (down,), (exact,)), "bfloat16"), Sum([Term(hidden.T, g)])
     )
     dz, du, h = native.gate_gradient(z, u, dh, gating.logistic, product=True)
+    assert du is not None
     assert h is not None
     (da,) = native_sums(numerics, Sum([Term(exact.T, h)]))
     return dz, du, Factors(da.T, db, jnp.zeros_like(down.scale)), None
@@ -176,26 +178,30 @@ def gated_product(
 ) -> tuple[jax.Array, jax.Array]:
     """``phi(z) u`` in one pass."""
     logistic = _logistic(z, activation, numerics)
-    if u is None or logistic is None or numerics.residual != "bfloat16":
+    if logistic is None or numerics.residual != "bfloat16":
         return NotImplemented
-    chex.assert_equal_shape([z, u])
     return _gated_product(z, u, logistic, numerics), activation.phi(z.astype(numerics.result))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gated_product(z: jax.Array, u: jax.Array, logistic: Logistic, numerics: Numerics) -> jax.Array:
+def _gated_product(z: jax.Array, u: jax.Array | None, logistic: Logistic, numerics: Numerics) -> jax.Array:
     return native.gate(z, u, logistic)
 
 
-def _gated_product_fwd(z: jax.Array, u: jax.Array, logistic: Logistic, numerics: Numerics) -> Any:
-    saved = [save_residual(x, "bfloat16", numerics, SAVED_WIDE) for x in (z, u)]
-    z, u = (read_residual(x, "bfloat16") for x in saved)
-    return native.gate(z, u, logistic), saved
+def _gated_product_fwd(z: jax.Array, u: jax.Array | None, logistic: Logistic, numerics: Numerics) -> Any:
+    saved = [None if x is None else save_residual(x, "bfloat16", numerics, SAVED_WIDE) for x in (z, u)]
+    return native.gate(*_read(saved), logistic), saved
 
 
-def _gated_product_bwd(logistic: Logistic, numerics: Numerics, saved: Any, g: jax.Array) -> tuple[jax.Array, ...]:
-    z, u = (read_residual(x, "bfloat16") for x in saved)
-    return native.gate_gradient(z, u, g, logistic)[:2]
+def _gated_product_bwd(
+    logistic: Logistic, numerics: Numerics, saved: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    return native.gate_gradient(*_read(saved), g, logistic)[:2]
+
+
+def _read(saved: Any) -> tuple[jax.Array, jax.Array | None]:
+    z, u = saved
+    return read_residual(z, "bfloat16"), None if u is None else read_residual(u, "bfloat16")
 
 
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from nalora_jax.ops.blockwise_attention import UNSEEN, product
 from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import operation
 
 
+@operation
 def full_attention(
     q: jax.Array,
     k: jax.Array,

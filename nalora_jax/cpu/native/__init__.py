@@ -138,6 +138,7 @@ class Heads(NamedTuple):
     positions: jax.Array  # int [batch or 1, seq]
     segments: jax.Array  # int [batch or 1, seq]
     window: jax.Array | int  # scalar
+    ordered: bool = True  # the tokens of a segment lie in order; False: any key may be seen, as its integers say
 
 
 def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
@@ -147,7 +148,7 @@ def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]
         jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
         jax.ShapeDtypeStruct((batch, n, seq), jnp.float32),
     ]
-    out, logsumexp = _call("attention", shapes)(*_operands(heads), cap=np.float32(softcap))
+    out, logsumexp = _call("attention", shapes)(*_operands(heads), cap=np.float32(softcap), ordered=heads.ordered)
     return lax.bitcast_convert_type(out, jnp.bfloat16), logsumexp
 
 
@@ -175,7 +176,7 @@ def attention_gradient(
         chex.assert_equal_shape([heads.q, out, g])
     shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in heads[:3]]
     arguments = (*_operands(heads), _bits(out), logsumexp, _bits(g))
-    dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap))
+    dq, dk, dv = _call("attention_gradient", shapes)(*arguments, cap=np.float32(softcap), ordered=heads.ordered)
     return dq, dk, dv
 
 
@@ -257,24 +258,36 @@ class Logistic(NamedTuple):
         return {"a": np.float32(self.a), "b": np.float32(self.b)}
 
 
-def gate(z: jax.Array, u: jax.Array, logistic: Logistic) -> jax.Array:
-    """``phi(z) u`` with ``phi(z) = z sigmoid(a z + b z^3)``; all bf16 (z and u: or views of it), of one shape."""
-    chex.assert_equal_shape([z, u])
+def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
+    """``phi(z) u`` with ``phi(z) = z sigmoid(a z + b z^3)``; all bf16 (z and u: or views of it), of one shape.
+
+    Without u: ``phi(z)``.
+    """
     shapes = [jax.ShapeDtypeStruct((z.size,), jnp.uint16)]
-    (out,) = _call("gate", shapes)(_bits(z).reshape(-1), _bits(u).reshape(-1), **logistic.attributes())
+    (out,) = _call("gate", shapes)(_bits(z).reshape(-1), _factor(u, z), **logistic.attributes())
     return lax.bitcast_convert_type(out.reshape(z.shape), jnp.bfloat16)
 
 
 def gate_gradient(
-    z: jax.Array, u: jax.Array, g: jax.Array, logistic: Logistic, *, product: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    z: jax.Array, u: jax.Array | None, g: jax.Array, logistic: Logistic, *, product: bool = False
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """The gradients of z and u, given those of `gate`'s result, and that result if wanted; all bf16, of one shape."""
-    chex.assert_equal_shape([z, u, g])
-    flat = (_bits(x).reshape(-1) for x in (z, u, g))
-    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in (z.size, z.size, z.size if product else 0)]
+    chex.assert_equal_shape([z, g])
+    flat = _bits(z).reshape(-1), _factor(u, z), _bits(g).reshape(-1)
+    sizes = z.size, flat[1].size, z.size if product else 0
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.uint16) for size in sizes]
     results = _call("gate_gradient", shapes)(*flat, **logistic.attributes())
     dz, du, out = (lax.bitcast_convert_type(x, jnp.bfloat16) for x in results)
-    return dz.reshape(z.shape), du.reshape(z.shape), out.reshape(z.shape) if product else None
+    of_u = None if u is None else du.reshape(z.shape)
+    return dz.reshape(z.shape), of_u, out.reshape(z.shape) if product else None
+
+
+def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
+    """What a gate is multiplied by, flat; nothing stands for ones."""
+    if u is None:
+        return jnp.zeros((0,), jnp.uint16)
+    chex.assert_equal_shape([z, u])
+    return _bits(u).reshape(-1)
 
 
 class Sampled(NamedTuple):
@@ -371,7 +384,7 @@ def norm_gradient(held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax
 def _operands(heads: Heads) -> tuple[jax.Array, ...]:
     chex.assert_rank(heads[:3], 4)
     chex.assert_equal_shape([heads.k, heads.v])
-    positions, segments, window = (jnp.asarray(x, jnp.int32) for x in heads[3:])
+    positions, segments, window = (jnp.asarray(x, jnp.int32) for x in heads[3:6])
     return (*map(_bits, heads[:3]), *jnp.broadcast_arrays(positions, segments), window)
 
 

@@ -1,8 +1,8 @@
 // Softmax attention of every token over the tokens that it sees, and its gradient; what is seen is decided by integers.
 //
 // As in nn/blockwise_attention.py: a key is seen by queries of its segment, at positions from its own on and less than
-// `window` after it; tokens of a segment lie in order, so that keys after a query's block are not touched. Queries come
-// scaled. Operands of products are bfloat16, everything else is float32. No array is transposed or copied as a whole:
+// `window` after it. Where the tokens of a segment lie in order (`ordered`), keys after a query's block are not touched;
+// where all have one position, every token sees its whole segment. Queries come scaled. Operands of products are bfloat16, everything else is float32. No array is transposed or copied as a whole:
 // heads are read where they lie, [batch, seq, heads, head_dim].
 //
 // The gradient makes the probabilities again from the log-sum-exps (flash attention, arXiv 2205.14135). It works on
@@ -88,6 +88,10 @@ struct Heads {
   int64_t place_rows;                   // batch or 1
   int32_t window;
   float cap;
+  bool ordered;
+
+  // The end of the blocks of keys that a block of queries may meet.
+  int64_t end_met(int64_t queries) const { return ordered ? queries + 1 : shape.rows() / kSide; }
 
   Places places(int64_t b, Scratch& scratch) const {
     const int64_t at = place_rows == 1 ? 0 : b * shape.seq;
@@ -124,10 +128,11 @@ void attend(const Heads& in, Bits* out, float* logsumexp, int64_t unit, Block& b
     pack(in.v + key_at + c * kStep, key_stride, seq, std::min(kStep, dim - c * kStep), values + c * value_panel);
   }
   for (int64_t i = 0; i < blocks; i++) {
-    const int64_t row = i * kSide, n = std::min(kSide, seq - row), first = at.first_met(i, i), end = row + kSide;
+    const int64_t row = i * kSide, n = std::min(kSide, seq - row), end_block = in.end_met(i);
+    const int64_t first = at.first_met(i, end_block - 1), end = end_block * kSide;
     gather(q + row * stride, stride, n, dim, width, queries);
     block.hold({queries, width, width});
-    for (int64_t p = first; p <= i; p++) {
+    for (int64_t p = first; p < end_block; p++) {
       block.multiply(keys + p * key_panel, scores + p * kSide, rows);
     }
     float scale[kSide];
@@ -233,12 +238,13 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
       const int64_t n = std::min(size, seq - start), panels = ceil_div(n, kSide), first_block = start / kSide;
       const int64_t row_at = ((b * seq + start) * shape.heads + head) * dim;
       const Bits *q = in.q + row_at, *g = of.g + row_at, *out = of.out + row_at;
-      int64_t first = first_block + panels;  // key block that any of these queries meets
+      const int64_t end_block = in.end_met(first_block + panels - 1);
+      int64_t first = end_block;  // key block that any of these queries meets
       for (int64_t p = 0; p < panels; p++) {
         const int64_t columns = std::min(kSide, n - p * kSide), from = p * kSide * stride;
         pack_transposed(q + from, stride, dim, columns, q_panels + p * panel);
         pack_transposed(g + from, stride, dim, columns, g_panels + p * panel);
-        first = std::min(first, at.first_met(first_block + p, first_block + p));
+        first = std::min(first, at.first_met(first_block + p, in.end_met(first_block + p) - 1));
       }
       for (int64_t c = 0; c < steps; c++) {
         const int64_t columns = std::min(kStep, dim - c * kStep);
@@ -264,8 +270,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
         block.multiply(g_panels + p * panel, to_back, kSide);
       };
       const auto block_at = [=](float* all, int64_t kb, int64_t p) { return all + (kb * panels + p) * kSide * kSide; };
-      for (int64_t kb = first; kWhole && kb < panels; kb++) {
-        for (int64_t p = kb; p < panels; p++) {
+      for (int64_t kb = first; kWhole && kb < end_block; kb++) {
+        for (int64_t p = in.ordered ? kb : 0; p < panels; p++) {
           if (!at.meet(p, kb)) continue;
           float *weight = block_at(all_weights, kb, p), *back_of = block_at(all_back, kb, p);
           multiply(kb, p, weight, back_of);
@@ -281,8 +287,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
           }
         }
       }
-      for (int64_t kb = first; kb < first_block + panels; kb++) {
-        const int64_t skipped = std::max<int64_t>(0, kb - first_block);  // queries before these keys
+      for (int64_t kb = first; kb < end_block; kb++) {
+        const int64_t skipped = in.ordered ? std::max<int64_t>(0, kb - first_block) : 0;  // queries before these keys
         for (int64_t p = skipped; p < panels; p++) {
           Bits* packed = slopes_packed + p * deep + kb * kPanelStep;
           const bool met = at.meet(first_block + p, kb);
@@ -331,7 +337,8 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
       for (int64_t p = 0; p < panels; p++) {
         for (int64_t c = 0; c < steps; c++) {
           // [32 of dim, 32 queries]
-          block.hold({keys_transposed + c * kStep * rows + first * kSide, rows, (first_block + p + 1 - first) * kSide});
+          const int64_t depth = (in.end_met(first_block + p) - first) * kSide;
+          block.hold({keys_transposed + c * kStep * rows + first * kSide, rows, depth});
           block.multiply(slopes_packed + p * deep + first * kPanelStep, scores, kSide);
           transposed(scores, kSide, back, kSide);
           for (int64_t i = 0; i < std::min(kSide, n - p * kSide); i++) {
@@ -350,11 +357,11 @@ void attend_gradient(const Gradient& of, int64_t unit, Block& block, Scratch& sc
 
 // The operands, checked; false if they do not fit.
 inline bool heads_of(const Numbers& q, const Numbers& k, const Numbers& v, const Integers& positions,
-                     const Integers& segments, const Integer& window, float cap, Heads& heads) {
+                     const Integers& segments, const Integer& window, float cap, bool ordered, Heads& heads) {
   const auto of_q = q.dimensions(), of_k = k.dimensions(), of_v = v.dimensions();
   const auto of_places = positions.dimensions();
   heads = {{of_q[0], of_q[1], of_q[2], of_k[2], of_q[3]}, q.typed_data(), k.typed_data(), v.typed_data(),
-           positions.typed_data(), segments.typed_data(), of_places[0], *window.typed_data(), cap};
+           positions.typed_data(), segments.typed_data(), of_places[0], *window.typed_data(), cap, ordered};
   bool fit = of_k[2] > 0 && of_q[2] % of_k[2] == 0 && (of_places[0] == 1 || of_places[0] == of_q[0]);
   for (int i : {0, 1, 3}) fit = fit && of_k[i] == of_q[i];
   for (int i = 0; i < 4; i++) fit = fit && of_k[i] == of_v[i];
@@ -365,9 +372,9 @@ inline bool heads_of(const Numbers& q, const Numbers& k, const Numbers& v, const
 inline ffi::Error attention(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, Integers positions,
                             Integers segments, Integer window,
                             ffi::Result<Numbers> out, ffi::Result<Totals> logsumexp,
-                            float cap) {
+                            float cap, bool ordered) {
   Heads heads;
-  if (!heads_of(q, k, v, positions, segments, window, cap, heads)) {
+  if (!heads_of(q, k, v, positions, segments, window, cap, ordered, heads)) {
     return ffi::Error::InvalidArgument("nalora_attention: shapes do not fit");
   }
   Bits* to = out->typed_data();
@@ -383,9 +390,9 @@ inline ffi::Error attention_gradient(ffi::ThreadPool pool, Numbers q, Numbers k,
                                      Integers segments, Integer window, Numbers out,
                                      Totals logsumexp, Numbers g,
                                      ffi::Result<Floats> dq, ffi::Result<Floats> dk,
-                                     ffi::Result<Floats> dv, float cap) {
+                                     ffi::Result<Floats> dv, float cap, bool ordered) {
   Gradient of;
-  if (!heads_of(q, k, v, positions, segments, window, cap, of.in)) {
+  if (!heads_of(q, k, v, positions, segments, window, cap, ordered, of.in)) {
     return ffi::Error::InvalidArgument("nalora_attention_gradient: shapes do not fit");
   }
   of.out = out.dimensions()[3] > 0 ? out.typed_data() : nullptr;

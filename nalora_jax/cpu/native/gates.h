@@ -70,13 +70,27 @@ bool by_elements(ffi::ThreadPool& pool, int64_t count, Unit unit) {
   });
 }
 
+// Whether `u` is what z is multiplied by; nothing stands for ones.
+inline bool fits(const Bits1& z, const Bits1& u) {
+  return u.element_count() == z.element_count() || u.element_count() == 0;
+}
+
+// At most 32 numbers from one of `u` on, which is null for ones.
+INLINED void widen_or_ones(const Bits* u, int64_t at, int64_t n, float* to) {
+  if (u == nullptr) {
+    std::fill_n(to, kSide, 1.0f);
+  } else {
+    widen_row(u + at, n, to);
+  }
+}
+
 // phi(z) u of at most 32 numbers; `x` and `rho`, if given, get z and its selection weights.
 template <typename Gate>
 INLINED void multiply(const Gate& gate, const Bits* z, const Bits* u, int64_t n, Bits* to, float* x = nullptr,
                       float* rho = nullptr) {
   float of_z[kSide], of_u[kSide], h[kSide];
   widen_row(z, n, of_z);
-  widen_row(u, n, of_u);
+  widen_or_ones(u, 0, n, of_u);
   for (int64_t j = 0; j < kSide; j += kLanes) {
     const Lanes one = lanes(of_z + j), selected = gate.rho(one);
     put(h + j, one * selected * lanes(of_u + j));
@@ -89,29 +103,32 @@ INLINED void multiply(const Gate& gate, const Bits* z, const Bits* u, int64_t n,
 }
 
 inline ffi::Error gate(ffi::ThreadPool pool, Bits1 z, Bits1 u, ffi::Result<Bits1> out, float a, float b) {
-  if (z.element_count() != u.element_count()) return ffi::Error::InvalidArgument("nalora_gate: shapes do not fit");
-  const Bits *of_z = z.typed_data(), *of_u = u.typed_data();
+  if (!fits(z, u)) return ffi::Error::InvalidArgument("nalora_gate: shapes do not fit");
+  const Bits *of_z = z.typed_data(), *of_u = u.element_count() > 0 ? u.typed_data() : nullptr;
   Bits* to = out->typed_data();
   return with_gate(a, b, [&](auto gate) {
-    by_elements(pool, z.element_count(), [=](int64_t at, int64_t n) { multiply(gate, of_z + at, of_u + at, n, to + at); });
+    by_elements(pool, z.element_count(), [=](int64_t at, int64_t n) {
+      multiply(gate, of_z + at, of_u == nullptr ? nullptr : of_u + at, n, to + at);
+    });
     return ffi::Error::Success();
   });
 }
 
-// `out`, the product once more, is wanted where there is room for it.
+// `out`, the product once more, is wanted where there is room for it; the gradient of u where there is a u.
 inline ffi::Error gate_gradient(ffi::ThreadPool pool, Bits1 z, Bits1 u, Bits1 g, ffi::Result<Bits1> dz,
                                 ffi::Result<Bits1> du, ffi::Result<Bits1> out, float a, float b) {
   const size_t count = z.element_count(), wanted = out->element_count();
-  if (u.element_count() != count || g.element_count() != count || (wanted > 0 && wanted != count)) {
+  if (!fits(z, u) || g.element_count() != count || du->element_count() != u.element_count() ||
+      (wanted > 0 && wanted != count)) {
     return ffi::Error::InvalidArgument("nalora_gate_gradient: shapes do not fit");
   }
-  const Bits *of_z = z.typed_data(), *of_u = u.typed_data(), *of_g = g.typed_data();
+  const Bits *of_z = z.typed_data(), *of_u = u.element_count() > 0 ? u.typed_data() : nullptr, *of_g = g.typed_data();
   Bits *to_z = dz->typed_data(), *to_u = du->typed_data(), *to = out->typed_data();
   return with_gate(a, b, [&](auto gate) {
     by_elements(pool, count, [=](int64_t at, int64_t n) {
       float x[kSide], y[kSide], back[kSide], one[kSide], other[kSide], h[kSide];
       widen_row(of_z + at, n, x);
-      widen_row(of_u + at, n, y);
+      widen_or_ones(of_u, at, n, y);
       widen_row(of_g + at, n, back);
       for (int64_t j = 0; j < kSide; j += kLanes) {
         const Lanes of_z = lanes(x + j), of_u = lanes(y + j), of_g = lanes(back + j), rho = gate.rho(of_z);
@@ -121,7 +138,7 @@ inline ffi::Error gate_gradient(ffi::ThreadPool pool, Bits1 z, Bits1 u, Bits1 g,
         put(h + j, selected * of_u);
       }
       round_row(one, n, to_z + at);
-      round_row(other, n, to_u + at);
+      if (of_u != nullptr) round_row(other, n, to_u + at);
       if (wanted > 0) round_row(h, n, to + at);
     });
     return ffi::Error::Success();

@@ -34,7 +34,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention, nalora::attention,
                                   .Arg<nalora::Integer>()
                                   .Ret<nalora::Numbers>()
                                   .Ret<nalora::Totals>()
-                                  .Attr<float>("cap"));
+                                  .Attr<float>("cap")
+                                  .Attr<bool>("ordered"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention_gradient, nalora::attention_gradient,
                               ffi::Ffi::Bind()
@@ -51,7 +52,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_attention_gradient, nalora::attention_gradi
                                   .Ret<nalora::Floats>()
                                   .Ret<nalora::Floats>()
                                   .Ret<nalora::Floats>()
-                                  .Attr<float>("cap"));
+                                  .Attr<float>("cap")
+                                  .Attr<bool>("ordered"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nalora_over_vocabulary, nalora::over_vocabulary,
                               ffi::Ffi::Bind()

@@ -214,6 +214,19 @@ def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coeffic
         np.testing.assert_array_equal(one, same)
 
 
+def test_a_gate_that_multiplies_nothing_multiplies_ones() -> None:
+    rng = np.random.default_rng(0)
+    logistic = native.Logistic(1.702, 0.0)
+    z, g = draw(rng, 9, 35, scale=4), draw(rng, 9, 35)
+    ones = jnp.ones_like(z)
+    np.testing.assert_array_equal(native.gate(z, None, logistic), native.gate(z, ones, logistic))
+    dz, du, again = native.gate_gradient(z, None, g, logistic, product=True)
+    with_ones = native.gate_gradient(z, ones, g, logistic, product=True)
+    assert du is None
+    np.testing.assert_array_equal(dz, with_ones[0])
+    np.testing.assert_array_equal(again, with_ones[2])
+
+
 def test_statistics_do_not_read_what_has_no_weight() -> None:
     z = jnp.zeros((16, 32), jnp.bfloat16).at[:8].set(jnp.nan)
     weights, hidden = jnp.ones(16).at[:8].set(0), jnp.ones((16, 1))
