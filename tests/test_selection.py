@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -252,6 +253,13 @@ def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
     np.testing.assert_array_equal(taken(np.ones(10), 4), [0, 4, 8])
 
 
+@partial(jax.jit, static_argnums=1)
+def sampled_both_ways(weights, stride):
+    """Positions and their weights, the positions of the first row alone, and the weights where they lie."""
+    alone = selection.sampled_positions(weights[:1], stride)[0]
+    return *selection.sampled_positions(weights, stride), alone, selection.sampled_weights(weights, stride)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 96), min_size=1, max_size=4),
@@ -262,15 +270,14 @@ def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
 def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stride):
     place = np.arange(width)[None, :]
     weights = ((place >= start) & (place < start + np.array(lengths)[:, None])).astype(np.float32)
-    positions, counted = map(np.asarray, selection.sampled_positions(jnp.asarray(weights), stride))
+    positions, counted, alone, thinned = map(np.asarray, sampled_both_ways(jnp.asarray(weights), stride))
     np.testing.assert_array_equal(counted.sum(1) > 0, weights.sum(1) > 0)
     assert positions.shape[1] <= -(-width // stride)
     real = counted > 0
     np.testing.assert_array_equal(counted[real], np.take_along_axis(weights, np.minimum(positions, width - 1), 1)[real])
     # No position twice, and a row is sampled alike whatever stands beside it.
     assert all(len(set(row)) == len(row) for row in positions)
-    np.testing.assert_array_equal(positions[:1], selection.sampled_positions(jnp.asarray(weights[:1]), stride)[0])
-    thinned = np.asarray(selection.sampled_weights(jnp.asarray(weights), stride))
+    np.testing.assert_array_equal(positions[:1], alone)
     np.testing.assert_array_equal(thinned.sum(1), counted.sum(1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ SCALES = {"gate_proj": 2.0, "up_proj": 0.5, "down_proj": 1.5, "in_proj": 2.0, "o
 
 def _build(block: Any, seed: int = 0) -> tuple[dict, jax.Array, jax.Array]:
     x = jax.random.normal(jax.random.key(seed), (2, 5, D))
-    variables = block.init(jax.random.key(1), x)
+    variables = jax.jit(block.init)(jax.random.key(1), x)
     rng = np.random.default_rng(seed)
     lora = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) * 0.5, jnp.float32), variables["lora"])
     weights = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], jnp.float32)
@@ -89,10 +90,15 @@ def test_strides_take_one_in_n_positions(length: int) -> None:
     full = GateStatsConfig(probe_stride=1)
     dense = GatedFFN(D, F, "silu", GATED, stats=full)
     thin = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(stride=2, probe_stride=4))
-    _, got = thin.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+
+    @partial(jax.jit, static_argnums=0)
+    def measured(block: GatedFFN, x: jax.Array, weights: jax.Array) -> Any:
+        return block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])[1]
+
+    got = measured(thin, x, weights)
     for stride, names in {2: ("tokens", "slope", "occupancy"), 4: ("probe_tokens", "feature", "selection")}.items():
         picked, counted = sampled(x, weights, stride), sampled_positions(weights, stride)[1]
-        _, want = dense.apply(variables, picked, SCALES, token_weights=counted, mutable=["gate_stats"])
+        want = measured(dense, picked, counted)
         for name in names:
             np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)
 

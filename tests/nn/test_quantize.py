@@ -82,8 +82,8 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool, family: 
     config = ModelConfig.from_hf(raw)
     target = TargetSpec((4, 4), (8.0, 8.0))
     spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=dora)
-    params = init_params(config, jax.random.key(0))
-    small = quantize_params(params, kind)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    small = jax.jit(quantize_params, static_argnums=1)(params, kind)
     assert trees.size_bytes(small) < trees.size_bytes(params) * (0.35 if kind == "int8" else 0.25)
     wide = jax.tree.map(
         lambda leaf: dequantize(leaf) if hasattr(leaf, "kind") else leaf,
@@ -91,15 +91,16 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool, family: 
         is_leaf=lambda leaf: hasattr(leaf, "kind"),
     )
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 50)
-    lora = jax.tree.map(lambda x: x + 0.05, init_lora(config, spec, jax.random.key(2), params))
+    lora = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), init_lora(config, spec, jax.random.key(2), params))
 
     def loss(lora: dict, params: dict, remat: str) -> jax.Array:
         hidden = Decoder(config, spec, remat=remat).apply({"params": params, "lora": lora}, tokens)
         return jnp.sum(hidden**2)
 
-    want, want_grads = jax.value_and_grad(loss)(lora, wide, "none")
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    want, want_grads = value_and_grad(lora, wide, "none")
     for remat in ("none", "full"):
-        value, grads = jax.value_and_grad(loss)(lora, small, remat)
+        value, grads = value_and_grad(lora, small, remat)
         np.testing.assert_allclose(value, want, rtol=1e-5)
         for path, leaf in trees.flatten(grads).items():
             assert leaf.dtype == jnp.float32

@@ -127,7 +127,7 @@ def test_long_blocks_go_in_pieces(monkeypatch, softcap):
             out = attention(q, Keys(k, v, positions, segments), 70, AttentionConfig(0.4, softcap), PLAIN)
             return jnp.sum(out * weights)
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
     whole = value_and_gradients()
     monkeypatch.setattr(blockwise_attention, "PIECE", 16)

@@ -241,8 +241,12 @@ def test_gated_products(name: str, both: Any) -> None:
     activation = activations.get(name)
 
     def run() -> Any:
-        out, back = jax.vjp(lambda z, u: gated_product(z, u, activation, CPU)[0], z, u)
-        return out, back(g)
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> Any:
+            out, back = jax.vjp(lambda z, u: gated_product(z, u, activation, CPU)[0], *given)
+            return out, back(g)
+
+        return value_and_gradients(z, u)
 
     with_kernels, without = both(run, expected=activation.logistic is not None)
     close(with_kernels, without)
@@ -265,15 +269,21 @@ def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_str
     taken = sampled(z, weights, probe_stride).astype(jnp.float32)
     delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
     config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
-    close(*both(lambda: gate_statistics(z, Probe(taken - delta, delta), weights, activation, config, CPU)), share=1e-4)
+    probe = Probe(taken - delta, delta)
+
+    def run() -> Any:
+        return jax.jit(lambda *given: gate_statistics(*given, activation, config, CPU))(z, probe, weights)
+
+    close(*both(run), share=1e-4)
 
 
 def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
     z, hidden, b = draw(8, (2, 32, 70), (16, 3), (3, 70))
     delta = (hidden @ b).reshape(2, 8, 70)
     probe = Probe(sampled(z.astype(jnp.bfloat16), jnp.ones((2, 32)), 4).astype(jnp.float32) - delta, delta, (hidden, b))
-    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool), activations.get("silu"), GateStatsConfig(1, 4), CPU
-    close(*both(lambda: gate_statistics(*given)), share=1e-4)
+    given = z.astype(jnp.bfloat16), probe, jnp.ones((2, 32), bool)
+    options = activations.get("silu"), GateStatsConfig(1, 4), CPU
+    close(*both(lambda: jax.jit(lambda *given: gate_statistics(*given, *options))(*given)), share=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -294,10 +304,16 @@ def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: An
 
     def run() -> Any:
         block = ffn.GatedFFN(48, 80, name, adapters, use_bias, numerics_for("bfloat16", "cpu"), stats)
-        variables = block.init(jax.random.key(0), x)
-        # Biases and B are zero to begin with.
-        variables = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables)
-        variables["params"] = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"])
+
+        @jax.jit
+        def start(key: jax.Array) -> Any:
+            # Biases and B are zero to begin with.
+            shake = lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape)  # noqa: E731
+            variables = jax.tree.map(shake, block.init(key, x))
+            kernels = jax.tree.map(lambda w: w.astype(jnp.bfloat16) if w.ndim > 1 else w, variables["params"])
+            return variables | {"params": kernels}
+
+        variables = start(jax.random.key(0))
         mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
 
         def value(lora: Any, x: jax.Array) -> Any:
