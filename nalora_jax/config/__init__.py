@@ -86,8 +86,8 @@ class DataConfig:
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
-    # Tokens to add to the tokenizer, each one id from now on; needs --lora.modules-to-save embed_tokens lm_head, whose
-    # new rows start as the mean of the others and are trained.
+    # Tokens to add to the tokenizer, each one id from now on; needs --lora.modules-to-save embed_tokens lm_head, or the
+    # ids in --lora.trainable-token-indices: new rows start as the mean of the others and are trained.
     add_tokens: tuple[str, ...] = ()
     # The same for special tokens, such as the marks of a tool call: generated answers are shown without them.
     add_special_tokens: tuple[str, ...] = ()

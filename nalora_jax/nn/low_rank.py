@@ -88,6 +88,7 @@ class AdapterSpec:
     def describe(self) -> str:
         """What is trained, with ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
         names = [f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
         return ", ".join(names) or "projections alone"
 
     def target(self, path: str) -> TargetSpec | None:

@@ -15,32 +15,39 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax import distributed, trees
+from nalora_jax.__main__ import main
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, PreferenceConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.generate.programs import view_weights
+from nalora_jax.load import load
 from nalora_jax.models.config import projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.nn.low_rank import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
+from nalora_jax.run import run
+from nalora_jax.train import snapshot
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank
 from nalora_jax.weights.adapter_slot import AdapterSlot
 from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.saved_modules import fold_saved
+from tests import tiny
 from tests.weights.test_saved_modules import TOKENS, our_logits, save, torch_logits
 from tests.weights.test_saved_modules import wrap as wrap_plain
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 IDS = [9, 3, 40]  # 9, 3 and 40 are in TOKENS, not in order
 
 
-def wrap(model: Any, indices: Any, **config: Any) -> Any:
+def wrap(model: Any, trainable_token_indices: Any, **config: Any) -> Any:
     """The model in PEFT, adapters and rows random."""
-    wrapped = wrap_plain(model, trainable_token_indices=indices, **config)
+    wrapped = wrap_plain(model, trainable_token_indices=trainable_token_indices, **config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -79,6 +86,11 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
     lora, spec = import_adapter(save(wrapped, tmp_path / "theirs"), config)
     assert {path for path in trees.flatten(lora) if not path.startswith("layers")} == held
     np.testing.assert_allclose(our_logits(config, params, lora, spec), expected, rtol=1e-4, atol=1e-4)
+    # What generation makes logits of has the rows too.
+    module, variables = Decoder(config, spec), {"params": params, "lora": lora}
+    hidden = module.apply(variables, TOKENS)
+    logits = module.apply(view_weights(module, variables).head, hidden, method="unembed")
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
     export_adapter(lora, spec, config, tmp_path / "ours", base_model_name="base")
     assert verify_export(tmp_path / "ours", lora, spec, config) == 0.0
@@ -169,18 +181,14 @@ def test_the_rows_gradient_is_autodiff_s():
         return -2 * jnp.sum(weights * picked)
 
     expected, gradients = jax.value_and_grad(plain, (0, 1))(hidden, rows)
-    for chunk, shards, transposed in ((0, 1, False), (3, 3, True)):
 
-        def ours(hidden, rows, chunk=chunk, shards=shards, transposed=transposed):
-            trained = HeadRows(rows, kernel.T if transposed else kernel, ids, transposed)
-            loss = trained_cross_entropy(
-                hidden, trained, targets, weights, head, Numerics(), chunk=chunk, shards=shards
-            )
-            return 2 * loss
+    def ours(hidden, rows):
+        trained = HeadRows(rows, kernel.T, ids, transposed=True)
+        return 2 * trained_cross_entropy(hidden, trained, targets, weights, head, Numerics(), chunk=3, shards=3)
 
-        found, back = jax.value_and_grad(ours, (0, 1))(hidden, rows)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
+    found, back = jax.value_and_grad(ours, (0, 1))(hidden, rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), back, gradients)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -227,3 +235,66 @@ def test_a_step_trains_the_rows_by_their_gradient(tiny_model, params_of, tied):
         if path.endswith("rows"):  # Adam's first step follows the sign of the gradient
             moved = ours[path] - theirs[path]
             np.testing.assert_array_equal(np.sign(moved), -np.sign(trees.flatten(gradients)[path]))
+
+
+# ---------------------------------------------------------------- a run
+
+
+def make_run(folder: Path) -> RunConfig:
+    """Prompts with a token that the base does not know, answered by another one; both embeddings are one table."""
+    lora = LoRAConfig(rules=(LoRARule("ffn", 4),), trainable_token_indices=(29, 28, 3))
+    config = tiny.make_config(folder, lora=lora)
+    lines = (folder / "questions.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"].replace(" ", "<go>") for line in lines]
+    records = [json.dumps({"prompt": prompt, "completion": " <out> <out> <out>"}) for prompt in prompts]
+    (folder / "questions.jsonl").write_text("\n".join(records) + "\n")
+    return replace(config, data=replace(config.data, add_tokens=("<out>",), add_special_tokens=("<go>",)))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_trains_the_rows_of_new_tokens_alone_and_peft_has_them(tmp_path):
+    config = make_run(tmp_path)
+    for ids, said in (
+        ((29,), "expected 28 29 among them.*no row of embed_tokens for '<go>'"),
+        ((28, 29, 30), "expected token ids of the 30 rows of embed_tokens.* found 30"),
+    ):
+        with pytest.raises(NaloraError, match=f"--lora.trainable-token-indices: {said}"):
+            run(replace(config, lora=replace(config.lora, trainable_token_indices=ids)))
+    result = run(config)
+    assert result.after["loss"] < result.before["loss"]
+    tensors = load_file(result.adapter / "adapter_model.safetensors")
+    (key,) = (key for key in tensors if "lora" not in key)
+    assert (key.rpartition(".")[2], tensors[key].shape) == ("trainable_tokens_delta", (3, 16))
+    written = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert written["trainable_token_indices"] == [29, 28, 3]
+    card = (result.adapter / "README.md").read_text()
+    assert "Trained rows beside them, one a token, and part of its files: 3 of embed_tokens." in card
+
+    model = load(result.folder, dtype="float32")
+    base = np.asarray(model.base.params["embed"]["embedding"])
+    np.testing.assert_allclose(base[28:], np.tile(base[:28].mean(0), (2, 1)), atol=1e-6)
+    assert np.abs(model.lora["embed"]["rows"] - base[[29, 28, 3]]).max(axis=1).min() > 1e-3
+    tokens = np.array([[2, 28, 3, 29, 9]])
+    hidden = model.module.apply(model.variables, tokens)
+    expected = np.asarray(model.module.apply(model.variables, hidden, method="unembed"))
+    assert expected[0, -1].argmax() == 29  # it writes the one and has read the other
+
+    def logits_of(theirs: Any) -> np.ndarray:
+        with torch.no_grad():
+            return theirs.eval()(torch.tensor(tokens)).logits.numpy()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers' resizing
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter)
+    np.testing.assert_allclose(logits_of(theirs), expected, rtol=1e-4, atol=1e-4)
+    assert main(["merge", str(result.folder), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (merged.config.vocab_size, merged.config.tie_word_embeddings) == (30, True)
+    np.testing.assert_allclose(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+
+    again = run(replace(config, resume=True))  # what was saved is taken up by the same rows, and by no others
+    assert again.best_step == result.best_step
+    other = replace(config, lora=replace(config.lora, trainable_token_indices=(28, 29, 3)))
+    settings = [{"base": "all:0", "config": snapshot.plain(one.to_dict())} for one in (config, other)]
+    with pytest.raises(NaloraError, match=r"token_indices\.0 = 29, .* found lora\.trainable_token_indices\.0 = 28"):
+        snapshot.check_run("checkpoint", *settings)
