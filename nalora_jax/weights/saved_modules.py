@@ -40,14 +40,12 @@ def tensor_names(config: ModelConfig) -> dict[str, str]:
 
 
 def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
-    """Rows of the tables that an adapter was trained with; None where it says nothing of them, or cannot be read.
-
-    It holds such tables, or trained rows of new tokens alone, whose ids are beyond the base's.
+    """Rows of the trained tables in an adapter's folder; None where it has none, or cannot be read.
 
     Args:
       folder: in PEFT's format.
       tensors: name of the file of tensors in it.
-      config: the base model.
+      config: the base model; how many rows it has itself does not matter.
 
     Raises:
       NaloraError: the embedding has other rows than the head.
@@ -64,11 +62,16 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
     if len(rows) > 1:
         shown = ", ".join(f"{count} of {key}" for key, count in found.items())
         raise NaloraError(f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=shown)
-    return rows.pop() if rows else _rows_of_indices(folder, config)
+    return rows.pop() if rows else None
 
 
-def _rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
-    """The rows that the ids of trained rows take; None where the base has them all."""
+def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
+    """Rows that a table needs for the ids of an adapter's trained rows; None where the base has them all.
+
+    Args:
+      folder: in PEFT's format.
+      config: the base model.
+    """
     try:
         indices = read_peft_config(folder).token_indices
     except NaloraError:
@@ -147,6 +150,8 @@ def fold_saved(
     Returns:
       Config, parameters, and the spec of what is left of the adapter.
     """
+    if not spec.saved and not spec.token_indices:
+        return config, dict(params), spec
     leaves, trained = trees.flatten(params), trees.flatten(lora)
     rows = spec.own_rows(tied=config.tie_embeddings)
     tied = config.tie_embeddings and not spec.saved and "lm_head" not in rows

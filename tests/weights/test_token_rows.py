@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, PreferenceConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import view_weights
-from nalora_jax.load import load
+from nalora_jax.load import load, put_on
 from nalora_jax.models.config import projection_shapes
 from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.nn.low_rank import resolve
@@ -282,6 +283,12 @@ def test_a_run_trains_the_rows_of_new_tokens_alone_and_peft_has_them(tmp_path):
     def logits_of(theirs: Any) -> np.ndarray:
         with torch.no_grad():
             return theirs.eval()(torch.tensor(tokens)).logits.numpy()
+
+    (copy := shutil.copytree(result.adapter, tmp_path / "copy")).joinpath("tokenizer.json").unlink()
+    with pytest.raises(NaloraError, match="trainable_token_indices: expected ids below 28.* found 29; save the token"):
+        load(config.model, adapter=copy)
+    with pytest.raises(NaloraError, match="an adapter of the tokens and the 28 rows .* found one with '<go>' .28."):
+        put_on(load(config.model, dtype="float32"), result.adapter)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers' resizing
