@@ -152,7 +152,7 @@ class _Adapters:
         else:
             if self._slot is None or rank > AdapterSlot.rank_of(self._slot.spec):
                 self._slot = AdapterSlot.on(model.base.config, rank=max(rank, self._least))
-            module, lora = model.module.clone(adapters=self._slot.spec), self._slot.fill(lora, spec)
+            module, lora = model.module.clone(adapters=self._slot.spec), self._slot.fill(lora, spec, model.base.params)
         if self._mesh is not None:
             lora = jax.device_put(lora, distributed.shardings(lora, self._mesh, distributed.STATE_RULES))
         variables = {"params": model.base.params, "lora": lora}

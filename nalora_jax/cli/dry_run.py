@@ -96,7 +96,7 @@ def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[
 def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
     """Numbers that the optimizer moves."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
-    params = trees.unflatten(shapes) if spec.dora or spec.saved else None
+    params = trees.unflatten(shapes) if spec.starts_from_base else None
     lora: Any = jax.eval_shape(lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params)
     return trees.count(lora)
 

@@ -137,6 +137,7 @@ def merge(args: cli.MergeArgs) -> None:
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=found)
     base, lora = model.base, _lora(model)
     config, params, spec = fold_saved(base.config, base.params, lora, model.spec)
+    parted = base.config.tie_embeddings and not config.tie_embeddings
     if args.gguf is not None:
         from nalora_jax.weights.gguf_export import write_merged_gguf
 
@@ -152,7 +153,7 @@ def merge(args: cli.MergeArgs) -> None:
         params,
         lora,
         spec,
-        hf_config=base.hf_config | ({"tie_word_embeddings": False} if model.spec.saved else {}),
+        hf_config=base.hf_config | ({"tie_word_embeddings": False} if parted else {}),
         tokenizer=_tokenizer_of(base, found),
         dtype=args.dtype,
         card=card(model, "merged"),

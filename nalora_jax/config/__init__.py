@@ -86,8 +86,8 @@ class DataConfig:
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
-    # Tokens to add to the tokenizer, each one id from now on; needs --lora.modules-to-save embed_tokens lm_head, whose
-    # new rows start as the mean of the others and are trained.
+    # Tokens to add to the tokenizer, each one id from now on; needs --lora.modules-to-save embed_tokens lm_head, or the
+    # ids in --lora.trainable-token-indices: new rows start as the mean of the others and are trained.
     add_tokens: tuple[str, ...] = ()
     # The same for special tokens, such as the marks of a tool call: generated answers are shown without them.
     add_special_tokens: tuple[str, ...] = ()
@@ -330,19 +330,33 @@ def check(config: RunConfig) -> RunConfig:
 
 
 def _check_saved(config: RunConfig) -> None:
-    """Tables that are trained as a whole need a start that leaves the base alone, and a loss that knows of them."""
-    if not config.lora.modules_to_save:
+    """Tables that are trained need a start that leaves the base alone, and a loss that knows of them."""
+    lora = config.lora
+    ids = lora.trainable_token_indices
+    fine = len(set(ids)) == len(ids) and all(map(COUNT.holds, ids))
+    require("--lora.trainable-token-indices", fine, f"token ids, each {COUNT}, none named twice", ids)
+    named = bool(lora.trainable_token_modules)
+    require("--lora.trainable-token-modules", named or not ids, "embed_tokens, lm_head or both", "none")
+    both = set(lora.modules_to_save) & set(lora.trainable_token_modules) if ids else set()
+    expected = "tables that --lora.modules-to-save does not train as a whole"
+    require("--lora.trainable-token-modules", not both, expected, " ".join(sorted(both)))
+    if not (lora.modules_to_save or ids):
         return
+    setting = "modules-to-save" if lora.modules_to_save else "trainable-token-indices"
     for flag, found, fits in (
         ("--lora.init", config.lora.init, "default"),
         ("--vision.task", config.vision.task, ""),
         ("--preference.loss", config.preference.loss, "none"),
     ):
-        require(flag, found == fits, f"{fits or 'a language model'} with --lora.modules-to-save", found)
+        require(flag, found == fits, f"{fits or 'a language model'} with --lora.{setting}", found)
 
 
 def _check_added(config: RunConfig) -> None:
-    """Added tokens need trained rows on both sides: nobody has learned to read them, nor to write them."""
+    """Added tokens need trained rows on both sides: nobody has learned to read them, nor to write them.
+
+    Which ids they get, and so whether `trainable_token_indices` has them all, the tokenizer decides: see
+    `nalora_jax.train.inputs.check_layout`.
+    """
     data, saved = config.data, config.lora.modules_to_save
     for flag, texts in (("add-tokens", data.add_tokens), ("add-special-tokens", data.add_special_tokens)):
         fine = all(text.strip() for text in texts) and len(set(texts)) == len(texts)
@@ -350,9 +364,10 @@ def _check_added(config: RunConfig) -> None:
     both = set(data.add_tokens) & set(data.add_special_tokens)
     require("--data.add-tokens", not both, "no token of --data.add-special-tokens", ", ".join(map(repr, sorted(both))))
     if data.add_tokens or data.add_special_tokens:
-        trained = {"embed_tokens", "lm_head"} <= set(saved)
+        trained = {"embed_tokens", "lm_head"} <= set(saved) or bool(config.lora.trainable_token_indices)
         flag, found = "--lora.modules-to-save", " ".join(saved) or "none"
-        require(flag, trained, "embed_tokens lm_head beside added tokens, whose rows are new", found)
+        expected = "embed_tokens lm_head beside added tokens, whose rows are new (or --lora.trainable-token-indices)"
+        require(flag, trained, expected, found)
 
 
 def _check_rules(rules: tuple[LoRARule, ...]) -> None:

@@ -39,6 +39,11 @@ class LoRAConfig:
     # Train the token embedding and the output head as a whole too, as PEFT's modules_to_save does: each takes three
     # times the memory of its table in float32. Of a model with tied embeddings they part.
     modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
+    # Train the rows of these token ids alone, as PEFT's trainable_token_indices does; all other rows stay the base's.
+    trainable_token_indices: tuple[int, ...] = ()
+    # Tables whose rows these are. Of a model with tied embeddings the head has the embedding's; of another one it stays
+    # frozen unless it is named too.
+    trainable_token_modules: tuple[Literal["embed_tokens", "lm_head"], ...] = ("embed_tokens",)
     # Dropout rate on the adapters' input, in training only.
     dropout: float = 0.0
     # LoRA+ (arXiv 2402.12354): learning rate of B over that of A.

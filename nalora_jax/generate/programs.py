@@ -62,8 +62,8 @@ class State:
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
     """``{"params": ...}``, and ``"lora"`` where there are adapters, as the programs take them."""
     head: dict[str, Any] = {"params": {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}}
-    if "lm_head" in variables.get("lora", {}):  # trained as a whole
-        head["lora"] = {"lm_head": variables["lora"]["lm_head"]}
+    if trained := {name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD}:
+        head["lora"] = trained
     return Weights(prepare(variables, model.numerics), head)
 
 

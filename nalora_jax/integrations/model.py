@@ -346,6 +346,7 @@ def _fits(projection: Projection, path: str, where: str, beside_others: bool) ->
 
 def _check_variant(lora: LoRAConfig) -> None:
     asked = {"dora": lora.dora, "dropout": lora.dropout > 0, "init": lora.init != "default"}
+    asked |= {name: bool(getattr(lora, name)) for name in ("modules_to_save", "trainable_token_indices")}
     for name, on in asked.items():
         if on:
             found = f"{name}={getattr(lora, name)!r}"

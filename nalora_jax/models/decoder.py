@@ -11,10 +11,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.errors import NaloraError
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, depths, param_shapes, projection_shapes
@@ -22,7 +24,7 @@ from nalora_jax.models.remat import stacked
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import frozen_kernel
-from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec, init_a
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec, TargetSpec, init_a
 from nalora_jax.ops.attention import reads_cache_in_place
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
@@ -54,7 +56,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding)
+        trained = dict(self.adapters.token_indices).get("embed_tokens", ())
+        self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding, trained)
         self.layers = stacked(Block, self.remat, c.n_layers)(
             c,
             self.adapters,
@@ -130,12 +133,17 @@ class Decoder(nn.Module):
         """Logits ``[..., vocab]`` float32 of hidden states ``[..., d_model]``, scale and soft cap applied."""
         c = self.config
         flat = hidden.reshape(-1, c.d_model)
-        if self.has_variable("lora", "lm_head"):  # trained as a whole
-            logits = dot(flat, self.get_variable("lora", "lm_head")["kernel"], self.numerics)
+        trained = flatten(self.variables.get("lora", {}))
+        if TABLES["lm_head"] in trained:  # as a whole
+            logits = dot(flat, trained[TABLES["lm_head"]], self.numerics)
         elif c.tie_embeddings:
             logits = dot(flat, self.embed.table(), self.numerics, dims=(1, 1))
         else:
             logits = self.lm_head(flat, self.numerics)
+        head = self.adapters.head_rows(tied=c.tie_embeddings)
+        if head is not None and ROWS[head[0]] in trained:
+            of_rows = dot(flat, trained[ROWS[head[0]]], self.numerics, dims=(1, 1))
+            logits = logits.at[:, np.array(head[1])].set(of_rows)
         logits = (logits * c.logit_scale).reshape(*hidden.shape[:-1], c.vocab_size)
         return c.final_softcap * jnp.tanh(logits / c.final_softcap) if c.final_softcap else logits
 
@@ -161,17 +169,19 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
 
 
 class Embedding(nn.Module):
-    """Rows of a table: frozen, unless the collection ``lora`` has one that is trained.
+    """Rows of a table: frozen, unless the collection ``lora`` has one that is trained, or some of its rows.
 
     Attributes:
       vocab_size: rows of the table.
       d_model: its columns.
       sharding: of ``[batch, seq, d_model]`` on a mesh, for what is looked up; None leaves it to the compiler.
+      trained: token ids of the rows ``lora`` may have, in their order.
     """
 
     vocab_size: int
     d_model: int
     sharding: NamedSharding | None = None
+    trained: tuple[int, ...] = ()
 
     def setup(self) -> None:  # noqa: D102
         shape = (self.vocab_size, self.d_model)
@@ -184,11 +194,24 @@ class Embedding(nn.Module):
             return trained
         of_tokens, by_columns = column_layouts(self.sharding)
         rows: jax.Array = take_rows(self.table(), constrain(tokens, of_tokens), numerics)
-        return constrain(constrain(rows, by_columns), self.sharding)
+        rows = constrain(constrain(rows, by_columns), self.sharding)
+        if self.has_variable("lora", "rows"):
+            return _with_rows(rows, tokens, self.get_variable("lora", "rows"), self.trained)
+        return rows
 
     def table(self) -> Kernel:
         """The frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
         return lax.stop_gradient(self.embedding)
+
+
+def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    """``x [..., d_model]``, looked up for ``tokens [...]``, with ``rows [ids, d_model]`` for those among ``ids``."""
+    order = np.argsort(ids).astype(np.int32)
+    ascending = np.array(ids, np.int32)[order]
+    place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
+    found = jnp.take(ascending, place, mode="clip") == tokens
+    trained = jnp.take(rows, jnp.take(order, place, mode="clip"), axis=0)
+    return jnp.where(found[..., None], trained, x.astype(trained.dtype))
 
 
 def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
@@ -308,17 +331,57 @@ def init_lora(
       config: the model.
       spec: which projections, which ranks; a layer's A is zero beyond its own rank.
       key: random key.
-      params: base weights, needed for DoRA's magnitudes and for tables that are trained as a whole.
+      params: base weights, needed for DoRA's magnitudes and for tables that are trained, as a whole or by the row.
+
+    Raises:
+      NaloraError: a row that the tables do not have; see `check_token_indices`.
     """
+    check_token_indices(spec, config)
     leaves = _fresh(config, spec.targets, key)
+    base = flatten(params) if spec.starts_from_base else {}
     for name in spec.saved:
-        base = flatten(params)
         table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
         leaves[TABLES[name]] = table.astype(jnp.float32)
+    for name, ids in spec.own_rows(tied=config.tie_embeddings).items():
+        if name == "lm_head" and not config.tie_embeddings:
+            rows = jnp.take(base[TABLES[name]], np.array(ids), axis=1).T
+        else:
+            rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
+        leaves[ROWS[name]] = rows.astype(jnp.float32)
     for path, _ in spec.targets if spec.dora else ():
-        kernel = flatten(params)[f"{path}/kernel"]
+        kernel = base[f"{path}/kernel"]
         leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
     return unflatten(leaves)
+
+
+def check_token_indices(
+    spec: AdapterSpec, config: ModelConfig, where: str = "--lora.trainable-token-indices", remedy: str = ""
+) -> None:
+    """Refuses rows that a model's tables do not have, and those of a table that is trained as a whole.
+
+    Args:
+      spec: of the adapters.
+      config: the model.
+      where: names the setting, or the field of a file.
+      remedy: what to do about ids that are too large.
+
+    Raises:
+      NaloraError: an id beyond the vocabulary, or a table that ``saved`` has too.
+    """
+    for name, ids in spec.token_indices:
+        beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]
+        if beyond:
+            expected = f"token ids of the {config.vocab_size} rows of {name}, from 0"
+            raise NaloraError(where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy)
+    head = spec.head_rows(tied=config.tie_embeddings)
+    both = {name for name, _ in spec.token_indices} | ({"lm_head"} if head else set())
+    if both := both & set(spec.saved):
+        raise NaloraError(
+            where,
+            expected="rows of tables that modules_to_save does not name (a tied head has the embedding's rows)",
+            found=f"rows of {' and '.join(sorted(both))}, trained as a whole",
+            remedy="name a table in one of the two",
+        )
 
 
 @partial(jax.jit, static_argnums=(0, 1))

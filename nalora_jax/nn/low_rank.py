@@ -27,6 +27,8 @@ from nalora_jax.trees import match_rules
 
 # Tables that can be trained as a whole, by PEFT's name of their module: where they lie in ``params`` and ``lora``.
 TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
+# Of the same tables, where rows lie that are trained while the others stay frozen: ``[rows, d_model]`` in ``lora``.
+ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,41 @@ class AdapterSpec:
     dropout: float = 0.0
     # Names in `TABLES` that are trained as a whole (PEFT's modules_to_save).
     saved: tuple[str, ...] = ()
+    # Token ids whose rows of a table in `ROWS` are trained (PEFT's trainable_token_indices), in the order of the rows;
+    # tables by name.
+    token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def linear(self) -> AdapterSpec:
-        """The same adapters without what depends on the base's weights: magnitudes and trained tables."""
-        return replace(self, dora=False, saved=())
+        """The same adapters without what depends on the base's weights: magnitudes, trained tables and rows."""
+        return replace(self, dora=False, saved=(), token_indices=())
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether fresh adapters hold something of the base's weights."""
+        return self != self.linear
+
+    def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
+        """The tables that have trained rows of their own, and the ids of these.
+
+        As in PEFT, a tied head that is named with the embedding's very indices has the embedding's rows.
+        """
+        found = dict(self.token_indices)
+        if tied and found.get("lm_head") == found.get("embed_tokens"):
+            found.pop("lm_head", None)
+        return found
+
+    def head_rows(self, *, tied: bool) -> tuple[str, tuple[int, ...]] | None:
+        """The table in `ROWS` whose trained rows the output head takes, and their ids; None where it takes none."""
+        own = self.own_rows(tied=tied)
+        if "lm_head" in own:
+            return "lm_head", own["lm_head"]
+        return ("embed_tokens", own["embed_tokens"]) if tied and "embed_tokens" in own else None
 
     def describe(self) -> str:
         """What is trained, with ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
         names = [f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
         return ", ".join(names) or "projections alone"
 
     def target(self, path: str) -> TargetSpec | None:
@@ -131,7 +159,11 @@ def resolve(
             remedy="give a rule a rank of 1 or more",
         )
     saved = tuple(name for name in TABLES if name in config.modules_to_save)
-    return AdapterSpec(targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout, saved=saved)
+    ids = config.trainable_token_indices
+    rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)
+    return AdapterSpec(
+        targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout, saved=saved, token_indices=rows
+    )
 
 
 def _layer_path(path: str, layer: int) -> str:

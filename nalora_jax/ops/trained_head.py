@@ -1,28 +1,105 @@
 """Cross-entropy over an output head that is trained itself, chunk by chunk as in `nalora_jax.ops.cross_entropy`.
 
 The gradients of hidden states and head are made in the pass that makes the loss, so that logits exist for one chunk at
-a time; the head's is as large as the head.
+a time; the head's is as large as what is trained of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nalora_jax.ops.cross_entropy import Columns, Head
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import Kernel
 
 _CHUNK_FLOATS = 1 << 25  # of one chunk of logits on a device
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WholeHead:
+    """A head that is trained as a whole; also its gradient.
+
+    Attributes:
+      kernel: float32 ``[d_model, vocab]``.
+    """
+
+    kernel: jax.Array
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the logits."""
+        return self.kernel.shape[1]
+
+    def zeros(self) -> WholeHead:
+        """A gradient to add to."""
+        return WholeHead(jnp.zeros(self.kernel.shape, jnp.float32))
+
+    def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
+        """``[rows, d_model]`` -> float32 ``[rows, vocab]``."""
+        return dot(hidden, self.kernel, numerics)
+
+    def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, WholeHead]:
+        """The gradients of hidden states and head, of ``delta [rows, vocab]``, that of the products."""
+        back = dot(delta, self.kernel, numerics, dims=(1, 1))
+        return back, WholeHead(dot(hidden, delta, numerics, dims=(0, 0)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HeadRows:
+    """A frozen head with rows, one a token, that are trained; also their gradient, which has no kernel.
+
+    Attributes:
+      rows: float32 ``[ids, d_model]``, in place of the kernel's own.
+      kernel: frozen, as it is stored; see ``transposed``.
+      ids: token ids of the rows, all different.
+      transposed: the kernel is an embedding ``[vocab, d_model]``; else ``[d_model, vocab]``.
+    """
+
+    rows: jax.Array
+    kernel: Kernel | None
+    ids: tuple[int, ...] = field(metadata={"static": True})
+    transposed: bool = field(metadata={"static": True})
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the logits."""
+        assert self.kernel is not None
+        return self.kernel.shape[0 if self.transposed else 1]
+
+    def zeros(self) -> HeadRows:
+        """A gradient to add to."""
+        return replace(self, rows=jnp.zeros(self.rows.shape, jnp.float32), kernel=None)
+
+    def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
+        """``[rows, d_model]`` -> float32 ``[rows, vocab]``."""
+        assert self.kernel is not None
+        frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 if self.transposed else 0))
+        return frozen.at[:, np.array(self.ids)].set(dot(hidden, self.rows, numerics, dims=(1, 1)))
+
+    def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, HeadRows]:
+        """The gradients of hidden states and rows, of ``delta [rows, vocab]``, that of the products."""
+        assert self.kernel is not None
+        columns = np.array(self.ids)
+        of_rows = delta[:, columns]
+        of_others = delta.at[:, columns].set(0.0)  # the kernel's own rows of these tokens are not read
+        back = dot(of_others, self.kernel, numerics, dims=(1, 0 if self.transposed else 1))
+        back = back + dot(of_rows, self.rows, numerics)
+        return back, replace(self, rows=dot(of_rows, hidden, numerics, dims=(0, 0)), kernel=None)
+
+
 def trained_cross_entropy(
     hidden: jax.Array,
-    kernel: jax.Array,
+    trained: WholeHead | HeadRows,
     targets: jax.Array,
     weights: jax.Array,
     head: Head,
@@ -31,11 +108,11 @@ def trained_cross_entropy(
     chunk: int = 0,
     shards: int = 1,
 ) -> jax.Array:
-    """Sum of ``weights * -log p(target)``, differentiable with respect to ``hidden`` and ``kernel``.
+    """Sum of ``weights * -log p(target)``, differentiable with respect to ``hidden`` and what is trained of the head.
 
     Args:
       hidden: ``[batch, seq, d_model]`` after the final norm.
-      kernel: float32 ``[d_model, vocab]``.
+      trained: the head, as a whole or some rows of it.
       targets: int ``[batch, seq]``.
       weights: ``[batch, seq]``, 0 where a position has no target.
       head: soft cap and scale.
@@ -43,50 +120,50 @@ def trained_cross_entropy(
       chunk: rows of logits at a time, on each device; 0 chooses by the vocabulary.
       shards: parts that a mesh splits the batch into.
     """
-    rows = (chunk or max(_CHUNK_FLOATS // kernel.shape[1] // 128 * 128, 128)) * shards
+    rows = (chunk or max(_CHUNK_FLOATS // trained.vocab_size // 128 * 128, 128)) * shards
     weights = lax.stop_gradient(weights.astype(jnp.float32))
-    return _loss(hidden, kernel, targets, weights, head._replace(transposed=False), numerics, rows)
+    return _loss(hidden, trained, targets, weights, head, numerics, rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _loss(
     hidden: jax.Array,
-    kernel: jax.Array,
+    trained: WholeHead | HeadRows,
     targets: jax.Array,
     weights: jax.Array,
     head: Head,
     numerics: Numerics,
     rows: int,
 ) -> jax.Array:
-    return _forward(hidden, kernel, targets, weights, head, numerics, rows)[0]
+    return _forward(hidden, trained, targets, weights, head, numerics, rows)[0]
 
 
-def _forward(hidden: Any, kernel: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int) -> Any:
-    """The loss, and the gradients of hidden states and kernel: chunks of whole columns of the batch."""
+def _forward(hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int) -> Any:
+    """The loss, and the gradients of hidden states and head: chunks of whole columns of the batch."""
     batch, seq, _ = hidden.shape
     columns = Columns.of(batch, seq, rows)
 
-    def body(carry: tuple[jax.Array, jax.Array], part: Any) -> Any:
+    def body(carry: tuple[jax.Array, Any], part: Any) -> Any:
         h, t, w = (x.reshape(-1, *x.shape[2:]) for x in part)
-        logits, slope = head.logits(dot(h, kernel, numerics))
+        logits, slope = head.logits(trained.products(h, numerics))
         log_total = jax.nn.logsumexp(logits, axis=-1)
         hit = jnp.arange(logits.shape[1], dtype=t.dtype)[None, :] == t[:, None]
         losses = w * (log_total - jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
         delta = w[:, None] * (jnp.exp(logits - log_total[:, None]) - hit) * slope
-        back = dot(delta, kernel, numerics, dims=(1, 1)).astype(h.dtype)
+        back, of_head = trained.pull(h, delta, numerics)
         loss, gradient = carry
-        sums = loss + jnp.sum(losses), gradient + dot(h, delta, numerics, dims=(0, 0))
-        return sums, back.reshape(batch, columns.step, -1)
+        sums = loss + jnp.sum(losses), jax.tree.map(jnp.add, gradient, of_head)
+        return sums, back.astype(h.dtype).reshape(batch, columns.step, -1)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), trained.zeros())
     (loss, gradient), parts = lax.scan(body, start, columns.split((hidden, targets, weights)))
     return loss, (columns.join(parts), gradient)
 
 
 def _backward(head: Head, numerics: Numerics, rows: int, gradients: Any, g: jax.Array) -> Any:
     del head, numerics, rows
-    hidden, kernel = gradients
-    return hidden * g.astype(hidden.dtype), kernel * g, None, None
+    hidden, trained = gradients
+    return hidden * g.astype(hidden.dtype), jax.tree.map(lambda x: x * g, trained), None, None
 
 
 _loss.defvjp(_forward, _backward)

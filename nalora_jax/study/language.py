@@ -95,7 +95,7 @@ class Language:
             return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
             return first_adapters(assembly, model.config, data, seed)
-        params = assembly.params if assembly.spec.dora or assembly.spec.saved else None
+        params = assembly.params if assembly.spec.starts_from_base else None
         return init_lora(model.config, assembly.spec, jax.random.key(seed), params)
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:

@@ -21,7 +21,10 @@ from nalora_jax.study.records import Record
 Stage = Literal["tune", "test"]
 # Settings that came after the first records, by group: at their default they are no part of a run's name, so that
 # records keep theirs. A new setting belongs here.
-_LATER = {"data": ("add_tokens", "add_special_tokens")}
+_LATER = {
+    "data": ("add_tokens", "add_special_tokens"),
+    "lora": ("trainable_token_indices", "trainable_token_modules"),
+}
 
 
 class Cell(NamedTuple):

@@ -24,7 +24,7 @@ from nalora_jax.models.decoder import Decoder, init_lora
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import TABLES, AdapterSpec, resolve
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec, resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.ops.storage import prepare
@@ -89,7 +89,8 @@ def assemble(
       processor: of the images of a model that sees.
 
     Raises:
-      NaloraError: rules that match nothing or ask for impossible ranks; a tensor axis that splits a head.
+      NaloraError: rules that match nothing or ask for impossible ranks, rows that the tables do not have; a tensor axis
+        that splits a head.
     """
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     if base.sight is not None:
@@ -111,7 +112,7 @@ def assemble(
         initial = jax.tree.map(distributed.fetch, lora)
         params = _with_starts(params, lora, mesh)
     else:
-        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.dora or spec.saved else None)
+        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.starts_from_base else None)
 
     def fresh(lora: Any, key: jax.Array) -> TrainState:
         state = init_state(lora, optimizer, measured_blocks(base, spec), mechanisms, 0)
@@ -256,6 +257,8 @@ def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[st
     for name in spec.saved:
         sizes = (base.vocab_size, base.d_model)
         shapes[TABLES[name]] = jax.ShapeDtypeStruct(sizes if name == "embed_tokens" else sizes[::-1], "float32")
+    for name, ids in spec.own_rows(tied=base.tie_embeddings).items():
+        shapes[ROWS[name]] = jax.ShapeDtypeStruct((len(ids), base.d_model), "float32")
     for path, _ in spec.targets if spec.dora else ():
         b = shapes[f"{path}/b"].shape
         shapes[f"{path}/magnitude"] = jax.ShapeDtypeStruct((*b[:-2], b[-1]), "float32")

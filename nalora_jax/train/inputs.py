@@ -13,11 +13,13 @@ from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
 from nalora_jax.data.sources import Source, open_pair
+from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.models.decoder import check_token_indices
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.model import read_config
+from nalora_jax.weights.model import added_ids, read_config
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +50,33 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     """Refuse settings that cannot be laid out, from the model's description alone, before its weights are read.
 
     Raises:
-      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing.
+      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing, a
+        token without a trained row, or a trained row without a token.
     """
     base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
-    check_rules(config.lora, base)
+    _check_rows(config, files, base, check_rules(config.lora, base))
+
+
+def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spec: AdapterSpec) -> None:
+    """Trained rows are the tables' own, and every token that is added has them on both sides."""
+    check_token_indices(spec, base)
+    trained = dict(spec.token_indices)
+    if not trained:
+        return
+    new = added_ids(files, AddedTokens.of(config.data))
+    head = spec.head_rows(tied=base.tie_embeddings)
+    for name, ids in (("embed_tokens", trained.get("embed_tokens", ())), ("lm_head", head[1] if head else ())):
+        untrained = {} if name in spec.saved else {text: one for text, one in new.items() if one not in ids}
+        if untrained:
+            wanted = f"{' '.join(map(str, new.values()))} among them, the ids of added tokens"
+            raise NaloraError(
+                "--lora.trainable-token-indices",
+                expected=f"{wanted}, for {name} (--lora.trainable-token-modules)",
+                found=f"no row of {name} for {', '.join(f'{text!r} ({one})' for text, one in untrained.items())}",
+                remedy="nobody has trained them: name them, or the table in --lora.modules-to-save",
+            )
 
 
 def check_rules(lora: LoRAConfig, base: ModelConfig) -> AdapterSpec:

@@ -17,9 +17,10 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax import trees
+from nalora_jax.nn.low_rank import ROWS
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.trained_head import trained_cross_entropy
+from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entropy
 
 Batch = Mapping[str, jax.Array]
 
@@ -63,11 +64,10 @@ class NextToken:
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
         """See `Objective`; arrays of the batch are ``[rows, seq]``."""
         hidden, written = self.hidden(variables, batch, key)
-        if "lm_head" in variables["lora"]:
-            head = variables["lora"]["lm_head"]["kernel"]
+        if (trained := self.trained_head(variables["lora"], params)) is not None:
             loss = trained_cross_entropy(
                 hidden,
-                head,
+                trained,
                 batch["targets"],
                 batch["loss_weights"],
                 self.head,
@@ -94,6 +94,19 @@ class NextToken:
             **options,
         )
         return hidden, written["gate_stats"]
+
+    def trained_head(self, lora: Mapping[str, Any], params: Any) -> WholeHead | HeadRows | None:
+        """What is trained of the head, with what is not; None where it is frozen."""
+        if "embed" not in lora and "lm_head" not in lora:
+            return None
+        if "kernel" in lora.get("lm_head", {}):
+            return WholeHead(lora["lm_head"]["kernel"])
+        rows = self.model.adapters.head_rows(tied=self.head.transposed)
+        if rows is None:
+            return None
+        name, ids = rows
+        group, leaf = ROWS[name].split("/")
+        return HeadRows(lora[group][leaf], self.kernel(params), ids, self.head.transposed)
 
     def kernel(self, params: Any) -> Any:
         """The head's kernel, as it is stored."""

@@ -21,6 +21,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec
 from nalora_jax.weights.adapter_bank import folded_scales, padded
+from nalora_jax.weights.saved_modules import with_whole_tables
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,30 @@ class AdapterSlot:
         """The rank of the slot that an adapter needs."""
         return max((target.rank for _, target in spec.targets), default=0)
 
-    def fill(self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None) -> dict[str, Any]:
+    def fill(
+        self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None, params: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The adapter in the slot's shapes; zeros, which leave the base as it is, where there is none.
 
-        Tables that are trained as a whole come along; programs are compiled once with them and once without.
+        Tables that are trained as a whole come along; programs are compiled once with them and once without. Trained
+        rows come as whole tables, for a program would be compiled for their ids.
 
         Args:
           lora: float32 tree of the adapter.
           spec: its ranks and scales.
+          params: of the base, needed where rows of its tables were trained.
 
         Raises:
-          NaloraError: a rank is larger than the slot's, or the adapter is DoRA, whose update is not linear.
+          NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not linear, or it has
+            trained rows and there are no ``params``.
         """
         if spec is not None and spec.dora:
             raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+        if lora is not None and spec is not None and spec.token_indices:
+            if params is None:
+                found = "trained rows of the base's tables"
+                raise NaloraError("adapter", expected="the base's weights beside it", found=found)
+            lora, spec = with_whole_tables(self.config, params, lora, spec)
         given = {} if lora is None or spec is None else folded_scales(lora, spec)
         leaves: dict[str, Any] = {}
         for path, target in self.spec.targets:

@@ -105,6 +105,9 @@ def _summary(card: Card) -> str:
     lines += ["", *_table(("projection", "rank", "alpha"), rows)]
     if card.spec.saved and card.kind == "adapter":
         lines += ["", f"Trained as a whole beside them, and part of its files: {' and '.join(card.spec.saved)}."]
+    if card.spec.token_indices and card.kind == "adapter":
+        listed = " and ".join(f"{len(ids)} of {name}" for name, ids in card.spec.token_indices)
+        lines += ["", f"Trained rows beside them, one a token, and part of its files: {listed}."]
     if card.run:
         lines += ["", _method(card.run)]
     if card.kind == "merged":

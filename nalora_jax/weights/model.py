@@ -68,6 +68,24 @@ def read_config(found: hub.ResolvedSource, *, images: bool = False, added: Added
     return replace(config, vocab_size=_files_tokenizer(found).with_tokens(added).rows_for(added, config.vocab_size))
 
 
+def added_ids(found: hub.ResolvedSource, added: AddedTokens) -> dict[str, int]:
+    """Ids that tokens get which a model's tokenizer does not have yet, without those that it has.
+
+    Args:
+      found: the model's files.
+      added: the tokens.
+
+    Raises:
+      NaloraError: the tokenizer cannot be read, or cannot hold one of them apart.
+    """
+    if not added:
+        return {}
+    before = _files_tokenizer(found)
+    held = {token.content for token in before.backend.get_added_tokens_decoder().values()}
+    ids = before.with_tokens(added).backend.get_vocab(with_added_tokens=True)
+    return {text: ids[text] for text in added.texts if text not in held}
+
+
 def _files_tokenizer(found: hub.ResolvedSource) -> Tokenizer:
     return read_tokenizer(GGUFFile(found.path)) if found.kind == "gguf" else Tokenizer.from_folder(found.path)
 

@@ -31,8 +31,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.nn.low_rank import TABLES
 from nalora_jax.tokenizer import AddedTokens, Tokenizer, read_backend
 from nalora_jax.weights.model import LoadedModel
+from nalora_jax.weights.peft_config import CONFIG_NAME
 from nalora_jax.weights.peft_read import TENSORS_NAME
-from nalora_jax.weights.saved_modules import table_rows
+from nalora_jax.weights.saved_modules import rows_of_indices, table_rows
 from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,24 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
 
     Raises:
       NaloraError: the tables have fewer rows than the tokenizer has tokens, or more while no tokenizer says what for;
-        or the tokenizer is one of another base.
+        a trained row is of a token that neither has; or the tokenizer is one of another base.
     """
     held = base.config.vocab_size
-    found = table_rows(folder, TENSORS_NAME, base.config)
+    tables, needed = table_rows(folder, TENSORS_NAME, base.config), rows_of_indices(folder, base.config)
+    found = needed if tables is None else tables
     rows = held if found is None else found
     new = _own_tokens(base, folder, found, strict=rows != held)
     last = max(new.values(), default=-1)
+    if tables is None and needed is not None:
+        # No table says how many rows there were: as many as there are tokens, whatever ids a file names.
+        if needed > last + 1:
+            raise NaloraError(
+                f"{folder / CONFIG_NAME}: trainable_token_indices",
+                expected=f"ids below {max(held, last + 1)}: the base's, or of new tokens in the folder's tokenizer",
+                found=needed - 1,
+                remedy="save the tokenizer that it was trained with there: tokenizer.save_pretrained(folder)",
+            )
+        rows = last + 1
     if rows == held and all(token_id >= held for token_id in new.values()):
         if new:
             log.info("%s: its tokenizer has tokens that no row was trained for; the base's is taken", folder)
@@ -118,7 +130,7 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
     Raises:
       NaloraError: it has tokens of its own, or tables with another number of rows.
     """
-    rows = table_rows(folder, TENSORS_NAME, base.config)
+    rows = table_rows(folder, TENSORS_NAME, base.config) or rows_of_indices(folder, base.config)
     new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
     trained = {
         text: token_id for text, token_id in new.items() if rows is not None or token_id < base.config.vocab_size

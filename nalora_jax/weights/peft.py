@@ -10,7 +10,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths
-from nalora_jax.nn.low_rank import TABLES, AdapterSpec
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
 from nalora_jax.trees import flatten
 from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact
 from nalora_jax.weights.peft_read import import_adapter
@@ -45,10 +45,13 @@ def verify_export(
     loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint, layout=layout)
     ours, theirs = flatten(lora), flatten(loaded)
     worst = 0.0
-    for name in sorted({*spec.saved, *loaded_spec.saved}):
-        table, read = (np.asarray(leaves.get(TABLES[name], 0.0), np.float32) for leaves in (ours, theirs))
-        if not np.array_equal(table, read):
-            raise _differs(folder, name)
+    if loaded_spec.token_indices != spec.token_indices:
+        raise _differs(folder, "trainable_token_indices")
+    for name in sorted({*spec.saved, *loaded_spec.saved, *dict(spec.token_indices)}):
+        for path in (TABLES[name], ROWS[name]):
+            trained, read = (np.asarray(leaves.get(path, 0.0), np.float32) for leaves in (ours, theirs))
+            if not np.array_equal(trained, read):
+                raise _differs(folder, name)
     for path in sorted({path for path, _ in (*spec.targets, *loaded_spec.targets)}):
         for layer in range(depths(config)[path]):
             meant = layer_adapter(ours, spec, path, layer)

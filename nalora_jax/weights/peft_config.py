@@ -11,6 +11,7 @@ from typing import Any
 
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
+from nalora_jax.nn.low_rank import ROWS
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -54,6 +55,7 @@ _READ = {
     "target_modules",
     "target_parameters",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 }
@@ -81,6 +83,8 @@ class PeftConfig:
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False  # ensure_weight_tying
+    # trainable_token_indices: by the table's name, in the order of the rows; a bare list is the embedding's.
+    token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def choose(self, modules: Sequence[str], parameters: Sequence[str] = ()) -> Choices:
         """What this config says about a model's Linear modules (not the output head) and parameters, as PEFT reads it.
@@ -180,6 +184,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         dropout=fields.number("lora_dropout", default=0.0, low=0.0, high=1.0),
         modules_to_save=fields.strings("modules_to_save"),
         tied=fields.flag("ensure_weight_tying"),
+        token_indices=fields.token_indices("trainable_token_indices"),
     )
     if isinstance(targets, str) and (config.layers_to_transform or config.layers_pattern):
         raise NaloraError(
@@ -221,14 +226,6 @@ def _refuse_unsupported(fields: _Fields) -> None:
             expected="an adapter of the unchanged base weights",
             found=repr(init),
             remedy="convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
-    if rows := fields.raw.get("trainable_token_indices"):
-        raise NaloraError(
-            f"{fields.where}: trainable_token_indices",
-            expected="null (tables are read whole, as modules_to_save writes them)",
-            found=json.dumps(rows)[:80],
-            remedy="in PEFT, merge_and_unload and save_pretrained give a model with these rows; or train with "
-            "modules_to_save=['embed_tokens', 'lm_head']",
         )
     for key, value in fields.raw.items():
         # A field of a newer PEFT that is off changes nothing; one that is on might.
@@ -290,6 +287,20 @@ class _Fields:
         if not isinstance(value, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in value):
             raise self._error(key, "a list of layer numbers", value)
         return tuple(value)
+
+    def token_indices(self, key: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        value = self.raw.get(key) or []
+        found: list[tuple[str, tuple[int, ...]]] = []
+        for module, ids in value.items() if isinstance(value, dict) else [("embed_tokens", value)]:
+            name = module.rpartition(".")[2]
+            if name not in ROWS or name in dict(found):
+                expected = f"token ids of {' and '.join(ROWS)} (rows of other modules are not supported), each once"
+                raise self._error(key, expected, module)
+            whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if not whole or len(set(ids)) < len(ids):
+                raise self._error(key, "a list of different token ids, or such lists by the table's name", value)
+            found.append((name, tuple(ids)))
+        return tuple((name, ids) for name, ids in sorted(found) if ids)
 
     def pattern(self, key: str, read: Any) -> dict[str, Any]:
         value = self.raw.get(key) or {}

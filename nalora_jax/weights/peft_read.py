@@ -33,6 +33,7 @@ from nalora_jax.weights.peft_modules import (
     without_padding,
 )
 from nalora_jax.weights.saved_modules import take_saved
+from nalora_jax.weights.token_rows import take_token_rows
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ _MEANING = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
     *("target_modules", "target_parameters"),
 )
+_LATER_MEANING = ("modules_to_save", "ensure_weight_tying", "trainable_token_indices")
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 _KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
@@ -58,9 +60,10 @@ def import_adapter(
     """A PEFT LoRA adapter as this library's ``lora`` tree.
 
     Understands rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and "all-linear" (matched
-    as PEFT matches them), layers_to_transform, exclude_modules, fused projections, mixtures of experts and models that
-    see as PEFT writes them for transformers 4 and 5, and float32, float16 and bfloat16 files. Every tensor is consumed
-    and every targeted module must have its tensors, so an adapter never does less than its file says.
+    as PEFT matches them), layers_to_transform, exclude_modules, modules_to_save, trainable_token_indices, fused
+    projections, mixtures of experts and models that see as PEFT writes them for transformers 4 and 5, and float32,
+    float16 and bfloat16 files. Every tensor is consumed and every targeted module must have its tensors, so an adapter
+    never does less than its file says.
 
     Args:
       folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -80,13 +83,15 @@ def import_adapter(
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
-    tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=str(folder / TENSORS_NAME))
+    where = str(folder / TENSORS_NAME)
+    rows, token_indices = take_token_rows(config, tensors, peft, where)
+    tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
     slots = {slot.key: slot for slot in _slots(layout or layout_of(config, modules), config, peft)}
     _check_complete(peft, folder / TENSORS_NAME, slots, modules)
     pieces = _pieces(config, peft, folder / TENSORS_NAME, [(slots[key], modules[key]) for key in modules])
     lora, spec = _stack(config, peft, pieces)
-    return unflatten(flatten(lora) | tables), replace(spec, saved=saved)
+    return unflatten(flatten(lora) | tables | rows), replace(spec, saved=saved, token_indices=token_indices)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -147,8 +152,8 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], meta
     Where the base model lies, and anything else in the config that this library does not compute with, may be edited.
     """
     meaning = {name: settings.get(name) for name in _MEANING}
-    # Files of earlier versions have no such modules, and digests without them.
-    meaning |= {name: settings[name] for name in ("modules_to_save", "ensure_weight_tying") if settings.get(name)}
+    # Files of earlier versions have nothing of the kind, and digests without it.
+    meaning |= {name: settings[name] for name in _LATER_MEANING if settings.get(name)}
     noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
     digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
     for name, array in sorted(tensors.items()):

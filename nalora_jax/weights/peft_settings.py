@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.low_rank import TABLES
+from nalora_jax.nn.low_rank import ROWS, TABLES
 from nalora_jax.weights.peft_rules import rules_of
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
@@ -74,6 +74,24 @@ def _saved(value: Any) -> Any:
     return Refused(f"of the base, {' and '.join(TABLES)} are trained as a whole; norms and the rest stay as they are")
 
 
+def _indices(value: Any) -> Any:
+    """The ids; the tables of which they are rows are read from the same field (`_token_modules`)."""
+    lists = [ids for ids in (value.values() if isinstance(value, Mapping) else [value]) if ids]
+    if not all(isinstance(ids, list | tuple) for ids in lists):
+        return Refused("token ids are given as a list, or as lists by the table's name")
+    if not set(_token_modules(value)) <= set(ROWS):
+        return Refused(f"rows of {' and '.join(ROWS)} are trained alone; other modules are not")
+    if any(list(ids) != list(lists[0]) for ids in lists):
+        return Refused("the same rows of both tables are trained here: give both the same list")
+    return list(lists[0]) if lists else None
+
+
+def _token_modules(value: Any) -> list[str]:
+    """Names of the tables that trainable_token_indices means, a bare list those of the embedding."""
+    named = value if isinstance(value, Mapping) else {"embed_tokens": value}
+    return sorted({str(name).rpartition(".")[2] for name, ids in named.items() if ids})
+
+
 # Fields of which rules are made are marked by the setting "lora.rules".
 PEFT: dict[str, Field] = {
     "r": Field("lora.rules", "rank of each rule"),
@@ -100,12 +118,10 @@ PEFT: dict[str, Field] = {
         "lora.modules_to_save", f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`", _saved
     ),
     "trainable_token_indices": Field(
-        "",
-        "the whole tables: `modules_to_save`, and `data.add_tokens`",
-        _only(
-            because="single rows of the embedding are not trained here: name embed_tokens and lm_head in "
-            "modules_to_save, and new tokens in data.add_tokens"
-        ),
+        "lora.trainable_token_indices",
+        "a dict names the tables in `lora.trainable_token_modules`, with equal lists; new tokens of the tokenizer: "
+        "`data.add_tokens`",
+        _indices,
     ),
     "target_parameters": Field(
         "", "experts are projections here", _only(because="name experts by patterns such as ffn/gate_proj instead")
@@ -267,6 +283,9 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
       NaloraError: one that names every field that is refused, with the reason.
     """
     settings, notes = _converted(values, PEFT, "LoraConfig")
+    indices = values.get("trainable_token_indices")
+    if isinstance(indices, Mapping) and "trainable_token_indices" in settings.get("lora", {}):
+        _put(settings, "lora.trainable_token_modules", _token_modules(indices))
     _put(settings, "lora.rules", rules_of(
         rank=values.get("r", 8),
         alpha=values.get("lora_alpha", 8),
@@ -342,7 +361,8 @@ def _converted(values: Mapping[str, Any], table: Mapping[str, Field], kind: str)
             found="; ".join(refused),
             remedy="remove them, or change them",
         )
-    if "embed_tokens" in settings.get("lora", {}).get("modules_to_save", ()):
+    lora = settings.get("lora", {})
+    if "embed_tokens" in lora.get("modules_to_save", ()) or "trainable_token_indices" in lora:
         notes.append(_RESIZED)
     return settings, notes
 

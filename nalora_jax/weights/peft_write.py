@@ -29,6 +29,7 @@ from nalora_jax.weights.peft_modules import (
 from nalora_jax.weights.peft_read import TENSORS_NAME, file_metadata
 from nalora_jax.weights.saved_modules import refuse_saved, saved_tensors
 from nalora_jax.weights.shards import write_tensors
+from nalora_jax.weights.token_rows import token_row_tensors, token_settings
 from nalora_jax.weights.tokenizer_files import FILES
 
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, "README.md", *FILES})
@@ -87,7 +88,9 @@ def export_adapter(
     if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
         spec = replace(spec, dropout=0.0)  # it acts in training only, and PEFT refuses to load it for experts
     settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
-    tensors = dict(_tensors(entries, layout)) | (saved_tensors(lora, spec, config) if spec.saved else {})
+    tensors = dict(_tensors(entries, layout))
+    if spec.saved or spec.token_indices:
+        tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
     with new_folder(folder, replaces=OWN_FILES if overwrite else ()) as scratch:
         write_json(scratch / CONFIG_NAME, settings | dict(extra or {}))
         write_tensors(scratch / TENSORS_NAME, tensors, file_metadata(tensors, settings, fingerprint))
@@ -205,7 +208,8 @@ def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, stacked
 
 
 def _check_vllm(spec: AdapterSpec) -> None:
-    refuse_saved(spec, "--for vllm", "vLLM takes no modules_to_save: merge it into the base instead")
+    remedy = "vLLM takes no modules_to_save and no trainable_token_indices: merge it into the base instead"
+    refuse_saved(spec, "--for vllm", remedy)
     if spec.dora:
         rule = "no DoRA (vLLM's rule: use_dora is refused)"
         raise NaloraError("--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead")
@@ -300,6 +304,7 @@ def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, 
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
+    settings |= token_settings(spec)
     if stacks:
         settings["target_parameters"] = _target_names(stacks, config)
     return settings

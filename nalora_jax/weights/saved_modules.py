@@ -23,10 +23,13 @@ from safetensors import SafetensorError, safe_open
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import TABLES, AdapterSpec
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
 from nalora_jax.weights.keymaps import keymap_for
+from nalora_jax.weights.peft_config import read_peft_config
 
 _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
+# Of a module with trained rows: its table, which PEFT writes where it was resized.
+RESIZED = "token_adapter.base_layer.weight"
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
@@ -47,7 +50,8 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
     Raises:
       NaloraError: the embedding has other rows than the head.
     """
-    keys = [f"base_model.model.{name}" for name in tensor_names(config).values()]
+    names = [f"base_model.model.{name}" for name in tensor_names(config).values()]
+    keys = [*names, *(f"{name.removesuffix('.weight')}.{RESIZED}" for name in names)]
     try:
         with safe_open(folder / tensors, framework="np") as handle:
             held = set(handle.keys())
@@ -59,6 +63,21 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
         shown = ", ".join(f"{count} of {key}" for key, count in found.items())
         raise NaloraError(f"{folder / tensors}", expected="as many rows of the head as of the embedding", found=shown)
     return rows.pop() if rows else None
+
+
+def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
+    """Rows that a table needs for the ids of an adapter's trained rows; None where the base has them all.
+
+    Args:
+      folder: in PEFT's format.
+      config: the base model.
+    """
+    try:
+        indices = read_peft_config(folder).token_indices
+    except NaloraError:
+        return None  # reading the adapter says what is wrong
+    rows = 1 + max((token_id for _, ids in indices for token_id in ids), default=-1)
+    return rows if rows > config.vocab_size else None
 
 
 def take_saved(
@@ -124,27 +143,63 @@ def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfi
 def fold_saved(
     config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
 ) -> tuple[ModelConfig, dict[str, Any], AdapterSpec]:
-    """The base with the trained tables in place of its own; of a tied model embedding and head part.
+    """The base with the trained tables, and trained rows of them, in place of its own.
+
+    Embedding and head of a tied model part where one of them is trained without the other.
 
     Returns:
       Config, parameters, and the spec of what is left of the adapter.
     """
-    if not spec.saved:
+    if not spec.saved and not spec.token_indices:
         return config, dict(params), spec
     leaves, trained = trees.flatten(params), trees.flatten(lora)
-    if config.tie_embeddings:
+    rows = spec.own_rows(tied=config.tie_embeddings)
+    tied = config.tie_embeddings and not spec.saved and "lm_head" not in rows
+    if config.tie_embeddings and not tied:
         leaves[_HEAD] = jnp.asarray(leaves[_EMBEDDING]).T
     for name in spec.saved:
         leaves[TABLES[name]] = jnp.asarray(trained[TABLES[name]])
-    return replace(config, tie_embeddings=False), trees.unflatten(leaves), replace(spec, saved=())
+    for name, ids in rows.items():
+        table, new = jnp.asarray(leaves[TABLES[name]]), jnp.asarray(trained[ROWS[name]])
+        place = np.array(ids) if name == "embed_tokens" else (slice(None), np.array(ids))
+        leaves[TABLES[name]] = table.at[place].set((new if name == "embed_tokens" else new.T).astype(table.dtype))
+    rest = replace(spec, saved=(), token_indices=())
+    return replace(config, tie_embeddings=tied), trees.unflatten(leaves), rest
+
+
+def with_whole_tables(
+    config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
+) -> tuple[dict[str, Any], AdapterSpec]:
+    """The adapter with whole trained tables in place of trained rows: the same function, whatever rows they are.
+
+    Args:
+      config: the base model.
+      params: its weights.
+      lora: the adapter's tree.
+      spec: of the adapter.
+    """
+    if not spec.token_indices:
+        return dict(lora), spec
+    of_base = trees.flatten(params)
+    wide = {path: jnp.asarray(of_base[path], jnp.float32) for path in TABLES.values() if path in of_base}
+    folded, tables, _ = fold_saved(config, trees.unflatten(wide), lora, spec)
+    leaves, whole = trees.flatten(lora), trees.flatten(tables)
+    changed = {*spec.saved, *dict(spec.token_indices)} | ({"lm_head"} if folded.tie_embeddings else set())
+    saved = tuple(name for name in TABLES if name in changed)
+    for name in saved:
+        shared = folded.tie_embeddings and name == "lm_head"
+        leaves[TABLES[name]] = whole[_EMBEDDING].T if shared else whole[TABLES[name]]
+    kept = {path: leaf for path, leaf in leaves.items() if path not in ROWS.values()}
+    return trees.unflatten(kept), replace(spec, saved=saved, token_indices=())
 
 
 def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
-    """Refuses an adapter with trained tables where there is no place for them.
+    """Refuses an adapter with trained tables, or trained rows of them, where there is no place for them.
 
     Raises:
       NaloraError: it has some.
     """
-    if spec.saved:
-        found = f"trained {' and '.join(spec.saved)}"
+    trained = [*spec.saved, *(f"rows of {name}" for name, _ in spec.token_indices)]
+    if trained:
+        found = f"trained {' and '.join(trained)}"
         raise NaloraError(where, expected="an adapter of projections alone", found=found, remedy=remedy)

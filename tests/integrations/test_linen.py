@@ -258,6 +258,7 @@ class Twice(nn.Module):
         (UNROLLED, LoRAConfig(rules=(LoRARule("ffn/", 0),)), "at least one adapter"),
         (UNROLLED, LoRAConfig(dora=True), "dora=True"),
         (UNROLLED, LoRAConfig(dropout=0.1), "dropout=0.1"),
+        (UNROLLED, LoRAConfig(trainable_token_indices=(5,)), "trainable_token_indices"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_by_name(keymap: Any, lora: Any, message: str) -> None:

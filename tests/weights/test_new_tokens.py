@@ -29,6 +29,7 @@ from nalora_jax.weights import load_model
 from nalora_jax.weights.new_tokens import with_added
 from tests import tiny
 from tests.weights.test_saved_modules import save, wrap
+from tests.weights.test_token_rows import wrap as wrap_rows
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -145,7 +146,7 @@ def theirs(tiny_model, tmp_path):
             warnings.simplefilter("ignore")
             if resize:
                 model.resize_token_embeddings(len(tokenizer))
-            wrapped = wrap(model, **settings)
+            wrapped = (wrap_rows if "trainable_token_indices" in settings else wrap)(model, **settings)
         folder = save(wrapped, tmp_path / "theirs")
         tokenizer.save_pretrained(folder)
         return folder, torch_logits_of(wrapped, TOKENS if resize else np.minimum(TOKENS, 47))
@@ -163,6 +164,10 @@ TOKENS = np.array([[1, 5, 48, 30, 7, 49, 2, 40]])
         (True, {"modules_to_save": list(BOTH)}),
         (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
         (False, {}),  # resized and left untrained: PEFT saves both tables all the same
+        # Of rows too: the other new ones are in no base.
+        (False, {"trainable_token_indices": [49]}),
+        (True, {"trainable_token_indices": [48, 5]}),
+        (False, {"trainable_token_indices": {"embed_tokens": [48], "lm_head": [49, 48]}}),
     ],
 )
 def test_peft_s_adapters_with_new_tokens_are_loaded(theirs, tied, settings):
@@ -230,7 +235,7 @@ def test_tokens_and_rows_that_do_not_fit_are_one_error_each(theirs, tmp_path):
         put_on(same, renamed)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": [48, 49]}))
-    with pytest.raises(NaloraError, match="trainable_token_indices: expected null .tables are read whole"):
+    with pytest.raises(NaloraError, match="trainable_token_indices: expected rows of tables that modules_to_save"):
         load(folder)
 
 

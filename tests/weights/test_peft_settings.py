@@ -11,6 +11,7 @@ import pytest
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config, settings_of
+from nalora_jax.config import check
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
@@ -124,14 +125,41 @@ def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
     made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
     assert settings_of(made, tmp_path / "mine.yaml").lora.modules_to_save == ("embed_tokens", "lm_head")
     assert "name them in data.add_tokens or data.add_special_tokens, in their order" in notes[-1]
-    with pytest.raises(
-        NaloraError, match="trainable_token_indices = .48. .single rows .* new tokens in data.add_tokens"
-    ):
-        from_peft({"target_modules": ["q_proj"], "trainable_token_indices": [48]})
     made, _ = from_trl({"lora_modules_to_save": ["lm_head"]})
     assert made == {"lora": {"modules_to_save": ["lm_head"]}}
     with pytest.raises(NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"):
         from_peft({"target_modules": ["q_proj"], "ensure_weight_tying": True})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ids", "tables"),
+    [
+        ([5, 3], (5, 3), ("embed_tokens",)),
+        ({"model.embed_tokens": [5, 3]}, (5, 3), ("embed_tokens",)),
+        ({"lm_head": [5], "embed_tokens": [5]}, (5,), ("embed_tokens", "lm_head")),
+        ({"lm_head": [7]}, (7,), ("lm_head",)),
+        ([], (), ("embed_tokens",)),
+    ],
+)
+def test_rows_that_are_trained_are_kept(theirs: Any, ids: Any, tables: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    given = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=theirs)
+    made, _ = from_peft(json.loads(json.dumps(given.to_dict(), default=sorted)))
+    lora = check(settings_of(made, tmp_path / "mine.yaml")).lora
+    assert (lora.trainable_token_indices, lora.trainable_token_modules) == (ids, tables)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ({"embed_tokens": [5], "lm_head": [6]}, "give both the same list"),
+        ({"wte": [5]}, "other modules are not"),
+        (5, "token ids are given as a list"),
+    ],
+)
+def test_rows_that_mean_nothing_here_are_refused(theirs: Any, said: str) -> None:
+    with pytest.raises(NaloraError, match=f"trainable_token_indices = .*{said}"):
+        from_peft({"target_modules": ["q_proj"], "trainable_token_indices": theirs})
 
 
 def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.trained_head import trained_cross_entropy
+from nalora_jax.ops.trained_head import WholeHead, trained_cross_entropy
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
@@ -151,7 +151,7 @@ def test_the_head_s_gradient_is_autodiff_s():
 
         def ours(hidden, kernel, chunk=chunk, shards=shards):
             return 2 * trained_cross_entropy(
-                hidden, kernel, targets, weights, head, Numerics(), chunk=chunk, shards=shards
+                hidden, WholeHead(kernel), targets, weights, head, Numerics(), chunk=chunk, shards=shards
             )
 
         found, back = jax.value_and_grad(ours, (0, 1))(hidden, kernel)

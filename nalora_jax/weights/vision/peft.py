@@ -101,9 +101,10 @@ def import_dual_adapter(
     """
     folder = Path(folder)
     peft = read_peft_config(folder)
-    if peft.modules_to_save:
-        listed = ", ".join(peft.modules_to_save)
-        raise NaloraError(f"{peft.where}: modules_to_save", expected="null for image and text encoders", found=listed)
+    for field, listed in (("modules_to_save", peft.modules_to_save), ("trainable_token_indices", peft.token_indices)):
+        if listed:
+            shown = ", ".join(map(str, listed))
+            raise NaloraError(f"{peft.where}: {field}", expected="null for image and text encoders", found=shown)
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)

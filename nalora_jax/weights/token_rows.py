@@ -1,0 +1,100 @@
+"""Rows of the embedding and the head that are trained alone: PEFT's ``trainable_token_indices`` in its files.
+
+    model.embed_tokens.token_adapter.trainable_tokens_delta   [ids, d_model]   ->   embed/rows     [ids, d_model]
+    lm_head.token_adapter.trainable_tokens_delta              [ids, d_model]   ->   lm_head/rows   [ids, d_model]
+
+In spite of its name the delta is what the rows have become, not what was added to them. A tied head has the
+embedding's rows and no tensor of its own, unless it is named with other indices.
+
+An embedding that was resized before training is written beside the rows, as a whole (``token_adapter.base_layer``), for
+the rows of other new tokens are in no base. Such tables are read as those of ``modules_to_save``, rows put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import check_token_indices
+from nalora_jax.nn.low_rank import ROWS, AdapterSpec
+from nalora_jax.weights.peft_config import PeftConfig
+from nalora_jax.weights.saved_modules import RESIZED, tensor_names
+
+_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+def take_token_rows(
+    config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str
+) -> tuple[dict[str, np.ndarray], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """The trained rows of an adapter file, taken out of its tensors; of resized tables a whole table is left there.
+
+    Args:
+      config: the base model, resized for the adapter.
+      tensors: by PEFT's key; those of rows are removed, and tables come under the key of a trained one.
+      peft: ``adapter_config.json``.
+      where: names the file of tensors.
+
+    Returns:
+      Leaves of the ``lora`` tree by path, and the tables with their ids in the order of the rows.
+
+    Raises:
+      NaloraError: an id that the base has no row for, a table that ``modules_to_save`` names too, rows that are missing
+        or of another shape.
+    """
+    spec = AdapterSpec(token_indices=peft.token_indices, saved=_names(peft.modules_to_save))
+    remedy = "is it an adapter of another base, or of one with more tokens? Their tokenizer belongs into its folder"
+    check_token_indices(spec, config, f"{peft.where}: trainable_token_indices", remedy)
+    own = spec.own_rows(tied=config.tie_embeddings)
+    leaves: dict[str, np.ndarray] = {}
+    kept = []
+    for name, tensor in tensor_names(config).items():
+        module = f"base_model.model.{tensor.removesuffix('.weight')}"
+        # A tied head's are those of the embedding once more, where they are there at all.
+        ids = own.get(name, own.get("embed_tokens", ()) if config.tie_embeddings else ())
+        rows, table = tensors.pop(f"{module}.{_ROWS}", None), tensors.pop(f"{module}.{RESIZED}", None)
+        if rows is None and name in own:
+            raise NaloraError(f"{where}: {module}.{_ROWS}", expected=f"the trained rows of {name}", found="nothing")
+        if rows is not None and rows.shape != (len(ids), config.d_model):
+            raise NaloraError(
+                f"{where}: {module}.{_ROWS}",
+                expected=f"shape {(len(ids), config.d_model)}, a row for each of trainable_token_indices",
+                found=f"shape {rows.shape}",
+            )
+        if table is not None:
+            if rows is not None and table.shape == (config.vocab_size, config.d_model):  # else it is refused there
+                table[list(ids)] = rows
+            tensors[f"{module}.weight"] = table
+        elif rows is not None and name in own:
+            leaves[ROWS[name]] = rows
+            kept.append(name)
+    shares = {"lm_head"} - set(own) if "embed_tokens" in kept else set()
+    return leaves, tuple((name, ids) for name, ids in peft.token_indices if name in {*kept, *shares})
+
+
+def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.rpartition(".")[2] for name in modules)
+
+
+def token_row_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The trained rows by PEFT's key, as its files hold them."""
+    leaves, names = trees.flatten(lora), tensor_names(config)
+    return {
+        f"base_model.model.{names[name].removesuffix('.weight')}.{_ROWS}": np.asarray(leaves[ROWS[name]], np.float32)
+        for name in spec.own_rows(tied=config.tie_embeddings)
+    }
+
+
+def token_settings(spec: AdapterSpec) -> dict[str, Any]:
+    """The field of ``adapter_config.json``; none where no rows are trained.
+
+    Example: ``{"trainable_token_indices": [5, 6]}`` of the embedding alone, else ``{"embed_tokens": [5, 6], ...}``.
+    """
+    listed = {name: list(ids) for name, ids in spec.token_indices}
+    if not listed:
+        return {}
+    return {"trainable_token_indices": listed["embed_tokens"] if set(listed) == {"embed_tokens"} else listed}
