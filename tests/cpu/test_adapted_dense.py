@@ -27,8 +27,12 @@ def test_contractions_filled_up_with_zeros_change_nothing(operand: str, monkeypa
         def layer(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
             return adapted_dense(x, Dense(kernel, Adapter(a, b, 0.7, jnp.abs(mask[: b.shape[1]]))), numerics).y
 
-        y, back = jax.vjp(layer, x, a, b)
-        return y, *back(jnp.cos(y))
+        @jax.jit
+        def value_and_gradients(*given: jax.Array) -> tuple[jax.Array, ...]:
+            y, back = jax.vjp(layer, *given)
+            return y, *back(jnp.cos(y))
+
+        return value_and_gradients(x, a, b)
 
     for arrays in ((x, kernel, a, b), (jnp.tile(x, 2), kernel.T, b.T, a.T)):
         for plain, filled in zip(results(1, *arrays), results(32, *arrays), strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +18,7 @@ EVERY_KIND = True
 
 
 def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
-    return jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16)
+    return jnp.asarray((scale * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16))
 
 
 def exact(x: jax.Array) -> np.ndarray:
@@ -31,8 +34,23 @@ def worst(got: jax.Array, want: np.ndarray) -> float:
 def in_stack(rng: np.random.Generator, y: jax.Array) -> Slice:
     """``y`` among two other matrices."""
     at = int(rng.integers(3))
-    stack = draw(rng, 3, *y.shape).at[at].set(y)
-    return Slice(jax.lax.bitcast_convert_type(stack, jnp.uint16), jnp.asarray(at))
+    stack = np.array(draw(rng, 3, *y.shape))
+    stack[at] = y
+    return Slice(jnp.asarray(stack.view(np.uint16)), jnp.asarray(at))
+
+
+def compiled(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """What a function makes of arrays, as one program; its operations one by one would be many."""
+    leaves, structure = jax.tree.flatten((given, options))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> Any:
+        filled = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
+        given, options = jax.tree.unflatten(structure, filled.values())
+        return function(*given, **options)
+
+    return run(*(leaves[i] for i in places))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -50,7 +68,7 @@ def test_sums_of_products(seed: int) -> None:
             want += exact(x) @ (exact(y).T if transposed else exact(y))
         sums.append(Sum(terms, ["float32", "bfloat16"][rng.integers(2)]))
         wanted.append(want)
-    for got, want, asked in zip(native.products(*sums), wanted, sums, strict=True):
+    for got, want, asked in zip(compiled(native.products, *sums), wanted, sums, strict=True):
         assert got.dtype == asked.dtype
         # Sums in float32, or rounded once to 8 bits.
         assert worst(got, want) < (1e-6 if asked.dtype == "float32" else 2**-8)
@@ -71,7 +89,7 @@ def test_sums_of_few_rows(transposed: bool, rows: int) -> None:
         sums += [Sum(terms, dtype) for dtype in ("float32", "bfloat16")]
         wanted += [want, want]
         bounds += [bound, 2**-8]
-    for got, want, bound in zip(native.products(*sums), wanted, bounds, strict=True):
+    for got, want, bound in zip(compiled(native.products, *sums), wanted, bounds, strict=True):
         assert worst(got, want) < bound
 
 
@@ -192,8 +210,9 @@ def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coeffic
     hidden = jnp.asarray(rng.standard_normal((rows, rank)), jnp.float32)
     b = jnp.asarray(0.1 * rng.standard_normal((rank, columns)), jnp.float32)
     cuts = (-1.0, 2.5)
-    out, sums = native.gate_measured(z, u, native.Measured(weights, probe_weights, hidden, b), logistic, cuts)
-    np.testing.assert_array_equal(out, native.gate(z, u, logistic))
+    measured = native.Measured(weights, probe_weights, hidden, b)
+    out, sums = compiled(native.gate_measured, z, u, measured, logistic, cuts)
+    np.testing.assert_array_equal(out, compiled(native.gate, z, u, logistic))
 
     z64, dz = exact(z), exact(hidden) @ exact(b)
     rho, slope = gate64(z64, *coefficients)
@@ -206,11 +225,11 @@ def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coeffic
     for got, right in zip(sums, want, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-4)
 
-    dz, du, again = native.gate_gradient(z, u, g, logistic, product=True)
+    dz, du, again = compiled(native.gate_gradient, z, u, g, logistic, product=True)
     np.testing.assert_array_equal(again, out)
     assert worst(dz, exact(g) * exact(u) * (rho + z64 * slope)) < 2**-8
     assert worst(du, exact(g) * z64 * rho) < 2**-8
-    for one, same in zip((dz, du, None), native.gate_gradient(z, u, g, logistic), strict=True):
+    for one, same in zip((dz, du, None), compiled(native.gate_gradient, z, u, g, logistic), strict=True):
         np.testing.assert_array_equal(one, same)
 
 
@@ -311,7 +330,7 @@ def test_attention_of_a_token_to_a_cache(
     cached = native.Cached(stack(k, 2, 3, 1), stack(v, 2, 1, 3), positions[:, :slots], segments[:, :slots])
     new = (x[:, slots:].astype(jnp.float32) for x in (q, k, v))
     heads_of_token = Heads(*new, positions[:, slots:], segments[:, slots:], window)
-    assert worst(native.cached_attention(heads_of_token, cached, 0.3, softcap), want) < 1e-5
+    assert worst(compiled(native.cached_attention, heads_of_token, cached, 0.3, softcap), want) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -334,13 +353,13 @@ def test_attention_and_its_gradient(
     q, k, v = draw(rng, batch, seq, heads, dim, scale=dim**-0.5), *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv")
     given = Heads(q, k, v, *(jnp.asarray(x) for x in places(rng, batch, seq, packed)), window)
     g = draw(rng, *q.shape)
-    out, logsumexp = native.attention(given, softcap)
+    out, logsumexp = compiled(native.attention, given, softcap)
     want = attention64(given, softcap, exact(g))
     assert worst(logsumexp, want[1]) < 1e-6
     # Weights and slopes are rounded to 8 bits before they are summed, the result afterwards.
     assert worst(out, want[0]) < 2**-7
     for held in (out,) if native.needs_result(seq, softcap) else (out, None):
-        gradients = native.attention_gradient(given, held, logsumexp, g, softcap)
+        gradients = compiled(native.attention_gradient, given, held, logsumexp, g, softcap)
         for got, expected in zip(gradients, want[2:], strict=True):
             assert worst(got, expected) < 2**-7
 
@@ -383,7 +402,7 @@ def test_sums_over_a_vocabulary(
     hidden, table = draw(rng, rows, d_model, scale=d_model**-0.5), draw(rng, vocab, d_model)
     given = table if transposed else table.T
     options = {"transposed": transposed, "scale": scale, "softcap": softcap, "gradient": gradient}
-    top, total, attended = native.over_vocabulary(hidden, given, count, **options)
+    top, total, attended = compiled(native.over_vocabulary, hidden, given, count, **options)
     logits, slope = scale * exact(hidden) @ exact(table).T, scale * np.ones((rows, vocab))
     if softcap:
         logits = softcap * np.tanh(logits / softcap)

@@ -367,11 +367,17 @@ CONFIG = RunConfig(
 )
 
 
+@jax.jit
+def initial() -> Any:
+    """The small decoder's weights, matrices in bf16."""
+    params = init_params(BASE, jax.random.key(1))
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+
+
 def assembled(config: RunConfig) -> tuple[Any, Any, Any]:
     """A small decoder, its weights, and their mesh."""
     mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
-    params = init_params(BASE, jax.random.key(1))
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+    params = initial()
     params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
     return assemble(config, BASE, params, mesh), params, mesh
 
@@ -441,8 +447,7 @@ def test_rematerialisation_changes_roundings_at_most() -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_generated_text(rows: int, kernels: str, both: Any, called: list[str]) -> None:
     """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""
-    params = jax.tree.map(lambda x: 4 * x, init_params(BASE, jax.random.key(1)))
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, params)
+    params = jax.tree.map(lambda x: 4 * x, initial())
     numerics = numerics_for("bfloat16", "cpu")
     prompts = np.random.default_rng(rows).integers(0, 96, (rows, 9)).tolist()
     words = tokenizers.models.WordLevel({str(i): i for i in range(96)}, unk_token="0")
