@@ -12,7 +12,14 @@ from nalora_jax.distributed.mesh import (
     row_sharding,
     smallest_mesh,
 )
-from nalora_jax.distributed.processes import fetch, initialize_distributed, lost_peers_named, on_first_process, tell_all
+from nalora_jax.distributed.processes import (
+    check_lost_peer,
+    fetch,
+    initialize_distributed,
+    lost_peers_named,
+    on_first_process,
+    tell_all,
+)
 from nalora_jax.distributed.sharding import (
     PARAM_RULES,
     STATE_RULES,
@@ -33,6 +40,7 @@ __all__ = [
     "batch_shards",
     "bytes_per_device",
     "check_heads",
+    "check_lost_peer",
     "compiler_options",
     "fetch",
     "fit_spec",

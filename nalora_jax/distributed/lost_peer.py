@@ -13,6 +13,7 @@ import re
 # Log lines of C++: level, date, time, thread, then file and line.
 _CPP = re.compile(rb"[EFIW]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ ([\w.-]+):\d+\]")
 _SERVICE = (b"coordination", b"distributed_runtime", b"client.h", b"client.cc", b"service.cc")
+ERROR = b"error: "  # how a line begins that says why a process ends
 END = b"\0end\n"  # the last line of a process that ends in good order
 LINE = (
     b"error: the other processes: expected all of them to go on, found that one is gone (no heartbeat or no "
@@ -22,7 +23,7 @@ LINE = (
 
 def main(source: int = 0, target: int = 2) -> None:
     """Copy ``source`` to ``target``, two file descriptors, until it ends."""
-    lost, told, begun = False, False, b""
+    lost, told, begun, head = False, False, b"", b""  # head: how a line began whose first part was passed on
     while piece := os.read(source, 1 << 16):
         *lines, begun = (begun + piece).split(b"\n")
         for line in lines:
@@ -32,13 +33,14 @@ def main(source: int = 0, target: int = 2) -> None:
                 return
             if not lost:
                 os.write(target, line + b"\n")
-                told = told or line.startswith(b"error: ")
+                told = told or (head + line).startswith(ERROR)
+            head = b""
         if not lost and begun and begun[:1] not in b"EFIW\0":  # a prompt or a progress bar: do not wait for its end
             os.write(target, begun)
-            begun = b""
+            head, begun = (head + begun)[: len(ERROR)], b""
     if not lost:
         os.write(target, begun)
-    elif not told:
+    elif not told and head != ERROR:
         os.write(target, LINE)
 
 

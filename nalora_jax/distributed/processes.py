@@ -30,6 +30,10 @@ _LOST = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|heartbeat|Socket closed|UNAVAILABLE|ABORTED"
     r"|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|DEADLINE_EXCEEDED|NCCL[^\n]{0,80}(remote|abort)"
 )
+# Those of them that storage does not say.
+_LOST_IN_A_COLLECTIVE = re.compile(
+    r"heartbeat|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|NCCL[^\n]{0,80}(remote|abort)"
+)
 
 
 def initialize_distributed() -> bool:
@@ -91,14 +95,25 @@ def lost_peers_named() -> Iterator[None]:
         signs = _LOST.search(str(error))
         if signs is None:
             raise
-        raise LostPeerError(
-            "the other processes",
-            expected="all of them to go on",
-            found=f"that one is gone ({signs[0]})",
-            remedy="its own log says why; start all of them again with --resume",
-        ) from error
+        raise _lost(signs[0]) from error
     # After an error it stays: leaving JAX's group may fail as well, at the very end of the process.
     restore()
+
+
+def check_lost_peer(error: BaseException) -> None:
+    """Raises a `LostPeerError` from what failed beside storage because another process is gone."""
+    signs = _LOST_IN_A_COLLECTIVE.search(str(error))
+    if signs is not None:
+        raise _lost(signs[0]) from error
+
+
+def _lost(sign: str) -> LostPeerError:
+    return LostPeerError(
+        "the other processes",
+        expected="all of them to go on",
+        found=f"that one is gone ({sign})",
+        remedy="its own log says why; start all of them again with --resume",
+    )
 
 
 def _filter_stderr() -> Callable[[], None]:

@@ -33,7 +33,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from nalora_jax import files, trees
-from nalora_jax.distributed import on_first_process, tell_all
+from nalora_jax.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import remote, snapshot
 
@@ -280,7 +280,11 @@ class Checkpointer:
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """A failed write leaves neither a half-written folder nor a step that is not there."""
+        """A failed write leaves neither a half-written folder nor a step that is not there.
+
+        Raises:
+          NaloraError: what the storage said; a `LostPeerError` where it was no fault of the storage's.
+        """
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -288,6 +292,7 @@ class Checkpointer:
                 for scrap in list(self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*")):
                     with suppress(OSError):
                         files.remove_tree(scrap)
+            check_lost_peer(error)
             self._manager.reload()
             raise NaloraError(
                 f"checkpoint in {self.folder}",

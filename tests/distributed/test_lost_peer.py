@@ -40,3 +40,17 @@ def passed(text: bytes) -> bytes:
 def test_all_is_passed_on_but_a_lost_peer_s_trace_which_becomes_one_line(text: bytes, left: bytes) -> None:
     assert passed(text) == left
     assert lost_peer.LINE.count(b"\n") == 1
+
+
+def test_an_error_that_comes_in_pieces_is_one():
+    command = [sys.executable, "-S", "-E", lost_peer.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as filtering:
+        assert filtering.stdin is not None
+        assert filtering.stderr is not None
+        for piece in (b"err", b"or: disk"):
+            filtering.stdin.write(piece)
+            filtering.stdin.flush()
+            assert filtering.stderr.read1() == piece  # passed on before its line is complete
+        filtering.stdin.write(b" full\n" + POLLED + FATAL)
+        filtering.stdin.close()
+        assert filtering.stderr.read() == b" full\n"

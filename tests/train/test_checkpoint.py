@@ -21,7 +21,7 @@ from orbax.checkpoint import path as ocp_path
 from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import LostPeerError, NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.snapshot import check_arrays, check_run
@@ -318,6 +318,17 @@ def test_a_failed_write_does_not_hide_the_error_that_ended_the_run(tmp_path):
     with no_file_above(100_000), pytest.raises(ZeroDivisionError) as caught:
         run()
     assert "File too large" in caught.value.__notes__[0]
+
+
+def test_a_write_that_another_process_left_is_no_fault_of_the_disk(tmp_path):
+    said = "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error [127.0.0.1]:40843: Connection reset by peer"
+    with opened(tmp_path) as checkpoints:
+        gone = pytest.raises(LostPeerError, match="found that one is gone .Gloo AllGather failed")
+        with gone, checkpoints._write_errors():
+            raise jax.errors.JaxRuntimeError(said)
+        failed = pytest.raises(NaloraError, match="found UNAVAILABLE: the bucket; .*make room")
+        with failed, checkpoints._write_errors():
+            raise ValueError("UNAVAILABLE: the bucket")
 
 
 def test_an_interrupted_save_is_neither_seen_nor_kept(tmp_path):
