@@ -23,10 +23,13 @@ def refined(numerics: Numerics) -> Numerics:
 
 
 @CPU.implements(programs.best_remat)
-def best_remat(d_model: int, numerics: Numerics) -> str:
-    """What a product costs per byte of its result grows with d_model; what it costs to save that byte does not."""
+def best_remat(d_model: int, numerics: Numerics, gated: bool = True) -> str:
+    """What a product costs per byte of its result grows with d_model; what it costs to save that byte does not.
+
+    A block with one wide product has half as much to save: CLIP ViT-B/16 is 6% faster so (benchmarks/few_shot.py).
+    """
     tiles = numerics.operand == "bfloat16" and usable(numerics) and native.multiplies_on_tiles()
-    return "attention" if tiles and d_model <= _WIDEST_RECOMPUTED else "dots"
+    return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"
 
 
 @CPU.implements(programs.after_compilation)

@@ -26,14 +26,14 @@ REMAT = ("none", *_SAVES, *(name + OFFLOAD for name in _SAVES))
 _WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have a memory that is not the host's
 
 
-def chosen_remat(asked: str, d_model: int, numerics: Numerics) -> str:
-    """The policy that is meant by ``asked``, of `REMAT` or "auto", on the numerics' platform.
+def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
+    """The policy that is meant by ``asked``, of `REMAT` or "auto", on the numerics' platform (see `best_remat`).
 
     Raises:
       NaloraError: see `check_remat`.
     """
     check_remat(asked, numerics.platform.name)
-    return best_remat(d_model, numerics) if asked == "auto" else asked
+    return best_remat(d_model, numerics, gated) if asked == "auto" else asked
 
 
 def check_remat(asked: str, platform: str) -> None:

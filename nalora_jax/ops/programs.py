@@ -14,8 +14,14 @@ def after_compilation(numerics: Numerics) -> None:
 
 
 @operation
-def best_remat(d_model: int, numerics: Numerics) -> str:
-    """The rematerialisation policy that costs least on the numerics' platform: one of `models.remat.REMAT`."""
+def best_remat(d_model: int, numerics: Numerics, gated: bool = True) -> str:
+    """The rematerialisation policy that costs least on the numerics' platform: one of `models.remat.REMAT`.
+
+    Args:
+      d_model: width of the residual stream.
+      numerics: dtypes and platform.
+      gated: whether feed-forward blocks have two wide products, or one.
+    """
     return "full"
 
 

@@ -154,7 +154,7 @@ def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: M
         base,
         spec,
         numerics,
-        remat=chosen_remat(compute.remat, base.image.d_model, numerics),
+        remat=chosen_remat(compute.remat, base.image.d_model, numerics, gated=base.image.gated),
         stats=GateStatsConfig(
             compute.stats_stride,
             compute.probe_stride,
