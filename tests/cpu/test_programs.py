@@ -1,0 +1,24 @@
+"""What a CPU prefers around compiled programs."""
+
+from __future__ import annotations
+
+import pytest
+
+from nalora_jax.cpu import native
+from nalora_jax.models.remat import chosen_remat
+from nalora_jax.ops.numerics import numerics_for
+
+
+@pytest.mark.parametrize(
+    ("tiles", "d_model", "gated", "expected"),
+    [
+        (True, 768, True, "attention"),
+        (True, 768, False, "dots"),  # one wide product to save, in place of two
+        (True, 2048, True, "dots"),
+        (False, 768, True, "dots"),
+    ],
+)
+def test_products_are_computed_again_where_that_is_sooner(tiles, d_model, gated, expected, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda devices=1: True)
+    monkeypatch.setattr(native, "multiplies_on_tiles", lambda: tiles)
+    assert chosen_remat("auto", d_model, numerics_for("bfloat16", "cpu"), gated=gated) == expected
