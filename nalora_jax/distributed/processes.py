@@ -25,14 +25,14 @@ _HEARTBEAT_TIMEOUT = (
     60  # seconds without a sign of a process until it counts as lost; NALORA_HEARTBEAT_TIMEOUT sets another
 )
 _SHUTDOWN_TIMEOUT = 30  # seconds that a process which has ended waits for the others
-# What JAX, Gloo, NCCL and the coordination service say when a process of the group is gone.
-_LOST = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|heartbeat|Socket closed|UNAVAILABLE|ABORTED"
-    r"|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|DEADLINE_EXCEEDED|NCCL[^\n]{0,80}(remote|abort)"
-)
-# Those of them that storage does not say.
+# What JAX, Gloo, NCCL and the coordination service say when a process of the group is gone: what storage does not say,
+# and all of it.
 _LOST_IN_A_COLLECTIVE = re.compile(
     r"heartbeat|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|NCCL[^\n]{0,80}(remote|abort)"
+)
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket closed|UNAVAILABLE|ABORTED"
+    rf"|DEADLINE_EXCEEDED|{_LOST_IN_A_COLLECTIVE.pattern}"
 )
 
 

@@ -78,10 +78,6 @@ def export_adapter(
     layout = layout or module_layout(config)
     if target == "vllm":
         _check_vllm(spec)
-        seen = [path for path, _ in spec.targets if not path.startswith("layers/")]
-        if seen:
-            rule = "adapters of the language model alone (vLLM's rule)"
-            raise NaloraError("--for vllm", expected=rule, found=f"one at {seen[0]}", remedy="merge it into the base")
     entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
@@ -213,6 +209,10 @@ def _check_vllm(spec: AdapterSpec) -> None:
     if spec.dora:
         rule = "no DoRA (vLLM's rule: use_dora is refused)"
         raise NaloraError("--for vllm", expected=rule, found="a DoRA adapter", remedy="merge it into the base instead")
+    seen = [path for path, _ in spec.targets if not path.startswith("layers/")]
+    if seen:
+        rule = "adapters of the language model alone (vLLM's rule)"
+        raise NaloraError("--for vllm", expected=rule, found=f"one at {seen[0]}", remedy="merge it into the base")
 
 
 def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[_Entry]:

@@ -57,6 +57,12 @@ def our_logits(config: ModelConfig, params: Any, lora: Any, spec: Any) -> np.nda
     return np.asarray(module.apply({"params": params, "lora": lora}, hidden, method="unembed"))
 
 
+def load_in_peft(model: Any, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
 def save(wrapped: Any, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,10 +96,7 @@ def test_peft_s_files_mean_the_same_here_and_ours_the_same_there(tiny_model, par
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert written["modules_to_save"] == list(spec.saved)
     again, _ = tiny_model("llama", tie_word_embeddings=tied)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = peft.PeftModel.from_pretrained(again, str(tmp_path / "ours")).eval()
-    np.testing.assert_allclose(torch_logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(torch_logits(load_in_peft(again, tmp_path / "ours")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_changed_table_or_a_missing_one_is_found(tiny_model, tmp_path):

@@ -36,7 +36,7 @@ from nalora_jax.weights.merge import merge
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 from nalora_jax.weights.saved_modules import fold_saved
 from tests import tiny
-from tests.weights.test_saved_modules import TOKENS, our_logits, save, torch_logits
+from tests.weights.test_saved_modules import TOKENS, load_in_peft, our_logits, save, torch_logits
 from tests.weights.test_saved_modules import wrap as wrap_plain
 
 torch = pytest.importorskip("torch")
@@ -55,12 +55,6 @@ def wrap(model: Any, trainable_token_indices: Any, **config: Any) -> Any:
             if "trainable_tokens_delta" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return wrapped
-
-
-def load_in_peft(model: Any, folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tied weights
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 # Settings of PEFT, and the rows that are in the tree.
