@@ -90,7 +90,6 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     """Losses and seconds of all steps, by this library."""
     import jax
 
-    import nalora_jax.cpu.register  # noqa: F401  as a run does
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.config.vision import VisionConfig

@@ -97,7 +97,6 @@ def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
     import jax
     import jax.numpy as jnp
 
-    import nalora_jax.cpu.register  # noqa: F401  for products of this library's own
     from nalora_jax.ops.matmul import dot
     from nalora_jax.ops.numerics import numerics_for
 

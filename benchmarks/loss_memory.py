@@ -27,7 +27,6 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
     import jax
     import jax.numpy as jnp
 
-    import nalora_jax.cpu.register  # noqa: F401  as a run does
     from nalora_jax.ops.cross_entropy import PLAIN_HEAD, cross_entropy
     from nalora_jax.ops.numerics import numerics_for
     from nalora_jax.ops.storage import prepare

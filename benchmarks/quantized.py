@@ -41,7 +41,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One kind: load, ask, train, ask again."""
-    import nalora_jax.cpu.register  # noqa: F401  as a run does
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.data.pipeline import train_data

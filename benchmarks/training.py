@@ -40,7 +40,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
     """The library's settings of this work."""
-    import nalora_jax.cpu.register  # noqa: F401  as a run does
     from nalora_jax import config as c
 
     off = (method or options.method) == "lora"

@@ -43,7 +43,7 @@ from jax._src import compiler
 if TYPE_CHECKING:
     from nalora_jax.ops.numerics import Numerics
 
-# As a command does; without it operations are their plain functions, and so are their tests.
+# Before a test replaces the table of implementations; others find it when their first operation runs.
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None
 if HAS_CPU:
     importlib.import_module("nalora_jax.cpu.register")

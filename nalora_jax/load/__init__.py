@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -28,9 +26,6 @@ from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
-
-if importlib.util.find_spec("nalora_jax.cpu") is not None:  # everything runs without it
-    importlib.import_module("nalora_jax.cpu.register")
 
 ADAPTER = "adapter"  # of a run's folder: the exported adapter
 

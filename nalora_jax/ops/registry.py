@@ -16,11 +16,15 @@ another way, on the platform that it is for, and returns ``NotImplemented`` for 
 Which one runs is decided by the numerics that every operation is given (`nalora_jax.ops.numerics`): "auto" takes what
 is registered for the numerics' platform, "xla" the plain function, and a name the implementation of that name. Nothing
 here asks JAX which devices there are, so that a program for a TPU can be made on a machine without one.
+
+This library's own implementations are imported when the first operation runs, whoever runs it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 AUTO, XLA = "auto", "xla"
 _REGISTERED: dict[str, Implementation] = {}
+_OWN = {"nalora_jax.cpu": "nalora_jax.cpu.register"}  # packages that may be left out, and what registers them
 
 
 class Operation(Generic[R]):
@@ -108,6 +113,7 @@ class Implementation:
 
 def check_implementation(name: str, platform: str) -> None:
     """Raises a NaloraError unless ``name`` is "auto", "xla", or an implementation that runs on ``platform``."""
+    _register_own()
     here = [one.name for one in _REGISTERED.values() if one.platform == platform]
     if name not in (AUTO, XLA, *here):
         known = _REGISTERED.get(name)
@@ -123,6 +129,14 @@ def _chosen(name: str, platform: str) -> list[str]:
     """The implementations to ask, in their order."""
     if name == XLA:
         return []
+    _register_own()
     if name != AUTO:
         return [name]
     return [one.name for one in _REGISTERED.values() if one.platform == platform]
+
+
+@functools.cache
+def _register_own() -> None:
+    for package, module in _OWN.items():
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(module)

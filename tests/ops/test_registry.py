@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.registry import Implementation, operation
+from tests.tiny import HAS_CPU
 
 
 def test_an_implementation_with_other_parameters_is_refused_where_it_is_registered(monkeypatch) -> None:
@@ -31,3 +35,16 @@ def test_an_implementation_with_other_parameters_is_refused_where_it_is_register
 
     assert double.implementations == {"mine": whole}
     assert float(double(jnp.ones(()), Numerics(), times=3)) == 3.0
+
+
+def test_own_implementations_are_found_without_being_asked_for() -> None:
+    """By whoever runs an operation, such as a script, a notebook or a study."""
+    program = (
+        "import sys; from nalora_jax.ops.numerics import Numerics, Platform; "
+        "from nalora_jax.ops.programs import processor_name as name; from nalora_jax.ops.registry import _REGISTERED; "
+        "assert 'nalora_jax.cpu.register' not in sys.modules; "
+        "name(Numerics(platform=Platform('cpu'))); print(*_REGISTERED)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert ("cpu" in found.stdout.split()) == HAS_CPU
