@@ -153,7 +153,10 @@ def _run(
         known = _known_before(output, pieces.questions)
         told, progress = _listeners(config, output.folder, start, callbacks)
         measured = assembly.state_metrics
-        beside = RunHooks(told, progress, pieces.selector, assembly.params, checkpointer, batches, stop, measured)
+        ranked = config.adalora.settled_at(config.steps)
+        beside = RunHooks(
+            told, progress, pieces.selector, assembly.params, checkpointer, batches, stop, measured, ranked
+        )
         with told, progress:
             told.start(_started(config, output, start, pieces))
             spent.end("preparing")
@@ -210,7 +213,7 @@ def _export(
 ) -> Path:
     """Writes the adapter and its card; the folder."""
     adapter: Path = pieces.export(output.folder / ADAPTER, best)
-    readme = card(config, pieces.loaded, pieces.assembly, before, after)
+    readme = card(config, pieces.loaded, pieces.assembly, best.lora, before, after)
     distributed.on_first_process(lambda: write_card(adapter, readme))
     return adapter
 

@@ -51,6 +51,13 @@ RANGES = [
     ("debug.tolerance", [0.0], [1e-9]),
     ("lora.dropout", [-0.1, 1.0, math.nan], [0.0, 0.99]),
     ("lora.plus_ratio", [0.0, -1.0], [16.0]),
+    ("adalora.target_rank", [-1, 8], [0, 7]),
+    ("adalora.warmup_share", [-0.1, 1.0], [0.0, 0.9]),
+    ("adalora.final_share", [-0.1, 1.0], [0.0, 0.9]),
+    ("adalora.interval", [0], [1]),
+    ("adalora.sensitivity_decay", [-0.1, 1.0], [0.0]),
+    ("adalora.uncertainty_decay", [-0.1, 1.0], [0.0]),
+    ("adalora.orthogonality", [-0.1, math.nan], [0.0]),
     ("lora.rules", [(), (RULE, LoRARule("x", -1)), (LoRARule("x", 4, math.nan),), (LoRARule("x", 4, 0.0),)], [(RULE,)]),
 ]
 REFUSED = [(name, value) for name, bad, _ in RANGES for value in bad]

@@ -13,8 +13,9 @@ import pytest
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.models.decoder import init_lora, init_params
+from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.tokenizer import Tokenizer

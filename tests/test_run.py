@@ -22,6 +22,7 @@ from tokenizers import models, pre_tokenizers
 from nalora_jax import trees
 from nalora_jax.__main__ import main
 from nalora_jax.config import (
+    AdaLoRAConfig,
     ComputeConfig,
     DataConfig,
     DebugConfig,
@@ -387,6 +388,29 @@ def test_every_variant_runs_through(config: RunConfig, changes: dict[str, Any]) 
     assert result.after["loss"] < result.before["loss"]
     model = load(config.output, dtype="float32")
     assert any(np.any(leaf) for path, leaf in trees.flatten(model.lora).items() if path.endswith("/b"))
+
+
+def test_adalora_leaves_the_ranks_that_were_asked_for(config: RunConfig) -> None:
+    """Of the last allocation on: no earlier state is exported, however good it was."""
+    rules = (LoRARule("ffn", 6),)
+    config = replace(
+        config,
+        steps=20,
+        lora=LoRAConfig(rules=rules),
+        adalora=AdaLoRAConfig(target_rank=2, interval=2),
+        optimizer=OptimizerConfig(learning_rate=5e-2),
+        train=replace(config.train, eval_every=5, save_every=5),
+    )
+    result = nalora_run.run(config)
+    assert result.after["loss"] < result.before["loss"]
+    assert result.best_step in (15, 20)
+    model = load(config.output, dtype="float32")
+    ranks = {path: target.ranks for path, target in model.spec.targets}
+    assert sum(map(sum, ranks.values())) == 2 * 3 * 2  # a mean of 2 on 3 projections of 2 layers
+    logged = [line["ranks"] for line in _lines(config.output) if line.get("ranks")]
+    assert sum(map(sum, logged[0].values())) == 25  # 12 + 24 (10 / 12)^3, rounded down
+    assert {path: tuple(rows) for path, rows in logged[-1].items() if any(rows)} == ranks
+    assert "AdaLoRA" in (result.adapter / "README.md").read_text()
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(

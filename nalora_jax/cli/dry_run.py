@@ -15,10 +15,10 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
-from nalora_jax.models.decoder import init_lora
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.optim import make
 from nalora_jax.plan.auto import laid_out
@@ -63,7 +63,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
     placed = laid_out(config, base)
     mesh = distributed.make_mesh(placed.mesh)
     check_layout(placed, files, mesh)
-    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    spec = adapter_spec(config, base)
     train = config.train
     data = train_data(
         config.data,

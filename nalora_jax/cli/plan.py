@@ -72,8 +72,7 @@ def plan(args: PlanArgs) -> None:
     if not machines:
         raise NaloraError("--topology", expected="at least one machine", found="none")
     _prepare(gpus=any(machine.chip.platform == "gpu" for machine in machines))
-    from nalora_jax.models.config import depths, projection_shapes
-    from nalora_jax.nn.low_rank import resolve
+    from nalora_jax.models.adapters import adapter_spec
     from nalora_jax.plan.layouts import choose, decoder_alone
     from nalora_jax.plan.models import architecture
     from nalora_jax.plan.report import describe
@@ -84,7 +83,7 @@ def plan(args: PlanArgs) -> None:
     for machine in machines:
         config = _config(args, args.batch or machine.size * args.accumulate)
         if args.estimate:
-            spec = resolve(config.lora, projection_shapes(base), depths(base))
+            spec = adapter_spec(config, base)
             print(
                 f"{args.model} on {machine.name}: {choose(config, *decoder_alone(base, spec), machine, args.seq)}",
                 flush=True,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nalora_jax.config.adalora import AdaLoRAConfig, check_adalora
 from nalora_jax.config.method import LoRAConfig, LoRARule, MaskConfig, OptimizerConfig, StepScaleConfig
 from nalora_jax.config.preference import PreferenceConfig, check_preference
 from nalora_jax.config.ranges import (
@@ -39,6 +40,7 @@ from nalora_jax.errors import NaloraError
 
 __all__ = [
     "RANGES",
+    "AdaLoRAConfig",
     "ComputeConfig",
     "DataConfig",
     "DebugConfig",
@@ -202,6 +204,7 @@ class RunConfig:
     mechanisms: tuple[str, ...] = ()
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    adalora: AdaLoRAConfig = field(default_factory=AdaLoRAConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     step_scale: StepScaleConfig = field(default_factory=StepScaleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -250,6 +253,13 @@ RANGES = {
     "lora.dropout": BELOW_ONE,
     "lora.plus_ratio": Range("a number", "(0, 1e6]"),
     "lora.gradient_batches": SIZE,
+    "adalora.target_rank": RANK,
+    "adalora.warmup_share": BELOW_ONE,
+    "adalora.final_share": BELOW_ONE,
+    "adalora.interval": SIZE,
+    "adalora.sensitivity_decay": BELOW_ONE,
+    "adalora.uncertainty_decay": BELOW_ONE,
+    "adalora.orthogonality": Range("a number", "[0, 1000]"),
     "mask.keep": Range("a share", "(0, 1]"),
     "mask.power": Range("a number", "(0, 100]"),
     "mask.low": BELOW_ONE,
@@ -323,6 +333,7 @@ def check(config: RunConfig) -> RunConfig:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
+    check_adalora(config)
     _check_saved(config)
     _check_added(config)
     check_preference(config.preference, init=config.lora.init, task=config.vision.task)

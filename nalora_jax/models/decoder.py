@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,15 +15,14 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax.errors import NaloraError
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, depths, param_shapes, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes
 from nalora_jax.models.remat import stacked
 from nalora_jax.nn.ffn import GateStatsConfig
 from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.nn.lora import frozen_kernel
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec, TargetSpec, init_a
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.attention import reads_cache_in_place
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.numerics import Numerics
@@ -320,78 +318,3 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
             leaf = noise * (0.02 if small else 1.0 / math.sqrt(shape[-2]))
         leaves[path] = leaf.astype(dtype)
     return unflatten(leaves)
-
-
-def init_lora(
-    config: ModelConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Fresh adapters: A random, B zero, so that the model is still the base.
-
-    Args:
-      config: the model.
-      spec: which projections, which ranks; a layer's A is zero beyond its own rank.
-      key: random key.
-      params: base weights, needed for DoRA's magnitudes and for tables that are trained, as a whole or by the row.
-
-    Raises:
-      NaloraError: a row that the tables do not have; see `check_token_indices`.
-    """
-    check_token_indices(spec, config)
-    leaves = _fresh(config, spec.targets, key)
-    base = flatten(params) if spec.starts_from_base else {}
-    for name in spec.saved:
-        table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
-        leaves[TABLES[name]] = table.astype(jnp.float32)
-    for name, ids in spec.own_rows(tied=config.tie_embeddings).items():
-        if name == "lm_head" and not config.tie_embeddings:
-            rows = jnp.take(base[TABLES[name]], np.array(ids), axis=1).T
-        else:
-            rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
-        leaves[ROWS[name]] = rows.astype(jnp.float32)
-    for path, _ in spec.targets if spec.dora else ():
-        kernel = base[f"{path}/kernel"]
-        leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
-    return unflatten(leaves)
-
-
-def check_token_indices(
-    spec: AdapterSpec, config: ModelConfig, where: str = "--lora.trainable-token-indices", remedy: str = ""
-) -> None:
-    """Refuses rows that a model's tables do not have, and those of a table that is trained as a whole.
-
-    Args:
-      spec: of the adapters.
-      config: the model.
-      where: names the setting, or the field of a file.
-      remedy: what to do about ids that are too large.
-
-    Raises:
-      NaloraError: an id beyond the vocabulary, or a table that ``saved`` has too.
-    """
-    for name, ids in spec.token_indices:
-        beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]
-        if beyond:
-            expected = f"token ids of the {config.vocab_size} rows of {name}, from 0"
-            raise NaloraError(where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy)
-    head = spec.head_rows(tied=config.tie_embeddings)
-    both = {name for name, _ in spec.token_indices} | ({"lm_head"} if head else set())
-    if both := both & set(spec.saved):
-        raise NaloraError(
-            where,
-            expected="rows of tables that modules_to_save does not name (a tied head has the embedding's rows)",
-            found=f"rows of {' and '.join(sorted(both))}, trained as a whole",
-            remedy="name a table in one of the two",
-        )
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _fresh(config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array) -> dict[str, jax.Array]:
-    leaves = {}
-    for i, (path, target) in enumerate(targets):
-        n_layers = depths(config)[path]
-        *lead, d_in, d_out = (n_layers, *projection_shapes(config)[path])
-        a = init_a(jax.random.fold_in(key, i), (*lead, d_in, target.rank))
-        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
-        leaves[f"{path}/a"] = jnp.where(used.reshape(n_layers, *(1,) * (a.ndim - 2), target.rank), a, 0.0)
-        leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
-    return leaves

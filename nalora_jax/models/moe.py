@@ -50,6 +50,8 @@ class ExpertDense(nn.Module):
         rank = self.target.rank
         a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], rank))).value
         b = self.variable("lora", "b", lambda: jnp.zeros((self.n_experts, rank, self.features), jnp.float32)).value
+        if self.has_variable("lora", "singular"):  # AdaLoRA, in training
+            a = a * self.get_variable("lora", "singular")[:, None, :]
         if a.ndim != 3:
             raise NaloraError("adapters", expected="one adapter on expert projections", found="a stack of adapters")
         magnitude = self._magnitude(kernel) if self.dora else None

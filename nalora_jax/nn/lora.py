@@ -73,6 +73,8 @@ class LoRADense(nn.Module):
         rank = self.target.rank
         a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (d_in, rank))).value
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)).value
+        if self.has_variable("lora", "singular"):  # AdaLoRA, in training
+            a = a * self.get_variable("lora", "singular")[None, :]
         stack = a.ndim == 3
         if stack and adapter_ids is None:
             raise ValueError("a stack of adapters needs adapter_ids")

@@ -7,7 +7,9 @@ is the identity. Adapters live in the collection ``lora``, apart from ``params``
     params: {"gate_proj": {"kernel": [d_in, d_out]}}
     lora:   {"gate_proj": {"a": [d_in, r], "b": [r, d_out]}}           # DoRA adds "magnitude": [d_out]
 
-Source: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353.
+AdaLoRA adds ``"singular": [r]``, the diagonal between A and B, which starts at zero in place of B.
+
+Source: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353; AdaLoRA, 2303.10512.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ class AdapterSpec:
     targets: tuple[tuple[str, TargetSpec], ...] = ()
     rslora: bool = False
     dora: bool = False
+    # Whether a diagonal stands between A and B (AdaLoRA): in training alone, files have plain adapters.
+    adalora: bool = False
     dropout: float = 0.0
     # Names in `TABLES` that are trained as a whole (PEFT's modules_to_save).
     saved: tuple[str, ...] = ()

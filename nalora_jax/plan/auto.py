@@ -10,8 +10,8 @@ from typing import Any, cast
 import jax
 
 from nalora_jax.config import MeshConfig, RunConfig
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.plan.layouts import Layout, choose, decoder_alone
 from nalora_jax.plan.machines import of_devices
 
@@ -33,7 +33,7 @@ def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device]
     where = of_devices(found)
     if where is None:  # a CPU, or a chip that nothing is known of: the simplest mesh that works
         return config
-    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    spec = adapter_spec(config, base)
     layout = choose(config, *decoder_alone(base, spec), where, config.data.max_length)
     log.info("mesh: %s", layout)
     return with_layout(config, layout)

@@ -22,9 +22,8 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
-from nalora_jax.models.decoder import init_lora
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.nn.quantize import KERNELS, gathered, quantize
 from nalora_jax.plan.machines import Topology
 from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step, measured_blocks
@@ -106,7 +105,7 @@ def step_and_arguments(
       seq: tokens of a row.
       images: places for images in a row, of a model that sees.
     """
-    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    spec = adapter_spec(config, base)
     mechanisms = build_mechanisms(config, base, spec)
     model = build_model(base, spec, config.compute, mesh, measured=mechanisms.statistics)
     optimizer = build_optimizer(config, base, spec, mechanisms)

@@ -10,8 +10,9 @@ import jax
 
 from nalora_jax import distributed
 from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.plan.auto import with_layout
 from nalora_jax.plan.figures import Figures, figures
 from nalora_jax.plan.layouts import Layout, choose, decoder_alone
@@ -92,7 +93,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
     Raises:
       NaloraError: nothing fits, or the compiler is not there.
     """
-    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    spec = adapter_spec(config, base)
     layout = choose(config, *decoder_alone(base, spec), where, seq)
     config = with_layout(config, layout)
     mesh = distributed.make_mesh(config.mesh, devices(where))

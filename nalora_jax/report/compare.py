@@ -99,9 +99,10 @@ def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    """ "LoRA" where no mechanism is on, else "NA-LoRA"."""
+    """ "LoRA" (with AdaLoRA's ranks "AdaLoRA") where no mechanism is on, else "NA-LoRA"."""
     kinds = [config.get(name, {}).get("kind", "off") for name in ("mask", "step_scale")]
-    return "LoRA" if kinds == ["off", "off"] and not config.get("mechanisms") else "NA-LoRA"
+    plain = "AdaLoRA" if config.get("adalora", {}).get("target_rank") else "LoRA"
+    return plain if kinds == ["off", "off"] and not config.get("mechanisms") else "NA-LoRA"
 
 
 def _metric(groups: Sequence[Group]) -> str:

@@ -101,11 +101,11 @@ class History:
         at, rows = (list(column) for column in zip(*alike, strict=True))
         return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
 
-    def adapters(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """(steps [T], norms [T, L]) of the adapters by path; null becomes NaN."""
+    def adapters(self, name: str = "adapters") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(steps [T], numbers [T, L]) of the adapters by path, their norms or their ``ranks``; null becomes NaN."""
         found: dict[str, list[tuple[float, list[float | None]]]] = {}
         for record in self.steps:
-            for path, norms in (record.get("adapters") or {}).items():
+            for path, norms in (record.get(name) or {}).items():
                 if norms is not None and not any(isinstance(norm, list) for norm in norms):
                     found.setdefault(path, []).append((record["step"], norms))
         alike = {path: [row for row in rows if len(row[1]) == len(rows[-1][1])] for path, rows in found.items()}

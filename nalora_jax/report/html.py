@@ -69,6 +69,11 @@ TRAINING = (
         "Frobenius norm of the low-rank update s·AB: how far each kind of module has moved from its base weight. "
         "Above: of all layers together, over the steps. Below: of every layer, at the last one.",
     ),
+    Picture(
+        state_plots.ranks,
+        "Ranks",
+        "What AdaLoRA has left to each kind of module: above over the steps, below to every layer, at the last one.",
+    ),
 )
 GATES = (
     Picture(

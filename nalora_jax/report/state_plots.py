@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,35 @@ def histogram(history: History, mechanism: str) -> str | None:
 
 def adapters(history: History) -> str | None:
     """Norms of the adapters: of each kind of module over the steps, below it of every layer at the last one."""
-    found = dict(list(history.adapters().items())[: 2 * len(_LINES)])
+    return _by_module(
+        history.adapters(),
+        lambda norms: np.sqrt(np.nansum(np.square(norms), axis=1)),
+        ("norm", "adapters", "Norms of the adapters over the steps, and of every layer"),
+    )
+
+
+def ranks(history: History) -> str | None:
+    """Ranks that AdaLoRA has left: to each kind of module over the steps, below it to every layer at the last one."""
+    return _by_module(
+        history.adapters("ranks"),
+        lambda ranks: np.nansum(ranks, axis=1),
+        ("ranks", "ranks", "Ranks that are left over the steps, and to every layer"),
+    )
+
+
+def _by_module(
+    numbers: dict[str, tuple[np.ndarray, np.ndarray]],
+    together: Callable[[np.ndarray], np.ndarray],
+    words: tuple[str, str, str],
+) -> str | None:
+    """A picture of numbers [steps, layers] by path; None where there are none.
+
+    Args:
+      numbers: steps and numbers.
+      together: [steps, layers] -> [steps].
+      words: what a number is, the picture's name, its description.
+    """
+    found, (what, picture, title) = dict(list(numbers.items())[: 2 * len(_LINES)]), words
     if not found:
         return None
     with style():
@@ -62,16 +91,16 @@ def adapters(history: History) -> str | None:
             name = path.replace("layers/", "")
             line = {"color": COLOURS[_LINES[index % len(_LINES)]], "linestyle": "-" if index < len(_LINES) else "--"}
             with np.errstate(over="ignore"):  # of a log that was edited
-                whole = np.sqrt(np.nansum(np.square(norms), axis=1))
+                whole = together(norms)
             upper.plot(*thin(steps, whole), label=name, **line)
             lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
-        upper.set(xlabel="step", ylabel="norm, all layers")
-        lower.set(xlabel="layer", ylabel=f"norm, step {max(steps[-1] for steps, _ in found.values()):.0f}")
+        upper.set(xlabel="step", ylabel=f"{what}, all layers")
+        lower.set(xlabel="layer", ylabel=f"{what}, step {max(steps[-1] for steps, _ in found.values()):.0f}")
         for axis in (upper, lower):
             axis.set_ylim(bottom=0)
         columns = 3 if max(map(len, found)) < 24 else 2
         figure.legend(loc="outside upper center", ncols=columns, columnspacing=1, handlelength=1.2)
-        return to_svg(figure, "adapters", "Norms of the adapters over the steps, and of every layer")
+        return to_svg(figure, picture, title)
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:

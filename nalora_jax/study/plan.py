@@ -25,6 +25,7 @@ _LATER = {
     "data": ("add_tokens", "add_special_tokens"),
     "lora": ("trainable_token_indices", "trainable_token_modules"),
 }
+_LATER_GROUPS = ("adalora",)  # the same of whole groups
 
 
 class Cell(NamedTuple):
@@ -173,8 +174,9 @@ def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str
 
 
 def _as_first_recorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` without those of `_LATER` that are at their default."""
+    """``settings`` without those of `_LATER` and `_LATER_GROUPS` that are at their default."""
     usual = RunConfig().to_dict()
+    settings = {name: v for name, v in settings.items() if name not in _LATER_GROUPS or v != usual[name]}
     return settings | {
         group: {
             name: value for name, value in settings[group].items() if name not in names or value != usual[group][name]

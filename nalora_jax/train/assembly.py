@@ -19,20 +19,23 @@ from nalora_jax import distributed, statistics, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths, gate_blocks, projection_shapes
-from nalora_jax.models.decoder import Decoder, init_lora
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.config import ModelConfig, gate_blocks
+from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_remat
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec, resolve
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.ops.storage import prepare
+from nalora_jax.optim.adalora import adalora
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.objectives import Objective, SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
 from nalora_jax.train.state_metrics import StateMetrics
 from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step, next_token
+from nalora_jax.weights.allocated import remaining_ranks
 from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
 from nalora_jax.weights.pissa import pissa_split
 
@@ -97,14 +100,12 @@ def assemble(
         if config.lora.init != "default":
             raise NaloraError("--lora.init", expected="default for a model that sees", found=config.lora.init)
         distributed.check_heads(mesh, n_heads=base.sight.tower.n_heads, n_kv_heads=base.sight.tower.n_heads)
-    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    spec = adapter_spec(config, base)
     mechanisms = build_mechanisms(config, base, spec)
     model = build_model(
         base, spec, config.compute, mesh, check=_check_tolerance(config), measured=mechanisms.statistics
     )
-    optimizer = build_optimizer(config, base, spec, mechanisms)
-    if last is not None:
-        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
+    optimizer = build_optimizer(config, base, spec, mechanisms, last)
 
     initial = None
     if config.lora.init == "pissa":
@@ -149,8 +150,13 @@ def starting_at(assembly: Assembly, lora: Any) -> Assembly:
 
 
 def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
-    """The trained adapter as one of the original base, in host memory: itself, or its difference from its start."""
+    """The trained adapter as a plain one of the original base, in host memory.
+
+    It is itself, its difference from its start, or what AdaLoRA has left of it.
+    """
     lora = jax.tree.map(distributed.fetch, lora)
+    if assembly.spec.adalora:
+        return remaining_ranks(lora, assembly.spec)
     if assembly.initial is None:
         return lora, assembly.spec
     return difference_as_lora(lora, assembly.initial, assembly.spec)
@@ -210,11 +216,21 @@ def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) ->
 
 
 def build_optimizer(
-    config: RunConfig, base: ModelConfig, spec: AdapterSpec, mechanisms: Mechanisms
+    config: RunConfig,
+    base: ModelConfig,
+    spec: AdapterSpec,
+    mechanisms: Mechanisms,
+    last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer with its schedule, and the mechanisms on the adapters that sit on gates."""
-    inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
-    return nalora(inner, _gates(base, spec), mechanisms)
+    """The inner optimizer with its schedule, the mechanisms on gates, ``last``, and AdaLoRA's allocation of ranks."""
+    settings = config.optimizer
+    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio)
+    optimizer = nalora(inner, _gates(base, spec), mechanisms)
+    if last is not None:
+        optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
+    if spec.adalora:
+        return adalora(optimizer, config.adalora, spec, config.steps, clip_norm=settings.clip_norm)
+    return optimizer
 
 
 def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:

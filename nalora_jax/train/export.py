@@ -110,14 +110,19 @@ def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path
 
 
 def card(
-    config: RunConfig, loaded: RunBase, assembly: Assembly, before: Mapping[str, Any], after: Mapping[str, Any]
+    config: RunConfig,
+    loaded: RunBase,
+    assembly: Assembly,
+    lora: Any,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
 ) -> Card:
-    """The adapter's README.md, with the run's settings and results."""
+    """The README.md of the adapter ``lora``, with the run's settings and results."""
     alias = alias_of(config.model)
     return Card(
         "adapter",
         loaded.source,
-        assembly.spec,
+        exportable_adapter(assembly, lora)[1] if assembly.spec.adalora else assembly.spec,
         run=config,
         license=alias.parts[0].licence if alias else "",
         before=before,

@@ -34,6 +34,7 @@ class RunHooks:
     batches: BatchIterator
     stop: StopSignals
     state_metrics: StateMetrics
+    ranked_from: int = 0  # the first step whose evaluation may choose it as the best
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -50,7 +51,8 @@ class RunHooks:
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
         """Start writing a checkpoint."""
-        self.checkpointer.save(step, state, self.batches.get_state(), measured and measured.metrics)
+        ranked = measured if step >= self.ranked_from else None
+        self.checkpointer.save(step, state, self.batches.get_state(), ranked and ranked.metrics)
         self.told.save(step, self.checkpointer.folder / str(step))
 
     def asked_to_stop(self, step: int) -> bool:

@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax import distributed, trees
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.optim.gate_state import Mechanisms
 from nalora_jax.optim.nalora import find_gates
@@ -64,7 +64,7 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
       seed: of the random subspace that the search begins with, and of the permuted weights.
 
     Returns:
-      A tree like that of `nalora_jax.models.decoder.init_lora`.
+      A tree like that of `nalora_jax.models.adapters.init_lora`.
     """
     spec, lora_config = assembly.spec, assembly.config.lora
     shapes = projection_shapes(base)

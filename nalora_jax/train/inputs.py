@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 
 from nalora_jax import distributed
-from nalora_jax.config import DataConfig, LoRAConfig, RunConfig
+from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
 from nalora_jax.data.sources import Source, open_pair
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.models.decoder import check_token_indices
-from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.models.adapters import adapter_spec, check_token_indices
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.model import added_ids, read_config
@@ -56,7 +56,7 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     distributed.process_rows(mesh, config.train.batch_size // config.train.accumulate)
-    _check_rows(config, files, base, check_rules(config.lora, base))
+    _check_rows(config, files, base, adapter_spec(config, base))
 
 
 def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spec: AdapterSpec) -> None:
@@ -77,12 +77,3 @@ def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spe
                 found=f"no row of {name} for {', '.join(f'{text!r} ({one})' for text, one in untrained.items())}",
                 remedy="nobody has trained them: name them, or the table in --lora.modules-to-save",
             )
-
-
-def check_rules(lora: LoRAConfig, base: ModelConfig) -> AdapterSpec:
-    """The adapters that the rules mean on a model, by its description; of one that sees, in tower and projector too.
-
-    Raises:
-      NaloraError: a rule matches nothing, or asks for an impossible rank.
-    """
-    return resolve(lora, projection_shapes(base), depths(base))

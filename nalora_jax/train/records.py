@@ -13,7 +13,7 @@ _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # of a run's config
 _MAX_LAYERS = 2**16
 _MAX_EDGES = 2**10
-_NESTED = ("layers", "towers", "adapters", "histograms")  # of a log step
+_NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # of a log step
 _OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")  # of an evaluation: what is no number
 
 
@@ -49,7 +49,7 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
         _check_numbers({name: value for name, value in record.items() if name not in _NESTED}, where)
         for name, rows in _mapping(record, "towers", where).items() if record.get("towers") is not None else ():
             _check_step(rows, f"{where}: towers: {name}")
-        for part in ("layers", "adapters"):
+        for part in ("layers", "adapters", "ranks"):
             if record.get(part) is not None:
                 _check_layers(_mapping(record, part, where), f"{where}: {part}")
         if record.get("histograms") is not None:

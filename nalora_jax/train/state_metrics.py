@@ -51,22 +51,30 @@ class StateMetrics:
           ``histograms``: by a mechanism's label its ``edges`` [B], and ``counts`` [layers, B + 1] of the channels whose
           own factor of the coming step lies below the first edge, from each edge to the next, and from the last one
           on; layers of several blocks one after the other, experts' channels together. ``adapters``: by path the
-          Frobenius norm of ``s A B`` of every layer, [layers]; experts' together.
+          Frobenius norm of ``s A B`` of every layer, [layers]; experts' together. With AdaLoRA ``ranks``: by path how
+          many each layer has left, [layers]; experts' together.
         """
-        counts, norms = jax.device_get(self._compiled(state))
+        counts, norms, ranks = jax.device_get(self._compiled(state))
         bins = {label: one.bins for label, one in self.mechanisms.entries}
         return {
             "histograms": {label: {"edges": bins[label], "counts": found} for label, found in counts.items()},
             "adapters": norms,
-        }
+        } | ({"ranks": ranks} if ranks else {})
 
-    def _measure(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def _measure(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
         own = own_factors(state.gate, self.mechanisms)
         counts = {
             label: jnp.concatenate([histogram(factor, one.bins) for factor in own[label].values()])
             for label, one in self.mechanisms.entries
         }
-        return counts, adapter_norms(trees.flatten(state.lora), self.spec)
+        kept = trees.flatten(state.opt_state.kept) if self.spec.adalora else {}
+        ranks = {path.removesuffix("/singular"): jnp.sum(_rows(leaf), axis=1) for path, leaf in kept.items()}
+        return counts, adapter_norms(trees.flatten(state.lora), self.spec), ranks
+
+
+def _rows(leaf: jax.Array) -> jax.Array:
+    """[layers, ...] -> [layers, n]."""
+    return leaf.reshape(leaf.shape[0], -1)
 
 
 def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
@@ -79,7 +87,7 @@ def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
     Returns:
       [layers, B + 1] int32.
     """
-    rows = factor.reshape(factor.shape[0], -1)
+    rows = _rows(factor)
     reached = jnp.sum(rows[:, None, :] >= np.asarray(edges, np.float32)[None, :, None], axis=-1, dtype=jnp.int32)
     whole, nothing = jnp.full((len(rows), 1), rows.shape[1], jnp.int32), jnp.zeros((len(rows), 1), jnp.int32)
     return -jnp.diff(jnp.concatenate([whole, reached, nothing], axis=1), axis=1)
@@ -92,12 +100,15 @@ def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[st
     ``(A^T A) * (B B^T)``, both [r, r].
 
     Args:
-      leaves: adapters by path: ``<path>/a`` [layers, ..., d_in, r] and ``<path>/b`` [layers, ..., r, d_out].
+      leaves: adapters by path: ``<path>/a`` [layers, ..., d_in, r] and ``<path>/b`` [layers, ..., r, d_out];
+        AdaLoRA's ``<path>/singular`` [layers, ..., r].
       spec: what they are adapters of.
     """
     found = {}
     for path, _ in spec.targets:
         a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        if spec.adalora:
+            a = a * leaves[f"{path}/singular"][..., None, :]
         of_a = jnp.einsum("l...dr,l...ds->l...rs", a, a, precision="highest")
         of_b = jnp.einsum("l...rd,l...sd->l...rs", b, b, precision="highest")
         squared = jnp.sum(of_a * of_b, axis=tuple(range(1, a.ndim)))

@@ -116,15 +116,17 @@ def _summary(card: Card) -> str:
 
 
 def _method(run: RunConfig) -> str:
-    mask, step = run.mask.kind, run.step_scale.kind
+    mask, step, mean = run.mask.kind, run.step_scale.kind, run.adalora.target_rank
+    allocated = f"AdaLoRA (arXiv 2303.10512) has left a mean rank of {mean} to every adapter."
     if mask == step == "off" and not run.mechanisms:
-        return "Trained with plain LoRA."
+        return f"Trained as plain LoRA, of whose ranks {allocated}" if mean else "Trained with plain LoRA."
     used = [f"a {mask} temporal-importance mask on the gate's updates"] if mask != "off" else []
     used += [f"a step scale by {step}"] if step != "off" else []
     used += [f"the mechanism {name}" for name in run.mechanisms]
     return (
         f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
         f"{' and '.join(used)}. They act in training only: the result is a plain adapter."
+        + (f" Of its ranks {allocated}" if mean else "")
     )
 
 

@@ -19,8 +19,9 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.outputs import data_of
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.load import load
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.models.decoder import init_lora, init_params
+from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts

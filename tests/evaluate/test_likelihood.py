@@ -16,8 +16,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.plan import choose_layout, make_batches, split_group
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import projection_shapes
-from nalora_jax.models.decoder import init_lora
 from nalora_jax.nn.low_rank import resolve
 
 

@@ -19,8 +19,9 @@ from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.perplexity import _batch_log_probs
 from nalora_jax.generate.shapes import place_batch
 from nalora_jax.load import load
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.models.decoder import Decoder, init_lora, init_params
+from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.moe import MoEFFN
 from nalora_jax.nn.ffn import Adapters
 from nalora_jax.nn.low_rank import TargetSpec, resolve

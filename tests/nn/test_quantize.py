@@ -9,8 +9,9 @@ import pytest
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.models.decoder import Decoder, init_lora, init_params
+from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.nn.quantize import NF4_LEVELS, dequantize, quantize, quantize_params
 from nalora_jax.ops.matmul import matmul

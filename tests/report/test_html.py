@@ -173,6 +173,7 @@ def test_fields_that_differ_from_the_defaults_stand_out(make_run):
         [{"step": 1, "misalignment": 0.2, "layers": {"misalignment": [0.2], "importance": [0.1]}}],
         [{"step": 1, "layers": {"occupancy": [[0.25] * 4], "step_scale_min": [1], "step_scale_max": [1]}}],
         [{"step": 1, "histograms": {"$x_{": {"edges": [1, 2], "counts": [[0, 0, 0]]}}, "adapters": {"$q_{": [None]}}],
+        [{"step": 1, "ranks": {"q": [None], "v": [[1]], "o": None}}],
         [{"step": s, "histograms": {"x": {"edges": [1, s + 2], "counts": [[5, s, 0]] * s}}} for s in (1, 2)],
         [{"step": s, "adapters": {"q": [0.1] * s, "v": [[1]], "o": None}} for s in (1, 2)],
         [{"step": 1, "layers": {name: [0.0] * 3 for name in ("misalignment", "limit", "feature", "mask_mean")}}],
@@ -180,6 +181,13 @@ def test_fields_that_differ_from_the_defaults_stand_out(make_run):
 )
 def test_logs_that_lack_almost_everything_still_make_a_page(make_run, records):
     assert "nalora_jax" in page_of(make_run(records)).words
+
+
+def test_ranks_have_a_picture_where_they_are_allocated(make_run):
+    records = [{"step": s, "loss": 2.0, "ranks": {"q": [4, 4 - s], "v": [3, 3]}} for s in (1, 2)]
+    page = page_of(make_run(records))
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+    assert "Ranks that are left over the steps, and to every layer" in labels
 
 
 def test_a_long_run_stays_small(make_run):

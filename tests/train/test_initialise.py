@@ -21,8 +21,8 @@ from nalora_jax.config import (
     check,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.decoder import init_lora
 from nalora_jax.train.assembly import Assembly, assemble, starting_at
 from nalora_jax.train.initialise import gradient_adapters
 from nalora_jax.weights.keymaps import params_from_tensors

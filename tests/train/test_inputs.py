@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.inputs import check_data, check_rules
+from nalora_jax.models.adapters import adapter_spec
+from nalora_jax.train.inputs import check_data
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.model import read_config
 
@@ -38,12 +39,12 @@ def described(tmp_path: Path) -> ResolvedSource:
 
 def test_rules_are_judged_without_weights(described: ResolvedSource) -> None:
     base = read_config(described)
-    spec = check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),)), base)
+    spec = adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", 4),))), base)
     assert [path for path, _ in spec.targets] == ["layers/ffn/gate_proj"]
     with pytest.raises(NaloraError, match="which matches nothing"):
-        check_rules(LoRAConfig(rules=(LoRARule("mlp/"),)), base)
+        adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("mlp/"),))), base)
     with pytest.raises(NaloraError, match="rank"):
-        check_rules(LoRAConfig(rules=(LoRARule("ffn/gate_proj", 17),)), base)
+        adapter_spec(RunConfig(lora=LoRAConfig(rules=(LoRARule("ffn/gate_proj", 17),))), base)
 
 
 @pytest.fixture

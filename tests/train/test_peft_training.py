@@ -13,6 +13,7 @@ import pytest
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import (
+    AdaLoRAConfig,
     ComputeConfig,
     LoRAConfig,
     LoRARule,
@@ -92,14 +93,15 @@ def rows() -> list[dict[str, jax.Array]]:
     return made
 
 
-def our_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str) -> Assembly:
+def our_start(base: tuple[Any, ModelConfig, Any], first: dict[str, jax.Array], method: str, **more: Any) -> Assembly:
     rules = (LoRARule("ffn/(gate|up|down)_proj|q_proj", RANK, ALPHA),)
     config = RunConfig(
-        lora=LoRAConfig(rules=rules, **METHODS[method][0]),
+        lora=LoRAConfig(rules=rules, **METHODS.get(method, ({}, {}))[0]),
         mask=MaskConfig(kind="off"),
         step_scale=StepScaleConfig(kind="off"),
         optimizer=OPTIMIZER,
         compute=ComputeConfig(dtype="float32"),
+        **more,
     )
     made = assemble(config, *base[1:], distributed.make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     return starting_at(made, gradient_adapters(made, base[1], [first], 0)) if method == "LoRA-GA" else made
@@ -211,3 +213,87 @@ def test_updates_are_those_of_peft(
             moved, their_moved = lora[path] - before, adapters[path] - before
             assert np.abs(their_moved).max() > 0.5 * rate or (step == 1 and path.endswith("/a"))  # where B is 0
             np.testing.assert_allclose(moved, their_moved, atol=2e-3 * rate * step, err_msg=f"{path}, step {step}")
+
+
+# As settings of ours: of 20 steps the first 4 have all ranks, and the ranks of step 15 stay.
+ADALORA = AdaLoRAConfig(target_rank=2, warmup_share=0.2, final_share=0.25, interval=3, orthogonality=0.5)
+
+
+def their_adalora(base: tuple[Any, ModelConfig, Any], ours: Assembly) -> Any:
+    """PEFT's AdaLoRA with our start."""
+    names = [name.rpartition(".")[2] for name in PROJECTIONS.values()]
+    config = peft.AdaLoraConfig(
+        init_r=RANK,
+        target_r=ADALORA.target_rank,
+        lora_alpha=ALPHA,
+        tinit=4,
+        tfinal=5,
+        deltaT=ADALORA.interval,
+        beta1=ADALORA.sensitivity_decay,
+        beta2=ADALORA.uncertainty_decay,
+        orth_reg_weight=ADALORA.orthogonality,
+        total_step=20,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+    )
+    theirs, lora = peft.get_peft_model(copy.deepcopy(base[0]), config), trees.flatten(ours.state.lora)
+    with torch.no_grad():
+        for path, index, module in places(theirs):
+            for name, own in (("lora_A", "a"), ("lora_B", "b"), ("lora_E", "singular")):
+                value = torch.tensor(np.asarray(lora[f"{path}/{own}"][index]).T)
+                parameter = getattr(module, name)["default"]
+                parameter.copy_(value.reshape(parameter.shape))
+    return theirs
+
+
+def components(theirs: Any) -> dict[str, np.ndarray]:
+    """Weights of PEFT's AdaLoRA, as a flat tree of ours."""
+    found: dict[str, list[np.ndarray]] = {}
+    for path, _, module in places(theirs):
+        for name, own in (("lora_A", "a"), ("lora_B", "b"), ("lora_E", "singular")):
+            found.setdefault(f"{path}/{own}", []).append(getattr(module, name)["default"].detach().numpy().T.copy())
+    return {path: np.stack(layers).squeeze(1 if path.endswith("/singular") else ()) for path, layers in found.items()}
+
+
+def test_adalora_is_that_of_peft(base: Any, rows: list[dict[str, jax.Array]]) -> None:
+    """20 steps: the same weights, and the same components taken, in all phases."""
+    ours = our_start(base, rows[0], "AdaLoRA", adalora=ADALORA, steps=20)
+    theirs = their_adalora(base, ours)
+    tuner, optimizer, state = theirs.base_model, their_optimizer(theirs, "AdaLoRA"), ours.state
+    for name, value in components(theirs).items():
+        assert np.abs(value).max() == pytest.approx(0.0 if name.endswith("/singular") else 0.08, abs=0.04)
+    taken = []
+    for step in range(1, 21):
+        batch = rows[step % len(rows)]
+        state, _ = ours.step(ours.params, state, batch)
+        loss = penalised(theirs, their_loss(theirs, batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        tuner.update_and_allocate(step)
+        lora, adapters = trees.flatten(jax.device_get(state.lora)), components(theirs)
+        assert lora.keys() == adapters.keys()
+        for path, value in adapters.items():
+            np.testing.assert_allclose(lora[path], value, atol=1e-4, err_msg=f"{path}, step {step}")
+        zeros = {path: value == 0 for path, value in adapters.items() if path.endswith("/singular")}
+        assert all(np.array_equal(lora[path] == 0, value) for path, value in zeros.items())
+        taken.append(sum(int(value.sum()) for value in zeros.values()))
+    matrices = sum(1 for _ in places(theirs))
+    assert taken[3] == 0 < taken[5] < taken[8] < taken[14]  # budgets that fall
+    assert taken[14:] == [matrices * (RANK - ADALORA.target_rank)] * 6
+
+
+def penalised(theirs: Any, loss: Any) -> Any:
+    """``loss`` with PEFT's penalty, which its forward pass adds to losses that it computes itself."""
+
+    class Output:
+        pass
+
+    output = Output()
+    output.loss = loss.clone()
+    tuner = theirs.base_model
+    inner, tuner.model.forward = tuner.model.forward, lambda: output
+    try:
+        return tuner.forward().loss
+    finally:
+        tuner.model.forward = inner

@@ -39,3 +39,7 @@ def test_norms_are_those_of_the_whole_updates() -> None:
         scale = [alpha / rank if rank else 0.0 for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)]
         expected = scale * np.sqrt(np.square(whole).sum(axis=tuple(range(1, whole.ndim))))
         np.testing.assert_allclose(found[path], expected, rtol=1e-5)
+    diagonals = {f"{path}/singular": np.full((*pair[0][:-2], 4), -2.0, np.float32) for path, pair in shapes.items()}
+    doubled = adapter_norms({**leaves, **diagonals}, AdapterSpec(targets, adalora=True))
+    for path, _ in targets:
+        np.testing.assert_allclose(doubled[path], 2 * found[path], rtol=1e-5)

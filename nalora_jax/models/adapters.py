@@ -1,0 +1,118 @@
+"""The adapters that a run puts on a model: their spec, and their values before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.config import RunConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec, TargetSpec, init_a, resolve
+from nalora_jax.trees import flatten, unflatten
+
+_ADALORA_STD = 0.02  # of AdaLoRA's A and B, as in PEFT
+
+
+def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
+    """The adapters that a run's rules mean on a model; of one that sees, on tower and projector too.
+
+    Raises:
+      NaloraError: a rule matches nothing, or asks for an impossible rank.
+    """
+    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    return replace(spec, adalora=config.adalora.target_rank > 0)
+
+
+def init_lora(
+    config: ModelConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fresh adapters: A random, B (of AdaLoRA's the diagonal) zero, so that the model is still the base.
+
+    Args:
+      config: the model.
+      spec: which projections, which ranks; a layer's A is zero beyond its own rank.
+      key: random key.
+      params: base weights, needed for DoRA's magnitudes and for tables that are trained, as a whole or by the row.
+
+    Raises:
+      NaloraError: a row that the tables do not have; see `check_token_indices`.
+    """
+    check_token_indices(spec, config)
+    leaves = _fresh(config, spec.targets, key, spec.adalora)
+    base = flatten(params) if spec.starts_from_base else {}
+    for name in spec.saved:
+        table = base[TABLES[name]] if TABLES[name] in base else base[TABLES["embed_tokens"]].T
+        leaves[TABLES[name]] = table.astype(jnp.float32)
+    for name, ids in spec.own_rows(tied=config.tie_embeddings).items():
+        if name == "lm_head" and not config.tie_embeddings:
+            rows = jnp.take(base[TABLES[name]], np.array(ids), axis=1).T
+        else:
+            rows = jnp.take(base[TABLES["embed_tokens"]], np.array(ids), axis=0)
+        leaves[ROWS[name]] = rows.astype(jnp.float32)
+    for path, _ in spec.targets if spec.dora else ():
+        kernel = base[f"{path}/kernel"]
+        leaves[f"{path}/magnitude"] = jnp.linalg.norm(kernel.astype(jnp.float32), axis=-2)
+    return unflatten(leaves)
+
+
+def check_token_indices(
+    spec: AdapterSpec, config: ModelConfig, where: str = "--lora.trainable-token-indices", remedy: str = ""
+) -> None:
+    """Refuses rows that a model's tables do not have, and those of a table that is trained as a whole.
+
+    Args:
+      spec: of the adapters.
+      config: the model.
+      where: names the setting, or the field of a file.
+      remedy: what to do about ids that are too large.
+
+    Raises:
+      NaloraError: an id beyond the vocabulary, or a table that ``saved`` has too.
+    """
+    for name, ids in spec.token_indices:
+        beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]
+        if beyond:
+            expected = f"token ids of the {config.vocab_size} rows of {name}, from 0"
+            raise NaloraError(where, expected=expected, found=", ".join(map(str, beyond[:5])), remedy=remedy)
+    head = spec.head_rows(tied=config.tie_embeddings)
+    both = {name for name, _ in spec.token_indices} | ({"lm_head"} if head else set())
+    if both := both & set(spec.saved):
+        raise NaloraError(
+            where,
+            expected="rows of tables that modules_to_save does not name (a tied head has the embedding's rows)",
+            found=f"rows of {' and '.join(sorted(both))}, trained as a whole",
+            remedy="name a table in one of the two",
+        )
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _fresh(
+    config: ModelConfig, targets: tuple[tuple[str, TargetSpec], ...], key: jax.Array, adalora: bool
+) -> dict[str, jax.Array]:
+    leaves = {}
+    for i, (path, target) in enumerate(targets):
+        n_layers = depths(config)[path]
+        *lead, d_in, d_out = (n_layers, *projection_shapes(config)[path])
+        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
+        used = used.reshape(n_layers, *(1,) * (len(lead) - 1), target.rank)
+        key_a, shape = jax.random.fold_in(key, i), (*lead, d_in, target.rank)
+        if adalora:
+            key_a, key_b = jax.random.split(key_a)
+            noise = (
+                _ADALORA_STD * jax.random.normal(key_a, shape),
+                jax.random.normal(key_b, (*lead, target.rank, d_out)),
+            )
+            leaves[f"{path}/a"] = jnp.where(used[..., None, :], noise[0], 0.0)
+            leaves[f"{path}/b"] = jnp.where(used[..., None], _ADALORA_STD * noise[1], 0.0)
+            leaves[f"{path}/singular"] = jnp.zeros((*lead, target.rank), jnp.float32)
+            continue
+        leaves[f"{path}/a"] = jnp.where(used[..., None, :], init_a(key_a, shape), 0.0)
+        leaves[f"{path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
+    return leaves

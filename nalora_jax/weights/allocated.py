@@ -1,0 +1,51 @@
+"""What AdaLoRA leaves of its adapters, as plain LoRA: each layer with its own rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
+
+
+def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
+    """The plain adapters that equal adapters with a diagonal, ``s A diag(e) B``, without the ranks whose ``e`` is 0.
+
+    A layer's alpha falls with its rank, so that its scale stays; a layer without any rank left has no adapter. Experts
+    of one layer share a rank, the largest of theirs.
+
+    Args:
+      lora: the trained tree in host memory, stacked (``layers/ffn/gate_proj/{a, b, singular}``), float32.
+      spec: of these adapters.
+
+    Returns:
+      The tree, zero-padded to the largest rank of each projection, and its spec; projections of which nothing is left
+      are in neither.
+    """
+    leaves, targets = flatten(lora), []
+    for path, target in spec.targets:
+        a, b, singular = (np.asarray(leaves.pop(f"{path}/{name}")) for name in ("a", "b", "singular"))
+        kept = singular != 0
+        ranks = tuple(int(layer.sum(-1).max()) for layer in kept)
+        if not max(ranks):
+            continue
+        first = np.argsort(~kept, axis=-1, kind="stable")[..., : max(ranks)]  # what is kept, then zeros
+        leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
+        rows = np.take_along_axis(b * kept[..., None], first[..., None], axis=-2)
+        leaves[f"{path}/b"] = rows
+        shares = [rank / max(before, 1) for rank, before in zip(ranks, target.ranks, strict=True)]
+        falls = [math.sqrt(share) if spec.rslora else share for share in shares]
+        alphas = tuple(alpha * fall or 1.0 for alpha, fall in zip(target.alphas, falls, strict=True))
+        targets.append((path, TargetSpec(ranks, alphas)))
+    plain = AdapterSpec(
+        tuple(targets),
+        rslora=spec.rslora,
+        dropout=spec.dropout,
+        saved=spec.saved,
+        token_indices=spec.token_indices,
+    )
+    return unflatten(leaves), plain
