@@ -27,6 +27,7 @@ RANGES = [
     ("data.eval_limit", [-1], [0]),
     ("data.train_limit", [-1], [0]),
     ("compute.stats_stride", [0], [1, 8]),
+    ("compute.stats_positions", [-1], [0, 1]),
     ("compute.probe_stride", [0], [1]),
     ("compute.loss_chunk", [-1], [0]),
     ("data.select_limit", [0], [1]),

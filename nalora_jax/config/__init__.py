@@ -162,6 +162,8 @@ class ComputeConfig:
     remat: Remat = "auto"
     # Take the channel statistics on one in n positions of each row (1: on all).
     stats_stride: int = 4
+    # Positions that they take of a row at most: longer rows have larger strides, the probe's too; 0: no bound.
+    stats_positions: int = 256
     # Take the misalignment probe on one in n positions.
     probe_stride: int = 8
     # Rows of hidden states per chunk of the cross-entropy, on each device; 0 chooses by platform and vocabulary.
@@ -297,6 +299,7 @@ RANGES = {
     "train.keep": COUNT,
     "train.patience": COUNT,
     "compute.stats_stride": SIZE,
+    "compute.stats_positions": COUNT,
     "compute.probe_stride": SIZE,
     "compute.loss_chunk": COUNT,
     "debug.tolerance": Range("a number", "(0, 1]"),

@@ -109,7 +109,7 @@ class MoEFFN(nn.Module):
             self.norm_topk,
             self.activation,
             self.numerics,
-            self.stats,
+            self.stats.of_rows(x.shape[1]),
             measure=not self.is_initializing() and self.is_mutable_collection("gate_stats"),
             dropout=self.adapters.dropout,
         )

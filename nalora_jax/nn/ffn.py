@@ -70,7 +70,7 @@ class _Block(nn.Module):
         measurement, sinks = None, self.variables.get("gate_taps")
         if not self.is_initializing() and (sinks or self.is_mutable_collection("gate_stats")):
             weights = jnp.ones(x.shape[:-1], bool) if token_weights is None else token_weights
-            measurement = Measurement(weights, self.stats, sinks)
+            measurement = Measurement(weights, self.stats.of_rows(weights.shape[-1]), sinks)
         phi = activations.get(self.activation)
         y, statistics = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
         for name, value in (statistics or {}).items():

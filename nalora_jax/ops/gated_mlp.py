@@ -10,7 +10,7 @@ weight rho(z), not only the feature; the statistics measure that, and never touc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,11 +37,23 @@ class GateStatsConfig:
 
     stride: int = 1  # statistics on one in n positions of a row (`nalora_jax.selection.sampled`)
     probe_stride: int = 8  # misalignment on one in n positions
+    positions: int = 0  # that statistics take of a row at most: strides grow with longer ones; 0: no bound
     tolerance: float = 0.05  # |h - 1| at which the linear region starts
     check: float = 0.0  # tolerance of the checks on the live arrays (`nalora_jax.ops.checks`); 0 makes none
     extra: tuple[str, ...] = ()  # statistics of the forward pass beyond the standard ones (`nalora_jax.statistics`)
     # Of [batch, seq, d_model]. If it splits the rows, every shard sums its own: arrays have a leading axis [shards].
     sharding: NamedSharding | None = None
+
+    def of_rows(self, length: int) -> GateStatsConfig:
+        """The same for rows of ``length`` positions, by strides alone.
+
+        Sums over thousands of rows are no better for taking thousands of positions of each: what they cost grows with
+        the row, what they are worth with the batch.
+        """
+        if not self.positions:
+            return self
+        grown = max(1, -(-length // (self.stride * self.positions)))
+        return replace(self, stride=grown * self.stride, probe_stride=grown * self.probe_stride, positions=0)
 
 
 class Measurement(NamedTuple):

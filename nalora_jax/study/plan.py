@@ -24,6 +24,7 @@ Stage = Literal["tune", "test"]
 _LATER = {
     "data": ("add_tokens", "add_special_tokens"),
     "lora": ("trainable_token_indices", "trainable_token_modules"),
+    "compute": ("stats_positions",),
 }
 _LATER_GROUPS = ("adalora",)  # the same of whole groups
 

@@ -187,6 +187,7 @@ def build_model(
         stats=GateStatsConfig(
             compute.stats_stride,
             compute.probe_stride,
+            compute.stats_positions,
             check=check,
             extra=statistics.extra(measured),
             sharding=distributed.row_sharding(mesh),

@@ -158,6 +158,7 @@ def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: M
         stats=GateStatsConfig(
             compute.stats_stride,
             compute.probe_stride,
+            compute.stats_positions,
             check=config.debug.tolerance if config.debug.check_gates else 0.0,
             extra=statistics.extra(mechanisms.statistics),
             sharding=distributed.row_sharding(mesh),

@@ -12,6 +12,7 @@ import pytest
 from scipy import special
 
 from nalora_jax import activations
+from nalora_jax.models.moe import MoEFFN
 from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
 from nalora_jax.nn.low_rank import TargetSpec
 from nalora_jax.ops import adapted_dense as dense_module
@@ -101,6 +102,29 @@ def test_strides_take_one_in_n_positions(length: int) -> None:
         want = measured(dense, picked, counted)
         for name in names:
             np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_long_rows_give_no_more_positions_than_they_may(experts: int) -> None:
+    """A row of 64 positions, at most 8 of them: stride 4 becomes 8, and the probe's 8 becomes 16."""
+
+    def measured(**stats: int) -> dict[str, jax.Array]:
+        config = GateStatsConfig(**stats)
+        if experts:
+            block: Any = MoEFFN(D, F, experts, 1, adapters=GATED, stats=config)
+        else:
+            block = GatedFFN(D, F, "silu", GATED, stats=config)
+        variables = jax.jit(block.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
+        x = jax.random.normal(jax.random.key(1), (2, 64, D))
+        found = jax.jit(lambda v: block.apply(v, x, mutable=["gate_stats"]))(variables)[1]["gate_stats"]
+        return dict(found)
+
+    bounded, strides = measured(stride=4, probe_stride=8, positions=8), measured(stride=8, probe_stride=16)
+    for name, value in strides.items():
+        np.testing.assert_array_equal(bounded[name], value, err_msg=name)
+    assert (float(np.sum(strides["tokens"])), float(np.sum(strides["probe_tokens"]))) == (16.0, 8.0)
+    free = GateStatsConfig(stride=4, probe_stride=8, positions=16)
+    assert free.of_rows(64) == GateStatsConfig(stride=4, probe_stride=8)
 
 
 def test_mechanisms_leave_the_forward_pass_alone() -> None:
