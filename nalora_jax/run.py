@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,13 +20,10 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
-from nalora_jax.data.items import digest
-from nalora_jax.data.pipeline import BatchIterator, TrainData, train_data
-from nalora_jax.data.questions import held_out
+from nalora_jax.data.pipeline import BatchIterator
 from nalora_jax.data.sources import Source
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import describe
-from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
 from nalora_jax.load import ADAPTER
@@ -38,31 +34,27 @@ from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
-from nalora_jax.tokenizer import AddedTokens
-from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.compilation import use_compilation_cache
-from nalora_jax.train.export import card, export
+from nalora_jax.train.export import card
 from nalora_jax.train.hooks import RunHooks, say_counts
-from nalora_jax.train.inputs import check_data, check_layout, described
+from nalora_jax.train.inputs import described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, recorded_settings
 from nalora_jax.train.output import Output, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
-from nalora_jax.train.preference_pieces import preference_pieces
 from nalora_jax.train.progress import Progress, Stages
-from nalora_jax.train.seeing import seen_sources, with_images
+from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
-from nalora_jax.train.start import GRADIENT, gradient_start
 from nalora_jax.train.state import TrainState
-from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.card import write_card
 from nalora_jax.weights.hub import ResolvedSource, resolve
 from nalora_jax.weights.model import read_config, read_tokenizer_of
-from nalora_jax.weights.new_tokens import with_added
 
 log = logging.getLogger(__name__)
 
@@ -134,28 +126,30 @@ def _run(
     mesh = _mesh(placed)
 
     # ---------------------------------------------------------------- model, adapters, step, training rows, questions
-    pieces = _pieces(placed, files, output, mesh, source) if files else _on_images().dual_pieces(config, *records, mesh)
-    loaded, assembly, evaluator = pieces.loaded, pieces.assembly, pieces.evaluator
+    if files:
+        pieces = text_pieces(placed, files, output, mesh, source)
+    else:
+        pieces = _on_images().dual_pieces(config, *records, mesh)
+    assembly = pieces.assembly
     log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())
     log.info("training data: %s", json.dumps(pieces.data.describe()))
     batches = pieces.data.batches()
 
-    with Checkpointer(
-        output.checkpoints,
-        fingerprint=loaded.fingerprint,
-        config=config.to_dict(),
-        keep=config.train.keep,
-        best_metric=evaluator.metric,
-        best_mode=evaluator.mode,
-    ) as checkpointer:
+    with _checkpointer(config, output, pieces) as checkpointer:
         # ------------------------------------------------------------ where to start, and what is known from before
         state, start = _start(config, output, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
         told, progress = _listeners(config, output.folder, start, callbacks)
-        measured = assembly.state_metrics
-        ranked = config.adalora.settled_at(config.steps)
         beside = RunHooks(
-            told, progress, pieces.selector, assembly.params, checkpointer, batches, stop, measured, ranked
+            told,
+            progress,
+            pieces.selector,
+            assembly.params,
+            checkpointer,
+            batches,
+            stop,
+            assembly.state_metrics,
+            ranked_from=config.adalora.settled_at(config.steps),
         )
         with told, progress:
             told.start(_started(config, output, start, pieces))
@@ -167,7 +161,7 @@ def _run(
                 result = _fit(config, assembly, state, start, beside)
                 best = _best(result, checkpointer, assembly)
                 spent.end("training")
-                after = _measure_after(best, before, evaluator, beside)
+                after = _measure_after(best, before, pieces.evaluator, beside)
                 spent.end("evaluating the result")
                 adapter = _export(config, output, pieces, best, before, after)
             except (NaloraError, KeyboardInterrupt) as error:
@@ -194,6 +188,18 @@ def _mesh(placed: RunConfig) -> Mesh:
     check_implementation(placed.compute.implementation, platform_of(mesh).name)
     check_remat(placed.compute.remat, platform_of(mesh).name)
     return mesh
+
+
+def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpointer:
+    """Of the run's folder, ranked by the metric of its evaluations."""
+    return Checkpointer(
+        output.checkpoints,
+        fingerprint=pieces.loaded.fingerprint,
+        config=config.to_dict(),
+        keep=config.train.keep,
+        best_metric=pieces.evaluator.metric,
+        best_mode=pieces.evaluator.mode,
+    )
 
 
 def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> Started:
@@ -231,75 +237,6 @@ def _on_images() -> Any:
     from nalora_jax.train import dual_pieces
 
     return dual_pieces
-
-
-def _pieces(
-    config: RunConfig, files: ResolvedSource, output: Output, mesh: Mesh, source: Mapping[str, Source] | None
-) -> Pieces:
-    """Those of a run on text."""
-    check_layout(config, files, mesh)
-    check_data(config.data, source)
-    loaded = _load(config, files, mesh)
-    if config.preference.loss != "none":
-        return preference_pieces(config, loaded, mesh, source, output.share)
-    assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
-    data = _train_data(config, loaded, mesh, source)
-    if config.lora.init in GRADIENT:
-        assembly = gradient_start(assembly, loaded.config, data, output)
-    reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
-    evaluator, selector = (
-        evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
-        for items in (reported, selecting)
-    )
-
-    def write(folder: Path, state: TrainState) -> Path:
-        return export(config, folder, loaded, assembly, state, data.batches(), output.share)
-
-    questions = {"reported": digest(reported), "selecting": digest(selecting)}
-    return Pieces(loaded, assembly, data, evaluator, selector, questions, write)
-
-
-def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
-    """The base model on the mesh."""
-    started = time.perf_counter()
-    kind = None if config.compute.quantize == "none" else config.compute.quantize
-    images = config.vision.task == "chat"
-    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind, images=images)
-    loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
-    log.info(
-        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
-        loaded.source,
-        trees.size_bytes(loaded.params) / 1e6,
-        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
-        time.perf_counter() - started,
-    )
-    return loaded
-
-
-def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None) -> TrainData:
-    """The rows of this process; the mesh decides which those are."""
-    train = config.train
-    data = train_data(
-        config.data,
-        loaded.tokenizer,
-        batch_size=train.batch_size,
-        accumulate=train.accumulate,
-        seed=config.seed,
-        rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
-        source=source,
-    )
-    if loaded.config.sight is not None:
-        assert source is not None
-        data = with_images(data, config.data, config.vision, loaded, source)
-    longest, context = int(data.store.lengths.max()), loaded.config.max_positions
-    if longest > context:
-        raise NaloraError(
-            "training data",
-            expected=f"examples of at most {context} tokens, the model's context",
-            found=f"one of {longest}",
-            remedy=f"set --data.max-length to {context} or less",
-        )
-    return data
 
 
 def _start(

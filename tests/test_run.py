@@ -42,7 +42,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.train import start
+from nalora_jax.train import start, text_pieces
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
@@ -143,7 +143,7 @@ def settings(base: Path, questions: Path) -> RunConfig:
 def test_inputs_are_judged_before_the_weights_are_read(
     settings: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr(nalora_run, "load_model", lambda *args, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr(text_pieces, "load_model", lambda *args, **options: pytest.fail("it was loaded"))
     with pytest.raises(NaloraError, match=said):
         nalora_run.run(replace(settings, output=str(tmp_path / "run"), **changes))
 

@@ -18,6 +18,7 @@ from nalora_jax.cli.command import parse
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed.mesh import make_mesh
 from nalora_jax.errors import Interrupted, NaloraError
+from nalora_jax.train import text_pieces
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
@@ -136,6 +137,6 @@ def test_what_cannot_be_laid_out_is_refused_before_weights_are_read(
     config = tiny.make_config(folder, output=str(tmp_path / "run"), **changes)
     count = config.mesh.data * config.mesh.tensor
     monkeypatch.setattr(nalora_run.distributed, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:count]))
-    monkeypatch.setattr(nalora_run, "load_model", None)
+    monkeypatch.setattr(text_pieces, "load_model", None)
     with pytest.raises(NaloraError, match=message):
         nalora_run.run(config)

@@ -1,0 +1,114 @@
+"""The parts of a run on text: base model, adapters and step, rows, and held-out questions."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import RunConfig
+from nalora_jax.data.items import digest
+from nalora_jax.data.pipeline import TrainData, train_data
+from nalora_jax.data.questions import held_out
+from nalora_jax.data.sources import Source
+from nalora_jax.errors import NaloraError
+from nalora_jax.evaluate.seeing import evaluator_of
+from nalora_jax.tokenizer import AddedTokens
+from nalora_jax.train.assembly import assemble
+from nalora_jax.train.export import export
+from nalora_jax.train.inputs import check_data, check_layout
+from nalora_jax.train.output import Output
+from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.preference_pieces import preference_pieces
+from nalora_jax.train.seeing import with_images
+from nalora_jax.train.start import GRADIENT, gradient_start
+from nalora_jax.train.state import TrainState
+from nalora_jax.weights import LoadedModel, load_model
+from nalora_jax.weights.hub import ResolvedSource
+from nalora_jax.weights.new_tokens import with_added
+
+log = logging.getLogger(__name__)
+
+
+def text_pieces(
+    config: RunConfig, files: ResolvedSource, output: Output, mesh: Mesh, source: Mapping[str, Source] | None
+) -> Pieces:
+    """What a run on text, or on conversations about images, is put together of.
+
+    Args:
+      config: the run, its mesh decided.
+      files: of the base model.
+      output: the run's folder.
+      mesh: its devices.
+      source: of the splits of its data, where a caller gives them.
+
+    Raises:
+      NaloraError: data or a model that cannot be read, or settings that do not fit them.
+    """
+    check_layout(config, files, mesh)
+    check_data(config.data, source)
+    loaded = _load(config, files, mesh)
+    if config.preference.loss != "none":
+        return preference_pieces(config, loaded, mesh, source, output.share)
+    assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
+    data = _train_data(config, loaded, mesh, source)
+    if config.lora.init in GRADIENT:
+        assembly = gradient_start(assembly, loaded.config, data, output)
+    reported, selecting = held_out(config.data, loaded.tokenizer, source=source)
+    evaluator, selector = (
+        evaluator_of(loaded, assembly.eval_model, items, mesh if mesh.size > 1 else None)
+        for items in (reported, selecting)
+    )
+
+    def write(folder: Path, state: TrainState) -> Path:
+        return export(config, folder, loaded, assembly, state, data.batches(), output.share)
+
+    questions = {"reported": digest(reported), "selecting": digest(selecting)}
+    return Pieces(loaded, assembly, data, evaluator, selector, questions, write)
+
+
+def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
+    """The base model on the mesh."""
+    started = time.perf_counter()
+    kind = None if config.compute.quantize == "none" else config.compute.quantize
+    images = config.vision.task == "chat"
+    loaded = load_model(files, dtype=config.compute.dtype, mesh=mesh, quantized=kind, images=images)
+    loaded = with_added(loaded, AddedTokens.of(config.data), mesh)
+    log.info(
+        "%s: %.0f MB of parameters in %s, loaded in %.1f s",
+        loaded.source,
+        trees.size_bytes(loaded.params) / 1e6,
+        f"{kind} and {config.compute.dtype}" if kind else config.compute.dtype,
+        time.perf_counter() - started,
+    )
+    return loaded
+
+
+def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None) -> TrainData:
+    """The rows of this process; the mesh decides which those are."""
+    train = config.train
+    data = train_data(
+        config.data,
+        loaded.tokenizer,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        seed=config.seed,
+        rows=distributed.process_rows(mesh, train.batch_size // train.accumulate).tolist(),
+        source=source,
+    )
+    if loaded.config.sight is not None:
+        assert source is not None
+        data = with_images(data, config.data, config.vision, loaded, source)
+    longest, context = int(data.store.lengths.max()), loaded.config.max_positions
+    if longest > context:
+        raise NaloraError(
+            "training data",
+            expected=f"examples of at most {context} tokens, the model's context",
+            found=f"one of {longest}",
+            remedy=f"set --data.max-length to {context} or less",
+        )
+    return data
