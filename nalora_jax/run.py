@@ -140,17 +140,7 @@ def _run(
         state, start = _start(config, output, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
         told, progress = _listeners(config, output.folder, start, callbacks)
-        beside = RunHooks(
-            told,
-            progress,
-            pieces.selector,
-            assembly.params,
-            checkpointer,
-            batches,
-            stop,
-            assembly.state_metrics,
-            ranked_from=config.adalora.settled_at(config.steps),
-        )
+        beside = _hooks(config, pieces, told, progress, checkpointer, batches, stop)
         with told, progress:
             told.start(_started(config, output, start, pieces))
             spent.end("preparing")
@@ -288,6 +278,29 @@ def _listeners(
     if jax.process_index():
         return Callbacks(None), Progress(config.steps, console=Console(quiet=True))
     return Callbacks(MetricsLog(folder, resume=start or None), callbacks), Progress(config.steps, start=start)
+
+
+def _hooks(
+    config: RunConfig,
+    pieces: Pieces,
+    told: Callbacks,
+    progress: Progress,
+    checkpointer: Checkpointer,
+    batches: BatchIterator,
+    stop: StopSignals,
+) -> RunHooks:
+    """What happens beside the steps."""
+    return RunHooks(
+        told,
+        progress,
+        pieces.selector,
+        pieces.assembly.params,
+        checkpointer,
+        batches,
+        stop,
+        pieces.assembly.state_metrics,
+        ranked_from=config.adalora.settled_at(config.steps),
+    )
 
 
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
