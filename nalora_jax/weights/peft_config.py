@@ -12,6 +12,7 @@ from typing import Any
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.low_rank import ROWS
+from nalora_jax.weights import peft_adalora
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
@@ -80,6 +81,7 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
+    adalora: bool = False  # its tensors are still those of AdaLoRA; the fields here are a plain LoRA's
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False  # ensure_weight_tying
@@ -165,6 +167,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_NAME
     raw = _read_json(path)
+    adalora = raw.get("peft_type") == peft_adalora.KIND
+    if adalora:
+        raw = peft_adalora.as_lora_config(raw, str(path))
     fields = _Fields(raw, str(path))
     _refuse_unsupported(fields)
     targets = _targets(fields)
@@ -181,6 +186,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         alpha_pattern=fields.pattern("alpha_pattern", lambda sub, key: sub.number(key)),
         rslora=fields.flag("use_rslora"),
         dora=fields.flag("use_dora"),
+        adalora=adalora,
         dropout=fields.number("lora_dropout", default=0.0, low=0.0, high=1.0),
         modules_to_save=fields.strings("modules_to_save"),
         tied=fields.flag("ensure_weight_tying"),
@@ -210,7 +216,7 @@ def _targets(fields: _Fields) -> tuple[str, ...] | str:
 def _refuse_unsupported(fields: _Fields) -> None:
     kind = fields.raw.get("peft_type")
     if kind != "LORA":
-        raise NaloraError(f"{fields.where}: peft_type", expected='"LORA"', found=repr(kind))
+        raise NaloraError(f"{fields.where}: peft_type", expected='"LORA" or "ADALORA"', found=repr(kind))
     task = fields.raw.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise NaloraError(f"{fields.where}: task_type", expected='"CAUSAL_LM"', found=repr(task))

@@ -20,6 +20,7 @@ from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.origin import is_comparable
+from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import (
     HostModule,
@@ -57,7 +58,7 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 def import_adapter(
     folder: str | Path, config: ModelConfig, *, fingerprint: str | None = None, layout: ModuleLayout | None = None
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """A PEFT LoRA adapter as this library's ``lora`` tree.
+    """A PEFT LoRA or AdaLoRA adapter as this library's ``lora`` tree.
 
     Understands rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and "all-linear" (matched
     as PEFT matches them), layers_to_transform, exclude_modules, modules_to_save, trainable_token_indices, fused
@@ -84,6 +85,8 @@ def import_adapter(
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
     where = str(folder / TENSORS_NAME)
+    if peft.adalora:
+        tensors = as_lora_tensors(tensors, where)
     rows, token_indices = take_token_rows(config, tensors, peft, where)
     tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)

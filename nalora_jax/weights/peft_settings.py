@@ -13,6 +13,7 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.nn.low_rank import ROWS, TABLES
+from nalora_jax.weights.peft_adalora import training_settings
 from nalora_jax.weights.peft_rules import rules_of
 
 # Settings as nested dicts, by the names of `nalora_jax.config`.
@@ -113,7 +114,7 @@ PEFT: dict[str, Field] = {
         "language models",
         _only("CAUSAL_LM", because="language models are trained here (images: --vision.task)"),
     ),
-    "peft_type": Field("", "LORA", _only("LORA", because=_OTHER_METHOD)),
+    "peft_type": Field("", "LORA, ADALORA", _only("LORA", because=_OTHER_METHOD)),
     "modules_to_save": Field(
         "lora.modules_to_save", f"{' and '.join(TABLES)}; new tokens of the tokenizer: `data.add_tokens`", _saved
     ),
@@ -282,7 +283,9 @@ def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     Raises:
       NaloraError: one that names every field that is refused, with the reason.
     """
+    values, allocation = training_settings(values)
     settings, notes = _converted(values, PEFT, "LoraConfig")
+    settings |= allocation
     indices = values.get("trainable_token_indices")
     if isinstance(indices, Mapping) and "trainable_token_indices" in settings.get("lora", {}):
         _put(settings, "lora.trainable_token_modules", _token_modules(indices))

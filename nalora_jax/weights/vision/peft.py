@@ -22,6 +22,7 @@ from nalora_jax.models.vision.dual import trained_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
+from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
 from nalora_jax.weights.peft_modules import ModuleAdapter, alpha_for
 from nalora_jax.weights.peft_read import (
@@ -109,6 +110,8 @@ def import_dual_adapter(
     check_digest(folder / TENSORS_NAME, tensors, metadata)
     check_fingerprint(folder, metadata, fingerprint)
     path = folder / TENSORS_NAME
+    if peft.adalora:
+        tensors = as_lora_tensors(tensors, str(path))
     found = by_module(tensors, path, dora=peft.dora)
     places = {module_names(config, p).format(layer=i): (p, i) for p, n in config.depths().items() for i in range(n)}
     choices = peft.choose(list(places))

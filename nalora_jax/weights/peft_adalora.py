@@ -1,0 +1,111 @@
+"""PEFT's AdaLoRA: its adapters read as plain LoRA, and its settings as this library's.
+
+A module of such an adapter computes ``x W + s (x A) diag(E) B`` with ``s = lora_alpha / init_r``, whatever rank it has
+left: A and E are multiplied, and alpha falls with the rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+
+KIND = "ADALORA"  # of peft_type
+_OWN = ("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step")
+_EPSILON = 1e-5  # that PEFT adds to init_r where it divides by it
+_DIAGONAL = re.compile(r"\.lora_E(\.\w+)?$")
+# Settings of the allocation: PEFT's name, ours, and PEFT's default.
+_SETTINGS = (
+    ("target_r", "target_rank", 8),
+    ("deltaT", "interval", 1),
+    ("beta1", "sensitivity_decay", 0.85),
+    ("beta2", "uncertainty_decay", 0.85),
+    ("orth_reg_weight", "orthogonality", 0.5),
+)
+_SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # steps there, shares of the steps here
+
+
+def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The ``adapter_config.json`` of the plain LoRA that `as_lora_tensors` makes of an AdaLoRA adapter.
+
+    A module of which nothing is left has rank 1.
+
+    Args:
+      raw: the file's fields.
+      where: the file, for errors.
+
+    Raises:
+      NaloraError: ``init_r``, ``lora_alpha`` or ``rank_pattern`` are not what PEFT writes.
+    """
+    rank, alpha = raw.get("init_r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise NaloraError(f"{where}: init_r", expected="an integer of 1 or more", found=rank)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e38:
+        raise NaloraError(f"{where}: lora_alpha", expected="a number above 0", found=alpha)
+    left = raw.get("rank_pattern") or {}
+    lists = isinstance(left, Mapping) and all(isinstance(kept, list) for kept in left.values())
+    if not lists or not all(len(kept) == rank and set(map(type, kept)) == {bool} for kept in left.values()):
+        expected = f"for each module a list of {rank} (init_r) times true or false, as AdaLoRA has it"
+        raise NaloraError(f"{where}: rank_pattern", expected=expected, found=str(left)[:200])
+    ranks = {re.escape(_DIAGONAL.sub("", name)): max(sum(kept), 1) for name, kept in left.items()}
+    whole = float(alpha) * rank / (rank + _EPSILON)
+    return {name: value for name, value in raw.items() if name not in _OWN} | {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": whole,
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: whole * one / rank for name, one in ranks.items()},
+    }
+
+
+def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
+    """The tensors of an AdaLoRA adapter as those of a plain LoRA: ``diag(E) A`` in place of A, and no E.
+
+    Args:
+      tensors: by the file's names: ``lora_A [r, d_in]``, ``lora_E [r, 1]``, ``lora_B [d_out, r]``.
+      where: the file, for errors.
+
+    Raises:
+      NaloraError: a module lacks one of the three, or their shapes do not fit.
+    """
+    found = dict(tensors)
+    for name in [name for name in tensors if name.endswith(".lora_E")]:
+        module = name.removesuffix(".lora_E")
+        parts = [found.pop(f"{module}.lora_{part}", None) for part in "EAB"]
+        shapes = [None if part is None else part.shape for part in parts]
+        diagonal, a, b = parts
+        if diagonal is None or a is None or b is None or not a.ndim == b.ndim == 2:
+            expected = "lora_A [r, d_in], lora_E [r, 1] and lora_B [d_out, r]"
+            raise NaloraError(f"{where}: {module}", expected=expected, found=f"shapes of E, A, B: {shapes}")
+        if diagonal.shape != (a.shape[0], 1) or b.shape[1] != a.shape[0]:
+            expected = f"one rank, that of lora_A {a.shape}"
+            raise NaloraError(f"{where}: {module}", expected=expected, found=f"lora_E, lora_B {shapes[0]}, {shapes[2]}")
+        if not len(a):
+            a, b, diagonal = np.zeros((1, a.shape[1]), a.dtype), np.zeros((b.shape[0], 1), b.dtype), np.ones((1, 1))
+        found[f"{module}.lora_A.weight"] = (a * diagonal).astype(np.float32)
+        found[f"{module}.lora_B.weight"] = b
+    return found
+
+
+def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of an ``AdaLoraConfig`` as those of a ``LoraConfig``, and what is left as settings of this library.
+
+    Any other configuration is returned as it is.
+
+    Raises:
+      NaloraError: ``total_step`` is missing.
+    """
+    if values.get("peft_type") != KIND:
+        return dict(values), {}
+    total = values.get("total_step")
+    if not isinstance(total, int) or isinstance(total, bool) or total < 1:
+        raise NaloraError("total_step", expected="the number of steps, which AdaLoRA's schedule spans", found=total)
+    ours = {name: values.get(theirs, default) for theirs, name, default in _SETTINGS}
+    shares = {f"{name}_share": (values.get(theirs) or 0) / total for theirs, name in _SHARES}
+    plain = {name: value for name, value in values.items() if name not in (*_OWN, "rank_pattern")}
+    plain |= {"peft_type": "LORA", "r": values.get("init_r", 12)}
+    return plain, {"steps": total, "adalora": ours | shares}
