@@ -62,7 +62,7 @@ def adalora(
       clip_norm: at which ``inner`` clips the gradient, whose clipped form the sensitivity is of; 0: nowhere.
 
     Returns:
-      A transform of adapters with ``a``, ``b`` and ``singular`` (`nalora_jax.models.decoder.init_lora`), and of what
+      A transform of adapters with ``a``, ``b`` and ``singular`` (`nalora_jax.models.adapters.init_lora`), and of what
       else is trained beside them, which passes through.
 
     Raises:
