@@ -98,19 +98,14 @@ def _fresh(
 ) -> dict[str, jax.Array]:
     leaves = {}
     for i, (path, target) in enumerate(targets):
-        n_layers = depths(config)[path]
-        *lead, d_in, d_out = (n_layers, *projection_shapes(config)[path])
-        used = jnp.arange(target.rank)[None, :] < jnp.asarray(target.ranks)[:, None]
-        used = used.reshape(n_layers, *(1,) * (len(lead) - 1), target.rank)
+        *lead, d_in, d_out = (depths(config)[path], *projection_shapes(config)[path])
+        used = target.used((*lead, target.rank))
         key_a, shape = jax.random.fold_in(key, i), (*lead, d_in, target.rank)
         if adalora:
             key_a, key_b = jax.random.split(key_a)
-            noise = (
-                _ADALORA_STD * jax.random.normal(key_a, shape),
-                jax.random.normal(key_b, (*lead, target.rank, d_out)),
-            )
-            leaves[f"{path}/a"] = jnp.where(used[..., None, :], noise[0], 0.0)
-            leaves[f"{path}/b"] = jnp.where(used[..., None], _ADALORA_STD * noise[1], 0.0)
+            a, b = jax.random.normal(key_a, shape), jax.random.normal(key_b, (*lead, target.rank, d_out))
+            leaves[f"{path}/a"] = jnp.where(used[..., None, :], _ADALORA_STD * a, 0.0)
+            leaves[f"{path}/b"] = jnp.where(used[..., None], _ADALORA_STD * b, 0.0)
             leaves[f"{path}/singular"] = jnp.zeros((*lead, target.rank), jnp.float32)
             continue
         leaves[f"{path}/a"] = jnp.where(used[..., None, :], init_a(key_a, shape), 0.0)

@@ -45,6 +45,11 @@ class TargetSpec:
         """The stored rank: smaller ones are zero-padded to it (their padding has no gradient, so it stays zero)."""
         return max(self.ranks)
 
+    def used(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Which entries of an array ``[layers, ..., rank]`` are of a layer's own rank, and no padding: bool."""
+        used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]
+        return np.broadcast_to(used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape)
+
 
 @dataclass(frozen=True)
 class AdapterSpec:

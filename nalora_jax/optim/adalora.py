@@ -74,8 +74,8 @@ def adalora(
         leaves = _adapters(params, spec)
         _budgets(config, spec, leaves)
         zeros = trees.unflatten({path: jnp.zeros_like(leaf) for path, leaf in leaves.items()})
-        names = {f"{path}/singular": path for path, _ in spec.targets}
-        kept = {name: jnp.asarray(_used(spec, path, leaves[name].shape)) for name, path in names.items()}
+        singular = {f"{path}/singular": target for path, target in spec.targets}
+        kept = {name: jnp.asarray(target.used(leaves[name].shape)) for name, target in singular.items()}
         still = jax.tree.map(jnp.copy, zeros)
         return RankState(inner.init(params), jnp.zeros([], jnp.int32), zeros, still, trees.unflatten(kept))
 
@@ -87,9 +87,9 @@ def adalora(
         new = _adapters(optax.apply_updates(params, updates), spec)
         moments = _smoothed(state, new, _adapters(clipped, spec), step, config, total_steps)
         kept, acts = _allocated(state, moments, step, config, spec, total_steps)
-        flat = trees.flatten(updates)
+        flat, now = trees.flatten(updates), trees.flatten(params)
         for path, keep in kept.items():
-            flat[path] = jnp.where(acts & ~keep, -trees.flatten(params)[path], flat[path])
+            flat[path] = jnp.where(acts & ~keep, -now[path], flat[path])
         sensitivity, uncertainty = map(trees.unflatten, moments)
         return trees.unflatten(flat), RankState(inner_state, step, sensitivity, uncertainty, trees.unflatten(kept))
 
@@ -102,19 +102,11 @@ def _adapters(tree: Any, spec: AdapterSpec) -> dict[str, jax.Array]:
     return {f"{path}/{name}": leaves[f"{path}/{name}"] for path, _ in spec.targets for name in _NAMES}
 
 
-def _used(spec: AdapterSpec, path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Which entries of `singular` at ``path`` are components, and not the padding of a smaller rank."""
-    target = spec.target(path)
-    assert target is not None
-    used = np.arange(shape[-1]) < np.array(target.ranks)[:, None]
-    return np.broadcast_to(used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape)
-
-
 def _budgets(config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]) -> tuple[int, int]:
     """Components at the start, and at the end."""
     first = last = 0
-    for path, _ in spec.targets:
-        used = _used(spec, path, leaves[f"{path}/singular"].shape)
+    for path, target in spec.targets:
+        used = target.used(leaves[f"{path}/singular"].shape)
         first += int(used.sum())
         last += config.target_rank * int(used.any(-1).sum())
     if last >= first:
@@ -138,8 +130,8 @@ def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any
 def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
     """The mean distance of ``A^T A`` and ``B B^T`` from the identity, in the Frobenius norm."""
     total, count = jnp.zeros([]), 0
-    for path, _ in spec.targets:
-        used = _used(spec, path, leaves[f"{path}/singular"].shape)
+    for path, target in spec.targets:
+        used = target.used(leaves[f"{path}/singular"].shape)
         identity = used[..., None] * np.eye(used.shape[-1], dtype=np.float32)
         for name, product in (("a", "...dr,...ds->...rs"), ("b", "...rd,...sd->...rs")):
             factor = leaves[f"{path}/{name}"]
@@ -181,9 +173,9 @@ def _allocated(
     """Which components are kept, by the path of their `singular`, and whether the others lose theirs in this step."""
     element = {path: moments[0][path] * moments[1][path] for path in moments[0]}
     scores = {}
-    for path, _ in spec.targets:
+    for path, target in spec.targets:
         score = element[f"{path}/singular"] + element[f"{path}/a"].mean(-2) + element[f"{path}/b"].mean(-1)
-        scores[f"{path}/singular"] = jnp.where(_used(spec, path, score.shape), score, jnp.inf)
+        scores[f"{path}/singular"] = jnp.where(target.used(score.shape), score, jnp.inf)
     first, last = _budgets(config, spec, element)
     begin, end = config.steps(total_steps)
     left = jnp.clip((end - step) / max(end - begin, 1), 0.0, 1.0)

@@ -176,13 +176,12 @@ def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfi
     lora_ga = assembly.config.lora.init == "lora_ga"
     for path, target in assembly.spec.targets:
         a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
-        ranks, along = np.array(target.ranks)[:, None], np.arange(target.rank)
-        stacked = (base.n_layers, *(1,) * (a.ndim - 3))
-        used = (along < ranks).reshape(*stacked, 1, target.rank)
+        used = target.used((*a.shape[:-2], target.rank))
         length = b.shape[-1] ** 0.25 / math.sqrt(_STABLE_GAMMA) if lora_ga else _COLUMN_NORM
-        leaves[f"{path}/a"] = jnp.where(used, length * left[path][..., : target.rank], 0.0)
+        leaves[f"{path}/a"] = jnp.where(used[..., None, :], length * left[path][..., : target.rank], 0.0)
         if lora_ga:
-            second = (ranks + along).reshape(*stacked, target.rank, 1)  # triplets r to 2r of each layer
+            second = np.array(target.ranks)[:, None] + np.arange(target.rank)  # triplets r to 2r of each layer
+            second = second.reshape(base.n_layers, *(1,) * (a.ndim - 3), target.rank, 1)
             rows = jnp.take_along_axis(right[path], second, axis=-2)
-            leaves[f"{path}/b"] = jnp.where(np.swapaxes(used, -1, -2), length * rows, 0.0)
+            leaves[f"{path}/b"] = jnp.where(used[..., None], length * rows, 0.0)
     return trees.unflatten(leaves)

@@ -131,8 +131,8 @@ def init_lora(
     for i, (path, target) in enumerate(spec.targets):
         d_in, d_out = shapes[path]
         a = init_a(jax.random.fold_in(key, i), (depths[path], d_in, target.rank))
-        used = jnp.arange(target.rank)[None, None, :] < jnp.asarray(target.ranks)[:, None, None]
-        leaves[f"{path}/a"] = jnp.where(used, a, 0.0)
+        used = target.used((depths[path], target.rank))
+        leaves[f"{path}/a"] = jnp.where(used[:, None, :], a, 0.0)
         leaves[f"{path}/b"] = jnp.zeros((depths[path], target.rank, d_out), jnp.float32)
         if spec.dora:
             leaves[f"{path}/magnitude"] = jnp.linalg.norm(base[f"{path}/kernel"].astype(jnp.float32), axis=-2)
