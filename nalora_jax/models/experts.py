@@ -1,14 +1,14 @@
 """The arithmetic of a mixture of gated experts: pure functions of the tokens that one device holds.
 
-Rows of tokens are sorted by expert, so that every projection is one grouped product (`lax.ragged_dot`) over exactly the
-tokens that reached each expert; nothing is dropped and no capacity is assumed. The mechanisms work per expert channel.
-`nalora_jax.models.moe` lays it out on a mesh.
+Rows of tokens are sorted by expert, so that every projection is one product by group (`nalora_jax.ops.grouped_matmul`)
+over exactly the tokens that reached each expert; nothing is dropped and no capacity is assumed. The mechanisms work per
+expert channel. `nalora_jax.models.moe` lays it out on a mesh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +21,23 @@ from nalora_jax import activations, selection, statistics
 from nalora_jax.ops.adapted_dense import Adapter, Factors, Products, column_norm, combine, gated, moved_from
 from nalora_jax.ops.checks import NAMES, Live, gate_checks
 from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
+from nalora_jax.ops.grouped_matmul import (
+    factors_side_by_side,
+    from_all,
+    grouped_matmul,
+    outer_of_all,
+    own_of_all,
+    ragged,
+)
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel, expand
+
+
+class Groups(NamedTuple):
+    """Rows that are sorted by expert."""
+
+    sizes: jax.Array  # int [experts], rows of each
+    expert: jax.Array  # int [rows], ascending
 
 
 class Routing(NamedTuple):
@@ -34,6 +49,11 @@ class Routing(NamedTuple):
     sizes: jax.Array  # int [experts], rows of each
     weight: jax.Array  # float32 [tokens * top_k]
     back: jax.Array  # int [tokens * top_k], inverse of the sorting
+
+    @property
+    def groups(self) -> Groups:
+        """The rows' experts alone."""
+        return Groups(self.sizes, self.expert)
 
 
 def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
@@ -60,7 +80,7 @@ def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
     )
 
 
-def grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
     """Every row through its expert's frozen kernel: no gradient for the kernels.
 
     Args:
@@ -74,26 +94,22 @@ def grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Nu
     """
     chex.assert_rank([x, sizes], [2, 1])
     assert kernels.ndim == 3
-    return _frozen(x, kernels, sizes, numerics.operand).astype(numerics.result)
-
-
-def _ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
-    return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
+    return _frozen(x, kernels, sizes, numerics)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> jax.Array:
-    return _ragged(x, expand(kernels), sizes, operand)
+def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    return grouped_matmul(x, expand(kernels), sizes, numerics)
 
 
-def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, operand: str) -> tuple[jax.Array, Any]:
-    return _frozen(x, kernels, sizes, operand), (kernels, sizes, jnp.zeros((0,), x.dtype))
+def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> tuple[jax.Array, Any]:
+    return _frozen(x, kernels, sizes, numerics), (kernels, sizes, jnp.zeros((0,), x.dtype))
 
 
-def _frozen_bwd(operand: str, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
     kernels, sizes, like_x = residuals
-    dx = _ragged(g, expand(kernels).swapaxes(1, 2), sizes, operand).astype(like_x.dtype)
-    return dx, None, None
+    numerics = replace(numerics, result=like_x.dtype.name)
+    return grouped_matmul(g, expand(kernels), sizes, numerics, transposed=True), None, None
 
 
 _frozen.defvjp(_frozen_fwd, _frozen_bwd)
@@ -104,10 +120,9 @@ def grouped_residual(
     a: jax.Array,
     b: jax.Array,
     scale: jax.Array | float,
-    sizes: jax.Array,
+    groups: Groups,
+    numerics: Numerics,
     mask: jax.Array | None = None,
-    *,
-    operand: str = "float32",
 ) -> jax.Array:
     """`nalora_jax.ops.adapted_dense.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
 
@@ -116,15 +131,17 @@ def grouped_residual(
       a: ``[experts, d_in, r]`` float32.
       b: ``[experts, r, d_out]`` float32.
       scale: scalar.
-      sizes: int ``[experts]``.
+      groups: the rows' experts.
+      numerics: of which the adapters' dtype is used.
       mask: ``[experts, d_out]`` or None.
-      operand: dtype of the operands.
 
     Returns:
       ``[rows, d_out]`` float32.
     """
     chex.assert_rank([x, a, b], [2, 3, 3])
-    (y,), _ = gated(GroupedProducts(sizes, operand), x, (Factors.of(Adapter(a, b, scale, mask)),))
+    beside = factors_side_by_side(a.shape[0], a.shape[-1], numerics)
+    products = GroupedProducts(groups, numerics.adapter, beside)
+    (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
     out: jax.Array = y
     return out
 
@@ -134,29 +151,42 @@ def grouped_residual(
 class GroupedProducts(Products):
     """Every row's products are those of its expert's adapter; the factors have a leading axis ``[experts]``."""
 
-    sizes: jax.Array  # int [experts], rows of each
+    groups: Groups
     operand: str = field(metadata={"static": True})
+    beside: bool = field(metadata={"static": True})  # the factors of all experts lie side by side
 
-    def _dot(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return _ragged(x, y, self.sizes, self.operand)
+    def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
+        """``[rows, d]`` times ``[experts, d, r]``."""
+        if self.beside:
+            return own_of_all(x, factors, self.groups.expert, self.operand)
+        return ragged(x, factors, self.groups.sizes, self.operand)
+
+    def _from_rank(self, hidden: jax.Array, factors: jax.Array) -> jax.Array:
+        """``[rows, r]`` times ``[experts, r, d]``."""
+        if self.beside:
+            return from_all(hidden, factors, self.groups.expert, self.operand)
+        return ragged(hidden, factors, self.groups.sizes, self.operand)
 
     def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
         """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
-        made: jax.Array = jax.linear_transpose(partial(self._dot, x), like)(g)[0]
+        if self.beside:
+            return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
+        product = partial(ragged, x, sizes=self.groups.sizes, operand=self.operand)
+        made: jax.Array = jax.linear_transpose(product, like)(g)[0]
         return made
 
     def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
         """See `Products`."""
         (layer,) = layers
-        hidden = layer.scale * self._dot(x, layer.a)
-        return [self._dot(hidden, layer.b)], [hidden]
+        hidden = layer.scale * self._to_rank(x, layer.a)
+        return [self._from_rank(hidden, layer.b)], [hidden]
 
     def narrow(
         self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
     ) -> tuple[list[jax.Array], None]:
         """See `Products`."""
         (g,), (wide,) = gs, wides
-        return [self._dot(g, wide.swapaxes(1, 2))], None
+        return [self._to_rank(g, wide.swapaxes(1, 2))], None
 
     def gradients(
         self,
@@ -170,7 +200,7 @@ class GroupedProducts(Products):
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
         (layer,), (g,) = layers, gs
-        dx = self._dot(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
+        dx = self._from_rank(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
         return dx, [self._per_expert(x, shaping[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]
 
 
@@ -349,10 +379,10 @@ def _projected(
     """Base and residual ``[rows, d_out]``: `nalora_jax.ops.adapted_dense` over grouped rows; ``inner`` is what the
     adapter reads. With ``axis`` the inputs are split over it, and so what is returned is a part of the sum.
     """
-    base, adapter = grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
+    base, adapter = frozen_grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
     if adapter is None:
         return base, None
-    delta = grouped_residual(inner, *adapter[:3], routing.sizes, adapter.mask, operand=numerics.adapter)
+    delta = grouped_residual(inner, *adapter[:3], routing.groups, numerics, adapter.mask)
     if adapter.magnitude is not None:
         kernel = lax.stop_gradient(expand(experts.kernel)).astype(jnp.float32)
         norm = jax.vmap(column_norm, in_axes=(0, 0, 0, None))(kernel, *adapter[:3])
@@ -370,7 +400,7 @@ def _moved(
     """How far the residual ``delta`` has moved from where its adapter started; None of no adapter."""
     if delta is None or gate.adapter is None or gate.adapter.start is None:
         return delta
-    started = grouped_residual(x, *gate.adapter.start, gate.adapter.scale, routing.sizes, operand=numerics.adapter)
+    started = grouped_residual(x, *gate.adapter.start, gate.adapter.scale, routing.groups, numerics)
     return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
 
 

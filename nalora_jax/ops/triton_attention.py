@@ -8,7 +8,7 @@ does not take are the plain function's, which stores no such array either.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -41,11 +41,10 @@ def triton_attention(
 
     Positions have to grow by one along each segment, and no window of ``config.windows`` to be shorter than the row.
     """
-    fits = q.shape[1] % _BLOCK == 0 and q.shape[-1] in (32, 64, 128) and not config.softcap
-    far = bool(config.windows) and min(config.windows) >= q.shape[1]
+    fits = takes(q.shape[1], q.shape[-1], config.windows, config.softcap)
     # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
     mapped = config.sharding is not None or numerics.platform.devices == 1
-    if not (fits and far and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
+    if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     del window
     q, k, v = (round_and_save(x, numerics).astype(numerics.operand) for x in (q, keys.k, keys.v))
@@ -57,6 +56,17 @@ def triton_attention(
         specs = (heads, heads, heads, P(rows))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return attend(q, k, v, segments).astype(numerics.result)
+
+
+def takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None) -> bool:
+    """Whether the kernel computes rows of ``seq`` tokens: whole blocks, and no window that is shorter."""
+    far = bool(windows) and min(windows) >= seq
+    return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
+
+
+def computed_pairs(seq: int) -> float:
+    """Pairs of a query and a key whose scores one pass of the kernel computes: of every block that causality touches."""
+    return seq * (seq + _BLOCK) / 2
 
 
 def _one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig) -> jax.Array:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from nalora_jax.ops.triton_grouped_matmul import NAME as GROUPED_MATMUL
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 
 _COLLECTIVES = (
@@ -113,22 +114,22 @@ class Program:
 
     @cached_property
     def flops(self) -> float:
-        """Of all matrix products; kernels that are not XLA's own are not seen (see `custom_calls`)."""
+        """Of all matrix products, grouped ones included; other kernels are not seen (see `custom_calls`)."""
         return sum(
-            self.times[c.name] * _product_flops(i, c)
+            self.times[c.name] * (_grouped_flops if i.opcode == "custom-call" else _product_flops)(i, c)
             for c in self.computations.values()
             for i in c.instructions.values()
-            if self.times[c.name] and i.opcode in ("convolution", "dot")
+            if self.times[c.name] and (i.opcode in ("convolution", "dot") or _is_grouped(i))
         )
 
     @cached_property
     def custom_calls(self) -> dict[str, float]:
-        """How often each kernel runs that XLA did not make, by the name of its instruction without number."""
+        """How often each kernel runs that XLA did not make, by its name."""
         found: dict[str, float] = {}
         for computation, instruction in self._running("custom-call"):
             if _MARKS.search(instruction.attributes):
                 continue
-            name = re.sub(r"[.\d]+$", "", instruction.name)
+            name = _kernel_name(instruction)
             found[name] = found.get(name, 0.0) + self.times[computation.name]
         return found
 
@@ -347,6 +348,29 @@ def _changed(instruction: Instruction, computation: Computation, written: float)
         update = computation.instructions.get(instruction.operands[1])
         return written if update is None else sum(shape.size for shape in update.shapes)
     return written
+
+
+def _kernel_name(instruction: Instruction) -> str:
+    """A Pallas kernel's own name on a GPU, else that of the instruction without its number."""
+    name = re.sub(r"[.\d]+$", "", instruction.name)
+    own = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
+    return own[1] if own and name.startswith("pallas_call") else name
+
+
+def _is_grouped(instruction: Instruction) -> bool:
+    """Whether it is a product by group: XLA's own on a TPU, or this library's kernel on a GPU."""
+    name = _kernel_name(instruction) if instruction.opcode == "custom-call" else ""
+    return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
+
+
+def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
+    """Of rows ``[m, k]`` by group: to ``[m, n]``, or with ``[m, n]`` to ``[groups, k, n]``."""
+    result = instruction.shapes[0].dims
+    operands = [computation.instructions[name].shapes[0].dims for name in instruction.operands]
+    # The first operand with two axes (lists of groups have one, kernels three): a side of it is the result's.
+    first, second = next(dims for dims in operands if len(dims) == 2)
+    inner = second if len(result) == 2 else first * second / result[-2]
+    return 2.0 * result[-2] * result[-1] * inner
 
 
 def _product_flops(instruction: Instruction, computation: Computation) -> float:

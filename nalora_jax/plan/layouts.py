@@ -20,6 +20,8 @@ from nalora_jax.models.config import ModelConfig, param_shapes, projection_shape
 from nalora_jax.models.remat import OFFLOAD
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.splash_attention import SPLASH, takes
+from nalora_jax.ops.triton_attention import TRITON
+from nalora_jax.ops.triton_attention import takes as triton_takes
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_flops, useful_flops
 
@@ -143,16 +145,17 @@ def estimate(
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
     tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
-    splash = _is_splash(where, base, seq)
+    kernel = _attention_kernel(where, base, seq)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
-    kept = _saved(base, saves, tensor, splash=splash) * wide * tokens
+    kept = _saved(base, saves, tensor, kernel) * wide * tokens
     layout = Layout(
         data, fsdp, tensor, remat,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
         # Of A and B one is split over fsdp. Tables are; in a step they and their gradients are gathered over it.
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide) + (2 * tables if fsdp > 1 else 0.0),
+        working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide)
+        + (2 * tables + _turned(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
@@ -161,7 +164,7 @@ def estimate(
     )  # fmt: skip
     times = config.train.accumulate
     useful = useful_flops(base, spec, micro, seq) / where.size
-    once, executed = (_executed(base, spec, policy, rows, seq, splash=splash) for policy in ("dots", saves))
+    once, executed = (_executed(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
     matrix = executed / tensor / where.chip.matrix_rate
     # Activations leave behind the products of the forward pass, which are half of what nothing is made again for.
     ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
@@ -199,14 +202,35 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
     return layer, ends
 
 
-def _is_splash(where: Topology, base: ModelConfig, seq: int) -> bool:
-    """Whether attention is the kernel `nalora_jax.ops.splash_attention`, whose result is saved with the products."""
-    return where.chip.platform == SPLASH.platform and takes(seq, base.head_dim)
+def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
+    """The implementation that attention of whole rows takes, as far as it can be compiled for here; "" for none.
+
+    cuDNN's, which a GPU's user has, can not: it keeps no more than the others do.
+    """
+    if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
+        return SPLASH.name
+    if where.chip.platform == TRITON.platform and triton_takes(seq, base.head_dim, base.layer_windows, base.attn_softcap):
+        return TRITON.name
+    return ""
 
 
-def _saved(base: ModelConfig, remat: str, tensor: int, *, splash: bool) -> float:
+def _turned(where: Topology, base: ModelConfig, wide: float) -> float:
+    """Bytes of kernels that a GPU's compiler copies in another order at the start of a step, on all devices together.
+
+    An axis that NCCL gathers has to be the first in memory: it is not where outputs are split, and never of experts.
+    """
+    if where.chip.platform != "gpu":
+        return 0.0
+    shapes = projection_shapes(base)
+    late = (path for path in shapes if path.endswith(("/down_proj", "/o_proj")) or (base.n_experts and "/ffn/" in path))
+    return wide * base.n_layers * sum(math.prod(shapes[path]) for path in late)
+
+
+def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Numbers a token and layer that wait for the backward pass."""
-    heads = ((2 if splash else 1) * base.n_heads + 2 * base.n_kv_heads) * base.head_dim / tensor
+    # Splash attention's result is saved with the projections; the plain function's inputs are, once more, as it has them.
+    queries, keys = {SPLASH.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
+    heads = (queries * base.n_heads + keys * base.n_kv_heads) * base.head_dim / tensor
     chosen = base.experts_per_token if base.n_experts else 1
     wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
     return {
@@ -228,7 +252,7 @@ def _working(base: ModelConfig, tokens: float, tensor: int, *, gathered: bool, w
     return head + max(layer, loss)
 
 
-def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, *, splash: bool) -> float:
+def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str) -> float:
     """Flops of a step on the rows of one shard, with what is computed twice."""
     chosen = base.experts_per_token if base.n_experts else 1
     inner = sum(
@@ -240,9 +264,12 @@ def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq
     again = {"full": inner, "attention": ffn_in}.get(remat, 0.0) * base.n_layers
     tokens, seen = rows * seq, rows * attention_flops(base, seq)
     adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
-    # Other kernels' forward pass is made again under every policy, and gradients take five products to its two.
-    splashed = rows * splash_flops(base, seq, forward=2 if remat == "full" else 1) if splash else 0.0
-    kernels = splashed or 4.5 * seen
+    # Of splash attention the forward pass is made again by "full" alone, of the others under every policy; behind it
+    # the plain function's gradients take five products to its two, and Triton's seven.
+    if kernel == SPLASH.name:
+        kernels = rows * splash_flops(base, seq, forward=2 if remat == "full" else 1)
+    else:
+        kernels = (5.5 if kernel == TRITON.name else 4.5) * seen
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
 
 

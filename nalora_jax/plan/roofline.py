@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
+from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
 from nalora_jax.plan.accounting import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
+
+
+# Products of JAX's attention kernels for Triton, in one layer: the backward pass computes the scores twice.
+_MHA = {"mha_forward": 2, "mha_backward": 7}
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,15 @@ def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) ->
 def kernel_flops(
     program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int, accumulate: int = 1
 ) -> float:
-    """Flops of splash attention's kernels in a step of ``rows`` rows, which XLA does not count."""
+    """Flops of attention's kernels in a step of ``rows`` rows, which XLA does not count."""
+    calls = program.custom_calls
+    if any(name in calls for name in _MHA):
+        products = sum(count * calls.get(name, 0.0) for name, count in _MHA.items())
+        return rows / accumulate * products * 2.0 * triton_pairs(seq) * base.n_heads * base.head_dim / n_tensor
     # Every window is a branch, and each layer takes one of them.
     layers = len(set(base.layer_windows)) * base.n_layers * accumulate
     runs = {
-        part: sum(times for name, times in program.custom_calls.items() if "splash" in name and f"_{part}" in name)
+        part: sum(times for name, times in calls.items() if "splash" in name and f"_{part}" in name)
         for part in ("fwd", "dkv")
     }
     if not runs["fwd"]:

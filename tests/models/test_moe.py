@@ -10,7 +10,7 @@ import torch
 
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.experts import grouped_matmul, grouped_residual, route
+from nalora_jax.models.experts import Groups, frozen_grouped_matmul, grouped_residual, route
 from nalora_jax.models.moe import ExpertDense, MoEFFN
 from nalora_jax.nn.ffn import Adapters
 from nalora_jax.nn.low_rank import TargetSpec
@@ -18,7 +18,7 @@ from nalora_jax.ops import checks
 from nalora_jax.ops.adapted_dense import residual
 from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.numerics import Numerics, Platform
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
 SIZES = np.array([5, 0, 3, 2], np.int32)
@@ -50,14 +50,16 @@ def test_grouped_product_is_each_experts_own(operand):
     def loop(x):
         return jnp.stack([matmul(x[i], jnp.asarray(kernels[e]), numerics) for i, e in enumerate(EXPERT)])
 
-    ours, back = jax.vjp(lambda x: grouped_matmul(x, kernels, SIZES, numerics), x)
+    ours, back = jax.vjp(lambda x: frozen_grouped_matmul(x, kernels, SIZES, numerics), x)
     theirs, back_loop = jax.vjp(loop, x)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     np.testing.assert_allclose(back(ours)[0], back_loop(ours)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # where the experts' factors lie side by side
 @pytest.mark.parametrize("masked", [False, True])
-def test_grouped_adapter_is_each_experts_own_with_gradients(masked):
+def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
+    groups, numerics = Groups(SIZES, jnp.asarray(EXPERT)), Numerics(platform=Platform(platform))
     x, a, b = normal(10, D), normal(EXPERTS, D, RANK, seed=1), normal(EXPERTS, RANK, F, seed=2)
     mask = np.random.default_rng(3).uniform(size=(EXPERTS, F)).astype(np.float32) if masked else None
 
@@ -67,7 +69,7 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(masked):
         own = [None if mask is None else mask[e] for e in range(EXPERTS)]
         return jnp.concatenate([residual(x[rows[e]], a[e], b[e], 0.7, own[e]) for e in range(EXPERTS)])
 
-    ours, back = jax.vjp(lambda x, a, b: grouped_residual(x, a, b, 0.7, SIZES, mask), x, a, b)
+    ours, back = jax.vjp(lambda x, a, b: grouped_residual(x, a, b, 0.7, groups, numerics, mask), x, a, b)
     theirs, back_loop = jax.vjp(loop, x, a, b)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     g = normal(10, F, seed=4)

@@ -1,0 +1,102 @@
+"""Products of rows that are sorted by group, each with its own group's kernel: what a mixture of experts is made of.
+
+Adapters of experts are low-rank: with the factors of all groups side by side, every row is multiplied by them all and
+keeps its own (`factors_side_by_side`). That is one dense product instead of a grouped one with a few columns, which no
+matrix unit fills.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.registry import operation
+
+
+@operation
+def grouped_matmul(
+    x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
+) -> jax.Array:
+    """Every row through its group's kernel; no gradient is defined where an implementation stands in.
+
+    Args:
+      x: ``[rows, d_in]``, sorted by group.
+      kernels: ``[groups, d_in, d_out]``, or with ``transposed`` ``[groups, d_out, d_in]``.
+      sizes: int ``[groups]``, rows of each, of which the sum is ``rows``.
+      numerics: dtypes of operands and result.
+      transposed: multiply by the transposed kernels.
+
+    Returns:
+      ``[rows, d_out]`` in ``numerics.result``, accumulated in float32.
+    """
+    kernels = kernels.swapaxes(1, 2) if transposed else kernels
+    return ragged(x, kernels, sizes, numerics.operand).astype(numerics.result)
+
+
+def ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
+    """`lax.ragged_dot` in a dtype of operands, float32 ``[rows, d_out]``."""
+    return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
+
+
+@operation
+def factors_side_by_side(groups: int, rank: int, numerics: Numerics) -> bool:
+    """Whether rows are multiplied by the adapters of all groups, of which they keep their own group's."""
+    return False
+
+
+def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
+    """Rows times their own group's narrow factor, out of a product with the factors of all groups side by side.
+
+    Args:
+      x: ``[rows, d]``.
+      factors: ``[groups, d, rank]``.
+      group: int ``[rows]``.
+      operand: dtype of the operands.
+
+    Returns:
+      float32 ``[rows, rank]``.
+    """
+    groups, d, rank = factors.shape
+    beside = factors.swapaxes(0, 1).reshape(d, groups * rank)
+    found = _dot(x, beside, operand).reshape(-1, groups, rank)
+    return jnp.sum(jnp.where(_own(group, groups)[..., None], found, 0.0), axis=1)
+
+
+def own_in_all(hidden: jax.Array, group: jax.Array, groups: int) -> jax.Array:
+    """``[rows, rank]`` -> ``[rows, groups * rank]``: each row's numbers at its own group's place, 0 at the others."""
+    return jnp.where(_own(group, groups)[..., None], hidden[:, None, :], 0.0).reshape(hidden.shape[0], -1)
+
+
+def from_all(hidden: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
+    """Float32 ``[rows, d]``: ``hidden [rows, rank]`` times its own of ``factors [groups, rank, d]``."""
+    groups, rank, d = factors.shape
+    return _dot(own_in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand)
+
+
+def outer_of_all(x: jax.Array, y: jax.Array, group: jax.Array, groups: int, operand: str) -> jax.Array:
+    """``x_g^T y_g`` over the rows of every group, of which the narrower side is spread over all groups.
+
+    Args:
+      x: ``[rows, d]``.
+      y: ``[rows, n]``.
+      group: int ``[rows]``.
+      groups: how many there are.
+      operand: dtype of the operands.
+
+    Returns:
+      float32 ``[groups, d, n]``.
+    """
+    d, n = x.shape[1], y.shape[1]
+    if n < d:
+        return _dot(x.T, own_in_all(y, group, groups), operand).reshape(d, groups, n).swapaxes(0, 1)
+    return _dot(own_in_all(x, group, groups).T, y, operand).reshape(groups, d, n)
+
+
+def _own(group: jax.Array, groups: int) -> jax.Array:
+    return jax.nn.one_hot(group, groups, dtype=bool)
+
+
+def _dot(x: jax.Array, y: jax.Array, operand: str) -> jax.Array:
+    return jnp.dot(x.astype(operand), y.astype(operand), preferred_element_type=jnp.float32)

@@ -1,0 +1,110 @@
+"""Grouped products on a GPU: a Pallas kernel for Triton. XLA has none there, and multiplies every row by every kernel.
+
+The kernel visits pairs of a tile of rows and a group that has rows in it; a tile that several groups share is visited
+by each, which stores its own rows alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nalora_jax.ops.grouped_matmul import factors_side_by_side, grouped_matmul
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.triton_attention import TRITON
+
+NAME = "grouped_matmul"  # of the kernel, by which `nalora plan` knows it
+_ROWS, _COLUMNS, _INNER = 128, 128, 64  # of a tile
+_WARPS, _STAGES = 8, 3
+
+
+@TRITON.implements(factors_side_by_side)
+def factors_side_by_side_on_gpu(groups: int, rank: int, numerics: Numerics) -> bool:
+    """Always: without it XLA would copy the rows for every group."""
+    return True
+
+
+@TRITON.implements(grouped_matmul)
+def triton_grouped_matmul(
+    x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
+) -> jax.Array:
+    """`grouped_matmul` of bfloat16 operands whose sizes the tiles divide."""
+    d_out, d_in = kernels.shape[1:] if transposed else kernels.shape[:0:-1]
+    divides = x.shape[0] % _ROWS == 0 and d_out % _COLUMNS == 0 and d_in % _INNER == 0
+    if numerics.operand != "bfloat16" or not divides:
+        return NotImplemented
+    return tiled(x, kernels, sizes, numerics, transposed=transposed)
+
+
+def tiled(
+    x: jax.Array,
+    kernels: jax.Array,
+    sizes: jax.Array,
+    numerics: Numerics,
+    *,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """The kernel; arguments as of `grouped_matmul`, and ``interpret`` to run it without a GPU."""
+    # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    d_out = kernels.shape[1 if transposed else 2]
+    groups, tiles = kernels.shape[0], x.shape[0] // _ROWS
+    whole = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
+    visits = _visits(sizes, tiles)
+    options: dict[str, Any] = {"name": NAME, "interpret": interpret}
+    out: jax.Array = pl.pallas_call(
+        partial(_kernel, transposed=transposed),
+        grid=(tiles + groups - 1, d_out // _COLUMNS),
+        in_specs=[whole(one.shape) for one in (x, kernels, *visits)],
+        out_specs=whole((x.shape[0], d_out)),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], d_out), numerics.result),
+        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        **options,
+    )(x.astype(numerics.operand), kernels.astype(numerics.operand), *visits)
+    return out
+
+
+def _visits(sizes: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of each visit, int32 ``[tiles + groups - 1]``: the group, the tile of rows, and the group's first row and end.
+
+    Groups without rows have no visit; visits that are left over have no rows.
+    """
+    ends = jnp.cumsum(sizes.astype(jnp.int32))
+    starts = ends - sizes
+    first = starts // _ROWS
+    touched = jnp.where(sizes > 0, (ends - 1) // _ROWS - first + 1, 0)
+    until = jnp.cumsum(touched)
+    visit = jnp.arange(tiles + sizes.shape[0] - 1, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(until, visit, side="right"), sizes.shape[0] - 1).astype(jnp.int32)
+    tile = first[group] + visit - (until - touched)[group]
+    left_over = visit >= until[-1]
+    tile = jnp.where(left_over, 0, tile).astype(jnp.int32)
+    return group, tile, jnp.where(left_over, 0, starts[group]), jnp.where(left_over, 0, ends[group])
+
+
+def _kernel(x: Any, kernels: Any, group: Any, tile: Any, start: Any, end: Any, out: Any, *, transposed: bool) -> None:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    visit, columns = pl.program_id(0), pl.ds(pl.program_id(1) * _COLUMNS, _COLUMNS)
+    own, first = group[visit], tile[visit] * _ROWS
+    rows = pl.ds(first, _ROWS)
+
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        inner = pl.ds(step * _INNER, _INNER)
+        left = triton.load(x.at[rows, inner])
+        right = triton.load(kernels.at[(own, columns, inner) if transposed else (own, inner, columns)])
+        over = (((1,), (1 if transposed else 0,)), ((), ()))
+        return total + lax.dot_general(left, right, over, preferred_element_type=jnp.float32)
+
+    total = lax.fori_loop(0, x.shape[1] // _INNER, add, jnp.zeros((_ROWS, _COLUMNS), jnp.float32))
+    row = first + lax.broadcasted_iota(jnp.int32, (_ROWS, _COLUMNS), 0)
+    mine = (row >= start[visit]) & (row < end[visit])
+    triton.store(out.at[rows, columns], total.astype(out.dtype), mask=mine)

@@ -1,0 +1,68 @@
+"""Products by group against loops over groups, in numpy; the kernel for GPUs in interpret mode."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.ops.grouped_matmul import factors_side_by_side, grouped_matmul, outer_of_all
+from nalora_jax.ops.numerics import Numerics, Platform
+from nalora_jax.ops.triton_grouped_matmul import _visits, tiled, triton_grouped_matmul
+
+BF16 = Numerics("bfloat16", "float32", "bfloat16", "bfloat16")
+# Groups that begin and end within a tile of 128 rows, at its edges, that are empty, and several in one tile.
+SIZES = ([100, 0, 156, 0], [0, 0, 0, 256], [1, 127, 128, 0], [5, 6, 7, 238], [128, 0, 0, 128])
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.asarray(jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16).astype(jnp.float32))
+
+
+def by_loop(x: np.ndarray, kernels: np.ndarray, sizes: list[int]) -> np.ndarray:
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return np.stack([row.astype(np.float64) @ kernels[g].astype(np.float64) for row, g in zip(x, group, strict=True)])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_row_goes_through_its_own_group_s_kernel(sizes, transposed):
+    x, kernels = normal(256, 192), normal(4, 192, 128, seed=1)
+    given = jnp.asarray(kernels.swapaxes(1, 2) if transposed else kernels)
+    arguments = jnp.asarray(x), given, jnp.asarray(sizes, jnp.int32), BF16
+    expected = by_loop(x, kernels, sizes)
+    np.testing.assert_allclose(grouped_matmul(*arguments, transposed=transposed), expected, atol=1e-4)
+    np.testing.assert_allclose(tiled(*arguments, transposed=transposed, interpret=True), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_tile_is_visited_by_each_group_that_has_rows_in_it(sizes):
+    group, tile, start, end = map(np.asarray, _visits(jnp.asarray(sizes, jnp.int32), 2))
+    ends = np.cumsum(sizes)
+    begins = ends - np.asarray(sizes)
+    tiles = {(g, t) for g in range(4) for t in range(2)}
+    wanted = {(g, t) for g, t in tiles if max(begins[g], 128 * t) < min(ends[g], 128 * (t + 1))}
+    assert {(g, t) for g, t, s, e in zip(group, tile, start, end, strict=True) if e > s} == wanted
+    assert sum(end > start) == len(wanted)
+
+
+def test_the_kernel_leaves_to_the_plain_function_what_its_tiles_do_not_divide():
+    sizes = jnp.asarray([100, 156])
+    for shape in ((256, 192, 100), (256, 100, 128), (250, 192, 128)):
+        rows, d_in, d_out = shape
+        x, kernels = jnp.zeros((rows, d_in)), jnp.zeros((2, d_in, d_out))
+        assert triton_grouped_matmul(x, kernels, sizes, BF16) is NotImplemented
+    float32 = Numerics(platform=Platform("gpu"))
+    assert triton_grouped_matmul(jnp.zeros((256, 192)), jnp.zeros((2, 192, 128)), sizes, float32) is NotImplemented
+    assert factors_side_by_side(8, 8, float32)
+    assert not factors_side_by_side(8, 8, Numerics(platform=Platform("cpu")))
+
+
+@pytest.mark.parametrize("narrow", ["left", "right"])
+def test_outer_products_are_those_of_every_group_s_rows(narrow):
+    sizes, shapes = [3, 0, 4], ((7, 2), (7, 6)) if narrow == "left" else ((7, 6), (7, 2))
+    x, y = normal(*shapes[0]), normal(*shapes[1], seed=1)
+    group = np.repeat(np.arange(3), sizes)
+    expected = np.stack([x[group == g].T @ y[group == g] for g in range(3)])
+    found = outer_of_all(jnp.asarray(x), jnp.asarray(y), jnp.asarray(group), 3, "float32")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
