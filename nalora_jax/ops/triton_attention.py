@@ -65,7 +65,7 @@ def takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None
 
 
 def computed_pairs(seq: int) -> float:
-    """Pairs of a query and a key whose scores one pass of the kernel computes: of every block that causality touches."""
+    """Pairs of a query and a key whose scores a pass computes: those of every block that causality touches."""
     return seq * (seq + _BLOCK) / 2
 
 

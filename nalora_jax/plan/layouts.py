@@ -209,7 +209,8 @@ def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
     """
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
-    if where.chip.platform == TRITON.platform and triton_takes(seq, base.head_dim, base.layer_windows, base.attn_softcap):
+    known = (base.head_dim, base.layer_windows, base.attn_softcap)
+    if where.chip.platform == TRITON.platform and triton_takes(seq, *known):
         return TRITON.name
     return ""
 
@@ -228,7 +229,7 @@ def _turned(where: Topology, base: ModelConfig, wide: float) -> float:
 
 def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Numbers a token and layer that wait for the backward pass."""
-    # Splash attention's result is saved with the projections; the plain function's inputs are, once more, as it has them.
+    # Splash attention's result is saved with the projections; of the plain function also its inputs, as it has them.
     queries, keys = {SPLASH.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
     heads = (queries * base.n_heads + keys * base.n_kv_heads) * base.head_dim / tensor
     chosen = base.experts_per_token if base.n_experts else 1

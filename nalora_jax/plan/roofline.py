@@ -17,7 +17,6 @@ from nalora_jax.plan.accounting import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
 
-
 # Products of JAX's attention kernels for Triton, in one layer: the backward pass computes the scores twice.
 _MHA = {"mha_forward": 2, "mha_backward": 7}
 
