@@ -100,7 +100,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
     ours = figures(*step_and_arguments(config, base, mesh, seq=seq, images=images))
     plain = replace(config, mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
     step, arguments = step_and_arguments(plain, base, mesh, seq=seq, images=images)
-    other = figures(without_statistics(step, mesh), arguments)
+    other = figures(without_statistics(step, mesh, experts=base.n_experts > 0), arguments)
     return Plan(
         config.model,
         where,
@@ -122,7 +122,7 @@ def bound_of(
     return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
 
 
-def without_statistics(step: Any, mesh: Any) -> Any:
+def without_statistics(step: Any, mesh: Any, *, experts: bool = False) -> Any:
     """A step of plain LoRA that measures no gates: what reads them is no output, so the compiler drops it."""
     inner = step.__wrapped__  # compiler options may not be nested
 
@@ -130,7 +130,8 @@ def without_statistics(step: Any, mesh: Any) -> Any:
         new, metrics = inner(params, state, batch)
         return new._replace(gate=state.gate), {"loss": metrics["loss"]}
 
-    return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
+    options = distributed.compiler_options(mesh, experts=experts)
+    return jax.jit(plain, donate_argnums=1, compiler_options=options)
 
 
 def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:

@@ -190,6 +190,24 @@ def test_kernels_are_counted_by_name_as_often_as_they_run():
     assert Program(KERNELS).custom_calls == {"splash_mha_fwd_residuals": 33.0, "splash_mha_dkv": 1.0}
 
 
+GROUPED = """HloModule step
+
+ENTRY %main (x: bf16[256,64], w: bf16[4,64,128], s: s32[5]) -> bf16[256,128] {
+  %x = bf16[256,64]{1,0} parameter(0)
+  %w = bf16[4,64,128]{2,1,0} parameter(1)
+  %s = s32[5]{0} parameter(2)
+  %pallas_call.3 = bf16[256,128]{1,0} custom-call(%x, %w, %s), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/while/body/grouped_matmul/pallas_call"}
+  ROOT %pallas_call.4 = bf16[256,128]{1,0} custom-call(%pallas_call.3), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/jit(mha)/mha_forward/pallas_call"}
+}
+"""  # noqa: E501
+
+
+def test_products_by_group_are_counted_and_kernels_of_gpus_have_their_own_names():
+    program = Program(GROUPED)
+    assert program.custom_calls == {"grouped_matmul": 1.0, "mha_forward": 1.0}
+    assert program.flops == 2 * 256 * 64 * 128
+
+
 @pytest.mark.parametrize(
     ("groups", "devices"),
     [
