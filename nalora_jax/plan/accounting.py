@@ -48,6 +48,9 @@ _FREE = frozenset(
 )
 
 
+_ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate"))
+
+
 @dataclass(frozen=True)
 class Collective:
     """A collective operation as a device sees it."""
@@ -282,6 +285,8 @@ class Program:
         for user in computation.users[source.name]:
             if user.opcode == "bitcast":
                 total += self._read_of(computation, user)
+            elif user.opcode in _ELEMENTWISE and not user.is_root:  # made of those elements alone that are used
+                total += self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
                 total += sum(shape.size for shape in user.shapes)
             elif self._hands_on(user, source, computation):

@@ -19,12 +19,14 @@ def mesh(platform: str, kind: str, fsdp: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("experts", [False, True])
-def test_options_are_the_platform_s_and_where_nothing_is_gathered_there_are_none(experts):
+def test_options_are_the_platform_s_and_for_gathers_where_there_are_any(experts):
     assert compiler_options(mesh("tpu", "TPU v6 lite", 1), experts=experts) == {}
     assert compiler_options(mesh("cpu", "cpu", 8), experts=experts) == {}
     assert GATHERS in compiler_options(mesh("tpu", "TPU v6 lite", 8), experts=experts)
     assert GATHERS in compiler_options(mesh("tpu", "TPU v5 lite", 8), experts=experts)
-    assert all(name.startswith("xla_gpu") for name in compiler_options(mesh("gpu", "NVIDIA H100", 8), experts=experts))
+    whole, split = (compiler_options(mesh("gpu", "NVIDIA H100", fsdp), experts=experts) for fsdp in (1, 8))
+    assert all(name.startswith("xla_gpu") for name in split)
+    assert whole.items() < split.items()
 
 
 def test_a_v5p_s_compiler_is_not_asked_for_what_it_fails_at_with_experts():

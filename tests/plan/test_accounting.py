@@ -76,6 +76,36 @@ def test_a_slice_of_a_stack_is_read_as_a_slice():
     assert stack.nbytes < program.memory_bytes < 4 * stack.nbytes
 
 
+SLICED = """HloModule step
+
+%few (p: bf16[64,8], q: bf16[64,8]) -> f32[4,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %q = bf16[64,8]{1,0} parameter(1)
+  %both = bf16[64,8]{1,0} add(%p, %q)
+  %wide = f32[64,8]{1,0} convert(%both)
+  ROOT %slice = f32[4,8]{1,0} slice(%wide), slice={[0:4], [0:8]}
+}
+
+%all (r: bf16[64,8]) -> f32[64,8] {
+  %r = bf16[64,8]{1,0} parameter(0)
+  ROOT %wide.1 = f32[64,8]{1,0} convert(%r)
+}
+
+ENTRY %main (x: bf16[64,8], y: bf16[64,8]) -> (f32[4,8], f32[64,8]) {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %y = bf16[64,8]{1,0} parameter(1)
+  %first = f32[4,8]{1,0} fusion(%x, %y), kind=kLoop, calls=%few
+  %second = f32[64,8]{1,0} fusion(%x), kind=kLoop, calls=%all
+  ROOT %t = (f32[4,8]{1,0}, f32[64,8]{1,0}) tuple(%first, %second)
+}
+"""
+
+
+def test_what_a_fusion_slices_it_computes_of_those_elements_alone():
+    few, every = 2 * 2 * 4 * 8 + 4 * 4 * 8, 2 * 64 * 8 + 4 * 64 * 8  # read and written
+    assert Program(SLICED).memory_bytes == few + every
+
+
 TPU_STYLE = """\
 HloModule step, is_scheduled=true
 
