@@ -9,8 +9,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-# Products of few rows are not made part of larger ones with the same factor, which would then be rounded to the finer of
-# both dtypes: the misalignment probe's made a gate's products float32, 2% of a step's HBM traffic.
+# Products of few rows are not made part of larger ones with the same factor, which would then have the finer of both
+# dtypes: the misalignment probe's made a gate's products float32, 2% of a step's HBM traffic.
 _GPU_ALWAYS: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
 # Gathers of kernels run behind products: without these, v6e's compiler schedules none of them so, v5e's some.
 _TPU = {
