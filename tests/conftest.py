@@ -23,6 +23,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
+        # Small programs are compiled in one piece: 5% less time than in up to 32.
+        "--xla_cpu_parallel_codegen_split_count=1",
         # Eight simulated devices on two busy cores meet late; by default XLA aborts the process after 40 seconds.
         "--xla_cpu_collective_call_terminate_timeout_seconds=900",
         "--xla_cpu_collective_timeout_seconds=900",

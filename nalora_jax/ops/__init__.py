@@ -11,5 +11,6 @@ residual_norm   x + y and its root-mean-square norm
 # Registered as soon as any operation is imported.
 import nalora_jax.ops.cudnn_attention
 import nalora_jax.ops.splash_attention
+import nalora_jax.ops.tpu_grouped_matmul
 import nalora_jax.ops.triton_attention
 import nalora_jax.ops.triton_grouped_matmul  # noqa: F401

@@ -28,10 +28,13 @@ from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_
 # Policies in the order of what they keep for the backward pass, most first; on the chip, or in the host's memory.
 POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
 _MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
-_USABLE = 0.9  # of the memory: how far estimates may be off (docs/pods.md)
+# Of the memory: how far estimates may be off (docs/pods.md). On a GPU XLA makes things again from 90% on.
+_USABLE = {"tpu": 0.9, "gpu": 0.85}
 _USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading, and of the system
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others wait in the host's memory
 _LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
+_GATHERED = 3  # kernels that are gathered at once, each the largest of a layer
+_GATHERED_EXPERTS = 8  # the same of experts on a TPU: of two layers, with copies in the order of the backward pass
 _WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
 
 
@@ -86,7 +89,7 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
         )
     chip = where.chip
     hosted = [layout for layout in found if layout.host <= _USABLE_OF_HOST * chip.host_memory]
-    fitting = [layout for layout in hosted if layout.memory <= _USABLE * chip.memory]
+    fitting = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
     if not fitting:
         smallest = min(hosted or found, key=lambda layout: layout.memory if hosted else layout.host)
         room = chip.memory if hosted else _USABLE_OF_HOST * chip.host_memory
@@ -154,7 +157,7 @@ def estimate(
         # Of A and B one is split over fsdp. Tables are; in a step they and their gradients are gathered over it.
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=_working(base, tokens, tensor, gathered=fsdp > 1, wide=wide)
+        working=_working(where, base, tokens, tensor, gathered=fsdp > 1, wide=wide)
         + (2 * tables + _turned(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
@@ -169,6 +172,8 @@ def estimate(
     # Activations leave behind the products of the forward pass, which are half of what nothing is made again for.
     ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
     products = max(ahead, out) + max(matrix - ahead, out)
+    if where.chip.platform == "gpu":  # whose compiler leaves five sixths of them beside no products
+        products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
     summed = 0.0
@@ -242,11 +247,12 @@ def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     }[remat]
 
 
-def _working(base: ModelConfig, tokens: float, tensor: int, *, gathered: bool, wide: float) -> float:
+def _working(where: Topology, base: ModelConfig, tokens: float, tensor: int, *, gathered: bool, wide: float) -> float:
     """Bytes that are alive at the fullest moment beside what waits: of one layer, or of the loss with its head."""
     chosen = base.experts_per_token if base.n_experts else 1
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
-    layer = _WIDE * 4.0 * tokens * base.d_ff * chosen / tensor + (3 * kernel * wide if gathered else 0.0)
+    at_once = _GATHERED_EXPERTS if base.n_experts and where.chip.platform == "tpu" else _GATHERED
+    layer = _WIDE * 4.0 * tokens * base.d_ff * chosen / tensor + (at_once * kernel * wide if gathered else 0.0)
     head = base.d_model * base.vocab_size * wide / tensor if gathered else 0.0
     rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
     loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0

@@ -56,6 +56,8 @@ def test_the_kernel_leaves_to_the_plain_function_what_its_tiles_do_not_divide():
     assert triton_grouped_matmul(jnp.zeros((256, 192)), jnp.zeros((2, 192, 128)), sizes, float32) is NotImplemented
     assert factors_side_by_side(8, 8, float32)
     assert not factors_side_by_side(8, 8, Numerics(platform=Platform("cpu")))
+    assert factors_side_by_side(8, 16, Numerics(platform=Platform("tpu")))
+    assert not factors_side_by_side(128, 8, Numerics(platform=Platform("tpu")))
 
 
 @pytest.mark.parametrize("narrow", ["left", "right"])
