@@ -32,9 +32,9 @@ def factors_side_by_side_on_gpu(groups: int, rank: int, numerics: Numerics) -> b
 def triton_grouped_matmul(
     x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
 ) -> jax.Array:
-    """`grouped_matmul` of bfloat16 operands whose sizes the tiles divide."""
+    """`grouped_matmul` of bfloat16 operands whose widths the tiles divide."""
     d_out, d_in = kernels.shape[1:] if transposed else kernels.shape[:0:-1]
-    divides = x.shape[0] % _ROWS == 0 and d_out % _COLUMNS == 0 and d_in % _INNER == 0
+    divides = d_out % _COLUMNS == 0 and d_in % _INNER == 0
     if numerics.operand != "bfloat16" or not divides:
         return NotImplemented
     return tiled(x, kernels, sizes, numerics, transposed=transposed)
@@ -54,8 +54,9 @@ def tiled(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    d_out = kernels.shape[1 if transposed else 2]
-    groups, tiles = kernels.shape[0], x.shape[0] // _ROWS
+    rows, groups, d_out = x.shape[0], kernels.shape[0], kernels.shape[1 if transposed else 2]
+    x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))  # rows of no group, which no visit stores
+    tiles = x.shape[0] // _ROWS
     whole = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
     visits = _visits(sizes, tiles)
     options: dict[str, Any] = {"name": NAME, "interpret": interpret}
@@ -68,7 +69,7 @@ def tiled(
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         **options,
     )(x.astype(numerics.operand), kernels.astype(numerics.operand), *visits)
-    return out
+    return out[:rows]
 
 
 def _visits(sizes: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
