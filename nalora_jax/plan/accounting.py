@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from nalora_jax.ops.triton_grouped_matmul import NAME as GROUPED_MATMUL
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
+from nalora_jax.plan.products import flops_of, kernel_name
 
 _COLLECTIVES = (
     "all-gather",
@@ -119,10 +119,10 @@ class Program:
     def flops(self) -> float:
         """Of all matrix products, grouped ones included; other kernels are not seen (see `custom_calls`)."""
         return sum(
-            self.times[c.name] * (_grouped_flops if i.opcode == "custom-call" else _product_flops)(i, c)
+            self.times[c.name] * flops_of(i, c)
             for c in self.computations.values()
             for i in c.instructions.values()
-            if self.times[c.name] and (i.opcode in ("convolution", "dot") or _is_grouped(i))
+            if self.times[c.name]
         )
 
     @cached_property
@@ -132,7 +132,7 @@ class Program:
         for computation, instruction in self._running("custom-call"):
             if _MARKS.search(instruction.attributes):
                 continue
-            name = _kernel_name(instruction)
+            name = kernel_name(instruction)
             found[name] = found.get(name, 0.0) + self.times[computation.name]
         return found
 
@@ -353,43 +353,6 @@ def _changed(instruction: Instruction, computation: Computation, written: float)
         update = computation.instructions.get(instruction.operands[1])
         return written if update is None else sum(shape.size for shape in update.shapes)
     return written
-
-
-def _kernel_name(instruction: Instruction) -> str:
-    """A Pallas kernel's own name on a GPU, else that of the instruction without its number."""
-    name = re.sub(r"[.\d]+$", "", instruction.name)
-    own = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
-    return own[1] if own and name.startswith("pallas_call") else name
-
-
-def _is_grouped(instruction: Instruction) -> bool:
-    """Whether it is a product by group: XLA's own on a TPU, or this library's kernel on a GPU."""
-    name = _kernel_name(instruction) if instruction.opcode == "custom-call" else ""
-    return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
-
-
-def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
-    """Of rows ``[m, k]`` by group: to ``[m, n]``, or with ``[m, n]`` to ``[groups, k, n]``."""
-    result = instruction.shapes[0].dims
-    operands = [computation.instructions[name].shapes[0].dims for name in instruction.operands]
-    # The first operand with two axes (lists of groups have one, kernels three): a side of it is the result's.
-    first, second = next(dims for dims in operands if len(dims) == 2)
-    inner = second if len(result) == 2 else first * second / result[-2]
-    return 2.0 * result[-2] * result[-1] * inner
-
-
-def _product_flops(instruction: Instruction, computation: Computation) -> float:
-    """Twice the multiply-adds of a ``dot`` or ``convolution``."""
-    result = math.prod(instruction.shapes[0].dims)
-    first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
-    if instruction.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
-        return 2.0 * result * math.prod(first[axis] for axis in axes)
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    assert labels is not None
-    # Every kernel dimension but its output features is summed over: input features and the window.
-    return 2.0 * result * math.prod(size for size, label in zip(second, labels.group(2), strict=True) if label != "o")
 
 
 def _received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:

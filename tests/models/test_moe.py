@@ -10,7 +10,8 @@ import torch
 
 from nalora_jax import activations
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.experts import Groups, frozen_grouped_matmul, grouped_residual, route
+from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
+from nalora_jax.models.experts import route
 from nalora_jax.models.moe import ExpertDense, MoEFFN
 from nalora_jax.nn.ffn import Adapters
 from nalora_jax.nn.low_rank import TargetSpec

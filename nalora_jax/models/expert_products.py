@@ -1,0 +1,155 @@
+"""Products of rows that are sorted by expert: with the experts' frozen kernels, and with their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.ops.adapted_dense import Adapter, Factors, Products, gated
+from nalora_jax.ops.grouped_matmul import (
+    factors_side_by_side,
+    from_all,
+    grouped_matmul,
+    outer_of_all,
+    own_of_all,
+    ragged,
+)
+from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.storage import Kernel, expand
+
+
+class Groups(NamedTuple):
+    """Rows that are sorted by expert."""
+
+    sizes: jax.Array  # int [experts], rows of each
+    expert: jax.Array  # int [rows], ascending
+
+
+def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    """Every row through its expert's frozen kernel: no gradient for the kernels.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      kernels: ``[experts, d_in, d_out]``, as they are stored.
+      sizes: int ``[experts]``.
+      numerics: dtypes of operands and result.
+
+    Returns:
+      ``[rows, d_out]`` in ``numerics.result``.
+    """
+    chex.assert_rank([x, sizes], [2, 1])
+    assert kernels.ndim == 3
+    return _frozen(x, kernels, sizes, numerics)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _frozen(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> jax.Array:
+    return grouped_matmul(x, expand(kernels), sizes, numerics)
+
+
+def _frozen_fwd(x: jax.Array, kernels: Any, sizes: jax.Array, numerics: Numerics) -> tuple[jax.Array, Any]:
+    return _frozen(x, kernels, sizes, numerics), (kernels, sizes, jnp.zeros((0,), x.dtype))
+
+
+def _frozen_bwd(numerics: Numerics, residuals: Any, g: jax.Array) -> tuple[jax.Array, None, None]:
+    kernels, sizes, like_x = residuals
+    numerics = replace(numerics, result=like_x.dtype.name)
+    return grouped_matmul(g, expand(kernels), sizes, numerics, transposed=True), None, None
+
+
+_frozen.defvjp(_frozen_fwd, _frozen_bwd)
+
+
+def grouped_residual(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    groups: Groups,
+    numerics: Numerics,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """`nalora_jax.ops.adapted_dense.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
+
+    Args:
+      x: ``[rows, d_in]`` sorted by expert.
+      a: ``[experts, d_in, r]`` float32.
+      b: ``[experts, r, d_out]`` float32.
+      scale: scalar.
+      groups: the rows' experts.
+      numerics: of which the adapters' dtype is used.
+      mask: ``[experts, d_out]`` or None.
+
+    Returns:
+      ``[rows, d_out]`` float32.
+    """
+    chex.assert_rank([x, a, b], [2, 3, 3])
+    beside = factors_side_by_side(a.shape[0], a.shape[-1], numerics)
+    products = GroupedProducts(groups, numerics.adapter, beside)
+    (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
+    out: jax.Array = y
+    return out
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupedProducts(Products):
+    """Every row's products are those of its expert's adapter; the factors have a leading axis ``[experts]``."""
+
+    groups: Groups
+    operand: str = field(metadata={"static": True})
+    beside: bool = field(metadata={"static": True})  # the factors of all experts lie side by side
+
+    def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
+        """``[rows, d]`` times ``[experts, d, r]``."""
+        if self.beside:
+            return own_of_all(x, factors, self.groups.expert, self.operand)
+        return ragged(x, factors, self.groups.sizes, self.operand)
+
+    def _from_rank(self, hidden: jax.Array, factors: jax.Array) -> jax.Array:
+        """``[rows, r]`` times ``[experts, r, d]``."""
+        if self.beside:
+            return from_all(hidden, factors, self.groups.expert, self.operand)
+        return ragged(hidden, factors, self.groups.sizes, self.operand)
+
+    def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
+        """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
+        if self.beside:
+            return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
+        product = partial(ragged, x, sizes=self.groups.sizes, operand=self.operand)
+        made: jax.Array = jax.linear_transpose(product, like)(g)[0]
+        return made
+
+    def forward(self, x: jax.Array, layers: Sequence[Factors]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """See `Products`."""
+        (layer,) = layers
+        hidden = layer.scale * self._to_rank(x, layer.a)
+        return [self._from_rank(hidden, layer.b)], [hidden]
+
+    def narrow(
+        self, gs: Sequence[jax.Array], layers: Sequence[Factors], wides: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], None]:
+        """See `Products`."""
+        (g,), (wide,) = gs, wides
+        return [self._to_rank(g, wide.swapaxes(1, 2))], None
+
+    def gradients(
+        self,
+        x: jax.Array,
+        gs: Sequence[jax.Array],
+        layers: Sequence[Factors],
+        hidden: Sequence[Any],
+        exact: Sequence[Any],
+        shaping: Sequence[Any],
+        beside: Any,
+    ) -> tuple[jax.Array, list[Any], list[Any]]:
+        """See `Products`."""
+        (layer,), (g,) = layers, gs
+        dx = self._from_rank(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
+        return dx, [self._per_expert(x, shaping[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]

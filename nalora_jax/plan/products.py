@@ -1,0 +1,53 @@
+"""Flops of the matrix products of a compiled program, those by group included."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from nalora_jax.ops.triton_grouped_matmul import NAME as GROUPED_MATMUL
+from nalora_jax.plan.hlo import Computation, Instruction
+
+
+def flops_of(instruction: Instruction, computation: Computation) -> float:
+    """Of one instruction; 0 where it is no product, or a kernel's that is not known here."""
+    if instruction.opcode in ("convolution", "dot"):
+        return _product_flops(instruction, computation)
+    return _grouped_flops(instruction, computation) if _is_grouped(instruction) else 0.0
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """A Pallas kernel's own name on a GPU, else that of the instruction without its number."""
+    name = re.sub(r"[.\d]+$", "", instruction.name)
+    own = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
+    return own[1] if own and name.startswith("pallas_call") else name
+
+
+def _is_grouped(instruction: Instruction) -> bool:
+    """Whether it is a product by group: XLA's own on a TPU, or this library's kernel on a GPU."""
+    name = kernel_name(instruction) if instruction.opcode == "custom-call" else ""
+    return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
+
+
+def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
+    """Of rows ``[m, k]`` by group: to ``[m, n]``, or with ``[m, n]`` to ``[groups, k, n]``."""
+    result = instruction.shapes[0].dims
+    operands = [computation.instructions[name].shapes[0].dims for name in instruction.operands]
+    # The first operand with two axes (lists of groups have one, kernels three): a side of it is the result's.
+    first, second = next((dims for dims in operands if len(dims) == 2), (0, 0))
+    inner = second if len(result) == 2 else first * second / result[-2]
+    return 2.0 * result[-2] * result[-1] * inner
+
+
+def _product_flops(instruction: Instruction, computation: Computation) -> float:
+    """Twice the multiply-adds of a ``dot`` or ``convolution``."""
+    result = math.prod(instruction.shapes[0].dims)
+    first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = [int(axis) for axis in contracted.group(1).split(",") if axis] if contracted else []
+        return 2.0 * result * math.prod(first[axis] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    # Every kernel dimension but its output features is summed over: input features and the window.
+    return 2.0 * result * math.prod(size for size, label in zip(second, labels.group(2), strict=True) if label != "o")
