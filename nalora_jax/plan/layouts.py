@@ -158,7 +158,7 @@ def estimate(
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=_working(where, base, tokens, tensor, gathered=fsdp > 1, wide=wide)
-        + (2 * tables + _turned(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
+        + (2 * tables + _transposed(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
@@ -172,7 +172,7 @@ def estimate(
     # Activations leave behind the products of the forward pass, which are half of what nothing is made again for.
     ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
     products = max(ahead, out) + max(matrix - ahead, out)
-    if where.chip.platform == "gpu":  # whose compiler leaves five sixths of them beside no products
+    if where.chip.platform == "gpu":  # whose compiler puts but a sixth of the transfers behind products
         products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
@@ -210,7 +210,7 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
 def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
     """The implementation that attention of whole rows takes, as far as it can be compiled for here; "" for none.
 
-    cuDNN's, which a GPU's user has, can not: it keeps no more than the others do.
+    cuDNN's kernels, which a GPU's user has, cannot be compiled without a GPU; they keep no more than these do.
     """
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
@@ -220,10 +220,10 @@ def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
     return ""
 
 
-def _turned(where: Topology, base: ModelConfig, wide: float) -> float:
-    """Bytes of kernels that a GPU's compiler copies in another order at the start of a step, on all devices together.
+def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
+    """Bytes of kernels that a GPU's compiler transposes at the start of a step, on all devices together.
 
-    An axis that NCCL gathers has to be the first in memory: it is not where outputs are split, and never of experts.
+    NCCL gathers along the first axis in memory. That is another one where fsdp splits outputs, and of experts always.
     """
     if where.chip.platform != "gpu":
         return 0.0
