@@ -183,7 +183,11 @@ def estimate(
         summed = sums * base.n_layers * moved / where.inbound(tensor)
     hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
-    seconds = times * (max(products, hbm, gathered) + summed) + gradients
+    if _hides_gathers(where, base):
+        products = max(products, gathered)
+    else:
+        summed += gathered
+    seconds = times * (max(products, hbm) + summed) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)
 
@@ -218,6 +222,11 @@ def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
     if where.chip.platform == TRITON.platform and triton_takes(seq, *known):
         return TRITON.name
     return ""
+
+
+def _hides_gathers(where: Topology, base: ModelConfig) -> bool:
+    """Whether the compiler puts gathers of kernels behind products (`nalora_jax.distributed.compiler_options`)."""
+    return where.chip.platform == "tpu" and not (base.n_experts and where.kind == "v5p")
 
 
 def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
