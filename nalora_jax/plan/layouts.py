@@ -225,8 +225,12 @@ def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
 
 
 def _hides_gathers(where: Topology, base: ModelConfig) -> bool:
-    """Whether the compiler puts gathers of kernels behind products (`nalora_jax.distributed.compiler_options`)."""
-    return where.chip.platform == "tpu" and not (base.n_experts and where.kind == "v5p")
+    """Whether gathers of kernels are taken to run behind products (`nalora_jax.distributed.compiler_options`).
+
+    Those of experts do not on GPUs and on v5p, where splitting the experts over ``tensor`` is faster by what is compiled.
+    GPUs' schedules leave most others beside no products too, but there ``tensor`` was slower (docs/pods.md).
+    """
+    return not base.n_experts or where.kind in ("v5e", "v6e")
 
 
 def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
