@@ -228,7 +228,6 @@ def _hides_gathers(where: Topology, base: ModelConfig) -> bool:
     """Whether gathers of kernels are taken to run behind products (`nalora_jax.distributed.compiler_options`).
 
     Those of experts do not on GPUs and on v5p, where splitting experts over ``tensor`` is faster by what is compiled.
-    GPUs' schedules leave most others beside no products too, but there ``tensor`` was slower (docs/pods.md).
     """
     return not base.n_experts or where.kind in ("v5e", "v6e")
 
