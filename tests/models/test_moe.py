@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,17 @@ def test_statistics_are_those_of_the_tokens_that_reached_each_expert():
         one = one_expert(probe.base + probe.delta, probe, np.where(reached, w, 0.0))
         for name, value in one.items():
             np.testing.assert_allclose(out["gate_stats"][name][e], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
+    x, stats = normal(2, 8, D), GateStatsConfig(stride=stride, probe_stride=2 * stride)
+    found = []
+    for platform in ("cpu", "gpu"):
+        module = block(stats=stats, numerics=Numerics(platform=Platform(platform)))
+        apply = jax.jit(lambda v, module=module: module.apply(v, x, mutable=["gate_stats"]))
+        found.append(apply(variables_of(module)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *found)
 
 
 def test_identity_check_measures_the_live_gate():
