@@ -21,7 +21,6 @@ from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, gro
 from nalora_jax.ops.adapted_dense import Adapter, column_norm, combine, moved_from
 from nalora_jax.ops.checks import NAMES, Live, gate_checks
 from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
-from nalora_jax.ops.grouped_matmul import factors_side_by_side
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -106,9 +105,9 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
 
 
 def expert_statistics(
-    seen: jax.Array,
-    start: jax.Array,
-    moved: jax.Array | None,
+    base: jax.Array,
+    delta: jax.Array | None,
+    z: jax.Array,
     samples: tuple[SampledRows, SampledRows],
     activation: activations.Activation,
     config: GateStatsConfig,
@@ -116,9 +115,9 @@ def expert_statistics(
     """`nalora_jax.ops.gated_mlp.gate_statistics` of every expert, over the tokens that reached it.
 
     Args:
-      seen: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
-      start: ``[probed, d_ff]`` frozen pre-activations of the second's.
-      moved: ``[probed, d_ff]`` what the adapter adds to them, or None.
+      base: ``[rows, d_ff]`` frozen pre-activations of rows sorted by expert.
+      delta: ``[rows, d_ff]`` residual, or None.
+      z: ``[rows, d_ff]`` full pre-activations.
       samples: rows that the gate, and that the probe is measured on.
       activation: the gate's.
       config: tolerance, and which statistics.
@@ -127,13 +126,15 @@ def expert_statistics(
       The same names with a leading ``[experts]`` axis.
     """
     partition = activations.partition(activation.name, config.tolerance)
-    delta = jnp.zeros_like(start) if moved is None else moved
+    gate, probe = samples
+    seen, start = gate.take(z), probe.take(base)
+    moved = jnp.zeros_like(start) if delta is None else probe.take(delta)
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
         stats = statistics.channel_statistics(seen, of_gate, activation, partition, config.extra)
-        return stats | statistics.probe_statistics(start, delta, of_probe, activation, config.extra)
+        return stats | statistics.probe_statistics(start, moved, of_probe, activation, config.extra)
 
-    return jax.vmap(one)(samples[0].weights, samples[1].weights)
+    return jax.vmap(one)(gate.weights, probe.weights)
 
 
 def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterable[str]) -> dict[str, jax.Array]:
@@ -218,9 +219,10 @@ def routed_ffn(
     hidden, _ = gated_product(z, u, activation, numerics)
     measured: dict[str, jax.Array] = {}
     if config.measure:
+        moved = _moved(layer.gate, rows, routing, delta, numerics)
+        start = base if moved is delta or moved is None else z - moved
         samples = sampled, sample(routing, token_weights, config.stats.probe_stride)
-        taken = _taken(layer.gate, rows, base, delta, z, routing, samples, numerics, dropped=keys is not None)
-        measured = expert_statistics(*taken, samples, activation, config.stats)
+        measured = expert_statistics(start, moved, z, samples, activation, config.stats)
         if config.stats.check:
             live = Live(z, base, delta, u, hidden)
             found = gate_checks(live, activation, config.stats.check, numerics.residual)
@@ -251,38 +253,6 @@ def _projected(
         ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
         delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
     return base, delta.astype(base.dtype)
-
-
-def _taken(
-    gate: Experts,
-    x: jax.Array,
-    base: jax.Array,
-    delta: jax.Array | None,
-    z: jax.Array,
-    routing: Routing,
-    samples: tuple[SampledRows, SampledRows],
-    numerics: Numerics,
-    *,
-    dropped: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What `expert_statistics` reads: z of the first sample's rows, and of the second's the base and what it moved by.
-
-    A plain residual is computed once more for these rows: taken out of all, it would be written to memory whole.
-    """
-    of_gate, of_probe = samples
-    adapter = gate.adapter
-    plain = adapter is not None and adapter.magnitude is None and adapter.start is None and not dropped
-    if adapter is None or not plain or not factors_side_by_side(adapter.a.shape[0], adapter.a.shape[-1], numerics):
-        moved = _moved(gate, x, routing, delta, numerics)
-        start = base if moved is delta or moved is None else z - moved
-        return of_gate.take(z), of_probe.take(start), None if moved is None else of_probe.take(moved)
-
-    def residual_of(one: SampledRows) -> jax.Array:
-        expert = routing.expert if one.rows is None else jnp.take(routing.expert, one.rows)
-        # Side by side, rows need not be sorted, and nobody reads the groups' sizes.
-        return grouped_residual(one.take(x), *adapter[:3], Groups(routing.sizes, expert), numerics).astype(base.dtype)
-
-    return combine(of_gate.take(base), residual_of(of_gate)), of_probe.take(base), residual_of(of_probe)
 
 
 def _moved(
