@@ -176,18 +176,11 @@ def estimate(
         products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
-    summed = 0.0
-    if tensor > 1:  # two sums forward and two backward in each layer, of [tokens, d_model]; remade layers sum again
-        sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(saves, 0)
-        moved = 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
-        summed = sums * base.n_layers * moved / where.inbound(tensor)
     hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
-    if _hides_gathers(where, base):
-        products = max(products, gathered)
-    else:
-        summed += gathered
-    seconds = times * (max(products, hbm) + summed) + gradients
+    behind, beside = (gathered, 0.0) if _hides_gathers(where, base) else (0.0, gathered)
+    beside += _sums(base, tokens, tensor, saves, wide) / where.inbound(tensor)
+    seconds = times * (max(products, hbm, behind) + beside) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
     return replace(layout, gathers=times * gathered, transfers=2 * times * out, seconds=seconds, mfu=mfu)
 
@@ -209,6 +202,15 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
         else:
             ends += size
     return layer, ends
+
+
+def _sums(base: ModelConfig, tokens: float, tensor: int, remat: str, wide: float) -> float:
+    """Bytes that reach a chip in the sums over ``tensor`` of a forward and backward pass; 0 where nothing is split.
+
+    Two forward and two backward in each layer, of ``[tokens, d_model]``; layers that are made again sum again.
+    """
+    sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
+    return sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
 
 
 def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
