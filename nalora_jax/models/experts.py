@@ -21,6 +21,7 @@ from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, gro
 from nalora_jax.ops.adapted_dense import Adapter, column_norm, combine, moved_from
 from nalora_jax.ops.checks import NAMES, Live, gate_checks
 from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
+from nalora_jax.ops.grouped_matmul import factors_side_by_side
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -105,9 +106,9 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
 
 
 def expert_statistics(
-    base: jax.Array,
-    delta: jax.Array | None,
-    z: jax.Array,
+    seen: jax.Array,
+    start: jax.Array,
+    moved: jax.Array,
     samples: tuple[SampledRows, SampledRows],
     activation: activations.Activation,
     config: GateStatsConfig,
@@ -115,9 +116,9 @@ def expert_statistics(
     """`nalora_jax.ops.gated_mlp.gate_statistics` of every expert, over the tokens that reached it.
 
     Args:
-      base: ``[rows, d_ff]`` frozen pre-activations of rows sorted by expert.
-      delta: ``[rows, d_ff]`` residual, or None.
-      z: ``[rows, d_ff]`` full pre-activations.
+      seen: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
+      start: ``[probed, d_ff]`` frozen pre-activations of the second's.
+      moved: ``[probed, d_ff]`` what the adapter adds to them.
       samples: rows that the gate, and that the probe is measured on.
       activation: the gate's.
       config: tolerance, and which statistics.
@@ -126,15 +127,12 @@ def expert_statistics(
       The same names with a leading ``[experts]`` axis.
     """
     partition = activations.partition(activation.name, config.tolerance)
-    gate, probe = samples
-    seen, start = gate.take(z), probe.take(base)
-    moved = jnp.zeros_like(start) if delta is None else probe.take(delta)
 
     def one(of_gate: jax.Array, of_probe: jax.Array) -> dict[str, jax.Array]:
         stats = statistics.channel_statistics(seen, of_gate, activation, partition, config.extra)
         return stats | statistics.probe_statistics(start, moved, of_probe, activation, config.extra)
 
-    return jax.vmap(one)(gate.weights, probe.weights)
+    return jax.vmap(one)(samples[0].weights, samples[1].weights)
 
 
 def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterable[str]) -> dict[str, jax.Array]:
@@ -211,7 +209,8 @@ def routed_ffn(
     routing = route(logits, config.top_k, normalize=config.normalize)
     drop = [partial(_dropped, keys, routing, config, place) for place in range(3)]
     rows = jnp.take(flat, routing.token, axis=0)
-    base, delta = _projected(layer.gate, rows, drop[0](rows), routing, numerics)
+    inner = drop[0](rows)
+    base, delta = _projected(layer.gate, rows, inner, routing, numerics)
     z, sampled = combine(base, delta), sample(routing, token_weights, config.stats.stride)
     if layer.sinks:
         z = statistics.tap(z, layer.sinks, sampled, expert_cotangent_statistics)
@@ -219,10 +218,9 @@ def routed_ffn(
     hidden, _ = gated_product(z, u, activation, numerics)
     measured: dict[str, jax.Array] = {}
     if config.measure:
-        moved = _moved(layer.gate, rows, routing, delta, numerics)
-        start = base if moved is delta or moved is None else z - moved
         samples = sampled, sample(routing, token_weights, config.stats.probe_stride)
-        measured = expert_statistics(start, moved, z, samples, activation, config.stats)
+        start, moved = _probed(layer.gate, rows, inner, z, delta, routing, samples[1], numerics)
+        measured = expert_statistics(sampled.take(z), start, moved, samples, activation, config.stats)
         if config.stats.check:
             live = Live(z, base, delta, u, hidden)
             found = gate_checks(live, activation, config.stats.check, numerics.residual)
@@ -255,11 +253,37 @@ def _projected(
     return base, delta.astype(base.dtype)
 
 
-def _moved(
-    gate: Experts, x: jax.Array, routing: Routing, delta: jax.Array | None, numerics: Numerics
-) -> jax.Array | None:
-    """How far the residual ``delta`` has moved from where its adapter started; None of no adapter."""
-    if delta is None or gate.adapter is None or gate.adapter.start is None:
+def _probed(
+    gate: Experts,
+    x: jax.Array,
+    inner: jax.Array,
+    z: jax.Array,
+    delta: jax.Array | None,
+    routing: Routing,
+    probe: SampledRows,
+    numerics: Numerics,
+) -> tuple[jax.Array, jax.Array]:
+    """Where z started in the probe's rows, and how far the adapter has moved it: float32 ``[taken, d_ff]`` each.
+
+    Base and residual are parts of the sum that makes z: taken out of all rows, as z is, both would be written to memory
+    whole. So the start is what the movement leaves of z, and where rows need not be sorted by expert the residual of
+    these few is computed once more. Arguments as in `_projected`, and the z and delta of all rows.
+    """
+    seen, adapter = probe.take(z).astype(jnp.float32), gate.adapter
+    if adapter is None or delta is None:
+        return seen, jnp.zeros_like(seen)
+    plain = adapter.magnitude is None and adapter.start is None
+    if plain and factors_side_by_side(adapter.a.shape[0], adapter.a.shape[-1], numerics):
+        few = Groups(routing.sizes, probe.take(routing.expert))  # side by side, nobody reads the sizes
+        moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics)
+    else:
+        moved = probe.take(_moved(gate, x, routing, delta, numerics)).astype(jnp.float32)
+    return seen - moved, moved
+
+
+def _moved(gate: Experts, x: jax.Array, routing: Routing, delta: jax.Array, numerics: Numerics) -> jax.Array:
+    """How far the residual ``delta`` has moved from where its adapter started."""
+    if gate.adapter is None or gate.adapter.start is None:
         return delta
     started = grouped_residual(x, *gate.adapter.start, gate.adapter.scale, routing.groups, numerics)
     return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))

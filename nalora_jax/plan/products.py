@@ -8,6 +8,9 @@ import re
 from nalora_jax.ops.triton_grouped_matmul import NAME as GROUPED_MATMUL
 from nalora_jax.plan.hlo import Computation, Instruction
 
+# A window along an axis whose settings are not written.
+_PLAIN = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+
 
 def flops_of(instruction: Instruction, computation: Computation) -> float:
     """Of one instruction; 0 where it is no product, or a kernel's that is not known here."""
@@ -49,5 +52,29 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
         return 2.0 * result * math.prod(first[axis] for axis in axes)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
-    # Every kernel dimension but its output features is summed over: input features and the window.
-    return 2.0 * result * math.prod(size for size, label in zip(second, labels.group(2), strict=True) if label != "o")
+    dims = (first, second, instruction.shapes[0].dims)
+    data, kernel, out = (
+        dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels.groups(), dims, strict=True)
+    )
+    axes = sorted(kernel.keys() - {"i", "o"})
+    met = [_met(data[axis], kernel[axis], out[axis], _window(instruction, int(axis))) for axis in axes]
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * math.prod(met)
+
+
+def _window(instruction: Instruction, axis: int) -> dict[str, int]:
+    """Stride, first padding and dilations of a convolution along an axis of its window."""
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    settings = dict(part.split("=") for part in found[1].split()) if found else {}
+    sizes = {name: int(text.split("x")[axis].split("_")[0]) for name, text in settings.items()}
+    return {name: sizes.get(name, default) for name, default in _PLAIN.items()}
+
+
+def _met(data: int, kernel: int, out: int, window: dict[str, int]) -> int:
+    """How often a place of the kernel meets one of the data, along an axis, and not padding.
+
+    The TPU compiler writes a product whose columns have two axes as a convolution that slides the kernel over a single
+    place: of its multiply-adds all but one in ``kernel`` are with padding, and are not done.
+    """
+    places = range(-window["pad"], -window["pad"] + out * window["stride"], window["stride"])
+    inside = range(0, (data - 1) * window["lhs_dilate"] + 1, window["lhs_dilate"])
+    return sum(place + tap * window["rhs_dilate"] in inside for place in places for tap in range(kernel))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,6 +52,25 @@ def test_flops_are_xla_s_own_where_no_loop_hides_them():
     arguments = (jnp.ones((4, 16, 24)), jnp.ones((4, 24, 40)), jnp.ones((40, 8)))
     lowered = jax.jit(f).lower(*arguments).compile()
     assert Program(lowered.as_text()).flops == 2 * 4 * 16 * 24 * 40 + 2 * 4 * 16 * 40 * 8
+
+
+@pytest.mark.parametrize(
+    ("data", "kernel", "window"),
+    [
+        ((2, 9, 11, 3), (3, 4, 3, 5), {"window_strides": (1, 1), "padding": ((2, 1), (0, 3))}),
+        ((2, 9, 11, 4), (3, 2, 2, 6), {"window_strides": (2, 3), "padding": "VALID", "feature_group_count": 2}),
+        ((1, 5, 6, 3), (2, 3, 3, 4), {"window_strides": (1, 2), "padding": ((1, 1), (4, 4)), "lhs_dilation": (2, 3)}),
+        ((1, 9, 9, 3), (2, 3, 3, 4), {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (3, 2)}),
+        ((16, 1, 1, 32), (8, 1, 32, 8), {"window_strides": (1, 1), "padding": ((7, 7), (0, 0))}),
+    ],
+    ids=["padded", "strides and groups", "data dilated", "kernel dilated", "over a single place"],
+)
+def test_a_convolution_s_flops_are_those_that_xla_counts(data, kernel, window):
+    """None of them with padding, with which it multiplies nothing."""
+    conv = partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"), **window)
+    lowered = jax.jit(conv).lower(jnp.ones(data), jnp.ones(kernel))
+    text = lowered.compile().as_text()
+    assert Program(text).flops == lowered.cost_analysis()["flops"]
 
 
 def test_gathers_inside_a_loop_count_every_time(mesh):
