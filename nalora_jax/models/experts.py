@@ -21,7 +21,7 @@ from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, gro
 from nalora_jax.ops.adapted_dense import Adapter, column_norm, combine, moved_from
 from nalora_jax.ops.checks import NAMES, Live, gate_checks
 from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
-from nalora_jax.ops.grouped_matmul import factors_side_by_side
+from nalora_jax.ops.grouped_matmul import few_rows_again
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 
@@ -77,7 +77,7 @@ class SampledRows(NamedTuple):
 
     def take(self, x: jax.Array) -> jax.Array:
         """``[rows, n]`` -> ``[taken, n]``."""
-        return x if self.rows is None else jnp.take(x, self.rows, axis=0)
+        return x if self.rows is None else x.at[self.rows].get(mode="promise_in_bounds")
 
 
 def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRows:
@@ -263,22 +263,21 @@ def _probed(
     probe: SampledRows,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """Where z started in the probe's rows, and how far the adapter has moved it: float32 ``[taken, d_ff]`` each.
+    """Where z started in the probe's rows, and how far the adapter has moved it: ``[taken, d_ff]`` each.
 
-    Base and residual are parts of the sum that makes z: taken out of all rows, as z is, both would be written to memory
-    whole. So the start is what the movement leaves of z, and where rows need not be sorted by expert the residual of
-    these few is computed once more. Arguments as in `_projected`, and the z and delta of all rows.
+    The base is a part of the sum that makes z: taken out of all rows, as z is, it would be written to memory whole. So
+    the start is what the movement leaves of z. Arguments as in `_projected`, and the z and delta of all rows.
     """
     seen, adapter = probe.take(z).astype(jnp.float32), gate.adapter
     if adapter is None or delta is None:
         return seen, jnp.zeros_like(seen)
     plain = adapter.magnitude is None and adapter.start is None
-    if plain and factors_side_by_side(adapter.a.shape[0], adapter.a.shape[-1], numerics):
+    if plain and few_rows_again(adapter.a.shape[0], adapter.a.shape[-1], numerics):
         few = Groups(routing.sizes, probe.take(routing.expert))  # side by side, nobody reads the sizes
-        moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics)
+        moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
-        moved = probe.take(_moved(gate, x, routing, delta, numerics)).astype(jnp.float32)
-    return seen - moved, moved
+        moved = probe.take(_moved(gate, x, routing, delta, numerics))
+    return seen - moved.astype(jnp.float32), moved
 
 
 def _moved(gate: Experts, x: jax.Array, routing: Routing, delta: jax.Array, numerics: Numerics) -> jax.Array:

@@ -46,6 +46,15 @@ def factors_side_by_side(groups: int, rank: int, numerics: Numerics) -> bool:
     return False
 
 
+@operation
+def few_rows_again(groups: int, rank: int, numerics: Numerics) -> bool:
+    """Whether what adapters add to a few of the rows is computed once more, in any order, instead of taken out of all.
+
+    It is where the product that makes it adds the base as well, so that no adapter's part is ever written by itself.
+    """
+    return False
+
+
 def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
     """Rows times their own group's narrow factor, out of a product with the factors of all groups side by side.
 

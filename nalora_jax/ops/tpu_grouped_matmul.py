@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nalora_jax.ops.grouped_matmul import factors_side_by_side
+from nalora_jax.ops.grouped_matmul import factors_side_by_side, few_rows_again
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.splash_attention import SPLASH
 
@@ -16,3 +16,9 @@ def factors_side_by_side_on_tpu(groups: int, rank: int, numerics: Numerics) -> b
     Mixtral-8x7B on v6e, four layers compiled: 22% less HBM traffic.
     """
     return groups * rank <= _LANES
+
+
+@SPLASH.implements(few_rows_again)
+def few_rows_again_on_tpu(groups: int, rank: int, numerics: Numerics) -> bool:
+    """With the factors side by side. Mixtral-8x7B on v6e: NA-LoRA's HBM traffic is 1.007 of LoRA's, not 1.028."""
+    return factors_side_by_side_on_tpu(groups, rank, numerics)

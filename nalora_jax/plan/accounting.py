@@ -48,7 +48,7 @@ _FREE = frozenset(
 )
 
 
-_ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate"))
+_ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate", "select"))
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,9 @@ class Program:
             elif user.opcode in _ELEMENTWISE and not user.is_root:  # made of those elements alone that are used
                 total += self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
-                total += sum(shape.size for shape in user.shapes)
+                taken = sum(shape.size for shape in user.shapes)
+                # Of what is taken as little may be used as of the array itself: rows of rows.
+                total += taken if user.is_root else min(taken, self._read_of(computation, user))
             elif self._hands_on(user, source, computation):
                 continue
             elif user.opcode == "fusion" and user.calls[0] in self.computations:
@@ -302,7 +304,8 @@ class Program:
     def _hands_on(user: Instruction, source: Instruction, computation: Computation) -> bool:
         """Whether a fusion returns an operand in place, changed or not, without reading it."""
         updated = user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
-        return updated or (user.opcode == "tuple" and user.is_root) or _is_continued(user, computation)
+        returned = user.opcode == "tuple" and user.is_root and source.opcode in ("parameter", "bitcast")
+        return updated or returned or _is_continued(user, computation)
 
     def _written(self, computation: Computation) -> float:
         return self._written_by(computation, computation.root)

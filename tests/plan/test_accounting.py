@@ -127,6 +127,24 @@ def test_what_a_fusion_slices_it_computes_of_those_elements_alone():
     assert Program(SLICED).memory_bytes == few + every
 
 
+def test_rows_of_rows_are_read_alone():
+    text = SLICED.replace(
+        "ROOT %slice = f32[4,8]{1,0} slice(%wide), slice={[0:4], [0:8]}",
+        "%most = f32[60,8]{1,0} slice(%wide), slice={[4:64], [0:8]}\n"
+        "  %kept = f32[60,8]{1,0} select(%which, %most, %none)\n"
+        "  ROOT %slice = f32[4,8]{1,0} slice(%kept), slice={[0:4], [0:8]}",
+    )
+    assert Program(text).memory_bytes == Program(SLICED).memory_bytes
+
+
+def test_what_several_results_are_made_of_is_read():
+    """A fusion's tuple hands its operands on unread, but not what it computes of them."""
+    text = SLICED.replace("ROOT %wide.1 =", "%wide.1 =").replace(
+        "convert(%r)\n}", "convert(%r)\n  ROOT %pair = (f32[64,8]{1,0}) tuple(%wide.1)\n}"
+    )
+    assert Program(text).memory_bytes == Program(SLICED).memory_bytes
+
+
 TPU_STYLE = """\
 HloModule step, is_scheduled=true
 
