@@ -76,7 +76,7 @@ class SampledRows(NamedTuple):
     weights: jax.Array  # float32 [experts, taken]: the row's token weight in its own expert, 0 in the others
 
     def take(self, x: jax.Array) -> jax.Array:
-        """``[rows, n]`` -> ``[taken, n]``."""
+        """``[rows, ...]`` -> ``[taken, ...]``."""
         return x if self.rows is None else x.at[self.rows].get(mode="promise_in_bounds")
 
 
@@ -276,15 +276,15 @@ def _probed(
         few = Groups(routing.sizes, probe.take(routing.expert))  # side by side, nobody reads the sizes
         moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
-        moved = probe.take(_moved(gate, x, routing, delta, numerics))
+        moved = probe.take(_moved(adapter, x, routing, delta, numerics))
     return seen - moved.astype(jnp.float32), moved
 
 
-def _moved(gate: Experts, x: jax.Array, routing: Routing, delta: jax.Array, numerics: Numerics) -> jax.Array:
+def _moved(adapter: Adapter, x: jax.Array, routing: Routing, delta: jax.Array, numerics: Numerics) -> jax.Array:
     """How far the residual ``delta`` has moved from where its adapter started."""
-    if gate.adapter is None or gate.adapter.start is None:
+    if adapter.start is None:
         return delta
-    started = grouped_residual(x, *gate.adapter.start, gate.adapter.scale, routing.groups, numerics)
+    started = grouped_residual(x, *adapter.start, adapter.scale, routing.groups, numerics)
     return lax.stop_gradient(moved_from(delta, started.astype(delta.dtype)))
 
 
