@@ -283,7 +283,7 @@ class Program:
     def _read_of(self, computation: Computation, source: Instruction) -> float:
         total = 0.0
         for user in computation.users[source.name]:
-            if user.opcode == "bitcast":
+            if user.opcode == "bitcast" and not user.is_root:
                 total += self._read_of(computation, user)
             elif user.opcode in _ELEMENTWISE and not user.is_root:  # made of those elements alone that are used
                 total += self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
@@ -294,17 +294,26 @@ class Program:
             elif self._hands_on(user, source, computation):
                 continue
             elif user.opcode == "fusion" and user.calls[0] in self.computations:
-                inner = self.computations[user.calls[0]]
-                total += sum(self._read(inner, i) for i, name in enumerate(user.operands) if name == source.name)
+                total += self._read_inside(user, source, computation)
             else:
                 return math.inf
+        return total
+
+    def _read_inside(self, user: Instruction, source: Instruction, computation: Computation) -> float:
+        """Bytes that a fusion within a fusion reads of an operand, or its users do where it only changes the shape."""
+        inner, total = self.computations[user.calls[0]], 0.0
+        for index in (i for i, name in enumerate(user.operands) if name == source.name):
+            total += self._read(inner, index)
+            if not user.is_root and _origin(inner.root, inner) is inner.parameter(index):
+                total += self._read_of(computation, user)
         return total
 
     @staticmethod
     def _hands_on(user: Instruction, source: Instruction, computation: Computation) -> bool:
         """Whether a fusion returns an operand in place, changed or not, without reading it."""
         updated = user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
-        returned = user.opcode == "tuple" and user.is_root and source.opcode in ("parameter", "bitcast")
+        unchanged = _origin(source, computation).opcode == "parameter"
+        returned = user.opcode in ("tuple", "bitcast") and user.is_root and unchanged
         return updated or returned or _is_continued(user, computation)
 
     def _written(self, computation: Computation) -> float:
@@ -327,6 +336,13 @@ class Program:
         if result.opcode == "fusion" and result.calls[0] in self.computations:
             return self._written(self.computations[result.calls[0]])
         return sum(shape.size for shape in result.shapes)
+
+
+def _origin(instruction: Instruction, computation: Computation) -> Instruction:
+    """What a value is, whatever shape it is seen in."""
+    while instruction.opcode == "bitcast" and instruction.operands[0] in computation.instructions:
+        instruction = computation.instructions[instruction.operands[0]]
+    return instruction
 
 
 def _of_slices(instruction: Instruction) -> bool:

@@ -137,10 +137,33 @@ def test_rows_of_rows_are_read_alone():
     assert Program(text).memory_bytes == Program(SLICED).memory_bytes
 
 
-def test_what_several_results_are_made_of_is_read():
-    """A fusion's tuple hands its operands on unread, but not what it computes of them."""
-    text = SLICED.replace("ROOT %wide.1 =", "%wide.1 =").replace(
-        "convert(%r)\n}", "convert(%r)\n  ROOT %pair = (f32[64,8]{1,0}) tuple(%wide.1)\n}"
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "ROOT %pair = (f32[64,8]{1,0}) tuple(%wide.1)",
+        "%flat = f32[512]{0} bitcast(%wide.1)\n  ROOT %pair = (f32[512]{0}) tuple(%flat)",
+        "ROOT %flat = f32[512]{0} bitcast(%wide.1)",
+    ],
+)
+def test_what_results_are_made_of_is_read(rest):
+    """A fusion hands its operands on unread, in whatever shape, but not what it computes of them."""
+    text = SLICED.replace("ROOT %wide.1 =", "%wide.1 =").replace("convert(%r)\n}", f"convert(%r)\n  {rest}\n}}")
+    assert Program(text).memory_bytes == Program(SLICED).memory_bytes
+
+
+def test_what_a_fusion_within_a_fusion_reshapes_is_read():
+    """So a TPU's compiler hands kernels to products."""
+    text = SLICED.replace(
+        "ROOT %wide.1 = f32[64,8]{1,0} convert(%r)",
+        "%inner = bf16[512]{0} fusion(%r), kind=kLoop, calls=%reshaped\n"
+        "  %flat = f32[512]{0} exponential(%inner)\n"
+        "  ROOT %wide.1 = f32[64,8]{1,0} bitcast(%flat)",
+    ).replace(
+        "ENTRY",
+        "%reshaped (s: bf16[64,8]) -> bf16[512] {\n"
+        "  %s = bf16[64,8]{1,0} parameter(0)\n"
+        "  ROOT %view = bf16[512]{0} bitcast(%s)\n"
+        "}\n\nENTRY",
     )
     assert Program(text).memory_bytes == Program(SLICED).memory_bytes
 
