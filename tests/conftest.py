@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import importlib.util
@@ -19,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests import xla_options
+
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Small programs are compiled in one piece: 5% less time than in up to 32.
-        "--xla_cpu_parallel_codegen_split_count=1",
+        xla_options.ONE_PIECE,
         # Eight simulated devices on two busy cores meet late; by default XLA aborts the process after 40 seconds.
         "--xla_cpu_collective_call_terminate_timeout_seconds=900",
         "--xla_cpu_collective_timeout_seconds=900",
@@ -117,22 +117,9 @@ def _programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     optimised = request.node.get_closest_marker("optimised") is not None
     jax.config.update("jax_disable_most_optimizations", not optimised)
-    with _plain_loops() if not optimised and _knows(EMITTERS) else contextlib.nullcontext():
+    with _plain_loops() if not optimised and xla_options.knows(xla_options.EMITTERS) else contextlib.nullcontext():
         yield
     jax.clear_caches()
-
-
-EMITTERS = "xla_cpu_use_fusion_emitters"
-
-
-@functools.cache
-def _knows(option: str) -> bool:
-    """Whether this XLA has an option; the one above is gone from that of JAX 0.12."""
-    try:
-        jax.jit(lambda x: x + 1).lower(0.0).compile(compiler_options={option: "True"})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -144,7 +131,7 @@ def _plain_loops() -> Iterator[None]:
     given = compiler.get_compile_options
 
     def options(*arguments: Any, env_options_overrides: dict[str, Any] | None = None, **more: Any) -> Any:
-        asked = {EMITTERS: "False"} | (env_options_overrides or {})
+        asked = {xla_options.EMITTERS: "False"} | (env_options_overrides or {})
         return given(*arguments, env_options_overrides=asked, **more)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -41,6 +41,7 @@ from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
+from tests import xla_options
 
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None  # it may be deleted
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
@@ -178,7 +179,7 @@ def start(arguments: Sequence[str], *, count: int = 1, devices: int = 1, **varia
     # JAX warns about, and may stall on, proxies in a distributed run's environment.
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
-    clean |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    clean |= {"XLA_FLAGS": xla_options.flags(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     clean |= variables
     if count > 1:
         with socket.socket() as probe:
