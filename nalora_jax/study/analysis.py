@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nalora_jax.errors import NaloraError
@@ -62,14 +62,25 @@ def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodRes
     return found
 
 
-def comparisons(protocol: Protocol, found: Sequence[MethodResult], metric: str = "") -> list[MethodComparison]:
+Value = Callable[[Record], float | None]
+
+
+def tested(metric: str) -> Value:
+    """The cost (`nalora_jax.study.plan.cost`) of a measure of the test items; None where it was not taken."""
+    return lambda record: cost(metric, record["test"]) if metric in record["test"] else None
+
+
+def comparisons(
+    protocol: Protocol, found: Sequence[MethodResult], value: Value | None = None, *, multiple: float = 1.0
+) -> list[MethodComparison]:
     """Every method against the baseline, then every method against its placebos; only seeds that both finished.
 
     Args:
       protocol, found: of the study.
-      metric: measure of the test items that is compared, as its `cost`; by default the protocol's.
+      value: what is compared, of a record; small is good. By default the protocol's metric of the test items.
+      multiple: of the chosen rates.
     """
-    metric = metric or protocol.metric
+    value = value or tested(protocol.metric)
     others = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
     others += [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
     by_cell = {result.cell: result for result in found}
@@ -79,21 +90,22 @@ def comparisons(protocol: Protocol, found: Sequence[MethodResult], metric: str =
         for model in protocol.models:
             for task in protocol.tasks:
                 cell = Cell(model, task, method)
-                one = _paired(by_cell[cell], by_cell[Cell(model, task, other)], protocol.margin, metric)
+                sides = (by_cell[cell].held(multiple), by_cell[Cell(model, task, other)].held(multiple))
+                one = _paired(*sides, protocol.margin, value)
                 raw += [] if one is None else [(cell, one)]
         adjusted = holm([one.wilcoxon_p for _, one in raw])
         made += [MethodComparison(cell, other, one, p) for (cell, one), p in zip(raw, adjusted, strict=True)]
     return made
 
 
-def _paired(first: MethodResult, second: MethodResult, margin: float, metric: str) -> Paired | None:
-    mine, theirs = first.held(), second.held()
-    seeds = [seed for seed in mine if seed in theirs and metric in mine[seed]["test"]]
-    if not seeds:
+def _paired(mine: Mapping[int, Record], theirs: Mapping[int, Record], margin: float, value: Value) -> Paired | None:
+    pairs = [(record, theirs[seed]) for seed, record in mine.items() if seed in theirs]
+    values = [(value(one), value(other)) for one, other in pairs]
+    both = [(first, second) for first, second in values if first is not None and second is not None]
+    if not both:
         return None
-    _require_pairs([(mine[seed], theirs[seed]) for seed in seeds])
-    first_losses, second_losses = ([cost(metric, side[s]["test"]) for s in seeds] for side in (mine, theirs))
-    return paired(first_losses, second_losses, margin)
+    _require_pairs(pairs)
+    return paired(*map(list, zip(*both, strict=True)), margin)
 
 
 def _require_pairs(pairs: Sequence[tuple[Record, Record]]) -> None:

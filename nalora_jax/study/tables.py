@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
-from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, deviation, last, mean, results
+from nalora_jax.study.analysis import (
+    MethodComparison,
+    MethodResult,
+    comparisons,
+    deviation,
+    last,
+    mean,
+    results,
+    tested,
+)
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
@@ -180,15 +190,21 @@ def _comparisons(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
 
 def _other_measures(protocol: Protocol, found: Sequence[MethodResult]) -> str:
     """Differences of what was measured besides, without tests: there are too many to read anything into one."""
-    header, rows = ["measure", "method", "against", "task", "seeds", "difference", "interval", "better"], []
-    several = len(protocol.models) > 1
-    for name in _other_names(protocol, found):
-        for one in comparisons(protocol, found, name):
-            p, cell = one.paired, one.cell
-            task = f"{cell.task} ({cell.model})" if several else cell.task
-            cells = [named(name), cell.method, one.other, task, str(p.n), f"{p.mean + 0.0:+.4f}"]
-            rows.append([*cells, f"{p.low:+.4f} to {p.high:+.4f}", f"{p.better}/{p.n}"])
-    return f"## Paired differences of other measures\n\n{table(header, rows)}" if rows else ""
+    names = _other_names(protocol, found)
+    made = {named(name): comparisons(protocol, found, tested(name)) for name in names}
+    return f"## Paired differences of other measures\n\n{_brief('measure', made)}" if any(made.values()) else ""
+
+
+def _brief(lead: str, made: Mapping[str, Sequence[MethodComparison]]) -> str:
+    """Comparisons by what the column ``lead`` says, without tests."""
+    each = [(what, one.cell, one.other, one.paired) for what, several in made.items() for one in several]
+    models = {cell.model for _, cell, _, _ in each}
+    rows = []
+    for what, cell, other, p in each:
+        task = f"{cell.task} ({cell.model})" if len(models) > 1 else cell.task
+        cells = [what, cell.method, other, task, str(p.n), f"{p.mean + 0.0:+.4f}"]
+        rows.append([*cells, f"{p.low:+.4f} to {p.high:+.4f}", f"{p.better}/{p.n}"])
+    return table([lead, "method", "against", "task", "seeds", "difference", "interval", "better"], rows)
 
 
 def _multiples(protocol: Protocol, found: Sequence[MethodResult]) -> str:
@@ -204,6 +220,9 @@ def _multiples(protocol: Protocol, found: Sequence[MethodResult]) -> str:
             if one.tests
         ]
         parts.append(f"{title}\n\n" + table(["method", *(f"x {m:g}" for m in multiples)], rows))
+    made = {f"x {m:g}": comparisons(protocol, found, multiple=m) for m in multiples if m != 1}
+    if any(made.values()):
+        parts.append(f"Paired differences of the test {named(protocol.metric)} there:\n\n{_brief('rate', made)}")
     return "\n\n".join(parts)
 
 
@@ -218,13 +237,21 @@ def _probes(protocol: Protocol, found: Sequence[MethodResult]) -> str:
             held = list(result.held().values())
             rows += [[_named(result), *(_probe(held, name) for name in names)]] if held else []
         parts.append(f"{title}\n\n" + table(["method", *names], rows))
+    made = {name: comparisons(protocol, found, partial(_forgotten, name)) for name in names}
+    if any(made.values()):
+        parts.append(f"Paired differences of these changes:\n\n{_brief('data', made)}")
     return "\n\n".join(parts)
 
 
+def _forgotten(name: str, record: Record) -> float:
+    """How much worse training made the loss on other data."""
+    probe = record["probes"][name]
+    return float(probe["loss"]) - float(probe["before"])
+
+
 def _probe(held: Sequence[Record], name: str) -> str:
-    probes = [one["probes"][name] for one in held]
-    change = [float(one["loss"]) - float(one["before"]) for one in probes]
-    return f"{number(float(probes[0]['before']))} {mean(change) + 0.0:+.4f}"
+    change = mean([_forgotten(name, one) for one in held])
+    return f"{number(float(held[0]['probes'][name]['before']))} {change + 0.0:+.4f}"
 
 
 def _groups(found: Sequence[MethodResult]) -> list[tuple[str, list[MethodResult]]]:

@@ -73,10 +73,14 @@ def row(text: str, *cells: str) -> list[str]:
     return [cell.strip() for cell in found.strip("| ").split("|")]
 
 
-def losses(study: Path, method: str) -> np.ndarray:
+def made_by(study: Path, method: str, multiple: float = 1.0) -> list[Record]:
     lines = [json.loads(line) for line in (study / "records.jsonl").read_text().splitlines()]
-    wanted = [one for one in lines if (one["stage"], one["method"], one["multiple"]) == ("test", method, 1.0)]
-    return np.array([one["test"]["loss"] for one in sorted(wanted, key=lambda one: one["seed"])])
+    wanted = [one for one in lines if (one["stage"], one["method"], one["multiple"]) == ("test", method, multiple)]
+    return sorted(wanted, key=lambda one: one["seed"])
+
+
+def losses(study: Path, method: str) -> np.ndarray:
+    return np.array([one["test"]["loss"] for one in made_by(study, method)])
 
 
 def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
@@ -101,6 +105,22 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert re.search(r"\| lora \| \d\.\d+ \| \*\*\d\.\d+\*\* \|", text)  # the second rate is chosen
     assert "(1) |" in next(line for line in text.splitlines() if line.startswith("| half |") and "(1)" in line)
     assert re.search(r"\| half \| 3\.5000 -0\.\d+ \|", text)
+
+
+def test_differences_above_the_chosen_rate_and_on_other_data_are_paired(told: Path) -> None:
+    write_report(read_protocol(told))
+    text = (told / "results.md").read_text()
+    mine, theirs = (made_by(told, method, 4.0) for method in ("half", "lora"))
+    assert mine[-1]["diverged"]  # and is not counted, nor its pair
+    difference = [
+        one["test"]["loss"] - other["test"]["loss"] for one, other in zip(mine[:-1], theirs[:-1], strict=True)
+    ]
+    found = row(text, "x 4", "half", "lora", "z")
+    assert found[4] == "5"
+    assert float(found[5]) == pytest.approx(np.mean(difference), abs=6e-5)
+    assert found[7] == f"{sum(value < 0 for value in difference)}/5"
+    found = row(text, "z_again", "half", "lora", "z")
+    assert float(found[5]) == pytest.approx((losses(told, "half") - losses(told, "lora")).mean(), abs=6e-5)
 
 
 def test_a_report_is_made_from_protocol_and_records_alone_to_the_byte(
