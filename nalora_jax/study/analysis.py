@@ -105,7 +105,7 @@ def _paired(mine: Mapping[int, Record], theirs: Mapping[int, Record], margin: fl
     if not both:
         return None
     _require_pairs(pairs)
-    return paired(*map(list, zip(*both, strict=True)), margin)
+    return paired([first for first, _ in both], [second for _, second in both], margin)
 
 
 def _require_pairs(pairs: Sequence[tuple[Record, Record]]) -> None:
