@@ -68,8 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-of-each", action="store_true", help="of a test with several cases only the first")
 
 
+# Files that take minutes begin first: whichever comes last, the other processes wait for.
+LONGEST = ("test_real_run.py", "test_run.py", "test_elastic.py", "test_execution.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (visibly, as deselected) what this machine's owner has not chosen to have, or not asked for."""
+    """Leave out (visibly, as deselected) what this machine's owner has not chosen to have or asked for; order them."""
     missing = set()
     if importlib.util.find_spec("lm_eval") is None:  # the extra `eval`, not `test`
         missing.add("lm_eval")
@@ -88,7 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set(items) - set(wanted)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
-        items[:] = wanted
+    items[:] = sorted(wanted, key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
