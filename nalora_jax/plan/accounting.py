@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from nalora_jax.plan.collectives import group_size, received
 from nalora_jax.plan.hlo import Computation, Instruction, first_count, parse
 from nalora_jax.plan.products import flops_of, kernel_name
 
@@ -180,11 +181,11 @@ class Program:
         self, instruction: Instruction, holder: Computation, scheduled: Computation, callers: list[str]
     ) -> Collective:
         kind = instruction.opcode.removesuffix("-start")
-        devices = _group_size(instruction.attributes)
+        devices = group_size(instruction.attributes)
         source = re.search(r'op_name="([^"]*)"', instruction.attributes)
         return Collective(
             kind,
-            _received(kind, instruction, holder, devices),
+            received(kind, instruction, holder, devices),
             devices,
             self.times[scheduled.name],
             self.overlapped(instruction, scheduled, callers),
@@ -372,30 +373,3 @@ def _changed(instruction: Instruction, computation: Computation, written: float)
         update = computation.instructions.get(instruction.operands[1])
         return written if update is None else sum(shape.size for shape in update.shapes)
     return written
-
-
-def _received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:
-    """Bytes that reach a device in a ring, the least that any algorithm needs for large arrays."""
-    shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and len(shapes) > 1:
-        shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
-    size = sum(shape.size for shape in shapes)
-    share = (devices - 1) / devices if devices else 1.0
-    if kind == "all-reduce":
-        return 2 * size * share
-    if kind == "reduce-scatter":
-        return size * (devices - 1)
-    return size if kind.startswith("collective") else size * share
-
-
-def _group_size(attributes: str) -> int:
-    """Devices in one group of a collective, from any of the forms in which HLO writes groups."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
-    if iota:
-        return int(iota.group(2))
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-    return len(listed.group(1).split(",")) if listed else 1

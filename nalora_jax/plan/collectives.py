@@ -1,0 +1,35 @@
+"""Collectives as HLO writes them: who takes part, and how many bytes reach each device."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from nalora_jax.plan.hlo import Computation, Instruction
+
+
+def received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:
+    """Bytes that reach a device in a ring, the least that any algorithm needs for large arrays."""
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start") and len(shapes) > 1:
+        shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
+    size = sum(shape.size for shape in shapes)
+    share = (devices - 1) / devices if devices else 1.0
+    if kind == "all-reduce":
+        return 2 * size * share
+    if kind == "reduce-scatter":
+        return size * (devices - 1)
+    return size if kind.startswith("collective") else size * share
+
+
+def group_size(attributes: str) -> int:
+    """Devices in one group of a collective, from any of the forms in which HLO writes groups."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if iota:
+        return int(iota.group(2))
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    return len(listed.group(1).split(",")) if listed else 1
