@@ -10,16 +10,18 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.history import REGIONS
 from nalora_jax.report.plots import stacked_bars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # A channel is responsive if its mean slope is at least this share of its layer's mean slope.
 RESPONSIVE = 0.5
@@ -172,6 +174,8 @@ def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
 
 
 def _draw(summary: LayerSummary, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
     lines: list[Sequence[tuple[str, np.ndarray]]] = [
         [("mean slope E|φ′|", summary.slope), ("responsive share", summary.responsive)],
         [("misalignment", summary.misalignment), ("its linear limit", summary.limit)],

@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nalora_jax.report.history import REGIONS, History
-from nalora_jax.report.svg import COLOURS, REGION_COLOURS, evenly, new_figure, smooth, style, thin, to_svg
+from nalora_jax.report.svg import (
+    COLOURS,
+    REGION_COLOURS,
+    evenly,
+    new_figure,
+    percents,
+    smooth,
+    style,
+    thin,
+    ticks,
+    to_svg,
+)
 
 MAP_COLUMNS = 160  # most steps drawn in a heat map
 
@@ -208,8 +218,8 @@ def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = RE
         bottom = bottom + share
     axis.set_ylim(0, 1)
     axis.set_xlim(-0.6, len(occupancy) - 0.4)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.yaxis.set_major_formatter(percents())
+    axis.xaxis.set_major_locator(ticks(8, integer=True))
     axis.grid(False)
 
 
@@ -260,7 +270,7 @@ def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label:
         axes[0][0].set_ylabel("layer")
         bar = figure.colorbar(image, ax=list(axes[0]), location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
-        bar.locator = MaxNLocator(4)
+        bar.locator = ticks(4)
         return to_svg(figure, name, label)
 
 
@@ -277,7 +287,7 @@ def _heat_map(axis: Any, steps: np.ndarray, values: np.ndarray, low: float, high
         vmin=low,
         vmax=high if high > low else low + 1e-6,
     )
-    axis.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=1))
-    axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axis.xaxis.set_major_locator(ticks(3, integer=True, min_n_ticks=1))
+    axis.yaxis.set_major_locator(ticks(8, integer=True))
     axis.grid(False)
     return image

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from nalora_jax.report.history import Histograms, History
-from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
+from nalora_jax.report.svg import COLOURS, new_figure, style, thin, ticks, to_svg
 
 _LINES = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")
 _MOST_TICKS = 7
@@ -43,12 +42,12 @@ def histogram(history: History, mechanism: str) -> str | None:
             vmin=0,
         )
         lower.set(xlabel="factor", ylabel="layer", title=f"share of each layer's channels, step {found.steps[-1]:.0f}")
-        lower.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        lower.yaxis.set_major_locator(ticks(8, integer=True))
         lower.grid(False)
         _label_bins(lower, found, shown)
         bar = figure.colorbar(image, ax=lower, location="bottom", aspect=40, pad=0.02)
         bar.outline.set_visible(False)
-        bar.locator = MaxNLocator(4)
+        bar.locator = ticks(4)
         return to_svg(figure, f"histogram-{mechanism}", f"Factors of {mechanism} over channels, and in every layer")
 
 

@@ -2,6 +2,8 @@
 
 Figures are drawn in placeholder colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text stays
 text, in the page's font. A figure is about as wide as a phone, so that its text is never scaled down to nothing.
+
+Matplotlib is imported by the first figure: a fifth of what a run imports, which its training does not wait for.
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import io
 import re
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Placeholder colour of each CSS variable of the page; none of them is a colour that a figure would use by itself.
 COLOURS = {
@@ -53,16 +55,34 @@ _STYLE = {
 
 def style() -> Any:
     """The context in which figures are made: ``with style(): ...``."""
+    import matplotlib as mpl
+
     return mpl.rc_context(_STYLE)
 
 
 def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A phone-wide figure and its axes; call it inside `style`."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for axis in np.ravel(axes):
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axis.xaxis.set_major_locator(ticks(5, integer=True, min_n_ticks=1))
     return figure, axes
+
+
+def ticks(most: int, **options: Any) -> Any:
+    """Matplotlib's places for at most ``most`` intervals between ticks; options as `MaxNLocator` has."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, **options)
+
+
+def percents() -> Any:
+    """Writes a share as a percentage."""
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0)
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
@@ -73,6 +93,8 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
       name: unique in the page; keeps the ids of two figures apart.
       label: what a screen reader says in its place.
     """
+    import matplotlib as mpl
+
     for line in (line for axis in figure.axes for line in axis.lines):
         if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
             line.set_marker("o")  # a line through one point is not seen
