@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
@@ -40,10 +41,19 @@ from nalora_jax.train import remote, snapshot
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
 _JSON = "metadata"  # Orbax's name for the file of a JSON item
+# Devices that hold the same array share its writing if each has at least this much of it to write. Orbax's own default
+# is any size: at the first save it compiles a slice for every array and device, for which adapters are too small.
+_LEAST_SHARE = 16 << 20  # bytes
 
 
-class _DigestedArrays(ocp.StandardCheckpointHandler):
+class _DigestedArrays(ocp.PyTreeCheckpointHandler):
     """Arrays with the digests of their files; Orbax finalises an item once all processes have written their parts."""
+
+    def __init__(self) -> None:
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
+        on_host = ocp.type_handlers.NumpyHandler()
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), (np.ndarray, on_host))
+        super().__init__(type_handler_registry=registry)
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
@@ -62,7 +72,7 @@ def _handlers() -> Any:
     """Who writes and reads which item."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     arrays = _DigestedArrays()
-    for arguments in (ocp.args.StandardSave, ocp.args.StandardRestore):
+    for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
         registry.add("state", arguments, arrays)
     for item in ("data", "run"):
         handler = _DigestedJson(_JSON)
@@ -143,7 +153,7 @@ class Checkpointer:
             return False
         ranked = _floats(metrics if metrics and math.isfinite(metrics[self._best_metric]) else None)
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(snapshot.to_arrays(state)),
+            state=ocp.args.PyTreeSave(snapshot.to_arrays(state)),
             data=ocp.args.JsonSave(snapshot.plain(data_state)),
             run=ocp.args.JsonSave(self._run | {"metrics": ranked}),
         )
@@ -228,7 +238,8 @@ class Checkpointer:
         wanted = snapshot.abstract(like)
         snapshot.check_arrays(where, saved, trees.flatten(wanted))
         with _io_errors(where, "a readable checkpoint"):
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
+            placed = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=placed))
         return snapshot.from_arrays(restored.state, like), meta.data
 
     def latest_step(self) -> int | None:

@@ -61,11 +61,9 @@ def test_nf4_wants_whole_blocks() -> None:
         quantize(jnp.zeros((100, 4)), "nf4")
 
 
-@pytest.mark.parametrize(
-    ("kind", "dora", "family"),
-    [("int8", False, "llama"), ("nf4", True, "llama"), ("int8", True, "mixtral"), ("nf4", False, "mixtral")],
-)
-def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool, family: str) -> None:
+@pytest.mark.parametrize(("kind", "family"), [("nf4", "llama"), ("int8", "mixtral")])
+def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str) -> None:
+    """With DoRA, whose norms are those of the expanded kernel; the plain product is tested above."""
     raw = {
         "model_type": family,
         "vocab_size": 50,
@@ -82,7 +80,7 @@ def test_a_quantized_decoder_trains_its_adapters(kind: str, dora: bool, family: 
     } | ({"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {})
     config = ModelConfig.from_hf(raw)
     target = TargetSpec((4, 4), (8.0, 8.0))
-    spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=dora)
+    spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=True)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     small = jax.jit(quantize_params, static_argnums=1)(params, kind)
     assert trees.size_bytes(small) < trees.size_bytes(params) * (0.35 if kind == "int8" else 0.25)

@@ -25,9 +25,6 @@ from nalora_jax.plan.figures import figures
 from nalora_jax.plan.program import step_and_arguments
 from nalora_jax.plan.report import without_statistics
 
-# Collectives are those of the program that a user's compiler makes.
-pytestmark = pytest.mark.optimised
-
 LAYERS, D, D_FF, VOCAB, SEQ, RANK = 3, 64, 128, 1024, 32, 4
 BASE = {
     "model_type": "llama",

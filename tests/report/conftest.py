@@ -91,9 +91,9 @@ def write_run(folder, records=None, config=None):
     return folder
 
 
-@pytest.fixture
-def fake_run(tmp_path):
-    return write_run(tmp_path / "run")
+@pytest.fixture(scope="session")
+def fake_run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("fake") / "run")
 
 
 @pytest.fixture

@@ -47,8 +47,24 @@ def page_of(folder):
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_the_page_says_what_the_run_did(fake_run):
-    words = page_of(fake_run).words
+@pytest.fixture(scope="module")
+def written(fake_run):
+    """The page of the made-up run."""
+    return write_report(fake_run)
+
+
+@pytest.fixture(scope="module")
+def text(written):
+    return written.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_the_page_says_what_the_run_did(page):
+    words = page.words
     assert "smollm2-135m-instruct on socialiqa" in words
     assert "before 0.401 95%: 0.353 to 0.449" in words
     assert "after 0.523 95%: 0.474 to 0.572" in words
@@ -63,8 +79,8 @@ def test_the_page_says_what_the_run_did(fake_run):
     assert "device 2 x cpu" in words
 
 
-def test_every_picture_is_there_and_described(fake_run):
-    labels = [attributes.get("aria-label") for tag, attributes in page_of(fake_run).tags if tag == "svg"]
+def test_every_picture_is_there_and_described(page):
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
     assert labels == [
         "Held-out accuracy over the steps",
         "Training and held-out loss over the steps",
@@ -84,21 +100,19 @@ def test_every_picture_is_there_and_described(fake_run):
     ]
 
 
-def test_the_page_is_small_and_loads_nothing(fake_run):
-    path = write_report(fake_run)
-    assert path.stat().st_size < 1_500_000
-    page = Page(path.read_text(encoding="utf-8"))
+def test_the_page_is_small_and_loads_nothing(written, text, page):
+    assert written.stat().st_size < 1_500_000
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "img", "object", "form"}
     for _, attributes in page.tags:
         for name in ("src", "href", "xlink:href"):
             assert attributes.get(name, "#").startswith(("#", "data:"))
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
-    assert not re.search(r"url\((?!#)|@import", path.read_text(encoding="utf-8"))
+    assert not re.search(r"url\((?!#)|@import", text)
 
 
-def test_the_page_says_which_questions_a_number_is_of_and_what_the_limit_depends_on(fake_run):
-    text = " ".join(write_report(fake_run).read_text(encoding="utf-8").split())
+def test_the_page_says_which_questions_a_number_is_of_and_what_the_limit_depends_on(text):
+    text = " ".join(text.split())
     assert "one evaluation on the questions that choose the checkpoint" in text
     assert "before and after are of other questions" in text
     assert "which channels and tokens the adapters move, so it changes in training" in text
@@ -106,8 +120,7 @@ def test_the_page_says_which_questions_a_number_is_of_and_what_the_limit_depends
     assert "responsive" not in text.lower()  # that is a share of another kind, which `nalora inspect` shows
 
 
-def test_ids_are_unique_in_the_page_and_references_resolve(fake_run):
-    page = page_of(fake_run)
+def test_ids_are_unique_in_the_page_and_references_resolve(page):
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     used = {attributes["xlink:href"][1:] for tag, attributes in page.tags if tag == "use"}
@@ -115,8 +128,7 @@ def test_ids_are_unique_in_the_page_and_references_resolve(fake_run):
     assert used <= set(ids)
 
 
-def test_colours_follow_the_readers_setting(fake_run):
-    text = write_report(fake_run).read_text(encoding="utf-8")
+def test_colours_follow_the_readers_setting(text):
     assert "prefers-color-scheme: dark" in text
     assert "#0102" not in text  # no placeholder is left
     drawn = set(re.findall(r"var\(--(\w+)\)", text))
@@ -126,8 +138,8 @@ def test_colours_follow_the_readers_setting(fake_run):
     assert fixed == set()
 
 
-def test_a_page_of_the_same_log_is_the_same(fake_run):
-    first = write_report(fake_run).read_bytes()
+def test_a_page_of_the_same_log_is_the_same(fake_run, written):
+    first = written.read_bytes()
     assert write_report(fake_run).read_bytes() == first
 
 
@@ -146,11 +158,12 @@ def test_text_from_the_log_is_escaped(make_run):
     assert page.words.count("<script>alert(1)</script>") >= 7
 
 
-def test_how_to_use_the_adapter_is_said_where_there_is_one(fake_run):
-    assert "nalora generate" not in page_of(fake_run).words
-    (fake_run / "adapter").mkdir()
-    (fake_run / "adapter" / "adapter_config.json").write_text("{}")
-    assert 'nalora generate runs/default --prompt "..."' in page_of(fake_run).words
+def test_how_to_use_the_adapter_is_said_where_there_is_one(make_run):
+    folder = make_run([])
+    assert "nalora generate" not in page_of(folder).words
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    assert 'nalora generate runs/default --prompt "..."' in page_of(folder).words
 
 
 def test_fields_that_differ_from_the_defaults_stand_out(make_run):

@@ -119,6 +119,17 @@ def test_another_topology_restores_the_same_bits_where_it_wants_them(tmp_path, b
     assert set(sizes.values()) == {a.nbytes // after[1] + b.nbytes // (after[1] * after[2])}
 
 
+def test_small_arrays_that_devices_share_are_written_by_one_of_them(tmp_path, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=1))
+    state = make_state(0)
+    state = jax.device_put(state, shardings(state, mesh, STATE_RULES))
+    monkeypatch.setattr(jax.lax, "slice_in_dim", lambda *_, **__: pytest.fail("a slice is compiled for every device"))
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, state)
+    assert_same_bits(restored, state)
+
+
 def test_donating_the_state_right_after_save_changes_nothing_that_is_written(tmp_path):
     advance = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
     state = {"lora": {f"layer_{i}": jnp.full((256, 1024), float(i)) for i in range(8)}}

@@ -18,7 +18,8 @@ EVERY_KIND = True
 
 
 def draw(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> jax.Array:
-    return jnp.asarray((scale * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16))
+    # Not `jnp.asarray`, which compiles a program for every shape.
+    return jax.device_put((scale * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16))
 
 
 def exact(x: jax.Array) -> np.ndarray:
@@ -36,7 +37,7 @@ def in_stack(rng: np.random.Generator, y: jax.Array) -> Slice:
     at = int(rng.integers(3))
     stack = np.array(draw(rng, 3, *y.shape))
     stack[at] = y
-    return Slice(jnp.asarray(stack.view(np.uint16)), jnp.asarray(at))
+    return Slice(jax.device_put(stack.view(np.uint16)), jax.device_put(np.int32(at)))
 
 
 def compiled(function: Callable[..., Any], *given: Any, **options: Any) -> Any:
@@ -117,7 +118,7 @@ def test_a_slice_is_copied_as_it_is_read() -> None:
 @pytest.mark.parametrize("added", [True, False])
 def test_norms_of_sums(columns: int, added: bool) -> None:
     rng = np.random.default_rng(columns)
-    x, y, ds = (jnp.asarray(rng.standard_normal((50, columns)), jnp.float32) for _ in range(3))
+    x, y, ds = (jax.device_put(rng.standard_normal((50, columns), np.float32)) for _ in range(3))
     scale, dn = jnp.asarray(rng.standard_normal(columns), jnp.float32), draw(rng, 50, columns)
     total, held, inverse = native.add_rms(x, y if added else None, 1e-2)
     np.testing.assert_array_equal(total, x + y if added else x)
@@ -207,7 +208,7 @@ def test_gates_with_their_statistics(rows: int, columns: int, rank: int, coeffic
         jnp.asarray((rng.integers(0, 2, -(-rows // 8)).repeat(8)[:rows] * rng.integers(0, 3, rows)), jnp.float32)
         for _ in range(2)
     )
-    hidden = jnp.asarray(rng.standard_normal((rows, rank)), jnp.float32)
+    hidden = jax.device_put(rng.standard_normal((rows, rank), np.float32))
     b = jnp.asarray(0.1 * rng.standard_normal((rank, columns)), jnp.float32)
     cuts = (-1.0, 2.5)
     measured = native.Measured(weights, probe_weights, hidden, b)
@@ -351,7 +352,7 @@ def test_attention_and_its_gradient(
 ) -> None:
     rng = np.random.default_rng(seq)
     q, k, v = draw(rng, batch, seq, heads, dim, scale=dim**-0.5), *(draw(rng, batch, seq, kv_heads, dim) for _ in "kv")
-    given = Heads(q, k, v, *(jnp.asarray(x) for x in places(rng, batch, seq, packed)), window)
+    given = Heads(q, k, v, *map(jax.device_put, places(rng, batch, seq, packed)), window)
     g = draw(rng, *q.shape)
     out, logsumexp = compiled(native.attention, given, softcap)
     want = attention64(given, softcap, exact(g))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -84,7 +85,8 @@ def close(one: Any, other: Any, share: float = 2**-7) -> None:
 
 def draw(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    # Not `jnp.asarray`, which compiles a program for every shape.
+    return [jax.device_put(rng.normal(size=shape).astype(np.float32)) for shape in shapes]
 
 
 @pytest.mark.parametrize("result", ["float32", "bfloat16"])
@@ -222,8 +224,8 @@ def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any)
     if viewed:
         part, name = ("embed", "embedding") if transposed else ("lm_head", "kernel")
         table = prepare({"params": {part: {name: table}}}, CPU)["params"][part][name]
-    targets = jnp.asarray(np.random.default_rng(0).integers(0, 700, (2, 30)))
-    weights = jnp.asarray(np.random.default_rng(1).uniform(size=(2, 30)) < 0.6, jnp.float32)
+    targets = np.random.default_rng(0).integers(0, 700, (2, 30), np.int32)
+    weights = (np.random.default_rng(1).uniform(size=(2, 30)) < 0.6).astype(np.float32)
     head = Head(transposed, softcap=9.0, scale=0.3)
 
     def run() -> Any:
@@ -264,10 +266,10 @@ def test_gated_products(name: str, both: Any) -> None:
 )
 def test_gate_statistics(name: str, batch: int, seq: int, stride: int, probe_stride: int, both: Any) -> None:
     rng = np.random.default_rng(seq)
-    z = jnp.asarray(3 * rng.standard_normal((batch, seq, 70)), jnp.bfloat16)
-    weights = jnp.asarray(rng.integers(0, 2, (batch, seq)), bool)
+    z = jax.device_put((3 * rng.standard_normal((batch, seq, 70))).astype(jnp.bfloat16))
+    weights = jax.device_put(rng.integers(0, 2, (batch, seq)).astype(bool))
     taken = sampled(z, weights, probe_stride).astype(jnp.float32)
-    delta = jnp.asarray(0.3 * rng.standard_normal(taken.shape), jnp.float32)
+    delta = jax.device_put((0.3 * rng.standard_normal(taken.shape)).astype(np.float32))
     config, activation = GateStatsConfig(stride, probe_stride), activations.get(name)
     probe = Probe(taken - delta, delta)
 
@@ -300,7 +302,7 @@ def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: An
     adapters = ffn.Adapters(tuple((target, TargetSpec((4,), (4.0,))) for target in adapted.split()))
     stats = GateStatsConfig(stride=2, probe_stride=4)
     scales = dict.fromkeys(adapted.split(), 0.5)
-    weights = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, 64)))
+    weights = np.random.default_rng(0).integers(0, 2, (2, 64), np.int32)
 
     def run() -> Any:
         block = ffn.GatedFFN(48, 80, name, adapters, use_bias, numerics_for("bfloat16", "cpu"), stats)
@@ -367,6 +369,7 @@ CONFIG = RunConfig(
 )
 
 
+@functools.cache
 @jax.jit
 def initial() -> Any:
     """The small decoder's weights, matrices in bf16."""
