@@ -68,8 +68,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-of-each", action="store_true", help="of a test with several cases only the first")
 
 
-# Files that take minutes begin first: whichever comes last, the other processes wait for.
-LONGEST = ("test_real_run.py", "test_run.py", "test_elastic.py", "test_execution.py")
+# Files that take longest begin first: for whichever comes last, the other processes wait.
+LONGEST = (
+    *("test_real_run.py", "test_run.py", "test_elastic.py", "test_preemption.py", "test_use.py", "test_run_seeing.py"),
+    *(
+        "test_step.py",
+        "test_decoder.py",
+        "test_docs_code.py",
+        "test_program.py",
+        "test_kernels.py",
+        "test_token_rows.py",
+    ),
+    *("test_preference.py", "test_dual.py", "test_execution.py"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
