@@ -70,17 +70,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files that take longest begin first: for whichever comes last, the other processes wait.
 LONGEST = (
-    *("test_real_run.py", "test_run.py", "test_elastic.py", "test_preemption.py", "test_use.py", "test_run_seeing.py"),
-    *(
-        "test_step.py",
-        "test_decoder.py",
-        "test_docs_code.py",
-        "test_program.py",
-        "test_kernels.py",
-        "test_token_rows.py",
-    ),
-    *("test_preference.py", "test_dual.py", "test_execution.py"),
-)
+    "test_real_run.py", "test_run.py", "test_elastic.py", "test_preemption.py", "test_use.py", "test_run_seeing.py",
+    "test_step.py", "test_decoder.py", "test_docs_code.py", "test_program.py", "test_kernels.py", "test_token_rows.py",
+    "test_preference.py", "test_dual.py", "test_execution.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
