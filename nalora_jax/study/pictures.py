@@ -57,7 +57,7 @@ def _grid(name: str, found: Sequence[MethodResult], marks: dict[str, Any], panel
         drawn |= panel(axis, group, marks)
         axis.set_title(f"{task}, {model}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2 * columns, 4), fontsize=8)
     return _svg(figure, name) if drawn else ""
 
 
