@@ -8,6 +8,7 @@ A folder carries its own list, ``digests.json``, one entry a file below it:
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from nalora_jax.errors import NaloraError
@@ -81,8 +83,19 @@ def move_tree(folder: Any, target: Any) -> None:
     remove_tree(source)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step: readers see the old file or the new one, never a half.
+def write_array(path: Path, array: np.ndarray) -> None:
+    """`numpy.save` that fails where the disk is full; numpy's own says nothing if its last flush does.
+
+    Raises:
+      OSError: the system refused; the file may be cut off.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by ``content`` (text in UTF-8) in one step: readers see the old file or the new, never a half.
 
     Raises:
       NaloraError: the system refused (a full disk, no permission); ``path`` is what it was.
@@ -91,8 +104,8 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         scratch = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)  # mkstemp makes private files

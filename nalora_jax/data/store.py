@@ -23,7 +23,7 @@ from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import find_damage, write_digests
+from nalora_jax.files import find_damage, write_array, write_digests
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.notes import counting
 
@@ -240,8 +240,8 @@ def _write(scratch: Path, examples: Iterator[tuple[int, Example]], config: DataC
             offsets.append(offsets[-1] + len(example.ids))
             records.append(record)
             targets += int(example.answer[1:].sum())
-    np.save(scratch / "offsets.npy", np.array(offsets, np.int64))
-    np.save(scratch / "records.npy", np.array(records, np.int64))
+    write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
+    write_array(scratch / "records.npy", np.array(records, np.int64))
     counts = Counts(len(offsets) - 1, dropped, truncated, offsets[-1], targets, longest)
     meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
     (scratch / "meta.json").write_text(json.dumps(meta))

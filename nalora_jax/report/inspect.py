@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import write_atomically
 from nalora_jax.report.history import REGIONS
 from nalora_jax.report.plots import stacked_bars
 
@@ -140,9 +141,9 @@ def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Pa
     picture.savefig(buffer, format=path.suffix[1:], dpi=150)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
     except OSError as error:
         raise NaloraError("--picture", expected="a file that can be written", found=error) from error
+    write_atomically(path, buffer.getvalue())
     return path
 
 

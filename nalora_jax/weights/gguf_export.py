@@ -8,7 +8,9 @@ must have come from one. For another base, write a merged Hugging Face folder an
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -208,17 +210,28 @@ class _Item:
     kind: GGMLQuantizationType = GGMLQuantizationType.F32
 
 
+class _Checked(np.ndarray):
+    """An array that Python writes: numpy's own ``tofile`` says nothing where its last flush meets a full disk."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """The bytes alone, as ``sep`` and ``format`` ask for by default."""
+        fid.write(self.view(np.ndarray).view(np.uint8))
+
+
 def _write(writer: GGUFWriter, items: Iterable[_Item], data: Iterable[np.ndarray]) -> None:
     """Header, metadata, and then the tensors' bytes one after the other."""
     for item in items:
         shape = quant_shape_to_byte_shape(item.shape, item.kind)
         writer.add_tensor_info(item.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=item.kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for array in data:
-        writer.write_tensor_data(np.ascontiguousarray(array))
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in data:
+            writer.write_tensor_data(np.ascontiguousarray(array).view(_Checked))
+        for file in writer.fout or ():
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _tensor_kind(tensor: SourceTensor, kind: str) -> GGMLQuantizationType:
