@@ -1,4 +1,4 @@
-"""Compiled programs are kept in a folder that nobody else can write into, or not at all."""
+"""Compiled programs are kept in a folder that nobody else can write into, or not at all; damaged ones are not used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from nalora_jax.train import compilation
 from nalora_jax.train.compilation import use_compilation_cache
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -19,6 +21,7 @@ def _as_before() -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    reset_cache()  # JAX holds on to the folder of its first use
 
 
 def test_the_folder_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +42,55 @@ def test_a_folder_that_others_can_write_into_is_not_used(
     assert jax.config.jax_compilation_cache_dir == before
     assert [text for text in caplog.messages if text.startswith("compiled programs are not kept: ")] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with one program in it."""
+    monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
+    use_compilation_cache()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    reset_cache()
+    # The process needs no file of a program that it has compiled before: this one is of this test alone.
+    jax.jit(lambda x: x * len(str(tmp_path)) + hash(str(tmp_path)) % 1_000_003).lower(1.0).compile()
+    return tmp_path / "compiled"
+
+
+def test_programs_are_kept_with_their_digests(compiled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry, digest = names(compiled)
+    assert digest == f"{entry}.sha256"
+    use_compilation_cache()
+    assert names(compiled) == [entry, digest]
+    assert caplog.messages == []
+
+
+def test_a_flipped_bit_costs_a_compilation(compiled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = compiled / names(compiled)[0]
+    content = bytearray(entry.read_bytes())
+    content[len(content) // 2] ^= 1
+    entry.write_bytes(content)
+    use_compilation_cache()
+    assert names(compiled) == []
+    assert caplog.messages == [f"compiled programs in {compiled} were damaged (1): compiling them again"]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_entry_and_its_digest_go_together(compiled: Path, part: int, caplog: pytest.LogCaptureFixture) -> None:
+    (compiled / names(compiled)[part]).unlink()
+    use_compilation_cache()
+    assert names(compiled) == []
+    assert caplog.messages == []
+
+
+def test_another_process_may_remove_an_entry_meanwhile(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def removed(path: Path) -> str:
+        path.unlink()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(compilation, "file_digest", removed)
+    use_compilation_cache()
+    assert names(compiled) == []
