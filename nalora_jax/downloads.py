@@ -44,10 +44,13 @@ def cache_dir() -> Path:
 def private_dir(path: Path) -> Path:
     """``path`` as a folder that only this user can write into, for files that are run; it is made if it is missing.
 
+    So are its parents, private too whatever the umask: one that others could write into would be refused ever after.
+
     Raises:
       PermissionError: it belongs to somebody else, is a link, or others may write into it or exchange it.
     """
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for missing in [parent for parent in (path, *path.parents) if not parent.exists()][::-1]:
+        missing.mkdir(exist_ok=True, mode=0o700)
     if not hasattr(os, "geteuid"):  # another system's rights
         return path
     user = os.geteuid()
@@ -57,12 +60,27 @@ def private_dir(path: Path) -> Path:
         raise PermissionError(f"{path} {why} (chmod 700 it if it is yours, and remove what is in it)")
     for parent in path.resolve().parents:
         about = parent.stat()
-        shared = about.st_mode & 0o002 and not about.st_mode & stat.S_ISVTX
+        written = about.st_mode & 0o002 or (about.st_mode & 0o020 and not _only_of(about.st_gid, user))
+        shared = written and not about.st_mode & stat.S_ISVTX
         if shared or about.st_uid not in (0, user, _UNMAPPED):
             raise PermissionError(f"{path} is not private: others can exchange what is in {parent}")
     if about.st_mode & 0o077:
         path.chmod(0o700)
     return path
+
+
+def _only_of(group: int, user: int) -> bool:
+    """Whether a group is root's, or this user's alone, as where new folders are writable by it (umask 002)."""
+    import grp
+    import pwd
+
+    if group == 0:
+        return True
+    try:
+        name, about = pwd.getpwuid(user).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return about.gr_name == name and set(about.gr_mem) <= {name}
 
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:

@@ -180,16 +180,17 @@ def build(compiler: str, kind: str) -> Path:
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(prefix=_MAKING, dir=folder) as making:
         made = Path(making) / "kernels.so"
-        _compile([compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)])
+        _compile([compiler, *flags, "-I", jax.ffi.include_dir(), str(_MAIN), "-o", str(made)], making)
         target = folder / f"{name}-{_digest(made)}.so"
         made.replace(target)
     return target
 
 
-def _compile(command: list[str]) -> None:
-    """Runs the compiler, which ends at its deadline with all that it has started."""
+def _compile(command: list[str], scratch: str) -> None:
+    """Runs the compiler, which ends at its deadline with all that it has started; its own files are in ``scratch``."""
+    environment = {**os.environ, "TMPDIR": scratch}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as compiler:  # type: ignore[call-overload]
+    with subprocess.Popen(command, start_new_session=True, env=environment, **pipes) as compiler:  # type: ignore[call-overload]
         try:
             said, _ = compiler.communicate(timeout=DEADLINE)
         except BaseException as error:

@@ -204,12 +204,14 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/child\nsleep 300\n")
+    compiler.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/child\n> $TMPDIR/cc1.s\nsleep 300\n")
     compiler.chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr(library, "DEADLINE", 1)
     with pytest.raises(RuntimeError, match="had not compiled .* after 1 s"):
         library.build(str(compiler), "plain")
-    assert list(cache.iterdir()) == []
+    assert list(cache.iterdir()) == list((tmp_path / "tmp").iterdir()) == []
     child = int((tmp_path / "child").read_text())
     for _ in range(500):  # a killed process may be listed for a moment longer
         if not _runs(child):
