@@ -3,6 +3,7 @@
     python -m tests.faults --times 5        # some 20 minutes on two cores
 
 A run that was interrupted and continued is "identical" where its adapter files have the bytes of a run left alone.
+What should not be is said in capitals; exits with status 1 where something was.
 """
 
 from __future__ import annotations
@@ -199,14 +200,14 @@ FAULTS: tuple[tuple[Callable[[Place, random.Random], str], int], ...] = (
 )
 
 
-def main() -> None:
+def main() -> int:
     """Make the faults and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[fault.__name__ for fault, _ in FAULTS])
     given = parser.parse_args()
     logging.disable()
-    rows = ["| fault | times | outcome |", "|---|---|---|"]
+    rows, failed = ["| fault | times | outcome |", "|---|---|---|"], False
     with tempfile.TemporaryDirectory() as scratch:
         place = Place(Path(scratch))
         for fault, factor in FAULTS:
@@ -216,12 +217,14 @@ def main() -> None:
             outcomes = Counter(" ".join(fault(place, rng).split()) for _ in range(given.times * factor))
             told = "; ".join(f"{count}: {outcome}" for outcome, count in outcomes.most_common())
             rows.append(f"| {fault.__doc__} | {given.times * factor} | {told} |")
+            failed |= any(re.search(r"\b[A-Z]{2,}\b", outcome) for outcome in outcomes)
             print(rows[-1], flush=True)
     head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(rows) + f"\n\n{END}{tail}")
     print(f"{PAGE}, JAX {jax.__version__}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""``python -m tests.faults``: its exit status, without a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import faults
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        (["went on, identical"] * 2, 0),
+        (["went on, identical", "went on, DIFFERENT"], 1),
+        (["FAILED to go on: error: no"] * 2, 1),
+        (["REFUSED: 2: expected a checkpoint", "the one before taken, right"], 1),
+        (["status 143, SILENT, went on, identical"] * 2, 1),
+        (["the other ends within two minutes, non-zero, 1 line(s), A TRACE"] * 2, 1),
+    ],
+)
+def test_an_outcome_that_should_not_be_is_the_exit_status(
+    outcomes: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(place: object, rng: object) -> str:
+        """a fault"""
+        del place, rng
+        return left.pop()
+
+    left = list(outcomes)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{faults.BEGIN}\nold\n{faults.END}\nafter\n")
+    monkeypatch.setattr(faults, "PAGE", page)
+    monkeypatch.setattr(faults, "Place", lambda _: None)
+    monkeypatch.setattr(faults, "FAULTS", ((fault, 1),))
+    monkeypatch.setattr(sys, "argv", ["faults", "--times", "2"])
+    assert faults.main() == status
+    assert "| a fault | 2 | " in page.read_text()
+    assert "old" not in page.read_text()
