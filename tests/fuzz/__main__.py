@@ -1,6 +1,6 @@
 """Every parser on damaged files, each in a process of its own that may hang or fill memory without harm.
 
-    python -m tests.fuzz --inputs 10000        # the table of docs/reliability.md; hours on two cores
+    python -m tests.fuzz --inputs 10000 --publish        # into docs/reliability.md; hours on two cores
     python -m tests.fuzz --inputs 300 --only GGUF JSONL
 
 Prints a table: parser, inputs, untyped errors, hangs (10 seconds of the processor, or a minute that passes, so
@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.common import write_between
 from tests.fuzz.campaign import outcomes
 from tests.fuzz.parsers import PARSERS, Parser
 
@@ -29,6 +30,8 @@ _PROCESSOR_SECONDS = 10.0
 _SECONDS = 60.0
 _START_SECONDS = 300.0
 _MAX_MB = 1000
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- fuzz: python -m tests.fuzz --publish -->", "<!-- end of fuzz -->"
 
 
 @dataclass
@@ -51,15 +54,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=[each.name for each in PARSERS], help="some of the parsers")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parsers that run at a time")
+    parser.add_argument("--publish", action="store_true", help="put the table of all parsers into docs/reliability.md")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.publish and args.only:
+        parser.error("--publish is for all parsers")
     if args.child:
         chosen = next(each for each in PARSERS if each.name == args.child)
         for outcome in outcomes(chosen, args.seed, args.first, args.inputs):
             print(json.dumps(asdict(outcome)), flush=True)
         return 0
-    print("| parser | inputs | untyped errors | hangs | largest memory |\n|---|---|---|---|---|")
+    rows = ["| parser | inputs | untyped errors | hangs | largest memory |", "|---|---|---|---|---|"]
+    print(*rows, sep="\n")
     chosen_parsers = [each for each in PARSERS if not args.only or each.name in args.only]
     tallies = {}
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -67,7 +74,10 @@ def main() -> int:
         for each, tally in zip(chosen_parsers, running, strict=True):
             tallies[each.name] = tally
             cells = (each.name, f"{tally.inputs:,}", tally.untyped.total(), len(tally.hangs), f"{tally.memory_mb} MB")
-            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+            print(rows[-1], flush=True)
+    if args.publish:
+        write_between(PAGE, BEGIN, END, "\n" + "\n".join(rows) + "\n")
     for name, tally in tallies.items():
         for error, count in tally.untyped.most_common(20):
             print(f"{name}: {count} x {error}", file=sys.stderr)
