@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from nalora_jax import distributed
 from nalora_jax.config import config_from_dict
+from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.vision.decoder import decoder_for
@@ -209,27 +209,8 @@ def run_config(folder: Path) -> dict[str, Any]:
     found = _header(folder).get("run", {})
     if not isinstance(found, dict):
         return {}
-    try:
-        _check_types(config_from_dict(found))
-    except (AttributeError, TypeError, TypeCheckError) as error:
-        raise NaloraError(
-            f"{folder / METRICS}: line 1: run",
-            expected="the settings that a run writes",
-            found=error,
-            remedy="the file was edited or damaged: restore that line",
-        ) from error
+    recorded_config(found, f"{folder / METRICS}: line 1: run")
     return found
-
-
-def _check_types(config: Any) -> None:
-    """Raises a TypeCheckError unless every field of the nested dataclasses has its declared type."""
-    hints = get_type_hints(type(config))
-    for one in fields(config):
-        value = getattr(config, one.name)
-        check_type(value, hints[one.name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        for part in value if isinstance(value, tuple) else (value,):
-            if is_dataclass(part):
-                _check_types(part)
 
 
 def _base_of_run(folder: Path) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
 from nalora_jax.train.callbacks import Callback, Ended, Started
@@ -162,12 +163,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recorded_settings(folder: Path | str) -> dict[str, Any]:
-    """The settings that the run in ``folder`` was last started or continued with; {} where none are recorded."""
+    """The settings that the run in ``folder`` was last started or continued with; {} where none are recorded.
+
+    Raises:
+      NaloraError: the log cannot be read, or those settings are of other types than a run writes.
+    """
     path = Path(folder) / FILE
     found: dict[str, Any] = {}
+    where = ""
     for record in read_metrics(path) if path.is_file() else []:
+        name = "run" if record.get("run") else "resumed: settings"
         newest = record.get("run") or record.get("resumed", {}).get("settings")
-        found = newest if isinstance(newest, dict) else found
+        found, where = (newest, f"{path}: {name}") if newest else (found, where)
+    if found:
+        recorded_config(found, where)
     return found
 
 

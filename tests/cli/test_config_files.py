@@ -99,6 +99,24 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
     assert args.run.steps == 99
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"data": {"dataset": None}},
+        {"callbacks": [1]},
+        {"optimizer": {"rates": 5}},
+        {"optimizer": {"rates": [["a", 1, 2]]}},
+        {"lora": {"rules": [{"x": 1}]}},
+    ],
+)
+def test_recorded_settings_that_no_run_writes_are_not_resumed(tmp_path: Path, edited: dict[str, Any]) -> None:
+    lines = {"run": [{"run": edited}], "resumed: settings": [{"run": {}}, {"resumed": {"step": 1, "settings": edited}}]}
+    for name, records in lines.items():
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        with pytest.raises(NaloraError, match=rf"metrics\.jsonl: {name}: expected the settings that a run writes"):
+            command.parse(["train", "--resume", str(tmp_path)])
+
+
 def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
