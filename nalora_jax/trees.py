@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
 
 T = TypeVar("T")
@@ -59,16 +60,26 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
     """The value of each path by the first rule that matches it; paths without a rule are left out.
 
     Raises:
-      NaloraError: a pattern is not a regular expression, or a rule matched no path at all (a rule shadowed by
-        earlier ones, but matching, is fine). The message lists what exists.
+      NaloraError: a pattern is not a regular expression, takes too long (it may be from a file of somebody else), or
+        matched no path at all (a rule shadowed by earlier ones, but matching, is fine). The message lists what exists.
     """
     names = list(paths)
     for pattern, _ in rules:
         try:
-            compiled = re.compile(pattern)
-        except re.error as error:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
             raise NaloraError(where, expected="a regular expression", found=f"{pattern!r} ({error})") from error
-        if not any(compiled.search(name) for name in names):
+    try:
+        found = bounded.matches([pattern for pattern, _ in rules], names, how="search")
+    except bounded.BoundedError as error:
+        raise NaloraError(
+            where,
+            expected="patterns that are matched against a model's names in seconds",
+            found=error,
+            remedy="repeat nothing that is itself repeated",
+        ) from error
+    for (pattern, _), row in zip(rules, found, strict=True):
+        if all(match is None for match in row):
             shown = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
             raise NaloraError(
                 where,
@@ -76,8 +87,10 @@ def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: 
                 found=f"{pattern!r}, which matches nothing",
                 remedy="these exist: " + ", ".join(shown),
             )
-    matches = {name: first_match(rules, name) for name in names}
-    return {name: match[1] for name, match in matches.items() if match is not None}
+    matched: dict[str, T] = {}
+    for (_, value), row in reversed(list(zip(rules, found, strict=True))):  # the first rule has the last word
+        matched |= {name: value for name, match in zip(names, row, strict=True) if match is not None}
+    return {name: matched[name] for name in names if name in matched}
 
 
 def size_bytes(tree: Any) -> int:

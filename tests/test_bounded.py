@@ -15,6 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nalora_jax import bounded
 from nalora_jax.bounded import BoundedError, matches, render
+from nalora_jax.errors import NaloraError
+from nalora_jax.trees import match_rules
 
 MESSAGES = [
     {"role": "system", "content": "Be <b>brief</b> & kind — 東京 🙂."},
@@ -113,13 +115,28 @@ def test_expressions_that_backtrack_for_ever_end(impatient: Any) -> None:
     assert matches(["a+"], ["aa", "b"]) == [["", None]]
 
 
+def test_rules_that_backtrack_for_ever_are_a_typed_error(impatient: Any) -> None:
+    for pattern in ("((([a-z/_*]+)+)+)+X", "(a|.)" * 30 + "X"):
+        with pytest.raises(NaloraError, match=r"--lora\.rules: expected patterns that are matched.*0\.5 seconds"):
+            match_rules([("ffn", 1), (pattern, 2)], ["a" * 39, "layers/*/ffn/gate_proj"], where="--lora.rules")
+    rules = [("(q|v)_proj", 1), ("^ffn", 2), ("attn.*proj", 3)]
+    names = ["attn/q_proj", "attn/k_proj", "ffn", "norm"]
+    assert match_rules(rules, names, where="here") == {"attn/q_proj": 1, "attn/k_proj": 3, "ffn": 2}
+
+
+def test_common_rules_need_no_helper() -> None:
+    assert all(map(bounded._HARMLESS.fullmatch, ("ffn", "ffn/gate_proj", "attn/(q|v)_proj", "^vision|head$", "")))
+    assert not any(map(bounded._HARMLESS.fullmatch, ("a+", "(a|b)(c|d)", "((a))", "a.*b", "(a)*", "(a){9}")))
+
+
 def test_expressions_match_as_in_python() -> None:
     names = ["model.layers.3.mlp.up_proj", "model.layers.12.self_attn.q_proj", "lm_head", ""]
     patterns = [r"mlp.up_proj", r"^lm_head$", r".*\.(up|q)_proj", r"(?:^|.*?\.)layers\.(?P<idx>\d+)\.", r"lm-head", ""]
-    for full in (False, True):
-        for pattern, row in zip(patterns, matches(patterns, names, full=full), strict=True):
+    patterns += ["self_attn.(q|v)_proj|^mlp", "(?:a|b)/c", "(q|v)_(proj|x)"]
+    for how in ("match", "fullmatch", "search"):
+        for pattern, row in zip(patterns, matches(patterns, names, how=how), strict=True):
             for name, found in zip(names, row, strict=True):
-                expected = (re.fullmatch if full else re.match)(pattern, name)
+                expected = getattr(re, how)(pattern, name)
                 assert (found is None) == (expected is None)
                 if expected is not None and "idx" in expected.re.groupindex:
                     assert found == expected["idx"]

@@ -20,16 +20,17 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nalora_jax.bounded.worker import MEMORY
 
 SECONDS = 6.0  # for one call; what a file's own templates and expressions need is a thousandth of it
 _START_SECONDS = 60.0  # for the helper process to begin, on the busiest machine
 _MAX_ANSWER = 256 << 20  # bytes
-# Expressions that match in time proportional to the text: names, dots, escapes and anchors, nothing repeated; also
-# behind "everything up to a dot".
-_HARMLESS = re.compile(r"(\(\.\*\\\.\)\?\()?\^?(?:[\w.\-]|\\[.\-_])*\$?(?(1)\)\$)", re.ASCII)
+# Expressions that match in time proportional to the text: names, dots, escapes and anchors, nothing repeated, and at
+# most one group of alternatives; also behind "everything up to a dot".
+_PLAIN = r"(?:[\w./|\-]|\\[.\-_])*"
+_HARMLESS = re.compile(rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\({_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII)
 _FEW = 1_000_000  # pairs of an expression and a name that are matched here: at most a second
 
 
@@ -56,13 +57,15 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
     return texts
 
 
-def matches(patterns: Sequence[str], names: Sequence[str], *, full: bool = False) -> list[list[str | None]]:
+def matches(
+    patterns: Sequence[str], names: Sequence[str], *, how: Literal["match", "fullmatch", "search"] = "match"
+) -> list[list[str | None]]:
     """For every pattern and name, the match's group ``idx`` ("" without such a group), or None without a match.
 
     Args:
       patterns: regular expressions of Python's ``re``.
       names: texts, short and ours.
-      full: `re.fullmatch` instead of `re.match`.
+      how: the function of ``re``.
 
     Raises:
       BoundedError: an expression does not compile, or exceeds a limit; the text begins with the expression.
@@ -70,16 +73,15 @@ def matches(patterns: Sequence[str], names: Sequence[str], *, full: bool = False
     few = len(patterns) * len(names) <= _FEW
     here = [few and _HARMLESS.fullmatch(pattern) is not None for pattern in patterns]
     foreign = [pattern for pattern, harmless in zip(patterns, here, strict=True) if not harmless]
-    answers = iter(_HELPER.matches(foreign, names, full) if foreign else ())
+    answers = iter(_HELPER.matches(foreign, names, how) if foreign else ())
     return [
-        _matched(pattern, names, full) if harmless else next(answers)
+        _matched(pattern, names, how) if harmless else next(answers)
         for pattern, harmless in zip(patterns, here, strict=True)
     ]
 
 
-def _matched(pattern: str, names: Sequence[str], full: bool) -> list[str | None]:
-    compiled = re.compile(pattern)
-    match = compiled.fullmatch if full else compiled.match
+def _matched(pattern: str, names: Sequence[str], how: str) -> list[str | None]:
+    match = getattr(re.compile(pattern), how)
     return [None if match(name) is None else "" for name in names]
 
 
@@ -111,11 +113,11 @@ class _Helper:
             self._template = template
             return answer
 
-    def matches(self, patterns: Sequence[str], names: Sequence[str], full: bool) -> Any:
+    def matches(self, patterns: Sequence[str], names: Sequence[str], how: str) -> Any:
         """As `matches`, of any pattern."""
         with self._lock:
             self._ensure_running()
-            return self._ask(json.dumps({"patterns": patterns, "names": names, "full": full}))
+            return self._ask(json.dumps({"patterns": patterns, "names": names, "how": how}))
 
     def stop(self) -> None:
         """End the process, if there is one."""

@@ -69,7 +69,7 @@ def _complaint(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:_MAX_ERROR]}"
 
 
-def match_all(patterns: list[str], names: list[str], full: bool) -> list[list[str | None]]:
+def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str | None]]:
     """See `bounded.matches`."""
     found: list[list[str | None]] = []
     for pattern in patterns:
@@ -77,7 +77,7 @@ def match_all(patterns: list[str], names: list[str], full: bool) -> list[list[st
             compiled = re.compile(pattern)
         except Exception as error:  # re.error, OverflowError, RecursionError
             raise ValueError(f"{pattern[:100]!r}: {error}") from error
-        match = compiled.fullmatch if full else compiled.match
+        match = getattr(compiled, how)
         rows = [match(name) for name in names]
         grouped = "idx" in compiled.groupindex
         found.append([None if row is None else (row["idx"] or "") if grouped else "" for row in rows])

@@ -393,6 +393,6 @@ def _check_rules(rules: tuple[LoRARule, ...]) -> None:
         require("--lora.rules", scale, f"an alpha that is {ALPHA}", f"{name}:{rule.alpha}")
         try:
             re.compile(rule.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             remedy = f"it is no regular expression: {error}"
             raise NaloraError("--lora.rules", expected="a pattern", found=repr(rule.pattern), remedy=remedy) from None

@@ -138,7 +138,7 @@ class PeftConfig:
         self, field_name: str, patterns: list[str], names: Sequence[str], *, full: bool = False
     ) -> list[list[str | None]]:
         try:
-            return bounded.matches(patterns, names, full=full)
+            return bounded.matches(patterns, names, how="fullmatch" if full else "match")
         except bounded.BoundedError as error:
             raise NaloraError(
                 f"{self.where}: {field_name}",
