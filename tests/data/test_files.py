@@ -184,3 +184,25 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             open_source(DataConfig(dataset=str(tmp_path / name)), "train")
     with pytest.raises(NaloraError, match=r"none-\*\.csv\[train\]: expected at least one record"):
         open_source(DataConfig(dataset=str(tmp_path / "none-*.csv")), "train")
+
+
+def test_a_text_of_many_rows_is_in_memory_once(tmp_path: Path) -> None:
+    path, count = tmp_path / "a.parquet", 20_000
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array(["x" * 10_000]))
+    pq.write_table(pa.table({"text": text}), path, store_schema=False)
+    assert path.stat().st_size < 2000
+    before = pa.total_allocated_bytes()
+    rows = open_rows(path)
+    assert rows.read([count - 1, 0]) == [{"text": "x" * 10_000}] * 2
+    assert pa.total_allocated_bytes() - before < 10_000_000  # 200 MB were every row to hold its text
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())])
+@pytest.mark.parametrize("options", [{}, {"dictionary_pagesize_limit": 64}, {"use_dictionary": False}])
+def test_parquet_of_any_coding_gives_the_same_rows(tmp_path: Path, kind: pa.DataType, options: dict) -> None:
+    text = [None if i % 7 == 0 else f"text {i % 50}" for i in range(300)]
+    turns = [[{"role": "user", "content": f"a {i}"}] * (i % 3) for i in range(300)]
+    table = pa.table({"text": pa.array(text).cast(kind), "turns": pa.array(turns), "n": pa.array(range(300))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=120, **options)
+    taken = np.random.default_rng(0).permutation(300)
+    assert open_rows(tmp_path / "a.parquet").read(taken.tolist()) == table.take(pa.array(taken)).to_pylist()
