@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -90,7 +91,7 @@ def settings_of(values: Any, path: Path) -> RunConfig:
 def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
     """A dataclass with the fields that ``values`` names."""
     if not isinstance(values, Mapping):
-        raise NaloraError(where, expected=f"settings by name in {prefix or 'the file'}", found=repr(values)[:80])
+        raise NaloraError(where, expected=f"settings by name in {prefix or 'the file'}", found=_shown(values))
     hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
     found = {}
     for name, value in values.items():
@@ -110,7 +111,7 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     inner = get_args(hint)
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
-            raise NaloraError(where, expected=f"a list in {name}", found=repr(value)[:80])
+            raise NaloraError(where, expected=f"a list in {name}", found=_shown(value))
         kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
         if len(kinds) != len(value):
             raise NaloraError(where, expected=f"{len(kinds)} values in {name}", found=len(value))
@@ -121,8 +122,8 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as a text
-        except ValueError:
-            raise NaloraError(where, expected=f"a number in {name}", found=repr(value)[:80]) from None
+        except (ValueError, OverflowError):
+            raise NaloraError(where, expected=f"a number in {name}", found=_shown(value)) from None
     if name == "data.max_length" and value == "auto":
         return 0
     return value
@@ -132,7 +133,7 @@ def _rule(value: Any, where: str, name: str) -> Any:
     if isinstance(value, Mapping):
         return _made(LoRARule, value, where, name)
     try:
-        return parse_rule(value if isinstance(value, str) else repr(value))
+        return parse_rule(value if isinstance(value, str) else _shown(value))
     except ValueError as error:
         raise NaloraError(where, expected=f"rules PATTERN:RANK[:ALPHA] in {name}", found=error) from None
 
@@ -216,12 +217,17 @@ def _check_types(config: Any, path: Path, prefix: str = "") -> None:
         except TypeCheckError as error:
             hint = hints[one.name]
             hint = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise _bad_config(path, f"{name} of type {hint}", repr(value)) from error
+            raise _bad_config(path, f"{name} of type {hint}", _shown(value)) from error
         for index, part in enumerate(value if isinstance(value, tuple) else ()):
             if is_dataclass(part):
                 _check_types(part, path, f"{name}[{index}].")
         if is_dataclass(value):
             _check_types(value, path, f"{name}.")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value for a message; YAML's aliases can make one that would fill the memory, written out."""
+    return reprlib.repr(value)[:80]
 
 
 def _bad_config(path: Path, expected: str, found: str) -> NaloraError:

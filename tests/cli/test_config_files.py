@@ -99,6 +99,29 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
     assert args.run.steps == 99
 
 
+def _aliases(field: str) -> str:
+    """A value of half a kB that means 9**9 texts, written out."""
+    rows = [f"&a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)]
+    return f"{field}:\n" + "".join(f"  - {row}\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {eps: 1" + 400 * "0" + "}", r"a number in optimizer\.eps, found 1000"),
+        ("lora: {rules: [{pattern: a, rank: 8, alpha: 1" + 400 * "0" + "}]}", r"a number in lora\.rules\.alpha"),
+        (_aliases("callbacks"), r"callbacks of type tuple\[str, \.\.\.\], found \(\['x', 'x'"),
+        (_aliases("steps"), r"steps of type int, found \[\['x', 'x'"),
+        (_aliases("optimizer"), r"settings by name in optimizer, found \[\['x', 'x'"),
+    ],
+    ids=["eps", "alpha", "callbacks", "steps", "optimizer"],
+)
+def test_what_no_number_or_message_can_hold_ends_at_once(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(NaloraError, match=message):
+        load_config(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize(
     "edited",
     [
