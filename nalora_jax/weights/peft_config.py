@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from nalora_jax.weights import peft_adalora
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_RANK = 2**20
+# Expressions in one field: more than any model has modules of a name; each is compiled, and matched with every module.
+_MAX_PATTERNS = 4096
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) train on a
 # changed base, so their factors mean nothing on the original one until they are converted.
@@ -312,11 +314,18 @@ class _Fields:
         value = self.raw.get(key) or {}
         if not isinstance(value, dict):
             raise self._error(key, "an object of pattern: value", value)
+        self._few(key, value)
         inner = _Fields(value, f"{self.where}: {key}")
         return {self._regex(key, name, _suffix_pattern): read(inner, name) for name in value}
 
     def layer_patterns(self) -> tuple[str, ...]:
-        return tuple(self._regex("layers_pattern", name, _layer_pattern) for name in self.strings("layers_pattern"))
+        names = self.strings("layers_pattern")
+        self._few("layers_pattern", names)
+        return tuple(self._regex("layers_pattern", name, _layer_pattern) for name in names)
+
+    def _few(self, key: str, patterns: Collection[str]) -> None:
+        if len(patterns) > _MAX_PATTERNS:
+            raise self._error(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
 
     def _regex(self, key: str, pattern: str, use: Callable[[str], str] = str) -> str:
         """``pattern``, if it is an expression also in the ``use`` that is made of it."""

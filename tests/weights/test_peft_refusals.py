@@ -151,6 +151,16 @@ BAD_TENSORS = [
 ]
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "layers_pattern"])
+def test_more_patterns_than_a_model_has_modules_are_refused_at_once(name, good, tmp_path, monkeypatch):
+    config, _, settings_, tensors = good
+    monkeypatch.setattr(bounded, "matches", lambda *args, **kwargs: pytest.fail("a pattern was compiled"))
+    patterns = {f"layers.{i}.mlp": 4 for i in range(100_000)}
+    write(tmp_path / "bad", {**settings_, name: list(patterns) if name == "layers_pattern" else patterns}, tensors)
+    with pytest.raises(NaloraError, match=rf"{name}: expected at most 4,096 patterns, found 100,000"):
+        import_adapter(tmp_path / "bad", config)
+
+
 @pytest.mark.parametrize(("change", "message"), BAD_TENSORS, ids=range(len(BAD_TENSORS)))
 def test_bad_tensors_are_refused_by_name(change, message, good, tmp_path):
     config, _, settings_, tensors = good
