@@ -11,7 +11,8 @@ from nalora_jax.errors import NaloraError
 
 _MAX_STEP = 2**53
 _MAX_DEPTH = 12  # of a run's config
-_MAX_LAYERS = 2**16
+_MAX_LAYERS = 2**9  # of all towers together; no model has more, and every one is drawn and has a row in the report
+_MAX_HISTOGRAMS = 2**4  # mechanisms of one run; each is a picture of the report, a third of a second
 _MAX_EDGES = 2**10
 _NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # of a log step
 _OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")  # of an evaluation: what is no number
@@ -47,8 +48,8 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
             raise NaloraError(f"{where}: eval", expected="the step of the evaluation beside it", found="none")
     elif "step" in record:
         _check_numbers({name: value for name, value in record.items() if name not in _NESTED}, where)
-        for name, rows in _mapping(record, "towers", where).items() if record.get("towers") is not None else ():
-            _check_step(rows, f"{where}: towers: {name}")
+        if record.get("towers") is not None:
+            _check_towers(_mapping(record, "towers", where), f"{where}: towers")
         for part in ("layers", "adapters", "ranks"):
             if record.get(part) is not None:
                 _check_layers(_mapping(record, part, where), f"{where}: {part}")
@@ -111,6 +112,14 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def _check_towers(towers: Mapping[str, Any], where: str) -> None:
+    """How many layers each has: the report names every one."""
+    for name, rows in towers.items():
+        _check_step(rows, f"{where}: {name}")
+    if sum(towers.values()) > _MAX_LAYERS:
+        raise _error(where, f"at most {_MAX_LAYERS} layers together", towers)
+
+
 def _check_layers(layers: Mapping[str, Any], where: str) -> None:
     """One number, or one row of numbers, for every layer."""
     for name, rows in layers.items():
@@ -118,7 +127,7 @@ def _check_layers(layers: Mapping[str, Any], where: str) -> None:
         if rows is None:
             continue
         if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_LAYERS:
-            raise _error(here, "a list with an entry for every layer", rows)
+            raise _error(here, f"a list with an entry for every layer, at most {_MAX_LAYERS}", rows)
         nested = [row for row in rows if isinstance(row, list)]
         if nested and (len(nested) < len(rows) or len({len(row) for row in nested}) > 1):
             raise _error(here, "rows of one length", rows)
@@ -128,6 +137,8 @@ def _check_layers(layers: Mapping[str, Any], where: str) -> None:
 
 def _check_histograms(histograms: Mapping[str, Any], where: str) -> None:
     """Rising edges, and for every layer a row of counts: one bin more than there are edges."""
+    if len(histograms) > _MAX_HISTOGRAMS:
+        raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(histograms))
     for label in histograms:
         here, one = f"{where}: {label}", _mapping(histograms, label, where)
         edges, counts = one.get("edges"), one.get("counts")
