@@ -75,6 +75,12 @@ def shorten(text: str, limit: int) -> str:
     return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
 
 
+def bounded_text(text: object) -> str:
+    """``text`` in at most `MAX_MESSAGE` bytes, as every output can take it; the middle of a longer one is left out."""
+    (line,) = _bounded([_text(text)])
+    return line
+
+
 def _text(part: object) -> str:
     """``part`` as text that every output can take: half characters (lone surrogates) are escaped."""
     try:

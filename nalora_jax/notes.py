@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from nalora_jax.errors import bounded_text
+
 LOG_FORMAT = "NALORA_LOG_FORMAT"
 EVERY = 10.0  # seconds between lines about the same work where nobody shows it otherwise
 
@@ -28,8 +30,19 @@ def as_json() -> bool:
     return os.environ.get(LOG_FORMAT) == "json"
 
 
+class _Bounded(logging.Formatter):
+    """Messages of at most 2 kB, as errors are: they quote what files hold. A traceback after one is whole."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return bounded_text(super().formatMessage(record))
+
+
 class StderrHandler(logging.Handler):
     """Writes to the standard error of the moment, which a progress bar may have replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Bounded())
 
     def emit(self, record: logging.LogRecord) -> None:
         """One line for a record."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -43,3 +44,28 @@ def test_a_listener_hears_everything_from_the_start() -> None:
 def test_what_is_not_counted_is_named() -> None:
     assert notes.progress_text("compiling", 0, None) == "compiling ..."
     assert notes.progress_text("reading", 1200, None) == "reading 1,200"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_note_is_bounded_whatever_it_quotes(
+    form: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(notes.LOG_FORMAT, form)
+    logger = logging.Logger("of this test")
+    logger.addHandler(notes.StderrHandler())
+    logger.info("the field %r of %s is not read", "\N{SNOWMAN}" * 20_000, "a.jsonl")
+    line = capsys.readouterr().err.rstrip("\n")
+    line = json.loads(line)["message"] if form == "json" else line
+    assert len(line.encode()) <= 2000
+    assert line.startswith("the field '\N{SNOWMAN}")
+    assert line.endswith(" of a.jsonl is not read")
+
+
+def test_a_traceback_after_a_note_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.Logger("of this test")
+    logger.addHandler(notes.StderrHandler())
+    try:
+        raise ValueError("long " * 1000)
+    except ValueError:
+        logger.warning("left out", exc_info=True)
+    assert "long " * 1000 in capsys.readouterr().err
