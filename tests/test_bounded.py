@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nalora_jax import bounded
 from nalora_jax.bounded import BoundedError, matches, render
 from nalora_jax.errors import NaloraError
+from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import match_rules
 
 MESSAGES = [
@@ -67,7 +69,11 @@ def test_several_texts_and_templates_in_turn() -> None:
 
 HOSTILE = {
     "a constant of a gigabyte, folded when it is compiled": ("{{ 'a' * 10**9 }}", "memory"),
-    "a long text": ("{{ 'a' * 10**7 }}", "4,000,000 characters"),
+    "a long text": ("{{ 'a' * 10**7 }}", "65,536 characters"),
+    "a long text beside the messages": (
+        "{{ 'a ' * 1500000 }}{% for m in messages %}{{ m.content }}{% endfor %}",
+        "65,536",
+    ),
     "a format's width": ("{{ '%1000000000d' % 1 }}", "memory"),
     "a formatted width": ("{{ '{:>1000000000}'.format(1) }}", "memory"),
     "center": ("{{ 'a' | center(10**9) }}", "memory"),
@@ -107,6 +113,37 @@ def test_endless_loops_end(impatient: Any) -> None:
     with pytest.raises(BoundedError, match=r"more than 0\.5 seconds"):
         render(nested, [{}])
     assert render("{{ 1 }}", [{}]) == ["1"]
+
+
+def test_all_texts_of_a_template_have_a_budget_together(impatient: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "_TOTAL_SECONDS", 0.02)
+    monkeypatch.setattr(bounded, "_TEXT_SECONDS", 0.0)
+    slow = "{% for a in range(99999) %}{% endfor %}{{ x }}"
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=slow, add_bos=False)
+
+    def many() -> None:
+        for _ in range(100):
+            tokenizer.render_chat(MESSAGES)
+
+    with pytest.raises(NaloraError, match=r"chat template: .* found \d+\.\d seconds for \d+ texts of one template"):
+        many()
+    assert render("{{ x }}", [{"x": "another template"}]) == ["another template"]
+
+
+def test_the_budget_grows_with_the_texts() -> None:
+    helper = bounded._Helper()
+    helper.charge("slow to begin with", 1, 9.0)
+    helper.charge("slow to begin with", 1000, 50.0)
+    helper.charge("another", 1, 9.0)
+    with pytest.raises(BoundedError, match=r"69\.0 seconds for 1,101 texts"):
+        helper.charge("slow to begin with", 100, 10.0)
+
+
+def test_a_text_may_be_as_long_as_what_it_is_made_of_needs() -> None:
+    assert render("{{ x }}{{ x }}", [{"x": "a" * 100_000}, {"x": "b" * 10}]) == ["a" * 200_000, "b" * 20]
+    with pytest.raises(BoundedError, match="of more than 320,288 characters"):
+        render("{% for i in range(33) %}{{ x }}{% endfor %}", [{"x": "a" * 10_000}])
 
 
 def test_expressions_that_backtrack_for_ever_end(impatient: Any) -> None:

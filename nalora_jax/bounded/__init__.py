@@ -25,6 +25,10 @@ from typing import Any, Literal
 from nalora_jax.bounded.worker import MEMORY
 
 SECONDS = 6.0  # for one call; what a file's own templates and expressions need is a thousandth of it
+# For all texts of one template together, of the processor's time: whoever waits for a call waits for every record's.
+_TOTAL_SECONDS, _TEXT_SECONDS = 10.0, 0.05  # and for each text; real templates need a hundredth of it
+_MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
+_SHORT_TEXT, _LONGER = 65_536, 32  # what every text may have, and how often the characters that it is made of
 _START_SECONDS = 60.0  # for the helper process to begin, on the busiest machine
 _MAX_ANSWER = 256 << 20  # bytes
 # Expressions that match in time proportional to the text: names, dots, escapes and anchors, nothing repeated, and at
@@ -47,14 +51,14 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
         them. One call for several texts saves most of the calls' cost.
 
     Raises:
-      BoundedError: the template does not compile, fails, or exceeds a limit; or a variable is no plain value.
+      BoundedError: the template does not compile, fails, or exceeds a limit: of the call, of a text's length, or of
+        the time that all its texts took together; or a variable is no plain value.
     """
     try:
-        plain = json.dumps(list(variables), default=_plain)
+        plain = [json.dumps(one, default=_plain) for one in variables]
     except (TypeError, ValueError, RecursionError) as error:
         raise BoundedError(f"values that JSON cannot hold ({error})") from error
-    texts: list[str] = _HELPER.render(template, plain)
-    return texts
+    return _HELPER.render(template, plain)
 
 
 def matches(
@@ -102,16 +106,28 @@ class _Helper:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0  # id of the process that started it: a fork must not talk to its parent's helper
         self._template: str | None = None  # that the helper has compiled
+        self._spent: dict[str, tuple[int, float]] = {}  # texts of each template, and the seconds that they took
 
-    def render(self, template: str, variables: str) -> Any:
-        """The rendered texts; ``variables`` is JSON already."""
+    def render(self, template: str, variables: Sequence[str]) -> list[str]:
+        """The rendered texts; ``variables`` are JSON already."""
+        limits = [min(_MAX_TEXT, max(_SHORT_TEXT, _LONGER * len(one))) for one in variables]
         with self._lock:
             self._ensure_running()
             source = "null" if template == self._template else json.dumps(template)
             self._template = None  # until it is known to have compiled
-            answer = self._ask(f'{{"render": {variables}, "template": {source}}}')
+            listed = ", ".join(variables)
+            answer = self._ask(f'{{"render": [{listed}], "limits": {limits}, "template": {source}}}')
             self._template = template
-            return answer
+            self.charge(template, len(variables), answer["seconds"])
+            texts: list[str] = answer["texts"]
+            return texts
+
+    def charge(self, template: str, texts: int, seconds: float) -> None:
+        """Notes what texts of a template took; a `BoundedError` where all of them took too long together."""
+        before, spent = self._spent.get(template, (0, 0.0))
+        count, total = self._spent[template] = before + texts, spent + seconds
+        if total > _TOTAL_SECONDS + _TEXT_SECONDS * count:
+            raise BoundedError(f"{total:.1f} seconds for {count:,} texts of one template")
 
     def matches(self, patterns: Sequence[str], names: Sequence[str], how: str) -> Any:
         """As `matches`, of any pattern."""

@@ -10,10 +10,10 @@ import json
 import re
 import signal
 import sys
+import time
 from typing import Any
 
 MEMORY = 512 << 20  # bytes of address space
-MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
 _MAX_ERROR = 500  # characters of a program's own complaint that are passed on
 
 
@@ -35,7 +35,10 @@ def serve(seconds: float) -> None:
                 if request["template"] is not None:
                     template = environment.from_string(request["template"])
                 assert template is not None
-                answer = [_checked(template.render(variables)) for variables in request["render"]]
+                began = time.process_time()
+                texts = zip(request["render"], request["limits"], strict=True)
+                rendered = [_checked(template.render(variables), limit) for variables, limit in texts]
+                answer = {"texts": rendered, "seconds": time.process_time() - began}
             text = json.dumps({"answer": answer})
         except Exception as error:  # a foreign program may fail in any way
             text = json.dumps({"error": _complaint(error)})
@@ -57,9 +60,9 @@ def _answer(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _checked(text: str) -> str:
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"a text of more than {MAX_TEXT:,} characters")
+def _checked(text: str, limit: int) -> str:
+    if len(text) > limit:
+        raise ValueError(f"a text of more than {limit:,} characters")
     return text
 
 
