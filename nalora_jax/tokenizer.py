@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from nalora_jax import bounded
+from nalora_jax.bounded.expressions import check_expressions
 from nalora_jax.bounded.growth import check_growth
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens, as_parts
@@ -304,7 +305,9 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         )
     try:
         content = path.read_bytes()
-        check_growth(json.loads(content), str(path))
+        raw = json.loads(content)
+        check_growth(raw, str(path))
+        check_expressions(raw, str(path))
         backend = tokenizers.Tokenizer.from_buffer(content)
     except NaloraError:
         raise

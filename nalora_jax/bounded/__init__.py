@@ -84,6 +84,19 @@ def matches(
     ]
 
 
+def split(expressions: Sequence[str], text: str) -> None:
+    """Splits a text by each of a tokenizer's regular expressions; one that does not compile is passed over.
+
+    Args:
+      expressions: of the tokenizers library, which are Oniguruma's.
+      text: a sample.
+
+    Raises:
+      BoundedError: that exceeds a limit.
+    """
+    _HELPER.split(expressions, text)
+
+
 def _matched(pattern: str, names: Sequence[str], how: str) -> list[str | None]:
     match = getattr(re.compile(pattern), how)
     return [None if match(name) is None else "" for name in names]
@@ -134,6 +147,12 @@ class _Helper:
         with self._lock:
             self._ensure_running()
             return self._ask(json.dumps({"patterns": patterns, "names": names, "how": how}))
+
+    def split(self, expressions: Sequence[str], text: str) -> None:
+        """As `split`."""
+        with self._lock:
+            self._ensure_running()
+            self._ask(json.dumps({"expressions": expressions, "text": text}))
 
     def stop(self) -> None:
         """End the process, if there is one."""

@@ -31,6 +31,8 @@ def serve(seconds: float) -> None:
             request = json.loads(line)
             if "patterns" in request:
                 answer: Any = match_all(**request)
+            elif "expressions" in request:
+                answer = len(split_by(**request))
             else:
                 if request["template"] is not None:
                     template = environment.from_string(request["template"])
@@ -84,6 +86,20 @@ def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str 
         rows = [match(name) for name in names]
         grouped = "idx" in compiled.groupindex
         found.append([None if row is None else (row["idx"] or "") if grouped else "" for row in rows])
+    return found
+
+
+def split_by(expressions: list[str], text: str) -> list[list[Any]]:
+    """See `bounded.split`: the parts of the text by each of the expressions."""
+    import tokenizers
+
+    found = []
+    for expression in expressions:
+        try:
+            rule = tokenizers.Regex(expression)
+        except Exception:
+            continue  # what does not compile is refused where the tokenizer is made
+        found.append(tokenizers.pre_tokenizers.Split(rule, "isolated").pre_tokenize_str(text))
     return found
 
 

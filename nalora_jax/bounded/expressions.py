@@ -1,0 +1,66 @@
+"""Regular expressions of a tokenizer, tried on a sample of text before the tokenizers library runs them here.
+
+That library has no limit of time: an expression that backtracks would hold this process at its first text. The sample
+finds what is slow on any text, not an expression that waits for one word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nalora_jax import bounded
+from nalora_jax.errors import NaloraError
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Of Qwen, Llama 3 and CLIP, as their authors published them: they need no trial, whose helper takes a moment to start.
+_KNOWN = frozenset(
+    {
+        rf"{_CONTRACTIONS}|\p{{N}}{_REST}",
+        rf"{_CONTRACTIONS}|\p{{N}}{{1,3}}{_REST}",
+        r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+        r"\s+",
+    }
+)
+# 2 kB of words, numbers, marks, white space and other scripts, and of one character many times.
+SAMPLE = (
+    "The quick brown fox's 1234567 jumps, isn't it?  \t(x_1 += 0.5e-3;)\r\n\r\n  def f(x):\n\t\treturn {x: [1, 2]}\n"
+    "Ünïcode über straße, Привет мир, 東京は夜の七時, مرحبا, 🙂🙂 https://example.org/a/b-c?d=e&f=g#h\n"
+) * 6 + "".join(one * 96 for one in "a1 .\n-")
+
+
+def check_expressions(raw: Any, where: str) -> None:
+    """Refuses a parsed ``tokenizer.json`` whose regular expressions do not get through 2 kB of text in seconds.
+
+    Args:
+      raw: the parsed file, of any content: what is no expression is left to the tokenizers library.
+      where: the file, for the message.
+
+    Raises:
+      NaloraError: they exceed the helper process's time or memory.
+    """
+    found = [one for one in _expressions(raw) if one not in _KNOWN]
+    if not found:
+        return
+    try:
+        bounded.split(found, SAMPLE)
+    except bounded.BoundedError as error:
+        raise NaloraError(
+            f"{where}: Regex",
+            expected="regular expressions that split 2 kB of text in seconds",
+            found=error,
+            remedy="use the tokenizer that the model's authors published",
+        ) from error
+
+
+def _expressions(raw: Any) -> list[str]:
+    """Whatever the rules that are applied to texts call a Regex, each once."""
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    found: dict[str, None] = {}
+    left = [raw.get(part) for part in parts] if isinstance(raw, dict) else []
+    while left:
+        one = left.pop()
+        if isinstance(one, dict) and isinstance(one.get("Regex"), str):
+            found[one["Regex"]] = None
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return list(found)
