@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import read_json
+from nalora_jax.tokenizer import read_backend, read_json
 
 _MULTIPLE = 8  # lengths are multiples, so that few programs are compiled
 
@@ -63,18 +63,7 @@ def read_text_tokenizer(folder: Path, *, max_length: int, vocab_size: int, fixed
       NaloraError: no tokenizer.json, a damaged one, one that is too large for the model, or no padding token.
     """
     path = folder / "tokenizer.json"
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except FileNotFoundError as error:
-        raise NaloraError(
-            str(path),
-            expected="the file",
-            found="nothing of that name",
-            remedy="save it with transformers: AutoTokenizer.from_pretrained(model).save_pretrained(folder)",
-        ) from error
-    except Exception as error:  # the only type that the binding raises
-        raise NaloraError(str(path), expected="a tokenizer", found=error, remedy="download the file again") from error
-    backend.no_padding()
+    backend = read_backend(path)
     if backend.get_vocab_size() > vocab_size:
         raise NaloraError(
             str(path),
