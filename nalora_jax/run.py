@@ -44,7 +44,7 @@ from nalora_jax.train.inputs import described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, recorded_settings
-from nalora_jax.train.output import Output, open_output
+from nalora_jax.train.output import Output, has_checkpoint, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress, Stages
@@ -103,7 +103,12 @@ def run(
     told = [*make_callbacks(config.callbacks), *callbacks]
     distributed.initialize_distributed()
     with distributed.lost_peers_named(), stop_signals() as stop, open_output(config.output, config.resume) as output:
-        return _run(config, output, source, told, stop)
+        try:
+            return _run(config, output, source, told, stop)
+        except Interrupted as stopped:  # what is left is in the checkpoints, outside the steps as well
+            if stopped.saved is None and has_checkpoint(output.checkpoints):
+                raise Interrupted(stopped.signal, resume=_way_on(config)) from None
+            raise
 
 
 def _run(
@@ -332,9 +337,13 @@ def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, b
         )
     if result.interrupted:
         beside.checkpointer.wait()
-        again = f"continue with --output {config.output} --resume"
-        raise Interrupted(beside.stop.signal, result.step, again)
+        raise Interrupted(beside.stop.signal, result.step, _way_on(config))
     return result
+
+
+def _way_on(config: RunConfig) -> str:
+    """What continues a run that was stopped."""
+    return f"continue with --output {config.output} --resume"
 
 
 def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> TrainState:

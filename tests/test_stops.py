@@ -118,6 +118,20 @@ def test_more_steps_than_the_run_had_are_taken_with_a_warning_that_says_what_tha
     assert args.run.steps == 8  # type: ignore[union-attr]
 
 
+def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
+    stopped: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(nalora_run, "_measure_after", measure)
+    output = str(folder / "whole")
+    with pytest.raises(Interrupted) as caught:
+        nalora_run.run(replace(stopped, output=output, steps=8, resume=True))
+    assert str(caught.value) == f"interrupted by SIGTERM; continue with --output {output} --resume"
+    assert caught.value.status == 143
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
