@@ -43,13 +43,14 @@ from nalora_jax.train.hooks import RunHooks, say_counts
 from nalora_jax.train.inputs import described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
-from nalora_jax.train.metrics import MetricsLog, recorded_settings
+from nalora_jax.train.metrics import MetricsLog, recorded_settings, to_json
 from nalora_jax.train.output import Output, has_checkpoint, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
+from nalora_jax.train.snapshot import check_settings
 from nalora_jax.train.state import TrainState
 from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.card import write_card
@@ -127,6 +128,7 @@ def _run(
         source = _seen(config, files, source)
     records = _on_images().image_records(config) if files is None else ()
     config = settled(config, files, source, images=len(records[0].indices) if records else 0)
+    _check_continued(config, output)
     placed = config if files is None else laid_out(config, described(config, files))  # records keep the rest
     mesh = _mesh(placed)
 
@@ -175,6 +177,14 @@ def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source]
     """The records with the places that their images take."""
     tokens = read_tokenizer_of(files, read_config(files, images=True)).images
     return seen_sources(config.data, config.vision, tokens, source)
+
+
+def _check_continued(config: RunConfig, output: Output) -> None:
+    """Refuses settings other than the resumed run's, before a model is loaded for nothing; its checkpoints are asked
+    again, which hold every digit."""
+    recorded = recorded_settings(output.folder) if output.resumes else {}
+    if recorded:
+        check_settings(f"--resume {output.folder}", recorded, to_json(config.to_dict()))
 
 
 def _mesh(placed: RunConfig) -> Mesh:

@@ -19,6 +19,7 @@ from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed.mesh import make_mesh
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.train import text_pieces
+from nalora_jax.train.metrics import to_json
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
@@ -132,6 +133,17 @@ def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
     assert caught.value.status == 143
 
 
+def test_settings_of_another_run_are_refused_before_weights_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.make_config(folder, output=str(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"run": to_json(config.to_dict())}) + "\n")
+    monkeypatch.setattr(text_pieces, "load_model", None)
+    with pytest.raises(NaloraError, match=r"--resume .*seed = 0, found seed = 3"):
+        nalora_run.run(replace(config, resume=True, seed=3))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -143,12 +155,15 @@ def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
             {"mesh": MeshConfig(8, 1, 1), "train": TrainConfig(batch_size=12)},
             "--train.batch-size: .*rows",
         ),
+        ({"data": {"prompt_field": "ask"}}, "expected a field 'ask'.* --data.prompt-field"),
+        ({"data": {"chat": True}}, "chat template"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused_before_weights_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
-    config = tiny.make_config(folder, output=str(tmp_path / "run"), **changes)
+    config = tiny.make_config(folder, output=str(tmp_path / "run"))
+    config = replace(config, **(changes | {"data": replace(config.data, **changes.get("data", {}))}))
     count = config.mesh.data * config.mesh.tensor
     monkeypatch.setattr(nalora_run.distributed, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:count]))
     monkeypatch.setattr(text_pieces, "load_model", None)

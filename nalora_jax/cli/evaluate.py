@@ -70,6 +70,7 @@ def evaluate(args: EvalArgs) -> None:
     with PiSSA or LoRA-GA up to rounding, as it is exported to another base than it was trained on).
     """
     from nalora_jax.load import load, locate
+    from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
         check_new_file(flag, path)
@@ -87,6 +88,8 @@ def evaluate(args: EvalArgs) -> None:
         from nalora_jax.evaluate.harness import require_harness
 
         require_harness()
+    if args.against not in (None, "base"):
+        hub.resolve(locate(args.against).base)  # what cannot be found is said before a model is loaded for nothing
     mesh = mesh_of(args.mesh)
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
     if not (args.tasks or args.harness or args.against or args.records):

@@ -19,7 +19,7 @@ from nalora_jax.config import DataConfig, check, config_from_dict
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
-    from nalora_jax.load import AdaptedModel
+    from nalora_jax.load import AdaptedModel, Located
     from nalora_jax.load.dual import AdaptedDual
     from nalora_jax.tokenizer import Tokenizer
     from nalora_jax.weights import LoadedModel
@@ -76,7 +76,7 @@ def generate(args: cli.GenerateArgs) -> None:
 def export(args: cli.ExportArgs) -> None:
     """Write an adapter for another tool, and read it back."""
     from nalora_jax.files import write_atomically
-    from nalora_jax.load import load
+    from nalora_jax.load import load, locate
     from nalora_jax.weights.new_tokens import tokenizer_writer
     from nalora_jax.weights.peft import export_adapter, verify_export
 
@@ -87,6 +87,7 @@ def export(args: cli.ExportArgs) -> None:
     if images.is_dual(*((args.run, None) if args.model is None else (args.model, args.run))):
         images.export(args, card)
         return
+    _require_adapter(locate(args.run) if args.model is None else locate(args.model, args.run))
     model = load(args.run) if args.model is None else load(args.model, adapter=args.run)
     base, lora = model.base, _lora(model)
     if args.target == "gguf":
@@ -127,6 +128,7 @@ def merge(args: cli.MergeArgs) -> None:
         images.merge(args, card)
         return
     located = locate(args.model, args.adapter)
+    _require_adapter(located)
     found = hub.resolve(located.base)
     if args.gguf is not None and found.kind != "gguf":
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
@@ -181,6 +183,8 @@ def inspect(args: cli.InspectArgs) -> None:
     if args.picture is not None:
         check_picture(args.picture)  # before minutes are spent
         check_new_path("--picture", args.picture)
+    if args.texts and not any(text.strip() for text in args.texts):
+        raise NaloraError("--texts", expected="at least one text with a token in it", found=f"{len(args.texts)} texts")
     data = None
     if args.dataset is not None:
         run = locate(args.model, args.adapter).run
@@ -268,9 +272,15 @@ def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     return [render(record, data, tokenizer, source.where(index)).text for index, record in records]
 
 
+def _require_adapter(located: Located) -> None:
+    """Refuses a base alone before its weights are read: there is nothing to write of it."""
+    if located.adapter is None:
+        raise NaloraError(located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
+
+
 def _lora(model: AdaptedModel) -> dict[str, Any]:
-    if model.lora is None:
-        raise NaloraError(model.located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
+    _require_adapter(model.located)
+    assert model.lora is not None
     return model.lora
 
 

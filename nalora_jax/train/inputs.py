@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
@@ -19,7 +20,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.weights.hub import ResolvedSource
-from nalora_jax.weights.model import added_ids, read_config
+from nalora_jax.weights.model import added_ids, read_config, read_tokenizer_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,19 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     if drawn:
         log.info("no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn)))
     return train, held_out
+
+
+def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None:
+    """Refuses data whose first record is not what the run's settings say, or that asks for a template there is not.
+
+    Of text only: of preferences and of images, more is needed.
+
+    Raises:
+      NaloraError: see `data.chat.render`.
+    """
+    if config.preference.loss == "none" and not config.vision.task:
+        tokenizer = read_tokenizer_of(files, read_config(files))
+        render(train.read([0])[0], config.data, tokenizer, train.where(0))
 
 
 def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:

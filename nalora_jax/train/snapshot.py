@@ -104,7 +104,12 @@ def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
             remedy="name that model with --model, or start a new run in another --output; the first line of "
             "metrics.jsonl has its full name as base: the same model in another number format is another base",
         )
-    before, after = _settings(saved["config"]), _settings(now["config"])
+    check_settings(where, saved["config"], now["config"])
+
+
+def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with settings that compute something else, naming those that differ."""
+    before, after = _settings(saved), _settings(now)
     absent = "(absent)"
     pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted(before.keys() | after.keys())}
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -20,7 +20,7 @@ from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.export import export
-from nalora_jax.train.inputs import check_data, check_layout
+from nalora_jax.train.inputs import check_data, check_first, check_layout
 from nalora_jax.train.output import Output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preference_pieces import preference_pieces
@@ -50,7 +50,8 @@ def text_pieces(
       NaloraError: data or a model that cannot be read, or settings that do not fit them.
     """
     check_layout(config, files, mesh)
-    check_data(config.data, source)
+    train, _ = check_data(config.data, source)
+    check_first(config, train, files)
     loaded = _load(config, files, mesh)
     if config.preference.loss != "none":
         return preference_pieces(config, loaded, mesh, source, output.share)

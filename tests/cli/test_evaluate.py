@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,12 @@ def test_the_interval_of_a_difference_in_loss_is_scipys():
 def test_bad_requests_are_one_line(place, capsys, flags, said):
     assert main(["eval", str(place / "model"), *(flag.format(place=place) for flag in flags)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_to_compare_with_that_is_not_there_is_said_before_one_is_loaded(place, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["nalora_jax.load"], "load_model", None)
+    assert main(["eval", str(place / "model"), "--tasks", f"{place}/choices.jsonl", "--against", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_missing_harness_is_said_before_a_model_is_loaded(monkeypatch, capsys):

@@ -196,9 +196,13 @@ def test_what_is_there_is_never_overwritten(run, tmp_path, capsys, verb):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_base_alone_has_nothing_to_merge(base, tmp_path, capsys):
-    assert main(["merge", str(base), "--output", str(tmp_path / "out")]) == 2
-    assert "expected an adapter, found a base model" in capsys.readouterr().err
+def test_a_base_alone_has_nothing_to_merge_or_export_which_is_said_before_it_is_loaded(
+    base, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.modules["nalora_jax.load"], "load_model", None)
+    for verb in ("merge", "export"):
+        assert main([verb, str(base), "--output", str(tmp_path / "out")]) == 2
+        assert "expected an adapter, found a base model" in capsys.readouterr().err
 
 
 def answers_file(tmp_path):
@@ -281,9 +285,10 @@ def test_inspect_refuses_a_picture_it_cannot_draw_before_it_loads_anything(capsy
     assert "--picture: expected a name that ends in" in capsys.readouterr().err
 
 
-def test_texts_without_tokens_are_refused(base, capsys):
+def test_texts_without_tokens_are_refused_before_a_model_is_loaded(base, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["nalora_jax.load"], "load_model", None)
     assert main(["inspect", str(base), "--texts", " "]) == 2
-    assert "expected at least one text with a token in it" in capsys.readouterr().err
+    assert "--texts: expected at least one text with a token in it" in capsys.readouterr().err
 
 
 def test_data_settings_come_from_the_run_unless_asked_otherwise():
