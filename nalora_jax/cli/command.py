@@ -110,9 +110,12 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
     if verb.arguments is parser.TrainArgs and args.run.epochs and parser.values_of(words, "--steps") is not None:
         raise NaloraError("--steps", expected="steps or epochs", found="both", remedy="leave one of them out")
     check_ranges(args, RANGES.get(verb.arguments, {}))
+    flags = {flag.field.name: flag.name for flag in usage.flags(verb.arguments) if flag.owner is verb.arguments}
     for one in fields(args):
-        if isinstance(value := getattr(args, one.name), Path):
-            check_path(f"--{one.name}", value)
+        value = getattr(args, one.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path):
+                check_path(flags.get(one.name, one.name.upper()), path)  # positionals as help writes them
     return args
 
 

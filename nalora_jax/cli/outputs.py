@@ -39,7 +39,7 @@ def refuse_existing(folder: Path) -> None:
     check_new_path("--output", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "choose another --output; nothing was changed"
-        raise NaloraError(str(folder), expected="a new or empty folder", found="something else", remedy=remedy)
+        raise NaloraError("--output", expected="a new or empty folder", found=f"{folder}", remedy=remedy)
 
 
 def check_new_path(flag: str, path: Path) -> None:

@@ -17,7 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
 from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
-from nalora_jax.config.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range
+from nalora_jax.config.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
 
 Dtype = Literal["bfloat16", "float32"]
@@ -248,9 +248,14 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
     config = values_of(argv, "--config")
     if config is None:
         resume, output = values_of(argv, "--resume"), values_of(argv, "--output")
-        return TrainArgs() if resume in (None, ["no"]) else TrainArgs(run=_recorded((output or [RunConfig.output])[0]))
+        if resume in (None, ["no"]):
+            return TrainArgs()
+        folder = (output or [RunConfig.output])[0]
+        check_path("--output", folder)
+        return TrainArgs(run=_recorded(folder))
     if not config:
         raise NaloraError("--config", expected="a YAML, JSON or Python file", found="nothing")
+    check_path("--config", config[0])
     return TrainArgs(Path(config[0]), run=load_config(config[0]))
 
 

@@ -89,8 +89,16 @@ def check(verb: str, kind: type, argv: Sequence[str]) -> None:
         if name in known:
             values = [value] if assigned else _until_flag(argv[index + 1 :])
             _check_numbers(known[name], values)
+            if known[name].type is bool and values and not assigned and not _has_positional(kind):
+                raise NaloraError(name, expected="no value: it is a switch", found=repr(values[0][:40]))
         elif name not in off:
             raise unknown(name, [*known, *off], f"a flag of nalora {verb}", f"see nalora {verb} --help-all")
+
+
+def _has_positional(kind: type) -> bool:
+    """Whether a verb takes arguments that may follow a switch."""
+    hints = get_type_hints(kind, include_extras=True)
+    return any("Positional" in str(extra) for hint in hints.values() for extra in getattr(hint, "__metadata__", ()))
 
 
 def _until_flag(words: Sequence[str]) -> list[str]:
@@ -187,13 +195,15 @@ def check_text(argv: Sequence[str]) -> None:
     """Refuses arguments that are not text: bytes that are no UTF-8, which nothing behind the flags can write.
 
     Raises:
-      NaloraError: names the flag before it.
+      NaloraError: names the flag that it is the value of.
     """
     for index, word in enumerate(argv):
         try:
             word.encode()
         except UnicodeEncodeError:
-            before = argv[index - 1] if index and argv[index - 1].startswith("--") else "argument"
+            name, assigned, _ = word.partition("=")
+            own = name if assigned and name.startswith("--") else ""
+            before = own or (argv[index - 1] if index and argv[index - 1].startswith("--") else "argument")
             found = repr(word.encode(errors="surrogateescape"))
             raise NaloraError(before, expected="text in UTF-8", found=found[:80]) from None
 

@@ -307,6 +307,6 @@ def _stored_dtype(path: Path) -> str:
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode("utf-8")  # strictly, whatever the locale would let pass
     except UnicodeDecodeError as error:
         raise NaloraError("--prompt -", expected="text in UTF-8 on standard input", found=error) from error

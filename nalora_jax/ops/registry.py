@@ -118,7 +118,7 @@ def check_implementation(name: str, platform: str) -> None:
     if name not in (AUTO, XLA, *here):
         known = _REGISTERED.get(name)
         raise NaloraError(
-            "compute.implementation",
+            "--compute.implementation",
             expected=f"{', '.join((AUTO, XLA, *here))} (on {platform or 'this platform'})",
             found=f"{name!r}, which is for {known.platform}" if known else repr(name),
             remedy="leave it at auto, which takes what is fastest on the platform",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 import sys
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,16 @@ def test_generate_applies_the_chat_template_as_the_run_did(base, run, capsys):
 def test_generate_reads_standard_input(base, monkeypatch, capsys):
     answers = []
     for prompt in ("a b c", "-"):
-        monkeypatch.setattr(sys, "stdin", StringIO("a b c"))
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"a b c")))
         assert main(["generate", str(base), "--prompt", prompt, "--max-new-tokens", "3", "--dtype", "float32"]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"\xff"), errors="surrogateescape"))
+    assert main(["generate", "no/model", "--prompt", "-"]) == 2
+    assert "--prompt -: expected text in UTF-8 on standard input" in capsys.readouterr().err
 
 
 def test_generate_refuses_settings_before_it_loads_anything(capsys):
