@@ -24,10 +24,11 @@ class Registry(Generic[T]):
     Args:
       kind: what a value is called in errors, e.g. "mechanism".
       group: group of entry points that may add to it, e.g. "nalora_jax.mechanisms".
+      flag: that names are given by, e.g. "--mechanisms"; what errors about unknown ones begin with in place of kind.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
-        self._kind, self._group = kind, group
+    def __init__(self, kind: str, group: str, flag: str = "") -> None:
+        self._kind, self._group, self._flag = kind, group, flag
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T, *, replace: bool = False) -> T:
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
             registers something else.
         """
         if name not in self._values and not self._load(name):
-            raise NaloraError(self._kind, expected=f"one of {', '.join(self.names())}", found=repr(name))
+            raise NaloraError(self._flag or self._kind, expected=f"one of {', '.join(self.names())}", found=repr(name))
         return self._values[name]
 
     def names(self) -> list[str]:
@@ -72,7 +73,7 @@ class Registry(Generic[T]):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
                 point.load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # one that ends the program must not look like a finished run
                 found = f"{type(error).__name__}: {error}"
                 raise NaloraError(where, expected="a module that can be imported", found=found) from error
             if name not in self._values:

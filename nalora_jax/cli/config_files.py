@@ -49,9 +49,9 @@ def load_config(path: str | Path) -> RunConfig:
         raise _bad_config(path, "a function config() that returns a RunConfig", "none of that name")
     try:
         config = function()
-    except NaloraError:
+    except (NaloraError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # one of the file's own as well
         raise _bad_config(path, "config() to return a RunConfig", f"{type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
@@ -198,9 +198,9 @@ def _load_module(path: Path) -> ModuleType:
     write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache beside the user's file
     try:
         spec.loader.exec_module(module)
-    except NaloraError:
+    except (NaloraError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # a file that ends the program must not look like a finished run
+    except BaseException as error:  # a file that ends the program must not look like a finished run
         raise _bad_config(path, "a Python file that can be run", f"{type(error).__name__}: {error}") from error
     finally:
         sys.dont_write_bytecode = write_bytecode

@@ -180,6 +180,9 @@ def _as_error(verb: str, box: str) -> NaloraError:
     text, where, remedy = " ".join(lines), f"nalora {verb}", f"see nalora {verb} --help"
     if match := re.match(r"Error parsing (\S+?): expected (.*), found (.*)", text):
         return NaloraError(match[1], expected=match[2], found=match[3])
+    if match := re.match(r"Error parsing (\S+?): Could not find valid parse for arguments: \[(.*)\]", text):
+        remedy = f"see nalora {verb} --help-all"
+        return NaloraError(match[1], expected="values of its type", found=match[2], remedy=remedy)
     if match := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", text):
         return NaloraError(match[2], expected=f"one of {match[3].replace(chr(39), '')}", found=match[1])
     if match := re.match(r"Missing value for argument '(\S+)'\. Expected (\d+)", text):

@@ -335,6 +335,7 @@ def check(config: RunConfig) -> RunConfig:
     for _, factor in config.optimizer.rates:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)
+    check_path("--data.dataset", config.data.dataset)
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     check_adalora(config)
     _check_saved(config)

@@ -145,11 +145,16 @@ def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", o
     value = record[field]
     if not isinstance(value, str):
         raise NaloraError(f"{where}: {field}", expected="a text", found=f"a {type(value).__name__}")
-    if not is_unicode(value):
+    require_unicode(value, f"{where}: {field}")
+    return value
+
+
+def require_unicode(text: str, where: str) -> None:
+    """Raises a NaloraError about ``where`` unless ``text`` can be encoded: JSON may hold half a character."""
+    if not is_unicode(text):
         raise NaloraError(
-            f"{where}: {field}",
+            where,
             expected="Unicode text",
-            found=f"half a character in {value[:60]!r}",
+            found=f"half a character in {text[:60]!r}",
             remedy="write the text anew: half of a surrogate pair is no character",
         )
-    return value

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nalora_jax.config.ranges import check_path
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.errors import NaloraError
@@ -108,8 +109,9 @@ def components(dataset: str) -> list[tuple[str, float]]:
       [('a.jsonl', 3.0), ('b.parquet', 1.0)]
 
     Raises:
-      NaloraError: an empty name, or a weight that is out of range.
+      NaloraError: an empty name, one that no file system takes, or a weight that is out of range.
     """
+    check_path("--data.dataset", dataset)
     if Path(dataset).exists() or ("," not in dataset and "*" not in dataset):
         return [(dataset, 1.0)]
     found = []

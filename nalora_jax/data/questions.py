@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
+from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, require_unicode, text_field
 from nalora_jax.data.forms import IMAGES, Parts, canonical, tools_of
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item, SeenItem
 from nalora_jax.data.packing import permutation
@@ -145,6 +145,8 @@ def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
     value = record[field]
     if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
         raise NaloraError(f"{where}: {field}", expected="a list of texts, none empty", found=repr(value)[:80])
+    for text in value:
+        require_unicode(text, f"{where}: {field}")
     return value
 
 

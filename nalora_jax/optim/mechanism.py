@@ -151,7 +151,7 @@ class Mechanism:
             raise NaloraError(f"mechanism {self.name}: {name}", expected=expected, found=getattr(self, name))
 
 
-_MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism", "nalora_jax.mechanisms")
+_MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism", "nalora_jax.mechanisms", "--mechanisms")
 Registered = TypeVar("Registered", bound=Any)
 
 

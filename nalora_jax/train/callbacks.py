@@ -142,7 +142,7 @@ class Callbacks:
 
 
 Kind = TypeVar("Kind", bound=type[Callback])
-_CALLBACKS: Registry[Callable[..., Callback]] = Registry("callback", "nalora_jax.callbacks")
+_CALLBACKS: Registry[Callable[..., Callback]] = Registry("callback", "nalora_jax.callbacks", "--callbacks")
 
 
 def register_callback(name: str) -> Callable[[Kind], Kind]:

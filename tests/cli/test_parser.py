@@ -157,6 +157,12 @@ def test_the_short_help_shows_what_most_need_and_where_the_rest_is(capsys, monke
         assert re.search(rf"^  --{group}\.\* +[A-Z]", text, flags=re.MULTILINE)
 
 
+def test_help_says_that_python_files_are_executed(capsys, monkeypatch):
+    for flag in ("--help", "--help-all"):
+        said = " ".join(help_of(capsys, monkeypatch, "train", flag=flag).replace("│", " ").split())
+        assert "which is executed: use only files that you trust" in said
+
+
 def test_the_version_is_the_distributions(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
@@ -222,6 +228,10 @@ OF_TRAIN = "expected a flag of nalora train, found none of that name"
         (["generate", "m", "--prompt", "x", "--image", "a" * 300], "--image: expected a path whose parts have"),
         (["export", "a" * 300, "--output", "x"], "RUN: expected a path whose parts have"),
         (["eval", "m", "--harness-tasks", "a" * 300], "--harness-tasks: expected a path whose parts have"),
+        (["train", "--optimizer.rates", "x"], "--optimizer.rates: expected values of its type, found 'x'"),
+        (["train", "--lora.trainable-token-indices", "x"], "--lora.trainable-token-indices: expected values of its"),
+        (["eval", "m", "--dataset", "a" * 300], "--dataset: expected a path whose parts have 1 to 255 bytes"),
+        (["train", "--data.dataset", "a" * 300], "--data.dataset: expected a path whose parts have 1 to 255 bytes"),
         (["train", "--data.pack", "maybe"], "--data.pack: expected no value: it is a switch, found 'maybe'"),
         (["export", "m", "--output", str(ROOT)], f"--output: expected a new or empty folder, found {ROOT}"),
         (["train", "--output", "a" * 300], "--output: expected a path whose parts have 1 to 255 bytes, found 'aaa"),
@@ -360,6 +370,11 @@ def test_a_config_file_gives_the_defaults_of_all_flags(tmp_path, capsys, monkeyp
         ("def config(:", "a Python file that can be run, found SyntaxError"),
         ("1 / 0", "a Python file that can be run, found ZeroDivisionError: division by zero"),
         ("import sys\nsys.exit(0)", "a Python file that can be run, found SystemExit: 0"),
+        ("class Own(BaseException): pass\nraise Own('x')", "a Python file that can be run, found Own: x"),
+        (
+            "class Own(BaseException): pass\ndef config():\n    raise Own",
+            r"config\(\) to return a RunConfig, found Own",
+        ),
         ("def config():\n    raise SystemExit", r"config\(\) to return a RunConfig, found SystemExit"),
         ("", r"a function config\(\) that returns a RunConfig, found none"),
         ("config = 3", r"a function config\(\)"),

@@ -99,6 +99,7 @@ def test_draw_depends_on_nothing_but_the_data(ask):
         ({"gold": 2}, "eval.jsonl:1: gold: expected the index of one of 2 choices, found 2"),
         ({"gold": None}, "gold: expected the index"),
         ({"choices": ["up", ""]}, "choices: expected a list of texts, none empty"),
+        ({"choices": ["up", "\ud800"]}, "eval.jsonl:1: choices: expected Unicode text, found half a character"),
         ({"choices": "up"}, "choices: expected a list of texts"),
         ({"choice_prompts": ["a"]}, "choice_prompts: expected 2, one a choice, found 1"),
         ({"choices": [], "completion": " "}, "completion: expected an answer, found an empty text"),

@@ -179,7 +179,7 @@ def test_settings_are_read_by_type_and_refused_by_name() -> None:
     assert (one.gains, one.warmup) == ((0.1, 0.2, 0.3, 0.4), 7)
     assert make("hard:mask_gradient=false").places == ("update_b",)
     for text, message in {
-        "nothing": "mechanism: expected one of curvature_cap, delta.*'nothing'",
+        "nothing": "^--mechanisms: expected one of curvature_cap, delta.*'nothing'",
         "hard:share=1": "a setting of .*keep.*, found share=1",
         "hard:keep=half": "keep of type float, found 'half'",
         "hard:keep=2": r"mechanism hard: keep: expected a share in \(0, 1\], found 2.0",
@@ -241,13 +241,16 @@ def test_an_entry_point_is_loaded_when_it_is_asked_for(
     info = tmp_path / "my_rules-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
-    points = "from_a_package = my_rules\nabsent = my_rules:nothing\n"
+    (tmp_path / "my_end.py").write_text("import sys\nsys.exit(0)\n")
+    points = "from_a_package = my_rules\nabsent = my_rules:nothing\nending = my_end\n"
     (info / "entry_points.txt").write_text(f"[nalora_jax.mechanisms]\n{points}")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "from_a_package" in mechanism_names()
     assert make("from_a_package:warmup=1").warmup == 1
     with pytest.raises(NaloraError, match=r"entry point absent = 'my_rules:nothing'.*AttributeError"):
         make("absent")
+    with pytest.raises(NaloraError, match=r"entry point ending = 'my_end'.*found SystemExit: 0"):
+        make("ending")
 
 
 def test_unknown_statistics_and_places_are_refused(scratch_registry: None) -> None:

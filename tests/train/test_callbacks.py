@@ -68,7 +68,7 @@ def test_settings_are_typed_as_their_defaults(tmp_path: Path) -> None:
     assert found[0] == Loudest(3, 0.25, "x", True)
     assert isinstance(found[1], TensorBoard)
     for text, said in [
-        ("none", "callback: expected one of .*loudest.*, found 'none'"),
+        ("none", "^--callbacks: expected one of .*loudest.*, found 'none'"),
         ("loudest:time=3", "--callbacks loudest:time=3: expected NAME:setting=value, with a setting of times, share"),
         ("loudest:times=many", "expected times of type int, found 'many'"),
         ("loudest:on=perhaps", "expected on of type bool, found 'perhaps'"),
