@@ -44,7 +44,7 @@ from nalora_jax.train.inputs import described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import MetricsLog, recorded_settings, to_json
-from nalora_jax.train.output import Output, has_checkpoint, open_output
+from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
 from nalora_jax.train.progress import Progress, Stages
@@ -180,8 +180,13 @@ def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source]
 
 
 def _check_continued(config: RunConfig, output: Output) -> None:
-    """Refuses settings other than the resumed run's, before a model is loaded for nothing; its checkpoints are asked
-    again, which hold every digit."""
+    """Refuses settings that the resumed run cannot go on with, before a model is loaded for nothing; its checkpoints
+    are asked again, which hold every digit."""
+    done = last_step(output.checkpoints) if output.resumes else None
+    if done is not None and done > config.steps:
+        remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
+        expected = f"{done} or more, which the run in {output.folder} has done"
+        raise NaloraError("--steps", expected=expected, found=config.steps, remedy=remedy)
     recorded = recorded_settings(output.folder) if output.resumes else {}
     if recorded:
         check_settings(f"--resume {output.folder}", recorded, to_json(config.to_dict()))
@@ -253,7 +258,7 @@ def _start(
     state, position = checkpointer.restore("latest", assembly.state)
     batches.set_state(position)
     start = int(state.step)
-    log.info("resumed from step %d", start)
+    log.info("resumed from step %d%s", start, ", the last one: no step is left" if start == config.steps else "")
     steps = recorded_settings(output.folder).get("steps", config.steps)
     if steps != config.steps:
         was, now = (float(make_schedule(config.optimizer, total)(start)) for total in (steps, config.steps))

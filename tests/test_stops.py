@@ -120,8 +120,10 @@ def test_more_steps_than_the_run_had_are_taken_with_a_warning_that_says_what_tha
 
 
 def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
-    stopped: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
+
     def measure(*_: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
 
@@ -131,9 +133,10 @@ def test_a_run_that_is_stopped_after_its_steps_says_how_to_go_on(
         nalora_run.run(replace(stopped, output=output, steps=8, resume=True))
     assert str(caught.value) == f"interrupted by SIGTERM; continue with --output {output} --resume"
     assert caught.value.status == 143
+    assert "resumed from step 8, the last one: no step is left" in caplog.messages
 
 
-def test_settings_of_another_run_are_refused_before_weights_are_read(
+def test_settings_of_another_run_and_fewer_steps_are_refused_before_weights_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny.make_config(folder, output=str(tmp_path / "run"))
@@ -142,6 +145,8 @@ def test_settings_of_another_run_are_refused_before_weights_are_read(
     monkeypatch.setattr(text_pieces, "load_model", None)
     with pytest.raises(NaloraError, match=r"--resume .*seed = 0, found seed = 3"):
         nalora_run.run(replace(config, resume=True, seed=3))
+    with pytest.raises(NaloraError, match=r"--steps: expected 3 or more, .*found 2; leave --steps out"):
+        nalora_run.run(replace(config, resume=True, steps=2))
 
 
 @pytest.mark.parametrize(

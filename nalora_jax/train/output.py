@@ -200,7 +200,13 @@ def _clear(path: Path) -> None:
 
 def has_checkpoint(checkpoints: Any) -> bool:
     """Whether a run has a committed checkpoint in its folder of checkpoints."""
-    return checkpoints.is_dir() and any(ocp_path.step.standard_name_format().find_all(checkpoints))
+    return last_step(checkpoints) is not None
+
+
+def last_step(checkpoints: Any) -> int | None:
+    """The step of the newest committed checkpoint in a run's folder of checkpoints; None without any."""
+    found = ocp_path.step.standard_name_format().find_all(checkpoints) if checkpoints.is_dir() else ()
+    return max((one.step for one in found), default=None)
 
 
 def _require_checkpoint(path: Path, checkpoints: Any) -> None:
