@@ -55,6 +55,8 @@ def generate(args: cli.GenerateArgs) -> None:
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # before a model is loaded for nothing
+    if args.chat and not pictures:
+        _require_template(args.model, args.adapter, messages or [{"role": "user", "content": prompt}])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=True if pictures else None)
     tokenizer, processor = model.base.tokenizer, model.base.processor
     tokens: str | list[int] = prompt
@@ -270,6 +272,19 @@ def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
     count = min(len(source), data.eval_limit or len(source))
     records = enumerate(source.read(range(count)))
     return [render(record, data, tokenizer, source.where(index)).text for index, record in records]
+
+
+def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[str, Any]]) -> None:
+    """Refuses messages that the base's chat template does not take, or a base without one, before weights are read."""
+    from nalora_jax.generate.conversation import chat_tokens
+    from nalora_jax.load import locate
+    from nalora_jax.weights import hub
+    from nalora_jax.weights.model import read_config, read_tokenizer_of
+
+    located = locate(model, adapter)
+    if located.adapter is None:  # one with tokens of its own has a tokenizer of its own
+        found = hub.resolve(located.base)
+        chat_tokens(read_tokenizer_of(found, read_config(found)), messages)
 
 
 def _require_adapter(located: Located) -> None:

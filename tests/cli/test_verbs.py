@@ -30,6 +30,7 @@ from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.weights import hub
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
+from tests import tiny
 
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {
@@ -130,6 +131,13 @@ def test_a_prompt_that_is_no_text_is_refused_before_anything_is_loaded(monkeypat
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"\xff"), errors="surrogateescape"))
     assert main(["generate", "no/model", "--prompt", "-"]) == 2
     assert "--prompt -: expected text in UTF-8 on standard input" in capsys.readouterr().err
+
+
+def test_a_chat_without_a_template_is_refused_before_weights_are_read(tmp_path, monkeypatch, capsys):
+    model = tiny.make_model(tmp_path / "model")
+    monkeypatch.setattr(sys.modules["nalora_jax.load"], "load_model", None)
+    assert main(["generate", str(model), "--chat", "--prompt", "a"]) == 2
+    assert "chat template: expected a model with a chat template" in capsys.readouterr().err
 
 
 def test_generate_refuses_settings_before_it_loads_anything(capsys):
