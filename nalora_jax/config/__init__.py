@@ -335,7 +335,8 @@ def check(config: RunConfig) -> RunConfig:
     for _, factor in config.optimizer.rates:
         require("--optimizer.rates", GAIN.holds(factor), f"factors, each {GAIN}", config.optimizer.rates)
     check_path("--output", config.output)
-    check_path("--data.dataset", config.data.dataset)
+    for dataset in filter(str.strip, config.data.dataset.split(",")):
+        check_path("--data.dataset", dataset)
     check_vision(config.vision, accumulate=config.train.accumulate, quantize=config.compute.quantize)
     check_adalora(config)
     _check_saved(config)

@@ -73,11 +73,14 @@ def check_path(flag: str, path: object) -> None:
       NaloraError: names the flag.
     """
     text = str(path)
+    found = repr(text[:80]) + ("..." if len(text) > 80 else "")
+    require(flag, is_path(text), "a path whose parts have 1 to 255 bytes", found)
+
+
+def is_path(text: str) -> bool:
+    """Whether a file system takes ``text`` as a path."""
     longest = max((len(part.encode(errors="replace")) for part in Path(text).parts), default=0)
-    fits = text.strip() and "\0" not in text and longest <= 255 and len(text.encode(errors="replace")) < 4096
-    require(
-        flag, bool(fits), "a path whose parts have 1 to 255 bytes", repr(text[:80]) + ("..." if len(text) > 80 else "")
-    )
+    return bool(text.strip()) and "\0" not in text and longest <= 255 and len(text.encode(errors="replace")) < 4096
 
 
 def require(flag: str, holds: bool, expected: str, found: object) -> None:

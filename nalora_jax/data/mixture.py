@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nalora_jax.config.ranges import check_path
+from nalora_jax.config.ranges import check_path, is_path
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.errors import NaloraError
@@ -111,8 +111,9 @@ def components(dataset: str) -> list[tuple[str, float]]:
     Raises:
       NaloraError: an empty name, one that no file system takes, or a weight that is out of range.
     """
-    check_path("--data.dataset", dataset)
-    if Path(dataset).exists() or ("," not in dataset and "*" not in dataset):
+    for text in filter(str.strip, dataset.split(",")):
+        check_path("--data.dataset", text)
+    if (is_path(dataset) and Path(dataset).exists()) or ("," not in dataset and "*" not in dataset):
         return [(dataset, 1.0)]
     found = []
     for text in dataset.split(","):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nalora_jax.config import DataConfig
+from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.data.given import NAME, FormattedSource, given_sources
 from nalora_jax.data.mixture import components
 from nalora_jax.data.pipeline import train_data
@@ -54,6 +54,12 @@ def test_weights_say_how_often_a_record_is_seen(write_jsonl: Callable[..., str])
 def test_bad_mixtures_are_refused(bad: str) -> None:
     with pytest.raises(NaloraError, match=r"--data.dataset: expected data sets with weights in \(0, 1000\]"):
         components(bad)
+
+
+def test_a_mixture_may_be_longer_than_a_file_s_name() -> None:
+    names = [f"part_{number:03}.jsonl" for number in range(40)]
+    assert components(",".join(names)) == [(name, 1.0) for name in names]
+    check(RunConfig(data=DataConfig(",".join(names))))
 
 
 def test_names_with_commas_and_stars_are_no_mixtures(tmp_path: Path) -> None:
