@@ -64,6 +64,11 @@ def pytest_report_header() -> list[str]:
     return [f"left out, for want of a package: tests/{file}" for file in collect_ignore]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files in the order below: by itself pytest-xdist begins with those of most tests, and the longest have few."""
+    config.option.loadscopereorder = False
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-of-each", action="store_true", help="of a test with several cases only the first")
 
