@@ -365,7 +365,7 @@ def _reason(error: Exception) -> str:
     """What the operating system or the innermost layer of storage said."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
-    system = re.search(r": ([^:]+) \[os_error_code", str(error))
+    system = re.search(r": ([^:]+) \[(?:os_error_code|tensorstore_spec)=", str(error))
     if system:
         return system[1]
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]

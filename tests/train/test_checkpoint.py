@@ -22,7 +22,7 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.distributed import STATE_RULES, bytes_per_device, make_mesh, shardings
 from nalora_jax.errors import LostPeerError, NaloraError
-from nalora_jax.train.checkpoint import Checkpointer
+from nalora_jax.train.checkpoint import Checkpointer, _reason
 from nalora_jax.train.output import CHECKPOINTS as FOLDER
 from nalora_jax.train.snapshot import check_arrays, check_run
 
@@ -316,6 +316,12 @@ def test_a_disk_that_is_full_gives_one_error_and_no_traceback(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "found File too large" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("behind", ["os_error_code='27'", 'tensorstore_spec=\'{"driver":"zarr"}\''])
+def test_what_the_system_said_is_found_whatever_stands_behind_it(behind):
+    text = f'OUT_OF_RANGE: Error opening "zarr" driver: Failed to write 9 bytes to file 11: File too large [{behind}] [...]'
+    assert _reason(ValueError(text)) == "File too large"
 
 
 def test_a_failed_write_does_not_hide_the_error_that_ended_the_run(tmp_path):
