@@ -320,7 +320,7 @@ def test_a_disk_that_is_full_gives_one_error_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("behind", ["os_error_code='27'", 'tensorstore_spec=\'{"driver":"zarr"}\''])
 def test_what_the_system_said_is_found_whatever_stands_behind_it(behind):
-    text = f'OUT_OF_RANGE: Error opening "zarr" driver: Failed to write 9 bytes to file 11: File too large [{behind}] [...]'
+    text = f'OUT_OF_RANGE: Error opening "zarr" driver: Failed to write 9 bytes to file 11: File too large [{behind}]'
     assert _reason(ValueError(text)) == "File too large"
 
 
