@@ -69,7 +69,7 @@ def evaluate(args: EvalArgs) -> None:
     Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
     with PiSSA or LoRA-GA up to rounding, as it is exported to another base than it was trained on).
     """
-    from nalora_jax.load import load, locate
+    from nalora_jax.load import holds_adapter, load, locate
     from nalora_jax.weights import hub
 
     for flag, path in (("--output", args.output), ("--records", args.records)):
@@ -88,7 +88,7 @@ def evaluate(args: EvalArgs) -> None:
         from nalora_jax.evaluate.harness import require_harness
 
         require_harness()
-    if args.against not in (None, "base"):
+    if args.against not in (None, "base") and not holds_adapter(args.against):  # an adapter goes on the model's base
         hub.resolve(locate(args.against).base)  # what cannot be found is said before a model is loaded for nothing
     mesh = mesh_of(args.mesh)
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)

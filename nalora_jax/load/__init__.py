@@ -139,6 +139,11 @@ def load(
     return AdaptedModel(base, module, lora, located)
 
 
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether ``folder`` is that of a run with an adapter or of a PEFT adapter."""
+    return _adapter_folder(Path(folder)) is not None
+
+
 def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -> AdaptedModel | None:
     """The base of ``model`` with another adapter, its weights shared; None where ``adapter`` is no adapter's folder.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_several_tasks_are_measured_as_each_alone_and_every_item_is_written(plac
     for record in chosen:
         assert record["answer"] == int(np.argmax(record["log_probs"]))  # all choices have one character
         assert record["loss"] == pytest.approx(-record["log_probs"][record["gold"]])
+
+
+def test_an_adapter_that_names_no_base_is_compared_on_the_model_s_own(place, tmp_path):
+    nameless = shutil.copytree(place / "adapter1", tmp_path / "nameless")
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    flags = ["--tasks", f"{place}/choices.jsonl", "--against", str(nameless), "--limit", "4"]
+    assert main(["eval", str(place / "adapter0"), *flags]) == 0
 
 
 @pytest.mark.parametrize("against", ["base", "adapter1", "model"])
