@@ -128,7 +128,7 @@ def _run(
         source = _seen(config, files, source)
     records = _on_images().image_records(config) if files is None else ()
     config = settled(config, files, source, images=len(records[0].indices) if records else 0)
-    _check_continued(config, output)
+    recorded = _continued(config, output)
     placed = config if files is None else laid_out(config, described(config, files))  # records keep the rest
     mesh = _mesh(placed)
 
@@ -144,7 +144,7 @@ def _run(
 
     with _checkpointer(config, output, pieces) as checkpointer:
         # ------------------------------------------------------------ where to start, and what is known from before
-        state, start = _start(config, output, assembly, batches, checkpointer)
+        state, start = _start(config, output, recorded, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
         told, progress = _listeners(config, output.folder, start, callbacks)
         beside = _hooks(config, pieces, told, progress, checkpointer, batches, stop)
@@ -179,9 +179,9 @@ def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source]
     return seen_sources(config.data, config.vision, tokens, source)
 
 
-def _check_continued(config: RunConfig, output: Output) -> None:
-    """Refuses settings that the resumed run cannot go on with, before a model is loaded for nothing; its checkpoints
-    are asked again, which hold every digit."""
+def _continued(config: RunConfig, output: Output) -> dict[str, Any]:
+    """The settings that a resumed run recorded last. Others than it can go on with are refused before a model is loaded
+    for nothing; its checkpoints are asked again, which hold every digit."""
     done = last_step(output.checkpoints) if output.resumes else None
     if done is not None and done > config.steps:
         remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
@@ -190,6 +190,7 @@ def _check_continued(config: RunConfig, output: Output) -> None:
     recorded = recorded_settings(output.folder) if output.resumes else {}
     if recorded:
         check_settings(f"--resume {output.folder}", recorded, to_json(config.to_dict()))
+    return recorded
 
 
 def _mesh(placed: RunConfig) -> Mesh:
@@ -250,7 +251,12 @@ def _on_images() -> Any:
 
 
 def _start(
-    config: RunConfig, output: Output, assembly: Assembly, batches: BatchIterator, checkpointer: Checkpointer
+    config: RunConfig,
+    output: Output,
+    recorded: Mapping[str, Any],
+    assembly: Assembly,
+    batches: BatchIterator,
+    checkpointer: Checkpointer,
 ) -> tuple[TrainState, int]:
     """The state to train from, and the steps that it has had; the batches are put where it left off."""
     if not output.resumes:
@@ -259,7 +265,7 @@ def _start(
     batches.set_state(position)
     start = int(state.step)
     log.info("resumed from step %d%s", start, ", the last one: no step is left" if start == config.steps else "")
-    steps = recorded_settings(output.folder).get("steps", config.steps)
+    steps = recorded.get("steps", config.steps)
     if steps != config.steps:
         was, now = (float(make_schedule(config.optimizer, total)(start)) for total in (steps, config.steps))
         log.warning(

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import write_between
 from nalora_jax.config import MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
@@ -219,9 +220,7 @@ def main() -> int:
             rows.append(f"| {fault.__doc__} | {given.times * factor} | {told} |")
             failed |= any(re.search(r"\b[A-Z]{2,}\b", outcome) for outcome in outcomes)
             print(rows[-1], flush=True)
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(rows) + f"\n\n{END}{tail}")
+    write_between(PAGE, BEGIN, END, "\n" + "\n".join(rows) + "\n")
     print(f"{PAGE}, JAX {jax.__version__}")
     return int(failed)
 

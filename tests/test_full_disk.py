@@ -27,7 +27,6 @@ from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.metrics import MetricsLog
 from nalora_jax.weights.gguf_export import write_adapter_gguf, write_merged_gguf
-from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny
@@ -99,12 +98,7 @@ def test_merged_gguf(small_disk: Path, tmp_path: Path) -> None:
     config = ModelConfig.from_hf(NARROW)
     params = init_params(config, jax.random.key(0))
     writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
-    for name, tensor in tensors_from_params(config, params, "gguf"):
-        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.write_gguf(writer, config, params)
     with pytest.raises(NaloraError, match=rf"{small_disk}/m.gguf: .*({FULL})"):
         write_merged_gguf(small_disk / "m.gguf", config, params, None, AdapterSpec(), base=tmp_path / "base.gguf")
     assert list(small_disk.iterdir()) == []

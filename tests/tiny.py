@@ -40,6 +40,7 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
+from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.merge import write_merged
 from tests import xla_options
 
@@ -83,6 +84,18 @@ def make_model(folder: Path) -> Path:
     params = jax.tree.map(lambda leaf: 2 * leaf, init_params(config, jax.random.key(0)))
     tokenizer = Tokenizer(backend, None, 0, 0, (0,), chat_template=None, add_bos=False)
     return write_merged(folder, config, params, None, AdapterSpec(), hf_config=HF, tokenizer=tokenizer)
+
+
+def write_gguf(writer: Any, config: ModelConfig, params: Any, **more: np.ndarray) -> None:
+    """Ends a GGUF file: the model's tensors in float32 and ``more`` of them, behind what the writer was told."""
+    for name, tensor in tensors_from_params(config, params, "gguf"):
+        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
+    for name, tensor in more.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def make_questions(path: Path, count: int = 60) -> Path:

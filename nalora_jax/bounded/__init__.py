@@ -34,7 +34,7 @@ _MAX_ANSWER = 256 << 20  # bytes
 # Expressions that match in time proportional to the text: names, dots, escapes and anchors, nothing repeated, and at
 # most one group of alternatives; also behind "everything up to a dot".
 _PLAIN = r"(?:[\w./|\-]|\\[.\-_])*"
-_HARMLESS = re.compile(rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\({_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII)
+_HARMLESS = re.compile(rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\((?:\?:)?{_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII)
 _FEW = 1_000_000  # pairs of an expression and a name that are matched here: at most a second
 
 

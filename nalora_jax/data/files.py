@@ -267,31 +267,25 @@ def _parquet(path: Path) -> Groups:
     """Sizes of the groups of rows of a Parquet file, and what decodes each of them."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, memory_map=True) as found:
-        coded = _coded_texts(found)
-    file = pq.ParquetFile(path, memory_map=True, read_dictionary=coded)
+    about = pq.read_metadata(path, memory_map=True)
+    file = pq.ParquetFile(path, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
     count = file.num_row_groups
-    return [file.metadata.row_group(i).num_rows for i in range(count)], [
-        partial(file.read_row_group, i) for i in range(count)
-    ]
+    return [about.row_group(i).num_rows for i in range(count)], [partial(file.read_row_group, i) for i in range(count)]
 
 
-def _coded_texts(file: Any) -> list[str]:
+def _coded_texts(about: Any) -> list[str]:
     """Paths of a Parquet file's texts that it holds as numbers of a dictionary, and that stay so in memory.
 
     Spelled out, a text that is in many rows would be there as often: a file of 2 kB can mean gigabytes.
     """
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    texts = [
-        number
-        for number in range(len(file.schema))
-        if file.schema.column(number).physical_type == "BYTE_ARRAY"
-        and file.schema.column(number).logical_type.type in ("STRING", "NONE")
-    ]
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    columns = [(number, about.schema.column(number)) for number in range(len(about.schema))]
     return [
-        file.schema.column(number).path
-        for number in texts
-        if any(group.column(number).has_dictionary_page for group in groups)
+        column.path
+        for number, column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and column.logical_type.type in ("STRING", "NONE")
+        and any(group.column(number).has_dictionary_page for group in groups)
     ]
 
 

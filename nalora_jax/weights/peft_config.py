@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
@@ -116,7 +116,7 @@ class PeftConfig:
             return {name for name in names if _has_suffix(name, suffixes)}
         if every and wanted.lower() == every:
             return set(names)
-        (found,) = self._matches("target_modules or exclude_modules", [wanted], names, full=True)
+        (found,) = self._matches("target_modules or exclude_modules", [wanted], names, how="fullmatch")
         return {name for name, match in zip(names, found, strict=True) if match is not None}
 
     def _in_layers(self, names: Sequence[str]) -> set[str]:
@@ -137,10 +137,15 @@ class PeftConfig:
             yield name, next((key for key, row in zip(keys, found, strict=True) if row[number] is not None), "")
 
     def _matches(
-        self, field_name: str, patterns: list[str], names: Sequence[str], *, full: bool = False
+        self,
+        field_name: str,
+        patterns: list[str],
+        names: Sequence[str],
+        *,
+        how: Literal["match", "fullmatch"] = "match",
     ) -> list[list[str | None]]:
         try:
-            return bounded.matches(patterns, names, how="fullmatch" if full else "match")
+            return bounded.matches(patterns, names, how=how)
         except bounded.BoundedError as error:
             raise NaloraError(
                 f"{self.where}: {field_name}",

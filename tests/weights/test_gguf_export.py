@@ -23,10 +23,10 @@ from nalora_jax.weights.gguf_export import (
     write_adapter_gguf,
     write_merged_gguf,
 )
-from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.merge import merge, merged_tensors, write_merged
 from nalora_jax.weights.new_tokens import tokenizer_writer, with_added
 from nalora_jax.weights.peft import export_adapter
+from tests import tiny
 
 TARGETS = {
     "ffn/gate_proj": ((4, 2), (8.0, 8.0)),
@@ -79,12 +79,7 @@ def write_base(path: Path, config: ModelConfig, params: dict[str, Any]) -> Path:
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
     writer.add_chat_template("{{ messages[0].content }}")
-    for name, tensor in tensors_from_params(config, params, "gguf"):
-        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.write_gguf(writer, config, params)
     return path
 
 
@@ -138,13 +133,7 @@ def test_frequency_factors_are_kept(base, tmp_path):
     config, params, _, _, _ = base
     path = tmp_path / "factors.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    for name, tensor in tensors_from_params(config, params, "gguf"):
-        writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-    writer.add_tensor("rope_freqs.weight", np.array([1, 1, 4, 8], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tiny.write_gguf(writer, config, params, **{"rope_freqs.weight": np.array([1, 1, 4, 8], np.float32)})
     write_merged_gguf(tmp_path / "m.gguf", config, params, None, AdapterSpec(), base=path, kind="Q8_0")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert stored["rope_freqs.weight"].tensor_type == gguf.GGMLQuantizationType.F32
