@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.study.language import Language
+from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
@@ -99,7 +99,11 @@ class Laboratory:
         task, data = self.protocol.tasks[run.cell.task], run.config.data
         # Worded for the training split: what a tuned rate has seen must not be tested on either.
         self.subject(run.config).check_apart(run.config, task.validation, task.test)
-        return self._drawn(run.config, data_of(data.dataset, task.test, task.test_items, data))
+        items = self._drawn(run.config, data_of(data.dataset, task.test, task.test_items, data))
+        if task.accuracy_items:
+            assert isinstance(items, LanguageItems), "the protocol refuses it for images"
+            items = items.scoring(task.accuracy_items)
+        return items
 
     def probe_items(self, run: Run) -> dict[str, Items]:
         """Items of other data, by the name of the probe."""

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.data.items import ChoiceItem, CompletionItem, Item
+from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import eval_examples
 from nalora_jax.data.sources import check_disjoint, open_source
@@ -26,6 +28,8 @@ from nalora_jax.train.start import first_adapters
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.new_tokens import with_added
 
+_SEED = 20260104  # of the draw of items whose choices are scored: one for every run
+
 
 @dataclass(frozen=True)
 class LanguageItems:
@@ -37,6 +41,11 @@ class LanguageItems:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def scoring(self, count: int) -> LanguageItems:
+        """The same answers, with the choices of ``count`` items, drawn once for all runs."""
+        drawn = np.sort(permutation(len(self.choices), _SEED)[:count])
+        return replace(self, choices=[self.choices[index] for index in drawn])
 
 
 class Language:

@@ -61,7 +61,8 @@ class Run:
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
         if self.stage == "test":
             probes = {name: asdict(probe) for name, probe in protocol.probes.items()}
-            measured |= {"test": [task.test, task.test_items], "probes": probes}
+            items = [task.test, task.test_items, *([task.accuracy_items] if task.accuracy_items else [])]
+            measured |= {"test": items, "probes": probes}
         reseed = protocol.methods[self.cell.method].reseed
         return _hash({"settings": settings, "measured": measured, "reseed": reseed})
 

@@ -68,6 +68,9 @@ class Task:
     # Items of each at most, drawn once by a fixed seed (0: all).
     validation_items: int = 1000
     test_items: int = 1000
+    # Of the test items with choices those whose every choice is scored, for the accuracy beside the loss, drawn as they
+    # are (0: all). A choice takes as long as the answer's own loss.
+    accuracy_items: int = 0
     # Other settings of the data, as of a DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
     # Settings of images, as of a VisionConfig, e.g. {task = "classify", shots = 4}.
@@ -236,6 +239,10 @@ def _check(protocol: Protocol) -> None:
     _require("baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline)
     for name, one in p.methods.items():
         _check_method(p, name, one)
+    for name, given in p.tasks.items():
+        where, some = f"[tasks.{name}] accuracy_items", given.accuracy_items
+        _require(where, some >= 0, "0 (all) or more", some)
+        _require(where, not (some and given.vision), "none for images: one pass scores all classes", some)
     kinds = set()
     for model in p.models:
         for task in p.tasks:

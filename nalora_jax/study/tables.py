@@ -128,7 +128,9 @@ def _edge(result: MethodResult) -> str:
 
 
 def _tests(protocol: Protocol, found: Sequence[MethodResult]) -> str:
-    parts = ["## Test\n\nAt each method's chosen rate; mean and standard deviation over the test seeds."]
+    parts = [
+        f"## Test\n\nAt each method's chosen rate; mean and standard deviation over the test seeds.{_scored(protocol)}"
+    ]
     header = ["method", "rate", "parameters", "seeds", "diverged", named(protocol.metric), "deviation"]
     for title, group in _groups(found):
         names = _other_names(protocol, group)
@@ -136,6 +138,12 @@ def _tests(protocol: Protocol, found: Sequence[MethodResult]) -> str:
         columns = [*(name.replace("_", " ") for name in names), *_MOVEMENT.values(), "seconds a run"]
         parts += [f"{title}\n\n" + table([*header, *columns], rows)] if rows else []
     return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _scored(protocol: Protocol) -> str:
+    """Of tasks whose accuracy is that of some of the items only."""
+    some = [f"{task.accuracy_items:,} ({name})" for name, task in protocol.tasks.items() if task.accuracy_items]
+    return f" Accuracy: of {', '.join(some)} of the items." if some else ""
 
 
 def _other_names(protocol: Protocol, group: Sequence[MethodResult]) -> list[str]:

@@ -182,6 +182,22 @@ def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finis
     assert test["probes"]["z_again"]["before"] > test["probes"]["z_again"]["loss"]
 
 
+def test_a_task_may_score_the_choices_of_some_items_only(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = laboratory.protocol
+    run = Run(protocol, "test", Cell(protocol.models[0], "z", "lora"), 1e-2, 1)
+    whole = laboratory.test_items(run)
+    some = replace(protocol, tasks={"z": replace(protocol.tasks["z"], accuracy_items=7)})
+    monkeypatch.setattr(laboratory, "protocol", some)
+    items = laboratory.test_items(replace(run, protocol=some))
+    assert (len(items), items.digest) == (len(whole), whole.digest)
+    assert len(whole.choices) == 20
+    assert len(items.choices) == 7
+    assert [one for one in whole.choices if one in items.choices] == items.choices  # a draw, in the items' order
+    assert items.choices != whole.choices[:7]
+
+
 def test_a_finished_study_has_nothing_left_to_do(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     protocol = read_protocol(finished)
     before = (finished / "records.jsonl").read_bytes()

@@ -98,6 +98,7 @@ def test_an_id_says_everything_that_decides_a_result_and_nothing_else() -> None:
         run(seed=6),
         run(replace(PROTOCOL, run={"steps": 7})),
         run(replace(PROTOCOL, tasks={"t": Task("socialiqa", test_items=7)})),
+        run(replace(PROTOCOL, tasks={"t": Task("socialiqa", accuracy_items=7)})),
         run(replace(PROTOCOL, methods={"a": Method(reseed=3)})),
         run(replace(PROTOCOL, evaluate_every=50)),
     ]

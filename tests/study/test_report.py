@@ -26,6 +26,7 @@ def told(study: Path) -> Path:
     """A study with two more multiples and six test seeds, whose losses are known."""
     path = study / "protocol.toml"
     text = path.read_text().replace("test_seeds = [1, 2]", f"test_seeds = {list(SEEDS)}\ntest_multiples = [1.0, 4.0]")
+    text = text.replace("\ntest_items = 20", "\ntest_items = 20\naccuracy_items = 7")
     path.write_text(text)
     protocol, records = read_protocol(study), Records(study)
     while left := pending(protocol, records.read()):
@@ -86,6 +87,7 @@ def losses(study: Path, method: str) -> np.ndarray:
 def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     write_report(read_protocol(told))
     text = (told / "results.md").read_text()
+    assert "Accuracy: of 7 (z) of the items." in text
     difference = losses(told, "half") - losses(told, "lora")
     found = row(text, "half", "lora", "z")
     assert found[3] == "6"
