@@ -78,8 +78,8 @@ def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunCo
             train_split="train[:75%]",
             eval_split="train[75%:]",
             max_length=96,
-            eval_limit=6,
-            select_limit=3,
+            eval_limit=4,
+            select_limit=4,  # few enough for one program for both
             chat=True,
             workers=1,
         ),

@@ -156,8 +156,8 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
             train_split="train[:80%]",
             eval_split="train[80%:]",
             max_length=16,
-            eval_limit=6,
-            select_limit=3,
+            eval_limit=4,
+            select_limit=4,  # few enough for one program for both
         ),
         "mesh": MeshConfig(data=1, fsdp=1, tensor=1),
         "train": TrainConfig(batch_size=8, log_every=1, eval_every=0, save_every=2),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -54,8 +53,9 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     """
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
-    program = re.sub(r"train_step_\d+", "train_step", lowered.as_text())  # steps of a process are numbered
-    text = "\n".join([_ACCOUNTING, program, device.device_kind, *(_version(name) for name in ("jaxlib", "libtpu"))])
+    text = "\n".join(
+        [_ACCOUNTING, lowered.as_text(), device.device_kind, *(_version(name) for name in ("jaxlib", "libtpu"))]
+    )
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
     file = (cache or downloads.cache_dir()) / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if file.exists():

@@ -339,6 +339,7 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any, *, experts:
     """A pure step, jitted as `compile_step` says; ``placed`` is where the state lives."""
     step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
     step = chex.assert_max_traces(step, n=1)
+    step.__name__ = "train_step"  # the compilation cache knows programs by their names, too
     compiled = jax.jit(
         step,
         donate_argnums=(1,),

@@ -128,6 +128,16 @@ def _assert_close(one: Any, other: Any, *, atol: float) -> None:
 SGD = replace(CONFIG, optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"))
 
 
+def test_the_same_run_again_in_one_process_is_the_same_program() -> None:
+    """So that the compilation cache has it, whichever run of its process compiled it."""
+
+    def program() -> str:
+        assembly, params = _assemble(CONFIG)
+        return str(assembly.step.lower(params, assembly.state, _batch(0)).as_text())
+
+    assert program() == program()
+
+
 def test_a_step_holds_one_forward_and_backward_pass_however_many_micro_batches_it_takes() -> None:
     def products(accumulate: int) -> int:
         assembly, params = _assemble(CONFIG)
