@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     assert f"# adapters: {count:,} trained parameters, 3 projections a layer" in text
     embed, attention, ffn = 28 * 16, 4 * 16 * 16, 3 * 16 * 32
     assert f"# base model: {embed + 2 * (attention + ffn + 2 * 16) + 16:,} parameters" in text
-    assert "# held out: 6 examples that results are reported on, 3 that choose the checkpoint" in text
+    assert "# held out: 4 examples that results are reported on, 2 that choose the checkpoint" in text
     assert re.search(r"# memory of a device, estimated: 0\.0\d GB \(weights 0\.00, ", text)
     words = ["train", "--config", str(settings), "--lora.modules-to-save", "embed_tokens", "--dry-run"]
     verbs.train(command.parse(words)[1])
