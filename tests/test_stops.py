@@ -25,8 +25,6 @@ from tests import tiny
 
 nalora_run = import_module("nalora_jax.run")  # the package's attribute of this name is the function
 
-pytestmark = pytest.mark.optimised  # bits are compared
-
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
