@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tests import xla_options
@@ -109,6 +110,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _garbage() -> Iterator[None]:
+    """Runs collect no garbage after they compiled: in a process of many tests that takes half a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if HAS_CPU:
+            patch.setattr("nalora_jax.cpu.heap.gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -538,7 +538,11 @@ def test_a_model_that_cannot_be_is_one_line_and_exit_code_2(
     base: Path, tmp_path: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(shutil.copytree(base, tmp_path / "model"))
-    _refused(capsys, message, tmp_path / "out", "--model", str(tmp_path / "model"))
+    data = ["--data.dataset", str(tmp_path / "data.jsonl"), "--data.train-split", "train[:80%]"]
+    data += ["--data.eval-split", "train[80%:]"]
+    records = [{"prompt": f"{letter} more", "completion": " z"} for letter in string.ascii_lowercase]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    _refused(capsys, message, tmp_path / "out", "--model", str(tmp_path / "model"), *data)
 
 
 EXAMPLE = {"prompt": "a b", "completion": " z"}
