@@ -25,10 +25,10 @@ from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from nalora_jax.cli.usage import did_you_mean
 from nalora_jax.config import LoRARule, RunConfig
+from nalora_jax.config.types import first_wrong, type_name
 from nalora_jax.errors import NaloraError
 
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
@@ -207,22 +207,10 @@ def _load_module(path: Path) -> ModuleType:
     return module
 
 
-def _check_types(config: Any, path: Path, prefix: str = "") -> None:
-    """Raises unless every field of the nested dataclasses has its declared type: Python itself does not check."""
-    hints = get_type_hints(type(config))
-    for one in fields(config):
-        name, value = f"{prefix}{one.name}", getattr(config, one.name)
-        try:
-            check_type(value, hints[one.name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        except TypeCheckError as error:
-            hint = hints[one.name]
-            hint = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise _bad_config(path, f"{name} of type {hint}", _shown(value)) from error
-        for index, part in enumerate(value if isinstance(value, tuple) else ()):
-            if is_dataclass(part):
-                _check_types(part, path, f"{name}[{index}].")
-        if is_dataclass(value):
-            _check_types(value, path, f"{name}.")
+def _check_types(config: Any, path: Path) -> None:
+    """Raises unless every field has its declared type."""
+    if (wrong := first_wrong(config)) is not None:
+        raise _bad_config(path, f"{wrong.field} of type {type_name(wrong.hint)}", _shown(wrong.value))
 
 
 def _shown(value: Any) -> str:

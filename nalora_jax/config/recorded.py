@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
-
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+import reprlib
+from typing import Any
 
 from nalora_jax.config import RunConfig, config_from_dict
+from nalora_jax.config.types import first_wrong, type_name
 from nalora_jax.errors import NaloraError
 
 
@@ -25,8 +24,9 @@ def recorded_config(settings: Any, where: str) -> RunConfig:
         if not isinstance(settings, dict):
             raise TypeError(f"a {type(settings).__name__}")
         config = config_from_dict(settings)
-        _check_types(config)
-    except (AttributeError, TypeError, ValueError, TypeCheckError) as error:
+        if (wrong := first_wrong(config)) is not None:
+            raise TypeError(f"{wrong.field} = {reprlib.repr(wrong.value)}, which is no {type_name(wrong.hint)}")
+    except (AttributeError, TypeError, ValueError) as error:
         raise NaloraError(
             where,
             expected="the settings that a run writes",
@@ -34,14 +34,3 @@ def recorded_config(settings: Any, where: str) -> RunConfig:
             remedy="the file was edited or damaged: restore that line",
         ) from error
     return config
-
-
-def _check_types(config: Any) -> None:
-    """Raises a TypeCheckError unless every field of the nested dataclasses has its declared type."""
-    hints = get_type_hints(type(config))
-    for one in fields(config):
-        value = getattr(config, one.name)
-        check_type(value, hints[one.name], collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        for part in value if isinstance(value, tuple) else (value,):
-            if is_dataclass(part):
-                _check_types(part)

@@ -7,9 +7,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from nalora_jax.config import LoRARule
+from nalora_jax.config.types import has_type, type_name
 from nalora_jax.errors import NaloraError
 
 T = TypeVar("T")
@@ -53,11 +52,8 @@ def checked(value: Any, hint: Any, where: str) -> Any:
       NaloraError: it is of another type.
     """
     value = float(value) if hint is float and type(value) is int else value
-    try:
-        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-    except TypeCheckError as error:
-        shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise NaloraError(where, expected=f"a value of type {shown}", found=repr(value)) from error
+    if not has_type(value, hint):
+        raise NaloraError(where, expected=f"a value of type {type_name(hint)}", found=repr(value))
     return value
 
 

@@ -140,6 +140,13 @@ def test_recorded_settings_that_no_run_writes_are_not_resumed(tmp_path: Path, ed
             command.parse(["train", "--resume", str(tmp_path)])
 
 
+def test_an_edited_setting_is_named(tmp_path: Path) -> None:
+    path, edited = tmp_path / "metrics.jsonl", {"lora": {"rules": [{"pattern": "ffn", "rank": "8"}]}}
+    path.write_text(json.dumps({"run": edited}) + "\n")
+    with pytest.raises(NaloraError, match=r"found lora\.rules\[0\]\.rank = '8', which is no int;"):
+        command.parse(["train", "--resume", str(tmp_path)])
+
+
 def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
