@@ -185,7 +185,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
     def run(config: RunConfig, *, data: Any = None, **more: Any) -> Any:
         check(config)
-        own = small.data if data is None else replace(config.data, max_length=16, eval_limit=4, select_limit=4)
+        own = small.data if data is None else replace(config.data, max_length=16, eval_limit=4, select_limit=2)
         given = {"output": config.output, "steps": min(config.steps, 2), "epochs": config.epochs, "data": own}
         given["lora"] = replace(small.lora, modules_to_save=config.lora.modules_to_save)
         return whole(replace(small, **given), data=data, **more)

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.network, pytest.mark.optimised]
 QUESTIONS = 5
 TRAINING = (
     "--steps 6 --optimizer.learning-rate 4e-3 --compute.dtype float32 --compute.no-compilation-cache "
-    "--data.max-length 64 --data.train-limit 100 --data.eval-limit 4 --data.select-limit 4 "
+    "--data.max-length 64 --data.train-limit 100 --data.eval-limit 4 --data.select-limit 2 "
     "--train.batch-size 4 --train.eval-every 0 --train.save-every 0"
 )
 

@@ -79,7 +79,7 @@ def settings(model: Path, chats: Path, output: Path, **changes: object) -> RunCo
             eval_split="train[75%:]",
             max_length=96,
             eval_limit=4,
-            select_limit=4,  # few enough for one program for both
+            select_limit=2,  # with so few, one program measures both
             chat=True,
             workers=1,
         ),

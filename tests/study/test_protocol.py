@@ -45,6 +45,11 @@ def test_the_digest_is_of_the_content_not_of_its_layout(study: Path) -> None:
         ("^question.*", "", "top level: expected a value of question, found none"),
         ("^margin|^extend", "margins", r"top level: expected only question, .*margin.*, found margins"),
         ("^test_items.*", "accuracy_items = -1", r"\[tasks.z\] accuracy_items: expected 0 \(all\) or more, found -1"),
+        (
+            "^test_items.*",
+            'accuracy_items = 5\nvision = {task = "classify"}',
+            "accuracy_items: expected none for images",
+        ),
         ("^steps = 8", "stepz = 8", r"\[run\] stepz: expected a setting of a run, .*did you mean steps\?"),
         ("^steps = 8", 'steps = "8"', r"\[run\] steps: expected a value of type int, found '8'"),
         ("^steps = 8", "steps = 0", "--steps: expected .*, found 0"),
