@@ -163,6 +163,8 @@ class StudyArgs:
     study: Positional[Path]
     # run, verify: runs that this process does at most (0: all; of verify three).
     limit: int = 0
+    # run: methods whose runs this process does (none: all), to have those first that a decision waits for.
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

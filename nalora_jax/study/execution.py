@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,25 @@ log = logging.getLogger(__name__)
 _WAIT_SECONDS = 5.0  # until another process may have finished a run that this one waits for
 
 
-def run_study(protocol: Protocol, *, limit: int = 0) -> int:
+def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()) -> int:
     """Does runs until none is left, the budget is spent, or ``limit`` (0: none) were done here; returns their number.
 
     Any number of processes may do this at once, on one machine or on several that share the folder's file system.
 
+    Args:
+      protocol: the study.
+      limit: runs at most.
+      methods: those whose runs are done, all where there are none. What a run gives does not depend on others.
+
     Raises:
-      NaloraError: the data or a model is not there, settings do not fit the model, or a test would be read under a
-        protocol that is not committed, or under another one than tests before it.
+      NaloraError: the data or a model is not there, settings do not fit the model, a test would be read under a
+        protocol that is not committed, or under another one than tests before it, or a method is not the study's.
     """
+    for name in methods:
+        if name not in protocol.methods:
+            raise NaloraError(
+                "--methods", expected=f"methods of {protocol.path}: {', '.join(protocol.methods)}", found=name
+            )
     records, laboratory, done = Records(protocol.folder), Laboratory(protocol), 0
     code_version()  # before anybody edits a file that is loaded already
     while not limit or done < limit:
@@ -55,9 +65,10 @@ def run_study(protocol: Protocol, *, limit: int = 0) -> int:
         if protocol.budget_hours and spent >= protocol.budget_hours:
             log.info("the budget of %g hours is spent (%.1f): no further run is begun", protocol.budget_hours, spent)
             break
-        left = pending(protocol, finished)
+        left = [run for run in pending(protocol, finished) if not methods or run.cell.method in methods]
         if not left:
-            log.info("%s: all %d runs are done", protocol.folder, len(finished))
+            which = f"of {', '.join(methods)} " if methods else ""
+            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(finished))
             break
         if not _do_one(protocol, records, laboratory, left):
             time.sleep(_WAIT_SECONDS)  # others do what is left, and what follows from it may be for this process
