@@ -108,8 +108,8 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     config = c.RunConfig(
         steps=10_000,
         lora=c.LoRAConfig(rules=(c.LoRARule("image/.*ffn", RANK),)),
-        mask=c.MaskConfig(warmup=0),
-        step_scale=c.StepScaleConfig(warmup=0),
+        mask=c.MaskConfig("soft", warmup=0),
+        step_scale=c.StepScaleConfig("homogeneity", warmup=0),
         optimizer=c.OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0, clip_norm=0.0),
         compute=c.ComputeConfig(dtype=options.dtype),
         vision=VisionConfig("classify"),

@@ -109,8 +109,8 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     config = c.RunConfig(
         steps=1000,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up)_proj", 8),)),
-        mask=c.MaskConfig(kind="off") if off else c.MaskConfig(warmup=0),
-        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig(warmup=0),
+        mask=c.MaskConfig(kind="off") if off else c.MaskConfig("soft", warmup=0),
+        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig("homogeneity", warmup=0),
         compute=c.ComputeConfig(dtype="bfloat16", remat="full", loss_chunk=chunk),
     )
     base = replace(ModelConfig.from_hf({**LLAMA, "num_hidden_layers": layers}))

@@ -47,8 +47,8 @@ def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any
         steps=10_000,
         seed=options.seed,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", options.rank),)),
-        mask=c.MaskConfig(kind="off") if off else c.MaskConfig(warmup=0),
-        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig(warmup=0),
+        mask=c.MaskConfig(kind="off") if off else c.MaskConfig("soft", warmup=0),
+        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig("homogeneity", warmup=0),
         optimizer=c.OptimizerConfig(
             learning_rate=options.learning_rate, schedule="constant", warmup_share=0.0, clip_norm=0.0
         ),

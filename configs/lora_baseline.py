@@ -7,9 +7,9 @@ Command: python train.py --config configs/lora_baseline.py
 
 from __future__ import annotations
 
-from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import RunConfig
 
 
 def config() -> RunConfig:
-    """The main job without mask and step scale."""
-    return RunConfig(output="runs/lora", mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+    """The main job without mechanisms."""
+    return RunConfig(output="runs/lora").without_mechanisms()

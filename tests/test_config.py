@@ -118,7 +118,9 @@ def test_to_dict_is_nested_plain_data_that_json_takes():
 
 def test_a_config_comes_back_from_json():
     rules = (LoRARule("a", 4, 2.0), LoRARule("b", 0))
-    config = RunConfig(steps=7, lora=LoRAConfig(rules=rules), step_scale=StepScaleConfig(gains=(0.1, 0.2, 0.3, 0.4)))
+    config = RunConfig(
+        steps=7, lora=LoRAConfig(rules=rules), step_scale=StepScaleConfig("homogeneity", gains=(0.1, 0.2, 0.3, 0.4))
+    )
     assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -116,8 +116,8 @@ def settings(base: Path, questions: Path) -> RunConfig:
         model=str(base),
         steps=40,
         lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
-        mask=MaskConfig(warmup=3),
-        step_scale=StepScaleConfig(warmup=3),
+        mask=MaskConfig("soft", warmup=3),
+        step_scale=StepScaleConfig("homogeneity", warmup=3),
         optimizer=OptimizerConfig(learning_rate=2e-2),
         data=DataConfig(
             dataset=str(questions),

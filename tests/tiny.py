@@ -148,8 +148,8 @@ def make_config(folder: Path, **changes: Any) -> RunConfig:
         "output": str(folder / "run"),
         "steps": 6,
         "lora": LoRAConfig(rules=(LoRARule("ffn", 4),)),
-        "mask": MaskConfig(warmup=2),
-        "step_scale": StepScaleConfig(warmup=2),
+        "mask": MaskConfig("soft", warmup=2),
+        "step_scale": StepScaleConfig("homogeneity", warmup=2),
         "optimizer": OptimizerConfig(learning_rate=2e-2),
         "data": DataConfig(
             dataset=str(questions),

@@ -63,7 +63,7 @@ VERBS = {
 
 
 _RESUME = ("yes", "no", "auto")
-_ASSIGNED = ("--mesh=", "--data.max-length=", "--resume=")
+_ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=")
 
 # The numbers that each verb's own flags may hold.
 RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES, chat.ChatArgs: chat.RANGES, evaluate.EvalArgs: evaluate.RANGES}
@@ -123,11 +123,12 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
 _SHORT = {
     ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")),
     ("--data.max-length", "auto"): ("--data.max-length=0",),
+    ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
 }
 
 
 def _spelled_out(words: list[str]) -> list[str]:
-    """Words as the parser takes them: without ``--mesh auto``, ``--data.max-length auto``, ``--resume FOLDER``."""
+    """Words as the parser takes them: without ``--mesh auto`` and other ``auto``, and without ``--resume FOLDER``."""
     found: list[str] = []
     rest = [part for word in words for part in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
     while rest:

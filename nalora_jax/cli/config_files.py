@@ -31,6 +31,8 @@ from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.types import first_wrong, type_name
 from nalora_jax.errors import NaloraError
 
+_AUTO = ("data.max_length", "optimizer.learning_rate")  # 0 leaves these to the library
+
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
 ENDINGS = (".yaml", ".yml", ".json")
 
@@ -119,13 +121,13 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     if get_origin(hint) in (Union, UnionType):
         kinds = [kind for kind in inner if kind is not type(None) and get_origin(kind) is not Literal]
         return value if value is None or isinstance(value, str) else _value(kinds[0], value, where, name)
+    if name in _AUTO and value == "auto":
+        return hint(0)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as a text
         except (ValueError, OverflowError):
             raise NaloraError(where, expected=f"a number in {name}", found=_shown(value)) from None
-    if name == "data.max_length" and value == "auto":
-        return 0
     return value
 
 

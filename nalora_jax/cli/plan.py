@@ -10,7 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig, Remat, RunConfig, TrainConfig, check
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    Remat,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+    check,
+)
 from nalora_jax.config.ranges import AXIS, COUNT, ROWS, TOKENS, Range
 from nalora_jax.errors import NaloraError
 
@@ -49,6 +60,12 @@ class PlanArgs:
     estimate: bool = False
     # Axes of the mesh; what is left open is chosen.
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    # The mask on the gates' updates: --mask.kind of nalora train.
+    mask: Literal["off", "hard", "soft"] = MaskConfig().kind
+    # The step scale: --step-scale.kind of nalora train.
+    step_scale: Literal["off", "homogeneity"] = StepScaleConfig().kind
+    # Further mechanisms, as of nalora train.
+    mechanisms: tuple[str, ...] = RunConfig().mechanisms
 
 
 RANGES = {
@@ -103,6 +120,9 @@ def _config(args: PlanArgs, rows: int) -> RunConfig:
             model=args.model,
             lora=LoRAConfig(rules=args.rules, modules_to_save=args.modules_to_save),
             mesh=args.mesh,
+            mechanisms=args.mechanisms,
+            mask=MaskConfig(args.mask),
+            step_scale=StepScaleConfig(args.step_scale),
             train=TrainConfig(batch_size=rows, accumulate=args.accumulate),
             compute=ComputeConfig(remat=args.remat, quantize=args.quantize),
         )

@@ -222,6 +222,10 @@ class RunConfig:
         """Nested plain dicts, for JSON and the checkpoint's fingerprint."""
         return dataclasses.asdict(self)
 
+    def without_mechanisms(self) -> RunConfig:
+        """The same run as plain LoRA."""
+        return dataclasses.replace(self, mask=MaskConfig("off"), step_scale=StepScaleConfig("off"), mechanisms=())
+
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The config whose `RunConfig.to_dict` is ``values``, also after JSON has made its tuples lists.
@@ -275,7 +279,7 @@ RANGES = {
     "step_scale.warmup": COUNT,
     "step_scale.frozen_after": COUNT,
     "step_scale.permute": PERMUTATION,
-    "optimizer.learning_rate": Range("a number", "(0, 1000]"),
+    "optimizer.learning_rate": Range("a number", "[0, 1000]"),
     "optimizer.warmup_share": SHARE,
     "optimizer.final_ratio": SHARE,
     "optimizer.weight_decay": Range("a number", "[0, 1000]"),

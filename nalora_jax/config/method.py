@@ -102,8 +102,8 @@ class OptimizerConfig:
 
     # "adamw", "adam", "sgd", "lion" or "adafactor".
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
-    # Peak learning rate.
-    learning_rate: float = 1e-3
+    # Peak learning rate; 0, "auto" on the command line: 4e-3 on SmolLM2-135M, lower on wider models.
+    learning_rate: float = 0.0
     # "cosine", "linear" or "constant", after a linear warm-up.
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     # Learning rate of some adapters over that of the others: (pattern, factor) pairs, the first match wins, e.g.

@@ -107,6 +107,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     Warm-up covers ``ceil(warmup_share * total_steps)`` steps and begins above 0, so that no step is wasted.
     """
+    if not config.learning_rate:
+        remedy = "nalora_jax.optim.learning_rate decides it"
+        raise NaloraError("--optimizer.learning-rate", expected="a number above 0", found="auto", remedy=remedy)
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
     warmup = min(math.ceil(config.warmup_share * total_steps), total_steps - 1)
     decay_steps = max(1, total_steps - warmup)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
 from nalora_jax import distributed
-from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.nn.low_rank import AdapterSpec
@@ -98,8 +98,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
     config = with_layout(config, layout)
     mesh = distributed.make_mesh(config.mesh, devices(where))
     ours = figures(*step_and_arguments(config, base, mesh, seq=seq, images=images))
-    plain = replace(config, mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
-    step, arguments = step_and_arguments(plain, base, mesh, seq=seq, images=images)
+    step, arguments = step_and_arguments(config.without_mechanisms(), base, mesh, seq=seq, images=images)
     other = figures(without_statistics(step, mesh, experts=base.n_experts > 0), arguments)
     return Plan(
         config.model,

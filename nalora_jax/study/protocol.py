@@ -154,7 +154,7 @@ class Protocol:
 
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
-        common = override(RunConfig(), self.run, "[run]")
+        common = override(RunConfig().without_mechanisms(), self.run, "[run]")
         data = override(replace(common.data, dataset=chosen.dataset), chosen.data, f"[tasks.{task}] data")
         data = replace(data, train_split=chosen.train, eval_split=chosen.validation, eval_limit=chosen.validation_items)
         vision = override(common.vision, chosen.vision, f"[tasks.{task}] vision")

@@ -30,6 +30,7 @@ from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.ops.storage import prepare
 from nalora_jax.optim.adalora import adalora
+from nalora_jax.optim.learning_rate import with_learning_rate
 from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.objectives import Objective, SeenNextToken
 from nalora_jax.train.state import TrainState, init_state
@@ -224,7 +225,7 @@ def build_optimizer(
     last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The inner optimizer with its schedule, the mechanisms on gates, ``last``, and AdaLoRA's allocation of ranks."""
-    settings = config.optimizer
+    settings = with_learning_rate(config, base.d_model).optimizer
     inner = make_optimizer(settings, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, _gates(base, spec), mechanisms)
     if last is not None:

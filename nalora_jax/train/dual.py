@@ -24,6 +24,7 @@ from nalora_jax.nn.low_rank import AdapterSpec, resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import numerics_for, platform_of
 from nalora_jax.optim.gate_state import Mechanisms
+from nalora_jax.optim.learning_rate import with_learning_rate
 from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer, nalora
 from nalora_jax.train.assembly import Assembly, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
@@ -120,7 +121,7 @@ def dual_program(
     gates = find_gates(lora)
     mechanisms = _mechanisms(config, base, adapted, gates)
     model = _model(config, base, spec, mechanisms, mesh)
-    inner = make_optimizer(config.optimizer, config.steps, config.lora.plus_ratio)
+    inner = make_optimizer(with_learning_rate(config).optimizer, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, gates, mechanisms)
     if last is not None:
         optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))

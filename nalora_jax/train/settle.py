@@ -1,4 +1,4 @@
-"""What a run's settings leave to its data: the length of rows, and with epochs the steps."""
+"""What a run's settings leave to its model and its data: learning rate, length of rows, and with epochs the steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nalora_jax.data.lengths import with_length
 from nalora_jax.data.pipeline import train_data
 from nalora_jax.data.sources import Source, open_train
 from nalora_jax.errors import NaloraError
+from nalora_jax.optim.learning_rate import with_learning_rate
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.inputs import described
 from nalora_jax.weights.hub import ResolvedSource
@@ -29,7 +30,7 @@ def settled(
     *,
     images: int = 0,
 ) -> RunConfig:
-    """``config`` with its data's row length, its steps and its interval of evaluation decided.
+    """``config`` with its learning rate, its data's row length, its steps and its interval of evaluation decided.
 
     Args:
       config: of the run.
@@ -38,7 +39,7 @@ def settled(
       images: that image and text encoders are trained on.
 
     Raises:
-      NaloraError: bad data; or epochs of pairs.
+      NaloraError: bad data; epochs of pairs; or an optimizer that has no usual learning rate.
     """
     if config.epochs and files is None:
         config = _with_steps(config, images, "images")
@@ -46,6 +47,7 @@ def settled(
         _check_pairs(config)
     if files is not None and (config.epochs or not config.data.max_length):
         config = _of_data(config, files, source)
+    config = with_learning_rate(config, described(config, files).d_model if files is not None else 0)
     every = config.train.eval_every
     if every < 0:
         every = min(_EVAL_EVERY, max(config.steps // 2, 1))

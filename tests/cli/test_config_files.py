@@ -86,6 +86,13 @@ def test_what_is_typed_short(tmp_path: Path) -> None:
     assert (args.run.data.max_length, args.run.epochs) == (0, 2.0)
     _, args = command.parse(["train", "--data.max-length=auto", "--resume", "auto"])
     assert (args.run.data.max_length, args.run.resume) == (0, "auto")
+    for words in (["--optimizer.learning-rate", "auto"], ["--optimizer.learning-rate=auto"]):
+        _, args = command.parse(["train", "--config", "configs/clip_few_shot.py", *words])
+        assert args.run.optimizer.learning_rate == 0
+    (tmp_path / "a.yaml").write_text("optimizer: {learning_rate: auto}")
+    assert load_config(tmp_path / "a.yaml") == replace(
+        RunConfig(), optimizer=replace(RunConfig().optimizer, learning_rate=0.0)
+    )
     with pytest.raises(NaloraError, match="--steps: expected steps or epochs, found both"):
         command.parse(["train", "--steps", "3", "--epochs", "1"])
     recorded = replace(RunConfig(), steps=57, epochs=3.0, model="mine", output="elsewhere")

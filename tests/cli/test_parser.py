@@ -275,7 +275,7 @@ ZERO = {
     "--data.train-limit", "--data.workers", "--train.eval-every", "--train.save-every", "--train.keep",
     "--train.patience", "--mask.frozen-after", "--mask.permute", "--step-scale.frozen-after", "--step-scale.permute",
     "--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--compute.loss-chunk", "--limit", "--temperature", "--top-k",
-    "--batch", "--price", "--epochs", "--data.max-length",
+    "--batch", "--price", "--epochs", "--data.max-length", "--optimizer.learning-rate",
 }  # fmt: skip
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
 ZERO |= {f"--adalora.{name}" for name in ("target-rank", "warmup-share", "final-share", "orthogonality")}

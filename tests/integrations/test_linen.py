@@ -173,7 +173,9 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     before = jax.tree.map(np.asarray, variables)
     adapted = adapt_linen(module, variables, (TOKENS,), keymap=SCANNED, lora=RULES)
     lora = adapted.init(jax.random.key(1))
-    mechanisms = make_mechanisms(MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig(), activation="silu")
+    mechanisms = make_mechanisms(
+        MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig("homogeneity"), activation="silu"
+    )
     optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
     state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)
 

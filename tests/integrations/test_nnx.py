@@ -102,7 +102,9 @@ def test_training_moves_the_adapters_alone_and_uses_both_mechanisms() -> None:
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(state))
     adapted = adapt_nnx(graph, state, keymap=KEYMAP, lora=RULES)
     lora = adapted.init(jax.random.key(1))
-    mechanisms = make_mechanisms(MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig(), activation="silu")
+    mechanisms = make_mechanisms(
+        MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig("homogeneity"), activation="silu"
+    )
     np.testing.assert_array_equal(adapted.apply(state, lora, X), model(X))
     optimizer = nalora(optax.adamw(1e-2), adapted.gates, mechanisms)
     opt_state, gates = optimizer.init(lora), init_gate_state(adapted.gate_shapes, mechanisms)

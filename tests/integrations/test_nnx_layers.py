@@ -17,7 +17,7 @@ from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mecha
 
 SILU, REGIONS = activations.get("silu"), activations.partition("silu")
 MASK = MaskConfig(kind="hard", keep=0.25, warmup=1)
-MECHANISMS = make_mechanisms(MASK, StepScaleConfig(warmup=1), activation="silu")
+MECHANISMS = make_mechanisms(MASK, StepScaleConfig("homogeneity", warmup=1), activation="silu")
 D, F, R = 16, 40, 4
 
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings("ignore::Deprecation
 KEYMAP = [(r"layers/(\d+)/mlp/(\w+)", r"layers/\1/ffn/\2")]
 LAYERS, F, VOCAB = 2, 64, 50
 TOKENS = jax.random.randint(jax.random.key(3), (4, 16), 0, VOCAB)
-MASK, SCALE = MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig(warmup=1)
+MASK, SCALE = MaskConfig("hard", keep=0.25, warmup=1), StepScaleConfig("homogeneity", warmup=1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from nalora_jax.config import MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.optim.gate_state import gate_shapes, init_gate_state, make_mechanisms, update_gate_state
 
-BOTH = make_mechanisms(MaskConfig(decay=0.9), StepScaleConfig(decay=0.6), activation="silu")
+BOTH = make_mechanisms(MaskConfig("soft", decay=0.9), StepScaleConfig("homogeneity", decay=0.6), activation="silu")
 
 
 def start(shapes, mechanisms=BOTH):
@@ -56,7 +56,9 @@ def test_averages_are_bias_corrected(shape):
 
 @pytest.mark.parametrize("decay", [0.0, 0.999999])
 def test_extreme_decays(decay):
-    both = make_mechanisms(MaskConfig(decay=decay), StepScaleConfig(decay=decay), activation="silu")
+    both = make_mechanisms(
+        MaskConfig("soft", decay=decay), StepScaleConfig("homogeneity", decay=decay), activation="silu"
+    )
     rng, state = np.random.default_rng(1), start({"ffn": (2, 3)}, both)
     means = []
     for _ in range(3):

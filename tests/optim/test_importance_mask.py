@@ -102,12 +102,12 @@ def test_off_and_unseen_layers_are_not_masked():
 
 def test_where_the_mask_acts_and_how_long_it_is():
     importance = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 8)), jnp.float32)
-    for config in (MaskConfig(), MaskConfig(kind="hard", keep=0.3)):
+    for config in (MaskConfig("soft"), MaskConfig(kind="hard", keep=0.3)):
         factors = channel_factors(state_with(importance), alone(config))
         assert set(factors) == {"gradient_a", "update_b"}
         for place in factors.values():
             np.testing.assert_allclose(jnp.mean(place[PATH] ** 2, axis=-1), np.ones(2), rtol=1e-6)
-    assert set(channel_factors(state_with(importance), alone(MaskConfig(mask_gradient=False)))) == {"update_b"}
+    assert set(channel_factors(state_with(importance), alone(MaskConfig("soft", mask_gradient=False)))) == {"update_b"}
 
 
 def test_collection_of_masks():

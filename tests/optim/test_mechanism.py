@@ -78,7 +78,10 @@ def test_every_entry_keeps_the_contract(name: str) -> None:
 
 def test_factors_that_reallocate_are_normalised_together_and_the_others_are_not() -> None:
     mechanisms = make_mechanisms(
-        MaskConfig(warmup=0), StepScaleConfig(warmup=0), ("curvature_cap:tau=0.5,warmup=0",), activation="silu"
+        MaskConfig("soft", warmup=0),
+        StepScaleConfig("homogeneity", warmup=0),
+        ("curvature_cap:tau=0.5,warmup=0",),
+        activation="silu",
     )
     state = state_after(mechanisms)
     own = {label: np.asarray(blocks[PATH], np.float64) for label, blocks in own_factors(state, mechanisms).items()}
@@ -115,15 +118,17 @@ def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
 
 
 def test_a_frozen_mask_is_that_of_its_calibration_batch() -> None:
-    frozen = make_mechanisms(MaskConfig(frozen_after=1), StepScaleConfig(kind="off"), activation="silu")
+    frozen = make_mechanisms(MaskConfig("soft", frozen_after=1), StepScaleConfig(kind="off"), activation="silu")
     one, many = state_after(frozen, 1), state_after(frozen, 9)
     np.testing.assert_array_equal(many.memory["mask"][PATH]["slope"], one.memory["mask"][PATH]["slope"])
-    moving = make_mechanisms(MaskConfig(), StepScaleConfig(kind="off"), activation="silu")
+    moving = make_mechanisms(MaskConfig("soft"), StepScaleConfig(kind="off"), activation="silu")
     assert (state_after(moving, 9).memory["mask"][PATH]["slope"] != one.memory["mask"][PATH]["slope"]).any()
 
 
 def test_a_mechanism_that_has_measured_nothing_is_idle() -> None:
-    mechanisms = make_mechanisms(MaskConfig(warmup=2), StepScaleConfig(warmup=30), activation="silu")
+    mechanisms = make_mechanisms(
+        MaskConfig("soft", warmup=2), StepScaleConfig("homogeneity", warmup=30), activation="silu"
+    )
     for count, expected in ((11, [False, False]), (12, [True, False]), (40, [True, True])):
         state = init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(count))
         assert [bool(x) for x in idle(state, mechanisms).values()] == expected

@@ -250,11 +250,11 @@ def test_what_is_missing_is_named():
     with pytest.raises(NaloraError, match="total_steps"):
         nalora(OptimizerConfig(), GATES, ON)
     with pytest.raises(NaloraError, match="adamw, adam, sgd"):
-        make_optimizer(OptimizerConfig(name="adagrad"), 10)
+        make_optimizer(OptimizerConfig(name="adagrad", learning_rate=1e-3), 10)
     with pytest.raises(NaloraError, match="use adamw"):
-        make_optimizer(OptimizerConfig(name="adam", weight_decay=0.1), 10)
+        make_optimizer(OptimizerConfig(name="adam", learning_rate=1e-3, weight_decay=0.1), 10)
     with pytest.raises(NaloraError, match="cosine"):
-        make_optimizer(OptimizerConfig(schedule="step"), 10)
+        make_optimizer(OptimizerConfig(learning_rate=1e-3, schedule="step"), 10)
 
 
 def test_lora_plus_trains_b_at_its_own_rate():

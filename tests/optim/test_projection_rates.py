@@ -38,7 +38,7 @@ def test_a_factor_is_a_learning_rate_of_its_own() -> None:
 
 def test_a_pattern_without_an_adapter_is_refused() -> None:
     with pytest.raises(NaloraError, match="--optimizer.rates.*'attn', which matches nothing.*layers/ffn/gate_proj"):
-        make_optimizer(OptimizerConfig(rates=(("attn", 2.0),)), 3).init(LORA)
+        make_optimizer(OptimizerConfig(learning_rate=1e-3, rates=(("attn", 2.0),)), 3).init(LORA)
 
 
 def test_factors_are_checked_and_survive_json() -> None:

@@ -16,7 +16,7 @@ from nalora_jax.optim.gate_state import GateState, make_mechanisms, own_factors
 from nalora_jax.optim.step_scale import homogeneity_scale
 
 PATH, SILU = "layers/ffn", activations.partition("silu")
-CONFIG = StepScaleConfig(warmup=0)
+CONFIG = StepScaleConfig("homogeneity", warmup=0)
 
 
 def shares(seed, *shape):
@@ -59,7 +59,7 @@ def test_an_empty_layer_is_not_scaled():
 def test_scales_of_a_state_and_warmup():
     occupancy = shares(0, 2, 6)
     expected = homogeneity_scale(jnp.asarray(occupancy, jnp.float32), CONFIG.gains)
-    config = StepScaleConfig(warmup=2)
+    config = StepScaleConfig("homogeneity", warmup=2)
     scales = jax.jit(lambda state: step_scales(state, config))  # the count is traced
     for count in range(4):
         scale = scales(state_with(occupancy, count))[PATH]
@@ -78,7 +78,7 @@ def test_only_layers_whose_tokens_occupy_two_regions_are_scaled():
     barely = np.zeros((1, 4, 5))
     barely[:, 2], barely[:, 1, 0] = 1, 0.05  # 0.05 of one channel in five is 0.01 of the layer
     assert (step_scales(state_with(barely), CONFIG)[PATH] == 1).all()
-    fine = StepScaleConfig(warmup=0, min_occupancy=0.005)
+    fine = StepScaleConfig("homogeneity", warmup=0, min_occupancy=0.005)
     assert (step_scales(state_with(barely), fine)[PATH] != 1).all()
 
 

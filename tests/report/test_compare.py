@@ -9,20 +9,26 @@ from pathlib import Path
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import MaskConfig, OptimizerConfig, RunConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.compare import group_runs, render_comparison, write_comparison
 from nalora_jax.report.history import read_history
 from tests.report.conftest import fake_records, write_run
 
-LORA = replace(RunConfig(steps=40), mask=MaskConfig(kind="off"), step_scale=StepScaleConfig(kind="off"))
+NALORA = RunConfig(
+    steps=40,
+    mask=MaskConfig("soft"),
+    step_scale=StepScaleConfig("homogeneity"),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+)
+LORA = NALORA.without_mechanisms()
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
     """Two seeds of NA-LoRA and two of LoRA."""
     found = []
-    for name, config in (("na", RunConfig(steps=40)), ("lora", LORA)):
+    for name, config in (("na", NALORA), ("lora", LORA)):
         for seed in range(2):
             own = replace(config, seed=seed, output=f"runs/{name}-{seed}")
             records = list(fake_records(40, layers=4, seed=seed + 10 * (name == "lora")))

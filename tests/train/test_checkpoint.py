@@ -213,7 +213,7 @@ def test_settings_that_change_the_result_are_refused_with_both_values(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     rules = (LoRARule("ffn/gate_proj", rank=4, alpha=8.0), LoRARule("attn"))
-    changed = RunConfig(mask=MaskConfig(keep=0.25), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1)
+    changed = RunConfig(mask=MaskConfig("soft", keep=0.25), lora=LoRAConfig(rules=rules, dropout=0.1), seed=1)
     with opened(tmp_path, changed) as checkpoints, pytest.raises(NaloraError) as caught:
         checkpoints.restore("latest", {"x": jnp.ones(3)})
     before, after = str(caught.value).split("found ")

@@ -47,8 +47,8 @@ def config(model: Path | str, data: Path, **changes: object) -> RunConfig:
         train=TrainConfig(batch_size=8),
         compute=ComputeConfig("float32", stats_stride=1, probe_stride=1),
         vision=VisionConfig("classify", shots=4, templates=("a photo of a {}.",)),
-        mask=MaskConfig(warmup=1),
-        step_scale=StepScaleConfig(warmup=1),
+        mask=MaskConfig("soft", warmup=1),
+        step_scale=StepScaleConfig("homogeneity", warmup=1),
         mesh=MeshConfig(data=1),
     )
     return replace(base, **changes)

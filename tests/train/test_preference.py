@@ -76,8 +76,8 @@ def settings(preference, **changes):
     return RunConfig(
         steps=8,
         lora=LoRAConfig(rules=(LoRARule("ffn", 4), LoRARule("q_proj", 2))),
-        mask=MaskConfig(warmup=1),
-        step_scale=StepScaleConfig(warmup=1),
+        mask=MaskConfig("soft", warmup=1),
+        step_scale=StepScaleConfig("homogeneity", warmup=1),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         compute=ComputeConfig(dtype="float32", stats_stride=1),
         preference=preference,

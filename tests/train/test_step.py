@@ -55,8 +55,8 @@ BASE = ModelConfig.from_hf(
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
-    mask=MaskConfig(warmup=1),
-    step_scale=StepScaleConfig(warmup=1),
+    mask=MaskConfig("soft", warmup=1),
+    step_scale=StepScaleConfig("homogeneity", warmup=1),
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32", probe_stride=1),
 )
