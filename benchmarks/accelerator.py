@@ -87,7 +87,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
     devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)
     rows = options.rows * len(devices)
-    off = {"mask": c.MaskConfig(kind="off"), "step_scale": c.StepScaleConfig(kind="off")} if method == "lora" else {}
+    off = method == "lora"
     config = c.RunConfig(
         steps=10_000,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", RANK),)),
@@ -95,7 +95,8 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
         data=c.DataConfig(max_length=options.seq),
         compute=c.ComputeConfig(dtype=options.dtype),
         optimizer=c.OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, clip_norm=0.0),
-        **off,
+        mask=c.MaskConfig("off" if off else "soft"),
+        step_scale=c.StepScaleConfig("off" if off else "homogeneity"),
     )
     config = laid_out(config, base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)

@@ -27,7 +27,15 @@ PAIRS, TOKENS, RANK = 128, 77, 8  # pairs a chip, tokens of a caption
 def compiled(name: str) -> dict[str, Any]:
     """Bytes that a chip receives in a step, by kind of collective and what it belongs to."""
     from nalora_jax import distributed
-    from nalora_jax.config import LoRAConfig, LoRARule, MeshConfig, RunConfig, TrainConfig
+    from nalora_jax.config import (
+        LoRAConfig,
+        LoRARule,
+        MaskConfig,
+        MeshConfig,
+        RunConfig,
+        StepScaleConfig,
+        TrainConfig,
+    )
     from nalora_jax.config.vision import VisionConfig
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.plan.dual import contrastive_step
@@ -42,6 +50,8 @@ def compiled(name: str) -> dict[str, Any]:
         lora=LoRAConfig(rules=(LoRARule("ffn", RANK),)),
         train=TrainConfig(batch_size=rows),
         vision=VisionConfig("contrast"),
+        mask=MaskConfig("soft"),
+        step_scale=StepScaleConfig("homogeneity"),
     )
     base = DualConfig.from_hf(CLIP_B16)
     found = figures(*contrastive_step(config, base, mesh, seq=TOKENS))

@@ -55,7 +55,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     loaded = load_model(options.model, dtype="bfloat16", quantized=kind)
     record = {"bytes": sizes(loaded.params), "load_seconds": time.perf_counter() - start}
     record["load_peak_mb"] = peak_rss_mb() - floor
-    config = c.RunConfig(steps=options.steps, data=c.DataConfig(max_length=64))
+    config = c.RunConfig(
+        steps=options.steps,
+        data=c.DataConfig(max_length=64),
+        mask=c.MaskConfig("soft"),
+        step_scale=c.StepScaleConfig("homogeneity"),
+        optimizer=c.OptimizerConfig(learning_rate=1e-3),
+    )
     mesh = distributed.make_mesh(c.MeshConfig())
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     data = train_data(config.data, loaded.tokenizer, batch_size=options.batch, accumulate=1, seed=0)

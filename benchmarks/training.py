@@ -22,7 +22,7 @@ from common import SMOLLM2, load_batches, peak_rss_mb, random_tokens, summary
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--method", choices=("lora", "nalora"), default="lora")
+    parser.add_argument("--method", choices=("lora", "nalora", "default"), default="lora")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
@@ -39,16 +39,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
-    """The library's settings of this work."""
+    """The settings of this work: "nalora" is mask and step scale by homogeneity, "default" the library's own."""
     from nalora_jax import config as c
 
-    off = (method or options.method) == "lora"
+    mask, scale = {
+        "lora": (c.MaskConfig("off"), c.StepScaleConfig("off")),
+        "nalora": (c.MaskConfig("soft", warmup=0), c.StepScaleConfig("homogeneity", warmup=0)),
+        "default": (c.MaskConfig(warmup=0), c.StepScaleConfig(warmup=0)),
+    }[method or options.method]
     return c.RunConfig(
         steps=10_000,
         seed=options.seed,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", options.rank),)),
-        mask=c.MaskConfig(kind="off") if off else c.MaskConfig("soft", warmup=0),
-        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig("homogeneity", warmup=0),
+        mask=mask,
+        step_scale=scale,
         optimizer=c.OptimizerConfig(
             learning_rate=options.learning_rate, schedule="constant", warmup_share=0.0, clip_norm=0.0
         ),

@@ -63,7 +63,7 @@ class PlanArgs:
     # The mask on the gates' updates: --mask.kind of nalora train.
     mask: Literal["off", "hard", "soft"] = MaskConfig().kind
     # The step scale: --step-scale.kind of nalora train.
-    step_scale: Literal["off", "homogeneity"] = StepScaleConfig().kind
+    step_scale: Literal["off", "curvature", "homogeneity"] = StepScaleConfig().kind
     # Further mechanisms, as of nalora train.
     mechanisms: tuple[str, ...] = RunConfig().mechanisms
 

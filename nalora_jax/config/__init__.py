@@ -276,6 +276,7 @@ RANGES = {
     "mask.permute": PERMUTATION,
     "step_scale.min_occupancy": Range("a share", "[0, 0.5)"),
     "step_scale.decay": BELOW_ONE,
+    "step_scale.tau": Range("a number", "(0, 1e6]"),
     "step_scale.warmup": COUNT,
     "step_scale.frozen_after": COUNT,
     "step_scale.permute": PERMUTATION,

@@ -55,7 +55,7 @@ class MaskConfig:
     """Mechanism 1: the derivative-based temporal-importance mask of the gate channels."""
 
     # "off", "hard" (keep the top share of channels) or "soft" (importance over its mean, to a power, clipped).
-    kind: Literal["off", "hard", "soft"] = "soft"
+    kind: Literal["off", "hard", "soft"] = "off"
     # hard: share of channels kept in each layer, in (0, 1].
     keep: float = 0.5
     # soft: exponent on importance / mean(importance).
@@ -80,17 +80,21 @@ class MaskConfig:
 class StepScaleConfig:
     """Mechanism 2: the activation-specific step scale on the gate channels' updates."""
 
-    # "off", or "homogeneity": the mean over occupied regions of a gain that falls where the coarse degree is low.
-    kind: Literal["off", "homogeneity"] = "homogeneity"
-    # Gain of the regions inverted, contracting, expanding, linear; their scale does not matter.
+    # "off"; "curvature": shorter steps of channels whose response to the update is no longer linear; or "homogeneity":
+    # the mean over occupied regions of a gain that falls where the coarse degree is low.
+    kind: Literal["off", "curvature", "homogeneity"] = "curvature"
+    # curvature: tau, the share of a channel's linear response from which what is not linear in it shortens its steps.
+    tau: float = 0.1
+    # homogeneity: gain of the regions inverted, contracting, expanding, linear; their scale does not matter.
     gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)
-    # The partition counts as meaningful where two regions of different degree hold at least this share of tokens.
+    # homogeneity: the partition counts as meaningful where two regions of different degree hold at least this share of
+    # tokens.
     min_occupancy: float = 0.02
-    # Decay of the occupancy average.
+    # Decay of the averages that it is made of.
     decay: float = 0.95
     # Steps before the scale acts.
     warmup: int = 10
-    # Measured steps after which the occupancies stay as they are; 0: never.
+    # Measured steps after which these averages stay as they are; 0: never.
     frozen_after: int = 0
     # Placebo: seed of a permutation of the scale over each layer's channels, fixed in a run; -1: none.
     permute: int = -1

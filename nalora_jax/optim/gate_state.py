@@ -68,8 +68,8 @@ def make_mechanisms(
     """The mechanisms that a run's settings ask for.
 
     Args:
-      mask: the first of the method, by default on.
-      step_scale: the second, by default on.
+      mask: the first of the method; None: as by default.
+      step_scale: the second; None: as by default.
       names: further ones, as `nalora_jax.optim.mechanism.make` reads them.
       activation: the gates'.
       total_steps: of the run, for those that depend on how far it is.

@@ -1,4 +1,4 @@
-"""Mechanism 2: the step scale, from the regions of effective homogeneity that each gate channel occupies."""
+"""Mechanism 2: the step scale, and its rule by the regions of effective homogeneity that a gate channel occupies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import chex
 import jax.numpy as jnp
 from jax import Array
 
 from nalora_jax.config import StepScaleConfig
+from nalora_jax.optim.curvature_cap import CurvatureCap
 from nalora_jax.optim.mechanism import Context, Mechanism, register_mechanism
 from nalora_jax.selection import meaningful
 
@@ -71,16 +72,14 @@ class HomogeneityStep(Mechanism):
 
 def from_config(config: StepScaleConfig) -> Mechanism | None:
     """The scale that ``--step-scale`` asks for; None if it is off."""
-    if config.kind == "off":
-        return None
-    return HomogeneityStep(
-        decay=config.decay,
-        warmup=config.warmup,
-        frozen_after=config.frozen_after,
-        permute=config.permute,
-        gains=config.gains,
-        min_occupancy=config.min_occupancy,
-    )
+    common: dict[str, Any] = {name: getattr(config, name) for name in ("decay", "warmup", "frozen_after", "permute")}
+    match config.kind:
+        case "off":
+            return None
+        case "curvature":
+            return CurvatureCap(tau=config.tau, **common)
+        case "homogeneity":
+            return HomogeneityStep(gains=config.gains, min_occupancy=config.min_occupancy, **common)
 
 
 @functools.cache

@@ -115,7 +115,8 @@ GATES = (
     Picture(
         plots.step_scale,
         "Step scale",
-        "What the step-scaling rule multiplies the gate's updates by; its mean over a layer is 1.",
+        "What the step-scaling rule multiplies the gate's updates by: by homogeneity 1 on average over a layer, by "
+        "curvature at most 1.",
     ),
 )
 

@@ -25,6 +25,7 @@ _LATER = {
     "data": ("add_tokens", "add_special_tokens"),
     "lora": ("trainable_token_indices", "trainable_token_modules"),
     "compute": ("stats_positions",),
+    "step_scale": ("tau",),
 }
 _LATER_GROUPS = ("adalora",)  # the same of whole groups
 

@@ -425,7 +425,7 @@ def test_the_configs_of_the_repository_are_valid_and_say_their_command(path):
 
 
 def test_there_are_configs():
-    assert {"socialiqa_smollm2", "commonsense_smollm2", "lora_baseline", "jsonl_chat"} <= {
+    assert {"socialiqa_smollm2", "commonsense_smollm2", "lora_baseline", "nalora", "jsonl_chat"} <= {
         path.stem for path in CONFIGS
     }
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nalora_jax import activations
-from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
 from nalora_jax.optim import step_scale
+from nalora_jax.optim.curvature_cap import CurvatureCap
 from nalora_jax.optim.gate_state import GateState, make_mechanisms, own_factors
 from nalora_jax.optim.step_scale import homogeneity_scale
 
@@ -31,6 +32,22 @@ def state_with(occupancy, count=100):
 
 def step_scales(state, config, activation="silu"):
     return own_factors(state, make_mechanisms(MaskConfig(kind="off"), config, activation=activation))["step_scale"]
+
+
+def test_the_rule_by_curvature_is_the_cap_with_the_scales_settings():
+    config = StepScaleConfig("curvature", tau=0.25, decay=0.5, warmup=3, frozen_after=7, permute=2)
+    cap = step_scale.from_config(config)
+    assert cap == CurvatureCap(tau=0.25, decay=0.5, warmup=3, frozen_after=7, permute=2)
+    excess, response = jnp.array([[0.0, 1.0, 4.0]]), jnp.array([[1.0, 8.0, 4.0]])
+    memory = {"step_scale": {PATH: {"excess": excess, "response": response}}}
+    state = GateState(memory, {PATH: jnp.array([9], jnp.int32)}, jnp.int32(9))
+    own = step_scales(state, StepScaleConfig("curvature", tau=0.25, warmup=3))
+    np.testing.assert_allclose(own[PATH], [[1.0, 1.0, 0.25]])
+
+
+def test_by_default_it_is_the_rule_by_curvature_and_no_mask_is_on():
+    (entry,) = make_mechanisms(RunConfig().mask, RunConfig().step_scale, activation="silu").entries
+    assert entry == ("step_scale", CurvatureCap(tau=0.1))
 
 
 @settings(max_examples=30, deadline=None)

@@ -92,7 +92,8 @@ def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch
     monkeypatch.setattr(distributed, "compiler_options", lambda mesh, experts: {"xla_cpu_enable_fast_min_max": False})
     found = []
     for off in (False, True):
-        kinds = {"mask": MaskConfig(kind="off"), "step_scale": StepScaleConfig(kind="off")} if off else {}
+        kinds = {"mask": MaskConfig("off" if off else "soft")}
+        kinds |= {"step_scale": StepScaleConfig("off" if off else "homogeneity")}
         config = RunConfig(
             lora=LoRAConfig(rules=(LoRARule("ffn/", RANK),)),
             mesh=MeshConfig(2, 4, 1),

@@ -5,7 +5,7 @@ import dataclasses
 import huggingface_hub
 import pytest
 
-from nalora_jax.config import ComputeConfig, DataConfig, MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import ComputeConfig, DataConfig, MaskConfig, OptimizerConfig, RunConfig, StepScaleConfig
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
 from nalora_jax.weights.card import Card, hub_license, render_card, write_card
 from nalora_jax.weights.origin import Origin
@@ -17,7 +17,13 @@ CARD = Card(
     kind="adapter",
     base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     spec=SPEC,
-    run=RunConfig(steps=123, seed=7),
+    run=RunConfig(
+        steps=123,
+        seed=7,
+        mask=MaskConfig("soft"),
+        step_scale=StepScaleConfig("homogeneity"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    ),
     command="python train.py --steps 123",
     license="Apache-2.0",
     before=BEFORE,
