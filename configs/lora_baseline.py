@@ -1,4 +1,4 @@
-"""The main job with plain LoRA: both mechanisms off, everything else equal. The run to compare NA-LoRA with.
+"""The main job with plain LoRA: all mechanisms off, everything else equal. The run to compare NA-LoRA with.
 
 Expected result: near the main job's; which of the two is better is a question for paired seeds, not for one run.
 Cost: that of the main job.
