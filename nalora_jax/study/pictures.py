@@ -147,7 +147,7 @@ def _differences(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
         several = len(protocol.models) > 1
         labels.append(f"{one.cell.method} - {one.other}, {one.cell.task}" + (f", {one.cell.model}" if several else ""))
     axis.set_yticks(range(len(made)), labels, fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(made) - 0.5, -0.5)  # the first on top
     what = f"difference of the test {named(protocol.metric)}"
     axis.set_xlabel(f"{what}\n95% interval; grey: the margin of {protocol.margin:g}", fontsize=9)
     return _svg(figure, "differences.svg")
