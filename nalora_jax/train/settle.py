@@ -47,7 +47,9 @@ def settled(
         _check_pairs(config)
     if files is not None and (config.epochs or not config.data.max_length):
         config = _of_data(config, files, source)
-    config = with_learning_rate(config, described(config, files).d_model if files is not None else 0)
+    if not config.optimizer.learning_rate:
+        config = with_learning_rate(config, described(config, files).d_model if files is not None else 0)
+        log.info("learning rate %g", config.optimizer.learning_rate)
     every = config.train.eval_every
     if every < 0:
         every = min(_EVAL_EVERY, max(config.steps // 2, 1))
