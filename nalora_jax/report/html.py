@@ -103,8 +103,8 @@ GATES = (
     Picture(
         plots.importance,
         "Importance and mask",
-        "Importance is the mean slope E|φ′| of a layer's gate channels; channels above their layer's mean have the "
-        "larger mask, and get the larger updates.",
+        "Importance is the mean slope E|φ′| of a layer's gate channels; where a mask is on, channels above their "
+        "layer's mean get the larger updates.",
     ),
     Picture(
         plots.occupancy,
