@@ -4,7 +4,8 @@ The data are the 170,000 training questions of eight tasks that LLM-Adapters (ar
 Alpaca's fields; three epochs as there. Both need access to the Hugging Face hub, the model also that its terms are
 accepted.
 
-Expected result: unknown; compare it with the same run without the mechanisms (--mask.kind off --step-scale.kind off).
+Expected result: unknown; compare it with plain LoRA (--mask.kind off --step-scale.kind off) and with the abstract's
+mechanisms (--mask.kind soft --step-scale.kind homogeneity).
 Cost: by data sheets 20 GB and at least 0.043 s a step on each of eight H100
 (nalora plan --model llama-3.1-8b --topology 8xh100 --batch 16 --seq 512 --estimate); one takes eight times as long.
 Command: python train.py --config configs/commonsense_llama_8b.py
