@@ -162,7 +162,10 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path / "cache"))
     config = tiny.make_config(tmp_path, mesh=MeshConfig())
     config = replace(
-        config, epochs=3.0, data=replace(config.data, eval_split="auto", train_split="train", max_length=0)
+        config,
+        epochs=3.0,
+        data=replace(config.data, eval_split="auto", train_split="train", max_length=0),
+        optimizer=OptimizerConfig(learning_rate=0.0),
     )
     for weights in (tmp_path / "model").glob("*.safetensors"):
         weights.write_bytes(b"no weights")
@@ -174,6 +177,7 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
     text = capsys.readouterr().out
     (tmp_path / "resolved.yaml").write_text(text)
     resolved = load_config(tmp_path / "resolved.yaml")
+    assert resolved.optimizer.learning_rate == 0.004
     assert resolved.data.max_length == 8  # 2 letters, the answer and its end: 3 positions, in steps of 8
     # 48 records of 3 positions, two in a row of 8, 8 rows a step.
     assert resolved.steps == -(-3 * 24 // 8)
