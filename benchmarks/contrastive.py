@@ -26,16 +26,8 @@ PAIRS, TOKENS, RANK = 128, 77, 8  # pairs a chip, tokens of a caption
 
 def compiled(name: str) -> dict[str, Any]:
     """Bytes that a chip receives in a step, by kind of collective and what it belongs to."""
+    from nalora_jax import config as c
     from nalora_jax import distributed
-    from nalora_jax.config import (
-        LoRAConfig,
-        LoRARule,
-        MaskConfig,
-        MeshConfig,
-        RunConfig,
-        StepScaleConfig,
-        TrainConfig,
-    )
     from nalora_jax.config.vision import VisionConfig
     from nalora_jax.models.vision.config import DualConfig
     from nalora_jax.plan.dual import contrastive_step
@@ -44,14 +36,14 @@ def compiled(name: str) -> dict[str, Any]:
     from nalora_jax.plan.program import devices
 
     machine = topology(name)
-    mesh = distributed.make_mesh(MeshConfig(data=machine.size), devices(machine))
+    mesh = distributed.make_mesh(c.MeshConfig(data=machine.size), devices(machine))
     rows = PAIRS * machine.size
-    config = RunConfig(
-        lora=LoRAConfig(rules=(LoRARule("ffn", RANK),)),
-        train=TrainConfig(batch_size=rows),
+    config = c.RunConfig(
+        lora=c.LoRAConfig(rules=(c.LoRARule("ffn", RANK),)),
+        train=c.TrainConfig(batch_size=rows),
         vision=VisionConfig("contrast"),
-        mask=MaskConfig("soft"),
-        step_scale=StepScaleConfig("homogeneity"),
+        mask=c.MaskConfig("soft"),
+        step_scale=c.StepScaleConfig("homogeneity"),
     )
     base = DualConfig.from_hf(CLIP_B16)
     found = figures(*contrastive_step(config, base, mesh, seq=TOKENS))

@@ -11,7 +11,7 @@ from nalora_jax.errors import NaloraError
 # What plain LoRA chose on SmolLM2-135M in each of studies/stability (rank 2), studies/full_ffn_table (rank 8) and
 # studies/gate_only_small_rank, of grids that double.
 # Wider models: in inverse proportion, which lies near a public sweep of others (docs/method.md); not measured here.
-TUNED, _WIDTH = 4e-3, 576
+_TUNED, _WIDTH = 4e-3, 576
 _PAIRS = 8  # preference losses: by how much their rate is lower (docs/preference.md)
 _ENCODERS = 1e-3  # image and text encoders: what plain LoRA chose for each task of studies/few_shot_seeds
 _ADAPTIVE = ("adamw", "adam", "adafactor")
@@ -37,7 +37,7 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     if settings.name not in _ADAPTIVE:
         expected = f"a learning rate with {settings.name}"
         raise NaloraError("--optimizer.learning-rate", expected=expected, found="auto", remedy="name it")
-    rate = TUNED * min(1.0, _WIDTH / width) if width else _ENCODERS
+    rate = _TUNED * min(1.0, _WIDTH / width) if width else _ENCODERS
     rate /= math.sqrt(config.lora.plus_ratio) * (_PAIRS if config.preference.loss != "none" else 1)
     rate = float(f"{rate:.2g}")
     return replace(config, optimizer=replace(settings, learning_rate=rate))
