@@ -28,8 +28,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import common
+import machines
 import numpy as np
-from common import peak_rss_mb, random_tokens, script, values, versions
+from common import peak_rss_mb, random_tokens, script, values
+from machines import versions
+from methods import with_method
 from tables import Row, at_most, compared, markdown, spread
 
 TITLE = "Training on accelerators"
@@ -87,7 +90,6 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
     devices, base = jax.devices(), ModelConfig.from_hf(shape_of(options.model), options.model)
     rows = options.rows * len(devices)
-    off = method == "lora"
     config = c.RunConfig(
         steps=10_000,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", RANK),)),
@@ -95,10 +97,8 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
         data=c.DataConfig(max_length=options.seq),
         compute=c.ComputeConfig(dtype=options.dtype),
         optimizer=c.OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_share=0.0, clip_norm=0.0),
-        mask=c.MaskConfig("off" if off else "soft"),
-        step_scale=c.StepScaleConfig("off" if off else "homogeneity"),
     )
-    config = laid_out(config, base, devices)
+    config = laid_out(with_method(config, method, warmup=None), base, devices)
     mesh = distributed.make_mesh(config.mesh, devices)
     shapes = jax.eval_shape(lambda key: init_params(base, key, options.dtype), jax.random.key(0))
     places = distributed.shardings(shapes, mesh, distributed.PARAM_RULES)
@@ -304,11 +304,11 @@ def main() -> None:
 
 def save(case: str, found: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
     """Records a case under the name of the accelerator; a CPU is a machine like that of the other parts."""
-    described = common.machine()
+    described = machines.machine()
     if here["platform"] != "cpu":
         described["accelerator"] = f"{here['chips']} x {here['kind']}"
     root = common.QUICK if os.environ.get("NALORA_BENCH_QUICK") else common.OWN
-    record = common.save("accelerator", case, {"machine": described, **found}, root / common.machine_name(described))
+    record = common.save("accelerator", case, {"machine": described, **found}, root / machines.machine_name(described))
     if publish:
         subprocess.run(script("run.py", "--publish", "--only", "accelerator"), check=True)
     return record

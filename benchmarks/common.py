@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, paired timing, process measurements, and the JSON files.
+"""What every benchmark shares: paired timing, process measurements, and the JSON files.
 
 Imports nothing heavy at the top, so that a measured process pays for what it measures only.
 
@@ -9,24 +9,22 @@ the machine hits both, and `ratio` gives the median ratio with its 95% bootstrap
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import random
-import re
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machines import machine, machine_name, proc_fields, processor
 
 # The committed figures, in a folder for each kind of machine. What is measured goes beside them, into folders that git
 # ignores, until `run.py --publish`; short trial runs (run.py --quick) have one of their own.
@@ -34,28 +32,6 @@ PUBLISHED = Path(__file__).parent / "results"
 OWN = PUBLISHED / "own"
 QUICK = PUBLISHED / "quick"
 
-# Instruction sets that decide how fast a CPU multiplies matrices; every figure names those that it had.
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
-# By vendor and family: model numbers and the design that they belong to (as in Linux's tables of both makers).
-_GENERATIONS: dict[tuple[str, int], tuple[tuple[Container[int], str], ...]] = {
-    ("AuthenticAMD", 23): ((range(0x30), "Zen"), (range(0x30, 0x100), "Zen 2")),
-    ("AuthenticAMD", 25): (
-        ((*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)), "Zen 4"),
-        (range(0x100), "Zen 3"),
-    ),
-    ("AuthenticAMD", 26): ((range(0x80), "Zen 5"),),
-    ("GenuineIntel", 6): (
-        ((85,), "Skylake to Cooper Lake"),
-        ((106, 108), "Ice Lake"),
-        ((143,), "Sapphire Rapids"),
-        ((207,), "Emerald Rapids"),
-        ((173, 174), "Granite Rapids"),
-    ),
-}
-_PACKAGES = (
-    *("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers"),
-    *("peft", "trl", "lm_eval", "qwix", "google-tunix", "easydel"),
-)
 # Of both sides of every comparison: large pages for the buffers that glibc hands out (8 to 12% faster steps of either
 # library). This library's command sets it for itself; torch's user would have to know of it.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -88,81 +64,6 @@ CLIP_B16: dict[str, Any] = {
         **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
     },
 }
-
-
-def processor() -> dict[str, Any]:
-    """Name, generation ("" where it is not known), cores and instruction sets of the CPU."""
-    info = _proc_fields("/proc/cpuinfo")
-    flags = set(info.get("flags", "").split())
-    return {
-        "cpu": info.get("model name", platform.processor() or "unknown"),
-        "generation": generation(info),
-        "cores": len(os.sched_getaffinity(0)),
-        "flags": {name: name in flags for name in _CPU_FLAGS},
-    }
-
-
-def generation(info: Mapping[str, str]) -> str:
-    """The name of a processor's design, from the fields of /proc/cpuinfo: virtual machines call them all "AMD EPYC"."""
-    try:
-        family, model = int(info["cpu family"]), int(info["model"])
-    except (KeyError, ValueError):
-        return ""
-    known = _GENERATIONS.get((info.get("vendor_id", ""), family), ())
-    return next((name for models, name in known if model in models), "")
-
-
-def machine() -> dict[str, Any]:
-    """CPU, memory and versions: what a figure depends on."""
-    memory = _proc_fields("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
-    return {
-        **processor(),
-        "memory_gb": round(int(memory) / 2**20, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
-
-
-def machine_name(found: Mapping[str, Any]) -> str:
-    """A folder for the kind of machine that `processor` describes: "amd-epyc-zen-4-avx512-bf16", "intel-xeon-amx"."""
-    if found.get("accelerator"):
-        return "-".join(re.findall(r"[a-z0-9]+", found["accelerator"].lower()))
-    cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
-    words = f"{cpu} {found.get('generation', '')} {instructions(found)}"
-    return "-".join(re.findall(r"[a-z0-9]+", words.lower()))
-
-
-def instructions(found: Mapping[str, Any]) -> str:
-    """The widest instructions that a CPU, as `processor` describes it, multiplies with; "" where not recorded."""
-    flags = found["flags"]
-    if flags.get("amx_bf16"):
-        return "amx"
-    if flags.get("avx512_bf16"):
-        return "avx512-bf16"
-    return {True: "avx512", False: "avx2", None: ""}[flags.get("avx512f")]
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, as far as this Python has them."""
-    return {name: found for name in _PACKAGES if (found := _version(name))}
-
-
-def _proc_fields(path: str) -> dict[str, str]:
-    """The "name: value" lines of the first block of a /proc file; nothing where there is none."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else OWN) / machine_name(processor())
@@ -247,7 +148,7 @@ def peak_rss_mb() -> float:
     From the high-water mark of its own address space: `getrusage` (and the parent's `wait4`) also count what the parent
     held at the moment of the fork.
     """
-    status = _proc_fields("/proc/self/status")
+    status = proc_fields("/proc/self/status")
     if "VmHWM" in status:
         return int(status["VmHWM"].split()[0]) / 1024
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

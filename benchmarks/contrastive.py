@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import CLIP_B16, write, write_between
+from methods import with_method
 
 RECORD = Path(__file__).parent / "results" / "contrastive.json"
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
@@ -42,9 +43,8 @@ def compiled(name: str) -> dict[str, Any]:
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn", RANK),)),
         train=c.TrainConfig(batch_size=rows),
         vision=VisionConfig("contrast"),
-        mask=c.MaskConfig("soft"),
-        step_scale=c.StepScaleConfig("homogeneity"),
     )
+    config = with_method(config, "nalora", warmup=None)
     base = DualConfig.from_hf(CLIP_B16)
     found = figures(*contrastive_step(config, base, mesh, seq=TOKENS))
     kinds: dict[str, list[Any]] = defaultdict(list)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import CLIP_B16, add_rounds, alternate_processes, compare, fastest, peak_rss_mb, script, search
+from methods import with_method
 from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Few-shot steps of CLIP ViT-B/16 against transformers + PEFT"
@@ -108,12 +109,11 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
     config = c.RunConfig(
         steps=10_000,
         lora=c.LoRAConfig(rules=(c.LoRARule("image/.*ffn", RANK),)),
-        mask=c.MaskConfig("soft", warmup=0),
-        step_scale=c.StepScaleConfig("homogeneity", warmup=0),
         optimizer=c.OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0, clip_norm=0.0),
         compute=c.ComputeConfig(dtype=options.dtype),
         vision=VisionConfig("classify"),
     )
+    config = with_method(config, "nalora")
     processor = ImageProcessor(resize=(options.image_size,) * 2, mean=MEAN, std=STD)
     assembly = assemble_dual(config, base, params, mesh, processor)
     state, params = assembly.state, assembly.view(params)

@@ -23,7 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common import add_rounds, compare, fastest, peak_rss_mb, script, search, values, versions
+from common import add_rounds, compare, fastest, peak_rss_mb, script, search, values
+from machines import versions
 from model_files import files
 from tables import Row, at_least, compared, compared_runs, requirements
 

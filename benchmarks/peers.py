@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, script, values, versions
+from common import SMOLLM2, add_rounds, compare, peak_rss_mb, random_tokens, script, values
+from machines import versions
 from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Training against other JAX libraries: Tunix with Qwix LoRA, EasyDeL"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common import load, peak_rss_mb, run_process, save, summary
+from methods import with_method
 from tables import Row, at_most
 
 TITLE = "Quantized base weights"
@@ -58,10 +59,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = c.RunConfig(
         steps=options.steps,
         data=c.DataConfig(max_length=64),
-        mask=c.MaskConfig("soft"),
-        step_scale=c.StepScaleConfig("homogeneity"),
         optimizer=c.OptimizerConfig(learning_rate=1e-3),
     )
+    config = with_method(config, "nalora", warmup=None)
     mesh = distributed.make_mesh(c.MeshConfig())
     assembly = assemble(config, loaded.config, loaded.params, mesh)
     data = train_data(config.data, loaded.tokenizer, batch_size=options.batch, accumulate=1, seed=0)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import common
+import machines
 from common import values
 
 
@@ -113,7 +113,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def has_amx(case: Mapping[str, Any]) -> bool:
     """Whether a case was measured on a CPU with AMX for bfloat16, for which other figures are required."""
-    return common.instructions(case["machine"]) == "amx"
+    return machines.instructions(case["machine"]) == "amx"
 
 
 _WORDS = {"amx": "AMX", "avx512-bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2": "AVX2 only", "": "no AMX"}
@@ -126,7 +126,7 @@ def machine(case: Mapping[str, Any]) -> str:
         return str(found["accelerator"])
     cpu = re.sub(r"\((R|TM)\)", "", found["cpu"]).removesuffix(" Processor")
     design = f" ({found['generation']})" if found.get("generation") else ""
-    return f"{cpu}{design}, {_WORDS[common.instructions(found)]}"
+    return f"{cpu}{design}, {_WORDS[machines.instructions(found)]}"
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -30,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 from common import save
+from methods import with_method
 from tables import Row, at_most, requirements
 from training import without_statistics
 
@@ -51,7 +52,6 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 CHIP_BYTES = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
-METHODS = ("lora", "nalora")
 WHAT = ("costs", "scheduled", "memory")
 # What each fusion reads and writes, once, and nothing else.
 UNSCHEDULED = {
@@ -105,14 +105,12 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
     from nalora_jax.train.state import init_state
 
-    off = method == "lora"
     config = c.RunConfig(
         steps=1000,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up)_proj", 8),)),
-        mask=c.MaskConfig(kind="off") if off else c.MaskConfig("soft", warmup=0),
-        step_scale=c.StepScaleConfig(kind="off") if off else c.StepScaleConfig("homogeneity", warmup=0),
         compute=c.ComputeConfig(dtype="bfloat16", remat="full", loss_chunk=chunk),
     )
+    config = with_method(config, method)
     base = replace(ModelConfig.from_hf({**LLAMA, "num_hidden_layers": layers}))
     spec = resolve(config.lora, projection_shapes(base), base.n_layers)
     mechanisms = build_mechanisms(config, base, spec)
@@ -143,7 +141,7 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
         }.items()
     }
     compiled = compile_step(config, base, model, optimizer, mechanisms, mesh, places)
-    return without_statistics(compiled) if off else compiled, (params, state, batch)
+    return without_statistics(compiled) if method == "lora" else compiled, (params, state, batch)
 
 
 def costs(
@@ -151,7 +149,7 @@ def costs(
 ) -> dict[str, dict[str, float]]:
     """Flops and bytes accessed per chip of the whole model, by method."""
     found = {}
-    for method in METHODS:
+    for method in ("lora", "nalora"):
         few, more = (
             program(method, layers, topology, rows, seq, unroll=True, compiler=compiler).cost_analysis()
             for layers in depths
@@ -165,7 +163,7 @@ def costs(
 def memory(topology: str, rows: int, seq: int, layers: int) -> dict[str, dict[str, int]]:
     """Bytes per chip of the whole program, by method."""
     found = {}
-    for method in METHODS:
+    for method in ("lora", "nalora"):
         analysis = program(method, layers, topology, rows, seq, unroll=False).memory_analysis()
         found[method] = {
             "arguments": int(analysis.argument_size_in_bytes),

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 from common import SMOLLM2, load_batches, peak_rss_mb, random_tokens, summary
+from methods import METHODS, with_method
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--method", choices=("lora", "nalora", "default"), default="lora")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after --warmup")
@@ -39,25 +40,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
-    """The settings of this work: "nalora" is mask and step scale by homogeneity, "default" the library's own."""
+    """The settings of this work, with one of `methods.METHODS`."""
     from nalora_jax import config as c
 
-    mask, scale = {
-        "lora": (c.MaskConfig("off"), c.StepScaleConfig("off")),
-        "nalora": (c.MaskConfig("soft", warmup=0), c.StepScaleConfig("homogeneity", warmup=0)),
-        "default": (c.MaskConfig(warmup=0), c.StepScaleConfig(warmup=0)),
-    }[method or options.method]
-    return c.RunConfig(
+    config = c.RunConfig(
         steps=10_000,
         seed=options.seed,
         lora=c.LoRAConfig(rules=(c.LoRARule("ffn/(gate|up|down)_proj", options.rank),)),
-        mask=mask,
-        step_scale=scale,
         optimizer=c.OptimizerConfig(
             learning_rate=options.learning_rate, schedule="constant", warmup_share=0.0, clip_norm=0.0
         ),
         compute=c.ComputeConfig(dtype=options.dtype, remat=options.remat),
     )
+    return with_method(config, method or options.method)
 
 
 def without_statistics(step: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,15 +13,11 @@ import pytest
 
 pytest.importorskip("peft")
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def accelerator(monkeypatch, tmp_path):
+def accelerator(monkeypatch, tmp_path, script):
     """The script, whose measured processes are calls, and whose figures go elsewhere."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    module = importlib.import_module("accelerator")
+    module = script("accelerator")
     monkeypatch.setattr(module.common, "OWN", tmp_path / "own")
     monkeypatch.delenv("NALORA_BENCH_QUICK", raising=False)
 
@@ -30,10 +25,7 @@ def accelerator(monkeypatch, tmp_path):
         return SimpleNamespace(record=json.loads(json.dumps(module.one(module.parse(command[2:])))))
 
     monkeypatch.setattr(module.common, "run_process", run)
-    yield module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "") or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    return module
 
 
 def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
@@ -88,7 +80,7 @@ def test_the_page_takes_the_figures_in(accelerator, tmp_path):
     runs["PEFT"] = [{**run, "tokens_per_second": [400.0], "memory_gb": 40.0}]
     machine = {"cpu": "Abacus", "cores": 8, "flags": {}, "memory_gb": 64.0, "python": "3.11", "versions": {"jax": "0"}}
     case = {"machine": {**machine, "accelerator": "8 x H100"}, "command": "x", "runs": runs, "not_compared": {}}
-    folder = tmp_path / accelerator.common.machine_name(case["machine"])
+    folder = tmp_path / accelerator.machines.machine_name(case["machine"])
     folder.mkdir()
     assert folder.name == "8-x-h100"
     (folder / "accelerator.json").write_text(json.dumps({"cases": {"llama": case}}))

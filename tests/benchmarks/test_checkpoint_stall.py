@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-def test_what_a_save_adds_is_held_against_the_steps_between_two(monkeypatch):
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    stall = importlib.import_module("checkpoint_stall")
+def test_what_a_save_adds_is_held_against_the_steps_between_two(script):
+    stall = script("checkpoint_stall")
     # 10 steps of 2 s; a save adds 3, 4 and 14 s. Every 100 steps: 4 of 200 s.
     seconds = {"first": [23.0, 24.0, 34.0], "second": [20.0, 20.0, 20.0]}
     found = {"seconds": seconds, "calls": [0.5, 0.5, 0.5], "settings": {"steps": 10, "every": 100}}
@@ -23,6 +15,3 @@ def test_what_a_save_adds_is_held_against_the_steps_between_two(monkeypatch):
     assert row.verdict == "met"
     found["settings"]["every"] = 20
     assert stall.rows({"cases": {"one": found}})[0].verdict == "**missed**"
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "") or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,14 +9,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def common():
-    path = Path(__file__).parents[2] / "benchmarks" / "common.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_common", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def common(script):
+    return script("common")
 
 
 def test_pairs_alternate_in_random_order_and_wait_for_the_result(common):
@@ -110,38 +103,6 @@ def test_batches_come_back_in_order(common, tmp_path):
     found = common.load_batches(tmp_path / "b.npz")
     assert [int(batch["tokens"][0, 0]) for batch in found] == list(range(12))
     assert found[3]["mask"].shape == (4,)
-
-
-@pytest.mark.parametrize(
-    ("cpu", "generation", "widest", "name"),
-    [
-        ("AMD EPYC", "", "avx512_bf16", "amd-epyc-avx512-bf16"),
-        ("AMD EPYC", "Zen 4", "avx512_bf16", "amd-epyc-zen-4-avx512-bf16"),
-        ("AMD EPYC", "Zen 3", "avx2", "amd-epyc-zen-3-avx2"),
-        ("Intel(R) Xeon(R) Processor", "", "amx_bf16", "intel-xeon-amx"),
-    ],
-)
-def test_a_machine_s_folder_is_named_after_its_processor(common, cpu, generation, widest, name):
-    sets = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    flags = {each: sets.index(each) <= sets.index(widest) for each in sets}
-    assert common.machine_name({"cpu": cpu, "generation": generation, "flags": flags}) == name
-
-
-@pytest.mark.parametrize(
-    ("vendor", "family", "model", "name"),
-    [  # family and model as /proc/cpuinfo of these processors has them
-        ("AuthenticAMD", "25", "1", "Zen 3"),  # EPYC 7763
-        ("AuthenticAMD", "25", "17", "Zen 4"),  # EPYC 9554
-        ("AuthenticAMD", "26", "2", "Zen 5"),  # EPYC 9755
-        ("AuthenticAMD", "23", "49", "Zen 2"),  # EPYC 7742
-        ("GenuineIntel", "6", "143", "Sapphire Rapids"),  # Xeon Platinum 8481C
-        ("GenuineIntel", "6", "1", ""),
-        ("HygonGenuine", "24", "1", ""),
-    ],
-)
-def test_a_processor_s_generation_is_known_by_its_numbers(common, vendor, family, model, name):
-    assert common.generation({"vendor_id": vendor, "cpu family": family, "model": model}) == name
-    assert common.generation({}) == ""
 
 
 def test_a_part_s_figures_lie_beside_the_committed_ones(common):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,8 @@ MACHINE = {
 
 
 @pytest.fixture(scope="module")
-def run():
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("run")
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "") or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+def run(script):
+    return script("run")
 
 
 def _write(folder: Path, part: str, case: str, found: dict, machine: dict = MACHINE) -> None:
@@ -114,12 +107,13 @@ def test_the_committed_pages_are_what_the_committed_figures_give(run):
     assert {what for whats in run.pages.HEADLINES.values() for what in whats} <= names
 
 
-def test_committed_figures_lie_under_the_name_of_their_machine(run):
+def test_committed_figures_lie_under_the_name_of_their_machine(run, script):
+    machines = script("machines")
     for path in run.common.PUBLISHED.glob("*/*.json"):
         if path.parent in (run.common.OWN, run.common.QUICK):
             continue
         for case in json.loads(path.read_text())["cases"].values():
-            assert run.common.machine_name(case["machine"]) == path.parent.name, path
+            assert machines.machine_name(case["machine"]) == path.parent.name, path
 
 
 def test_own_figures_replace_the_committed_ones_only_when_they_are_published(run, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*/quantized.json")), ids=lambda path: path.parent.name)
-def test_a_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import quantized
-
+def test_a_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(path, script):
+    quantized = script("quantized")
     record = json.loads(path.read_text())
     (row,) = [row for row in quantized.rows(record) if row.limit]
     assert row.verdict == "met"
@@ -29,5 +26,3 @@ def test_a_stored_result_has_a_row_for_each_kind_and_four_bits_meet_the_bound(pa
     assert [row.split(" | ")[1] for row in quantized.table(others).splitlines()[2:]] == [
         f"{kernels[kind] / 1e6:.0f}" for kind in quantized.KINDS[1:]
     ]
-    for name in ("quantized", "common", "tables"):
-        sys.modules.pop(name, None)
