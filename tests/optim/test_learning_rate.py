@@ -31,8 +31,9 @@ def test_a_rate_that_is_named_stays() -> None:
     assert with_learning_rate(named, 4096) is named
 
 
-def test_it_is_lower_where_two_rates_multiply_and_where_losses_are_of_pairs() -> None:
+def test_it_is_lower_where_two_rates_multiply_where_losses_are_of_pairs_and_where_adapters_start_large() -> None:
     assert rate_of(replace(LEFT, lora=LoRAConfig(plus_ratio=16.0))) == 0.001
+    assert rate_of(replace(LEFT, lora=LoRAConfig(init="lora_ga"))) == 0.0005
     assert rate_of(replace(LEFT, preference=PreferenceConfig("dpo"))) == 0.0005
 
 
