@@ -15,7 +15,9 @@ _TUNED, _WIDTH = 4e-3, 576
 _PAIRS = 8  # preference losses: by how much their rate is lower (docs/preference.md)
 _ENCODERS = 1e-3  # image and text encoders: what plain LoRA chose for each task of studies/few_shot_seeds
 # Starts that take part of the base out of its kernels, A and B both far from zero: by how much their rate is lower.
-_STARTS = {"lora_ga": 8}  # studies/full_ffn_table: 5e-4 against plain LoRA's 4e-3
+# What they chose in studies/full_ffn_table, where plain LoRA chose 4e-3: 5e-4 and 1e-3.
+_STARTS = {"lora_ga": 8, "pissa": 4}
+_ADALORA = 2  # from the same study, whose grid found no end: 4e-3 is worse than 8e-3
 _ADAPTIVE = ("adamw", "adam", "adafactor")
 
 
@@ -23,8 +25,9 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     """``config`` with the learning rate that it leaves to the library (0) decided.
 
     4e-3 up to a width of 576, as the studies chose; of wider models ``4e-3 * 576 / width``; of preference losses an
-    eighth of it, of LoRA-GA too; with LoRA+ divided by the root of its ratio, so that the product of A's and B's rates
-    stays. The rank does not matter to it. Of image and text encoders 1e-3.
+    eighth of it, of LoRA-GA too, of PiSSA a quarter, of AdaLoRA twice as much; with LoRA+ divided by the root of its
+    ratio, so that the product of A's and B's rates stays. The rank does not matter to it. Of image and text encoders
+    1e-3.
 
     Args:
       config: of the run.
@@ -41,6 +44,6 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
         raise NaloraError("--optimizer.learning-rate", expected=expected, found="auto", remedy="name it")
     rate = _TUNED * min(1.0, _WIDTH / width) if width else _ENCODERS
     rate /= math.sqrt(config.lora.plus_ratio) * (_PAIRS if config.preference.loss != "none" else 1)
-    rate /= _STARTS.get(config.lora.init, 1)
+    rate *= (_ADALORA if config.adalora.target_rank else 1) / _STARTS.get(config.lora.init, 1)
     rate = float(f"{rate:.2g}")
     return replace(config, optimizer=replace(settings, learning_rate=rate))

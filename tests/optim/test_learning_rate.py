@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from nalora_jax.config import LoRAConfig, OptimizerConfig, PreferenceConfig, RunConfig
+from nalora_jax.config import AdaLoRAConfig, LoRAConfig, OptimizerConfig, PreferenceConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.optim.learning_rate import with_learning_rate
 from nalora_jax.optim.nalora import make_schedule
@@ -31,10 +31,16 @@ def test_a_rate_that_is_named_stays() -> None:
     assert with_learning_rate(named, 4096) is named
 
 
-def test_it_is_lower_where_two_rates_multiply_where_losses_are_of_pairs_and_where_adapters_start_large() -> None:
+def test_it_is_lower_where_two_rates_multiply_and_where_losses_are_of_pairs() -> None:
     assert rate_of(replace(LEFT, lora=LoRAConfig(plus_ratio=16.0))) == 0.001
-    assert rate_of(replace(LEFT, lora=LoRAConfig(init="lora_ga"))) == 0.0005
     assert rate_of(replace(LEFT, preference=PreferenceConfig("dpo"))) == 0.0005
+
+
+def test_it_is_lower_where_adapters_start_large_and_higher_where_they_start_slowly() -> None:
+    assert rate_of(replace(LEFT, lora=LoRAConfig(init="lora_ga"))) == 0.0005
+    assert rate_of(replace(LEFT, lora=LoRAConfig(init="pissa"))) == 0.001
+    assert rate_of(replace(LEFT, adalora=AdaLoRAConfig(target_rank=4))) == 0.008
+    assert rate_of(replace(LEFT, lora=LoRAConfig(init="gradient"))) == 0.004
 
 
 @pytest.mark.parametrize("name", ["sgd", "lion"])
