@@ -12,11 +12,12 @@ from nalora_jax.errors import NaloraError
 # studies/gate_only_small_rank, of grids that double.
 # Wider models: in inverse proportion, which lies near a public sweep of others (docs/method.md); not measured here.
 _TUNED, _WIDTH = 4e-3, 576
-_PAIRS = 8  # preference losses: by how much their rate is lower (docs/preference.md)
 _ENCODERS = 1e-3  # image and text encoders: what plain LoRA chose for each task of studies/few_shot_seeds
-# Starts that take part of the base out of its kernels, A and B both far from zero: by how much their rate is lower.
-# What they chose in studies/full_ffn_table, where plain LoRA chose 4e-3: 5e-4 and 1e-3.
-_STARTS = {"lora_ga": 8, "pissa": 4}
+# What this is multiplied by. For preference losses (docs/preference.md):
+_PAIRS = 1 / 8
+# Starts that take part of the base out of its kernels, A and B both far from zero: studies/full_ffn_table chose 5e-4
+# and 1e-3 for them, where plain LoRA chose 4e-3.
+_STARTS = {"lora_ga": 1 / 8, "pissa": 1 / 4}
 _ADALORA = 2  # from the same study, whose grid found no end: 4e-3 is worse than 8e-3
 _ADAPTIVE = ("adamw", "adam", "adafactor")
 
@@ -43,7 +44,10 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
         expected = f"a learning rate with {settings.name}"
         raise NaloraError("--optimizer.learning-rate", expected=expected, found="auto", remedy="name it")
     rate = _TUNED * min(1.0, _WIDTH / width) if width else _ENCODERS
-    rate /= math.sqrt(config.lora.plus_ratio) * (_PAIRS if config.preference.loss != "none" else 1)
-    rate *= (_ADALORA if config.adalora.target_rank else 1) / _STARTS.get(config.lora.init, 1)
+    rate *= _STARTS.get(config.lora.init, 1) / math.sqrt(config.lora.plus_ratio)
+    if config.preference.loss != "none":
+        rate *= _PAIRS
+    if config.adalora.target_rank:
+        rate *= _ADALORA
     rate = float(f"{rate:.2g}")
     return replace(config, optimizer=replace(settings, learning_rate=rate))
