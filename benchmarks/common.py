@@ -234,13 +234,6 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     whole.replace(path)
 
 
-def write_between(page: Path, start: str, end: str, content: str) -> None:
-    """Replaces what stands between two markers of a page."""
-    before, rest = page.read_text().split(start)
-    _, after = rest.split(end)
-    page.write_text(f"{before}{start}\n{content}\n{end}{after}")
-
-
 def _public(value: Any) -> Any:
     """``value`` without the paths of this machine: of an absolute one, only the last name stays."""
     if isinstance(value, dict):

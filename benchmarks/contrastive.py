@@ -16,7 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common import CLIP_B16, write, write_between
+from common import CLIP_B16, write
+from markers import write_between
 from methods import with_method
 
 RECORD = Path(__file__).parent / "results" / "contrastive.json"

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import write_between
+from markers import write_between
 
 RECORD = Path(__file__).parent / "results" / "pods.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.common import write_between
+from benchmarks.markers import write_between
 from tests.fuzz.campaign import outcomes
 from tests.fuzz.parsers import PARSERS, Parser
 
