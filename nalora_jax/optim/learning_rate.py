@@ -18,7 +18,7 @@ _PAIRS = 1 / 8
 # Starts that take part of the base out of its kernels, A and B both far from zero: studies/full_ffn_table chose 5e-4
 # and 1e-3 for them, where plain LoRA chose 4e-3.
 _STARTS = {"lora_ga": 1 / 8, "pissa": 1 / 4}
-_ADALORA = 2  # from the same study, whose grid found no end: 4e-3 is worse than 8e-3
+_ADALORA = 4  # the same study chose 1.6e-2
 _ADAPTIVE = ("adamw", "adam", "adafactor")
 
 
@@ -26,7 +26,7 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     """``config`` with the learning rate that it leaves to the library (0) decided.
 
     4e-3 up to a width of 576, as the studies chose; of wider models ``4e-3 * 576 / width``; of preference losses an
-    eighth of it, of LoRA-GA too, of PiSSA a quarter, of AdaLoRA twice as much; with LoRA+ divided by the root of its
+    eighth of it, of LoRA-GA too, of PiSSA a quarter, of AdaLoRA four times as much; with LoRA+ divided by the root of its
     ratio, so that the product of A's and B's rates stays. The rank does not matter to it. Of image and text encoders
     1e-3.
 
