@@ -26,9 +26,9 @@ def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     """``config`` with the learning rate that it leaves to the library (0) decided.
 
     4e-3 up to a width of 576, as the studies chose; of wider models ``4e-3 * 576 / width``; of preference losses an
-    eighth of it, of LoRA-GA too, of PiSSA a quarter, of AdaLoRA four times as much; with LoRA+ divided by the root of its
-    ratio, so that the product of A's and B's rates stays. The rank does not matter to it. Of image and text encoders
-    1e-3.
+    eighth of it, of LoRA-GA too, of PiSSA a quarter, of AdaLoRA four times as much; with LoRA+ divided by the root of
+    its ratio, so that the product of A's and B's rates stays. The rank does not matter to it. Of image and text
+    encoders 1e-3.
 
     Args:
       config: of the run.
