@@ -9,9 +9,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-# Products of few rows are not made part of larger ones with the same factor, which would then have the finer of both
-# dtypes: the misalignment probe's made a gate's products float32, 2% of a step's HBM traffic.
-_GPU_ALWAYS: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
+_GPU_ALWAYS: dict[str, Any] = {
+    # Products of few rows are not made part of larger ones with the same factor, which would then have the finer of
+    # both dtypes: the misalignment probe's made a gate's products float32, 2% of a step's HBM traffic.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # Percent of the memory that rematerialisation and the scheduler may plan with. They take a step over scanned layers
+    # for 1.5 times what it needs; at the default of 95 they compute products twice and let gathers wait for memory that
+    # is free.
+    "xla_gpu_memory_limit_slop_factor": 200,
+}
 # Gathers of kernels run behind products: without these, v6e's compiler schedules none of them so, v5e's some.
 _TPU = {
     "xla_tpu_enable_async_collective_fusion": "true",  # collectives are cut into steps that ride along in products

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.programs import best_remat
 from nalora_jax.ops.rounding import LAYER_INPUT, SAVED, SAVED_WIDE
@@ -71,13 +72,15 @@ def stacked(block: Any, remat: str, n_layers: int) -> Any:
 
 def _policy(remat: str) -> Callable[..., Any] | None:
     """What `jax.checkpoint` is told; None saves nothing but a layer's input."""
-    saved = _SAVES[remat.removesuffix(OFFLOAD)]
-    if not remat.endswith(OFFLOAD):
-        return jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
-    policy: Callable[..., Any] = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=(),
-        names_which_can_be_offloaded=(LAYER_INPUT, *saved),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
+    saved, known = _SAVES[remat.removesuffix(OFFLOAD)], jax.checkpoint_policies
+    policy: Callable[..., Any] | None = None
+    if remat.endswith(OFFLOAD):
+        policy = known.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=(LAYER_INPUT, *saved),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif saved:
+        policy = known.save_from_both_policies(known.save_only_these_names(*saved), cudnn_attention.is_forward_pass)
     return policy

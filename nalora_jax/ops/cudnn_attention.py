@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
 from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.registry import AUTO, Implementation
+from nalora_jax.ops.rounding import round_and_save
 
 log = logging.getLogger(__name__)
 
 CUDNN = Implementation("cudnn", platform="gpu")
-_LARGEST_BIAS = 256 << 20  # bytes; visibility of longer rows is better compared than stored
+LARGEST_BIAS = 256 << 20  # bytes; visibility of longer rows is better compared than stored
 
 
 @CUDNN.implements(attention)
@@ -37,21 +39,32 @@ def cudnn_attention(
     starts: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` where cuDNN has it."""
-    fits = numerics.operand == "bfloat16" and not config.softcap and q.shape[1] % 2 == 0 and q.shape[-1] % 8 == 0
+    fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap)
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
-    if numerics.implementation == AUTO and bias_bytes(q.shape, config) > _LARGEST_BIAS:
+    if numerics.implementation == AUTO and bias_bytes(q.shape, config) > LARGEST_BIAS:
         return NotImplemented
     if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.device_kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
-    return dot_product(q, keys.k, keys.v, visible, config.scale, numerics.operand, "cudnn").astype(numerics.result)
+    q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
+    return dot_product(q, k, v, visible, config.scale, numerics.operand, "cudnn").astype(numerics.result)
+
+
+def takes(seq: int, head_dim: int, softcap: float | None) -> bool:
+    """Whether cuDNN may compute rows of ``seq`` tokens; `compiles` asks it."""
+    return not softcap and seq % 2 == 0 and head_dim % 8 == 0
 
 
 def bias_bytes(q_shape: tuple[int, ...], config: AttentionConfig) -> int:
     """Bytes on each device of the visibility that cuDNN reads: bfloat16 ``[rows, 1, seq, seq]``."""
     rows = q_shape[0] if config.sharding is None else config.sharding.shard_shape((q_shape[0], 1, 1))[0]
     return 2 * rows * q_shape[1] ** 2
+
+
+def is_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`: saves the results of cuDNN's forward pass, which JAX gives no name of its own."""
+    return bool(primitive.name == "dot_product_attention_fwd_wrapper")
 
 
 @lru_cache(maxsize=64)

@@ -19,16 +19,18 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.models.remat import OFFLOAD
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.ops.cudnn_attention import CUDNN, LARGEST_BIAS
+from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
 from nalora_jax.ops.splash_attention import SPLASH, takes
 from nalora_jax.ops.triton_attention import TRITON
 from nalora_jax.ops.triton_attention import takes as triton_takes
 from nalora_jax.plan.machines import Topology
-from nalora_jax.plan.roofline import active_parameters, attention_flops, splash_flops, useful_flops
+from nalora_jax.plan.roofline import active_parameters, attention_flops, causal_flops, splash_flops, useful_flops
 
 # Policies in the order of what they keep for the backward pass, most first; on the chip, or in the host's memory.
 POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
 _MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
-# Of the memory: how far estimates may be off (docs/pods.md). On a GPU XLA makes things again from 90% on.
+# Of the memory: how far estimates may be off (docs/pods.md).
 _USABLE = {"tpu": 0.9, "gpu": 0.85}
 _USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading, and of the system
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others wait in the host's memory
@@ -148,7 +150,7 @@ def estimate(
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
     tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
-    kernel = _attention_kernel(where, base, seq)
+    kernel = _attention_kernel(where, base, rows, seq)
     saves, offloads = remat.removesuffix(OFFLOAD), remat.endswith(OFFLOAD)
     kept = _saved(base, saves, tensor, kernel) * wide * tokens
     layout = Layout(
@@ -213,13 +215,13 @@ def _sums(base: ModelConfig, tokens: float, tensor: int, remat: str, wide: float
     return sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
 
 
-def _attention_kernel(where: Topology, base: ModelConfig, seq: int) -> str:
-    """The implementation that attention of whole rows takes, as far as it can be compiled for here; "" for none.
-
-    cuDNN's kernels, which a GPU's user has, cannot be compiled without a GPU; they keep no more than these do.
-    """
+def _attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) -> str:
+    """The implementation that attention of ``rows`` whole rows of a shard takes; "" for the plain function."""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
+    short = 2 * rows * seq**2 <= LARGEST_BIAS
+    if where.chip.platform == CUDNN.platform and short and cudnn_takes(seq, base.head_dim, base.attn_softcap):
+        return CUDNN.name
     known = (base.head_dim, base.layer_windows, base.attn_softcap)
     if where.chip.platform == TRITON.platform and triton_takes(seq, *known):
         return TRITON.name
@@ -248,8 +250,9 @@ def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
 
 def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Numbers a token and layer that wait for the backward pass."""
-    # Splash attention's result is saved with the projections; of the plain function also its inputs, as it has them.
-    queries, keys = {SPLASH.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
+    # Splash attention's result and cuDNN's are saved with the projections; of the plain function also its inputs, as it
+    # has them.
+    queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
     heads = (queries * base.n_heads + keys * base.n_kv_heads) * base.head_dim / tensor
     chosen = base.experts_per_token if base.n_experts else 1
     wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
@@ -285,10 +288,13 @@ def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq
     again = {"full": inner, "attention": ffn_in}.get(remat, 0.0) * base.n_layers
     tokens, seen = rows * seq, rows * attention_flops(base, seq)
     adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
-    # Of splash attention the forward pass is made again by "full" alone, of the others under every policy; behind it
-    # the plain function's gradients take five products to its two, and Triton's seven.
+    # The forward pass of splash attention and of cuDNN is made again by "full" alone, of the others under every policy;
+    # behind it the plain function's gradients and cuDNN's take five products to its two, and Triton's seven.
+    passes = 2 if remat == "full" else 1
     if kernel == SPLASH.name:
-        kernels = rows * splash_flops(base, seq, forward=2 if remat == "full" else 1)
+        kernels = rows * splash_flops(base, seq, forward=passes)
+    elif kernel == CUDNN.name:
+        kernels = rows * base.n_layers * causal_flops(base, seq, 2 * passes + 5)
     else:
         kernels = (5.5 if kernel == TRITON.name else 4.5) * seen
     return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels

@@ -20,7 +20,10 @@ def flops_of(instruction: Instruction, computation: Computation) -> float:
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """A Pallas kernel's own name on a GPU, else that of the instruction without its number."""
+    """What cuDNN's attention does, a Pallas kernel's own name on a GPU, else the instruction's without its number."""
+    attention = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes)
+    if attention:
+        return "cudnn_attention_backward" if "Backward" in attention[1] else "cudnn_attention_forward"
     name = re.sub(r"[.\d]+$", "", instruction.name)
     own = re.search(r'op_name="(?:[^"]*/)?(\w+)/pallas_call"', instruction.attributes)
     return own[1] if own and name.startswith("pallas_call") else name

@@ -17,8 +17,9 @@ from nalora_jax.plan.accounting import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
 
-# Products of JAX's attention kernels for Triton, in one layer: the backward pass computes the scores twice.
-_MHA = {"mha_forward": 2, "mha_backward": 7}
+# Products of attention's kernels on GPUs, in one layer. The backward pass computes the scores again, and Triton's does
+# so twice. cuDNN's tiles are taken to be as large as Triton's; it knows causality and no windows.
+_MHA = {"mha_forward": 2, "mha_backward": 7, "cudnn_attention_forward": 2, "cudnn_attention_backward": 5}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float
     return total
 
 
+def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
+    """Flops of ``products`` of attention in one layer for one row, as kernels of GPUs compute them.
+
+    All blocks of 128 queries and keys that causality touches, whatever the layer's window.
+    """
+    return products * 2.0 * triton_pairs(seq) * base.n_heads * base.head_dim
+
+
 def active_parameters(base: ModelConfig) -> float:
     """Weights that multiply every token, the head included and the embedding not."""
     total = 0.0
@@ -98,7 +107,7 @@ def kernel_flops(
     calls = program.custom_calls
     if any(name in calls for name in _MHA):
         products = sum(count * calls.get(name, 0.0) for name, count in _MHA.items())
-        return rows / accumulate * products * 2.0 * triton_pairs(seq) * base.n_heads * base.head_dim / n_tensor
+        return rows / accumulate * causal_flops(base, seq, products) / n_tensor
     # Every window is a branch, and each layer takes one of them.
     layers = len(set(base.layer_windows)) * base.n_layers * accumulate
     runs = {

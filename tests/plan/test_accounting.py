@@ -289,14 +289,19 @@ ENTRY %main (x: bf16[256,64], w: bf16[4,64,128], s: s32[5]) -> bf16[256,128] {
   %w = bf16[4,64,128]{2,1,0} parameter(1)
   %s = s32[5]{0} parameter(2)
   %pallas_call.3 = bf16[256,128]{1,0} custom-call(%x, %w, %s), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/while/body/grouped_matmul/pallas_call"}
-  ROOT %pallas_call.4 = bf16[256,128]{1,0} custom-call(%pallas_call.3), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/jit(mha)/mha_forward/pallas_call"}
+  %pallas_call.4 = bf16[256,128]{1,0} custom-call(%pallas_call.3), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/jit(mha)/mha_forward/pallas_call"}
+  %fwd.5 = (bf16[256,128]{1,0}, u8[0]{0}) custom-call(%pallas_call.4), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", metadata={op_name="jit(step)/jvp()/dot_product_attention_fwd"}
+  %get-tuple-element.6 = bf16[256,128]{1,0} get-tuple-element(%fwd.5), index=0
+  %bwd.7 = (bf16[256,128]{1,0}, u8[0]{0}) custom-call(%get-tuple-element.6), custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"
+  ROOT %get-tuple-element.8 = bf16[256,128]{1,0} get-tuple-element(%bwd.7), index=0
 }
 """  # noqa: E501
 
 
 def test_products_by_group_are_counted_and_kernels_of_gpus_have_their_own_names():
     program = Program(GROUPED)
-    assert program.custom_calls == {"grouped_matmul": 1.0, "mha_forward": 1.0}
+    attention = ("mha_forward", "cudnn_attention_forward", "cudnn_attention_backward")
+    assert program.custom_calls == {"grouped_matmul": 1.0, **dict.fromkeys(attention, 1.0)}
     assert program.flops == 2 * 256 * 64 * 128
 
 

@@ -108,6 +108,11 @@ def test_attention_s_kernels_are_counted_by_the_blocks_that_they_compute():
     assert kernel_flops(on_gpu, base, 3, 4096, 1) == 3 * (4 * 2 + 2 * 7) * 2 * pairs * heads
     assert kernel_flops(on_gpu, base, 3, 4096, 1, 2) == kernel_flops(on_gpu, base, 3, 4096, 1) / 2
     assert kernel_flops(on_gpu, base, 3, 4096, 2) == kernel_flops(on_gpu, base, 3, 4096, 1) / 2
+    # cuDNN's: five products behind them; a window is visibility that it reads, and saves nothing.
+    calls = {"cudnn_attention_forward": 4.0, "cudnn_attention_backward": 2.0}
+    cudnn = Figures(0, 0, 0, 0, calls, ())
+    assert kernel_flops(cudnn, base, 3, 4096, 1) == 3 * (4 * 2 + 2 * 5) * 2 * pairs * heads
+    assert kernel_flops(cudnn, windowed, 3, 4096, 1) == kernel_flops(cudnn, base, 3, 4096, 1)
 
 
 def test_attention_is_the_kernel_that_takes_it():
@@ -122,7 +127,9 @@ def test_attention_is_the_kernel_that_takes_it():
 
     kept = 2 * 4096 * 32 * 4096.0  # bytes of attention's result in all layers
     assert of(128, 4096) == of(64, 4096)
-    assert of(128, 4096) - of(128, 4096, topology("64xh100")) == pytest.approx(kept)
+    gpus = topology("64xh100")
+    assert of(128, 4096) == of(128, 4096, gpus)  # cuDNN's result as well
+    assert of(128, 16384) - of(128, 16384, gpus) == pytest.approx(4 * kept)  # Triton's is not
     assert of(32, 4096) - of(128, 4096) == pytest.approx(1.5 * kept)  # keys and values are a quarter as wide each
     assert of(128, 4096) / 4096 < of(128, 4032) / 4032
 
