@@ -12,6 +12,7 @@ from nalora_jax.study.laboratory import Laboratory
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Records
+from nalora_jax.train.machine import describe_device
 
 # Nats per token. The same program on the same kind of machine gives the same bits; another order of sums gives less
 # than this in a few hundred steps, and another computation more.
@@ -21,13 +22,16 @@ TOLERANCE = 1e-3
 def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
     """Does ``count`` finished runs again, drawn at random, and compares their losses with the records.
 
+    Drawn are runs that this kind of machine recorded, as long as there is one: another kind adds in another order, and
+    hundreds of steps make a difference of it that says nothing about the code.
+
     Args:
       protocol: of the study.
       count: how many, at most.
       seed: of the draw; by default another one every time.
 
     Returns:
-      One line per run: both losses and their difference.
+      One line per run with both losses, and a last one if runs of other machines were left out.
 
     Raises:
       NaloraError: there is no record, or a loss differs by more than `TOLERANCE`.
@@ -36,8 +40,10 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
     finished = [run for run in wanted(protocol, records) if run.id in records]
     if not finished:
         raise NaloraError(str(protocol.folder), expected="at least one finished run", found="none")
+    here = describe_device()
+    ours = [run for run in finished if records[run.id]["device"] == here] or finished
     lines = []
-    for run in random.Random(seed).sample(finished, min(count, len(finished))):
+    for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
             again = perform(run, laboratory, Path(folder) / "snapshot.npz")
         old, new = records[run.id], again
@@ -50,4 +56,6 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
             if not same:
                 raise NaloraError(line, expected=f"a difference of at most {TOLERANCE:g}", found="more")
             lines.append(line)
+    if len(ours) < len(finished):
+        lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
     return "\n".join(lines)

@@ -271,6 +271,23 @@ def test_records_are_reproduced_and_a_false_one_is_found_out(
         verify(protocol, count=1)
 
 
+def test_only_runs_of_this_kind_of_machine_are_done_again(
+    copy: Path, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nalora_jax.study.verification.Laboratory", lambda _: laboratory)
+    path = copy / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = next(line for line in lines if line["stage"] == "test")
+    for line in lines:
+        if line is not kept:  # a machine whose losses this one would not reproduce
+            line["device"] = "1 x cpu (another)"
+            line["validation"]["loss"] -= 0.01
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = verify(read_protocol(copy), count=len(lines))
+    assert told.count(": test loss ") == 1
+    assert f"drawn from the 1 of {len(lines)} runs" in told
+
+
 def test_processes_share_a_study_and_no_run_is_done_twice(quick: Protocol) -> None:
     counts: list[int] = []
     threads = [threading.Thread(target=lambda: counts.append(execution.run_study(quick))) for _ in range(3)]
