@@ -5,8 +5,10 @@ What they do to the scheduled program is in docs/pods.md, made by ``nalora plan`
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 _GPU_ALWAYS: dict[str, Any] = {
@@ -34,7 +36,11 @@ _V5P = ("tpu v5", "tpu v5p")
 _GPU: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_while_loop_double_buffering": True,  # two layers in one iteration of the scan
+}
+# The same option by its names in the XLA of JAX 0.10 and of 0.12.
+_PIPELINED: dict[str, Any] = {
     "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
 }
 
 
@@ -47,9 +53,22 @@ def compiler_options(mesh: Mesh, *, experts: bool = False) -> dict[str, Any]:
     """
     device, gathers = mesh.devices.flat[0], mesh.shape["fsdp"] > 1
     if device.platform == "gpu":
-        return _GPU_ALWAYS | (_GPU if gathers else {})
+        pipelined = {name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)}
+        return _GPU_ALWAYS | (_GPU if gathers else {}) | pipelined
     if device.platform != "tpu" or not gathers:
         return {}
     if experts and device.device_kind.lower() in _V5P:
         return {name: value for name, value in _TPU.items() if name not in _NOT_BESIDE_GROUPS}
     return dict(_TPU)
+
+
+@cache
+def _is_known(name: str, value: Any) -> bool:
+    """Whether the XLA that is installed has this option: it refuses to compile with one that it does not know."""
+    try:
+        jax.jit(lambda: 0.0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            return False
+        raise
+    return True

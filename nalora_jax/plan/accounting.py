@@ -25,6 +25,7 @@ _COLLECTIVES = (
     "collective-broadcast",
 )
 _BETWEEN = " between slices"  # ends the kind of a collective of several slices
+_FUSIONS = ("fusion", "fusion-start")  # the second runs beside what follows, up to its "fusion-done"
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'  # the end of the first part of a collective
 # Custom calls that are no kernels: a TPU's compiler marks with them what it does itself.
 _MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|AllocateBuffer)"')
@@ -259,7 +260,8 @@ class Program:
             return 0.0
         if "ConcatBitcast" in instruction.attributes:
             return 0.0
-        inner = self.computations.get(instruction.calls[0]) if opcode == "fusion" and instruction.calls else None
+        fused = opcode in _FUSIONS and instruction.calls
+        inner = self.computations.get(instruction.calls[0]) if fused else None
         total = 0.0
         for index, name in enumerate(instruction.operands):
             operand = computation.instructions.get(name)
@@ -270,7 +272,7 @@ class Program:
                 continue
             total += min(held, self._read(inner, index)) if inner is not None else _used(instruction, index, held)
         written = sum(shape.size for shape in instruction.shapes if shape.in_hbm)
-        if opcode.endswith("-start"):  # its result names the operand again
+        if opcode.endswith("-start") and inner is None:  # its result names the operand again
             return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
         return total + (
             min(written, self._written(inner)) if inner is not None else _changed(instruction, computation, written)

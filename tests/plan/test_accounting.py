@@ -127,6 +127,42 @@ def test_what_a_fusion_slices_it_computes_of_those_elements_alone():
     assert Program(SLICED).memory_bytes == few + every
 
 
+ASYNCHRONOUS = """HloModule step
+
+%put (stack: bf16[40,64,8], i: s32[], one: bf16[64,8]) -> bf16[40,64,8] {
+  %stack = bf16[40,64,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %one = bf16[64,8]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %row = bf16[1,64,8]{2,1,0} bitcast(%one)
+  ROOT %new = bf16[40,64,8]{2,1,0} dynamic-update-slice(%stack, %row, %i, %zero, %zero)
+}
+
+%take (stack.1: bf16[40,64,8], i.1: s32[]) -> bf16[1,64,8] {
+  %stack.1 = bf16[40,64,8]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %zero.1 = s32[] constant(0)
+  ROOT %old = bf16[1,64,8]{2,1,0} dynamic-slice(%stack.1, %i.1, %zero.1, %zero.1), dynamic_slice_sizes={1,64,8}
+}
+
+ENTRY %main (a: bf16[40,64,8], b: s32[], c: bf16[64,8]) -> bf16[1,64,8] {
+  %a = bf16[40,64,8]{2,1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %c = bf16[64,8]{1,0} parameter(2)
+  %start = ((bf16[40,64,8]{2,1,0}, s32[], bf16[64,8]{1,0}), bf16[40,64,8]{2,1,0}, u32[]) fusion-start(%a, %b, %c), kind=kLoop, calls=%put
+  %done = bf16[40,64,8]{2,1,0} fusion-done(%start)
+  %start.1 = ((bf16[40,64,8]{2,1,0}, s32[]), bf16[1,64,8]{2,1,0}, u32[]) fusion-start(%done, %b), kind=kLoop, calls=%take
+  ROOT %done.1 = bf16[1,64,8]{2,1,0} fusion-done(%start.1)
+}
+"""  # noqa: E501
+
+
+def test_a_fusion_that_runs_beside_others_moves_a_slice_of_the_stack_that_it_names():
+    """So JAX 0.12's compiler for GPUs writes what puts a layer's results into their stack, and takes them out."""
+    layer, index = 2 * 64 * 8, 4
+    assert Program(ASYNCHRONOUS).memory_bytes == pytest.approx(4 * layer, abs=2 * index)
+
+
 def test_rows_of_rows_are_read_alone():
     text = SLICED.replace(
         "ROOT %slice = f32[4,8]{1,0} slice(%wide), slice={[0:4], [0:8]}",
