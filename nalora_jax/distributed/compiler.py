@@ -20,18 +20,30 @@ _GPU_ALWAYS: dict[str, Any] = {
     # is free.
     "xla_gpu_memory_limit_slop_factor": 200,
 }
-# Gathers of kernels run behind products: without these, v6e's compiler schedules none of them so, v5e's some.
-_TPU = {
+# Gathers of kernels run behind products: without these v5e's compiler schedules some of them so. On other TPUs libtpu
+# refuses the first of them from 0.0.50 on, because of wrong results and hangs.
+_V5E = {
     "xla_tpu_enable_async_collective_fusion": "true",  # collectives are cut into steps that ride along in products
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # gathers, too
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",  # over more than one product
     "xla_tpu_overlap_compute_collective_tc": "true",  # on the same core
     "xla_enable_async_all_gather": "true",
 }
-# With these two the compiler of libtpu 0.0.42 fails on v5p where a loop holds products by group: "Cannot find value
-# '<iteration-smem-mask-address-key>'" (v5e's and v6e's do not).
-_NOT_BESIDE_GROUPS = ("xla_enable_async_all_gather", "xla_tpu_enable_async_collective_fusion_fuse_all_gather")
-_V5P = ("tpu v5", "tpu v5p")
+# The same where a chip has SparseCores, which gather while the TensorCore computes: v5p, v6e and later.
+_SPARSE_CORES = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",
+    "xla_tpu_enable_all_gather_offload_tracing": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_use_tc_device_shape_on_sc": "true",
+    "xla_sc_disable_megacore_partitioning": "true",
+}
+# By the names that JAX has for a kind of device.
+_TPU = {"tpu v5 lite": _V5E, "tpu v5e": _V5E} | dict.fromkeys(
+    ("tpu v5", "tpu v5p", "tpu v6 lite", "tpu v6e"), _SPARSE_CORES
+)
 # Schedules by latency, so that a layer's kernels are on their way while the one before it is computed.
 _GPU: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -44,22 +56,15 @@ _PIPELINED: dict[str, Any] = {
 }
 
 
-def compiler_options(mesh: Mesh, *, experts: bool = False) -> dict[str, Any]:
-    """For ``jax.jit(..., compiler_options=...)`` of a step on ``mesh``.
-
-    Args:
-      mesh: the step's.
-      experts: the model is a mixture of experts, whose products are by group.
-    """
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """For ``jax.jit(..., compiler_options=...)`` of a step on ``mesh``."""
     device, gathers = mesh.devices.flat[0], mesh.shape["fsdp"] > 1
     if device.platform == "gpu":
         pipelined = {name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)}
         return _GPU_ALWAYS | (_GPU if gathers else {}) | pipelined
     if device.platform != "tpu" or not gathers:
         return {}
-    if experts and device.device_kind.lower() in _V5P:
-        return {name: value for name, value in _TPU.items() if name not in _NOT_BESIDE_GROUPS}
-    return dict(_TPU)
+    return dict(_TPU.get(device.device_kind.lower(), {}))
 
 
 @cache

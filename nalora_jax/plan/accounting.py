@@ -28,7 +28,7 @@ _BETWEEN = " between slices"  # ends the kind of a collective of several slices
 _FUSIONS = ("fusion", "fusion-start")  # the second runs beside what follows, up to its "fusion-done"
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'  # the end of the first part of a collective
 # Custom calls that are no kernels: a TPU's compiler marks with them what it does itself.
-_MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|AllocateBuffer)"')
+_MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
 # Instructions that move no bytes of their own.
 _FREE = frozenset(
     (
@@ -231,7 +231,13 @@ class Program:
         """Whether products run between a collective's start and its end, by the schedule."""
         names = list(scheduled.instructions)
         places = [names.index(caller) for caller in callers]
-        if instruction.opcode.endswith("-start"):
+        begun = scheduled.instructions[callers[0]]
+        if begun.opcode == "call-start":  # on a SparseCore; from libtpu 0.0.50 on an update hands it the operand later
+            updates = [user for user in scheduled.users[begun.name] if user.opcode == "call-update"]
+            given = updates[0] if updates else begun
+            ends = [user for user in scheduled.users[given.name] if user.opcode == "call-done"]
+            places = [names.index(one.name) for one in (given, *ends)]
+        elif instruction.opcode.endswith("-start"):
             places += [names.index(u.name) for u in scheduled.users[instruction.name] if u.opcode.endswith("-done")]
         if len(places) == 1:
             return False
@@ -241,7 +247,7 @@ class Program:
         if instruction.opcode in ("convolution", "dot"):
             return True
         if instruction.opcode == "custom-call":
-            return "AllocateBuffer" not in instruction.attributes and "Bitcast" not in instruction.attributes
+            return not _MARKS.search(instruction.attributes) and "Bitcast" not in instruction.attributes
         return any(
             self._works(inner)
             for name in self._inner(instruction)

@@ -17,7 +17,7 @@ from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
 from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "13"  # of what is read from programs: what an earlier one kept is not taken
+_ACCOUNTING = "14"  # of what is read from programs: what an earlier one kept is not taken
 
 
 @dataclass(frozen=True)

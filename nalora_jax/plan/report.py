@@ -99,7 +99,7 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
     mesh = distributed.make_mesh(config.mesh, devices(where))
     ours = figures(*step_and_arguments(config, base, mesh, seq=seq, images=images))
     step, arguments = step_and_arguments(config.without_mechanisms(), base, mesh, seq=seq, images=images)
-    other = figures(without_statistics(step, mesh, experts=base.n_experts > 0), arguments)
+    other = figures(without_statistics(step, mesh), arguments)
     return Plan(
         config.model,
         where,
@@ -121,7 +121,7 @@ def bound_of(
     return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
 
 
-def without_statistics(step: Any, mesh: Any, *, experts: bool = False) -> Any:
+def without_statistics(step: Any, mesh: Any) -> Any:
     """A step of plain LoRA that measures no gates: what reads them is no output, so the compiler drops it."""
     inner = step.__wrapped__  # compiler options may not be nested
 
@@ -129,8 +129,7 @@ def without_statistics(step: Any, mesh: Any, *, experts: bool = False) -> Any:
         new, metrics = inner(params, state, batch)
         return new._replace(gate=state.gate), {"loss": metrics["loss"]}
 
-    options = distributed.compiler_options(mesh, experts=experts)
-    return jax.jit(plain, donate_argnums=1, compiler_options=options)
+    return jax.jit(plain, donate_argnums=1, compiler_options=distributed.compiler_options(mesh))
 
 
 def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:

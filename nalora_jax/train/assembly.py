@@ -331,12 +331,10 @@ def compile_step(
         from nalora_jax.train.preference import Preference
 
         objective = Preference(next_token(model, settings), config.preference)
-    return jit_step(
-        config, make_train_step(model, optimizer, settings, objective), mesh, placed, experts=base.n_experts > 0
-    )
+    return jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
 
 
-def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any, *, experts: bool = False) -> Step:
+def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
     """A pure step, jitted as `compile_step` says; ``placed`` is where the state lives."""
     step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
     step = chex.assert_max_traces(step, n=1)
@@ -345,7 +343,7 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any, *, experts:
         step,
         donate_argnums=(1,),
         out_shardings=(placed, NamedSharding(mesh, P())),
-        compiler_options=distributed.compiler_options(mesh, experts=experts),
+        compiler_options=distributed.compiler_options(mesh),
     )
     return compiled if not config.debug.check_gates else _checked(compiled)
 

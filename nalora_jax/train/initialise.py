@@ -112,7 +112,7 @@ class _Search:
         )
         self._sums: Callable[..., dict[str, Any]] = jax.jit(
             make_gradients(model, config),
-            compiler_options=distributed.compiler_options(mesh, experts=base.n_experts > 0),
+            compiler_options=distributed.compiler_options(mesh),
         )
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}

@@ -357,6 +357,47 @@ def test_groups_of_devices_in_every_form_that_compilers_write(groups, devices):
     assert Program(text).collectives[-1].devices == devices
 
 
+ON_SPARSE_CORES = """HloModule step
+
+%gather (part: f32[8,64]) -> f32[64,64] {
+  %part = f32[8,64]{1,0} parameter(0)
+  ROOT %all = f32[64,64]{1,0} all-gather(%part), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (w: f32[8,64], x: f32[4,64]) -> f32[4,64] {
+  %w = f32[8,64]{1,0} parameter(0)
+  %x = f32[4,64]{1,0} parameter(1)
+BEGIN
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+UPDATE
+  %other = f32[4,64]{1,0} add(%x, %x)
+  %done = f32[64,64]{1,0} call-done(%GIVEN)
+  ROOT %out = f32[4,64]{1,0} dot(%other, %done), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+ON_SPARSE_CORE = 'async_execution_thread="sparsecore", to_apply=%gather'
+AT_ONCE = f"  %start = ((f32[8,64]), f32[64,64]) call-start(%w), {ON_SPARSE_CORE}"
+EMPTY = f"  %start = ((), (), (s32[1])) call-start(), {ON_SPARSE_CORE}"
+HANDED = "  %update = ((f32[8,64]), f32[64,64]) call-update(%start, %w)"
+
+
+@pytest.mark.parametrize(
+    ("begin", "update", "given", "behind"),
+    [
+        (AT_ONCE, "", "start", True),
+        ("", AT_ONCE, "start", False),
+        (f"{EMPTY}\n{HANDED}", "", "update", True),
+        (EMPTY, HANDED, "update", False),
+    ],
+)
+def test_a_gather_on_a_sparse_core_runs_from_where_it_is_given_its_operand(begin, update, given, behind):
+    """As libtpu 0.0.42 writes it, and with an update from 0.0.50 on."""
+    text = ON_SPARSE_CORES.replace("BEGIN", begin).replace("UPDATE", update).replace("GIVEN", given)
+    (found,) = Program(text).collectives
+    assert (found.kind, found.received, found.devices) == ("all-gather", 4 * 56 * 64, 8)
+    assert found.overlapped == behind
+
+
 def test_a_collective_between_slices_is_a_transfer_to_the_host_and_back():
     """As the TPU's compiler writes it: what a slice has summed goes to the others through the hosts."""
     named = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'

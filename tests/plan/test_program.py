@@ -89,7 +89,7 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
 
 def test_lora_is_the_same_step_without_what_measures_gates(tmp_path, monkeypatch):
     # Options of the compiler, as there are on TPUs and GPUs: those of a nested function are an error.
-    monkeypatch.setattr(distributed, "compiler_options", lambda mesh, experts: {"xla_cpu_enable_fast_min_max": False})
+    monkeypatch.setattr(distributed, "compiler_options", lambda mesh: {"xla_cpu_enable_fast_min_max": False})
     found = []
     for off in (False, True):
         kinds = {"mask": MaskConfig("off" if off else "soft")}
