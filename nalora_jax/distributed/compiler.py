@@ -29,7 +29,7 @@ _V5E = {
     "xla_tpu_overlap_compute_collective_tc": "true",  # on the same core
     "xla_enable_async_all_gather": "true",
 }
-# The same where a chip has SparseCores, which gather while the TensorCore computes: v5p, v6e and later.
+# The same on v5p and v6e, whose SparseCores gather while the TensorCore computes.
 _SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
