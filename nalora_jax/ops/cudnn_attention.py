@@ -23,7 +23,7 @@ from nalora_jax.ops.rounding import round_and_save
 log = logging.getLogger(__name__)
 
 CUDNN = Implementation("cudnn", platform="gpu")
-LARGEST_BIAS = 256 << 20  # bytes; visibility of longer rows is better compared than stored
+_LARGEST_BIAS = 256 << 20  # bytes; visibility of longer rows is better compared than stored
 
 
 @CUDNN.implements(attention)
@@ -42,7 +42,7 @@ def cudnn_attention(
     fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap)
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
-    if numerics.implementation == AUTO and bias_bytes(q.shape, config) > LARGEST_BIAS:
+    if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
         return NotImplemented
     if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.device_kind):
         return NotImplemented
@@ -56,10 +56,14 @@ def takes(seq: int, head_dim: int, softcap: float | None) -> bool:
     return not softcap and seq % 2 == 0 and head_dim % 8 == 0
 
 
-def bias_bytes(q_shape: tuple[int, ...], config: AttentionConfig) -> int:
-    """Bytes on each device of the visibility that cuDNN reads: bfloat16 ``[rows, 1, seq, seq]``."""
-    rows = q_shape[0] if config.sharding is None else config.sharding.shard_shape((q_shape[0], 1, 1))[0]
-    return 2 * rows * q_shape[1] ** 2
+def fits_as_bias(rows: float, seq: int) -> bool:
+    """Whether the visibility of ``rows`` rows of a device, bfloat16 ``[rows, 1, seq, seq]``, is short enough."""
+    return 2 * rows * seq**2 <= _LARGEST_BIAS
+
+
+def _rows(q: jax.Array, config: AttentionConfig) -> int:
+    """Rows of q on each device."""
+    return q.shape[0] if config.sharding is None else config.sharding.shard_shape((q.shape[0], 1, 1))[0]
 
 
 def is_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -189,7 +189,7 @@ class Program:
             received(kind, instruction, holder, devices),
             devices,
             self.times[scheduled.name],
-            self.overlapped(instruction, scheduled, callers),
+            self.overlapped(scheduled, callers),
             scheduled.name,
             source.group(1) if source else "",
         )
@@ -227,18 +227,16 @@ class Program:
                 for inner in self.computations[name].instructions.values():
                     yield from self._inside(inner, self.computations[name])
 
-    def overlapped(self, instruction: Instruction, scheduled: Computation, callers: list[str]) -> bool:
+    def overlapped(self, scheduled: Computation, callers: list[str]) -> bool:
         """Whether products run between a collective's start and its end, by the schedule."""
         names = list(scheduled.instructions)
         places = [names.index(caller) for caller in callers]
         begun = scheduled.instructions[callers[0]]
-        if begun.opcode == "call-start":  # on a SparseCore; from libtpu 0.0.50 on an update hands it the operand later
-            updates = [user for user in scheduled.users[begun.name] if user.opcode == "call-update"]
-            given = updates[0] if updates else begun
-            ends = [user for user in scheduled.users[given.name] if user.opcode == "call-done"]
+        if begun.opcode.endswith("-start"):
+            # What a SparseCore does begins where an update hands it the operand, from libtpu 0.0.50 on.
+            given = next((u for u in scheduled.users[begun.name] if u.opcode.endswith("-update")), begun)
+            ends = [u for u in scheduled.users[given.name] if u.opcode.endswith("-done")]
             places = [names.index(one.name) for one in (given, *ends)]
-        elif instruction.opcode.endswith("-start"):
-            places += [names.index(u.name) for u in scheduled.users[instruction.name] if u.opcode.endswith("-done")]
         if len(places) == 1:
             return False
         return any(self._works(scheduled.instructions[name]) for name in names[min(places) + 1 : max(places)])

@@ -19,7 +19,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.models.remat import OFFLOAD
 from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.cudnn_attention import CUDNN, LARGEST_BIAS
+from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
 from nalora_jax.ops.splash_attention import SPLASH, takes
 from nalora_jax.ops.triton_attention import TRITON
@@ -219,8 +219,8 @@ def _attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int)
     """The implementation that attention of ``rows`` whole rows of a shard takes; "" for the plain function."""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
-    short = 2 * rows * seq**2 <= LARGEST_BIAS
-    if where.chip.platform == CUDNN.platform and short and cudnn_takes(seq, base.head_dim, base.attn_softcap):
+    by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
+    if where.chip.platform == CUDNN.platform and by_cudnn:
         return CUDNN.name
     known = (base.head_dim, base.layer_windows, base.attn_softcap)
     if where.chip.platform == TRITON.platform and triton_takes(seq, *known):

@@ -19,7 +19,7 @@ from nalora_jax.plan.machines import Topology
 
 # Products of attention's kernels on GPUs, in one layer. The backward pass computes the scores again, and Triton's does
 # so twice. cuDNN's tiles are taken to be as large as Triton's; it knows causality and no windows.
-_MHA = {"mha_forward": 2, "mha_backward": 7, "cudnn_attention_forward": 2, "cudnn_attention_backward": 5}
+_ON_GPUS = {"mha_forward": 2, "mha_backward": 7, "cudnn_attention_forward": 2, "cudnn_attention_backward": 5}
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def kernel_flops(
 ) -> float:
     """Flops of attention's kernels in a step of ``rows`` rows, which XLA does not count."""
     calls = program.custom_calls
-    if any(name in calls for name in _MHA):
-        products = sum(count * calls.get(name, 0.0) for name, count in _MHA.items())
+    if any(name in calls for name in _ON_GPUS):
+        products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items())
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
     # Every window is a branch, and each layer takes one of them.
     layers = len(set(base.layer_windows)) * base.n_layers * accumulate

@@ -29,5 +29,5 @@ def transfers(program: Program) -> Iterator[Transfer]:
         for instruction in computation.instructions.values():
             if moved := instruction.host_bytes:
                 times = program.times[computation.name]
-                overlapped = program.overlapped(instruction, computation, [instruction.name])
+                overlapped = program.overlapped(computation, [instruction.name])
                 yield Transfer(instruction.to_host, moved, times, overlapped)
