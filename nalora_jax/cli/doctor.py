@@ -101,15 +101,17 @@ def _versions() -> dict[str, str]:
 def _devices() -> tuple[dict[str, str], list[str]]:
     import jax
 
+    from nalora_jax.distributed.devices import kind_of, platform_name
+
     try:
         devices = jax.devices()
     except RuntimeError as error:
         return {}, [f"JAX finds no device: {' '.join(str(error).split())[:300]}"]
-    kinds = sorted({device.device_kind for device in devices})
-    shown = {"platform": devices[0].platform, "devices": f"{len(devices)} ({', '.join(kinds)})"}
+    kinds, used = sorted({kind_of(device) for device in devices}), platform_name(devices[0])
+    shown = {"platform": used, "devices": f"{len(devices)} ({', '.join(kinds)})"}
     shown["processes"] = str(jax.process_count())
     problems = []
-    if devices[0].platform == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
+    if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
             if Path(path).exists():
                 problems.append(f"there is a {name} ({path}), and JAX uses the CPU: install the extra [{extra}]")

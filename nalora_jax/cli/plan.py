@@ -1,4 +1,4 @@
-"""The verb ``nalora plan``: what a run needs of hardware that is not there."""
+"""The subcommand ``nalora plan``: plans a run for hardware that is not attached."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PlanArgs:
     remat: Remat = "auto"
     # Hold the adapted model's projections quantized.
     quantize: Literal["none", "int8", "nf4"] = "none"
-    # Price of one chip and hour: the cost of a million tokens is shown.
+    # Price of one chip and hour: shows the cost of a million tokens.
     price: float | None = None
     # Write the figures to this file as well, a JSON line for each topology.
     json: Path | None = None
@@ -92,25 +92,33 @@ def plan(args: PlanArgs) -> None:
     from nalora_jax.models.adapters import adapter_spec
     from nalora_jax.plan.layouts import choose, decoder_alone
     from nalora_jax.plan.models import architecture
-    from nalora_jax.plan.report import describe
+    from nalora_jax.plan.report import describe, describe_cost, estimate_record
     from nalora_jax.plan.report import plan as compiled
 
     base = architecture(args.model, images=args.images > 0)
     base = replace(base, vocab_size=base.vocab_size + args.added_tokens)
+    _check_length(args.seq, base.max_positions)
     for machine in machines:
         config = _config(args, args.batch or machine.size * args.accumulate)
         if args.estimate:
-            spec = adapter_spec(config, base)
-            print(
-                f"{args.model} on {machine.name}: {choose(config, *decoder_alone(base, spec), machine, args.seq)}",
-                flush=True,
-            )
-            continue
-        found = compiled(config, base, machine, args.seq, args.images)
-        print("\n".join(describe(found, price=args.price)), flush=True)
+            layout = choose(config, *decoder_alone(base, adapter_spec(config, base)), machine, args.seq)
+            record = estimate_record(args.model, machine, layout, config.train.batch_size, args.seq)
+            lines = [f"{args.model} on {machine.name}: {layout}"]
+            if args.price is not None:
+                lines.append("  " + describe_cost(args.price, machine, record["tokens_per_second"]))
+        else:
+            planned = compiled(config, base, machine, args.seq, args.images)
+            record, lines = planned.to_dict(), list(describe(planned, price=args.price))
+        print("\n".join(lines), flush=True)
         if args.json is not None:
             with args.json.open("a") as file:
-                file.write(json.dumps(found.to_dict()) + "\n")
+                file.write(json.dumps(record) + "\n")
+
+
+def _check_length(seq: int, positions: int) -> None:
+    """Checks that the model has a position for every token of a row."""
+    if seq > positions:
+        raise NaloraError("--seq", expected=f"at most the model's {positions:,} positions", found=seq)
 
 
 def _config(args: PlanArgs, rows: int) -> RunConfig:
@@ -130,11 +138,7 @@ def _config(args: PlanArgs, rows: int) -> RunConfig:
 
 
 def _prepare(*, gpus: bool) -> None:
-    """The environment in which the compilers work: no device is looked for, and GPUs' find their tools.
-
-    Raises:
-      NaloraError: JAX has been started already, for other devices.
-    """
+    """Sets the environment of the compilers: JAX runs on the CPU, and the GPU compiler finds its tools."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.distributed.devices import process_of
 from nalora_jax.distributed.mesh import BATCH_AXES
 from nalora_jax.errors import NaloraError
 
@@ -23,7 +24,7 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
       >>> rows_of_processes(mesh, 256)[0]
       array([ 0,  1, 16, 17])
     """
-    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
     return rows_by_process(processes, rows)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from nalora_jax.distributed.devices import kind_of, platform_name
+
 _GPU_ALWAYS: dict[str, Any] = {
     # Products of few rows are not made part of larger ones with the same factor, which would then have the finer of
     # both dtypes: the misalignment probe's made a gate's products float32, 2% of a step's HBM traffic.
@@ -59,12 +61,12 @@ _PIPELINED: dict[str, Any] = {
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """For ``jax.jit(..., compiler_options=...)`` of a step on ``mesh``."""
     device, gathers = mesh.devices.flat[0], mesh.shape["fsdp"] > 1
-    if device.platform == "gpu":
+    if platform_name(device) == "gpu":
         pipelined = {name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)}
         return _GPU_ALWAYS | (_GPU if gathers else {}) | pipelined
-    if device.platform != "tpu" or not gathers:
+    if platform_name(device) != "tpu" or not gathers:
         return {}
-    return dict(_TPU.get(device.device_kind.lower(), {}))
+    return dict(_TPU.get(kind_of(device).lower(), {}))
 
 
 @cache

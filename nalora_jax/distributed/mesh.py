@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import MeshConfig
+from nalora_jax.distributed.devices import domains, platform_name, slice_count, torus
 from nalora_jax.errors import NaloraError
 
 AXES = ("data", "fsdp", "tensor")
@@ -18,13 +20,13 @@ BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp splits wei
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The run's mesh over ``devices`` (default: all devices of all processes).
+    """Returns the run's mesh over ``devices`` (default: all devices of all processes).
 
-    Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension where the sizes ask
-    for it. Axes that are left open (0) are the simplest that work, all devices on "data" and one on the others; a run
-    asks `nalora_jax.plan.layouts` first. Slices, which only a data-centre network joins, split the axis "data" and no
-    other: between them travel the gradients of the adapters and nothing else. Axis types are Auto, chosen here: JAX's
-    own default may be Explicit, under which these programs don't trace.
+    Neighbours on an axis are neighbours on a TPU's torus; an axis takes part of a torus dimension if the sizes require
+    it. On GPUs the axis "tensor" stays within a node as long as its size divides the node's. Open axes (0) get the
+    simplest sizes that work, all devices on "data" and one on the others; a run asks `nalora_jax.plan.layouts` first.
+    TPU slices, joined by a data-centre network, split the axis "data" and no other: only gradients of the adapters
+    travel between them. Axis types are Auto, because JAX's default may be Explicit, which these programs do not support.
 
     Raises:
       NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, or the
@@ -32,32 +34,64 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     available = list(jax.devices() if devices is None else devices)
     sizes = resolve_sizes(config, len(available))
-    slices = len({getattr(device, "slice_index", 0) for device in available})
-    if sizes[0] % slices:
-        raise NaloraError(
-            "--mesh.data",
-            expected=f"a multiple of the {slices} slices, between which only data parallelism pays",
-            found=sizes[0],
-        )
-    if slices > 1:
-        per_slice = (sizes[0] // slices, *sizes[1:])
-        placed = mesh_utils.create_hybrid_device_mesh(
-            per_slice, (slices, 1, 1), available, allow_split_physical_axes=True
-        )
-    else:
-        placed = mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    check_slices(sizes[0], slice_count(available))
+    return Mesh(_placed(available, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
+    """Returns the devices in the order of the mesh, ``[data, fsdp, tensor]``."""
+    groups = domains(available)
+    boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
+    if len(boxes) > 1 or None in boxes:  # no torus, or some of its chips
+        placed = np.empty(len(available), dtype=object)
+        placed[:] = [device for group in groups for device in group]
+        return placed.reshape(sizes)
+    if len(groups) == 1:
+        return mesh_utils.create_device_mesh(sizes, available, allow_split_physical_axes=True)
+    per_slice = (sizes[0] // len(groups), *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        per_slice, (len(groups), 1, 1), available, allow_split_physical_axes=True
+    )
 
 
 def smallest_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over no more devices than its axes ask for: all of them where "data" is left open, or an axis is -1."""
+    """Returns the mesh over as many devices as its axes need: all of them if "data" is open, or an axis is -1."""
     sizes = (config.data, config.fsdp, config.tensor)
     wanted = None if min(sizes) < 0 or config.data == 0 else math.prod(max(size, 1) for size in sizes)
     return make_mesh(config, jax.devices()[:wanted])
 
 
+def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
+    """Checks the axes that have a size, whatever sizes the open ones (0) get.
+
+    Raises:
+      NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
+    """
+    sizes = {name: int(getattr(config, name)) for name in AXES}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    is_open = min(sizes.values()) < 1
+    if n_devices % fixed or (not is_open and fixed != n_devices):
+        raise _product_error(sizes, n_devices, is_open=is_open)
+    check_slices(config.data if config.data > 0 else n_devices // fixed, slices)
+
+
+def check_slices(data: int, slices: int) -> None:
+    """Checks that every slice gets an equal part of the axis "data".
+
+    Raises:
+      NaloraError: it does not.
+    """
+    if data % slices:
+        raise NaloraError(
+            "--mesh.data",
+            expected=f"a multiple of the {slices} slices, because fsdp and tensor stay within a slice",
+            found=data,
+            remedy=f"use --mesh.data {slices} --mesh.fsdp -1",
+        )
+
+
 def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
-    """Axis sizes with 0 and -1 replaced by what is left of ``n_devices``; see `make_mesh`."""
+    """Returns the axis sizes with 0 and -1 replaced by what is left of ``n_devices``; see `make_mesh`."""
     sizes = {name: int(getattr(config, name)) for name in AXES}
     if sizes["data"] == 0 and -1 not in sizes.values():
         sizes = {**sizes, "data": -1}
@@ -70,14 +104,22 @@ def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
     if len(free) > 1:
         raise NaloraError("--mesh", expected="at most one axis of -1", found=shown, remedy="give the others a size")
     if (free and n_devices % fixed) or (not free and fixed != n_devices):
-        relation = "divides" if free else "equals"
-        raise NaloraError(
-            "--mesh",
-            expected=f"a product that {relation} the {n_devices} device(s)",
-            found=f"{shown} (product of the fixed axes: {fixed})",
-            remedy="set one axis to -1 to take what is left" if not free else "change the sizes of the other axes",
-        )
+        raise _product_error(sizes, n_devices, is_open=bool(free))
     return tuple(n_devices // fixed if size == -1 else size for size in sizes.values())
+
+
+def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -> NaloraError:
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size)
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    relation, remedy = "equals", "set one axis to -1 to take what is left"
+    if is_open:
+        relation, remedy = "divides", "change the sizes of the other axes"
+    return NaloraError(
+        "--mesh",
+        expected=f"a product that {relation} the {n_devices} device(s)",
+        found=f"{shown} (product of the fixed axes: {fixed})",
+        remedy=remedy,
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -91,15 +133,19 @@ def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
-    """Refuse a tensor axis that would cut an attention head in two.
+    """Checks that the axis "tensor" of a mesh does not cut an attention head in two; see `check_tensor`."""
+    check_tensor(mesh.shape["tensor"], n_heads=n_heads, n_kv_heads=n_kv_heads)
 
-    Any other dimension that an axis does not divide is replicated (see `shardings`); a split head would move its
-    halves between devices in every layer, which nobody asking for tensor parallelism wants silently.
+
+def check_tensor(size: int, *, n_heads: int, n_kv_heads: int) -> None:
+    """Checks that an axis "tensor" of ``size`` does not cut an attention head in two.
+
+    Any other dimension that an axis does not divide is replicated (see `shardings`). The halves of a split head would
+    move between devices in every layer.
 
     Raises:
-      NaloraError: the tensor axis does not divide the query heads or the key/value heads.
+      NaloraError: ``size`` does not divide the query heads or the key/value heads.
     """
-    size = mesh.shape["tensor"]
     if n_heads % size or n_kv_heads % size:
         fits = [n for n in range(1, n_kv_heads + 1) if n_heads % n == 0 and n_kv_heads % n == 0]
         raise NaloraError(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from nalora_jax.distributed.devices import kind_of
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
 from nalora_jax.ops.numerics import Numerics
@@ -44,7 +45,7 @@ def cudnn_attention(
         return NotImplemented
     if numerics.implementation == AUTO and not fits_as_bias(_rows(q, config), q.shape[1]):
         return NotImplemented
-    if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.device_kind):
+    if not compiles(q.shape, keys.k.shape, config.scale, numerics.platform.kind):
         return NotImplemented
     visible = visibility(keys.positions, keys.segments, keys.positions, keys.segments, window)
     q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
@@ -72,12 +73,12 @@ def is_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 @lru_cache(maxsize=64)
-def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, device_kind: str) -> bool:
+def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
     """Whether cuDNN takes these shapes on GPUs of some kind: which it does depends on its version and on the kind.
 
     The program is lowered for a GPU whatever this machine has, and compiled where such a GPU is at hand.
     """
-    device = _device(device_kind)
+    device = _device(kind)
     place = None if device is None else SingleDeviceSharding(device)
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in (q_shape, k_shape))
     visible = jax.ShapeDtypeStruct((q_shape[0], q_shape[1], q_shape[1]), jnp.bool_, sharding=place)
@@ -96,13 +97,13 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, d
     return True
 
 
-def _device(device_kind: str) -> jax.Device | None:
+def _device(kind: str) -> jax.Device | None:
     """A GPU of this process of the given kind, or None."""
     try:
         devices = jax.local_devices(backend="gpu")
     except RuntimeError:  # there is no such backend here
         return None
-    return next((device for device in devices if device.device_kind == device_kind), None)
+    return next((device for device in devices if kind_of(device) == kind), None)
 
 
 def dot_product(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 from jax.sharding import Mesh
 
+from nalora_jax.distributed.devices import kind_of, platform_name
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops.registry import AUTO, check_implementation, operation
 
@@ -20,14 +21,14 @@ class Platform:
     """Where a program will run: the mesh's devices, which need not be this machine's."""
 
     name: str = ""  # "cpu", "gpu", "tpu"; "" is unknown, where every operation is its plain function
-    device_kind: str = ""  # as the devices name themselves, e.g. "NVIDIA H100 80GB HBM3"
+    kind: str = ""  # as the devices name themselves, e.g. "NVIDIA H100 80GB HBM3"
     devices: int = 1  # that share the program
 
 
 def platform_of(mesh: Mesh | None = None) -> Platform:
     """The platform of a mesh; without one that of this process's devices. Nothing else asks JAX for it."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
-    return Platform(devices[0].platform, devices[0].device_kind, len(devices))
+    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def best_remat(d_model: int, numerics: Numerics, gated: bool = True) -> str:
 @operation
 def device_name(numerics: Numerics) -> str:
     """What the platform's devices are, in words."""
-    return numerics.platform.device_kind
+    return numerics.platform.kind
 
 
 @operation

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from nalora_jax import downloads
+from nalora_jax.distributed.devices import kind_of
 from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
 from nalora_jax.plan.transfers import Transfer, transfers
@@ -54,7 +55,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
     text = "\n".join(
-        [_ACCOUNTING, lowered.as_text(), device.device_kind, *(_version(name) for name in ("jaxlib", "libtpu"))]
+        [_ACCOUNTING, lowered.as_text(), kind_of(device), *(_version(name) for name in ("jaxlib", "libtpu"))]
     )
     text += repr(sorted((lowered._lowering.compile_args or {}).get("compiler_options_kvs", ())))
     file = (cache or downloads.cache_dir()) / "plans" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -115,10 +115,12 @@ def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: T
     mesh = config.mesh
     if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # "what is left" leaves nothing open
         mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
+    distributed.check_axes(mesh, where.size, where.slices)
+    distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     for tensor in _divisors(where.size):
         if mesh.tensor == 0 and (tensor > _MOST_TENSOR or base.n_heads % tensor or base.n_kv_heads % tensor):
             continue
-        if where.chip.platform == "gpu" and mesh.tensor == 0 and tensor > where.dims[-1]:
+        if where.chip.platform == "gpu" and mesh.tensor == 0 and where.dims[-1] % tensor:
             continue
         for fsdp in _divisors(where.size // tensor):
             data = where.size // tensor // fsdp

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +31,6 @@ from nalora_jax.train.state import init_state
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",
 }  # fmt: skip
-_TARGET = Path(__file__).with_name("h100.txtpb")  # what XLA has to know of the GPU
 _GPU_FLAGS = "--xla_gpu_autotune_level=0"
 
 
@@ -44,19 +42,8 @@ def devices(where: Topology) -> Sequence[jax.Device]:
     """
     _require(where)
     try:
-        if where.chip.platform == "tpu":
-            with _quiet_tpu():
-                dims = "x".join(map(str, where.dims))
-                options = {"num_slices": where.slices} if where.slices > 1 else {}
-                found = topologies.get_topology_desc(platform="tpu", topology_name=f"{where.kind}:{dims}", **options)
-        else:
-            nodes, a_node = where.dims
-            found = topologies.get_topology_desc(
-                platform="cuda",
-                topology_name=where.kind,
-                topology=f"1x{nodes}x{a_node}",
-                target_config=_TARGET.read_text(),
-            )
+        with _quiet_tpu():
+            described = topologies.get_topology_desc(**where.description())
     except NaloraError:
         raise
     except Exception as error:  # the compilers' refusals have no common type
@@ -65,7 +52,7 @@ def devices(where: Topology) -> Sequence[jax.Device]:
             expected=f"a topology that the {where.chip.platform} compiler knows",
             found=f"{where.name}: {str(error).splitlines()[0][:300]}",
         ) from error
-    return list(found.devices)
+    return list(described.devices)
 
 
 def _require(where: Topology) -> None:

@@ -176,5 +176,27 @@ def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
     yield f"  implied MFU {bound.mfu:.1%}"
     yield "  over LoRA   " + ", ".join(f"{name} {ratio:.4f}" for name, ratio in plan.ratios().items())
     if price is not None:
-        cost = price * where.size / (rate * 3600 / 1e6)
-        yield f"  cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
+        yield "  " + describe_cost(price, where, rate)
+
+
+def describe_cost(price: float, where: Topology, tokens_per_second: float) -> str:
+    """Returns the line that shows the cost of a million tokens, at ``price`` for a chip and hour in any currency."""
+    cost = price * where.size / (tokens_per_second * 3600 / 1e6)
+    return f"cost        at least {cost:.4g} a million tokens, at {price:g} a chip and hour"
+
+
+def estimate_record(model: str, where: Topology, layout: Layout, rows: int, seq: int) -> dict[str, Any]:
+    """Returns the estimate of a run for JSON, with the names of `Plan.to_dict`; nothing was compiled for it."""
+    return {
+        "model": model,
+        "topology": where.name,
+        "rows": rows,
+        "seq": seq,
+        "layout": asdict(layout),
+        "estimate": True,
+        "memory": layout.memory,
+        "limit": where.chip.memory,
+        "seconds": layout.seconds,
+        "mfu": layout.mfu,
+        "tokens_per_second": rows * seq / layout.seconds,
+    }

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from nalora_jax import distributed, trees
+from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.ops.numerics import Numerics, Platform
 from nalora_jax.ops.programs import processor_name
@@ -279,9 +280,9 @@ _compilations = _Compilations()
 
 def peak_bytes() -> int:
     """Most memory that the process had so far: of the first device where it says so, else of the process."""
-    found = jax.local_devices()[0].memory_stats()
-    if found and "peak_bytes_in_use" in found:
-        return int(found["peak_bytes_in_use"])
+    statistics = memory_statistics(jax.local_devices()[0])
+    if "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

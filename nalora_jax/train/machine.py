@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.ops.numerics import Numerics, platform_of
 from nalora_jax.ops.programs import device_name
 
@@ -38,7 +39,7 @@ def peak_memory() -> dict[str, int]:
     held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     if held:
         found["peak_memory"] = 1024 * int(held[1])
-    on_devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    on_devices = [memory_statistics(device).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     if any(on_devices):
         found["peak_device_memory"] = max(on_devices)
     return found

@@ -25,6 +25,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax import statistics, trees
+from nalora_jax.distributed.devices import platform_name
 from nalora_jax.ops import checks
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.numerics import Numerics, Platform
@@ -56,7 +57,7 @@ def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> N
     if hasattr(step, "lower"):
         step.lower(params, state, batch).compile()  # the call finds it compiled
         (device, *_) = jax.tree.leaves(batch)[0].devices()
-        after_compilation(Numerics(platform=Platform(device.platform)))
+        after_compilation(Numerics(platform=Platform(platform_name(device))))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""Attributes of JAX devices. No other module reads them, because one name means different things on two platforms.
+
+| attribute | TPU | GPU | CPU |
+|---|---|---|---|
+| ``slice_index`` | slice; absent in the compiler's description of one slice | NVLink domain: a host by its boot id, or an NVL72 rack | absent |
+| ``partition_index`` | absent | NVLink domain; in newer clients ``slice_index`` is its deprecated alias | absent |
+| ``coords`` | chip on the slice's torus, x, y, z | local device, or domain, process and local device | absent |
+| ``core_on_chip`` | core of the chip; 0 from v4 on | absent | absent |
+| ``memory_stats()`` | of this process's devices | of this process's devices | None |
+
+Sources: XLA's `pjrt/gpu/se_gpu_pjrt_client.cc`, `pjrt/gpu/se_gpu_topology_description.cc` and
+`pjrt/distributed/topology_util.cc`; libtpu's topology descriptions. `tests/doubles` has a double of every machine.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import jax
+
+
+def platform_name(device: jax.Device) -> str:
+    """Returns "tpu", "gpu" or "cpu"."""
+    return device.platform
+
+
+def kind_of(device: jax.Device) -> str:
+    """Returns the product name, e.g. "TPU v5 lite" or "NVIDIA H100 80GB HBM3"."""
+    return device.device_kind
+
+
+def process_of(device: jax.Device) -> int:
+    """Returns the index of the process that the device belongs to."""
+    return device.process_index
+
+
+def memory_statistics(device: jax.Device) -> Mapping[str, int]:
+    """Returns the allocator's statistics of one of this process's devices, empty on a CPU."""
+    return device.memory_stats() or {}
+
+
+def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Returns the devices grouped by the fast network that joins them.
+
+    A domain is a TPU slice (ICI), or the GPUs of one node or NVL72 rack (NVLink), however many processes drive them.
+    Without a domain from the client, GPUs are grouped by process. CPU devices are one domain.
+
+    Returns:
+      Groups in ascending order of their index. GPUs within a group are in ascending order of their id, TPU chips in the
+      given order.
+    """
+    groups: dict[int, list[jax.Device]] = defaultdict(list)
+    for device in devices:
+        groups[_domain(device)].append(device)
+    if platform_name(devices[0]) == "gpu":
+        groups = {index: sorted(group, key=lambda device: device.id) for index, group in groups.items()}
+    return [groups[index] for index in sorted(groups)]
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Returns the number of TPU slices, joined by a data-centre network; 1 on any other platform."""
+    return len(domains(devices)) if platform_name(devices[0]) == "tpu" else 1
+
+
+def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:
+    """Returns the dimensions of the box of TPU chips that devices of one slice fill, None if it has holes."""
+    chips = {tuple(device.coords) for device in devices}
+    box = tuple(max(axis) - min(axis) + 1 for axis in zip(*chips, strict=True))
+    filled = len(chips) == math.prod(box) and len(devices) % len(chips) == 0
+    return box if filled else None
+
+
+def _domain(device: jax.Device) -> int:
+    if platform_name(device) == "tpu":
+        return int(getattr(device, "slice_index", 0))
+    if platform_name(device) == "gpu":
+        index = getattr(device, "partition_index", None)
+        return int(getattr(device, "slice_index", process_of(device)) if index is None else index)
+    return 0
