@@ -114,6 +114,41 @@ def test_no_module_imports_one_that_imports_it() -> None:
     assert [name for name in graph if name in reaches(name)] == []
 
 
+# Attributes of devices, which mean different things on different platforms: read in one module alone.
+DEVICE_ATTRIBUTES = {
+    "coords", "core_on_chip", "device_kind", "fabric_uuid", "local_hardware_id", "memory_stats", "partition_index",
+    "slice_index",
+}  # fmt: skip
+
+
+def _device_reads(source: str) -> Iterator[str]:
+    """Expressions that read an attribute of a device, by attribute or by `getattr`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            of_device = node.attr == "process_index" and owner != "jax"
+            of_device |= node.attr == "platform" and "device" in owner
+            if node.attr in DEVICE_ATTRIBUTES or of_device:
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            names = {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+            if names & {*DEVICE_ATTRIBUTES, "process_index"}:
+                yield ast.unparse(node)
+
+
+def test_devices_are_read_in_one_module() -> None:
+    found = [
+        f"{name}: {read}"
+        for name, source in _modules()
+        if name != "distributed/devices.py"
+        for read in _device_reads(source)
+    ]
+    assert found == []
+    assert set(_device_reads("d.slice_index; devices[0].platform; getattr(x, 'coords', 0); jax.process_index()")) == {
+        "d.slice_index", "devices[0].platform", "getattr(x, 'coords', 0)",
+    }  # fmt: skip
+
+
 def test_data_know_no_models() -> None:
     found = [
         f"{name} imports {imported}"

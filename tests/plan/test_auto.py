@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax
 import pytest
 
@@ -12,52 +10,48 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.machines import of_devices
 from nalora_jax.plan.models import architecture
-
-
-def chips(kind: str, shape: tuple[int, ...], slices: int = 1):
-    """Devices as JAX describes those of a TPU."""
-    return [
-        SimpleNamespace(device_kind=kind, coords=coords, slice_index=slice_index, process_index=0)
-        for slice_index in range(slices)
-        for coords in [(x, y, z) for x in range(shape[0]) for y in range(shape[1]) for z in range(shape[2])]
-    ]
+from tests.doubles.machines import machine
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "slices", "chip"),
+    ("name", "chip", "dims", "slices"),
     [
-        ("TPU v5 lite", (4, 8, 1), 1, "v5e"),
-        ("TPU v6 lite", (16, 16, 1), 1, "v6e"),
-        ("TPU v5", (4, 4, 4), 1, "v5p"),
-        ("TPU v6 lite", (4, 4, 1), 2, "v6e"),
+        ("v5litepod-256", "v5e", (16, 16, 1), 1),
+        ("v5p-2048", "v5p", (8, 8, 16), 1),
+        ("2 x v6e-16", "v6e", (4, 4, 1), 2),
+        ("2 x 8 H100", "h100", (2, 8), 1),
+        ("2 x 8 H100, a process a GPU", "h100", (2, 8), 1),
+        ("2 x 8 A100", "a100-40", (2, 8), 1),
+        ("8 A100 80GB", "a100-80", (1, 8), 1),
+        ("L4", "l4", (1, 1), 1),
+        ("GB200 NVL72", "gb200", (1, 72), 1),
     ],
 )
-def test_a_machine_is_recognised_by_its_devices(kind, shape, slices, chip):
-    where = of_devices(chips(kind, shape, slices))
+def test_a_machine_is_recognised_by_its_devices(name, chip, dims, slices):
+    where = of_devices(machine(name))
     assert where is not None
-    assert (where.kind, where.dims, where.slices) == (chip, shape, slices)
+    assert (where.kind, where.dims, where.slices) == (chip, dims, slices)
 
 
-def test_gpus_are_counted_by_node():
-    gpus = [SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", process_index=i // 8) for i in range(16)]
-    where = of_devices(gpus)
-    assert where is not None
-    assert (where.kind, where.dims) == ("h100", (2, 8))
+def test_chips_without_a_data_sheet_are_left_alone():
+    assert of_devices(machine("T4")) is None
+    config = RunConfig(train=TrainConfig(batch_size=4))
+    assert laid_out(config, architecture("llama-3.1-8b"), machine("T4")) == config
 
 
 def test_a_pod_s_run_is_laid_out_by_what_fits():
     config = RunConfig(train=TrainConfig(batch_size=256), data=DataConfig(max_length=4096))
-    found = laid_out(config, architecture("llama-3.1-8b"), chips("TPU v6 lite", (16, 16, 1)))
+    found = laid_out(config, architecture("llama-3.1-8b"), machine("v6e-256"))
     assert found.mesh == MeshConfig(256, 1, 1)
     assert found.compute.remat == "dots"
     fixed = laid_out(
         RunConfig(train=config.train, data=config.data, mesh=MeshConfig(fsdp=64)),
         architecture("llama-3.1-8b"),
-        chips("TPU v6 lite", (16, 16, 1)),
+        machine("v6e-256"),
     )
     assert fixed.mesh == MeshConfig(4, 64, 1)
     with pytest.raises(NaloraError, match="to fit in 17 GB a chip"):
-        laid_out(config, architecture("llama-3.1-70b"), chips("TPU v5 lite", (2, 2, 1)))
+        laid_out(config, architecture("llama-3.1-70b"), machine("v5litepod-16")[:4])
 
 
 def test_cpus_take_the_simplest_mesh():

@@ -1,0 +1,190 @@
+"""Every documented launch, on the double of every machine: mesh, rows of each process, checkpoint shards and plan."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from nalora_jax import distributed
+from nalora_jax.config import DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.distributed.devices import domains, platform_name, slice_count
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.nn.low_rank import resolve
+from nalora_jax.plan.auto import laid_out
+from nalora_jax.plan.layouts import choose
+from nalora_jax.plan.machines import of_devices, topology
+from nalora_jax.plan.models import architecture
+from tests.doubles.machines import NAMES, machine
+
+ROOT = Path(__file__).parents[2]
+_FLAG = re.compile(r"--mesh(?:\.(data|fsdp|tensor)(?:\s+|=)(-?\d+)|\s+(auto))")
+# Names by which `nalora plan` knows the machines, and the dimensions that training finds.
+PLANNED = {
+    "v5e-1": "v5e:1x1",
+    "v5e-8, one host": "v5e:2x4",
+    "v5e-8, two hosts": "v5e:2x4",
+    "v5litepod-16": "v5e:4x4",
+    "v5litepod-256": "v5e:16x16",
+    "v6e-1": "v6e:1x1",
+    "v6e-8": "v6e:2x4",
+    "v6e-256": "v6e:16x16",
+    "v5p-8": "v5p:2x2x1",
+    "v5p-2048": "v5p:8x8x16",
+    "2 x v6e-16": "2xv6e:4x4",
+    "4 x v5litepod-16": "4xv5e:4x4",
+} | {name: f"{len(machine(name))}xh100" for name in NAMES if "H100" in name}
+NODES = {"2 x 8 A100": (2, 8), "8 A100 80GB": (1, 8), "L4": (1, 1), "GB200 NVL72": (1, 72)}
+SMALL = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _documented() -> Iterator[MeshConfig]:
+    """Meshes of README, docs and deploy files: of a line of a page, of all lines of a deploy file."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [line for page in pages for line in page.read_text().splitlines()]
+    texts += [path.read_text() for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file()]
+    for text in texts:
+        flags = _FLAG.findall(text)
+        if flags:
+            yield MeshConfig(**{axis: int(size) for axis, size, _ in flags if axis})
+
+
+FORMS = sorted(set(_documented()) | {MeshConfig(tensor=2)}, key=str)
+
+
+@cache
+def small() -> ModelConfig:
+    return ModelConfig.from_hf(SMALL)
+
+
+def run(mesh: MeshConfig, rows: int) -> RunConfig:
+    return RunConfig(mesh=mesh, train=TrainConfig(batch_size=rows), data=DataConfig(max_length=1024))
+
+
+def laid(name: str, form: MeshConfig, base: ModelConfig | None = None) -> Mesh:
+    """The mesh of a training run with the flags ``form``."""
+    devices = machine(name)
+    config = laid_out(run(form, 2 * len(devices)), base or small(), devices)
+    return distributed.make_mesh(config.mesh, devices)
+
+
+def fits(name: str, form: MeshConfig) -> bool:
+    """Whether arithmetic alone allows the axes that have a size."""
+    sizes, count = (form.data, form.fsdp, form.tensor), len(machine(name))
+    fixed = int(np.prod([size for size in sizes if size > 0]))
+    data = form.data or (1 if -1 in sizes else count // fixed)
+    return count % fixed == 0 and data % slice_count(machine(name)) == 0
+
+
+CASES = [pytest.param(name, form, id=f"{name}-{form.data}.{form.fsdp}.{form.tensor}") for name in NAMES for form in FORMS]
+
+
+def test_the_documented_meshes_are_found():
+    assert {MeshConfig(), MeshConfig(1, -1), MeshConfig(fsdp=8)} <= set(FORMS)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_every_documented_mesh_holds_every_device_or_names_the_axis(name, form):
+    devices = machine(name)
+    if not fits(name, form):
+        with pytest.raises(NaloraError, match=r"--mesh"):
+            laid(name, form)
+        return
+    mesh = laid(name, form)
+    assert set(mesh.devices.flat) == set(devices)
+    data, fsdp, tensor = mesh.devices.shape
+    for axis, size in mesh.shape.items():
+        assert getattr(form, axis) in (0, -1, size)
+    # Only the axis data crosses slices, and tensor stays within a node.
+    domain = {device: index for index, group in enumerate(domains(devices)) for device in group}
+    index = np.vectorize(domain.get)(mesh.devices).reshape(data, -1)
+    if platform_name(devices[0]) == "tpu":
+        assert all(len(set(part)) == 1 for part in index)
+    elif len(devices) // len(domains(devices)) % tensor == 0:
+        assert all(len(set(heads)) == 1 for heads in index.reshape(-1, tensor))
+    # Every process reads the rows of its devices, and every row is read.
+    rows = distributed.rows_of_processes(mesh, 2 * data * fsdp)
+    assert set(rows) == {device.process_index for device in devices}
+    assert set(np.concatenate(list(rows.values()))) == set(range(2 * data * fsdp))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", [MeshConfig(), MeshConfig(fsdp=-1)], ids=["auto", "fsdp"])
+def test_every_shard_of_a_checkpoint_has_one_writer(name, form):
+    """Orbax writes the shards with ``replica_id`` 0; together they are the whole state."""
+    if not fits(name, form):
+        form = MeshConfig(data=slice_count(machine(name)), fsdp=-1)
+    mesh = laid(name, form)
+    state = {"layers": {"ffn": {"gate_proj": {"a": (4, 1024, 8), "b": (4, 8, 2816)}}}}
+    leaves = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, "float32"), state, is_leaf=lambda x: type(x) is tuple)
+    for leaf, sharding in zip(
+        jax.tree.leaves(leaves),
+        jax.tree.leaves(distributed.shardings(leaves, mesh, distributed.STATE_RULES)),
+        strict=True,
+    ):
+        first = {}
+        for device, index in sharding.devices_indices_map(leaf.shape).items():
+            first.setdefault(tuple((part.start, part.stop) for part in index), device)
+        assert len(first) * np.prod(sharding.shard_shape(leaf.shape)) == leaf.size
+        written = Counter(device.process_index for device in first.values())
+        assert set(written) <= {device.process_index for device in machine(name)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_machine_has_as_many_chips_as_devices(name):
+    where = of_devices(machine(name))
+    if name == "T4":  # no bfloat16 units
+        assert where is None
+        return
+    assert where is not None
+    assert where.size == len(machine(name))
+    if name in NODES:
+        assert (where.dims, where.slices) == (NODES[name], 1)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_nalora_plan_and_training_choose_the_same_layout(name):
+    where, planned = of_devices(machine(name)), topology(PLANNED[name])
+    assert where is not None
+    assert (where.chip, where.size, where.slices) == (planned.chip, planned.size, planned.slices)
+    config = run(MeshConfig(), 2 * where.size)
+    spec = resolve(LoRAConfig(), projection_shapes(small()), small().n_layers)
+    assert choose(config, small(), spec, where, 1024) == choose(config, small(), spec, planned, 1024)
+
+
+@pytest.mark.parametrize("name", ["2 x 8 H100, a process a GPU", "2 x 8 H100, cyclic", "2 x 8 H100, old client"])
+def test_a_process_a_gpu_has_the_layout_of_a_process_a_node(name):
+    """Mixtral needs the axis tensor, which exists within a node alone."""
+    base = architecture("mixtral-8x7b")
+    assert laid(name, MeshConfig(), base).shape == laid("2 x 8 H100", MeshConfig(), base).shape
+    assert laid(name, MeshConfig(), base).shape["tensor"] > 1
+
+
+def test_nodes_of_different_sizes_count_as_smaller_ones():
+    gpus = [*machine("2 x 8 H100")[:8], *machine("2 x 8 H100")[8:12]]
+    where = of_devices(gpus)
+    assert where is not None
+    assert (where.dims, where.size) == ((3, 4), 12)
+
+
+def test_a_part_of_a_slice_is_a_mesh_as_well():
+    """`smallest_mesh` takes the first devices, which need not fill a box of the torus."""
+    for count in (1, 2, 3, 5, 8):
+        mesh = distributed.make_mesh(MeshConfig(data=count), machine("v5litepod-16")[:count])
+        assert set(mesh.devices.flat) == set(machine("v5litepod-16")[:count])
+    assert of_devices(machine("v5litepod-16")[:3]) is None
+    uneven = machine("2 x v6e-16")[:24]
+    assert distributed.make_mesh(MeshConfig(data=2, fsdp=12), uneven).size == 24
+    assert of_devices(uneven) is None
