@@ -44,8 +44,8 @@ def memory_statistics(device: jax.Device) -> Mapping[str, int]:
 def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """Returns the devices grouped by the fast network that joins them.
 
-    A domain is a TPU slice (ICI), or the GPUs of one node or NVL72 rack (NVLink), however many processes drive them.
-    Without a domain from the client, GPUs are grouped by process. CPU devices are one domain.
+    A domain is a TPU slice (ICI), or the GPUs of one node or NVL72 rack (NVLink), with any number of processes. If the
+    client gives no domain, GPUs are grouped by process. CPU devices are one domain.
 
     Returns:
       Groups in ascending order of their index. GPUs within a group are in ascending order of their id, TPU chips in the

@@ -26,7 +26,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     it. On GPUs the axis "tensor" stays within a node as long as its size divides the node's. Open axes (0) get the
     simplest sizes that work, all devices on "data" and one on the others; a run asks `nalora_jax.plan.layouts` first.
     TPU slices, joined by a data-centre network, split the axis "data" and no other: only gradients of the adapters
-    travel between them. Axis types are Auto, because JAX's default may be Explicit, which these programs do not support.
+    travel between them. Axis types are Auto; JAX's default may be Explicit, which these programs do not support.
 
     Raises:
       NaloraError: more than one axis is -1, an axis is below -1, the product is not the number of devices, or the
@@ -62,7 +62,7 @@ def smallest_mesh(config: MeshConfig) -> Mesh:
 
 
 def check_axes(config: MeshConfig, n_devices: int, slices: int) -> None:
-    """Checks the axes that have a size, whatever sizes the open ones (0) get.
+    """Checks the axes that have a size; open ones (0) are chosen later.
 
     Raises:
       NaloraError: the axes do not divide ``n_devices``, or the slices do not divide the axis "data".
@@ -91,7 +91,7 @@ def check_slices(data: int, slices: int) -> None:
 
 
 def resolve_sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
-    """Returns the axis sizes with 0 and -1 replaced by what is left of ``n_devices``; see `make_mesh`."""
+    """Returns the axis sizes with 0 and -1 replaced by the remaining factor of ``n_devices``; see `make_mesh`."""
     sizes = {name: int(getattr(config, name)) for name in AXES}
     if sizes["data"] == 0 and -1 not in sizes.values():
         sizes = {**sizes, "data": -1}

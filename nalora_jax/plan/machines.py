@@ -129,7 +129,6 @@ class Topology:
         wide = sum(size > 1 for size in self.dims)
         return self.chip.interconnect * max(spanned, 1) / max(wide, 1)
 
-
     def description(self) -> dict[str, Any]:
         """Returns the arguments of ``jax.experimental.topologies.get_topology_desc``."""
         shape = "x".join(map(str, self.dims))

@@ -1,8 +1,8 @@
 """A double of every machine that the documentation names; what its client gives and omits, the double gives and omits.
 
-Sources of the attributes, where a single machine does not name others:
+Sources of the attributes; some machines name more:
 
-- TPU ids, coords and processes: libtpu's own descriptions, compared device by device (`describe.py`, descriptions.json).
+- TPU ids, coords and processes: descriptions by libtpu 0.0.42.1, compared device by device (`describe.py`).
   Recorded on hardware: v6e 2x2 in jax-ml/jax#37230, v5e 2x2 in skypilot-org/skypilot#3947, several hosts (v4) in
   huggingface/transformers#20252. Several slices: ids from 100,000 on and ``slice_index``, jax-ml/jax#26418.
 - TPU memory: vllm-project/vllm#16211 recorded 33,550,237,696 bytes on v6e; XLA's "15.75G hbm" on v5e; 95 GiB are

@@ -12,7 +12,7 @@ from nalora_jax.plan.machines import CHIPS, shapes, topology
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "known"),
     [
         ("v5e:4x4x2", "16x16, found 'v5e:4x4x2'"),  # aborts libtpu's compiler
         ("v5e:4x8x2", "1x1, 2x2, 2x4"),
@@ -25,8 +25,8 @@ from nalora_jax.plan.machines import CHIPS, shapes, topology
         ("v5p:16x16x28", "up to 16x16x24"),
     ],
 )
-def test_slices_that_do_not_exist_are_refused_with_those_that_do(name, found):
-    with pytest.raises(NaloraError, match=f"--topology: expected a slice of .*{found}"):
+def test_slices_that_do_not_exist_are_refused_with_those_that_do(name, known):
+    with pytest.raises(NaloraError, match=f"--topology: expected a slice of .*{known}"):
         topology(name)
 
 
