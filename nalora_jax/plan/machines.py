@@ -131,14 +131,15 @@ class Topology:
 
     def description(self) -> dict[str, Any]:
         """Returns the arguments of ``jax.experimental.topologies.get_topology_desc``."""
-        shape = "x".join(map(str, self.dims))
-        if self.chip.platform == "gpu":  # partitions, hosts of a partition, GPUs of a host
+        if self.chip.platform == "gpu":
+            nodes, a_node = self.dims
             return {
                 "platform": "cuda",
                 "topology_name": self.kind,
-                "topology": f"1x{shape}",
+                "topology": f"{nodes}x1x{a_node}",  # NVLink domains, hosts of each, GPUs of each host
                 "target_config": _TARGET.read_text(),
             }
+        shape = "x".join(map(str, self.dims))
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if math.prod(self.dims) == 1:  # a host has 2x2 chips by default
             options["chips_per_host_bounds"] = (1, 1, 1)

@@ -30,9 +30,10 @@ _CLIENTS = {name: SimpleNamespace(platform=name, process_index=lambda: 0) for na
 class Device:
     """A device as process 0 sees it."""
 
-    def __init__(self, memory: int, **attributes: Any) -> None:
+    def __init__(self, memory: int, domain: int, **attributes: Any) -> None:
         self.__dict__.update(attributes)
         self._memory = memory
+        self.true_domain = domain  # slice, node or rack, as the machine is wired
         self.client = _CLIENTS[attributes["platform"]]
         local = self.process_index == self.client.process_index()
         self.local_hardware_id = attributes["local_hardware_id"] if local else None
@@ -62,6 +63,7 @@ def _slice(
             coords = [hx * host[0] + x, hy * host[1] + y, hz * host[2] + z]
             yield Device(
                 memory,
+                index,
                 id=first + coords[0] + shape[0] * (coords[1] + shape[1] * coords[2]),
                 platform="tpu",
                 device_kind=kind,
@@ -109,6 +111,7 @@ def gpu(
         devices.append(
             Device(
                 memory * 3 // 4,
+                domain,
                 id=len(devices),
                 platform="gpu",
                 device_kind=kind,

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
-from nalora_jax.distributed.devices import domains, platform_name, slice_count
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
@@ -84,7 +83,12 @@ def fits(name: str, form: MeshConfig) -> bool:
     sizes, count = (form.data, form.fsdp, form.tensor), len(machine(name))
     fixed = int(np.prod([size for size in sizes if size > 0]))
     data = form.data or (1 if -1 in sizes else count // fixed)
-    return count % fixed == 0 and data % slice_count(machine(name)) == 0
+    return count % fixed == 0 and data % slices(name) == 0
+
+
+def slices(name: str) -> int:
+    """Slices of a data-centre network: GPU nodes are none."""
+    return 1 + max(device.true_domain * (device.platform == "tpu") for device in machine(name))
 
 
 CASES = [
@@ -109,12 +113,11 @@ def test_every_documented_mesh_holds_every_device_or_names_the_axis(name, form):
     for axis, size in mesh.shape.items():
         assert getattr(form, axis) in (0, -1, size)
     # Only the axis data crosses slices, and tensor stays within a node.
-    domain = {device: index for index, group in enumerate(domains(devices)) for device in group}
-    index = np.vectorize(domain.get)(mesh.devices).reshape(data, -1)
-    if platform_name(devices[0]) == "tpu":
-        assert all(len(set(part)) == 1 for part in index)
-    elif len(devices) // len(domains(devices)) % tensor == 0:
-        assert all(len(set(heads)) == 1 for heads in index.reshape(-1, tensor))
+    domain = np.vectorize(lambda device: device.true_domain)(mesh.devices).reshape(data, -1)
+    if devices[0].platform == "tpu":
+        assert all(len(set(part)) == 1 for part in domain)
+    elif np.sum(domain == 0) % tensor == 0:
+        assert all(len(set(heads)) == 1 for heads in domain.reshape(-1, tensor))
     # Every process reads the rows of its devices, and every row is read.
     rows = distributed.rows_of_processes(mesh, 2 * data * fsdp)
     assert set(rows) == {device.process_index for device in devices}
@@ -126,7 +129,7 @@ def test_every_documented_mesh_holds_every_device_or_names_the_axis(name, form):
 def test_the_shards_of_a_checkpoint_are_the_state_once(name, form):
     """Orbax writes one replica of each shard; every process holds some, so that all take part in a save."""
     if not fits(name, form):
-        form = MeshConfig(data=slice_count(machine(name)), fsdp=-1)
+        form = MeshConfig(data=slices(name), fsdp=-1)
     mesh = laid(name, form)
     for path, shape in {"a": (4, 1024, 8), "b": (4, 8, 2816)}.items():
         state = {"layers": {"ffn": {"gate_proj": {path: jax.ShapeDtypeStruct(shape, "float32")}}}}

@@ -70,7 +70,7 @@ def test_the_tpu_compiler_is_asked_for_the_slice(monkeypatch, name, arguments):
 def test_the_gpu_compiler_is_asked_for_nodes_and_gpus():
     arguments = topology("64xh100").description()
     assert "H100" in arguments.pop("target_config")
-    assert arguments == {"platform": "cuda", "topology_name": "h100", "topology": "1x8x8"}
+    assert arguments == {"platform": "cuda", "topology_name": "h100", "topology": "8x1x8"}
 
 
 def test_a_rack_is_one_node():
