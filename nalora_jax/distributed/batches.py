@@ -15,7 +15,7 @@ from nalora_jax.errors import NaloraError
 
 
 def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
-    """Rows of a global batch that the devices of each process hold, ascending, by the process's index.
+    """Returns the rows of a global batch that the devices of each process hold, ascending, by the process's index.
 
     A mesh over TPU chips follows their torus, so a process's rows are in general not contiguous; processes whose
     devices differ only along the axis "tensor" hold the same rows.

@@ -59,7 +59,7 @@ _PIPELINED: dict[str, Any] = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """For ``jax.jit(..., compiler_options=...)`` of a step on ``mesh``."""
+    """Returns the ``compiler_options`` of `jax.jit` for a step on ``mesh``."""
     device, gathers = mesh.devices.flat[0], mesh.shape["fsdp"] > 1
     if platform_name(device) == "gpu":
         pipelined = {name: value for name, value in _PIPELINED.items() if gathers and _is_known(name, value)}

@@ -1,16 +1,15 @@
 """Attributes of JAX devices. No other module reads them, because one name means different things on two platforms.
 
-| attribute | TPU | GPU | CPU |
-|---|---|---|---|
-| ``slice_index`` | slice; absent in the compiler's description of one slice | NVLink domain: a host by its boot id, or an NVL72 rack | absent |
-| ``partition_index`` | absent | NVLink domain; in newer clients ``slice_index`` is its deprecated alias | absent |
-| ``coords`` | chip on the slice's torus, x, y, z | local device, or domain, process and local device | absent |
-| ``core_on_chip`` | core of the chip; 0 from v4 on | absent | absent |
-| ``memory_stats()`` | of this process's devices | of this process's devices | None |
+- ``slice_index``: on TPUs the slice, absent if a compiler describes a single slice. On GPUs the NVLink domain: a host
+  by its boot id, or an NVL72 rack. Absent on CPUs.
+- ``partition_index``: on GPUs the NVLink domain; newer clients keep ``slice_index`` as its deprecated alias.
+- ``coords``: on TPUs the chip's place on the slice's torus (x, y, z). On GPUs the local device; in newer clients
+  domain, process and local device.
+- ``memory_stats()``: available for devices of this process; None on CPUs.
 
-Sources: XLA's `pjrt/gpu/se_gpu_pjrt_client.cc`, `pjrt/gpu/se_gpu_topology_description.cc` and
-`pjrt/distributed/topology_util.cc`; libtpu's topology descriptions. `tests/doubles` has a double of every machine.
-"""  # noqa: E501
+Sources: XLA (`pjrt/gpu/se_gpu_pjrt_client.cc`, `pjrt/gpu/se_gpu_topology_description.cc`,
+`pjrt/distributed/topology_util.cc`) and libtpu's topology descriptions. `tests/doubles` has a double of every machine.
+"""
 
 from __future__ import annotations
 

@@ -74,9 +74,9 @@ def is_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
 
 @lru_cache(maxsize=64)
 def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
-    """Whether cuDNN takes these shapes on GPUs of some kind: which it does depends on its version and on the kind.
+    """Returns True if cuDNN accepts these shapes on GPUs of a kind, which depends on its version and on the kind.
 
-    The program is lowered for a GPU whatever this machine has, and compiled where such a GPU is at hand.
+    The program is always lowered for a GPU, and compiled if this process has a GPU of the kind.
     """
     device = _device(kind)
     place = None if device is None else SingleDeviceSharding(device)
@@ -98,7 +98,7 @@ def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, k
 
 
 def _device(kind: str) -> jax.Device | None:
-    """A GPU of this process of the given kind, or None."""
+    """Returns a GPU of this process of the given kind, or None."""
     try:
         devices = jax.local_devices(backend="gpu")
     except RuntimeError:  # there is no such backend here

@@ -26,7 +26,7 @@ class Platform:
 
 
 def platform_of(mesh: Mesh | None = None) -> Platform:
-    """The platform of a mesh; without one that of this process's devices. Nothing else asks JAX for it."""
+    """Returns the platform of a mesh, by default of all devices of the run."""
     devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices))
 

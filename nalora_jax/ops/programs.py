@@ -27,7 +27,7 @@ def best_remat(d_model: int, numerics: Numerics, gated: bool = True) -> str:
 
 @operation
 def device_name(numerics: Numerics) -> str:
-    """What the platform's devices are, in words."""
+    """Returns the product name of the platform's devices."""
     return numerics.platform.kind
 
 

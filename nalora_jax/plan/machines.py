@@ -41,7 +41,8 @@ class Chip:
 # reserves of HBM is taken off. GPU: NVIDIA's data sheet of the H100 SXM, NVLink 900 GB/s both ways, ConnectX-7 at
 # 400 Gb/s; JAX preallocates 92% of the memory at most. Hosts: the memory of the virtual machines that Google rents with
 # them (TPU pages, "VM types"; a3-highgpu-8g), and PCIe, for TPUs as the JAX team's book gives it (jax-ml.github.io/
-# scaling-book/tpus), for the H100 half of its data sheet's 128 GB/s both ways.
+# scaling-book/tpus), for the H100 half of its data sheet's 128 GB/s both ways. A100: NVLink 600 GB/s both ways, network
+# of the DGX A100 (200 Gb/s). GB200: a 72nd of the rack's data sheet; NVLink and NVLink-C2C one way. L4: PCIe 4.0.
 _CLOUD = "cloud.google.com/tpu/docs"
 _BOOK = "jax-ml.github.io/scaling-book/tpus"
 CHIPS = {
@@ -69,7 +70,7 @@ CHIPS = {
         "NVIDIA GB200 NVL72 data sheet", "NVIDIA GB200 NVL72 data sheet",
     ),
     "l4": Chip(
-        "NVIDIA L4", "gpu", 121e12, 23.6e9 * 0.92, 300e9, 32e9, 12.5e9, 32e9, 32e9,
+        "NVIDIA L4", "gpu", 121e12, 24.1e9 * 0.92, 300e9, 32e9, 2e9, 32e9, 32e9,
         "NVIDIA L4 data sheet", "g2-standard-8",
     ),
 }  # fmt: skip
@@ -111,7 +112,7 @@ class Topology:
         return math.prod(self.dims) * self.slices
 
     def inbound(self, devices: int) -> float:
-        """Bytes a second that reach each chip in a collective of ``devices`` neighbours.
+        """Returns the bytes a second that reach each chip in a collective of ``devices`` neighbours.
 
         On a torus a collective uses the links of the dimensions that its chips span. Between GPU nodes every byte comes
         in once and is passed on inside, so that the network of all GPUs of a node adds up.

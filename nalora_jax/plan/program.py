@@ -35,7 +35,7 @@ _GPU_FLAGS = "--xla_gpu_autotune_level=0"
 
 
 def devices(where: Topology) -> Sequence[jax.Device]:
-    """Abstract devices of a topology, from the real compiler of its platform.
+    """Returns abstract devices of a topology, from the real compiler of its platform.
 
     Raises:
       NaloraError: the compiler is not installed, or it knows no such topology.

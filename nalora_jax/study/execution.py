@@ -279,7 +279,7 @@ _compilations = _Compilations()
 
 
 def peak_bytes() -> int:
-    """Most memory that the process had so far: of the first device where it says so, else of the process."""
+    """Returns the peak memory so far: of the first device if it has statistics, else of the process."""
     statistics = memory_statistics(jax.local_devices()[0])
     if "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]
