@@ -24,12 +24,7 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
       >>> rows_of_processes(mesh, 256)[0]
       array([ 0,  1, 16, 17])
     """
-    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)
-    return rows_by_process(processes, rows)
-
-
-def rows_by_process(processes: np.ndarray, rows: int) -> dict[int, np.ndarray]:
-    """`rows_of_processes` of a mesh whose devices belong to ``processes``, ``[data, fsdp, tensor]``."""
+    processes = np.vectorize(process_of, otypes=[int])(mesh.devices)  # [data, fsdp, tensor]
     data, fsdp, _ = processes.shape
     _check_rows(rows, data * fsdp)
     # [data x fsdp, rows of one part]: a batch is cut into parts in the order of the axes that split it.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -12,32 +9,43 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed
-from nalora_jax.distributed.batches import rows_by_process
+from nalora_jax.config import MeshConfig
+from tests.doubles.machines import V5E, V5P, V6E, tpu
 
-# What the TPU compiler says of real topologies (make_topologies.py).
-MESHES = json.loads(Path(__file__).with_name("topologies.json").read_text())
+# Kind and shape of a slice; axes data, fsdp and tensor.
+MESHES = [
+    (V5E, (4, 4, 1), (1, 16, 1)),
+    (V5E, (4, 8, 1), (2, 8, 2)),
+    (V5E, (16, 16, 1), (16, 16, 1)),
+    (V6E, (8, 16, 1), (1, 128, 1)),
+    (V6E, (16, 16, 1), (1, 256, 1)),
+    (V6E, (16, 16, 1), (256, 1, 1)),
+    (V6E, (16, 16, 1), (4, 32, 2)),
+    (V5P, (4, 4, 4), (1, 64, 1)),
+    (V5P, (8, 8, 16), (4, 64, 4)),
+    (V6E, (4, 8, 1), (4, 8, 1)),
+]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh['topology']}-{'x'.join(map(str, mesh['sizes']))}")
-def test_every_row_of_a_pod_s_batch_is_read_once(mesh):
-    data, fsdp, tensor = mesh["sizes"]
-    processes = np.array(mesh["processes"]).reshape(data, fsdp, tensor)
+@pytest.mark.parametrize(("kind", "shape", "sizes"), MESHES, ids=str)
+def test_every_row_of_a_pod_s_batch_is_read_once(kind, shape, sizes):
+    mesh = distributed.make_mesh(MeshConfig(*sizes), tpu(*kind, shape))
+    data, fsdp, tensor = sizes
     rows = 2 * data * fsdp
-    found = rows_by_process(processes, rows)
-    assert set(found) == set(mesh["processes"])
-    assert all(len(held) == len(set(held)) for held in found.values())
-    # Every device's own two rows are among those of its process, and a process reads no others.
+    held = distributed.rows_of_processes(mesh, rows)
+    assert set(held) == {device.process_index for device in mesh.devices.flat}
+    assert all(len(of_process) == len(set(of_process)) for of_process in held.values())
+    # Every device's two rows are among those of its process, and a process reads no others.
     for part, (d, f) in enumerate(np.ndindex(data, fsdp)):
-        holders = {int(p) for p in processes[d, f]}
-        assert {p for p, held in found.items() if 2 * part in held and 2 * part + 1 in held} == holders
+        holders = {device.process_index for device in mesh.devices[d, f]}
+        assert {p for p, mine in held.items() if 2 * part in mine and 2 * part + 1 in mine} == holders
     if tensor == 1:
-        np.testing.assert_array_equal(np.sort(np.concatenate(list(found.values()))), np.arange(rows))
+        np.testing.assert_array_equal(np.sort(np.concatenate(list(held.values()))), np.arange(rows))
 
 
 def test_the_example_of_the_docstring():
-    (mesh,) = (mesh for mesh in MESHES if mesh["topology"] == "v6e:16x16" and mesh["sizes"] == [1, 256, 1])
-    found = rows_by_process(np.array(mesh["processes"]).reshape(1, 256, 1), 256)
-    assert found[0].tolist() == [0, 1, 16, 17]
+    mesh = distributed.make_mesh(MeshConfig(1, 256, 1), tpu(*V6E, (16, 16, 1)))
+    assert distributed.rows_of_processes(mesh, 256)[0].tolist() == [0, 1, 16, 17]
 
 
 @pytest.mark.parametrize("accumulate", [None, 3])

@@ -24,6 +24,7 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "v5litepod-256": {"topology_name": "v5e:16x16"},
     "v6e-1": {"topology_name": "v6e:1x1", "chips_per_host_bounds": (1, 1, 1)},
     "v6e-8": {"topology_name": "v6e:2x4"} | HOST,
+    "v6e-16": {"topology_name": "v6e:4x4"},
     "v6e-256": {"topology_name": "v6e:16x16"},
     "v5p-8": {"topology_name": "v5p:2x2x1"},
     "v5p-2048": {"topology_name": "v5p:8x8x16"},

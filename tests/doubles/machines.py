@@ -142,6 +142,7 @@ _MACHINES = {
     "v5litepod-256": partial(tpu, *V5E, (16, 16, 1)),
     "v6e-1": partial(tpu, *V6E, _ONE, _ONE),
     "v6e-8": partial(tpu, *V6E, (2, 4, 1), (2, 4, 1)),  # ct6e-standard-8t
+    "v6e-16": partial(tpu, *V6E, (4, 4, 1)),
     "v6e-256": partial(tpu, *V6E, (16, 16, 1)),
     "v5p-8": partial(tpu, *V5P, (2, 2, 1)),  # two cores a chip in the name, one device a chip: jax-ml/jax#19493
     "v5p-2048": partial(tpu, *V5P, (8, 8, 16)),

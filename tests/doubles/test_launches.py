@@ -34,6 +34,7 @@ PLANNED = {
     "v5litepod-256": "v5e:16x16",
     "v6e-1": "v6e:1x1",
     "v6e-8": "v6e:2x4",
+    "v6e-16": "v6e:4x4",
     "v6e-256": "v6e:16x16",
     "v5p-8": "v5p:2x2x1",
     "v5p-2048": "v5p:8x8x16",
@@ -51,7 +52,7 @@ SMALL = {
 def _documented() -> Iterator[MeshConfig]:
     """Meshes of README, docs and deploy files: of a line of a page, of all lines of a deploy file."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    texts = [line for page in pages for line in page.read_text().splitlines()]
+    texts = [line for page in pages for line in page.read_text().replace("\\\n", " ").splitlines()]
     texts += [path.read_text() for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file()]
     for text in texts:
         flags = _FLAG.findall(text)
@@ -59,7 +60,18 @@ def _documented() -> Iterator[MeshConfig]:
             yield MeshConfig(**{axis: int(size) for axis, size, _ in flags if axis})
 
 
-FORMS = sorted(set(_documented()) | {MeshConfig(tensor=2)}, key=str)
+FORMS = sorted({*_documented(), MeshConfig(1, -1), MeshConfig(tensor=2)}, key=str)
+
+
+# Deploy files, and machines that they are for.
+LAUNCHES = [
+    ("slurm.sbatch", "2 x 8 H100, a process a GPU"),
+    ("slurm.sbatch", "2 x 8 H100, cyclic"),
+    ("slurm.sbatch", "2 x 8 A100"),
+    ("jobset.yaml", "v6e-16"),
+    ("tpu_pod.sh", "v5litepod-16"),
+    ("tpu_pod.sh", "v6e-256"),
+]
 
 
 @cache
@@ -97,7 +109,7 @@ CASES = [
 
 
 def test_the_documented_meshes_are_found():
-    assert {MeshConfig(), MeshConfig(1, -1), MeshConfig(fsdp=8)} <= set(FORMS)
+    assert {MeshConfig(), MeshConfig(fsdp=8), MeshConfig(2, -1)} <= set(_documented())
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -122,6 +134,19 @@ def test_every_documented_mesh_holds_every_device_or_names_the_axis(name, form):
     rows = distributed.rows_of_processes(mesh, 2 * data * fsdp)
     assert set(rows) == {device.process_index for device in devices}
     assert set(np.concatenate(list(rows.values()))) == set(range(2 * data * fsdp))
+
+
+@pytest.mark.parametrize(("file", "name"), LAUNCHES)
+def test_deploy_files_start_on_their_machines(file, name):
+    """Llama-3.1-8B with the flags of the file, and the default batch size of a row per device if it has none."""
+    text, devices = (ROOT / "deploy" / file).read_text(), machine(name)
+    form = MeshConfig(**{axis: int(size) for axis, size, _ in _FLAG.findall(text) if axis})
+    batch = re.search(r"--train\.batch-size[ =](\d+)", text)
+    config = run(form, int(batch[1]) if batch else len(devices))
+    placed = laid_out(config, architecture("llama-3.1-8b"), devices)
+    mesh = distributed.make_mesh(placed.mesh, devices)
+    rows = distributed.rows_of_processes(mesh, config.train.batch_size)
+    assert set(rows) == {device.process_index for device in devices}
 
 
 @pytest.mark.parametrize("name", NAMES)
