@@ -40,6 +40,14 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONT
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What else than commands of this library the pages tell people to type.
 OTHERS = {"pip", "export", "gcloud", "printf", "pre-commit", ".ci/run", "python3", ".", "jupyter"}
+OTHERS |= {
+    "deploy/tpu_pod.sh",
+    "sbatch",
+    "kubectl",
+    "docker",
+    "python3.11",
+    "~/nalora/bin/pip",
+}  # executed in tests/deploy
 
 
 class Block(NamedTuple):

@@ -40,6 +40,7 @@ class Cloud:
             "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
             "JAX_NUM_PROCESSES": str(len(names)),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "NALORA_NATIVE": "0",
             "NALORA_CACHE": str(self.shared / "cache"),
             "NALORA_PROGRAM": program,

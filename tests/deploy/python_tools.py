@@ -1,7 +1,7 @@
 """Stands in for the image's Python with pip, and for uv: installs a program that runs this repository's copy.
 
 ``python3`` is that of the image, which has no packages: it installs uv and does no more. uv checks what it is asked
-for against the pyproject.toml of the copied source, and writes the command `nalora` (NALORA_PROGRAM, if a test sets it).
+for against the pyproject.toml of the copied source, and writes the command `nalora`, or a test's NALORA_PROGRAM.
 """
 
 from __future__ import annotations

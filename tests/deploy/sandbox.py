@@ -88,7 +88,7 @@ def make_commands(folder: Path, **stand_ins: str) -> Path:
 
 
 def write_program(path: Path, module: str, *arguments: str) -> None:
-    """Writes a program that calls ``main(name of the program, *arguments, *its arguments)`` of tests/deploy/MODULE.py."""
+    """Writes a program that calls ``main(NAME, *arguments, *its arguments)`` of tests/deploy/MODULE.py."""
     path.write_text(
         f"#!{sys.executable}\n"
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"

@@ -1,4 +1,4 @@
-"""deploy/jobset.yaml and deploy/jobset_multislice.yaml: what the API accepts, and what follows on a pod's exit status."""
+"""The JobSets of deploy/: the API accepts them, and a pod's exit status decides between failure and restart."""
 
 from __future__ import annotations
 

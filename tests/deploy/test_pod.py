@@ -101,7 +101,9 @@ def test_start_installs_a_source_once(make_cloud) -> None:
     assert "ended, status 2: see the error in the log" in cloud.pod("status", "pod", *ZONE).stdout
 
 
-@pytest.mark.parametrize("flags", [(), ("--", "--output", "runs/here"), ("--output", "gs://b/r"), ("--", "--model", "m")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--", "--output", "runs/here"), ("--output", "gs://b/r"), ("--", "--model", "m")]
+)
 def test_start_refuses_an_output_that_workers_do_not_share(make_cloud, flags: tuple[str, ...]) -> None:
     cloud = make_cloud()
     refused = cloud.pod("start", "pod", *ZONE, *flags)
