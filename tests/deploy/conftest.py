@@ -20,18 +20,25 @@ ZONE = ("--zone", "us-west4-a")
 class Cloud:
     """Runs deploy/tpu_pod.sh on a laptop whose gcloud is tests/deploy/gcloud.py."""
 
-    def __init__(self, folder: Path, *, nodes: tuple[str, ...], program: str) -> None:
+    def __init__(
+        self, folder: Path, *, nodes: tuple[str, ...] = ("pod",), program: str = "", root: Path | None = None
+    ) -> None:
         self.folder = folder / "cloud"
         self.shared = folder / "shared"
         self.laptop = folder / "laptop"
-        for made in (self.folder, self.shared, self.laptop):
-            made.mkdir()
+        for made in (self.folder, self.shared, self.laptop / "home"):
+            made.mkdir(parents=True)
         self.record = sandbox.Record(self.shared / "calls.jsonl")
         sandbox.write_program(self.laptop / "gcloud", "gcloud")
         tools = {"python3": "python_tools", "gcloud": "gcloud"}
         commands = sandbox.make_commands(folder / "commands", **tools)
-        settings = {"workers": self._workers(nodes, program), "shared": str(self.shared), "commands": str(commands)}
-        (self.folder / "machines.json").write_text(json.dumps(settings))
+        self.settings = {
+            "workers": self._workers(nodes, program),
+            "shared": str(self.shared),
+            "commands": str(commands),
+            "root": "" if root is None else str(root),
+        }
+        self.save()
 
     def _workers(self, nodes: tuple[str, ...], program: str) -> dict[str, dict[str, str]]:
         names = [f"{node}-{worker}" for node in nodes for worker in range(2)]
@@ -50,18 +57,25 @@ class Cloud:
         }
         return {name: common | {"JAX_PROCESS_ID": str(index)} for index, name in enumerate(names)}
 
-    def pod(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs ``deploy/tpu_pod.sh WORDS`` to its end."""
-        environment = {
+    def save(self) -> None:
+        """Writes the settings for the stand-ins."""
+        (self.folder / "machines.json").write_text(json.dumps(self.settings))
+
+    def environment(self) -> dict[str, str]:
+        """Returns the environment of a shell on the laptop."""
+        return {
             "PATH": f"{self.laptop}:/usr/bin:/bin",
-            "HOME": str(self.laptop),
+            "HOME": str(self.laptop / "home"),
             "TMPDIR": str(self.laptop),
             "CLOUD": str(self.folder),
             "DEPLOY_RECORD": str(self.record.path),
         }
+
+    def pod(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs ``deploy/tpu_pod.sh WORDS`` to its end."""
         command = [str(sandbox.ROOT / "deploy" / "tpu_pod.sh"), *words]
         return subprocess.run(
-            command, env=environment | variables, capture_output=True, text=True, check=False, timeout=300
+            command, env=self.environment() | variables, capture_output=True, text=True, check=False, timeout=1500
         )
 
     def home(self, worker: str) -> Path:

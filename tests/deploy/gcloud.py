@@ -22,6 +22,7 @@ COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
     ("tpu-vm", "ssh"): (ZONE, WORKER, ("--command", {"required": True})),
     ("tpu-vm", "scp"): (ZONE, WORKER, ("destination", {}), ("--recurse", {"action": "store_true"})),
     ("tpu-vm", "delete"): (ZONE, ("--quiet", {"action": "store_true"}), ("--async", {"action": "store_true"})),
+    ("queued-resources", "list"): (ZONE,),
     ("queued-resources", "describe"): (ZONE, ("--format", {})),
     ("queued-resources", "delete"): (
         ZONE,
@@ -34,17 +35,39 @@ COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
         ("--spot", {"action": "store_true"}),
     ),
 }
+# Other commands, with the options that they may have.
+OTHERS: dict[tuple[str, ...], set[str]] = {
+    ("auth", "login"): set(),
+    ("config", "set", "project"): set(),
+    ("services", "enable"): set(),
+    ("storage", "buckets", "create"): {"--location", "--uniform-bucket-level-access"},
+    ("storage", "buckets", "add-iam-policy-binding"): {"--member", "--role"},
+    ("storage", "cp"): {"--recursive"},
+    ("storage", "ls"): set(),
+    ("projects", "add-iam-policy-binding"): {"--member", "--role"},
+}
 
 
 def main(program: str, *words: str) -> int:
     """Executes one gcloud command; returns its exit status."""
     from_environment().add(program, words)
-    assert words[:2] == ("compute", "tpus"), words
+    if words[:2] != ("compute", "tpus"):
+        return other(*words)
     parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
-    parser.add_argument("name")
+    if words[3] != "list":
+        parser.add_argument("name")
     for name, options in COMMANDS[words[2], words[3]]:
         parser.add_argument(name, **options)
     return globals()[f"{words[2]}_{words[3]}".replace("-", "_")](parser.parse_args(words[4:]))
+
+
+def other(*words: str) -> int:
+    """Checks a command that is not about TPUs."""
+    known = next((command for command in OTHERS if words[: len(command)] == command), None)
+    assert known is not None, words
+    options = {word for word in words[len(known) :] if word.startswith("--")}
+    assert options <= OTHERS[known], options
+    return 0
 
 
 def cloud() -> Path:
@@ -64,7 +87,8 @@ def workers(node: str, which: str) -> list[Machine]:
     for name in chosen:
         home = cloud() / name
         home.mkdir(exist_ok=True)
-        machines.append(Machine(home, shared, commands, settings["workers"][name]))
+        root = Path(settings["root"]) if settings["root"] else None
+        machines.append(Machine(home, shared, commands, settings["workers"][name], root))
     return machines
 
 
@@ -108,6 +132,12 @@ def queued_resources_describe(args: argparse.Namespace) -> int:
     if not (cloud() / f"{args.name}.queue").exists():
         return 1
     print("ACTIVE")
+    return 0
+
+
+def queued_resources_list(args: argparse.Namespace) -> int:
+    """Prints the names of all queued resources."""
+    print("\n".join(path.stem for path in cloud().glob("*.queue")))
     return 0
 
 
