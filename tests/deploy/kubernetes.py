@@ -126,7 +126,7 @@ def attempt(jobs: list[dict[str, Any]], start: Callable[[int, int, list[str]], s
                 pods[start(job, index, container["args"])] = spec
     reason = None
     while pods:
-        time.sleep(0.05)
+        time.sleep(0.01)
         for pod in [pod for pod in pods if pod.poll() is not None]:
             spec = pods.pop(pod)
             if pod.returncode and reason is None:
