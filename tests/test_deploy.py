@@ -84,11 +84,11 @@ def test_the_install_line_of_a_container_is_executed_on_the_files_that_it_copies
     install, no_cache, pinned, package = (tmp_path / "arguments").read_text().splitlines()
     assert (install, no_cache) == ("install", "--no-cache-dir")
     extra = re.fullmatch(r"jax\[(\w+)\]==0\.10\.2", pinned)
-    own = re.fullmatch(r"\.\[(\w+),gcs,datasets\]", package)
+    package_extras = re.fullmatch(r"\.\[(\w+),gcs,datasets\]", package)
     assert extra
-    assert own
+    assert package_extras
     project = tomllib.loads((context / "pyproject.toml").read_text())["project"]
-    assert any(line.startswith(f"jax[{extra[1]}]") for line in project["optional-dependencies"][own[1]])
+    assert any(line.startswith(f"jax[{extra[1]}]") for line in project["optional-dependencies"][package_extras[1]])
     assert {"gcs", "datasets"} <= set(project["optional-dependencies"])
     for name in (project["readme"], *project["license-files"], "nalora_jax/__main__.py"):
         assert (context / name).exists(), name

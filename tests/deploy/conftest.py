@@ -26,8 +26,8 @@ class Cloud:
         self.folder = folder / "cloud"
         self.shared = folder / "shared"
         self.laptop = folder / "laptop"
-        for made in (self.folder, self.shared, self.laptop / "home"):
-            made.mkdir(parents=True)
+        for path in (self.folder, self.shared, self.laptop / "home"):
+            path.mkdir(parents=True)
         self.record = sandbox.Record(self.shared / "calls.jsonl")
         sandbox.write_program(self.laptop / "gcloud", "gcloud")
         tools = {"python3": "python_tools", "gcloud": "gcloud"}

@@ -63,10 +63,10 @@ def main(program: str, *words: str) -> int:
 
 def other(*words: str) -> int:
     """Checks a command that is not about TPUs."""
-    known = next((command for command in OTHERS if words[: len(command)] == command), None)
-    assert known is not None, words
-    options = {word for word in words[len(known) :] if word.startswith("--")}
-    assert options <= OTHERS[known], options
+    command = next((start for start in OTHERS if words[: len(start)] == start), None)
+    assert command is not None, words
+    options = {word for word in words[len(command) :] if word.startswith("--")}
+    assert options <= OTHERS[command], options
     return 0
 
 

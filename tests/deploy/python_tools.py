@@ -54,15 +54,15 @@ def uv(verb: str, *words: str) -> int:
 def install_into(commands: Path, requirements: list[str]) -> None:
     """Checks ``requirements`` and writes the command."""
     pinned, folder = requirements
-    found = re.fullmatch(r"(.+)\[([\w,]+)\]", folder)
-    assert found, folder
-    project = tomllib.loads((Path(found[1]) / "pyproject.toml").read_text())["project"]
-    extras = found[2].split(",")
+    target = re.fullmatch(r"(.+)\[([\w,]+)\]", folder)
+    assert target, folder
+    project = tomllib.loads((Path(target[1]) / "pyproject.toml").read_text())["project"]
+    extras = target[2].split(",")
     assert set(extras) <= set(project["optional-dependencies"]), extras
     accelerator = re.fullmatch(r"jax\[(\w+)\]==0\.(\d+)\.\d+", pinned)
     assert accelerator, pinned
     assert any(line.startswith(f"jax[{accelerator[1]}]") for line in project["optional-dependencies"][extras[0]])
-    assert (Path(found[1]) / project["readme"]).exists()
-    program = os.environ.get("NALORA_PROGRAM") or NALORA.format(python=sys.executable, source=found[1])
+    assert (Path(target[1]) / project["readme"]).exists()
+    program = os.environ.get("NALORA_PROGRAM") or NALORA.format(python=sys.executable, source=target[1])
     (commands / "nalora").write_text(program)
     (commands / "nalora").chmod(0o755)

@@ -92,9 +92,9 @@ def make_commands(folder: Path, **stand_ins: str) -> Path:
     """Fills ``folder`` with the image's commands and with ``stand_ins``: modules of tests/deploy by command name."""
     folder.mkdir(parents=True)
     for name in IMAGE:
-        found = shutil.which(name)
-        assert found, f"{name} is not installed"
-        (folder / name).symlink_to(found)
+        program = shutil.which(name)
+        assert program, f"{name} is not installed"
+        (folder / name).symlink_to(program)
     for name, module in stand_ins.items():
         write_program(folder / name, module)
     return folder

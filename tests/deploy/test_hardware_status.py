@@ -14,8 +14,8 @@ PAGE = (ROOT / "docs" / "hardware_status.md").read_text()
 def rows() -> dict[str, list[str]]:
     """Returns the cells of each machine's row: run, compiled, estimated, versions."""
     table = PAGE.split("## Launchers")[0]
-    found = re.findall(r"^\| ([^|`]*`([\w:-]+)`[^|]*) \|(.*)\|$", table, re.MULTILINE)
-    return {name: [cell.strip() for cell in cells.split("|")] for _, name, cells in found}
+    lines = re.findall(r"^\| ([^|`]*`([\w:-]+)`[^|]*) \|(.*)\|$", table, re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")] for _, name, cells in lines}
 
 
 def test_a_machine_is_marked_as_run_if_it_has_results() -> None:

@@ -50,7 +50,7 @@ def check_train(words: list[str]) -> None:
 def test_the_commands_run_in_their_order_and_leave_no_slice_behind(page: Path, make_cloud, tmp_path: Path) -> None:
     cloud = make_cloud("my-slice", "pair-0", "pair-1", program=NALORA)
     for worker in cloud.settings["workers"].values():
-        worker["NALORA_DELETE_AFTER"] = "60"  # the page goes on with the slice
+        worker["NALORA_DELETE_AFTER"] = "60"  # the slice serves the rest of the page
     cloud.save()
     for name in ("docker", "kubectl", "sbatch", "nalora", "pip", "python3.11"):
         sandbox.write_program(cloud.laptop / name, "tools")
@@ -89,9 +89,9 @@ def check_call(call: list[str]) -> None:
 
 
 def test_the_commands_of_the_readme_are_those_of_the_page() -> None:
-    known = [" ".join(words) for words in one_by_one(commands(PAGE))]
+    listed = [" ".join(words) for words in one_by_one(commands(PAGE))]
     for words in one_by_one(commands(README)):
-        assert " ".join(words) in known
+        assert " ".join(words) in listed
 
 
 def test_the_table_of_types_has_topologies_that_plan_knows_and_prices_by_chip() -> None:

@@ -32,7 +32,7 @@ def last_step(run: Path) -> int:
 
 def wait_for_step(run: Path, step: int, alive: Callable[[], bool]) -> None:
     """Waits until a run has logged ``step``."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + 600
     while last_step(run) < step:
         assert alive(), "the run ended"
         assert time.monotonic() < until, "timed out"
@@ -144,8 +144,8 @@ def completed_on_gke(cloud: Cloud, words: list[str], folder: Path) -> None:
     variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
 
     def start(job: int, index: int, arguments: list[str]) -> subprocess.Popen:
-        own = variables | {"JAX_PROCESS_ID": str(index)}
-        pod = sandbox.Machine(home, Path(settings["shared"]), Path(settings["commands"]), own)
+        pod_variables = variables | {"JAX_PROCESS_ID": str(index)}
+        pod = sandbox.Machine(home, Path(settings["shared"]), Path(settings["commands"]), pod_variables)
         command = pod.command([str(home / "nalora-env" / "bin" / "nalora"), *arguments, *words])
         with (folder / f"pod-{index}.log").open("w") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
