@@ -131,6 +131,8 @@ def check_command(words: list[str]) -> None:
                 check(args.run)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), words
+    elif name == "python" and rest[0].startswith("benchmarks/"):
+        assert (ROOT / rest[0]).exists(), words
     elif name == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for extra in re.findall(r"(?:\.|nalora_jax)\[(\w+)\]", " ".join(words)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -36,7 +37,8 @@ def make_root(folder: Path, mirror: str, *, python: bool) -> None:
     for place in (sandbox.HOME, sandbox.SHARED):
         (folder / place[1:]).mkdir(parents=True, exist_ok=True)
     shutil.copy("/etc/resolv.conf", folder / "etc" / "resolv.conf")
-    (folder / "etc" / "hosts").write_text("127.0.0.1 localhost\n")  # debootstrap leaves it out
+    hosts = f"127.0.0.1 localhost {socket.gethostname()}\n"  # debootstrap writes none; Gloo looks its own name up
+    (folder / "etc" / "hosts").write_text(hosts)
     if python:
         updates = folder / "etc" / "apt" / "sources.list.d" / "updates.list"
         updates.write_text(f"deb {mirror} jammy-updates main universe\n")

@@ -14,11 +14,15 @@ from pathlib import Path
 
 from tests.deploy.sandbox import from_environment, write_program
 
-# Runs the source that was copied to the machine.
+# The entry point of the source that was copied to the machine, without the report's pictures, which take seconds.
 NALORA = """#!{python}
-import os, sys
-os.environ["PYTHONPATH"] = {source!r}
-os.execv({python!r}, [{python!r}, "-m", "nalora_jax", *sys.argv[1:]])
+import sys
+sys.path.insert(0, {source!r})
+from nalora_jax.__main__ import main
+from nalora_jax.report import html
+assert html._draw
+html._draw = lambda pictures, history: []
+sys.exit(main())
 """
 
 
