@@ -30,7 +30,7 @@ fail() { # MESSAGE
 (($# >= 2)) || usage
 action=$1 name=$2
 shift 2
-place=() flags=() zone='' type='' spot='' worker=0 slices=1 delete_when_done=''
+place=() flags=() zone='' type='' spot='' worker=0 slices=1 delete_when_done='' deletes='' folder=''
 while (($#)); do
   case $1 in
     --zone | --type | --slices | --worker) (($# > 1)) || fail "$1: expected a value" ;;
@@ -62,13 +62,17 @@ tpu() { gcloud compute tpus tpu-vm "$@" "${place[@]}"; }
 queue() { gcloud compute tpus queued-resources "$@" "${place[@]}"; }
 
 on_workers() { # COMMAND on all workers of all slices at once; fails if one of them fails
-  local node pids=() failed=0
+  local node pid pids=() failed=0
   for node in "${nodes[@]}"; do
     tpu ssh "$node" --worker=all --command "$1" </dev/null &
     pids+=($!)
   done
-  for node in "${pids[@]}"; do wait "$node" || failed=1; done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   return $failed
+}
+
+worker_states() { # a line "HOST: STATE" for each worker, followed by the end of its log
+  on_workers 'if test -e nalora-launch/worker.sh; then bash nalora-launch/worker.sh status; else echo "worker: not started"; fi'
 }
 
 bills() {
@@ -119,9 +123,11 @@ pack() { # FOLDER
 }
 
 start() {
-  local folder state node running workers
+  local state node running workers
   check_flags
-  state=$(on_workers 'test ! -e nalora-launch/worker.sh || bash nalora-launch/worker.sh status')
+  state=$(worker_states)
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"; [[ -n $deletes ]] || bills' EXIT # also after a failure: a slice never bills silently
   running=$(grep -c '^[^ ]*: running' <<<"$state" || true)
   workers=$(grep -c '^[^ ]*: ' <<<"$state" || true)
   if ((running)); then
@@ -130,8 +136,6 @@ start() {
     echo "already running: left as it is"
     return
   fi
-  folder=$(mktemp -d)
-  trap 'rm -rf "'"$folder"'"' EXIT
   pack "$folder/nalora-launch"
   for node in "${nodes[@]}"; do
     tpu scp --recurse "$folder/nalora-launch" "$node:" --worker=all
@@ -139,14 +143,14 @@ start() {
   on_workers 'bash nalora-launch/worker.sh start'
   if [[ -n $delete_when_done ]]; then
     tpu ssh "${nodes[0]}" --worker=0 --command "bash nalora-launch/worker.sh delete-when-done $name $zone" </dev/null
+    deletes=yes
   fi
   echo "Log: deploy/tpu_pod.sh logs $name --zone $zone"
-  [[ -n $delete_when_done ]] || bills
 }
 
 status() {
   queue describe "$name" --format 'value(state.state)' 2>/dev/null || true
-  on_workers 'if test -e nalora-launch/worker.sh; then bash nalora-launch/worker.sh status; else echo "not started"; fi'
+  worker_states
   bills
 }
 
