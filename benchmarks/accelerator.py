@@ -1,23 +1,26 @@
-"""Training on your accelerators: tokens/s, MFU and memory, beside PEFT on a GPU and Tunix on a TPU.
+"""Training on your accelerators: tokens/s, MFU and memory, compared with PEFT on a GPU and with Tunix on a TPU.
 
     pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs of one machine
     pip install '.[tpu]' google-tunix qwix && python benchmarks/accelerator.py               # TPU chips of one host
     python benchmarks/accelerator.py --model qwen3-32b --seq 8192 --publish
     python benchmarks/accelerator.py --tiny                                                  # on anything, in a minute
+    python benchmarks/accelerator.py --report                                                # a block for an issue
 
-Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, whole rows, bfloat16. This
-library runs as `python train.py` does, mesh and rematerialisation chosen, on all chips, as NA-LoRA and as plain LoRA.
-PEFT and Tunix run on one chip, with their layers made again in the backward pass; speeds are those of one chip. Every
-run is a process of its own. What could not be compared is said, with the reason, and kept in the record. MFU is useful
-flops (4 a frozen weight and token, 6 an adapter's, attention with causality used) over the data sheet's peak.
+Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, full sequences, bfloat16.
+This library runs as `python train.py` does, with automatic mesh and rematerialization, on all chips, as NA-LoRA and as
+plain LoRA. PEFT and Tunix run on one chip and rematerialize every layer; speeds are per chip. Each run is a separate
+process. The record names every comparison that was not possible, with the reason. MFU is useful flops (4 per frozen
+weight and token, 6 per adapter weight, attention with causality used) over the data sheet's peak.
 
---peer-python names a Python that has the peer, where that is another one. --publish puts the figures among the
-committed ones and makes docs/benchmarks.md again.
+--peer-python names a Python that has the peer, if it is not this one. --publish adds the figures to the committed ones
+and updates docs/benchmarks.md. --report prints, in place of the table, a Markdown block to paste into an issue about
+docs/hardware_status.md: hardware, versions and figures, without host names and paths.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -257,6 +260,25 @@ def table(record: dict[str, Any]) -> str:
     return "\n\n".join([markdown(header, lines), *notes])
 
 
+def report(record: dict[str, Any], case: str) -> str:
+    """Returns a Markdown block about one case, for users who measured it and open an issue."""
+    measured = record["cases"][case]
+    machine, here, run = measured["machine"], measured["accelerator"], measured["runs"][OURS][-1]
+    losses = run["losses"]
+    items = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "command": measured["command"],
+        "accelerators": f"{here['chips']} x {here['kind']} ({here['platform']})",
+        "host": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "python": machine["python"],
+        "losses": f"{losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps",
+    }
+    parts = [f"### Hardware report: {items['accelerators']}"]
+    parts += ["\n".join(f"- {name}: {value}" for name, value in items.items()), table({"cases": {case: measured}})]
+    return "\n\n".join(["Paste this into a new issue:", *parts])
+
+
 def not_measured(platform: str, kind: str, mfu: object, other: str) -> dict[str, str]:
     """What this machine cannot say, whatever is installed."""
     notes = {name: f"it is for {'TPUs' if name == 'Tunix' else 'GPUs'}" for name in ("PEFT", "Tunix") if name != other}
@@ -297,9 +319,10 @@ def main() -> None:
             reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
     reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"], peer)
     case = f"{options.model} {options.dtype}, {options.rows} x {options.seq} a chip"
-    kept = {name: value for name, value in vars(options).items() if name not in ("one", "publish")}
+    kept = {name: value for name, value in vars(options).items() if name not in ("one", "publish", "report")}
     found = {"settings": kept, "accelerator": here, "runs": runs, "not_compared": reasons}
-    print(table(save(case, found, here, publish=options.publish)))
+    record = save(case, found, here, publish=options.publish)
+    print(report(record, case) if options.report else table(record))
 
 
 def save(case: str, found: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
@@ -325,6 +348,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a model of two narrow layers")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has PEFT or Tunix")
     parser.add_argument("--publish", action="store_true", help="put the figures among the committed ones")
+    parser.add_argument("--report", action="store_true", help="print a block to paste into an issue")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

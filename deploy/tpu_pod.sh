@@ -1,37 +1,171 @@
 #!/usr/bin/env bash
-# A run on every worker of a Cloud TPU pod slice (or of a single TPU VM), started, stopped and taken up by one command:
+# Trains on a Cloud TPU slice from your own machine. The run is detached: it continues after a dropped connection.
 #
-#   deploy/tpu_pod.sh SLICE ZONE BUCKET OUTPUT [flags of `nalora train`]
-#   export NALORA_SOURCE=git+https://HOST/OWNER/nalora_jax     # what pip installs on the workers
-#   deploy/tpu_pod.sh my-slice us-east5-b my-bucket runs/llama --model meta-llama/Llama-3.1-8B --mesh.data 1 --mesh.fsdp -1
+#   deploy/tpu_pod.sh create NAME --zone ZONE --type v5litepod-16 [--spot] [--slices N]
+#   deploy/tpu_pod.sh start  NAME --zone ZONE [--slices N] [--delete-when-done] -- --output gs://BUCKET/RUN [flags]
+#   deploy/tpu_pod.sh status NAME --zone ZONE [--slices N]     state of the slice and of each worker's run
+#   deploy/tpu_pod.sh logs   NAME --zone ZONE [--worker N]     the end of a worker's log, of the first by default
+#   deploy/tpu_pod.sh stop   NAME --zone ZONE [--slices N]     saves a checkpoint and ends the run; the slice remains
+#   deploy/tpu_pod.sh delete NAME --zone ZONE [--slices N]     deletes the slice, which ends its billing
 #
-# SLICE exists (see docs/deploy.md) with the image v2-alpha-tpuv6e or v2-alpha-tpuv5-lite. BUCKET is mounted with gcsfuse
-# on every worker, because the workers share the output folder. The same command again takes the run up where it was.
-# Written for: Python 3.11, jax[tpu] 0.10.2, gcsfuse 2 or newer. Not run on hardware.
+# `start` copies this repository to every worker, installs it there and runs `nalora train --resume auto [flags]`. The
+# same command resumes the run. HF_TOKEN, if set here, is copied as a file that only your user can read.
+# Needs: gcloud. Written for: image Ubuntu 22.04, Python 3.11 (installed by uv), jax[tpu] 0.10.2. Not run on hardware.
 set -euo pipefail
 
-if (($# < 4)); then
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+here=$(cd "$(dirname "$0")" && pwd)
+
+usage() {
+  sed -n '4,9s/^#   //p' "$0" >&2
   exit 2
-fi
-slice=$1 zone=$2 bucket=$3 output=$4
-shift 4
-mount=/mnt/nalora
-archive=${NALORA_SOURCE:?what pip installs on the workers, e.g. git+https://HOST/OWNER/nalora_jax}
-
-flags=(train --output "$mount/$output" --resume auto "$@")
-printf -v command '%q ' "${flags[@]}"
-
-# What each worker does. Renames of folders have to be atomic for checkpoints: use a bucket with a hierarchical namespace.
-read -r -d '' worker <<WORKER || true
-set -euo pipefail
-sudo mkdir -p $mount
-mountpoint -q $mount || { sudo chown "\$USER" $mount; gcsfuse --implicit-dirs --rename-dir-limit=200000 $bucket $mount; }
-test -x "\$HOME/nalora/bin/nalora" || {
-  python3.11 -m venv "\$HOME/nalora"
-  "\$HOME/nalora/bin/pip" install --quiet 'jax[tpu]==0.10.2' 'nalora_jax[tpu] @ $archive'
 }
-exec "\$HOME/nalora/bin/nalora" $command
-WORKER
 
-exec gcloud compute tpus tpu-vm ssh "$slice" --zone "$zone" --worker=all --command "$worker"
+fail() { # MESSAGE
+  echo "error: $1" >&2
+  exit 2
+}
+
+# ------------------------------------------------------------------ arguments
+
+(($# >= 2)) || usage
+action=$1 name=$2
+shift 2
+place=() flags=() zone='' type='' spot='' worker=0 slices=1 delete_when_done='' deletes='' folder=''
+while (($#)); do
+  case $1 in
+    --zone | --type | --slices | --worker) (($# > 1)) || fail "$1: expected a value" ;;
+  esac
+  case $1 in
+    --zone) zone=$2 place=(--zone "$2") && shift ;;
+    --type) type=$2 && shift ;;
+    --slices) slices=$2 && shift ;;
+    --worker) worker=$2 && shift ;;
+    --spot) spot=--spot ;;
+    --delete-when-done) delete_when_done=yes ;;
+    --) shift && flags=("$@") && break ;;
+    *) fail "$1: expected an option of $action; flags of nalora train follow --" ;;
+  esac
+  shift
+done
+[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices: expected a number, found $slices"
+[[ -n $zone ]] || fail "--zone: expected the zone of the slice, e.g. --zone us-west4-a"
+
+nodes=("$name") # several slices of one queued resource are called NAME-0, NAME-1, ...
+if ((slices > 1)); then
+  nodes=()
+  for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+fi
+
+# ------------------------------------------------------------------ gcloud
+
+tpu() { gcloud compute tpus tpu-vm "$@" "${place[@]}"; }
+queue() { gcloud compute tpus queued-resources "$@" "${place[@]}"; }
+
+on_workers() { # COMMAND on all workers of all slices at once; fails if one of them fails
+  local node pid pids=() failed=0
+  for node in "${nodes[@]}"; do
+    tpu ssh "$node" --worker=all --command "$1" </dev/null &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  return $failed
+}
+
+worker_states() { # a line "HOST: STATE" for each worker, followed by the end of its log
+  on_workers 'if test -e nalora-launch/worker.sh; then bash nalora-launch/worker.sh status; else echo "worker: not started"; fi'
+}
+
+bills() {
+  echo "The slice is billed until it is deleted: deploy/tpu_pod.sh delete $name --zone $zone"
+}
+
+# ------------------------------------------------------------------ actions
+
+create() {
+  local runtime what=(--node-id "$name")
+  case $type in
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) fail "--type: expected v5litepod-N, v5p-N or v6e-N, found '$type'" ;;
+  esac
+  ((slices == 1)) || what=(--node-count "$slices" --node-prefix "$name")
+  queue create "$name" "${what[@]}" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+"$spot"}
+  echo "Wait until its state is ACTIVE: deploy/tpu_pod.sh status $name --zone $zone"
+  bills
+}
+
+# Flags that all workers need before anything is copied.
+check_flags() {
+  local previous='' output='' resume=''
+  for word in ${flags[@]+"${flags[@]}"}; do
+    case $previous in --output) output=$word ;; esac
+    case $word in
+      --output=*) output=${word#*=} ;;
+      --resume | --resume=* | --no-resume) resume=yes ;;
+    esac
+    previous=$word
+  done
+  [[ $output == *://* || $output == /* ]] ||
+    fail "--output: expected gs://BUCKET/RUN or a folder that all workers mount, found '$output'"
+  [[ -n $resume ]] || flags+=(--resume auto)
+}
+
+# A folder with all that a worker needs, readable by this user alone.
+pack() { # FOLDER
+  mkdir -m 700 "$1"
+  cp "$here/tpu_worker.sh" "$1/worker.sh"
+  tar --exclude __pycache__ -czf "$1/source.tar.gz" -C "$here/.." pyproject.toml README.md LICENSE NOTICE nalora_jax
+  printf '%s\0' "${flags[@]}" >"$1/flags"
+  if [[ -n ${HF_TOKEN:-} ]]; then
+    (umask 077 && printf '%s' "$HF_TOKEN" >"$1/hf_token")
+  fi
+}
+
+start() {
+  local state node running workers
+  check_flags
+  state=$(worker_states)
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"; [[ -n $deletes ]] || bills' EXIT # also after a failure: a slice never bills silently
+  running=$(grep -c '^[^ ]*: running' <<<"$state" || true)
+  workers=$(grep -c '^[^ ]*: ' <<<"$state" || true)
+  if ((running)); then
+    echo "$state"
+    ((running == workers)) || fail "$name: $running of $workers workers run; stop it first: deploy/tpu_pod.sh stop"
+    echo "already running: left as it is"
+    return
+  fi
+  pack "$folder/nalora-launch"
+  for node in "${nodes[@]}"; do
+    tpu scp --recurse "$folder/nalora-launch" "$node:" --worker=all
+  done
+  on_workers 'bash nalora-launch/worker.sh start'
+  if [[ -n $delete_when_done ]]; then
+    tpu ssh "${nodes[0]}" --worker=0 --command "bash nalora-launch/worker.sh delete-when-done $name $zone" </dev/null
+    deletes=yes
+  fi
+  echo "Log: deploy/tpu_pod.sh logs $name --zone $zone"
+}
+
+status() {
+  queue describe "$name" --format 'value(state.state)' 2>/dev/null || true
+  worker_states
+  bills
+}
+
+delete() {
+  local node
+  if queue describe "$name" >/dev/null 2>&1; then
+    queue delete "$name" --force --quiet
+  else # made without a queued resource
+    for node in "${nodes[@]}"; do tpu delete "$node" --quiet; done
+  fi
+}
+
+case $action in
+  create | start | status | delete) "$action" ;;
+  logs) tpu ssh "${nodes[0]}" --worker="$worker" --command 'tail -n 100 nalora-run/log' ;;
+  stop) on_workers 'bash nalora-launch/worker.sh stop' && bills ;;
+  *) usage ;;
+esac

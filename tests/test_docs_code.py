@@ -40,6 +40,14 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONT
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What else than commands of this library the pages tell people to type.
 OTHERS = {"pip", "export", "gcloud", "printf", "pre-commit", ".ci/run", "python3", ".", "jupyter"}
+OTHERS |= {
+    "deploy/tpu_pod.sh",
+    "sbatch",
+    "kubectl",
+    "docker",
+    "python3.11",
+    "~/nalora/bin/pip",
+}  # executed in tests/deploy
 
 
 class Block(NamedTuple):
@@ -123,6 +131,8 @@ def check_command(words: list[str]) -> None:
                 check(args.run)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), words
+    elif name == "python" and rest[0].startswith("benchmarks/"):
+        assert (ROOT / rest[0]).exists(), words
     elif name == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for extra in re.findall(r"(?:\.|nalora_jax)\[(\w+)\]", " ".join(words)):

@@ -90,3 +90,21 @@ def test_the_page_takes_the_figures_in(accelerator, tmp_path):
     assert "| tokens/s a chip, llama, PEFT | 500 | 400 | 1.25 |" in page
     assert "Not measured here" not in page
     assert "PEFT" in pages.details(parts, tmp_path)
+
+
+def test_the_report_has_hardware_versions_and_figures_and_no_paths(accelerator, monkeypatch, capsys, tmp_path):
+    run = {"seconds": [1.0], "tokens_per_second": [5.0], "memory_gb": 1.0, "memory_of": "a chip", "mfu": 0.5}
+    run |= {"losses": [6.2, 6.1], "versions": {"jax": "0.10.2", "libtpu": "0.0.42"}}
+    tpu = {"platform": "tpu", "kind": "TPU v5 lite", "chips": 8}
+    monkeypatch.setattr(accelerator, "describe", lambda: tpu)
+    monkeypatch.setattr(accelerator, "train_ours", lambda *_: {**run, "mesh": {"data": 8, "fsdp": 1, "tensor": 1}})
+    monkeypatch.setattr(accelerator, "has", lambda packages: {"missing": ["tunix"]})
+    call(accelerator, monkeypatch, "--report")
+    shown = capsys.readouterr().out.split("Paste this into a new issue:\n\n")[1]
+    assert shown.startswith("### Hardware report: 8 x TPU v5 lite (tpu)\n")
+    assert "- command: python benchmarks/accelerator.py --report\n" in shown
+    assert "- versions: jax 0.10.2, libtpu 0.0.42\n" in shown
+    assert "- losses: 6.2000 to 6.1000 in 2 steps\n" in shown
+    assert "| nalora_jax | 8 x 1 x 1 | 5 | 50% | 1.0 (a chip) |" in shown
+    assert "Tunix was not compared: tunix not installed." in shown
+    assert str(tmp_path) not in shown

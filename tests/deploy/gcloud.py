@@ -1,0 +1,153 @@
+"""Stands in for gcloud: slices are lists of sandboxes, and what is sent to a worker is executed there.
+
+Commands and options are those of the gcloud reference (compute tpus tpu-vm, compute tpus queued-resources); others end
+in status 2, as gcloud's do. The state is in the folder CLOUD: a file for each slice, and a home for each worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.deploy.sandbox import Machine, from_environment
+
+ZONE = ("--zone", {"required": True})
+WORKER = ("--worker", {"default": "0"})
+COMMANDS: dict[tuple[str, str], tuple[tuple[str, dict], ...]] = {
+    ("tpu-vm", "ssh"): (ZONE, WORKER, ("--command", {"required": True})),
+    ("tpu-vm", "scp"): (ZONE, WORKER, ("destination", {}), ("--recurse", {"action": "store_true"})),
+    ("tpu-vm", "delete"): (ZONE, ("--quiet", {"action": "store_true"}), ("--async", {"action": "store_true"})),
+    ("queued-resources", "list"): (ZONE,),
+    ("queued-resources", "describe"): (ZONE, ("--format", {})),
+    ("queued-resources", "delete"): (
+        ZONE,
+        *((name, {"action": "store_true"}) for name in ("--force", "--quiet", "--async")),
+    ),
+    ("queued-resources", "create"): (
+        ZONE,
+        *((name, {}) for name in ("--node-id", "--node-count", "--node-prefix")),
+        *((name, {"required": True}) for name in ("--accelerator-type", "--runtime-version")),
+        ("--spot", {"action": "store_true"}),
+    ),
+}
+# Other commands, with the options that they may have.
+OTHERS: dict[tuple[str, ...], set[str]] = {
+    ("auth", "login"): set(),
+    ("config", "set", "project"): set(),
+    ("services", "enable"): set(),
+    ("storage", "buckets", "create"): {"--location", "--uniform-bucket-level-access"},
+    ("storage", "buckets", "add-iam-policy-binding"): {"--member", "--role"},
+    ("storage", "cp"): {"--recursive"},
+    ("storage", "ls"): set(),
+    ("projects", "add-iam-policy-binding"): {"--member", "--role"},
+}
+
+
+def main(program: str, *words: str) -> int:
+    """Executes one gcloud command; returns its exit status."""
+    from_environment().add(program, words)
+    if words[:2] != ("compute", "tpus"):
+        return other(*words)
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    if words[3] != "list":
+        parser.add_argument("name")
+    for name, options in COMMANDS[words[2], words[3]]:
+        parser.add_argument(name, **options)
+    return globals()[f"{words[2]}_{words[3]}".replace("-", "_")](parser.parse_args(words[4:]))
+
+
+def other(*words: str) -> int:
+    """Checks a command that is not about TPUs."""
+    command = next((start for start in OTHERS if words[: len(start)] == start), None)
+    assert command is not None, words
+    options = {word for word in words[len(command) :] if word.startswith("--")}
+    assert options <= OTHERS[command], options
+    return 0
+
+
+def cloud() -> Path:
+    """Returns the folder of all slices."""
+    return Path(os.environ["CLOUD"])
+
+
+def workers(node: str, which: str) -> list[Machine]:
+    """Returns the machines of a node, all of them or one by its number."""
+    settings = json.loads((cloud() / "machines.json").read_text())
+    if not (cloud() / f"{node}.node").exists():
+        sys.exit(f"ERROR: {node} was not found")
+    names = [name for name in settings["workers"] if name.rpartition("-")[0] == node]
+    chosen = names if which == "all" else [names[int(which)]]
+    shared, commands = Path(settings["shared"]), Path(settings["commands"])
+    machines = []
+    for name in chosen:
+        home = cloud() / name
+        home.mkdir(exist_ok=True)
+        root = Path(settings["root"]) if settings["root"] else None
+        machines.append(Machine(home, shared, commands, settings["workers"][name], root))
+    return machines
+
+
+def tpu_vm_ssh(args: argparse.Namespace) -> int:
+    """Runs a command on workers at the same time; returns the largest exit status."""
+    started = [
+        subprocess.Popen(machine.command(["bash", "-c", args.command])) for machine in workers(args.name, args.worker)
+    ]
+    return max(process.wait() for process in started)
+
+
+def tpu_vm_scp(args: argparse.Namespace) -> int:
+    """Copies a folder into the homes of workers."""
+    node, _, place = args.destination.partition(":")
+    assert args.recurse
+    assert not place
+    for machine in workers(node, args.worker):
+        shutil.copytree(args.name, machine.home / Path(args.name).name, dirs_exist_ok=True)
+    return 0
+
+
+def tpu_vm_delete(args: argparse.Namespace) -> int:
+    """Deletes a node."""
+    (cloud() / f"{args.name}.node").unlink()
+    return 0
+
+
+def queued_resources_create(args: argparse.Namespace) -> int:
+    """Makes the nodes of a queued resource at once."""
+    assert (args.node_id is None) != (args.node_count is None)
+    assert (args.node_prefix is None) == (args.node_count is None)
+    nodes = [args.node_id] if args.node_id else [f"{args.node_prefix}-{i}" for i in range(int(args.node_count))]
+    (cloud() / f"{args.name}.queue").write_text(json.dumps(nodes))
+    for node in nodes:
+        (cloud() / f"{node}.node").touch()
+    return 0
+
+
+def queued_resources_describe(args: argparse.Namespace) -> int:
+    """Prints the state of a queued resource."""
+    if not (cloud() / f"{args.name}.queue").exists():
+        return 1
+    print("ACTIVE")
+    return 0
+
+
+def queued_resources_list(args: argparse.Namespace) -> int:
+    """Prints the names of all queued resources."""
+    print("\n".join(path.stem for path in cloud().glob("*.queue")))
+    return 0
+
+
+def queued_resources_delete(args: argparse.Namespace) -> int:
+    """Deletes a queued resource with its nodes."""
+    queue = cloud() / f"{args.name}.queue"
+    if not queue.exists():
+        return 1
+    assert args.force
+    for node in json.loads(queue.read_text()):
+        (cloud() / f"{node}.node").unlink()
+    queue.unlink()
+    return 0

@@ -1,0 +1,108 @@
+"""The JobSets of deploy/: the API accepts them, and a pod's exit status decides between failure and restart."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+
+from nalora_jax.cli.command import parse
+from nalora_jax.config import check
+from tests.deploy import kubernetes
+from tests.deploy.sandbox import ROOT
+
+FILES = ("jobset.yaml", "jobset_multislice.yaml")
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / name).read_text())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_jobset_is_accepted(name: str) -> None:
+    assert list(kubernetes.violations(load(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("failurePolicy", "maxRestart"), 3),
+        (("failurePolicy", "rules", 0, "name"), "usage-error"),
+        (("failurePolicy", "rules", 0, "onJobFailureReasons"), ["PodFailure"]),
+        (("replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules", 0, "onExitCodes", "values"), [0, 2]),
+        (("replicatedJobs", 0, "template", "spec", "template", "spec", "restartPolicy"), "OnFailure"),
+    ],
+)
+def test_mistakes_are_refused(path: tuple[Any, ...], value: object) -> None:
+    resource = load("jobset.yaml")
+    place = resource["spec"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert list(kubernetes.violations(resource))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_hosts_chips_and_flags_agree(name: str) -> None:
+    (replicated,) = load(name)["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    resources = container["resources"]
+    chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+    assert resources["requests"] == resources["limits"]
+    assert spec["parallelism"] == spec["completions"] == chips / resources["limits"]["google.com/tpu"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    verb, args = parse(container["args"])
+    config = check(args.run)
+    assert (verb, config.resume) == ("train", "auto")
+    assert config.train.batch_size % (chips * replicated["replicas"]) == 0
+    assert replicated["replicas"] == (2 if "multislice" in name else 1)
+    for place in (config.output, config.data.dataset):
+        assert str(place).startswith("gs:/")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "outcome"),
+    [
+        ([0], ("Completed", 0)),
+        ([2], ("Failed", 0)),
+        ([143, 0], ("Completed", 1)),
+        ([75, 134, 1, 0], ("Completed", 3)),
+        ([143, 2], ("Failed", 1)),
+        ([143] * 60, ("Failed", 50)),
+    ],
+)
+def test_a_usage_error_fails_at_once_and_a_lost_host_restarts(statuses: list[int], outcome: tuple[str, int]) -> None:
+    resource, begun = copy.deepcopy(load("jobset.yaml")), iter(statuses)
+    resource["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] = 1
+    assert kubernetes.run(resource, lambda job, index, args: Ended(next(begun))) == outcome  # type: ignore[arg-type, return-value]
+
+
+class Ended:
+    """A pod that has ended."""
+
+    def __init__(self, status: int) -> None:
+        self.returncode = status
+
+    def poll(self) -> int:
+        """Returns its status."""
+        return self.returncode
+
+
+def test_a_mistyped_flag_fails_the_jobset_without_a_restart() -> None:
+    resource = load("jobset.yaml")
+    job = resource["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job["completions"] = 1
+    job["template"]["spec"]["containers"][0]["args"].append("--stepz=3")
+    command = [sys.executable, "-m", "nalora_jax"]
+
+    def start(job: int, index: int, args: list[str]) -> subprocess.Popen:
+        return subprocess.Popen([*command, *args], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    assert kubernetes.run(resource, start) == ("Failed", 0)

@@ -1,0 +1,140 @@
+"""deploy/tpu_pod.sh and deploy/tpu_worker.sh, executed on two workers whose `nalora` waits or ends at once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deploy.conftest import ZONE
+from tests.deploy.sandbox import IMAGE, ROOT
+
+WAITS = "#!/bin/bash\ntrap 'exit 143' TERM\necho \"$HF_TOKEN: $*\"\nwhile true; do sleep 0.05; done\n"
+ENDS = "#!/bin/bash\nexit {status}\n"
+RUN = ("--", "--output", "gs://bucket/run", "--model", "a model")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["tpu_pod.sh", "tpu_worker.sh", "slurm.sbatch"])
+def test_shell_files_parse(name: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / "deploy" / name], check=True)
+
+
+def test_the_worker_uses_only_commands_of_the_image() -> None:
+    text = "\n".join((ROOT / "deploy" / name).read_text() for name in ("tpu_worker.sh", "tpu_pod.sh"))
+    assert not re.search(r"(?<!uses )gcsfuse|^\s*python3\.11", text, re.MULTILINE)
+    assert "gcsfuse" not in IMAGE
+    assert "python3.11" not in IMAGE
+
+
+def test_create_asks_for_a_queued_resource_and_names_the_runtime_of_the_type(make_cloud) -> None:
+    cloud = make_cloud()
+    made = cloud.pod("create", "pod", *ZONE, "--type", "v5litepod-16", "--spot")
+    assert made.returncode == 0, made.stderr
+    assert "deploy/tpu_pod.sh delete pod --zone us-west4-a" in made.stdout
+    (call,) = cloud.record.calls("gcloud")
+    assert call[3:6] == ["queued-resources", "create", "pod"]
+    options = " ".join(call)
+    assert "--node-id pod --accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot" in options
+    assert cloud.pod("create", "pod", *ZONE, "--type", "v3-8").returncode == 2
+    assert cloud.pod("create", "pod", "--type", "v6e-8").returncode == 2
+
+
+def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(make_cloud) -> None:
+    cloud = make_cloud(program=WAITS)
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    started = cloud.pod("start", "pod", *ZONE, *RUN, HF_TOKEN="hf_secret")
+    assert started.returncode == 0, started.stderr
+    assert len(re.findall(r": running, pid \d+", started.stdout)) == 2
+    assert "is billed until it is deleted: deploy/tpu_pod.sh delete pod" in started.stdout
+    logs = [cloud.home(f"pod-{i}") / "nalora-run" / "log" for i in range(2)]
+    wait_until(lambda: all("hf_secret: " in log.read_text() for log in logs))
+    for pid in cloud.pids():
+        assert b"hf_secret" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    for worker in ("pod-0", "pod-1"):
+        assert cloud.home(worker).joinpath("nalora-launch").stat().st_mode & 0o077 == 0
+        assert not cloud.home(worker).joinpath("nalora-launch", "hf_token").exists()  # read, then removed
+    assert "hf_secret" not in cloud.record.path.read_text()  # in no argument of gcloud
+    assert not list(cloud.laptop.glob("tmp*"))
+    assert "train --output gs://bucket/run --model a model --resume auto" in cloud.pod("logs", "pod", *ZONE).stdout
+    stopped = cloud.pod("stop", "pod", *ZONE)
+    assert stopped.stdout.count("ended, status 143: stopped, with a checkpoint; start resumes") == 2
+    assert "ACTIVE" in cloud.pod("status", "pod", *ZONE).stdout
+    assert cloud.pod("delete", "pod", *ZONE).returncode == 0
+    assert not list(cloud.folder.glob("*.node"))
+
+
+def test_start_leaves_a_run_alone(make_cloud) -> None:
+    cloud = make_cloud(program=WAITS)
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    cloud.pod("start", "pod", *ZONE, *RUN)
+    pids = cloud.pids()
+    again = cloud.pod("start", "pod", *ZONE, *RUN)
+    assert (again.returncode, cloud.pids()) == (0, pids)
+    assert "already running: left as it is" in again.stdout
+
+
+def test_start_installs_a_source_once(make_cloud) -> None:
+    cloud = make_cloud(program=ENDS.format(status=2))
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    for _ in range(2):
+        cloud.pod("start", "pod", *ZONE, *RUN)
+        wait_until(lambda: (cloud.home("pod-0") / "nalora-run" / "status").exists())
+    assert len(cloud.record.calls("uv", "venv")) == 2
+    assert "ended, status 2: see the error in the log" in cloud.pod("status", "pod", *ZONE).stdout
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--", "--output", "runs/here"), ("--output", "gs://b/r"), ("--", "--model", "m")]
+)
+def test_start_refuses_an_output_that_workers_do_not_share(make_cloud, flags: tuple[str, ...]) -> None:
+    cloud = make_cloud()
+    refused = cloud.pod("start", "pod", *ZONE, *flags)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --output: expected ")
+    assert not cloud.record.calls()
+
+
+def test_a_start_that_fails_states_that_the_slice_is_billed(make_cloud) -> None:
+    cloud = make_cloud(program=WAITS)
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    cloud.home("pod-1").mkdir()
+    (cloud.home("pod-1") / ".local").touch()  # uv cannot be installed there
+    failed = cloud.pod("start", "pod", *ZONE, "--delete-when-done", *RUN)
+    assert failed.returncode != 0
+    assert "is billed until it is deleted" in failed.stdout
+    refused = cloud.pod("start", "pod", *ZONE, *RUN)  # the first worker waits for the second
+    assert refused.returncode == 2
+    assert "1 of 2 workers run; stop it first" in refused.stderr
+
+
+def test_two_slices_are_started_together(make_cloud) -> None:
+    cloud = make_cloud("two-0", "two-1", program=WAITS)
+    slices = (*ZONE, "--slices", "2")
+    cloud.pod("create", "two", *slices, "--type", "v6e-16")
+    assert "--node-count" in cloud.record.calls("gcloud")[0]
+    assert len(re.findall(": running", cloud.pod("start", "two", *slices, *RUN).stdout)) == 4
+    assert cloud.pod("stop", "two", *slices).stdout.count(": ended, status 143: ") == 4
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_the_slice_is_deleted_when_the_run_has_ended(make_cloud, status: int) -> None:
+    cloud = make_cloud(program=ENDS.format(status=status))
+    cloud.pod("create", "pod", *ZONE, "--type", "v6e-8")
+    started = cloud.pod("start", "pod", *ZONE, "--delete-when-done", *RUN)
+    assert "The slice pod will be deleted when the run has ended." in started.stdout
+    assert "is billed until" not in started.stdout
+    # The worker's gcloud is called from a read-only sandbox: the call is the evidence.
+    deletes = ("gcloud", "compute", "tpus", "queued-resources", "delete", "pod")
+    wait_until(lambda: cloud.record.calls(*deletes))
