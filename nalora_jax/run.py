@@ -34,6 +34,7 @@ from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
+from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
@@ -102,14 +103,19 @@ def run(
     for text in config.mechanisms:
         make(text)  # an unknown name is said before anything is loaded
     told = [*make_callbacks(config.callbacks), *callbacks]
-    distributed.initialize_distributed()
-    with distributed.lost_peers_named(), stop_signals() as stop, open_output(config.output, config.resume) as output:
-        try:
-            return _run(config, output, source, told, stop)
-        except Interrupted as stopped:  # what is left is in the checkpoints, outside the steps as well
-            if stopped.saved is None and has_checkpoint(output.checkpoints):
-                raise Interrupted(stopped.signal, resume=_way_on(config)) from None
-            raise
+    with outliving_terminal():
+        distributed.initialize_distributed()
+        with (
+            distributed.lost_peers_named(),
+            stop_signals() as stop,
+            open_output(config.output, config.resume) as output,
+        ):
+            try:
+                return _run(config, output, source, told, stop)
+            except Interrupted as stopped:  # what is left is in the checkpoints, outside the steps as well
+                if stopped.saved is None and has_checkpoint(output.checkpoints):
+                    raise Interrupted(stopped.signal, resume=_way_on(config)) from None
+                raise
 
 
 def _run(
