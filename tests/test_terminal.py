@@ -60,7 +60,7 @@ def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     process = start_run(tmp_path, [sys.executable, "-c", TAKE_TERMINAL], **streams, start_new_session=True)
     os.close(theirs)
-    with open(mine, "rb", buffering=0) as screen:
+    with os.fdopen(mine, "rb", buffering=0) as screen:
         wait_for_step(tmp_path, process)
         screen.read(1)
     check_finished(tmp_path, process)
@@ -94,22 +94,22 @@ def test_a_subcommand_with_closed_streams_ends_as_with_open_ones(arguments: str,
 
 def test_text_after_the_reader_has_gone_is_dropped_and_the_descriptor_reused() -> None:
     read, write = os.pipe()
-    with open(write, "w", encoding="utf-8") as raw:
+    with os.fdopen(write, "w", encoding="utf-8") as raw:
         stream = terminal.LastingStream(raw)
         os.close(read)
         assert stream.write("x" * 100_000) == 100_000
         stream.writelines(["y"])
         stream.flush()
-        assert os.path.samestat(os.fstat(write), os.stat(os.devnull))  # noqa: PTH116
+        assert os.path.samestat(os.fstat(write), Path(os.devnull).stat())
         assert stream.encoding == "utf-8"
 
 
 def test_writes_to_a_full_disk_are_dropped_and_later_ones_tried() -> None:
-    with open("/dev/full", "w", encoding="utf-8") as raw:  # noqa: PTH123
+    with Path("/dev/full").open("w", encoding="utf-8") as raw:
         stream = terminal.LastingStream(raw)
         stream.write("x")
         stream.flush()
-        assert os.path.samestat(os.fstat(raw.fileno()), os.stat("/dev/full"))  # noqa: PTH116
+        assert os.path.samestat(os.fstat(raw.fileno()), Path("/dev/full").stat())
         terminal.silence(raw)  # or closing it fails
 
 

@@ -46,7 +46,7 @@ def main(source: int = 0, target: int = 2) -> None:
 
 
 def _pass_on(target: int, data: bytes) -> None:
-    """Writes to ``target``; once it is gone (a dropped connection), ``data`` is dropped and the source is still read."""
+    """Writes ``data``, or drops it after a dropped connection: the source must be read to its end."""
     with contextlib.suppress(OSError):
         os.write(target, data)
 

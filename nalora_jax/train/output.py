@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 
-from nalora_jax import files
+from nalora_jax import buckets, files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import remote
@@ -80,7 +80,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
       NaloraError: the folder holds files and ``resume`` is off; ``resume`` is on and there is no checkpoint in it;
         another process writes to it; it cannot be written; or one of the processes does not see it.
     """
-    where = remote.url(str(folder))
+    where = buckets.url(str(folder))
     if where is None:
         with _claimed(Path(folder), resume, None) as output:
             if jax.process_count() > 1:

@@ -22,7 +22,7 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from nalora_jax import downloads
+from nalora_jax import buckets, downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import can_exist
@@ -55,6 +55,7 @@ class ResolvedSource:
     path: Path  # the GGUF file, or the Hugging Face folder
     name: str  # what an adapter's config calls its base: the hub id, the package's file, else the path as given
     copy_of: str = ""  # hub id of the model that a package's file was made from, by others
+    streamed: str = ""  # the folder in a bucket whose safetensors are read by ranges; the other files are at `path`
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     """The local files of the model called ``source``, downloaded if need be.
 
     Args:
-      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, a hub id ``owner/name``, one GGUF file of a
-        hub repository, ``owner/name/file.gguf``, or the file of an alias's package (`Alias.mirror`).
+      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a bucket (``gs://``,
+        ``s3://``), a hub id ``owner/name``, one GGUF file of a hub repository, ``owner/name/file.gguf``, or the file of
+        an alias's package (`Alias.mirror`).
       cache: where packages are kept, by default `downloads.cache_dir`. The hub keeps its own cache (``HF_HOME``).
 
     Raises:
@@ -134,6 +136,8 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
         return _resolve_alias(source, ALIASES[source], cache)
     if source.startswith(_MIRROR):
         return _resolve_mirror(source, cache)
+    if buckets.is_url(source):
+        return _resolve_bucket(source)
     path = Path(source).expanduser()
     if source and can_exist(path) and path.exists():
         return _resolve_local(path, source)
@@ -285,6 +289,19 @@ def _check_model_file(path: Path) -> None:
         raise NaloraError(str(path), expected="a file that can be read", found=error) from error
     if magic != b"GGUF":
         raise NaloraError(str(path), expected="a GGUF file", found=f"a file that begins with {magic!r}")
+
+
+def _resolve_bucket(source: str) -> ResolvedSource:
+    """A folder in a bucket without its weights, which are streamed; a GGUF file is copied."""
+    if source.endswith(".gguf"):
+        return ResolvedSource("gguf", buckets.local_copy(source), source)
+    folder = source.rstrip("/")
+    names = buckets.names(folder)
+    if "config.json" not in names:
+        listed = ", ".join(names[:4]) or "no file in it"
+        raise NaloraError(source, expected="a folder with config.json and safetensors files", found=listed)
+    small = [f"{folder}/{name}" for name in names if name in HUB_FILES]
+    return ResolvedSource("hf", buckets.local_folder(small), source, streamed=folder)
 
 
 # ---------------------------------------------------------------- the hub

@@ -126,10 +126,7 @@ def is_comparable(noted: str, now: str) -> bool:
 def _digest(source: TensorSource, name: str, start: int) -> bytes:
     stored = source.stored(name)
     count = min(_CHUNK, stored.size - start)
-    try:
-        data = np.fromfile(stored.file, np.uint8, count, offset=stored.start + start)
-    except OSError as error:
-        raise NaloraError(str(stored.file), expected="a file that can be read", found=error) from error
+    data = stored.read(start, count)
     if data.size != count:
         raise NaloraError(str(stored.file), expected=f"{count} bytes of {name}", found=data.size, remedy="load again")
     return hashlib.sha256(data.data).digest()
