@@ -48,6 +48,7 @@ from nalora_jax.train.metrics import MetricsLog, recorded_settings, to_json
 from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
+from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -161,7 +162,7 @@ def _run(
                 # ---------------------------------------------------- evaluate, train, evaluate, export
                 before = known or _measure_before(output.folder, beside, pieces, chosen=config.train.eval_every > 0)
                 spent.end("evaluating the base")
-                result = _fit(config, assembly, state, start, beside)
+                result = _fit(config, assembly, state, start, beside, Profile(config.debug.profiled, output.common))
                 best = _best(result, checkpointer, assembly)
                 spent.end("training")
                 after = _measure_after(best, before, pieces.evaluator, beside)
@@ -347,8 +348,10 @@ def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: b
     return before
 
 
-def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks) -> FitResult:
-    """The steps.
+def _fit(
+    config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks, profile: Profile
+) -> FitResult:
+    """Does the steps.
 
     Raises:
       Interrupted: a signal asked to stop; the last step is saved.
@@ -358,10 +361,9 @@ def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, b
     rate = make_schedule(config.optimizer, config.steps)
     params = assembly.view(assembly.params)
     beside.state_metrics.compile_ahead(state)
-    with beside.stop.between_steps():
-        result = fit(
-            assembly.step, params, state, _on_mesh(beside.batches, assembly.mesh), beside, schedule, rate, start=start
-        )
+    batches = _on_mesh(beside.batches, assembly.mesh)
+    with beside.stop.between_steps(), profile:
+        result = fit(assembly.step, params, state, batches, beside, schedule, rate, start=start, profile=profile)
     if result.interrupted:
         beside.checkpointer.wait()
         raise Interrupted(beside.stop.signal, result.step, _way_on(config))

@@ -5,6 +5,7 @@
         /checkpoints/     what it can be continued from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
         /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
+        /profile/         a trace of some steps, where one was asked for (`nalora_jax.train.profile`)
         /adapter/         PEFT files of the best checkpoint
         /report.html      made from metrics.jsonl
 
@@ -34,11 +35,12 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.train import remote
 from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.lock import Lock
+from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
 START = "start"
 # What a run writes before a checkpoint.
-_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS}
+_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS, PROFILE}
 _SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 
 Resume = bool | Literal["auto"]
@@ -56,6 +58,11 @@ class Output:
     def checkpoints(self) -> Any:
         """Where checkpoints are: a `Path`, or an ``epath.Path`` in a bucket."""
         return _checkpoints(self.folder, self.mirror)
+
+    @property
+    def common(self) -> Any:
+        """Where every process may write: the folder, or an ``epath.Path`` in a bucket."""
+        return self.checkpoints.parent
 
     def share(self, name: str) -> None:
         """Makes what the first process wrote to ``name``, a folder within this one, readable in all; all call it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nalora_jax.config import MeshConfig
+from nalora_jax.config import DebugConfig, MeshConfig
 from tests import tiny
 from tests.emulator import emulator, put, variables
 
@@ -12,7 +12,7 @@ WORKER = """
 import sys
 import jax, numpy as np
 from nalora_jax import distributed
-from nalora_jax.config import MeshConfig
+from nalora_jax.config import DebugConfig, MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import open_output
@@ -75,7 +75,7 @@ def test_two_processes_write_one_run_into_a_bucket_and_go_on_from_it(two_process
 def test_two_processes_train_a_model_from_a_bucket_on_data_from_a_bucket(tmp_path):
     config = tiny.make_config(tmp_path, steps=2, mesh=MeshConfig(1, -1, 1))
     data = replace(config.data, dataset="gs://bucket/data/questions.jsonl")
-    config = replace(config, model="gs://bucket/llama", data=data)
+    config = replace(config, model="gs://bucket/llama", data=data, debug=DebugConfig(profile="2:1"))
     settings = tiny.write_settings(config, tmp_path / "settings.py")
     with emulator(tmp_path / "objects") as (_, address):
         for name, path in [("data/questions.jsonl", tmp_path / "questions.jsonl")] + [
@@ -88,3 +88,5 @@ def test_two_processes_train_a_model_from_a_bucket_on_data_from_a_bucket(tmp_pat
             assert status == 0, error
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))
+    traces = {path.name for path in (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_2-2").iterdir()}
+    assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}
