@@ -1,4 +1,4 @@
-"""``nalora doctor``: what this machine and installation are, and what is known to go wrong with them."""
+"""``nalora doctor``: versions, devices, kernels and caches of this machine or pod, and known problems with them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nalora_jax.cli import pod
 from nalora_jax.downloads import cache_dir, private_dir
+from nalora_jax.errors import NaloraError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "huggingface_hub")
+COMPARED = ("nalora_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")  # between processes
 OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers", "peft", "lm_eval")
 CACHES = {
     "native": "compiled CPU kernels",
@@ -27,22 +31,50 @@ _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
 
 def doctor(args: Any) -> None:
-    """Print it, and end with status 1 if something is wrong."""
+    """Prints the report of this machine, or of all processes of a run; ends with status 1 if something is wrong."""
     del args
-    problems = list(_installation_problems())
-    _section("Versions", {"python": platform.python_version(), "nalora_jax": version("nalora_jax")} | _versions())
-    found, device_problems = _devices()
-    _section("Devices", found)
     kernels, kernel_problems = _kernels()
-    _section("CPU", kernels)
     caches, cache_problems = _caches()
-    _section("Caches", caches)
-    problems += [*device_problems, *kernel_problems, *cache_problems, *environment_problems(os.environ)]
-    print("Problems" if problems else "No problem found.")
-    for problem in problems:
-        print(f"  ! {problem}")
-    if problems:
+    problems = [*_installation_problems(), *kernel_problems, *cache_problems, *environment_problems(os.environ)]
+    reports, devices = _reports(problems)
+    wrong = list(pod.differences(reports))
+    if pod.Group().index:
+        print("process 0 prints the report")
+    else:
+        versions = {"python": platform.python_version(), "nalora_jax": version("nalora_jax")} | _versions()
+        sections = {"Versions": versions, "Devices": devices, "CPU": kernels, "Caches": caches}
+        for title, shown in sections.items():
+            _section(title, shown)
+        _section("Processes", pod.rows(reports))
+        print("\n  ! ".join(["Problems", *wrong]) if wrong else "No problem found.")
+    if wrong:
         raise SystemExit(1)
+
+
+def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, str]]:
+    """Returns the reports of all processes, and the devices, which are left alone if another process holds them."""
+    held = list(pod.chip_problems())
+    problems = [*problems, *held, *([] if held else _join())]
+    group = pod.Group()
+    mine = pod.report(group, {name: version(name) for name in COMPARED if version(name) != "not installed"}, problems)
+    reports = group.exchange("host", mine)
+    if held or None in reports:
+        return reports, {}
+    devices, more = _devices()
+    mine = replace(mine, devices=devices.pop("own", ""), problems=[*problems, *more])
+    return group.exchange("devices", mine), devices
+
+
+def _join() -> list[str]:
+    """Joins this process to the others of its run, if it has any; returns the reason if that fails."""
+    from nalora_jax.distributed import initialize_distributed
+
+    try:
+        initialize_distributed(within=pod.WAIT)
+    except (NaloraError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        return [f"the other processes cannot be joined: {reason}; start nalora doctor on every host at the same time"]
+    return []
 
 
 def version(name: str) -> str:
@@ -108,6 +140,9 @@ def _devices() -> tuple[dict[str, str], list[str]]:
     kinds = sorted({device.device_kind for device in devices})
     shown = {"platform": devices[0].platform, "devices": f"{len(devices)} ({', '.join(kinds)})"}
     shown["processes"] = str(jax.process_count())
+    local = jax.local_devices()
+    limit = (local[0].memory_stats() or {}).get("bytes_limit", 0)
+    shown["own"] = f"{len(local)} x {local[0].device_kind}" + (f" of {_size(limit)}" if limit else "")
     problems = []
     if devices[0].platform == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
@@ -121,7 +156,6 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         return {"kernels": "none: nalora_jax.cpu is not installed"}, []
     from nalora_jax.cpu import hugepages, processor
     from nalora_jax.cpu.native import library
-    from nalora_jax.errors import NaloraError
 
     shown = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(library.kinds())}
     problems = []

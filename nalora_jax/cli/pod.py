@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-_WAIT = 120  # seconds until a process that has not reported counts as missing
+WAIT = 120  # seconds until a process that has not come counts as missing
+_READ = 2  # seconds in which the report of a process that has come is read
 _SKEW = 5.0  # seconds by which clocks may differ
 _LITTLE = 2 << 30  # bytes of free host memory, below which a small model does not load
 _LOCK = Path("/tmp/libtpu_lockfile")
@@ -52,35 +53,39 @@ class Group:
 
         state = distributed.global_state
         self._client: Any = state.client
-        self.index, self.count = state.process_id or 0, (state.num_processes or 1) if self._client else 1
+        self._is_complete = True
+        self.index, self.count = (state.process_id, state.num_processes) if self._client else (0, 1)
 
     def together(self, name: str) -> None:
-        """Waits until all processes have come here, or some are missing."""
-        if self._client is not None:
-            try:
-                self._client.wait_at_barrier(f"nalora_doctor_{name}", _WAIT * 1000)
-            except Exception:  # jaxlib has types of its own; the missing ones are named when reports are read
-                return
+        """Waits until all processes have come here; once some are missing, it no longer waits."""
+        if self._client is None or not self._is_complete:
+            return
+        try:
+            self._client.wait_at_barrier(f"nalora_doctor_{name}", WAIT * 1000)
+        except Exception:  # jaxlib has types of its own; `exchange` shows which processes are missing
+            self._is_complete = False
 
     def exchange(self, name: str, report: Report) -> list[Report | None]:
         """The reports of all processes, None of one that sends none."""
         if self._client is None:
             return [report]
         self._client.key_value_set(f"nalora_doctor/{name}/{self.index}", json.dumps(asdict(report)))
+        self.together(name)
         return [self._read(f"nalora_doctor/{name}/{index}") for index in range(self.count)]
 
     def _read(self, key: str) -> Report | None:
         try:
-            return Report(**json.loads(self._client.blocking_key_value_get(key, _WAIT * 1000)))
+            return Report(**json.loads(self._client.blocking_key_value_get(key, _READ * 1000)))
         except Exception:
             return None
 
 
-def report(group: Group, versions: Mapping[str, str], devices: str = "", problems: Sequence[str] = ()) -> Report:
-    """This process's report; its clock is read when all processes have come here."""
+def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -> Report:
+    """This process's report without its devices; its clock is read when all processes have come here."""
     free, total = host_memory()
-    group.together(f"clock{bool(devices)}")
-    return Report(group.index, socket.gethostname(), dict(versions), free, total, time.time(), devices, list(problems))
+    problems = [*problems, *memory_problems(free, total)]
+    group.together("clock")
+    return Report(group.index, socket.gethostname(), dict(versions), free, total, time.time(), problems=problems)
 
 
 def rows(reports: Sequence[Report | None]) -> dict[str, str]:
@@ -98,12 +103,15 @@ def rows(reports: Sequence[Report | None]) -> dict[str, str]:
 
 
 def differences(reports: Sequence[Report | None]) -> Iterator[str]:
-    """What is wrong between processes, and in each of them."""
+    """Returns the problems of the processes, each once, and their differences."""
     for index, one in enumerate(reports):
         if one is None:
-            yield f"process {index} sent no report within {_WAIT} s: start nalora doctor on every host at the same time"
+            yield f"process {index} sent no report within {WAIT} s: start nalora doctor on every host at the same time"
     present = [one for one in reports if one is not None]
-    yield from (f"{one.name}: {problem}" if len(reports) > 1 else problem for one in present for problem in one.problems)
+    for problem in dict.fromkeys(problem for one in present for problem in one.problems):
+        names = [one.name for one in present if problem in one.problems]
+        where = "every process" if len(names) == len(reports) else ", ".join(names)
+        yield f"{where}: {problem}" if len(reports) > 1 else problem
     for package in sorted({name for one in present for name in one.versions}):
         yield from _odd(present, {one.process: one.versions.get(package, "not installed") for one in present}, package)
     yield from _odd(present, {one.process: one.devices or "none" for one in present}, "devices")
@@ -128,9 +136,7 @@ def _middle(reports: Sequence[Report | None]) -> float:
 # ---------------------------------------------------------------- this machine
 
 
-def host_memory(
-    info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
-) -> tuple[int, int]:
+def host_memory(info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     """Free and total bytes of host memory, of the container where that has less; zeros on another system."""
     if not info.exists():
         return 0, 0

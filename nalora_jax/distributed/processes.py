@@ -36,12 +36,15 @@ _LOST = re.compile(
 )
 
 
-def initialize_distributed() -> bool:
+def initialize_distributed(within: int = 300) -> bool:
     """Join this process to the others of a multi-host run, before any other use of JAX; one process per host.
 
     Does nothing (and returns False) on a single machine. Processes other than the first log warnings only. A run is
     multi-host where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, unless a cluster manager
     tells JAX), on a Cloud TPU VM, or under Slurm or Open MPI with more than one task.
+
+    Args:
+      within: seconds that the other processes may take to come.
 
     Raises:
       NaloraError: the environment names a coordinator, but not the number or the index of processes.
@@ -57,6 +60,7 @@ def initialize_distributed() -> bool:
             process_id=_env_int("JAX_PROCESS_ID"),
             heartbeat_timeout_seconds=_env_int("NALORA_HEARTBEAT_TIMEOUT") or _HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+            initialization_timeout=within,
         )
     except ValueError as error:
         if not explicit:  # a TPU host outside Google Cloud's own images: JAX knows of no other process

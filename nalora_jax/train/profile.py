@@ -61,7 +61,9 @@ class Profile:
         except RuntimeError as error:
             self._tracing.close()
             remedy = "stop the other trace of this process, or leave --debug.profile out"
-            raise NaloraError("--debug.profile", expected="a profiler that is free", found=error, remedy=remedy) from error
+            raise NaloraError(
+                "--debug.profile", expected="a profiler that is free", found=error, remedy=remedy
+            ) from error
         self._first, self._scratch = step, Path(scratch)
 
     def _stop(self, step: int) -> None:

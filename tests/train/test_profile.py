@@ -28,7 +28,9 @@ def run_steps(profile: Profile, first: int, last: int) -> None:
 
 def traced_steps(file: Path) -> set[int]:
     """Numbers of the steps in a trace, which another reader finds."""
-    events = (event for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events)
+    events = (
+        event for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events
+    )
     return {int(dict(event.stats)["step_num"]) for event in events if event.name == "train"}
 
 
