@@ -344,23 +344,15 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
     """
     try:
         return _snapshot(repository, file, local=False)
-    except (errors.GatedRepoError, errors.DisabledRepoError) as error:
-        raise NaloraError(
-            repository,
-            expected="access to the repository",
-            found="a repository that asks for the acceptance of its licence",
-            remedy=f"accept it at {constants.ENDPOINT}/{repository}, then log in with `hf auth login` or set HF_TOKEN",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise NaloraError(
-            repository,
-            expected="a repository on the hub",
-            found="none of that name, or a private one",
-            remedy="check the spelling; for a private repository log in with `hf auth login` or set HF_TOKEN",
-        ) from error
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
+        raise _no_access(repository, gated=isinstance(error, errors.GatedRepoError)) from error
     except errors.HFValidationError as error:
         raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
     except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, a full disk, a server's failure
+        causes = (getattr(each, "response", None) for each in (error, error.__cause__))
+        status = next((each.status_code for each in causes if each is not None), 0)
+        if status in (401, 403):
+            raise _no_access(repository, gated=True, status=status) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
         raise NaloraError(
@@ -369,3 +361,17 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
             found=reason,
             remedy="check the network, or give a local folder or .gguf file",
         ) from error
+
+
+def _no_access(repository: str, *, gated: bool, status: int = 0) -> NaloraError:
+    """The error of a repository that the hub does not give to the user's token, or to a user without one."""
+    refused = f"one that the hub refuses ({status})" if status else "one whose account has no access"
+    token = refused if huggingface_hub.get_token() else "none"
+    page = f"{constants.ENDPOINT}/{repository}"
+    terms = f"accept its terms at {page}" if gated else f"check that {page} exists"
+    return NaloraError(
+        repository,
+        expected="a model of the hub that your token may read",
+        found=f"{'a gated repository' if gated else 'none of that name, or a private one'}, and as token {token}",
+        remedy=f"{terms}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
+    )
