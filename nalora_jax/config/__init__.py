@@ -65,8 +65,8 @@ __all__ = [
 class DataConfig:
     """What to train and evaluate on, and how text becomes rows."""
 
-    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path of a file (JSONL, JSON, CSV,
-    # TSV, Parquet, Arrow) or folder; or several with weights: "a.jsonl*3,b.parquet".
+    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path or gs:// or s3:// URL of a
+    # file (JSONL, JSON, CSV, TSV, Parquet, Arrow, ArrayRecord) or folder; or several: "a.jsonl*3,b.parquet".
     dataset: str = "socialiqa"
     # TFDS folder that holds (or receives) a "tfds:" data set; empty means TFDS's own default.
     data_dir: str = ""
@@ -149,7 +149,7 @@ class DebugConfig:
 class RunConfig:
     """Everything one fine-tuning run needs; the defaults are the main job of the README."""
 
-    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf file.
+    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors or a .gguf file, also in a bucket.
     model: str = "smollm2-135m-instruct"
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or this run's own with --resume.
     output: str = "runs/default"

@@ -181,7 +181,7 @@ class _Fill:
         self.first_row = sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
-    def places(self, index: Index) -> Iterator[tuple[tuple[int, ...], Index]]:
+    def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
         """Position in the leading axes of a slice of the leaf, and the slice of this part; none if it is outside."""
         lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
         if all(part.start <= i < part.stop for i, part in zip(self.lead, lead, strict=True)):
