@@ -165,8 +165,14 @@ def test_a_model_is_streamed_from_a_bucket_into_the_same_shards(google: Any, mod
     expected, loaded = (load_model(name, dtype="float32", mesh=mesh) for name in (str(model), url))
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other), expected.params, loaded.params)
     assert loaded.fingerprint == expected.fingerprint
-    assert loaded.source == url
+    assert (loaded.source, loaded.origin.file) == (url, "llama")
     assert not list(cache.rglob("*.safetensors"))
+
+
+def test_a_gguf_file_in_a_bucket_is_copied_to_the_cache(google: Any, cache: Path) -> None:
+    found = resolve(put("m.gguf", b"GGUF"))
+    assert (found.kind, found.name, found.path.read_bytes()) == ("gguf", "gs://bucket/m.gguf", b"GGUF")
+    assert found.path.is_relative_to(cache)
 
 
 def test_a_process_fetches_the_rows_that_its_devices_hold(google: Any, model: Path, monkeypatch: Any) -> None:

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,9 +56,10 @@ def doctor(args: Any) -> None:
 def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, str]]:
     """Returns the reports of all processes, and the devices, which are left alone if another process holds them."""
     held = list(pod.chip_problems())
-    problems = [*problems, *held, *([] if held else _join())]
+    problems = [*problems, *held]
+    problems += [] if held else _join(problems)
     group = pod.Group()
-    mine = pod.report(group, {name: version(name) for name in COMPARED if version(name) != "not installed"}, problems)
+    mine = pod.report(group, _compared(), problems)
     reports = group.exchange("host", mine)
     if held or None in reports:
         return reports, {}
@@ -65,15 +68,23 @@ def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, st
     return group.exchange("devices", mine), devices
 
 
-def _join() -> list[str]:
-    """Joins this process to the others of its run, if it has any; returns the reason if that fails."""
-    from nalora_jax.distributed import initialize_distributed
+def _join(problems: list[str]) -> list[str]:
+    """Joins this process to the others of its run, if it has any; returns the reason if that fails.
 
+    JAX ends a process from C++ if another one does not come: what is known of this host is printed before.
+    """
+    from nalora_jax.distributed.processes import filter_stderr, has_peers, initialize_distributed
+
+    if not has_peers():
+        return []
+    about = ", ".join(f"{name} {number}" for name, number in _compared().items())
+    print("\n  ! ".join([f"{socket.gethostname()}: {about}", *problems]), flush=True)
+    filter_stderr()
+    print(f"waiting up to {pod.WAIT} s for the other processes: start nalora doctor on every host", file=sys.stderr)
     try:
         initialize_distributed(within=pod.WAIT)
     except (NaloraError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        return [f"the other processes cannot be joined: {reason}; start nalora doctor on every host at the same time"]
+        return [f"the other processes cannot be joined: {' '.join(str(error).split())[:300]}"]
     return []
 
 
@@ -128,6 +139,11 @@ def _installation_problems() -> Iterator[str]:
 def _versions() -> dict[str, str]:
     present = {name: version(name) for name in (*PACKAGES, *OPTIONAL)}
     return {name: found for name, found in present.items() if name in PACKAGES or found != "not installed"}
+
+
+def _compared() -> dict[str, str]:
+    """Versions that have to be the same in all processes."""
+    return {name: version(name) for name in COMPARED if version(name) != "not installed"}
 
 
 def _devices() -> tuple[dict[str, str], list[str]]:

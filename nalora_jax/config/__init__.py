@@ -149,7 +149,7 @@ class DebugConfig:
 class RunConfig:
     """Everything one fine-tuning run needs; the defaults are the main job of the README."""
 
-    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors or a .gguf file, also in a bucket.
+    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf file; also their URL.
     model: str = "smollm2-135m-instruct"
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or this run's own with --resume.
     output: str = "runs/default"

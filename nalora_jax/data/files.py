@@ -107,10 +107,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
         return {str(split): _arrow_files(path / str(split)) for split in names}
     if (path / "state.json").is_file():
         return {"train": _arrow_files(path)}
-    files = sorted(one for one in path.rglob("*") if _holds_records(one) and one.is_file())
-    if not files:
-        raise _no_files(str(path))
-    return _by_split({file: file.relative_to(path) for file in files})
+    return _by_split(name, {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()})
 
 
 def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
@@ -120,31 +117,22 @@ def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
     if buckets.exists(name):
         return {"train": [name]}
     root = name.rstrip("/") + "/"
-    files = [file for file in buckets.files(root) if _holds_records(PurePath(file))]
-    if not files:
-        raise _no_files(name)
-    return _by_split({file: PurePath(file.removeprefix(root)) for file in files})
+    return _by_split(name, {file: PurePath(file.removeprefix(root)) for file in buckets.files(root)})
 
 
-def _holds_records(path: PurePath) -> bool:
-    known = path.suffix.lower() in ENDINGS or is_array_record(path.name)
-    return known and path.name not in _DESCRIPTIONS
-
-
-def _no_files(where: str) -> NaloraError:
-    return NaloraError(
-        where,
-        expected="a folder that datasets' save_to_disk wrote, or one with data files",
-        found=f"no file that ends in {', '.join(ENDINGS)}",
-    )
-
-
-def _by_split(names: Mapping[Any, PurePath]) -> dict[str, list[Any]]:
-    """Files by the splits of their names within a folder."""
+def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]]:
+    """The data files among ``names``, paths within ``folder``, by the split that their names state."""
     splits: dict[str, list[Any]] = {}
     for file, name in names.items():
-        splits.setdefault(_split_of(name), []).append(file)
-    return splits if set(splits) - {""} else {"train": list(names)}
+        if name.name not in _DESCRIPTIONS and (name.suffix.lower() in ENDINGS or is_array_record(name.name)):
+            splits.setdefault(_split_of(name), []).append(file)
+    if not splits:
+        raise NaloraError(
+            folder,
+            expected="a folder that datasets' save_to_disk wrote, or one with data files",
+            found=f"no file that ends in {', '.join(ENDINGS)}",
+        )
+    return splits if set(splits) - {""} else {"train": splits[""]}
 
 
 def is_path(text: str) -> bool:

@@ -52,7 +52,7 @@ def initialize_distributed(within: int = 300) -> bool:
     if jax.distributed.is_initialized():
         return True
     explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
-    if not (explicit or _cluster_tasks() > 1 or _on_tpu_vm()):
+    if not has_peers():
         return False
     try:
         jax.distributed.initialize(
@@ -76,6 +76,11 @@ def initialize_distributed(within: int = 300) -> bool:
     return True
 
 
+def has_peers() -> bool:
+    """Returns True if the environment is that of a process among several, as `initialize_distributed` reads it."""
+    return "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
+
+
 @contextmanager
 def lost_peers_named() -> Iterator[None]:
     """Within this block the end of another process ends this one with one line, within two minutes.
@@ -90,7 +95,7 @@ def lost_peers_named() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    restore = _filter_stderr()
+    restore = filter_stderr()
     try:
         yield
     except NaloraError:
@@ -120,7 +125,7 @@ def _lost(sign: str) -> LostPeerError:
     )
 
 
-def _filter_stderr() -> Callable[[], None]:
+def filter_stderr() -> Callable[[], None]:
     """Puts `nalora_jax.distributed.lost_peer` behind standard error, C++'s included; returns what takes it away."""
     sys.stderr.flush()
     own = os.dup(2)

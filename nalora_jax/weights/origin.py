@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together
     """
     return Origin(
         name=found.name,
-        file=found.path.name,
+        file=PurePath(found.streamed or found.path).name,
         format={"gguf": "GGUF", "hf": "safetensors"}[found.kind],
         numbers=number_formats(source),
         fingerprint=fingerprint(config, source, together=together),

@@ -46,8 +46,20 @@ def test_two_processes_report_their_devices_versions_memory_and_clocks(tmp_path:
     assert any(line.startswith("process 1 (") and "jaxlib 0.9.9" in line for line in lines)
     assert any(line.startswith("! jaxlib differ between processes: ") for line in lines)
     assert any("its clock is +30 s off" in line for line in lines)
-    assert quiet == "process 0 prints the report\n"
+    assert quiet.splitlines()[-1] == "process 0 prints the report"
     assert "Traceback" not in error
+
+
+def test_a_process_that_is_left_alone_prints_its_host_and_ends_with_one_line(tmp_path: Path) -> None:
+    code = "from nalora_jax.cli import pod; pod.WAIT = 3; from nalora_jax.__main__ import main; main(['doctor'])"
+    variables = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    ((status, out, error),) = tiny.finish(tiny.start(["-c", code], NALORA_CACHE=str(tmp_path), **variables))
+    assert status != 0
+    assert "jaxlib" in out
+    waiting, *_, line = error.splitlines()
+    assert waiting.startswith("waiting up to 3 s for the other processes")
+    assert line.startswith("error: the other processes: ")
+    assert "stack trace" not in error
 
 
 @pytest.mark.parametrize(
