@@ -27,6 +27,7 @@ from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import load_model, streamed
 from nalora_jax.weights.hub import resolve
+from nalora_jax.weights.vision.hub import resolve_folder
 from tests import emulator, tiny
 
 Requests = list[tuple[str, str]]
@@ -173,6 +174,12 @@ def test_a_gguf_file_in_a_bucket_is_copied_to_the_cache(google: Any, cache: Path
     found = resolve(put("m.gguf", b"GGUF"))
     assert (found.kind, found.name, found.path.read_bytes()) == ("gguf", "gs://bucket/m.gguf", b"GGUF")
     assert found.path.is_relative_to(cache)
+
+
+def test_an_encoder_s_folder_in_a_bucket_is_copied_to_the_cache(google: Any, model: Path) -> None:
+    folder, name = resolve_folder(put_model(model, "encoder"))
+    assert name == "gs://bucket/encoder"
+    assert (folder / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 def test_a_process_fetches_the_rows_that_its_devices_hold(google: Any, model: Path, monkeypatch: Any) -> None:

@@ -344,15 +344,12 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
     """
     try:
         return _snapshot(repository, file, local=False)
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        raise _no_access(repository, gated=isinstance(error, errors.GatedRepoError)) from error
     except errors.HFValidationError as error:
         raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
     except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, a full disk, a server's failure
-        causes = (getattr(each, "response", None) for each in (error, error.__cause__))
-        status = next((each.status_code for each in causes if each is not None), 0)
-        if status in (401, 403):
-            raise _no_access(repository, gated=True, status=status) from error
+        refused = refusal(repository, error)
+        if refused is not None:
+            raise refused from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
         raise NaloraError(
@@ -363,9 +360,15 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
         ) from error
 
 
-def _no_access(repository: str, *, gated: bool, status: int = 0) -> NaloraError:
-    """The error of a repository that the hub does not give to the user's token, or to a user without one."""
-    refused = f"one that the hub refuses ({status})" if status else "one whose account has no access"
+def refusal(repository: str, error: Exception) -> NaloraError | None:
+    """The error of a repository that the hub does not give to this token, or without one; None of another failure."""
+    causes = (getattr(each, "response", None) for each in (error, error.__cause__))
+    status = next((each.status_code for each in causes if each is not None), 0)
+    known = isinstance(error, errors.RepositoryNotFoundError)  # of which a gated one is a kind
+    if isinstance(error, errors.DisabledRepoError) or not (known or status in (401, 403)):
+        return None
+    gated = not known or isinstance(error, errors.GatedRepoError)
+    refused = "one whose account has no access" if known else f"one that the hub refuses ({status})"
     token = refused if huggingface_hub.get_token() else "none"
     page = f"{constants.ENDPOINT}/{repository}"
     terms = f"accept its terms at {page}" if gated else f"check that {page} exists"

@@ -21,6 +21,7 @@ from nalora_jax.downloads import PackageFile, file_sha256
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, Terms, resolve
+from nalora_jax.weights.vision.hub import resolve_folder
 
 Hub = Callable[..., str]
 SNAPSHOT_DOWNLOAD = huggingface_hub.snapshot_download  # before a test replaces it
@@ -377,8 +378,9 @@ def test_a_gated_model_names_the_token(
 ) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(NaloraError, match=match):
-        resolve(name)
+    for find in (resolve, resolve_folder):
+        with pytest.raises(NaloraError, match=match):
+            find(name)
 
 
 def test_a_gated_model_is_downloaded_with_the_token_of_the_environment(
