@@ -175,7 +175,7 @@ def _filesystem(name: str) -> Any:
 
 @contextmanager
 def _store_errors(name: str) -> Iterator[None]:
-    """Turns what a store's package raises (each has types of its own) into an error of this library."""
+    """Turns any error of a store's package into an error of this library."""
     try:
         yield
     except NaloraError:

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# What a write to a stream fails with whose other end is gone for good.
+# Errors of a write to a stream whose other end is gone for good.
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 
 def open_closed_streams() -> None:
     """Opens the null device in place of those of descriptors 0, 1 and 2 that are closed.
 
-    Otherwise the next file or socket gets the number, and whatever writes to standard error writes into it.
+    Otherwise the next file or socket gets the number, and a message to standard error is written into it.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -61,7 +61,7 @@ class LastingStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flushes what was written, if anyone still reads it."""
+        """Flushes the text that is still in a buffer, or drops it."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action: Any, *args: Any) -> None:

@@ -71,7 +71,7 @@ def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, st
 def _join(problems: list[str]) -> list[str]:
     """Joins this process to the others of its run, if it has any; returns the reason if that fails.
 
-    JAX ends a process from C++ if another one does not come: what is known of this host is printed before.
+    JAX ends a process from C++ if another one does not come: the report of this host is printed before.
     """
     from nalora_jax.distributed.processes import filter_stderr, has_peers, initialize_distributed
 

@@ -1,4 +1,4 @@
-"""What each process of a run reports to ``nalora doctor``, and the known bad states that the reports show.
+"""Reports of a run's processes to ``nalora doctor``, and the known bad states that they show.
 
 The reports travel through JAX's coordination service, which needs no device: a pod whose chips cannot be used, or whose
 processes have different versions of JAX, still gets its answer.
@@ -28,7 +28,7 @@ _LOCK = Path("/tmp/libtpu_lockfile")
 
 @dataclass(frozen=True)
 class Report:
-    """One process: versions by package, bytes of host memory, seconds of its clock, and what is wrong there."""
+    """One process: versions by package, bytes of host memory, seconds of its clock, and its problems."""
 
     process: int
     host: str
@@ -62,7 +62,7 @@ class Group:
             return
         try:
             self._client.wait_at_barrier(f"nalora_doctor_{name}", WAIT * 1000)
-        except Exception:  # jaxlib has types of its own; `exchange` shows which processes are missing
+        except Exception:  # jaxlib has many types; `exchange` shows which processes are missing
             self._is_complete = False
 
     def exchange(self, name: str, report: Report) -> list[Report | None]:

@@ -50,7 +50,7 @@ _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json",
 class RecordFile(Protocol):
     """Records of one file, by index."""
 
-    sha256: str  # of the file, or of what a bucket states of its content
+    sha256: str  # of the file, or of the checksum that its bucket keeps
 
     def __len__(self) -> int: ...
 
