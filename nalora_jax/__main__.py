@@ -14,23 +14,28 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from nalora_jax import notes
+from nalora_jax import notes, terminal
 from nalora_jax.errors import Interrupted, LostPeerError, NaloraError
 
 # What the machine or a path's name, not the library, has to answer for.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
 _PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+# Subcommands that do hours of work, whether or not anyone reads their output to the end.
+_LASTING = ("train", "study")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb that ``argv`` (by default the process's arguments) asks for; returns the exit status."""
+    """Runs the subcommand that ``argv`` (by default the process's arguments) names; returns the exit status."""
     given = sys.argv[1:] if argv is None else argv
+    terminal.open_closed_streams()
 
     def run() -> None:
         # Imported only now: a process that restarts does not need it, and help and refused flags need no JAX.
         importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(given))
 
-    return guarded(run)
+    lasts = any(word in _LASTING for word in given[:1])
+    with terminal.outliving_terminal() if lasts else terminal.lasting("stderr"):
+        return guarded(run)
 
 
 def command() -> int:
@@ -46,13 +51,14 @@ def train_command() -> int:
 
 
 def _restart() -> None:
-    """Huge pages for the heap, by starting this process again (`nalora_jax.cpu.hugepages`, which can be left out)."""
+    """Starts this process again with huge pages for the heap (`nalora_jax.cpu.hugepages`, which can be left out)."""
+    terminal.open_closed_streams()
     if importlib.util.find_spec("nalora_jax.cpu") is not None:
         importlib.import_module("nalora_jax.cpu.hugepages").restart()
 
 
 def guarded(run: Callable[[], None]) -> int:
-    """The exit status of ``run``, which says what went wrong in one line if that is not a bug."""
+    """Returns the exit status of ``run``; an error that is no bug is printed in one line."""
     notes.log_to_stderr()
     try:
         run()
@@ -69,8 +75,8 @@ def guarded(run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # e.g. `nalora eval ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # e.g. `nalora eval ... | head`: the reader has ended
+        terminal.silence(sys.stdout)
         return 141
     except OSError as error:
         if error.errno not in (*_MACHINE, *_PATHS):

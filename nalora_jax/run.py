@@ -34,6 +34,7 @@ from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
+from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
@@ -47,6 +48,7 @@ from nalora_jax.train.metrics import MetricsLog, recorded_settings, to_json
 from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
+from nalora_jax.train.profile import Profile
 from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
@@ -102,14 +104,19 @@ def run(
     for text in config.mechanisms:
         make(text)  # an unknown name is said before anything is loaded
     told = [*make_callbacks(config.callbacks), *callbacks]
-    distributed.initialize_distributed()
-    with distributed.lost_peers_named(), stop_signals() as stop, open_output(config.output, config.resume) as output:
-        try:
-            return _run(config, output, source, told, stop)
-        except Interrupted as stopped:  # what is left is in the checkpoints, outside the steps as well
-            if stopped.saved is None and has_checkpoint(output.checkpoints):
-                raise Interrupted(stopped.signal, resume=_way_on(config)) from None
-            raise
+    with outliving_terminal():
+        distributed.initialize_distributed()
+        with (
+            distributed.lost_peers_named(),
+            stop_signals() as stop,
+            open_output(config.output, config.resume) as output,
+        ):
+            try:
+                return _run(config, output, source, told, stop)
+            except Interrupted as stopped:  # what is left is in the checkpoints, outside the steps as well
+                if stopped.saved is None and has_checkpoint(output.checkpoints):
+                    raise Interrupted(stopped.signal, resume=_way_on(config)) from None
+                raise
 
 
 def _run(
@@ -155,7 +162,7 @@ def _run(
                 # ---------------------------------------------------- evaluate, train, evaluate, export
                 before = known or _measure_before(output.folder, beside, pieces, chosen=config.train.eval_every > 0)
                 spent.end("evaluating the base")
-                result = _fit(config, assembly, state, start, beside)
+                result = _fit(config, assembly, state, start, beside, Profile(config.debug.profiled, output.common))
                 best = _best(result, checkpointer, assembly)
                 spent.end("training")
                 after = _measure_after(best, before, pieces.evaluator, beside)
@@ -341,8 +348,10 @@ def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: b
     return before
 
 
-def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks) -> FitResult:
-    """The steps.
+def _fit(
+    config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks, profile: Profile
+) -> FitResult:
+    """Does the steps.
 
     Raises:
       Interrupted: a signal asked to stop; the last step is saved.
@@ -352,10 +361,9 @@ def _fit(config: RunConfig, assembly: Assembly, state: TrainState, start: int, b
     rate = make_schedule(config.optimizer, config.steps)
     params = assembly.view(assembly.params)
     beside.state_metrics.compile_ahead(state)
-    with beside.stop.between_steps():
-        result = fit(
-            assembly.step, params, state, _on_mesh(beside.batches, assembly.mesh), beside, schedule, rate, start=start
-        )
+    batches = _on_mesh(beside.batches, assembly.mesh)
+    with beside.stop.between_steps(), profile:
+        result = fit(assembly.step, params, state, batches, beside, schedule, rate, start=start, profile=profile)
     if result.interrupted:
         beside.checkpointer.wait()
         raise Interrupted(beside.stop.signal, result.step, _way_on(config))

@@ -1,4 +1,4 @@
-"""``nalora doctor``: what this machine and installation are, and what is known to go wrong with them."""
+"""``nalora doctor``: versions, devices, kernels and caches of this machine or pod, and known problems with them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nalora_jax.cli import pod
 from nalora_jax.downloads import cache_dir, private_dir
+from nalora_jax.errors import NaloraError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "huggingface_hub")
+COMPARED = ("nalora_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")  # between processes
 OPTIONAL = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "transformers", "peft", "lm_eval")
 CACHES = {
     "native": "compiled CPU kernels",
@@ -27,22 +33,59 @@ _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
 
 def doctor(args: Any) -> None:
-    """Print it, and end with status 1 if something is wrong."""
+    """Prints the report of this machine, or of all processes of a run; ends with status 1 if something is wrong."""
     del args
-    problems = list(_installation_problems())
-    _section("Versions", {"python": platform.python_version(), "nalora_jax": version("nalora_jax")} | _versions())
-    found, device_problems = _devices()
-    _section("Devices", found)
     kernels, kernel_problems = _kernels()
-    _section("CPU", kernels)
     caches, cache_problems = _caches()
-    _section("Caches", caches)
-    problems += [*device_problems, *kernel_problems, *cache_problems, *environment_problems(os.environ)]
-    print("Problems" if problems else "No problem found.")
-    for problem in problems:
-        print(f"  ! {problem}")
-    if problems:
+    problems = [*_installation_problems(), *kernel_problems, *cache_problems, *environment_problems(os.environ)]
+    reports, devices = _reports(problems)
+    wrong = list(pod.differences(reports))
+    if pod.Group().index:
+        print("process 0 prints the report")
+    else:
+        versions = {"python": platform.python_version(), "nalora_jax": version("nalora_jax")} | _versions()
+        sections = {"Versions": versions, "Devices": devices, "CPU": kernels, "Caches": caches}
+        for title, shown in sections.items():
+            _section(title, shown)
+        _section("Processes", pod.rows(reports))
+        print("\n  ! ".join(["Problems", *wrong]) if wrong else "No problem found.")
+    if wrong:
         raise SystemExit(1)
+
+
+def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, str]]:
+    """Returns the reports of all processes, and the devices, which are left alone if another process holds them."""
+    held = list(pod.chip_problems())
+    problems = [*problems, *held]
+    problems += [] if held else _join(problems)
+    group = pod.Group()
+    mine = pod.report(group, _compared(), problems)
+    reports = group.exchange("host", mine)
+    if held or None in reports:
+        return reports, {}
+    devices, more = _devices()
+    mine = replace(mine, devices=devices.pop("own", ""), problems=[*problems, *more])
+    return group.exchange("devices", mine), devices
+
+
+def _join(problems: list[str]) -> list[str]:
+    """Joins this process to the others of its run, if it has any; returns the reason if that fails.
+
+    JAX ends a process from C++ if another one does not come: the report of this host is printed before.
+    """
+    from nalora_jax.distributed.processes import filter_stderr, has_peers, initialize_distributed
+
+    if not has_peers():
+        return []
+    about = ", ".join(f"{name} {number}" for name, number in _compared().items())
+    print("\n  ! ".join([f"{socket.gethostname()}: {about}", *problems]), flush=True)
+    filter_stderr()
+    print(f"waiting up to {pod.WAIT} s for the other processes: start nalora doctor on every host", file=sys.stderr)
+    try:
+        initialize_distributed(within=pod.WAIT)
+    except (NaloraError, RuntimeError) as error:
+        return [f"the other processes cannot be joined: {' '.join(str(error).split())[:300]}"]
+    return []
 
 
 def version(name: str) -> str:
@@ -98,6 +141,11 @@ def _versions() -> dict[str, str]:
     return {name: found for name, found in present.items() if name in PACKAGES or found != "not installed"}
 
 
+def _compared() -> dict[str, str]:
+    """Versions that have to be the same in all processes."""
+    return {name: version(name) for name in COMPARED if version(name) != "not installed"}
+
+
 def _devices() -> tuple[dict[str, str], list[str]]:
     import jax
 
@@ -110,6 +158,9 @@ def _devices() -> tuple[dict[str, str], list[str]]:
     kinds, used = sorted({kind_of(device) for device in devices}), platform_name(devices[0])
     shown = {"platform": used, "devices": f"{len(devices)} ({', '.join(kinds)})"}
     shown["processes"] = str(jax.process_count())
+    local = jax.local_devices()
+    limit = (local[0].memory_stats() or {}).get("bytes_limit", 0)
+    shown["own"] = f"{len(local)} x {local[0].device_kind}" + (f" of {_size(limit)}" if limit else "")
     problems = []
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):
@@ -123,7 +174,6 @@ def _kernels() -> tuple[dict[str, str], list[str]]:
         return {"kernels": "none: nalora_jax.cpu is not installed"}, []
     from nalora_jax.cpu import hugepages, processor
     from nalora_jax.cpu.native import library
-    from nalora_jax.errors import NaloraError
 
     shown = {"name": processor.name(), "cores": str(os.cpu_count()), "kernels": ", ".join(library.kinds())}
     problems = []

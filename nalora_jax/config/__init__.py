@@ -65,8 +65,8 @@ __all__ = [
 class DataConfig:
     """What to train and evaluate on, and how text becomes rows."""
 
-    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path of a file (JSONL, JSON, CSV,
-    # TSV, Parquet, Arrow) or folder; or several with weights: "a.jsonl*3,b.parquet".
+    # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path or gs:// or s3:// URL of a
+    # file (JSONL, JSON, CSV, TSV, Parquet, Arrow, ArrayRecord) or folder; or several: "a.jsonl*3,b.parquet".
     dataset: str = "socialiqa"
     # TFDS folder that holds (or receives) a "tfds:" data set; empty means TFDS's own default.
     data_dir: str = ""
@@ -128,20 +128,28 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class DebugConfig:
-    """Checks that cost time."""
+    """Checks and measurements that cost time."""
 
     # Check the gates of the live model in every step, channel by channel (chexify): the gate-compensation identity,
     # Activation.gate against rho and its derivative, and what the block multiplies by what they say.
     check_gates: bool = False
     # Tolerance of that check, relative to |F| + |S|; rounding of what is held in bf16 is allowed on top.
     tolerance: float = 1e-4
+    # Write an xprof trace of STEPS steps from step START on, as START:STEPS, to `profile` in the output folder.
+    profile: str = ""
+
+    @property
+    def profiled(self) -> range:
+        """Numbers of the steps that `profile` names, which is well formed; none without it."""
+        first, _, count = self.profile.partition(":")
+        return range(int(first), int(first) + int(count)) if self.profile else range(0)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything one fine-tuning run needs; the defaults are the main job of the README."""
 
-    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf file.
+    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf file; also their URL.
     model: str = "smollm2-135m-instruct"
     # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or this run's own with --resume.
     output: str = "runs/default"
@@ -281,6 +289,11 @@ def check(config: RunConfig) -> RunConfig:
     """
     check_ranges(config, RANGES)
     _check_rules(config.lora.rules)
+    profile = config.debug.profile
+    form = r"[1-9]\d{0,8}:[1-9]\d{0,3}"
+    require("--debug.profile", not profile or re.fullmatch(form, profile) is not None, "START:STEPS, as 10:5", profile)
+    late = bool(profile) and not config.epochs and config.debug.profiled.start > config.steps
+    require("--debug.profile", not late, f"a step of the run, which has {config.steps}", profile)
     gains = config.step_scale.gains
     fits = len(gains) == 4 and all(map(GAIN.holds, gains)) and max(gains) > 0
     require("--step-scale.gains", fits, f"four, each {GAIN}, not all 0", gains)

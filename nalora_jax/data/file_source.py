@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nalora_jax.buckets import is_url
 from nalora_jax.data.files import RecordFile, open_rows, splits_of
 from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import absolute_of
@@ -17,7 +18,7 @@ class FileSource(Source):
     """Records of files, or the part of them that a split expression names.
 
     Args:
-      path: a file, a pattern or a folder; see `nalora_jax.data.files`.
+      path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
       split: of what `files.splits_of` finds there; a single file has one, "train".
 
     Raises:
@@ -27,7 +28,8 @@ class FileSource(Source):
     def __init__(self, path: str | Path, split: str = "train") -> None:
         files = splits_of(str(path))
         self.siblings = tuple(files)
-        self.dataset, self.name = str(Path(path).expanduser().resolve()), f"{path}[{split}]"
+        self.dataset = str(path) if is_url(path) else str(Path(path).expanduser().resolve())
+        self.name = f"{path}[{split}]"
         asked = {part.split("[")[0].strip() for part in split.split("+")}
         opened = {name: [open_rows(one) for one in files[name]] for name in files if {name, "all"} & asked}
         self._spans = self._parse(split, opened, files)

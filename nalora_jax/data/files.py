@@ -1,4 +1,7 @@
-"""Files of records with random access: JSON lines and arrays, CSV and TSV, Parquet, Arrow; and folders of them."""
+"""Files of records with random access: JSON lines and arrays, CSV, TSV, Parquet, Arrow, ArrayRecord; and their folders.
+
+Files in buckets are copied to the cache when they are opened; of Parquet only the row groups that are read are fetched.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,45 @@ import io
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
 
+from nalora_jax import buckets
+from nalora_jax.data.array_records import ArrayRecords, is_array_record
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Record, foreign_errors
 from nalora_jax.errors import NaloraError
 
 # Endings of the files that are looked for in folders.
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+ENDINGS = (
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".array_record",
+    ".arrayrecord",
+)
 # Names that files and folders begin with, and the splits that they mean.
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"dev": "validation", "test": "test"}
 _OPEN_GROUPS = 2  # row groups of a Parquet file that are held decoded
+# JSON files that describe a folder of data, as datasets and TFDS write them.
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json")
 
 
 class RecordFile(Protocol):
     """Records of one file, by index."""
 
-    sha256: str  # of the file
+    sha256: str  # of the file, or of the checksum that its bucket keeps
 
     def __len__(self) -> int: ...
 
@@ -43,23 +61,31 @@ class RecordFile(Protocol):
         """Names a record in messages."""
 
 
-def open_rows(path: Path) -> RecordFile:
+def open_rows(path: Path | str) -> RecordFile:
     """The records of a file, by its ending; a file of another ending is one of JSON lines.
 
+    Args:
+      path: of the file; a text is the URL of one in a bucket.
+
     Raises:
-      NaloraError: there is no such file, it is not what its ending says, or it holds nothing.
+      NaloraError: there is no such file, it cannot be fetched, it is not what its ending says, or it holds nothing.
     """
-    kind = path.suffix.lower()
-    if kind == ".json" and _begins_with(path, b"["):
-        return JsonArray(path)
-    if kind in (".csv", ".tsv"):
-        return DelimitedRows(path, "\t" if kind == ".tsv" else ",")
-    if kind in (".parquet", ".arrow", ".feather"):
+    name, kind = str(path), PurePath(path).suffix.lower()
+    if kind == ".parquet":
         return TableRows(path)
-    return JsonLines(path)
+    path = buckets.local_copy(path) if isinstance(path, str) else path
+    if is_array_record(name):
+        return ArrayRecords(path, name)
+    if kind == ".json" and _begins_with(path, b"["):
+        return JsonArray(path, name)
+    if kind in (".csv", ".tsv"):
+        return DelimitedRows(path, "\t" if kind == ".tsv" else ",", name)
+    if kind in (".arrow", ".feather"):
+        return TableRows(path, name)
+    return JsonLines(path, name)
 
 
-def splits_of(name: str) -> dict[str, list[Path]]:
+def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     """The files of every split of a path: a file or a pattern has one, "train"; a folder those that its names say.
 
     A folder is one that `datasets.Dataset.save_to_disk` wrote, or one of data files at any depth whose names, or
@@ -69,6 +95,8 @@ def splits_of(name: str) -> dict[str, list[Path]]:
     Raises:
       NaloraError: a folder without such files.
     """
+    if buckets.is_url(name):
+        return _remote_splits(name)
     path = Path(name).expanduser()
     if glob.has_magic(name) and not path.exists():
         return {"train": [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
@@ -79,23 +107,38 @@ def splits_of(name: str) -> dict[str, list[Path]]:
         return {str(split): _arrow_files(path / str(split)) for split in names}
     if (path / "state.json").is_file():
         return {"train": _arrow_files(path)}
-    files = sorted(one for one in path.rglob("*") if one.suffix.lower() in ENDINGS and one.name != "dataset_infos.json")
-    if not files:
+    return _by_split(name, {file: file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()})
+
+
+def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
+    """`splits_of` in a bucket."""
+    if "*" in name:
+        return {"train": buckets.files(name)}
+    if buckets.exists(name):
+        return {"train": [name]}
+    root = name.rstrip("/") + "/"
+    return _by_split(name, {file: PurePath(file.removeprefix(root)) for file in buckets.files(root)})
+
+
+def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]]:
+    """The data files among ``names``, paths within ``folder``, by the split that their names state."""
+    splits: dict[str, list[Any]] = {}
+    for file, name in names.items():
+        if name.name not in _DESCRIPTIONS and (name.suffix.lower() in ENDINGS or is_array_record(name.name)):
+            splits.setdefault(_split_of(name), []).append(file)
+    if not splits:
         raise NaloraError(
-            str(path),
+            folder,
             expected="a folder that datasets' save_to_disk wrote, or one with data files",
             found=f"no file that ends in {', '.join(ENDINGS)}",
         )
-    found: dict[str, list[Path]] = {}
-    for file in files:
-        found.setdefault(_split_of(file.relative_to(path)), []).append(file)
-    return found if set(found) - {""} else {"train": files}
+    return splits if set(splits) - {""} else {"train": splits[""]}
 
 
 def is_path(text: str) -> bool:
     """Whether ``text`` means files: it ends as they do, or there is something of that name, or matching it."""
     path = Path(text).expanduser()
-    if path.suffix.lower() in ENDINGS or path.is_file():
+    if buckets.is_url(text) or path.suffix.lower() in ENDINGS or path.is_file():
         return True
     return ("/" in text and path.is_dir()) or _is_saved(path) or (glob.has_magic(text) and "/" in text)
 
@@ -104,7 +147,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _split_of(file: Path) -> str:
+def _split_of(file: PurePath) -> str:
     """The split that a file's own name, or else the innermost of its folders, begins with; "" for none."""
     for part in (file.name, *reversed(file.parent.parts)):
         match = re.match(r"([a-z]+)(?![a-z])", part.lower())
@@ -135,14 +178,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 class JsonArray:
     """The objects of a JSON file that holds one array; it is read into memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, name: str = "") -> None:
+        self._path = name or path
         data = _bytes(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self._records = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise NaloraError(str(path), expected="a JSON array of objects", found=error, remedy="fix it") from error
+            raise NaloraError(
+                str(self._path), expected="a JSON array of objects", found=error, remedy="fix it"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -167,8 +212,8 @@ class JsonArray:
 class DelimitedRows:
     """The rows of a CSV or TSV file whose first row names the fields; every value is a text. Read into memory."""
 
-    def __init__(self, path: Path, delimiter: str) -> None:
-        self._path = path
+    def __init__(self, path: Path, delimiter: str, name: str = "") -> None:
+        self._path = name or path
         data = _bytes(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._rows: list[tuple[str, ...]] = []
@@ -177,7 +222,7 @@ class DelimitedRows:
         try:
             self._parse(data.decode("utf-8-sig"), delimiter)
         except (UnicodeDecodeError, csv.Error) as error:
-            where = f"{path}:{self._lines[-1] + 1 if self._lines else 1}"
+            where = f"{self._path}:{self._lines[-1] + 1 if self._lines else 1}"
             raise NaloraError(where, expected="rows of text in UTF-8", found=error, remedy="save it anew") from error
 
     def _parse(self, text: str, delimiter: str) -> None:
@@ -214,18 +259,27 @@ class DelimitedRows:
 
 
 class TableRows:
-    """The rows of a Parquet file, decoded by groups of rows when they are asked for, or of an Arrow file, mapped."""
+    """The rows of a Parquet file, decoded by groups of rows when they are asked for, or of an Arrow file, mapped.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+      path: of the file, or the URL of a Parquet file in a bucket.
+      name: of the file in messages.
+    """
+
+    def __init__(self, path: Path | str, name: str = "") -> None:
+        self._name = name or str(path)
         self.sha256 = _digest(path)
         self._open: OrderedDict[int, Any] = OrderedDict()
         with self._errors():
-            sizes, self._groups = _parquet(path) if path.suffix.lower() == ".parquet" else _arrow(path)
+            sizes, self._groups = _parquet(path) if self._kind == ".parquet" else _arrow(Path(path))
         self._ends = np.cumsum([0, *sizes])
 
+    @property
+    def _kind(self) -> str:
+        return PurePath(self._name).suffix.lower()
+
     def _errors(self) -> Any:
-        return foreign_errors(str(self._path), f"a readable {self._path.suffix.lower()[1:]} file", "write it anew")
+        return foreign_errors(self._name, f"a readable {self._kind[1:]} file", "write it anew")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -257,18 +311,19 @@ class TableRows:
 
     def where(self, index: int) -> str:
         """``path, row n``, counted from 1."""
-        return f"{self._path}, row {range(len(self))[index] + 1}"
+        return f"{self._name}, row {range(len(self))[index] + 1}"
 
 
 Groups = tuple[list[int], list[Callable[[], Any]]]
 
 
-def _parquet(path: Path) -> Groups:
-    """Sizes of the groups of rows of a Parquet file, and what decodes each of them."""
+def _parquet(path: Path | str) -> Groups:
+    """Sizes of the groups of rows of a Parquet file, and the functions that decode them."""
     import pyarrow.parquet as pq
 
-    about = pq.read_metadata(path, memory_map=True)
-    file = pq.ParquetFile(path, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
+    source = buckets.opened(path) if isinstance(path, str) else path
+    about = pq.read_metadata(source, memory_map=True)
+    file = pq.ParquetFile(source, metadata=about, memory_map=True, read_dictionary=_coded_texts(about))
     count = file.num_row_groups
     return [about.row_group(i).num_rows for i in range(count)], [partial(file.read_row_group, i) for i in range(count)]
 
@@ -309,7 +364,9 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path | str) -> str:
+    if isinstance(path, str):
+        return hashlib.sha256(buckets.version(path).encode()).hexdigest()
     with _readable(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return digest

@@ -20,25 +20,29 @@ class JsonLines:
 
     One pass over the file finds its lines and its sha256; memory is 8 bytes a line.
 
+    Args:
+      path: of the file.
+      name: of the file in messages, its path by default.
+
     Raises:
       NaloraError: on opening, where there is no such file or no line in it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, name: str = "") -> None:
+        self.path, self.name = Path(path), name or str(path)
         try:
             self._starts, self._blanks, self.sha256 = _index(self.path)
             with self.path.open("rb") as handle:
                 self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if len(self._starts) else b""
         except OSError as error:
             raise NaloraError(
-                str(path),
+                self.name,
                 expected="a readable file of JSON lines",
                 found=error.strerror or error,
                 remedy="check the path",
             ) from error
         if not len(self._starts):
-            raise NaloraError(str(path), expected="at least one JSON line", found="an empty file")
+            raise NaloraError(self.name, expected="at least one JSON line", found="an empty file")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -69,7 +73,7 @@ class JsonLines:
     def where(self, index: int) -> str:
         """``path:line``, the line counted from 1 as editors do."""
         skipped = int(np.searchsorted(self._blanks, self._starts[index]))
-        return f"{self.path}:{range(len(self))[index] + skipped + 1}"
+        return f"{self.name}:{range(len(self))[index] + skipped + 1}"
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray, str]:

@@ -19,7 +19,16 @@ from nalora_jax.data.hub_source import open_hub
 from nalora_jax.data.mixture import MixedSource, Part, components
 from nalora_jax.data.selected import draw_held_out
 from nalora_jax.data.source import Record, RecordsSource, Source, Span, require_some
-from nalora_jax.data.tfds_source import TfdsSource, absolute, open_tfds, prepared, task_source, tfds_errors
+from nalora_jax.data.tfds_source import (
+    TfdsSource,
+    absolute,
+    folder_source,
+    is_tfds_folder,
+    open_tfds,
+    prepared,
+    task_source,
+    tfds_errors,
+)
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.registry import Registry
@@ -68,9 +77,9 @@ def open_source(
 
     Args:
       config: its ``dataset`` is a task of this library ("socialiqa", "socialiqa_mc", ...), ``"tfds:<name>"`` with
-        anything that TFDS accepts as a name, ``"hf:<org>/<name>"`` of the hub, the path of a file, a folder or a
-        pattern, or ``NAME`` or ``NAME:ARGUMENT`` of a source that was registered (`register_source`); or several of
-        these with weights (`nalora_jax.data.mixture`).
+        anything that TFDS accepts as a name, ``"hf:<org>/<name>"`` of the hub, the path or the URL (``gs://``,
+        ``s3://``) of a file, a folder or a pattern, or ``NAME`` or ``NAME:ARGUMENT`` of a source that was registered
+        (`register_source`); or several of these with weights (`nalora_jax.data.mixture`).
       split: a TFDS split expression; for files also the path of another file.
       cache: where the library's tasks are prepared; `downloads.cache_dir` by default.
       source: sources by split, in place of what ``config`` names.
@@ -104,6 +113,8 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
         return task_source(name, split, cache or cache_dir())
     elif is_path(split):
         return FileSource(split)
+    elif is_tfds_folder(name):
+        found = folder_source(name, split)
     elif is_path(name):
         return FileSource(name, split)
     else:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
+from nalora_jax import buckets
 from nalora_jax.data import tasks
+from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
 from nalora_jax.errors import NaloraError
+
+_FEATURES = "features.json"  # a description that every folder has which TFDS prepared
 
 
 class TfdsSource(Source):
@@ -72,6 +77,41 @@ class TfdsSource(Source):
         """Parts of the data set's splits."""
         with tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
             return absolute(self._split, self._data.dataset_info.splits)
+
+
+def is_tfds_folder(name: str) -> bool:
+    """Returns True for a folder, also in a bucket, that TFDS prepared: the folder of one version of a data set."""
+    if buckets.is_url(name):
+        is_file = "*" in name or PurePath(name).suffix.lower() in ENDINGS
+        return not is_file and _FEATURES in buckets.names(name)
+    return (Path(name).expanduser() / _FEATURES).is_file()
+
+
+def folder_source(name: str, split: str) -> Source:
+    """The split of a folder that TFDS prepared; of one in a bucket only the files of that split are fetched.
+
+    Raises:
+      NaloraError: the folder cannot be fetched or read, or has no such split.
+    """
+    if not buckets.is_url(name):
+        return TfdsSource(name, split, partial(_open_folder, Path(name).expanduser(), split))
+    asked = {part.split("[")[0].strip() for part in split.split("+")}
+    files = [file for file in buckets.files(name) if "all" in asked or _split_of(file) in {"", *asked}]
+    versions = "".join(map(buckets.version, files))
+    fingerprint = f"tfds:{name}:{hashlib.sha256(versions.encode()).hexdigest()}:{split}"
+    return TfdsSource(name, split, lambda: _open_folder(buckets.local_folder(files), split), fingerprint)
+
+
+def _split_of(file: str) -> str:
+    """The split of a TFDS file such as ``pond-train.array_record-00000-of-00001``; "" of a description."""
+    match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)
+    return match[1] if match else ""
+
+
+def _open_folder(folder: Path, split: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(folder).as_data_source(split=split)
 
 
 def task_source(name: str, split: str, cache: Path) -> Source:

@@ -7,6 +7,7 @@ other process has ended, one line says why.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -29,19 +30,25 @@ def main(source: int = 0, target: int = 2) -> None:
         for line in lines:
             lost = lost or fatal(line)
             if line.endswith(END.rstrip()):
-                os.write(target, line.removesuffix(END.rstrip()))
+                _pass_on(target, line.removesuffix(END.rstrip()))
                 return
             if not lost:
-                os.write(target, line + b"\n")
+                _pass_on(target, line + b"\n")
                 told = told or (head + line).startswith(ERROR)
             head = b""
         if not lost and begun and begun[:1] not in b"EFIW\0":  # a prompt or a progress bar: do not wait for its end
-            os.write(target, begun)
+            _pass_on(target, begun)
             head, begun = (head + begun)[: len(ERROR)], b""
     if not lost:
-        os.write(target, begun)
+        _pass_on(target, begun)
     elif not told and head != ERROR:
-        os.write(target, LINE)
+        _pass_on(target, LINE)
+
+
+def _pass_on(target: int, data: bytes) -> None:
+    """Writes ``data``, or drops it after a dropped connection: the source must be read to its end."""
+    with contextlib.suppress(OSError):
+        os.write(target, data)
 
 
 def fatal(line: bytes) -> bool:

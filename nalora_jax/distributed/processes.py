@@ -36,12 +36,15 @@ _LOST = re.compile(
 )
 
 
-def initialize_distributed() -> bool:
+def initialize_distributed(within: int = 300) -> bool:
     """Join this process to the others of a multi-host run, before any other use of JAX; one process per host.
 
     Does nothing (and returns False) on a single machine. Processes other than the first log warnings only. A run is
     multi-host where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, unless a cluster manager
     tells JAX), on a Cloud TPU VM, or under Slurm or Open MPI with more than one task.
+
+    Args:
+      within: seconds that the other processes may take to come.
 
     Raises:
       NaloraError: the environment names a coordinator, but not the number or the index of processes.
@@ -49,7 +52,7 @@ def initialize_distributed() -> bool:
     if jax.distributed.is_initialized():
         return True
     explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
-    if not (explicit or _cluster_tasks() > 1 or _on_tpu_vm()):
+    if not has_peers():
         return False
     try:
         jax.distributed.initialize(
@@ -57,6 +60,7 @@ def initialize_distributed() -> bool:
             process_id=_env_int("JAX_PROCESS_ID"),
             heartbeat_timeout_seconds=_env_int("NALORA_HEARTBEAT_TIMEOUT") or _HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+            initialization_timeout=within,
         )
     except ValueError as error:
         if not explicit:  # a TPU host outside Google Cloud's own images: JAX knows of no other process
@@ -70,6 +74,11 @@ def initialize_distributed() -> bool:
     if jax.process_index():
         logging.getLogger("nalora_jax").setLevel(logging.WARNING)
     return True
+
+
+def has_peers() -> bool:
+    """Returns True if the environment is that of a process among several, as `initialize_distributed` reads it."""
+    return "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
 
 
 @contextmanager
@@ -86,7 +95,7 @@ def lost_peers_named() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    restore = _filter_stderr()
+    restore = filter_stderr()
     try:
         yield
     except NaloraError:
@@ -116,7 +125,7 @@ def _lost(sign: str) -> LostPeerError:
     )
 
 
-def _filter_stderr() -> Callable[[], None]:
+def filter_stderr() -> Callable[[], None]:
     """Puts `nalora_jax.distributed.lost_peer` behind standard error, C++'s included; returns what takes it away."""
     sys.stderr.flush()
     own = os.dup(2)

@@ -33,10 +33,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from nalora_jax import files, trees
+from nalora_jax import buckets, files, trees
 from nalora_jax.distributed import check_lost_peer, on_first_process, tell_all
 from nalora_jax.errors import NaloraError
-from nalora_jax.train import remote, snapshot
+from nalora_jax.train import snapshot
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
@@ -108,7 +108,7 @@ class Checkpointer:
         best_mode: Literal["max", "min"] = "max",
         asynchronous: bool = True,
     ) -> None:
-        where = remote.url(str(folder))
+        where = buckets.url(str(folder))
         self.folder: Any = epath.Path(where) if where else Path(folder).absolute()
         self._run = snapshot.plain({"base": fingerprint, "config": config})
         self._best_metric = best_metric

@@ -13,6 +13,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.notes import counting
+from nalora_jax.train.profile import Profile
 from nalora_jax.train.state import TrainState, non_finite
 from nalora_jax.train.step import compile_ahead
 
@@ -81,6 +82,7 @@ def fit(
     learning_rate: Callable[[int], Any],
     *,
     start: int = 0,
+    profile: Profile | None = None,
 ) -> FitResult:
     """Steps ``start + 1 .. schedule.steps``; evaluates and saves at its intervals and after the last step.
 
@@ -93,19 +95,22 @@ def fit(
       schedule: intervals.
       learning_rate: schedule value at a step count, for the log.
       start: steps done before.
+      profile: traces some of the steps.
 
     Raises:
       TrainingDivergedError: a loss is not finite, or an adapter or a moment of a state that was to be saved.
         Checkpoints of earlier steps are kept; none is written of a state that has diverged.
     """
     result = FitResult(state, start)
-    meter = _Meter()
+    meter, profile = _Meter(), profile or Profile()
     for step in range(start + 1, schedule.steps + 1):
         batch = next(batches)
         if step == start + 1:
             with counting("compiling the step"):
                 compile_ahead(step_fn, params, state, batch)
-        state, metrics = step_fn(params, state, batch)
+        with profile.step(step, state):
+            state, metrics = step_fn(params, state, batch)
+        profile.end(step, metrics)
         hooks.advance(step)
         meter.add(step, metrics)
         last = step == schedule.steps

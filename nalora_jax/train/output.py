@@ -5,6 +5,7 @@
         /checkpoints/     what it can be continued from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
         /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
+        /profile/         a trace of some steps, where one was asked for (`nalora_jax.train.profile`)
         /adapter/         PEFT files of the best checkpoint
         /report.html      made from metrics.jsonl
 
@@ -28,17 +29,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import path as ocp_path
 
-from nalora_jax import files
+from nalora_jax import buckets, files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import remote
 from nalora_jax.train.lock import FILE as LOCK
 from nalora_jax.train.lock import Lock
+from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
 START = "start"
 # What a run writes before a checkpoint.
-_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS}
+_BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS, PROFILE}
 _SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 
 Resume = bool | Literal["auto"]
@@ -56,6 +58,11 @@ class Output:
     def checkpoints(self) -> Any:
         """Where checkpoints are: a `Path`, or an ``epath.Path`` in a bucket."""
         return _checkpoints(self.folder, self.mirror)
+
+    @property
+    def common(self) -> Any:
+        """Where every process may write: the folder, or an ``epath.Path`` in a bucket."""
+        return self.checkpoints.parent
 
     def share(self, name: str) -> None:
         """Makes what the first process wrote to ``name``, a folder within this one, readable in all; all call it."""
@@ -80,7 +87,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
       NaloraError: the folder holds files and ``resume`` is off; ``resume`` is on and there is no checkpoint in it;
         another process writes to it; it cannot be written; or one of the processes does not see it.
     """
-    where = remote.url(str(folder))
+    where = buckets.url(str(folder))
     if where is None:
         with _claimed(Path(folder), resume, None) as output:
             if jax.process_count() > 1:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import socket
 import threading
@@ -32,7 +31,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import path as ocp_path
 
-from nalora_jax import downloads, files
+from nalora_jax import buckets, downloads, files
 from nalora_jax.distributed import on_first_process
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.lock import FILE as LOCK
@@ -40,14 +39,7 @@ from nalora_jax.train.lock import FILE as LOCK
 log = logging.getLogger(__name__)
 HOLDER = "remote.lock"  # in the store: who copies to it, and when last
 _EVERY = 30.0  # seconds between two copies
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _DIRECT = "gs://"  # whose paths Orbax and TensorStore write themselves
-
-
-def url(name: str) -> str | None:
-    """``name`` as the URL that it is, None of a path; ``Path("gs://bucket")`` has lost a slash."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
-    return f"{found[1]}://{name[found.end() :]}" if found else None
 
 
 def is_written_directly(where: str) -> bool:
@@ -226,20 +218,13 @@ def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
 
 def _opened(where: str) -> epath.Path:
     """The path in the store, whose packages are there."""
-    scheme = where.partition("://")[0]
     try:
         if is_written_directly(where):
             _see_what_others_write()
         store = epath.Path(where)
         store.exists()
     except (ImportError, ValueError, KeyError) as error:
-        package = _PACKAGES.get(scheme)
-        raise NaloraError(
-            "--output",
-            expected="a folder, or a URL of a store that this Python can reach",
-            found=where,
-            remedy=f"pip install {package}" if package else "use gs:// or s3://, or a folder",
-        ) from error
+        raise buckets.missing_package("--output", where) from error
     except Exception as error:
         raise _unreachable(where, "a folder that can be read", error) from error
     return store

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ _NEIGHBOURS = 1 << 20  # bytes that a system may map with those that are asked f
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """One tensor as a file's header describes it."""
 
     file: Path
@@ -104,13 +104,20 @@ class SafetensorsFolder:
                 maps[path] = np.asarray(np.memmap(path, np.uint8, "r"))
         return maps[path]
 
-    def _read_headers(self) -> dict[str, _Stored]:
+    def _names(self) -> list[str]:
+        """Names of the folder's files."""
+        return [path.name for path in self.folder.iterdir() if path.is_file()]
+
+    def _header(self, file: str) -> dict[str, Stored]:
+        """The tensors of one file."""
+        return read_header(self.folder / file)
+
+    def _read_headers(self) -> dict[str, Stored]:
         listed = self._index()
         files = sorted(set(listed.values())) if listed is not None else [self._only_file()]
-        tensors: dict[str, _Stored] = {}
+        tensors: dict[str, Stored] = {}
         for file in files:
-            path = self.folder / file
-            for name, stored in _read_header(path).items():
+            for name, stored in self._header(file).items():
                 if listed is None or listed.get(name) == file:
                     tensors[name] = stored
         lost = [name for name in listed or () if name not in tensors]
@@ -134,7 +141,7 @@ class SafetensorsFolder:
             raise NaloraError(
                 f"{path}: weight_map", expected="file names of this folder by tensor name", found="something else"
             )
-        missing = sorted(name for name in set(names) if not (self.folder / name).is_file())
+        missing = sorted(set(names) - set(self._names()))
         if missing:
             raise NaloraError(
                 str(path),
@@ -145,7 +152,7 @@ class SafetensorsFolder:
         return dict(listed)
 
     def _only_file(self) -> str:
-        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        found = sorted(name for name in self._names() if name.endswith(".safetensors"))
         if "model.safetensors" in found:
             return "model.safetensors"
         if len(found) != 1:
@@ -153,7 +160,7 @@ class SafetensorsFolder:
                 self.where,
                 expected=f"model.safetensors, or several files and {INDEX}",
                 found=", ".join(found) or "no safetensors file",
-                remedy=_pickle_remedy(self.folder) if not found else f"add {INDEX}",
+                remedy=_pickle_remedy(self._names()) if not found else f"add {INDEX}",
             )
         return found[0]
 
@@ -163,20 +170,20 @@ def _is_name(text: str) -> bool:
     return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one file, once the safetensors library has found every number of its header to be right."""
     with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
-        name: _Stored(path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"]))
+        name: Stored(path, tuple(each["shape"]), each["dtype"], *(8 + length + at for at in each["data_offsets"]))
         for name, each in header.items()
     }
 
 
-def _pickle_remedy(folder: Path) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+def _pickle_remedy(names: Collection[str]) -> str:
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if not pickles:
         return "give a folder with config.json, tokenizer.json and safetensors files"
     return (

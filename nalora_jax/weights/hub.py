@@ -22,7 +22,7 @@ from typing import Literal
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from nalora_jax import downloads
+from nalora_jax import buckets, downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import can_exist
@@ -55,6 +55,7 @@ class ResolvedSource:
     path: Path  # the GGUF file, or the Hugging Face folder
     name: str  # what an adapter's config calls its base: the hub id, the package's file, else the path as given
     copy_of: str = ""  # hub id of the model that a package's file was made from, by others
+    streamed: str = ""  # the folder in a bucket whose safetensors are read by ranges; the other files are at `path`
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
     """The local files of the model called ``source``, downloaded if need be.
 
     Args:
-      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, a hub id ``owner/name``, one GGUF file of a
-        hub repository, ``owner/name/file.gguf``, or the file of an alias's package (`Alias.mirror`).
+      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a bucket (``gs://``,
+        ``s3://``), a hub id ``owner/name``, one GGUF file of a hub repository, ``owner/name/file.gguf``, or the file of
+        an alias's package (`Alias.mirror`).
       cache: where packages are kept, by default `downloads.cache_dir`. The hub keeps its own cache (``HF_HOME``).
 
     Raises:
@@ -134,6 +136,8 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
         return _resolve_alias(source, ALIASES[source], cache)
     if source.startswith(_MIRROR):
         return _resolve_mirror(source, cache)
+    if buckets.is_url(source):
+        return _resolve_bucket(source)
     path = Path(source).expanduser()
     if source and can_exist(path) and path.exists():
         return _resolve_local(path, source)
@@ -287,6 +291,19 @@ def _check_model_file(path: Path) -> None:
         raise NaloraError(str(path), expected="a GGUF file", found=f"a file that begins with {magic!r}")
 
 
+def _resolve_bucket(source: str) -> ResolvedSource:
+    """A folder in a bucket without its weights, which are streamed; a GGUF file is copied."""
+    if source.endswith(".gguf"):
+        return ResolvedSource("gguf", buckets.local_copy(source), source)
+    folder = source.rstrip("/")
+    names = buckets.names(folder)
+    if "config.json" not in names:
+        listed = ", ".join(names[:4]) or "no file in it"
+        raise NaloraError(source, expected="a folder with config.json and safetensors files", found=listed)
+    small = [f"{folder}/{name}" for name in names if name in HUB_FILES]
+    return ResolvedSource("hf", buckets.local_folder(small), source, streamed=folder)
+
+
 # ---------------------------------------------------------------- the hub
 
 
@@ -327,23 +344,12 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
     """
     try:
         return _snapshot(repository, file, local=False)
-    except (errors.GatedRepoError, errors.DisabledRepoError) as error:
-        raise NaloraError(
-            repository,
-            expected="access to the repository",
-            found="a repository that asks for the acceptance of its licence",
-            remedy=f"accept it at {constants.ENDPOINT}/{repository}, then log in with `hf auth login` or set HF_TOKEN",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise NaloraError(
-            repository,
-            expected="a repository on the hub",
-            found="none of that name, or a private one",
-            remedy="check the spelling; for a private repository log in with `hf auth login` or set HF_TOKEN",
-        ) from error
     except errors.HFValidationError as error:
         raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
     except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, a full disk, a server's failure
+        refused = refusal(repository, error)
+        if refused is not None:
+            raise refused from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason
         raise NaloraError(
@@ -352,3 +358,23 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
             found=reason,
             remedy="check the network, or give a local folder or .gguf file",
         ) from error
+
+
+def refusal(repository: str, error: Exception) -> NaloraError | None:
+    """The error of a repository that the hub does not give to this token, or without one; None of another failure."""
+    causes = (getattr(each, "response", None) for each in (error, error.__cause__))
+    status = next((each.status_code for each in causes if each is not None), 0)
+    known = isinstance(error, errors.RepositoryNotFoundError)  # of which a gated one is a kind
+    if isinstance(error, errors.DisabledRepoError) or not (known or status in (401, 403)):
+        return None
+    gated = not known or isinstance(error, errors.GatedRepoError)
+    refused = "one whose account has no access" if known else f"one that the hub refuses ({status})"
+    token = refused if huggingface_hub.get_token() else "none"
+    page = f"{constants.ENDPOINT}/{repository}"
+    terms = f"accept its terms at {page}" if gated else f"check that {page} exists"
+    return NaloraError(
+        repository,
+        expected="a model of the hub that your token may read",
+        found=f"{'a gated repository' if gated else 'none of that name, or a private one'}, and as token {token}",
+        remedy=f"{terms}, then set HF_TOKEN on every host to a token that may read it, or log in with `hf auth login`",
+    )

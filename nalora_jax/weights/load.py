@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,17 @@ class FileTensor:
     start: int  # bytes from the beginning of the file
     size: int
     format: str  # as the file calls it: "BF16", "Q4_1"
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Bytes of the tensor, uint8 ``[count]``, fewer where the file is cut off.
+
+        Raises:
+          NaloraError: the file cannot be read.
+        """
+        try:
+            return np.fromfile(self.file, np.uint8, count, offset=self.start + start)
+        except OSError as error:
+            raise NaloraError(str(self.file), expected="a file that can be read", found=error) from error
 
 
 class TensorSource(Protocol):
@@ -170,6 +181,12 @@ class _Fill:
         self.first_row = sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
+    def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
+        """Position in the leading axes of a slice of the leaf, and the slice of this part; none if it is outside."""
+        lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
+        if all(part.start <= i < part.stop for i, part in zip(self.lead, lead, strict=True)):
+            yield tuple(i - part.start for i, part in zip(self.lead, lead, strict=True)), trailing
+
     def into(self, target: np.ndarray, index: Index, source: TensorSource, share: tuple[int, int]) -> None:
         """Writes the slice ``index`` of this part, in our layout, to ``target`` of the same shape.
 
@@ -207,17 +224,22 @@ class _Reader:
 
     def read(self, index: Index, dtype: Any) -> np.ndarray:
         """A slice of the leaf."""
-        buffer = _aligned(tuple(part.stop - part.start for part in index), dtype)
-        jobs = []
-        for fill in self.fills:
-            lead, rest = index[: len(fill.lead)], index[len(fill.lead) :]
-            if all(part.start <= i < part.stop for i, part in zip(fill.lead, lead, strict=True)):
-                place = tuple(i - part.start for i, part in zip(fill.lead, lead, strict=True))
-                jobs.append(partial(fill.into, buffer[(*place, ...)], rest, self.source))  # a view, of a scalar too
+        (buffer,) = self.read_all([index], dtype)
+        return buffer
+
+    def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
+        """Slices of the leaf, tensor by tensor: ranges of a tensor that several slices need are read close together."""
+        buffers = [_aligned(tuple(part.stop - part.start for part in index), dtype) for index in indices]
+        jobs = [
+            partial(fill.into, buffer[(*place, ...)], rest, self.source)  # a view, of a scalar too
+            for fill in self.fills
+            for index, buffer in zip(indices, buffers, strict=True)
+            for place, rest in fill.places(index)
+        ]
         shares = -(-WORKERS // max(1, len(jobs)))  # few tensors are shared by several workers each
         tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
         list(self.pool.map(_run, tasks))  # a list, for the errors
-        return buffer
+        return buffers
 
 
 def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> None:
@@ -227,16 +249,11 @@ def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> Non
 
 
 def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
-    """The leaf as a global array; each distinct slice of this process's devices is read once, on its own."""
-    read: dict[Key, np.ndarray] = {}
-
-    def shard(index: Index | None) -> np.ndarray:
-        key = _given(index, shape)
-        if key not in read:
-            read[key] = reader.read(tuple(slice(*part) for part in key), dtype)
-        return read[key]
-
-    return jax.make_array_from_callback(shape, sharding, shard)
+    """The leaf as a global array; each distinct slice of this process's devices is read once."""
+    keys = list({_given(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
+    slices = [tuple(slice(*part) for part in key) for key in keys]
+    buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
+    return jax.make_array_from_callback(shape, sharding, lambda index: buffers[_given(index, shape)])
 
 
 def _given(index: Index | None, shape: tuple[int, ...]) -> Key:

@@ -27,6 +27,7 @@ from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.load import DTYPES, TensorSource, load_params
 from nalora_jax.weights.origin import Origin, origin
+from nalora_jax.weights.streamed import StreamedFolder
 from nalora_jax.weights.vision.sight import model_keymap
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], Mo
     where = found.path / "config.json"
     raw = read_json(where)
     config = ModelConfig.from_hf(raw, str(where), images=images)
-    return raw, config, SafetensorsFolder(found.path), Tokenizer.from_folder(found.path)
+    tensors = StreamedFolder(found.path, found.streamed) if found.streamed else SafetensorsFolder(found.path)
+    return raw, config, tensors, Tokenizer.from_folder(found.path)
 
 
 def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:

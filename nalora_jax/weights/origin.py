@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together
     """
     return Origin(
         name=found.name,
-        file=found.path.name,
+        file=PurePath(found.streamed or found.path).name,
         format={"gguf": "GGUF", "hf": "safetensors"}[found.kind],
         numbers=number_formats(source),
         fingerprint=fingerprint(config, source, together=together),
@@ -126,10 +127,7 @@ def is_comparable(noted: str, now: str) -> bool:
 def _digest(source: TensorSource, name: str, start: int) -> bytes:
     stored = source.stored(name)
     count = min(_CHUNK, stored.size - start)
-    try:
-        data = np.fromfile(stored.file, np.uint8, count, offset=stored.start + start)
-    except OSError as error:
-        raise NaloraError(str(stored.file), expected="a file that can be read", found=error) from error
+    data = stored.read(start, count)
     if data.size != count:
         raise NaloraError(str(stored.file), expected=f"{count} bytes of {name}", found=data.size, remedy="load again")
     return hashlib.sha256(data.data).digest()

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from functools import partial
-from http import HTTPStatus
-from http.server import ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-import pytest
-from gcp_storage_emulator.handlers import buckets, objects
-from gcp_storage_emulator.server import Request, RequestHandler, Response, Router
-from gcp_storage_emulator.storage import Storage
-
+from nalora_jax.config import DebugConfig, MeshConfig
 from tests import tiny
+from tests.emulator import emulator, put, variables
 
 WORKER = """
 import sys
 import jax, numpy as np
 from nalora_jax import distributed
-from nalora_jax.config import MeshConfig
+from nalora_jax.config import DebugConfig, MeshConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.train.checkpoint import Checkpointer
 from nalora_jax.train.output import open_output
@@ -66,80 +57,10 @@ except NaloraError as error:
 """
 
 
-class Server(ThreadingHTTPServer):
-    """Answers several processes at once; what hangs up early is no error."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass
-
-
-def honour_generations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store answers with generations, and refuses by them, as Google's does.
-
-    TensorStore's manifests are written with ``ifGenerationMatch`` and read again with ``ifGenerationNotMatch``. The
-    emulator knows neither: a manifest that had not changed was sent whole, without a generation, and now and then the
-    writer waited for ever.
-    """
-    upload, download = objects._media_upload, objects.download
-
-    def generation(storage: Storage, bucket: str, name: str) -> str:
-        held = storage.objects.get(bucket, {}).get(name)
-        return "0" if held is None else held["generation"]
-
-    def uploaded(request: Request, response: Response, storage: Storage) -> None:
-        found = generation(storage, request.params["bucket_name"], request.query["name"][0])
-        if request.query.get("ifGenerationMatch", [found]) == [found]:
-            upload(request, response, storage)
-        else:
-            assert request.data is not None  # what is not read resets the connection
-            response.status = HTTPStatus.PRECONDITION_FAILED
-
-    def downloaded(request: Request, response: Response, storage: Storage) -> None:
-        found = generation(storage, request.params["bucket_name"], request.params["object_id"])
-        if found != "0" and request.query.get("ifGenerationNotMatch") == [found]:
-            response.status = HTTPStatus.NOT_MODIFIED
-        else:
-            response["x-goog-generation"] = found
-            download(request, response, storage)
-
-    monkeypatch.setattr(objects, "_media_upload", uploaded)
-    monkeypatch.setattr(objects, "download", downloaded)
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Storage, str]]:
-    """What the emulator holds, and its address."""
-    held, one_by_one, handle = Storage(use_memory_fs=True, data_dir=str(tmp_path)), threading.Lock(), Router.handle
-
-    def handled(self: Router, method: str) -> None:
-        with one_by_one:
-            handle(self, method)
-
-    monkeypatch.setattr(Router, "handle", handled)
-    honour_generations(monkeypatch)
-    buckets.create_bucket("bucket", held)
-    with Server(("localhost", 0), partial(RequestHandler, held)) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield held, f"http://localhost:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
-
-
-def test_two_processes_write_one_run_into_a_bucket_and_go_on_from_it(store, two_processes, tmp_path):
-    held, address = store
-    finished = two_processes(
-        ["-c", WORKER],
-        devices=2,
-        NALORA_CACHE=tiny.new_cache(tmp_path / "cache"),
-        STORAGE_EMULATOR_HOST=address,
-        TENSORSTORE_GCS_HTTP_URL=address,
-        GOOGLE_AUTH_TOKEN_FOR_TESTING="any",
-        GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # asks Google itself what kind of bucket it is
-    )
+def test_two_processes_write_one_run_into_a_bucket_and_go_on_from_it(two_processes, tmp_path):
+    with emulator(tmp_path) as (held, address):
+        cache = tiny.new_cache(tmp_path / "cache")
+        finished = two_processes(["-c", WORKER], devices=2, NALORA_CACHE=cache, **variables(address))
     for (status, out, error), said in zip(finished, ("found gs://bucket/run, which holds", "process 0"), strict=True):
         assert status == 0, error
         assert "DONE" in out
@@ -149,3 +70,23 @@ def test_two_processes_write_one_run_into_a_bucket_and_go_on_from_it(store, two_
     assert {f"checkpoints/2/state/ocdbt.process_{i}/manifest.ocdbt" for i in (0, 1)} <= names
     # One checkpoint is kept, and neither locks nor marks are left.
     assert not [name for name in names if name.startswith(("checkpoints/1/", ".", "remote.lock"))]
+
+
+def test_two_processes_train_a_model_from_a_bucket_on_data_from_a_bucket(tmp_path):
+    config = tiny.make_config(tmp_path, steps=2, mesh=MeshConfig(1, -1, 1))
+    data = replace(config.data, dataset="gs://bucket/data/questions.jsonl")
+    config = replace(config, model="gs://bucket/llama", data=data, debug=DebugConfig(profile="2:1"))
+    settings = tiny.write_settings(config, tmp_path / "settings.py")
+    with emulator(tmp_path / "objects") as (_, address):
+        for name, path in [("data/questions.jsonl", tmp_path / "questions.jsonl")] + [
+            (f"llama/{path.name}", path) for path in (tmp_path / "model").iterdir()
+        ]:
+            put(address, name, path.read_bytes())
+        command = ["-m", "nalora_jax", "train", "--config", str(settings)]
+        cache = tiny.new_cache(tmp_path / "cache")
+        for status, _, error in tiny.finish(tiny.start(command, count=2, NALORA_CACHE=cache, **variables(address))):
+            assert status == 0, error
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list((tmp_path / "cache" / "buckets").rglob("*.safetensors"))
+    traces = {path.name for path in (tmp_path / "run" / "profile" / "plugins" / "profile" / "steps_2-2").iterdir()}
+    assert traces == {"process_0.xplane.pb", "process_1.xplane.pb"}

@@ -37,9 +37,14 @@ def test_a_lost_process_ends_the_other_with_one_line_and_sigterm_to_one_saves_in
 
     first, second = tiny.start(command, count=2, **variables)
     tiny.wait_for_line(first, f"step {kept + 3}/")
+    for process in (first, second):  # a dropped connection
+        process.send_signal(signal.SIGHUP)
+    second.stdout.close()
+    second.stderr.close()
+    tiny.wait_for_line(first, f"step {kept + 5}/")
     second.send_signal(signal.SIGTERM)
-    (status, _, error), (other, _, quiet) = tiny.finish([first, second])
-    assert (status, other) == (143, 143), error + quiet
+    (status, _, error), (other, _, _) = tiny.finish([first, second])
+    assert (status, other) == (143, 143), error
     assert f"resumed from step {kept}" in error
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = max(line["step"] for line in lines if "loss" in line)

@@ -14,6 +14,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint import path as ocp_path
 
+from nalora_jax import buckets
 from nalora_jax.errors import NaloraError
 from nalora_jax.train import remote
 from nalora_jax.train.checkpoint import Checkpointer
@@ -133,5 +134,5 @@ def test_a_store_that_fails_is_tried_again_and_at_the_end_an_error_that_names_th
 def test_a_store_that_is_not_known_is_refused():
     with pytest.raises(NaloraError, match=r"--output: .*found ftp://host/run"), open_output("ftp://host/run", False):
         pass
-    assert remote.url("runs/gs") is None
-    assert remote.url("C:/runs") is None
+    assert buckets.url("runs/gs") is None
+    assert buckets.url("C:/runs") is None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -18,8 +21,10 @@ from nalora_jax.downloads import PackageFile, file_sha256
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights import hub
 from nalora_jax.weights.hub import Alias, Terms, resolve
+from nalora_jax.weights.vision.hub import resolve_folder
 
 Hub = Callable[..., str]
+SNAPSHOT_DOWNLOAD = huggingface_hub.snapshot_download  # before a test replaces it
 
 
 def model_folder(folder: Path) -> Path:
@@ -212,7 +217,7 @@ def test_what_is_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         (
             refusal(errors.GatedRepoError),
-            r"of its licence; accept it at .*/owner/name.*hf auth login.*HF_TOKEN",
+            r"found a gated repository.*accept its terms at .*/owner/name, then set HF_TOKEN on every host",
         ),
         (refusal(errors.RepositoryNotFoundError), "found none of that name, or a private one"),
         (refusal(errors.HfHubHTTPError), "expected the hub to deliver the model, found HfHubHTTPError"),
@@ -297,3 +302,89 @@ def test_paths_that_do_not_exist(source: str) -> None:
 def test_names_of_nothing(source: str) -> None:
     with pytest.raises(NaloraError, match="aliases: smollm2-135m-instruct, gemma-3-270m"):
         resolve(source)
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """The hub's answers about one gated model, which the token "reader" may read and "stranger" may not."""
+
+    files: ClassVar = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"{}"}
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+
+    def do_HEAD(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token == "narrow":  # a fine-grained token without the right to list the files
+            self.answer(403)
+        elif "/tree/" in self.path:
+            entries = [{"type": "file", "path": name, "size": 2, "oid": "e"} for name in self.files]
+            self.answer(200, json.dumps(entries).encode())
+        elif self.path.startswith("/api/models/"):
+            known = self.path.startswith("/api/models/owner/gated")
+            about = {"id": "owner/gated", "sha": "c" * 40, "siblings": [{"rfilename": name} for name in self.files]}
+            self.answer(200, json.dumps(about).encode()) if known else self.answer(401, error="RepoNotFound")
+        elif token == "scoped":  # a fine-grained token without access to gated repositories
+            self.answer(403)
+        elif token != "reader":
+            self.answer(403 if token else 401, error="GatedRepo")
+        else:
+            self.answer(200, self.files[self.path.rpartition("/")[2]])
+
+    def answer(self, status: int, body: bytes = b"", error: str = "") -> None:
+        self.send_response(status)
+        headers = {"Content-Length": len(body), "ETag": '"e"', "X-Repo-Commit": "c" * 40}
+        for name, value in (headers | ({"X-Error-Code": error} if error else {})).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", SNAPSHOT_DOWNLOAD)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with ThreadingHTTPServer(("localhost", 0), FakeHub) as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://localhost:{server.server_port}")
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            f"http://localhost:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "match"),
+    [
+        ("owner/gated", "", "a gated repository, and as token none; accept its terms at .*HF_TOKEN on every host"),
+        ("owner/gated", "stranger", "a gated repository, and as token one whose account has no access"),
+        ("owner/gated", "scoped", r"a gated repository, and as token one that the hub refuses \(403\)"),
+        ("owner/gated", "narrow", r"a gated repository, and as token one that the hub refuses \(403\)"),
+        ("owner/private", "", "none of that name, or a private one, and as token none; check that"),
+    ],
+)
+def test_a_gated_model_names_the_token(
+    fake_hub: None, monkeypatch: pytest.MonkeyPatch, name: str, token: str, match: str
+) -> None:
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for find in (resolve, resolve_folder):
+        with pytest.raises(NaloraError, match=match):
+            find(name)
+
+
+def test_a_gated_model_is_downloaded_with_the_token_of_the_environment(
+    fake_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "reader")
+    assert sorted(path.name for path in resolve("owner/gated").path.iterdir()) == sorted(FakeHub.files)

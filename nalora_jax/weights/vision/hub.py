@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
 
-from nalora_jax import downloads
+from nalora_jax import buckets, downloads
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
-from nalora_jax.weights.hub import HUB_FILES
+from nalora_jax.weights.hub import HUB_FILES, refusal
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _VIT_S = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
@@ -69,7 +70,9 @@ ALIASES = (*FOLDERS, *ONNX)
 
 
 def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
-    """The folder of the model called ``source``, downloaded if need be, and what adapters call their base.
+    """The folder of the model called ``source``, fetched if need be, and the name that adapters give their base.
+
+    A folder in a bucket is copied to the cache: these models are small.
 
     Raises:
       NaloraError: nothing has that name, or it cannot be downloaded.
@@ -78,6 +81,9 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
         name, members = FOLDERS[source]
         paths = [downloads.fetch(member, cache=cache) for member in members]
         return paths[0].parent, name
+    if buckets.is_url(source):
+        names = [name for name in buckets.names(source) if any(fnmatch(name, pattern) for pattern in HUB_FILES)]
+        return buckets.local_folder([f"{source.rstrip('/')}/{name}" for name in names]), source
     path = Path(source).expanduser()
     if source and path.exists():
         if not (path / "config.json").is_file():
@@ -107,6 +113,9 @@ def _snapshot(repository: str) -> Path:
             folder = Path(huggingface_hub.snapshot_download(repository, local_files_only=local, allow_patterns=wanted))
         except (OSError, ValueError, errors.HfHubHTTPError, errors.HFValidationError) as error:
             if not local:
+                refused = refusal(repository, error)
+                if refused is not None:
+                    raise refused from error
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise NaloraError(
                     repository,

@@ -1,0 +1,199 @@
+"""Files in buckets, ``gs://bucket/name`` and ``s3://bucket/name``: listed, read by ranges, or copied to the cache.
+
+Any process may read any of them; each asks for the files and the ranges that it uses. The stores' own packages (gcsfs,
+s3fs) find the credentials, as their command-line tools do.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nalora_jax import downloads
+from nalora_jax.errors import NaloraError
+
+# By scheme: the package that reads it, the extra that has the package, and the command that logs in.
+_STORES = {
+    "gs": ("gcsfs", "gcs", "gcloud auth application-default login"),
+    "s3": ("s3fs", "s3", "aws configure"),
+}
+_REFUSALS = re.compile(
+    r"\b40[13]\b|Forbidden|Unauthorized|Access ?Denied|[Cc]redentials|Anonymous caller|PermissionError"
+)
+# Fields of a store's listing that change with a file's content, the best one first.
+_VERSIONS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "LastModified", "mtime", "created")
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def url(name: str) -> str | None:
+    """``name`` as the URL that it is, None of a path; ``Path("gs://bucket")`` has lost a slash."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
+    return f"{match[1]}://{name[match.end() :]}" if match else None
+
+
+def is_url(name: object) -> bool:
+    """Returns True for the name of files in a bucket."""
+    return isinstance(name, str) and name.partition("://")[0] in _STORES and "://" in name
+
+
+def missing_package(flag: str, where: str) -> NaloraError:
+    """The error of a URL whose package is not installed, or whose scheme is unknown."""
+    package, extra, _ = _STORES.get(where.partition("://")[0], ("", "", ""))
+    remedy = f"pip install {package} (or nalora_jax with its extra `{extra}`)"
+    return NaloraError(
+        flag,
+        expected="a folder, or a URL of a store that this Python can reach",
+        found=where,
+        remedy=remedy if package else "use gs:// or s3://, or a folder",
+    )
+
+
+def version(name: str) -> str:
+    """A text that changes with the content of the file ``name``: its size and the store's checksum of it.
+
+    Raises:
+      NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
+    """
+    with _store_errors(name):
+        about = _filesystem(name).info(name)
+        if about["type"] == "directory":
+            raise FileNotFoundError(name)
+    known = next((str(about[field]) for field in _VERSIONS if about.get(field)), "")
+    return f"{about['size']}:{known}"
+
+
+def size(name: str) -> int:
+    """Bytes of a file; raises as `version` does."""
+    return int(version(name).partition(":")[0])
+
+
+def files(name: str) -> list[str]:
+    """URLs of the files below the folder ``name``, or that match the pattern ``name``, sorted.
+
+    Raises:
+      NaloraError: there is none, the bucket cannot be reached, or it refuses.
+    """
+    scheme = name.partition("://")[0]
+    with _store_errors(name):
+        filesystem = _filesystem(name)
+        paths = filesystem.glob(name) if "*" in name else filesystem.find(name)
+        if not paths:
+            raise FileNotFoundError(name)
+    return sorted(f"{scheme}://{path.lstrip('/')}" for path in paths)
+
+
+def names(folder: str) -> list[str]:
+    """Names of the files in a folder, without those of its subfolders; raises as `files` does."""
+    with _store_errors(folder):
+        entries = _filesystem(folder).ls(folder, detail=True)
+    return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+
+
+def exists(name: str) -> bool:
+    """Returns True if there is a file called ``name``; raises as `version` does where the bucket does not answer."""
+    with _store_errors(name):
+        try:
+            return bool(_filesystem(name).info(name)["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+
+def read(name: str, start: int, stop: int) -> bytes:
+    """Bytes ``start`` to ``stop`` of a file, in one request; fewer where the file ends before.
+
+    Raises:
+      NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
+    """
+    with _store_errors(name):
+        data: bytes = _filesystem(name).cat_file(name, start=start, end=stop)
+    return data
+
+
+def opened(name: str) -> Any:
+    """A file object that reads ranges as they are asked for; raises as `read` does."""
+    with _store_errors(name):
+        return _filesystem(name).open(name, "rb")
+
+
+def local_copy(name: str) -> Path:
+    """A copy of a file in the cache folder, made at the first use of this content; raises as `local_folder` does."""
+    return local_folder([name]) / name.rpartition("/")[2]
+
+
+def local_folder(names: Sequence[str]) -> Path:
+    """A folder in the cache with copies of ``names``, whose last parts differ; each is fetched once.
+
+    Raises:
+      NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is full.
+    """
+    versions = [f"{name}\n{version(name)}" for name in names]
+    folder = downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        target = folder / name.rpartition("/")[2]
+        if not target.exists():
+            _copy(name, target)
+    return folder
+
+
+def _copy(name: str, target: Path) -> None:
+    """Fetches a file; it gets its name when it is complete, whichever process is first."""
+    handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=".incomplete-")
+    os.close(handle)
+    try:
+        with _store_errors(name):
+            _filesystem(name).get_file(name, scratch)
+        Path(scratch).replace(target)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+@cache
+def _filesystem_of(scheme: str) -> Any:
+    import fsspec
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # else it logs whole responses, which the errors quote
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+def _filesystem(name: str) -> Any:
+    scheme = name.partition("://")[0]
+    try:
+        return _filesystem_of(scheme)
+    except (ImportError, ValueError) as error:
+        raise missing_package(name, name) from error
+
+
+@contextmanager
+def _store_errors(name: str) -> Iterator[None]:
+    """Turns any error of a store's package into an error of this library."""
+    try:
+        yield
+    except NaloraError:
+        raise
+    except FileNotFoundError as error:
+        remedy = "check the bucket and the name"
+        raise NaloraError(
+            name, expected="a file or a folder with files", found="none of that name", remedy=remedy
+        ) from error
+    except Exception as error:
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:200]
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            remedy = "free space, or set NALORA_CACHE to another folder"
+            raise NaloraError(
+                name, expected="room for a copy in the cache", found=error.strerror, remedy=remedy
+            ) from error
+        if _REFUSALS.search(f"{type(error).__name__} {reason}"):
+            login = _STORES[name.partition("://")[0]][2]
+            remedy = f"log in with `{login}`, or give the machine's account the right to read the bucket"
+            raise NaloraError(name, expected="credentials that may read it", found=reason, remedy=remedy) from error
+        raise NaloraError(name, expected="the bucket to answer", found=reason, remedy="check the network") from error

@@ -1,0 +1,209 @@
+"""Reports of a run's processes to ``nalora doctor``, and the known bad states that they show.
+
+The reports travel through JAX's coordination service, which needs no device: a pod whose chips cannot be used, or whose
+processes have different versions of JAX, still gets its answer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+WAIT = 120  # seconds until a process that has not come counts as missing
+_READ = 2  # seconds in which the report of a process that has come is read
+_SKEW = 5.0  # seconds by which clocks may differ
+_LITTLE = 2 << 30  # bytes of free host memory, below which a small model does not load
+_LOCK = Path("/tmp/libtpu_lockfile")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One process: versions by package, bytes of host memory, seconds of its clock, and its problems."""
+
+    process: int
+    host: str
+    versions: Mapping[str, str]
+    free: int = 0
+    total: int = 0
+    clock: float = 0.0
+    devices: str = ""
+    problems: Sequence[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"process {self.process} ({self.host})"
+
+
+class Group:
+    """The processes that JAX has joined to this one, itself alone without any."""
+
+    def __init__(self) -> None:
+        from jax._src import distributed  # the public interface has no way without devices
+
+        state = distributed.global_state
+        self._client: Any = state.client
+        self._is_complete = True
+        self.index, self.count = (state.process_id, state.num_processes) if self._client else (0, 1)
+
+    def together(self, name: str) -> None:
+        """Waits until all processes have come here; once some are missing, it no longer waits."""
+        if self._client is None or not self._is_complete:
+            return
+        try:
+            self._client.wait_at_barrier(f"nalora_doctor_{name}", WAIT * 1000)
+        except Exception:  # jaxlib has many types; `exchange` shows which processes are missing
+            self._is_complete = False
+
+    def exchange(self, name: str, report: Report) -> list[Report | None]:
+        """The reports of all processes, None of one that sends none."""
+        if self._client is None:
+            return [report]
+        self._client.key_value_set(f"nalora_doctor/{name}/{self.index}", json.dumps(asdict(report)))
+        self.together(name)
+        return [self._read(f"nalora_doctor/{name}/{index}") for index in range(self.count)]
+
+    def _read(self, key: str) -> Report | None:
+        try:
+            return Report(**json.loads(self._client.blocking_key_value_get(key, _READ * 1000)))
+        except Exception:
+            return None
+
+
+def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -> Report:
+    """This process's report without its devices; its clock is read when all processes have come here."""
+    free, total = host_memory()
+    problems = [*problems, *memory_problems(free, total)]
+    group.together("clock")
+    return Report(group.index, socket.gethostname(), dict(versions), free, total, time.time(), problems=problems)
+
+
+def rows(reports: Sequence[Report | None]) -> dict[str, str]:
+    """A line for each process."""
+    shown = {}
+    middle = _middle(reports)
+    for index, one in enumerate(reports):
+        if one is not None:
+            versions = ", ".join(f"{name} {one.versions[name]}" for name in one.versions)
+            memory = f"{one.free / 1e9:.1f} of {one.total / 1e9:.1f} GB free"
+            shown[one.name] = f"{one.devices or 'no device'}; {versions}; {memory}; clock {one.clock - middle:+.1f} s"
+        else:
+            shown[f"process {index}"] = "no report"
+    return shown
+
+
+def differences(reports: Sequence[Report | None]) -> Iterator[str]:
+    """Returns the problems of the processes, each once, and their differences."""
+    for index, one in enumerate(reports):
+        if one is None:
+            yield f"process {index} sent no report within {WAIT} s: start nalora doctor on every host at the same time"
+    present = [one for one in reports if one is not None]
+    for problem in dict.fromkeys(problem for one in present for problem in one.problems):
+        names = [one.name for one in present if problem in one.problems]
+        where = "every process" if len(names) == len(reports) else ", ".join(names)
+        yield f"{where}: {problem}" if len(reports) > 1 else problem
+    for package in sorted({name for one in present for name in one.versions}):
+        yield from _odd(present, {one.process: one.versions.get(package, "not installed") for one in present}, package)
+    yield from _odd(present, {one.process: one.devices or "none" for one in present}, "devices")
+    middle = _middle(reports)
+    for one in present:
+        if abs(one.clock - middle) > _SKEW:
+            yield f"{one.name}: its clock is {one.clock - middle:+.0f} s off the others': let NTP set it"
+
+
+def _odd(present: Sequence[Report], values: Mapping[int, str], what: str) -> Iterator[str]:
+    """The processes that differ from the most common value."""
+    ((common, _), *others) = Counter(values.values()).most_common()
+    if others:
+        odd = ", ".join(f"{values[one.process]} in {one.name}" for one in present if values[one.process] != common)
+        yield f"{what} differ between processes: {common}, but {odd}; make all hosts the same"
+
+
+def _middle(reports: Sequence[Report | None]) -> float:
+    return statistics.median([one.clock for one in reports if one is not None] or [0.0])
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def host_memory(info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """Free and total bytes of host memory, of the container where that has less; zeros on another system."""
+    if not info.exists():
+        return 0, 0
+    lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", info.read_text(), re.MULTILINE))
+    free, total = (1024 * int(lines.get(name, 0)) for name in ("MemAvailable", "MemTotal"))
+    limit = _number(group / "memory.max")
+    if limit is None:
+        return free, total
+    cached = re.search(r"^inactive_file (\d+)", _text(group / "memory.stat"), re.MULTILINE)
+    used = (_number(group / "memory.current") or 0) - int(cached[1] if cached else 0)
+    return min(free, max(0, limit - used)), min(total, limit)
+
+
+def memory_problems(free: int, total: int) -> Iterator[str]:
+    """Host memory that is too little to load a model."""
+    if total and free < _LITTLE:
+        yield f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of host memory are free, less than a small model needs"
+
+
+def chip_problems(dev: Path = Path("/dev"), proc: Path = Path("/proc"), lock: Path = _LOCK) -> Iterator[str]:
+    """TPU chips that another process holds, whether by their device files or by libtpu's lock."""
+    chips = [*sorted(dev.glob("accel[0-9]*")), *sorted((dev / "vfio").glob("[0-9]*"))]
+    if not chips:
+        return
+    holders = _holders({str(chip) for chip in chips}, proc)
+    for pid, held in sorted(holders.items()):
+        command = _text(proc / str(pid) / "comm").strip() or "?"
+        yield f"process {pid} ({command}) holds {', '.join(sorted(held))}: wait for it, or stop it"
+    if not holders and lock.exists():
+        yield from _lock_problems(lock)
+
+
+def _holders(names: set[str], proc: Path) -> dict[int, set[str]]:
+    """Files among ``names`` that each other process has open, as far as this user may know."""
+    holders: dict[int, set[str]] = {}
+    for descriptor in proc.glob("[0-9]*/fd/*"):
+        try:
+            target = str(descriptor.readlink())
+        except OSError:  # the process has ended, or is another user's
+            continue
+        pid = int(descriptor.parts[-3])
+        if target in names and pid != os.getpid():
+            holders.setdefault(pid, set()).add(target)
+    return holders
+
+
+def _lock_problems(lock: Path) -> Iterator[str]:
+    try:
+        descriptor = os.open(lock, os.O_RDWR)
+    except OSError:
+        yield f"{lock} is of user {lock.stat().st_uid}, who may hold the chips; if no such process runs, sudo rm {lock}"
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield f"another process holds {lock}, and so the chips: sudo lsof {lock} names it"
+    finally:
+        os.close(descriptor)
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

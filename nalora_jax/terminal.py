@@ -1,0 +1,122 @@
+"""Keeps a process alive whose terminal, pipe or ssh connection ends before it does.
+
+A dropped connection sends SIGHUP and makes every later write to standard output or error fail: with EIO on a terminal,
+EPIPE on a pipe. A service manager may also start a process with these streams closed (``>&-``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+# Errors of a write to a stream whose other end is gone for good.
+_GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
+
+
+def open_closed_streams() -> None:
+    """Opens the null device in place of those of descriptors 0, 1 and 2 that are closed.
+
+    Otherwise the next file or socket gets the number, and a message to standard error is written into it.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
+        if getattr(sys, name) is None:  # Python's mark of a stream that was closed when it started
+            mode = "r" if name == "stdin" else "w"
+            stream = open(descriptor, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Points a stream's descriptor at the null device, for C++ and for the text that is still in a buffer."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+class LastingStream:
+    """A text stream whose writes cannot fail: once the other end is gone, they go to the null device."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes ``text``, or drops it."""
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Writes each of ``lines``, or drops it."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flushes the text that is still in a buffer, or drops it."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Any, *args: Any) -> None:
+        try:
+            action(*args)
+        except OSError as error:  # of another reason, a full disk for example: later writes may work again
+            if error.errno in _GONE:
+                silence(self._stream)
+        except ValueError:  # a stream that was closed in Python
+            if not self._stream.closed:
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting(*names: str) -> Iterator[None]:
+    """Within this block the streams ``names`` of `sys` ("stdout", "stderr") are `LastingStream`."""
+    before = {name: getattr(sys, name) for name in names}
+    within = {name: _lasting(stream) for name, stream in before.items()}
+    for name, stream in within.items():
+        setattr(sys, name, stream)
+    try:
+        yield
+    finally:
+        for name, stream in within.items():
+            if stream is not None:
+                stream.flush()  # here a failure is no error; at the end of the process it would set the exit status
+            if getattr(sys, name) is stream:  # unless a program has replaced it meanwhile
+                setattr(sys, name, before[name])
+
+
+def _lasting(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, LastingStream) else LastingStream(stream)
+
+
+@contextmanager
+def outliving_terminal() -> Iterator[None]:
+    """Within this block SIGHUP is ignored, as under ``nohup``, and standard output and error may go away.
+
+    A handler that a program has set for SIGHUP stays.
+    """
+    with _hangup_ignored(), lasting("stdout", "stderr"):
+        yield
+
+
+@contextmanager
+def _hangup_ignored() -> Iterator[None]:
+    usable = hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
+    if not usable or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

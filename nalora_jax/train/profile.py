@@ -1,0 +1,88 @@
+"""A trace of some steps of a run for xprof (``--debug.profile START:STEPS``)."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from etils import epath
+
+from nalora_jax.errors import NaloraError
+
+log = logging.getLogger(__name__)
+FOLDER = "profile"  # within a run's folder; what ``xprof --logdir`` and TensorBoard are given
+
+
+class Profile:
+    """Traces consecutive steps on this process's host and devices; a context manager around all steps.
+
+    Every process writes one file, ``plugins/profile/steps_10-14/process_0.xplane.pb``: xprof shows them as the hosts of
+    one run. A run that starts or stops within the steps is traced as far as it goes.
+
+    Args:
+      steps: numbers of the steps; none without a profile.
+      folder: a `Path` or an ``epath.Path`` that this process may write to.
+    """
+
+    def __init__(self, steps: range = range(0), folder: Any = "") -> None:
+        self._steps, self._folder = steps, folder
+        self._tracing = ExitStack()
+        self._first = self._last = 0  # traced steps; 0 before and after
+
+    @contextmanager
+    def step(self, step: int, state: Any) -> Iterator[None]:
+        """Marks the dispatch of a step in the trace, which begins with the first one, once ``state`` is computed."""
+        if step in self._steps and not self._first:
+            jax.block_until_ready(state)
+            self._start(step)
+        self._last = step
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def end(self, step: int, result: Any) -> None:
+        """Ends the trace after its last step, once ``result`` is computed."""
+        if self._first and step == self._steps[-1]:
+            jax.block_until_ready(result)
+            self._stop(step)
+
+    def _start(self, step: int) -> None:
+        scratch = self._tracing.enter_context(tempfile.TemporaryDirectory())
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it slows every call of the steps that it times
+        try:
+            jax.profiler.start_trace(scratch, profiler_options=options)
+        except RuntimeError as error:
+            self._tracing.close()
+            remedy = "stop the other trace of this process, or leave --debug.profile out"
+            raise NaloraError(
+                "--debug.profile", expected="a profiler that is free", found=error, remedy=remedy
+            ) from error
+        self._first, self._scratch = step, Path(scratch)
+
+    def _stop(self, step: int) -> None:
+        first, self._first = self._first, 0
+        with self._tracing:
+            jax.profiler.stop_trace()
+            target = epath.Path(self._folder) / FOLDER / "plugins" / "profile" / f"steps_{first}-{step}"
+            target.mkdir(parents=True, exist_ok=True)
+            for file in self._scratch.rglob("*.xplane.pb"):
+                name = f"process_{jax.process_index()}.xplane.pb"
+                with file.open("rb") as source, (target / name).open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+        log.info("profile of steps %d to %d: xprof --logdir %s", first, step, epath.Path(self._folder) / FOLDER)
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Writes a trace that the end of the run has cut off."""
+        del kind, error, trace
+        if self._first:
+            self._stop(self._last)
