@@ -19,6 +19,9 @@ from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
 Stage = Literal["tune", "test"]
+_WAYS = ("image_to_text", "text_to_image")
+# Measures of items that records may hold.
+MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
 # Settings that came after the first records, by group: at their default they are no part of a run's name, so that
 # records keep theirs. A new setting belongs here.
 _LATER = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from nalora_jax.study.analysis import named
 from nalora_jax.study.execution import hours
 from nalora_jax.study.plan import Cell, cells, tuning, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.tables import named
 
 
 def status(protocol: Protocol) -> str:
