@@ -23,7 +23,7 @@ from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.study.identity import check_records, code_version, describe_old, record_digest
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import check_committed, check_study
+from nalora_jax.study.provenance import check_committed, checked_records
 from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.study.snapshots import read_snapshot, write_snapshot
@@ -62,8 +62,7 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
     if note := describe_old(store.read()):
         log.info("%s", note)
     while not limit or done < limit:
-        records = store.read()
-        check_study(protocol, store, records)
+        records = checked_records(protocol, store)
         spent = hours(records)
         if protocol.budget_hours and spent >= protocol.budget_hours:
             log.info("the budget of %g hours is spent (%.1f): no further run starts", protocol.budget_hours, spent)
@@ -89,13 +88,12 @@ def _do_one(protocol: Protocol, store: Records, resources: Resources, left: list
     """Does the first of ``left`` that no other process is doing; returns False if there is none."""
     for run in left:
         with store.claim(run.id) as snapshot:
-            records = store.read()
+            records = checked_records(protocol, store)
             if snapshot is None or run.id in records:  # in the records: finished since ``left`` was computed
                 continue
             commit = None
             if run.stage == "test":
                 commit = check_committed(protocol)
-                check_study(protocol, store, records)
                 store.begin_test({"id": run.id, "protocol": protocol.digest})
             began = time.perf_counter()
             log.info("%s", run)
@@ -198,7 +196,7 @@ class _RunInProgress:
         return result.state
 
     def measure(self, state: TrainState) -> dict[str, Any]:
-        """Returns the final measures, for a test run also those of the test items and the probes."""
+        """Returns the final measures, for a test run including test items and probes."""
         validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
         final: dict[str, Any] = {"validation": validation | {"n": len(self.items)}}
         probes: dict[str, Any] = {}

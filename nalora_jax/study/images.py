@@ -54,7 +54,7 @@ class DualEncoders:
     def __init__(self) -> None:
         self._towers: dict[str, LoadedEncoder] = {}
         self._models: dict[str, LoadedDual] = {}
-        self._joined: dict[str, str] = {}  # fingerprints of both towers, by that of the joined model
+        self._joined: dict[str, str] = {}  # fingerprints of both towers, by the joined model's
         self._sources: dict[str, ImageSource] = {}
         self._params: dict[str, Any] = {}
         self._rows: dict[str, ImageData] = {}

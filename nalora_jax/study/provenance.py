@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nalora_jax import statistics
@@ -15,16 +15,19 @@ from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import FILE, Record, Records
 
 
-def check_study(protocol: Protocol, store: Records, records: Mapping[str, Record]) -> None:
-    """Checks a study's records against each other, the rule files, the list of tests and the repository.
+def checked_records(protocol: Protocol, store: Records) -> dict[str, Record]:
+    """Reads a study's records, and checks them against each other, the rule files, the tests and the repository.
 
     Raises:
-      NaloraError: a record was altered, records do not belong together, a rule's file changed since its runs, a
-        finished test has no record, or test items were read under another protocol.
+      NaloraError: the files are damaged, a record was altered, records do not belong together, a rule's file changed
+        since its runs, a finished test has no record, or test items were read under another protocol.
     """
+    tests = store.tests()  # before the records: a process lists a test as finished after it has written the record
+    records = store.read()
     check_records(records)
     check_rules(protocol, records)
-    check_tests(protocol, store, records)
+    check_tests(protocol, store, records, tests)
+    return records
 
 
 def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
@@ -51,17 +54,24 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
                 )
 
 
-def check_tests(protocol: Protocol, store: Records, records: Mapping[str, Record]) -> None:
+def check_tests(
+    protocol: Protocol, store: Records, records: Mapping[str, Record], listed: Sequence[Mapping[str, Any]]
+) -> None:
     """Checks that all tests were made under this protocol, and that each finished test has its record.
 
     Tests are known from the records, from the list of tests in the study's folder, and from earlier versions of the
     records in the repository's history.
 
+    Args:
+      protocol: of the study.
+      store: its files.
+      records: its finished runs.
+      listed: its list of tests, read before the records.
+
     Raises:
       NaloraError: test items were read under another protocol, or the record of a finished test is missing or another.
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
-    listed = store.tests()
     digests = {str(entry["protocol"]) for entry in [*tests, *listed, *_committed_tests(protocol)]}
     others = sorted(digests - {protocol.digest})
     if others:

@@ -10,7 +10,7 @@ from nalora_jax.files import write_atomically
 from nalora_jax.study.identity import describe_old
 from nalora_jax.study.pictures import draw
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import check_study
+from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Records
 from nalora_jax.study.tables import render
 
@@ -27,11 +27,10 @@ def write_report(protocol: Protocol) -> list[Path]:
       NaloraError: there is no record yet, the record file is damaged, or records or protocol were changed.
     """
     store = Records(protocol.folder)
-    records = store.read()
+    records = checked_records(protocol, store)
     if not records:
         remedy = f"run it first: nalora study run {protocol.folder}"
         raise NaloraError(str(store.path), expected="records of finished runs", found="none", remedy=remedy)
-    check_study(protocol, store, records)
     if note := describe_old(records):
         log.info("%s", note)
     drawn = draw(protocol, records)

@@ -35,7 +35,7 @@ class Prepared:
 
 
 class Resources:
-    """Keeps what is expensive to create between runs.
+    """Models, items and programs of a process.
 
     Args:
       protocol: the study.

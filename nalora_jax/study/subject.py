@@ -40,7 +40,7 @@ class Items(Protocol):
 
 
 class Subject(Protocol):
-    """A kind of model and its tasks. It keeps what is expensive to create for the life of the process.
+    """A kind of model and its tasks. It keeps models and data for the life of the process.
 
     ``config`` holds the settings of one run in every method.
     """

@@ -13,7 +13,7 @@ from nalora_jax.study.execution import perform
 from nalora_jax.study.identity import describe_old
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.provenance import check_study
+from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.machine import describe_device
@@ -29,8 +29,8 @@ _LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of 
 def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
     """Checks all records and their digests, repeats ``count`` finished runs, and compares every recorded measure.
 
-    The runs are drawn at random from those that this kind of machine recorded, if there are any: another kind adds in
-    another order, and hundreds of steps turn that into differences that do not concern the code.
+    The draw is among the runs that this kind of machine recorded, if there are any: another kind adds in another order,
+    and hundreds of steps turn that into differences that do not concern the code.
 
     Args:
       protocol: of the study.
@@ -38,15 +38,14 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
       seed: of the draw; by default a new draw every time.
 
     Returns:
-      A line per run and item set with both losses, and notes on what was not checked.
+      A line per run and item set with both losses, and notes on unchecked fields.
 
     Raises:
-      NaloraError: there is no record, the records or the protocol were changed (`check_study`), or a repeated run
+      NaloraError: there is no record, the records or the protocol were changed (`checked_records`), or a repeated run
         differs from its record.
     """
     store, resources = Records(protocol.folder), Resources(protocol)
-    records = store.read()
-    check_study(protocol, store, records)
+    records = checked_records(protocol, store)
     finished = [run for run in wanted(protocol, records) if run.id in records]
     if not finished:
         raise NaloraError(str(protocol.folder), expected="at least one finished run", found="none")

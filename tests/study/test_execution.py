@@ -178,9 +178,9 @@ def test_a_finished_study_has_nothing_left_to_do(finished: Path, capsys: pytest.
     assert (finished / "records.jsonl").read_bytes() == before
     assert main(["study", "status", str(finished)]) == 0
     shown = capsys.readouterr().out
-    assert "15 done, 0 under way, 0 to do" in shown
+    assert "15 done, 0 in progress, 0 to do" in shown
     assert "lora: 0.01: 3." in shown
-    assert "chosen 0.04 (an end of the grid)" in shown
+    assert "chosen 0.04 (at an end of the grid)" in shown
 
 
 def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
@@ -188,7 +188,7 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
 ) -> None:
     records = Records(finished).read()
     run = next(run for run in wanted(resources.protocol, records) if run.stage == "test" and run.cell.method == "half")
-    snapshot, evaluate, seen = tmp_path / "x.npz", execution._Bench.evaluate, []
+    snapshot, evaluate, seen = tmp_path / "x.npz", execution._RunInProgress.evaluate, []
 
     def interrupted(bench: Any, step: int, state: Any) -> float:
         seen.append(step)
@@ -196,7 +196,7 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return evaluate(bench, step, state)
 
-    monkeypatch.setattr(execution._Bench, "evaluate", interrupted)
+    monkeypatch.setattr(execution._RunInProgress, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execution.perform(run, resources, snapshot)
     assert snapshot.exists()

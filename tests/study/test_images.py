@@ -202,7 +202,11 @@ def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
     ("vision", "metric", "message"),
     [
         ('task = "chat"', "", r'\[tasks.t\] vision task: expected "classify", "contrast", or none for text'),
-        ('task = "contrast"', 'metric = "accuracy"', r"metric: expected what \[tasks.t\] measures along the way"),
+        (
+            'task = "contrast"',
+            'metric = "accuracy"',
+            r"metric: expected a metric that \[tasks.t\] measures during training",
+        ),
         (
             'task = "classify", shot = 1',
             "",
@@ -218,7 +222,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, vision: str, metric: str, me
 
 def test_text_and_images_are_studies_of_their_own(tmp_path: Path) -> None:
     tasks = {"seen": 'task = "classify"', "read": ""}
-    with pytest.raises(NaloraError, match="tasks: expected all of text or all of images"):
+    with pytest.raises(NaloraError, match="tasks: expected tasks of text only or of images only"):
         write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, tasks, "")
 
 

@@ -22,7 +22,7 @@ from nalora_jax.study import execution
 from nalora_jax.study.identity import check_records, record_digest
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
-from nalora_jax.study.provenance import check_committed, check_rules, check_study
+from nalora_jax.study.provenance import check_committed, check_rules
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
 from nalora_jax.study.resources import Resources
@@ -130,8 +130,9 @@ def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
     name = next(name for name, record in records.items() if record["stage"] == "test")
     altered = {**records[name], "test": {"loss": 0.0}}
     records[name] = altered | {"digest": record_digest(altered)}  # as a careful forger would
+    store.path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
     with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
-        check_study(quick, store, records)
+        write_report(quick)
 
 
 ANOTHER = {"method": "b", "seed": 9}
