@@ -83,7 +83,7 @@ class StepScaleConfig:
     # "off"; "curvature": shorter steps of channels whose adapter has left the linear range; or "homogeneity":
     # the mean over occupied regions of a gain that falls where the coarse degree is low.
     kind: Literal["off", "curvature", "homogeneity"] = "curvature"
-    # curvature: tau, the largest nonlinear share of a channel's response to the adapter that leaves its steps unchanged.
+    # curvature: tau, the largest nonlinear share of a channel's response to its adapter that keeps full steps.
     tau: float = 0.1
     # homogeneity: gain of the regions inverted, contracting, expanding, linear; their scale does not matter.
     gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)

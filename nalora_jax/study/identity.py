@@ -59,8 +59,12 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
       NaloraError: a definition has no file, so a change of it could not be detected.
     """
     modules = {inspect.unwrap(definition).__module__ for definition in definitions}
-    files = [_file(module) for module in sorted(modules) if module.partition(".")[0] not in _LIBRARIES]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    contents: dict[str, bytes] = {}
+    for module in sorted(modules):
+        if module.partition(".")[0] not in _LIBRARIES:
+            path = _file(module)
+            contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def _file(module: str) -> Path:

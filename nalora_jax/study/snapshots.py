@@ -34,7 +34,8 @@ def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[
       NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.
     """
     buffer = io.BytesIO()
-    np.savez(buffer, notes=np.array(json.dumps(notes)), **{f"array/{name}": value for name, value in arrays.items()})
+    entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
+    np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
     content, scratch = buffer.getvalue(), path.with_suffix(".new")
     try:
         with scratch.open("wb") as file:

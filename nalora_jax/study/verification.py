@@ -92,7 +92,8 @@ def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Itera
     """
     if isinstance(record, Mapping) and isinstance(repeated, Mapping):
         count = record.get("n", size)
-        for name in sorted(record.keys() | repeated.keys()):
+        names = record.keys() if place.startswith("training") else record.keys() | repeated.keys()  # new log metrics
+        for name in sorted(names):
             yield from _differences(record.get(name), repeated.get(name), f"{place} {name}".strip(), count)
     elif isinstance(record, list) and isinstance(repeated, list) and len(record) == len(repeated):
         for index, (first, second) in enumerate(zip(record, repeated, strict=True)):

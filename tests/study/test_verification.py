@@ -62,7 +62,7 @@ def test_rounding_noise_and_an_item_that_changes_sides_are_no_difference() -> No
     run, record = run_and_record()
     repeated = copying.deepcopy(record)
     repeated["test"] |= {"loss": 2.8005, "accuracy": 0.7}
-    repeated["training"][0]["misalignment"] = 0.2505
+    repeated["training"][0] |= {"misalignment": 0.2505, "a_metric_of_a_later_version": 1.0}
     _compare(run, record, repeated)
     del record["items"]["test choices"]  # as in records of an earlier version
     _compare(run, record, repeated)
