@@ -88,8 +88,10 @@ def _do_one(protocol: Protocol, store: Records, resources: Resources, left: list
     """Does the first of ``left`` that no other process is doing; returns False if there is none."""
     for run in left:
         with store.claim(run.id) as snapshot:
+            if snapshot is None:
+                continue
             records = checked_records(protocol, store)
-            if snapshot is None or run.id in records:  # in the records: finished since ``left`` was computed
+            if run.id in records:  # finished since ``left`` was computed
                 continue
             commit = None
             if run.stage == "test":

@@ -69,7 +69,7 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
 def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Returns Student's interval of the mean of ``[n]`` values; infinite for a single value.
 
-    A percentile bootstrap covers 75, 79, 82 and 87% instead of 95% for 3, 4, 5 and 6 normal values.
+    A percentile bootstrap covers about 75 to 87% instead of 95% for 3 to 6 normal values.
     """
     n = difference.size
     if n < 2:

@@ -218,6 +218,14 @@ def test_a_snapshot_of_other_code_base_data_or_rules_is_not_resumed(
     assert progress._resumed(state)[1] == 0
 
 
+def test_a_damaged_snapshot_is_not_resumed(resources: Resources, tmp_path: Path) -> None:
+    progress = execution._RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
+    state = resources.start(progress.run, progress.prepared, progress.data)
+    progress.save(4, state, None)
+    progress.snapshot.write_bytes(progress.snapshot.read_bytes()[:-1])
+    assert progress._resumed(state)[1] == 0
+
+
 def test_a_run_that_diverges_has_a_record_that_says_so(
     finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
