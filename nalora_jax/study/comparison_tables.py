@@ -124,8 +124,8 @@ def multiples(protocol: Protocol, cell_results: Sequence[MethodResult], compared
             if result.tests
         ]
         parts.append(f"{heading}\n\n" + table(["method", *(f"x {m:g}" for m in factors)], rows))
-    if rows := _brief(protocol, compared, "multiple", "rate"):
-        parts.append(f"Paired differences of the test {named(protocol.metric)} there:\n\n{rows}")
+    if differences := _brief(protocol, compared, "multiple", "rate"):
+        parts.append(f"Paired differences of the test {named(protocol.metric)} there:\n\n{differences}")
     return "\n\n".join(parts)
 
 
@@ -139,8 +139,8 @@ def probes(protocol: Protocol, cell_results: Sequence[MethodResult], compared: S
         finite = [(result.cell.method, list(result.finite().values())) for result in group]
         rows = [[method, *(_probe(records, name) for name in names)] for method, records in finite if records]
         parts.append(f"{heading}\n\n" + table(["method", *names], rows))
-    if rows := _brief(protocol, compared, "probe", "data"):
-        parts.append(f"Paired differences of these changes:\n\n{rows}")
+    if differences := _brief(protocol, compared, "probe", "data"):
+        parts.append(f"Paired differences of these changes:\n\n{differences}")
     return "\n\n".join(parts)
 
 

@@ -157,7 +157,10 @@ def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
 
 
 def record_of(run: Run, loss: float) -> Record:
-    """A record without digests of base and data."""
-    measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "diverged": False, "seconds": 36.0}
-    named = {"id": run.id, "stage": run.stage, "seed": run.seed, "rate": run.rate, "protocol": run.protocol.digest}
-    return named | run.cell._asdict() | {"multiple": run.multiple, "training": []} | measured
+    """A record without digests of base and rules."""
+    return {
+        **{"id": run.id, "stage": run.stage, **run.cell._asdict()},
+        **{"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False, "seconds": 36.0},
+        **{"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []},
+        **{"items": {"validation": "v", "test": "t"}, "data": f"data:{run.seed}", "protocol": run.protocol.digest},
+    }
