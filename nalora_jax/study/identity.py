@@ -16,12 +16,12 @@ Records of earlier versions lack ``rules``, ``base``, ``source`` and ``digest``;
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from nalora_jax.study.records import Record
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = {".py", ".cc", ".h"}
-_LIBRARIES = {"nalora_jax", "jax"}  # covered by the digest of the code, and by the recorded versions
+_LIBRARIES = {"nalora_jax", "jax", "numpy"}  # covered by the digest of the code, and by the recorded versions
 ADDED = ("rules", "base", "source", "digest")  # fields that records of earlier versions lack
 # Fields that must agree, each with the fields of the records among which they must.
 _SHARED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -43,7 +43,7 @@ _SHARED: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-@cache
+@functools.cache
 def code_version() -> str:
     """Returns 12 digits of the sha256 of the package's Python and C++ sources, committed or not."""
     digest = hashlib.sha256()
@@ -58,13 +58,18 @@ def rule_files(definitions: Iterable[Any]) -> dict[str, str]:
     Raises:
       NaloraError: a definition has no file, so a change of it could not be detected.
     """
-    modules = {inspect.unwrap(definition).__module__ for definition in definitions}
     contents: dict[str, bytes] = {}
-    for module in sorted(modules):
+    for module in sorted(set(map(_module, definitions))):
         if module.partition(".")[0] not in _LIBRARIES:
             path = _file(module)
             contents[path.name] = contents.get(path.name, b"") + path.read_bytes()
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def _module(definition: Any) -> str:
+    while isinstance(definition, functools.partial):
+        definition = definition.func
+    return getattr(inspect.unwrap(definition), "__module__", None) or "numpy"  # its ufuncs name no module
 
 
 def _file(module: str) -> Path:

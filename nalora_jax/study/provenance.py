@@ -36,22 +36,26 @@ def check_rules(protocol: Protocol, records: Mapping[str, Record]) -> None:
     Raises:
       NaloraError: a file changed.
     """
-    for name in protocol.methods:
-        config = protocol.config(protocol.models[0], next(iter(protocol.tasks)), name, 1.0, 0)
-        mechanisms = [make(text) for text in config.mechanisms]
-        needed = {statistic for mechanism in mechanisms for statistic in mechanism.statistics}
-        definitions = [*map(type, mechanisms), *(statistics.get(statistic).values for statistic in needed)]
-        current = rule_files(definitions)
-        for record in records.values():
-            recorded = record.get("rules", current)
-            changed = [file for file, digest in current.items() if recorded.get(file) != digest]
-            if record.get("method") == name and changed:
+    for method in protocol.methods:
+        current = _current_rules(protocol, method)
+        recorded = [record["rules"] for record in records.values() if record["method"] == method and "rules" in record]
+        for rules in recorded:
+            changed = [file for file, digest in current.items() if rules.get(file) != digest]
+            if changed:
                 raise NaloraError(
-                    f"[methods.{name}]: {changed[0]}",
-                    expected=f"the file of its runs, sha256 {str(recorded.get(changed[0]))[:16]}",
+                    f"[methods.{method}]: {changed[0]}",
+                    expected=f"the file of its runs, sha256 {str(rules.get(changed[0]))[:16]}",
                     found=f"another content, sha256 {current[changed[0]][:16]}",
                     remedy="restore it, or begin a new study in another folder",
                 )
+
+
+def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
+    """Returns the digests of the files that define the mechanisms of a method, and their statistics."""
+    config = protocol.config(protocol.models[0], next(iter(protocol.tasks)), method, 1.0, 0)
+    mechanisms = [make(text) for text in config.mechanisms]
+    needed = {name for mechanism in mechanisms for name in mechanism.statistics}
+    return rule_files([*map(type, mechanisms), *(statistics.get(name).values for name in needed)])
 
 
 def check_tests(

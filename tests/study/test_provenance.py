@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -9,9 +10,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -19,7 +23,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
 from nalora_jax.optim.mechanism import _MECHANISMS
 from nalora_jax.study import execution
-from nalora_jax.study.identity import check_records, record_digest
+from nalora_jax.study.identity import check_records, record_digest, rule_files
 from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.provenance import check_committed, check_rules
@@ -133,6 +137,16 @@ def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
     store.path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
     with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
         write_report(quick)
+
+
+def in_this_file(averages: Any, factor: float) -> Any:
+    return factor * averages
+
+
+def test_rule_files_are_found_through_partial_functions_and_not_in_libraries() -> None:
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    definitions = [partial(in_this_file, factor=2.0), jnp.abs, np.abs, partial(jnp.square), Records]
+    assert rule_files(definitions) == {"test_provenance.py": digest}
 
 
 ANOTHER = {"method": "b", "seed": 9}
