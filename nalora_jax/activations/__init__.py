@@ -257,6 +257,7 @@ def _activation(
         rho, slope = gate(_at_least_float32(z))
         return rho.astype(jnp.result_type(z)), slope.astype(jnp.result_type(z))
 
+    functools.update_wrapper(gate_in_float32, gate, assigned=())  # a study's records name the file that defines a gate
     return Activation(
         name=name,
         phi=_with_derivative(_in_float32(lambda z: z * gate(z)[0]), _in_float32(lambda z: _derivative(gate, z))),

@@ -157,11 +157,11 @@ class ReportArgs:
 class StudyArgs:
     """Compare training methods over paired seeds: do the runs, show how far they are, or write tables and pictures."""
 
-    # "run" (as many processes as you like may), "status", "report", or "verify" (do finished runs again and compare).
+    # "run" (in any number of processes), "status", "report", or "verify" (check the records, repeat runs, compare).
     action: Positional[Literal["run", "status", "report", "verify"]]
     # The study: a folder with protocol.toml, or that file.
     study: Positional[Path]
-    # run, verify: runs that this process does at most (0: all; of verify three).
+    # run, verify: largest number of runs that this process does (0: all; verify: three).
     limit: int = 0
     # run: methods whose runs this process does (none: all), to have those first that a decision waits for.
     methods: tuple[str, ...] = ()

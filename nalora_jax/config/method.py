@@ -80,10 +80,10 @@ class MaskConfig:
 class StepScaleConfig:
     """Mechanism 2: the activation-specific step scale on the gate channels' updates."""
 
-    # "off"; "curvature": shorter steps of channels whose response to the update is no longer linear; or "homogeneity":
+    # "off"; "curvature": shorter steps of channels whose adapter has left the linear range; or "homogeneity":
     # the mean over occupied regions of a gain that falls where the coarse degree is low.
     kind: Literal["off", "curvature", "homogeneity"] = "curvature"
-    # curvature: tau, the share of a channel's linear response from which what is not linear in it shortens its steps.
+    # curvature: tau, the largest nonlinear share of a channel's response to its adapter that keeps full steps.
     tau: float = 0.1
     # homogeneity: gain of the regions inverted, contracting, expanding, linear; their scale does not matter.
     gains: tuple[float, float, float, float] = (0.5, 0.75, 1.0, 1.0)

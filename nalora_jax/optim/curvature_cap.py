@@ -1,4 +1,4 @@
-"""A cap on the steps of channels whose response is no longer linear: what the gradient does not see grows there."""
+"""Caps the steps of channels in which the adapter has left the linear range around the frozen pre-activation."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from nalora_jax.optim.mechanism import Context, Mechanism, register_mechanism
 
 
 def curvature_cap(excess: Array, response: Array, tau: float) -> Array:
-    """``min(1, tau / chi)`` with ``chi = E|X| / E|phi'(z) dz|``, ``X = phi(z + dz) - phi(z) - phi'(z) dz``.
+    """Returns ``min(1, tau / chi)`` with ``chi = E|X| / E|phi'(z) dz|``, ``X = phi(z + dz) - phi(z) - phi'(z) dz``.
+
+    ``z`` is the frozen pre-activation and ``dz`` the output of the whole accumulated adapter, so the cap is a trust
+    region around the base model, not a bound on one update.
 
     Args:
       excess: E|X|, [..., d_ff], not negative.
-      response: E|phi'(z) dz|, likewise; a channel that has not moved is not capped.
-      tau: share of the response that the unseen part may have.
+      response: E|phi'(z) dz|, [..., d_ff], not negative. A channel with a response of 0 has not moved and is not
+        capped: its excess is 0 or rounding noise.
+      tau: largest chi of a channel that takes full steps.
     """
-    return jnp.where(excess > 0, jnp.minimum(1.0, tau * response / jnp.where(excess > 0, excess, 1.0)), 1.0)
+    moved = (excess > 0) & (response > 0)
+    return jnp.where(moved, jnp.minimum(1.0, tau * response / jnp.where(moved, excess, 1.0)), 1.0)
 
 
 @register_mechanism("curvature_cap")
 @dataclass(frozen=True)
 class CurvatureCap(Mechanism):
-    """`curvature_cap` on the update of B's columns. It shortens steps on purpose, so it is not normalised.
+    """Applies `curvature_cap` to the update of B's columns, without normalization because it shortens steps on purpose.
 
-    Its controls are its own permutation (``permute``), and a lower learning rate.
+    Its controls are its permutation over channels (``permute``) and a lower learning rate.
     """
 
-    # Largest chi that leaves a step as it is.
+    # Largest chi of a channel that takes full steps.
     tau: float = 0.1
 
     statistics: ClassVar[tuple[str, ...]] = ("excess", "response")
@@ -42,6 +47,6 @@ class CurvatureCap(Mechanism):
         self._require("tau", self.tau > 0, "a number above 0")
 
     def factor(self, memory: Mapping[str, Array], context: Context) -> Array:
-        """At most 1."""
+        """Returns factors of at most 1."""
         del context
         return curvature_cap(memory["excess"], memory["response"], self.tau)

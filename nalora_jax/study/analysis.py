@@ -1,13 +1,14 @@
-"""What the records of a study say, before anybody formats it: cells, their tests, and the comparisons between them."""
+"""Results and comparisons of a study, computed from its records."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
-from nalora_jax.errors import NaloraError
-from nalora_jax.study.plan import Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
+from nalora_jax.study.plan import MEASURES, Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.statistics import Paired, holm, paired
@@ -23,118 +24,191 @@ class MethodResult:
     tests: Mapping[tuple[int, float], Record]  # by seed and multiple of the chosen rate
     metric: str = "loss"  # of the protocol
 
-    def held(self, multiple: float = 1.0) -> dict[int, Record]:
-        """Tests that did not diverge, by seed."""
-        return {s: one for (s, m), one in self.tests.items() if m == multiple and not one["diverged"]}
+    def finite(self, multiple: float = 1.0) -> dict[int, Record]:
+        """Returns the tests that did not diverge, by seed."""
+        return {s: record for (s, m), record in self.tests.items() if m == multiple and not record["diverged"]}
 
     def losses(self, multiple: float = 1.0) -> list[float]:
-        """Test costs (`nalora_jax.study.plan.cost`) of those, in the order of their seeds."""
-        return [cost(self.metric, one["test"]) for one in self.held(multiple).values()]
+        """Returns the test costs (`nalora_jax.study.plan.cost`) of `finite`, in the order of the seeds."""
+        return [cost(self.metric, record["test"]) for record in self.finite(multiple).values()]
 
     def measured(self, name: str) -> list[float]:
-        """One measure of the test items at the chosen rate, in the order of the seeds; [] where there is none."""
-        return [float(one["test"][name]) for one in self.held().values() if one["test"].get(name) is not None]
+        """Returns a measure of the test items at the chosen rate by seed; [] if it was not measured."""
+        records = self.finite().values()
+        return [float(record["test"][name]) for record in records if record["test"].get(name) is not None]
 
     def diverged(self, multiple: float = 1.0) -> int:
-        """Tests that did."""
-        return sum(m == multiple and bool(one["diverged"]) for (_, m), one in self.tests.items())
+        """Returns the number of tests that diverged."""
+        return sum(m == multiple and bool(record["diverged"]) for (_, m), record in self.tests.items())
+
+    def at_rate(self, rate: float) -> list[Record]:
+        """Returns the finite tuning runs at ``rate``."""
+        return [record for record in self.tuned if record["rate"] == rate and not record["diverged"]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity by which test runs are compared; small values are good."""
+
+    # primary: the protocol's metric at the chosen rate. other: further measures of the test items there.
+    # multiple: the metric at a multiple of the chosen rate. probe: the change of the loss on other data.
+    kind: Literal["primary", "other", "multiple", "probe"]
+    label: str
+    value: Callable[[Record], float | None]
+    multiple: float = 1.0
 
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """One method against another on one task."""
+    """A method compared with another on a task, by one measure."""
 
     cell: Cell
     other: str
+    measure: Measure
     paired: Paired
-    adjusted_p: float  # of the signed-rank test, by Holm over the tasks and models of this pair of methods
+    # p-values by Holm over the `family` comparisons with the baseline, or with placebos, that the study makes.
+    t_holm: float = math.nan
+    wilcoxon_holm: float = math.nan
+    family: int = 0
 
 
 def results(protocol: Protocol, records: Mapping[str, Record]) -> list[MethodResult]:
-    """Every cell of the study, in the order of the file."""
-    found = []
-    for cell in cells(protocol):
-        grid = tuning(protocol, cell, records)
-        tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
-        runs = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
-        tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
-        found.append(MethodResult(cell, grid, tuple(tuned), tests, protocol.metric))
-    return found
+    """Returns every cell of the study with its runs, in the order of the file."""
+    return [_result(protocol, cell, records) for cell in cells(protocol)]
 
 
-Value = Callable[[Record], float | None]
+def _result(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> MethodResult:
+    grid = tuning(protocol, cell, records)
+    tuned = [records[run.id] for run in tuning_runs(protocol, cell, grid.rates) if run.id in records]
+    runs = test_runs(protocol, cell, grid.chosen) if grid.chosen else []
+    tests = {(run.seed, run.multiple): records[run.id] for run in runs if run.id in records}
+    return MethodResult(cell, grid, tuple(tuned), tests, protocol.metric)
 
 
-def tested(metric: str) -> Value:
-    """The cost (`nalora_jax.study.plan.cost`) of a measure of the test items; None where it was not taken."""
-    return lambda record: cost(metric, record["test"]) if metric in record["test"] else None
+def named(metric: str) -> str:
+    """Returns the label of a metric's cost."""
+    return metric if metric == "loss" else f"1 - {metric.replace('_', ' ')}"
 
 
-def comparisons(
-    protocol: Protocol, found: Sequence[MethodResult], value: Value | None = None, *, multiple: float = 1.0
-) -> list[MethodComparison]:
-    """Every method against the baseline, then every method against its placebos; only seeds that both finished.
+def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
+    """Returns every measure by which the study compares methods, the primary one first."""
+    metric = protocol.metric
+    primary = Measure("primary", named(metric), partial(_test_cost, metric))
+    other_names = [n for n in MEASURES if n != metric and any(result.measured(n) for result in cell_results)]
+    multiples = [m for m in sorted(protocol.test_multiples) if m != 1]
+    return [
+        primary,
+        *(Measure("other", named(name), partial(_test_cost, name)) for name in other_names),
+        *(replace(primary, kind="multiple", label=f"x {m:g}", multiple=m) for m in multiples),
+        *(Measure("probe", name, partial(forgotten, name)) for name in protocol.probes),
+    ]
 
-    Args:
-      protocol, found: of the study.
-      value: what is compared, of a record; small is good. By default the protocol's metric of the test items.
-      multiple: of the chosen rates.
+
+def _test_cost(metric: str, record: Record) -> float | None:
+    return cost(metric, record["test"]) if metric in record["test"] else None
+
+
+def forgotten(probe: str, record: Record) -> float:
+    """Returns the increase of the loss on other data by training."""
+    measured = record["probes"][probe]
+    return float(measured["loss"]) - float(measured["before"])
+
+
+def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[MethodComparison]:
+    """Compares every method with the baseline, then every method with its placebos, by every measure.
+
+    Only seeds that both methods finished count. p-values are corrected over all comparisons with the baseline together
+    (methods, tasks, models and measures), and over all comparisons with placebos together.
     """
-    value = value or tested(protocol.metric)
-    others = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
-    others += [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
-    by_cell = {result.cell: result for result in found}
-    made: list[MethodComparison] = []
-    for method, other in dict.fromkeys(others):
-        raw = []
+    with_baseline = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
+    placebos = [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
+    with_placebo = [pair for pair in dict.fromkeys(placebos) if pair not in with_baseline]
+    compared = [_compared(protocol, cell_results, pairs) for pairs in (with_baseline, with_placebo)]
+    return [comparison for family in compared for comparison in _corrected(family)]
+
+
+def _compared(
+    protocol: Protocol, cell_results: Sequence[MethodResult], pairs: Sequence[tuple[str, str]]
+) -> list[MethodComparison]:
+    by_cell = {result.cell: result for result in cell_results}
+    compared = []
+    for measure in measures(protocol, cell_results):
+        for cell, other in _sides(protocol, pairs):
+            sides = [by_cell[side].finite(measure.multiple) for side in (cell, cell._replace(method=other))]
+            statistics = _paired(sides[0], sides[1], protocol.margin, measure)
+            compared += [MethodComparison(cell, other, measure, statistics)] if statistics else []
+    return compared
+
+
+def _sides(protocol: Protocol, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[Cell, str]]:
+    for method, other in pairs:
         for model in protocol.models:
             for task in protocol.tasks:
-                cell = Cell(model, task, method)
-                sides = (by_cell[cell].held(multiple), by_cell[Cell(model, task, other)].held(multiple))
-                one = _paired(*sides, protocol.margin, value)
-                raw += [] if one is None else [(cell, one)]
-        adjusted = holm([one.wilcoxon_p for _, one in raw])
-        made += [MethodComparison(cell, other, one, p) for (cell, one), p in zip(raw, adjusted, strict=True)]
-    return made
+                yield Cell(model, task, method), other
 
 
-def _paired(mine: Mapping[int, Record], theirs: Mapping[int, Record], margin: float, value: Value) -> Paired | None:
-    pairs = [(record, theirs[seed]) for seed, record in mine.items() if seed in theirs]
-    values = [(value(one), value(other)) for one, other in pairs]
+def _corrected(family: Sequence[MethodComparison]) -> list[MethodComparison]:
+    by_t = holm([comparison.paired.t_p for comparison in family])
+    by_rank = holm([comparison.paired.wilcoxon_p for comparison in family])
+    return [
+        replace(comparison, t_holm=t, wilcoxon_holm=rank, family=len(family))
+        for comparison, t, rank in zip(family, by_t, by_rank, strict=True)
+    ]
+
+
+def _paired(
+    records: Mapping[int, Record], others: Mapping[int, Record], margin: float, measure: Measure
+) -> Paired | None:
+    pairs = [(record, others[seed]) for seed, record in records.items() if seed in others]
+    values = [(measure.value(record), measure.value(other)) for record, other in pairs]
     both = [(first, second) for first, second in values if first is not None and second is not None]
     if not both:
         return None
-    _require_pairs(pairs)
     return paired([first for first, _ in both], [second for _, second in both], margin)
 
 
-def _require_pairs(pairs: Sequence[tuple[Record, Record]]) -> None:
-    """The seeds are pairs only if data order and items agree, which the records say themselves."""
-    for one, other in pairs:
-        mine, theirs = ((record["data"], record["items"]["test"]) for record in (one, other))
-        if mine != theirs:
-            raise NaloraError(
-                f"record {one['id']}, the pair of {other['id']}",
-                expected=f"the data order and items of the other, {theirs}",
-                found=mine,
-                remedy="the data changed between the runs: begin a new study",
-            )
+@dataclass(frozen=True)
+class CommonRate:
+    """A method and the baseline at one learning rate, on the validation items."""
+
+    difference: float  # of the mean costs over the tuning seeds, method minus baseline
+    movement: float | None  # the gates' feature movement over the baseline's; None if either has none
+
+
+def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, CommonRate]:
+    """Compares a method with the baseline at every learning rate that all their tuning runs finished."""
+    shared = [rate for rate in result.tuning.rates if rate in baseline.tuning.rates]
+    return {rate: common for rate in shared if (common := _at_common_rate(result, baseline, rate))}
+
+
+def _at_common_rate(result: MethodResult, baseline: MethodResult, rate: float) -> CommonRate | None:
+    loss, reference = (dict(zip(r.tuning.rates, r.tuning.losses, strict=True))[rate] for r in (result, baseline))
+    if loss is None or reference is None or not math.isfinite(loss - reference):
+        return None
+    moved, moved_reference = (_movement(side.at_rate(rate)) for side in (result, baseline))
+    movement = moved / moved_reference if moved is not None and moved_reference else None
+    return CommonRate(loss - reference, movement)
+
+
+def _movement(records: Sequence[Record]) -> float | None:
+    values = [value for record in records if (value := last(record, "mean_feature")) is not None]
+    return mean(values) if values else None
 
 
 def mean(values: Sequence[float]) -> float:
-    """NaN of nothing."""
+    """Returns the mean; NaN without values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; NaN of fewer than two."""
+    """Returns the sample standard deviation; NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan
     middle = mean(values)
     return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
-def last(record: Record, name: str) -> float | None:
-    """A number of the record's last log step."""
+def last(record: Mapping[str, Any], name: str) -> float | None:
+    """Returns a number of the record's last log step that has it."""
     rows = [row for row in record["training"] if row.get(name) is not None]
     return float(rows[-1][name]) if rows else None

@@ -1,12 +1,10 @@
-"""Running a study: the wanted runs one after another, each through the training loop that ``nalora train`` has."""
+"""Runs of a study, one after another, each through the training loop of ``nalora train``."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,10 +21,13 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.ops.numerics import Numerics, Platform
 from nalora_jax.ops.programs import processor_name
 from nalora_jax.optim.nalora import make_schedule
-from nalora_jax.study.laboratory import Laboratory, code_version
+from nalora_jax.study.identity import check_records, code_version, describe_old, record_digest
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Record, Records
+from nalora_jax.study.provenance import check_committed, checked_records
+from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.resources import Resources
+from nalora_jax.study.snapshots import read_snapshot, write_snapshot
 from nalora_jax.study.subject import Items, on_mesh
 from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
@@ -36,7 +37,7 @@ from nalora_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-_WAIT_SECONDS = 5.0  # until another process may have finished a run that this one waits for
+_WAIT_SECONDS = 5.0  # until another process may have finished a run that this process waits for
 
 
 def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()) -> int:
@@ -46,105 +47,108 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
 
     Args:
       protocol: the study.
-      limit: runs at most.
-      methods: those whose runs are done, all where there are none. What a run gives does not depend on others.
+      limit: largest number of runs.
+      methods: methods whose runs are done; by default all. The result of a run does not depend on other runs.
 
     Raises:
-      NaloraError: the data or a model is not there, settings do not fit the model, a test would be read under a
-        protocol that is not committed, or under another one than tests before it, or a method is not the study's.
+      NaloraError: data or a model is missing, settings do not fit the model, a method is not in the study, the
+        protocol is not committed before a test, or records, protocol, base, data or rules changed since earlier runs.
     """
     for name in methods:
         if name not in protocol.methods:
-            raise NaloraError(
-                "--methods", expected=f"methods of {protocol.path}: {', '.join(protocol.methods)}", found=name
-            )
-    records, laboratory, done = Records(protocol.folder), Laboratory(protocol), 0
-    code_version()  # before anybody edits a file that is loaded already
+            expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
+            raise NaloraError("--methods", expected=expected, found=name)
+    store, resources, done = Records(protocol.folder), Resources(protocol), 0
+    code_version()  # before a file that is already loaded is edited
+    if note := describe_old(store.read()):
+        log.info("%s", note)
     while not limit or done < limit:
-        finished = records.read()
-        spent = hours(finished)
+        records = checked_records(protocol, store)
+        spent = hours(records)
         if protocol.budget_hours and spent >= protocol.budget_hours:
-            log.info("the budget of %g hours is spent (%.1f): no further run is begun", protocol.budget_hours, spent)
+            log.info("the budget of %g hours is spent (%.1f): no further run starts", protocol.budget_hours, spent)
             break
-        left = [run for run in pending(protocol, finished) if not methods or run.cell.method in methods]
+        left = [run for run in pending(protocol, records) if not methods or run.cell.method in methods]
         if not left:
             which = f"of {', '.join(methods)} " if methods else ""
-            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(finished))
+            log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records))
             break
-        if not _do_one(protocol, records, laboratory, left):
-            time.sleep(_WAIT_SECONDS)  # others do what is left, and what follows from it may be for this process
+        if not _do_one(protocol, store, resources, left):
+            time.sleep(_WAIT_SECONDS)  # other processes do all runs that are left, and more may follow from them
             continue
         done += 1
     return done
 
 
 def hours(records: Mapping[str, Record]) -> float:
-    """What all runs took together."""
+    """Returns the time of all runs together."""
     return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
-def _do_one(protocol: Protocol, records: Records, laboratory: Laboratory, left: list[Run]) -> bool:
-    """Does the first of ``left`` that nobody else is doing; false if there is none."""
+def _do_one(protocol: Protocol, store: Records, resources: Resources, left: list[Run]) -> bool:
+    """Does the first of ``left`` that no other process is doing; returns False if there is none."""
     for run in left:
-        with records.claim(run.id) as snapshot:
-            if snapshot is None or run.id in records.read():  # the second: finished since ``left`` was made
+        with store.claim(run.id) as snapshot:
+            if snapshot is None:
+                continue
+            records = checked_records(protocol, store)
+            if run.id in records:  # finished since ``left`` was computed
                 continue
             commit = None
             if run.stage == "test":
                 commit = check_committed(protocol)
-                check_same_protocol(protocol, records.read())
+                store.begin_test({"id": run.id, "protocol": protocol.digest})
             began = time.perf_counter()
             log.info("%s", run)
-            record = perform(run, laboratory, snapshot) | {"commit": commit}
-            records.append(record)
+            record = plain(perform(run, resources, snapshot, records) | {"commit": commit})
+            store.append(record | {"digest": record_digest(record)})
             snapshot.unlink(missing_ok=True)
             log.info("  %s in %.0f s", _outcome(record), time.perf_counter() - began)
             return True
     return False
 
 
-def perform(run: Run, laboratory: Laboratory, snapshot: Path) -> Record:
-    """Trains and measures; the result is the run's record.
+def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str, Record] | None = None) -> Record:
+    """Trains and measures a run, and returns its record.
 
     Args:
-      run: what to do.
-      laboratory: of this process.
-      snapshot: file that holds the state at the last evaluation, where one was interrupted; it is written at each.
+      run: the run.
+      resources: of this process.
+      snapshot: file with the state at the last evaluation of an interrupted run; it is written at each evaluation.
+      records: finished runs of the study, which the run has to agree with in base, data, items and rules.
+
+    Raises:
+      NaloraError: it does not agree with them; nothing was trained.
     """
     if run.config.compute.compilation_cache:
         use_compilation_cache()
     began, compiled = time.perf_counter(), _compilations.count
-    bench = _Bench(run, laboratory, snapshot)
+    progress = _RunInProgress(run, resources, snapshot)
+    described = {"id": run.id, "stage": run.stage, **run.cell._asdict(), "seed": run.seed, **progress.identity}
+    check_records({**(records or {}), run.id: described})
     try:
-        state = bench.train()
-        measured = bench.measure(state)
+        state = progress.train()
+        measured = progress.measure(state)
         losses = [measured["validation"]["loss"], measured.get("test", {}).get("loss", 0.0)]
         diverged = not all(map(math.isfinite, losses))
     except TrainingDivergedError:
         measured, diverged = {}, True
-    seconds = bench.seconds_before + time.perf_counter() - began
-    return {
-        "id": run.id,
-        "stage": run.stage,
-        **run.cell._asdict(),
+    seconds = progress.seconds_before + time.perf_counter() - began
+    return described | {
         "rate": run.rate,
         "multiple": run.multiple,
-        "seed": run.seed,
         "diverged": diverged,
         "validation": {"loss": None},
         **measured,
-        "curve": bench.curve,
-        "training": bench.training,
-        "parameters": bench.parameters,
-        "items": bench.digests,
-        "data": bench.data.fingerprint,
+        "curve": progress.curve,
+        "training": progress.training,
+        "parameters": progress.parameters,
         "seconds": seconds,
-        "training_seconds": bench.training_seconds,
+        "training_seconds": progress.training_seconds,
         "peak_bytes": peak_bytes(),
         "compilations": _compilations.count - compiled,
         "config": run.config_hash,
         "protocol": run.protocol.digest,
-        "code": code_version(),
         "versions": versions(),
         "processor": processor_name(Numerics(platform=Platform("cpu"))),
         "device": describe_device(),
@@ -152,26 +156,30 @@ def perform(run: Run, laboratory: Laboratory, snapshot: Path) -> Record:
     }
 
 
-class _Bench:
-    """One run under way; also the hooks of its loop."""
+class _RunInProgress:
+    """A run in progress, and the hooks of its training loop."""
 
-    def __init__(self, run: Run, laboratory: Laboratory, snapshot: Path) -> None:
-        self.run, self.laboratory, self.snapshot = run, laboratory, snapshot
-        self.prepared, self.data = laboratory.prepared(run), laboratory.data(run)
-        self.items = laboratory.validation_items(run)
+    def __init__(self, run: Run, resources: Resources, snapshot: Path) -> None:
+        self.run, self.resources, self.snapshot = run, resources, snapshot
+        self.prepared, self.data = resources.prepared(run), resources.data(run)
+        self.items = resources.validation_items(run)
         self.tested: dict[str, Items] = {}
         if run.stage == "test":
-            self.tested = {"test": laboratory.test_items(run)} | laboratory.probe_items(run)
-        self.digests = {"validation": self.items.digest} | {name: one.digest for name, one in self.tested.items()}
+            self.tested = {"test": resources.test_items(run)} | resources.probe_items(run)
+        self.identity = {
+            "code": code_version(),
+            **resources.identity(run, self.prepared, self.data),
+            "items": _item_digests({"validation": self.items} | self.tested),
+        }
         self.curve: list[dict[str, float]] = []  # step and measures of the validation items
         self.training: list[dict[str, float]] = []  # the loop's log steps
         self.seconds_before = self.training_seconds = 0.0
         self._began = time.perf_counter()
 
     def train(self) -> TrainState:
-        """All steps, from the snapshot where there is one."""
+        """Trains all steps, resuming from the snapshot if there is one."""
         config, assembly = self.run.config, self.prepared.assembly
-        state = self.laboratory.start(self.run, self.prepared, self.data)
+        state = self.resources.start(self.run, self.prepared, self.data)
         self.parameters = trees.count(state.lora)
         state, start = self._resumed(state)
         if not start:
@@ -191,7 +199,7 @@ class _Bench:
         return result.state
 
     def measure(self, state: TrainState) -> dict[str, Any]:
-        """The final numbers: of a test run also those on the test items and on the probes."""
+        """Returns the final measures, for a test run including test items and probes."""
         validation = {name: value for name, value in self.curve[-1].items() if name != "step"}
         final: dict[str, Any] = {"validation": validation | {"n": len(self.items)}}
         probes: dict[str, Any] = {}
@@ -206,15 +214,15 @@ class _Bench:
     # ------------------------------------------------------------ hooks of the loop
 
     def advance(self, step: int) -> None:
-        """Nothing to show."""
+        """Shows no progress."""
 
     def asked_to_stop(self, step: int) -> bool:
-        """Never: an interrupted run is done again from its last snapshot."""
+        """Returns False: an interrupted run resumes from its last snapshot."""
         del step
         return False
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Keep the whole-model numbers of a log step, and the mean over layers of what each layer says."""
+        """Keeps the numbers of the whole model at a log step, and the means over layers of the layers' numbers."""
         del state
         names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
         row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
@@ -223,48 +231,50 @@ class _Bench:
         self.training.append(to_json(row | layers))
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
-        """The measures of the validation items."""
+        """Measures the validation items."""
         values = self._measured(state.lora, self.items, whole=False)
         self.curve.append({"step": step} | values)
         return LoopEvaluation(-values["loss"], values)
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
-        """Write the snapshot, whole or not at all."""
+        """Writes the snapshot."""
         del measured
         seconds = self.seconds_before + time.perf_counter() - self._began
         notes = {"step": step, "curve": self.curve, "training": self.training, "seconds": seconds}
-        arrays: dict[str, Any] = {path: distributed.fetch(leaf) for path, leaf in trees.flatten(state).items()}
-        arrays["notes"] = np.array(json.dumps(to_json(notes) | {"code": code_version()}))
-        scratch = self.snapshot.with_suffix(".new")
-        with scratch.open("wb") as file:
-            np.savez(file, **arrays)
-        scratch.replace(self.snapshot)
+        arrays = {path: np.asarray(distributed.fetch(leaf)) for path, leaf in trees.flatten(state).items()}
+        write_snapshot(self.snapshot, arrays, plain(notes | {"identity": self.identity}))
 
     # ------------------------------------------------------------
 
     def _resumed(self, state: TrainState) -> tuple[TrainState, int]:
-        """The state of the snapshot and its step, or ``state`` and 0 where there is none of this very code."""
-        if not self.snapshot.exists():
+        """Returns the snapshot's state and step if it was made from the same identity, else ``state`` and 0."""
+        saved = read_snapshot(self.snapshot)
+        if saved is None:
             return state, 0
-        with np.load(self.snapshot) as saved:
-            notes = json.loads(str(saved["notes"]))
-            if notes["code"] != code_version():
-                log.info("  its snapshot is of other code: begun anew")
-                return state, 0
-            state = trees.map_named(lambda path, leaf: jax.device_put(saved[path], leaf.sharding), state)
+        notes = saved.notes
+        changed = [name for name, digest in self.identity.items() if notes["identity"].get(name) != digest]
+        if changed:
+            log.info("  its snapshot is of other %s: the run starts from scratch", ", ".join(changed))
+            return state, 0
+        state = trees.map_named(lambda path, leaf: jax.device_put(saved.arrays[path], leaf.sharding), state)
         self.curve, self.training, self.seconds_before = notes["curve"], notes["training"], notes["seconds"]
-        log.info("  taken up at step %d", notes["step"])
+        log.info("  resumes at step %d", notes["step"])
         return state, int(notes["step"])
 
     def _base(self, items: Items) -> dict[str, float]:
-        return self.laboratory.measure_base(self.run, self.prepared, items)
+        return self.resources.measure_base(self.run, self.prepared, items)
 
     def _measured(self, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
-        return self.laboratory.measure(self.run, self.prepared, lora, items, whole=whole)
+        return self.resources.measure(self.run, self.prepared, lora, items, whole=whole)
+
+
+def _item_digests(items: Mapping[str, Items]) -> dict[str, str]:
+    """Returns the digests of all items, e.g. under "test" and "test choices"."""
+    return {f"{name} {kind}".strip(): digest for name, each in items.items() for kind, digest in each.digests.items()}
 
 
 class _Compilations:
-    """Counts the programs that XLA compiled in this process."""
+    """Counts the programs that XLA compiles in this process."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -285,50 +295,6 @@ def peak_bytes() -> int:
         return statistics["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def check_committed(protocol: Protocol) -> str | None:
-    """The commit that holds the protocol as it is; None where its folder is in no git repository.
-
-    Raises:
-      NaloraError: it is in a repository, and not committed as it is: nobody could tell whether it was written after the
-        result was seen.
-    """
-    folder, name = protocol.folder.resolve(), protocol.path.name
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        if git("rev-parse", "--is-inside-work-tree").stdout.strip() != "true":
-            return None
-    except FileNotFoundError:  # no git on this machine
-        return None
-    known = git("ls-files", "--error-unmatch", name).returncode == 0
-    if not known or git("status", "--porcelain", "--", name).stdout.strip():
-        raise NaloraError(
-            str(protocol.path),
-            expected="a committed protocol before test items are read",
-            found="changes that are not committed" if known else "a file that git does not know",
-            remedy="commit it; the tuning runs are kept",
-        )
-    return git("log", "-1", "--format=%H", "--", name).stdout.strip()
-
-
-def check_same_protocol(protocol: Protocol, records: Mapping[str, Record]) -> None:
-    """Refuses further tests under another protocol than the tests before.
-
-    Raises:
-      NaloraError: the protocol was changed after test items had been read.
-    """
-    others = {record["protocol"] for record in records.values() if record["stage"] == "test"} - {protocol.digest}
-    if others:
-        raise NaloraError(
-            str(protocol.path),
-            expected="the protocol that the tests so far were made under",
-            found="another one",
-            remedy="restore it, or begin a new study in a folder of its own",
-        )
 
 
 def _outcome(record: Record) -> str:

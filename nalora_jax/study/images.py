@@ -1,4 +1,4 @@
-"""Dual encoders in a study: images among class prompts, or images and their captions."""
+"""Dual encoders in a study: images with class prompts, or images with captions."""
 
 from __future__ import annotations
 
@@ -21,38 +21,40 @@ from nalora_jax.data.images.sources import ImageSource, open_images
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import init_lora
+from nalora_jax.study.plan import MEASURES
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.dual import assemble_dual
 from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.dual_pieces import drawn_images, image_data, image_evaluator, trained_on, with_classes
 from nalora_jax.weights.vision.model import JOIN, LoadedDual, LoadedEncoder, join, load_dual, load_encoder
 
-_MEASURES = (
-    *("loss", "accuracy", "recall"),
-    *(f"{way}_recall_{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5)),
-)
-
 
 @dataclass(frozen=True, eq=False)
 class ImageItems:
-    """Held-out images, with the classes that they are told apart by, or with their captions."""
+    """Held-out images with their classes or captions."""
 
     images: Images
     classes: tuple[str, ...]
     vision: VisionConfig
-    loaded: LoadedDual  # whose processor and tokenizer they pass through
+    loaded: LoadedDual  # its processor and tokenizer read the images and captions
     digest: str
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of images, classes, templates and image size."""
+        return {"": self.digest}
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 class DualEncoders:
-    """See `nalora_jax.study.subject.Subject`. Projections of towers that never met are drawn by the run's seed."""
+    """See `nalora_jax.study.subject.Subject`. The run's seed draws projections between separate towers."""
 
     def __init__(self) -> None:
         self._towers: dict[str, LoadedEncoder] = {}
         self._models: dict[str, LoadedDual] = {}
+        self._joined: dict[str, str] = {}  # fingerprints of both towers, by the joined model's
         self._sources: dict[str, ImageSource] = {}
         self._params: dict[str, Any] = {}
         self._rows: dict[str, ImageData] = {}
@@ -60,7 +62,7 @@ class DualEncoders:
         self._evaluators: dict[Any, ClassEvaluator | RetrievalEvaluator] = {}
 
     def model(self, config: RunConfig) -> LoadedDual:
-        """The run's base: of two towers that never met with the projections of its seed."""
+        """Returns the run's base model; if it joins two separate towers, with the projections of the run's seed."""
         image, plus, text = config.model.partition(JOIN)
         joined = bool(plus) and not Path(config.model).exists()
         vision, mesh = config.vision, _mesh(config)
@@ -71,7 +73,9 @@ class DualEncoders:
         options: dict[str, Any] = {"d_out": vision.features, "loss": vision.loss, "image_size": vision.image_size}
         if joined:
             towers = self._tower(image.strip(), "image/", config), self._tower(text.strip(), "text/", config)
-            self._models[key] = join(*towers, mesh=mesh, seed=config.seed, **options)
+            loaded = join(*towers, mesh=mesh, seed=config.seed, **options)
+            self._joined[loaded.fingerprint] = JOIN.join(tower.fingerprint for tower in towers)
+            self._models[key] = loaded
         else:
             self._models[key] = load_dual(config.model, dtype=config.compute.dtype, mesh=mesh, **options)
         return self._models[key]
@@ -84,7 +88,7 @@ class DualEncoders:
         return self._towers[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Of the data the lengths of texts and the number of classes; of the images how they are seen."""
+        """Keeps, of the data, text lengths and the number of classes, and how images are processed."""
         v = config.vision
         seen = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)
@@ -93,12 +97,12 @@ class DualEncoders:
         return replace(config, data=DataConfig(), vision=seen), shapes
 
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
-        """As ``nalora train`` does."""
+        """Assembles the run as ``nalora train`` does."""
         loaded = self.model(config)
         return assemble_dual(general, loaded.config, self.params(config), _mesh(config), loaded.processor, last=last)
 
     def params(self, config: RunConfig, assembly: Assembly | None = None) -> Any:
-        """Both towers, and the prompts of the task's classes."""
+        """Returns both towers and the prompts of the task's classes."""
         del assembly
         loaded, classes = self.model(config), self._classes(config, config.data)
         # The rules decide whether prompts are encoded once or in every step.
@@ -108,12 +112,21 @@ class DualEncoders:
         return self._params[key]
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
-        """Both towers with the projections of the seed."""
+        """Returns both towers with the projections of the seed."""
         loaded = self.model(config)
         return loaded.fingerprint, loaded.params
 
+    def base_digest(self, config: RunConfig) -> str:
+        """Returns the digests of the towers' files; projections between separate towers are drawn by the seed."""
+        loaded = self.model(config)
+        return self._joined.get(loaded.fingerprint, loaded.fingerprint)
+
+    def source_digest(self, data: ImageData) -> str:
+        """Returns the digest of the training split."""
+        return data.source.fingerprint
+
     def data(self, config: RunConfig) -> ImageData:
-        """Images in the seed's order; of a few shots those that the seed draws."""
+        """Returns images in the order of the seed; few-shot images are drawn by the seed."""
         key = json.dumps([config.seed, *(vars(part) for part in (config.data, config.vision, config.train))])
         if key not in self._rows:
             source = self._source(config, config.data, config.data.train_split)
@@ -123,16 +136,16 @@ class DualEncoders:
         return self._rows[key]
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
-        """A by ``seed``, projections by the run's."""
+        """Returns adapters with A drawn by ``seed``, and projections drawn by the run's seed."""
         del data
         loaded = self.model(config)
         return init_lora(loaded.config, assembly.spec, jax.random.key(seed), loaded.params)
 
     def items(self, config: RunConfig, data: DataConfig) -> ImageItems:
-        """Images that are opened when they are measured on."""
+        """Returns images, which are opened when they are measured."""
         train, held = (self._source(config, data, split) for split in (data.train_split, data.eval_split))
-        if data.train_split != data.eval_split:  # equal: data that nothing is trained on
-            check_disjoint(train, held)  # type: ignore[arg-type]  # name, dataset and spans are all that it reads
+        if data.train_split != data.eval_split:  # equal: a probe, whose data is not trained on
+            check_disjoint(train, held)  # type: ignore[arg-type]  # it reads name, dataset and spans
         indices = drawn_images(held, data.eval_limit, config.vision)
         images = Images(held, indices[indices.argsort()])
         classes, loaded = self._classes(config, data), self.model(config)
@@ -141,20 +154,20 @@ class DualEncoders:
         return ImageItems(images, classes, config.vision, loaded, digest)
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
-        """By the spans of both."""
+        """Compares the spans of both splits."""
         check_disjoint(*(self._source(config, config.data, split) for split in (tuned, tested)))  # type: ignore[arg-type]
 
     def measure(
         self, items: ImageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
-        """``loss`` and ``accuracy``, or ``loss`` and recall: one pass gives all of them."""
+        """Returns ``loss`` and ``accuracy`` or recall; one pass computes all of them."""
         del whole
         evaluator = self._evaluator(assembly, items)
-        found = evaluator.measure(variables["params"], variables.get("lora"))
-        return {name: float(found[name]) for name in _MEASURES if name in found}
+        measured = evaluator.measure(variables["params"], variables.get("lora"))
+        return {name: float(measured[name]) for name in MEASURES if name in measured}
 
     def _evaluator(self, assembly: Assembly, items: ImageItems) -> ClassEvaluator | RetrievalEvaluator:
-        """Compiled once for all methods with adapters of the same shapes."""
+        """Returns an evaluator that is compiled once for all methods with adapters of the same shapes."""
         model, loaded = assembly.eval_model.clone(stats=None), items.loaded
         key = (model, loaded.processor)  # one model has one tokenizer
         if key not in self._encoders:
@@ -170,7 +183,7 @@ class DualEncoders:
         return self._source(config, data, data.train_split).classes()
 
     def _source(self, config: RunConfig, data: DataConfig, split: str) -> ImageSource:
-        """Opened once, since the classes of a large set take a while to read."""
+        """Returns a source that is opened once, since reading the classes of a large set takes time."""
         v = config.vision
         fields = [v.image_field, v.label_field, v.caption_field, v.classes, v.max_pixels]
         key = json.dumps([data.dataset, data.data_dir, split, fields])

@@ -1,4 +1,4 @@
-"""Language models in a study: answers to train on, and items with or without choices to measure on."""
+"""Language models in a study: completions to train on, and held-out items with or without choices."""
 
 from __future__ import annotations
 
@@ -33,17 +33,23 @@ _SEED = 20260104  # of the draw of items whose choices are scored: one for every
 
 @dataclass(frozen=True)
 class LanguageItems:
-    """Items whose right answers are measured, and whose choices are where they have some."""
+    """Items with a correct completion, whose loss is measured, and optional choices, whose accuracy is measured."""
 
-    completions: Sequence[CompletionItem]  # the right answer of each
-    choices: Sequence[ChoiceItem]  # those with choices
-    digest: str  # of all token ids
+    completions: Sequence[CompletionItem]  # the correct completion of each item
+    choices: Sequence[ChoiceItem]  # the items with choices
+    digest: str  # of the token ids of prompts and correct completions
 
     def __len__(self) -> int:
         return len(self.completions)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of prompts and completions, and the digest of all choices if there are some."""
+        ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
+        return {"": self.digest} | ({"choices": _digest(ids)} if ids else {})
+
     def scoring(self, count: int) -> LanguageItems:
-        """The same answers, with the choices of ``count`` items, drawn once for all runs."""
+        """Returns the same completions with the choices of ``count`` items, drawn once for all runs."""
         drawn = np.sort(permutation(len(self.choices), _SEED)[:count])
         return replace(self, choices=[self.choices[index] for index in drawn])
 
@@ -56,7 +62,7 @@ class Language:
         self._started: tuple[Assembly, Any, Assembly] | None = None
 
     def model(self, config: RunConfig) -> LoadedModel:
-        """The run's base model."""
+        """Returns the run's base model."""
         compute = config.compute
         added = AddedTokens.of(config.data)
         key = json.dumps(
@@ -70,35 +76,43 @@ class Language:
         return self._models[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Of the data only the length of the rows, and tokens that are added."""
+        """Keeps, of the data, only the length of the rows and the added tokens."""
         added = AddedTokens.of(config.data)
         shapes: dict[str, Any] = {"max_length": config.data.max_length}
         return replace(config, data=DataConfig()), shapes | ({"added": added.texts} if added else {})
 
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
-        """As ``nalora train`` does."""
+        """Assembles the run as ``nalora train`` does."""
         model = self.model(config)
         return assemble(general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
-        """The base's, less what adapters add at the start: PiSSA's of the base, LoRA-GA's of the run's own batches."""
+        """Returns the base less the initial adapters: PiSSA's depend on the base, LoRA-GA's on the run's batches."""
         return self._started_at(config, assembly).params if config.lora.init == "lora_ga" else assembly.params
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
-        """The base model, whatever the seed."""
+        """Returns the base model, the same for every seed."""
         return config.model, self.model(config).params
 
+    def base_digest(self, config: RunConfig) -> str:
+        """Returns the digest of all weights in the base's files."""
+        return self.model(config).fingerprint
+
+    def source_digest(self, data: TrainData) -> str:
+        """Returns the digest of the tokenized examples."""
+        return data.store.fingerprint
+
     def data(self, config: RunConfig) -> TrainData:
-        """Packed rows."""
+        """Returns packed rows."""
         tokenizer, train = self.model(config).tokenizer, config.train
         return train_data(
             config.data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed
         )
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
-        """By the config's initialisation."""
+        """Returns adapters by the config's initialization."""
         model = self.model(config)
-        if assembly.initial is not None:  # PiSSA: the base decides, no seed does
+        if assembly.initial is not None:  # PiSSA: the base decides, not the seed
             return assembly.initial
         if config.lora.init == "lora_ga":  # the batches decide, on which `params` depends as well
             return self._started_at(config, assembly).initial
@@ -108,7 +122,7 @@ class Language:
         return init_lora(model.config, assembly.spec, jax.random.key(seed), params)
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
-        """The assembly of one run with LoRA-GA; the last one is kept."""
+        """Returns the assembly of a run with LoRA-GA, and keeps the last one."""
         rows = (config.seed, config.data)
         if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
             self._started = None  # its kernels make room
@@ -117,22 +131,22 @@ class Language:
         return self._started[2]
 
     def items(self, config: RunConfig, data: DataConfig) -> LanguageItems:
-        """Tokenized questions."""
+        """Returns tokenized examples."""
         return _items(eval_examples(data, self.model(config).tokenizer))
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
-        """By the spans of both."""
+        """Compares the spans of both splits."""
         check_disjoint(open_source(config.data, tuned), open_source(config.data, tested))
 
     def measure(
         self, items: LanguageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
-        """``loss`` per answer token, and ``accuracy`` where there are choices."""
+        """Returns ``loss`` per answer token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, assembly.mesh if assembly.mesh.size > 1 else None
         values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
         if whole and items.choices:
-            found = multiple_choice(model, variables, items.choices, per="character", mesh=mesh, samples=0)
-            values["accuracy"] = found.accuracy
+            choices = multiple_choice(model, variables, items.choices, per="character", mesh=mesh, samples=0)
+            values["accuracy"] = choices.accuracy
         return values
 
 
@@ -145,5 +159,9 @@ def _items(items: Sequence[Item]) -> LanguageItems:
             completions.append(CompletionItem(list(prompt), list(answer), item.prompt, item.choices[item.gold]))
         else:
             completions.append(item)
-    ids = json.dumps([[list(one.prompt_ids), list(one.completion_ids)] for one in completions])
-    return LanguageItems(completions, choices, hashlib.sha256(ids.encode()).hexdigest()[:16])
+    ids = [[list(item.prompt_ids), list(item.completion_ids)] for item in completions]
+    return LanguageItems(completions, choices, _digest(ids))
+
+
+def _digest(ids: Any) -> str:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Settings of a TOML file put onto the dataclasses of a run's config, checked name by name and type by type."""
+"""Applies settings of a TOML file to the dataclasses of a run's config, with checks of names and types."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def override(config: T, settings: Mapping[str, Any], where: str) -> T:
-    """``config`` with ``settings`` in place of its own.
+    """Returns ``config`` with ``settings`` replaced.
 
     Args:
-      config: a frozen dataclass, whose fields may be such dataclasses themselves.
-      settings: nested, as TOML gives them: lists stand for tuples, tables for adapter rules.
+      config: a frozen dataclass, whose fields may be frozen dataclasses.
+      settings: nested; TOML lists become tuples, and tables of adapter rules become `LoRARule`.
       where: the table in the file, for messages.
 
     Example:
@@ -27,7 +27,7 @@ def override(config: T, settings: Mapping[str, Any], where: str) -> T:
       5
 
     Raises:
-      NaloraError: a name that the config does not have, or a value of another type.
+      NaloraError: an unknown name, or a value of another type.
     """
     hints = get_type_hints(type(config))
     changes: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def override(config: T, settings: Mapping[str, Any], where: str) -> T:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as a ``hint``: whole numbers pass for floats.
+    """Returns ``value`` if it has the type ``hint``; an int for a float is converted.
 
     Raises:
       NaloraError: it is of another type.
@@ -58,11 +58,11 @@ def checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _as_python(value: Any, name: str, where: str) -> Any:
-    """Tuples of TOML's lists, and adapter rules of its tables."""
+    """Converts lists to tuples, and tables of adapter rules to `LoRARule`."""
     if name == "rules" and isinstance(value, list):
-        return tuple(_rule(one, f"{where}[{index}]") for index, one in enumerate(value))
+        return tuple(_rule(table, f"{where}[{index}]") for index, table in enumerate(value))
     if isinstance(value, list):
-        return tuple(_as_python(one, "", where) for one in value)
+        return tuple(_as_python(item, "", where) for item in value)
     return value
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a study's report, as SVG files that read on a light and on a dark page."""
+"""Pictures of a study's report, as SVG files that are readable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, last, mean, results
+from nalora_jax.study.analysis import MethodComparison, MethodResult, comparisons, last, mean, named, results
 from nalora_jax.study.plan import cost
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
-from nalora_jax.study.tables import named
 
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 _STYLE |= {"axes.grid": True, "grid.color": "#dddddd", "legend.frameon": False, "legend.fontsize": 8}
@@ -24,8 +23,8 @@ _COLUMNS = 4  # panels in a row of a picture
 
 
 def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
-    """SVG text by file name; a picture for which there is nothing to draw is left out."""
-    found = results(protocol, records)
+    """Returns SVG text by file name, without the pictures that would be empty."""
+    cell_results = results(protocol, records)
     marks = {name: _mark(index) for index, name in enumerate(protocol.methods)}
     panels: dict[str, Callable[[Any, Sequence[MethodResult], dict[str, Any]], bool]] = {
         "loss_by_rate.svg": _loss_by_rate,
@@ -33,18 +32,17 @@ def draw(protocol: Protocol, records: Mapping[str, Record]) -> dict[str, str]:
         "misalignment.svg": _misalignment,
         "importance.svg": _importance,
     }
-    made = {}
     with mpl.rc_context(_STYLE):
-        for name, panel in panels.items():
-            made[name] = _grid(name, found, marks, panel)
-        made["differences.svg"] = _differences(protocol, comparisons(protocol, found))
-    return {name: text for name, text in made.items() if text}
+        pictures = {name: _grid(name, cell_results, marks, panel) for name, panel in panels.items()}
+        primary = [c for c in comparisons(protocol, cell_results) if c.measure.kind == "primary"]
+        pictures["differences.svg"] = _differences(protocol, primary)
+    return {name: text for name, text in pictures.items() if text}
 
 
-def _grid(name: str, found: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
-    """One panel per model and task, up to four side by side, with one legend."""
+def _grid(name: str, cell_results: Sequence[MethodResult], marks: dict[str, Any], panel: Callable[..., bool]) -> str:
+    """Draws a panel per model and task, up to four in a row, with one legend."""
     groups: dict[tuple[str, str], list[MethodResult]] = {}
-    for result in found:
+    for result in cell_results:
         groups.setdefault((result.cell.model, result.cell.task), []).append(result)
     columns = min(len(groups), _COLUMNS)
     rows = math.ceil(len(groups) / columns)
@@ -66,7 +64,7 @@ def _mark(index: int) -> dict[str, Any]:
 
 
 def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Validation loss (or what else is compared) over learning rates."""
+    """Plots the validation cost over learning rates."""
     top, tried = [], set[float]()
     for result in group:
         pairs = [(rate, loss) for rate, loss in zip(result.tuning.rates, result.tuning.losses, strict=True) if loss]
@@ -89,10 +87,12 @@ def _loss_by_rate(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
 
 
 def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Validation loss along the test runs, mean over seeds, without the loss before training; of one step nothing."""
+    """Plots the validation cost along the test runs, mean over seeds, if there are several steps after the first."""
     drawn = False
     for result in group:
-        curves = [{int(p["step"]): cost(result.metric, p) for p in one["curve"]} for one in result.held().values()]
+        curves = [
+            {int(p["step"]): cost(result.metric, p) for p in record["curve"]} for record in result.finite().values()
+        ]
         steps = sorted(set(curves[0]).intersection(*curves) - {0}) if curves else []
         if steps:
             values = [mean([curve[step] for curve in curves]) for step in steps]
@@ -103,11 +103,11 @@ def _loss_by_step(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
 
 
 def _misalignment(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Misalignment at the end of each test run over how far its gates moved."""
+    """Plots the misalignment at the end of each test run over its gates' feature movement."""
     drawn = False
     for result in group:
-        held = list(result.held().values())
-        points = [(last(one, "mean_feature"), last(one, "misalignment")) for one in held]
+        records = result.finite().values()
+        points = [(last(record, "mean_feature"), last(record, "misalignment")) for record in records]
         points = [(x, y) for x, y in points if x is not None and y is not None]
         if points:
             mark = marks[result.cell.method]
@@ -118,10 +118,12 @@ def _misalignment(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any
 
 
 def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any]) -> bool:
-    """Mean slope E|phi'| of the gates along the test runs."""
+    """Plots the mean slope E|phi'| of the gates along the test runs."""
     drawn = False
     for result in group:
-        rows = [{r["step"]: r.get("mean_importance") for r in one["training"]} for one in result.held().values()]
+        rows = [
+            {r["step"]: r.get("mean_importance") for r in record["training"]} for record in result.finite().values()
+        ]
         steps = sorted(set(rows[0]).intersection(*rows)) if rows else []
         values = [mean([float(row[step]) for row in rows if row[step] is not None]) for step in steps]
         if any(map(math.isfinite, values)):
@@ -131,25 +133,27 @@ def _importance(axis: Any, group: Sequence[MethodResult], marks: dict[str, Any])
     return drawn
 
 
-def _differences(protocol: Protocol, made: Sequence[MethodComparison]) -> str:
-    """Paired differences with their intervals, one line per comparison, and the margin of equivalence."""
-    if not made:
+def _differences(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
+    """Draws paired differences with their intervals, a line per comparison, and the margin of equivalence."""
+    if not compared:
         return ""
-    figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(made)), layout="constrained")
+    figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(compared)), layout="constrained")
     axis = figure.subplots()
     axis.axvspan(-protocol.margin, protocol.margin, color="#eeeeee", zorder=0)
     axis.axvline(0, color="#888888", linewidth=0.8)
     labels = []
-    for row, one in enumerate(made):
-        colour = _COLOURS[list(protocol.tasks).index(one.cell.task) % len(_COLOURS)]
-        axis.plot([one.paired.low, one.paired.high], [row, row], color=colour, linewidth=1.6)
-        axis.plot([one.paired.mean], [row], "o", color=colour, markersize=4)
-        several = len(protocol.models) > 1
-        labels.append(f"{one.cell.method} - {one.other}, {one.cell.task}" + (f", {one.cell.model}" if several else ""))
-    axis.set_yticks(range(len(made)), labels, fontsize=8)
-    axis.set_ylim(len(made) - 0.5, -0.5)  # the first on top
-    what = f"difference of the test {named(protocol.metric)}"
-    axis.set_xlabel(f"{what}\n95% interval; grey: the margin of {protocol.margin:g}", fontsize=9)
+    for row, comparison in enumerate(compared):
+        cell, statistics = comparison.cell, comparison.paired
+        colour = _COLOURS[list(protocol.tasks).index(cell.task) % len(_COLOURS)]
+        if statistics.n > 1:
+            axis.plot([statistics.low, statistics.high], [row, row], color=colour, linewidth=1.6)
+        axis.plot([statistics.mean], [row], "o", color=colour, markersize=4)
+        model = f", {cell.model}" if len(protocol.models) > 1 else ""
+        labels.append(f"{cell.method} - {comparison.other}, {cell.task}{model}")
+    axis.set_yticks(range(len(compared)), labels, fontsize=8)
+    axis.set_ylim(len(compared) - 0.5, -0.5)  # the first on top
+    text = f"difference of the test {named(protocol.metric)}"
+    axis.set_xlabel(f"{text}\n95% t interval; grey: the margin of {protocol.margin:g}", fontsize=9)
     return _svg(figure, "differences.svg")
 
 

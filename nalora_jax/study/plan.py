@@ -1,7 +1,7 @@
-"""Which runs a study wants, given the records so far: a pure function of both, so that any process can take part.
+"""The runs of a study, a pure function of the protocol and the records, so that any process can take part.
 
-For each model, task and method (a cell) the grid of learning rates is run over the tuning seeds; while the best rate
-lies at an end of the grid, a further one is added there. Then the cell is tested at its best rate over the test seeds.
+For each model, task and method (a cell) the grid of learning rates is run over the tuning seeds. While the best rate
+is at an end of the grid, a further rate is added there. Then the cell is tested at its best rate over the test seeds.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
 Stage = Literal["tune", "test"]
-# Settings that came after the first records, by group: at their default they are no part of a run's name, so that
-# records keep theirs. A new setting belongs here.
+_WAYS = ("image_to_text", "text_to_image")
+# Measures of items that records may hold.
+MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
+# Settings that are newer than the first records, by group: at their default they do not change a run's id, so that
+# old records stay valid. New settings belong here.
 _LATER = {
     "data": ("add_tokens", "add_special_tokens"),
     "lora": ("trainable_token_indices", "trainable_token_modules"),
     "compute": ("stats_positions",),
     "step_scale": ("tau",),
 }
-_LATER_GROUPS = ("adalora",)  # the same of whole groups
+_LATER_GROUPS = ("adalora",)  # groups that are newer
 
 
 class Cell(NamedTuple):
-    """One method on one task with one model: what a learning rate is chosen for."""
+    """A method on a task with a model; each cell has its learning rate."""
 
     model: str
     task: str
@@ -40,7 +43,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study; two with the same id are the same run."""
+    """A run of a study; runs with the same id are the same run."""
 
     protocol: Protocol
     stage: Stage
@@ -51,12 +54,12 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Its settings."""
+        """Settings of the run."""
         return self.protocol.config(*self.cell, self.rate, self.seed)
 
     @cached_property
     def config_hash(self) -> str:
-        """Of its settings and of the items that it is measured on."""
+        """Digest of the settings and of the names of the measured items."""
         settings = _as_first_recorded(self.config.to_dict())
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
@@ -69,7 +72,7 @@ class Run:
 
     @cached_property
     def id(self) -> str:
-        """Names the run in the records."""
+        """Name of the run in the records."""
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
@@ -79,16 +82,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The grid of a cell as it stands."""
+    """The present grid of a cell."""
 
-    rates: tuple[float, ...]  # ascending, with those that were added
-    # Mean final cost (`cost`) of the validation items: infinite where a run diverged, None where some lack.
+    rates: tuple[float, ...]  # ascending, including added rates
+    # Mean final cost (`cost`) of the validation items: infinite if a run diverged, None if a run is missing.
     losses: tuple[float | None, ...]
-    at_edge: bool = False  # the best rate lies at an end of the grid, and no more may be added there
+    at_edge: bool = False  # the best rate is at an end of the grid, and no more rates may be added there
 
     @property
     def chosen(self) -> float | None:
-        """The best rate (of equals the lowest), once the grid is complete and one of its rates holds."""
+        """The best rate (the lowest of equal ones) of a complete grid; None if all of its rates diverged."""
         complete = [loss for loss in self.losses if loss is not None]
         if len(complete) < len(self.rates) or min(complete) == math.inf:
             return None
@@ -96,7 +99,7 @@ class Tuning:
 
 
 def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tuning:
-    """The grid of ``cell``, extended as far as the records ask for."""
+    """Returns the grid of ``cell``, extended as the records require."""
     rates = [canonical(rate) for rate in protocol.rates]
     added = {"low": 0, "high": 0}
     while True:
@@ -116,23 +119,23 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
-    """What is to be small: the loss, or what is missing of an accuracy or a recall."""
+    """Returns the quantity that should be small: the loss, or 1 minus an accuracy or recall."""
     value = float(measured[metric])
     return value if metric == "loss" else 1.0 - value
 
 
 def canonical(rate: float) -> float:
-    """A rate to three digits, so that one that was computed equals one that was written."""
+    """Returns a rate with three digits, so that computed rates equal written ones."""
     return float(f"{rate:.3g}")
 
 
 def tuning_runs(protocol: Protocol, cell: Cell, rates: Sequence[float]) -> list[Run]:
-    """The runs that choose the rate of ``cell``."""
+    """Returns the runs that choose the rate of ``cell``."""
     return [Run(protocol, "tune", cell, rate, seed) for seed in protocol.tuning_seeds for rate in rates]
 
 
 def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
-    """The runs of ``cell`` that read the test items."""
+    """Returns the runs of ``cell`` that read the test items."""
     return [
         Run(protocol, "test", cell, canonical(chosen * multiple), seed, multiple)
         for seed in protocol.test_seeds
@@ -141,15 +144,15 @@ def test_runs(protocol: Protocol, cell: Cell, chosen: float) -> list[Run]:
 
 
 def cells(protocol: Protocol) -> list[Cell]:
-    """All cells, in the order of the file."""
+    """Returns all cells, in the order of the file."""
     return [Cell(m, t, method) for m in protocol.models for t in protocol.tasks for method in protocol.methods]
 
 
 def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
-    """Every run that is known to belong to the study, done or not, in the order in which they should be done.
+    """Returns every known run of the study, done or not, in the order in which they should be done.
 
-    Seeds and rates come before methods, so that a study that is stopped early has its methods level. Tests of a cell
-    appear when its grid is complete.
+    Each seed is completed for all methods before the next, so a study that stops early has equally many seeds per
+    method. Tests of a cell appear when its grid is complete.
     """
     grids = {cell: tuning(protocol, cell, records) for cell in cells(protocol)}
     tunes = [run for cell, grid in grids.items() for run in tuning_runs(protocol, cell, grid.rates)]
@@ -164,20 +167,22 @@ def wanted(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
 
 
 def pending(protocol: Protocol, records: Mapping[str, Record]) -> list[Run]:
-    """The runs of `wanted` that have no record yet."""
+    """Returns the runs of `wanted` that have no record yet."""
     return [run for run in wanted(protocol, records) if run.id not in records]
 
 
 def _mean_loss(protocol: Protocol, cell: Cell, rate: float, records: Mapping[str, Record]) -> float | None:
-    """Over the tuning seeds."""
-    found = [records.get(run.id) for run in tuning_runs(protocol, cell, [rate])]
-    costs = [cost(protocol.metric, one["validation"]) for one in found if one is not None and not one["diverged"]]
-    losses = costs + [math.inf] * sum(one is not None and bool(one["diverged"]) for one in found)
-    return None if len(losses) < len(found) else sum(losses) / len(losses)
+    """Returns the mean over the tuning seeds; None if a run is missing."""
+    runs = tuning_runs(protocol, cell, [rate])
+    finished = [records[run.id] for run in runs if run.id in records]
+    if len(finished) < len(runs):
+        return None
+    costs = [math.inf if r["diverged"] else cost(protocol.metric, r["validation"]) for r in finished]
+    return sum(costs) / len(costs)
 
 
 def _as_first_recorded(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` without those of `_LATER` and `_LATER_GROUPS` that are at their default."""
+    """Returns ``settings`` without settings of `_LATER` and `_LATER_GROUPS` that have their default."""
     usual = RunConfig().to_dict()
     settings = {name: v for name, v in settings.items() if name not in _LATER_GROUPS or v != usual[name]}
     return settings | {

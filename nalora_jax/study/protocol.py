@@ -1,14 +1,14 @@
-"""What a study compares and how, fixed before anything is run: a TOML file with comments.
+"""The protocol of a study, fixed before its runs: a TOML file with comments.
 
 question = "What is a step on the gate worth?"
 models = ["smollm2-135m-instruct"]
-baseline = "all"                      # the method that the others are compared with
+baseline = "all"                      # method that the others are compared with
 rates = [1e-3, 2e-3, 4e-3]            # learning rates that every method is tuned over
 tuning_seeds = [0]                    # seeds of the runs that choose the rate, on the validation items
-test_seeds = [1, 2, 3, 4, 5]          # seeds of the runs at that rate, which alone read the test items
+test_seeds = [1, 2, 3, 4, 5]          # seeds of the runs at that rate, which read the test items
 evaluate_every = 100
 
-[run]                                 # settings of every run, as of `nalora_jax.config.RunConfig`
+[run]                                 # settings of every run, fields of `nalora_jax.config.RunConfig`
 steps = 300
 train.batch_size = 4
 
@@ -38,8 +38,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.study.overrides import checked, override
 
 FILE = "protocol.toml"
-# What belongs to the study, not to a method: otherwise runs would not be pairs. And what a run without files ignores.
-_STUDYS_OWN = (
+# Settings of the study, not of a method, because runs would not be pairs otherwise; and settings of a run's files.
+_OF_THE_STUDY = (
     "model",
     "seed",
     "steps",
@@ -57,7 +57,7 @@ _STUDYS_OWN = (
 
 @dataclass(frozen=True)
 class Task:
-    """Data to train on and two sets of fixed items to measure on."""
+    """Training data, and two fixed sets of held-out items."""
 
     # A task of this library, "tfds:<name>", a JSONL file or a folder of images, as `DataConfig.dataset`.
     dataset: str
@@ -65,21 +65,21 @@ class Task:
     train: str = "train"
     validation: str = "validation"
     test: str = "test"
-    # Items of each at most, drawn once by a fixed seed (0: all).
+    # Largest number of items of each, drawn once by a fixed seed (0: all).
     validation_items: int = 1000
     test_items: int = 1000
-    # Of the test items with choices those whose every choice is scored, for the accuracy beside the loss, drawn as they
-    # are (0: all). A choice takes as long as the answer's own loss.
+    # Number of test items whose choices are scored for the accuracy, drawn by a fixed seed (0: all). A choice takes as
+    # long as the loss of the correct completion.
     accuracy_items: int = 0
-    # Other settings of the data, as of a DataConfig, e.g. {max_length = 256}.
+    # Other settings of the data, fields of DataConfig, e.g. {max_length = 256}.
     data: dict[str, Any] = field(default_factory=dict)
-    # Settings of images, as of a VisionConfig, e.g. {task = "classify", shots = 4}.
+    # Settings of images, fields of VisionConfig, e.g. {task = "classify", shots = 4}.
     vision: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ForgettingProbe:
-    """Items of other data, measured before and after the test runs: what the training made the model forget."""
+    """Items of other data, measured before and after test runs to detect forgetting."""
 
     dataset: str
     split: str = "validation"
@@ -88,23 +88,23 @@ class ForgettingProbe:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train."""
+    """A training method."""
 
-    # What it is, for the report's readers.
+    # Description for the report.
     about: str = ""
-    # Settings of its own, put onto those of [run].
+    # Settings that replace those of [run].
     settings: dict[str, Any] = field(default_factory=dict)
-    # The method whose mechanism this one imitates without its information.
+    # The method that this placebo imitates without its information.
     placebo_of: str = ""
-    # Added to the seed of the fresh adapters, and to nothing else: pairs share their data but not their A.
+    # Added to the seed of the fresh adapters only: pairs share their data but not their A.
     reseed: int = 0
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A study: everything that decides which runs there are and what is read from them."""
+    """A study: everything that determines its runs and their evaluation."""
 
-    # The question that it answers.
+    # The question that the study answers.
     question: str
     # Base models, as `RunConfig.model`.
     models: tuple[str, ...]
@@ -119,38 +119,38 @@ class Protocol:
     # Settings of every run.
     run: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, ForgettingProbe] = field(default_factory=dict)
-    # What chooses learning rates and is compared first; accuracy and recall (of images) as 1 minus them.
+    # Primary metric, which chooses learning rates; accuracy and recall (of images) as 1 minus their value.
     metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
     evaluate_every: int = 100
-    # Rates that are added at most at either end of the grid, while the best one lies at that end.
+    # Largest number of rates added at either end of the grid while the best rate is there.
     extend: int = 2
-    # Multiples of its chosen rate that each method is tested at, 1 among them: others show where it breaks.
+    # Multiples of the chosen rate at which each method is tested, including 1.
     test_multiples: tuple[float, ...] = (1.0,)
-    # Differences of less than this, in the metric's unit (nats per token or image), count as none.
+    # Margin of equivalence, in the metric's unit (nats per token or image).
     margin: float = 0.005
-    # Hours of all runs together after which no further one is begun (0: no bound).
+    # Total hours of all runs after which no further run starts (0: no limit).
     budget_hours: float = 0.0
-    # Not in the file: where it is, and sha256 of its content without comments and layout.
+    # Not in the file: its path, and the sha256 of its content without comments and layout.
     path: Path = field(default=Path(FILE), compare=False)
     digest: str = field(default="", compare=False)
     _settings: dict[tuple[str, str], RunConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
-        """Where the records, the tables and the pictures go."""
+        """Folder of the records, tables and pictures."""
         return self.path.parent
 
     def config(self, model: str, task: str, method: str, rate: float, seed: int) -> RunConfig:
-        """The settings of one run.
+        """Returns the settings of one run.
 
         Raises:
-          NaloraError: they are not settings, or out of range.
+          NaloraError: a setting is unknown or out of range.
         """
-        if (task, method) not in self._settings:  # checking types takes a millisecond, and a plan names all runs
+        if (task, method) not in self._settings:  # checking takes a millisecond, and a plan has many runs
             self._settings[task, method] = self._of_method(task, method)
-        own = self._settings[task, method]
-        return replace(own, model=model, seed=seed, optimizer=replace(own.optimizer, learning_rate=rate))
+        config = self._settings[task, method]
+        return replace(config, model=model, seed=seed, optimizer=replace(config.optimizer, learning_rate=rate))
 
     def _of_method(self, task: str, method: str) -> RunConfig:
         chosen = self.tasks[task]
@@ -161,17 +161,16 @@ class Protocol:
         if vision.task == "chat":
             where = f"[tasks.{task}] vision task"
             raise NaloraError(where, expected='"classify", "contrast", or none for text', found='"chat"')
-        own = override(
-            replace(common, data=data, vision=vision), self.methods[method].settings, f"[methods.{method}] settings"
-        )
-        return check(replace(own, output=RunConfig().output, resume=False))  # neither means anything to a study
+        common = replace(common, data=data, vision=vision)
+        config = override(common, self.methods[method].settings, f"[methods.{method}] settings")
+        return check(replace(config, output=RunConfig().output, resume=False))  # runs of a study have no folder
 
 
 def read_protocol(path: str | Path) -> Protocol:
-    """The protocol in ``path``, a TOML file or the folder that holds ``protocol.toml``, checked as far as possible.
+    """Reads and checks the protocol in ``path``, a TOML file or a folder with ``protocol.toml``.
 
     Raises:
-      NaloraError: no such file, not TOML, names or values that mean nothing; the message names the place.
+      NaloraError: no such file, not TOML, or unknown names or values; the message names the place.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -197,8 +196,9 @@ _TABLES: dict[str, type] = {"tasks": Task, "methods": Method, "probes": Forgetti
 
 
 def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
-    """A dataclass of a TOML table."""
-    hints = {one.name: get_type_hints(kind)[one.name] for one in fields(kind) if one.name not in _NOT_IN_THE_FILE}
+    """Returns a dataclass with the values of a TOML table."""
+    declared = [each for each in fields(kind) if each.name not in _NOT_IN_THE_FILE]
+    hints = {each.name: get_type_hints(kind)[each.name] for each in declared}
     unknown = sorted(table.keys() - hints.keys())
     if unknown:
         raise NaloraError(where, expected=f"only {', '.join(hints)}", found=unknown[0])
@@ -206,22 +206,23 @@ def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
     for name, value in table.items():
         place = name if where == "top level" else f"{where} {name}"
         if name in _TABLES and isinstance(value, Mapping):
-            value = {key: _build(_TABLES[name], one, f"[{name}.{key}]") for key, one in value.items()}
+            value = {key: _build(_TABLES[name], entry, f"[{name}.{key}]") for key, entry in value.items()}
         elif isinstance(value, list):
-            value = tuple(float(one) if "float" in str(hints[name]) and type(one) is int else one for one in value)
+            floats = "float" in str(hints[name])
+            value = tuple(float(item) if floats and type(item) is int else item for item in value)
         values[name] = checked(value, hints[name], place)
-    missing = [one.name for one in fields(kind) if one.name in hints and one.name not in values and _required(one)]
+    missing = [each.name for each in declared if each.name not in values and _required(each)]
     if missing:
         raise NaloraError(where, expected=f"a value of {missing[0]}", found="none")
     return kind(**values)
 
 
-def _required(one: Any) -> bool:
-    return one.default is MISSING and one.default_factory is MISSING
+def _required(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _check(protocol: Protocol) -> None:
-    """Raises unless the parts fit together and every run's settings are in range."""
+    """Raises an error unless all values are consistent and every run's settings are in range."""
     p = protocol
     for name in ("models", "tasks", "methods", "rates", "tuning_seeds", "test_seeds"):
         _require(name, bool(getattr(p, name)), "at least one", "none")
@@ -237,28 +238,28 @@ def _check(protocol: Protocol) -> None:
     shared = set(p.tuning_seeds) & set(p.test_seeds)
     _require("test_seeds", not shared, "no seed that tunes", sorted(shared))
     _require("baseline", p.baseline in p.methods, f"one of {', '.join(p.methods)}", p.baseline)
-    for name, one in p.methods.items():
-        _check_method(p, name, one)
-    for name, given in p.tasks.items():
-        where, some = f"[tasks.{name}] accuracy_items", given.accuracy_items
-        _require(where, some >= 0, "0 (all) or more", some)
-        _require(where, not (some and given.vision), "none for images: one pass scores all classes", some)
+    for name, method in p.methods.items():
+        _check_method(p, name, method)
+    for name, task in p.tasks.items():
+        where, count = f"[tasks.{name}] accuracy_items", task.accuracy_items
+        _require(where, count >= 0, "0 (all) or more", count)
+        _require(where, not (count and task.vision), "none for images: one pass scores all classes", count)
     kinds = set()
     for model in p.models:
-        for task in p.tasks:
-            for method in p.methods:
-                measured = p.config(model, task, method, p.rates[0], p.tuning_seeds[0]).vision.task
+        for name in p.tasks:
+            for method_name in p.methods:
+                measured = p.config(model, name, method_name, p.rates[0], p.tuning_seeds[0]).vision.task
                 fits = p.metric == "loss" or measured == {"accuracy": "classify", "recall": "contrast"}[p.metric]
-                _require("metric", fits, f"what [tasks.{task}] measures along the way", p.metric)
+                _require("metric", fits, f"a metric that [tasks.{name}] measures during training", p.metric)
                 kinds.add("images" if measured else "text")
-    _require("tasks", len(kinds) == 1, "all of text or all of images: a model is for either", "both")
+    _require("tasks", len(kinds) == 1, "tasks of text only or of images only", "both")
 
 
 def _check_method(p: Protocol, name: str, method: Method) -> None:
     where = f"[methods.{name}]"
-    known = method.placebo_of in ("", *p.methods) and method.placebo_of != name
-    _require(f"{where} placebo_of", known, "another method", method.placebo_of)
-    owned = [one for one in method.settings if one in _STUDYS_OWN]
+    exists = method.placebo_of in ("", *p.methods) and method.placebo_of != name
+    _require(f"{where} placebo_of", exists, "another method", method.placebo_of)
+    owned = [setting for setting in method.settings if setting in _OF_THE_STUDY]
     _require(f"{where} settings", not owned, "no setting that belongs in [run] or [tasks]", ", ".join(owned))
     rate = "learning_rate" in method.settings.get("optimizer", {})
     _require(f"{where} settings", not rate, "no learning rate, which the grid gives", "optimizer.learning_rate")
@@ -270,5 +271,5 @@ def _require(where: str, fine: bool, expected: str, found: object) -> None:
 
 
 def data_of(dataset: str, split: str, items: int, like: DataConfig) -> DataConfig:
-    """``like`` with other held-out items."""
+    """Returns ``like`` with other held-out items."""
     return replace(like, dataset=dataset, eval_split=split, eval_limit=items)

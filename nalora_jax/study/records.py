@@ -1,8 +1,12 @@
-"""The record file of a study: one JSON line per finished run, appended by any number of processes.
+"""The files of a study: one JSON line per finished run, appended by any number of processes.
 
-A process claims a run by a lock on a file of its own, which the system releases when the process ends, however it ends;
-so no claim outlives its process, and an interrupted run is free again. Beside the lock lies the run's snapshot, from
-which it is taken up. Locks and snapshots are in ``.runs`` in the study's folder, and are of no use when all is done.
+    records.jsonl       finished runs
+    tests.jsonl         tests, listed before they read test items and again when they are finished
+    .runs/ID.lock       claim on a run
+    .runs/ID.npz        snapshot of an interrupted run
+
+A process claims a run by a lock, which the system releases when the process ends, for whatever reason. Claims and
+snapshots are not needed once all runs are done; the list of tests belongs with the records.
 """
 
 from __future__ import annotations
@@ -10,22 +14,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nalora_jax.errors import NaloraError
-from nalora_jax.train.metrics import read_metrics, to_json
+from nalora_jax.train.metrics import read_metrics
 
 FILE = "records.jsonl"
+TESTS = "tests.jsonl"
 CLAIMS = ".runs"
 
 Record = dict[str, Any]
 
 
 class Records:
-    """The finished runs of a study, and the claims on those under way.
+    """The finished runs of a study, and the claims on runs in progress.
 
     Args:
       folder: the study's folder.
@@ -34,43 +43,79 @@ class Records:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.path = self.folder / FILE
+        self.tests_path = self.folder / TESTS
 
     def read(self) -> dict[str, Record]:
-        """Records by the id of their run, in the order in which they were written; a torn last line is left out.
+        """Returns the records by the id of their run, in the order of the file, without an incomplete last line.
 
         Raises:
-          NaloraError: a line is no JSON object, or two records are of one run.
+          NaloraError: a line is not a JSON object, or two records have the same id.
         """
-        found: dict[str, Record] = {}
+        records: dict[str, Record] = {}
         for number, record in enumerate(read_metrics(self.path) if self.path.exists() else [], start=1):
             name = record.get("id")
-            if not isinstance(name, str) or name in found:
+            if not isinstance(name, str) or name in records:
                 expected = "a record of a run that has none yet"
                 raise NaloraError(f"{self.path}: line {number}", expected=expected, found=f"id {name!r}")
-            found[name] = record
-        return found
+            records[name] = record
+        return records
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Adds one line, whole or not at all: under a lock, after anything that a crash left without its line end.
+    def tests(self) -> list[dict[str, Any]]:
+        """Returns the list of tests: ``id``, ``protocol`` and ``time``, and for finished tests the ``record``'s digest.
 
         Raises:
-          NaloraError: it cannot be written.
+          NaloraError: a line is not one of these.
         """
-        line = (json.dumps(to_json(record), allow_nan=False) + "\n").encode()
+        entries = read_metrics(self.tests_path) if self.tests_path.exists() else []
+        for number, entry in enumerate(entries, start=1):
+            if not {"id", "protocol"} <= entry.keys():
+                where = f"{self.tests_path}: line {number}"
+                raise NaloraError(where, expected="id and protocol of a test", found=", ".join(entry) or "neither")
+        return entries
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a record, and a test's digest to the list of tests.
+
+        Raises:
+          NaloraError: the line cannot be written.
+        """
+        self._append(self.path, record)
+        if record.get("stage") == "test":
+            self._list_test(record, record.get("digest"))
+
+    def begin_test(self, record: Mapping[str, Any]) -> None:
+        """Lists a test before it reads the test items.
+
+        Args:
+          record: with the ``id`` and the ``protocol`` of the run.
+
+        Raises:
+          NaloraError: the line cannot be written.
+        """
+        self._list_test(record, None)
+
+    def _list_test(self, record: Mapping[str, Any], digest: str | None) -> None:
+        entry = {"id": record["id"], "protocol": record["protocol"], "record": digest}
+        self._append(self.tests_path, entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def _append(self, path: Path, line: Mapping[str, Any]) -> None:
+        """Adds a line completely or not at all, under a lock and after cutting off an incomplete line."""
+        content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
-            with _locked(self._claims() / "records.lock"):
-                _drop_torn_line(self.path)
-                with self.path.open("ab") as file:
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
+            with _locked(self._claims() / "records.lock"), os.fdopen(os.open(path, flags, 0o666), "rb+") as file:
+                file.seek(file.read().rfind(b"\n") + 1)
+                file.truncate()
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            remedy = "make room; the run is taken up again from its last evaluation"
-            raise NaloraError(str(self.path), expected="to append a line", found=error, remedy=remedy) from error
+            remedy = "make room; the run resumes from its last evaluation"
+            raise NaloraError(str(path), expected="to append a line", found=error, remedy=remedy) from error
 
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
-        """The claim on ``run`` while the context lasts: where its snapshot lies, or None if another process has it."""
+        """Claims ``run`` while the context lasts; gives its snapshot's path, or None if another process has it."""
         lock = self._claims() / f"{run}.lock"
         with lock.open("a") as file:
             try:
@@ -78,10 +123,10 @@ class Records:
             except BlockingIOError:
                 yield None
                 return
-            yield self._claims() / f"{run}.npz"  # the lock goes with the file handle
+            yield self._claims() / f"{run}.npz"  # closing the file releases the lock
 
     def claimed(self, run: str) -> bool:
-        """Whether some process works on ``run`` at the moment."""
+        """Returns True if a process works on ``run``."""
         if not (self.folder / CLAIMS / f"{run}.lock").exists():
             return False
         with self.claim(run) as free:
@@ -93,19 +138,24 @@ class Records:
         return folder
 
 
+def plain(value: Any) -> Any:
+    """Returns ``value`` as JSON types with all digits of its numbers, so that differences are not rounded.
+
+    Example:
+      >>> plain({"loss": np.float64(0.1), "steps": (1, np.int32(2)), "bad": float("nan")})
+      {'loss': 0.1, 'steps': [1, 2], 'bad': None}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cuts what stands after the last line end: half a record, of a machine that stopped while writing it."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            file.truncate(whole)

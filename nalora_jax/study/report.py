@@ -1,36 +1,43 @@
-"""Tables and pictures of a study, from its records alone."""
+"""Tables and pictures of a study, computed from its records."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.study.identity import describe_old
 from nalora_jax.study.pictures import draw
 from nalora_jax.study.protocol import Protocol
+from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Records
 from nalora_jax.study.tables import render
+
+log = logging.getLogger(__name__)
 
 TABLES = "results.md"
 PICTURES = "pictures"
 
 
 def write_report(protocol: Protocol) -> list[Path]:
-    """Writes ``results.md`` and ``pictures/*.svg`` beside the protocol, over earlier ones; returns their paths.
+    """Writes ``results.md`` and ``pictures/*.svg`` to the protocol's folder, over earlier ones; returns their paths.
 
     Raises:
-      NaloraError: there is no record yet, or the record file is damaged.
+      NaloraError: there is no record yet, the record file is damaged, or records or protocol were changed.
     """
-    records = Records(protocol.folder)
-    found = records.read()
-    if not found:
+    store = Records(protocol.folder)
+    records = checked_records(protocol, store)
+    if not records:
         remedy = f"run it first: nalora study run {protocol.folder}"
-        raise NaloraError(str(records.path), expected="records of finished runs", found="none", remedy=remedy)
-    drawn = draw(protocol, found)
-    text = render(protocol, found)
+        raise NaloraError(str(store.path), expected="records of finished runs", found="none", remedy=remedy)
+    if note := describe_old(records):
+        log.info("%s", note)
+    drawn = draw(protocol, records)
+    text = render(protocol, records)
     if drawn:
-        shown = "\n\n".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn)
-        text += f"\n## Pictures\n\n{shown}\n"
+        links = "\n\n".join(f"![{name.removesuffix('.svg').replace('_', ' ')}]({PICTURES}/{name})" for name in drawn)
+        text += f"\n## Pictures\n\n{links}\n"
     folder = protocol.folder / PICTURES
     folder.mkdir(exist_ok=True)
     written = [protocol.folder / TABLES, *(folder / name for name in drawn)]

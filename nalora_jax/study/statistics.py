@@ -1,4 +1,4 @@
-"""What paired seeds say: differences with their interval, tests, equivalence, and how many seeds it would take."""
+"""Statistics of paired seeds: intervals, tests, equivalence, multiple comparisons and sample sizes."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from nalora_jax.evaluate.statistics import bootstrap
-
 _MOST_SEEDS = 10_000
+# Records hold nine significant digits, so differences closer than this share of the largest value are ties.
+_RESOLUTION = 1e-8
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A method against another one over the same seeds; differences are method minus other, so below 0 is better."""
+    """A method compared with another over the same seeds; differences are method minus other, so below 0 is better."""
 
     n: int
     mean: float
-    low: float  # 95% percentile bootstrap interval of the mean difference
+    low: float  # 95% t interval of the mean difference
     high: float
     deviation: float  # standard deviation of the differences
     better: int  # pairs with a difference below 0
-    sign_p: float  # exact two-sided sign test; pairs without a difference say nothing
-    wilcoxon_p: float  # exact two-sided signed-rank test
+    t_p: float  # two-sided paired t test
+    sign_p: float  # exact two-sided sign test, without pairs that do not differ
+    wilcoxon_p: float  # exact two-sided signed-rank test, without pairs that do not differ
     effect: float  # mean over deviation (Cohen's d_z)
     equivalent: bool  # two one-sided t tests at 5% reject a difference of the margin or more
     seeds_needed: int | None  # pairs for a power of 80% to see a difference of the margin; None above 10,000
 
 
 def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Paired:
-    """The comparison of two lists of losses, seed by seed.
+    """Compares two lists of losses seed by seed.
 
     Args:
       method: losses ``[n]``, finite.
       other: losses ``[n]`` of the same seeds in the same order.
       margin: of equivalence, in the unit of the losses.
     """
-    difference = np.asarray(method, np.float64) - np.asarray(other, np.float64)
-    assert difference.ndim == 1
-    assert difference.size
+    first, second = np.asarray(method, np.float64), np.asarray(other, np.float64)
+    assert first.shape == second.shape == (first.size,)
+    assert first.size
+    difference = first - second
+    resolution = _RESOLUTION * float(max(np.abs(first).max(), np.abs(second).max()))
+    difference[np.abs(difference) <= resolution] = 0.0
     n, mean = difference.size, float(difference.mean())
     deviation = float(difference.std(ddof=1)) if n > 1 else math.nan
-    low, high = bootstrap(difference, resamples=10_000)
+    low, high = t_interval(difference)
     below, above = int(np.sum(difference < 0)), int(np.sum(difference > 0))
     return Paired(
         n,
@@ -53,50 +57,95 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
         high,
         deviation,
         below,
+        t_test(difference),
         sign_test(below, above),
-        signed_rank_test(difference),
+        signed_rank_test(difference, resolution),
         mean / deviation if deviation > 0 else math.nan,
         is_equivalent(difference, margin),
         seeds_needed(deviation, margin),
     )
 
 
+def t_interval(difference: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns Student's interval of the mean of ``[n]`` values; infinite for a single value.
+
+    A percentile bootstrap covers about 75 to 87% instead of 95% for 3 to 6 normal values.
+    """
+    n = difference.size
+    if n < 2:
+        return -math.inf, math.inf
+    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / math.sqrt(n)
+    reach = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * error
+    return mean - reach, mean + reach
+
+
+def t_test(difference: np.ndarray) -> float:
+    """Returns the two-sided p-value of a mean of 0: 1 if all values are 0, NaN for a single value."""
+    n = difference.size
+    if n < 2:
+        return math.nan
+    error = float(difference.std(ddof=1)) / math.sqrt(n)
+    if error == 0:
+        return 0.0 if difference.any() else 1.0
+    return float(2 * stats.t.sf(abs(float(difference.mean())) / error, n - 1))
+
+
 def sign_test(below: int, above: int) -> float:
-    """Two-sided exact p-value of so many differences on either side of 0; 1 where there are none."""
+    """Returns the exact two-sided p-value of these counts of differences on either side of 0; 1 without any."""
     return float(stats.binomtest(below, below + above).pvalue) if below + above else 1.0
 
 
-def signed_rank_test(difference: np.ndarray) -> float:
-    """Two-sided p-value of Wilcoxon's test, without pairs that do not differ; exact unless differences are tied."""
-    kept = difference[difference != 0]
-    if not kept.size:
+def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
+    """Returns the exact two-sided p-value of Wilcoxon's signed-rank test, for tied differences too.
+
+    The sum of the positive differences' mid-ranks is compared with its distribution over all 2^n signs.
+
+    Args:
+      difference: ``[n]``; values of 0 are left out.
+      resolution: absolute differences that follow each other within this distance are ties.
+
+    Example:
+      >>> signed_rank_test(np.array([0.02, 0.04, 0.04, 0.06, 0.08]))
+      0.0625
+    """
+    nonzero = difference[np.abs(difference) > resolution]
+    if not nonzero.size:
         return 1.0
-    tied = len(np.unique(np.abs(kept))) < kept.size
-    return float(stats.wilcoxon(kept, method="asymptotic" if tied else "exact").pvalue)
+    doubled = np.rint(2 * _mid_ranks(np.abs(nonzero), resolution)).astype(int)  # mid-ranks are multiples of a half
+    ways = np.ones(1)
+    for rank in doubled:
+        ways = np.convolve(ways, np.bincount([0, rank]) / 2)
+    sums = np.arange(ways.size)
+    observed, center = doubled[nonzero > 0].sum(), doubled.sum() / 2
+    return float(min(1.0, ways[np.abs(sums - center) >= abs(observed - center)].sum()))
+
+
+def _mid_ranks(values: np.ndarray, resolution: float) -> np.ndarray:
+    """Returns ranks from 1; values that follow each other within ``resolution`` share the mean of their ranks."""
+    order = np.argsort(values)
+    groups = np.zeros(values.size, int)
+    groups[order[1:]] = np.cumsum(np.diff(values[order]) > resolution)
+    return np.asarray(stats.rankdata(groups), np.float64)
 
 
 def is_equivalent(difference: np.ndarray, margin: float) -> bool:
-    """Whether the mean lies within ``margin`` of 0 by two one-sided t tests at 5% each (Schuirmann, 1987)."""
-    n = difference.size
-    if n < 2:
-        return False
-    error = float(difference.std(ddof=1)) / math.sqrt(n)
-    reach = float(stats.t.ppf(0.95, n - 1)) * error
-    return abs(float(difference.mean())) + reach < margin
+    """Returns True if two one-sided t tests at 5% reject a mean of ``margin`` or more (Schuirmann, 1987)."""
+    low, high = t_interval(difference, confidence=0.9)
+    return -margin < low and high < margin
 
 
 def seeds_needed(deviation: float, effect: float, *, power: float = 0.8, level: float = 0.05) -> int | None:
-    """Pairs with which a two-sided t test sees a mean difference of ``effect`` with probability ``power``.
+    """Returns the number of pairs with which a two-sided t test detects a mean of ``effect`` with this power.
 
     Returns:
-      At least 2; None where the deviation is unknown or 10,000 pairs are not enough.
+      At least 2; None if the deviation is unknown or 10,000 pairs are not enough.
     """
     if not math.isfinite(deviation):
         return None
     if deviation == 0:
         return 2
     normal = stats.norm.isf(level / 2) + stats.norm.isf(1 - power)
-    fewest = (normal * deviation / effect) ** 2  # with a known deviation; an estimated one needs more
+    fewest = (normal * deviation / effect) ** 2  # with a known deviation; an estimated deviation needs more
     if fewest > _MOST_SEEDS:
         return None
     for n in range(max(2, int(fewest)), _MOST_SEEDS + 1):
@@ -109,14 +158,18 @@ def seeds_needed(deviation: float, effect: float, *, power: float = 0.8, level: 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given: the chance of one false alarm among them stays below the level.
+    """Returns Holm's adjusted p-values in the given order; an undefined p-value counts as 1 and stays NaN.
+
+    Rejecting at a level keeps the probability of any false rejection below that level.
 
     Example:
       >>> holm([0.01, 0.04, 0.03])
       [0.03, 0.06, 0.06]
     """
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+    adjusted, running = [math.nan] * len(p_values), 0.0
+    defined = [index for index, p in enumerate(p_values) if math.isfinite(p)]
+    ranked = sorted(defined, key=lambda index: p_values[index])
+    for rank, index in enumerate(ranked):
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = running
     return adjusted

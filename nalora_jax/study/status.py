@@ -1,16 +1,16 @@
-"""How far a study is, as text."""
+"""Progress of a study, as text."""
 
 from __future__ import annotations
 
+from nalora_jax.study.analysis import named
 from nalora_jax.study.execution import hours
 from nalora_jax.study.plan import Cell, cells, tuning, wanted
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record, Records
-from nalora_jax.study.tables import named
 
 
 def status(protocol: Protocol) -> str:
-    """Runs done, under way and left, the time spent and about left, and the rates that are chosen so far."""
+    """Returns the numbers of runs, the time spent and estimated, and the learning rates chosen so far."""
     store = Records(protocol.folder)
     records = store.read()
     runs = wanted(protocol, records)
@@ -21,7 +21,7 @@ def status(protocol: Protocol) -> str:
     spent = hours(records)
     lines = [
         f"{protocol.path}: {protocol.question}",
-        f"runs: {len(runs) - len(left)} done, {len(busy)} under way, {len(left) - len(busy)} to do"
+        f"runs: {len(runs) - len(left)} done, {len(busy)} in progress, {len(left) - len(busy)} to do"
         + (f", and {later} tests once their learning rates are chosen" if later else ""),
         f"time: {spent:.1f} h spent"
         + (f" of {protocol.budget_hours:g} h" if protocol.budget_hours else "")
@@ -31,7 +31,7 @@ def status(protocol: Protocol) -> str:
     lines += [_cell(cell, protocol, records) for cell in cells(protocol)]
     foreign = records.keys() - {run.id for run in runs}
     if foreign:
-        lines.append(f"{len(foreign)} records belong to none of these runs: the protocol was another one")
+        lines.append(f"{len(foreign)} records belong to no run of this protocol")
     return "\n".join(lines)
 
 
@@ -42,4 +42,4 @@ def _cell(cell: Cell, protocol: Protocol, records: dict[str, Record]) -> str:
         for rate, loss in zip(grid.rates, grid.losses, strict=True)
     )
     chosen = f"; chosen {grid.chosen:g}" if grid.chosen else ""
-    return f"  {' '.join(cell)}: {losses}{chosen}{' (an end of the grid)' if grid.at_edge else ''}"
+    return f"  {' '.join(cell)}: {losses}{chosen}{' (at an end of the grid)' if grid.at_edge else ''}"

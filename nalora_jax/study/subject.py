@@ -1,4 +1,4 @@
-"""What a study asks of the kind of model that a task trains; `language` and `images` answer."""
+"""Interface of a study to the kind of model that a task trains; `language` and `images` implement it."""
 
 from __future__ import annotations
 
@@ -15,69 +15,79 @@ from nalora_jax.train.assembly import Assembly
 
 
 class StudyRows(Protocol):
-    """Training rows in a seed's order."""
+    """Training rows in the order of a seed."""
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the stream of rows."""
+        """Changes whenever the stream of rows does."""
 
     def batches(self) -> BatchIterator:
-        """Batches without end."""
+        """Returns endless batches."""
 
 
 class Items(Protocol):
-    """Fixed items to measure on."""
+    """Fixed items to measure."""
 
     @property
     def digest(self) -> str:
         """Changes whenever the items do."""
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """All digests of the items, by name; `digest` has the name ""."""
+
     def __len__(self) -> int: ...
 
 
 class Subject(Protocol):
-    """One kind of model and its tasks. It keeps what is expensive for the life of the process.
+    """A kind of model and its tasks. It keeps models and data for the life of the process.
 
-    ``config`` is everywhere the settings of one run.
+    ``config`` holds the settings of one run in every method.
     """
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """What the compiled step depends on: ``config`` without the rest, and facts about the data as JSON values."""
+        """Returns the settings that the compiled step depends on, and facts about the data as JSON values."""
 
     def assemble(self, general: RunConfig, config: RunConfig, last: optax.GradientTransformation) -> Assembly:
-        """Adapters, optimizer and step of the settings that `program` gave for ``config``."""
+        """Returns adapters, optimizer and step for the settings that `program` returned for ``config``."""
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
-        """Frozen weights of the run, and what else its step takes beside the adapters."""
+        """Returns the frozen weights of the run and the other inputs of its step."""
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
-        """The weights before any adapter, with what tells them from others."""
+        """Returns a name that is unique to the base, and its weights without an adapter."""
+
+    def base_digest(self, config: RunConfig) -> str:
+        """Returns the digest of the base's weights, the same for every seed."""
 
     def data(self, config: RunConfig) -> Any:
-        """The run's training rows (`StudyRows`)."""
+        """Returns the run's training rows (`StudyRows`)."""
+
+    def source_digest(self, data: Any) -> str:
+        """Returns the digest of the training data that `data` is drawn from, the same for every seed."""
 
     def adapters(self, config: RunConfig, assembly: Assembly, data: Any, seed: int) -> Any:
-        """What training starts from; ``seed`` is that of A."""
+        """Returns the initial adapters, with A drawn by ``seed``."""
 
     def items(self, config: RunConfig, data: DataConfig) -> Any:
-        """Held-out `Items` of ``data.eval_split``, at most ``data.eval_limit``.
+        """Returns held-out `Items` of ``data.eval_split``, at most ``data.eval_limit``.
 
         Raises:
           NaloraError: some of them are in ``data.train_split`` too.
         """
 
     def check_apart(self, config: RunConfig, tuned: str, tested: str) -> None:
-        """Refuses splits of the run's data that share records.
+        """Checks that two splits of the run's data share no record.
 
         Raises:
           NaloraError: they do.
         """
 
     def measure(self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool) -> dict[str, float]:
-        """``loss`` of ``variables`` on `items`; with ``whole`` also the measures that take programs of their own."""
+        """Returns the measures of ``variables`` on `items`; with ``whole`` also those that need other programs."""
 
 
 def on_mesh(batches: BatchIterator, assembly: Assembly) -> Iterator[dict[str, jax.Array]]:
-    """The batches as the step takes them."""
+    """Yields the batches with the sharding of the step."""
     for batch in batches:
         yield distributed.make_global_batch(batch, assembly.mesh, rows_axis=1)

@@ -1,42 +1,51 @@
-"""Doing finished runs again: whether the records say what this code on this machine computes."""
+"""Verification of a study: finished runs are repeated and compared with their records."""
 
 from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.execution import perform
-from nalora_jax.study.laboratory import Laboratory
-from nalora_jax.study.plan import wanted
+from nalora_jax.study.identity import describe_old
+from nalora_jax.study.plan import Run, wanted
 from nalora_jax.study.protocol import Protocol
-from nalora_jax.study.records import Records
+from nalora_jax.study.provenance import checked_records
+from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.resources import Resources
 from nalora_jax.train.machine import describe_device
 
 # Nats per token. The same program on the same kind of machine gives the same bits; another order of sums gives less
 # than this in a few hundred steps, and another computation more.
 TOLERANCE = 1e-3
+_MEASURED = ("validation", "test", "probes", "curve", "training", "diverged", "parameters")
+_DIGESTS = ("rules", "base", "source", "data", "items")
+_LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of their value
 
 
 def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
-    """Does ``count`` finished runs again, drawn at random, and compares their losses with the records.
+    """Checks all records and their digests, repeats ``count`` finished runs, and compares every recorded measure.
 
-    Drawn are runs that this kind of machine recorded, as long as there is one: another kind adds in another order, and
-    hundreds of steps make a difference of it that says nothing about the code.
+    The draw is among the runs that this kind of machine recorded, if there are any: another kind adds in another order,
+    and hundreds of steps turn that into differences that do not concern the code.
 
     Args:
       protocol: of the study.
-      count: how many, at most.
-      seed: of the draw; by default another one every time.
+      count: largest number of runs.
+      seed: of the draw; by default a new draw every time.
 
     Returns:
-      One line per run with both losses, and a last one if runs of other machines were left out.
+      A line per run and item set with both losses, and notes on unchecked fields.
 
     Raises:
-      NaloraError: there is no record, or a loss differs by more than `TOLERANCE`.
+      NaloraError: there is no record, the records or the protocol were changed (`checked_records`), or a repeated run
+        differs from its record.
     """
-    records, laboratory = Records(protocol.folder).read(), Laboratory(protocol)
+    store, resources = Records(protocol.folder), Resources(protocol)
+    records = checked_records(protocol, store)
     finished = [run for run in wanted(protocol, records) if run.id in records]
     if not finished:
         raise NaloraError(str(protocol.folder), expected="at least one finished run", found="none")
@@ -45,17 +54,66 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
     lines = []
     for run in random.Random(seed).sample(ours, min(count, len(ours))):
         with tempfile.TemporaryDirectory() as folder:
-            again = perform(run, laboratory, Path(folder) / "snapshot.npz")
-        old, new = records[run.id], again
-        for name in ("validation", "test"):
-            then, now = (one.get(name, {}).get("loss") for one in (old, new))
-            if then is None and now is None:
-                continue
-            same = None not in (then, now) and abs(then - now) <= TOLERANCE
-            line = f"{run}: {name} loss {then} in the record, {now} now"
-            if not same:
-                raise NaloraError(line, expected=f"a difference of at most {TOLERANCE:g}", found="more")
-            lines.append(line)
+            repeated = plain(perform(run, resources, Path(folder) / "snapshot.npz"))
+        _compare(run, records[run.id], repeated)
+        lines += _described(run, records[run.id], repeated)
     if len(ours) < len(finished):
         lines.append(f"drawn from the {len(ours)} of {len(finished)} runs that were recorded on {here}")
-    return "\n".join(lines)
+    note = describe_old(records)
+    return "\n".join([*lines, *([note] if note else [])])
+
+
+def _compare(run: Run, record: Record, repeated: Record) -> None:
+    """Raises an error that lists every digest and measure of the record that the repeated run does not give."""
+    differences: list[str] = []
+    for name in _DIGESTS:
+        if name in record:  # records of earlier versions have fewer digests
+            recorded, now = record[name], repeated[name]
+            now = {item: now.get(item) for item in recorded} if name == "items" else now
+            differences += _differences(recorded, now, name)
+    for name in _MEASURED:
+        differences += _differences(record.get(name), repeated.get(name), name, record["validation"].get("n", 0))
+    if differences:
+        raise NaloraError(
+            f"{run}: {'; '.join(differences[:5])}",
+            expected=f"the record's digests, and its losses within {TOLERANCE:g}",
+            found=f"{len(differences)} differences",
+        )
+
+
+def _differences(record: Any, repeated: Any, place: str, size: int = 0) -> Iterator[str]:
+    """Yields a description of every value that differs.
+
+    Args:
+      record: a value of the record.
+      repeated: the value of the repeated run.
+      place: path of the value.
+      size: number of items that it was measured on, if known.
+    """
+    if isinstance(record, Mapping) and isinstance(repeated, Mapping):
+        count = record.get("n", size)
+        names = record.keys() if place.startswith("training") else record.keys() | repeated.keys()  # new log metrics
+        for name in sorted(names):
+            yield from _differences(record.get(name), repeated.get(name), f"{place} {name}".strip(), count)
+    elif isinstance(record, list) and isinstance(repeated, list) and len(record) == len(repeated):
+        for index, (first, second) in enumerate(zip(record, repeated, strict=True)):
+            yield from _differences(first, second, f"{place}[{index}]", size)
+    elif not _agree(record, repeated, place, size):
+        yield f"{place} {record} in the record, {repeated} now"
+
+
+def _agree(record: Any, repeated: Any, place: str, size: int) -> bool:
+    if record is None or repeated is None or not isinstance(record, float) or not isinstance(repeated, int | float):
+        return bool(record == repeated)
+    if "accuracy" in place or "recall" in place:  # an item with nearly equal scores may change sides
+        tolerance = 1.5 / size if size else 0.0
+    elif place.startswith("training") and not place.endswith(" loss"):
+        tolerance = max(TOLERANCE, _LOGGED_SHARE * abs(record))
+    else:
+        tolerance = TOLERANCE
+    return abs(record - repeated) <= tolerance
+
+
+def _described(run: Run, record: Record, repeated: Record) -> list[str]:
+    losses = {name: (record[name]["loss"], repeated[name]["loss"]) for name in ("validation", "test") if name in record}
+    return [f"{run}: {name} loss {then} in the record, {now} now" for name, (then, now) in losses.items()]

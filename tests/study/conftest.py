@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 import string
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +17,10 @@ from tokenizers import models, pre_tokenizers
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.study import execution
+from nalora_jax.study.plan import Run
+from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.records import Record
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
 from tests import tiny
@@ -133,3 +140,27 @@ def write_study(folder: Path, base: Path, questions: Path) -> Path:
     text = PROTOCOL.replace("BASE", json.dumps(str(base))).replace("QUESTIONS", json.dumps(str(questions)))
     (folder / "protocol.toml").write_text(text)
     return folder
+
+
+@pytest.fixture
+def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
+    """A study whose runs take no time because nothing is trained."""
+
+    def perform(run: Run, resources: Any, snapshot: Path, records: Any) -> Record:
+        del resources, snapshot, records
+        time.sleep(0.01)
+        return record_of(run, abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed)
+
+    monkeypatch.setattr(execution, "perform", perform)
+    monkeypatch.setattr(execution, "_WAIT_SECONDS", 0.02)
+    return read_protocol(study)
+
+
+def record_of(run: Run, loss: float) -> Record:
+    """A record without digests of base and rules."""
+    return {
+        **{"id": run.id, "stage": run.stage, **run.cell._asdict()},
+        **{"rate": run.rate, "multiple": run.multiple, "seed": run.seed, "diverged": False, "seconds": 36.0},
+        **{"validation": {"loss": loss}, "test": {"loss": loss}, "curve": [], "training": []},
+        **{"items": {"validation": "v", "test": "t"}, "data": f"data:{run.seed}", "protocol": run.protocol.digest},
+    }

@@ -9,7 +9,9 @@ import pytest
 from nalora_jax.config import RunConfig
 from nalora_jax.study.plan import wanted
 from nalora_jax.study.protocol import Protocol, read_protocol
+from nalora_jax.study.provenance import checked_records
 from nalora_jax.study.records import Records
+from nalora_jax.study.tables import render
 
 STUDIES = Path(__file__).parents[2] / "studies"
 FOLDERS = sorted(path.parent for path in STUDIES.glob("*/protocol.toml"))
@@ -17,6 +19,13 @@ FOLDERS = sorted(path.parent for path in STUDIES.glob("*/protocol.toml"))
 
 def _first(protocol: Protocol, task: str) -> RunConfig:
     return protocol.config(protocol.models[0], task, protocol.baseline, protocol.rates[0], 0)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_committed_tables_are_those_of_the_records(folder: Path) -> None:
+    protocol = read_protocol(folder)
+    records = checked_records(protocol, Records(folder))  # records of earlier versions stay valid
+    assert (folder / "results.md").read_text().startswith(render(protocol, records))
 
 
 def test_there_are_studies() -> None:

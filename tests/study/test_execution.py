@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import subprocess
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,59 +19,39 @@ from nalora_jax.__main__ import main
 from nalora_jax.distributed import make_global_batch, make_mesh
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.study import execution
-from nalora_jax.study.laboratory import Laboratory
+from nalora_jax.study.identity import ADDED
 from nalora_jax.study.language import Language
 from nalora_jax.study.plan import Cell, Run, pending, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
-from nalora_jax.study.records import Record, Records
+from nalora_jax.study.records import Record, Records, plain
+from nalora_jax.study.resources import Resources
 from nalora_jax.study.status import status
 from nalora_jax.study.verification import verify
 from nalora_jax.train.assembly import assemble
 
 
 @pytest.fixture(scope="module")
-def laboratory(make_study: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    """One for the module: a real process has one for its life."""
-    return Laboratory(read_protocol(make_study(tmp_path_factory.mktemp("shared"))))
+def resources(make_study: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Resources:
+    """Shared by the tests, as the runs of a real process share theirs."""
+    return Resources(read_protocol(make_study(tmp_path_factory.mktemp("shared"))))
 
 
 @pytest.fixture(scope="module")
-def finished(laboratory: Laboratory) -> Path:
-    """The folder of a study that is done."""
-    folder = laboratory.protocol.folder
+def finished(resources: Resources) -> Path:
+    """The folder of a finished study."""
+    folder = resources.protocol.folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "Laboratory", lambda _: laboratory)
+        patch.setattr(execution, "Resources", lambda _: resources)
         assert main(["study", "run", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """What a repository would hold of it: protocol and records."""
-    for name in ("protocol.toml", "records.jsonl"):
+    """The files of the finished study that a repository holds."""
+    for name in ("protocol.toml", "records.jsonl", "tests.jsonl"):
         shutil.copy(finished / name, tmp_path / name)
     return tmp_path
-
-
-@pytest.fixture
-def quick(study: Path, monkeypatch: pytest.MonkeyPatch) -> Protocol:
-    """A study whose runs take no time: nothing is trained."""
-
-    def perform(run: Run, laboratory: Any, snapshot: Path) -> Record:
-        del laboratory, snapshot
-        time.sleep(0.01)
-        loss = abs(math.log(run.rate / 1.5e-2)) + 1e-3 * run.seed
-        return record_of(run, loss)
-
-    monkeypatch.setattr(execution, "perform", perform)
-    monkeypatch.setattr(execution, "_WAIT_SECONDS", 0.02)
-    return read_protocol(study)
-
-
-def record_of(run: Run, loss: float) -> Record:
-    measured = {"validation": {"loss": loss}, "test": {"loss": loss}, "diverged": False, "seconds": 36.0}
-    named = {"id": run.id, "stage": run.stage, "seed": run.seed, "rate": run.rate, "protocol": run.protocol.digest}
-    return named | run.cell._asdict() | measured
 
 
 def by(records: list[Record], **wanted: Any) -> Record:
@@ -96,41 +73,39 @@ def test_a_method_is_compiled_once_for_all_its_rates_and_seeds(finished: Path) -
 
 
 def test_what_a_placebo_draws_at_random_is_another_draw_for_another_seed(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = laboratory.protocol
+    protocol = resources.protocol
     shuffled = Method(settings={"mask": {"kind": "soft", "permute": 0}})
     changed = replace(protocol, methods=dict(protocol.methods) | {"shuffled": shuffled})
     run = Run(changed, "tune", Cell(protocol.models[0], "z", "shuffled"), 1e-2, 0)
-    monkeypatch.setattr(laboratory, "protocol", changed)
-    made = [
-        laboratory.prepared(one).assembly.mechanisms for one in (run, replace(run, seed=1), replace(run, rate=2e-2))
-    ]
+    monkeypatch.setattr(resources, "protocol", changed)
+    made = [resources.prepared(one).assembly.mechanisms for one in (run, replace(run, seed=1), replace(run, rate=2e-2))]
     assert made[0].seed != made[1].seed
     assert made[0] is made[2]
 
 
 def test_lora_ga_lowers_the_kernels_by_each_run_s_own_start(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol, path = laboratory.protocol, "layers/ffn/gate_proj"
+    protocol, path = resources.protocol, "layers/ffn/gate_proj"
     method = Method(settings={"lora": {"init": "lora_ga", "gradient_batches": 1}})
     changed = replace(protocol, methods=dict(protocol.methods) | {"lora_ga": method})
-    monkeypatch.setattr(laboratory, "protocol", changed)
+    monkeypatch.setattr(resources, "protocol", changed)
     kernels = []
     for seed in (0, 1):
         run = Run(changed, "tune", Cell(protocol.models[0], "z", "lora_ga"), 1e-2, seed)
-        prepared = laboratory.prepared(run)
-        lora = trees.flatten(jax.device_get(laboratory.start(run, prepared, laboratory.data(run)).lora))
+        prepared = resources.prepared(run)
+        lora = trees.flatten(jax.device_get(resources.start(run, prepared, resources.data(run)).lora))
         kernels.append(np.asarray(trees.flatten(prepared.params)[f"{path}/kernel"]))
         added = prepared.assembly.spec.scales(path)[:, None, None] * lora[f"{path}/a"] @ lora[f"{path}/b"]
-        base = trees.flatten(laboratory.subject(run.config).base(run.config)[1])[f"{path}/kernel"]
+        base = trees.flatten(resources.subject(run.config).base(run.config)[1])[f"{path}/kernel"]
         np.testing.assert_allclose(kernels[-1] + added, base, atol=1e-6)
         assert np.abs(added).max() > 0.02
     assert np.abs(kernels[0] - kernels[1]).max() > 0.02  # of other batches
 
 
-def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laboratory) -> None:
+def test_a_pair_shares_data_start_and_items(finished: Path, resources: Resources) -> None:
     records = list(Records(finished).read().values())
     for seed in (1, 2):
         pair = [by(records, stage="test", method=method, seed=seed) for method in ("lora", "half", "again")]
@@ -138,9 +113,9 @@ def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laborato
         assert len({one["data"] for one in pair}) == 1
     assert len({one["data"] for one in records}) == 3  # one order per seed
     assert len({json.dumps(one["items"]) for one in records if one["stage"] == "tune"}) == 1
-    runs = {run.cell.method: run for run in wanted(laboratory.protocol, {}) if run.rate == 1e-2}
+    runs = {run.cell.method: run for run in wanted(resources.protocol, {}) if run.rate == 1e-2}
     starts = {
-        name: trees.flatten(laboratory.start(run, laboratory.prepared(run), laboratory.data(run)).lora)
+        name: trees.flatten(resources.start(run, resources.prepared(run), resources.data(run)).lora)
         for name, run in runs.items()
     }
     a = "layers/ffn/gate_proj/a"
@@ -151,16 +126,16 @@ def test_a_pair_shares_data_start_and_items(finished: Path, laboratory: Laborato
     assert halved == pytest.approx(by(records, stage="tune", method="lora", rate=0.01)["validation"]["loss"], abs=1e-6)
 
 
-def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, laboratory: Laboratory) -> None:
-    run = next(run for run in wanted(laboratory.protocol, {}) if run.rate == 2e-2)
-    subject, config = laboratory.subject(run.config), run.config
+def test_a_run_is_the_run_that_its_settings_alone_make(finished: Path, resources: Resources) -> None:
+    run = next(run for run in wanted(resources.protocol, {}) if run.rate == 2e-2)
+    subject, config = resources.subject(run.config), run.config
     assert isinstance(subject, Language)
     model = subject.model(config)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     made = assemble(config, model.config, model.params, mesh)  # the learning rate and the seed are constants of it
     state, losses = made.state, []
     for row in range(0, 8 * 4, 4):
-        batch = make_global_batch(laboratory.data(run).batch_at(row), mesh, rows_axis=1)
+        batch = make_global_batch(resources.data(run).batch_at(row), mesh, rows_axis=1)
         state, metrics = made.step(made.view(made.params), state, batch)
         losses.append([float(metrics[name]) for name in ("loss", "target_tokens")])
     ours = Records(finished).read()[run.id]["training"]
@@ -182,15 +157,13 @@ def test_the_curve_has_every_evaluation_and_only_tests_read_the_test_items(finis
     assert test["probes"]["z_again"]["before"] > test["probes"]["z_again"]["loss"]
 
 
-def test_a_task_may_score_the_choices_of_some_items_only(
-    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    protocol = laboratory.protocol
+def test_a_task_may_score_the_choices_of_some_items_only(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = resources.protocol
     run = Run(protocol, "test", Cell(protocol.models[0], "z", "lora"), 1e-2, 1)
-    whole = laboratory.test_items(run)
+    whole = resources.test_items(run)
     some = replace(protocol, tasks={"z": replace(protocol.tasks["z"], accuracy_items=7)})
-    monkeypatch.setattr(laboratory, "protocol", some)
-    items = laboratory.test_items(replace(run, protocol=some))
+    monkeypatch.setattr(resources, "protocol", some)
+    items = resources.test_items(replace(run, protocol=some))
     assert (len(items), items.digest) == (len(whole), whole.digest)
     assert len(whole.choices) == 20
     assert len(items.choices) == 7
@@ -205,17 +178,17 @@ def test_a_finished_study_has_nothing_left_to_do(finished: Path, capsys: pytest.
     assert (finished / "records.jsonl").read_bytes() == before
     assert main(["study", "status", str(finished)]) == 0
     shown = capsys.readouterr().out
-    assert "15 done, 0 under way, 0 to do" in shown
+    assert "15 done, 0 in progress, 0 to do" in shown
     assert "lora: 0.01: 3." in shown
-    assert "chosen 0.04 (an end of the grid)" in shown
+    assert "chosen 0.04 (at an end of the grid)" in shown
 
 
 def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
-    finished: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = Records(finished).read()
-    run = next(run for run in wanted(laboratory.protocol, records) if run.stage == "test" and run.cell.method == "half")
-    snapshot, evaluate, seen = tmp_path / "x.npz", execution._Bench.evaluate, []
+    run = next(run for run in wanted(resources.protocol, records) if run.stage == "test" and run.cell.method == "half")
+    snapshot, evaluate, seen = tmp_path / "x.npz", execution._RunInProgress.evaluate, []
 
     def interrupted(bench: Any, step: int, state: Any) -> float:
         seen.append(step)
@@ -223,69 +196,112 @@ def test_an_interrupted_run_is_taken_up_and_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return evaluate(bench, step, state)
 
-    monkeypatch.setattr(execution._Bench, "evaluate", interrupted)
+    monkeypatch.setattr(execution._RunInProgress, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        execution.perform(run, laboratory, snapshot)
+        execution.perform(run, resources, snapshot)
     assert snapshot.exists()
-    again = execution.perform(run, laboratory, snapshot)
+    again = execution.perform(run, resources, snapshot)
     assert seen == [4, 8, 8]
     for name in ("curve", "test", "probes", "validation", "training"):
-        assert execution.to_json(again[name]) == records[run.id][name]
+        assert plain(again[name]) == records[run.id][name]
 
 
-def test_a_snapshot_of_other_code_is_not_taken_up(
-    finished: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", ["code", "rules", "base", "source", "data", "items"])
+def test_a_snapshot_of_other_code_base_data_or_rules_is_not_resumed(
+    resources: Resources, tmp_path: Path, changed: str
 ) -> None:
-    run = wanted(laboratory.protocol, {})[0]
-    execution.perform(run, laboratory, tmp_path / "x.npz")
-    monkeypatch.setattr(execution, "code_version", lambda: "another")
-    again = execution.perform(run, laboratory, tmp_path / "x.npz")
-    assert [point["step"] for point in again["curve"]] == [0, 4, 8]
+    progress = execution._RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
+    state = resources.start(progress.run, progress.prepared, progress.data)
+    progress.save(4, state, None)
+    assert progress._resumed(state)[1] == 4
+    progress.identity = progress.identity | {changed: "another"}
+    assert progress._resumed(state)[1] == 0
+
+
+def test_a_damaged_snapshot_is_not_resumed(resources: Resources, tmp_path: Path) -> None:
+    progress = execution._RunInProgress(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
+    state = resources.start(progress.run, progress.prepared, progress.data)
+    progress.save(4, state, None)
+    progress.snapshot.write_bytes(progress.snapshot.read_bytes()[:-1])
+    assert progress._resumed(state)[1] == 0
 
 
 def test_a_run_that_diverges_has_a_record_that_says_so(
-    finished: Path, laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(*_: Any, **__: Any) -> None:
         raise TrainingDivergedError("step 3: loss", expected="a finite number", found="nan")
 
     monkeypatch.setattr(execution, "fit", diverge)
-    record = execution.perform(wanted(laboratory.protocol, {})[0], laboratory, tmp_path / "x.npz")
+    record = execution.perform(wanted(resources.protocol, {})[0], resources, tmp_path / "x.npz")
     assert record["diverged"]
     assert record["validation"] == {"loss": None}
     assert record["curve"] == [{"step": 0, "loss": pytest.approx(3.53, abs=0.1)}]
 
 
-def test_records_are_reproduced_and_a_false_one_is_found_out(
-    copy: Path, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nalora_jax.study.verification.Laboratory", lambda _: laboratory)
-    protocol = read_protocol(copy)
-    assert verify(protocol, count=2).count(" in the record, ") >= 2
-    path = copy / "records.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        line["validation"]["loss"] -= 0.01
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(NaloraError, match=r"expected a difference of at most 0\.001, found more"):
-        verify(protocol, count=1)
+@pytest.fixture
+def shared(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `verify` use the resources of these tests."""
+    monkeypatch.setattr("nalora_jax.study.verification.Resources", lambda _: resources)
 
 
-def test_only_runs_of_this_kind_of_machine_are_done_again(
-    copy: Path, laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nalora_jax.study.verification.Laboratory", lambda _: laboratory)
-    path = copy / "records.jsonl"
+def rewrite(folder: Path, change: Callable[[Record], Any], *, old: bool = True) -> None:
+    """Changes every record; ``old``: and makes records of an earlier version of them, which have no digests."""
+    path = folder / "records.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    kept = next(line for line in lines if line["stage"] == "test")
     for line in lines:
-        if line is not kept:  # a machine whose losses this one would not reproduce
-            line["device"] = "1 x cpu (another)"
-            line["validation"]["loss"] -= 0.01
+        change(line)
+        if old:
+            for name in ADDED:
+                line.pop(name)
+    if old:
+        (folder / "tests.jsonl").unlink()
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = verify(read_protocol(copy), count=len(lines))
-    assert told.count(": test loss ") == 1
-    assert f"drawn from the 1 of {len(lines)} runs" in told
+
+
+def test_records_are_reproduced(copy: Path, shared: None) -> None:
+    text = verify(read_protocol(copy), count=2)
+    assert text.count(" in the record, ") >= 2
+    assert "earlier version" not in text
+
+
+def test_records_of_an_earlier_version_are_verified_with_a_note(copy: Path, shared: None) -> None:
+    rewrite(copy, lambda record: None)
+    count = len(Records(copy).read())
+    text = verify(read_protocol(copy), count=1)
+    assert f"{count} of {count} records were made by an earlier version without digests of base weights" in text
+
+
+def test_an_altered_record_without_a_digest_is_found_when_its_run_is_repeated(copy: Path, shared: None) -> None:
+    rewrite(copy, lambda record: record["validation"].update(loss=record["validation"]["loss"] - 0.01))
+    with pytest.raises(NaloraError, match=r"validation loss .* its losses within 0\.001, found 1 differences"):
+        verify(read_protocol(copy), count=1)
+
+
+def test_only_runs_of_this_kind_of_machine_are_repeated(copy: Path, shared: None) -> None:
+    ours = next(name for name, record in Records(copy).read().items() if record["stage"] == "test")
+
+    def elsewhere(record: Record) -> None:
+        if record["id"] != ours:
+            record["device"] = "1 x cpu (another)"
+            record["validation"]["loss"] -= 0.01
+
+    rewrite(copy, elsewhere)
+    count = len(Records(copy).read())
+    text = verify(read_protocol(copy), count=count)
+    assert text.count(": test loss ") == 1
+    assert f"drawn from the 1 of {count} runs" in text
+
+
+def test_rules_of_the_library_have_no_file_to_watch(finished: Path) -> None:
+    assert {json.dumps(record["rules"]) for record in Records(finished).read().values()} == {"{}"}
+
+
+def test_the_digest_of_choices_is_recorded_next_to_that_of_completions(finished: Path) -> None:
+    test = next(record for record in Records(finished).read().values() if record["stage"] == "test")
+    assert test["items"].keys() == {
+        *("validation", "validation choices", "test", "test choices", "z_again", "z_again choices"),
+    }
 
 
 def test_processes_share_a_study_and_no_run_is_done_twice(quick: Protocol) -> None:
@@ -318,41 +334,6 @@ def test_a_process_may_do_the_runs_of_some_methods_only(quick: Protocol) -> None
         execution.run_study(quick, methods=[first, "nonesuch"])
 
 
-def test_no_test_item_is_read_before_the_protocol_is_committed(quick: Protocol) -> None:
-    folder = quick.folder
-
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=n", "-c", "user.email=e"]
-        subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
-
-    git("init")
-    with pytest.raises(
-        NaloraError, match="expected a committed protocol before test items are read, found a file that"
-    ):
-        execution.run_study(quick)
-    records = Records(folder).read()
-    assert records
-    assert {one["stage"] for one in records.values()} == {"tune"}
-    git("add", "protocol.toml")
-    git("commit", "-m", "protocol")
-    execution.run_study(quick)
-    tests = [one for one in Records(folder).read().values() if one["stage"] == "test"]
-    assert len({one["commit"] for one in tests}) == 1
-    assert len(tests[0]["commit"]) == 40
-    with quick.path.open("a") as file:
-        file.write("# later\n")
-    with pytest.raises(NaloraError, match="found changes that are not committed"):
-        execution.check_committed(quick)
-
-
-def test_a_protocol_that_changes_after_the_test_is_refused(quick: Protocol) -> None:
-    execution.run_study(quick)
-    text = quick.path.read_text()
-    quick.path.write_text(text.replace("test_seeds = [1, 2]", "test_seeds = [1, 2, 3]"))
-    with pytest.raises(NaloraError, match="expected the protocol that the tests so far were made under"):
-        execution.run_study(read_protocol(quick.path))
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -360,13 +341,13 @@ def test_a_protocol_that_changes_after_the_test_is_refused(quick: Protocol) -> N
         ('validation = "train[60%:80%]"', 'validation = "train[50%:80%]"', "shares 30 with it"),
     ],
 )
-def test_splits_that_overlap_are_refused(study: Path, laboratory: Laboratory, old: str, new: str, message: str) -> None:
+def test_splits_that_overlap_are_refused(study: Path, resources: Resources, old: str, new: str, message: str) -> None:
     text = (study / "protocol.toml").read_text()
     (study / "protocol.toml").write_text(text.replace(old, new))
     protocol = read_protocol(study)
     cell = wanted(protocol, {})[0].cell
-    fresh = Laboratory(protocol)
-    fresh._subjects = laboratory._subjects
+    fresh = Resources(protocol)
+    fresh._subjects = resources._subjects
     run = Run(protocol, "test", cell, 1e-2, 1)
     reads: dict[str, Callable[[Run], Any]] = {"v": fresh.validation_items, "t": fresh.test_items}
     with pytest.raises(NaloraError, match=message):

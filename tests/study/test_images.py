@@ -17,11 +17,11 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images
 from nalora_jax.models.vision import DualEncoder
 from nalora_jax.study import execution
-from nalora_jax.study.laboratory import Laboratory
 from nalora_jax.study.plan import Cell, Run, wanted
 from nalora_jax.study.protocol import Method, Protocol, read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
+from nalora_jax.study.resources import Resources
 from nalora_jax.train.dual_pieces import dual_pieces, image_records
 from tests import tiny
 
@@ -79,36 +79,36 @@ def write_protocol(folder: Path, towers: tuple[Path, Path], data: Path, tasks: d
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Laboratory:
+def pairs(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Resources:
     """A finished study of images and captions."""
     folder, tasks = tmp_path_factory.mktemp("pairs"), {"pairs": 'task = "contrast", augment = "flip", image_size = 12'}
-    laboratory = Laboratory(write_protocol(folder, tower_folders, colours, tasks, ""))
+    resources = Resources(write_protocol(folder, tower_folders, colours, tasks, ""))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "Laboratory", lambda _: laboratory)
-        assert execution.run_study(laboratory.protocol) == 6
-    return laboratory
+        patch.setattr(execution, "Resources", lambda _: resources)
+        assert execution.run_study(resources.protocol) == 6
+    return resources
 
 
 @pytest.fixture(scope="module")
-def shots(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Laboratory:
+def shots(tmp_path_factory: pytest.TempPathFactory, tower_folders: tuple[Path, Path], colours: Path) -> Resources:
     """Two tasks of few pictures, whose classes have the same names in another order; nothing is run."""
     tasks = {
         "two": 'task = "classify", shots = 2, classes = ["red", "green", "blue"]',
         "four": 'task = "classify", shots = 4, classes = ["blue", "green", "red"]',
     }
     folder = tmp_path_factory.mktemp("shots")
-    return Laboratory(write_protocol(folder, tower_folders, colours, tasks, 'metric = "accuracy"'))
+    return Resources(write_protocol(folder, tower_folders, colours, tasks, 'metric = "accuracy"'))
 
 
-def records_of(laboratory: Laboratory) -> list[Record]:
-    return list(Records(laboratory.protocol.folder).read().values())
+def records_of(resources: Resources) -> list[Record]:
+    return list(Records(resources.protocol.folder).read().values())
 
 
-def run_of(laboratory: Laboratory, task: str, method: str = "lora", seed: int = 1) -> Run:
-    return Run(laboratory.protocol, "test", Cell(laboratory.protocol.models[0], task, method), 1e-2, seed)
+def run_of(resources: Resources, task: str, method: str = "lora", seed: int = 1) -> Run:
+    return Run(resources.protocol, "test", Cell(resources.protocol.models[0], task, method), 1e-2, seed)
 
 
-def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Laboratory) -> None:
+def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Resources) -> None:
     """Rows, projections and adapters of the seed, and the measures behind them, are those of ``nalora train``."""
     (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
     config = pairs.protocol.config(pairs.protocol.models[0], "pairs", "lora", record["rate"], record["seed"])
@@ -129,7 +129,7 @@ def test_a_run_is_the_run_that_its_settings_alone_make(pairs: Laboratory) -> Non
 
 
 def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
-    pairs: Laboratory, monkeypatch: pytest.MonkeyPatch
+    pairs: Resources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = records_of(pairs)
     assert len({one["data"] for one in records}) == 2  # one order per seed
@@ -153,7 +153,7 @@ def test_pairs_share_rows_items_and_projections_and_programs_serve_all_seeds(
     assert all(one["curve"][-1]["loss"] < one["curve"][0]["loss"] for one in records)
 
 
-def test_the_report_has_both_ways_of_retrieval(pairs: Laboratory) -> None:
+def test_the_report_has_both_ways_of_retrieval(pairs: Resources) -> None:
     write_report(pairs.protocol)
     text = (pairs.protocol.folder / "results.md").read_text()
     (record,) = [one for one in records_of(pairs) if (one["stage"], one["method"]) == ("test", "lora")]
@@ -166,7 +166,7 @@ def test_the_report_has_both_ways_of_retrieval(pairs: Laboratory) -> None:
     assert "| 1 - recall | again | lora | pairs | 1 |" in text
 
 
-def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Laboratory) -> None:
+def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Resources) -> None:
     first, second = run_of(shots, "two"), run_of(shots, "four")
     assert shots.prepared(first).assembly is shots.prepared(second).assembly
     assert [len(shots.data(run).indices) for run in (first, second)] == [3 * 2, 3 * 4]
@@ -185,7 +185,7 @@ def test_tasks_of_one_shape_share_programs_but_not_their_classes(shots: Laborato
         np.testing.assert_array_equal(tokens, loaded.tokenizer(prompts)["tokens"])
 
 
-def test_the_metric_chooses_the_rate(shots: Laboratory, tmp_path: Path) -> None:
+def test_the_metric_chooses_the_rate(shots: Resources, tmp_path: Path) -> None:
     """By accuracy, though the loss would choose the other one."""
     from nalora_jax.study.plan import tuning, tuning_runs
 
@@ -202,7 +202,11 @@ def test_the_metric_chooses_the_rate(shots: Laboratory, tmp_path: Path) -> None:
     ("vision", "metric", "message"),
     [
         ('task = "chat"', "", r'\[tasks.t\] vision task: expected "classify", "contrast", or none for text'),
-        ('task = "contrast"', 'metric = "accuracy"', r"metric: expected what \[tasks.t\] measures along the way"),
+        (
+            'task = "contrast"',
+            'metric = "accuracy"',
+            r"metric: expected a metric that \[tasks.t\] measures during training",
+        ),
         (
             'task = "classify", shot = 1',
             "",
@@ -218,19 +222,19 @@ def test_what_does_not_fit_is_named(tmp_path: Path, vision: str, metric: str, me
 
 def test_text_and_images_are_studies_of_their_own(tmp_path: Path) -> None:
     tasks = {"seen": 'task = "classify"', "read": ""}
-    with pytest.raises(NaloraError, match="tasks: expected all of text or all of images"):
+    with pytest.raises(NaloraError, match="tasks: expected tasks of text only or of images only"):
         write_protocol(tmp_path, (tmp_path, tmp_path), tmp_path, tasks, "")
 
 
 def test_splits_that_overlap_are_refused(
-    tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path, shots: Laboratory
+    tmp_path: Path, tower_folders: tuple[Path, Path], colours: Path, shots: Resources
 ) -> None:
     protocol = write_protocol(tmp_path, tower_folders, colours, {"t": 'task = "classify"'}, "")
     text = (tmp_path / "protocol.toml").read_text().replace('test = "train[75%:]"', 'test = "train[70%:]"')
     (tmp_path / "protocol.toml").write_text(text)
     protocol = read_protocol(tmp_path)
-    laboratory = Laboratory(protocol)
-    laboratory._subjects["images"] = shots.subject(run_of(shots, "two").config)
+    resources = Resources(protocol)
+    resources._subjects["images"] = shots.subject(run_of(shots, "two").config)
     (run, *_) = wanted(protocol, {})
     with pytest.raises(NaloraError, match="shares 2 with it"):
-        laboratory.test_items(run)
+        resources.test_items(run)

@@ -13,10 +13,13 @@ from scipy import stats
 
 from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
+from nalora_jax.study.analysis import comparisons, results
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import read_protocol
 from nalora_jax.study.records import Record, Records
 from nalora_jax.study.report import write_report
+from nalora_jax.study.statistics import holm
+from nalora_jax.study.tables import render
 
 SEEDS = range(1, 7)
 
@@ -93,10 +96,12 @@ def test_the_tables_say_what_scipy_says_of_the_records(told: Path) -> None:
     assert found[3] == "6"
     assert float(found[4]) == pytest.approx(difference.mean(), abs=6e-5)
     low, high = map(float, found[5].split(" to "))
-    assert low < difference.mean() < high
+    theirs = stats.ttest_1samp(difference, 0.0)
+    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval()), abs=6e-5)
     assert found[6] == "5/6"
-    assert float(found[7]) == pytest.approx(stats.binomtest(5, 6).pvalue, abs=6e-4)
-    assert float(found[8]) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue, abs=6e-4)
+    assert float(found[7].split()[0]) == pytest.approx(theirs.pvalue, abs=6e-4)
+    assert float(found[8].split()[0]) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue, abs=6e-4)
+    assert float(found[9]) == pytest.approx(stats.binomtest(5, 6).pvalue, abs=6e-4)
     assert found[11] == "no"
     assert float(found[12]) == pytest.approx(difference.std(ddof=1), abs=6e-5)
     assert row(text, "again", "lora", "z")[11] == "yes"
@@ -151,16 +156,53 @@ def test_pictures_are_whole_and_name_every_method(told: Path) -> None:
 def test_a_report_of_tuning_alone_has_no_tests(told: Path) -> None:
     path = told / "records.jsonl"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if '"tune"' in line))
+    (told / "tests.jsonl").unlink()
     names = {path.name for path in write_report(read_protocol(told))}
     assert names == {"results.md", "loss_by_rate.svg"}
-    assert "## Test" not in (told / "results.md").read_text()
+    text = (told / "results.md").read_text()
+    assert "## Test" not in text
+    assert row(text, "protocol committed in")[1] == "not yet tested"
 
 
-def test_pairs_that_are_none_are_found_out(told: Path) -> None:
+def test_p_values_are_corrected_over_all_comparisons_with_the_baseline(told: Path) -> None:
+    protocol, records = read_protocol(told), Records(told).read()
+    compared = comparisons(protocol, results(protocol, records))
+    family = [c for c in compared if c.other == "lora"]
+    # Two methods by the loss, the accuracy, a multiple and a probe.
+    assert {c.family for c in family} == {8} == {len(family)}
+    assert [c.t_holm for c in family] == holm([c.paired.t_p for c in family])
+    assert [c.wilcoxon_holm for c in family] == holm([c.paired.wilcoxon_p for c in family])
+    assert {c.family for c in compared if c.other != "lora"} == {4}
+    text = render(protocol, records)
+    assert "corrected over the 8 comparisons with `lora` in this and the following tables, or the 4 with" in text
+
+
+def test_methods_are_compared_at_each_common_rate_with_the_movement_of_their_gates(told: Path) -> None:
     path = told / "records.jsonl"
-    path.write_text(path.read_text().replace('"data": "data:4"', '"data": "other"', 1))
-    with pytest.raises(NaloraError, match="expected the data order and items of the other"):
-        write_report(read_protocol(told))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["method"] == "half":
+            line["training"][-1]["mean_feature"] = 0.0131
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    losses = {(r["method"], r["rate"]): r["validation"]["loss"] for r in lines if r["stage"] == "tune"}
+    section = render(read_protocol(told), Records(told).read()).partition("## Differences at each common rate")[2]
+    expected = [f"{losses['half', rate] - losses['lora', rate]:+.4f} (1.31 x)" for rate in (0.01, 0.02, 0.04)]
+    assert row(section.partition("## Test")[0], "half") == ["half", *expected]
+    assert "| method | 0.01 | **0.02** | 0.04 |" in section
+
+
+def test_the_tables_show_settings_commits_and_missing_tests(told: Path) -> None:
+    path = told / "records.jsonl"
+    lines = path.read_text().splitlines()
+    (missing,) = [n for n, line in enumerate(lines) if '"again"' in line and '"multiple": 4.0, "seed": 6' in line]
+    path.write_text("".join(line + "\n" for n, line in enumerate(lines) if n != missing))
+    (told / "tests.jsonl").unlink()  # otherwise a deleted record is refused
+    text = render(read_protocol(told), Records(told).read())
+    assert row(text, "tests not done")[1] == "again at x 4, seed 6"
+    assert row(text, "protocol committed in")[1] == "no repository (35 tests)"
+    assert row(text, "half", "half the rate on the gate")[2] == '`optimizer.rates = [["gate_proj", 0.5]]`'
+    assert row(text, "again", "the same method from another start")[2] == "`reseed = 1000`"
+    assert "`steps = 8`" in row(text, "settings of every run")[1]
 
 
 def test_there_is_no_report_of_nothing(study: Path) -> None:

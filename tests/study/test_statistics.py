@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nalora_jax.study.statistics import holm, is_equivalent, paired, seeds_needed, sign_test, signed_rank_test
+from nalora_jax.study.statistics import (
+    holm,
+    is_equivalent,
+    paired,
+    seeds_needed,
+    sign_test,
+    signed_rank_test,
+    t_interval,
+    t_test,
+)
 
 DIFFERENCES = np.array([-0.013, -0.002, -0.021, 0.004, -0.008, -0.001])
 
@@ -22,16 +31,61 @@ def test_the_sign_test_counts_every_way_the_signs_can_fall() -> None:
     assert sign_test(0, 0) == 1.0
 
 
-def test_the_signed_rank_test_counts_every_way_the_signs_can_fall() -> None:
-    ranks = stats.rankdata(np.abs(DIFFERENCES))
-    center = ranks.sum() / 2
-    observed = ranks[DIFFERENCES > 0].sum()
-    ways = [np.dot(signs, ranks) for signs in itertools.product((0, 1), repeat=len(ranks))]
-    share = np.mean([abs(way - center) >= abs(observed - center) for way in ways])
-    assert signed_rank_test(DIFFERENCES) == pytest.approx(share)
-    assert signed_rank_test(np.append(DIFFERENCES, 0.0)) == pytest.approx(share)  # a pair that does not differ is mute
+def enumerated(difference: np.ndarray) -> float:
+    """The share of all signs of the mid-ranks that are at least as extreme."""
+    ranks = stats.rankdata(np.abs(difference))
+    center, observed = ranks.sum() / 2, ranks[difference > 0].sum()
+    ways = np.array(list(itertools.product((0, 1), repeat=len(ranks)))) @ ranks
+    return float(np.mean(np.abs(ways - center) >= abs(observed - center)))
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        DIFFERENCES,
+        np.array([0.02, 0.04, 0.04, 0.06, 0.08]),
+        np.array([1.0, 1.0, -1.0, 2.0]),
+        np.array([3.0, -3.0, 3.0, 3.0, -1.0, -1.0, 2.0, 2.0, 5.0, 1.0]),
+    ],
+)
+def test_the_signed_rank_test_counts_every_way_the_signs_can_fall_with_ties_too(difference: np.ndarray) -> None:
+    assert signed_rank_test(difference) == pytest.approx(enumerated(difference))
+    assert signed_rank_test(np.append(difference, 0.0)) == pytest.approx(enumerated(difference))
+
+
+def test_the_signed_rank_test_of_the_reviewers_ties() -> None:
+    assert signed_rank_test(np.array([0.02, 0.04, 0.04, 0.06, 0.08])) == 0.0625
     assert signed_rank_test(np.zeros(4)) == 1.0
-    assert 0 < signed_rank_test(np.array([1.0, 1.0, -1.0, 2.0])) <= 1  # ties
+
+
+def test_the_signed_rank_test_agrees_with_scipy_without_ties() -> None:
+    difference = np.random.default_rng(0).normal(0.3, 1, 20)
+    assert signed_rank_test(difference) == pytest.approx(stats.wilcoxon(difference, method="exact").pvalue)
+
+
+def test_accuracies_that_differ_by_the_same_number_of_items_are_ties_despite_rounding() -> None:
+    counts, other = np.array([180, 171, 190, 165, 177]), np.array([174, 165, 178, 164, 165])
+    recorded, theirs = (np.round(values / 300, 9) for values in (counts, other))  # as records hold them
+    exact = signed_rank_test((counts - other).astype(float))
+    assert paired(recorded, theirs, 0.02).wilcoxon_p == exact == 0.0625
+    assert paired(recorded, recorded + 1e-10, 0.02).better == 0
+
+
+@pytest.mark.parametrize("n", range(4, 21))
+def test_t_intervals_of_normal_differences_cover_95_percent(n: int) -> None:
+    samples = np.random.default_rng(n).normal(0.3, 2.0, (20_000, n))
+    reach = (t_interval(samples[0])[1] - samples[0].mean()) / samples[0].std(ddof=1)  # of every sample of n values
+    covered = np.abs(samples.mean(1) - 0.3) <= reach * samples.std(1, ddof=1)
+    assert 0.94 < covered.mean() < 0.96
+
+
+def test_the_t_interval_and_the_t_test_are_scipys() -> None:
+    theirs = stats.ttest_1samp(DIFFERENCES, 0.0)
+    assert t_interval(DIFFERENCES) == pytest.approx(tuple(theirs.confidence_interval()))
+    assert t_test(DIFFERENCES) == pytest.approx(theirs.pvalue)
+    assert t_interval(np.ones(1)) == (-math.inf, math.inf)
+    assert math.isnan(t_test(np.ones(1)))
+    assert (t_test(np.ones(3)), t_test(np.zeros(3))) == (0.0, 1.0)
 
 
 def test_equivalence_is_two_one_sided_t_tests() -> None:
@@ -68,6 +122,7 @@ def test_holm_adjusts_as_r_does() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
     assert holm([]) == []
+    assert holm([0.01, math.nan]) == pytest.approx([0.02, math.nan], nan_ok=True)
 
 
 def test_a_comparison_is_of_the_differences() -> None:
@@ -77,7 +132,8 @@ def test_a_comparison_is_of_the_differences() -> None:
     assert found.mean == pytest.approx(DIFFERENCES.mean())
     assert found.deviation == pytest.approx(DIFFERENCES.std(ddof=1))
     assert found.effect == pytest.approx(DIFFERENCES.mean() / DIFFERENCES.std(ddof=1))
-    theirs = stats.bootstrap((DIFFERENCES,), np.mean, method="percentile", n_resamples=20_000, rng=1)
-    np.testing.assert_allclose((found.low, found.high), theirs.confidence_interval, atol=6e-4)
-    assert found == paired(other + DIFFERENCES, other, 0.005)  # a report says the same twice
+    assert (found.low, found.high) == pytest.approx(t_interval(DIFFERENCES))
+    assert found.t_p == pytest.approx(t_test(DIFFERENCES))
+    assert found.low < 0 < found.high
+    assert found.t_p > 0.05  # the test and the interval agree
     assert paired([1.0], [2.0], 0.005).seeds_needed is None

@@ -1,20 +1,20 @@
-"""What the runs of one process share: base models, data, items and compiled programs, each made on first use."""
+"""Base models, data, items and compiled programs that the runs of one process share, each created on first use."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nalora_jax import activations, statistics
 from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.optim.gate_state import Mechanisms
+from nalora_jax.study.identity import rule_files
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
@@ -22,20 +22,24 @@ from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.state import TrainState
 
-_RATE = "step_size"  # the factor of the optimizer's last stage, in its state: a traced value
+_RATE = "step_size"  # the factor of the optimizer's last stage, a traced value in its state
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A method made ready: its assembly at learning rate 1, and its weights as they are and as the step takes them."""
+    """A method ready to train: its assembly at learning rate 1, its weights, and the step's view of them."""
 
     assembly: Assembly
     params: Any
     step_params: Any
 
 
-class Laboratory:
-    """Keeps what is expensive between runs."""
+class Resources:
+    """Models, items and programs of a process.
+
+    Args:
+      protocol: the study.
+    """
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
@@ -45,24 +49,24 @@ class Laboratory:
         self._base: dict[str, dict[str, float]] = {}
 
     def subject(self, config: RunConfig) -> Subject:
-        """The kind of model that the run's task trains."""
+        """Returns the kind of model that the run's task trains."""
         kind = "images" if config.vision.task else "language"
         if kind not in self._subjects:
             self._subjects[kind] = _dual_encoders() if config.vision.task else Language()
         return self._subjects[kind]
 
     def prepared(self, run: Run) -> Prepared:
-        """The run's method, compiled once for all its learning rates and seeds.
+        """Returns the run's method, compiled once for all its learning rates and seeds.
 
-        The step is built for a learning rate of 1 and its updates are multiplied by the run's own, a value in the
+        The step is built for a learning rate of 1, and its updates are multiplied by the run's rate, a value in the
         optimizer's state: every optimizer of this library is linear in its learning rate, weight decay included.
-        What a mechanism draws at random it draws when the step is built: such a method is compiled once a seed.
+        Mechanisms that draw at random do so when the step is built, so these are compiled once per seed.
         """
         config, subject = run.config, self.subject(run.config)
         draws = bool(config.mechanisms) or max(config.mask.permute, config.step_scale.permute) >= 0
         optimizer = replace(config.optimizer, learning_rate=1.0)
-        own, facts = subject.program(config)
-        general = replace(own, seed=config.seed if draws else 0, optimizer=optimizer)
+        program, facts = subject.program(config)
+        general = replace(program, seed=config.seed if draws else 0, optimizer=optimizer)
         key = json.dumps([general.to_dict(), facts], sort_keys=True)
         if key not in self._assemblies:
             last = optax.inject_hyperparams(optax.scale)(**{_RATE: 1.0})
@@ -72,12 +76,22 @@ class Laboratory:
         return Prepared(assembly, params, assembly.view(params))
 
     def data(self, run: Run) -> StudyRows:
-        """The run's training rows, in its seed's order."""
+        """Returns the run's training rows in its seed's order."""
         rows: StudyRows = self.subject(run.config).data(run.config)
         return rows
 
+    def identity(self, run: Run, prepared: Prepared, data: StudyRows) -> dict[str, Any]:
+        """Returns the digests of rule files, base weights and training data (see `nalora_jax.study.identity`)."""
+        subject = self.subject(run.config)
+        return {
+            "rules": rule_files(_definitions(prepared.assembly.mechanisms)),
+            "base": subject.base_digest(run.config),
+            "source": subject.source_digest(data),
+            "data": data.fingerprint,
+        }
+
     def start(self, run: Run, prepared: Prepared, data: StudyRows) -> TrainState:
-        """The state before the first step: the seed's A and the run's learning rate."""
+        """Returns the state before the first step, with the seed's A and the run's learning rate."""
         config, assembly = run.config, prepared.assembly
         seed = config.seed + self.protocol.methods[run.cell.method].reseed
         lora = self.subject(config).adapters(config, assembly, data, seed)
@@ -87,17 +101,17 @@ class Laboratory:
         return state._replace(opt_state=optax.tree.set(state.opt_state, **{_RATE: placed}))
 
     def validation_items(self, run: Run) -> Items:
-        """The items that choose the learning rate."""
+        """Returns the items that choose the learning rate."""
         return self._drawn(run.config, run.config.data)
 
     def test_items(self, run: Run) -> Items:
-        """The items that are read once, by the test runs.
+        """Returns the items that only test runs read.
 
         Raises:
-          NaloraError: some of them are trained on or tuned on.
+          NaloraError: some of them are used for training or tuning.
         """
         task, data = self.protocol.tasks[run.cell.task], run.config.data
-        # Worded for the training split: what a tuned rate has seen must not be tested on either.
+        # The error is worded for the training split; test items must not overlap with the validation split either.
         self.subject(run.config).check_apart(run.config, task.validation, task.test)
         items = self._drawn(run.config, data_of(data.dataset, task.test, task.test_items, data))
         if task.accuracy_items:
@@ -106,20 +120,20 @@ class Laboratory:
         return items
 
     def probe_items(self, run: Run) -> dict[str, Items]:
-        """Items of other data, by the name of the probe."""
-        found = {}
+        """Returns items of other data, by the name of the probe."""
+        items = {}
         for name, probe in self.protocol.probes.items():
             data = replace(data_of(probe.dataset, probe.split, probe.items, run.config.data), train_split=probe.split)
-            found[name] = self._drawn(run.config, data)
-        return found
+            items[name] = self._drawn(run.config, data)
+        return items
 
     def measure(self, run: Run, prepared: Prepared, lora: Any, items: Items, *, whole: bool) -> dict[str, float]:
-        """The task's measures of a trained adapter, ``loss`` among them; see `Subject.measure`."""
+        """Returns the task's measures of a trained adapter, with ``loss`` among them; see `Subject.measure`."""
         variables: Mapping[str, Any] = {"params": prepared.params, "lora": lora}
         return self.subject(run.config).measure(items, prepared.assembly, variables, whole=whole)
 
     def measure_base(self, run: Run, prepared: Prepared, items: Items) -> dict[str, float]:
-        """The same of the base without an adapter, measured once."""
+        """Returns the measures of the base without an adapter, computed once."""
         subject = self.subject(run.config)
         name, params = subject.base(run.config)
         key = json.dumps([name, run.config.to_dict()["compute"], items.digest])
@@ -134,17 +148,17 @@ class Laboratory:
         return self._items[key]
 
 
+def _definitions(mechanisms: Mechanisms) -> list[Any]:
+    """Returns the classes and functions that define a run's mechanisms, statistics and activations."""
+    names = (mechanisms.activation, *(name for _, name in mechanisms.others))
+    return [
+        *(type(mechanism) for _, mechanism in mechanisms.entries),
+        *(statistics.get(name).values for name in mechanisms.statistics),
+        *(activations.get(name).gate for name in names),
+    ]
+
+
 def _dual_encoders() -> Subject:
-    from nalora_jax.study.images import DualEncoders  # Pillow is an extra
+    from nalora_jax.study.images import DualEncoders  # Pillow is an optional dependency
 
     return DualEncoders()
-
-
-@cache
-def code_version() -> str:
-    """sha256 of the package's source, to 12 digits: what was run, whether it was committed or not."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]

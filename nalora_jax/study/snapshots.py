@@ -1,0 +1,69 @@
+"""Snapshots of interrupted runs: arrays and notes in one file that is complete or is not used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+
+log = logging.getLogger(__name__)
+
+_DIGEST = 64  # hexadecimal digits of a sha256, at the start of the file
+
+
+class Snapshot(NamedTuple):
+    """State of a run at an evaluation."""
+
+    arrays: dict[str, np.ndarray]
+    notes: dict[str, Any]
+
+
+def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
+    """Replaces the file in one step, after its content and before its name reach the disk.
+
+    Raises:
+      NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.
+    """
+    buffer = io.BytesIO()
+    entries: dict[str, Any] = {f"array/{name}": value for name, value in arrays.items()}
+    np.savez(buffer, notes=np.array(json.dumps(notes)), **entries)
+    content, scratch = buffer.getvalue(), path.with_suffix(".new")
+    try:
+        with scratch.open("wb") as file:
+            file.write(hashlib.sha256(content).hexdigest().encode() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise NaloraError(str(path), expected="to write a snapshot", found=error, remedy="make room") from error
+
+
+def read_snapshot(path: Path) -> Snapshot | None:
+    """Returns the snapshot; None if there is none, or with a warning if the file is damaged."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[_DIGEST:]).hexdigest().encode() != content[:_DIGEST]:
+        log.warning("  the snapshot %s is damaged: the run starts from scratch", path.name)
+        return None
+    with np.load(io.BytesIO(content[_DIGEST:])) as saved:
+        arrays = {name.removeprefix("array/"): saved[name] for name in saved.files if name != "notes"}
+        return Snapshot(arrays, json.loads(str(saved["notes"])))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,238 @@
+"""Studies whose protocol, records, data, base or rules were changed between their runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from nalora_jax.__main__ import main
+from nalora_jax.errors import NaloraError
+from nalora_jax.optim.mechanism import _MECHANISMS
+from nalora_jax.study import execution
+from nalora_jax.study.identity import check_records, record_digest, rule_files
+from nalora_jax.study.plan import Run, wanted
+from nalora_jax.study.protocol import Method, Protocol, read_protocol
+from nalora_jax.study.provenance import check_committed, check_rules
+from nalora_jax.study.records import Record, Records
+from nalora_jax.study.report import write_report
+from nalora_jax.study.resources import Resources
+from tests.study.conftest import write_study
+
+OTHER_PROTOCOL = "expected the protocol that test items were read under"
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def edit(protocol: Protocol, old: str, new: str) -> Protocol:
+    text = protocol.path.read_text()
+    assert old in text
+    protocol.path.write_text(text.replace(old, new))
+    return read_protocol(protocol.path)
+
+
+def test_no_test_item_is_read_before_the_protocol_is_committed(quick: Protocol) -> None:
+    folder = quick.folder
+    git(folder, "init")
+    with pytest.raises(NaloraError, match="expected a committed protocol .*, found a file that"):
+        execution.run_study(quick)
+    records = Records(folder).read()
+    assert {record["stage"] for record in records.values()} == {"tune"}
+    assert Records(folder).tests() == []
+    git(folder, "add", "protocol.toml")
+    git(folder, "commit", "-m", "protocol")
+    execution.run_study(quick)
+    tests = [record for record in Records(folder).read().values() if record["stage"] == "test"]
+    assert len({record["commit"] for record in tests}) == 1
+    assert len(tests[0]["commit"]) == 40
+    with quick.path.open("a") as file:
+        file.write("# later\n")
+    with pytest.raises(NaloraError, match="found changes that are not committed"):
+        check_committed(quick)
+
+
+@pytest.mark.parametrize("change", [("test_seeds = [1, 2]", "test_seeds = [1, 2, 3]"), ("extend = 1", "margin = 0.1")])
+def test_a_protocol_that_changes_after_the_tests_is_refused_by_run_report_and_verify(
+    quick: Protocol, change: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    execution.run_study(quick)
+    results = quick.folder / "results.md"
+    results.write_text("as it was")
+    edit(quick, *change)
+    for action in ("run", "report", "verify"):
+        assert main(["study", action, str(quick.folder)]) != 0
+        assert OTHER_PROTOCOL in capsys.readouterr().err
+    assert results.read_text() == "as it was"
+
+
+def test_deleting_the_tests_does_not_free_the_study_for_another_protocol(quick: Protocol) -> None:
+    execution.run_study(quick)
+    store = Records(quick.folder)
+    lines = store.path.read_text().splitlines(keepends=True)
+    store.path.write_text("".join(line for line in lines if '"stage": "tune"' in line))
+    with pytest.raises(NaloraError, match=r"record of every finished test in tests.jsonl, found 6 missing"):
+        execution.run_study(quick)
+    changed = edit(quick, "test_seeds = [1, 2]", "test_seeds = [3, 4]")
+    with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
+        execution.run_study(changed)
+
+
+def test_tests_that_a_repository_remembers_count_after_all_their_files_were_deleted(quick: Protocol) -> None:
+    folder = quick.folder
+    git(folder, "init")
+    git(folder, "add", "protocol.toml")
+    git(folder, "commit", "-m", "protocol")
+    execution.run_study(quick)
+    git(folder, "add", "records.jsonl")
+    git(folder, "commit", "-m", "records")
+    for name in ("records.jsonl", "tests.jsonl"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / ".runs")
+    changed = edit(quick, "test_seeds = [1, 2]", "test_seeds = [3, 4]")
+    git(folder, "commit", "-am", "another protocol")
+    with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
+        execution.run_study(changed)
+
+
+def test_a_test_is_listed_before_it_reads_test_items(quick: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    perform = execution.perform
+
+    def killed(run: Run, *arguments: Any) -> Record:
+        if run.stage == "test":
+            raise KeyboardInterrupt
+        return perform(run, *arguments)
+
+    monkeypatch.setattr(execution, "perform", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execution.run_study(quick)
+    (entry,) = Records(quick.folder).tests()
+    assert (entry["protocol"], entry["record"]) == (quick.digest, None)
+    with pytest.raises(NaloraError, match=OTHER_PROTOCOL):
+        execution.run_study(edit(quick, "extend = 1", "extend = 2"))
+
+
+def test_a_finished_test_that_was_altered_is_refused(quick: Protocol) -> None:
+    execution.run_study(quick)
+    store = Records(quick.folder)
+    records = store.read()
+    name = next(name for name, record in records.items() if record["stage"] == "test")
+    altered = {**records[name], "test": {"loss": 0.0}}
+    records[name] = altered | {"digest": record_digest(altered)}  # as a careful forger would
+    store.path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+    with pytest.raises(NaloraError, match=f"found 1 missing or altered: {name}"):
+        write_report(quick)
+
+
+def in_this_file(averages: Any, factor: float) -> Any:
+    return factor * averages
+
+
+def test_rule_files_are_found_through_partial_functions_and_not_in_libraries() -> None:
+    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    definitions = [partial(in_this_file, factor=2.0), jnp.abs, np.abs, partial(jnp.square), Records]
+    assert rule_files(definitions) == {"test_provenance.py": digest}
+
+
+ANOTHER = {"method": "b", "seed": 9}
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        *((field, ANOTHER) for field in ("base", "source", "items")),
+        ("data", {"method": "b"}),
+        *((field, {"seed": 9}) for field in ("rules", "parameters")),
+    ],
+)
+def test_records_that_differ_where_they_must_agree_are_refused(field: str, other: dict[str, Any]) -> None:
+    """Tuning runs too: these choose a rate together."""
+    common = {"stage": "tune", "model": "m", "task": "t", "method": "a", "seed": 1}
+    value = {"items": {"validation": "v"}, "rules": {"r.py": "1"}}.get(field, "1")
+    changed = {"items": {"validation": "w"}, "rules": {"r.py": "2"}}.get(field, "2")
+    first, second = common | {field: value}, common | other | {field: changed}
+    check_records({"1": first, "2": second | {field: value}})
+    check_records({"1": first, "2": common | other})  # a record of an earlier version
+    with pytest.raises(NaloraError, match=f"records 1 and 2: {field}.*changed between the runs"):
+        check_records({"1": first, "2": second})
+
+
+def test_a_report_refuses_runs_on_different_data(quick: Protocol) -> None:
+    execution.run_study(quick, limit=2)
+    store = Records(quick.folder)
+    lines = [record | {"data": name} for name, record in store.read().items()]
+    for line in lines:
+        del line["digest"]
+    store.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(NaloraError, match="the training data or its order changed between the runs"):
+        write_report(quick)
+
+
+def test_a_base_that_was_scaled_between_two_runs_is_refused(base: Path, questions: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(base, tmp_path / "base"))
+    protocol = read_protocol(write_study(tmp_path, model, questions))
+    run = wanted(protocol, {})[0]
+    before = Resources(protocol).subject(run.config).base_digest(run.config)
+    (file,) = model.glob("*.safetensors")
+    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    earlier = {"id": "earlier", "model": str(model), "task": "z", "method": "lora", "seed": 7, "base": before}
+    with pytest.raises(NaloraError, match="the base model changed between the runs"):
+        execution.perform(run, Resources(protocol), tmp_path / "x.npz", {"earlier": earlier})
+    assert not (tmp_path / "x.npz").exists()  # nothing was trained
+
+
+RULE = """
+from nalora_jax.optim import register_mechanism
+
+@register_mechanism("of_a_user", statistics=("slope",))
+def of_a_user(averages, context):
+    return {factor} + averages["slope"]
+"""
+
+
+@pytest.fixture
+def rule(tmp_path: Path) -> Iterator[Path]:
+    """A user's file that defines a rule."""
+    path = tmp_path / "my_rule.py"
+    path.write_text(RULE.replace("{factor}", "1.0"))
+    spec = importlib.util.spec_from_file_location("my_rule", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["my_rule"] = module
+    spec.loader.exec_module(module)
+    yield path
+    del sys.modules["my_rule"]
+    _MECHANISMS._values.pop("of_a_user")
+
+
+def test_a_rule_whose_file_changed_does_not_count_as_done(rule: Path, study: Path) -> None:
+    protocol = read_protocol(study)
+    method = Method(settings={"mechanisms": ["of_a_user"]})
+    changed = replace(protocol, methods=dict(protocol.methods) | {"mine": method})
+    resources = Resources(changed)
+    run = next(run for run in wanted(changed, {}) if run.cell.method == "mine")
+    identity = resources.identity(run, resources.prepared(run), resources.data(run))
+    assert list(identity["rules"]) == ["my_rule.py"]
+    record = {"id": run.id, "stage": "tune", "seed": 0, **run.cell._asdict(), **identity}
+    check_rules(changed, {run.id: record})
+    rule.write_text(RULE.replace("{factor}", "2.0"))
+    with pytest.raises(NaloraError, match=r"\[methods.mine\]: my_rule.py: expected the file of its runs"):
+        check_rules(changed, {run.id: record})
+    del record["rules"]  # a record of an earlier version
+    check_rules(changed, {run.id: record})

@@ -1,0 +1,59 @@
+"""Snapshots of interrupted runs that a crash or a disk damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.study.snapshots import read_snapshot, write_snapshot
+
+ARRAYS = {"lora/layers/ffn/gate_proj/a": np.arange(6.0).reshape(2, 3), "notes": np.zeros(2), "step": np.int32(7)}
+
+
+def test_a_snapshot_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    assert read_snapshot(path) is None
+    write_snapshot(path, ARRAYS, {"step": 4, "loss": 1 / 3})
+    snapshot = read_snapshot(path)
+    assert snapshot is not None
+    assert snapshot.notes == {"step": 4, "loss": 1 / 3}
+    assert snapshot.arrays.keys() == ARRAYS.keys()
+    for name, value in ARRAYS.items():
+        np.testing.assert_array_equal(snapshot.arrays[name], value)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda content: content[:-9], flipped], ids=["empty", "cut", "bit"])
+def test_a_damaged_snapshot_is_reported_and_not_used(
+    tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.npz"
+    write_snapshot(path, ARRAYS, {"step": 4})
+    path.write_bytes(damage(path.read_bytes()))
+    assert read_snapshot(path) is None
+    assert "the snapshot run.npz is damaged: the run starts from scratch" in caplog.text
+
+
+def test_a_full_disk_keeps_the_earlier_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.npz"
+    write_snapshot(path, ARRAYS, {"step": 4})
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nalora_jax.study.snapshots.os.fsync", full)
+    with pytest.raises(NaloraError, match="run.npz: expected to write a snapshot, .*No space left"):
+        write_snapshot(path, ARRAYS, {"step": 8})
+    monkeypatch.undo()
+    snapshot = read_snapshot(path)
+    assert snapshot is not None
+    assert snapshot.notes == {"step": 4}
