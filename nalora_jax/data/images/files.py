@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nalora_jax.errors import NaloraError
 
 # What is decoded; Pillow knows dozens of rarer formats, each of them code that a foreign file can reach.
@@ -44,7 +46,10 @@ def pillow() -> Any:
 
 
 def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None = None) -> Any:
-    """The image as an RGB ``PIL.Image.Image``; transparent parts become white.
+    """Returns the image upright, as an RGB ``PIL.Image.Image``; transparent parts become white.
+
+    It is rotated and mirrored as its EXIF orientation asks, as by transformers' ``load_image``. Of 16 bits per channel
+    the upper 8 remain, in grey as in colour.
 
     Args:
       source: a file's path, or its content.
@@ -52,7 +57,8 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
       limits: what is refused.
 
     Raises:
-      NaloraError: no such file; not a whole image of a known format; larger, thinner or livelier than ``limits`` allow.
+      NaloraError: no such file; not a whole image of a known format; larger, thinner or livelier than ``limits`` allow;
+        values that have no range (32-bit integers, floats).
     """
     images, limits = pillow(), limits or Limits()
     name = name or (str(source) if not isinstance(source, bytes) else "image")
@@ -64,7 +70,7 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
             image = images.open(io.BytesIO(content), formats=FORMATS)
             _check(image, name, limits)
             image.load()
-            return flattened(image)
+            return flattened(_eight_bits(_upright(image), image.format, name))
     except images.DecompressionBombError as error:
         raise _too_large(name, limits, error) from error
     except NaloraError:
@@ -103,8 +109,32 @@ def _too_large(name: str, limits: Limits, found: object) -> NaloraError:
     )
 
 
+def _upright(image: Any) -> Any:
+    return importlib.import_module("PIL.ImageOps").exif_transpose(image)
+
+
+def _eight_bits(image: Any, kind: str, name: str) -> Any:
+    """Returns grey images of 16 bits with 8; Pillow's own conversion would clip them to white."""
+    # PNG and PPM files have at most 16 bits; Pillow reads them as "I" in some versions.
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        raise NaloraError(
+            name,
+            expected="8 or 16 bits per channel",
+            found=f"mode {image.mode} (32 bits), whose range is not known",
+            remedy="scale its values to 0 to 255 and save it with 8 bits per channel",
+        )
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = pillow().fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is not None:
+        grey.putalpha(pillow().fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
 def flattened(image: Any) -> Any:
-    """``image`` as RGB, on white where it is transparent (as transformers' processors have it)."""
+    """Returns ``image`` as RGB, on white where it is transparent, as transformers' processors do."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
