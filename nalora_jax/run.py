@@ -217,7 +217,8 @@ def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpoi
 def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> Started:
     """What callbacks are told of the run before its first step."""
     origin = pieces.loaded.origin
-    more = {"data": pieces.data.describe()} | ({"base": origin.to_dict()} if origin else {})
+    turns = {} if pieces.in_turns is None else {"in_turns": pieces.in_turns}
+    more = {"data": pieces.data.describe() | turns} | ({"base": origin.to_dict()} if origin else {})
     return Started(output.folder, config.to_dict(), start, versions(), describe_device(), more)
 
 

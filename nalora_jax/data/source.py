@@ -16,6 +16,10 @@ Record = dict[str, Any]
 Span = tuple[str, int, int]
 
 
+class TableRecord(dict[str, Any]):
+    """A record of an Arrow table, where a null may stand for a field that the record does not have."""
+
+
 class Source(ABC):
     """Records of one split expression, by index.
 

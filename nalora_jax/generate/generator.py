@@ -16,7 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import NO_TOKEN, Prompts, State, decode, prefill, see, view_weights
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
-from nalora_jax.generate.text import TextStream
+from nalora_jax.generate.text import TextStream, special_stops
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
 from nalora_jax.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class Settings:
     top_p: float = 1.0
     # The draw is a function of seed, prompt and weights; a sequence gives each prompt its own.
     seed: int | Sequence[int] = 0
-    # Texts that end the answer, and are not part of it.
+    # Texts that end the answer, and are not part of it; one that begins with a special token ends it at that token.
     stop: str | Sequence[str] = ()
     # Tokens that end the answer; None: those of the tokenizer.
     stop_ids: Sequence[int] | None = None
@@ -248,7 +248,7 @@ class _Batch:
         self._generator, self._count = generator, len(ids)
         self._limits = np.array([min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids])
         chosen = generator.tokenizer.eos_ids if settings.stop_ids is None else settings.stop_ids
-        self._stop_ids = frozenset(chosen)
+        self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
         self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
         self._ids: list[list[int]] = [[] for _ in ids]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text

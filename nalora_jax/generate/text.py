@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
 
 # What decoders put where bytes do not (yet) make a character.
 _REPLACEMENT = "\ufffd"
@@ -81,3 +84,14 @@ def _open_stop(text: str, stops: Sequence[str]) -> int:
     """
     sizes = (size for stop in stops for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
     return max(sizes, default=0)
+
+
+def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
+    """Returns the ids of special tokens that stop strings begin with, white space aside.
+
+    Text without special tokens never contains such a string, so the token itself has to end it.
+    """
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special and token.content}
+    texts = [stop.lstrip() for stop in stops]
+    return frozenset(number for content, number in special.items() if any(t.startswith(content) for t in texts))

@@ -40,6 +40,7 @@ HUB_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "preprocessor_config.json",
     "processor_config.json",
     "*.safetensors",
@@ -293,7 +294,7 @@ def _check_model_file(path: Path) -> None:
 
 def _snapshot(repository: str, file: str, *, local: bool) -> Path:
     """The folder of a repository: with one file, or with the model in its top folder (not with copies below that)."""
-    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*", "consolidated*"])
+    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
     return Path(
         huggingface_hub.snapshot_download(
             repository, local_files_only=local, allow_patterns=wanted, ignore_patterns=unwanted

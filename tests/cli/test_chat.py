@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 import sys
 from io import StringIO
@@ -115,6 +116,20 @@ def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(base, ada
     assert len(set(said)) == 3
     assert f"{base} + {two}" in err
     assert 0 < counts[1] == counts[-1]  # programs before each answer: those of the first serve all
+
+
+@pytest.mark.parametrize(("in_turns", "warned"), [(False, True), (True, False), (None, False)])
+def test_an_adapter_that_was_trained_without_a_template_is_warned_of(
+    base, adapters, monkeypatch, capsys, tmp_path, in_turns, warned
+):
+    run = tmp_path / "run"
+    shutil.copytree(adapters[0], run / "adapter")
+    data = {} if in_turns is None else {"in_turns": in_turns}
+    (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": str(base)}, "data": data}) + "\n")
+    for flags, lines in (([], []), (["--adapter", str(run)], []), ([], [f"/adapter {run}"])):
+        model = base if flags or lines else run
+        _, err = talk(monkeypatch, capsys, model, lines, *flags)
+        assert ("was trained on prompts without a chat template" in err) == warned
 
 
 def _counting(stream, counts):

@@ -140,7 +140,7 @@ class ChatImages(Source):
         if data.messages_field not in row:
             return self._question(row, images, where)
         messages, images = self._messages(row[data.messages_field], images, where)
-        return {**row, data.messages_field: messages, IMAGES: images}
+        return type(row)({**row, data.messages_field: messages, IMAGES: images})
 
     # ------------------------------------------------------------ conversations
 
