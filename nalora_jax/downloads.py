@@ -34,7 +34,7 @@ class PackageFile:
     wheel_sha256: str  # of the wheel
     member: str  # path inside the wheel
     licence: str  # SPDX name of the member's licence
-    sha256: str = ""  # of the member; empty if its format has checksums of its own, as gzip has
+    sha256: str = ""  # of the member; empty if its format includes checksums, as gzip does
 
 
 def cache_dir() -> Path:

@@ -28,7 +28,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
 ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
-# Roles that templates know, and names that a template renders as they are although the model never saw them.
+# Roles of chat templates, and other names for them, which templates would render as they are.
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 _MISNAMED = {name: role for name, role in ROLES.items() if name != role and role != "tool"}
 # Stanford Alpaca's prompts: what models without a chat template have been tuned with most.
@@ -129,7 +129,7 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
       value: ``{"role", "content"}`` as OpenAI has it, or ``{"from", "value"}`` as ShareGPT has it. A content of parts
         is their text; a null content of a message with tool calls is empty.
       where: names the message.
-      filled: nulls in tool calls may stand for absent fields, as in a `TableRecord`; they are removed.
+      filled: remove nulls from tool calls, since in a `TableRecord` they may mean absent fields.
 
     Raises:
       NaloraError: it is neither, an unknown speaker, a misspelt role, or parts that are no text.

@@ -17,7 +17,7 @@ Span = tuple[str, int, int]
 
 
 class TableRecord(dict[str, Any]):
-    """A record of an Arrow table, where a null may stand for a field that the record does not have."""
+    """A record of an Arrow table, in which a null may mean that the record does not have the field."""
 
 
 class Source(ABC):

@@ -49,7 +49,7 @@ __all__ = [
     "tfds_errors",
 ]
 
-_COMPARED = 16  # records by which two sources are told apart
+_COMPARED = 16  # records of each source in a comparison
 AUTO = "auto"  # as the evaluation split: the data set's own, else some of the training split's records
 
 # Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.

@@ -43,7 +43,7 @@ class Settings:
     top_p: float = 1.0
     # The draw is a function of seed, prompt and weights; a sequence gives each prompt its own.
     seed: int | Sequence[int] = 0
-    # Texts that end the answer, and are not part of it; one that begins with a special token ends it at that token.
+    # Texts that end the answer, without being part of it. A text that starts with a special token ends it there.
     stop: str | Sequence[str] = ()
     # Tokens that end the answer; None: those of the tokenizer.
     stop_ids: Sequence[int] | None = None

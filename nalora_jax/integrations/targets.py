@@ -22,7 +22,7 @@ Keymap = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer of the user's model that has a kernel, and how it multiplies by it; or why it cannot be adapted."""
+    """A layer of the user's model that has a kernel: its contraction, or the reason why it cannot be adapted."""
 
     own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
     lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
@@ -30,23 +30,23 @@ class Projection:
 
     @property
     def dense(self) -> Contraction:
-        """The product; only of what was not refused."""
+        """Returns the contraction; an `Unfit` layer has none."""
         assert isinstance(self.layer, Contraction)
         return self.layer
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Axes of the kernel that are contracted with the last ones of x."""
+        """Returns the axes of the kernel that are contracted with the last axes of x."""
         return self.dense.inputs
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """The kernel's other axes."""
+        """Returns the kernel's other axes."""
         return self.dense.outputs
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the stored kernel."""
+        """Returns the shape of the stored kernel."""
         sides = (self.outputs, self.inputs) if self.dense.transposed else (self.inputs, self.outputs)
         return (*self.lead, *sides[0], *sides[1])
 
@@ -70,10 +70,10 @@ def flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:
 def choose_targets(
     projections: Sequence[Projection], keymap: Keymap, lora: LoRAConfig, activation: str
 ) -> tuple[Target, ...]:
-    """The adapters that the rules give a model's projections.
+    """Returns the adapters that the rules give a model's projections.
 
     Args:
-      projections: all that exist.
+      projections: all projections of the model.
       keymap: see `adapt_linen`.
       lora: rules, searched in the keymap's names, and ``rslora``.
       activation: the gates'.
@@ -140,10 +140,10 @@ def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
 
 
 def _fits(projection: Projection, path: str, where: str, beside_others: bool) -> bool:
-    """Whether a layer that a rule found is adapted; one that only resembles a dense layer is an error.
+    """Returns whether a layer that a rule matches is adapted; a layer that only resembles a dense one is an error.
 
-    Embeddings, convolutions and the like, which a wide pattern finds beside dense layers, are left as they are, and
-    said.
+    Embeddings, convolutions and the like that a wide pattern matches together with dense layers stay unadapted, with a
+    warning.
     """
     if isinstance(projection.layer, Contraction):
         return True
@@ -170,7 +170,7 @@ def _check_variant(lora: LoRAConfig) -> None:
 
 
 def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
-    """Projections by the keymap's names; those that it does not mention keep their own."""
+    """Returns projections by the keymap's names; projections that it does not mention keep their path."""
     own = [projection.own for projection in projections]
     trees.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
     named: dict[str, Projection] = {}

@@ -244,7 +244,7 @@ def trained_in_turns(adapter: Path) -> bool | None:
     """Returns whether a chat template wrote the texts that an adapter was trained on; None if its run did not note it.
 
     Args:
-      adapter: folder in PEFT's format, of a run or of its own.
+      adapter: folder in PEFT's format.
     """
     header = _header(adapter.parent)
     run, data = header.get("run"), header.get("data")

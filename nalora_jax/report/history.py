@@ -185,7 +185,7 @@ def read_history(folder: str | Path) -> History:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """Returns the evaluation in a file of its own (before.json).
+    """Returns the evaluation in a separate file (before.json).
 
     Raises:
       NaloraError: the file cannot be read, is no evaluation, or differs from its digest.

@@ -18,7 +18,7 @@ from nalora_jax.errors import NaloraError
 
 @contextmanager
 def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the block ends without an error.
+    """Yields a temporary folder that gets the name ``folder`` when the block ends without an error.
 
     Args:
       folder: must not exist or be empty, unless ``replaces`` allows more.
@@ -26,8 +26,8 @@ def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterato
         Anything else in it belongs to someone else.
 
     Raises:
-      NaloraError: the folder holds something else, or the file system refused (a full disk, no permission). Nothing
-        of the attempt is left behind, and what was there stays as it was.
+      NaloraError: the folder has other content, or the file system refused (a full disk, no permission). The
+        temporary folder is removed, and ``folder`` stays as it was.
     """
     target = Path(folder)
     _check_free(target, replaces)

@@ -1,4 +1,4 @@
-"""What an adapter's file notes beside its tensors: a digest of the adapter, and the fingerprint of its base model."""
+"""Metadata of an adapter's file: a digest of the adapter and the fingerprint of its base model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "nalora.base_fingerprint"
 DIGEST_KEY = "nalora.sha256"
-# Stands beside the digest in every file, so that a file whose digest lost its name is not taken for another tool's.
+# Written with every digest, so that a file whose digest lost its name is not mistaken for a file of another tool.
 LAYOUT_KEY = "nalora.layout"
-# Fields of adapter_config.json that decide what the tensors mean.
+# Fields of adapter_config.json that decide the function of the tensors.
 _MEANING = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
     *("target_modules", "target_parameters"),
@@ -32,10 +32,10 @@ _LATER_MEANING = ("modules_to_save", "ensure_weight_tying", "trainable_token_ind
 def file_metadata(
     tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], fingerprint: str | None = None
 ) -> dict[str, str]:
-    """The metadata of a file that holds ``tensors``: the base's fingerprint, and a digest of the whole.
+    """Returns the metadata of a file of ``tensors``: the base's fingerprint and a digest of the adapter.
 
     Args:
-      tensors: what the file holds, by name.
+      tensors: of the file, by name.
       settings: of ``adapter_config.json``.
       fingerprint: of the base model's weights.
     """
@@ -44,12 +44,12 @@ def file_metadata(
 
 
 def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of an adapter: tensors in float32, what is noted beside them, and settings that give them meaning.
+    """Returns the SHA-256 of an adapter: tensors in float32, other metadata, and the settings in `_MEANING`.
 
-    Where the base model lies, and anything else in the config that this library does not compute with, may be edited.
+    The base model's path, and other settings that the library does not compute with, may be edited.
     """
     meaning = {name: settings.get(name) for name in _MEANING}
-    # Files of earlier versions have nothing of the kind, and digests without it.
+    # Files of earlier versions do not have these fields, and digests without them.
     meaning |= {name: settings[name] for name in _LATER_MEANING if settings.get(name)}
     noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
     digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
@@ -60,7 +60,7 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], meta
 
 
 def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Refuse a file that this library wrote and something changed since, or the ``adapter_config.json`` beside it."""
+    """Refuses a file of this library that was changed since it was written, or whose ``adapter_config.json`` was."""
     if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
         return  # another tool's
     settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 
 
 def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
-    """Refuses an adapter of another base model, where the file notes its own."""
+    """Refuses an adapter of another base model, if the file has its base's fingerprint."""
     noted = metadata.get(FINGERPRINT_KEY)
     if not noted or not fingerprint or noted == fingerprint:
         return

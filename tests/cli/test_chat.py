@@ -210,6 +210,7 @@ def test_generate_takes_messages(base, tmp_path, capsys, wrapped):
         ("[]", "expected a list of messages"),
         ('{"messages": 3}', 'expected a list of messages, or an object with "messages", found a int'),
         ('[{"role": "user"}]', "messages[0]: expected a field 'content'"),
+        ('[{"role": "usr", "content": "a"}]', "messages[0]: role: expected a role"),
         ('["a"]', 'messages[0]: expected {"role": ..., "content": ...}, found a str'),
         ('[{"role": "assistant", "content": "a"}]', "expected a user's message last"),
     ],
