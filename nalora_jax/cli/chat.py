@@ -120,6 +120,7 @@ class _Adapters:
         self._slot: AdapterSlot | None = None
         self.generator = self._with(model.lora, model.spec)
         self.name = _shown(model.located.base, model.located.adapter)
+        _warn_without_turns(model.located.adapter)
 
     def switch(self, path: str) -> None:
         """Answer with the adapter in ``path`` from now on; "none": without one.
@@ -137,6 +138,7 @@ class _Adapters:
         folder = adapter_folder(Path(path))
         lora, spec = adapter_for(base, folder)
         self.generator, self.name = self._with(lora, spec), _shown(self._model.located.base, folder)
+        _warn_without_turns(folder)
 
     def _with(self, lora: Any, spec: Any) -> Generator:
         """The generator with an adapter: in the slot, with what is compiled, if it fits; DoRA has its own program."""
@@ -237,6 +239,14 @@ class _Talk:
         except KeyboardInterrupt:  # of this answer, not of the conversation
             _say(" ...")
         print(flush=True)
+
+
+def _warn_without_turns(adapter: Path | None) -> None:
+    """Warns if an adapter was trained on texts without the chat template that a conversation goes through."""
+    from nalora_jax.load import trained_in_turns
+
+    if adapter is not None and trained_in_turns(adapter) is False:
+        _say(f"warning: {adapter} was trained on prompts without a chat template; nalora generate --prompt uses none")
 
 
 def _lines() -> Iterator[str]:

@@ -148,6 +148,7 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
     """Write a dual encoder with its adapter folded in as one Hugging Face folder."""
     from nalora_jax.load.dual import load_adapted_dual
+    from nalora_jax.weights.shards import parse_size
     from nalora_jax.weights.vision.hub import resolve_folder
     from nalora_jax.weights.vision.merge import write_merged_dual
 
@@ -157,9 +158,8 @@ def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], s
     config, base = model.base.config, model.base
     source = Path() if config.trained else resolve_folder(model.located.base)[0]
     text = card(model, "merged")
-    write_merged_dual(
-        args.output, config, base.params, model.lora, model.spec, source=source, dtype=args.dtype, card=text
-    )
+    options: dict[str, Any] = {"dtype": args.dtype, "shard_bytes": parse_size(args.shard_size), "card": text}
+    write_merged_dual(args.output, config, base.params, model.lora, model.spec, source=source, **options)
     print(f"{args.output}: merged model in {args.dtype}")
 
 

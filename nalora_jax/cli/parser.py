@@ -103,6 +103,8 @@ class MergeArgs:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     # Write one GGUF file for llama.cpp in this format instead; the base has to come from a GGUF file itself.
     gguf: Literal["F32", "F16", "BF16", "Q8_0"] | None = None
+    # Largest file of weights, such as 5GB or 500MB; a larger model is written as several files with an index.
+    shard_size: str = "5GB"
 
 
 @dataclass(frozen=True)

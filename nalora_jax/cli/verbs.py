@@ -45,7 +45,7 @@ def generate(args: cli.GenerateArgs) -> None:
     from nalora_jax.data.images.files import open_image
     from nalora_jax.generate import Generator
     from nalora_jax.generate.conversation import chat_tokens, read_messages
-    from nalora_jax.load import load
+    from nalora_jax.load import load, trained_in_turns
 
     if (args.prompt is None) == (args.messages is None):
         found = "neither" if args.prompt is None else "both"
@@ -64,7 +64,8 @@ def generate(args: cli.GenerateArgs) -> None:
         in_turns = tokenizer.chat_template is not None and args.chat is not False
         tokens = asked(prompt, len(pictures), tokenizer, chat=in_turns)
     else:
-        if model.located.run.get("data", {}).get("chat", False) if args.chat is None else args.chat:
+        adapter = model.located.adapter
+        if args.chat or (args.chat is None and adapter is not None and trained_in_turns(adapter)):
             messages = messages or [{"role": "user", "content": prompt}]
         if messages is not None:
             tokens = chat_tokens(tokenizer, messages)
@@ -121,7 +122,9 @@ def merge(args: cli.MergeArgs) -> None:
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
     from nalora_jax.weights.saved_modules import fold_saved
+    from nalora_jax.weights.shards import parse_size
 
+    shard_bytes = parse_size(args.shard_size)
     if args.gguf is None:
         refuse_existing(args.output)
     else:
@@ -160,6 +163,7 @@ def merge(args: cli.MergeArgs) -> None:
         hf_config=base.hf_config | ({"tie_word_embeddings": False} if parted else {}),
         tokenizer=_tokenizer_of(base, found),
         dtype=args.dtype,
+        shard_bytes=shard_bytes,
         card=card(model, "merged"),
     )
     print(f"{args.output}: merged model in {args.dtype}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nalora_jax.config import DataConfig
 from nalora_jax.data.forms import Parts, canonical, message_of, tools_of
+from nalora_jax.data.source import TableRecord
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import is_unicode
 
@@ -68,8 +69,9 @@ def render_chat(
 ) -> Rendered:
     """A conversation as its model's template writes it.
 
-    An answer runs from where generation would start to the end of its end-of-turn token; white space that a template
-    puts between turns is not part of it. With loss on the answer only, what follows the last answer is left out.
+    An answer runs from where generation would start to the end of its end-of-turn token. White space that a template
+    writes between turns is not part of it, nor an end-of-sequence token that it writes after the last turn only (as
+    Phi-3's). With loss on the answer only, what follows the last answer is left out.
 
     Example (ChatML, answers in brackets, loss on every assistant turn):
       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n[Hello<|im_end|>]\\n
@@ -88,9 +90,26 @@ def render_chat(
     # The whole, and for each answer what comes before it and what comes up to its end.
     parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
     text, *texts = tokenizer.render_chats([(messages, False), *parts], tools)
+    end_of_chat = _end_of_chat(text, messages, tokenizer, tools)
+    texts = [part.removesuffix(end_of_chat) for part in texts]
     answers = tuple(_answer(text, before, upto, where) for before, upto in zip(texts[::2], texts[1::2], strict=True))
     end = answers[-1][1] if turns[-1] == len(messages) - 1 else len(text)
     return Rendered(text[:end], answers, special=False)
+
+
+def _end_of_chat(text: str, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None) -> str:
+    """Returns the end-of-sequence token that ends a whole conversation but not its last turn, or "".
+
+    A template that writes it after a conversation writes the beginning of the next answer in its place.
+    """
+    token = (tokenizer.special_tokens or {}).get("eos_token", "")
+    if not token or not text.endswith(token):
+        return ""
+    try:
+        continued = tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools)
+    except NaloraError:  # an answer cannot follow this turn
+        return ""
+    return "" if continued.startswith(text) or not continued.startswith(text.removesuffix(token)) else token
 
 
 def _answer(text: str, before: str, upto: str, where: str) -> tuple[int, int]:
@@ -124,7 +143,8 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
     if not isinstance(value, list) or not value:
         found = "none" if value == [] else f"a {type(value).__name__}"
         raise NaloraError(f"{where}: {field}", expected="a list of chat messages", found=found)
-    messages = [message_of(message, f"{where}: {field}[{number}]") for number, message in enumerate(value)]
+    filled = isinstance(record, TableRecord)
+    messages = [message_of(one, f"{where}: {field}[{number}]", filled=filled) for number, one in enumerate(value)]
     for number, message in enumerate(messages):
         text_field(message, "role", f"{where}: {field}[{number}]")
         if not isinstance(message.get("content"), Parts):

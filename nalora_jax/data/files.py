@@ -23,7 +23,7 @@ import numpy as np
 from nalora_jax import buckets
 from nalora_jax.data.array_records import ArrayRecords, is_array_record
 from nalora_jax.data.jsonl import JsonLines
-from nalora_jax.data.source import Record, foreign_errors
+from nalora_jax.data.source import Record, TableRecord, foreign_errors
 from nalora_jax.errors import NaloraError
 
 # Endings of the files that are looked for in folders.
@@ -296,7 +296,7 @@ class TableRows:
             with self._errors():
                 rows = self._group(group).take(pa.array(wanted[at] - self._ends[group])).to_pylist()
             for position, row in zip(at.tolist(), rows, strict=True):
-                found[position] = row
+                found[position] = TableRecord(row)
         return found
 
     def _group(self, number: int) -> Any:

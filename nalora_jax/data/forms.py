@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data.source import Record, TableRecord
 from nalora_jax.errors import NaloraError
 
-Record = dict[str, Any]
 CONVERSATIONS = "conversations"
 # Field of a record that holds its images, encoded or as files' paths, where a model sees them.
 IMAGES = "__images__"
@@ -27,6 +28,9 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
 ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
+# Roles of chat templates, and other names for them, which templates would render as they are.
+_KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
+_MISNAMED = {name: role for name, role in ROLES.items() if name != role and role != "tool"}
 # Stanford Alpaca's prompts: what models without a chat template have been tuned with most.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -62,6 +66,19 @@ def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
     return ""
 
 
+def in_turns(record: Record, config: DataConfig, *others: str) -> bool:
+    """Returns True if a chat template writes the text of a record.
+
+    Args:
+      record: of any form.
+      config: names of the fields, and ``chat``.
+      *others: fields of answers in a preference pair.
+    """
+    record = canonical(record, config, "record")
+    fields = (config.prompt_field, *others)
+    return config.chat or config.messages_field in record or any(isinstance(record.get(f), list) for f in fields)
+
+
 def canonical(record: Record, config: DataConfig, where: str) -> Record:
     """A record of any form as one with ``config.messages_field``, or with a prompt and a completion.
 
@@ -87,7 +104,7 @@ def canonical(record: Record, config: DataConfig, where: str) -> Record:
 
 def _with_messages(record: Record, config: DataConfig, messages: Any) -> Record:
     tools = {"tools": record["tools"]} if record.get("tools") else {}
-    return {config.messages_field: messages} | tools
+    return type(record)({config.messages_field: messages} | tools)
 
 
 def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
@@ -105,25 +122,27 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
     return {config.prompt_field: prompt, config.completion_field: texts["output"]}
 
 
-def message_of(value: Any, where: str) -> Record:
-    """One chat message as templates take it: a role and a text, and perhaps tool calls whose arguments are objects.
+def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
+    """Returns one chat message as templates take it: a role, a text, and perhaps tool calls with arguments as objects.
 
     Args:
       value: ``{"role", "content"}`` as OpenAI has it, or ``{"from", "value"}`` as ShareGPT has it. A content of parts
-        is their text; one that is null beside tool calls is empty.
+        is their text; a null content of a message with tool calls is empty.
       where: names the message.
+      filled: remove nulls from tool calls, since in a `TableRecord` they may mean absent fields.
 
     Raises:
-      NaloraError: it is neither, an unknown speaker, or parts that are no text.
+      NaloraError: it is neither, an unknown speaker, a misspelt role, or parts that are no text.
     """
     if not isinstance(value, dict):
         raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}")
-    # Arrow fills up with nulls what other messages have.
     message = {name: part for name, part in value.items() if part is not None or name in ("role", "content")}
     if message.get("role") is None and {"from", "value"} <= message.keys():
         return _shared(message, where)
+    check_role(message.get("role"), where)
     calls = message.get("tool_calls")
     if isinstance(calls, list) and calls:
+        calls = _without_null(calls) if filled else calls
         message["tool_calls"] = [_call(call, f"{where}: tool_calls[{i}]") for i, call in enumerate(calls)]
         message["content"] = message.get("content") or ""
     else:
@@ -131,6 +150,21 @@ def message_of(value: Any, where: str) -> Record:
     if isinstance(message.get("content"), list) and not isinstance(message["content"], Parts):
         message["content"] = "".join(_part(part, f"{where}: content") for part in message["content"])
     return message
+
+
+def check_role(role: object, where: str) -> None:
+    """Refuses a role that is a known one misspelt or under another name; templates would render it as it is.
+
+    Raises:
+      NaloraError: suggests the role that is meant.
+    """
+    if not isinstance(role, str) or role in _KNOWN_ROLES:
+        return
+    plain = role.strip().lower()
+    meant = _MISNAMED.get(plain) or next(iter(get_close_matches(plain, _KNOWN_ROLES, 1, cutoff=0.75)), None)
+    if meant is not None:
+        expected = f"a role that chat templates know ({', '.join(_KNOWN_ROLES)})"
+        raise NaloraError(f"{where}: role", expected=expected, found=repr(role)[:80], remedy=f"write {meant!r}")
 
 
 def _shared(message: Record, where: str) -> Record:
@@ -146,18 +180,19 @@ def _shared(message: Record, where: str) -> Record:
 
 
 def _call(call: Any, where: str) -> Record:
-    """A tool call with its arguments as an object: OpenAI sends them as JSON in a text, templates want them so."""
+    """Returns a tool call with its arguments as an object: OpenAI writes them as JSON in a text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
         raise NaloraError(where, expected=expected, found=repr(call)[:80])
     arguments = _object(function.get("arguments") or {}, f"{where}: arguments")
-    rest = {name: part for name, part in call.items() if part is not None and name != "function"}
-    return {"type": "function"} | rest | {"function": {"name": function["name"], "arguments": _without_null(arguments)}}
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
-    """Schemas of the tools that a conversation may use, from its field "tools": a list, or one as JSON in a text.
+    """Returns the schemas of a conversation's tools, from its field "tools": a list, or one as JSON in a text.
+
+    Nulls in objects of a `TableRecord` are removed; all others are part of a schema.
 
     Raises:
       NaloraError: it is neither.
@@ -165,6 +200,8 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
     value = record.get("tools")
     if not value:
         return None
+    if isinstance(record, TableRecord):
+        value = _without_null(value)
     try:
         if isinstance(value, str):
             value = json.loads(value)
@@ -174,7 +211,7 @@ def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
         raise NaloraError(f"{where}: tools", expected="a JSON list of tools", found=error) from error
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise NaloraError(f"{where}: tools", expected="a list of tools", found=repr(value)[:80])
-    return [_without_null(one) for one in value] or None
+    return value or None
 
 
 def _object(value: Any, where: str) -> Record:
@@ -189,7 +226,7 @@ def _object(value: Any, where: str) -> Record:
 
 
 def _without_null(value: Any) -> Any:
-    """Without the nulls that a column of Arrow puts where other rows have fields."""
+    """Removes the nulls that a column of Arrow holds for fields of other rows."""
     if isinstance(value, dict):
         return {name: _without_null(part) for name, part in value.items() if part is not None}
     return [_without_null(part) for part in value] if isinstance(value, list) else value

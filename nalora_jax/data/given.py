@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.config import DataConfig
-from nalora_jax.data.source import Record, RecordsSource, Source, Span
+from nalora_jax.data.source import Record, RecordsSource, Source, Span, TableRecord
 from nalora_jax.data.sources import AUTO, open_source
 from nalora_jax.errors import NaloraError
 
@@ -55,7 +55,8 @@ class FormattedSource(Source):
         if example is not None and not isinstance(example, dict):
             found = type(example).__name__
             raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=found)
-        return example
+        # Parts of a table's record keep its nulls.
+        return TableRecord(example) if example is not None and isinstance(record, TableRecord) else example
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -114,12 +115,13 @@ def _by_split(data: Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
 
 
 def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
-    found = []
+    found: list[Record] = []
+    kind = TableRecord if type(records).__module__.startswith("datasets.") else dict
     for index, record in enumerate(records):
         if not isinstance(record, Mapping):
-            kind = type(record).__name__
-            raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {kind}")
-        found.append(dict(record))
+            name = type(record).__name__
+            raise NaloraError(f"data[{split!r}], record {index}", expected="a dict", found=f"a {name}")
+        found.append(kind(record))
     return RecordsSource(f"{NAME}[{split}]", found)
 
 

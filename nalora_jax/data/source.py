@@ -16,6 +16,10 @@ Record = dict[str, Any]
 Span = tuple[str, int, int]
 
 
+class TableRecord(dict[str, Any]):
+    """A record of an Arrow table, in which a null may mean that the record does not have the field."""
+
+
 class Source(ABC):
     """Records of one split expression, by index.
 

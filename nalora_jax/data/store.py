@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # Raised when the same records and tokenizer would give other tokens.
-_FORMAT = 3
+_FORMAT = 4
 # Records read, rendered and tokenized together: enough to keep every core busy, little to hold in memory.
 _CHUNK = 2048
 # Options that change tokens, besides the split and the limit.
@@ -278,7 +278,8 @@ def _load(folder: Path) -> TokenStore:
 
 def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Changes with anything that could change the ids of a text."""
-    rest = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.add_bos, tokenizer.chat_template)
+    rest = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.add_bos)
+    rest = (*rest, tokenizer.chat_template, tokenizer.tool_template)
     special = sorted((tokenizer.special_tokens or {}).items())
     images = "" if tokenizer.images is None else str(tokenizer.images)
     return hashlib.sha256(f"{tokenizer.backend.to_str()}{rest}{special}{images}".encode()).hexdigest()

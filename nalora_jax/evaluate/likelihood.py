@@ -18,6 +18,7 @@ from nalora_jax.evaluate.plan import Pair, ScoringBatch, Split, choose_layout, m
 from nalora_jax.generate.shapes import batch_shards, place_batch
 from nalora_jax.models.cache import Cache, grow, init_cache, repeat
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.ropes import switch_length
 from nalora_jax.notes import counting
 from nalora_jax.ops.storage import prepare
 
@@ -61,7 +62,8 @@ def score_groups(
     """
     if not groups:
         return []
-    splits = [split_group(index, pairs) for index, pairs in enumerate(groups)]
+    switch = switch_length(model.config.ropes)
+    splits = [split_group(index, pairs, switch) for index, pairs in enumerate(groups)]
     _check_lengths(splits, model.config.max_positions)
     layout = choose_layout(splits, tokens=batch_tokens, shards=batch_shards(mesh))
     variables = prepare(variables, model.numerics, tables=False)

@@ -81,11 +81,16 @@ class ScoringBatch:
     owner: np.ndarray  # int32 [rows, lanes, tail]: number of the pair that a scored target belongs to, -1 elsewhere
 
 
-def split_group(index: int, pairs: Sequence[Pair]) -> Split:
-    """Stem and tails of one group.
+def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) -> Split:
+    """Returns the stem and the tails of one group.
 
     Example (context [5, 6, 7], continuations [8] and [9, 8]):
       stem [5, 6], tails [7] and [7, 9], targets [8] and [9, 8]
+
+    Args:
+      index: of the group.
+      pairs: contexts and continuations.
+      switch: from `switch_length`; a group with a longer text shares no keys, so it has no stem.
 
     Raises:
       NaloraError: there is no pair, or a context or a continuation is empty.
@@ -102,6 +107,8 @@ def split_group(index: int, pairs: Sequence[Pair]) -> Split:
     shared = _common_prefix([text[:shortest] for text in texts])
     # Contexts that differ from their first token on share nothing, not even the token that stays in the tails.
     cut = max(shared - 1, 0)
+    if switch is not None and max(map(len, texts)) - 1 > switch:
+        cut = 0
     return Split(
         index,
         stem=texts[0][:cut],

@@ -1,4 +1,4 @@
-"""A conversation with a model: turns, a system prompt, and answers that are streamed."""
+"""A conversation with a model: turns, a system prompt and streamed answers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.data.chat import Message, text_field
-from nalora_jax.data.forms import Parts
+from nalora_jax.data.forms import Parts, check_role
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate.generator import Generator
 from nalora_jax.tokenizer import Tokenizer
 
 
 class Conversation:
-    """Turns so far; an answer is part of it as far as it was taken from the stream.
+    """The turns so far; an answer is part of them as far as it was read from the stream.
 
     Attributes:
       system: the system prompt, or None.
-      turns: user's and assistant's messages, in order.
-      images: those that the turns show, in their order, prepared (uint8 ``[height, width, 3]``).
+      turns: messages of user and assistant, in order.
+      images: of the turns, in order, prepared (uint8 ``[height, width, 3]``).
     """
 
     def __init__(self, system: str | None = None) -> None:
@@ -32,38 +32,38 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """Everything that the model reads."""
+        """Returns the system prompt and the turns."""
         return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.turns]
 
     def reset(self) -> None:
-        """Forget the turns and their images; the system prompt stays."""
+        """Removes the turns and their images, not the system prompt."""
         self.turns, self.images = [], []
 
     def ask(
         self, text: str, generator: Generator, *, images: Sequence[np.ndarray] = (), **settings: Any
     ) -> Iterator[str]:
-        """The answer to ``text`` in pieces. Where it cannot be asked, the conversation stays as it was.
+        """Yields the answer to ``text`` in pieces. After an error the conversation is unchanged.
 
         Args:
           text: of the user.
-          generator: answers.
-          images: what the user shows before the text, as the model's processor prepares it.
+          generator: generates the answer.
+          images: before the text, as the model's processor prepares them.
           **settings: the fields of `nalora_jax.generate.Settings`.
 
         Raises:
-          NaloraError: the chat template refuses the turns, they fill the context, or the text holds what stands for
-            images.
+          NaloraError: the chat template refuses the turns, they fill the context, or the text has image tokens.
         """
         tokens = generator.tokenizer.images
         if tokens is not None and tokens.reserved(text):
             raise NaloraError("message", expected=f"no {tokens.token} in it", found=repr(text)[:80])
         parts = Parts([*[{"type": "image"}] * len(images), {"type": "text", "text": text}])
-        asked: Message = {"role": "user", "content": parts if images else text}
-        seen = [*self.images, *images]
-        pieces = generator.stream(chat_tokens(generator.tokenizer, [*self.messages, asked]), images=seen, **settings)
+        question: Message = {"role": "user", "content": parts if images else text}
+        pictures = [*self.images, *images]
+        prompt = chat_tokens(generator.tokenizer, [*self.messages, question])
+        pieces = generator.stream(prompt, images=pictures, **settings)
         answer: Message = {"role": "assistant", "content": ""}
-        self.turns += [asked, answer]
-        self.images = seen
+        self.turns += [question, answer]
+        self.images = pictures
         return self._taken(pieces, answer)
 
     def _taken(self, pieces: Iterator[str], answer: Message) -> Iterator[str]:
@@ -73,9 +73,9 @@ class Conversation:
 
 
 def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids of a conversation up to where the assistant's answer begins.
+    """Returns the token ids of a conversation up to the start of the assistant's answer.
 
-    The template writes the begin-of-sequence token itself.
+    The template writes the begin-of-sequence token.
 
     Raises:
       NaloraError: the model has no chat template, or its template refuses the messages.
@@ -84,10 +84,10 @@ def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
 
 
 def read_messages(path: Path) -> list[Message]:
-    """The messages of a JSON file: a list of ``{"role": ..., "content": ...}``, or an object with such ``messages``.
+    """Returns the messages of a JSON file: a list of ``{"role": ..., "content": ...}``, or an object with ``messages``.
 
     Raises:
-      NaloraError: the file cannot be read or holds something else, or the last word is the assistant's already.
+      NaloraError: the file cannot be read, has other content or a misspelt role, or ends with the assistant's message.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -104,7 +104,7 @@ def read_messages(path: Path) -> list[Message]:
         where = f"{path}: messages[{number}]"
         if not isinstance(message, dict):
             raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
-        text_field(message, "role", where)
+        check_role(text_field(message, "role", where), where)
         text_field(message, "content", where)
     if found[-1]["role"] == "assistant":
         remedy = "leave out the last message: it is what the model is asked for"

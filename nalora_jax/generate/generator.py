@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
-from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, see, view_weights
+from nalora_jax.generate.programs import NO_TOKEN, Prompts, State, decode, prefill, see, view_weights
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
-from nalora_jax.generate.text import TextStream
+from nalora_jax.generate.text import TextStream, special_stops
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.ropes import switch_length
 from nalora_jax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]  # a text, or its token ids
@@ -42,7 +43,7 @@ class Settings:
     top_p: float = 1.0
     # The draw is a function of seed, prompt and weights; a sequence gives each prompt its own.
     seed: int | Sequence[int] = 0
-    # Texts that end the answer, and are not part of it.
+    # Texts that end the answer, without being part of it. A text that starts with a special token ends it there.
     stop: str | Sequence[str] = ()
     # Tokens that end the answer; None: those of the tokenizer.
     stop_ids: Sequence[int] | None = None
@@ -247,33 +248,27 @@ class _Batch:
         self._generator, self._count = generator, len(ids)
         self._limits = np.array([min(settings.max_new_tokens, generator.max_length - len(row)) for row in ids])
         chosen = generator.tokenizer.eos_ids if settings.stop_ids is None else settings.stop_ids
-        self._stop_ids = frozenset(chosen)
+        self._stop_ids = frozenset(chosen) | special_stops(generator.tokenizer, settings.stop_texts)
         self._streams = [TextStream(generator.tokenizer, settings.stop_texts) for _ in ids]
         self._ids: list[list[int]] = [[] for _ in ids]
         self._ended = np.zeros(len(ids), bool)  # by a stop token or text
-        longest = max(len(row) for row in ids)
-        self._prompts = self._make_prompts(ids, bucket(longest, minimum=16), settings, seeds, adapters)
+        self._prompt_ids = ids
+        self._prompts = self._make_prompts(ids, settings, seeds, adapters)
         if any(images):
             self._prompts = replace(self._prompts, features=self._features(images))
-        self._slots = bucket(self._prompts.tokens.shape[1] + int(self._limits.max()), minimum=32)
 
     def _make_prompts(
         self,
         ids: Sequence[list[int]],
-        seq: int,
         settings: Settings,
         seeds: Sequence[int],
         adapters: Sequence[int] | None,
     ) -> Prompts:
         mesh = self._generator.mesh
         batch = bucket(len(ids), multiple=batch_shards(mesh))
-        tokens = np.zeros((batch, seq), np.int32)
-        for row, values in enumerate(ids):
-            tokens[row, : len(values)] = values
         spare = batch - len(ids)
         rows = {
-            "tokens": tokens,
-            "lengths": np.array([*map(len, ids), *[1] * spare], np.int32),
+            **_padded_rows(ids, batch),
             "live": np.arange(batch) < len(ids),
             "sampling": make_sampling(
                 batch,
@@ -323,24 +318,50 @@ class _Batch:
         return tuple(ids[:count])
 
     def pieces(self, tokens: int) -> Iterator[list[str]]:
-        """New text of every row, as many ``tokens`` at a time, at most `_BATCH_TOKENS`."""
-        generator, mesh = self._generator, self._generator.mesh
-        model, weights = generator.model, generator._weights
-        state = prefill(model, weights, self._prompts, slots=self._slots)
+        """Yields the new text of every row, at most ``tokens`` (up to `_BATCH_TOKENS`) at a time."""
+        generator, limit = self._generator, int(self._limits.max())
+        state, count = self._prefill(0), 1
         made = fetch(state.token)[:, None]
-        remaining = int(self._limits.max())
         while True:
-            remaining -= made.shape[1]
             pieces = [self._take(row, made[row]) for row in range(self._count)]
-            finished = self._ended | (np.array([len(ids) for ids in self._ids]) >= self._limits)
-            if finished.all() or remaining <= 0:
+            counts = np.array([len(ids) for ids in self._ids])
+            finished = self._ended | (counts >= self._limits)
+            if finished.all() or count >= limit:
                 yield [p + stream.finish() for p, stream in zip(pieces, self._streams, strict=True)]
                 return
             yield pieces
-            padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), mesh)
-            steps = np.int32(min(tokens, remaining))
-            state, new = decode(model, weights, state, self._prompts, padded, steps, size=_BATCH_TOKENS)
-            made = fetch(new)[:, :steps]
+            if steps := min(tokens, limit - count, self._steps_before_switch(finished)):
+                padded = place_batch(np.pad(finished, (0, state.token.shape[0] - self._count)), generator.mesh)
+                arguments = state, self._prompts, padded, np.int32(steps)
+                state, new = decode(generator.model, generator._weights, *arguments, size=_BATCH_TOKENS)
+                made = fetch(new)[:, :steps]
+            else:
+                del state  # its cache makes room for the new one
+                state = self._prefill(count)
+                made = fetch(state.token)[:, None]
+            count += made.shape[1]
+
+    def _prefill(self, count: int) -> State:
+        """Reads the prompts and the ``count`` tokens generated so far, and makes one more token of each row."""
+        generator, prompts = self._generator, self._prompts
+        if count:
+            ids = [[*prompt, *made] for prompt, made in zip(self._prompt_ids, self._ids, strict=True)]
+            rows = _padded_rows(ids, prompts.tokens.shape[0])
+            prompts = replace(prompts, **place_batch(rows, generator.mesh))
+        slots = bucket(prompts.tokens.shape[1] + int(self._limits.max()) - count, minimum=32)
+        return prefill(generator.model, generator._weights, prompts, np.int32(count), slots=slots)
+
+    def _steps_before_switch(self, finished: np.ndarray) -> int:
+        """Returns how many tokens can be made before cached keys of an unfinished row no longer hold.
+
+        It is 0 if a row's newest token, which is not yet in the cache, is the first beyond the length at which LongRoPE
+        changes its factors.
+        """
+        switch = switch_length(self._generator.model.config.ropes)
+        if switch is None:
+            return _BATCH_TOKENS
+        lengths = [len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished)]
+        return min((switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS)
 
     def _take(self, row: int, made: np.ndarray) -> str:
         """Text of a row's new tokens, up to its end."""
@@ -359,3 +380,11 @@ class _Batch:
         piece = self._streams[row].push(kept)
         self._ended[row] |= self._streams[row].stopped
         return piece
+
+
+def _padded_rows(ids: Sequence[list[int]], batch: int) -> dict[str, np.ndarray]:
+    """Returns ``tokens``, padded on the right, and ``lengths`` of a batch; spare rows have one token."""
+    tokens = np.zeros((batch, bucket(max(map(len, ids)), minimum=16)), np.int32)
+    for row, values in enumerate(ids):
+        tokens[row, : len(values)] = values
+    return {"tokens": tokens, "lengths": np.array([*map(len, ids), *[1] * (batch - len(ids))], np.int32)}

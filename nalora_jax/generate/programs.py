@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nalora_jax.data.images.processor import ImageProcessor
@@ -75,13 +76,21 @@ def see(model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Arr
 
 
 @partial(jax.jit, static_argnames=("model", "slots"))
-def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -> State:
-    """Reads all prompts and makes the first token of each.
+def prefill(
+    model: Decoder,
+    weights: Weights,
+    prompts: Prompts,
+    step: Array = np.int32(0),  # noqa: B008
+    *,
+    slots: int,
+) -> State:
+    """Reads all prompts and makes the next token of each.
 
     Args:
       model: the decoder.
       weights: from `view_weights`.
       prompts: the batch.
+      step: int scalar, number of tokens at the end of every prompt that were generated before.
       slots: size of the cache: the padded prompt and every token to come.
     """
     batch, seq = prompts.tokens.shape
@@ -96,7 +105,6 @@ def prefill(model: Decoder, weights: Weights, prompts: Prompts, *, slots: int) -
         features=prompts.features,
     )
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    step = jnp.zeros((), jnp.int32)
     token = next_tokens(model.apply(weights.head, last, method="unembed"), prompts.sampling, step)
     return State(grow(cache, slots), token, _stops(token, prompts.stop_ids) | ~prompts.live, step + 1)
 

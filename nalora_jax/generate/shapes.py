@@ -1,4 +1,4 @@
-"""Array sizes rounded up to a few, so that programs compile once, not once per prompt length."""
+"""Array sizes rounded up to a few values, so that a program is not compiled for every prompt length."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ _BATCH_AXES = ("data", "fsdp")
 
 
 def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
-    """The smallest of ``2^n`` and ``3 * 2^n`` that holds ``size``: at most a third of it is padding.
+    """Returns the smallest number of the form ``2^n`` or ``3 * 2^n`` that is at least ``size``.
+
+    At most a third of the result is padding.
 
     Args:
-      size: what must fit.
+      size: least result.
       minimum: smallest bucket.
-      multiple: of which the result is a multiple (the number of shards).
+      multiple: divides the result (the number of shards).
 
     Example:
       >>> [bucket(n) for n in (1, 5, 7, 40, 65, 100)]
@@ -31,7 +33,7 @@ def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the mesh splits a batch."""
+    """Returns the number of parts into which the mesh splits a batch."""
     count = 1
     for axis in _batch_axes(mesh):
         assert mesh is not None
@@ -40,7 +42,7 @@ def batch_shards(mesh: Mesh | None) -> int:
 
 
 def place_batch(tree: Any, mesh: Mesh | None) -> Any:
-    """Host arrays whose leading axis is the batch, placed on the mesh; untouched without one."""
+    """Returns host arrays, whose leading axis is the batch, placed on the mesh; without a mesh, unchanged."""
     if mesh is None:
         return tree
     return jax.device_put(tree, NamedSharding(mesh, P(_batch_axes(mesh))))

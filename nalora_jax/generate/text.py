@@ -1,26 +1,29 @@
-"""Text from tokens as they come: no half characters, nothing of a stop string, the same text as in one piece."""
+"""Streaming of text from tokens: whole characters, without stop strings, equal to the text decoded at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-# What decoders put where bytes do not (yet) make a character.
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+# Decoders write it for bytes that do not (yet) form a character.
 _REPLACEMENT = "\ufffd"
 
 
 class Decodes(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that streaming uses."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``."""
+        """Returns the text of ``ids``."""
 
 
 class TextStream:
-    """Turns token ids, pushed in pieces, into pieces of text whose concatenation is the text of all ids.
+    """Converts token ids, pushed in pieces, to pieces of text whose concatenation is the text of all ids.
 
-    Text is held back while it may still change: an incomplete character, or the beginning of a stop string. What
-    follows a stop string, and the stop string itself, is dropped.
+    Text that may still change is held back: an incomplete character, or the beginning of a stop string. A stop string
+    and all text after it are dropped.
 
     Example (a tokenizer of bytes; "é" is two bytes):
       >>> stream = TextStream(tokenizer, stop=("END",))
@@ -32,26 +35,26 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
-        # Decoding starts at a token some way back, never at the newest: decoders treat a first token specially.
+        # Decoding starts some tokens back, never at the newest: decoders treat a first token specially.
         self._start = 0
         self._complete = 0  # tokens before this end in a whole character
-        self._shown = 0  # characters of the text from `_start` on that were taken
-        self._held = ""  # taken, but possibly the beginning of a stop string
+        self._shown = 0  # characters of the text since `_start` that were returned or held back
+        self._held = ""  # possibly the beginning of a stop string
         self.stopped = False
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that has become certain with ``ids``."""
+        """Returns the text that is final after ``ids``."""
         if self.stopped:
             return ""
         self._ids.extend(ids)
         return self._release(self._take(final=False), final=False)
 
     def finish(self) -> str:
-        """What was still held back."""
+        """Returns the text that was held back."""
         return "" if self.stopped else self._release(self._take(final=True), final=True)
 
     def _take(self, *, final: bool) -> str:
-        """New characters of the decoded text, up to the first that is incomplete."""
+        """Returns new characters of the decoded text, up to the first incomplete one."""
         text = self._tokenizer.decode(self._ids[self._start :])
         stable = text if final else text.rstrip(_REPLACEMENT)
         piece = stable[self._shown :]
@@ -67,13 +70,13 @@ class TextStream:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)]
-        keep = 0 if final else _open_stop(text, self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        held = 0 if final else _open_stop(text, self._stop)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
 
 def _open_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that begins a stop string.
+    """Returns the length of the longest suffix of ``text`` that is a prefix of a stop string.
 
     Example:
       >>> _open_stop("abc###", ["### End"])
@@ -81,3 +84,14 @@ def _open_stop(text: str, stops: Sequence[str]) -> int:
     """
     sizes = (size for stop in stops for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size]))
     return max(sizes, default=0)
+
+
+def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
+    """Returns the ids of special tokens at the start of stop strings, after white space.
+
+    Decoded text has no special tokens, so such a string can only be detected by the token.
+    """
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {token.content: number for number, token in added.items() if token.special and token.content}
+    texts = [stop.lstrip() for stop in stops]
+    return frozenset(number for content, number in special.items() if any(t.startswith(content) for t in texts))

@@ -15,7 +15,8 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, arrangements, examine, no_product, randomised
-from nalora_jax.integrations.model import Foreign, Keymap, Projection, choose_targets, folded
+from nalora_jax.integrations.model import Foreign, folded
+from nalora_jax.integrations.targets import Keymap, Projection, choose_targets
 from nalora_jax.nn.ffn import GateStatsConfig
 
 _BESIDE = "nalora"  # name of the adapter's leaves beside a kernel, for the length of one call

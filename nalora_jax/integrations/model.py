@@ -8,11 +8,9 @@ that was not written to return them has no other way out of a scan.
 
 from __future__ import annotations
 
-import logging
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,59 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax import activations, selection, trees
-from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.integrations.layers import Contraction, Unfit, check_merged, holds_numbers
-from nalora_jax.nn.low_rank import adapter_scale, init_a
+from nalora_jax.integrations.layers import check_merged, holds_numbers
+from nalora_jax.integrations.targets import Target, flat_shape
+from nalora_jax.nn.low_rank import init_a
 from nalora_jax.ops.adapted_dense import residual
 from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.optim.columns import find_gates
-
-log = logging.getLogger(__name__)
-
-Keymap = Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One layer of the user's model that has a kernel, and how it multiplies by it; or why it cannot be adapted."""
-
-    own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
-    lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
-    layer: Contraction | Unfit
-
-    @property
-    def dense(self) -> Contraction:
-        """The product; only of what was not refused."""
-        assert isinstance(self.layer, Contraction)
-        return self.layer
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """Axes of the kernel that are contracted with the last ones of x."""
-        return self.dense.inputs
-
-    @property
-    def outputs(self) -> tuple[int, ...]:
-        """The kernel's other axes."""
-        return self.dense.outputs
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """Shape of the stored kernel."""
-        sides = (self.outputs, self.inputs) if self.dense.transposed else (self.inputs, self.outputs)
-        return (*self.lead, *sides[0], *sides[1])
-
-
-@dataclass(frozen=True)
-class Target:
-    """An adapted projection."""
-
-    projection: Projection
-    path: str  # its name by the keymap, e.g. "layers/3/ffn/gate_proj"
-    rank: int
-    scale: float
-    gate: str = ""  # the activation that it feeds, if it is a gate
 
 
 @dataclass(frozen=True)
@@ -142,7 +94,7 @@ class Foreign(ABC):
         """Fresh adapters, float32, nested by the keymap's names: A random, B zero."""
         leaves: dict[str, jax.Array] = {}
         for target, one in zip(self.targets, jax.random.split(key, len(self.targets)), strict=True):
-            lead, d_in, d_out = _flat_shape(target.projection)
+            lead, d_in, d_out = flat_shape(target.projection)
             leaves[f"{target.path}/a"] = init_a(one, (*lead, d_in, target.rank))
             leaves[f"{target.path}/b"] = jnp.zeros((*lead, target.rank, d_out), jnp.float32)
         return trees.unflatten(leaves)
@@ -241,7 +193,7 @@ class Foreign(ABC):
           base: ``[..., *outputs]``, what the layer returned.
           leaves: ``a [d_in, r]``, ``b [r, d_out]`` and, of a gate, perhaps ``mask``, ``sink``, ``weights``.
         """
-        _, d_in, d_out = _flat_shape(target.projection)
+        _, d_in, d_out = flat_shape(target.projection)
         rows = base.reshape(-1, d_out)
         delta = residual(x.reshape(-1, d_in), leaves["a"], leaves["b"], target.scale, leaves.get("mask"))
         delta = delta.astype(base.dtype)
@@ -273,105 +225,6 @@ def _observed_bwd(statistics: Any, sums: Any, g: jax.Array) -> Any:
 
 
 _observed.defvjp(_observed_fwd, _observed_bwd)
-
-
-def _flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:
-    return projection.lead, math.prod(projection.inputs), math.prod(projection.outputs)
-
-
-# ---------------------------------------------------------------- names and rules
-
-
-def choose_targets(
-    projections: Sequence[Projection], keymap: Keymap, lora: LoRAConfig, activation: str
-) -> tuple[Target, ...]:
-    """The adapters that the rules give a model's projections.
-
-    Args:
-      projections: all that exist.
-      keymap: see `adapt_linen`.
-      lora: rules, searched in the keymap's names, and ``rslora``.
-      activation: the gates'.
-
-    Raises:
-      NaloraError: a pattern of the keymap or a rule that matches nothing, two projections of one name, a rank or alpha
-        out of range, a variant that needs the layer's own code, a layer that does not compute ``x @ kernel + bias``.
-    """
-    _check_variant(lora)
-    activations.get(activation)  # an unknown name is an error whether there is a gate or not
-    named = _named(projections, keymap)
-    rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
-    usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
-    for path, rule in rules.items():
-        usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
-    targets = []
-    for path, rule in rules.items():
-        if rule.rank == 0 or not _fits(named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]):
-            continue
-        _, d_in, d_out = _flat_shape(named[path])
-        alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
-        if not 0 < rule.rank <= min(d_in, d_out):
-            limit = f"0 to {min(d_in, d_out)} (the smaller side of {path})"
-            raise NaloraError(f"lora.rules {rule.pattern!r}: rank", expected=limit, found=rule.rank)
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise NaloraError(f"lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=alpha)
-        scale = adapter_scale(alpha, rule.rank, rslora=lora.rslora)
-        gate = activation if find_gates({path: {"b": 0}}) else ""
-        targets.append(Target(named[path], path, rule.rank, scale, gate))
-    if not targets:
-        raise NaloraError("lora.rules", expected="at least one adapter", found="rank 0 everywhere")
-    if not any(target.gate for target in targets):
-        log.warning("no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing")
-    return tuple(targets)
-
-
-def _fits(projection: Projection, path: str, where: str, beside_others: bool) -> bool:
-    """Whether a layer that a rule found is adapted; one that only resembles a dense layer is an error.
-
-    Embeddings, convolutions and the like, which a wide pattern finds beside dense layers, are left as they are, and
-    said.
-    """
-    if isinstance(projection.layer, Contraction):
-        return True
-    if beside_others and not projection.layer.dense:
-        log.warning("%s finds %s, which is left as it is: %s", where, path, projection.layer.reason)
-        return False
-    raise NaloraError(
-        f"{where}: {projection.own}",
-        expected="a layer that computes x @ kernel + bias",
-        found=f"another one: {projection.layer.reason}",
-        remedy="leave it out with a rule of rank 0 before this one",
-    )
-
-
-def _check_variant(lora: LoRAConfig) -> None:
-    asked = {"dora": lora.dora, "dropout": lora.dropout > 0, "init": lora.init != "default"}
-    asked |= {name: bool(getattr(lora, name)) for name in ("modules_to_save", "trainable_token_indices")}
-    for name, on in asked.items():
-        if on:
-            found = f"{name}={getattr(lora, name)!r}"
-            raise NaloraError(
-                "lora", expected="LoRA or rsLoRA, which need a layer's input and output alone", found=found
-            )
-
-
-def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
-    """Projections by the keymap's names; those that it does not mention keep their own."""
-    own = [projection.own for projection in projections]
-    trees.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
-    named: dict[str, Projection] = {}
-    for projection in projections:
-        path = _renamed(projection.own, keymap)
-        if path in named:
-            found = f"{named[path].own} and {projection.own}"
-            raise NaloraError("keymap", expected=f"one projection called {path}", found=found)
-        named[path] = projection
-    return named
-
-
-def _renamed(own: str, keymap: Keymap) -> str:
-    matches = ((re.fullmatch(pattern, own), to) for pattern, to in keymap)
-    return next((match.expand(to) for match, to in matches if match), own)
 
 
 def folded(kernel: Any, target: Target, lora: Mapping[str, Any]) -> jax.Array:

@@ -16,7 +16,8 @@ from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, examine, randomised
-from nalora_jax.integrations.model import Foreign, Keymap, Projection, Target, choose_targets, folded
+from nalora_jax.integrations.model import Foreign, folded
+from nalora_jax.integrations.targets import Keymap, Projection, Target, choose_targets
 from nalora_jax.nn.ffn import GateStatsConfig
 
 

@@ -19,6 +19,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.seals import unseal
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.folders import can_exist
@@ -226,13 +227,31 @@ def _base_of_run(folder: Path) -> str:
 
 
 def _header(folder: Path) -> dict[str, Any]:
-    """The first line of a run's log, or {} where there is none."""
+    """Returns the first line of a run's log, or {} if there is none.
+
+    Raises:
+      NaloraError: the line differs from its digest.
+    """
     try:
         with (folder / METRICS).open(encoding="utf-8") as lines:
-            found = json.loads(lines.readline())
+            header = json.loads(lines.readline())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return unseal(header, f"{folder / METRICS}: line 1") if isinstance(header, dict) else {}
+
+
+def trained_in_turns(adapter: Path) -> bool | None:
+    """Returns whether a chat template wrote the texts that an adapter was trained on; None if its run did not note it.
+
+    Args:
+      adapter: folder in PEFT's format.
+    """
+    header = _header(adapter.parent)
+    run, data = header.get("run"), header.get("data")
+    if isinstance(run, dict) and isinstance(run.get("data"), dict) and run["data"].get("chat") is True:
+        return True
+    noted = data.get("in_turns") if isinstance(data, dict) else None
+    return noted if isinstance(noted, bool) else None
 
 
 def _adapter_folder(path: Path) -> Path | None:

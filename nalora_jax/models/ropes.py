@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nalora_jax.fields import Fields
@@ -56,6 +56,15 @@ def read_ropes(
         specs.append(_spec(f, f"rope_parameters: {kind}", own, head_dim))
     order = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
     return tuple(specs), tuple(order[kind] for kind in kinds)
+
+
+def switch_length(ropes: Sequence[RopeSpec]) -> int | None:
+    """Returns the length beyond which LongRoPE rotates every token by other factors, or None without LongRoPE.
+
+    Keys that were cached before do not hold beyond it. Dynamic scaling needs no such limit: it starts at the end of
+    the context.
+    """
+    return min((spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None)
 
 
 def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int) -> RopeSpec:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.seals import unseal
 from nalora_jax.tokenizer import read_json
 from nalora_jax.train.metrics import FILE, read_metrics
 from nalora_jax.train.records import check_evaluation
@@ -184,12 +185,12 @@ def read_history(folder: str | Path) -> History:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An evaluation that a run wrote to a file of its own (before.json).
+    """Returns the evaluation in a separate file (before.json).
 
     Raises:
-      NaloraError: the file cannot be read, or is no evaluation.
+      NaloraError: the file cannot be read, is no evaluation, or differs from its digest.
     """
-    values = read_json(path)
+    values = unseal(read_json(path), str(path))
     check_evaluation(values, str(path))
     return values
 

@@ -13,7 +13,7 @@ from nalora_jax.data.chat import render
 from nalora_jax.data.forms import form_of
 from nalora_jax.data.mixture import MixedSource
 from nalora_jax.data.selected import SelectedSource
-from nalora_jax.data.sources import Source, open_pair
+from nalora_jax.data.sources import Source, have_same_records, open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec, check_token_indices
 from nalora_jax.models.config import ModelConfig
@@ -39,6 +39,12 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     drawn = [one for one in held_out.parts if isinstance(one, SelectedSource)]
     if drawn:
         log.info("no split is held out, so some records are, by a fixed draw: %s", "; ".join(map(str, drawn)))
+    if have_same_records(train, held_out):
+        log.warning(
+            "--data.eval-split %s holds the records that are trained on: the evaluation shows what was memorized, not "
+            "how the model does on new records",
+            held_out.name,
+        )
     return train, held_out
 
 

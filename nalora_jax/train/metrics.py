@@ -12,6 +12,8 @@ Lines, told apart by their keys:
 The evaluations before training and of the exported adapter may carry ``"samples": [{"prompt", "answer", "expected",
 "correct"}]``, the last two optional.
 
+Every line ends with a digest of its content (`nalora_jax.seals`), which `read_metrics` checks and removes.
+
 Every value is a host number: the loop fetches from the device at log steps only. JSON has no NaN or infinity, so both
 are written as null.
 """
@@ -31,6 +33,7 @@ import numpy as np
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.seals import seal, unseal
 from nalora_jax.train.callbacks import Callback, Ended, Started
 from nalora_jax.train.records import check_record
 
@@ -82,9 +85,9 @@ class MetricsLog(Callback):
         Raises:
           NaloraError: the line cannot be written, e.g. because the disk is full.
         """
-        plain = to_json(record)
+        line = json.dumps(seal(to_json(record)), allow_nan=False)
         try:
-            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
             remedy = "free some space, then continue with --resume"
@@ -127,8 +130,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All lines of a log in order; a last line that a crash left half written is ignored.
 
     Raises:
-      NaloraError: the file is missing, a line before the last is not a JSON object, or a line's fields are of other
-        types than a run writes.
+      NaloraError: the file is missing, a line before the last is not a JSON object, a line's content differs from its
+        digest, or its fields are of other types than a run writes.
     """
     path = Path(path)
     try:
@@ -149,7 +152,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: torn, not foreign
+            if number == len(lines) and _is_torn(error):
                 break
             raise NaloraError(
                 f"{path}: line {number}",
@@ -157,9 +160,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 found=repr(line[:60].decode(errors="replace")),
                 remedy="repair or delete that line",
             ) from error
+        record = unseal(record, f"{path}: line {number}")
         check_record(record, f"{path}: line {number}")
         records.append(record)
     return records
+
+
+def _is_torn(error: Exception) -> bool:
+    """Returns True if a line without a newline is the beginning of an object, not an object with a damaged newline."""
+    return isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
 
 
 def recorded_settings(folder: Path | str) -> dict[str, Any]:
@@ -223,7 +232,7 @@ def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
         return []
     whole = read_metrics(path)
     kept = [r for r in whole if _step(r) <= step and not {"done", "final"} & r.keys()]  # a run has one end
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_atomically(path, "".join(json.dumps(seal(record)) + "\n" for record in kept))
     return kept
 
 

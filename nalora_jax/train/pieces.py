@@ -55,3 +55,4 @@ class Pieces:
     questions: Mapping[str, str]  # digests of the examples behind both
     # Writes the adapter of a state to a folder, compares what it wrote, and returns the folder.
     export: Callable[[Path, TrainState], Path]
+    in_turns: bool | None = None  # whether a chat template writes the training texts

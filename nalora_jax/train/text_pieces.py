@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig
+from nalora_jax.data.forms import in_turns
 from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
@@ -52,9 +54,10 @@ def text_pieces(
     check_layout(config, files, mesh)
     train, _ = check_data(config.data, source)
     check_first(config, train, files)
+    turns = config.vision.task == "chat" or in_turns(train.read([0])[0], config.data, config.preference.chosen_field)
     loaded = _load(config, files, mesh)
     if config.preference.loss != "none":
-        return preference_pieces(config, loaded, mesh, source, output.share)
+        return replace(preference_pieces(config, loaded, mesh, source, output.share), in_turns=turns)
     assembly = assemble(config, loaded.config, loaded.params, mesh, processor=loaded.processor)
     data = _train_data(config, loaded, mesh, source)
     if config.lora.init in GRADIENT:
@@ -69,7 +72,7 @@ def text_pieces(
         return export(config, folder, loaded, assembly, state, data.batches(), output.share)
 
     questions = {"reported": digest(reported), "selecting": digest(selecting)}
-    return Pieces(loaded, assembly, data, evaluator, selector, questions, write)
+    return Pieces(loaded, assembly, data, evaluator, selector, questions, write, turns)
 
 
 def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:

@@ -18,16 +18,16 @@ from nalora_jax.errors import NaloraError
 
 @contextmanager
 def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the block ends without an error.
+    """Yields a temporary folder that gets the name ``folder`` when the block ends without an error.
 
     Args:
       folder: must not exist or be empty, unless ``replaces`` allows more.
-      replaces: file names that an existing ``folder`` may hold; it is then replaced as a whole. Anything else in it,
-        subfolders too, is other people's content.
+      replaces: names of files, relative to ``folder``, that it may hold already; it is then replaced completely.
+        Anything else in it belongs to someone else.
 
     Raises:
-      NaloraError: the folder holds something else, or the file system refused (a full disk, no permission). Nothing
-        of the attempt is left behind, and what was there stays as it was.
+      NaloraError: the folder has other content, or the file system refused (a full disk, no permission). The
+        temporary folder is removed, and ``folder`` stays as it was.
     """
     target = Path(folder)
     _check_free(target, replaces)
@@ -94,7 +94,7 @@ def _check_free(target: Path, replaces: Collection[str]) -> None:
         return
     if target.is_symlink() or not target.is_dir():
         raise NaloraError(str(target), expected="a new folder", found="a file or a link", remedy="choose another name")
-    foreign = sorted(path.name for path in target.iterdir() if path.is_dir() or path.name not in replaces)
+    foreign = sorted(name for name in _entries(target) if name not in replaces)
     if foreign:
         raise NaloraError(
             str(target),
@@ -102,6 +102,14 @@ def _check_free(target: Path, replaces: Collection[str]) -> None:
             found=f"one that holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}",
             remedy="choose another folder, or empty this one yourself",
         )
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Yields the names of files in a folder and in its subfolders, and of whatever else is there with a slash."""
+    for path in folder.iterdir():
+        below = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+        for each in below or [path]:
+            yield each.relative_to(folder).as_posix() + ("/" if each.is_dir() else "")
 
 
 def _move(scratch: Path, target: Path) -> None:

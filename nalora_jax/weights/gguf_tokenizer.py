@@ -84,14 +84,16 @@ def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos:
     other = [_token_id(file, key, len(tokens)) for key in ("eot_token_id", "eom_token_id")]
     by_name = [backend.token_to_id(name) for name in _STOPS]
     stops = [eos_id, *(i for i in (*other, *by_name) if i is not None)]
-    template = file.metadata.get("tokenizer.chat_template")
+    keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
+    template, tool_template = (value if isinstance(value := file.metadata.get(key), str) else None for key in keys)
     return ours.Tokenizer(
         backend=backend,
         bos_id=ids["bos"],
         eos_id=eos_id,
         pad_id=eos_id if ids["pad"] is None else ids["pad"],
         eos_ids=tuple(dict.fromkeys(stops)),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template,
+        tool_template=tool_template,
         add_bos=ids["bos"] is not None and file.get("tokenizer.ggml.add_bos_token", bool, adds_bos),
         special_tokens={f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
     )

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import is_unicode, read_json
 from nalora_jax.weights.load import FileTensor, Index
-from nalora_jax.weights.shards import DTYPES
+from nalora_jax.weights.shards import DTYPES as WRITTEN
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+DTYPES = WRITTEN | _FLOAT8  # that are read
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
 _NEIGHBOURS = 1 << 20  # bytes that a system may map with those that are asked for
@@ -71,7 +74,7 @@ class SafetensorsFolder:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
     def check_readable(self, name: str) -> None:
-        """Refuses what is not a bf16, f16 or f32 tensor."""
+        """Refuses a tensor that is not of one of `DTYPES`."""
         stored = self._tensors[name]
         if stored.dtype not in DTYPES:
             raise NaloraError(
@@ -131,9 +134,12 @@ class SafetensorsFolder:
         return tensors
 
     def _index(self) -> dict[str, str] | None:
-        """File name by tensor name, or None where the folder has no index."""
+        """Returns the file name by tensor name, or None without an index or with one file of all tensors.
+
+        Both of them may be there; transformers reads the one file.
+        """
         path = self.folder / INDEX
-        if not path.exists():
+        if SINGLE in self._names() or not path.exists():
             return None
         listed = read_json(path).get("weight_map")
         names = listed.values() if isinstance(listed, dict) else [None]
@@ -153,12 +159,12 @@ class SafetensorsFolder:
 
     def _only_file(self) -> str:
         found = sorted(name for name in self._names() if name.endswith(".safetensors"))
-        if "model.safetensors" in found:
-            return "model.safetensors"
+        if SINGLE in found:
+            return SINGLE
         if len(found) != 1:
             raise NaloraError(
                 self.where,
-                expected=f"model.safetensors, or several files and {INDEX}",
+                expected=f"{SINGLE}, or several files and {INDEX}",
                 found=", ".join(found) or "no safetensors file",
                 remedy=_pickle_remedy(self._names()) if not found else f"add {INDEX}",
             )

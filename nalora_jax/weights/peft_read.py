@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,9 +16,9 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
-from nalora_jax.weights.origin import is_comparable
 from nalora_jax.weights.peft_adalora import as_lora_tensors
-from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from nalora_jax.weights.peft_config import PeftConfig, read_peft_config
+from nalora_jax.weights.peft_digest import check_digest, check_fingerprint
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
@@ -34,21 +31,10 @@ from nalora_jax.weights.peft_modules import (
     without_padding,
 )
 from nalora_jax.weights.saved_modules import take_saved
+from nalora_jax.weights.table_adapters import fold_table_adapters
 from nalora_jax.weights.token_rows import take_token_rows
 
-log = logging.getLogger(__name__)
-
 TENSORS_NAME = "adapter_model.safetensors"
-FINGERPRINT_KEY = "nalora.base_fingerprint"
-DIGEST_KEY = "nalora.sha256"
-# Stands beside the digest in every file, so that a file whose digest lost its name is not taken for another tool's.
-LAYOUT_KEY = "nalora.layout"
-# Fields of adapter_config.json that decide what the tensors mean.
-_MEANING = (
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
-    *("target_modules", "target_parameters"),
-)
-_LATER_MEANING = ("modules_to_save", "ensure_weight_tying", "trainable_token_indices")
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 _KINDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
@@ -61,10 +47,11 @@ def import_adapter(
     """A PEFT LoRA or AdaLoRA adapter as this library's ``lora`` tree.
 
     Understands rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and "all-linear" (matched
-    as PEFT matches them), layers_to_transform, exclude_modules, modules_to_save, trainable_token_indices, fused
-    projections, mixtures of experts and models that see as PEFT writes them for transformers 4 and 5, and float32,
-    float16 and bfloat16 files. Every tensor is consumed and every targeted module must have its tensors, so an adapter
-    never does less than its file says.
+    as PEFT matches them), target_parameters, layers_to_transform, exclude_modules, modules_to_save,
+    trainable_token_indices, adapters on the embedding and the head (as whole tables), fused projections, mixtures of
+    experts and models that see as PEFT writes them for transformers 4 and 5, and float32, float16 and bfloat16 files.
+    Every tensor is consumed and every targeted module must have its tensors, so an adapter never does less than its
+    file says.
 
     Args:
       folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -83,10 +70,11 @@ def import_adapter(
     peft = read_peft_config(folder)
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
-    check_fingerprint(folder, metadata, fingerprint)
+    check_fingerprint(folder / TENSORS_NAME, metadata, fingerprint)
     where = str(folder / TENSORS_NAME)
     if peft.adalora:
         tensors = as_lora_tensors(tensors, where)
+    fold_table_adapters(config, tensors, peft, where)
     rows, token_indices = take_token_rows(config, tensors, peft, where)
     tables, saved = take_saved(config, tensors, peft.modules_to_save, tied=peft.tied, where=where)
     modules = by_module(tensors, folder / TENSORS_NAME, dora=peft.dora)
@@ -135,73 +123,6 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
     return values
 
 
-def file_metadata(
-    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], fingerprint: str | None = None
-) -> dict[str, str]:
-    """The metadata of a file that holds ``tensors``: the base's fingerprint, and a digest of the whole.
-
-    Args:
-      tensors: what the file holds, by name.
-      settings: of ``adapter_config.json``.
-      fingerprint: of the base model's weights.
-    """
-    metadata = {"format": "pt", LAYOUT_KEY: "1"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
-    return metadata | {DIGEST_KEY: _digest(tensors, settings, metadata)}
-
-
-def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of an adapter: tensors in float32, what is noted beside them, and settings that give them meaning.
-
-    Where the base model lies, and anything else in the config that this library does not compute with, may be edited.
-    """
-    meaning = {name: settings.get(name) for name in _MEANING}
-    # Files of earlier versions have nothing of the kind, and digests without it.
-    meaning |= {name: settings[name] for name in _LATER_MEANING if settings.get(name)}
-    noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
-    digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
-    for name, array in sorted(tensors.items()):
-        digest.update(f"{name}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array, "<f4").tobytes())
-    return digest.hexdigest()
-
-
-def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Refuse a file that this library wrote and something changed since, or the ``adapter_config.json`` beside it."""
-    if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
-        return  # another tool's
-    settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
-    noted, found = metadata.get(DIGEST_KEY, "none"), _digest(tensors, settings, metadata)
-    if noted != found:
-        raise NaloraError(
-            str(path),
-            expected=f"the adapter that was written (sha256 {noted[:16]}...)",
-            found=f"another one (sha256 {found[:16]}...): a file was damaged or edited",
-            remedy="copy it again, or export it again from the run",
-        )
-
-
-def check_fingerprint(folder: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
-    """Refuses an adapter of another base model, where the file notes its own."""
-    noted = metadata.get(FINGERPRINT_KEY)
-    if not noted or not fingerprint or noted == fingerprint:
-        return
-    where = str(folder / TENSORS_NAME)
-    if not is_comparable(noted, fingerprint):
-        log.warning(
-            "%s: made with an earlier version, whose digest of the base covered a part of its weights and cannot be "
-            "compared; check that the base is the one that adapter_config.json names",
-            where,
-        )
-        return
-    raise NaloraError(
-        where,
-        expected=f"an adapter of the base model {fingerprint}",
-        found=f"one of the base model {noted}",
-        remedy="load the very weights that the adapter was trained on (their name is in adapter_config.json); the same "
-        "model in another number format is another base",
-    )
-
-
 # ---------------------------------------------------------------- what the configuration asks for
 
 
@@ -228,10 +149,13 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
         for layer in range(config.n_layers)
     }
     parameters = [name for listed in stacks.values() for name, _ in listed]
-    choices = peft.choose([name for name, *_ in linear], parameters)
-    for name, layer, module, expert in linear:
-        given = (choices.ranks[name], choices.alphas[name])
-        yield _Slot(name, name, layer, module, name in choices.modules, *given, expert=expert)
+    weights = [f"{name}.weight" for name, *_ in linear]
+    choices = peft.choose([name for name, *_ in linear], [*parameters, *weights])
+    for (name, layer, module, expert), weight in zip(linear, weights, strict=True):
+        # An adapter on a Linear module's weight computes what an adapter on the module computes.
+        chosen = weight if weight in choices.parameters else name
+        given = (choices.ranks[chosen], choices.alphas[chosen])
+        yield _Slot(name, name, layer, module, chosen == weight or name in choices.modules, *given, expert=expert)
     for layer, listed in stacks.items():
         chosen = [(name, stack) for name, stack in listed if name in choices.parameters]
         # PEFT wraps the module once per parameter: the first one registered is the innermost.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.nn.low_rank import TABLES
 
 # What transformers calls a projection, and where it is in the paths that rules are searched in.
 MODULES = {name: f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -82,6 +83,13 @@ def _path(name: str, where: str) -> str:
     """The pattern of a module: of every layer, or of the one that its name gives."""
     bare = name.removeprefix("^").removesuffix("$")
     last = bare.rpartition(".")[2]
+    if last in TABLES:
+        raise NaloraError(
+            where,
+            expected="modules of a model's layers",
+            found=f"{name!r}, which is trained as a whole here",
+            remedy=f"leave it out, and add --lora.modules-to-save {last}",
+        )
     if not _NAME.fullmatch(bare) or last not in MODULES:
         raise NaloraError(
             where,

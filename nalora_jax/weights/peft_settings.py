@@ -125,7 +125,9 @@ PEFT: dict[str, Field] = {
         _indices,
     ),
     "target_parameters": Field(
-        "", "experts are projections here", _only(because="name experts by patterns such as ffn/gate_proj instead")
+        "",
+        "weights are adapted as projections",
+        _only(because="name projections by patterns such as ffn/gate_proj instead"),
     ),
     "layer_replication": Field("", "", _only(because="layers are not repeated here")),
     "lora_bias": Field("", "", _only(False, because="adapters have no bias here")),

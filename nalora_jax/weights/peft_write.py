@@ -16,6 +16,7 @@ from nalora_jax.nn.low_rank import AdapterSpec, adapter_scale
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_config import CONFIG_NAME
+from nalora_jax.weights.peft_digest import file_metadata
 from nalora_jax.weights.peft_modules import (
     HostModule,
     ModuleAdapter,
@@ -26,7 +27,7 @@ from nalora_jax.weights.peft_modules import (
     module_shape,
     part_widths,
 )
-from nalora_jax.weights.peft_read import TENSORS_NAME, file_metadata
+from nalora_jax.weights.peft_read import TENSORS_NAME
 from nalora_jax.weights.saved_modules import refuse_saved, saved_tensors
 from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.token_rows import token_row_tensors, token_settings

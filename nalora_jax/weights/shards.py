@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import write_json
 
 # Names of numpy dtypes in safetensors, and back; those that model files use.
@@ -26,6 +28,26 @@ DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dty
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes of a size as transformers writes it.
+
+    Example:
+      >>> parse_size("5GB"), parse_size("500MiB")
+      (5000000000, 524288000)
+
+    Raises:
+      NaloraError: it is none, or none of at least one byte.
+    """
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise NaloraError("--shard-size", expected="bytes, or a number with KB, MB or GB", found=repr(text))
+    return size
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from nalora_jax.chat_templates import DEFAULT_FILE, PROCESSOR_FILE, TOOL_FILE, has_templates, write_templates
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights.folders import write_json
@@ -17,8 +17,9 @@ from nalora_jax.weights.folders import write_json
 # Everything beside the weights that a causal language model's folder may hold for its text side.
 FILES = (
     "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    DEFAULT_FILE,
+    TOOL_FILE,
+    PROCESSOR_FILE,
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -43,7 +44,12 @@ def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
     if not {"tokenizer.json", "tokenizer.model"} & set(found):
         raise NaloraError(str(source), expected="tokenizer.json", found="no tokenizer", remedy="give the base's folder")
     for name in found:
-        shutil.copyfile(source / name, folder / name)
+        _copy(name, source, folder)
+
+
+def _copy(name: str, source: Path, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(source / name, folder / name)
 
 
 def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Path | None = None) -> None:
@@ -59,7 +65,7 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
     for name in (*FILES, *IMAGE_FILES):
         place = base if name in of_base else source
         if place is not None and (place / name).is_file():
-            shutil.copyfile(place / name, folder / name)
+            _copy(name, place, folder)
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     added = tokenizer.backend.get_added_tokens_decoder()
     settings = read_json(folder / "tokenizer_config.json", missing={})
@@ -68,18 +74,14 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
         flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()}
         write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": listed})
-    if tokenizer.chat_template is not None and not _has_template(folder, settings):
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    if not has_templates(folder, settings):
+        write_templates(tokenizer, folder)
     if slow.is_file():
         write_json(slow, read_json(slow) | {token.content: number for number, token in added.items()})
 
 
-def _has_template(folder: Path, settings: Mapping[str, Any]) -> bool:
-    return "chat_template" in settings or any((folder / f"chat_template.{end}").is_file() for end in ("jinja", "json"))
-
-
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and, if there is one, chat_template.jinja.
+    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and the chat templates.
 
     Args:
       tokenizer: what is written; transformers will encode as its ``encode`` does.
@@ -99,8 +101,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
     }
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "generation_config.json", _generation(tokenizer))
-    if tokenizer.chat_template is not None:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    write_templates(tokenizer, folder)
 
 
 def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 import sys
 from io import StringIO
@@ -117,6 +118,20 @@ def test_adapters_take_turns_in_a_conversation_and_nothing_is_compiled(base, ada
     assert 0 < counts[1] == counts[-1]  # programs before each answer: those of the first serve all
 
 
+@pytest.mark.parametrize(("in_turns", "warned"), [(False, True), (True, False), (None, False)])
+def test_an_adapter_that_was_trained_without_a_template_is_warned_of(
+    base, adapters, monkeypatch, capsys, tmp_path, in_turns, warned
+):
+    run = tmp_path / "run"
+    shutil.copytree(adapters[0], run / "adapter")
+    data = {} if in_turns is None else {"in_turns": in_turns}
+    (run / "metrics.jsonl").write_text(json.dumps({"run": {"model": str(base)}, "data": data}) + "\n")
+    for flags, lines in (([], []), (["--adapter", str(run)], []), ([], [f"/adapter {run}"])):
+        model = base if flags or lines else run
+        _, err = talk(monkeypatch, capsys, model, lines, *flags)
+        assert ("was trained on prompts without a chat template" in err) == warned
+
+
 def _counting(stream, counts):
     def wrapped(self, *given, **settings):
         counts.append(programs.prefill._cache_size() + programs.decode._cache_size())
@@ -195,6 +210,7 @@ def test_generate_takes_messages(base, tmp_path, capsys, wrapped):
         ("[]", "expected a list of messages"),
         ('{"messages": 3}', 'expected a list of messages, or an object with "messages", found a int'),
         ('[{"role": "user"}]', "messages[0]: expected a field 'content'"),
+        ('[{"role": "usr", "content": "a"}]', "messages[0]: role: expected a role"),
         ('["a"]', 'messages[0]: expected {"role": ..., "content": ...}, found a str'),
         ('[{"role": "assistant", "content": "a"}]', "expected a user's message last"),
     ],

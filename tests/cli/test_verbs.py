@@ -195,11 +195,12 @@ def test_merge_writes_a_model_that_needs_no_adapter(run, tmp_path):
         assert figure in card
 
 
-def test_merge_looks_for_its_model_once(run, tmp_path, monkeypatch):
+def test_merge_looks_for_its_model_once_and_writes_files_of_the_size_that_is_asked(run, tmp_path, monkeypatch):
     found, resolve = [], hub.resolve
     monkeypatch.setattr(hub, "resolve", lambda *given: found.append(given[0]) or resolve(*given))
-    assert main(["merge", str(run), "--output", str(tmp_path / "merged")]) == 0
+    assert main(["merge", str(run), "--output", str(tmp_path / "merged"), "--shard-size", "2KB"]) == 0
     assert len(found) == 1
+    assert len(list((tmp_path / "merged").glob("model-*-of-*.safetensors"))) > 1
 
 
 @pytest.mark.parametrize("verb", ["export", "merge", "import"])

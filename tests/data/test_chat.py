@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,6 +160,47 @@ def test_template_that_rewrites_earlier_turns(tokenizer):
     ]
     with pytest.raises(NaloraError, match="here: expected a chat template whose earlier turns stay"):
         render({"messages": talk}, DataConfig(loss_on="assistant"), rewriting, "here")
+
+
+PHI_3 = (Path(__file__).parent / "templates" / "phi_3.jinja").read_text()
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "assistant"])
+def test_answers_of_phi_3_end_with_their_end_of_turn_token(tokenizer, loss_on):
+    """Its template writes an end-of-sequence token after the conversation, which is not part of the last turn."""
+    phi = dataclasses.replace(tokenizer, chat_template=PHI_3, special_tokens={"eos_token": "<|endoftext|>"})
+    rendered = render({"messages": TALK}, DataConfig(loss_on=loss_on), phi, "here")
+    expected = ["the sky<|end|>", "\n\nYes, the green hills<|end|>"]
+    assert [rendered.text[start:stop] for start, stop in rendered.answers] == expected[
+        -1 if loss_on == "answer" else 0 :
+    ]
+    whole = phi.render_chat(TALK)
+    assert whole == rendered.text + "\n<|endoftext|>"
+
+
+def test_an_end_of_sequence_token_that_ends_every_turn_is_part_of_the_answer(tokenizer):
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    mistral = dataclasses.replace(tokenizer, chat_template=template, special_tokens={"eos_token": "<|im_end|>"})
+    expected = ["the sky<|im_end|>", "\n\nYes, the green hills<|im_end|>"]
+    assert answers({"messages": TALK}, mistral, loss_on="assistant") == expected
+    assert answers({"messages": TALK}, mistral) == expected[-1:]
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [("usr", "user"), ("User", "user"), ("human", "user"), ("asistant", "assistant"), ("gpt", "assistant")],
+)
+def test_misspelt_roles_are_refused_with_a_suggestion(tokenizer, role, meant):
+    talk = [{"role": role, "content": "Which way is up?"}, *TALK[2:]]
+    with pytest.raises(NaloraError, match=rf"here: messages\[0\]: role: .*found '{role}'; write '{meant}'"):
+        render({"messages": talk}, CONFIG, tokenizer, "here")
+
+
+def test_roles_of_a_users_own_are_rendered(tokenizer):
+    talk = [{"role": "critic", "content": "Which way is up?"}, *TALK[2:]]
+    assert "<|im_start|>critic" in render({"messages": talk}, CONFIG, tokenizer, "here").text
 
 
 def test_no_template_is_an_error(tokenizer):

@@ -142,6 +142,93 @@ def test_what_arrow_fills_up_with_nulls_is_left_out(tokenizer: Tokenizer, tmp_pa
     assert render(record, CONFIG, ours, "x") == render({"messages": TOOL_TALK, "tools": TOOLS}, CONFIG, ours, "x")
 
 
+NULLS: dict[str, Any] = {
+    "messages": [
+        *TOOL_TALK[:1],
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {
+                    "id": "1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": {"city": "Paris", "day": None, "hours": [1, None]}},
+                }
+            ],
+        },
+        *TOOL_TALK[2:],
+    ],
+    "tools": [
+        {
+            "type": "function",
+            "function": {
+                "name": "weather",
+                "parameters": {"type": "object", "properties": {"day": {"default": None, "enum": ["today", None]}}},
+            },
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["objects", "JSON in texts"])
+def test_nulls_in_arguments_and_schemas_are_rendered_as_transformers_renders_them(
+    tokenizer: Tokenizer, text: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=TEMPLATE)
+    expected = theirs.apply_chat_template(NULLS["messages"], tools=NULLS["tools"], tokenize=False)
+    assert '"day": null' in expected
+    assert '"default": null' in expected
+    record = json.loads(json.dumps(NULLS))
+    if text:
+        function = record["messages"][1]["tool_calls"][0]["function"]
+        function["arguments"] = json.dumps(function["arguments"])
+        record["tools"] = json.dumps(record["tools"])
+    ours = replace(tokenizer, chat_template=TEMPLATE)
+    assert render(record, replace(CONFIG, loss_on="all"), ours, "here").text == expected.rstrip()
+
+
+def test_nulls_in_json_texts_of_a_table_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    record = json.loads(json.dumps(NULLS))
+    function = record["messages"][1]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"])
+    record["tools"] = json.dumps(record["tools"])
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    stored = open_source(DataConfig(dataset=str(tmp_path / "a.parquet")), "train")[0]
+    ours = replace(tokenizer, chat_template=TEMPLATE)
+    assert render(stored, CONFIG, ours, "x") == render(NULLS, CONFIG, ours, "x")
+
+
+REASONING_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+    "</think>{% endif %}{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reasoning_content": "It is high."},
+        {"reasoning": "It is high."},
+        {"thinking": "It is high."},
+        {"thinking": "It is high.", "reasoning": "No.", "reasoning_content": None},
+    ],
+    ids=", ".join,
+)
+def test_reasoning_is_rendered_under_every_name_as_in_transformers(tokenizer: Tokenizer, fields: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend, chat_template=REASONING_TEMPLATE)
+    talk = [*TALK[:2], TALK[2] | fields]
+    expected = theirs.apply_chat_template(talk, tokenize=False)
+    assert "<think>It is high.</think>" in expected
+    ours = replace(tokenizer, chat_template=REASONING_TEMPLATE)
+    rendered = render({"messages": talk}, CONFIG, ours, "here")
+    assert rendered.text == expected.rstrip()
+    ((start, stop),) = rendered.answers
+    assert rendered.text[start:stop] == "<think>It is high.</think>[It is high.]The sky.<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.harness import Requests, harness_model
@@ -65,6 +67,25 @@ def test_rolling_windows_cover_every_token_once_with_the_longest_context_that_fi
     second = torch_log_probs(ids[len(ids) - 65 : 64], ids[64:])[0].sum()
     expected = [torch_log_probs([END], byte_ids(short.encode()))[0].sum(), first + second]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("until", ["{token}", " {token}\n", "{token}user"])
+def test_special_tokens_in_until_end_a_text(model, variables, tokenizer, until):
+    """Decoded text never holds special tokens, so only their ids can end a text."""
+    prompt = request("one", {"until": [], "max_gen_toks": 12})
+    ids = Generator(model, variables, tokenizer).complete(["one"], max_new_tokens=12)[0].ids
+    place = next(i for i in range(1, 12) if ids[i] not in ids[:i])
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    token = backend.id_to_token(ids[place])
+    backend.add_special_tokens([token])
+    special = replace(tokenizer, backend=backend)
+    requests = Requests(Generator(model, variables, special))
+    stopped = request("one", {"until": [until.replace("{token}", token)], "max_gen_toks": 12})
+    whole, part = requests.generate_until([prompt, stopped])
+    assert part == special.decode(ids[:place])
+    assert whole == special.decode(ids)
+    stopped = requests._generator.complete(["one"], max_new_tokens=12, stop=[until.replace("{token}", token)])[0]
+    assert (stopped.ids, stopped.reason) == (ids[:place], "stop")
 
 
 def test_texts_are_generated_up_to_each_requests_own_end(requests):

@@ -294,3 +294,49 @@ def test_token_weights_of_another_shape_are_refused() -> None:
     weights = jnp.asarray(np.arange(12) < np.array([12, 5, 7, 1])[:, None])
     stats = run(token_weights=weights)[2]
     assert float(stats["layers/0/ffn"]["tokens"]) == 25
+
+
+class Fused(nn.Module):
+    """Gate and up projection in one layer, whose output is read as two halves."""
+
+    width: int = F
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(nn.Dense(2 * self.width, use_bias=False, name="wi")(x), 2, axis=-1)
+        return nn.Dense(D, use_bias=False, name="wo")(nn.silu(gate) * up)
+
+
+@pytest.mark.parametrize("width", [F, D, D // 2])
+@pytest.mark.parametrize("gate", ["ffn/gate_proj", "ffn/in_proj"])
+def test_a_layer_that_is_gate_and_up_projection_is_no_gate(width: int, gate: str) -> None:
+    x = jnp.ones((2, 3, D))
+    variables = Fused(width).init(jax.random.key(0), x)
+    rules = LoRAConfig(rules=(LoRARule("ffn/", 4),))
+    expected = rf"keymap: wi: expected a gate with as many outputs as wo has inputs, {width}, found {2 * width} outputs"
+    for down in ("ffn/down_proj", "elsewhere"):
+        with pytest.raises(NaloraError, match=expected):
+            adapt_linen(Fused(width), variables, (x,), keymap=[("wi", gate), ("wo", down)], lora=rules)
+    plain = adapt_linen(
+        Fused(width), variables, (x,), keymap=[("wi", "ffn/gate_up_proj"), ("wo", "ffn/down_proj")], lora=rules
+    )
+    assert not plain.gates
+
+
+class Flat(nn.Module):
+    """A block whose projections are all in one place, some of them half as wide as its gate."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + nn.Dense(D, name="query")(x)
+        hidden = nn.silu(nn.Dense(2 * D, name="gate")(x)) * nn.Dense(2 * D, name="up")(x)
+        return nn.Dense(D, name="down")(hidden)
+
+
+def test_a_gate_twice_as_wide_as_its_input_is_a_gate() -> None:
+    x = jnp.ones((2, 3, D))
+    keymap = [(name, f"{name}_proj") for name in ("gate", "up", "down")]
+    adapted = adapt_linen(
+        Flat(), Flat().init(jax.random.key(0), x), (x,), keymap=keymap, lora=LoRAConfig(rules=(LoRARule("_proj", 4),))
+    )
+    assert adapted.gates

@@ -68,3 +68,15 @@ def test_data_and_splits_are_opened(data: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(NaloraError, match=said):
             check_data(DataConfig(**(vars(config) | changed)))
+
+
+def test_evaluation_on_what_is_trained_on_is_warned_of(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy, other = tmp_path / "copy.jsonl", tmp_path / "other.jsonl"
+    copy.write_text(data.read_text())
+    other.write_text(data.read_text().replace('"x"', '"y"'))
+    for eval_split, warned in (("train", True), (str(copy), True), (str(other), False), ("auto", False)):
+        caplog.clear()
+        check_data(DataConfig(dataset=str(data), train_split="train", eval_split=eval_split))
+        assert ("holds the records that are trained on" in caplog.text) == warned

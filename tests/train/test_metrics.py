@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -29,16 +29,35 @@ def test_lines_are_json_and_values_are_plain(tmp_path):
     with MetricsLog(tmp_path / "run") as log:
         log.start({"steps": 2, "rules": ({"rank": 8},)}, **MACHINE)
         log.write({"step": 1, "loss": np.float32(0.1), "layers": {"limit": np.array([[1.0, 2.0]], np.float32)}})
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {"run": {"steps": 2, "rules": [{"rank": 8}]}, **MACHINE}
-    assert json.loads(lines[1]) == {"step": 1, "loss": 0.100000001, "layers": {"limit": [[1.0, 2.0]]}}
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first == {"run": {"steps": 2, "rules": [{"rank": 8}]}, **MACHINE}
+    assert second == {"step": 1, "loss": 0.100000001, "layers": {"limit": [[1.0, 2.0]]}}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array(-np.inf)])
 def test_what_json_lacks_becomes_null(tmp_path, value):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "loss": value, "list": [value, 1]})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "list": [null, 1]}\n'
+    assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 1, "loss": null, "list": [null, 1], "sha256')
+
+
+def test_every_flipped_bit_of_a_log_is_reported(tmp_path):
+    write_steps(tmp_path, [10])
+    path = tmp_path / "metrics.jsonl"
+    records, content = read_metrics(path), path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with suppress(NaloraError):
+            # Otherwise the name of the digest is damaged, or a blank between fields.
+            for record, original in zip(read_metrics(path), records, strict=True):
+                assert {name: record[name] for name in original} == original
+
+
+def test_lines_without_a_digest_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert steps_of(tmp_path) == [1]
 
 
 def test_floats_tell_any_two_float32_apart():

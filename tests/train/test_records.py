@@ -9,6 +9,7 @@ import pytest
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.report.history import read_evaluation, read_history
+from nalora_jax.seals import seal
 from nalora_jax.train.metrics import read_metrics
 from nalora_jax.train.records import check_record
 
@@ -116,4 +117,16 @@ def test_an_evaluation_of_its_own_file_is_checked(tmp_path: Any, text: str) -> N
     assert read_evaluation(path) == EVAL
     path.write_text(text)
     with pytest.raises(NaloraError, match=r"before\.json"):
+        read_evaluation(path)
+
+
+def test_a_changed_figure_of_the_base_is_reported(tmp_path: Any) -> None:
+    path = tmp_path / "before.json"
+    text = json.dumps(seal(EVAL | {"questions": {"all": "1f0a"}}))
+    path.write_text(text)
+    assert read_evaluation(path) == EVAL | {"questions": {"all": "1f0a"}}
+    damaged = text.replace("0.4", "0.5", 1)
+    assert damaged != text
+    path.write_text(damaged)
+    with pytest.raises(NaloraError, match=r"before\.json: expected the content that its sha256 was computed of"):
         read_evaluation(path)

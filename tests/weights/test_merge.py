@@ -23,6 +23,7 @@ from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, map_named, size_bytes, unflatten
 from nalora_jax.weights.merge import merge, merged_tensors, write_merged
 from nalora_jax.weights.peft import export_adapter, max_logit_difference
+from nalora_jax.weights.shards import parse_size
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -319,3 +320,17 @@ def test_bad_requests_leave_nothing(small, tiny_model, tmp_path, monkeypatch):
     with pytest.raises(NaloraError, match=r"other\.txt"):
         write(tmp_path / "m", config, params, lora, spec, raw)
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["other.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("8kb", 8000), ("500MB", 5 * 10**8), ("1.5 GiB", 3 << 29), ("2000000", 2_000_000)],
+)
+def test_shard_sizes_are_read_as_transformers_writes_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "5 TB", "many", "1e9", "٥GB"])
+def test_bad_shard_sizes_are_refused(text: str) -> None:
+    with pytest.raises(NaloraError, match="--shard-size: expected bytes, or a number with KB"):
+        parse_size(text)

@@ -201,3 +201,9 @@ def test_a_folder_of_peft_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == "model: m\nlora:\n  rules:\n  - ffn/up_proj:4:8\n"
     (tmp_path / "other.json").write_text("{}")
     assert main(["from-peft", str(tmp_path / "other.json")]) == 2
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_tables_among_the_modules_are_refused_with_the_way_to_train_them(name: str) -> None:
+    with pytest.raises(NaloraError, match=rf"'{name}', which is trained as a whole here; .*--lora.modules-to-save"):
+        rules_of(rank=8, alpha=16, targets=["q_proj", name])

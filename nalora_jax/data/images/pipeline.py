@@ -1,4 +1,4 @@
-"""Batches of images, classes and captions: which records, in which order, and what is read ahead."""
+"""Batches of images, classes and captions."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from nalora_jax.errors import NaloraError
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 20  # complaints in the log at most
+_SHOWN = 20  # errors in the log at most
 
 
 def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
-    """Indices of ``shots`` records of every class, ascending; of all records with 0.
+    """Returns the ascending indices of ``shots`` records of every class; with 0, of all records.
 
-    Nested: the draw of fewer shots is a part of that of more. A class with fewer records gives all of them.
+    Draws are nested: fewer shots are a subset of more shots. A class with fewer records contributes all of them.
 
     Raises:
-      NaloraError: a class has no record at all.
+      NaloraError: a class has no records.
     """
     if not shots:
         return np.arange(len(labels))
@@ -48,21 +48,21 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
 
 
 def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Those of ``indices`` whose images can be read; the others are named in the log, or refused."""
-    kept, bad = usable(source, indices.tolist(), vision)
-    for text in bad[:_SHOWN]:
+    """Returns the ``indices`` whose images can be read; the log names the others, or they are an error."""
+    good, errors = usable(source, indices.tolist(), vision)
+    for text in errors[:_SHOWN]:
         log.warning("left out: %s", text)
-    if len(bad) > _SHOWN:
-        log.warning("left out: %d more images", len(bad) - _SHOWN)
-    return kept
+    if len(errors) > _SHOWN:
+        log.warning("left out: %d more images", len(errors) - _SHOWN)
+    return good
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """The training records of a run: row r of the endless stream is row ``r % records`` of epoch ``r // records``.
+    """Training records of a run: row r of the endless stream is row ``r % records`` of epoch ``r // records``.
 
-    A batch has ``pixels`` (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 where there are classes, and
-    ``tokens``, ``token_weights`` of captions where there are some; each ``[accumulate, rows, ...]``.
+    A batch has ``pixels`` (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are classes, and
+    ``tokens``, ``token_weights`` if there are captions; each ``[accumulate, rows, ...]``.
     """
 
     source: ImageSource
@@ -84,18 +84,18 @@ class ImageData:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that hold every record once."""
+        """Returns the number of rows of an epoch, which has every record once."""
         return len(self.indices)
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the stream: the same on any number of hosts and at any batch size."""
+        """Returns the identity of the stream: the same on any number of hosts and at any batch size."""
         v = self.vision
         chosen = hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]
         return f"{self.source.fingerprint}:{chosen}:{v.augment}:{v.crop_area}:{self.seed}"
 
     def describe(self) -> dict[str, Any]:
-        """Figures for the log."""
+        """Returns figures for the log."""
         return {
             "images": len(self.indices),
             "of": len(self.source),
@@ -103,7 +103,7 @@ class ImageData:
         }
 
     def batch_at(self, row: int) -> HostBatch:
-        """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
+        """Returns the batch whose first row, over all hosts, is row ``row`` of the stream: a function of ``row``."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
         rows = (row + first + np.array(self.rows)).ravel()
@@ -111,7 +111,7 @@ class ImageData:
         return {name: value.reshape(self.accumulate, len(self.rows), *value.shape[1:]) for name, value in flat.items()}
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
-        """Batches without end, from the start or from where a state was taken; see `BatchIterator`."""
+        """Returns an endless iterator, from the start or from a saved state; see `BatchIterator`."""
         iterator = BatchIterator(self)
         if state is not None:
             iterator.set_state(state)
@@ -120,15 +120,15 @@ class ImageData:
     def _assembled(self, rows: np.ndarray) -> HostBatch:
         epochs, positions = np.divmod(rows, len(self.indices))
         places = np.array([self._order(int(e))[p] for e, p in zip(epochs, positions, strict=True)])
-        taken = self.indices[places]
+        indices = self.indices[places]
         prepared = []
-        for row, index, record in zip(rows.tolist(), taken.tolist(), self.source.read(taken.tolist()), strict=True):
+        for row, index, record in zip(rows.tolist(), indices.tolist(), self.source.read(indices.tolist()), strict=True):
             where = self.source.where(index)
             image = open_image(self.source.image(record, where), where, Limits(max_pixels=self.vision.max_pixels))
             prepared.append(self.processor(augmented(image, self.vision, generator(self.seed, row))))
-        batch = {name: np.stack([one[name] for one in prepared]) for name in prepared[0]}
+        batch = {name: np.stack([arrays[name] for arrays in prepared]) for name in prepared[0]}
         if self.labels is not None:
-            batch["labels"] = self.labels[taken]
+            batch["labels"] = self.labels[indices]
         if self.tokens is not None:
             batch |= {name: value[places] for name, value in self.tokens.items()}
         return batch
@@ -137,7 +137,7 @@ class ImageData:
 def caption_tokens(
     source: ImageSource, indices: np.ndarray, tokenizer: TextTokenizer, vision: VisionConfig
 ) -> dict[str, np.ndarray]:
-    """``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
+    """Returns ``tokens`` and ``token_weights`` of the captions of ``indices``, ``[records, seq]``."""
     limit = vision.caption_length
     if limit > tokenizer.max_length:
         found = limit

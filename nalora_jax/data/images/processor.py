@@ -1,6 +1,6 @@
-"""From an image to what a model was trained to see: resize, crop, scale, as its ``preprocessor_config.json`` says.
+"""Preprocessing of images as in ``preprocessor_config.json``: resize, crop, scale.
 
-Images stay uint8 until they are on the device (a quarter of the bytes); `ImageProcessor.normalise` is the rest.
+Images are uint8 until they are on the device (a quarter of the bytes), where `ImageProcessor.normalise` converts them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _SQUARE = {"size": {"height": 224, "width": 224}}
 _LARGEST = 1e30  # of a channel's mean and deviation
-# What each kind assumes where its file is silent (transformers).
+# Defaults of each kind in transformers.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {
         **_ALWAYS, **_CLIP, "resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True,
@@ -49,12 +49,12 @@ DEFAULTS |= {
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What is done to every image."""
+    """The preprocessing of every image."""
 
     resize: tuple[int, int] | None = None  # height and width
     shortest: int = 0  # the shorter side's length, the other in proportion; 0: by `resize`
     resample: int = 3  # Pillow's number of the filter
-    crop: tuple[int, int] | None = None  # height and width of the centre, padded with black where the image is smaller
+    crop: tuple[int, int] | None = None  # height and width of the centre crop; smaller images are padded with black
     scale: float = 1 / 255  # multiplies grey levels
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -63,11 +63,11 @@ class ImageProcessor:
 
     @property
     def output(self) -> tuple[int, int] | None:
-        """Height and width of what comes out, where all images have the same."""
+        """Returns the height and width of processed images, or None if they differ."""
         return self.crop or self.resize
 
     def __call__(self, image: Any) -> dict[str, np.ndarray]:
-        """One RGB ``PIL.Image.Image`` (`open_image`) as arrays.
+        """Returns one RGB ``PIL.Image.Image`` (`open_image`) as arrays.
 
         Returns:
           ``pixels`` uint8 ``[height, width, 3]``; or, for images of any shape, ``pixels`` uint8
@@ -83,20 +83,20 @@ class ImageProcessor:
         return {"pixels": pixels if self.crop is None else _centre(pixels, self.crop)}
 
     def of_side(self, side: int) -> ImageProcessor:
-        """The same for squares of ``side`` pixels, with the same share of an image cut off."""
-        whole = self.output or (self.shortest, self.shortest)
-        height, width = self.resize or whole
-        resize = (round(height * side / whole[0]), round(width * side / whole[1])) if self.resize else None
+        """Returns the processor for squares of ``side`` pixels that crops the same share of an image."""
+        output = self.output or (self.shortest, self.shortest)
+        height, width = self.resize or output
+        resize = (round(height * side / output[0]), round(width * side / output[1])) if self.resize else None
         crop = (side, side) if self.shortest or self.crop else None
-        return replace(self, resize=resize, shortest=round(self.shortest * side / min(whole)), crop=crop)
+        return replace(self, resize=resize, shortest=round(self.shortest * side / min(output)), crop=crop)
 
     def batch(self, images: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Several images, stacked."""
+        """Returns several images, stacked."""
         rows = [self(image) for image in images]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def normalise(self, pixels: jax.Array) -> jax.Array:
-        """uint8 pixels or patches ``[..., channels or patch * patch * channels]`` as the float32 that encoders take."""
+        """Converts uint8 pixels or patches ``[..., channels or patch * patch * channels]`` to normalised float32."""
         repeats = pixels.shape[-1] // len(self.mean)
         mean, std = (jnp.tile(jnp.asarray(v, jnp.float32), repeats) for v in (self.mean, self.std))
         x = pixels.astype(jnp.float32) * self.scale
@@ -106,7 +106,7 @@ class ImageProcessor:
         if not self.shortest:
             return self.resize
         short, long = min(height, width), max(height, width)
-        # Rounded down, as everybody does since torchvision did.
+        # Rounded down, as in torchvision.
         other = int(self.shortest * long / short)
         return (other, self.shortest) if width <= height else (self.shortest, other)
 
@@ -123,10 +123,10 @@ class ImageProcessor:
 
 
 def read_processor(folder: Path) -> ImageProcessor:
-    """The processor of a Hugging Face folder.
+    """Returns the processor of a Hugging Face folder.
 
     Raises:
-      NaloraError: there is none, it is of a kind that is not known, or a field is ill-typed.
+      NaloraError: the folder has none, its kind is not known, or a field has a wrong type.
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
@@ -141,7 +141,7 @@ def read_processor(folder: Path) -> ImageProcessor:
 
 
 def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
-    """The processor that a parsed ``preprocessor_config.json`` describes; see `read_processor`."""
+    """Returns the processor of a parsed ``preprocessor_config.json``; see `read_processor`."""
     kind = raw.get("image_processor_type") or raw.get("feature_extractor_type") or ""
     known = str(kind).removesuffix("Fast").removesuffix("Pil")
     if known not in DEFAULTS:
@@ -168,7 +168,7 @@ def parse_processor(raw: Mapping[str, Any], where: str) -> ImageProcessor:
 
 
 def _size(f: Fields, name: str) -> tuple[tuple[int, int] | None, int]:
-    """Height and width, or the shorter side's length."""
+    """Returns height and width, or None and the length of the shorter side."""
     value = f.get(name)
     square = name == "crop_size" or f.get("default_to_square") is True
     if not isinstance(value, Mapping):
@@ -191,7 +191,7 @@ def _channels(f: Fields, name: str) -> tuple[float, ...]:
 
 
 def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """The centre of ``[height, width, channels]``, in black where it is smaller."""
+    """Returns the centre of ``[height, width, channels]``; a smaller image is padded with black."""
     padding = [(-(-max(c - s, 0) // 2), max(c - s, 0) // 2) for c, s in zip(crop, pixels.shape, strict=False)]
     if any(sum(pair) for pair in padding):
         pixels = np.pad(pixels, [*padding, (0, 0)])
@@ -200,9 +200,9 @@ def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
 
 
 def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
-    """The largest size in whole patches, of about the image's shape, with at most ``most`` patches.
+    """Returns the largest size in complete patches, of about the image's aspect ratio, with at most ``most`` patches.
 
-    By bisection of the factor, to the precision that SigLIP 2's processor has: the result is part of its definition.
+    It bisects the scale to the precision of SigLIP 2's processor, on which the result depends.
     """
 
     def sized(factor: float) -> tuple[int, int]:

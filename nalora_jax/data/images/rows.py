@@ -1,4 +1,4 @@
-"""The images of packed rows: which records they belong to, how many places a row has, and their pixels."""
+"""Images of packed sequences: their records, the number of places in a row, and their pixels."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from nalora_jax.image_tokens import ImageTokens
 
 @dataclass(frozen=True, eq=False)
 class RowImages:
-    """What a batch of packed rows sees: uint8 ``pixels`` and int32 ``images``, their number.
+    """Images of batches of packed sequences: uint8 ``pixels``, and int32 ``images``, their number in each row.
 
-    The images of a row come in the order of its image tokens; places beyond ``images`` are black and are not read.
+    The images of a row are in the order of its image tokens; places after the first ``images`` are black and unused.
     """
 
     source: Source  # with images in its records (`nalora_jax.data.images.chat`)
@@ -31,7 +31,7 @@ class RowImages:
     places: int
 
     def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Of rows given by their examples."""
+        """Returns the images of rows, each given by its examples."""
         shape = self.processor.output
         assert shape is not None
         pixels = np.zeros((len(rows), self.places, *shape, 3), np.uint8)
@@ -39,9 +39,9 @@ class RowImages:
         for row, examples in enumerate(rows):
             for example in examples.tolist():
                 record = int(self.records[example])
-                for image in self.source.read([record])[0][IMAGES]:
-                    whole = opened(image, self.source.where(record), self.limits)
-                    pixels[row, counts[row]] = self.processor(whole)["pixels"]
+                for encoded in self.source.read([record])[0][IMAGES]:
+                    image = opened(encoded, self.source.where(record), self.limits)
+                    pixels[row, counts[row]] = self.processor(image)["pixels"]
                     counts[row] += 1
         return {"pixels": pixels, "images": counts}
 
@@ -54,21 +54,21 @@ def row_images(
     processor: ImageProcessor,
     limits: Limits,
 ) -> RowImages:
-    """The images of the rows that ``pattern`` makes of the examples in ``store``, which came from ``source``."""
+    """Returns the images of the rows that ``pattern`` packs from ``store``, which has the tokens of ``source``."""
     places = places_of(pattern, store.lengths, images_of(store, tokens))
     return RowImages(source, store.records, processor, limits, places)
 
 
 def images_of(store: TokenStore, tokens: ImageTokens) -> np.ndarray:
-    """How many images each example has: int ``[examples]``."""
+    """Returns the number of images of each example: int ``[examples]``."""
     sums = np.add.reduceat((store.tokens == tokens.token_id).astype(np.int64), store.offsets[:-1])
     return sums // tokens.count
 
 
 def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
-    """Images of the row that may have most, in whichever epoch: at least 1, so that there is something to see.
+    """Returns the largest number of images that a row can have in any epoch, at least 1.
 
-    A row's slots have lengths; which example of a length stands in a slot is drawn anew in every epoch.
+    The slots of a row have fixed lengths; every epoch draws another example of that length for each slot.
     """
     most = np.zeros(int(lengths.max()) + 1, np.int64)
     np.maximum.at(most, lengths, images)

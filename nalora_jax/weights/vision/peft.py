@@ -24,15 +24,9 @@ from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from nalora_jax.weights.peft_digest import check_digest, check_fingerprint, file_metadata
 from nalora_jax.weights.peft_modules import ModuleAdapter, alpha_for
-from nalora_jax.weights.peft_read import (
-    TENSORS_NAME,
-    by_module,
-    check_digest,
-    check_fingerprint,
-    file_metadata,
-    read_tensors,
-)
+from nalora_jax.weights.peft_read import TENSORS_NAME, by_module, read_tensors
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.shards import write_tensors
 from nalora_jax.weights.vision.keymaps import module_names
@@ -108,7 +102,7 @@ def import_dual_adapter(
             raise NaloraError(f"{peft.where}: {field}", expected="null for image and text encoders", found=shown)
     tensors, metadata = read_tensors(folder)
     check_digest(folder / TENSORS_NAME, tensors, metadata)
-    check_fingerprint(folder, metadata, fingerprint)
+    check_fingerprint(folder / TENSORS_NAME, metadata, fingerprint)
     path = folder / TENSORS_NAME
     if peft.adalora:
         tensors = as_lora_tensors(tensors, str(path))

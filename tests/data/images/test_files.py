@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_utils import load_image
 
 from nalora_jax.data.images import Limits, open_image
 from nalora_jax.errors import NaloraError
@@ -36,11 +37,62 @@ def test_transparency_becomes_white_and_grey_becomes_rgb() -> None:
     assert open_image(png(palette)).mode == "RGB"
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photos_are_turned_upright_as_transformers_turns_them(tmp_path, kind, orientation) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{kind.lower()}"
+    noise().save(path, kind, exif=exif)
+    upright = load_image(str(path))
+    assert upright.size == ((12, 20) if orientation > 4 else (20, 12))
+    np.testing.assert_array_equal(np.asarray(open_image(path)), np.asarray(upright))
+
+
+def deep_png(color: int, values: np.ndarray, clear: bytes = b"") -> bytes:
+    """A PNG of 16 bits per channel: uint16 ``[height, width, channels]``."""
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
+    middle = chunk(b"tRNS", clear) if clear else b""
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + middle
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_sixteen_bits_keep_their_upper_eight_in_grey_as_in_colour() -> None:
+    values = np.random.default_rng(0).integers(0, 2**16, (4, 6, 1), dtype=np.uint16)
+    grey = np.asarray(open_image(deep_png(0, values)))
+    np.testing.assert_array_equal(grey, np.repeat(values >> 8, 3, axis=2))
+    color = np.asarray(open_image(deep_png(2, np.repeat(values, 3, axis=2))))
+    np.testing.assert_array_equal(grey, color)
+    for kind in ("TIFF", "PPM"):
+        saved = png(Image.fromarray(values[..., 0]), kind)
+        np.testing.assert_array_equal(np.asarray(open_image(saved)), grey)
+
+
+def test_a_transparent_grey_level_of_sixteen_bits_becomes_white() -> None:
+    values = np.array([[[1000], [1001]]], np.uint16)
+    found = np.asarray(open_image(deep_png(0, values, struct.pack(">H", 1000))))
+    assert found[0, :, 0].tolist() == [255, 1001 >> 8]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_known_range_are_refused(mode) -> None:
+    with pytest.raises(NaloraError, match="scan.tif: expected 8 or 16 bits per channel"):
+        open_image(png(Image.new(mode, (4, 4)), "TIFF"), "scan.tif")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     """A PNG of a few hundred bytes that says 60,000 x 60,000: nothing is decoded."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10_000))

@@ -1,0 +1,188 @@
+"""Names and rules: which projections of a user's model get an adapter, and which of them are gates."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from nalora_jax import activations, trees
+from nalora_jax.config import LoRAConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.integrations.layers import Contraction, Unfit
+from nalora_jax.nn.low_rank import adapter_scale
+from nalora_jax.optim.columns import find_gates
+
+log = logging.getLogger(__name__)
+
+Keymap = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A layer of the user's model that has a kernel: its contraction, or the reason why it cannot be adapted."""
+
+    own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
+    lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
+    layer: Contraction | Unfit
+
+    @property
+    def dense(self) -> Contraction:
+        """Returns the contraction; an `Unfit` layer has none."""
+        assert isinstance(self.layer, Contraction)
+        return self.layer
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Returns the axes of the kernel that are contracted with the last axes of x."""
+        return self.dense.inputs
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Returns the kernel's other axes."""
+        return self.dense.outputs
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Returns the shape of the stored kernel."""
+        sides = (self.outputs, self.inputs) if self.dense.transposed else (self.inputs, self.outputs)
+        return (*self.lead, *sides[0], *sides[1])
+
+
+@dataclass(frozen=True)
+class Target:
+    """An adapted projection."""
+
+    projection: Projection
+    path: str  # its name by the keymap, e.g. "layers/3/ffn/gate_proj"
+    rank: int
+    scale: float
+    gate: str = ""  # the activation that it feeds, if it is a gate
+
+
+def flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:
+    """Returns the stacked axes of a projection and its numbers of inputs and outputs."""
+    return projection.lead, math.prod(projection.inputs), math.prod(projection.outputs)
+
+
+def choose_targets(
+    projections: Sequence[Projection], keymap: Keymap, lora: LoRAConfig, activation: str
+) -> tuple[Target, ...]:
+    """Returns the adapters that the rules give a model's projections.
+
+    Args:
+      projections: all projections of the model.
+      keymap: see `adapt_linen`.
+      lora: rules, searched in the keymap's names, and ``rslora``.
+      activation: the gates'.
+
+    Raises:
+      NaloraError: a pattern of the keymap or a rule that matches nothing, two projections of one name, a rank or alpha
+        out of range, a variant that needs the layer's own code, a layer that does not compute ``x @ kernel + bias``.
+    """
+    _check_variant(lora)
+    activations.get(activation)  # an unknown name is an error whether there is a gate or not
+    named = _named(projections, keymap)
+    rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
+    usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
+    for path, rule in rules.items():
+        usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
+    targets = []
+    for path, rule in rules.items():
+        if rule.rank == 0 or not _fits(named[path], path, f"lora.rules {rule.pattern!r}", usable[rule.pattern]):
+            continue
+        _, d_in, d_out = flat_shape(named[path])
+        alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
+        if not 0 < rule.rank <= min(d_in, d_out):
+            limit = f"0 to {min(d_in, d_out)} (the smaller side of {path})"
+            raise NaloraError(f"lora.rules {rule.pattern!r}: rank", expected=limit, found=rule.rank)
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise NaloraError(f"lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=alpha)
+        scale = adapter_scale(alpha, rule.rank, rslora=lora.rslora)
+        gate = activation if find_gates({path: {"b": 0}}) else ""
+        if gate:
+            _check_gate(path, named)
+        targets.append(Target(named[path], path, rule.rank, scale, gate))
+    if not targets:
+        raise NaloraError("lora.rules", expected="at least one adapter", found="rank 0 everywhere")
+    if not any(target.gate for target in targets):
+        log.warning("no adapter sits on a gate (gate_proj or in_proj by the keymap): the mechanisms act on nothing")
+    return tuple(targets)
+
+
+def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
+    """Refuses a projection whose output is read as two halves, gate and up, since only one half is a gate.
+
+    The layer that leads back to the width of the gate's input then takes half as many inputs as the gate has outputs.
+
+    Raises:
+      NaloraError: names both layers.
+    """
+    gate = named[path]
+    _, d_model, width = flat_shape(gate)
+    places = {path.rpartition("/")[0], gate.own.rpartition("/")[0]}
+    near = [
+        (each.own, *flat_shape(each)[1:])
+        for name, each in named.items()
+        if {name.rpartition("/")[0], each.own.rpartition("/")[0]} & places and isinstance(each.layer, Contraction)
+    ]
+    back = {own: d_in for own, d_in, d_out in near if d_out == d_model and own != gate.own}
+    half = next((own for own, d_in in back.items() if 2 * d_in == width), None)
+    if half is not None and width not in back.values():
+        raise NaloraError(
+            f"keymap: {gate.own}",
+            expected=f"a gate with as many outputs as {half} has inputs, {width // 2}",
+            found=f"{width} outputs: gate and up projection in one layer",
+            remedy="split the layer in two, or give it another name, such as gate_up_proj, without the mechanisms",
+        )
+
+
+def _fits(projection: Projection, path: str, where: str, beside_others: bool) -> bool:
+    """Returns whether a layer that a rule matches is adapted; a layer that only resembles a dense one is an error.
+
+    Embeddings, convolutions and the like that a wide pattern matches together with dense layers stay unadapted, with a
+    warning.
+    """
+    if isinstance(projection.layer, Contraction):
+        return True
+    if beside_others and not projection.layer.dense:
+        log.warning("%s finds %s, which is left as it is: %s", where, path, projection.layer.reason)
+        return False
+    raise NaloraError(
+        f"{where}: {projection.own}",
+        expected="a layer that computes x @ kernel + bias",
+        found=f"another one: {projection.layer.reason}",
+        remedy="leave it out with a rule of rank 0 before this one",
+    )
+
+
+def _check_variant(lora: LoRAConfig) -> None:
+    asked = {"dora": lora.dora, "dropout": lora.dropout > 0, "init": lora.init != "default"}
+    asked |= {name: bool(getattr(lora, name)) for name in ("modules_to_save", "trainable_token_indices")}
+    for name, on in asked.items():
+        if on:
+            found = f"{name}={getattr(lora, name)!r}"
+            raise NaloraError(
+                "lora", expected="LoRA or rsLoRA, which need a layer's input and output alone", found=found
+            )
+
+
+def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
+    """Returns projections by the keymap's names; projections that it does not mention keep their path."""
+    own = [projection.own for projection in projections]
+    trees.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
+    named: dict[str, Projection] = {}
+    for projection in projections:
+        path = _renamed(projection.own, keymap)
+        if path in named:
+            found = f"{named[path].own} and {projection.own}"
+            raise NaloraError("keymap", expected=f"one projection called {path}", found=found)
+        named[path] = projection
+    return named
+
+
+def _renamed(own: str, keymap: Keymap) -> str:
+    matches = ((re.fullmatch(pattern, own), to) for pattern, to in keymap)
+    return next((match.expand(to) for match, to in matches if match), own)

@@ -1,0 +1,96 @@
+"""Metadata of an adapter's file: a digest of the adapter and the fingerprint of its base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.weights.origin import is_comparable
+from nalora_jax.weights.peft_config import CONFIG_NAME
+
+log = logging.getLogger(__name__)
+
+FINGERPRINT_KEY = "nalora.base_fingerprint"
+DIGEST_KEY = "nalora.sha256"
+# Written with every digest, so that a file whose digest lost its name is not mistaken for a file of another tool.
+LAYOUT_KEY = "nalora.layout"
+# Fields of adapter_config.json that decide the function of the tensors.
+_MEANING = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
+    *("target_modules", "target_parameters"),
+)
+_LATER_MEANING = ("modules_to_save", "ensure_weight_tying", "trainable_token_indices")
+
+
+def file_metadata(
+    tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], fingerprint: str | None = None
+) -> dict[str, str]:
+    """Returns the metadata of a file of ``tensors``: the base's fingerprint and a digest of the adapter.
+
+    Args:
+      tensors: of the file, by name.
+      settings: of ``adapter_config.json``.
+      fingerprint: of the base model's weights.
+    """
+    metadata = {"format": "pt", LAYOUT_KEY: "1"} | ({FINGERPRINT_KEY: fingerprint} if fingerprint else {})
+    return metadata | {DIGEST_KEY: _digest(tensors, settings, metadata)}
+
+
+def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """Returns the SHA-256 of an adapter: tensors in float32, other metadata, and the settings in `_MEANING`.
+
+    The base model's path, and other settings that the library does not compute with, may be edited.
+    """
+    meaning = {name: settings.get(name) for name in _MEANING}
+    # Files of earlier versions do not have these fields, and digests without them.
+    meaning |= {name: settings[name] for name in _LATER_MEANING if settings.get(name)}
+    noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
+    digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Refuses a file of this library that was changed since it was written, or whose ``adapter_config.json`` was."""
+    if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
+        return  # another tool's
+    settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
+    noted, found = metadata.get(DIGEST_KEY, "none"), _digest(tensors, settings, metadata)
+    if noted != found:
+        raise NaloraError(
+            str(path),
+            expected=f"the adapter that was written (sha256 {noted[:16]}...)",
+            found=f"another one (sha256 {found[:16]}...): a file was damaged or edited",
+            remedy="copy it again, or export it again from the run",
+        )
+
+
+def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
+    """Refuses an adapter of another base model, if the file has its base's fingerprint."""
+    noted = metadata.get(FINGERPRINT_KEY)
+    if not noted or not fingerprint or noted == fingerprint:
+        return
+    where = str(path)
+    if not is_comparable(noted, fingerprint):
+        log.warning(
+            "%s: made with an earlier version, whose digest of the base covered a part of its weights and cannot be "
+            "compared; check that the base is the one that adapter_config.json names",
+            where,
+        )
+        return
+    raise NaloraError(
+        where,
+        expected=f"an adapter of the base model {fingerprint}",
+        found=f"one of the base model {noted}",
+        remedy="load the very weights that the adapter was trained on (their name is in adapter_config.json); the same "
+        "model in another number format is another base",
+    )
