@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from nalora_jax import notes
-from nalora_jax.errors import Interrupted, LostPeerError, NaloraError
+from nalora_jax.errors import Interrupted, LostPeerError, NaloraError, visible
 
 # What the machine or a path's name, not the library, has to answer for.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
@@ -64,7 +64,7 @@ def guarded(run: Callable[[], None]) -> int:
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        print(visible(str(stopped)), file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -80,7 +80,7 @@ def guarded(run: Callable[[], None]) -> int:
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
+    line = visible(" ".join(message.split()))
     print(json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}", file=sys.stderr)
     return 2
 

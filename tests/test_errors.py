@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nalora_jax.errors import NaloraError, TrainingDivergedError, shorten
+from nalora_jax.__main__ import guarded
+from nalora_jax.errors import NaloraError, TrainingDivergedError, bounded_text, shorten, visible
 
 
 def test_a_short_message_is_whole() -> None:
@@ -41,3 +42,27 @@ def test_beginning_and_end_are_kept() -> None:
     assert shorten("abcdefghijklmnop", 11) == "abc ... nop"
     assert shorten("abc", 3) == "abc"
     assert len(shorten("x" * 100, 3)) <= 8
+
+
+CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
+
+
+@pytest.mark.parametrize("place", ["where", "expected", "found", "remedy"])
+def test_control_characters_of_a_message_are_escaped(place: str) -> None:
+    parts = {"where": "w", "expected": "e", "found": "f", "remedy": "r"}
+    message = str(NaloraError(**{**parts, place: CONTROLS}))
+    assert r"\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028" in message
+    assert message.isprintable()
+
+
+def test_text_that_a_terminal_shows_is_not_changed() -> None:
+    text = "tab\tand\nline, Ünïcode, 東京, 👩\u200d🚀"
+    assert visible(text) == bounded_text(text) == text
+
+
+def test_the_command_line_prints_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        raise FileNotFoundError(20, "Not a directory\x1b[2J", "a\x1b]0;title\x07")
+
+    assert guarded(missing) == 2
+    assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07: Not a directory\\x1b[2J\n"

@@ -15,7 +15,8 @@ from tyro.conf import Positional
 from nalora_jax.cli.outputs import mesh_of
 from nalora_jax.config import MeshConfig
 from nalora_jax.config.ranges import AXIS, COUNT, SEED, TOKENS, Range
-from nalora_jax.errors import NaloraError
+from nalora_jax.errors import NaloraError, visible
+from nalora_jax.files import expand_user
 
 if TYPE_CHECKING:
     from nalora_jax.generate.conversation import Conversation
@@ -212,7 +213,7 @@ class _Talk:
             raise NaloraError("/image", expected="a model that sees images", found=found)
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
-        self.pictures.append(processor(open_image(Path(path).expanduser()))["pixels"])
+        self.pictures.append(processor(open_image(expand_user(path)))["pixels"])
         _say(f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
 
     def _system(self, text: str) -> None:
@@ -259,4 +260,4 @@ def _shown(base: str, adapter: Path | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ import numpy as np
 from nalora_jax.data.files import RecordFile, open_rows, splits_of
 from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import absolute_of
+from nalora_jax.files import expand_user
 
 
 class FileSource(Source):
@@ -27,7 +28,7 @@ class FileSource(Source):
     def __init__(self, path: str | Path, split: str = "train") -> None:
         files = splits_of(str(path))
         self.siblings = tuple(files)
-        self.dataset, self.name = str(Path(path).expanduser().resolve()), f"{path}[{split}]"
+        self.dataset, self.name = str(expand_user(path).resolve()), f"{path}[{split}]"
         asked = {part.split("[")[0].strip() for part in split.split("+")}
         opened = {name: [open_rows(one) for one in files[name]] for name in files if {name, "all"} & asked}
         self._spans = self._parse(split, opened, files)

@@ -20,6 +20,7 @@ import numpy as np
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Record, foreign_errors
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import expand_user
 
 # Endings of the files that are looked for in folders.
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -69,7 +70,7 @@ def splits_of(name: str) -> dict[str, list[Path]]:
     Raises:
       NaloraError: a folder without such files.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if glob.has_magic(name) and not path.exists():
         return {"train": [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
     if not path.is_dir():
@@ -94,7 +95,7 @@ def splits_of(name: str) -> dict[str, list[Path]]:
 
 def is_path(text: str) -> bool:
     """Whether ``text`` means files: it ends as they do, or there is something of that name, or matching it."""
-    path = Path(text).expanduser()
+    path = expand_user(text)
     if path.suffix.lower() in ENDINGS or path.is_file():
         return True
     return ("/" in text and path.is_dir()) or _is_saved(path) or (glob.has_magic(text) and "/" in text)

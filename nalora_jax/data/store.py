@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import find_damage, write_array, write_digests
+from nalora_jax.files import find_damage, scratch_folder, write_array, write_digests
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.notes import counting
 
@@ -199,8 +198,7 @@ def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig
     """Writes the store into a folder of its own, then renames it: a half-written one never has the final name."""
     began = time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="incomplete-"))
-    try:
+    with scratch_folder(folder.parent, "incomplete-") as scratch:
         counts = _write(scratch, _examples(source, indices, config, tokenizer), config, tokenizer.bos_id)
         if not counts.examples:
             raise NaloraError(
@@ -214,8 +212,6 @@ def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig
         except OSError:
             if not (folder / "meta.json").exists():  # else another process was first, with the same content
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     _LOG.info("tokenized %s: %d examples in %.1f s", source.name, counts.examples, time.perf_counter() - began)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import open_unlinked
 from nalora_jax.train.metrics import read_metrics, to_json
 
 FILE = "records.jsonl"
@@ -60,7 +61,7 @@ class Records:
         try:
             with _locked(self._claims() / "records.lock"):
                 _drop_torn_line(self.path)
-                with self.path.open("ab") as file:
+                with open_unlinked(self.path, "ab") as file:
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
@@ -72,7 +73,7 @@ class Records:
     def claim(self, run: str) -> Iterator[Path | None]:
         """The claim on ``run`` while the context lasts: where its snapshot lies, or None if another process has it."""
         lock = self._claims() / f"{run}.lock"
-        with lock.open("a") as file:
+        with open_unlinked(lock, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -95,7 +96,7 @@ class Records:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
+    with open_unlinked(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -104,7 +105,7 @@ def _drop_torn_line(path: Path) -> None:
     """Cuts what stands after the last line end: half a record, of a machine that stopped while writing it."""
     if not path.exists():
         return
-    with path.open("rb+") as file:
+    with open_unlinked(path, "rb+") as file:
         content = file.read()
         whole = content.rfind(b"\n") + 1
         if whole != len(content):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import open_descriptor
 
 FILE = "run.lock"
 _BEAT = 5.0  # seconds between two touches
@@ -74,7 +75,7 @@ class Lock:
 def _open_locked(path: Path) -> int:
     """The file at ``path``, locked; again where its former holder removed it in between."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -85,7 +86,7 @@ def _open_locked(path: Path) -> int:
                     raise _held(path, holder) from None
                 raise
         try:
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return descriptor
         except FileNotFoundError:
             pass

@@ -14,6 +14,7 @@ from nalora_jax import downloads
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
+from nalora_jax.files import expand_user
 from nalora_jax.weights.hub import HUB_FILES
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -78,7 +79,7 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
         name, members = FOLDERS[source]
         paths = [downloads.fetch(member, cache=cache) for member in members]
         return paths[0].parent, name
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if source and path.exists():
         if not (path / "config.json").is_file():
             raise NaloraError(str(path), expected="a folder with config.json", found="none in it")
