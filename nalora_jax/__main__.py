@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from nalora_jax import notes
@@ -76,7 +77,25 @@ def guarded(run: Callable[[], None]) -> int:
         if error.errno not in (*_MACHINE, *_PATHS):
             raise
         return _fail(f"{error.filename or 'output'}: {error.strerror}")
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if (complaint := _jax_complaint(error)) is None:
+            raise
+        return _fail(complaint)
     return 0
+
+
+def _jax_complaint(error: Exception) -> str | None:
+    """Returns a message if JAX cannot start as the environment asks, e.g. JAX_PLATFORMS=cuda without a GPU, or None."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__")
+    if module == "jax._src.config":
+        return str(error)  # names the variable
+    if module != "jax._src.xla_bridge":
+        return None
+    reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "its plugin is not installed"
+    platforms = os.environ.get("JAX_PLATFORMS", "any platform")
+    where, expected = "JAX_PLATFORMS", "a platform with a device on this machine"
+    return str(NaloraError(where, expected=expected, found=f"{platforms} ({reason})", remedy="unset it, or use cpu"))
 
 
 def _fail(message: str) -> int:

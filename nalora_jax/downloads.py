@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import expand_user, naming
+from nalora_jax.paths import expand_user, naming
 
 # Owner that a container shows for files of users that it does not know, the machine's root among them.
 _UNMAPPED = 65534

@@ -33,6 +33,7 @@ from nalora_jax.ops.registry import check_implementation
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
+from nalora_jax.redaction import redacted
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.callbacks import Callback, Callbacks, Ended, Started, make_callbacks
@@ -189,7 +190,7 @@ def _continued(config: RunConfig, output: Output) -> dict[str, Any]:
         raise NaloraError("--steps", expected=expected, found=config.steps, remedy=remedy)
     recorded = recorded_settings(output.folder) if output.resumes else {}
     if recorded:
-        check_settings(f"--resume {output.folder}", recorded, to_json(config.to_dict()))
+        check_settings(f"--resume {output.folder}", recorded, to_json(redacted(config.to_dict())))
     return recorded
 
 
@@ -206,7 +207,7 @@ def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpoi
     return Checkpointer(
         output.checkpoints,
         fingerprint=pieces.loaded.fingerprint,
-        config=config.to_dict(),
+        config=redacted(config.to_dict()),
         keep=config.train.keep,
         best_metric=pieces.evaluator.metric,
         best_mode=pieces.evaluator.mode,
@@ -217,7 +218,7 @@ def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> S
     """What callbacks are told of the run before its first step."""
     origin = pieces.loaded.origin
     more = {"data": pieces.data.describe()} | ({"base": origin.to_dict()} if origin else {})
-    return Started(output.folder, config.to_dict(), start, versions(), describe_device(), more)
+    return Started(output.folder, redacted(config.to_dict()), start, versions(), describe_device(), more)
 
 
 def _export(

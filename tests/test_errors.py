@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nalora_jax.__main__ import guarded
@@ -66,3 +70,35 @@ def test_the_command_line_prints_no_control_character(capsys: pytest.CaptureFixt
 
     assert guarded(missing) == 2
     assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07: Not a directory\\x1b[2J\n"
+
+
+DEVICES = """
+import sys
+from nalora_jax.__main__ import guarded
+sys.exit(guarded(lambda: __import__("jax").devices()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("JAX_PLATFORMS", "cpx", "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx ("),
+        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS: expected a platform with a device on this machine, found cuda ("),
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+    ],
+)
+def test_what_jax_cannot_start_with_is_one_line(variable: str, value: str, line: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), variable: value}
+    command = [sys.executable, "-c", DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {line}")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_another_module_keeps_its_traceback() -> None:
+    def fail() -> None:
+        raise AssertionError("a bug")
+
+    with pytest.raises(AssertionError, match="a bug"):
+        guarded(fail)

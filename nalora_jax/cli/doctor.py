@@ -103,8 +103,9 @@ def _devices() -> tuple[dict[str, str], list[str]]:
 
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        return {}, [f"JAX finds no device: {' '.join(str(error).split())[:300]}"]
+    except (RuntimeError, AssertionError) as error:  # JAX asserts if the plugin of JAX_PLATFORMS is not installed
+        reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        return {}, [f"JAX finds no device: {reason}"]
     kinds = sorted({device.device_kind for device in devices})
     shown = {"platform": devices[0].platform, "devices": f"{len(devices)} ({', '.join(kinds)})"}
     shown["processes"] = str(jax.process_count())

@@ -20,7 +20,7 @@ import numpy as np
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Record, foreign_errors
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import expand_user
+from nalora_jax.paths import expand_user
 
 # Endings of the files that are looked for in folders.
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")

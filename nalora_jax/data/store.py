@@ -22,9 +22,10 @@ from nalora_jax.data.sources import Source, require_some
 from nalora_jax.data.tokenize import Example, fit, tokenize
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import find_damage, scratch_folder, write_array, write_digests
+from nalora_jax.files import find_damage, write_array, write_digests
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.notes import counting
+from nalora_jax.paths import scratch_folder
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer

@@ -19,7 +19,6 @@ import numpy as np
 
 from nalora_jax import distributed, trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.files import naming, open_unlinked
 from nalora_jax.ops.numerics import Numerics, Platform
 from nalora_jax.ops.programs import processor_name
 from nalora_jax.optim.nalora import make_schedule
@@ -236,7 +235,7 @@ class _Bench:
         arrays: dict[str, Any] = {path: distributed.fetch(leaf) for path, leaf in trees.flatten(state).items()}
         arrays["notes"] = np.array(json.dumps(to_json(notes) | {"code": code_version()}))
         scratch = self.snapshot.with_suffix(".new")
-        with naming(scratch), open_unlinked(scratch, "wb") as file:
+        with scratch.open("wb") as file:
             np.savez(file, **arrays)
         scratch.replace(self.snapshot)
 

@@ -35,7 +35,7 @@ from typing import Any, Literal, get_type_hints
 
 from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.overrides import checked, override
+from nalora_jax.study.overrides import checked, override, whole_as_float
 
 FILE = "protocol.toml"
 # What belongs to the study, not to a method: otherwise runs would not be pairs. And what a run without files ignores.
@@ -180,9 +180,9 @@ def read_protocol(path: str | Path) -> Protocol:
     except OSError as error:
         remedy = f"give a study's folder with a {FILE}, or the file"
         raise NaloraError(str(path), expected="a study", found=error.strerror or error, remedy=remedy) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, a number of 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
-    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()  # dates as text
     try:
         protocol = replace(_build(Protocol, table, "top level"), path=path, digest=digest)
         _check(protocol)
@@ -198,6 +198,8 @@ _TABLES: dict[str, type] = {"tasks": Task, "methods": Method, "probes": Forgetti
 
 def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
     """A dataclass of a TOML table."""
+    if not isinstance(table, Mapping):
+        raise NaloraError(where, expected="one table", found=type(table).__name__)
     hints = {one.name: get_type_hints(kind)[one.name] for one in fields(kind) if one.name not in _NOT_IN_THE_FILE}
     unknown = sorted(table.keys() - hints.keys())
     if unknown:
@@ -208,7 +210,7 @@ def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
         if name in _TABLES and isinstance(value, Mapping):
             value = {key: _build(_TABLES[name], one, f"[{name}.{key}]") for key, one in value.items()}
         elif isinstance(value, list):
-            value = tuple(float(one) if "float" in str(hints[name]) and type(one) is int else one for one in value)
+            value = tuple(map(whole_as_float, value) if "float" in str(hints[name]) else value)
         values[name] = checked(value, hints[name], place)
     missing = [one.name for one in fields(kind) if one.name in hints and one.name not in values and _required(one)]
     if missing:

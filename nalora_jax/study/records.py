@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import open_unlinked
+from nalora_jax.paths import open_unlinked
+from nalora_jax.study.fields import check_fields
 from nalora_jax.train.metrics import read_metrics, to_json
 
 FILE = "records.jsonl"
@@ -44,6 +45,7 @@ class Records:
         """
         found: dict[str, Record] = {}
         for number, record in enumerate(read_metrics(self.path) if self.path.exists() else [], start=1):
+            check_fields(record, f"{self.path}: line {number}")
             name = record.get("id")
             if not isinstance(name, str) or name in found:
                 expected = "a record of a run that has none yet"
@@ -73,7 +75,7 @@ class Records:
     def claim(self, run: str) -> Iterator[Path | None]:
         """The claim on ``run`` while the context lasts: where its snapshot lies, or None if another process has it."""
         lock = self._claims() / f"{run}.lock"
-        with open_unlinked(lock, "a") as file:
+        with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -96,7 +98,7 @@ class Records:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open_unlinked(path, "a") as file:
+    with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

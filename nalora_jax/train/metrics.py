@@ -30,7 +30,8 @@ import numpy as np
 
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import open_unlinked, write_atomically
+from nalora_jax.files import write_atomically
+from nalora_jax.paths import open_unlinked
 from nalora_jax.train.callbacks import Callback, Ended, Started
 from nalora_jax.train.records import check_record
 

@@ -25,7 +25,7 @@ from huggingface_hub import constants, errors
 from nalora_jax import downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import expand_user, naming
+from nalora_jax.paths import expand_user, naming
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
 

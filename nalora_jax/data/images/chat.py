@@ -36,8 +36,8 @@ from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.data.sources import open_source
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import expand_user
 from nalora_jax.image_tokens import ImageTokens
+from nalora_jax.paths import expand_user
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer

@@ -24,7 +24,7 @@ from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.sources import Span, absolute, prepared, tfds_errors
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
-from nalora_jax.files import expand_user
+from nalora_jax.paths import expand_user
 
 # Data sets of this library: the field of the class that is taken where the config does not name one.
 OWN = {"emoji": "category", "fashion_mnist": "label"}
