@@ -45,7 +45,7 @@ def cache_dir() -> Path:
     A relative ``XDG_CACHE_HOME`` is ignored, as the XDG base directory specification demands.
 
     Raises:
-      NaloraError: neither variable is set, and the user has no home folder.
+      NaloraError: no variable is set, and the user has no home folder.
     """
     if root := os.environ.get("NALORA_CACHE"):
         return expand_user(root)

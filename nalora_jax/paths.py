@@ -44,7 +44,7 @@ def open_descriptor(path: str | Path, flags: int) -> int:
 
 
 def expand_user(path: str | Path) -> Path:
-    """Returns ``path`` with a leading ``~`` expanded; that of an unknown user stays, and is no existing file."""
+    """Returns ``path`` with a leading ``~`` expanded, and ``~name`` of an unknown user unchanged."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -64,7 +64,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Makes a temporary folder in ``parent`` and removes it at the end, with those of processes that were killed.
+    """Makes a temporary folder in ``parent`` and removes it at the end; also removes folders of killed processes.
 
     The kernel's lock on a folder shows that its process is alive. Hosts that share storage may not see each other's
     locks: a folder of another host counts as abandoned after a day without a change.

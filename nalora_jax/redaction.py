@@ -1,6 +1,6 @@
-"""Redaction and escaping of what is written about a run: passwords, private paths, and names in Markdown.
+"""Redacts passwords and private paths of a run, and escapes names in Markdown.
 
-`redacted` is for everything that a run writes (log, checkpoints, report, trackers), `published` for model cards, which
+`redacted` is for all files of a run (log, checkpoints, report, trackers), `published` for model cards, which
 others read, and `markdown` and `code` for texts in Markdown, through which HTML would pass.
 """
 
@@ -29,7 +29,7 @@ _QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATHS = ("model", "output", "dataset", "data_dir", "train_split", "eval_split")  # settings that may be paths
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
-_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<!\w)_|_(?!\w))")  # an underscore in a word means nothing in Markdown
+_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<!\w)_|_(?!\w))")  # not the underscore in a word
 
 
 def redacted(value: Any) -> Any:
@@ -63,8 +63,9 @@ def published(value: Any, name: str = "") -> Any:
       >>> published({"train_split": "/home/me/a project/x.jsonl", "model": "owner/model"})
       {'train_split': 'x.jsonl', 'model': 'owner/model'}
     """
+    value = redacted(value)
     if isinstance(value, Mapping):
-        return {name: published(part, name) for name, part in redacted(value).items()}
+        return {name: published(part, name) for name, part in value.items()}
     if name in _PATTERNS:
         return value
     if isinstance(value, list | tuple):
@@ -72,8 +73,8 @@ def published(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if name in _PATHS:
-        return ",".join(map(_short, redacted(value).split(",")))
-    return _FOLDERS.sub("", _QUOTED.sub("", redacted(value)))
+        return ",".join(map(_short, value.split(",")))
+    return _FOLDERS.sub("", _QUOTED.sub("", value))
 
 
 def _short(name: str) -> str:
@@ -85,11 +86,14 @@ def _short(name: str) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Returns True for ``owner/name``, unless a file has that name."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    try:
+        return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    except OSError:  # a name that no file system takes
+        return True
 
 
 def markdown(text: object) -> str:
-    """Returns a text for a line of Markdown: its characters are shown, whatever they mean in Markdown or HTML."""
+    """Returns a text for a line of Markdown in which every character with a meaning in Markdown or HTML is escaped."""
     return _SPECIAL.sub(r"\\\1", _line(text))
 
 

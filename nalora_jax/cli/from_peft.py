@@ -22,7 +22,7 @@ class FromPeftArgs:
     file: Positional[Path]
     # New YAML file to write; by default it is printed.
     output: Path | None = None
-    # Trainer of TRL whose settings they are. By default told by the fields: beta or loss_type sigmoid mean dpo.
+    # TRL's trainer that the settings belong to. By default dpo if the file has beta or loss_type sigmoid, else sft.
     trainer: Literal["sft", "dpo"] | None = None
 
 
@@ -30,7 +30,7 @@ def from_peft(args: FromPeftArgs) -> None:
     """Converts a file; comments in the output name everything that is not carried over.
 
     Raises:
-      NaloraError: the file is neither PEFT's nor TRL's, or has unsupported settings, all of which are named.
+      NaloraError: the file has no settings of PEFT or TRL, or unsupported ones, all of which are named.
     """
     from nalora_jax.cli import config_files
     from nalora_jax.files import write_atomically

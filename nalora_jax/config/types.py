@@ -49,7 +49,7 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, PurePath):
         return str(value)
-    return value.item() if hasattr(value, "item") else value
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def has_type(value: Any, hint: Any) -> bool:

@@ -59,7 +59,7 @@ class Settings:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         texts = isinstance(stops, Sequence) and all(isinstance(text, str) for text in stops)
         _require("stop", texts, "a text, or texts", self.stop)
-        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed]
+        seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
         whole = all(isinstance(seed, Integral) for seed in seeds)
         _require("seed", whole, "a whole number, or one for each prompt", self.seed)
 

@@ -1,7 +1,7 @@
 """Next token from logits: greedy, or drawn after temperature, top-k, top-p and min-p; every setting is an array.
 
-Settings are arguments of the compiled step: a change compiles nothing, except turning the repetition penalty on, and
-each row of a batch can have its own. No filter sorts the vocabulary: each keeps the tokens above a threshold, which
+Settings are arguments of the compiled step: a change needs no compilation, except turning the repetition penalty on,
+and each row of a batch can have its own. No filter sorts the vocabulary: each keeps the tokens above a threshold, which
 bisection over the floats finds exactly, in one pass over the row per bit.
 """
 

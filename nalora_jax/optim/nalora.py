@@ -106,7 +106,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to ``final_ratio`` of it.
 
     Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It begins above 0, so that no step
-    is wasted; with ``warmup_from_zero`` and a final ratio of 0 the rates are those of transformers.
+    is wasted; with ``warmup_from_zero`` and a final ratio of 0 the rates equal transformers'.
     """
     if not config.learning_rate:
         remedy = "nalora_jax.optim.learning_rate decides it"

@@ -207,7 +207,7 @@ class Checkpointer:
                 if (damage := files.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
-        except (*_MISPLACED, ValueError, RecursionError) as error:  # not those of a disk that does not answer
+        except (*_MISPLACED, ValueError, RecursionError) as error:  # other errors are the disk's
             return _reason(error)
         return None if written == metrics else "metrics: not what was written"
 

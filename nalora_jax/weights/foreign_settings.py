@@ -34,7 +34,7 @@ class Field:
 
 
 def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
-    """Refuses every value but ``accepted``, each of which changes nothing here."""
+    """Refuses every value but ``accepted``, which have no effect here."""
     return lambda value: None if any(value == one for one in (None, *accepted, {}, [])) else Refused(because)
 
 
@@ -44,7 +44,7 @@ def choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:
 
 
 def converted(values: Mapping[str, Any], table: Mapping[str, Field], kind: str) -> tuple[Settings, list[str]]:
-    """Returns the settings of single fields, and notes; adapter rules are made of several fields elsewhere.
+    """Returns the settings of single fields, and notes; adapter rules, which need several fields, are left out.
 
     Raises:
       NaloraError: names every field that is refused, with the reason.

@@ -1,4 +1,4 @@
-"""Settings of PEFT's `LoraConfig` as those of a run.
+"""Converts PEFT's `LoraConfig` to the settings of a run.
 
 `PEFT` has every field of `LoraConfig`, so that none is dropped silently; docs/from_peft.md shows the table.
 """

@@ -1,4 +1,4 @@
-"""Settings of TRL's `SFTConfig` and `DPOConfig` as those of a run.
+"""Converts TRL's `SFTConfig` and `DPOConfig` to the settings of a run.
 
 `TRL` has every field that these classes add to `TrainingArguments`, and the common ones of that; docs/from_trl.md shows
 the table. Fields that a file does not name have TRL's defaults, and what cannot be carried over is returned as notes.
@@ -16,6 +16,7 @@ from nalora_jax.weights.peft_rules import rules_of
 from nalora_jax.weights.peft_settings import PEFT
 
 Trainer = Literal["sft", "dpo"]
+_NO = ("no", False)  # YAML reads a bare no as False
 _SCHEDULES = {name: name for name in ("cosine", "linear", "constant")} | {"constant_with_warmup": "constant"}
 _OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"), "adamw")
 _OPTIMIZERS |= {"adafactor": "adafactor", "sgd": "sgd", "lion_32bit": "lion"}
@@ -97,7 +98,7 @@ TRL: dict[str, Field] = {
     "eval_strategy": Field(
         "train.eval_every", '"no" (the default) is 0; "epoch" is left to the library', lambda value: None
     ),
-    "save_strategy": Field("train.save_every", '"no" is 0', lambda value: 0 if value == "no" else None),
+    "save_strategy": Field("train.save_every", '"no" is 0', lambda value: 0 if value in _NO else None),
     "report_to": Field("callbacks", "tensorboard, wandb, mlflow", _reported),
     "max_length": Field(
         "data.max_length",
@@ -168,7 +169,7 @@ TRL: dict[str, Field] = {
     "dataset_kwargs": Field("", "of datasets' own loading", ignored=True),
     "dtype": Field(
         "compute.dtype",
-        "bfloat16 or float32; with bf16 TRL computes in bfloat16 whatever the weights are stored in",
+        "bfloat16 or float32; with bf16 TRL computes in bfloat16 in any case",
         lambda value: {"bfloat16": "bfloat16", "float32": "float32", "auto": None, None: None}.get(
             value, Refused("there are bfloat16 and float32")
         ),
@@ -215,14 +216,17 @@ def from_trl(values: Mapping[str, Any], trainer: Trainer | None = None) -> tuple
 
     Args:
       values: fields of `SFTConfig` or `DPOConfig`, `ModelConfig` and `ScriptArguments`.
-      trainer: "sft" or "dpo"; by default told by the fields.
+      trainer: "sft" or "dpo"; by default `trainer_of` the fields.
 
     Raises:
       NaloraError: names every field that is refused, with the reason.
     """
     trainer = trainer or trainer_of(values)
-    complete = {"max_length": values.get("max_seq_length"), "learning_rate": RATES[trainer]}
-    complete = DEFAULTS | {name: value for name, value in complete.items() if value is not None} | dict(values)
+    defaults = DEFAULTS | {"learning_rate": RATES[trainer]}
+    if values.get("max_seq_length") is not None:
+        defaults["max_length"] = values["max_seq_length"]
+    # null is the default, but of max_length, where it means no limit
+    complete = defaults | {name: value for name, value in values.items() if value is not None or name == "max_length"}
     settings, notes = converted(complete, TRL, "SFTConfig" if trainer == "sft" else "DPOConfig")
     for part in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data):
         notes += part(settings, complete)
@@ -280,8 +284,8 @@ def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     if targets is None:
         targets = list(_PEFTS_TARGETS)
         notes.append("lora_target_modules is not set: PEFT's default for most models is q_proj and v_proj")
-    everything = targets in (["all-linear"], "all-linear")
-    targets = "all-linear" if everything else [targets] if isinstance(targets, str) else targets
+    if targets == ["all-linear"]:
+        targets = "all-linear"
     rank, alpha = (_number(lora, name, LORA[name]) for name in ("lora_r", "lora_alpha"))
     put(settings, "lora.rules", rules_of(rank=rank, alpha=alpha, targets=targets))
     put(settings, "lora.dropout", lora["lora_dropout"])
@@ -290,8 +294,8 @@ def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 def _evaluation(settings: Settings, values: Mapping[str, Any]) -> list[str]:
     """Intervals of evaluation: none by default, else `eval_steps`, else `logging_steps`."""
-    strategy = str(values["eval_strategy"])
-    if strategy == "no":
+    strategy = values["eval_strategy"]
+    if strategy in _NO:
         put(settings, "train.eval_every", 0)
         if values.get("dataset_test_split"):
             return []

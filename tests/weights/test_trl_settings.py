@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config, settings_of
@@ -136,7 +137,9 @@ def test_precision_and_evaluation_are_carried_over() -> None:
     assert (config.compute.dtype, config.train.eval_every, config.data.eval_split) == ("float32", 25, "test")
     assert "in float32" not in notes
     assert "TRL keeps the last one" in notes
-    config, _ = converted({"dtype": "bfloat16", "dataset_test_split": "held", "max_length": None})
+    values = yaml.safe_load("eval_strategy: no\nsave_strategy: no\nlearning_rate: null\nmax_length: null")
+    config, _ = converted(values | {"dtype": "bfloat16", "dataset_test_split": "held"})
+    assert (config.train.save_every, config.optimizer.learning_rate) == (0, 2e-5)
     assert (config.compute.dtype, config.train.eval_every, config.data.eval_split) == ("bfloat16", 0, "held")
     assert config.data.max_length == 0
 
