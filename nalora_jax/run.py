@@ -33,6 +33,7 @@ from nalora_jax.ops.registry import check_implementation
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
 from nalora_jax.plan.auto import laid_out
+from nalora_jax.redaction import redacted
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.seals import seal
 from nalora_jax.terminal import outliving_terminal
@@ -197,7 +198,7 @@ def _continued(config: RunConfig, output: Output) -> dict[str, Any]:
         raise NaloraError("--steps", expected=expected, found=config.steps, remedy=remedy)
     recorded = recorded_settings(output.folder) if output.resumes else {}
     if recorded:
-        check_settings(f"--resume {output.folder}", recorded, to_json(config.to_dict()))
+        check_settings(f"--resume {output.folder}", recorded, to_json(redacted(config.to_dict())))
     return recorded
 
 
@@ -214,7 +215,7 @@ def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpoi
     return Checkpointer(
         output.checkpoints,
         fingerprint=pieces.loaded.fingerprint,
-        config=config.to_dict(),
+        config=redacted(config.to_dict()),
         keep=config.train.keep,
         best_metric=pieces.evaluator.metric,
         best_mode=pieces.evaluator.mode,
@@ -226,7 +227,7 @@ def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> S
     origin = pieces.loaded.origin
     turns = {} if pieces.in_turns is None else {"in_turns": pieces.in_turns}
     more = {"data": pieces.data.describe() | turns} | ({"base": origin.to_dict()} if origin else {})
-    return Started(output.folder, config.to_dict(), start, versions(), describe_device(), more)
+    return Started(output.folder, redacted(config.to_dict()), start, versions(), describe_device(), more)
 
 
 def _export(

@@ -6,9 +6,19 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
-from nalora_jax.config import LoRAConfig, LoRARule, RunConfig, StepScaleConfig, check, config_from_dict
+from nalora_jax.config import (
+    DataConfig,
+    LoRAConfig,
+    LoRARule,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+    check,
+    config_from_dict,
+)
 from nalora_jax.errors import NaloraError
 
 RULE = LoRARule("x", 1)
@@ -135,3 +145,31 @@ def test_logs_of_other_versions_can_be_read():
 def test_configs_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().steps = 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": {"rules": []}}, "RunConfig.lora: expected a LoRAConfig, found .*, a dict"),
+        ({"data": None}, "RunConfig.data: expected a DataConfig, found None, a NoneType"),
+        ({"lora": LoRAConfig(rules=("ffn:8",))}, "RunConfig.lora.rules: expected a .*LoRARule, .*, found .*'ffn:8'"),
+        ({"lora": LoRAConfig(rules="ffn:8")}, "RunConfig.lora.rules"),
+        ({"model": 5}, "RunConfig.model: expected a str, found 5, a int"),
+        ({"data": DataConfig(dataset=None)}, "RunConfig.data.dataset"),
+        ({"resume": "maybe"}, "RunConfig.resume"),
+    ],
+)
+def test_a_value_of_another_type_is_named(change, message):
+    with pytest.raises(NaloraError, match=message):
+        check(dataclasses.replace(RunConfig(), **change))
+
+
+def test_a_dict_in_place_of_a_config_is_refused():
+    with pytest.raises(NaloraError, match="config: expected a RunConfig, found a dict; .*config_from_dict"):
+        check({"steps": 5})
+
+
+def test_lists_paths_and_numbers_of_numpy_are_taken(tmp_path):
+    optimizer = OptimizerConfig(learning_rate=np.float32(0.5), rates=[["ffn", 2.0]])
+    config = RunConfig(output=tmp_path, steps=np.int64(5), callbacks=["wandb"], optimizer=optimizer)
+    assert check(config) is config

@@ -152,7 +152,11 @@ def test_an_interrupted_extraction_leaves_nothing(
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NALORA_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", "/shared/cache")
+    assert cache_dir() == tmp_path
     monkeypatch.delenv("NALORA_CACHE")
+    assert cache_dir() == Path("/shared/cache/nalora_jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "nalora_jax"
 

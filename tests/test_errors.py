@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from nalora_jax.errors import NaloraError, TrainingDivergedError, shorten
+from nalora_jax.__main__ import guarded
+from nalora_jax.errors import NaloraError, TrainingDivergedError, bounded_text, shorten, visible
 
 
 def test_a_short_message_is_whole() -> None:
@@ -41,3 +46,59 @@ def test_beginning_and_end_are_kept() -> None:
     assert shorten("abcdefghijklmnop", 11) == "abc ... nop"
     assert shorten("abc", 3) == "abc"
     assert len(shorten("x" * 100, 3)) <= 8
+
+
+CONTROLS = "\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028"
+
+
+@pytest.mark.parametrize("place", ["where", "expected", "found", "remedy"])
+def test_control_characters_of_a_message_are_escaped(place: str) -> None:
+    parts = {"where": "w", "expected": "e", "found": "f", "remedy": "r"}
+    message = str(NaloraError(**{**parts, place: CONTROLS}))
+    assert r"\x00 \x07 \x1b[31m \x7f \x9b2J \r \u202e \u2028" in message
+    assert message.isprintable()
+
+
+def test_text_that_a_terminal_shows_is_not_changed() -> None:
+    text = "tab\tand\nline, Ünïcode, 東京, 👩\u200d🚀"
+    assert visible(text) == bounded_text(text) == text
+
+
+def test_the_command_line_prints_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        raise FileNotFoundError(20, "Not a directory\x1b[2J", "a\x1b]0;title\x07")
+
+    assert guarded(missing) == 2
+    assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07: Not a directory\\x1b[2J\n"
+
+
+DEVICES = """
+import sys
+from nalora_jax.__main__ import guarded
+sys.exit(guarded(lambda: __import__("jax").devices()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("JAX_PLATFORMS", "cpx", "JAX_PLATFORMS: expected a platform with a device on this machine, found cpx ("),
+        ("JAX_PLATFORMS", "cuda", "JAX_PLATFORMS: expected a platform with a device on this machine, found cuda ("),
+        ("JAX_ENABLE_X64", "maybe", "invalid truth value 'maybe' for environment 'JAX_ENABLE_X64'"),
+    ],
+)
+def test_what_jax_cannot_start_with_is_one_line(variable: str, value: str, line: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), variable: value}
+    command = [sys.executable, "-c", DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {line}")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_another_module_keeps_its_traceback() -> None:
+    def fail() -> None:
+        raise AssertionError("a bug")
+
+    with pytest.raises(AssertionError, match="a bug"):
+        guarded(fail)

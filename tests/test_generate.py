@@ -203,11 +203,12 @@ def test_every_step_draws_anew(generator):
     seed=st.integers(0, 2**16),
     top_k=st.sampled_from([0, 1, 2, 7, 40, 64]),
     top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-3, 0.1, 0.5, 1.0]),
     spread=st.sampled_from([0.01, 1.0, 30.0]),
 )
-def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, spread):
+def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, min_p, spread):
     import torch
-    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+    from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = spread * np.random.default_rng(seed).standard_normal((3, 64)).astype(np.float32)
     expected = torch.tensor(logits)
@@ -215,11 +216,47 @@ def test_filters_keep_what_transformers_keeps(seed, top_k, top_p, spread):
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    ours = jax.jit(kept_tokens)(logits, np.full(3, top_k, np.int32), np.full(3, top_p, np.float32))
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    shares = np.full(3, top_p, np.float32), np.full(3, min_p, np.float32)
+    ours = jax.jit(kept_tokens)(logits, np.full(3, top_k, np.int32), *shares)
     kept = torch.isfinite(expected).numpy()
     # Tokens whose probability float32 rounds to nothing can't be drawn: either way is right.
     p = torch.softmax(torch.tensor(logits), -1).numpy()
     np.testing.assert_array_equal(np.asarray(ours)[p > 1e-9], kept[p > 1e-9])
+
+
+def penalised(model, variables, prompt, count, penalty):
+    """Greedy tokens of the whole text at each step, after transformers' own penalty."""
+    import torch
+    from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+    apply = jax.jit(lambda v, t: model.apply(v, model.apply(v, t), method="unembed"))
+    ids = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        scores = torch.tensor(np.asarray(apply(variables, padded)[:, len(ids) - 1]))
+        ids.append(int(RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), scores).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 5.0, 0.5])
+def test_repetitions_are_penalised_as_in_transformers(generator, model, variables, penalty):
+    prompts = prompts_of([9, 4])
+    options = {"max_new_tokens": 20, "stop_ids": ()}
+    drawn = generator.complete(prompts, repetition_penalty=penalty, **options)
+    assert [list(one.ids) for one in drawn] == [penalised(model, variables, one, 20, penalty) for one in prompts]
+    assert drawn != generator.complete(prompts, **options)
+
+
+def test_a_penalty_acts_on_draws_and_on_streams_too(generator):
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "repetition_penalty": 1000.0}
+    prompt = prompts_of([9])[0]
+    (made,) = generator.complete([prompt], stop_ids=(), **options)
+    assert not set(made.ids) & set(prompt)
+    assert len(set(made.ids)) == 12
+    assert "".join(generator.stream(prompt, stop_ids=(), **options)) == made.text
 
 
 def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says():
@@ -341,7 +378,23 @@ def test_arguments_that_do_not_fit_the_prompts_are_named(generator, bad):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"max_new_tokens": 0}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"min_p": None},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": [1.1]},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"stop": 5},
+        {"stop": [b"x"]},
+        {"seed": "x"},
+        {"seed": 1.5},
+    ],
 )
 def test_settings_out_of_range_are_named(bad):
     with pytest.raises(NaloraError) as caught:

@@ -1,9 +1,9 @@
-"""Strangers' programs, run where they can do no harm: in a process of its own, with a deadline and little memory.
+"""Runs untrusted programs, chat templates and regular expressions, in a helper process with limits.
 
-A chat template is a program, and so is a regular expression: a file from the net may hold one that loops for ever or
-asks for all memory, and neither jinja2's sandbox nor Python's ``re`` knows a limit. One helper process, started at the
-first use and kept, runs them (`worker.py`); one that takes too long or too much ends with that process, and the
-next use starts another. A call costs a tenth of a millisecond more than it would here.
+A downloaded template may loop forever or allocate all memory, and a regular expression may backtrack forever; jinja2's
+sandbox and Python's ``re`` have no limits. A helper process (`worker.py`), started at the first use, runs both with a
+deadline and little memory. A program that exceeds a limit ends the process, and the next call starts another one. A
+call takes 0.1 ms longer than in this process.
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ from typing import Any, Literal
 
 from nalora_jax.bounded.worker import MEMORY
 
-SECONDS = 6.0  # for one call; what a file's own templates and expressions need is a thousandth of it
-# For all texts of one template together, of the processor's time: whoever waits for a call waits for every record's.
-_TOTAL_SECONDS, _TEXT_SECONDS = 10.0, 0.05  # and for each text; real templates need a hundredth of it
+SECONDS = 6.0  # for a call; templates and expressions of real models need a thousandth of it
+# Processor time of all texts of a template, since a data set renders every record: fixed, and per text. Templates of
+# real models need a hundredth of it.
+_TOTAL_SECONDS, _TEXT_SECONDS = 10.0, 0.05
 _MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
-_SHORT_TEXT, _LONGER = 65_536, 32  # what every text may have, and how often the characters that it is made of
-_START_SECONDS = 60.0  # for the helper process to begin, on the busiest machine
+_SHORT_TEXT, _LONGER = 65_536, 32  # characters that every text may have, and its length over its variables'
+_START_SECONDS = 60.0  # for the helper process to start on a busy machine
 _MAX_ANSWER = 256 << 20  # bytes
-# Expressions that match in time proportional to the text: names, dots, escapes and anchors, nothing repeated, and at
-# most one group of alternatives; also behind "everything up to a dot".
+# Expressions that match in time proportional to the text: names, dots, escapes and anchors without repetition, and at
+# most one group of alternatives; also after ".*\\.".
 _PLAIN = r"(?:[\w./|\-]|\\[.\-_])*"
 _HARMLESS = re.compile(rf"(\(\.\*\\\.\)\?\()?\^?{_PLAIN}(?:\((?:\?:)?{_PLAIN}\){_PLAIN})?\$?(?(1)\)\$)", re.ASCII)
-_FEW = 1_000_000  # pairs of an expression and a name that are matched here: at most a second
+_FEW = 1_000_000  # pairs of an expression and a name that are matched in this process: at most a second
 
 
 class BoundedError(Exception):
-    """What went wrong, in words: the program's own error, or the limit that it exceeded."""
+    """Reports a program's error, or the limit that it exceeded."""
 
 
 def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A chat template's texts, as transformers would render them.
+    """Renders a chat template as transformers does.
 
     Args:
       template: jinja2 source.
-      variables: what the template sees, once for each text: values that JSON has, numpy's numbers and arrays among
-        them. One call for several texts saves most of the calls' cost.
+      variables: variables of the template for each text: JSON values, and NumPy's numbers and arrays. One call for
+        several texts saves most of the overhead.
 
     Raises:
-      BoundedError: the template does not compile, fails, or exceeds a limit: of the call, of a text's length, or of
-        the time that all its texts took together; or a variable is no plain value.
+      BoundedError: the template does not compile, fails, or exceeds a limit (time of the call, length of a text, time
+        of all its texts); or a variable is not a JSON value.
     """
     try:
         plain = [json.dumps(one, default=_plain) for one in variables]
@@ -64,15 +65,15 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
 def matches(
     patterns: Sequence[str], names: Sequence[str], *, how: Literal["match", "fullmatch", "search"] = "match"
 ) -> list[list[str | None]]:
-    """For every pattern and name, the match's group ``idx`` ("" without such a group), or None without a match.
+    """Returns, for every pattern and name, the match's group ``idx`` ("" without such a group), or None.
 
     Args:
       patterns: regular expressions of Python's ``re``.
-      names: texts, short and ours.
+      names: short texts of this library.
       how: the function of ``re``.
 
     Raises:
-      BoundedError: an expression does not compile, or exceeds a limit; the text begins with the expression.
+      BoundedError: an expression does not compile, or exceeds a limit; the message starts with the expression.
     """
     few = len(patterns) * len(names) <= _FEW
     here = [few and _HARMLESS.fullmatch(pattern) is not None for pattern in patterns]
@@ -85,14 +86,14 @@ def matches(
 
 
 def split(expressions: Sequence[str], text: str) -> None:
-    """Splits a text by each of a tokenizer's regular expressions; one that does not compile is passed over.
+    """Splits a text by each of a tokenizer's regular expressions, and skips those that do not compile.
 
     Args:
       expressions: of the tokenizers library, which are Oniguruma's.
       text: a sample.
 
     Raises:
-      BoundedError: that exceeds a limit.
+      BoundedError: the split exceeds a limit.
     """
     _HELPER.split(expressions, text)
 
@@ -103,7 +104,7 @@ def _matched(pattern: str, names: Sequence[str], how: str) -> list[str | None]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of numpy or a bytes string as JSON has it."""
+    """Returns a NumPy value or bytes as a JSON value."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if hasattr(value, "tolist"):
@@ -112,22 +113,22 @@ def _plain(value: Any) -> Any:
 
 
 class _Helper:
-    """The helper process: one request at a time, one line of JSON each way."""
+    """The helper process: one request at a time, one line of JSON in each direction."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # id of the process that started it: a fork must not talk to its parent's helper
-        self._template: str | None = None  # that the helper has compiled
-        self._spent: dict[str, tuple[int, float]] = {}  # texts of each template, and the seconds that they took
+        self._owner = 0  # id of the process that started it: a fork must not use its parent's helper
+        self._template: str | None = None  # compiled in the helper
+        self._spent: dict[str, tuple[int, float]] = {}  # number of texts and seconds, by template
 
     def render(self, template: str, variables: Sequence[str]) -> list[str]:
-        """The rendered texts; ``variables`` are JSON already."""
+        """Returns the rendered texts; ``variables`` are JSON texts."""
         limits = [min(_MAX_TEXT, max(_SHORT_TEXT, _LONGER * len(one))) for one in variables]
         with self._lock:
             self._ensure_running()
             source = "null" if template == self._template else json.dumps(template)
-            self._template = None  # until it is known to have compiled
+            self._template = None  # until it has compiled
             listed = ", ".join(variables)
             answer = self._ask(f'{{"render": [{listed}], "limits": {limits}, "template": {source}}}')
             self._template = template
@@ -136,33 +137,33 @@ class _Helper:
             return texts
 
     def charge(self, template: str, texts: int, seconds: float) -> None:
-        """Notes what texts of a template took; a `BoundedError` where all of them took too long together."""
+        """Adds up the time of a template's texts, and raises a `BoundedError` if it is too long."""
         before, spent = self._spent.get(template, (0, 0.0))
         count, total = self._spent[template] = before + texts, spent + seconds
         if total > _TOTAL_SECONDS + _TEXT_SECONDS * count:
             raise BoundedError(f"{total:.1f} seconds for {count:,} texts of one template")
 
     def matches(self, patterns: Sequence[str], names: Sequence[str], how: str) -> Any:
-        """As `matches`, of any pattern."""
+        """Matches any patterns; see `bounded.matches`."""
         with self._lock:
             self._ensure_running()
             return self._ask(json.dumps({"patterns": patterns, "names": names, "how": how}))
 
     def split(self, expressions: Sequence[str], text: str) -> None:
-        """As `split`."""
+        """Splits a text; see `bounded.split`."""
         with self._lock:
             self._ensure_running()
             self._ask(json.dumps({"expressions": expressions, "text": text}))
 
     def stop(self) -> None:
-        """End the process, if there is one."""
+        """Ends the process, if there is one."""
         process, self._process, self._template = self._process, None, None
         if process is None:
             return
         if self._owner == os.getpid():
             process.kill()
             process.wait()
-        process.returncode = process.returncode or 0  # a parent's process is the parent's to wait for
+        process.returncode = process.returncode or 0  # only its parent can wait for a process
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -173,7 +174,7 @@ class _Helper:
             return
         self.stop()
         worker = Path(__file__).with_name("worker.py")
-        # Its own module search path, so that it finds the same jinja2; -P keeps this package's folder out of it.
+        # The module search path of this process, so that it finds the same jinja2; -P leaves this folder out.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-P", "-W", "ignore", str(worker), str(SECONDS)]
         try:
@@ -196,7 +197,7 @@ class _Helper:
         except OSError as error:
             self.stop()
             raise BoundedError(f"the end of its helper process ({error})") from error
-        except BaseException:  # an interrupt: its answer must not be taken for the next one's
+        except BaseException:  # an interrupt: the next request must not read this answer
             self.stop()
             raise
         if "error" in answer:
@@ -204,7 +205,7 @@ class _Helper:
         return answer["answer"]
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        """The next line of the process; the process ends where none comes in time."""
+        """Returns the next line of the process, which is ended if none comes in time."""
         assert self._process is not None
         assert self._process.stdout is not None
         pipe, deadline, parts, size = self._process.stdout.fileno(), time.monotonic() + seconds, [], 0

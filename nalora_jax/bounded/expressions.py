@@ -1,7 +1,7 @@
-"""Regular expressions of a tokenizer, tried on a sample of text before the tokenizers library runs them here.
+"""Tries the regular expressions of a tokenizer on a sample text before the tokenizers library uses them here.
 
-That library has no limit of time: an expression that backtracks would hold this process at its first text. The sample
-finds what is slow on any text, not an expression that waits for one word.
+That library has no time limit: an expression that backtracks would block this process at its first text. The sample
+detects expressions that are slow on any text, not those that are slow on one particular word.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nalora_jax.errors import NaloraError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Of Qwen, Llama 3 and CLIP, as their authors published them: they need no trial, whose helper takes a moment to start.
+# Of Qwen, Llama 3 and CLIP, as published: they need no trial, for which the helper process would have to start.
 _KNOWN = frozenset(
     {
         rf"{_CONTRACTIONS}|\p{{N}}{_REST}",
@@ -30,10 +30,10 @@ SAMPLE = (
 
 
 def check_expressions(raw: Any, where: str) -> None:
-    """Refuses a parsed ``tokenizer.json`` whose regular expressions do not get through 2 kB of text in seconds.
+    """Refuses a parsed ``tokenizer.json`` whose regular expressions do not split 2 kB of text in seconds.
 
     Args:
-      raw: the parsed file, of any content: what is no expression is left to the tokenizers library.
+      raw: the parsed file, of any content; the tokenizers library judges everything but expressions.
       where: the file, for the message.
 
     Raises:
@@ -54,7 +54,7 @@ def check_expressions(raw: Any, where: str) -> None:
 
 
 def _expressions(raw: Any) -> list[str]:
-    """Whatever the rules that are applied to texts call a Regex, each once."""
+    """Returns the distinct values of ``Regex`` in the rules that are applied to texts."""
     parts = ("normalizer", "pre_tokenizer", "decoder")
     found: dict[str, None] = {}
     left = [raw.get(part) for part in parts] if isinstance(raw, dict) else []

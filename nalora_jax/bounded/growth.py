@@ -1,7 +1,7 @@
-"""How much longer a tokenizer's rules can make a text, judged from its JSON before a text is given to it.
+"""Bounds how much longer the rules of a tokenizer can make a text, from its JSON, before it is used.
 
-A ``tokenizer.json`` is a program, too: a list of replacements, each of which may double what the one before left. The
-tokenizers library runs them in this process, without a limit.
+A ``tokenizer.json`` is a program: a list of replacements, each of which may double the text. The tokenizers library
+runs them in this process without a limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_growth(raw: Any, where: str) -> None:
     """Refuses a parsed ``tokenizer.json`` whose rules can lengthen a text without reasonable bound.
 
     Args:
-      raw: the parsed file, of any content: what is no rule is left to the tokenizers library.
+      raw: the parsed file, of any content; the tokenizers library judges everything but these rules.
       where: the file, for the message.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The helper process of `bounded`: renders chat templates and matches regular expressions, one request a line.
+"""Helper process of `bounded`: renders chat templates and matches regular expressions, one request per line.
 
-It is run by its path and imports nothing of this library, so that it starts in a tenth of a second. What it runs is
-foreign: it has little memory, an alarm ends it when a request takes too long, and it writes nothing but its answers.
+It is run by its path and imports no module of this library, so that it starts in 0.1 s. It runs untrusted programs: it
+has little memory, an alarm ends it if a request takes too long, and its only output is its answers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import time
 from typing import Any
 
 MEMORY = 512 << 20  # bytes of address space
-_MAX_ERROR = 500  # characters of a program's own complaint that are passed on
+_MAX_ERROR = 500  # characters of a program's error message that are returned
 
 
 def serve(seconds: float) -> None:
-    """Answer requests until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    """Answers requests until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     environment = chat_environment()
     _limit_memory()
@@ -42,7 +42,7 @@ def serve(seconds: float) -> None:
                 rendered = [_checked(template.render(variables), limit) for variables, limit in texts]
                 answer = {"texts": rendered, "seconds": time.process_time() - began}
             text = json.dumps({"answer": answer})
-        except Exception as error:  # a foreign program may fail in any way
+        except Exception as error:  # an untrusted program may raise any error
             text = json.dumps({"error": _complaint(error)})
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.write(text + "\n")
@@ -75,7 +75,7 @@ def _complaint(error: Exception) -> str:
 
 
 def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str | None]]:
-    """See `bounded.matches`."""
+    """Matches patterns; see `bounded.matches`."""
     found: list[list[str | None]] = []
     for pattern in patterns:
         try:
@@ -90,7 +90,7 @@ def match_all(patterns: list[str], names: list[str], how: str) -> list[list[str 
 
 
 def split_by(expressions: list[str], text: str) -> list[list[Any]]:
-    """See `bounded.split`: the parts of the text by each of the expressions."""
+    """Returns the parts of the text by each of the expressions; see `bounded.split`."""
     import tokenizers
 
     found = []
@@ -98,13 +98,13 @@ def split_by(expressions: list[str], text: str) -> list[list[Any]]:
         try:
             rule = tokenizers.Regex(expression)
         except Exception:
-            continue  # what does not compile is refused where the tokenizer is made
+            continue  # the tokenizer's constructor refuses expressions that do not compile
         found.append(tokenizers.pre_tokenizers.Split(rule, "isolated").pre_tokenize_str(text))
     return found
 
 
 def chat_environment() -> Any:
-    """The jinja2 environment that chat templates are written for: sandboxed, with transformers' own additions."""
+    """Returns the jinja2 environment of chat templates: sandboxed, with the additions of transformers."""
     from datetime import datetime
 
     import jinja2
@@ -113,7 +113,7 @@ def chat_environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationTag(jinja2.ext.Extension):
-        """``{% generation %} ... {% endgeneration %}``, which marks an assistant's text: its body as it is."""
+        """Renders the body of ``{% generation %} ... {% endgeneration %}``, which marks an assistant's text."""
 
         tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
@@ -123,7 +123,7 @@ def chat_environment() -> Any:
             return jinja2.nodes.Scope(body).set_lineno(lineno)
 
     def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-        """jinja2's own filter escapes HTML characters, which no model was trained on."""
+        """Returns JSON without HTML escapes, which jinja2's filter adds and no model was trained on."""
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def raise_exception(message: str) -> None:

@@ -14,8 +14,8 @@ from tyro.conf import Positional
 
 from nalora_jax.cli.outputs import mesh_of
 from nalora_jax.config import MeshConfig
-from nalora_jax.config.ranges import AXIS, COUNT, SEED, TOKENS, Range
-from nalora_jax.errors import NaloraError
+from nalora_jax.config.ranges import AXIS, SAMPLING, SEED, Range
+from nalora_jax.errors import NaloraError, visible
 
 if TYPE_CHECKING:
     from nalora_jax.generate.conversation import Conversation
@@ -50,6 +50,10 @@ class ChatArgs:
     top_k: int = 0
     # Sample from the likeliest tokens that together have this probability.
     top_p: float = 0.95
+    # Sample from tokens with at least this share of the likeliest token's probability (0: from all).
+    min_p: float = 0.0
+    # Penalty of tokens that occur in the conversation; 1: none, above 1 repeats less.
+    repetition_penalty: float = 1.0
     # Seed of the sampling; the n-th answer has this one plus n.
     seed: int = 0
     # Adapters up to this rank take turns without compiling anything.
@@ -63,10 +67,7 @@ class ChatArgs:
 
 
 RANGES = {
-    "max_new_tokens": TOKENS,
-    "temperature": Range("a number", "[0, 1000]"),
-    "top_k": COUNT,
-    "top_p": Range("a share", "(0, 1]"),
+    **SAMPLING,
     "seed": SEED,
     "max_lora_rank": Range("a whole number", "[1, 65536]"),
     "mesh.data": AXIS,
@@ -207,6 +208,7 @@ class _Talk:
 
     def _image(self, path: str) -> None:
         from nalora_jax.data.images.files import open_image
+        from nalora_jax.paths import expand_user
 
         processor = self.model.base.processor
         if processor is None:
@@ -214,7 +216,7 @@ class _Talk:
             raise NaloraError("/image", expected="a model that sees images", found=found)
         if not path:
             raise NaloraError("/image", expected="an image file", found="none")
-        self.pictures.append(processor(open_image(Path(path).expanduser()))["pixels"])
+        self.pictures.append(processor(open_image(expand_user(path)))["pixels"])
         _say(f"with the next message: {len(self.pictures)} image{'s' * (len(self.pictures) > 1)}")
 
     def _system(self, text: str) -> None:
@@ -228,7 +230,7 @@ class _Talk:
 
     def _answer(self, text: str) -> None:
         args = self.args
-        settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+        settings = {name: getattr(args, name) for name in SAMPLING}
         seed = (args.seed + self.answers) % 2**32
         pieces = self.conversation.ask(text, self.adapters.generator, images=self.pictures, seed=seed, **settings)
         self.answers += 1
@@ -269,4 +271,4 @@ def _shown(base: str, adapter: Path | None) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

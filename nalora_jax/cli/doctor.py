@@ -149,18 +149,19 @@ def _compared() -> dict[str, str]:
 def _devices() -> tuple[dict[str, str], list[str]]:
     import jax
 
-    from nalora_jax.distributed.devices import kind_of, platform_name
+    from nalora_jax.distributed.devices import kind_of, memory_statistics, platform_name
 
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        return {}, [f"JAX finds no device: {' '.join(str(error).split())[:300]}"]
+    except (RuntimeError, AssertionError) as error:  # JAX asserts if the plugin of JAX_PLATFORMS is not installed
+        reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        return {}, [f"JAX finds no device: {reason}"]
     kinds, used = sorted({kind_of(device) for device in devices}), platform_name(devices[0])
     shown = {"platform": used, "devices": f"{len(devices)} ({', '.join(kinds)})"}
     shown["processes"] = str(jax.process_count())
     local = jax.local_devices()
-    limit = (local[0].memory_stats() or {}).get("bytes_limit", 0)
-    shown["own"] = f"{len(local)} x {local[0].device_kind}" + (f" of {_size(limit)}" if limit else "")
+    limit = memory_statistics(local[0]).get("bytes_limit", 0)
+    shown["own"] = f"{len(local)} x {kind_of(local[0])}" + (f" of {_size(limit)}" if limit else "")
     problems = []
     if used == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
         for path, name, extra in (("/dev/nvidia0", "GPU", "cuda"), ("/dev/accel0", "TPU", "tpu")):

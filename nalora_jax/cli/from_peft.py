@@ -1,4 +1,4 @@
-"""The verb ``nalora from-peft``: settings of PEFT or TRL as a file for ``nalora train --config``."""
+"""The subcommand ``nalora from-peft``: settings of PEFT or TRL as a file for ``nalora train --config``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -21,26 +22,29 @@ class FromPeftArgs:
     file: Positional[Path]
     # New YAML file to write; by default it is printed.
     output: Path | None = None
+    # TRL's trainer that the settings belong to. By default dpo if the file has beta or loss_type sigmoid, else sft.
+    trainer: Literal["sft", "dpo"] | None = None
 
 
 def from_peft(args: FromPeftArgs) -> None:
-    """Convert, and say what was left out.
+    """Converts a file; comments in the output name everything that is not carried over.
 
     Raises:
-      NaloraError: the file is none of these, or holds settings that mean nothing here; all of them are named.
+      NaloraError: the file has no settings of PEFT or TRL, or unsupported ones, all of which are named.
     """
     from nalora_jax.cli import config_files
     from nalora_jax.files import write_atomically
-    from nalora_jax.weights import peft_settings
+    from nalora_jax.weights.peft_settings import PEFT
+    from nalora_jax.weights.peft_settings import from_peft as convert_peft
+    from nalora_jax.weights.trl_settings import TRL, from_trl
 
     path = args.file / "adapter_config.json" if args.file.is_dir() else args.file
     values = config_files.read_values(path)
     known = set(values) if isinstance(values, Mapping) else set()
-    ours = known & set(peft_settings.TRL) - set(peft_settings.PEFT)
-    if not known & {*peft_settings.PEFT, *peft_settings.TRL}:
+    if not known & {*PEFT, *TRL}:
         raise NaloraError(str(path), expected="settings of PEFT or TRL", found=", ".join(map(str, known)) or "none")
-    convert = peft_settings.from_trl if ours else peft_settings.from_peft
-    settings, notes = convert(values)
+    of_trl = args.trainer or known & (set(TRL) - set(PEFT))
+    settings, notes = from_trl(values, args.trainer) if of_trl else convert_peft(values)
     config = check(config_files.settings_of(settings, path))
     text = "".join(f"# {note}\n" for note in notes) + config_files.as_yaml(config, changed_only=True)
     if args.output is None:

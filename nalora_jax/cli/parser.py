@@ -17,7 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from nalora_jax.cli.config_files import format_rule, load_config, parse_rule
 from nalora_jax.cli.images import ClassifyArgs, RetrieveArgs
 from nalora_jax.config import LoRARule, MeshConfig, RunConfig, config_from_dict
-from nalora_jax.config.ranges import AXIS, COUNT, SEED, SIZE, TOKENS, Range, check_path
+from nalora_jax.config.ranges import AXIS, COUNT, SAMPLING, SEED, SIZE, TOKENS, Range, check_path
 from nalora_jax.errors import NaloraError
 
 Dtype = Literal["bfloat16", "float32"]
@@ -61,6 +61,10 @@ class GenerateArgs:
     top_k: int = 0
     # Sample from the likeliest tokens that together have this probability.
     top_p: float = 1.0
+    # Sample from tokens with at least this share of the likeliest token's probability (0: from all).
+    min_p: float = 0.0
+    # Penalty of tokens that occur in the prompt or the answer; 1: none, above 1 repeats less.
+    repetition_penalty: float = 1.0
     # Seed of the sampling.
     seed: int = 0
     # Wrap the prompt in the model's chat template. By default as the run was trained, else not; with images, always.
@@ -178,10 +182,7 @@ class DoctorArgs:
 _MESH = {"mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
 RANGES: dict[type, dict[str, Range]] = {
     GenerateArgs: {
-        "max_new_tokens": TOKENS,
-        "temperature": Range("a number", "[0, 1000]"),
-        "top_k": COUNT,
-        "top_p": Range("a share", "(0, 1]"),
+        **SAMPLING,
         "seed": SEED,
         **_MESH,
     },

@@ -5,7 +5,6 @@ Heavy modules are imported by the verb that needs them, so that ``nalora report`
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from nalora_jax.cli import images
 from nalora_jax.cli import parser as cli
 from nalora_jax.cli.outputs import check_new_file, check_new_path, data_of, flags_of_verb, mesh_of, refuse_existing
 from nalora_jax.config import DataConfig, check, config_from_dict
+from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.errors import NaloraError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def generate(args: cli.GenerateArgs) -> None:
         raise NaloraError("nalora generate", expected="--prompt or --messages", found=found)
     messages = None if args.messages is None else read_messages(args.messages)
     prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
-    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    settings = {name: getattr(args, name) for name in (*SAMPLING, "seed")}
     mesh = mesh_of(args.mesh)
     pictures = [open_image(path) for path in args.image]  # before a model is loaded for nothing
     if args.chat and not pictures:
@@ -319,8 +319,10 @@ def _check_gguf_name(path: Path) -> None:
 
 
 def _stored_dtype(path: Path) -> str:
-    """Dtype that a config.json names."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    """Returns the dtype that a config.json names."""
+    from nalora_jax.tokenizer import read_json
+
+    settings = read_json(path)
     return str(settings.get("dtype") or settings.get("torch_dtype"))
 
 

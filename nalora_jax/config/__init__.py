@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from nalora_jax.config.ranges import (
     check_ranges,
     require,
 )
+from nalora_jax.config.types import WrongType, first_wrong, first_wrong_part, type_name
 from nalora_jax.config.vision import VisionConfig, check_vision
 from nalora_jax.errors import NaloraError
 
@@ -244,6 +246,7 @@ RANGES = {
     "step_scale.permute": PERMUTATION,
     "optimizer.learning_rate": Range("a number", "[0, 1000]"),
     "optimizer.warmup_share": SHARE,
+    "optimizer.warmup_steps": COUNT,
     "optimizer.final_ratio": SHARE,
     "optimizer.weight_decay": Range("a number", "[0, 1000]"),
     "optimizer.b1": BELOW_ONE,
@@ -282,12 +285,17 @@ RANGES = {
 
 
 def check(config: RunConfig) -> RunConfig:
-    """``config`` itself, once every field that can be judged without data is in range.
+    """Returns ``config`` itself, once every field that can be judged without data is in range.
 
     Raises:
       NaloraError: names the flag, what was expected and what was found.
     """
+    if not isinstance(config, RunConfig):
+        remedy = "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested dicts"
+        raise NaloraError("config", expected="a RunConfig", found=f"a {type(config).__name__}", remedy=remedy)
+    _check_type(first_wrong_part(config))
     check_ranges(config, RANGES)
+    _check_type(first_wrong(config, lenient=True))
     _check_rules(config.lora.rules)
     profile = config.debug.profile
     form = r"[1-9]\d{0,8}:[1-9]\d{0,3}"
@@ -315,6 +323,12 @@ def check(config: RunConfig) -> RunConfig:
     _check_added(config)
     check_preference(config.preference, init=config.lora.init, task=config.vision.task)
     return config
+
+
+def _check_type(wrong: WrongType | None) -> None:
+    if wrong is not None:
+        found = f"{reprlib.repr(wrong.value)}, a {type(wrong.value).__name__}"
+        raise NaloraError(f"RunConfig.{wrong.field}", expected=f"a {type_name(wrong.hint)}", found=found)
 
 
 def _check_saved(config: RunConfig) -> None:

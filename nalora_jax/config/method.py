@@ -116,6 +116,10 @@ class OptimizerConfig:
     rates: tuple[tuple[str, float], ...] = ()
     # Share of the steps spent warming up.
     warmup_share: float = 0.05
+    # Steps spent warming up, in place of the share; 0: the share decides.
+    warmup_steps: int = 0
+    # Begin the warm-up at a learning rate of 0, as transformers does; the first step then has no effect.
+    warmup_from_zero: bool = False
     # Learning rate at the end over its peak.
     final_ratio: float = 0.1
     # Decoupled weight decay.

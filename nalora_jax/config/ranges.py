@@ -43,6 +43,15 @@ INTERVAL = Range("a whole number", f"[0, {INDEX}]", also=-1)  # -1: left to the 
 ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
 PERMUTATION = Range("a whole number", f"[0, {2**32 - 1}]", also=-1)  # a seed; -1 is none
 BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")
+# Of the settings of generation, here and on the command line.
+SAMPLING = {
+    "max_new_tokens": TOKENS,
+    "temperature": Range("a number", "[0, 1e6]"),
+    "top_k": COUNT,
+    "top_p": Range("a share", "(0, 1]"),
+    "min_p": SHARE,
+    "repetition_penalty": Range("a number", "(0, 1e6]"),
+}
 RANK, ALPHA, GAIN = (
     Range("a whole number", "[0, 65536]"),
     Range("a number", "(0, 1e6]"),

@@ -1,8 +1,9 @@
-"""Whether the values of a config's fields have their declared types, which Python itself does not check."""
+"""Checks that the values of a config's fields have their declared types, which Python itself does not check."""
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple, get_type_hints
 
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
@@ -16,22 +17,43 @@ class WrongType(NamedTuple):
     value: Any
 
 
-def first_wrong(config: Any, prefix: str = "") -> WrongType | None:
-    """The first field of the nested dataclasses whose value is not of its declared type."""
+def first_wrong_part(config: Any) -> WrongType | None:
+    """Returns the first field of a dataclass that should hold a dataclass and does not."""
+    kinds = {part.name: part.default_factory for part in fields(config) if is_dataclass(part.default_factory)}
+    wrong = (name for name, kind in kinds.items() if not isinstance(getattr(config, name), kind))  # type: ignore[arg-type]
+    return next((WrongType(name, kinds[name], getattr(config, name)) for name in wrong), None)
+
+
+def first_wrong(config: Any, prefix: str = "", *, lenient: bool = False) -> WrongType | None:
+    """Returns the first field of the nested dataclasses whose value is not of its declared type.
+
+    Args:
+      config: the outermost dataclass.
+      prefix: of the fields' names.
+      lenient: accept lists for tuples, paths for texts, and NumPy's numbers.
+    """
     hints = get_type_hints(type(config))
     for one in fields(config):
         name, value = f"{prefix}{one.name}", getattr(config, one.name)
-        if not has_type(value, hints[one.name]):
+        if not has_type(value, hints[one.name]) and not (lenient and has_type(_plain(value), hints[one.name])):
             return WrongType(name, hints[one.name], value)
         parts = {f"{name}[{index}].": part for index, part in enumerate(value)} if isinstance(value, tuple) else {}
         for place, part in (parts | {f"{name}.": value}).items():
-            if is_dataclass(part) and (found := first_wrong(part, place)) is not None:
+            if is_dataclass(part) and (found := first_wrong(part, place, lenient=lenient)) is not None:
                 return found
     return None
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def has_type(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type that ``hint`` says, with all its items."""
+    """Returns True if ``value`` and all its items are of the type that ``hint`` declares."""
     try:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
@@ -40,5 +62,5 @@ def has_type(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
-    """A type as messages have it."""
+    """Returns the name of a type for messages."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -12,6 +12,7 @@ from nalora_jax.buckets import is_url
 from nalora_jax.data.files import RecordFile, open_rows, splits_of
 from nalora_jax.data.source import Record, Source, Span, foreign_errors, require_some
 from nalora_jax.data.tfds_source import absolute_of
+from nalora_jax.paths import expand_user
 
 
 class FileSource(Source):
@@ -28,7 +29,7 @@ class FileSource(Source):
     def __init__(self, path: str | Path, split: str = "train") -> None:
         files = splits_of(str(path))
         self.siblings = tuple(files)
-        self.dataset = str(path) if is_url(path) else str(Path(path).expanduser().resolve())
+        self.dataset = str(path) if is_url(path) else str(expand_user(path).resolve())
         self.name = f"{path}[{split}]"
         asked = {part.split("[")[0].strip() for part in split.split("+")}
         opened = {name: [open_rows(one) for one in files[name]] for name in files if {name, "all"} & asked}

@@ -25,6 +25,7 @@ from nalora_jax.data.array_records import ArrayRecords, is_array_record
 from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.source import Record, TableRecord, foreign_errors
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import expand_user
 
 # Endings of the files that are looked for in folders.
 ENDINGS = (
@@ -97,7 +98,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     """
     if buckets.is_url(name):
         return _remote_splits(name)
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if glob.has_magic(name) and not path.exists():
         return {"train": [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]}  # noqa: PTH207
     if not path.is_dir():
@@ -137,7 +138,7 @@ def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]
 
 def is_path(text: str) -> bool:
     """Whether ``text`` means files: it ends as they do, or there is something of that name, or matching it."""
-    path = Path(text).expanduser()
+    path = expand_user(text)
     if buckets.is_url(text) or path.suffix.lower() in ENDINGS or path.is_file():
         return True
     return ("/" in text and path.is_dir()) or _is_saved(path) or (glob.has_magic(text) and "/" in text)

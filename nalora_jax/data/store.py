@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.files import find_damage, write_array, write_digests
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.notes import counting
+from nalora_jax.paths import scratch_folder
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -199,8 +199,7 @@ def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig
     """Writes the store into a folder of its own, then renames it: a half-written one never has the final name."""
     began = time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="incomplete-"))
-    try:
+    with scratch_folder(folder.parent, "incomplete-") as scratch:
         counts = _write(scratch, _examples(source, indices, config, tokenizer), config, tokenizer.bos_id)
         if not counts.examples:
             raise NaloraError(
@@ -214,8 +213,6 @@ def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig
         except OSError:
             if not (folder / "meta.json").exists():  # else another process was first, with the same content
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     _LOG.info("tokenized %s: %d examples in %.1f s", source.name, counts.examples, time.perf_counter() - began)
 
 

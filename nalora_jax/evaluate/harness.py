@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.likelihood import Score, score_groups
-from nalora_jax.generate import Generator
+from nalora_jax.generate import Generator, Settings
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 
@@ -87,10 +87,10 @@ class Requests:
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Continuations up to the stop texts of each request; requests with equal settings share batches."""
         texts: dict[int, str] = {}
-        numbered = sorted(enumerate(requests), key=lambda item: repr(sorted(item[1].args[1].items())))
-        for _, same in groupby(numbered, key=lambda item: item[1].args[1]):
+        numbered = sorted(enumerate(requests), key=lambda item: repr(item[1].args[1]))
+        for _, same in groupby(numbered, key=lambda item: repr(item[1].args[1])):
             batch = list(same)
-            options = _generation(batch[0][1].args[1])
+            options = generation_settings(batch[0][1].args[1])
             room = self._longest - options["max_new_tokens"]
             if room < 1:
                 raise NaloraError("max_gen_toks", expected=f"below {self._longest}", found=options["max_new_tokens"])
@@ -162,15 +162,26 @@ def _windows(ids: list[int], start: int, longest: int) -> list[tuple[list[int], 
     return windows
 
 
-def _generation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The harness's names for generation settings, in this library's."""
+def generation_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns this library's settings for ``generation_kwargs`` of the harness.
+
+    Raises:
+      NaloraError: they are not settings by name, or a value has another type.
+    """
+    if not isinstance(options, Mapping):
+        raise NaloraError("generation_kwargs", expected="settings by name", found=repr(options)[:80])
     until = options.get("until") or ()
-    sampled = options.get("do_sample", False) or float(options.get("temperature") or 0.0) > 0
+    temperature = options.get("temperature") or 0.0
     settings = {
-        "max_new_tokens": int(options.get("max_gen_toks", options.get("max_new_tokens", 256))),
-        "stop": (until,) if isinstance(until, str) else tuple(until),
+        "max_new_tokens": options.get("max_gen_toks", options.get("max_new_tokens", 256)),
+        "stop": (until,) if isinstance(until, str) else until,
+        "temperature": temperature or (1.0 if options.get("do_sample") else 0.0),
     }
-    if sampled:
-        settings["temperature"] = float(options.get("temperature") or 1.0)
-        settings |= {name: options[name] for name in ("top_k", "top_p") if options.get(name) is not None}
+    names = ("repetition_penalty", "top_k", "top_p", "min_p") if settings["temperature"] else ("repetition_penalty",)
+    settings |= {name: options[name] for name in names if options.get(name) is not None}
+    try:
+        Settings(**settings)
+    except NaloraError as error:
+        where = f"generation_kwargs: {error.where}"
+        raise NaloraError(where, expected=error.expected, found=error.found, remedy=error.remedy) from error
     return settings

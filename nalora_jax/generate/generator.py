@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
+from nalora_jax.config.ranges import SAMPLING
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import fetch
 from nalora_jax.errors import NaloraError
@@ -31,7 +32,7 @@ _BATCH_TOKENS = 32  # and the most that one call can make
 
 @dataclass(frozen=True)
 class Settings:
-    """How to go on from a prompt."""
+    """Settings of generation."""
 
     # Tokens made at most; fewer where the context ends.
     max_new_tokens: int = 128
@@ -41,6 +42,10 @@ class Settings:
     top_k: int = 0
     # Draw from the fewest tokens that hold this probability.
     top_p: float = 1.0
+    # Draw from tokens with at least this share of the likeliest token's probability; 0: from all.
+    min_p: float = 0.0
+    # Penalty of tokens that occur in the prompt or the answer, greedy answers too; 1: none, above 1 repeats less.
+    repetition_penalty: float = 1.0
     # The draw is a function of seed, prompt and weights; a sequence gives each prompt its own.
     seed: int | Sequence[int] = 0
     # Texts that end the answer, without being part of it. A text that starts with a special token ends it there.
@@ -50,21 +55,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises a NaloraError that names the first setting out of range."""
-        finite = math.isfinite(self.temperature) and self.temperature >= 0
-        _require("max_new_tokens", self.max_new_tokens >= 1, "at least 1", self.max_new_tokens)
-        _require("temperature", finite, "a number, 0 (greedy) or above", self.temperature)
-        _require("top_k", self.top_k >= 0, "0 (all) or more", self.top_k)
-        _require("top_p", 0 < self.top_p <= 1, "a share in (0, 1]", self.top_p)
+        for name, allowed in SAMPLING.items():
+            _require(name, allowed.holds(getattr(self, name)), str(allowed), getattr(self, name))
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        texts = isinstance(stops, Sequence) and all(isinstance(text, str) for text in stops)
+        _require("stop", texts, "a text, or texts", self.stop)
+        seeds = self.seed if isinstance(self.seed, Sequence | np.ndarray) else [self.seed]
+        whole = all(isinstance(seed, Integral) for seed in seeds)
+        _require("seed", whole, "a whole number, or one for each prompt", self.seed)
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """``stop`` as a tuple."""
+        """Returns ``stop`` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def seeds(self, count: int) -> tuple[int, ...]:
-        """One seed for each of ``count`` prompts."""
-        if isinstance(self.seed, int):
-            return (self.seed,) * count
+        """Returns one seed for each of ``count`` prompts."""
+        if isinstance(self.seed, Integral):
+            return (int(self.seed),) * count
         _require("seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed))
         return tuple(self.seed)
 
@@ -275,6 +283,8 @@ class _Batch:
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 top_p=settings.top_p,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
                 seeds=seeds,
             ),
             "adapter_ids": None if adapters is None else np.array([*adapters, *[-1] * spare], np.int32),

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.generate.sampling import Array, Sampling, next_tokens
+from nalora_jax.generate.sampling import Array, Sampling, next_tokens, seen_tokens, with_token
 from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
@@ -58,6 +58,7 @@ class State:
     token: jax.Array  # int32 [batch], the newest, not yet in the cache
     done: jax.Array  # bool [batch]
     step: jax.Array  # int32 [], tokens made so far
+    seen: jax.Array | None = None  # bool [batch, vocab], tokens of the text, with a repetition penalty
 
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
@@ -105,8 +106,11 @@ def prefill(
         features=prompts.features,
     )
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = next_tokens(model.apply(weights.head, last, method="unembed"), prompts.sampling, step)
-    return State(grow(cache, slots), token, _stops(token, prompts.stop_ids) | ~prompts.live, step + 1)
+    logits = model.apply(weights.head, last, method="unembed")
+    seen = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
+    token = next_tokens(logits, prompts.sampling, step, seen)
+    done = _stops(token, prompts.stop_ids) | ~prompts.live
+    return State(grow(cache, slots), token, done, step + 1, with_token(seen, token))
 
 
 @partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("state",))
@@ -140,11 +144,12 @@ def decode(
         hidden, cache = model.apply(
             weights.body, state.token[:, None], cache=state.cache, adapter_ids=prompts.adapter_ids
         )
-        token = next_tokens(model.apply(weights.head, hidden[:, 0], method="unembed"), prompts.sampling, state.step)
+        logits = model.apply(weights.head, hidden[:, 0], method="unembed")
+        token = next_tokens(logits, prompts.sampling, state.step, state.seen)
         column = jnp.where(state.done, NO_TOKEN, token)[:, None]
         made = lax.dynamic_update_slice(made, column, (jnp.zeros_like(i), i))
         done = state.done | _stops(token, prompts.stop_ids)
-        return i + 1, State(cache, token, done, state.step + 1), made
+        return i + 1, State(cache, token, done, state.step + 1, with_token(state.seen, token)), made
 
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         i, state, _ = carry

@@ -1,8 +1,8 @@
-"""The next token from logits: greedy, or drawn after temperature, top-k and top-p; every setting is an array.
+"""Next token from logits: greedy, or drawn after temperature, top-k, top-p and min-p; every setting is an array.
 
-Because settings are arguments of the compiled step, changing them compiles nothing, and each row of a batch can have
-its own. Neither filter sorts the vocabulary: both keep the tokens above a threshold, and a threshold is found by
-bisection over the floats, exactly, in one pass over the row per bit.
+Settings are arguments of the compiled step: a change needs no compilation, except turning the repetition penalty on,
+and each row of a batch can have its own. No filter sorts the vocabulary: each keeps the tokens above a threshold, which
+bisection over the floats finds exactly, in one pass over the row per bit.
 """
 
 from __future__ import annotations
@@ -25,40 +25,80 @@ _ONE_BITS = 0x3F800000
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """How each row of a batch draws its tokens."""
+    """Sampling settings of each row of a batch."""
 
     temperature: Array  # float32 [batch]; 0: greedy
     top_k: Array  # int32 [batch]; tokens kept, 0: all
     top_p: Array  # float32 [batch]; probability kept, 1: all
+    min_p: Array  # float32 [batch]; least probability over the likeliest token's, 0: all
     seed: Array  # uint32 [batch]
+    repetition: Array | None = None  # float32 [batch], penalty of tokens in the text; None: 1 for all rows
 
 
 def make_sampling(
-    batch: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seeds: Sequence[int] = (0,)
+    batch: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seeds: Sequence[int] = (0,),
 ) -> Sampling:
-    """One setting for all rows; ``seeds`` are those of the first rows, the last one is repeated."""
+    """Returns the same settings for all rows; ``seeds`` are of the first rows, and the last seed is repeated."""
     rows = [*seeds, *[seeds[-1]] * (batch - len(seeds))][:batch]
     return Sampling(
         temperature=np.full((batch,), temperature, np.float32),
         top_k=np.full((batch,), top_k, np.int32),
         top_p=np.full((batch,), top_p, np.float32),
+        min_p=np.full((batch,), min_p, np.float32),
         seed=np.array([seed & 0xFFFFFFFF for seed in rows], np.uint32),
+        repetition=None if repetition_penalty == 1 else np.full((batch,), repetition_penalty, np.float32),
     )
 
 
-def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    """One token for each row.
+def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -> jax.Array | None:
+    """Returns which tokens occur in each prompt; None without a repetition penalty.
+
+    Args:
+      sampling: settings of each row.
+      tokens: int32 ``[batch, seq]``, padded on the right.
+      lengths: int32 ``[batch]``.
+      vocab: size of the vocabulary.
+
+    Returns:
+      bool ``[batch, vocab]``.
+    """
+    if sampling.repetition is None:
+        return None
+    batch, seq = tokens.shape
+    ids = jnp.where(jnp.arange(seq)[None] < lengths[:, None], tokens, vocab)  # padding falls out of the vocabulary
+    return jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
+
+
+def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    """Returns ``seen`` (`seen_tokens`) with the newest token ``[batch]`` of each row."""
+    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True)
+
+
+def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """Returns one token for each row.
 
     A row's draw depends on its logits, its seed and ``step``, never on its place in the batch.
 
     Args:
       logits: float32 ``[batch, vocab]``.
       sampling: settings of each row.
-      step: int scalar, how many tokens were drawn before.
+      step: int scalar, number of tokens drawn before.
+      seen: bool ``[batch, vocab]``, tokens of the text so far (`seen_tokens`).
 
     Returns:
       int32 ``[batch]``.
     """
+    if seen is not None:
+        # Keskar et al., arXiv 1909.05858, as transformers computes it: seen tokens become less likely.
+        penalty = jnp.asarray(sampling.repetition)[:, None]
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     greedy = likeliest(logits)
     drawn = lax.cond(jnp.any(sampling.temperature > 0), lambda: _draw(logits, sampling, step), lambda: greedy)
     return jnp.where(sampling.temperature > 0, drawn, greedy)
@@ -66,7 +106,7 @@ def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.A
 
 def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
     scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    kept = kept_tokens(scaled, sampling.top_k, sampling.top_p)
+    kept = kept_tokens(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def gumbel(seed: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), step), logits.shape[-1:], jnp.float32)
@@ -76,7 +116,7 @@ def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
-    """The index of the largest value of each row, the first of equals: int32 ``[batch]`` of ``[batch, vocab]``.
+    """Returns the index of the largest value of each row, the first of equals: int32 ``[batch]``.
 
     Two plain reductions; `jnp.argmax` is one over pairs, which XLA:CPU does not vectorise (five times slower).
     """
@@ -85,8 +125,8 @@ def likeliest(logits: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)  # within the vocabulary even if all is NaN
 
 
-def kept_tokens(logits: Array, top_k: Array, top_p: Array) -> jax.Array:
-    """Which tokens may be drawn: the ``top_k`` likeliest, and of those the fewest that hold ``top_p``.
+def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.Array:
+    """Returns which tokens may be drawn: the fewest of the ``top_k`` likeliest that hold ``top_p``, above ``min_p``.
 
     Ties at a threshold are kept together.
 
@@ -94,6 +134,7 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array) -> jax.Array:
       logits: float32 ``[batch, vocab]``, after temperature.
       top_k: int ``[batch]``; 0 keeps all.
       top_p: float ``[batch]``; 1 keeps all.
+      min_p: float ``[batch]``, least probability over the likeliest token's (arXiv 2407.01082); 0 keeps all.
 
     Returns:
       bool ``[batch, vocab]``, true at least at the likeliest token.
@@ -112,7 +153,8 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array) -> jax.Array:
         return within & (p >= _threshold(p, mass, limit))
 
     within = lax.cond(jnp.any(top_k > 0), first_k, lambda: jnp.ones_like(p, bool))
-    return lax.cond(jnp.any(top_p < 1), nucleus, lambda kept: kept, within)
+    within = lax.cond(jnp.any(top_p < 1), nucleus, lambda inside: inside, within)
+    return within & (p >= jnp.asarray(min_p)[:, None])
 
 
 def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:

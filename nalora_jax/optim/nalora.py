@@ -103,15 +103,17 @@ def make_optimizer(
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to the peak, then constant, or a decay to ``final_ratio`` of it.
+    """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to ``final_ratio`` of it.
 
-    Warm-up covers ``ceil(warmup_share * total_steps)`` steps and begins above 0, so that no step is wasted.
+    Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It begins above 0, so that no step
+    is wasted; with ``warmup_from_zero`` and a final ratio of 0 the rates equal transformers'.
     """
     if not config.learning_rate:
         remedy = "nalora_jax.optim.learning_rate decides it"
         raise NaloraError("--optimizer.learning-rate", expected="a number above 0", found="auto", remedy=remedy)
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
-    warmup = min(math.ceil(config.warmup_share * total_steps), total_steps - 1)
+    warmup = config.warmup_steps or math.ceil(config.warmup_share * total_steps)
+    warmup = warmup if config.warmup_from_zero else min(warmup, total_steps - 1)
     decay_steps = max(1, total_steps - warmup)
     decays: dict[str, optax.Schedule] = {
         "constant": optax.constant_schedule(peak),
@@ -122,7 +124,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         raise NaloraError("--optimizer.schedule", expected=f"one of {', '.join(decays)}", found=config.schedule)
     if warmup <= 0:
         return decays[config.schedule]
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    start = 0.0 if config.warmup_from_zero else peak / (warmup + 1)
+    rise = optax.linear_schedule(start, peak, warmup)
     return optax.join_schedules([rise, decays[config.schedule]], [warmup])
 
 

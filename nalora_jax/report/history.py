@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.redaction import redacted
 from nalora_jax.seals import unseal
 from nalora_jax.tokenizer import read_json
 from nalora_jax.train.metrics import FILE, read_metrics
@@ -61,8 +62,9 @@ class History:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's config as nested dicts."""
-        return self.header.get("run", {})
+        """The run's config as nested dicts, without passwords, which logs of earlier versions hold."""
+        settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
+        return settings
 
     @property
     def total_steps(self) -> int:

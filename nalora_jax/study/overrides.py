@@ -51,10 +51,15 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     Raises:
       NaloraError: it is of another type.
     """
-    value = float(value) if hint is float and type(value) is int else value
+    value = whole_as_float(value) if hint is float else value
     if not has_type(value, hint):
         raise NaloraError(where, expected=f"a value of type {type_name(hint)}", found=repr(value))
     return value
+
+
+def whole_as_float(value: Any) -> Any:
+    """Returns a whole number as a float; other values, and numbers too large for a float, are returned unchanged."""
+    return float(value) if type(value) is int and abs(value) < 2**1000 else value
 
 
 def _as_python(value: Any, name: str, where: str) -> Any:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from nalora_jax.config import RunConfig
+from nalora_jax.errors import NaloraError
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 
@@ -29,6 +30,7 @@ _LATER = {
     "lora": ("trainable_token_indices", "trainable_token_modules"),
     "compute": ("stats_positions",),
     "step_scale": ("tau",),
+    "optimizer": ("warmup_steps", "warmup_from_zero"),
 }
 _LATER_GROUPS = ("adalora",)  # groups that are newer
 
@@ -119,7 +121,13 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
-    """Returns the quantity that should be small: the loss, or 1 minus an accuracy or recall."""
+    """Returns the loss, or 1 minus an accuracy or recall: small is good.
+
+    Raises:
+      NaloraError: the metric was not measured.
+    """
+    if measured.get(metric) is None:
+        raise NaloraError(f"records: {metric}", expected="a number", found="none", remedy="restore the record file")
     value = float(measured[metric])
     return value if metric == "loss" else 1.0 - value
 

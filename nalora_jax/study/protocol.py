@@ -35,7 +35,7 @@ from typing import Any, Literal, get_type_hints
 
 from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
-from nalora_jax.study.overrides import checked, override
+from nalora_jax.study.overrides import checked, override, whole_as_float
 
 FILE = "protocol.toml"
 # Settings of the study, not of a method, because runs would not be pairs otherwise; and settings of a run's files.
@@ -179,9 +179,9 @@ def read_protocol(path: str | Path) -> Protocol:
     except OSError as error:
         remedy = f"give a study's folder with a {FILE}, or the file"
         raise NaloraError(str(path), expected="a study", found=error.strerror or error, remedy=remedy) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, a number of 5,000 digits, 3,000 brackets
         raise NaloraError(str(path), expected="a TOML file", found=error) from error
-    digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()  # dates as text
     try:
         protocol = replace(_build(Protocol, table, "top level"), path=path, digest=digest)
         _check(protocol)
@@ -197,6 +197,8 @@ _TABLES: dict[str, type] = {"tasks": Task, "methods": Method, "probes": Forgetti
 
 def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
     """Returns a dataclass with the values of a TOML table."""
+    if not isinstance(table, Mapping):
+        raise NaloraError(where, expected="one table", found=type(table).__name__)
     declared = [each for each in fields(kind) if each.name not in _NOT_IN_THE_FILE]
     hints = {each.name: get_type_hints(kind)[each.name] for each in declared}
     unknown = sorted(table.keys() - hints.keys())
@@ -208,8 +210,7 @@ def _build(kind: type, table: Mapping[str, Any], where: str) -> Any:
         if name in _TABLES and isinstance(value, Mapping):
             value = {key: _build(_TABLES[name], entry, f"[{name}.{key}]") for key, entry in value.items()}
         elif isinstance(value, list):
-            floats = "float" in str(hints[name])
-            value = tuple(float(item) if floats and type(item) is int else item for item in value)
+            value = tuple(map(whole_as_float, value) if "float" in str(hints[name]) else value)
         values[name] = checked(value, hints[name], place)
     missing = [each.name for each in declared if each.name not in values and _required(each)]
     if missing:

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import open_unlinked
+from nalora_jax.study.fields import check_fields
 from nalora_jax.train.metrics import read_metrics
 
 FILE = "records.jsonl"
@@ -53,6 +55,7 @@ class Records:
         """
         records: dict[str, Record] = {}
         for number, record in enumerate(read_metrics(self.path) if self.path.exists() else [], start=1):
+            check_fields(record, f"{self.path}: line {number}")
             name = record.get("id")
             if not isinstance(name, str) or name in records:
                 expected = "a record of a run that has none yet"
@@ -101,9 +104,9 @@ class Records:
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
         """Adds a line completely or not at all, under a lock and after cutting off an incomplete line."""
         content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
-            with _locked(self._claims() / "records.lock"), os.fdopen(os.open(path, flags, 0o666), "rb+") as file:
+            with _locked(self._claims() / "records.lock"), open_unlinked(path, "ab+") as file:
+                file.seek(0)
                 file.seek(file.read().rfind(b"\n") + 1)
                 file.truncate()
                 file.write(content)
@@ -117,7 +120,7 @@ class Records:
     def claim(self, run: str) -> Iterator[Path | None]:
         """Claims ``run`` while the context lasts; gives its snapshot's path, or None if another process has it."""
         lock = self._claims() / f"{run}.lock"
-        with lock.open("a") as file:
+        with open_unlinked(lock, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -156,6 +159,6 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
+    with open_unlinked(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.redaction import MARK
 from nalora_jax.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -159,11 +160,16 @@ def register_callback(name: str) -> Callable[[Kind], Kind]:
 
 
 def make_callbacks(texts: Sequence[str]) -> list[Callback]:
-    """The callbacks that settings name: ``NAME`` or ``NAME:setting=value,...``.
+    """Makes the callbacks that settings name: ``NAME`` or ``NAME:setting=value,...``.
 
     Raises:
-      NaloraError: an unknown name or setting, or a value of the wrong type.
+      NaloraError: an unknown name or setting, a value of the wrong type, or a resumed run's password, which its log
+        does not hold.
     """
+    for text in texts:
+        if MARK in text:
+            remedy = "name --callbacks again: passwords and tokens are not recorded"
+            raise NaloraError("--callbacks", expected="the callback with its password", found=text, remedy=remedy)
     importlib.import_module("nalora_jax.train.trackers")  # registers those of this library
     return [_make(text) for text in texts]
 

@@ -40,6 +40,7 @@ from nalora_jax.train import snapshot
 
 log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
+_MISPLACED = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _JSON = "metadata"  # Orbax's name for the file of a JSON item
 # Devices that hold the same array share its writing if each has at least this much of it to write. Orbax's own default
 # is any size: at the first save it compiles a slice for every array and device, for which adapters are too small.
@@ -206,7 +207,7 @@ class Checkpointer:
                 if (damage := files.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
-        except (FileNotFoundError, ValueError) as error:  # a disk that does not answer is no damage
+        except (*_MISPLACED, ValueError, RecursionError) as error:  # other errors are the disk's
             return _reason(error)
         return None if written == metrics else "metrics: not what was written"
 
@@ -222,7 +223,7 @@ class Checkpointer:
         for path in list(self.folder.glob("*/metrics/metrics")):
             try:
                 json.loads(path.read_bytes())
-            except ValueError:
+            except (IsADirectoryError, ValueError, RecursionError):
                 step = path.parent.parent.name
                 if step.isdecimal():
                     self._set_aside(int(step), "metrics: not what was written")

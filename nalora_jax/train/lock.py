@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import open_descriptor
+from nalora_jax.redaction import redacted
 
 FILE = "run.lock"
 _BEAT = 5.0  # seconds between two touches
@@ -74,7 +76,7 @@ class Lock:
 def _open_locked(path: Path) -> int:
     """The file at ``path``, locked; again where its former holder removed it in between."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -85,7 +87,7 @@ def _open_locked(path: Path) -> int:
                     raise _held(path, holder) from None
                 raise
         try:
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return descriptor
         except FileNotFoundError:
             pass
@@ -107,14 +109,19 @@ def _wait_for_other_host(path: Path, descriptor: int) -> None:
 def _read(descriptor: int) -> dict[str, Any]:
     try:
         found = json.loads(os.pread(descriptor, 1 << 16, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _own_name() -> dict[str, Any]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "command": " ".join(sys.argv)[:200]}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": since,
+        "command": redacted(" ".join(sys.argv))[:200],
+    }
 
 
 def _held(path: Path, holder: dict[str, Any]) -> NaloraError:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from nalora_jax import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.notes import counting
 from nalora_jax.train.profile import Profile
-from nalora_jax.train.state import TrainState, non_finite
+from nalora_jax.train.state import TrainState, first_bad_row, non_finite
 from nalora_jax.train.step import compile_ahead
 
 _ANEW = (
@@ -117,11 +119,12 @@ def fit(
         result.interrupted = hooks.asked_to_stop(step) and not last
         evaluates = not result.interrupted and (last or _due(step, schedule.eval_every))
         saves = last or _due(step, schedule.save_every) or evaluates or result.interrupted
-        if last or _due(step, schedule.log_every) or saves:
-            hooks.log(step, meter.record(float(learning_rate(step - 1))), state)
-        result.state, result.step = state, step
-        if saves:
-            _refuse_diverged(step, state)
+        with _naming_bad_weights(params):
+            if last or _due(step, schedule.log_every) or saves:
+                hooks.log(step, meter.record(float(learning_rate(step - 1))), state)
+            result.state, result.step = state, step
+            if saves:
+                _refuse_diverged(step, state)
         measured = None
         if evaluates:
             measured = hooks.evaluate(step, state)
@@ -135,6 +138,22 @@ def fit(
             result.stopped_early = True
             break
     return result
+
+
+@contextmanager
+def _naming_bad_weights(params: Any) -> Iterator[None]:
+    """Names an array of the frozen weights in the error about a run that diverged because of it."""
+    try:
+        yield
+    except TrainingDivergedError as error:
+        bad = non_finite(params)
+        if not bad:
+            raise
+        found = f"NaN or infinity in {len(bad)} of its arrays"
+        remedy = "the model's files are damaged, or were converted wrongly: replace them"
+        row = first_bad_row(trees.flatten(params)[bad[0]])
+        where = f"the base model: {bad[0]}[{row}]"
+        raise TrainingDivergedError(where, expected="finite numbers", found=found, remedy=remedy) from error
 
 
 def _refuse_diverged(step: int, state: TrainState) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 from nalora_jax.config.recorded import recorded_config
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.paths import open_unlinked
 from nalora_jax.seals import seal, unseal
 from nalora_jax.train.callbacks import Callback, Ended, Started
 from nalora_jax.train.records import check_record
@@ -65,7 +66,7 @@ class MetricsLog(Callback):
         self._resume = resume
         kept = [] if resume is None else _rewind(self.path, resume)
         self._has_header = any("run" in record for record in kept)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
     def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
         """Write the first line of a new run (config, versions, device), or the note of a resumed one."""

@@ -202,7 +202,7 @@ def _clear(path: Path) -> None:
     """Remove what a run left that was stopped before its first checkpoint: it starts again from nothing."""
     for name in _files(path):
         entry = path / name
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def has_checkpoint(checkpoints: Any) -> bool:

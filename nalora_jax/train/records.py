@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 
 _MAX_STEP = 2**53
@@ -14,6 +16,7 @@ _MAX_DEPTH = 12  # of a run's config
 _MAX_LAYERS = 2**9  # of all towers together; no model has more, and every one is drawn and has a row in the report
 _MAX_HISTOGRAMS = 2**4  # mechanisms of one run; each is a picture of the report, a third of a second
 _MAX_EDGES = 2**10
+_GROUPS = {group.name for group in fields(RunConfig) if is_dataclass(group.default_factory)}  # settings with settings
 _NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # of a log step
 _OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")  # of an evaluation: what is no number
 
@@ -90,8 +93,8 @@ def _check_header(record: Mapping[str, Any], where: str) -> None:
     run = _mapping(record, "run", where)
     if _depth(run) > _MAX_DEPTH:
         raise NaloraError(f"{where}: run", expected="a run's settings", found="objects nested too deeply")
-    if "data" in run:
-        _mapping(run, "data", f"{where}: run")
+    for name in _GROUPS & run.keys():
+        _mapping(run, name, f"{where}: run")
     if "steps" in run:
         _check_step(run["steps"], f"{where}: run: steps")
     for name in ("versions", "base"):

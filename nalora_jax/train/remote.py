@@ -115,7 +115,7 @@ class Mirror:
             try:
                 holder = json.loads(lock.read_text())
                 age = time.time() - float(holder["time"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 holder, age = {}, 0.0
             if holder.get("host") != socket.gethostname() and age < 4 * _EVERY:
                 raise NaloraError(

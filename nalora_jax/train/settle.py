@@ -6,10 +6,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from nalora_jax.config import RunConfig
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.preference import pair_data
 from nalora_jax.data.sources import Source, open_train
 from nalora_jax.errors import NaloraError
 from nalora_jax.optim.learning_rate import with_learning_rate
@@ -39,7 +41,7 @@ def settled(
       images: that image and text encoders are trained on.
 
     Raises:
-      NaloraError: bad data; epochs of pairs; or an optimizer that has no usual learning rate.
+      NaloraError: bad data; pairs without a row length; or an optimizer that has no usual learning rate.
     """
     if config.epochs and files is None:
         config = _with_steps(config, images, "images")
@@ -57,10 +59,8 @@ def settled(
 
 
 def _check_pairs(config: RunConfig) -> None:
-    """Of pairs neither the steps of an epoch nor a row's length are made of the data."""
+    """Refuses pairs without a row length, which is not computed from their data."""
     remedy = "name it: a row holds both answers of a pair"
-    if config.epochs:
-        raise NaloraError("--epochs", expected="0 with --preference.loss", found=config.epochs, remedy="give --steps")
     if not config.data.max_length:
         raise NaloraError("--data.max-length", expected="a length with --preference.loss", found="auto", remedy=remedy)
 
@@ -73,11 +73,12 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
     config = replace(config, data=data)
     if not config.epochs:
         return config
-    train = config.train
-    rows = train_data(
-        data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed, source=source
-    ).rows_per_epoch
-    return _with_steps(config, rows, "rows")
+    shape: dict[str, Any] = {"batch_size": config.train.batch_size, "accumulate": config.train.accumulate}
+    shape |= {"seed": config.seed}
+    if config.preference.loss != "none":
+        pairs = pair_data(open_train(data, source=source), data, config.preference, tokenizer, **shape)
+        return _with_steps(config, pairs.rows_per_epoch, "rows of pairs")
+    return _with_steps(config, train_data(data, tokenizer, source=source, **shape).rows_per_epoch, "rows")
 
 
 def _with_steps(config: RunConfig, rows: int, kind: str) -> RunConfig:

@@ -53,13 +53,25 @@ def init_state(
 
 
 def non_finite(state: Any) -> list[str]:
-    """Paths of the floating-point arrays of ``state`` that hold NaN or infinity, e.g. ``["opt_state/0/mu/..."]``.
+    """Returns the paths of the floating-point arrays with NaN or infinity, e.g. ``["opt_state/0/mu/..."]``.
 
-    One pass over the state and one fetch; all processes have to ask.
+    Reads the state once and fetches once; every process has to call it.
     """
     floats = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if not floats:
+        return []
     found = jax.device_get(_all_finite(list(floats.values())))
     return [path for path, finite in zip(floats, found, strict=True) if not finite]
+
+
+def first_bad_row(array: jax.Array) -> int:
+    """Returns the first index of axis 0 with NaN or infinity: the layer, in an array of stacked layers."""
+    return int(jax.device_get(_first_bad_row(jnp.atleast_1d(array))))
+
+
+@jax.jit
+def _first_bad_row(array: jax.Array) -> jax.Array:
+    return jnp.argmin(jnp.isfinite(array).all(axis=tuple(range(1, array.ndim))))
 
 
 @jax.jit

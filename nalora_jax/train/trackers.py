@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import naming, open_unlinked
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 from nalora_jax.train.metrics import scalars, to_json
 
@@ -155,7 +156,8 @@ def _run_id(started: Started, folder: str) -> str:
 
 def _write_id(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with naming(path), open_unlinked(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

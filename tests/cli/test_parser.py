@@ -280,7 +280,7 @@ ZERO = {
 ZERO = {*ZERO, "--vision.shots", "--vision.caption-length", "--vision.features", "--vision.image-size"}
 ZERO |= {f"--adalora.{name}" for name in ("target-rank", "warmup-share", "final-share", "orthogonality")}
 ZERO |= {"--compute.stats-positions", "--adalora.sensitivity-decay", "--adalora.uncertainty-decay"}
-ZERO |= {"--shots", "--images", "--preference.label-smoothing", "--added-tokens"}
+ZERO |= {"--min-p", "--optimizer.warmup-steps", "--shots", "--images", "--preference.label-smoothing", "--added-tokens"}
 ALLOWED = {"0": ZERO, "-1": {"--mesh.data", "--mesh.fsdp", "--mesh.tensor", "--mask.permute", "--step-scale.permute"}}
 ALLOWED["-1"].add("--train.eval-every")
 POSITIONAL = {"eval": ["m"], "chat": ["m"], "generate": ["m", "--prompt", "x"], "inspect": ["m"]}

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.evaluate.harness import Requests, harness_model
+from nalora_jax.evaluate.harness import Requests, generation_settings, harness_model
 from nalora_jax.generate import Generator
 
 END = 256  # the tokenizer's end-of-text token, which begins texts here
@@ -104,6 +104,34 @@ def test_texts_are_generated_up_to_each_requests_own_end(requests):
     assert made[1] == generator.generate(["two"], max_new_tokens=5)[0]
     assert made[2] == made[3] == whole
     assert made[4] == generator.generate([byte_ids(LONG.encode())[-56:]], max_new_tokens=8)[0]
+
+
+def test_settings_of_generation_reach_the_model(requests):
+    options = {"max_gen_toks": 12, "repetition_penalty": 1.3}
+    expected = requests._generator.generate(["one"], max_new_tokens=12, repetition_penalty=1.3)
+    assert requests.generate_until([request("one", options)]) == expected
+    sampled = generation_settings({"do_sample": True, "min_p": 0.1, "top_k": None})
+    assert sampled == {"max_new_tokens": 256, "stop": (), "temperature": 1.0, "min_p": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"until": 5}, "generation_kwargs: stop"),
+        ({"until": [None]}, "generation_kwargs: stop"),
+        ({"max_gen_toks": "many"}, "generation_kwargs: max_new_tokens"),
+        ({"max_gen_toks": None}, "generation_kwargs: max_new_tokens"),
+        ({"temperature": {"low": 1}}, "generation_kwargs: temperature"),
+        ({"do_sample": True, "top_p": "all"}, "generation_kwargs: top_p"),
+        ({"repetition_penalty": [1.2]}, "generation_kwargs: repetition_penalty"),
+        (["until"], "generation_kwargs"),
+        (None, "generation_kwargs"),
+    ],
+)
+def test_settings_of_other_types_are_named(requests, options, named):
+    with pytest.raises(NaloraError) as caught:
+        requests.generate_until([request("one", options)])
+    assert caught.value.where == named
 
 
 def test_a_missing_harness_says_what_to_install(monkeypatch, model, variables, tokenizer):

@@ -35,13 +35,35 @@ def outcomes(parser: Parser, seed: int, first: int, last: int) -> Iterator[Outco
         folder = Path(name)
         parser.write(folder)
         parser.read(folder)  # the undamaged one is read, so that errors are the damage's
-        file = folder / parser.file
-        good = file.read_bytes()
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        contents = {path: path.read_bytes() for path in files}
         yield Outcome(first - 1, "", peak_mb())
         for number in range(first, last):
-            file.write_bytes(damaged(good, random.Random(f"{parser.name} {seed} {number}")))
+            rng = random.Random(f"{parser.name} {seed} {number}")
+            file = rng.choice(files) if parser.file == "*" else folder / parser.file
+            if parser.file == "*" and rng.random() < 0.05:
+                _displace(file, rng)
+            else:
+                file.write_bytes(damaged(contents[file], rng))
             yield Outcome(number, attempt(parser, folder), peak_mb())
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
+            _restore(file, contents[file])
+
+
+def _displace(file: Path, rng: random.Random) -> None:
+    """Removes a file, or puts a folder or a link to itself in its place."""
+    file.unlink()
+    kind = rng.randrange(3)
+    if kind == 1:
+        file.mkdir()
+    elif kind == 2:
+        file.symlink_to(file.name)
+
+
+def _restore(file: Path, content: bytes) -> None:
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
 
 
 def attempt(parser: Parser, folder: Path) -> str:

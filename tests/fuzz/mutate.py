@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
+import math
 import random
+import tomllib
 from typing import Any
 
 # Values that break what is written without thinking of them.
@@ -58,9 +61,9 @@ _SPLICES = (
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """``content`` with bits flipped, cut, spliced, or (of JSON, half of the time) with other values in its places."""
+    """Returns ``content`` with bits flipped, cut or spliced, or, mostly if it is JSON or TOML, with odd values."""
     if rng.random() < 0.6:
-        changed = _changed_json(content, rng)
+        changed = _changed_json(content, rng) or _changed_toml(content, rng)
         if changed is not None:
             return changed
     data = bytearray(content)
@@ -96,6 +99,38 @@ def _changed_json(content: bytes, rng: random.Random) -> bytes | None:
         text = json.dumps(value).encode()
         return text if whole else b"\n".join([*lines[:number], text, *lines[number + 1 :]])
     return None
+
+
+def _changed_toml(content: bytes, rng: random.Random) -> bytes | None:
+    """Returns a TOML document with odd values; None if ``content`` is not TOML."""
+    try:
+        value = tomllib.loads(content.decode())
+    except ValueError:
+        return None
+    for _ in range(rng.choice((1, 1, 1, 3))):
+        value = _changed(value, rng)
+    if not isinstance(value, dict):
+        return None
+    return "".join(f"{_toml_key(key)} = {_toml(part)}\n" for key, part in value.items()).encode()
+
+
+def _toml(value: Any) -> str:
+    """Returns a value as inline TOML; null, which TOML lacks, becomes a date."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None:
+        return datetime.date(1979, 5, 27).isoformat()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return hex(value) if value > 0 else str(value)  # Python writes no decimal number of many thousand digits
+    return _toml_key(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _toml_key(text: str) -> str:
+    return json.dumps(text.encode(errors="replace").decode())
 
 
 def _changed(value: Any, rng: random.Random) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -17,9 +19,11 @@ from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.tokenize import tokenize
 from nalora_jax.load import locate, run_config
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.report.compare import write_comparison
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.report.html import write_report
 from nalora_jax.tokenizer import Tokenizer, read_json
+from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
@@ -27,7 +31,7 @@ from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.load import check_tensors
 from nalora_jax.weights.peft import import_adapter
-from tests.fuzz import people
+from tests.fuzz import harness, people, studies
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -57,13 +61,16 @@ class Parser:
     """A reader, and the file of its folder that is damaged."""
 
     name: str
-    file: str
+    file: str  # "*": any file of the folder, which may also be gone, a folder, or a link
     write: Callable[[Path], None]  # a good folder
     read: Callable[[Path], Any]
-    every: int = 1  # of a campaign's inputs it takes one in so many, for it is slow
+    every: int = 1  # a slow reader gets one in so many of a campaign's inputs
+    needs: str = ""  # package that it needs, which is not in the extra `test`
 
     def share(self, inputs: int) -> int:
-        """Its part of a campaign."""
+        """Returns its number of inputs in a campaign; 0 without the package that it needs."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return 0
         return max(inputs // self.every, min(inputs, 4))
 
 
@@ -249,6 +256,24 @@ def _use_log(folder: Path) -> None:
     write_report(folder)
 
 
+def _use_page(folder: Path) -> None:
+    """The report and the comparison page, without their pictures, which take most of the time."""
+    with mock.patch("nalora_jax.report.html._draw", return_value=[]):
+        write_report(folder)
+    with mock.patch("nalora_jax.report.compare._pictures", return_value=()):
+        write_comparison([folder], folder / "comparison.html")
+
+
+def _use_run(folder: Path) -> None:
+    """Everything that other subcommands read of a finished run."""
+    located = locate(folder)
+    recorded_settings(folder)
+    _use_page(folder)
+    read_evaluation(folder / "before.json")
+    assert located.adapter is not None
+    import_adapter(located.adapter, ModelConfig.from_hf(SHAPE), fingerprint="all:0")
+
+
 def _use_header(folder: Path) -> None:
     run_config(folder)
     locate(folder)
@@ -267,6 +292,8 @@ PARSERS = (
     Parser("GGUF", "model.gguf", _gguf, _use_gguf),
     Parser("JSONL", "data.jsonl", _jsonl, _use_jsonl),
     Parser("metrics.jsonl in the report", "metrics.jsonl", _run, _use_log, every=50),  # draws its pictures each time
+    Parser("metrics.jsonl in the report, without pictures", "metrics.jsonl", _run, _use_page),
+    Parser("run folder", "*", _run, _use_run),
     Parser("metrics.jsonl as a run's header", "metrics.jsonl", _run, _use_header),
     Parser("before.json", "before.json", _run, lambda folder: read_evaluation(folder / "before.json")),
     Parser("JSON array", "rows.json", people.write_json_array, lambda folder: people.read_rows(folder, "rows.json")),
@@ -279,4 +306,8 @@ PARSERS = (
     Parser("preprocessor_config.json", "preprocessor_config.json", people.write_processor, people.use_processor),
     Parser("config.json of CLIP", "config.json", people.write_clip, people.read_clip),
     Parser("ONNX", "model.onnx", people.write_onnx, people.read_onnx),
+    Parser("protocol.toml", "protocol.toml", studies.write_study, studies.use_study),
+    Parser("records.jsonl", "records.jsonl", studies.write_study, studies.use_study),
+    Parser("harness generation settings", "generation.json", harness.write_generation, harness.use_generation),
+    Parser("harness task", "fuzzed.yaml", harness.write_task, harness.use_task, every=10, needs="lm_eval"),
 )

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.pictures  # of runs' reports
 INPUTS = 60
 
 
-@pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
+CASES = [pytest.param(each, marks=getattr(pytest.mark, each.needs) if each.needs else ()) for each in PARSERS]
+
+
+@pytest.mark.parametrize("parser", CASES, ids=lambda parser: parser.name)
 def test_damaged_files_are_read_or_refused_in_words(parser: Parser) -> None:
     found = list(outcomes(parser, seed=1, first=0, last=parser.share(INPUTS)))
     assert {one.number: one.untyped for one in found if one.untyped} == {}

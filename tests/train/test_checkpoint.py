@@ -430,6 +430,40 @@ def test_one_flipped_bit_anywhere_in_the_newest_is_found_and_the_one_before_take
             assert (tmp_path / str(number) / f"{FOLDER}.damaged" / "2").is_dir()
 
 
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def as_file(path):
+    shutil.rmtree(path)
+    path.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("name", "misplace"),
+    [
+        ("state/_METADATA", as_folder),
+        ("state/manifest.ocdbt", as_folder),
+        ("state/digests.json", as_folder),
+        ("data/metadata", as_folder),
+        ("metrics/metrics", as_folder),
+        ("run", as_file),
+        ("state", as_file),
+        ("metrics", as_file),
+        ("", as_file),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_counts_as_damage(tmp_path, name, misplace, caplog):
+    saved_twice(tmp_path / FOLDER)
+    misplace(tmp_path / FOLDER / "2" / name)
+    with opened(tmp_path / FOLDER) as checkpoints:
+        restored, _ = checkpoints.restore("latest", make_state(0, width=8))
+        assert int(restored.step) == checkpoints.latest_step() == 1
+        assert checkpoints.save(2, make_state(2, width=8), {"row": 16}, {"accuracy": 0.5})
+    assert ("checkpoint 2 is damaged" in caplog.text) == bool(name)
+
+
 def test_a_truncated_checkpoint_is_set_aside_and_its_step_can_be_written_again(tmp_path):
     saved_twice(tmp_path / FOLDER)
     files = [path for path in (tmp_path / FOLDER / "2" / "state").rglob("*") if path.is_file()]

@@ -41,7 +41,7 @@ class Hooks:
         return step == self.stop_at
 
 
-def run(hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0) -> FitResult:
+def run(hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0, params: Any = None) -> FitResult:
     """Steps whose loss is always finite; at step ``at`` the part ``poison`` of the state becomes infinite."""
 
     @jax.jit
@@ -59,7 +59,7 @@ def run(hooks: Hooks, schedule: Schedule, *, poison: str = "", at: int = 0) -> F
 
     moments = {"mu": {"a": jnp.zeros(3)}, "count": jnp.int32(0)}
     state = TrainState(jnp.int32(0), {"a": jnp.ones(3)}, moments, None, jnp.zeros(2, jnp.uint32))  # type: ignore[arg-type]
-    return fit(step, {}, state, itertools.repeat(jnp.zeros(1)), hooks, schedule, lambda _: 0.1)
+    return fit(step, params or {}, state, itertools.repeat(jnp.zeros(1)), hooks, schedule, lambda _: 0.1)
 
 
 def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> None:
@@ -68,6 +68,13 @@ def test_it_evaluates_and_saves_at_its_intervals_and_after_the_last_step() -> No
     assert (result.step, result.interrupted, result.stopped_early) == (7, False, False)
     assert hooks.evaluated == [4, 7]
     assert hooks.saved == [(3, None), (4, -4.0), (6, None), (7, -7.0)]
+
+
+def test_bad_numbers_of_the_base_model_are_named_as_the_reason() -> None:
+    kernels = jnp.ones((4, 2, 2)).at[2, 1, 0].set(jnp.nan)
+    match = r"the base model: layers/kernel\[2\]: expected finite numbers, found NaN .* in 1 of its arrays"
+    with pytest.raises(TrainingDivergedError, match=match):
+        run(Hooks(), Schedule(8, 1, 0, 2), poison="lora", at=3, params={"layers": {"kernel": kernels, "b": kernels[0]}})
 
 
 @pytest.mark.parametrize(("poison", "named"), [("lora", "lora/a"), ("opt_state", "opt_state/mu/a")])

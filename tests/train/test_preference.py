@@ -40,6 +40,8 @@ from nalora_jax.run import run
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.preference import dpo
+from nalora_jax.train.settle import settled
+from nalora_jax.weights.hub import resolve
 from tests import tiny
 
 pytestmark = pytest.mark.pictures  # of runs' reports
@@ -317,6 +319,15 @@ def test_settings_that_do_not_go_together_are_refused(changes, said):
 
 
 # ---------------------------------------------------------------- a whole run
+
+
+def test_epochs_of_pairs_become_steps(tmp_path):
+    data, train = DataConfig(max_length=24, pack=False), TrainConfig(batch_size=2)
+    config = tiny.make_config(tmp_path, preference=DPO, epochs=2.0, data=data, train=train)
+    source = dict.fromkeys(("train", "validation"), RecordsSource("pairs", RECORDS))
+    assert settled(config, resolve(config.model), source).steps == 5  # twice 5 pairs, 2 in a step
+    with pytest.raises(NaloraError, match=r"--data.max-length: expected a length with --preference.loss, found auto"):
+        settled(replace(config, data=replace(data, max_length=0)), resolve(config.model), source)
 
 
 @pytest.mark.usefixtures("one_device")

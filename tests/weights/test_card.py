@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import huggingface_hub
 import pytest
@@ -112,14 +113,39 @@ def test_local_paths_stay_private():
     run = RunConfig(
         model="/home/me/secret/base",
         output="/home/me/runs/one",
-        data=DataConfig(dataset="/home/me/data/mine.jsonl", data_dir="/home/me/tfds"),
+        data=DataConfig(
+            dataset="/home/me/data/mine.jsonl",
+            data_dir="/home/me/tfds",
+            train_split="/home/me/a b/train.jsonl",
+            eval_split="/home/me/held.jsonl",
+        ),
+        callbacks=("mlflow:uri=https://me:pass@host/x", "own:folder=/home/me/x,token=abc"),
     )
-    text = render_card(dataclasses.replace(CARD, base_model="/home/me/secret/base", run=run, license="", command=""))
+    command = "nalora train --data.dataset '/home/me/a b/mine.jsonl' --callbacks mlflow:uri=https://me:pass@host/x"
+    card = dataclasses.replace(CARD, base_model="/home/me/secret/base", run=run, license="", command=command)
+    text = render_card(card)
+    assert "me:pass" not in text
+    assert "token=abc" not in text
     assert "base_model:" not in text
     assert "license:" not in text
     assert "mine.jsonl" in text
     assert "look it up" in text
     assert "/home" not in text
+
+
+def test_no_name_is_read_as_markdown_or_html():
+    from markdown_it import MarkdownIt
+
+    bad = "x</td><script>alert(1)</script>[y](javascript:z)`*|"
+    origin = Origin(bad, bad, bad, bad, bad, bad)
+    data = DataConfig(dataset=bad, train_split=bad, eval_split=bad)
+    run = RunConfig(model=bad, data=data, mechanisms=(bad,), callbacks=(bad,))
+    measured = {"accuracy": 0.5, "n": bad}
+    card = Card("adapter", bad, SPEC, run, bad, bad, measured, measured, {bad: bad}, bad, origin)
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(render_card(card).split("---\n", 2)[2])
+    tags = {tag.strip("/").split()[0] for tag in re.findall(r"<(/?[a-zA-Z][^>]*)>", html)}
+    assert tags <= {"h1", "h2", "p", "code", "pre", "table", "thead", "tbody", "tr", "th", "td", "details", "summary"}
+    assert html.count("<details>") == 1
 
 
 @pytest.mark.parametrize("command", ["echo '```' | tee x", "a | b\nc"])

@@ -1,4 +1,4 @@
-"""Settings of PEFT and TRL: nothing is left out without a word, and adapters are those that PEFT would have made."""
+"""Settings of PEFT: every field is carried over, refused or named, and adapters are those that PEFT would make."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from nalora_jax.__main__ import main
-from nalora_jax.cli.config_files import load_config, settings_of
+from nalora_jax.cli.config_files import settings_of
 from nalora_jax.config import check
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import resolve
+from nalora_jax.weights.foreign_settings import table_of
 from nalora_jax.weights.peft_rules import rules_of
-from nalora_jax.weights.peft_settings import PEFT, TRL, from_peft, from_trl, table_of
+from nalora_jax.weights.peft_settings import PEFT, from_peft
 
 DOCS = Path(__file__).parents[2] / "docs"
 LLAMA = {
@@ -36,19 +37,8 @@ def test_every_field_of_peft_is_in_the_table() -> None:
     assert {one.name for one in dataclasses.fields(peft.LoraConfig)} == set(PEFT)
 
 
-@pytest.mark.trl
-def test_every_own_field_of_trl_is_in_the_table() -> None:
-    import transformers
-    import trl
-
-    common = {one.name for one in dataclasses.fields(transformers.TrainingArguments)}
-    kinds = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments)
-    assert {one.name for kind in kinds for one in dataclasses.fields(kind)} - common <= set(TRL)
-
-
-@pytest.mark.parametrize(("page", "fields"), [("from_peft.md", PEFT), ("from_trl.md", TRL)])
-def test_the_pages_hold_the_tables(page: str, fields: Any) -> None:
-    assert "\n".join(table_of(fields)) in (DOCS / page).read_text(encoding="utf-8")
+def test_the_page_holds_the_table() -> None:
+    assert "\n".join(table_of(PEFT)) in (DOCS / "from_peft.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +105,6 @@ def test_what_is_refused_is_named_with_the_reason() -> None:
     ]:
         with pytest.raises(NaloraError, match=f"target_modules: .*{said}"):
             from_peft({"target_modules": targets})
-    with pytest.raises(NaloraError, match="fp16 = True"):
-        from_trl({"fp16": True})
 
 
 def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
@@ -125,8 +113,6 @@ def test_tables_that_are_trained_as_a_whole_are_kept(tmp_path: Path) -> None:
     made, notes = from_peft(json.loads(json.dumps(theirs.to_dict(), default=sorted)))
     assert settings_of(made, tmp_path / "mine.yaml").lora.modules_to_save == ("embed_tokens", "lm_head")
     assert "name them in data.add_tokens or data.add_special_tokens, in their order" in notes[-1]
-    made, _ = from_trl({"lora_modules_to_save": ["lm_head"]})
-    assert made == {"lora": {"modules_to_save": ["lm_head"]}}
     with pytest.raises(NaloraError, match="ensure_weight_tying = True .a trained embedding and its head are apart"):
         from_peft({"target_modules": ["q_proj"], "ensure_weight_tying": True})
 
@@ -160,32 +146,6 @@ def test_rows_that_are_trained_are_kept(theirs: Any, ids: Any, tables: Any, tmp_
 def test_rows_that_mean_nothing_here_are_refused(theirs: Any, said: str) -> None:
     with pytest.raises(NaloraError, match=f"trainable_token_indices = .*{said}"):
         from_peft({"target_modules": ["q_proj"], "trainable_token_indices": theirs})
-
-
-def test_settings_of_trl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "sft.yaml"
-    path.write_text(
-        "model_name_or_path: Qwen/Qwen3-0.6B\ndataset_name: trl-lib/Capybara\ndataset_config: small\n"
-        "learning_rate: 2.0e-4\nnum_train_epochs: 2\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 8\n"
-        "max_length: 1024\npacking: true\nassistant_only_loss: true\nlogging_steps: 25\neval_strategy: steps\n"
-        "eval_steps: 100\nwarmup_ratio: 0.1\nlr_scheduler_type: cosine\nreport_to: [wandb]\nbf16: true\n"
-        "use_peft: true\nlora_r: 32\nlora_alpha: 16\nlora_target_modules: [q_proj, v_proj]\nload_in_4bit: true\n"
-        "gradient_checkpointing: true\noutput_dir: Qwen3-SFT\nsomething_new: 3\n"
-    )
-    assert main(["from-peft", str(path), "--output", str(tmp_path / "ours.yaml")]) == 0
-    config = load_config(tmp_path / "ours.yaml")
-    assert (config.model, config.output, config.epochs) == ("Qwen/Qwen3-0.6B", "Qwen3-SFT", 2.0)
-    assert config.data.dataset == "hf:trl-lib/Capybara:small"
-    assert (config.data.max_length, config.data.loss_on, config.callbacks) == (1024, "assistant", ("wandb",))
-    assert (config.train.batch_size, config.train.accumulate, config.train.eval_every) == (16, 8, 100)
-    assert (config.optimizer.learning_rate, config.optimizer.warmup_share) == (2e-4, 0.1)
-    assert [rule.pattern for rule in config.lora.rules] == ["attn/q_proj", "attn/v_proj"]
-    assert config.compute.quantize == "nf4"
-    text = (tmp_path / "ours.yaml").read_text()
-    assert "# something_new is not known here: left out" in text
-    assert "# gradient_checkpointing is left out" in text
-    assert main(["from-peft", str(path), "--output", str(tmp_path / "ours.yaml")]) == 2
-    assert "expected a new file" in capsys.readouterr().err
 
 
 def test_a_folder_of_peft_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

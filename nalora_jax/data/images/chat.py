@@ -37,6 +37,7 @@ from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.data.sources import open_source
 from nalora_jax.errors import NaloraError
 from nalora_jax.image_tokens import ImageTokens
+from nalora_jax.paths import expand_user
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
@@ -277,7 +278,7 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
     name = config.dataset
     if len(components(name)) > 1:
         raise NaloraError("--data.dataset", expected='one data set with --vision.task "chat"', found=name)
-    path = Path(split).expanduser() if Path(split).suffix and Path(split).exists() else Path(name).expanduser()
+    path = expand_user(split if Path(split).suffix and Path(split).exists() else name)
     lists = path.is_file() and path.suffix in (".csv", ".tsv")
     if name in OWN or name.startswith("tfds:") or path.is_dir() or lists:
         return ChatImages(open_images(config, vision, split), config, vision, tokens, None)

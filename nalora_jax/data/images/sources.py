@@ -24,6 +24,7 @@ from nalora_jax.data.jsonl import JsonLines
 from nalora_jax.data.sources import Span, absolute, prepared, tfds_errors
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import expand_user
 
 # Data sets of this library, with the field of the class that is the default.
 OWN = {"emoji": "category", "fashion_mnist": "label"}
@@ -282,7 +283,7 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
         return TfdsImages(name, split, partial(_tfds, name.removeprefix("tfds:"), split, config.data_dir), vision)
     if name in OWN:
         return TfdsImages(name, split, partial(_own, name, split, cache or cache_dir()), _own_fields(name, vision))
-    path = Path(split) if Path(split).exists() else Path(name).expanduser()
+    path = Path(split) if Path(split).exists() else expand_user(name)
     if not path.exists():
         raise NaloraError(
             "--data.dataset",

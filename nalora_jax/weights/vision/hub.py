@@ -15,6 +15,7 @@ from nalora_jax import buckets, downloads
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
+from nalora_jax.paths import expand_user
 from nalora_jax.weights.hub import HUB_FILES, refusal
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -94,7 +95,7 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
     if buckets.is_url(source):
         names = [name for name in buckets.names(source) if any(fnmatch(name, pattern) for pattern in HUB_FILES)]
         return buckets.local_folder([f"{source.rstrip('/')}/{name}" for name in names]), source
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if source and path.exists():
         if not (path / "config.json").is_file():
             raise NaloraError(str(path), expected="a folder with config.json", found="none in it")

@@ -1,0 +1,109 @@
+"""Redacts passwords and private paths of a run, and escapes names in Markdown.
+
+`redacted` is for all files of a run (log, checkpoints, report, trackers), `published` for model cards, which
+others read, and `markdown` and `code` for texts in Markdown, through which HTML would pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nalora_jax.errors import visible
+
+MARK = "***"  # in place of a password or token
+_SECRET = r"(?:password|passwd|pwd|secret|token|(?:api|access|private)[_-]?key|credentials?|signature|sig)"
+_NAMED = re.compile(rf"(?i).*{_SECRET}")
+_ASSIGNED = re.compile(rf"(?i)([\w-]*{_SECRET}=)[^\s,;&\"']+")
+_USER = re.compile(r"(?<=://)[^/\s\"',]*@")  # scheme://user:password@host; the user may be a token
+# Tokens by their form: Hugging Face, GitHub, AWS, OpenAI, Slack.
+_TOKEN = re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|A[KS]IA[0-9A-Z]{16}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,})")
+# The folders of an absolute path, or of one in the home or working folder, also as a URL (file:///, sqlite:///).
+_PART = r"[^\s/\\,;:*\"'<>|]"
+_FOLDERS = re.compile(
+    rf"(?<![\w:/\\.)])(?:[a-z+]+:/{{2,3}}(?=/)|~[\w.-]*|\.{{1,2}}|[A-Z]:(?=\\))?(?:[/\\]{_PART}+)*[/\\](?={_PART})"
+)
+_QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/\\]+[\"'])")  # folders with spaces
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PATHS = ("model", "output", "dataset", "data_dir", "train_split", "eval_split")  # settings that may be paths
+_PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
+_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<!\w)_|_(?!\w))")  # not the underscore in a word
+
+
+def redacted(value: Any) -> Any:
+    """Returns nested settings or a text with `MARK` in place of passwords and tokens.
+
+    Example:
+      >>> redacted({"callbacks": ("mlflow:uri=https://me:pass@host/x",)})
+      {'callbacks': ('mlflow:uri=https://***@host/x',)}
+    """
+    if isinstance(value, Mapping):
+        return {name: _redacted_setting(str(name), part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(redacted, value))
+    if not isinstance(value, str):
+        return value
+    return _TOKEN.sub(MARK, _ASSIGNED.sub(rf"\g<1>{MARK}", _USER.sub(f"{MARK}@", value)))
+
+
+def _redacted_setting(name: str, value: Any) -> Any:
+    return MARK if isinstance(value, str) and value and _NAMED.fullmatch(name) else redacted(value)
+
+
+def published(value: Any, name: str = "") -> Any:
+    """Returns settings or a text without passwords, tokens and private folders; a path keeps its last part.
+
+    Args:
+      value: nested settings, or a text such as a command.
+      name: of the setting.
+
+    Example:
+      >>> published({"train_split": "/home/me/a project/x.jsonl", "model": "owner/model"})
+      {'train_split': 'x.jsonl', 'model': 'owner/model'}
+    """
+    value = redacted(value)
+    if isinstance(value, Mapping):
+        return {name: published(part, name) for name, part in value.items()}
+    if name in _PATTERNS:
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(published(part, name) for part in value)
+    if not isinstance(value, str):
+        return value
+    if name in _PATHS:
+        return ",".join(map(_short, value.split(",")))
+    return _FOLDERS.sub("", _QUOTED.sub("", value))
+
+
+def _short(name: str) -> str:
+    """Returns a hub id or a data set's name unchanged, and a path's last part."""
+    if name.startswith(("hf:", "tfds:")) or is_hub_id(name):
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns True for ``owner/name``, unless a file has that name."""
+    try:
+        return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    except OSError:  # a name that no file system takes
+        return True
+
+
+def markdown(text: object) -> str:
+    """Returns a text for a line of Markdown in which every character with a meaning in Markdown or HTML is escaped."""
+    return _SPECIAL.sub(r"\\\1", _line(text))
+
+
+def code(text: object) -> str:
+    """Returns a text as Markdown's inline code."""
+    line = _line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def _line(text: object) -> str:
+    return visible(" ".join(str(text).split()))
