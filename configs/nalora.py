@@ -8,9 +8,12 @@ Command: python train.py --config configs/nalora.py
 
 from __future__ import annotations
 
-from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig
+from nalora_jax.config import DataConfig, MaskConfig, RunConfig, StepScaleConfig
 
 
 def config() -> RunConfig:
     """The main job with a soft squared slope mask and the step scale by homogeneity."""
-    return RunConfig(output="runs/nalora", mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity"))
+    data = DataConfig(max_length=128)
+    return RunConfig(
+        output="runs/nalora", data=data, mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity")
+    )

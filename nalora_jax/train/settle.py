@@ -6,10 +6,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from nalora_jax.config import RunConfig
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.pipeline import train_data
+from nalora_jax.data.preference import pair_sizes
 from nalora_jax.data.sources import Source, open_train
 from nalora_jax.errors import NaloraError
 from nalora_jax.optim.learning_rate import with_learning_rate
@@ -57,19 +59,17 @@ def settled(
 
 
 def _check_pairs(config: RunConfig) -> None:
-    """Of pairs neither the steps of an epoch nor a row's length are made of the data."""
-    remedy = "name it: a row holds both answers of a pair"
+    """Refuses epochs of pairs: their rows are not counted in advance."""
     if config.epochs:
         raise NaloraError("--epochs", expected="0 with --preference.loss", found=config.epochs, remedy="give --steps")
-    if not config.data.max_length:
-        raise NaloraError("--data.max-length", expected="a length with --preference.loss", found="auto", remedy=remedy)
 
 
 def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> RunConfig:
     added = AddedTokens.of(config.data)
     base = described(config, files)
     tokenizer = read_tokenizer_of(files, base, added)
-    data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions)
+    measure = partial(pair_sizes, preference=config.preference) if config.preference.loss != "none" else None
+    data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions, measure)
     config = replace(config, data=data)
     if not config.epochs:
         return config
