@@ -13,7 +13,7 @@ from nalora_jax.imports import import_file
 from nalora_jax.optim import mechanism
 from nalora_jax.study.protocol import read_protocol
 
-RULE = '''
+RULE = """
 from dataclasses import dataclass
 from nalora_jax.optim import Mechanism, register_mechanism
 
@@ -21,7 +21,7 @@ from nalora_jax.optim import Mechanism, register_mechanism
 @dataclass(frozen=True)
 class Plain(Mechanism):
     share: float = 0.5
-'''
+"""
 PROTOCOL = """
 question = "Is it better?"
 models = ["m"]
