@@ -16,6 +16,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import NO_TOKEN, Prompts, decode, prefill, see, view_weights
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.generate.signature import with_options
 from nalora_jax.generate.text import TextStream
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
@@ -128,6 +129,7 @@ class Generator:
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
         return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
 
+    @with_options(Settings)
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -155,6 +157,7 @@ class Generator:
         completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
         return [completion.text for completion in completions]
 
+    @with_options(Settings)
     def complete(
         self,
         prompts: Sequence[Prompt],
@@ -187,6 +190,7 @@ class Generator:
             made |= zip(rows, batch.run(), strict=True)
         return [made[i] for i in range(len(ids))]
 
+    @with_options(Settings)
     def stream(
         self, prompt: Prompt, *, adapter_id: int | None = None, images: Images = (), **settings: Any
     ) -> Iterator[str]:
