@@ -18,4 +18,6 @@ from nalora_jax.config import DataConfig, RunConfig
 
 def config() -> RunConfig:
     """ARC-Easy; its test split stays untouched."""
-    return RunConfig(output="runs/arc_easy", steps=200, data=DataConfig(dataset="arc_easy", eval_limit=0))
+    return RunConfig(
+        output="runs/arc_easy", steps=200, data=DataConfig(dataset="arc_easy", eval_limit=0, max_length=128)
+    )

@@ -7,9 +7,9 @@ Command: python train.py --config configs/lora_baseline.py
 
 from __future__ import annotations
 
-from nalora_jax.config import RunConfig
+from nalora_jax.config import DataConfig, RunConfig
 
 
 def config() -> RunConfig:
     """The main job without mechanisms."""
-    return RunConfig(output="runs/lora").without_mechanisms()
+    return RunConfig(output="runs/lora", data=DataConfig(max_length=128)).without_mechanisms()

@@ -7,10 +7,11 @@ Command: python train.py --config configs/wide_attention.py
 
 from __future__ import annotations
 
-from nalora_jax.config import LoRAConfig, LoRARule, RunConfig
+from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 
 
 def config() -> RunConfig:
     """Rank 16 on gates, 8 on the rest of the block, 4 on attention."""
     rules = (LoRARule("gate_proj", rank=16), LoRARule("ffn/", rank=8), LoRARule("attn/", rank=4))
-    return RunConfig(output="runs/wide", lora=LoRAConfig(rules=rules, rslora=True, plus_ratio=4.0))
+    data = DataConfig(max_length=128)
+    return RunConfig(output="runs/wide", lora=LoRAConfig(rules=rules, rslora=True, plus_ratio=4.0), data=data)

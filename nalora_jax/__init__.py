@@ -12,7 +12,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nalora_jax.config import RunConfig
+    from nalora_jax.config import (
+        AdaLoRAConfig,
+        ComputeConfig,
+        DataConfig,
+        DebugConfig,
+        LoRAConfig,
+        LoRARule,
+        MaskConfig,
+        MeshConfig,
+        OptimizerConfig,
+        PreferenceConfig,
+        RunConfig,
+        StepScaleConfig,
+        TrainConfig,
+        VisionConfig,
+    )
     from nalora_jax.errors import NaloraError
     from nalora_jax.generate import Generator
     from nalora_jax.load import AdaptedModel, load
@@ -21,12 +36,25 @@ if TYPE_CHECKING:
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
 __all__ = [
+    "AdaLoRAConfig",
     "AdaptedModel",
+    "ComputeConfig",
+    "DataConfig",
+    "DebugConfig",
     "Generator",
+    "LoRAConfig",
+    "LoRARule",
     "LoadedModel",
+    "MaskConfig",
+    "MeshConfig",
     "NaloraError",
+    "OptimizerConfig",
+    "PreferenceConfig",
     "RunConfig",
     "RunResult",
+    "StepScaleConfig",
+    "TrainConfig",
+    "VisionConfig",
     "export_adapter",
     "import_adapter",
     "load",
@@ -35,12 +63,25 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaLoRAConfig": "config",
     "AdaptedModel": "load",
+    "ComputeConfig": "config",
+    "DataConfig": "config",
+    "DebugConfig": "config",
     "Generator": "generate",
+    "LoRAConfig": "config",
+    "LoRARule": "config",
     "LoadedModel": "weights",
+    "MaskConfig": "config",
+    "MeshConfig": "config",
     "NaloraError": "errors",
+    "OptimizerConfig": "config",
+    "PreferenceConfig": "config",
     "RunConfig": "config",
     "RunResult": "run",
+    "StepScaleConfig": "config",
+    "TrainConfig": "config",
+    "VisionConfig": "config",
     "export_adapter": "weights.peft",
     "import_adapter": "weights.peft",
     "load": "load",
@@ -78,4 +119,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted([*__all__, "__version__"])

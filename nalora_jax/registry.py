@@ -1,10 +1,11 @@
-"""Names that can be added to from outside: by a decorator, or by an entry point in a user's pyproject.
+"""Names that can be added to from outside: by a decorator in an imported file, or by an entry point in a pyproject.
 
     [project.entry-points."nalora_jax.mechanisms"]
     my_rule = "my_package.my_module"
 
-An entry point is loaded when its name is asked for and nothing of that name has been registered. Loading it registers
-the name, because the module that it points to carries the decorator.
+A file is imported by ``--import`` (`nalora_jax.imports`). An entry point is loaded when its name is asked for and no
+value of that name has been registered. Loading it registers the name, because the module that it points to carries the
+decorator.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.imports import imported
 
 T = TypeVar("T")
 
@@ -58,7 +60,10 @@ class Registry(Generic[T]):
             registers something else.
         """
         if name not in self._values and not self._load(name):
-            raise NaloraError(self._flag or self._kind, expected=f"one of {', '.join(self.names())}", found=repr(name))
+            files = ", ".join(map(str, imported())) or "none"
+            remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
+            expected = f"one of {', '.join(self.names())}"
+            raise NaloraError(self._flag or self._kind, expected=expected, found=repr(name), remedy=remedy)
         return self._values[name]
 
     def names(self) -> list[str]:

@@ -20,12 +20,13 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
-from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.data.pipeline import BatchIterator, stream_text
 from nalora_jax.data.sources import Source
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
+from nalora_jax.imports import import_files
 from nalora_jax.load import ADAPTER
 from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.numerics import platform_of
@@ -101,6 +102,7 @@ def run(
       Interrupted: Ctrl-C or SIGTERM; where steps had been done, the last one is saved.
     """
     check(config)
+    config = replace(config, imports=import_files(config.imports))
     own, source = given_sources(config.data, data=data, source=source, format=format)
     config = replace(config, data=own)
     for text in config.mechanisms:
@@ -148,7 +150,7 @@ def _run(
         pieces = _on_images().dual_pieces(config, *records, mesh)
     assembly = pieces.assembly
     log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())
-    log.info("training data: %s", json.dumps(pieces.data.describe()))
+    log.info("training data: %s", stream_text(pieces.data.describe()))
     batches = pieces.data.batches()
 
     with _checkpointer(config, output, pieces) as checkpointer:

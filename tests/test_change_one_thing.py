@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import sys
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from nalora_jax import activations, distributed, statistics
+from nalora_jax import activations, distributed, imports, statistics
 from nalora_jax.activations import formulas
+from nalora_jax.cli import command
 from nalora_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -36,7 +38,9 @@ from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.optim import mechanism
 from nalora_jax.train.assembly import assemble
+from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import keytables
+from tests import tiny
 
 PAGE = Path(__file__).parent.parent / "docs" / "change_one_thing.md"
 FILES = dict(re.findall(r'```python title="(\w+)\.py"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL))
@@ -133,6 +137,30 @@ def test_a_mask_rule(use: Any) -> None:
     assert np.all(shown["loud_max"] > shown["loud_min"])
     assert np.all(shown["factor_max"] > 1)
     assert np.all(np.asarray(state.gate.memory["loud"]["layers/ffn"]["slope"]) > 0)
+
+
+def test_the_command_of_the_page_trains_with_the_rule(
+    use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_device: None
+) -> None:
+    monkeypatch.setattr(imports, "_IMPORTED", {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loud.py").write_text(FILES["loud"])
+    commands = re.findall(r"^python train.py (--import .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    config = tiny.make_config(tmp_path, steps=2)
+    settings = ["--config", str(tiny.write_settings(config, tmp_path / "settings.py"))]
+    assert len(commands) == 2
+    command.execute(["train", *settings, *commands[0].split()])
+    recorded = recorded_settings(tmp_path / "runs" / "loud")
+    digest = hashlib.sha256(FILES["loud"].encode()).hexdigest()
+    assert recorded["imports"] == [f"loud.py@{digest[:12]}"]
+    assert recorded["mechanisms"] == ["loud"]
+    with pytest.raises(NaloraError, match=r"imports.0 = 'loud.py@[0-9a-f]{12}', found imports.0 = '\(absent\)'"):
+        command.execute(["train", "--resume", "runs/loud", "--steps", "3"])
+    (tmp_path / "loud.py").write_text(FILES["loud"] + "# changed\n")
+    monkeypatch.setattr(imports, "_IMPORTED", {})
+    mechanism._MECHANISMS._values.pop("loud")
+    with pytest.raises(NaloraError, match=r"expected the settings that it was made with: imports.0 = "):
+        command.execute(["train", "--import", "loud.py", "--resume", "runs/loud", "--steps", "3"])
 
 
 def test_a_mechanism_with_a_cotangent_statistic(use: Any) -> None:

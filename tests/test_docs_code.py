@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 import nalora_jax
-from nalora_jax import activations, statistics
+from nalora_jax import activations, imports, statistics
 from nalora_jax.cli import command, config_files
 from nalora_jax.config import DataConfig, MeshConfig, RunConfig, check
 from nalora_jax.data import sources
@@ -115,6 +115,10 @@ def test_every_command_is_one(block: Block, tmp_path: Path, monkeypatch: pytest.
     for name in ("mine.yaml", "run.yaml"):
         (tmp_path / name).write_text("steps: 3\n")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name, content in ((one.title, one.text) for one in BLOCKS if one.page == block.page and one.title):
+        (tmp_path / name).write_text(content)  # what `--import` reads
+    monkeypatch.setattr(imports, "_IMPORTED", {})
+    monkeypatch.setattr(mechanism._MECHANISMS, "_values", dict(mechanism._MECHANISMS._values))
     text = re.sub(r'"([^"]*)"', lambda quoted: quoted[0].replace("\n", " "), block.text)
     for words in lines_of(text):
         check_command(words)

@@ -11,6 +11,7 @@ from typing import Any
 from nalora_jax.cli import chat, doctor, evaluate, from_peft, images, parser, plan, push, usage, verbs
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
+from nalora_jax.imports import import_files
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
-    words = _spelled_out(words)
+    files, words = _imports(_spelled_out(words))
     asked = next((word for word in words if word in ("-h", "--help", "--help-all")), None)
     if asked in ("-h", "--help") and verb.shown:
         print(usage.short_help(name, verb.arguments, verb.shown, parser.typed))
         raise SystemExit(0)
     if asked is None:
+        names = import_files(files)
+        words = [*words, "--imports", *names] if names and verb.arguments is parser.TrainArgs else words
         usage.check(name, verb.arguments, words)
     start = parser.defaults(words) if verb.arguments is parser.TrainArgs else None
     args = _parsed(name, verb.arguments, ["--help"] if asked else words, start, quiet=asked is None)
@@ -125,6 +128,7 @@ _SHORT = {
     ("--data.max-length", "auto"): ("--data.max-length=0",),
     ("--optimizer.learning-rate", "auto"): ("--optimizer.learning-rate=0",),
 }
+_IMPORT = "--import"
 
 
 def _spelled_out(words: list[str]) -> list[str]:
@@ -142,6 +146,26 @@ def _spelled_out(words: list[str]) -> list[str]:
             pair = pair[:1]
         rest = rest[len(pair) :]
     return found
+
+
+def _imports(words: list[str]) -> tuple[list[str], list[str]]:
+    """The files after every ``--import``, and the other words."""
+    files: list[str] = []
+    others: list[str] = []
+    taking = False
+    for word in words:
+        name, assigned, value = word.partition("=")
+        if name == _IMPORT:
+            taking = not assigned
+            files += [value] if assigned else []
+        elif taking and word.endswith(".py"):
+            files.append(word)
+        else:
+            taking = False
+            others.append(word)
+    if _IMPORT in words and not files:
+        raise NaloraError(_IMPORT, expected="Python files, with names that end in .py", found="none")
+    return files, others
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:

@@ -19,7 +19,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -87,6 +87,9 @@ def settings_of(values: Any, path: Path) -> RunConfig:
     """
     made: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
     _check_types(made, path)
+    if made.imports:
+        remedy = f"give --import {' '.join(made.imports)}"
+        raise NaloraError(f"--config {path}", expected="no imports, which execute files", found="some", remedy=remedy)
     return made
 
 
@@ -144,10 +147,10 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
     """Settings as a YAML file that `load_config` reads as the same.
 
     Args:
-      config: the settings.
+      config: the settings; without ``imports``, which only the command line executes.
       changed_only: leave out what has its default.
     """
-    values = _plain(config, RunConfig() if changed_only else None)
+    values = _plain(replace(config, imports=()), RunConfig() if changed_only else None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100) if values else "{}\n"
 
 

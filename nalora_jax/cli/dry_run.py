@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from nalora_jax import distributed, trees
 from nalora_jax.cli import config_files
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.vision import DUAL
-from nalora_jax.data.pipeline import TrainData, train_data
+from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig, param_shapes
@@ -78,7 +77,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
         f"base model: {sum(map(math.prod, param_shapes(base).values())):,} parameters, {files.path}",
         *_added(added, tokenizer, base),
         f"adapters: {adapter_parameters(base, spec):,} trained parameters, {len(spec.targets)} projections a layer",
-        f"training data: {json.dumps(data.describe())}",
+        f"training data: {stream_text(data.describe())}",
         f"held out: {len(reported)} examples that results are reported on, {len(selecting)} that choose the checkpoint",
         f"steps: {config.steps} of {train.batch_size} rows, {_epochs(config, data):.2f} epochs",
         *_memory(placed, base, spec, mesh),

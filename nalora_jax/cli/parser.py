@@ -271,7 +271,8 @@ def _recorded(output: str) -> RunConfig:
     settings = recorded_settings(output)
     config = config_from_dict(settings) if settings else RunConfig()
     # Epochs have become the steps that are recorded with them, which --steps may now change.
-    return replace(config, output=output, resume=False, epochs=0.0)
+    # Files are executed only if they are named again: a folder may come from somebody else.
+    return replace(config, output=output, resume=False, epochs=0.0, imports=())
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:

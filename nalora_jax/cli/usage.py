@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import inspect
 import io
 import os
 import re
+import shutil
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from textwrap import fill
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from nalora_jax.config.documented import field_comments
 from nalora_jax.errors import NaloraError
+
+# PEFT's names of what `--lora.rules` gives to each pattern.
+_OF_RULES = ("rank", "r", "lora_rank", "lora_r", "alpha", "lora_alpha")
+_RULES = "--lora.rules PATTERN:RANK[:ALPHA], e.g. --lora.rules ffn:16:32"
 
 _NUMBERS: dict[type, tuple[Callable[[str], Any], str]] = {int: (int, "a whole number"), float: (float, "a number")}
 
@@ -36,13 +41,8 @@ class Flag:
 
     @property
     def text(self) -> str:
-        """The comment above its field: what help says."""
-        lines = inspect.getsource(self.owner).splitlines()
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"    {self.field.name}:"))
-        start = at
-        while lines[start - 1].startswith("    #"):
-            start -= 1
-        return " ".join(line.strip().removeprefix("#").strip() for line in lines[start:at])
+        """The comment above its field, which help shows."""
+        return field_comments(self.owner)[self.field.name]
 
     @property
     def default(self) -> Any:
@@ -136,11 +136,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     First one that ``name`` begins, the shortest (``--step``: ``--steps``); then one whose last part is like it
     (``--batch-size``: ``--train.batch-size``); then the most similar as a whole.
     """
+    last = name.lstrip("-").rpartition(".")[2]
+    if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*known}:
+        return _RULES if "--lora.rules" in known else 'rules: ["PATTERN:RANK[:ALPHA]"], e.g. rules: ["ffn:16:32"]'
     names = sorted(known, key=lambda one: (len(one), one))
     begun = [one for one in names if one.startswith(name)]
     if begun:
         return begun[0]
-    last = name.lstrip("-").rpartition(".")[2]
     parts: dict[str, str] = {}
     for one in names:
         parts.setdefault(one.lstrip("-").rpartition(".")[2], one)
@@ -214,15 +216,26 @@ def check_text(argv: Sequence[str]) -> None:
 # ---------------------------------------------------------------- help
 
 
+def width() -> int:
+    """Returns the columns that help may fill: those of the terminal, 100 at most."""
+    return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _entry(name: str, text: str, *, indent: int) -> str:
+    """Returns a name and, from column ``indent`` on, its text in as many lines as it takes."""
+    return fill(text, width(), initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+
+
 def overview(verbs: Mapping[str, type]) -> str:
     """What ``nalora --help`` says: a line for every verb."""
     lines = ["usage: nalora VERB [ARGUMENTS]", "", "Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
-    lines += [f"  {name:<10}{first_line(kind)}" for name, kind in verbs.items()]
+    lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
     lines += [
         "",
         "  nalora VERB --help   the flags of a verb (--help-all: all of them)",
         "  nalora --version     the version",
-        "  --log-format json    with any verb: notes, steps and errors as one JSON object a line",
+        _entry("--log-format json", "with any verb: notes, steps and errors as one JSON object a line", indent=23),
+        _entry("--import FILE ...", "with any verb: execute Python files that register rules of your own", indent=23),
     ]
     return "\n".join(lines)
 
@@ -241,14 +254,18 @@ def short_help(verb: str, kind: type, shown: Sequence[str], written: Callable[[A
     for flag in (flag for flag in every if flag.name in shown):
         default = written(flag.default)
         note = f" (default: {default})" if default else ""
-        lines += [f"  {flag.name}", fill(f"{flag.text}{note}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+        lines += [
+            f"  {flag.name}",
+            fill(f"{flag.text}{note}", width(), initial_indent=" " * 6, subsequent_indent=" " * 6),
+        ]
     lines += ["", f"All {len(every)} flags: nalora {verb} --help-all"]
     groups: dict[type, list[Flag]] = {}
     for flag in every:
         if "." in flag.name:
             groups.setdefault(flag.owner, []).append(flag)
     for owner, members in groups.items():
-        lines.append(f"  {members[0].name.partition('.')[0]}.*".ljust(17) + f"{first_line(owner)} ({len(members)})")
+        name = f"{members[0].name.partition('.')[0]}.*"
+        lines.append(_entry(name, f"{first_line(owner)} ({len(members)})", indent=17))
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nalora_jax.config.adalora import AdaLoRAConfig, check_adalora
+from nalora_jax.config.documented import documented
 from nalora_jax.config.machine import ComputeConfig, MeshConfig, Remat
 from nalora_jax.config.method import LoRAConfig, LoRARule, MaskConfig, OptimizerConfig, StepScaleConfig
 from nalora_jax.config.preference import PreferenceConfig, check_preference
@@ -63,6 +64,7 @@ __all__ = [
 ]
 
 
+@documented
 @dataclass(frozen=True)
 class DataConfig:
     """What to train and evaluate on, and how text becomes rows."""
@@ -81,8 +83,9 @@ class DataConfig:
     eval_limit: int = 400
     # Other held-out examples, measured along the way, which choose the checkpoint that is exported.
     select_limit: int = 200
-    # Tokens per row; 0, "auto" on the command line: a length that keeps 99% of the examples whole.
-    max_length: int = 128
+    # Tokens per row; 0, "auto" on the command line: a multiple of 8 that keeps 99% of the examples whole, at least 128
+    # if rows are packed, at most 2048 and the model's context.
+    max_length: int = 0
     # Pack several examples into one row (they never attend to each other); off: one example a row.
     pack: bool = True
     # Examples longer than max_length: "error", "drop" or "truncate" (from the left of the prompt).
@@ -108,6 +111,7 @@ class DataConfig:
     workers: int = 1
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
     """Batch, intervals and checkpoints."""
@@ -128,6 +132,7 @@ class TrainConfig:
     patience: int = 0
 
 
+@documented
 @dataclass(frozen=True)
 class DebugConfig:
     """Checks and measurements that cost time."""
@@ -147,6 +152,7 @@ class DebugConfig:
         return range(int(first), int(first) + int(count)) if self.profile else range(0)
 
 
+@documented
 @dataclass(frozen=True)
 class RunConfig:
     """Everything one fine-tuning run needs; the defaults are the main job of the README."""
@@ -168,6 +174,9 @@ class RunConfig:
     callbacks: tuple[str, ...] = ()
     # Mechanisms beside the mask and the step scale: NAME or NAME:setting=value,... (docs/method.md lists them).
     mechanisms: tuple[str, ...] = ()
+    # Python files that are executed first, to register rules, activations, families or sources of your own; recorded
+    # with their digests. Use only files that you trust. On the command line --import FILE ..., with any command.
+    imports: tuple[str, ...] = ()
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     adalora: AdaLoRAConfig = field(default_factory=AdaLoRAConfig)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nalora_jax.config.documented import documented
 from nalora_jax.config.ranges import require
 
 if TYPE_CHECKING:
     from nalora_jax.config import RunConfig
 
 
+@documented
 @dataclass(frozen=True)
 class AdaLoRAConfig:
     """AdaLoRA (arXiv 2303.10512): adapters begin with the ranks of their rules and keep those that matter most."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nalora_jax.config.documented import documented
 
+
+@documented
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh: 0 leaves an axis to the library, -1 takes what is left.
@@ -27,6 +30,7 @@ Remat = Literal[
 ]  # fmt: skip
 
 
+@documented
 @dataclass(frozen=True)
 class ComputeConfig:
     """Numerics and memory."""

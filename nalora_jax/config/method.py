@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nalora_jax.config.documented import documented
 
+
+@documented
 @dataclass(frozen=True)
 class LoRARule:
     """One ordered rule: the first whose pattern matches a projection's path decides its adapter."""
@@ -18,6 +21,7 @@ class LoRARule:
     alpha: float | None = None
 
 
+@documented
 @dataclass(frozen=True)
 class LoRAConfig:
     """Which projections get adapters, and which kind."""
@@ -50,6 +54,7 @@ class LoRAConfig:
     plus_ratio: float = 1.0
 
 
+@documented
 @dataclass(frozen=True)
 class MaskConfig:
     """Mechanism 1: the derivative-based temporal-importance mask of the gate channels."""
@@ -76,6 +81,7 @@ class MaskConfig:
     permute: int = -1
 
 
+@documented
 @dataclass(frozen=True)
 class StepScaleConfig:
     """Mechanism 2: the activation-specific step scale on the gate channels' updates."""
@@ -100,6 +106,7 @@ class StepScaleConfig:
     permute: int = -1
 
 
+@documented
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The inner optimizer and its schedule."""

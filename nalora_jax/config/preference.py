@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nalora_jax.config.documented import documented
 from nalora_jax.errors import NaloraError
 
 
+@documented
 @dataclass(frozen=True)
 class PreferenceConfig:
     """Preference tuning on pairs of a chosen and a rejected answer; the reference is the base without the adapter."""

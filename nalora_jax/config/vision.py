@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nalora_jax.config.documented import documented
 from nalora_jax.errors import NaloraError
 
 DUAL = ("classify", "contrast")  # tasks of dual encoders
 
 
+@documented
 @dataclass(frozen=True)
 class VisionConfig:
     """Dual encoders (CLIP, ...) and decoders that see (LLaVA, ...); the data set is --data.dataset as for text."""

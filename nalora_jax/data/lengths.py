@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,29 +19,41 @@ from nalora_jax.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 KEPT = 0.99  # share of the examples that fit a row
+SHORTEST = 128  # tokens of a packed row at least: shorter ones make small batches of short examples
+LONGEST = 2048  # tokens of a row at most: longer ones take memory that few examples need
 _SAMPLE = 10_000  # examples that are measured at most
 _MULTIPLE = 8
 _CHUNK = 2048
 _SEED = 20260103  # of the draw of those that are measured: one for every run
 
 
-def with_length(config: DataConfig, source: Source, tokenizer: Tokenizer, context: int = 2**24) -> DataConfig:
-    """``config`` with the row length that it leaves to the data (0) decided: 99 of 100 examples fit it.
+def with_length(
+    config: DataConfig,
+    source: Source,
+    tokenizer: Tokenizer,
+    context: int = 2**24,
+    measure: Callable[[Source, DataConfig, Tokenizer], np.ndarray] | None = None,
+) -> DataConfig:
+    """Returns ``config`` with the row length that it leaves to the data (0) decided: 99 of 100 examples fit it.
+
+    The length is a multiple of 8, at least 128 in packed rows, and at most 2048 and the model's context.
 
     Args:
       config: of the run.
       source: its training records, of which 10,000 at most are measured.
       tokenizer: of the model.
       context: tokens that the model can read at most.
+      measure: row positions of records; by default `example_lengths`.
     """
     if config.max_length:
         return config
-    lengths = example_lengths(source, config, tokenizer)
+    lengths = (measure or example_lengths)(source, config, tokenizer)
     wanted = int(np.quantile(lengths, KEPT, method="inverted_cdf"))
-    length = max(1, min(-(-wanted // _MULTIPLE) * _MULTIPLE, context))
+    shortest = SHORTEST if config.pack else 1
+    length = min(max(-(-wanted // _MULTIPLE) * _MULTIPLE, shortest), LONGEST, context)
     fitting = float(np.mean(lengths <= length))
     log.info(
-        "rows of %d tokens: %.1f%% of %d examples fit, the longest has %d",
+        "rows of %d tokens: %.1f%% of %d examples fit, the longest has %d; --data.max-length names another length",
         length,
         100 * fitting,
         len(lengths),
@@ -49,19 +62,24 @@ def with_length(config: DataConfig, source: Source, tokenizer: Tokenizer, contex
     return replace(config, max_length=length)
 
 
+def drawn(source: Source) -> np.ndarray:
+    """Returns the indices of the records that are measured, in their order: 10,000 at most, the same in every run."""
+    return np.sort(permutation(len(source), _SEED)[:_SAMPLE])
+
+
 def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
-    """Row positions of examples, of a fixed draw where there are more than 10,000, int64 [n].
+    """Returns row positions of examples, of a fixed draw if there are more than 10,000, int64 [n].
 
     Raises:
       NaloraError: a record is broken.
     """
-    indices = np.sort(permutation(len(source), _SEED)[:_SAMPLE])
-    found: list[int] = []
+    indices = drawn(source)
+    lengths: list[int] = []
     with counting("measuring examples", len(indices)) as done:
         for start in range(0, len(indices), _CHUNK):
             chunk = indices[start : start + _CHUNK].tolist()
             records = zip(chunk, source.read(chunk), strict=True)
             texts = [render(record, config, tokenizer, source.where(index)) for index, record in records]
-            found += [len(example.ids) - 1 for example in tokenize(texts, tokenizer)]
+            lengths += [len(example.ids) - 1 for example in tokenize(texts, tokenizer)]
             done(len(chunk))
-    return np.array(found, np.int64)
+    return np.array(lengths, np.int64)

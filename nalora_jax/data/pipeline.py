@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from nalora_jax.config import DataConfig
+from nalora_jax.data.cut import cut_store
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, plan
 from nalora_jax.data.sources import Source, open_train
@@ -39,6 +40,21 @@ def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int)
         "steps_per_epoch": round(pattern.rows / batch_size, 2),
         "filling": round(pattern.filling, 4),
     }
+
+
+def stream_text(figures: Mapping[str, Any]) -> str:
+    """Returns the figures of a stream as a person reads them.
+
+    Example:
+      >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5, "filling": 0.98})
+      '1,200 examples, 40,000 tokens, 40.5 steps per epoch, filling 98.0%'
+    """
+    known = {name: value for name, value in figures.items() if value or name not in ("dropped", "truncated")}
+    texts = []
+    for name, value in known.items():
+        noun = name.replace("_", " ")
+        texts.append(f"{noun} {value:.1%}" if name == "filling" else f"{value:,} {noun}")
+    return ", ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -218,6 +234,6 @@ def train_data(
         rows = range(batch_size // accumulate)
     opened = open_train(config, cache=cache, source=source)
     config = with_length(config, opened, tokenizer)
-    store = open_store(opened, config, tokenizer, seed, cache)
+    store = cut_store(open_store(opened, config, tokenizer, seed, cache), opened, config, tokenizer.bos_id)
     pattern = pack(store.lengths, config.max_length, several=config.pack)
     return TrainData(store, pattern, seed, batch_size, accumulate, tuple(map(int, rows)), config.workers)

@@ -19,11 +19,13 @@ import numpy as np
 from nalora_jax.config import DataConfig
 from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.chat import Message, Rendered, as_messages, messages_of, render_chat, text_field
+from nalora_jax.data.lengths import drawn
 from nalora_jax.data.packing import PackingPlan, Pattern, assemble, pack, permutation, plan
 from nalora_jax.data.pipeline import BatchIterator, HostBatch, stream_figures
 from nalora_jax.data.sources import Source, open_held_out
-from nalora_jax.data.store import Counts, report_dropped
+from nalora_jax.data.store import Counts
 from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.data.too_long import report_dropped
 from nalora_jax.errors import NaloraError
 from nalora_jax.notes import counting
 
@@ -292,6 +294,12 @@ def _fitting(
             source.name, expected=f"pairs of at most {config.max_length} tokens", found=found, remedy=remedy
         )
     return kept, dropped, truncated, longest
+
+
+def pair_sizes(source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig) -> np.ndarray:
+    """Returns row positions of pairs, of a fixed draw if there are more than 10,000, int64 [n]."""
+    pairs = tokenize_pairs(source, drawn(source).tolist(), config, preference, tokenizer)
+    return np.array([pair.positions for pair in pairs], np.int64)
 
 
 def held_out_pairs(

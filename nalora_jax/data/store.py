@@ -1,4 +1,8 @@
-"""Tokenized examples on disk: made once per data set, tokenizer and options, then memory-mapped."""
+"""Tokenized examples on disk: made once per data set, tokenizer and options, then memory-mapped.
+
+Examples are stored as they are, of any length. The length of a row and ``too_long`` are applied to them afterwards
+(`nalora_jax.data.cut`), so that changing either does not tokenize again.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,8 @@ from nalora_jax.data.chat import render
 from nalora_jax.data.forms import IMAGES
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import Source, require_some
-from nalora_jax.data.tokenize import Example, fit, tokenize
+from nalora_jax.data.tokenize import Example, tokenize
+from nalora_jax.data.too_long import mostly_too_long, too_long
 from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import find_damage, write_array, write_digests
@@ -35,8 +40,13 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = 4
 # Records read, rendered and tokenized together: enough to keep every core busy, little to hold in memory.
 _CHUNK = 2048
+# Records that are judged before the others are tokenized, and the share of too long ones that refuses all of them:
+# more than half of the whole file, by five standard deviations of a draw.
+_JUDGED = 1000
+_TOO_MANY = 0.58
+_SEED = 20261129  # of their draw
 # Options that change tokens, besides the split and the limit.
-_OPTIONS = ("max_length", "too_long", "loss_on", "chat", "prompt_field", "completion_field", "messages_field")
+_OPTIONS = ("loss_on", "chat", "prompt_field", "completion_field", "messages_field")
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class TokenStore:
     counts: Counts
     # sha256 of all of the above: equal on every host that reads the same data.
     fingerprint: str
+    folder: Path
 
     @property
     def lengths(self) -> np.ndarray:
@@ -82,7 +93,7 @@ class TokenStore:
 
 
 def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path | None) -> TokenStore:
-    """The tokens of ``source``, from the cache or tokenized now.
+    """Returns the tokens of ``source``, of any length, from the cache or tokenized now.
 
     Args:
       source: the records.
@@ -92,8 +103,8 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
       cache: folder of the cache; `downloads.cache_dir` by default.
 
     Raises:
-      NaloraError: a record is broken, too long where that is an error, or without targets; nothing is left, or less
-        than half; the disk is full.
+      NaloraError: a record is broken or without targets; of a draw, one is too long where that is an error, or most
+        are; the disk is full.
     """
     key = {
         "format": _FORMAT,
@@ -104,43 +115,32 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = (cache or cache_dir()) / "tokens" / name
-    if not _whole(folder):
+    if not is_whole(folder):
         require_some(source)
         indices = _selection(len(source), config.train_limit, seed)
-        try:
-            _build(folder, source, indices, config, tokenizer)
-        except OSError as error:
-            raise NaloraError(
-                str(folder),
-                expected="room for the tokenized data",
-                found=error.strerror or error,
-                remedy="free space, or set NALORA_CACHE to another folder",
-            ) from error
-    store = _load(folder)
-    report_dropped(source.name, store.counts, config)
-    return store
+        _judge(source, indices, config, tokenizer)
+        began = time.perf_counter()
+        write_store(folder, _examples(source, indices, config, tokenizer))
+        seconds = time.perf_counter() - began
+        _LOG.info("tokenized %s: %d examples in %.1f s", source.name, len(indices), seconds)
+    return load_store(folder)
 
 
-def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
-    """Says how many records were left out as too long; refuses where those are more than half.
-
-    A model that learns from the short half of a data set has learned something else than its user meant.
-    """
-    if not counts.dropped:
+def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuses long data after a thousand records, drawn at random, instead of after all of them."""
+    if len(indices) <= 2 * _JUDGED or config.too_long == "truncate":
         return
-    total, enough = counts.examples + counts.dropped, counts.longest - 1
-    share = f"{counts.dropped / total:.0%}"
-    found = f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
-    if 2 * counts.dropped > total:
-        raise NaloraError(
-            name,
-            expected="records most of which fit",
-            found=found,
-            remedy=f"--data.max-length {enough} keeps all, --data.too-long truncate shortens them",
-        )
-    _LOG.warning(
-        "%s: left out %s; --data.max-length %d keeps all, --data.too-long truncate shortens them", name, found, enough
-    )
+    drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
+    long = [
+        (index, len(example.ids))
+        for index, example in _examples(source, drawn, config, tokenizer)
+        if len(example.ids) > config.max_length + 1
+    ]
+    if long and config.too_long == "error":
+        raise too_long(source.where(long[0][0]), long[0][1], config)
+    if len(long) > _TOO_MANY * _JUDGED:
+        longest = max(size for _, size in long)
+        raise mostly_too_long(source.name, len(long), f"{_JUDGED} records drawn from {len(indices)}", longest, config)
 
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
@@ -159,27 +159,20 @@ def _examples(
             pairs = zip(chunk, records, strict=True)
             texts = [render(record, config, tokenizer, source.where(index)) for index, record in pairs]
             for index, record, example in zip(chunk, records, tokenize(texts, tokenizer), strict=True):
-                _check(example, config, source.where(index))
+                _check(example, source.where(index))
                 if tokenizer.images is not None:
                     _check_images(example, tokenizer.images, len(record.get(IMAGES, ())), source.where(index))
                 yield index, example
             done(len(chunk))
 
 
-def _check(example: Example, config: DataConfig, where: str) -> None:
+def _check(example: Example, where: str) -> None:
     if not example.has_target:
         raise NaloraError(
             where,
             expected="a token to learn",
             found=f"none in {len(example.ids)} tokens",
             remedy="remove the record, or see --data.loss-on",
-        )
-    if len(example.ids) > config.max_length + 1 and config.too_long == "error":
-        raise NaloraError(
-            where,
-            expected=f"at most --data.max-length {config.max_length} tokens and the one after them",
-            found=f"{len(example.ids)} tokens",
-            remedy="raise --data.max-length, or choose --data.too-long drop or truncate",
         )
 
 
@@ -195,58 +188,52 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
         )
 
 
-def _build(folder: Path, source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Writes the store into a folder of its own, then renames it: a half-written one never has the final name."""
-    began = time.perf_counter()
+def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, dropped: int = 0, truncated: int = 0) -> None:
+    """Writes a store and renames it when it is complete: a partial one never has the final name.
+
+    Args:
+      folder: the store's.
+      examples: index of a record in its source, and its tokens.
+      dropped: records left out.
+      truncated: examples that were shortened.
+
+    Raises:
+      OSError: the disk is full.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, "incomplete-") as scratch:
-        counts = _write(scratch, _examples(source, indices, config, tokenizer), config, tokenizer.bos_id)
-        if not counts.examples:
-            raise NaloraError(
-                source.name,
-                expected=f"records of at most {config.max_length} tokens",
-                found=f"{counts.dropped} records, all of them longer",
-                remedy=f"--data.max-length {counts.longest - 1} keeps all, --data.too-long truncate shortens them",
-            )
+        _write(scratch, examples, dropped, truncated)
         try:
             scratch.rename(folder)
         except OSError:
             if not (folder / "meta.json").exists():  # else another process was first, with the same content
                 raise
-    _LOG.info("tokenized %s: %d examples in %.1f s", source.name, counts.examples, time.perf_counter() - began)
 
 
-def _write(scratch: Path, examples: Iterator[tuple[int, Example]], config: DataConfig, bos_id: int | None) -> Counts:
+def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int) -> None:
     """Streams examples into the files of a store; memory does not grow with them, but for 16 bytes each."""
     offsets, records, digest = [0], [], hashlib.sha256()
-    dropped = truncated = targets = longest = 0
+    targets = longest = 0
     with (scratch / "tokens.bin").open("wb") as tokens, (scratch / "answer.bin").open("wb") as answer:
         for record, example in examples:
             size = len(example.ids)
             longest = max(longest, size)
-            if size > config.max_length + 1:
-                if config.too_long == "drop":
-                    dropped += 1
-                    continue
-                truncated += 1
-                example = fit(example, config.max_length, bos_id)
-            digest.update(len(example.ids).to_bytes(8, "little"))
-            for file, part in ((tokens, example.ids.astype("<i4")), (answer, example.answer.astype(np.uint8))):
-                file.write(part.tobytes())
-                digest.update(part.tobytes())
-            offsets.append(offsets[-1] + len(example.ids))
+            ids, mask = example.ids.astype("<i4").tobytes(), example.answer.astype(np.uint8).tobytes()
+            tokens.write(ids)
+            answer.write(mask)
+            digest.update(size.to_bytes(8, "little") + ids + mask)
+            offsets.append(offsets[-1] + size)
             records.append(record)
-            targets += int(example.answer[1:].sum())
+            targets += int(np.count_nonzero(example.answer[1:]))
     write_array(scratch / "offsets.npy", np.array(offsets, np.int64))
     write_array(scratch / "records.npy", np.array(records, np.int64))
-    counts = Counts(len(offsets) - 1, dropped, truncated, offsets[-1], targets, longest)
+    counts = Counts(len(records), dropped, truncated, offsets[-1], targets, longest)
     meta = {"fingerprint": digest.hexdigest(), "counts": asdict(counts)}
     (scratch / "meta.json").write_text(json.dumps(meta))
     write_digests(scratch)
-    return counts
 
 
-def _whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether the store is there and is what was written; one that is not is removed, to be made again."""
     if not folder.exists():
         return False
@@ -261,7 +248,8 @@ def _whole(folder: Path) -> bool:
     return False
 
 
-def _load(folder: Path) -> TokenStore:
+def load_store(folder: Path) -> TokenStore:
+    """Returns the store in ``folder``, its arrays memory-mapped."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
@@ -270,6 +258,7 @@ def _load(folder: Path) -> TokenStore:
         records=np.load(folder / "records.npy"),
         counts=Counts(**meta["counts"]),
         fingerprint=meta["fingerprint"],
+        folder=folder,
     )
 
 

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nalora_jax.data.chat import Rendered
+from nalora_jax.data.seams import seams_of
 
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
+
+_SEEN = 32  # texts in which special tokens are looked for
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,16 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
       tokenizer: of the model.
       end: an answer that ends its text without a special token gets the end-of-sequence id.
     """
-    pieces = [_pieces(text) for text in texts]
-    whole = tokenizer.encode_batch([text.text for text in texts])
-    parts = iter(tokenizer.encode_batch([piece for group in pieces for piece in group]))
+    seams = seams_of(tokenizer, [text.text for text in texts[:_SEEN]])
+    cuts = [_cuts(text) for text in texts]
+    divided = [seams.divide(text.text, at) for text, at in zip(texts, cuts, strict=True)]
+    encoded = iter(tokenizer.encode_batch([part for division in divided for part in division.texts]))
     stops = _special_ids(tokenizer)
     examples = []
-    for text, group, ids in zip(texts, pieces, whole, strict=True):
-        split = [next(parts) for _ in group]
-        if list(chain.from_iterable(split)) == ids:
-            cuts = np.cumsum([len(part) for part in split])[:-1].tolist()
-        else:
-            ids, cuts = _cut(text, tokenizer)
-        examples.append(_example(text, ids, cuts, tokenizer, stops if end else None))
+    for text, at, division in zip(texts, cuts, divided, strict=True):
+        joined = division.join([next(encoded) for _ in division.texts])
+        ids, positions = joined or _encode_pieces(text, at, tokenizer)
+        examples.append(_example(text, at, ids, positions, tokenizer, stops if end else None))
     return examples
 
 
@@ -81,11 +82,16 @@ def _cuts(text: Rendered) -> list[int]:
     return sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
 
 
-def _pieces(text: Rendered) -> list[str]:
-    return [text.text[start:stop] for start, stop in pairwise([0, *_cuts(text), len(text.text)])]
+def _encode_pieces(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of ``text`` and the token position of each cut, from its pieces if their tokens are those of the text."""
+    pieces = [text.text[start:stop] for start, stop in pairwise([0, *cuts, len(text.text)])]
+    whole, *parts = tokenizer.encode_batch([text.text, *pieces])
+    if list(chain.from_iterable(parts)) == whole:
+        return whole, np.cumsum([len(part) for part in parts])[:-1].tolist()
+    return _cut(text, cuts, tokenizer)
 
 
-def _cut(text: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _cut(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids of ``text`` and the token position of each cut, where its pieces do not simply concatenate.
 
     Tokenizers that mark the start of a text do so in every piece, so prefixes are compared instead. A cut that falls
@@ -94,7 +100,7 @@ def _cut(text: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     positions: list[int] = []
     start, rest = 0, tokenizer.encode(text.text, special=False)
-    for cut in _cuts(text):
+    for cut in cuts:
         head = tokenizer.encode(text.text[start:cut], special=False)
         if rest[: len(head)] == head:
             positions.append(len(ids) + len(head))
@@ -112,17 +118,23 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _example(
-    text: Rendered, ids: list[int], cuts: list[int], tokenizer: Tokenizer, stops: frozenset[int] | None
+    text: Rendered,
+    cuts: list[int],
+    ids: list[int],
+    positions: list[int],
+    tokenizer: Tokenizer,
+    stops: frozenset[int] | None,
 ) -> Example:
-    """Puts mask, end and begin of sequence on the ids of ``text``; ``cuts`` are the token positions of `_cuts`."""
-    position = dict(zip([0, *_cuts(text), len(text.text)], [0, *cuts, len(ids)], strict=True))
-    answer = np.zeros(len(ids), bool)
+    """Puts mask, end and begin of sequence on the ids of ``text``; ``positions`` are the tokens at ``cuts``."""
+    before = [tokenizer.bos_id] if text.special and tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ends = stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops)
+    size = len(before) + len(ids)
+    position = dict(zip([0, *cuts, len(text.text)], [0, *positions, len(ids)], strict=True))
+    answer = np.zeros(size + ends, bool)
     for start, stop in text.answers:
-        answer[position[start] : position[stop]] = True
-    if stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops):
-        ids, answer = [*ids, tokenizer.eos_id], np.append(answer, True)
-    if tokenizer.images is not None:  # nobody learns to write images
-        answer &= np.asarray(ids) != tokenizer.images.token_id
-    if text.special and tokenizer.add_bos and tokenizer.bos_id is not None:
-        ids, answer = [tokenizer.bos_id, *ids], np.insert(answer, 0, False)
-    return Example(np.array(ids, np.int32), answer)
+        answer[len(before) + position[start] : len(before) + position[stop]] = True
+    answer[size:] = True
+    every = np.array([*before, *ids, *([tokenizer.eos_id] if ends else [])], np.int32)
+    if tokenizer.images is not None:  # no model learns to write images
+        answer &= every != tokenizer.images.token_id
+    return Example(every, answer)

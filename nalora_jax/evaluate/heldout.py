@@ -15,7 +15,7 @@ from nalora_jax.generate import Generator
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 
-_SAMPLE_TOKENS = 24  # of a sample answer to a prompt without choices
+_SAMPLE_TOKENS = 96  # of a sample answer to a prompt without choices
 
 
 class Evaluator:

@@ -19,7 +19,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 
-_SAMPLE_TOKENS = 48
+_SAMPLE_TOKENS = 96
 
 
 class PreferenceEvaluator:

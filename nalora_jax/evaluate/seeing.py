@@ -24,7 +24,7 @@ from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 from nalora_jax.tokenizer import Tokenizer
 
-_SAMPLE_TOKENS = 24
+_SAMPLE_TOKENS = 96
 
 
 class LoadedModel(Protocol):

@@ -17,6 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import NO_TOKEN, Prompts, State, decode, prefill, see, view_weights
 from nalora_jax.generate.sampling import make_sampling
 from nalora_jax.generate.shapes import batch_shards, bucket, place_batch
+from nalora_jax.generate.signature import with_options
 from nalora_jax.generate.text import TextStream, special_stops
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.ropes import switch_length
@@ -137,6 +138,7 @@ class Generator:
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
         return Generator(self.model, variables, self.tokenizer, **options)  # type: ignore[arg-type]
 
+    @with_options(Settings)
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -164,6 +166,7 @@ class Generator:
         completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
         return [completion.text for completion in completions]
 
+    @with_options(Settings)
     def complete(
         self,
         prompts: Sequence[Prompt],
@@ -196,6 +199,7 @@ class Generator:
             made |= zip(rows, batch.run(), strict=True)
         return [made[i] for i in range(len(ids))]
 
+    @with_options(Settings)
     def stream(
         self, prompt: Prompt, *, adapter_id: int | None = None, images: Images = (), **settings: Any
     ) -> Iterator[str]:

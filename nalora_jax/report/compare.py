@@ -22,6 +22,8 @@ from nalora_jax.train.progress import duration
 
 # Settings that say where and how a run is kept, not what it is.
 _ASIDE = ("seed", "output", "resume", "callbacks", "tensorboard", "data.workers", "compute.compilation_cache")
+# Settings that decide which numbers a run measures.
+_TASK = ("model", "data.dataset", "data.eval_split", "data.loss_on", "data.chat", "vision.task", "preference.loss")
 _GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # and so many groups at most
 
 
@@ -55,9 +57,10 @@ def render_comparison(runs: Sequence[History]) -> str:
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
         title=f"{len(runs)} runs, {len(groups)} {'setting' if len(groups) == 1 else 'settings'}",
-        heads=("before", "after", "difference", "loss after", "misalignment", "tokens/s", "time", "seeds"),
+        heads=("before", "after", "difference", "loss after", "misalignment", "tokens/s", "time", "runs"),
         rows=[(group.label, f"var(--{group.colour})", _row(group)) for group in groups],
         metric=_metric(groups),
+        apart=_tasks_apart(groups),
         pictures=list(_pictures(groups)),
         settings=_settings(groups),
     )
@@ -110,11 +113,24 @@ def _metric(groups: Sequence[Group]) -> str:
     return metric[1] if metric else "held-out metric"
 
 
+def _held_out(metric: str) -> str:
+    """The metric's name as a title that names the data once."""
+    return metric.capitalize() if metric.startswith("held-out") else f"Held-out {metric}"
+
+
+def _tasks_apart(groups: Sequence[Group]) -> list[str]:
+    """Settings of the model, the task or the metric in which runs differ: what makes their numbers incomparable."""
+    apart = [name for name in _apart([_identity(group.runs[0]) for group in groups]) if name in _TASK]
+    metrics = {run.metric[1] for group in groups for run in group.runs if run.metric}
+    return apart + (["metric"] if len(metrics) > 1 else [])
+
+
 def _row(group: Group) -> list[str]:
     """Cells of a group's row: means over its runs, with the lowest and the highest where there are several."""
     ends = [run.outcome for run in group.runs if len(run.outcome) == 2]
     losses = [run.measured[-1]["eval"].get("loss") for run in group.runs if run.measured]
     seeds = ", ".join(str(run.config.get("seed", "?")) for run in group.runs)
+    count = len(group.runs)
     speeds = [run.column("tokens_per_second")[1] for run in group.runs]
     return [
         _spread([end[0].value for end in ends]),
@@ -124,7 +140,7 @@ def _row(group: Group) -> list[str]:
         _spread([_last(run.column("misalignment")[1]) for run in group.runs]),
         _spread([float(np.nanmedian(speed)) for speed in speeds if np.isfinite(speed).any()], ",.0f"),
         _spread([run.total("seconds") for run in group.runs], "time"),
-        seeds,
+        f"{count} ({'seed' if count == 1 else 'seeds'} {seeds})",
     ]
 
 
@@ -154,7 +170,7 @@ def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
     """(title, drawing, what to read in it)."""
     band = "Lines are means over the runs of a group, bands their lowest and highest."
     columns: list[tuple[str, str, Callable[[History], tuple[np.ndarray, np.ndarray]], str]] = [
-        (f"Held-out {_metric(groups)}", "metric", _scores, f"On the questions that choose the checkpoint. {band}"),
+        (_held_out(_metric(groups)), "metric", _scores, f"On the questions that choose the checkpoint. {band}"),
         ("Loss", "loss", lambda run: run.column("loss"), f"Of training, per target token. {band}"),
         (
             "Misalignment",
@@ -206,13 +222,8 @@ def _bands(
             if len(rows) > 1:
                 axis.fill_between(at, low, high, color=COLOURS[group.colour], alpha=0.2, linewidth=0)
             marker = {"marker": "o", "markersize": 4} if len(at) < 20 else {}
-            axis.plot(at, mean, color=COLOURS[group.colour], label=_short(group.label), **marker)
+            axis.plot(at, mean, color=COLOURS[group.colour], **marker)
         if not axis.lines:
             return None
         axis.set(xlabel="step", ylabel=title[0].lower() + title[1:])
-        axis.legend(loc="best")
         return to_svg(figure, f"compare-{name.replace('_', '-')}", f"{title} of the runs over the steps")
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 44 else label[:43] + "…"

@@ -28,7 +28,9 @@ from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
 HEADS = {"favoured": "share with mask ≥ 1"}  # heads of the layers' table that are not simply the numbers' names
-LONGEST_SAMPLE = 1200  # characters of a sample's prompt or answer that are shown
+LONGEST_SAMPLE = 1200  # characters of a sample's answer that are shown
+_LONGEST_PROMPT = 20_000  # characters of an unfolded prompt
+_PROMPT_ENDS = 320  # characters of a long prompt's beginning and of its end; the page unfolds the others
 
 
 @dataclass(frozen=True)
@@ -212,19 +214,20 @@ def _samples(history: History) -> list[dict[str, Any]]:
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     if not sampled:
         return []
-    last = {_clip(sample["prompt"]): sample for sample in sampled[-1]["eval"]["samples"]}
+    last = {str(sample["prompt"]): sample for sample in sampled[-1]["eval"]["samples"]}
     rows = []
     for sample in sampled[0]["eval"]["samples"]:
-        prompt = _clip(sample["prompt"])
+        prompt = str(sample["prompt"])
         later = last.get(prompt) if len(sampled) > 1 else None
         answers = [("before", sample)] + ([("after", later)] if later else [])
         rows.append(
             {
-                "prompt": prompt,
+                "prompt": _ends(prompt),
+                "full": "" if _ends(prompt) == prompt or _turns(sample) else prompt[:_LONGEST_PROMPT],
                 "image": picture(sample),
                 "expected": _clip(sample["expected"]) if sample.get("expected") is not None else None,
                 "turns": _turns(sample),
-                "answers": [(label, _answer(one), one.get("correct")) for label, one in answers],
+                "answers": [(label, _clip(one.get("answer")), one.get("correct"), _end(one)) for label, one in answers],
             }
         )
     return rows
@@ -239,12 +242,22 @@ def _sampled_after(history: History) -> int | None:
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The conversation before an answer as (role, text), where the log has it."""
     turns = sample.get("turns") or []
-    return [(str(one["role"]), _clip(one["text"])) for one in turns if {"role", "text"} <= one.keys()]
+    return [(str(one["role"]), _ends(str(one["text"]))) for one in turns if {"role", "text"} <= one.keys()]
 
 
-def _answer(sample: Mapping[str, Any]) -> str:
-    """An answer; one that went on where the evaluation stopped is marked."""
-    return _clip(sample.get("answer")) + (" […]" if sample.get("cut") else "")
+def _end(sample: Mapping[str, Any]) -> str:
+    """How an answer ended, in words; empty if the log does not record it."""
+    if "cut" not in sample:
+        return ""
+    return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"
+
+
+def _ends(text: str) -> str:
+    """A text whose middle is left out if it is long."""
+    left_out = len(text) - 2 * _PROMPT_ENDS
+    if left_out <= 0:
+        return text
+    return f"{text[:_PROMPT_ENDS]} [… {left_out:,} characters …] {text[-_PROMPT_ENDS:]}"
 
 
 def _clip(value: object) -> str:

@@ -35,6 +35,7 @@ from typing import Any, Literal, get_type_hints
 
 from nalora_jax.config import DataConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
+from nalora_jax.imports import import_files
 from nalora_jax.study.overrides import checked, override, whole_as_float
 
 FILE = "protocol.toml"
@@ -119,6 +120,8 @@ class Protocol:
     # Settings of every run.
     run: dict[str, Any] = field(default_factory=dict)
     probes: dict[str, ForgettingProbe] = field(default_factory=dict)
+    # Python files that register the study's rules, relative to its folder; they are executed.
+    imports: tuple[str, ...] = ()
     # Primary metric, which chooses learning rates; accuracy and recall (of images) as 1 minus their value.
     metric: Literal["loss", "accuracy", "recall"] = "loss"
     # Steps between evaluations on the validation items.
@@ -184,6 +187,7 @@ def read_protocol(path: str | Path) -> Protocol:
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode()).hexdigest()  # dates as text
     try:
         protocol = replace(_build(Protocol, table, "top level"), path=path, digest=digest)
+        import_files(protocol.imports, path.parent)
         _check(protocol)
     except NaloraError as error:
         found, remedy = error.found, error.remedy

@@ -6,14 +6,14 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nalora_jax.config import RunConfig
 from nalora_jax.data.lengths import with_length
 from nalora_jax.data.pipeline import train_data
-from nalora_jax.data.preference import pair_data
+from nalora_jax.data.preference import pair_data, pair_sizes
 from nalora_jax.data.sources import Source, open_train
-from nalora_jax.errors import NaloraError
 from nalora_jax.optim.learning_rate import with_learning_rate
 from nalora_jax.tokenizer import AddedTokens
 from nalora_jax.train.inputs import described
@@ -41,12 +41,10 @@ def settled(
       images: that image and text encoders are trained on.
 
     Raises:
-      NaloraError: bad data; pairs without a row length; or an optimizer that has no usual learning rate.
+      NaloraError: bad data, or an optimizer that has no usual learning rate.
     """
     if config.epochs and files is None:
         config = _with_steps(config, images, "images")
-    if config.preference.loss != "none":
-        _check_pairs(config)
     if files is not None and (config.epochs or not config.data.max_length):
         config = _of_data(config, files, source)
     if not config.optimizer.learning_rate:
@@ -58,18 +56,12 @@ def settled(
     return replace(config, train=replace(config.train, eval_every=every))
 
 
-def _check_pairs(config: RunConfig) -> None:
-    """Refuses pairs without a row length, which is not computed from their data."""
-    remedy = "name it: a row holds both answers of a pair"
-    if not config.data.max_length:
-        raise NaloraError("--data.max-length", expected="a length with --preference.loss", found="auto", remedy=remedy)
-
-
 def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> RunConfig:
     added = AddedTokens.of(config.data)
     base = described(config, files)
     tokenizer = read_tokenizer_of(files, base, added)
-    data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions)
+    measure = partial(pair_sizes, preference=config.preference) if config.preference.loss != "none" else None
+    data = with_length(config.data, open_train(config.data, source=source), tokenizer, base.max_positions, measure)
     config = replace(config, data=data)
     if not config.epochs:
         return config

@@ -173,12 +173,24 @@ def test_too_long(open_data, write_jsonl, tokenizer, caplog):
         in caplog.text
     )
     assert (dropped["examples"], dropped["dropped"], dropped["truncated"]) == (2, 1, 0)
-    assert "2 examples" in caplog.text
+    assert "tokenized" not in caplog.text  # that was done before the record was refused
     data = open_data(dataclasses.replace(base, too_long="truncate"), batch_size=1)
     assert (data.describe()["examples"], data.describe()["truncated"]) == (3, 1)
     assert answers_of(take(data, data.rows_per_epoch)[0], tokenizer) == [" Paris<|im_end|>"] * 3
     with pytest.raises(NaloraError, match="found 3 records, all of them longer"):
         open_data(dataclasses.replace(base, max_length=1))
+
+
+def test_long_records_are_refused_before_all_are_tokenized(open_data, write_jsonl, monkeypatch):
+    path = write_jsonl(*({"prompt": "sky " * 40 * (n % 3 > 0), "completion": " blue"} for n in range(3000)))
+    sizes = []
+    tokenize = store.tokenize
+    monkeypatch.setattr(store, "tokenize", lambda texts, *more: sizes.append(len(texts)) or tokenize(texts, *more))
+    with pytest.raises(NaloraError, match=r"of 1000 records drawn from 3000 \(6\d%\), longer than .* 8; .* keeps all"):
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8))
+    with pytest.raises(NaloraError, match=r"jsonl:\d+: expected at most --data.max-length 8 tokens"):
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=8, too_long="error"))
+    assert sizes == [1000, 1000]
 
 
 def test_example_exactly_as_long_as_a_row(open_data, write_jsonl, tokenizer):
@@ -215,7 +227,9 @@ def test_tokens_are_made_once(open_data, config, tokenizer, tmp_path, monkeypatc
         again = open_data(config).store
         np.testing.assert_array_equal(first.tokens, again.tokens)
         np.testing.assert_array_equal(first.offsets, again.offsets)
-        for change in ({"max_length": 65}, {"loss_on": "all"}, {"train_limit": 3}):
+        for change in ({"max_length": 32}, {"max_length": 32, "too_long": "truncate"}):
+            assert open_data(dataclasses.replace(config, **change)).pattern.capacity == 32
+        for change in ({"loss_on": "all"}, {"train_limit": 3}):
             with pytest.raises(AssertionError, match="tokenized again"):
                 open_data(dataclasses.replace(config, **change))
         bos = dataclasses.replace(tokenizer, add_bos=True)

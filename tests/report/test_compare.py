@@ -51,7 +51,8 @@ def test_the_page_holds_every_group_and_loads_nothing(folders: list[Path]) -> No
     page = render_comparison([read_history(folder) for folder in folders])
     assert page.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#|data:)|https?://(?!www\.w3\.org)', page)
-    assert "<td>0.401</td><td>0.523</td><td>+0.122</td>" in page  # of both seeds
+    cells = dict(re.findall(r'<td data-head="(\w+)">([^<]*)</td>', page))
+    assert (cells["before"], cells["after"], cells["difference"]) == ("0.401", "0.523", "+0.122")  # of both seeds
     assert re.search(r"<th scope=\"row\">mask.kind</th><td>soft</td><td>off</td>", page)
     last = [read_history(folder).column("misalignment")[1][-1] for folder in folders[:2]]
     assert f"{sum(last) / 2:.3f} ({min(last):.3f} to {max(last):.3f})" in page
@@ -68,3 +69,20 @@ def test_the_verb_writes_one_page(folders: list[Path], tmp_path: Path, capsys: p
     with pytest.raises(NaloraError, match="expected different runs"):
         write_comparison([folders[0], folders[0]], page)
     assert main(["report"]) == 2
+
+
+def test_runs_of_different_tasks_are_marked(folders: list[Path], tmp_path: Path) -> None:
+    runs = [read_history(folder) for folder in folders]
+    assert 'class="differ"' not in render_comparison(runs)
+    other = replace(LORA, model="another", data=replace(LORA.data, dataset="other.jsonl"))
+    page = render_comparison(
+        [*runs, read_history(write_run(tmp_path / "other", list(fake_records(40, layers=4)), other))]
+    )
+    assert "These runs differ in model, data.dataset: their numbers are of different tasks" in page
+
+
+def test_every_number_carries_its_head_for_narrow_screens(folders: list[Path]) -> None:
+    page = render_comparison([read_history(folder) for folder in folders])
+    assert '<td data-head="runs">2 (seeds 0, 1)</td>' in page
+    assert "Held-out held-out" not in page
+    assert page.count('<i class="key"') == 2 * 2  # in the table and, instead of legends over lines, above the pictures

@@ -300,6 +300,19 @@ def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_long_prompt_shows_both_ends_and_unfolds(make_run):
+    prompt = "Begin. " + "word " * 400 + "The end?"
+    sample = {"prompt": prompt, "answer": "Yes.", "cut": False, "expected": "Yes."}
+    values = {"loss": 5.0, "low": 4.0, "high": 6.0, "n": 4, "samples": [sample]}
+    page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(encoding="utf-8")
+    shown = page[page.index('<div class="prompt">') : page.index("<details")]
+    assert "Begin." in shown
+    assert "The end?" in shown
+    assert f"[… {len(prompt) - 640:,} characters …]" in shown
+    assert f'<summary>The prompt in full</summary><div class="prompt">{prompt}</div>' in page
+    assert 'Yes.<span class="end">stopped by itself</span>' in page
+
+
 def test_a_conversation_is_shown_by_role_and_what_is_cut_is_marked(make_run):
     turns = [{"role": "system", "text": "Be <brief>."}, {"role": "user", "text": "Which way is up?"}]
     sample = {
@@ -313,5 +326,5 @@ def test_a_conversation_is_shown_by_role_and_what_is_cut_is_marked(make_run):
     page = write_report(make_run([{"step": 0, "initial": True, "eval": values}])).read_text(encoding="utf-8")
     assert '<span class="role">system</span>Be &lt;brief&gt;.' in page
     assert page.index('<span class="role">user</span>Which way is up?') > page.index('<span class="role">system</span>')
-    assert "The sky, which […]" in page
+    assert 'The sky, which<span class="end">did not stop: cut off at the evaluation' in page
     assert "im_start" not in page

@@ -1,0 +1,48 @@
+"""Docstrings of settings: the comment above each field, for ``help`` as for the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from textwrap import fill
+from typing import TypeVar
+
+T = TypeVar("T", bound=type)
+
+
+@cache
+def field_comments(kind: type) -> Mapping[str, str]:
+    """Returns the comment above each field of a dataclass, by name; empty text if there is none."""
+    lines = inspect.getsource(kind).splitlines()
+    comments = {}
+    for field in fields(kind):
+        at = next((i for i, line in enumerate(lines) if line.startswith(f"    {field.name}:")), 0)
+        start = at
+        while start and lines[start - 1].startswith("    #"):
+            start -= 1
+        comments[field.name] = " ".join(line.strip().removeprefix("#").strip() for line in lines[start:at])
+    return comments
+
+
+def documented(kind: T) -> T:
+    """Appends the fields with their comments to a dataclass's docstring, when it is first read."""
+    kind.__doc__ = _Docstring(inspect.cleandoc(kind.__doc__ or ""))  # type: ignore[assignment]
+    return kind
+
+
+class _Docstring:
+    """A docstring that reads its class's source only if somebody asks for it."""
+
+    def __init__(self, summary: str) -> None:
+        self.summary, self._text = summary, ""
+
+    def __get__(self, instance: object, owner: type) -> str:
+        if not self._text:
+            lines = [
+                fill(f"{name}: {text or 'see its class.'}", 100, initial_indent="  ", subsequent_indent="    ")
+                for name, text in field_comments(owner).items()
+            ]
+            self._text = "\n".join([self.summary, "", "Attributes:", *lines])
+        return self._text

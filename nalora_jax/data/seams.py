@@ -1,0 +1,140 @@
+"""Seams of texts: characters at which a text can be divided without a change of its tokens.
+
+A tokenizer divides texts itself, at special tokens and, before it merges, into words. The tokens of the parts on both
+sides of such a place are independent, so only the part around the boundary of an answer has to be encoded twice:
+
+    <|im_start|>user\\nUp?<|im_end|>\\n<|im_start|> | assistant\\n^It is | that way.<|im_end|>
+
+Here ``|`` are seams and ``^`` is the boundary: "assistant\\nIt is" has to begin with the tokens of "assistant\\n".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nalora_jax.tokenizer import Tokenizer
+
+_WORDS = "ab cd ef, gh"
+
+
+@dataclass
+class Division:
+    """Parts of a text: what is encoded, and how the text's ids are put together again."""
+
+    texts: list[str] = field(default_factory=list)
+    # Of each text, whether it is the beginning of the part before it, up to a boundary; else it is the next part.
+    heads: list[bool] = field(default_factory=list)
+
+    def add(self, text: str, *, head: bool = False) -> None:
+        """Appends a part, or the beginning of the last one."""
+        self.texts.append(text)
+        self.heads.append(head)
+
+    def join(self, encoded: Sequence[list[int]]) -> tuple[list[int], list[int]] | None:
+        """Ids of the text and the token position of each boundary; None if a token crosses one."""
+        ids: list[int] = []
+        positions: list[int] = []
+        start, last = 0, ids
+        for part, head in zip(encoded, self.heads, strict=True):
+            if not head:
+                start, last = len(ids), part
+                ids += part
+            elif last[: len(part)] != part:
+                return None
+            else:
+                positions.append(start + len(part))
+        return ids, positions
+
+
+@dataclass(frozen=True)
+class Seams:
+    """Where texts of a tokenizer can be divided.
+
+    Attributes:
+      special: special tokens that divide a text.
+      words: whether a space between two ASCII letters begins a new word.
+    """
+
+    special: tuple[str, ...]
+    words: bool
+
+    def divide(self, text: str, cuts: Sequence[int]) -> Division:
+        """Parts of ``text``; the tokens of the text up to each of ``cuts`` (ascending) are compared."""
+        division, start, done = Division(), 0, 0
+        for cut in cuts:
+            if cut >= done:
+                start = max(self._before(text, cut), done)
+                end = self._after(text, cut)
+                if start > done:
+                    division.add(text[done:start])
+                division.add(text[start:end])
+                done = end
+            division.add(text[start:cut], head=True)
+        if done < len(text) or not cuts:
+            division.add(text[done:])
+        return division
+
+    def _before(self, text: str, cut: int) -> int:
+        """The last seam up to ``cut``."""
+        best = 0
+        for token in self.special:
+            at = text.rfind(token, best, cut)
+            best = max(best, at + len(token)) if at >= 0 else best
+        at = cut
+        while self.words and (at := text.rfind(" ", best + 1, at)) > 0:
+            if _between_letters(text, at):
+                return at
+        return best
+
+    def _after(self, text: str, cut: int) -> int:
+        """The first seam from ``cut``, or after it if no special token begins there."""
+        best = len(text)
+        for token in self.special:
+            at = text.find(token, cut, best)
+            best = at if at >= 0 else best
+        at = cut
+        while self.words and (at := text.find(" ", at + 1, best)) > 0:
+            if _between_letters(text, at):
+                return at
+        return best
+
+
+def _between_letters(text: str, at: int) -> bool:
+    around = text[at - 1 : at] + text[at + 1 : at + 2]
+    return len(around) == 2 and around.isascii() and around.isalpha()
+
+
+def seams_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Seams:
+    """The seams of a tokenizer; of its special tokens those that occur in ``texts``."""
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    names = [token.content for token in added]
+    plain = [t.content for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
+    used = [name for name in plain if any(name in text for text in texts)]
+    special = [name for name in used if not any(_overlap(name, other) for other in names)]
+    return Seams(tuple(name for name in special if _divides(tokenizer, name)), _words(tokenizer))
+
+
+def _overlap(name: str, other: str) -> bool:
+    """Whether two different tokens can share characters of a text."""
+    if name == other:
+        return False
+    short = min(len(name), len(other))
+    return name in other or any(name[-n:] == other[:n] or other[-n:] == name[:n] for n in range(1, short))
+
+
+def _divides(tokenizer: Tokenizer, name: str) -> bool:
+    joined, *parts = tokenizer.encode_batch([f"a {name}b c{name} d", "a ", name, "b c", name, " d"])
+    return joined == [token for part in parts for token in part]
+
+
+def _words(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer divides a text into words before it looks for tokens, and encodes each on its own."""
+    before = tokenizer.backend.pre_tokenizer
+    if before is None:
+        return False
+    ends = {end for _, (_, end) in before.pre_tokenize_str(_WORDS)}
+    joined, *parts = tokenizer.encode_batch([_WORDS, "ab", " cd", " ef, gh"])
+    return {2, 5} <= ends and joined == [token for part in parts for token in part]

@@ -1,0 +1,52 @@
+"""Messages about records that are longer than a row."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from nalora_jax.config import DataConfig
+from nalora_jax.errors import NaloraError
+
+if TYPE_CHECKING:
+    from nalora_jax.data.store import Counts
+
+log = logging.getLogger(__name__)
+
+
+def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
+    """Logs how many records were left out as too long; refuses data of which that is more than half.
+
+    A model that learns from the short half of a data set learns something else than its user means.
+    """
+    if not counts.dropped:
+        return
+    total, enough = counts.examples + counts.dropped, counts.longest - 1
+    share = f"{counts.dropped / total:.0%}"
+    found = f"{counts.dropped} of {total} records ({share}), longer than --data.max-length {config.max_length}"
+    if 2 * counts.dropped > total:
+        raise mostly_too_long(name, counts.dropped, f"{total} records", counts.longest, config)
+    log.warning(
+        "%s: left out %s; --data.max-length %d keeps all, --data.too-long truncate shortens them", name, found, enough
+    )
+
+
+def mostly_too_long(name: str, count: int, of: str, longest: int, config: DataConfig) -> NaloraError:
+    """Returns the error about data of which ``count`` records ``of`` so many are longer than a row."""
+    share = count / int(of.split()[0])
+    return NaloraError(
+        name,
+        expected="records most of which fit",
+        found=f"{count} of {of} ({share:.0%}), longer than --data.max-length {config.max_length}",
+        remedy=f"--data.max-length {longest - 1} keeps all, --data.too-long truncate shortens them",
+    )
+
+
+def too_long(where: str, size: int, config: DataConfig) -> NaloraError:
+    """Returns the error about a record of ``size`` tokens that does not fit a row."""
+    return NaloraError(
+        where,
+        expected=f"at most --data.max-length {config.max_length} tokens and the one after them",
+        found=f"{size} tokens",
+        remedy="raise --data.max-length, or choose --data.too-long drop or truncate",
+    )

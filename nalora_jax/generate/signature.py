@@ -1,0 +1,26 @@
+"""Signatures that name the options of `Settings`, which the methods of a generator take as keywords."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_options(settings: type) -> Callable[[Function], Function]:
+    """Returns a decorator that replaces ``**settings`` in a signature by the fields of a dataclass."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        named = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options = [
+            inspect.Parameter(one.name, keyword, default=one.default, annotation=one.type) for one in fields(settings)
+        ]
+        function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -1,0 +1,98 @@
+"""Python files of a user's own, executed before a run: they register rules, activations, families, sources.
+
+A file is recorded with the beginning of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name what was executed, and a
+resumed run with another content of the file is another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nalora_jax.errors import NaloraError
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class ImportedFile:
+    """A file that was executed.
+
+    Attributes:
+      path: as it was named.
+      digest: SHA-256 of its content, in hexadecimal.
+    """
+
+    path: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.digest[:_DIGITS]}"
+
+
+_IMPORTED: dict[Path, ImportedFile] = {}
+
+
+def imported() -> list[ImportedFile]:
+    """Returns the files that this process has imported, in their order."""
+    return list(_IMPORTED.values())
+
+
+def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
+    """Executes a Python file, once in a process.
+
+    Args:
+      name: its path, relative to ``folder``; with ``@`` and a digest, as recorded, only if its content has that digest.
+      folder: of the study or the working directory.
+
+    Raises:
+      NaloraError: there is no such file, it fails, its content is not what was recorded, or it changed after this
+        process imported it.
+    """
+    where, (path_text, _, wanted) = f"--import {name}", name.partition("@")
+    path = (Path(folder).expanduser() / Path(path_text).expanduser()).resolve()
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise NaloraError(where, expected="a Python file that can be read", found=found) from error
+    known = _IMPORTED.get(path)
+    expected = wanted or (known.digest if known else digest)
+    if not digest.startswith(expected):
+        remedy = "restore the file, or start a new run"
+        raise NaloraError(
+            where, expected=f"content with SHA-256 {expected[:_DIGITS]}", found=digest[:_DIGITS], remedy=remedy
+        )
+    if known is None:
+        known = ImportedFile(path_text, digest)
+        _execute(path, f"nalora_import_{path.stem}_{digest[:_DIGITS]}", where)
+        _IMPORTED[path] = known
+    return known
+
+
+def import_files(names: Sequence[str], folder: str | Path = ".") -> tuple[str, ...]:
+    """Executes Python files in their order; returns them as they are recorded (see `import_file`)."""
+    return tuple(str(import_file(name, folder)) for name in names)
+
+
+def _execute(path: Path, name: str, where: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise NaloraError(where, expected="a Python file, with a name that ends in .py", found=path.name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache next to the user's file
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, NaloraError | KeyboardInterrupt):
+            raise
+        found = f"{type(error).__name__}: {error}"  # also of a file that ends the program
+        raise NaloraError(where, expected="a Python file that can be executed", found=found) from error
+    finally:
+        sys.dont_write_bytecode = write_bytecode
