@@ -10,7 +10,7 @@ compiler and take milliseconds; `nalora plan` compiles what was chosen and shows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nalora_jax import distributed
@@ -63,19 +63,32 @@ class Layout:
         """Bytes in all."""
         return self.weights + self.state + self.activations + self.working
 
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Sizes of the axes."""
+        return self.data, self.fsdp, self.tensor
+
+    @property
+    def short(self) -> str:
+        """The layout without its estimates."""
+        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}"
+
     def __str__(self) -> str:
         """One line for the log and for `nalora plan`."""
         beside = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
         return (
-            f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}: "
-            f"{self.memory / 1e9:.1f} GB a chip{beside}, "
+            f"{self.short}: {self.memory / 1e9:.1f} GB a chip{beside}, "
             f"at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
         )
 
 
 def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Layout:
-    """The fastest layout that fits, among those that the fields given in ``config.mesh`` and ``config.compute.remat``
-    leave open.
+    """The layout that estimates prefer; see `fitting`."""
+    return preferred(fitting(config, base, spec, where, seq))
+
+
+def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> list[Layout]:
+    """Layouts that are estimated to fit, among those that ``config.mesh`` and ``config.compute.remat`` leave open.
 
     Raises:
       NaloraError: nothing fits, or no mesh divides the batch.
@@ -91,8 +104,8 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
         )
     chip = where.chip
     hosted = [layout for layout in found if layout.host <= _USABLE_OF_HOST * chip.host_memory]
-    fitting = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
-    if not fitting:
+    usable = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
+    if not usable:
         smallest = min(hosted or found, key=lambda layout: layout.memory if hosted else layout.host)
         room = chip.memory if hosted else _USABLE_OF_HOST * chip.host_memory
         of = "a chip" if hosted else "of the host's memory for each chip"
@@ -102,9 +115,13 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
             found=f"{(smallest.memory if hosted else smallest.host) / 1e9:.0f} GB at the least ({smallest})",
             remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
         )
-    # Among those that are as fast to 1%, the one that has the least to hide, then the one that needs less memory.
-    fastest = min(layout.seconds for layout in fitting)
-    equal = [layout for layout in fitting if layout.seconds <= 1.01 * fastest]
+    return usable
+
+
+def preferred(layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds) -> Layout:
+    """The fastest layout; of those as fast to 1% the one that has the least to hide, then the smallest."""
+    fastest = min(seconds(layout) for layout in layouts)
+    equal = [layout for layout in layouts if seconds(layout) <= 1.01 * fastest]
     return min(equal, key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory))
 
 
