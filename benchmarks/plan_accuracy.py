@@ -1,7 +1,7 @@
 """The second table of docs/pods.md: layouts of `--mesh auto` for random pairs, accepted by the real compiler.
 
     pip install '.[tpu]' && python benchmarks/plan_accuracy.py    # in an environment of its own
-    python benchmarks/plan_accuracy.py --page                     # the page alone, from what is recorded
+    python benchmarks/plan_accuracy.py --page                     # write the page from the record, compile no program
     python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other pairs, to calibrate estimates with
 
 Each pair is decided as `nalora plan` does it: estimates rank the layouts, and `nalora_jax.plan.decide` compiles them
@@ -32,7 +32,7 @@ from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.plan.auto import with_layout
 from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide
 from nalora_jax.plan.figures import of_compiled
-from nalora_jax.plan.layouts import Layout, fitting, preferred
+from nalora_jax.plan.layouts import Layout, fitting
 from nalora_jax.plan.machines import topology
 from nalora_jax.plan.program import devices, step_and_arguments
 from nalora_jax.plan.roofline import bound_of
@@ -97,7 +97,7 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
     """The search, the accepted layout and its record.
 
     Raises:
-      NotRecorded: a program is neither recorded nor to be compiled.
+      NotRecorded: a program is not recorded, and ``compiles`` is False.
     """
     where, spec = topology(pair.machine), adapter_spec(pair.config, pair.base)
     search = Search(fitting(pair.config, pair.base, spec, where, pair.seq), where.chip.memory)
@@ -133,13 +133,13 @@ def _one(given: str) -> None:
 
 
 def pairs_of(seed: int, count: int) -> list[Pair]:
-    """The pairs of a seed; those of the report start with the two known ones."""
+    """The pairs of a seed; the report starts with the two known pairs."""
     known = KNOWN if seed == SEED else ()
     return [*known, *itertools.islice(drawn(seed), count - len(known))]
 
 
 def rows(pairs: list[Pair]) -> list[dict[str, Any]]:
-    """What the table shows of the pairs whose programs are recorded."""
+    """Rows of the table, of the pairs whose programs are recorded."""
     shown = []
     for pair in pairs:
         try:
@@ -159,8 +159,9 @@ def error_of(estimated: float, compiled: float) -> float:
 def table(shown: list[dict[str, Any]]) -> str:
     """Markdown, a row for each pair."""
     lines = [
-        "| model, layers | machine | rows x length | data x fsdp x tensor, remat | GB a chip: estimated, compiled (limit) "
-        "| error | seconds: estimated, compiled | implied MFU | compiled layouts |",
+        "| model, layers | machine | rows x length | data x fsdp x tensor, remat "
+        "| GB a chip: estimated, compiled (limit) | error | seconds: estimated, compiled | implied MFU "
+        "| compiled layouts |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in shown:
@@ -177,32 +178,34 @@ def table(shown: list[dict[str, Any]]) -> str:
 
 def summary(shown: list[dict[str, Any]]) -> str:
     """Errors over all accepted layouts, and over all that were compiled."""
-    accepted = [abs(error_of(row["layout"].memory, row["entry"]["memory"])) for row in shown]
-    tried = [(one, result) for row in shown for one, result in row["search"].tried if result.memory]
-    every = [abs(error_of(one.memory, result.memory)) for one, result in tried]
+    if not shown:
+        return ""
+    accepted = [(row["layout"], row["entry"]["memory"]) for row in shown]
+    tried = [(one, result.memory) for row in shown for one, result in row["search"].tried if result.memory]
     first = sum(len(row["search"].tried) == 1 for row in shown)
     return (
-        f"{len(shown)} pairs (seed {SEED}): the first layout was accepted for {first}. Error of the estimated memory of "
-        f"accepted layouts: median {statistics.median(accepted):.1%}, largest {max(accepted):.1%}; of all {len(every)} "
-        f"compiled: median {statistics.median(every):.1%}, largest {max(every):.1%}."
+        f"{len(shown)} of {PAIRS} pairs (seed {SEED}) are compiled; for {first} the first layout was accepted. "
+        f"Error of the estimated memory of accepted layouts: {_errors(accepted)}; "
+        f"of all {len(tried)} compiled layouts: {_errors(tried)}."
     )
 
 
+def _errors(pairs: list[tuple[Layout, float]]) -> str:
+    """Median and largest error of layouts with their compiled memory."""
+    errors = [abs(error_of(layout.memory, memory)) for layout, memory in pairs]
+    return f"median {statistics.median(errors):.1%}, largest {max(errors):.1%}"
+
+
 def order(pairs: list[Pair]) -> list[Pair]:
-    """Pairs whose first layout gathers no weights first: changed options and estimates of gathers leave them alone."""
-
-    def gathers(pair: Pair) -> bool:
-        spec = adapter_spec(pair.config, pair.base)
-        return preferred(fitting(pair.config, pair.base, spec, topology(pair.machine), pair.seq)).fsdp > 1
-
-    return sorted(pairs, key=gathers)
+    """Dense models first, whose programs compile faster, and of these the known pair."""
+    return sorted(pairs, key=lambda pair: (pair.base.n_experts > 0, pair not in KNOWN))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--page", action="store_true", help="compile nothing")
+    parser.add_argument("--page", action="store_true", help="write the page from the record, compile no program")
     parser.add_argument("--show", action="store_true", help="print the table in place of writing the page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -98,7 +98,7 @@ class Pair:
         return RunConfig(train=train, mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity"))
 
 
-# Two that estimates once accepted and that did not fit when they were compiled.
+# Earlier estimates accepted a layout for each of these that did not fit when it was compiled.
 KNOWN = (
     Pair("qwen3-30b-a3b", 48, "2xv6e:4x4", 32, 4096),
     Pair("qwen3-14b", 56, "v5e:4x8", 32, 4096),
@@ -106,7 +106,7 @@ KNOWN = (
 
 
 def drawn(seed: int) -> Iterator[Pair]:
-    """Pairs without end; those of which no layout is estimated to fit are left out."""
+    """Pairs without end; a pair is left out if no layout is estimated to fit."""
     random_ = random.Random(seed)
     while True:
         pair = _draw(random_)
@@ -140,7 +140,7 @@ def _parameters(base: ModelConfig) -> float:
 
 
 def _fits(pair: Pair) -> bool:
-    """Whether some layout is estimated to fit."""
+    """Returns True if a layout is estimated to fit."""
     try:
         choose(pair.config, pair.base, adapter_spec(pair.config, pair.base), topology(pair.machine), pair.seq)
     except NaloraError:

@@ -135,7 +135,7 @@ def _run(
         pieces = _on_images().dual_pieces(config, *records, _mesh(config))
     else:
         text = partial(text_pieces, files=files, output=output, source=source)
-        # Records keep what the settings leave open.
+        # The run's records keep open fields open.
         pieces = accepted(config, described(config, files), lambda placed: text(placed, mesh=_mesh(placed)))
     assembly = pieces.assembly
     log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())

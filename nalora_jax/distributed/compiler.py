@@ -20,8 +20,8 @@ _GPU_ALWAYS: dict[str, Any] = {
     # is free.
     "xla_gpu_memory_limit_slop_factor": 200,
 }
-# A gathered kernel is multiplied as a whole. Above this size the partitioner makes a loop that multiplies one shard and
-# permutes the next: on v5e:4x8 three kernels of 178 MB became 110 GB of exposed permutes with float32 sums between them.
+# Gathered kernels are multiplied as a whole. The partitioner turns large ones into loops that multiply a shard and
+# permute the next: on v5e:4x8 three kernels of 178 MB became 110 GB of exposed permutes, with float32 sums between.
 _WHOLE_KERNELS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # Gathers of kernels run behind products: without these v5e's compiler schedules some of them so. On other TPUs libtpu
 # refuses the first of them from 0.0.50 on, because of wrong results and hangs.

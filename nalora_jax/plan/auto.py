@@ -63,11 +63,11 @@ def accepted(
       devices: all devices of all processes by default.
 
     Raises:
-      NaloraError: no layout fits; whatever ``build`` raises.
+      NaloraError: no layout fits, or ``build`` raises it.
     """
     where = of_devices(list(jax.devices() if devices is None else devices))
     candidates = [] if where is None else _candidates(config, base, where)
-    if where is None or len(candidates) == 1:  # nothing is left open
+    if where is None or len(candidates) == 1:  # all is given
         return build(laid_out(config, base, devices))
     search = Search(candidates, where.chip.memory)
     attempt = _Attempt(config, base, where, build)

@@ -1,8 +1,8 @@
 """The layout that a run takes: estimates rank the candidates, and the compiler accepts one of them.
 
 A layout is accepted if its compiled step fits in memory and takes at most `SLOWER` times the estimated seconds, both
-by its memory analysis and its scheduled collectives. Otherwise the next candidates are compiled, `MOST` in all, with
-what the earlier programs have shown applied to their estimates.
+by its memory analysis and its scheduled collectives. Otherwise the next candidates are compiled, `MOST` in all, after
+their estimates have been corrected by the programs compiled so far.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Compiled:
       memory: bytes of the chip's memory; None if the compiler or the chip refused the program for want of it.
       fits: whether that memory is there, and the host's.
       seconds: of a step, by roofline.
-      program: whatever the caller needs of it.
+      program: for the caller.
     """
 
     memory: float | None
@@ -48,7 +48,7 @@ EXHAUSTED = Compiled(None, False, float("inf"))
 
 @dataclass
 class Search:
-    """Candidates and the programs of those that were compiled.
+    """Candidates, and the programs compiled so far.
 
     Attributes:
       candidates: layouts that are estimated to fit.
@@ -118,5 +118,5 @@ def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layo
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Whether a compiler or a device had too little memory for a program."""
+    """Returns True if a compiler or a device had too little memory for a program."""
     return "RESOURCE_EXHAUSTED" in str(error)

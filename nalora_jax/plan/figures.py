@@ -40,7 +40,7 @@ class Figures:
         return self.arguments + self.temporary
 
     def fits(self, chip: Chip) -> bool:
-        """Whether the program's memory is there, on the chip and in its share of the host's."""
+        """Returns True if the program fits in the chip's memory and in its share of the host's."""
         return self.memory <= chip.memory and self.host <= chip.host_memory
 
     def moved(self, *, overlapped: bool | None = None) -> float:

@@ -36,7 +36,8 @@ _USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others wait in the host's memory
 _LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
 _GATHERED = 3  # kernels that are gathered at once, each the largest of a layer
-_OF_EXPERTS = 8  # kernels of experts at once, gathered or not: of two layers, with copies for the backward pass
+# Kernels of experts at once, gathered or not: of two layers, with copies for the backward pass. v5e has more.
+_OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 _WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
 
 
@@ -88,10 +89,10 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
 
 
 def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> list[Layout]:
-    """Layouts that are estimated to fit, among those that ``config.mesh`` and ``config.compute.remat`` leave open.
+    """Layouts that are estimated to fit and have the axes and the policy that ``config`` gives.
 
     Raises:
-      NaloraError: nothing fits, or no mesh divides the batch.
+      NaloraError: no layout fits, or no mesh divides the batch.
     """
     found = list(candidates(config, base, spec, where, seq))
     if not found:
@@ -270,7 +271,7 @@ def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Numbers a token and layer that wait for the backward pass."""
     # Splash attention's result and cuDNN's are saved with the projections; of the plain function also its inputs.
     queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
-    normed = bool(base.qk_norm)  # the inputs of these norms are saved, too, and so are those of norms after attention
+    normed = bool(base.qk_norm)  # norms of queries and keys save their inputs, and so do norms after attention
     heads = ((queries + normed) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
     residuals = (2 + base.post_norm) * base.d_model
     chosen = base.experts_per_token if base.n_experts else 1
@@ -286,17 +287,20 @@ def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
 def _working(
     where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], *, wide: float, offloads: bool
 ) -> float:
-    """Bytes that are alive at the fullest moment besides what is saved: of one layer, or of the loss with its head."""
+    """Bytes alive at the peak besides saved activations: of one layer, or of the loss with its head."""
     fsdp, tensor = split
     chosen = base.experts_per_token if base.n_experts else 1
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
-    at_once = _OF_EXPERTS if base.n_experts else _GATHERED * (fsdp > 1)
-    layer = _WIDE * 4.0 * tokens * base.d_ff * chosen / tensor + at_once * kernel * wide
+    at_once = _GATHERED * (fsdp > 1)
+    if base.n_experts:
+        at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
+    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen  # each expert has its own rows
+    layer = _WIDE * 4.0 * tokens * width + at_once * kernel * wide
     table = base.d_model * base.vocab_size * wide / tensor
     head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table if fsdp > 1 else 0.0
     rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
     loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
-    # Where the activations are in the host's memory, the head is not gathered before the last layer has been computed.
+    # If the activations are in the host's memory, the head is gathered after the last layer has been computed.
     return max(layer, head + loss) if offloads else head + max(layer, loss)
 
 

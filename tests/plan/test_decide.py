@@ -22,9 +22,7 @@ def layout(memory: float, seconds: float, *, fsdp: int = 1, remat: str = "dots")
     return Layout(8 // fsdp, fsdp, 1, remat, memory * 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, seconds, 0.5)
 
 
-def searched(
-    candidates: list[Layout], compiler: Callable[[Layout], Compiled]
-) -> tuple[Layout, Compiled, list[Layout]]:
+def searched(candidates: list[Layout], compiler: Callable[[Layout], Compiled]) -> tuple[Layout, Compiled, list[Layout]]:
     search = Search(candidates, LIMIT)
     taken, result = decide(search, compiler)
     return taken, result, [one for one, _ in search.tried]
