@@ -226,6 +226,22 @@ def test_estimates_agree_with_the_compiled_rows_of_the_table():
         assert 0.98 < row["seconds"] / layout.seconds < 1.3, (model, where)
 
 
+@pytest.mark.parametrize(
+    ("model", "where", "mesh", "remat"),
+    [
+        ("llama-3.1-8b", "v6e:16x16", (256, 1, 1), "dots"),
+        ("llama-3.1-8b", "v5p:8x8x16", (1024, 1, 1), "dots"),
+        ("llama-3.1-70b", "8xh100", (1, 8, 1), "attention"),
+        ("gemma-3-27b", "8xh100", (2, 4, 1), "dots"),
+        ("qwen3-32b", "8xh100", (1, 8, 1), "dots"),
+        ("mixtral-8x7b", "8xh100", (2, 1, 4), "dots"),
+    ],
+)
+def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
+    layout = chosen(model, where)
+    assert (layout.mesh, layout.remat) == (mesh, remat)
+
+
 def test_more_than_the_host_has_is_an_error_that_says_so():
     with pytest.raises(NaloraError, match=r"to fit in 24 GB of the host's memory for each chip, found .* the host's"):
         chosen("llama-3.1-8b", "v5e:16x16", seq=32768, compute=ComputeConfig(remat="dots_offload"))
