@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from nalora_jax.ops.numerics import platform_of
 from nalora_jax.ops.registry import check_implementation
 from nalora_jax.optim import make
 from nalora_jax.optim.nalora import make_schedule
-from nalora_jax.plan.auto import laid_out
+from nalora_jax.plan.auto import accepted
 from nalora_jax.redaction import redacted
 from nalora_jax.report.history import read_evaluation
 from nalora_jax.seals import seal
@@ -140,14 +141,13 @@ def _run(
     records = _on_images().image_records(config) if files is None else ()
     config = settled(config, files, source, images=len(records[0].indices) if records else 0)
     recorded = _continued(config, output)
-    placed = config if files is None else laid_out(config, described(config, files))  # records keep the rest
-    mesh = _mesh(placed)
-
     # ---------------------------------------------------------------- model, adapters, step, training rows, questions
-    if files:
-        pieces = text_pieces(placed, files, output, mesh, source)
+    if files is None:
+        pieces = _on_images().dual_pieces(config, *records, _mesh(config))
     else:
-        pieces = _on_images().dual_pieces(config, *records, mesh)
+        text = partial(text_pieces, files=files, output=output, source=source)
+        # The run's records keep open fields open.
+        pieces = accepted(config, described(config, files), lambda placed: text(placed, mesh=_mesh(placed)))
     assembly = pieces.assembly
     log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())
     log.info("training data: %s", stream_text(pieces.data.describe()))

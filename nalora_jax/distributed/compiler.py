@@ -22,9 +22,12 @@ _GPU_ALWAYS: dict[str, Any] = {
     # is free.
     "xla_gpu_memory_limit_slop_factor": 200,
 }
+# Gathered kernels are multiplied as a whole. The partitioner turns large ones into loops that multiply a shard and
+# permute the next: on v5e:4x8 three kernels of 178 MB became 110 GB of exposed permutes, with float32 sums between.
+_WHOLE_KERNELS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # Gathers of kernels run behind products: without these v5e's compiler schedules some of them so. On other TPUs libtpu
 # refuses the first of them from 0.0.50 on, because of wrong results and hangs.
-_V5E = {
+_V5E = _WHOLE_KERNELS | {
     "xla_tpu_enable_async_collective_fusion": "true",  # collectives are cut into steps that ride along in products
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # gathers, too
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",  # over more than one product
@@ -32,7 +35,7 @@ _V5E = {
     "xla_enable_async_all_gather": "true",
 }
 # The same on v5p and v6e, whose SparseCores gather while the TensorCore computes.
-_SPARSE_CORES = {
+_SPARSE_CORES = _WHOLE_KERNELS | {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",  # over two dimensions of the torus
     "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": "true",

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import jax
 
+from nalora_jax import distributed
 from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.plan.layouts import Layout, choose, decoder_alone
-from nalora_jax.plan.machines import of_devices
+from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide, is_exhausted
+from nalora_jax.plan.figures import of_compiled
+from nalora_jax.plan.layouts import Layout, decoder_alone, fitting, preferred
+from nalora_jax.plan.machines import Topology, of_devices
+from nalora_jax.plan.roofline import bound_of
+from nalora_jax.train.pieces import Pieces
+from nalora_jax.train.step import compile_ahead
 
 log = logging.getLogger(__name__)
 
 
 def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None) -> RunConfig:
-    """``config`` with every axis of its mesh, and on TPUs and GPUs its rematerialisation, decided.
+    """``config`` with every axis of its mesh, and on TPUs and GPUs its rematerialization policy, as estimates prefer.
 
     Args:
       config: the run; axes of 0 and a remat of "auto" are left to this function.
@@ -27,20 +34,99 @@ def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device]
       devices: all devices of all processes by default.
 
     Raises:
-      NaloraError: the model fits in no way that is left open, or the axes do not fit the devices, batch or heads.
+      NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
     """
-    found = list(jax.devices() if devices is None else devices)
-    where = of_devices(found)
-    if where is None:  # a CPU, or a chip that nothing is known of: the simplest mesh that works
+    where = of_devices(list(jax.devices() if devices is None else devices))
+    if where is None:  # a CPU or an unknown chip: the simplest mesh
         return config
-    spec = adapter_spec(config, base)
-    layout = choose(config, *decoder_alone(base, spec), where, config.data.max_length)
+    layout = preferred(_candidates(config, base, where))
     log.info("mesh: %s", layout)
     return with_layout(config, layout)
 
 
+def accepted(
+    config: RunConfig,
+    base: ModelConfig,
+    build: Callable[[RunConfig], Pieces],
+    devices: Sequence[jax.Device] | None = None,
+) -> Pieces:
+    """Pieces of a run in the layout that the compiler and the devices accept; see `nalora_jax.plan.decide`.
+
+    The step of a layout is compiled once, here; training finds it compiled. The first step is then run and its result
+    dropped: a layout for which a device has no memory leads to the next one, whose weights and state are placed anew.
+    All processes compile the same program and so decide alike.
+
+    Args:
+      config: the run; axes of 0 and a remat of "auto" are left to this function.
+      base: architecture of the base model.
+      build: loads and assembles a run whose layout is decided.
+      devices: all devices of all processes by default.
+
+    Raises:
+      NaloraError: no layout fits, or ``build`` raises it.
+    """
+    where = of_devices(list(jax.devices() if devices is None else devices))
+    candidates = [] if where is None else _candidates(config, base, where)
+    if where is None or len(candidates) == 1:  # all is given
+        return build(laid_out(config, base, devices))
+    search = Search(candidates, where.chip.memory)
+    attempt = _Attempt(config, base, where, build)
+    layout, result = decide(search, attempt)
+    if not result.fits:
+        raise search.refusal()
+    if layout is not search.tried[-1][0]:
+        attempt(layout)
+    log.info("mesh: %s", layout)
+    assert attempt.pieces is not None
+    return attempt.pieces
+
+
+class _Attempt:
+    """Builds, compiles and tries a run in one layout after the other; only the last one's arrays are kept."""
+
+    def __init__(
+        self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Pieces]
+    ) -> None:
+        self.pieces: Pieces | None = None
+        self._config, self._base, self._where, self._build = config, base, where, build
+
+    def __call__(self, layout: Layout) -> Compiled:
+        self.pieces = None
+        gc.collect()  # the last layout's arrays leave the devices
+        try:
+            return self._compiled(with_layout(self._config, layout))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            return EXHAUSTED
+
+    def _compiled(self, config: RunConfig) -> Compiled:
+        pieces = self._build(config)
+        assembly, batches = pieces.assembly, pieces.data.batches()
+        batch = distributed.make_global_batch(next(batches), assembly.mesh, rows_axis=1)
+        batches.close()
+        params = assembly.view(assembly.params)
+        program = compile_ahead(assembly.step, params, assembly.state, batch)
+        result = Compiled(0.0, True, 0.0) if program is None else self._judged(program, config)
+        if result.fits:
+            lora = jax.tree.map(distributed.fetch, assembly.state.lora)
+            jax.block_until_ready(assembly.step(params, assembly.state, batch))  # donates the state
+            pieces = replace(pieces, assembly=replace(assembly, state=assembly.begin(lora, config.seed)))
+        self.pieces = pieces
+        return result
+
+    def _judged(self, program: Any, config: RunConfig) -> Compiled:
+        figures, decoder = of_compiled(program), decoder_alone(self._base, adapter_spec(config, self._base))
+        bound = bound_of(figures, self._where, *decoder, config, config.data.max_length)
+        return Compiled(figures.memory, figures.fits(self._where.chip), bound.seconds)
+
+
+def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[Layout]:
+    return fitting(config, *decoder_alone(base, adapter_spec(config, base)), where, config.data.max_length)
+
+
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    """``config`` with the mesh and the rematerialisation of ``layout``."""
+    """``config`` with the mesh and the rematerialization policy of ``layout``."""
     mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
     compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
     return replace(config, mesh=mesh, compute=compute)

@@ -16,6 +16,7 @@ from nalora_jax import downloads
 from nalora_jax.distributed.devices import kind_of
 from nalora_jax.files import write_atomically
 from nalora_jax.plan.accounting import Collective, Program
+from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.transfers import Transfer, transfers
 
 _ACCOUNTING = "14"  # of what is read from programs: what an earlier one kept is not taken
@@ -38,6 +39,10 @@ class Figures:
     def memory(self) -> float:
         """Bytes that the program holds at once; its results lie where its arguments were."""
         return self.arguments + self.temporary
+
+    def fits(self, chip: Chip) -> bool:
+        """Returns True if the program fits in the chip's memory and in its share of the host's."""
+        return self.memory <= chip.memory and self.host <= chip.host_memory
 
     def moved(self, *, overlapped: bool | None = None) -> float:
         """Bytes that a step receives over the interconnect, all or those that products do or do not hide."""

@@ -10,7 +10,7 @@ compiler and take milliseconds; `nalora plan` compiles what was chosen and shows
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nalora_jax import distributed
@@ -31,12 +31,13 @@ from nalora_jax.plan.roofline import active_parameters, attention_flops, causal_
 POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
 _MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
 # Of the memory: how far estimates may be off (docs/pods.md).
-_USABLE = {"tpu": 0.9, "gpu": 0.85}
+_USABLE = {"tpu": 0.95, "gpu": 0.9}
 _USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading, and of the system
 _UNDER_WAY = 2  # layers whose activations are on the chip while all others wait in the host's memory
 _LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
 _GATHERED = 3  # kernels that are gathered at once, each the largest of a layer
-_GATHERED_EXPERTS = 8  # the same of experts on a TPU: of two layers, with copies in the order of the backward pass
+# Kernels of experts at once, gathered or not: of two layers, with copies for the backward pass. v5e has more.
+_OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 _WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
 
 
@@ -63,22 +64,35 @@ class Layout:
         """Bytes in all."""
         return self.weights + self.state + self.activations + self.working
 
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        """Sizes of the axes."""
+        return self.data, self.fsdp, self.tensor
+
+    @property
+    def short(self) -> str:
+        """The layout without its estimates."""
+        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}"
+
     def __str__(self) -> str:
         """One line for the log and for `nalora plan`."""
         beside = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
         return (
-            f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}: "
-            f"{self.memory / 1e9:.1f} GB a chip{beside}, "
+            f"{self.short}: {self.memory / 1e9:.1f} GB a chip{beside}, "
             f"at least {self.seconds:.3g} s a step (MFU at most {self.mfu:.0%})"
         )
 
 
 def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Layout:
-    """The fastest layout that fits, among those that the fields given in ``config.mesh`` and ``config.compute.remat``
-    leave open.
+    """The layout that estimates prefer; see `fitting`."""
+    return preferred(fitting(config, base, spec, where, seq))
+
+
+def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> list[Layout]:
+    """Layouts that are estimated to fit and have the axes and the policy that ``config`` gives.
 
     Raises:
-      NaloraError: nothing fits, or no mesh divides the batch.
+      NaloraError: no layout fits, or no mesh divides the batch.
     """
     found = list(candidates(config, base, spec, where, seq))
     if not found:
@@ -91,8 +105,8 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
         )
     chip = where.chip
     hosted = [layout for layout in found if layout.host <= _USABLE_OF_HOST * chip.host_memory]
-    fitting = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
-    if not fitting:
+    usable = [layout for layout in hosted if layout.memory <= _USABLE.get(chip.platform, 0.9) * chip.memory]
+    if not usable:
         smallest = min(hosted or found, key=lambda layout: layout.memory if hosted else layout.host)
         room = chip.memory if hosted else _USABLE_OF_HOST * chip.host_memory
         of = "a chip" if hosted else "of the host's memory for each chip"
@@ -102,9 +116,13 @@ def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topol
             found=f"{(smallest.memory if hosted else smallest.host) / 1e9:.0f} GB at the least ({smallest})",
             remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
         )
-    # Among those that are as fast to 1%, the one that has the least to hide, then the one that needs less memory.
-    fastest = min(layout.seconds for layout in fitting)
-    equal = [layout for layout in fitting if layout.seconds <= 1.01 * fastest]
+    return usable
+
+
+def preferred(layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds) -> Layout:
+    """The fastest layout; of those as fast to 1% the one that has the least to hide, then the smallest."""
+    fastest = min(seconds(layout) for layout in layouts)
+    equal = [layout for layout in layouts if seconds(layout) <= 1.01 * fastest]
     return min(equal, key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory))
 
 
@@ -161,7 +179,7 @@ def estimate(
         # Of A and B one is split over fsdp. Tables are; in a step they and their gradients are gathered over it.
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
-        working=_working(where, base, tokens, tensor, gathered=fsdp > 1, wide=wide)
+        working=_working(where, base, tokens, (fsdp, tensor), wide=wide, offloads=offloads)
         + (2 * tables + _transposed(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
@@ -182,7 +200,8 @@ def estimate(
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
     hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
-    behind, beside = (gathered, 0.0) if _hides_gathers(where, base) else (0.0, gathered)
+    hidden = _hidden(where, base)
+    behind, beside = hidden * gathered, (1 - hidden) * gathered
     beside += _sums(base, tokens, tensor, saves, wide) / where.inbound(tensor)
     seconds = times * (max(products, hbm, behind) + beside) + gradients
     mfu = times * useful / (where.chip.flops * seconds)
@@ -230,12 +249,12 @@ def _attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int)
     return ""
 
 
-def _hides_gathers(where: Topology, base: ModelConfig) -> bool:
-    """Whether gathers of kernels are taken to run behind products (`nalora_jax.distributed.compiler_options`).
+def _hidden(where: Topology, base: ModelConfig) -> float:
+    """Share of the gathered bytes that overlaps with matmuls (`nalora_jax.distributed.compiler_options`).
 
-    Those of experts do not on GPUs and on v5p, where splitting experts over ``tensor`` is faster by what is compiled.
+    For experts as compiled for Mixtral-8x7B; on GPUs and on v5p it is faster to split them over ``tensor``.
     """
-    return not base.n_experts or where.kind in ("v5e", "v6e")
+    return {"v5e": 0.65, "v6e": 0.85}.get(where.kind, 0.0) if base.n_experts else 1.0
 
 
 def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
@@ -252,30 +271,51 @@ def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
 
 def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
     """Numbers a token and layer that wait for the backward pass."""
-    # Splash attention's result and cuDNN's are saved with the projections; of the plain function also its inputs, as it
-    # has them.
+    # Splash attention's result and cuDNN's are saved with the projections; of the plain function also its inputs.
     queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
-    heads = (queries * base.n_heads + keys * base.n_kv_heads) * base.head_dim / tensor
+    normed = bool(base.qk_norm)  # norms of queries and keys save their inputs, and so do norms after attention
+    heads = ((queries + normed) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
+    residuals = (2 + base.post_norm) * base.d_model
     chosen = base.experts_per_token if base.n_experts else 1
     wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
     return {
         "full": base.d_model,
-        "attention": 2 * base.d_model + heads,
-        "dots": 2 * base.d_model + heads + wide,
+        "attention": residuals + heads,
+        "dots": residuals + heads + wide,
         "none": 6 * base.d_model + 3 * heads + 4 * wide,
     }[remat]
 
 
-def _working(where: Topology, base: ModelConfig, tokens: float, tensor: int, *, gathered: bool, wide: float) -> float:
-    """Bytes that are alive at the fullest moment beside what waits: of one layer, or of the loss with its head."""
+def _working(
+    where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], *, wide: float, offloads: bool
+) -> float:
+    """Bytes alive at the peak besides saved activations: of one layer, or of the loss with its head."""
+    fsdp, tensor = split
     chosen = base.experts_per_token if base.n_experts else 1
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
-    at_once = _GATHERED_EXPERTS if base.n_experts and where.chip.platform == "tpu" else _GATHERED
-    layer = _WIDE * 4.0 * tokens * base.d_ff * chosen / tensor + (at_once * kernel * wide if gathered else 0.0)
-    head = base.d_model * base.vocab_size * wide / tensor if gathered else 0.0
+    at_once = _GATHERED * (fsdp > 1)
+    if base.n_experts:
+        at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
+    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen  # each expert has its own rows
+    layer = _WIDE * 4.0 * tokens * width + at_once * kernel * wide
+    table = base.d_model * base.vocab_size * wide / tensor
+    head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table if fsdp > 1 else 0.0
     rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
     loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
-    return head + max(layer, loss)
+    # If the activations are in the host's memory, the head is gathered after the last layer has been computed.
+    return max(layer, head + loss) if offloads else head + max(layer, loss)
+
+
+def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) -> float:
+    """Copies of the gathered head, in another order or with padding, that are alive with it (docs/pods.md).
+
+    A tied head is split along its rows' elements, and a part of an untied one may have no whole tiles of 16 rows.
+    """
+    if where.chip.platform == "gpu":
+        return 0.9 if base.tie_embeddings else 0.0
+    if where.kind == "v5e":
+        return 0.9 if base.tie_embeddings or not offloads else 0.0
+    return 2.4 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
 
 
 def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str) -> float:
@@ -287,7 +327,9 @@ def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq
         if not path.endswith(("/down_proj", "/out_proj"))
     )
     ffn_in = (2 if base.gated else 1) * base.d_model * base.d_ff * chosen
-    again = {"full": inner, "attention": ffn_in}.get(remat, 0.0) * base.n_layers
+    # No policy saves the FFN's result, which a norm after it, or the weights of experts, read in the backward pass.
+    down = base.d_model * base.d_ff * chosen if base.post_norm or base.n_experts else 0
+    again = ({"full": inner, "attention": ffn_in}.get(remat, 0.0) + down) * base.n_layers
     tokens, seen = rows * seq, rows * attention_flops(base, seq)
     adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
     # The forward pass of splash attention and of cuDNN is made again by "full" alone, of the others under every policy;

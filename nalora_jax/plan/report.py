@@ -12,13 +12,13 @@ from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.plan.auto import with_layout
+from nalora_jax.plan.decide import EXHAUSTED, Compiled, Search, decide, is_exhausted
 from nalora_jax.plan.figures import Figures, figures
-from nalora_jax.plan.layouts import Layout, choose, decoder_alone
+from nalora_jax.plan.layouts import Layout, decoder_alone, fitting
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.program import devices, step_and_arguments
-from nalora_jax.plan.roofline import Roofline, roofline
+from nalora_jax.plan.roofline import Roofline, bound_of
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the program's memory is there, on the chip and in its share of the host's."""
-        chip = self.where.chip
-        return self.nalora.memory <= chip.memory and self.nalora.host <= chip.host_memory
+        return self.nalora.fits(self.where.chip)
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,7 +80,7 @@ class Plan:
 
 
 def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images: int = 0) -> Plan:
-    """Chooses a layout, compiles the step of NA-LoRA and of LoRA for it, and bounds its time.
+    """Decides a layout by compiled steps of NA-LoRA, compiles the step of LoRA for it, and bounds its time.
 
     Args:
       config: the run; what its mesh and remat leave open is chosen.
@@ -91,34 +90,32 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
       images: places for images in a row, of a model that sees; bounds and MFU count its decoder's work alone.
 
     Raises:
-      NaloraError: nothing fits, or the compiler is not there.
+      NaloraError: no layout fits, or the compiler is not there.
     """
     spec = adapter_spec(config, base)
-    layout = choose(config, *decoder_alone(base, spec), where, seq)
-    config = with_layout(config, layout)
-    mesh = distributed.make_mesh(config.mesh, devices(where))
-    ours = figures(*step_and_arguments(config, base, mesh, seq=seq, images=images))
-    step, arguments = step_and_arguments(config.without_mechanisms(), base, mesh, seq=seq, images=images)
+    decoder, chips = decoder_alone(base, spec), devices(where)
+
+    def compiled(layout: Layout) -> Compiled:
+        placed = with_layout(config, layout)
+        mesh = distributed.make_mesh(placed.mesh, chips)
+        try:
+            found = figures(*step_and_arguments(placed, base, mesh, seq=seq, images=images))
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            return EXHAUSTED
+        bound = bound_of(found, where, *decoder, placed, seq)
+        return Compiled(found.memory, found.fits(where.chip), bound.seconds, (placed, mesh, found, bound))
+
+    search = Search(fitting(config, *decoder, where, seq), where.chip.memory)
+    layout, result = decide(search, compiled)
+    if result.program is None:
+        raise search.refusal()
+    placed, mesh, ours, bound = result.program
+    step, arguments = step_and_arguments(placed.without_mechanisms(), base, mesh, seq=seq, images=images)
     other = figures(without_statistics(step, mesh), arguments)
-    return Plan(
-        config.model,
-        where,
-        layout,
-        config.train.batch_size,
-        seq,
-        config.train.accumulate,
-        ours,
-        other,
-        bound_of(ours, where, *decoder_alone(base, spec), config, seq),
-    )
-
-
-def bound_of(
-    found: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
-) -> Roofline:
-    """The roofline of a step."""
-    train = config.train
-    return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
+    rows, accumulate = config.train.batch_size, config.train.accumulate
+    return Plan(config.model, where, layout, rows, seq, accumulate, ours, other, bound)
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:

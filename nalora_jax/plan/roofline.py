@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nalora_jax.config import RunConfig
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
 from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
@@ -147,6 +148,14 @@ def roofline(
         host,
         host_exposed,
     )
+
+
+def bound_of(
+    found: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
+) -> Roofline:
+    """The roofline of a step."""
+    train = config.train
+    return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
 
 
 def _inbound(collective: Collective, where: Topology) -> float:

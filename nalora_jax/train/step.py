@@ -48,16 +48,21 @@ BROKEN = "gate-compensation identity broken"
 Step = Callable[[Any, TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
-def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> None:
+def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> Any:
     """Compiles ``step`` for arguments like these before its first call.
 
     A first call would compile as well, but allocate its buffers on top of the compiler's memory; an implementation may
-    hand that back here. A step that is not jitted is left alone.
+    hand that back here. A second call with such arguments compiles no more.
+
+    Returns:
+      The ``jax.stages.Compiled``; None if the step is not jitted.
     """
-    if hasattr(step, "lower"):
-        step.lower(params, state, batch).compile()  # the call finds it compiled
-        (device, *_) = jax.tree.leaves(batch)[0].devices()
-        after_compilation(Numerics(platform=Platform(platform_name(device))))
+    if not hasattr(step, "lower"):
+        return None
+    compiled = step.lower(params, state, batch).compile()  # the call of the step finds it compiled
+    (device, *_) = jax.tree.leaves(batch)[0].devices()
+    after_compilation(Numerics(platform=Platform(platform_name(device))))
+    return compiled
 
 
 @dataclass(frozen=True)

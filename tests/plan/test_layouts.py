@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_a_model_that_does_not_fit_is_split_and_keeps_what_there_is_room_for():
     assert large.fsdp > 1
     assert large.remat == "attention"
     for layout, machine in ((small, "v5e:16x16"), (large, "v6e:16x16")):
-        assert layout.memory < 0.9 * topology(machine).chip.memory
+        assert layout.memory < 0.95 * topology(machine).chip.memory
         assert layout.gathers < layout.seconds
 
 
@@ -188,7 +189,7 @@ def test_the_host_s_memory_is_taken_nowhere_else():
         fitting = [
             layout
             for layout in candidates(config, base, spec, machine, 4096)
-            if layout.memory <= 0.9 * machine.chip.memory and layout.host <= 0.5 * machine.chip.host_memory
+            if layout.memory <= 0.95 * machine.chip.memory and layout.host <= 0.5 * machine.chip.host_memory
         ]
         fastest = min(fitting, key=lambda layout: layout.seconds)
         found = choose(config, base, spec, machine, 4096)
@@ -210,6 +211,35 @@ def test_a_link_to_the_host_that_is_slower_than_the_products_costs_its_time():
     assert fast.host == kept.activations
     assert slow.seconds > max(kept.seconds, slow.host / 15e9)
     assert slow.memory < kept.memory
+
+
+def test_estimates_agree_with_the_compiled_rows_of_the_table():
+    lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "pods.jsonl").read_text().splitlines()
+    rows = {(row["model"], row["topology"]): row for row in map(json.loads, lines)}
+    assert len(rows) == 25
+    for (model, where), row in rows.items():
+        base, config = architecture(model), RunConfig(train=TrainConfig(batch_size=row["rows"]))
+        spec, sizes = resolve(config.lora, projection_shapes(base), base.n_layers), row["layout"]
+        mesh = sizes["data"], sizes["fsdp"], sizes["tensor"]
+        layout = estimate(config, base, spec, topology(where), row["seq"], mesh, sizes["remat"])
+        assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
+        assert 0.98 < row["seconds"] / layout.seconds < 1.3, (model, where)
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "mesh", "remat"),
+    [
+        ("llama-3.1-8b", "v6e:16x16", (256, 1, 1), "dots"),
+        ("llama-3.1-8b", "v5p:8x8x16", (1024, 1, 1), "dots"),
+        ("llama-3.1-70b", "8xh100", (1, 8, 1), "attention"),
+        ("gemma-3-27b", "8xh100", (2, 4, 1), "dots"),
+        ("qwen3-32b", "8xh100", (1, 8, 1), "dots"),
+        ("mixtral-8x7b", "8xh100", (2, 1, 4), "dots"),
+    ],
+)
+def test_rows_of_the_table_keep_their_layouts(model, where, mesh, remat):
+    layout = chosen(model, where)
+    assert (layout.mesh, layout.remat) == (mesh, remat)
 
 
 def test_more_than_the_host_has_is_an_error_that_says_so():

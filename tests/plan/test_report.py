@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from nalora_jax.config import LoRAConfig, RunConfig, TrainConfig
+import jax
+import pytest
+
+from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
+from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import projection_shapes
 from nalora_jax.nn.low_rank import resolve
+from nalora_jax.plan import report
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import estimate
 from nalora_jax.plan.machines import topology
@@ -47,3 +53,39 @@ def test_what_waits_in_the_host_s_memory_has_a_roofline_of_its_own():
     assert plan.fits
     assert not planned({}, host=200e9, transfers=moved).fits
     assert not [line for line in describe(planned({})) if line.startswith("  host")]
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, temporary: Callable[[Any], float], **options: Any) -> Plan:
+    """A plan for Llama-3.1-8B on eight v6e, by a compiler that is a function of the mesh."""
+
+    def compiled(mesh: Any, _: Any) -> Figures:
+        return Figures(5e9, temporary(mesh), 1e14, 1e11, {}, ())
+
+    monkeypatch.setattr(report, "devices", lambda _: jax.devices())
+    monkeypatch.setattr(report, "step_and_arguments", lambda config, base, mesh, **_: (mesh, ()))
+    monkeypatch.setattr(report, "without_statistics", lambda step, mesh: step)
+    monkeypatch.setattr(report, "figures", compiled)
+    config = RunConfig(train=TrainConfig(batch_size=8), **options)
+    return report.plan(config, architecture("llama-3.1-8b"), topology("v6e:2x4"), 4096)
+
+
+def test_a_plan_is_of_the_layout_whose_program_fits(monkeypatch):
+    assert decided(monkeypatch, lambda mesh: 1e9).layout.mesh == (8, 1, 1)
+    plan = decided(monkeypatch, lambda mesh: 1e9 if mesh.shape["fsdp"] > 1 else 1e11)
+    assert plan.layout.fsdp > 1
+    assert plan.fits
+
+
+def test_a_given_layout_that_does_not_fit_is_shown(monkeypatch):
+    given = {"mesh": MeshConfig(8, 1, 1), "compute": ComputeConfig(remat="dots")}
+    plan = decided(monkeypatch, lambda mesh: 1e11, **given)
+    assert not plan.fits
+    assert any("DOES NOT FIT" in line for line in describe(plan))
+
+
+def test_a_compiler_out_of_memory_in_all_layouts_is_an_error_that_names_them(monkeypatch):
+    def exhausted(mesh: Any) -> float:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+
+    with pytest.raises(NaloraError, match=r"--mesh: expected .* fits in 33\.6 GB.*data 8 .*out of memory.*more chips"):
+        decided(monkeypatch, exhausted)

@@ -1,0 +1,122 @@
+"""The layout that a run takes: estimates rank the candidates, and the compiler accepts one of them.
+
+A layout is accepted if its compiled step fits in memory and takes at most `SLOWER` times the estimated seconds, both
+by its memory analysis and its scheduled collectives. Otherwise the next candidates are compiled, `MOST` in all, after
+their estimates have been corrected by the programs compiled so far.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.plan.layouts import Layout, preferred
+
+log = logging.getLogger(__name__)
+
+SLOWER = 1.3  # compiled seconds over estimated ones
+MOST = 4  # layouts that are compiled
+_EXHAUSTED = 1.1  # of the limit: memory of a program that was refused without a figure
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Needs of a compiled step on each chip.
+
+    Attributes:
+      memory: bytes of the chip's memory; None if the compiler or the chip refused the program for want of it.
+      fits: whether that memory is there, and the host's.
+      seconds: of a step, by roofline.
+      program: for the caller.
+    """
+
+    memory: float | None
+    fits: bool
+    seconds: float
+    program: Any = None
+
+    def __str__(self) -> str:
+        """For messages."""
+        return "out of memory" if self.memory is None else f"compiled: {self.memory / 1e9:.1f} GB, {self.seconds:.3g} s"
+
+
+EXHAUSTED = Compiled(None, False, float("inf"))
+
+
+@dataclass
+class Search:
+    """Candidates, and the programs compiled so far.
+
+    Attributes:
+      candidates: layouts that are estimated to fit.
+      limit: bytes that a program may take of a chip.
+      tried: compiled layouts, in their order.
+    """
+
+    candidates: Sequence[Layout]
+    limit: float
+    tried: list[tuple[Layout, Compiled]] = field(default_factory=list)
+
+    def next(self) -> Layout | None:
+        """The layout to compile; None if one of those compiled is to be taken, or `MOST` have been."""
+        if not self.tried:
+            return preferred(self.candidates)
+        layout, last = self.tried[-1]
+        if len(self.tried) >= MOST or (last.fits and last.seconds <= SLOWER * layout.seconds):
+            return None
+        best = min((result.seconds for _, result in self.tried if result.fits), default=float("inf"))
+        left = [one for one in self.candidates if all(one is not other for other, _ in self.tried)]
+        fitting = [one for one in left if self._memory(one) <= self.limit and self._seconds(one) < best]
+        if fitting:
+            return preferred(fitting, self._seconds)
+        return min(left, key=self._memory, default=None) if best == float("inf") else None
+
+    def best(self) -> tuple[Layout, Compiled]:
+        """The fastest compiled layout that fits; the smallest if none does."""
+        fitting = [pair for pair in self.tried if pair[1].fits]
+        if fitting:
+            return min(fitting, key=lambda pair: pair[1].seconds)
+        return min(self.tried, key=lambda pair: pair[1].memory or float("inf"))
+
+    def refusal(self) -> NaloraError:
+        """The error if no compiled layout fits."""
+        return NaloraError(
+            "--mesh",
+            expected=f"a layout whose compiled step fits in {self.limit / 1e9:.1f} GB a chip",
+            found="; ".join(f"{layout.short} ({result})" for layout, result in self.tried),
+            remedy="use more chips, fewer rows a device (--train.accumulate), shorter rows, or --compute.quantize int8",
+        )
+
+    def _memory(self, layout: Layout) -> float:
+        """Estimated bytes, times the worst ratio of compiled to estimated ones so far."""
+        ratios = ((result.memory or _EXHAUSTED * self.limit) / other.memory for other, result in self.tried)
+        return layout.memory * max((1.0, *ratios))
+
+    def _seconds(self, layout: Layout) -> float:
+        """Estimated seconds, times the worst such ratio of the same mesh so far."""
+        same = ((other, result) for other, result in self.tried if other.mesh == layout.mesh and result.memory)
+        return layout.seconds * max((result.seconds / other.seconds for other, result in same), default=1.0)
+
+
+def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layout, Compiled]:
+    """The layout to take, and its program: the fastest that fits, or the smallest of the compiled ones if none does.
+
+    Args:
+      search: candidates; layouts that were tried before count.
+      compiled: compiles the step of a layout.
+    """
+    while (layout := search.next()) is not None:
+        search.tried.append((layout, compiled(layout)))
+    layout, result = search.best()
+    others = [f"{other.short} ({program})" for other, program in search.tried if other is not layout]
+    if others:
+        log.info("mesh: %s (%s) instead of %s", layout.short, result, "; ".join(others))
+    return layout, result
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Returns True if a compiler or a device had too little memory for a program."""
+    return "RESOURCE_EXHAUSTED" in str(error)
