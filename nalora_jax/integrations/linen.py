@@ -16,7 +16,7 @@ from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, arrangements, examine, no_product, randomised
 from nalora_jax.integrations.model import Foreign, Keymap, Projection, choose_targets, folded
-from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.measurement import GateStatsConfig
 
 _BESIDE = "nalora"  # name of the adapter's leaves beside a kernel, for the length of one call
 

@@ -21,14 +21,17 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax import activations, selection, trees
+from nalora_jax import path_rules, trees
 from nalora_jax.config import LoRAConfig
+from nalora_jax.dense import init_a
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import Contraction, Unfit, check_merged, holds_numbers
-from nalora_jax.nn.low_rank import adapter_scale, init_a
-from nalora_jax.ops.adapted_dense import residual
-from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
-from nalora_jax.optim.columns import find_gates
+from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
+from nalora_jax.method import activations
+from nalora_jax.method.low_rank import residual
+from nalora_jax.method.optimizer import find_gates
+from nalora_jax.models.targets import adapter_scale
+from nalora_jax.ops import reductions
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +129,7 @@ class Foreign(ABC):
 
     @property
     def gates(self) -> dict[str, str]:
-        """The block of every adapted gate, as `nalora_jax.optim.nalora.nalora` takes it."""
+        """The block of every adapted gate, as `nalora_jax.method.optimizer.nalora` takes it."""
         return find_gates(jax.eval_shape(self.init, jax.random.key(0)))
 
     @property
@@ -228,7 +231,7 @@ class Foreign(ABC):
 
     def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
         stride = self.stats.probe_stride
-        probe = Probe(selection.sampled(base, weights, stride), selection.sampled(delta, weights, stride))
+        probe = Probe(reductions.sampled(base, weights, stride), reductions.sampled(delta, weights, stride))
         stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 
@@ -300,7 +303,7 @@ def choose_targets(
     _check_variant(lora)
     activations.get(activation)  # an unknown name is an error whether there is a gate or not
     named = _named(projections, keymap)
-    rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
+    rules = path_rules.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
     usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
     for path, rule in rules.items():
         usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
@@ -358,7 +361,7 @@ def _check_variant(lora: LoRAConfig) -> None:
 def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
     """Projections by the keymap's names; those that it does not mention keep their own."""
     own = [projection.own for projection in projections]
-    trees.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
+    path_rules.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
     named: dict[str, Projection] = {}
     for projection in projections:
         path = _renamed(projection.own, keymap)

@@ -17,7 +17,7 @@ from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, examine, randomised
 from nalora_jax.integrations.model import Foreign, Keymap, Projection, Target, choose_targets, folded
-from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.measurement import GateStatsConfig
 
 
 class _Leaf(nnx.Variable):

@@ -12,7 +12,7 @@ from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.plan.auto import with_layout
 from nalora_jax.plan.figures import Figures, figures
 from nalora_jax.plan.layouts import Layout, choose, decoder_alone

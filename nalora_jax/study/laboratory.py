@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from nalora_jax.config import DataConfig, RunConfig
+from nalora_jax.method.step import TrainState
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.state import TrainState
 
 _RATE = "step_size"  # the factor of the optimizer's last stage, in its state: a traced value
 

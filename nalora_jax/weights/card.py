@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 
 from nalora_jax.config import RunConfig
 from nalora_jax.files import write_atomically
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.weights.origin import Origin
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

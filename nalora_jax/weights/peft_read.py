@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.origin import is_comparable
 from nalora_jax.weights.peft_adalora import as_lora_tensors

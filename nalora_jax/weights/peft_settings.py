@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.low_rank import ROWS, TABLES
+from nalora_jax.models.targets import ROWS, TABLES
 from nalora_jax.weights.peft_adalora import training_settings
 from nalora_jax.weights.peft_rules import rules_of
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
 from nalora_jax.models.decoder import Embedding
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 
 VOCAB, D, ROWS, SEQ = 40, 16, 8, 6
 WARNING = "Involuntary full rematerialization"  # of XLA's partitioner, on the standard error of the process

@@ -6,7 +6,7 @@ from typing import Any
 
 from nalora_jax.config import LoRAConfig, RunConfig, TrainConfig
 from nalora_jax.models.config import projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import estimate
 from nalora_jax.plan.machines import topology

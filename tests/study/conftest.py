@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.merge import write_merged
 from tests import tiny
