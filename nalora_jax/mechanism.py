@@ -115,8 +115,8 @@ class Mechanism:
 
     def metrics(self, factor: Array) -> dict[str, Array]:
         """Returns the log metrics of its factor ``[layers, channels]``, ``[layers]`` each."""
-        reductions = {"mean": jnp.mean, "min": jnp.min, "max": jnp.max}
-        return {name: reduce(factor, axis=1) for name, reduce in reductions.items()}
+        mean, low, high = (f(factor, axis=1) for f in (jnp.mean, jnp.min, jnp.max))
+        return {"mean": mean, "min": low, "max": high}
 
     def permuted(self, factor: Array, context: Context) -> Array:
         """Returns ``factor`` with permuted channels if the rule is its permutation control."""
