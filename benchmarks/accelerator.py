@@ -85,7 +85,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     from nalora_jax import distributed
     from nalora_jax.models.config import ModelConfig, projection_shapes
     from nalora_jax.models.decoder import init_params
-    from nalora_jax.nn.low_rank import resolve
+    from nalora_jax.models.targets import resolve
     from nalora_jax.plan.auto import laid_out
     from nalora_jax.plan.machines import of_devices
     from nalora_jax.plan.roofline import useful_flops

@@ -48,7 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.evaluate.heldout import Evaluator
     from nalora_jax.train.assembly import assemble
-    from nalora_jax.train.step import compile_ahead
+    from nalora_jax.train.compilation import compile_ahead
     from nalora_jax.weights import load_model
 
     kind = None if options.measure == "bfloat16" else options.measure

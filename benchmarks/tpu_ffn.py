@@ -38,14 +38,13 @@ def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
-    from nalora_jax.nn.low_rank import TargetSpec
+    from nalora_jax.measurement import GateStatsConfig
+    from nalora_jax.method.ffn import Adapters, GatedFFN
     from nalora_jax.ops.numerics import numerics_for
 
     place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
     d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
-    target = TargetSpec((RANK,), (2.0 * RANK,))
-    adapters = Adapters((("gate_proj", target), ("up_proj", target)))
+    adapters = Adapters((("gate_proj", RANK), ("up_proj", RANK)))
     block = GatedFFN(
         d_model, d_ff, "silu", adapters, numerics=numerics_for("bfloat16", "tpu"), stats=GateStatsConfig(4)
     )

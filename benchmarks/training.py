@@ -116,7 +116,7 @@ def main() -> None:
     from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
     from nalora_jax.train.assembly import assemble
-    from nalora_jax.train.step import compile_ahead
+    from nalora_jax.train.compilation import compile_ahead
 
     if options.compilation_cache:
         from nalora_jax.train.compilation import use_compilation_cache

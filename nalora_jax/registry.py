@@ -10,7 +10,8 @@ decorator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -24,17 +25,19 @@ class Registry(Generic[T]):
     """Values by name.
 
     Args:
-      kind: what a value is called in errors, e.g. "mechanism".
-      group: group of entry points that may add to it, e.g. "nalora_jax.mechanisms".
-      flag: that names are given by, e.g. "--mechanisms"; what errors about unknown ones begin with in place of kind.
+      kind: the noun for a value in errors, e.g. "mechanism".
+      group: group of entry points, e.g. "nalora_jax.mechanisms".
+      flag: the setting in errors about unknown names, e.g. "--mechanisms".
+      modules: modules of this package by the name that they register, imported on first use.
     """
 
-    def __init__(self, kind: str, group: str, flag: str = "") -> None:
+    def __init__(self, kind: str, group: str, flag: str = "", modules: Mapping[str, str] | None = None) -> None:
         self._kind, self._group, self._flag = kind, group, flag
+        self._modules = dict(modules or {})
         self._values: dict[str, T] = {}
 
     def add(self, name: str, value: T, *, replace: bool = False) -> T:
-        """Register ``value``, and return it.
+        """Registers ``value`` and returns it.
 
         Raises:
           NaloraError: the name is taken by another value, and ``replace`` is off.
@@ -49,11 +52,11 @@ class Registry(Generic[T]):
         return value
 
     def decorator(self, name: str, *, replace: bool = False) -> Callable[[T], T]:
-        """`add` as a decorator."""
+        """Returns `add` as a decorator."""
         return lambda value: self.add(name, value, replace=replace)
 
     def get(self, name: str) -> T:
-        """The value of ``name``, from an entry point if need be.
+        """Returns the value of ``name``, from an entry point if it is not registered.
 
         Raises:
           NaloraError: the name is unknown (the message lists those that are known), or its entry point fails or
@@ -67,13 +70,17 @@ class Registry(Generic[T]):
         return self._values[name]
 
     def names(self) -> list[str]:
-        """Everything that can be asked for, entry points included, sorted."""
-        return sorted({*self._values, *entry_points(group=self._group).names})
+        """Returns all known names, entry points included, sorted."""
+        return sorted({*self._values, *self._modules, *entry_points(group=self._group).names})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values or name in entry_points(group=self._group).names
+        known = name in self._values or name in self._modules
+        return known or name in entry_points(group=self._group).names
 
     def _load(self, name: str) -> bool:
+        if name in self._modules:
+            import_module(self._modules[name])
+            return name in self._values
         for point in entry_points(group=self._group, name=name):
             where = f"entry point {name} = {point.value!r} of {self._group}"
             try:
@@ -89,6 +96,6 @@ class Registry(Generic[T]):
 
 
 def _again(known: object, value: object) -> bool:
-    """Whether a module was merely executed once more, as an interactive session does with an edited cell."""
+    """Returns True if a module was executed again, as by an edited notebook cell."""
     name = (getattr(known, "__module__", None), getattr(known, "__qualname__", None))
     return None not in name and name == (getattr(value, "__module__", None), getattr(value, "__qualname__", None))

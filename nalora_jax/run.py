@@ -23,17 +23,16 @@ from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.pipeline import BatchIterator, stream_text
 from nalora_jax.data.sources import Source
+from nalora_jax.distributed import platform_of
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
 from nalora_jax.imports import import_files
 from nalora_jax.load import ADAPTER
+from nalora_jax.method.step import TrainState
 from nalora_jax.models.remat import check_remat
-from nalora_jax.ops.numerics import platform_of
-from nalora_jax.ops.registry import check_implementation
-from nalora_jax.optim import make
-from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.ops.numerics import check_implementation
 from nalora_jax.plan.auto import accepted
 from nalora_jax.redaction import redacted
 from nalora_jax.report.history import read_evaluation
@@ -48,7 +47,9 @@ from nalora_jax.train.hooks import RunHooks, say_counts
 from nalora_jax.train.inputs import described
 from nalora_jax.train.loop import FitResult, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
+from nalora_jax.train.mechanisms import make
 from nalora_jax.train.metrics import MetricsLog, recorded_settings, to_json
+from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.train.output import Output, has_checkpoint, last_step, open_output
 from nalora_jax.train.pieces import Pieces
 from nalora_jax.train.preemption import StopSignals, stop_signals
@@ -57,7 +58,6 @@ from nalora_jax.train.progress import Progress, Stages
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.train.snapshot import check_settings
-from nalora_jax.train.state import TrainState
 from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.card import write_card
 from nalora_jax.weights.hub import ResolvedSource, resolve

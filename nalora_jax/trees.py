@@ -1,22 +1,16 @@
-"""Named leaves: paths, ordered path rules, and size accounting of pytrees of nested dicts."""
+"""Named leaves and sizes of pytrees of nested dicts."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from nalora_jax import bounded
-from nalora_jax.errors import NaloraError
-
-T = TypeVar("T")
-
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by slash-joined path.
+    """Returns the leaves by slash-joined path.
 
     Example:
       >>> flatten({"ffn": {"gate_proj": {"a": 1, "b": 2}}})
@@ -27,7 +21,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose `flatten` is ``flat``."""
+    """Returns the nested dict whose `flatten` is ``flat``."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -39,65 +33,20 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path as text: dict keys, indices and attribute names joined by slashes."""
+    """Returns a key path as text: dict keys, indices and attribute names joined by slashes."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def map_named(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """``tree_map`` whose function also gets the leaf's path: ``function(path, leaf, *others)``."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *rest)
-
-
-def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | None:
-    """Index and value of the first (regex, value) rule found in ``path`` by `re.search`, or None."""
-    for index, (pattern, value) in enumerate(rules):
-        if re.search(pattern, path):
-            return index, value
-    return None
-
-
-def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str) -> dict[str, T]:
-    """The value of each path by the first rule that matches it; paths without a rule are left out.
-
-    Raises:
-      NaloraError: a pattern is not a regular expression, takes too long (it may be from a file of somebody else), or
-        matched no path at all (a rule shadowed by earlier ones, but matching, is fine). The message lists what exists.
-    """
-    names = list(paths)
-    for pattern, _ in rules:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise NaloraError(where, expected="a regular expression", found=f"{pattern!r} ({error})") from error
-    try:
-        found = bounded.matches([pattern for pattern, _ in rules], names, how="search")
-    except bounded.BoundedError as error:
-        raise NaloraError(
-            where,
-            expected="patterns that are matched against a model's names in seconds",
-            found=error,
-            remedy="repeat nothing that is itself repeated",
-        ) from error
-    for (pattern, _), row in zip(rules, found, strict=True):
-        if all(match is None for match in row):
-            shown = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
-            raise NaloraError(
-                where,
-                expected="every pattern to match something",
-                found=f"{pattern!r}, which matches nothing",
-                remedy="these exist: " + ", ".join(shown),
-            )
-    matched: dict[str, T] = {}
-    for (_, value), row in reversed(list(zip(rules, found, strict=True))):  # the first rule has the last word
-        matched |= {name: value for name, match in zip(names, row, strict=True) if match is not None}
-    return {name: matched[name] for name in names if name in matched}
+def map_named(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Returns ``tree_map`` of a function with the path: ``function(path, leaf, *others)``."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), tree, *others)
 
 
 def size_bytes(tree: Any) -> int:
-    """Bytes of all leaves, arrays or ``ShapeDtypeStruct``."""
+    """Returns the bytes of all leaves, arrays or ``ShapeDtypeStruct``."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def count(tree: Any) -> int:
-    """Elements of all leaves."""
+    """Returns the number of elements of all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

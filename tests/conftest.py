@@ -44,7 +44,7 @@ import pytest
 from jax._src import compiler
 
 if TYPE_CHECKING:
-    from nalora_jax.ops.numerics import Numerics
+    from nalora_jax.ops.dispatch import Numerics
 
 # Before a test replaces the table of implementations; others find it when their first operation runs.
 HAS_CPU = importlib.util.find_spec("nalora_jax.cpu") is not None

@@ -17,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from nalora_jax import bounded
 from nalora_jax.bounded import BoundedError, matches, render
 from nalora_jax.errors import NaloraError
+from nalora_jax.path_rules import match_rules
 from nalora_jax.tokenizer import Tokenizer
-from nalora_jax.trees import match_rules
 
 MESSAGES = [
     {"role": "system", "content": "Be <b>brief</b> & kind — 東京 🙂."},

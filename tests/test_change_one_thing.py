@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from nalora_jax import activations, distributed, imports, statistics
-from nalora_jax.activations import formulas
+from nalora_jax import custom_activations, distributed, imports, mechanism
 from nalora_jax.cli import command
 from nalora_jax.config import (
     ComputeConfig,
@@ -33,10 +32,11 @@ from nalora_jax.config import (
 )
 from nalora_jax.data import sources
 from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations, statistics
 from nalora_jax.models import families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.optim import mechanism
+from nalora_jax.ops import activation_formulas
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.metrics import recorded_settings
 from nalora_jax.weights import keytables
@@ -60,10 +60,10 @@ LLAMA = {
 @pytest.fixture
 def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a file of the page; afterwards the registries are as they were."""
-    registries = (mechanism._MECHANISMS, statistics._TABLE, activations._REGISTERED, registered.FAMILIES)
+    registries = (mechanism.MECHANISMS, statistics.TABLE, activations.REGISTERED, registered.FAMILIES)
     for registry in (*registries, sources._OPENERS):
         monkeypatch.setattr(registry, "_values", dict(registry._values))
-    monkeypatch.setattr(formulas, "EXCESS64", dict(formulas.EXCESS64))
+    monkeypatch.setattr(activation_formulas, "EXCESS64", dict(activation_formulas.EXCESS64))
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def use(name: str) -> ModuleType:
@@ -73,7 +73,7 @@ def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield use
     for name in FILES:
         sys.modules.pop(name, None)
-    activations._partition.cache_clear()
+    activations.partition_of.cache_clear()
 
 
 def train(base: ModelConfig, *mechanisms: str, steps: int = 3) -> tuple[Any, dict[str, Any]]:
@@ -123,9 +123,9 @@ def test_an_activation(use: Any) -> None:
 
 def test_an_activation_whose_derivative_is_wrong_is_refused(use: Any) -> None:
     with pytest.raises(NaloraError, match=r"activation 'bad': expected a function that returns rho\(z\) and its deriv"):
-        activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+        custom_activations.register_activation("bad")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
     with pytest.raises(NaloraError, match="'silu': expected a name that is free"):
-        activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
+        custom_activations.register_activation("silu")(lambda z: (jax.nn.sigmoid(z), jax.nn.sigmoid(z)))
     with pytest.raises(NaloraError, match="one of .*gelu.*'bad'"):
         activations.get("bad")
 

@@ -18,7 +18,7 @@ EXPORTING = (
         f"nalora_jax.{room}"
         for room in ("data", "distributed", "generate", "integrations", "optim", "report", "weights")
     ),
-    "nalora_jax.optim.nalora",
+    "nalora_jax.method.optimizer",
     "nalora_jax.weights.peft",
 )
 

@@ -24,15 +24,15 @@ import pytest
 import yaml
 
 import nalora_jax
-from nalora_jax import activations, imports, statistics
+from nalora_jax import imports, mechanism
 from nalora_jax.cli import command, config_files
 from nalora_jax.config import DataConfig, MeshConfig, RunConfig, check
 from nalora_jax.data import sources
 from nalora_jax.data.chat import messages_of
 from nalora_jax.data.forms import canonical
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.state import own_factors
 from nalora_jax.models import registered
-from nalora_jax.optim import mechanism
-from nalora_jax.optim.gate_state import own_factors
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -176,7 +176,7 @@ def test_settings_of_a_page_are_settings(block: Block, tmp_path: Path) -> None:
 @of_language("toml")
 def test_entry_points_of_a_page_are_groups_of_this_library(block: Block) -> None:
     groups = tomllib.loads(block.text)["project"]["entry-points"]
-    registries = (mechanism._MECHANISMS, statistics._TABLE, activations._REGISTERED, registered.FAMILIES)
+    registries = (mechanism.MECHANISMS, statistics.TABLE, activations.REGISTERED, registered.FAMILIES)
     known = {registry._group for registry in (*registries, sources._OPENERS)}
     assert set(groups) <= known
 

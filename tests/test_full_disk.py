@@ -20,7 +20,7 @@ from nalora_jax.files import write_array
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.low_rank import AdapterSpec, resolve
+from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.report.inspect import LayerSummary, save_picture
 from nalora_jax.tokenizer import Tokenizer

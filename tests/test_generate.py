@@ -25,7 +25,7 @@ from nalora_jax.generate.text import TextStream
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_params
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.tokenizer import Tokenizer
 

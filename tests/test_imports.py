@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from nalora_jax import imports
+from nalora_jax import imports, mechanism
 from nalora_jax.cli import command
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_file
-from nalora_jax.optim import mechanism
 from nalora_jax.study.protocol import read_protocol
 
 RULE = """
 from dataclasses import dataclass
-from nalora_jax.optim import Mechanism, register_mechanism
+from nalora_jax.mechanism import Mechanism, register_mechanism
 
 @register_mechanism("plain_of_{name}")
 @dataclass(frozen=True)

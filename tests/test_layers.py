@@ -13,7 +13,7 @@ import nalora_jax
 
 ROOT = Path(nalora_jax.__file__).parent
 # Rooms that know no platform: what a CPU has reaches them as registered implementations only.
-ROOMS = ("ops", "nn", "models", "optim", "train", "evaluate", "generate", "selection", "statistics", "activations")
+ROOMS = ("ops", "method", "measurement", "models", "train", "evaluate", "generate")
 # Words that belong to one place.
 WORDS = {
     r"default_backend": (),
@@ -75,43 +75,48 @@ def test_words_stand_where_they_belong(word: str) -> None:
     assert found == []
 
 
-def test_operations_know_no_modules_and_modules_no_models() -> None:
-    below = {"ops": ("nn", "models", "optim", "train", "weights"), "nn": ("models", "optim", "train", "weights")}
+def test_operations_import_operations_only() -> None:
+    rooms = ("method", "measurement", "models", "train", "weights", "data", "cpu")
+    above = {"ops": rooms, "method": rooms[2:], "measurement": rooms[2:]}
     found = [
         f"{name} imports {imported}"
         for name, source in _modules()
         for imported in _imported(source, name)
-        if imported.startswith(tuple(f"nalora_jax.{room}" for room in below.get(_room(name), ("-",))))
+        if imported.startswith(tuple(f"nalora_jax.{room}" for room in above.get(_room(name), ("-",))))
     ]
     assert found == []
 
 
-def test_the_gated_gradient_stands_once() -> None:
-    """``B * mask`` is formed in one function."""
-    found = [name for name, source in _modules() if re.search(r"\bb \* (layer\.)?mask|\.b \* layer\.mask", source)]
-    assert found == ["ops/adapted_dense.py"]
+def _graph() -> dict[str, set[str]]:
+    """The modules of this package that each module imports, function bodies included."""
+    names = {f"nalora_jax.{name.removesuffix('.py').replace('/', '.')}": source for name, source in _modules()}
+    return {name: {one for one in _imported(source, name) if one in names} for name, source in names.items()}
+
+
+def _reached(graph: dict[str, set[str]], *starts: str) -> set[str]:
+    reached: set[str] = set()
+    left = list(starts)
+    while left:
+        for imported in graph.get(left.pop(), set()) - reached:
+            reached.add(imported)
+            left.append(imported)
+    return reached
+
+
+def test_the_reading_path_of_a_step_is_short() -> None:
+    """Whoever reads these modules knows what a training step computes."""
+    starts = {"nalora_jax.method.step", "nalora_jax.method.ffn"}
+    path = (_reached(_graph(), *starts) | starts) - {"nalora_jax.errors"}
+    files = [ROOT / f"{name.removeprefix('nalora_jax.').replace('.', '/')}.py" for name in path]
+    assert len(files) <= 16, sorted(path)
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 3_300
 
 
 def test_no_module_imports_one_that_imports_it() -> None:
-    """Within `models` and `nn`, function bodies included."""
-    names = {f"nalora_jax.{name.removesuffix('.py').replace('/', '.')}": source for name, source in _modules()}
     graph = {
-        name: {one for one in _imported(source, name) if one in names}
-        for name, source in names.items()
-        if name.split(".")[1] in ("models", "nn", "ops")
+        name: to for name, to in _graph().items() if name.split(".")[1] in ("measurement", "method", "models", "ops")
     }
-
-    def reaches(start: str) -> set[str]:
-        seen: set[str] = set()
-        left = [start]
-        while left:
-            for found in graph.get(left.pop(), ()):
-                if found not in seen:
-                    seen.add(found)
-                    left.append(found)
-        return seen
-
-    assert [name for name in graph if name in reaches(name)] == []
+    assert [name for name in graph if name in _reached(graph, name)] == []
 
 
 # Attributes of devices, which mean different things on different platforms: read in one module alone.
@@ -155,6 +160,8 @@ def test_data_know_no_models() -> None:
         for name, source in _modules()
         if _room(name) == "data"
         for imported in _imported(source, name)
-        if imported.startswith(tuple(f"nalora_jax.{room}" for room in ("models", "nn", "weights", "train", "generate")))
+        if imported.startswith(
+            tuple(f"nalora_jax.{room}" for room in ("models", "method", "weights", "train", "generate"))
+        )
     ]
     assert found == []

@@ -40,7 +40,7 @@ from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.load import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train import start, text_pieces
 from nalora_jax.weights.merge import write_merged

@@ -38,7 +38,7 @@ from nalora_jax.config import (
 from nalora_jax.downloads import cache_dir
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.merge import write_merged

@@ -130,7 +130,7 @@ class _Adapters:
           NaloraError: it is no adapter of this base.
         """
         from nalora_jax.load import adapter_folder, adapter_for
-        from nalora_jax.nn.low_rank import AdapterSpec
+        from nalora_jax.models.targets import AdapterSpec
 
         base = self._model.base
         if path == "none":

@@ -14,17 +14,18 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.pipeline import TrainData, stream_text, train_data
 from nalora_jax.data.questions import held_out
+from nalora_jax.distributed import platform_of
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.numerics import numerics_for, platform_of
-from nalora_jax.optim import make
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import Layout, estimate
 from nalora_jax.plan.machines import of_devices, topology
 from nalora_jax.tokenizer import AddedTokens, Tokenizer
 from nalora_jax.train.inputs import check_data, check_layout, described
+from nalora_jax.train.mechanisms import make
 from nalora_jax.train.seeing import seen_sources
 from nalora_jax.train.settle import settled
 from nalora_jax.weights.hub import resolve as find_model

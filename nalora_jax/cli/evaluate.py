@@ -149,7 +149,7 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
 def _other(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
     """The model to compare with: on the same base weights where it is an adapter or "base", else one of its own."""
     from nalora_jax.load import load, put_on
-    from nalora_jax.nn.low_rank import AdapterSpec
+    from nalora_jax.models.targets import AdapterSpec
 
     against = str(args.against)
     if against == "base":

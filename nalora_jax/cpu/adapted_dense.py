@@ -1,7 +1,7 @@
 """Products of adapted layers on a CPU: the frozen product and the adapter's as one, and several layers in one call.
 
 The adapter's arithmetic is nothing, but its passes over ``[tokens, d_ff]`` are not where memory is the limit: on CPU
-they cost a third of the frozen products that they accompany. What differs from `nalora_jax.ops.adapted_dense` are the
+they cost a third of the frozen products that they accompany. What differs from `nalora_jax.method.low_rank` are the
 products alone; the gated gradient is there.
 """
 
@@ -20,12 +20,12 @@ from nalora_jax.cpu.implementation import CPU
 from nalora_jax.cpu.matmul import is_native, native_sums
 from nalora_jax.cpu.native import Sum, Term
 from nalora_jax.cpu.storage import bf16_bits, from_bits
-from nalora_jax.ops import adapted_dense as ops
-from nalora_jax.ops.adapted_dense import Adapted, Dense, Factors, LowRankHidden, Products, add_bias, gated
+from nalora_jax.method import low_rank as ops
+from nalora_jax.method.low_rank import Adapted, Dense, LowRankHidden, add_bias
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.gated_products import Factors, Products, gated
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import read_residual, rounded, save_residual
-from nalora_jax.ops.storage import Kernel, expand
+from nalora_jax.ops.storage import Kernel, expand, read_residual, rounded, save_residual
 
 
 @CPU.implements(ops.adapted_dense)
@@ -120,18 +120,18 @@ class FusedProducts(Products):
         layers: Sequence[Factors],
         hidden: Sequence[Any],
         exact: Sequence[Any],
-        shaping: Sequence[Any],
-        beside: Any,
+        masked: Sequence[Any],
+        extra: Any,
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
         ((a, _, _, _, kernel),), (g,), n = layers, gs, self.numerics
-        if beside is not None:
-            dx = beside + dot(exact[0], a, n, dims=(1, 1))
+        if extra is not None:
+            dx = extra + dot(exact[0], a, n, dims=(1, 1))
         else:
             multiple = contraction_multiple(n)
             sides = self._joined(g, exact[0], 1, multiple), self._joined(expand(kernel), a, 1, multiple)
             dx = dot(*sides, n, dims=(1, 1))
-        da, db = self._narrow(shaping[0], x).T, self._narrow(hidden[0], g)
+        da, db = self._narrow(masked[0], x).T, self._narrow(hidden[0], g)
         return rounded(dx, x.dtype, n), [da], [db]
 
     def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
@@ -200,14 +200,14 @@ class NativeProducts(Products):
         layers: Sequence[Factors],
         hidden: Sequence[Any],
         exact: Sequence[Any],
-        shaping: Sequence[Any],
-        beside: Any,
+        masked: Sequence[Any],
+        extra: Any,
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
         adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
         sums = [Sum(self.input_terms(gs, layers, exact), x.dtype)]
         for i in adapted:
-            sums += [Sum([Term(shaping[i].T, x)]), Sum([Term(read_residual(hidden[i], "float32").T, gs[i])])]
+            sums += [Sum([Term(masked[i].T, x)]), Sum([Term(read_residual(hidden[i], "float32").T, gs[i])])]
         dx, *found = native_sums(self.numerics, *sums)
         das: list[Any] = [None] * len(layers)
         dbs: list[Any] = [None] * len(layers)

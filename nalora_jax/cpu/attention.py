@@ -11,21 +11,12 @@ import numpy as np
 
 from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
-from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops import attention as ops
 from nalora_jax.ops.attention import CachedKeys, Keys, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.full_attention import full_attention as whole_rows
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import read_residual, rounded, save_residual
-from nalora_jax.ops.storage import Kernel
-
-
-@CPU.implements(ops.reads_cache_in_place)
-def reads_cache_in_place(seq: int, cache: Kernel, numerics: Numerics) -> bool:
-    """One token a row, of a cache with slots that is stored as bits."""
-    one = seq == 1 and isinstance(cache, Bits) and cache.shape[-1] > 0
-    return one and usable(numerics) and native.multiplies_few_rows()
+from nalora_jax.ops.storage import read_residual, rounded, save_residual
 
 
 @CPU.implements(ops.attention)

@@ -19,10 +19,9 @@ from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.cpu.storage import Bits, bf16_bits, from_bits, slice_rows
 from nalora_jax.ops import cross_entropy as ops
 from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Head, Tiles, in_chunks
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import rounded
-from nalora_jax.ops.storage import Kernel, expand
+from nalora_jax.ops.storage import Kernel, expand, rounded
 
 # Logits of a block (4 MB). The rows that the larger chunks leave go in smaller ones, so that few targets cost little.
 BLOCK = 2048

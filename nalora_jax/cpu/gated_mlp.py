@@ -11,6 +11,7 @@ pass only: not again where a rematerialised layer recomputes h.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,18 +20,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import activations, selection
-from nalora_jax.activations import Activation
+from nalora_jax import measurement as measurement_module
 from nalora_jax.cpu import native
 from nalora_jax.cpu.adapted_dense import NativeProducts, together
 from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.cpu.matmul import is_native, native_sums
 from nalora_jax.cpu.native import Logistic, Measured, Sum, Term
-from nalora_jax.ops import gated_mlp as ops
-from nalora_jax.ops.adapted_dense import Adapted, Dense, Factors, LowRankHidden, add_bias
-from nalora_jax.ops.gated_mlp import GateStatsConfig, Measurement, Probe
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import SAVED_WIDE, read_residual, save_residual
+from nalora_jax.measurement import GateStatsConfig, Measurement, Probe, tapped
+from nalora_jax.method import activations
+from nalora_jax.method import ffn as ops
+from nalora_jax.method.activations import Activation
+from nalora_jax.method.low_rank import Adapted, Dense, LowRankHidden, add_bias
+from nalora_jax.ops import reductions
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.gated_products import Factors
+from nalora_jax.ops.storage import SAVED_WIDE, read_residual, save_residual
 
 
 @CPU.implements(ops.gated_mlp)
@@ -56,7 +60,7 @@ def gated_mlp(
     if not all(layer.is_plain for layer in (gate, up, down)):
         return NotImplemented
     z, u = together(NativeProducts(within), x, [gate, up])
-    z = z._replace(y=ops.tapped(z.y, measurement))
+    z = z._replace(y=tapped(z.y, measurement))
     config = GateStatsConfig() if measurement is None else measurement.config
     partition = activations.partition(activation.name, config.tolerance)
     gating = Gating(Logistic(*activation.logistic), (partition.z0, partition.z1))
@@ -65,9 +69,10 @@ def gated_mlp(
     if measured is None or measurement is None or sums is None:
         return add_bias(y, down.bias), None
     statistics = _named(sums, measured.weights, measured.probe_weights)
-    if config.check:
+    if config.checks is not None:
         live = z.y, u.y, h
-        statistics |= ops.block_checks(x, gate, live, z.delta, activation, numerics, config)
+        sharding = config.sharding
+        statistics |= config.checks.block(x, gate, live, z.delta, activation, numerics, sharding)
     return add_bias(y, down.bias), statistics
 
 
@@ -77,7 +82,7 @@ def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measur
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
         hidden, b = jnp.zeros((weights.size, 0)), jnp.zeros((0, z.y.shape[-1]))
-    taken, probed = (selection.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
+    taken, probed = (reductions.sampled_weights(weights, n).reshape(-1) for n in (config.stride, config.probe_stride))
     return Measured(taken, probed, hidden, b)
 
 
@@ -207,7 +212,7 @@ def _read(saved: Any) -> tuple[jax.Array, jax.Array | None]:
 _gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
 
 
-@CPU.implements(ops.gate_statistics)
+@CPU.implements(measurement_module.gate_statistics)
 def gate_statistics(
     z: jax.Array,
     probe: Probe,
@@ -226,7 +231,7 @@ def gate_statistics(
     rows = jnp.arange(weights.size // weights.shape[-1], dtype=jnp.int32).reshape(*weights.shape[:-1], 1)
 
     def taken(stride: int) -> tuple[jax.Array, jax.Array]:
-        positions, counted = selection.sampled_positions(weights, stride)
+        positions, counted = reductions.sampled_positions(weights, stride)
         return (rows * weights.shape[-1] + positions).reshape(-1), counted.reshape(-1)
 
     (places, counted), (probed, probe_counted) = taken(config.stride), taken(config.probe_stride)
@@ -243,9 +248,14 @@ def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dic
     return {
         "tokens": tokens,
         "slope": slope,
-        "occupancy": selection.occupancy_of(below, tokens),
+        "occupancy": _occupancy(below, tokens),
         "probe_tokens": jnp.sum(probe_weights),
         "feature": feature,
         "selection": moved,
         "linear": linear,
     }
+
+
+def _occupancy(below: Sequence[jax.Array], tokens: jax.Array) -> jax.Array:
+    """Returns tokens per region ``[4, d_ff]`` from those below each of the three cuts, ``[d_ff]``."""
+    return jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])

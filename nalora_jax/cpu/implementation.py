@@ -1,10 +1,9 @@
-"""The implementation "cpu", which the modules beside this one fill (`nalora_jax.ops.registry`)."""
+"""The implementation "cpu", which the modules beside this one fill (`nalora_jax.ops.dispatch`)."""
 
 from __future__ import annotations
 
 from nalora_jax.cpu import native
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import Implementation
+from nalora_jax.ops.dispatch import Implementation, Numerics
 
 CPU = Implementation("cpu", platform="cpu")
 

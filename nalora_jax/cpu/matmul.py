@@ -11,9 +11,8 @@ from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops import matmul
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import rounded
-from nalora_jax.ops.storage import Kernel, expand
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import Kernel, expand, rounded
 
 # Products of fewer rows, those of text generation, are XLA's where it is faster at them.
 _FEWEST_ROWS = 32

@@ -1,51 +1,71 @@
-"""What a CPU prefers around compiled programs: numerics, rematerialisation, the heap."""
+"""The facts and preferences of a CPU (`nalora_jax.ops.dispatch.PlatformHooks`)."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from nalora_jax.cpu import heap, native, processor
-from nalora_jax.cpu.implementation import CPU, usable
-from nalora_jax.ops import numerics as ops_numerics
-from nalora_jax.ops import programs
-from nalora_jax.ops.numerics import Numerics
+import jax
 
-# d_model up to which products on tiles are computed again sooner than saved (benchmarks/notes/versus_peft.md).
+from nalora_jax.cpu import heap, native, processor, storage
+from nalora_jax.cpu.implementation import usable
+from nalora_jax.cpu.storage import Bits
+from nalora_jax.ops.dispatch import Numerics, Platform, PlatformHooks, register_platform
+from nalora_jax.ops.storage import Kernel, Stored
+
+# Largest d_model at which recomputing tiled products is faster than saving their results
+# (benchmarks/notes/versus_peft.md).
 _WIDEST_RECOMPUTED = 1024
 
 
-@CPU.implements(ops_numerics.refined)
-def refined(numerics: Numerics) -> Numerics:
-    """Only native kernels round their sums on the way out; XLA's products would take another pass for it."""
-    bf16 = numerics.operand == "bfloat16" and usable(numerics)
-    return replace(numerics, inner="bfloat16") if bf16 else numerics
+class CPUHooks(PlatformHooks):
+    """A CPU, with native kernels where they compile."""
+
+    def device_name(self, platform: Platform) -> str:
+        """Returns the processor's model and number of cores."""
+        return f"{processor.name()}, {os.cpu_count()} cores"
+
+    def processor_name(self) -> str:
+        """Returns the processor's model as the system names it."""
+        return processor.name()
+
+    def preferred(self, numerics: Numerics) -> Numerics:
+        """Returns bf16 between two matmuls with native kernels, which round while they store.
+
+        XLA's matmuls would need a second pass over the result.
+        """
+        bf16 = numerics.operand == "bfloat16" and usable(numerics)
+        return replace(numerics, inner="bfloat16") if bf16 else numerics
+
+    def best_remat(self, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
+        """Returns "attention" for narrow gated models on AMX tiles, else "dots".
+
+        The time of a matmul per byte of its result grows with d_model, the time to save a byte does not.
+        A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with "dots"
+        (benchmarks/few_shot.py).
+        """
+        tiles = numerics.operand == "bfloat16" and usable(numerics) and native.multiplies_on_tiles()
+        return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"
+
+    def after_compilation(self) -> None:
+        """Returns the compiler's memory to the system; the heap keeps what the program frees."""
+        heap.release()
+        heap.retain()
+
+    def prepare(self, variables: Mapping[str, Any], numerics: Numerics, *, tables: bool) -> dict[str, Any]:
+        """Returns bf16 kernels as views of their bits."""
+        return storage.prepare(variables, numerics, tables=tables)
+
+    def store(self, x: jax.Array) -> jax.Array | Stored:
+        """Returns bf16 as its bits."""
+        return storage.store(x)
+
+    def reads_cache_in_place(self, seq: int, cache: Kernel, numerics: Numerics) -> bool:
+        """Returns True for one token per row and a non-empty cache that is stored as bits."""
+        slots = isinstance(cache, Bits) and cache.shape[-1] > 0
+        return seq == 1 and slots and usable(numerics) and native.multiplies_few_rows()
 
 
-@CPU.implements(programs.best_remat)
-def best_remat(d_model: int, numerics: Numerics, gated: bool = True) -> str:
-    """What a product costs per byte of its result grows with d_model; what it costs to save that byte does not.
-
-    A block with one wide product has half as much to save: CLIP ViT-B/16 is 6% faster so (benchmarks/few_shot.py).
-    """
-    tiles = numerics.operand == "bfloat16" and usable(numerics) and native.multiplies_on_tiles()
-    return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"
-
-
-@CPU.implements(programs.after_compilation)
-def after_compilation(numerics: Numerics) -> None:
-    """Hands the compiler's memory back, and has the heap keep from step to step what the program frees."""
-    heap.release()
-    heap.retain()
-
-
-@CPU.implements(programs.device_name)
-def device_name(numerics: Numerics) -> str:
-    """The processor behind the device."""
-    return f"{processor.name()}, {os.cpu_count()} cores"
-
-
-@CPU.implements(programs.processor_name)
-def processor_name(numerics: Numerics) -> str:
-    """As the system names it."""
-    return processor.name()
+register_platform("cpu", CPUHooks())

@@ -14,8 +14,8 @@ from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU
 from nalora_jax.cpu.matmul import is_native
 from nalora_jax.ops import residual_norm as ops
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import SAVED
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import SAVED
 
 
 @CPU.implements(ops.residual_norm)

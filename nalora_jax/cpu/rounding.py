@@ -14,13 +14,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nalora_jax.cpu.implementation import CPU
 from nalora_jax.cpu.storage import Bits, bf16_bits
-from nalora_jax.ops import rounding
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import SAVED
-from nalora_jax.ops.storage import Stored
+from nalora_jax.ops import storage
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import SAVED, Stored
 
 
-@CPU.implements(rounding.rounded)
+@CPU.implements(storage.rounded)
 def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
     """From float32 to bf16."""
     return _rounded(x) if (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32) else x.astype(dtype)
@@ -41,7 +40,7 @@ def _upper_bits(x: jax.Array) -> jax.Array:
     return ((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16)
 
 
-@CPU.implements(rounding.save_residual)
+@CPU.implements(storage.save_residual)
 def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVED) -> jax.Array | Stored:
     """bf16 as its bits."""
     x = rounded(x, dtype, numerics)

@@ -18,7 +18,7 @@ from jax import lax
 from nalora_jax.cpu import native
 from nalora_jax.cpu.implementation import CPU, usable
 from nalora_jax.ops import storage
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored
 from nalora_jax.trees import map_named, unflatten
 
@@ -57,9 +57,8 @@ def from_bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-@CPU.implements(storage.store)
-def store(x: jax.Array, numerics: Numerics) -> jax.Array | Stored:
-    """bf16 as its bits."""
+def store(x: jax.Array) -> jax.Array | Stored:
+    """Returns bf16 as its bits."""
     return Bits(bf16_bits(x)) if x.dtype == jnp.bfloat16 else x
 
 
@@ -76,7 +75,6 @@ def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Arr
     return from_bits(lax.dynamic_slice_in_dim(bits, start, size, axis=axis))
 
 
-@CPU.implements(storage.prepare)
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
     """bf16 kernels of layers, and tables, as views of their bits; for native products in stacks, not scanned.
 

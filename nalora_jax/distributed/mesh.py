@@ -12,11 +12,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax.config import MeshConfig
-from nalora_jax.distributed.devices import domains, platform_name, slice_count, torus
+from nalora_jax.distributed.devices import domains, kind_of, platform_name, slice_count, torus
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops.dispatch import Platform
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp splits weights as well
+
+
+def platform_of(mesh: Mesh | None = None) -> Platform:
+    """Returns the platform of a mesh; by default of this process's devices."""
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    return Platform(platform_name(devices[0]), kind_of(devices[0]), len(devices))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -20,9 +20,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import trees
+from nalora_jax import path_rules, trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.statistics import CHECK, COUNTS
+from nalora_jax.method.statistics import CHECK, COUNTS
 
 Rules = Sequence[tuple[str, P]]
 
@@ -108,7 +108,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     Raises:
       NaloraError: a leaf that no rule matches.
     """
-    uncovered = [path for path in trees.flatten(tree) if trees.first_match(rules, path) is None]
+    uncovered = [path for path in trees.flatten(tree) if path_rules.first_match(rules, path) is None]
     if uncovered:
         raise NaloraError(
             "sharding rules",
@@ -118,7 +118,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
         )
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        match = trees.first_match(rules, path)
+        match = path_rules.first_match(rules, path)
         assert match is not None
         return NamedSharding(mesh, fit_spec(match[1], leaf.shape, mesh))
 

@@ -16,7 +16,7 @@ from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.statistics import bootstrap
 from nalora_jax.generate import Generator
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 
 _SAMPLE_TOKENS = 96

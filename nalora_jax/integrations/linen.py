@@ -17,7 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, arrangements, examine, no_product, randomised
 from nalora_jax.integrations.model import Foreign, folded
 from nalora_jax.integrations.targets import Keymap, Projection, choose_targets
-from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.measurement import GateStatsConfig
 
 _BESIDE = "nalora"  # name of the adapter's leaves beside a kernel, for the length of one call
 

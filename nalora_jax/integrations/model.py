@@ -19,14 +19,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax import activations, selection, trees
+from nalora_jax import trees
+from nalora_jax.dense import init_a
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import check_merged, holds_numbers
 from nalora_jax.integrations.targets import Target, flat_shape
-from nalora_jax.nn.low_rank import init_a
-from nalora_jax.ops.adapted_dense import residual
-from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
-from nalora_jax.optim.columns import find_gates
+from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
+from nalora_jax.method import activations
+from nalora_jax.method.low_rank import residual
+from nalora_jax.method.optimizer import find_gates
+from nalora_jax.ops import reductions
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Foreign(ABC):
 
     @property
     def gates(self) -> dict[str, str]:
-        """The block of every adapted gate, as `nalora_jax.optim.nalora.nalora` takes it."""
+        """The block of every adapted gate, as `nalora_jax.method.optimizer.nalora` takes it."""
         return find_gates(jax.eval_shape(self.init, jax.random.key(0)))
 
     @property
@@ -180,7 +182,7 @@ class Foreign(ABC):
 
     def _statistics(self, gate: str, base: jax.Array, delta: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
         stride = self.stats.probe_stride
-        probe = Probe(selection.sampled(base, weights, stride), selection.sampled(delta, weights, stride))
+        probe = Probe(reductions.sampled(base, weights, stride), reductions.sampled(delta, weights, stride))
         stats = gate_statistics(base + delta, probe, weights, activations.get(gate), self.stats)
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 

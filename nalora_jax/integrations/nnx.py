@@ -18,7 +18,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import ROWS, Contraction, Unfit, examine, randomised
 from nalora_jax.integrations.model import Foreign, folded
 from nalora_jax.integrations.targets import Keymap, Projection, Target, choose_targets
-from nalora_jax.nn.ffn import GateStatsConfig
+from nalora_jax.measurement import GateStatsConfig
 
 
 class _Leaf(nnx.Variable):

@@ -8,12 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nalora_jax import activations, trees
+from nalora_jax import trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import Contraction, Unfit
-from nalora_jax.nn.low_rank import adapter_scale
-from nalora_jax.optim.columns import find_gates
+from nalora_jax.method import activations
+from nalora_jax.method.optimizer import find_gates
+from nalora_jax.models.targets import adapter_scale
 
 log = logging.getLogger(__name__)
 

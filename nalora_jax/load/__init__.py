@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import config_from_dict
 from nalora_jax.config.recorded import recorded_config
+from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.seals import unseal
 from nalora_jax.train.metrics import FILE as METRICS
 from nalora_jax.weights import LoadedModel, load_model
@@ -105,7 +106,7 @@ def load(
     images: bool | None = None,
 ) -> AdaptedModel:
     """The model called ``model``, with its adapter on; the arguments are those of `locate`, `weights.load_model` and
-    `nalora_jax.ops.numerics.numerics_for`.
+    `nalora_jax.ops.dispatch.numerics_for`.
 
     A model is loaded to see ``images`` where that is asked for, by default where the run that made the adapter did.
 

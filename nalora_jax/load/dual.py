@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.config import config_from_dict
+from nalora_jax.distributed import platform_of
 from nalora_jax.evaluate.images import Encoders
 from nalora_jax.load import Located, locate
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.weights.vision.model import LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import import_dual_adapter
 

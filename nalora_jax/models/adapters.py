@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax.config import RunConfig
+from nalora_jax.dense import init_a
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec, TargetSpec, init_a, resolve
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
 from nalora_jax.trees import flatten, unflatten
 
 _ADALORA_STD = 0.02  # of AdaLoRA's A and B, as in PEFT

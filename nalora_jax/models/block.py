@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from nalora_jax.dense import LoRADense
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN
+from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.layers import ResidualNorm, RMSNorm, apply_rope
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig, SelfGatedFFN
-from nalora_jax.nn.layers import ResidualNorm, RMSNorm, apply_rope
-from nalora_jax.nn.lora import LoRADense
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.adapted_dense import Dense, adapted_dense, parallel_dense
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import LAYER_INPUT, round_and_save
-from nalora_jax.ops.storage import Kernel, LayerStack
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import LAYER_INPUT, Kernel, LayerStack, round_and_save
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +60,8 @@ NewKeys = tuple[jax.Array, jax.Array]
 def block_adapters(spec: AdapterSpec, block: str) -> Adapters:
     """The adapters of one block ("attn" or "ffn") by projection name."""
     prefix = f"layers/{block}/"
-    targets = tuple((path.removeprefix(prefix), t) for path, t in spec.targets if path.startswith(prefix))
-    return Adapters(targets, dora=spec.dora, dropout=spec.dropout)
+    ranks = ((path.removeprefix(prefix), t.rank) for path, t in spec.targets if path.startswith(prefix))
+    return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
     def _dense(self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs) -> Dense:
         adapters, scale = self.adapters, layer.scales.get("attn", {}).get(name, 1.0)
-        module = LoRADense(d_out, adapters.get(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name)
+        module = LoRADense(d_out, adapters.rank(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name)
         dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
         return dense
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.storage import Kernel, Stored, store
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import Kernel, Stored
 
 
 @jax.tree_util.register_dataclass
@@ -42,8 +42,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
     lead = (config.n_layers, batch, config.n_kv_heads)
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
-        k=store(jnp.zeros((*lead, config.head_dim, length), numerics.operand), numerics),
-        v=store(jnp.zeros((*lead, length, config.head_dim), numerics.operand), numerics),
+        k=numerics.hooks.store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
+        v=numerics.hooks.store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
         positions=slots,
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -88,7 +88,10 @@ def extend(
     zero = jnp.zeros((), jnp.int32)
 
     def write(stack: Kernel, new: jax.Array, axis: int) -> Kernel:
-        same = store(new.astype(numerics.operand), numerics) if isinstance(stack, Stored) else new.astype(stack.dtype)
+        if isinstance(stack, Stored):
+            same = numerics.hooks.store(new.astype(numerics.operand))
+        else:
+            same = new.astype(stack.dtype)
         start = [zero] * stack.ndim
         start[axis] = cache.index
         written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)

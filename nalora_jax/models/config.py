@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax.nn.layers import RopeSpec
+from nalora_jax.models.layers import RopeSpec
 
 if TYPE_CHECKING:
     from nalora_jax.models.vision.sight import Sight
@@ -31,7 +31,7 @@ class ModelConfig:
     n_kv_heads: int
     head_dim: int
     d_ff: int  # channels of the FFN, of one expert in a mixture
-    activation: str  # a name of nalora_jax.activations
+    activation: str  # a name of nalora_jax.method.activations
     max_positions: int
     norm_eps: float
     ropes: tuple[RopeSpec, ...]  # the distinct rotary embeddings

@@ -15,17 +15,16 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nalora_jax.dense import frozen_kernel
+from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
 from nalora_jax.models.cache import Cache, default_positions, extend
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes
+from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
 from nalora_jax.models.remat import stacked
-from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.layers import RMSNorm, identity_table, rope_table, sequence_lengths
-from nalora_jax.nn.lora import frozen_kernel
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
-from nalora_jax.ops.attention import reads_cache_in_place
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel, LayerStack, take_rows
 from nalora_jax.trees import flatten, unflatten
 
@@ -100,7 +99,7 @@ class Decoder(nn.Module):
         shared = _shared_inputs(
             self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
         )
-        if cache is not None and reads_cache_in_place(tokens.shape[1], cache.k, self.numerics):
+        if cache is not None and self.numerics.hooks.reads_cache_in_place(tokens.shape[1], cache.k, self.numerics):
             assert isinstance(cache.k, LayerStack)
             assert isinstance(cache.v, LayerStack)
             shared = replace(shared, cache=(cache.k, cache.v))

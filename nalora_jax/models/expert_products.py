@@ -11,16 +11,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.ops.adapted_dense import Adapter, Factors, Products, gated
+from nalora_jax.method.low_rank import Adapter
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.gated_products import Factors, Products, gated
 from nalora_jax.ops.grouped_matmul import (
-    factors_side_by_side,
     from_all,
     grouped_matmul,
     outer_of_all,
     own_of_all,
     ragged,
 )
-from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -75,7 +75,7 @@ def grouped_residual(
     numerics: Numerics,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`nalora_jax.ops.adapted_dense.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
+    """`nalora_jax.method.low_rank.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.
@@ -90,8 +90,8 @@ def grouped_residual(
       ``[rows, d_out]`` float32.
     """
     chex.assert_rank([x, a, b], [2, 3, 3])
-    beside = factors_side_by_side(a.shape[0], a.shape[-1], numerics)
-    products = GroupedProducts(groups, numerics.adapter, beside)
+    joined = numerics.hooks.joins_expert_factors(a.shape[0], a.shape[-1])
+    products = GroupedProducts(groups, numerics.adapter, joined)
     (y,), _ = gated(products, x, (Factors.of(Adapter(a, b, scale, mask)),))
     out: jax.Array = y
     return out
@@ -104,23 +104,23 @@ class GroupedProducts(Products):
 
     groups: Groups
     operand: str = field(metadata={"static": True})
-    beside: bool = field(metadata={"static": True})  # the factors of all experts lie side by side
+    joined: bool = field(metadata={"static": True})  # the factors of all experts lie side by side
 
     def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
         """``[rows, d]`` times ``[experts, d, r]``."""
-        if self.beside:
+        if self.joined:
             return own_of_all(x, factors, self.groups.expert, self.operand)
         return ragged(x, factors, self.groups.sizes, self.operand)
 
     def _from_rank(self, hidden: jax.Array, factors: jax.Array) -> jax.Array:
         """``[rows, r]`` times ``[experts, r, d]``."""
-        if self.beside:
+        if self.joined:
             return from_all(hidden, factors, self.groups.expert, self.operand)
         return ragged(hidden, factors, self.groups.sizes, self.operand)
 
     def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
         """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
-        if self.beside:
+        if self.joined:
             return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
         product = partial(ragged, x, sizes=self.groups.sizes, operand=self.operand)
         made: jax.Array = jax.linear_transpose(product, like)(g)[0]
@@ -146,10 +146,10 @@ class GroupedProducts(Products):
         layers: Sequence[Factors],
         hidden: Sequence[Any],
         exact: Sequence[Any],
-        shaping: Sequence[Any],
-        beside: Any,
+        masked: Sequence[Any],
+        extra: Any,
     ) -> tuple[jax.Array, list[Any], list[Any]]:
         """See `Products`."""
         (layer,), (g,) = layers, gs
         dx = self._from_rank(exact[0], layer.a.swapaxes(1, 2)).astype(x.dtype)
-        return dx, [self._per_expert(x, shaping[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]
+        return dx, [self._per_expert(x, masked[0], layer.a)], [self._per_expert(hidden[0], g, layer.b)]

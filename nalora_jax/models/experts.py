@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax import activations, selection, statistics
+from nalora_jax.gate_checks import NAMES, GateChecks, Live
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.ffn import gated_product
+from nalora_jax.method.low_rank import Adapter, column_norm, moved_from
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
-from nalora_jax.ops.adapted_dense import Adapter, column_norm, combine, moved_from
-from nalora_jax.ops.checks import NAMES, Live, gate_checks
-from nalora_jax.ops.gated_mlp import GateStatsConfig, gated_product
-from nalora_jax.ops.grouped_matmul import few_rows_again
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.reductions import sampled as sampled_positions
 from nalora_jax.ops.storage import Kernel, expand
 
 
@@ -98,7 +99,7 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
         own = routing.expert[routing.back].reshape(batch, -1)
         # [batch, seq * top_k], places among all sorted rows: a sequence's, by expert
         places = jnp.take_along_axis(routing.back.reshape(batch, -1), jnp.argsort(own, axis=1, stable=True), axis=1)
-        taken = selection.sampled(places[..., None], jnp.take(weights, places), stride, run=1)
+        taken = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
         rows = taken.reshape(-1)
         weights, expert = jnp.take(weights, rows), jnp.take(expert, rows)
     reached = expert[None, :] == jnp.arange(routing.sizes.shape[0])[:, None]
@@ -113,7 +114,7 @@ def expert_statistics(
     activation: activations.Activation,
     config: GateStatsConfig,
 ) -> dict[str, jax.Array]:
-    """`nalora_jax.ops.gated_mlp.gate_statistics` of every expert, over the tokens that reached it.
+    """`nalora_jax.measurement.gate_statistics` of every expert, over the tokens that reached it.
 
     Args:
       seen: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
@@ -136,7 +137,7 @@ def expert_statistics(
 
 
 def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterable[str]) -> dict[str, jax.Array]:
-    """`nalora_jax.ops.gated_mlp.cotangent_statistics` by expert: ``[rows, d_ff]`` -> ``[experts, ...]``."""
+    """`nalora_jax.method.statistics.cotangent_statistics` by expert: ``[rows, d_ff]`` -> ``[experts, ...]``."""
     taken = of.take(delta)
     return jax.vmap(lambda own: statistics.cotangent_statistics(taken, own, names))(of.weights)
 
@@ -158,7 +159,7 @@ class Layer(NamedTuple):
     gate: Experts
     up: Experts
     down: Experts
-    sinks: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
+    taps: Mapping[str, jax.Array]  # zeros whose gradients are statistics of z's cotangent
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class RoutedConfig:
     def measured(self) -> tuple[str, ...]:
         """Names of what is measured."""
         names = (*statistics.COUNTS, *statistics.STANDARD, *statistics.forward(self.stats.extra))
-        return (*names, *NAMES) if self.stats.check else names
+        return (*names, *NAMES) if self.stats.checks else names
 
 
 def routed_ffn(
@@ -212,8 +213,8 @@ def routed_ffn(
     inner = drop[0](rows)
     base, delta = _projected(layer.gate, rows, inner, routing, numerics)
     z, sampled = combine(base, delta), sample(routing, token_weights, config.stats.stride)
-    if layer.sinks:
-        z = statistics.tap(z, layer.sinks, sampled, expert_cotangent_statistics)
+    if layer.taps:
+        z = statistics.tap(z, layer.taps, sampled, expert_cotangent_statistics)
     u = combine(*_projected(layer.up, rows, drop[1](rows), routing, numerics))
     hidden, _ = gated_product(z, u, activation, numerics)
     measured: dict[str, jax.Array] = {}
@@ -221,9 +222,10 @@ def routed_ffn(
         samples = sampled, sample(routing, token_weights, config.stats.probe_stride)
         start, moved = _probed(layer.gate, rows, inner, z, delta, routing, samples[1], numerics)
         measured = expert_statistics(sampled.take(z), start, moved, samples, activation, config.stats)
-        if config.stats.check:
+        if config.stats.checks is not None:
             live = Live(z, base, delta, u, hidden)
-            found = gate_checks(live, activation, config.stats.check, numerics.residual)
+            assert isinstance(config.stats.checks, GateChecks)
+            found = config.stats.checks.arrays(live, activation, numerics.residual)
             measured |= found if axis is None else {name: lax.pmax(worst, axis) for name, worst in found.items()}
     y = combine(*_projected(layer.down, hidden, drop[2](hidden, axis), routing, numerics, axis))
     y = y * routing.weight[:, None].astype(y.dtype)
@@ -232,10 +234,15 @@ def routed_ffn(
     return y if axis is None else lax.psum(y, axis), measured
 
 
+def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
+    """Returns the sum of base and adapter; the base if there is no adapter."""
+    return base if delta is None else base + delta
+
+
 def _projected(
     experts: Experts, x: jax.Array, inner: jax.Array, routing: Routing, numerics: Numerics, axis: str | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Base and residual ``[rows, d_out]``: `nalora_jax.ops.adapted_dense` over grouped rows; ``inner`` is what the
+    """Base and residual ``[rows, d_out]``: `nalora_jax.method.low_rank` over grouped rows; ``inner`` is what the
     adapter reads. With ``axis`` the inputs are split over it, and so what is returned is a part of the sum.
     """
     base, adapter = frozen_grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
@@ -272,7 +279,7 @@ def _probed(
     if adapter is None or delta is None:
         return seen, jnp.zeros_like(seen)
     plain = adapter.magnitude is None and adapter.start is None
-    if plain and few_rows_again(adapter.a.shape[0], adapter.a.shape[-1], numerics):
+    if plain and numerics.hooks.recomputes_expert_probe(*adapter.a.shape[::2]):
         few = Groups(routing.sizes, probe.take(routing.expert))  # side by side, nobody reads the sizes
         moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:

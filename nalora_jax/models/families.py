@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
+from nalora_jax.method import activations
 from nalora_jax.models import registered
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, reads_configs
 from nalora_jax.models.registered import register_family as register_family

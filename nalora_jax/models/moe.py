@@ -16,18 +16,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import statistics
+from nalora_jax.dense import frozen_kernel, init_a, initial_factors, magnitude_of
 from nalora_jax.errors import NaloraError
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import statistics
+from nalora_jax.method.ffn import Adapters
+from nalora_jax.method.low_rank import Adapter
 from nalora_jax.models.experts import Experts, Layer, RoutedConfig, routed_ffn
-from nalora_jax.nn.ffn import Adapters
-from nalora_jax.nn.lora import frozen_kernel
-from nalora_jax.nn.low_rank import TargetSpec, init_a
-from nalora_jax.nn.quantize import Quantized
-from nalora_jax.ops.adapted_dense import Adapter
-from nalora_jax.ops.gated_mlp import GateStatsConfig
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.shards import count, first_alone
-from nalora_jax.ops.storage import Kernel, expand
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.quantize import Quantized
+from nalora_jax.ops.reductions import count, first_alone
+from nalora_jax.ops.storage import Kernel
 
 _AXIS = "tensor"  # of the mesh, which splits the experts' channels
 
@@ -37,33 +36,25 @@ class ExpertDense(nn.Module):
 
     n_experts: int
     features: int
-    target: TargetSpec | None = None
+    rank: int = 0
     dora: bool = False
 
     @nn.compact
     def __call__(self, d_in: int, scale: jax.Array | float = 1.0, mask: jax.Array | None = None) -> Experts:
-        """The projection's arrays; arguments as in `nalora_jax.nn.lora.LoRADense.dense`, mask ``[experts, d_out]``."""
+        """Returns the projection's arrays; see `nalora_jax.dense.LoRADense.dense`; mask ``[experts, d_out]``."""
         shape = (self.n_experts, d_in, self.features)
         kernel = frozen_kernel(self, shape, nn.initializers.lecun_normal(batch_axis=(0,)))
-        if self.target is None or not (self.is_initializing() or self.has_variable("lora", "a")):
+        if not self.rank or not (self.is_initializing() or self.has_variable("lora", "a")):
             return Experts(kernel)
-        rank = self.target.rank
-        a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], rank))).value
-        b = self.variable("lora", "b", lambda: jnp.zeros((self.n_experts, rank, self.features), jnp.float32)).value
+        a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (*shape[:2], self.rank))).value
+        b = self.variable("lora", "b", lambda: jnp.zeros((self.n_experts, self.rank, self.features), jnp.float32)).value
         if self.has_variable("lora", "singular"):  # AdaLoRA, in training
             a = a * self.get_variable("lora", "singular")[:, None, :]
         if a.ndim != 3:
             raise NaloraError("adapters", expected="one adapter on expert projections", found="a stack of adapters")
-        magnitude = self._magnitude(kernel) if self.dora else None
-        start = None
-        if self.has_variable("params", "start_a"):
-            start = self.get_variable("params", "start_a"), self.get_variable("params", "start_b")
+        magnitude = magnitude_of(self, kernel, axis=1) if self.dora else None
+        start = initial_factors(self)
         return Experts(kernel, Adapter(a, b, jnp.asarray(scale, jnp.float32), mask, magnitude, start=start))
-
-    def _magnitude(self, kernel: Kernel) -> jax.Array:
-        start = lambda: jnp.linalg.norm(expand(kernel).astype(jnp.float32), axis=1)  # noqa: E731
-        magnitude: jax.Array = self.variable("lora", "magnitude", start).value
-        return magnitude
 
 
 class MoEFFN(nn.Module):
@@ -124,7 +115,7 @@ class MoEFFN(nn.Module):
     def _experts(
         self, name: str, d_in: int, d_out: int, scales: Mapping[str, Any], mask: jax.Array | None = None
     ) -> Experts:
-        module = ExpertDense(self.n_experts, d_out, self.adapters.get(name), self.adapters.dora, name=name)
+        module = ExpertDense(self.n_experts, d_out, self.adapters.rank(name), self.adapters.dora, name=name)
         experts: Experts = module(d_in, scales.get(name, 1.0), mask)
         return experts
 
@@ -153,7 +144,7 @@ def on_mesh(
 
     Args:
       sharding: of x; None on one device. Where it does not divide the batch, all devices do all of it.
-      x, weights, keys, layer, config: as of `routed_ffn`; where ``config.stats`` has a sharding, sinks have a leading
+      x, weights, keys, layer, config: as of `routed_ffn`; where ``config.stats`` has a sharding, taps have a leading
         axis ``[shards]``.
 
     Returns:
@@ -161,7 +152,7 @@ def on_mesh(
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
-        y, measured = routed_ffn(x, weights, keys, _with_own_sinks(layer) if by_shard else layer, config)
+        y, measured = routed_ffn(x, weights, keys, _with_first_taps(layer) if by_shard else layer, config)
         return y, {name: first_alone(value, config.stats.sharding) for name, value in measured.items()}
     rows, mesh = sharding.spec[0], sharding.mesh
     axis = _AXIS if _splits(layer, mesh.shape.get(_AXIS, 1)) else None
@@ -169,7 +160,7 @@ def on_mesh(
     def local(
         x: jax.Array, weights: jax.Array, keys: jax.Array | None, layer: Layer
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y, measured = routed_ffn(x, weights, keys, _with_own_sinks(layer) if by_shard else layer, config, axis)
+        y, measured = routed_ffn(x, weights, keys, _with_first_taps(layer) if by_shard else layer, config, axis)
         return y, {name: value[None] for name, value in measured.items()}
 
     names = config.measured if config.measure else ()
@@ -189,9 +180,9 @@ def on_mesh(
     return y, {name: merge[name](part, axis=0) for name, part in parts.items()}
 
 
-def _with_own_sinks(layer: Layer) -> Layer:
-    """``layer`` with the first of its sinks by shard: on a device that holds those of its own shard, these."""
-    return layer._replace(sinks={name: sink[0] for name, sink in layer.sinks.items()})
+def _with_first_taps(layer: Layer) -> Layer:
+    """``layer`` with the first of its taps by shard: on a device that holds those of its own shard, these."""
+    return layer._replace(taps={name: tap[0] for name, tap in layer.taps.items()})
 
 
 def _splits(layer: Layer, parts: int) -> bool:
@@ -207,7 +198,7 @@ def _splits(layer: Layer, parts: int) -> bool:
 
 
 def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
-    """Where a device's part of the arrays lies: channels over ``axis``, sinks by shard over ``rows``, else whole."""
+    """Where a device's part of the arrays lies: channels over ``axis``, taps by shard over ``rows``, else whole."""
     channels = P(None, None, axis)
 
     def projection(experts: Experts, kernel: P, a: P, b: P, of_outputs: P) -> Any:
@@ -227,7 +218,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
         projection(layer.gate, channels, P(), channels, P(None, axis)),
         projection(layer.up, channels, P(), channels, P(None, axis)),
         projection(layer.down, P(None, axis, None), P(None, axis, None), P(), P()),
-        {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.sinks},
+        {name: P(*([rows] if rows else []), *_by_channel(name, axis)) for name in layer.taps},
     )
     return Layer(*places)
 

@@ -14,10 +14,8 @@ import jax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.ops import cudnn_attention
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.programs import best_remat
-from nalora_jax.ops.rounding import LAYER_INPUT, SAVED, SAVED_WIDE
-from nalora_jax.ops.storage import STACKS
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS
 
 OFFLOAD = "_offload"
 # What is saved for the backward pass: everything, the layer's input only, or also what takes a matrix product to
@@ -28,13 +26,15 @@ _WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have a memory that
 
 
 def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
-    """The policy that is meant by ``asked``, of `REMAT` or "auto", on the numerics' platform (see `best_remat`).
+    """Returns ``asked``, or the platform's policy for "auto" (`PlatformHooks.best_remat`).
 
     Raises:
       NaloraError: see `check_remat`.
     """
     check_remat(asked, numerics.platform.name)
-    return best_remat(d_model, numerics, gated) if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    return numerics.hooks.best_remat(d_model, numerics, gated=gated)
 
 
 def check_remat(asked: str, platform: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nalora_jax.fields import Fields
-from nalora_jax.nn.layers import ROPE_KINDS, RopeSpec
+from nalora_jax.models.layers import ROPE_KINDS, RopeSpec
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}

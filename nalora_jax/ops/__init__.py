@@ -1,16 +1,9 @@
-"""Operations: each a plain JAX function, and the implementations that may stand in for it (`registry`).
+"""Operations and their implementations for a platform (`nalora_jax.ops.dispatch`).
 
-adapted_dense   y = x W + b + s (x A) B, with the gated gradient of A
-gated_mlp       y = (phi(x W_gate) * x W_up) W_down, with the statistics of the gate
-attention       softmax attention by segments, windows and caches      (cudnn_, triton_, splash_attention)
-grouped_matmul  rows sorted by group, each through its own group's kernel  (triton_)
-cross_entropy   loss of a frozen head, never all logits
+attention       softmax attention by segments, windows and caches   (cudnn_, triton_, splash_attention)
+grouped_matmul  rows sorted by group, each times its group's kernel  (triton_)
+cross_entropy   loss of a frozen head without all logits in memory
 residual_norm   x + y and its root-mean-square norm
+matmul          products with frozen kernels
+storage         storage forms of frozen arrays and of saved activations
 """
-
-# Registered as soon as any operation is imported.
-import nalora_jax.ops.cudnn_attention
-import nalora_jax.ops.splash_attention
-import nalora_jax.ops.tpu_grouped_matmul
-import nalora_jax.ops.triton_attention
-import nalora_jax.ops.triton_grouped_matmul  # noqa: F401

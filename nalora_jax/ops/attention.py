@@ -24,8 +24,7 @@ from nalora_jax.ops.blockwise_attention import (
     product,
     visibility,
 )
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
+from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.storage import Kernel, expand
 
 # With dropout: from this length stored probabilities would outweigh all other activations, so they are recomputed.
@@ -85,15 +84,6 @@ def attention(
     if cached is None and starts is None and not drops(config, dropout_rng):
         return blockwise_attention(q, *keys, window, config, numerics)
     return _attend_in_blocks(q, keys, window, config, numerics, cached, dropout_rng, starts).astype(numerics.result)
-
-
-@operation
-def reads_cache_in_place(seq: int, cache: Kernel, numerics: Numerics) -> bool:
-    """Whether `attention` of ``seq`` tokens reads a layer's keys where they lie in a stack of all layers'.
-
-    If so, the layer is given them as `nalora_jax.ops.storage.LayerStack.layer`, which copies nothing.
-    """
-    return False
 
 
 def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:

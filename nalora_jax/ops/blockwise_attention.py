@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import read_residual, rounded, save_residual
-from nalora_jax.ops.storage import Stored
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import Stored, read_residual, rounded, save_residual
 
 # Queries whose scores are computed together: longer blocks go piece by piece, so that memory grows with the keys alone.
 PIECE = 256

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
 from nalora_jax.ops.storage import Kernel
 
 # Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so that it takes some

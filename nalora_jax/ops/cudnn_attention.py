@@ -17,9 +17,8 @@ from jax.sharding import SingleDeviceSharding
 from nalora_jax.distributed.devices import kind_of
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import AUTO, Implementation
-from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.dispatch import AUTO, Implementation, Numerics
+from nalora_jax.ops.storage import round_and_save
 
 log = logging.getLogger(__name__)
 

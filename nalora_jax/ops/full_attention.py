@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.ops.blockwise_attention import UNSEEN, product
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
+from nalora_jax.ops.dispatch import Numerics, operation
 
 
 @operation

@@ -1,8 +1,8 @@
-"""Products of rows that are sorted by group, each with its own group's kernel: what a mixture of experts is made of.
+"""Matmuls of rows that are sorted by group with their group's kernel, for mixtures of experts.
 
-Adapters of experts are low-rank: with the factors of all groups side by side, every row is multiplied by them all and
-keeps its own (`factors_side_by_side`). That is one dense product instead of a grouped one with a few columns, which no
-matrix unit fills.
+Adapters of experts are low-rank. With the factors of all groups joined, every row is multiplied by all
+of them and keeps its group's columns (`dispatch.PlatformHooks.joins_expert_factors`). One dense matmul
+then replaces a grouped one with a few columns, which fills no matrix unit.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
+from nalora_jax.ops.dispatch import Numerics, operation
 
 
 @operation
@@ -38,21 +37,6 @@ def grouped_matmul(
 def ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
     """`lax.ragged_dot` in a dtype of operands, float32 ``[rows, d_out]``."""
     return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
-
-
-@operation
-def factors_side_by_side(groups: int, rank: int, numerics: Numerics) -> bool:
-    """Whether rows are multiplied by the adapters of all groups, of which they keep their own group's."""
-    return False
-
-
-@operation
-def few_rows_again(groups: int, rank: int, numerics: Numerics) -> bool:
-    """Whether what adapters add to a few of the rows is computed once more, in any order, instead of taken out of all.
-
-    It is where the product that makes it adds the base as well, so that no adapter's part is ever written by itself.
-    """
-    return False
 
 
 def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:

@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
-from nalora_jax.ops.rounding import rounded
-from nalora_jax.ops.storage import Kernel, expand
+from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.storage import Kernel, expand, rounded
 
 
 @operation

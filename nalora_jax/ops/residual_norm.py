@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
-from nalora_jax.ops.rounding import SAVED, round_and_save
+from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.storage import SAVED, round_and_save
 
 
 @operation

@@ -18,9 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import Implementation
-from nalora_jax.ops.rounding import SAVED, round_and_save
+from nalora_jax.ops.dispatch import Implementation, Numerics
+from nalora_jax.ops.storage import SAVED, round_and_save
 
 SPLASH = Implementation("splash", platform="tpu")
 _LANES = 128  # a TPU register's width: what block sizes must be multiples of

@@ -1,82 +1,119 @@
-"""How frozen arrays are stored: as floats, or as something that stands for floats and expands to them.
+"""How arrays are stored: frozen weights, and activations that are saved for the backward pass.
 
-A quantized kernel is stored as codes and scales (`nalora_jax.nn.quantize`); an implementation may prefer another form
-of the same bits. Whoever compiles a program hands its variables to `prepare` once, outside of it; inside, whatever
-reads a frozen array calls `expand`, `take_rows` or an operation, and need not know which form it has.
+A frozen array is stored as floats or in another form that expands to floats: quantized codes with
+scales (`nalora_jax.ops.quantize`), or the bits of bf16 on a CPU. The caller who compiles a program
+passes its variables to `prepare` once, outside of the program. Inside, code that reads a frozen
+array calls `expand`, `take_rows` or an operation, which accept every form.
+
+A rematerialized layer saves the arrays with these names: `SAVED` for those that take a matmul to
+recompute, `SAVED_WIDE` for the ones among them that are as wide as the feed-forward block, and
+`LAYER_INPUT` for its input, which every policy saves.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import operation
+from nalora_jax.ops.dispatch import Numerics, operation
 
-# The collection of kernels that stay in the stack of all layers while layers are scanned: there, a kernel's place in
-# ``params`` holds the number of the layer, and `LayerStack.layer` of both is the kernel.
+# The collection of kernels that stay in the stack of all layers while layers are scanned. A kernel's
+# leaf in ``params`` then holds the number of the layer, and `LayerStack.layer` of both is the kernel.
 STACKS = "stacks"
+SAVED, SAVED_WIDE, LAYER_INPUT = "saved", "saved_wide", "layer_input"
 
 
 class Stored(ABC):
-    """A frozen array in another form than floats; a pytree, so that it can be scanned, sharded and donated."""
+    """A frozen array in another form than floats; a pytree that can be scanned, sharded and donated."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of the float array."""
+        """Shape of the float array."""
 
     @property
     def ndim(self) -> int:
-        """Of the float array."""
+        """Rank of the float array."""
         return len(self.shape)
 
     @abstractmethod
     def expand(self) -> jax.Array:
-        """The float array."""
+        """Returns the float array."""
 
 
 class LayerStack(Stored):
-    """Arrays of all layers, ``[layers, ...]``, one of which can be used where it lies."""
+    """Arrays of all layers ``[layers, ...]``, of which a program reads one without a copy."""
 
     @abstractmethod
     def layer(self, index: jax.Array) -> Stored:
-        """That of layer ``index``."""
+        """Returns the array of layer ``index``."""
 
 
 Kernel = jax.Array | Stored  # a frozen kernel
 
 
 def expand(array: Kernel) -> jax.Array:
-    """A frozen array as floats."""
+    """Returns a frozen array as floats."""
     return array.expand() if isinstance(array, Stored) else array
 
 
 @operation
 def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
-    """``jnp.take`` of a frozen table, as floats."""
+    """Returns ``jnp.take`` of a frozen table, as floats."""
     return jnp.take(expand(table), rows, axis=axis)
 
 
-@operation
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
-    """A model's variables as its compiled programs take them, sharing the memory of what is given.
+    """Returns a model's variables in the form that compiled programs read fastest; memory is shared.
 
-    For whoever compiles a program, once, outside of it. Programs take unprepared variables as well.
+    Call it once, outside of the program. Programs accept unprepared variables, too.
 
     Args:
       variables: collections of arrays, ``params`` among them.
       numerics: the model's.
-      tables: also those at both ends of the model, which is best unless logits are computed of all of them in a loop.
+      tables: also convert the embedding and the head; False if logits are computed in a loop.
     """
-    return dict(variables)
+    return numerics.hooks.prepare(variables, numerics, tables=tables)
+
+
+# ---------------------------------------------------------------- rounding
 
 
 @operation
-def store(x: jax.Array, numerics: Numerics) -> jax.Array | Stored:
-    """An array that a program carries from step to step, such as a cache, as it is best stored."""
-    return x
+def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
+    """Returns ``x.astype(dtype)``."""
+    return x.astype(dtype)
+
+
+@operation
+def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVED) -> jax.Array | Stored:
+    """Returns ``x`` rounded to ``dtype`` and named for rematerialized layers.
+
+    `read_residual` is the inverse; an implementation may store the bits in another form.
+    """
+    return checkpoint_name(rounded(x, dtype, numerics), name)
+
+
+def read_residual(x: jax.Array | Stored, dtype: Any) -> jax.Array:
+    """Returns the argument of `save_residual` as ``dtype``."""
+    return expand(x).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def round_and_save(x: jax.Array, numerics: Numerics) -> jax.Array:
+    """Returns ``x`` rounded to ``numerics.residual`` and saved in that dtype; its gradient is unchanged."""
+    return _rounded_and_saved(x, numerics)
+
+
+def _rounded_and_saved(x: jax.Array, numerics: Numerics) -> jax.Array:
+    return read_residual(save_residual(x, numerics.residual, numerics), x.dtype)
+
+
+# The rule itself calls no custom function: a rematerialization policy sees no names inside of one.
+round_and_save.defvjp(lambda x, numerics: (_rounded_and_saved(x, numerics), None), lambda numerics, _, g: (g,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Columns, Head, chunk_of_rows
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel
 
 _CHUNK_FLOATS = 1 << 25  # of one chunk of logits on a device: nothing is computed twice here, so small ones will do

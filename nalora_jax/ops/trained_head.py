@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from nalora_jax.ops.cross_entropy import Columns, Head
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
-from nalora_jax.ops.numerics import Numerics
 from nalora_jax.ops.storage import Kernel
 
 _CHUNK_FLOATS = 1 << 25  # of one chunk of logits on a device

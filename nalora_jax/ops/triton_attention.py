@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.ops.attention import CachedKeys, Keys, attention, drops
 from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.registry import Implementation
-from nalora_jax.ops.rounding import round_and_save
+from nalora_jax.ops.dispatch import Implementation, Numerics
+from nalora_jax.ops.storage import round_and_save
 
 TRITON = Implementation("triton", platform="gpu")
 _BLOCK = 128  # queries and keys of a block; the backward pass has four gradients to hold, and takes half

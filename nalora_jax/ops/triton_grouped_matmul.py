@@ -13,19 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nalora_jax.ops.grouped_matmul import factors_side_by_side, grouped_matmul
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.grouped_matmul import grouped_matmul
 from nalora_jax.ops.triton_attention import TRITON
 
 NAME = "grouped_matmul"  # of the kernel, by which `nalora plan` knows it
 _ROWS, _COLUMNS, _INNER = 128, 128, 64  # of a tile
 _WARPS, _STAGES = 8, 3
-
-
-@TRITON.implements(factors_side_by_side)
-def factors_side_by_side_on_gpu(groups: int, rank: int, numerics: Numerics) -> bool:
-    """Always: without it XLA would copy the rows for every group."""
-    return True
 
 
 @TRITON.implements(grouped_matmul)

@@ -18,7 +18,7 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
 from nalora_jax.models.remat import OFFLOAD
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
 from nalora_jax.ops.splash_attention import SPLASH, takes

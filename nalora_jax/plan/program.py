@@ -21,12 +21,12 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
+from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig, param_shapes
-from nalora_jax.nn.quantize import KERNELS, gathered, quantize
+from nalora_jax.ops.quantize import KERNELS, gathered, quantize
 from nalora_jax.plan.machines import Topology
 from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step, measured_blocks
-from nalora_jax.train.state import init_state
 
 _BATCH = {
     "tokens": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nalora_jax.config import RunConfig
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
 from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
 from nalora_jax.plan.accounting import Collective

@@ -1,6 +1,6 @@
 """What the gates of a model look like, layer by layer: the table and the picture of ``nalora inspect``.
 
-Pure functions of the statistics that the blocks write (`nalora_jax.nn.ffn`); running texts through a model is the
+Pure functions of the statistics that the blocks write (`nalora_jax.method.ffn`); running texts through a model is the
 caller's part.
 """
 

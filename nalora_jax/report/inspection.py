@@ -14,10 +14,10 @@ import numpy as np
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.load import AdaptedModel
+from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.report.inspect import LayerSummary, layer_summary
 from nalora_jax.tokenizer import Tokenizer
 

@@ -18,9 +18,8 @@ import numpy as np
 from nalora_jax import distributed, trees
 from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.ops.numerics import Numerics, Platform
-from nalora_jax.ops.programs import processor_name
-from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.method.step import TrainState
+from nalora_jax.ops.dispatch import Platform, hooks_of
 from nalora_jax.study.identity import check_records, code_version, describe_old, record_digest
 from nalora_jax.study.plan import Run, pending
 from nalora_jax.study.protocol import Protocol
@@ -33,7 +32,7 @@ from nalora_jax.train.compilation import use_compilation_cache
 from nalora_jax.train.loop import LoopEvaluation, Schedule, fit
 from nalora_jax.train.machine import describe_device, versions
 from nalora_jax.train.metrics import to_json
-from nalora_jax.train.state import TrainState
+from nalora_jax.train.optimizers import make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +149,7 @@ def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str
         "config": run.config_hash,
         "protocol": run.protocol.digest,
         "versions": versions(),
-        "processor": processor_name(Numerics(platform=Platform("cpu"))),
+        "processor": hooks_of(Platform("cpu")).processor_name(),
         "device": describe_device(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

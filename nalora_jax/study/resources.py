@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nalora_jax import activations, statistics
 from nalora_jax.config import DataConfig, RunConfig
-from nalora_jax.optim.gate_state import Mechanisms
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.step import TrainState
 from nalora_jax.study.identity import rule_files
 from nalora_jax.study.language import Language, LanguageItems
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, data_of
 from nalora_jax.study.subject import Items, StudyRows, Subject
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.state import TrainState
 
 _RATE = "step_size"  # the factor of the optimizer's last stage, a traced value in its state
 

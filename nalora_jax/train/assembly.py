@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable
@@ -15,27 +16,33 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, statistics, trees
+from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
+from nalora_jax.gate_checks import BROKEN, GateChecks, require_compensated
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import statistics
+from nalora_jax.method.optimizer import find_gates, nalora
+from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
 from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig, gate_blocks
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
-from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
-from nalora_jax.optim.adalora import adalora
-from nalora_jax.optim.learning_rate import with_learning_rate
-from nalora_jax.optim.nalora import Mechanisms, find_gates, make_mechanisms, make_optimizer, nalora
-from nalora_jax.train.objectives import Objective, SeenNextToken
-from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.adalora import adalora
+from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.train.objectives import NextToken, SeenNextToken
+from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.train.step import BROKEN, Step, StepConfig, make_train_step, next_token
 from nalora_jax.weights.allocated import remaining_ranks
 from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
 from nalora_jax.weights.pissa import pissa_split
@@ -103,9 +110,7 @@ def assemble(
         distributed.check_heads(mesh, n_heads=base.sight.tower.n_heads, n_kv_heads=base.sight.tower.n_heads)
     spec = adapter_spec(config, base)
     mechanisms = build_mechanisms(config, base, spec)
-    model = build_model(
-        base, spec, config.compute, mesh, check=_check_tolerance(config), measured=mechanisms.statistics
-    )
+    model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), measured=mechanisms.statistics)
     optimizer = build_optimizer(config, base, spec, mechanisms, last)
 
     initial = None
@@ -169,14 +174,14 @@ def build_model(
     compute: ComputeConfig,
     mesh: Mesh,
     *,
-    check: float = 0.0,
+    checks: GateChecks | None = None,
     measured: tuple[str, ...] = (),
 ) -> Decoder:
     """The decoder as a training step runs it.
 
     Args:
       base, spec, compute, mesh: what it is made of, and where it runs.
-      check: tolerance of the checks on live gates; 0 makes none.
+      checks: of live gates.
       measured: statistics that mechanisms need.
     """
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
@@ -189,7 +194,7 @@ def build_model(
             compute.stats_stride,
             compute.probe_stride,
             compute.stats_positions,
-            check=check,
+            checks=checks,
             extra=statistics.extra(measured),
             sharding=distributed.row_sharding(mesh),
         ),
@@ -240,8 +245,9 @@ def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
     return find_gates(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
 
 
-def _check_tolerance(config: RunConfig) -> float:
-    return config.debug.tolerance if config.debug.check_gates else 0.0
+def gate_checks_of(config: RunConfig) -> GateChecks | None:
+    """Returns the checks of ``--debug.check-gates``; None if they are off."""
+    return GateChecks(config.debug.tolerance) if config.debug.check_gates else None
 
 
 def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
@@ -305,33 +311,45 @@ def compile_step(
     """The step jitted over the mesh: one trace in a run, state donated; chexified where gates are checked."""
     settings = StepConfig(
         mechanisms=mechanisms,
-        head=head_of(base),
-        numerics=model.numerics,
-        loss_chunk=config.compute.loss_chunk,
-        batch_shards=distributed.batch_shards(mesh),
-        head_sharding=head_sharding(base, mesh),
         stats_sharding=distributed.row_sharding(mesh),
         **_step_shardings(base, model.adapters, mesh),
-        check_gates=config.debug.check_gates,
+        metrics=layer_metrics(mechanisms),
+        verify=require_compensated if config.debug.check_gates else None,
     )
-    objective: Objective | None = None
-    if base.sight is not None:
-        kept = tuple(measured_blocks(base, model.adapters))
-        objective = SeenNextToken(
-            model,
-            settings.head,
-            settings.numerics,
-            settings.loss_chunk,
-            settings.batch_shards,
-            settings.head_sharding,
-            processor,
-            kept,
-        )
+    objective = text_objective(config, base, model, mesh, processor)
+    return jit_step(config, make_train_step(optimizer, settings, objective), mesh, placed)
+
+
+def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
+    """Returns the cross-entropy of a model's next tokens, with the layout of the loss on a mesh."""
+    return NextToken(
+        model,
+        head_of(base),
+        model.numerics,
+        compute.loss_chunk,
+        distributed.batch_shards(mesh),
+        head_sharding(base, mesh),
+    )
+
+
+def text_objective(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    mesh: Mesh,
+    processor: ImageProcessor | None = None,
+) -> Objective:
+    """Returns the objective of a run on text, on conversations about images, or on preference pairs."""
+    plain = next_token(base, model, config.compute, mesh)
     if config.preference.loss != "none":
         from nalora_jax.train.preference import Preference
 
-        objective = Preference(next_token(model, settings), config.preference)
-    return jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, placed)
+        return Preference(plain, config.preference)
+    if base.sight is None:
+        return plain
+    blocks = tuple(measured_blocks(base, model.adapters))
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+    return SeenNextToken(**fields, processor=processor, measured=blocks)
 
 
 def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:

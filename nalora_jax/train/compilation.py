@@ -14,9 +14,12 @@ from typing import Any
 
 import jax
 
+from nalora_jax.distributed.devices import platform_name
 from nalora_jax.downloads import cache_dir, private_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import file_digest, write_atomically
+from nalora_jax.method.step import Batch, Step, TrainState
+from nalora_jax.ops.dispatch import Platform, hooks_of
 
 log = logging.getLogger(__name__)
 
@@ -77,3 +80,20 @@ def _write_digests(folder: Path) -> None:
 
 def _beside(entry: Path) -> Path:
     return entry.with_name(entry.name + _DIGEST)
+
+
+def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> Any:
+    """Compiles ``step`` for arguments of these shapes before its first call.
+
+    The first call would allocate its buffers on top of the compiler's memory, which the platform may
+    return to the system here. A second call with these shapes does not compile again.
+
+    Returns:
+      The ``jax.stages.Compiled``; None if the step is not jitted.
+    """
+    if not hasattr(step, "lower"):
+        return None
+    compiled = step.lower(params, state, batch).compile()  # the call of the step finds this program
+    (device, *_) = jax.tree.leaves(batch)[0].devices()
+    hooks_of(Platform(platform_name(device))).after_compilation()
+    return compiled

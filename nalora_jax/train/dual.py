@@ -12,25 +12,29 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, statistics
+from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
+from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
+from nalora_jax.gate_checks import require_compensated
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import statistics
+from nalora_jax.method.optimizer import find_gates, nalora
+from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.step import Step, StepConfig, TrainState, init_state, make_train_step
 from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
-from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import AdapterSpec, resolve
-from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import numerics_for, platform_of
-from nalora_jax.optim.gate_state import Mechanisms
-from nalora_jax.optim.learning_rate import with_learning_rate
-from nalora_jax.optim.nalora import find_gates, make_mechanisms, make_optimizer, nalora
-from nalora_jax.train.assembly import Assembly, jit_step
+from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.train.assembly import Assembly, gate_checks_of, jit_step
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
-from nalora_jax.train.state import TrainState, init_state
+from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.learning_rate import with_learning_rate
+from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.train.optimizers import make_optimizer
 from nalora_jax.train.state_metrics import StateMetrics
-from nalora_jax.train.step import Step, StepConfig, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -137,13 +141,12 @@ def dual_program(
     objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
     settings = StepConfig(
         mechanisms,
-        Head(),
-        model.numerics,
         stats_sharding=distributed.row_sharding(mesh),
         **_shardings(lora, mesh),
-        check_gates=config.debug.check_gates,
+        metrics=layer_metrics(mechanisms),
+        verify=require_compensated if config.debug.check_gates else None,
     )
-    step = jit_step(config, make_train_step(model, optimizer, settings, objective), mesh, places)
+    step = jit_step(config, make_train_step(optimizer, settings, objective), mesh, places)
     return DualProgram(model, mechanisms, optimizer, fresh, places, step)
 
 
@@ -160,7 +163,7 @@ def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: M
             compute.stats_stride,
             compute.probe_stride,
             compute.stats_positions,
-            check=config.debug.tolerance if config.debug.check_gates else 0.0,
+            checks=gate_checks_of(config),
             extra=statistics.extra(mechanisms.statistics),
             sharding=distributed.row_sharding(mesh),
         ),

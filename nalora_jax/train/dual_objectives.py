@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import BATCH_AXES
+from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.vision.dual import DualEncoder, normalised
-from nalora_jax.train.objectives import Batch, Found
 
 # Of ``params``: what class prompts are, beside the weights.
 CLASSES = "classes"
@@ -67,7 +67,7 @@ class Classify:
 
     towers: Towers
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
         """See `nalora_jax.train.objectives.Objective`; the batch has ``pixels`` and ``labels [rows]``."""
         first, second = jax.random.split(key)
         images, written = self.towers.images(variables, batch, first)
@@ -75,7 +75,7 @@ class Classify:
         scale, _ = self.towers.temperature(variables)
         logits = scale * jnp.einsum("if,cf->ic", images, classes, precision="highest")
         chosen = jnp.take_along_axis(logits, batch["labels"][:, None], axis=1)[:, 0]
-        return Found(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen), {**written, **more})
+        return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen), {**written, **more})
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Images, twice."""
@@ -102,7 +102,7 @@ class Contrast:
     towers: Towers
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
         """See `nalora_jax.train.objectives.Objective`; the batch has ``pixels``, ``tokens`` and ``token_weights``."""
         del params
         first, second = jax.random.split(key)
@@ -110,7 +110,7 @@ class Contrast:
         texts, more = self.towers.texts(variables, batch, second)
         scale, bias = self.towers.temperature(variables)
         function = softmax_contrastive if self.kind == "softmax" else sigmoid_contrastive
-        return Found(function(images, texts, scale, bias, self.towers.mesh), {**written, **more})
+        return Evaluated(function(images, texts, scale, bias, self.towers.mesh), {**written, **more})
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Pairs, twice."""

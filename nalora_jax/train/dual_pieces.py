@@ -18,15 +18,16 @@ from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shot
 from nalora_jax.data.images.sources import ImageSource, open_images
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.sources import AUTO, check_disjoint
+from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
+from nalora_jax.method.step import TrainState
 from nalora_jax.models.vision.dual import DualEncoder
-from nalora_jax.ops.numerics import numerics_for, platform_of
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.train.assembly import Assembly
 from nalora_jax.train.dual import assemble_dual, resolve_dual, trains_text
 from nalora_jax.train.dual_objectives import CLASSES
 from nalora_jax.train.pieces import Pieces
-from nalora_jax.train.state import TrainState
 from nalora_jax.weights.vision.model import LoadedDual, load_dual
 from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
 

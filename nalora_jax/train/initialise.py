@@ -33,14 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nalora_jax import distributed, trees
+from nalora_jax.method import statistics
+from nalora_jax.method.optimizer import find_gates
+from nalora_jax.method.state import Mechanisms
+from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
-from nalora_jax.optim.gate_state import Mechanisms
-from nalora_jax.optim.nalora import find_gates
-from nalora_jax.train.assembly import Assembly, head_of, head_sharding
-from nalora_jax.train.objectives import Batch
-from nalora_jax.train.step import StepConfig, make_gradients
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.train.assembly import Assembly, next_token
 
 _ITERATIONS = 2
 # Columns of A that a fresh LoRA draws have this length on average: uniform in +-1/sqrt(d_in), d_in of them.
@@ -88,6 +88,23 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
     return _place(left, {path: vt for path, (_, _, vt) in parts.items()}, assembly, base, seed)
 
 
+def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, Any, Batch], dict[str, Any]]:
+    """Returns the first half of a step, without dropout: ``(params, lora, batch) -> sums``.
+
+    The sums contain ``grads`` (of ``lora``, summed over target tokens), ``stats`` (by block) and
+    ``target_tokens``. Arguments and batches are those of `make_train_step`.
+    """
+    evaluate = micro_gradients(objective, config)
+
+    def gradients(params: Any, lora: Any, batch: Batch) -> dict[str, Any]:
+        key = jax.random.key(0)
+        sums = accumulate(lambda b, k: evaluate(params, lora, {}, None, b, k), batch, key)
+        stats = over_shards(sums["stats"], statistics.STANDARD, config.stats_sharding)
+        return sums | {"stats": stats}
+
+    return gradients
+
+
 class _Search:
     """Products with G: what the gradients of adapters at scale 1 are, one of whose factors is zero."""
 
@@ -101,17 +118,10 @@ class _Search:
         self._spec, self._batches, self._params = AdapterSpec(targets), batches, assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
-        config = StepConfig(
-            mechanisms=Mechanisms((), base.activation),
-            head=head_of(base),
-            numerics=model.numerics,
-            loss_chunk=assembly.config.compute.loss_chunk,
-            batch_shards=distributed.batch_shards(mesh),
-            head_sharding=head_sharding(base, mesh),
-            stats_sharding=model.stats.sharding,
-        )
+        config = StepConfig(Mechanisms((), base.activation), stats_sharding=model.stats.sharding)
+        objective = next_token(base, model, assembly.config.compute, mesh)
         self._sums: Callable[..., dict[str, Any]] = jax.jit(
-            make_gradients(model, config),
+            make_gradients(config, objective),
             compiler_options=distributed.compiler_options(mesh),
         )
         self._zeros = trees.flatten(init_lora(base, self._spec, jax.random.key(0)))

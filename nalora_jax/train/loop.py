@@ -14,10 +14,11 @@ import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError, TrainingDivergedError
+from nalora_jax.method.step import TrainState
 from nalora_jax.notes import counting
+from nalora_jax.train.compilation import compile_ahead
 from nalora_jax.train.profile import Profile
-from nalora_jax.train.state import TrainState, first_bad_row, non_finite
-from nalora_jax.train.step import compile_ahead
+from nalora_jax.train.state_metrics import first_bad_row, non_finite
 
 _ANEW = (
     "the checkpoints of earlier steps are kept; start anew in another --output with a lower --optimizer.learning-rate "

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import jax
 
+from nalora_jax.distributed import platform_of
 from nalora_jax.distributed.devices import memory_statistics
-from nalora_jax.ops.numerics import Numerics, platform_of
-from nalora_jax.ops.programs import device_name
+from nalora_jax.ops.dispatch import hooks_of
 
 
 def describe_device() -> str:
     """Kind and number of devices, and the processor behind a CPU device."""
     platform = platform_of()
-    return f"{platform.devices} x {platform.name} ({device_name(Numerics(platform=platform))})"
+    return f"{platform.devices} x {platform.name} ({hooks_of(platform).device_name(platform)})"
 
 
 def versions() -> dict[str, str]:

@@ -1,14 +1,13 @@
 """What a training step minimises: the one part of it that knows what the model reads.
 
-`nalora_jax.train.step` takes an `Objective` and does the rest: statistics, masks, gradients, micro-batches, update.
+`nalora_jax.method.step` takes an `Objective` and does the rest: statistics, masks, gradients, micro-batches, update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import chex
 import jax
@@ -17,37 +16,11 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from nalora_jax import trees
-from nalora_jax.nn.low_rank import ROWS
+from nalora_jax.method.step import Batch, Evaluated
+from nalora_jax.models.targets import ROWS
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entropy
-
-Batch = Mapping[str, jax.Array]
-
-
-class Found(NamedTuple):
-    """What an objective finds of one micro-batch."""
-
-    loss: jax.Array  # summed
-    gate_stats: Any  # the collection that the blocks wrote
-    measured: Mapping[str, jax.Array] = MappingProxyType({})  # sums of other numbers for the log, by name
-
-
-class Objective(Protocol):
-    """A loss over one micro-batch."""
-
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
-        """The summed loss, the collection ``gate_stats`` that the blocks wrote, and what else the log shows.
-
-        Args:
-          variables: what the model's ``apply`` takes, with the collections of the step.
-          params: the frozen weights among them, which may be stored in another form (`nalora_jax.ops.storage`).
-          batch: one micro-batch, arrays ``[rows, ...]``.
-          key: of dropout.
-        """
-
-    def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """float32 scalars: units that were read (tokens, rows), and those that the loss is a mean over."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +34,7 @@ class NextToken:
     batch_shards: int = 1  # parts that the mesh splits the batch into
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
         """See `Objective`; arrays of the batch are ``[rows, seq]``."""
         hidden, written = self.hidden(variables, batch, key)
         if (trained := self.trained_head(variables["lora"], params)) is not None:
@@ -75,8 +48,8 @@ class NextToken:
                 chunk=self.loss_chunk,
                 shards=self.batch_shards,
             )
-            return Found(loss, written)
-        return Found(self.cross_entropy(hidden, params, batch, batch["loss_weights"]), written)
+            return Evaluated(loss, written)
+        return Evaluated(self.cross_entropy(hidden, params, batch, batch["loss_weights"]), written)
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nalora_jax.data.pipeline import BatchIterator
+from nalora_jax.method.step import TrainState
 from nalora_jax.train.assembly import Assembly
-from nalora_jax.train.state import TrainState
 from nalora_jax.weights.origin import Origin
 
 

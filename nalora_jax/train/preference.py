@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from nalora_jax.config.preference import PreferenceConfig
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.method.step import Batch, Evaluated
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.train.objectives import Batch, Found, NextToken
+from nalora_jax.train.objectives import NextToken
 
 # Collections that make the policy of the base.
 _ADAPTED = ("lora", "gate_mask", "gate_taps")
@@ -55,7 +56,7 @@ class Preference:
     policy: NextToken
     config: PreferenceConfig
 
-    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Found:
+    def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
         """See `nalora_jax.train.objectives.Objective`; the batch has ``pairs`` ``[rows, pairs]`` besides text."""
         hidden, written = self.policy.hidden(variables, batch, key)
         base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
@@ -82,7 +83,7 @@ class Preference:
             "rewards_accuracy": jnp.sum(real * (found.chosen > found.rejected)),
         }
         # The loss's value, with the surrogate's gradient.
-        return Found(lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured))
+        return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Real tokens, and pairs."""

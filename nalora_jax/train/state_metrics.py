@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.optim.gate_state import Mechanisms, own_factors
-from nalora_jax.train.state import TrainState
+from nalora_jax.method.state import Mechanisms, own_factors
+from nalora_jax.method.step import TrainState
+from nalora_jax.models.targets import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -114,3 +114,31 @@ def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[st
         squared = jnp.sum(of_a * of_b, axis=tuple(range(1, a.ndim)))
         found[path] = jnp.asarray(spec.scales(path)) * jnp.sqrt(jnp.maximum(squared, 0.0))
     return found
+
+
+def non_finite(state: Any) -> list[str]:
+    """Returns the paths of the floating-point arrays with NaN or infinity, e.g. ``["opt_state/0/mu/..."]``.
+
+    Reads the state once and fetches once; every process has to call it.
+    """
+    floats = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if not floats:
+        return []
+    found = jax.device_get(_all_finite(list(floats.values())))
+    return [path for path, finite in zip(floats, found, strict=True) if not finite]
+
+
+def first_bad_row(array: jax.Array) -> int:
+    """Returns the first index of axis 0 with NaN or infinity: the layer, in an array of stacked layers."""
+    return int(jax.device_get(_first_bad_row(jnp.atleast_1d(array))))
+
+
+@jax.jit
+def _first_bad_row(array: jax.Array) -> jax.Array:
+    return jnp.argmin(jnp.isfinite(array).all(axis=tuple(range(1, array.ndim))))
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    """bool [leaves]: whether every element of each is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])

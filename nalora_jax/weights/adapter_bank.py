@@ -21,7 +21,7 @@ import numpy as np
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.saved_modules import refuse_saved
 
 Adapter = tuple[Mapping[str, Any], AdapterSpec]  # a lora tree and its spec

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.nn.low_rank import TABLES, AdapterSpec, TargetSpec
+from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
 from nalora_jax.weights.adapter_bank import folded_scales, padded
 from nalora_jax.weights.saved_modules import with_whole_tables
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.layers import RopeSpec, inverse_frequencies
+from nalora_jax.models.layers import RopeSpec, inverse_frequencies
 from nalora_jax.weights.gguf import GGUFFile
 
 # architecture -> (model_type, class of transformers)

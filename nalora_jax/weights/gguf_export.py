@@ -32,7 +32,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_file

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
-from nalora_jax.nn.quantize import KERNELS, Kind, Quantized, quantize
+from nalora_jax.ops.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}

@@ -21,8 +21,8 @@ from jax import lax
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.sight import MULTIMODAL, text_part
-from nalora_jax.nn.low_rank import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json

@@ -18,7 +18,7 @@ from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.models.vision.sight import Sight
-from nalora_jax.nn.quantize import Kind, gathered
+from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
 from nalora_jax.weights.gguf import GGUFFile
@@ -118,7 +118,7 @@ def load_model(
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first device by default.
       cache: where packages are kept.
-      quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.nn.quantize`) instead of ``dtype``.
+      quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.ops.quantize`) instead of ``dtype``.
       images: load a multimodal model with what it sees images by; by default its text model alone.
 
     Raises:

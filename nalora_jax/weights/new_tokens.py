@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from nalora_jax import distributed
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.low_rank import TABLES
+from nalora_jax.models.targets import TABLES
 from nalora_jax.tokenizer import AddedTokens, Tokenizer, read_backend
 from nalora_jax.weights.model import LoadedModel
 from nalora_jax.weights.peft_config import CONFIG_NAME

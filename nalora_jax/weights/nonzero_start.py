@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.trees import flatten
 from nalora_jax.weights.peft_modules import ModuleAdapter, ModuleLayout, compact
 from nalora_jax.weights.peft_read import import_adapter

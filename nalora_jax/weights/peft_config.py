@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.low_rank import ROWS
+from nalora_jax.models.targets import ROWS
 from nalora_jax.weights import peft_adalora
 
 CONFIG_NAME = "adapter_config.json"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.peft_adalora import as_lora_tensors
 from nalora_jax.weights.peft_config import PeftConfig, read_peft_config

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.low_rank import TABLES
+from nalora_jax.models.targets import TABLES
 
 # What transformers calls a projection, and where it is in the paths that rules are searched in.
 MODULES = {name: f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nalora_jax.nn.low_rank import ROWS, TABLES
+from nalora_jax.models.targets import ROWS, TABLES
 from nalora_jax.weights.foreign_settings import Field, Refused, Settings, converted, only, put
 from nalora_jax.weights.peft_adalora import training_settings
 from nalora_jax.weights.peft_rules import rules_of

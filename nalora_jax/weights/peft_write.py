@@ -12,7 +12,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, depths
-from nalora_jax.nn.low_rank import AdapterSpec, adapter_scale
+from nalora_jax.models.targets import AdapterSpec, adapter_scale
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_config import CONFIG_NAME

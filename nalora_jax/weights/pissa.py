@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.trees import flatten, unflatten
 
 

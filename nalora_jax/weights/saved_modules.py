@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import ROWS, TABLES, AdapterSpec
+from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft_config import read_peft_config
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import adapter_scale
+from nalora_jax.models.targets import adapter_scale
 from nalora_jax.weights.peft_config import PeftConfig
 from nalora_jax.weights.saved_modules import tensor_names
 

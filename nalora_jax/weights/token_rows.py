@@ -21,7 +21,7 @@ from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import check_token_indices
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.nn.low_rank import ROWS, AdapterSpec
+from nalora_jax.models.targets import ROWS, AdapterSpec
 from nalora_jax.weights.peft_config import PeftConfig
 from nalora_jax.weights.saved_modules import RESIZED, tensor_names
 

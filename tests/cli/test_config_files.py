@@ -16,7 +16,7 @@ from nalora_jax.cli.config_files import as_yaml, load_config
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, MeshConfig, OptimizerConfig, RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from tests import tiny
 
 SETTINGS: dict[str, Any] = {

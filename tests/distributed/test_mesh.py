@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import distributed, trees
 from nalora_jax.config import MaskConfig, MeshConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.optim.gate_state import init_gate_state, make_mechanisms
+from nalora_jax.method.state import init_gate_state
+from nalora_jax.train.mechanisms import make_mechanisms
 
 L, D, F, V, R = 3, 64, 128, 256, 8
 HEADS, KV, HEAD_DIM, EXPERTS = 8, 4, 16, 2

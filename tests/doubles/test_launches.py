@@ -16,7 +16,7 @@ from nalora_jax import distributed
 from nalora_jax.config import DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import choose
 from nalora_jax.plan.machines import of_devices, topology

@@ -8,7 +8,7 @@ import pytest
 from nalora_jax import distributed
 from nalora_jax.cli import doctor
 from nalora_jax.config import MeshConfig
-from nalora_jax.ops.numerics import platform_of
+from nalora_jax.distributed import platform_of
 from nalora_jax.study.execution import peak_bytes
 from nalora_jax.train.machine import describe_device, peak_memory
 from tests.doubles.machines import NAMES, machine

@@ -18,7 +18,7 @@ from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.plan import choose_layout, make_batches, split_group
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 
 
 def random_groups(count: int, seed: int = 0, *, own_contexts: bool = False) -> list:

@@ -10,10 +10,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nalora_jax import activations, statistics
 from nalora_jax.config import MaskConfig, StepScaleConfig
-from nalora_jax.nn.low_rank import init_a, residual
-from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
+from nalora_jax.dense import init_a
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.low_rank import residual
+from nalora_jax.method.optimizer import nalora
+from nalora_jax.method.state import channel_factors, init_gate_state, update_gate_state
+from nalora_jax.train.mechanisms import make_mechanisms
 
 SILU, REGIONS = activations.get("silu"), activations.partition("silu")
 MASK = MaskConfig(kind="hard", keep=0.25, warmup=1)

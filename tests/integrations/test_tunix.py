@@ -15,8 +15,9 @@ from flax import nnx
 
 from nalora_jax.config import LoRAConfig, MaskConfig, StepScaleConfig
 from nalora_jax.integrations import adapt_nnx
-from nalora_jax.optim.gate_state import own_factors
-from nalora_jax.optim.nalora import channel_factors, init_gate_state, make_mechanisms, nalora, update_gate_state
+from nalora_jax.method.optimizer import nalora
+from nalora_jax.method.state import channel_factors, init_gate_state, own_factors, update_gate_state
+from nalora_jax.train.mechanisms import make_mechanisms
 
 # Tunix 0.1.7 calls what newer Flax and JAX deprecate.
 pytestmark = [pytest.mark.tunix, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

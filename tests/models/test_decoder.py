@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from nalora_jax.config import LoRAConfig
+from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import default_positions, init_cache
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_params
-from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, resolve
-from nalora_jax.ops.numerics import Numerics, numerics_for
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, resolve
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 from nalora_jax.trees import flatten, unflatten
 

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from nalora_jax import activations
+from nalora_jax import gate_checks
 from nalora_jax.errors import NaloraError
+from nalora_jax.gate_checks import GateChecks
+from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
+from nalora_jax.method import activations
+from nalora_jax.method.ffn import Adapters
+from nalora_jax.method.low_rank import residual
 from nalora_jax.models.expert_products import Groups, frozen_grouped_matmul, grouped_residual
 from nalora_jax.models.experts import route
 from nalora_jax.models.moe import ExpertDense, MoEFFN
-from nalora_jax.nn.ffn import Adapters
-from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.ops import checks
-from nalora_jax.ops.adapted_dense import residual
-from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics
+from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import Numerics, Platform
 
 EXPERTS, D, F, RANK = 4, 8, 12, 3
 SIZES = np.array([5, 0, 3, 2], np.int32)
@@ -82,8 +82,7 @@ def test_grouped_adapter_is_each_experts_own_with_gradients(masked, platform):
 
 
 def block(**options) -> MoEFFN:
-    spec = TargetSpec((RANK,), (3.0,))
-    adapters = Adapters((("gate_proj", spec), ("up_proj", spec), ("down_proj", spec)), dora=options.pop("dora", False))
+    adapters = Adapters((("gate_proj", RANK), ("up_proj", RANK), ("down_proj", RANK)), dora=options.pop("dora", False))
     return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, **options)
 
 
@@ -124,15 +123,15 @@ def test_statistics_are_the_same_where_adapters_lie_side_by_side(stride):
 
 
 def test_identity_check_measures_the_live_gate():
-    module, x = block(stats=GateStatsConfig(check=1e-5)), normal(2, 5, D)
+    module, x = block(stats=GateStatsConfig(checks=GateChecks(1e-5))), normal(2, 5, D)
     _, out = jax.jit(lambda v: module.apply(v, x, mutable=["gate_stats"]))(variables_of(module))
     stats = out["gate_stats"]
-    for name in checks.NAMES:
+    for name in gate_checks.NAMES:
         assert stats[name] < 1, name
 
 
 def test_a_stack_of_adapters_is_refused_by_name():
-    module, variables = ExpertDense(EXPERTS, F, TargetSpec((RANK,), (3.0,))), {}
+    module, variables = ExpertDense(EXPERTS, F, RANK), {}
     variables["params"] = {"kernel": normal(EXPERTS, D, F)}
     variables["lora"] = {"a": normal(2, EXPERTS, D, RANK), "b": normal(2, EXPERTS, RANK, F)}
     with pytest.raises(NaloraError, match="stack of adapters"):
@@ -142,7 +141,7 @@ def test_a_stack_of_adapters_is_refused_by_name():
 def test_dropout_acts_on_the_adapters_input_only():
     module, x = block(), normal(1, 6, D)
     variables = variables_of(module)
-    noisy = MoEFFN(D, F, EXPERTS, 2, adapters=Adapters(module.adapters.targets, dropout=0.5))
+    noisy = MoEFFN(D, F, EXPERTS, 2, adapters=Adapters(module.adapters.ranks, dropout=0.5))
     still = noisy.apply(variables, x)
     np.testing.assert_array_equal(still, module.apply(variables, x))
     dropped = noisy.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})

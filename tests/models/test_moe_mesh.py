@@ -14,39 +14,39 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nalora_jax import distributed, statistics, trees
+from nalora_jax import distributed, gate_checks, trees
 from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.perplexity import _batch_log_probs
+from nalora_jax.gate_checks import GateChecks
 from nalora_jax.generate.shapes import place_batch
 from nalora_jax.load import load
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import statistics
+from nalora_jax.method.ffn import Adapters
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.nn.ffn import Adapters
-from nalora_jax.nn.low_rank import TargetSpec, resolve
-from nalora_jax.nn.quantize import quantize
-from nalora_jax.ops import checks
-from nalora_jax.ops.gated_mlp import GateStatsConfig
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.shards import count
+from nalora_jax.models.targets import resolve
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.quantize import quantize
+from nalora_jax.ops.reductions import count
 from nalora_jax.train.assembly import Assembly, build_model
 
 EXPERTS, D, F, RANK, ROWS, SEQ = 4, 64, 128, 3, 8, 12
-STATS = GateStatsConfig(stride=2, probe_stride=3, check=1e-5, extra=("excess",))
-SPEC = TargetSpec((RANK,), (6.0,))
+STATS = GateStatsConfig(stride=2, probe_stride=3, checks=GateChecks(1e-5), extra=("excess",))
 
 
 def block(sharding: NamedSharding | None = None, *, by_shard: bool = False, **options: Any) -> MoEFFN:
     names = ("gate_proj", "up_proj", "down_proj")
-    adapters = Adapters(tuple((name, SPEC) for name in names), **options)
+    adapters = Adapters(tuple((name, RANK) for name in names), **options)
     stats = replace(STATS, sharding=sharding) if by_shard else STATS
     return MoEFFN(D, F, EXPERTS, 2, adapters=adapters, stats=stats, sharding=sharding)
 
 
 def over_shards(sums: Any, axis: int) -> Any:
     def reduced(path: str, value: Any) -> Any:
-        return (np.max if path.rpartition("/")[2] in checks.NAMES else np.sum)(value, axis=axis)
+        return (np.max if path.rpartition("/")[2] in gate_checks.NAMES else np.sum)(value, axis=axis)
 
     return trees.map_named(reduced, sums)
 
@@ -117,7 +117,7 @@ def assert_close(spread: Any, single: Any) -> None:
     assert set(ours) == set(theirs)
     for path, value in theirs.items():
         limit = 3e-6 * max(1.0, float(np.max(np.abs(value))))
-        if path.rpartition("/")[2] in checks.NAMES:  # largest error of a part of the tokens, not of all
+        if path.rpartition("/")[2] in gate_checks.NAMES:  # largest error of a part of the tokens, not of all
             assert np.all(ours[path] <= 1), path
             continue
         np.testing.assert_allclose(ours[path], value, rtol=1e-4, atol=limit, err_msg=path)

@@ -15,9 +15,10 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.ops import cudnn_attention
-from nalora_jax.ops.numerics import Platform, numerics_for
+from nalora_jax.ops.dispatch import Platform
+from nalora_jax.ops.numerics import numerics_for
 
 ROWS, SEQ, D, F, HEADS, KV_HEADS = 2, 8, 64, 48, 4, 2
 

@@ -11,7 +11,8 @@ from nalora_jax.ops import attention as module
 from nalora_jax.ops import blockwise_attention
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
-from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
+from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.numerics import numerics_for
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 6, 2, 8
 FAR = 2**30

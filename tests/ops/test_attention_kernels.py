@@ -17,9 +17,10 @@ from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig, visibility
 from nalora_jax.ops.cudnn_attention import compiles, dot_product
-from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
-from nalora_jax.ops.rounding import SAVED
+from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
+from nalora_jax.ops.storage import SAVED
 
 FAR = 2**30
 SEQ, HEADS, KV_HEADS, DIM = 256, 4, 2, 64

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.ops.grouped_matmul import factors_side_by_side, grouped_matmul, outer_of_all
-from nalora_jax.ops.numerics import Numerics, Platform
+from nalora_jax.ops.dispatch import Numerics, Platform
+from nalora_jax.ops.grouped_matmul import grouped_matmul, outer_of_all
 from nalora_jax.ops.triton_grouped_matmul import _visits, tiled, triton_grouped_matmul
 
 BF16 = Numerics("bfloat16", "float32", "bfloat16", "bfloat16")
@@ -63,10 +63,10 @@ def test_the_kernel_leaves_to_the_plain_function_what_its_tiles_do_not_divide():
         assert triton_grouped_matmul(x, kernels, sizes, BF16) is NotImplemented
     float32 = Numerics(platform=Platform("gpu"))
     assert triton_grouped_matmul(jnp.zeros((256, 192)), jnp.zeros((2, 192, 128)), sizes, float32) is NotImplemented
-    assert factors_side_by_side(8, 8, float32)
-    assert not factors_side_by_side(8, 8, Numerics(platform=Platform("cpu")))
-    assert factors_side_by_side(8, 16, Numerics(platform=Platform("tpu")))
-    assert not factors_side_by_side(128, 8, Numerics(platform=Platform("tpu")))
+    assert float32.hooks.joins_expert_factors(8, 8)
+    assert not Numerics(platform=Platform("cpu")).hooks.joins_expert_factors(8, 8)
+    assert Numerics(platform=Platform("tpu")).hooks.joins_expert_factors(8, 16)
+    assert not Numerics(platform=Platform("tpu")).hooks.joins_expert_factors(128, 8)
 
 
 @pytest.mark.parametrize("narrow", ["left", "right"])

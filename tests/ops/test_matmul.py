@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
+from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import Numerics, Platform, numerics_for, platform_of
-from nalora_jax.ops.rounding import round_and_save, rounded
+from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.storage import round_and_save, rounded
 
 
 def _operands(rows: int = 3) -> list[jax.Array]:

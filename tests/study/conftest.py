@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.study import execution
 from nalora_jax.study.plan import Run
 from nalora_jax.study.protocol import Protocol, read_protocol

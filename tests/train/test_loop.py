@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from nalora_jax.errors import Interrupted, TrainingDivergedError
+from nalora_jax.method.step import TrainState
 from nalora_jax.train.loop import FitResult, LoopEvaluation, Schedule, fit
 from nalora_jax.train.preemption import stop_signals
-from nalora_jax.train.state import TrainState, non_finite
+from nalora_jax.train.state_metrics import non_finite
 
 
 class Hooks:

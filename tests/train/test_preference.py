@@ -34,7 +34,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.run import run
 from nalora_jax.tokenizer import Tokenizer

@@ -13,9 +13,9 @@ from nalora_jax.data.sources import RecordsSource
 from nalora_jax.load import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.train.objectives import NextToken
 from nalora_jax.train.preference import Preference
 from nalora_jax.weights.peft import export_adapter

@@ -15,14 +15,17 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import activations
 from nalora_jax.config import MaskConfig, StepScaleConfig
-from nalora_jax.nn.ffn import Adapters, GatedFFN, GateStatsConfig
-from nalora_jax.nn.low_rank import TargetSpec
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import activations
+from nalora_jax.method.ffn import Adapters, GatedFFN
+from nalora_jax.method.optimizer import find_gates, nalora
+from nalora_jax.method.step import StepConfig, init_state, make_train_step
 from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.optim.nalora import find_gates, make_mechanisms, nalora
-from nalora_jax.train.state import init_state
-from nalora_jax.train.step import StepConfig, make_train_step
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.train.objectives import NextToken
 
 LAYERS, D, F, R, V = 2, 6, 10, 3, 17
 SCALES = {"gate_proj": 1.5, "up_proj": 0.5, "down_proj": 2.0}
@@ -50,8 +53,7 @@ class Tower(nn.Module):
             weights = (segment_ids > 0).astype(jnp.float32)
             return x + block(x, SCALES, token_weights=weights, deterministic=deterministic), None
 
-        target = TargetSpec((R,) * LAYERS, (1.0,) * LAYERS)
-        adapters = Adapters(tuple((name, target) for name in SCALES))
+        adapters = Adapters(tuple((name, R) for name in SCALES))
         block = GatedFFN(D, F, "silu", adapters, stats=GateStatsConfig(probe_stride=1), name="layers")
         scan = nn.scan(
             body,
@@ -204,7 +206,8 @@ def test_twelve_steps_agree_with_numpy(mechanisms: bool) -> None:
     names = ("delta:q=0,decay=0",) if mechanisms else ()
     chosen = make_mechanisms(mask, scale, names, activation="silu")
     optimizer = nalora(inner, find_gates(lora), chosen)
-    step = jax.jit(make_train_step(model, optimizer, StepConfig(chosen, Head(transposed=True))))
+    objective = NextToken(model, Head(transposed=True), Numerics())
+    step = jax.jit(make_train_step(optimizer, StepConfig(chosen, metrics=layer_metrics(chosen)), objective))
     state = init_state(lora, optimizer, {"layers": (LAYERS, F)}, chosen, seed=0)
 
     # Averages of a run under way, far from uniform.

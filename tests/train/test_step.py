@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from nalora_jax import activations, distributed, trees
+from nalora_jax import distributed, trees
 from nalora_jax.config import (
     ComputeConfig,
     DebugConfig,
@@ -26,15 +26,17 @@ from nalora_jax.config import (
     StepScaleConfig,
 )
 from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations, ffn, low_rank
+from nalora_jax.method.state import own_factors
+from nalora_jax.method.step import StepConfig, make_train_step
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.ops import adapted_dense, gated_mlp
-from nalora_jax.optim.gate_state import make_mechanisms, own_factors
-from nalora_jax.optim.nalora import make_optimizer
+from nalora_jax.ops import gated_products
 from nalora_jax.train import assembly as assembly_module
 from nalora_jax.train.assembly import Assembly, assemble
 from nalora_jax.train.loop import _Meter
-from nalora_jax.train.step import StepConfig, make_train_step
+from nalora_jax.train.mechanisms import make_mechanisms
+from nalora_jax.train.optimizers import make_optimizer
 
 BASE = ModelConfig.from_hf(
     {
@@ -285,7 +287,7 @@ def test_the_debug_check_catches_injected_faults(
 ) -> None:
     debug = _checked(implementation=implementation)
     factor = 1.1 if fault == "scale" else -1.0
-    sound = adapted_dense.Factors.of
+    sound, residual = gated_products.Factors.of, low_rank._residual
 
     def scaled(adapter: Any, kernel: Any = None) -> Any:
         """Factors of adapters that add ``factor`` of what they should, whatever computes the products."""
@@ -293,9 +295,11 @@ def test_the_debug_check_catches_injected_faults(
         return made if made.a is None else made._replace(b=factor * made.b)
 
     if fault == "activation":
-        monkeypatch.setattr(gated_mlp, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
+        monkeypatch.setattr(ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z)))
     else:
-        monkeypatch.setattr(adapted_dense.Factors, "of", scaled)
+        monkeypatch.setattr(gated_products.Factors, "of", scaled)
+        plain = lambda x, adapter, numerics: residual(x, adapter._replace(b=factor * adapter.b), numerics)  # noqa: E731
+        monkeypatch.setattr(low_rank, "_residual", plain)
     with pytest.raises(NaloraError, match=r"check-gates.*identity broken in layers/ffn"):
         _run(debug, steps=1)
 
@@ -405,11 +409,12 @@ def test_without_a_cotangent_statistic_the_program_is_the_same(monkeypatch: pyte
 
     def program(config: RunConfig) -> str:
         made, _ = _assemble(config)
-        head, rules = assembly_module.head_of(BASE), made.mechanisms
-        step = make_train_step(made.model, made.optimizer, StepConfig(rules, head))
+        mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+        objective = assembly_module.next_token(BASE, made.model, config.compute, mesh)
+        step = make_train_step(made.optimizer, StepConfig(made.mechanisms), objective)
         return str(jax.make_jaxpr(step)(params, made.state, _batch(0)))
 
     plain = program(CONFIG)
     asked = program(replace(CONFIG, mechanisms=("delta",)))
-    monkeypatch.setattr(gated_mlp, "tapped", lambda z, measurement: z)
+    monkeypatch.setattr(ffn, "tapped", lambda z, measurement: z)
     assert program(CONFIG) == plain != asked

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import params_from_tensors
 

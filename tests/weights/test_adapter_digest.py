@@ -15,7 +15,7 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft import export_adapter, import_adapter
 from tests import tiny
 

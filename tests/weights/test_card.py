@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 
 from nalora_jax.config import ComputeConfig, DataConfig, MaskConfig, OptimizerConfig, RunConfig, StepScaleConfig
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.card import Card, hub_license, render_card, write_card
 from nalora_jax.weights.origin import Origin
 

@@ -20,7 +20,7 @@ from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.load import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.trees import unflatten
 from nalora_jax.weights.keymaps import tensors_from_params
 from nalora_jax.weights.peft import export_adapter

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from nalora_jax import bounded
 from nalora_jax.errors import NaloraError
-from nalora_jax.nn.low_rank import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.trees import map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, verify_export
 

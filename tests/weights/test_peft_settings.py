@@ -14,7 +14,7 @@ from nalora_jax.cli.config_files import settings_of
 from nalora_jax.config import check
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, projection_shapes
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.weights.foreign_settings import table_of
 from nalora_jax.weights.peft_rules import rules_of
 from nalora_jax.weights.peft_settings import PEFT, from_peft

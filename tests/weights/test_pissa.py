@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.nonzero_start import difference_as_lora
 from nalora_jax.weights.peft import export_adapter, import_adapter

@@ -20,7 +20,7 @@ from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
-from nalora_jax.nn.quantize import quantize, quantize_params
+from nalora_jax.ops.quantize import quantize, quantize_params
 from nalora_jax.trees import flatten, size_bytes
 from nalora_jax.weights import load_model
 from nalora_jax.weights.keymaps import tensors_from_params

@@ -20,7 +20,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import WholeHead, trained_cross_entropy
 from nalora_jax.train.assembly import assemble
 from nalora_jax.weights.adapter_bank import AdapterBank

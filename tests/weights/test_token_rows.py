@@ -24,9 +24,9 @@ from nalora_jax.load import load, put_on
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import projection_shapes
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.nn.low_rank import resolve
+from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.trained_head import HeadRows, trained_cross_entropy
 from nalora_jax.run import run
 from nalora_jax.train import snapshot

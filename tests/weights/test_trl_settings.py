@@ -13,7 +13,7 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import load_config, settings_of
 from nalora_jax.config import LoRARule, OptimizerConfig, RunConfig, check
 from nalora_jax.errors import NaloraError
-from nalora_jax.optim.nalora import make_schedule
+from nalora_jax.train.optimizers import make_schedule
 from nalora_jax.weights.foreign_settings import table_of
 from nalora_jax.weights.trl_settings import DEFAULTS, LORA, RATES, TRL, from_trl, trainer_of
 

@@ -303,7 +303,7 @@ class Sampled(NamedTuple):
 
 
 def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, float]) -> jax.Array:
-    """Weighted sums over tokens for every channel, float32 ``[7, d_ff]`` (see `nalora_jax.selection`).
+    """Weighted sums over tokens for every channel, float32 ``[7, d_ff]`` (see `nalora_jax.method.statistics`).
 
     In order: of ``|phi'(z)|``; of z below the first cut, below 0 and below the second cut; of ``|F|``, ``|S|`` and
     ``|z rho'(z) dz|``.

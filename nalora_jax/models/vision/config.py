@@ -24,7 +24,7 @@ class EncoderConfig:
     n_layers: int
     n_heads: int
     d_ff: int
-    activation: str  # a name of nalora_jax.activations
+    activation: str  # a name of nalora_jax.method.activations
     norm_eps: float
     pooling: Pooling
     # ---- what goes in: text ...

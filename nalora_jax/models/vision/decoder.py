@@ -13,16 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.ffn import Adapters, SelfGatedFFN
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.layers import RMSNorm
 from nalora_jax.models.remat import stacked
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.dual import tower_adapters
 from nalora_jax.models.vision.encoder import Encoder, PlainDense
 from nalora_jax.models.vision.sight import Sight
-from nalora_jax.nn.ffn import Adapters, GateStatsConfig, SelfGatedFFN
-from nalora_jax.nn.layers import RMSNorm
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 
 
 class SeeingDecoder(Decoder):
@@ -91,9 +92,9 @@ class Projector(nn.Module):
             x = RMSNorm(s.tower.norm_eps, 1.0, name="norm")(x)
             return PlainDense(s.d_model, False, self.numerics, name="projection")(x)
         spec = tower_adapters(self.adapters, "projector")
-        targets = tuple((path.removeprefix("ffn/"), target) for path, target in spec.targets)
-        scales = {name: jnp.asarray(spec.scales(f"ffn/{name}")) for name, _ in targets}
-        adapters = Adapters(targets, dora=spec.dora, dropout=spec.dropout)
+        ranks = tuple((path.removeprefix("ffn/"), target.rank) for path, target in spec.targets)
+        scales = {name: jnp.asarray(spec.scales(f"ffn/{name}")) for name, _ in ranks}
+        adapters = Adapters(ranks, dora=spec.dora, dropout=spec.dropout)
         shape = (s.d_model, s.d_model, s.activation, adapters, s.bias)
         layers = stacked(_ProjectorLayer, "none", 1)(*shape, self.numerics, self.stats, deterministic, name="ffn")
         _, y = layers(None, scales, (x.astype(self.numerics.result), weights))

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from nalora_jax.dense import init_a
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.encoder import Encoder
-from nalora_jax.nn.ffn import GateStatsConfig
-from nalora_jax.nn.low_rank import AdapterSpec, init_a
-from nalora_jax.ops.numerics import Numerics
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.trees import flatten, unflatten
 
 # log(1 / 0.07), the start of CLIP's temperature; SigLIP starts at log 10 and a bias of -10.

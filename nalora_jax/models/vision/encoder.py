@@ -1,8 +1,8 @@
 """One encoder for images and for text: embeddings, a scanned stack of blocks, pooling, projection.
 
-Families differ by `EncoderConfig` only. Adapters sit on attention and FFN, and the FFN is that of `nalora_jax.nn.ffn`
-with its mask and its statistics, as in the decoder. Dropout that a family's config names for its own training is not
-applied: the frozen weights have no use for it.
+Families differ by `EncoderConfig` only. Attention and FFN can have adapters; the FFN is
+`nalora_jax.method.ffn` with its mask and its statistics, as in the decoder. The dropout in a family's
+config is not applied, because its weights are frozen.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from nalora_jax import activations
+from nalora_jax.dense import LoRADense, frozen_kernel
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import activations
+from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
+from nalora_jax.method.low_rank import Dense as AdaptedDense
+from nalora_jax.method.low_rank import adapted_dense, parallel_dense
 from nalora_jax.models.block import block_adapters, constrain
 from nalora_jax.models.decoder import Embedding
 from nalora_jax.models.remat import stacked
+from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.models.vision.positions import resized, resized_each
-from nalora_jax.nn.ffn import GatedFFN, GateStatsConfig, SelfGatedFFN
-from nalora_jax.nn.lora import LoRADense, frozen_kernel
-from nalora_jax.nn.low_rank import AdapterSpec
-from nalora_jax.ops.adapted_dense import Dense as AdaptedDense
-from nalora_jax.ops.adapted_dense import adapted_dense, parallel_dense
+from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.full_attention import full_attention
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import Numerics
-from nalora_jax.ops.rounding import LAYER_INPUT, round_and_save
-from nalora_jax.ops.storage import expand
+from nalora_jax.ops.storage import LAYER_INPUT, expand, round_and_save
 
 
 @jax.tree_util.register_dataclass
@@ -281,7 +281,7 @@ class EncoderAttention(nn.Module):
     def _dense(self, name: str, bias: bool, scales: dict[str, jax.Array], shared: Shared) -> AdaptedDense:
         c, adapters = self.config, block_adapters(self.adapters, "attn")
         module = LoRADense(
-            c.d_model, adapters.get(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name
+            c.d_model, adapters.rank(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name
         )
         dense: AdaptedDense = module.dense(c.d_model, scales.get(name, 1.0), deterministic=shared.deterministic)
         return dense

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
+from nalora_jax.method import activations
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig, reads_dual_configs
 
 _CLIP_LEGACY_EOS = 2

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from nalora_jax import activations
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
+from nalora_jax.method import activations
 from nalora_jax.models.vision.config import EncoderConfig
 from nalora_jax.models.vision.families import read_encoder
 

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.models.vision.config import DualConfig
 from nalora_jax.models.vision.dual import trained_shapes
-from nalora_jax.nn.low_rank import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.folders import new_folder, write_json
 from nalora_jax.weights.peft_adalora import as_lora_tensors

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from nalora_jax import activations, distributed, trees
+from nalora_jax import distributed, trees
 from nalora_jax.config import (
     ComputeConfig,
     DebugConfig,
@@ -28,20 +28,21 @@ from nalora_jax.config import (
 from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
 from nalora_jax.generate import Generator
+from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
+from nalora_jax.method import activations, ffn
+from nalora_jax.method.ffn import gated_product
+from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
 from nalora_jax.models.config import ModelConfig, projection_shapes
 from nalora_jax.models.decoder import Decoder, init_params
-from nalora_jax.nn import ffn
-from nalora_jax.nn.layers import ResidualNorm
-from nalora_jax.nn.low_rank import TargetSpec
-from nalora_jax.ops.adapted_dense import Adapter, Dense, adapted_dense, parallel_dense
+from nalora_jax.models.layers import ResidualNorm
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
-from nalora_jax.ops.gated_mlp import GateStatsConfig, Probe, gate_statistics, gated_product
+from nalora_jax.ops.dispatch import Numerics, Platform
 from nalora_jax.ops.matmul import matmul
-from nalora_jax.ops.numerics import Numerics, Platform, numerics_for
+from nalora_jax.ops.numerics import numerics_for
+from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
-from nalora_jax.selection import sampled
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 
@@ -299,7 +300,7 @@ def test_gate_statistics_of_a_residual_in_factors(both: Any) -> None:
 )
 def test_a_gated_block_at_once(adapted: str, use_bias: bool, name: str, both: Any) -> None:
     x, g = draw(9, (2, 64, 48), (2, 64, 48))
-    adapters = ffn.Adapters(tuple((target, TargetSpec((4,), (4.0,))) for target in adapted.split()))
+    adapters = ffn.Adapters(tuple((target, 4) for target in adapted.split()))
     stats = GateStatsConfig(stride=2, probe_stride=4)
     scales = dict.fromkeys(adapted.split(), 0.5)
     weights = np.random.default_rng(0).integers(0, 2, (2, 64), np.int32)

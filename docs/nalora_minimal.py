@@ -1,0 +1,276 @@
+"""NA-LoRA on one page: a tiny gated Transformer, LoRA, the channel statistics, three rules, training.
+
+This file needs only jax and optax and is not used by the library. Its updates equal those of
+`nalora_jax` over 12 steps in float32 (tests/test_minimal.py). Run it: python docs/nalora_minimal.py
+
+Shapes: B rows, T tokens, D model width, F feed-forward width, L layers, R rank, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Config(NamedTuple):
+    vocab: int = 64
+    d_model: int = 32
+    d_ff: int = 96
+    layers: int = 2
+    heads: int = 2
+    rank: int = 4
+    alpha: float = 8.0
+    rope_theta: float = 10_000.0
+    eps: float = 1e-5
+    rule: str = "curvature_cap"  # "none", "mask", "step_scale" or "curvature_cap"
+    warmup: int = 3  # steps before the rule acts
+    decay: float = 0.95  # of the moving averages
+
+
+# ---------------------------------------------------------------- SiLU: phi(z) = rho(z) z
+
+
+def rho(z):
+    return jax.nn.sigmoid(z)
+
+
+def drho(z):
+    return rho(z) * (1 - rho(z))
+
+
+def phi(z):
+    return rho(z) * z
+
+
+def dphi(z):
+    return rho(z) + z * drho(z)
+
+
+# phi'(z0) = 0, and h(z) = z phi'(z) / phi(z) is within 0.05 of 1 above z1. They cut the line into the
+# regions inverted, contracting, expanding and linear.
+Z0, Z1 = -1.2784645, 4.4847136
+
+
+# ---------------------------------------------------------------- LoRA with the gated gradient of A
+
+
+@jax.custom_vjp
+def low_rank(x, a, b, scale, mask):
+    """Returns scale (x A) B. The mask [d_out] changes the gradient of A only."""
+    return scale * (x @ a) @ b
+
+
+def low_rank_fwd(x, a, b, scale, mask):
+    return low_rank(x, a, b, scale, mask), (x, a, b, scale, mask)
+
+
+def low_rank_bwd(saved, g):
+    x, a, b, scale, mask = saved
+    dx = scale * (g @ b.T) @ a.T
+    da = scale * jnp.einsum("bti,btr->ir", x, g @ (b * mask).T)
+    db = scale * jnp.einsum("btr,bto->ro", x @ a, g)
+    return dx, da, db, jnp.zeros_like(scale), jnp.zeros_like(mask)
+
+
+low_rank.defvjp(low_rank_fwd, low_rank_bwd)
+
+
+def dense(p, lora, x, scale, mask=None):
+    """Returns the frozen output and the adapter's: x W and scale (x A) B."""
+    mask = jnp.ones(p["kernel"].shape[1]) if mask is None else mask
+    return x @ p["kernel"], low_rank(x, lora["a"], lora["b"], jnp.asarray(scale), mask)
+
+
+# ---------------------------------------------------------------- the feed-forward block
+
+
+def ffn(p, lora, x, scale, mask):
+    """Returns (phi(x W_gate) * x W_up) W_down and the statistics of the gate's channels."""
+    z_base, dz = dense(p["gate_proj"], lora["gate_proj"], x, scale, mask)
+    z, u = z_base + dz, sum(dense(p["up_proj"], lora["up_proj"], x, scale))
+    y = sum(dense(p["down_proj"], lora["down_proj"], phi(z) * u, scale))
+    return y, jax.lax.stop_gradient(statistics(z, z - dz, dz))
+
+
+def statistics(z, z_base, dz):
+    """Returns means over tokens, [F] each and [4, F] for the occupancy of the regions."""
+    mean = functools.partial(jnp.mean, axis=(0, 1))
+    # phi(z + dz) - phi(z) = F + S. The excess X = S - z rho'(z) dz is what the gradient does not see.
+    selection = (rho(z_base + dz) - rho(z_base)) * (z_base + dz)
+    excess = selection - z_base * drho(z_base) * dz
+    regions = (z < Z0, (Z0 <= z) & (z < 0), (z >= 0) & (z < Z1), z >= Z1)
+    return {
+        "slope": mean(jnp.abs(dphi(z))),
+        "occupancy": jnp.stack([mean(region.astype(z.dtype)) for region in regions]),
+        "excess": mean(jnp.abs(excess)),
+        "response": mean(jnp.abs(dphi(z_base) * dz)),
+        # E|S| / E|F| is the misalignment of a channel.
+        "feature": mean(jnp.abs(rho(z_base) * dz)),
+        "selection": mean(jnp.abs(selection)),
+    }
+
+
+# ---------------------------------------------------------------- the rules: one factor per channel
+
+
+def relative(x):
+    mean = jnp.mean(x, -1, keepdims=True)
+    return jnp.where(mean > 0, x / jnp.where(mean > 0, mean, 1), 1)
+
+
+def importance_mask(averages):
+    """Mechanism 1: responsive channels take longer steps."""
+    return jnp.clip(relative(averages["slope"]) ** 2, 0, 4)
+
+
+def step_scale(averages):
+    """Mechanism 2: the mean gain of the occupied regions; smaller where phi is far from linear."""
+    gains = jnp.array([0.5, 0.75, 1.0, 1.0])
+    return relative(jnp.einsum("k,lkf->lf", gains, averages["occupancy"]))
+
+
+def curvature_cap(averages, tau=0.1):
+    """The default: shorter steps where the response of the update is no longer linear."""
+    excess, response = averages["excess"], averages["response"]
+    cap = jnp.minimum(1, tau * response / jnp.where(excess > 0, excess, 1))
+    return jnp.where(excess > 0, cap, 1)
+
+
+def equalized(factor):
+    """Returns the factor over its root mean square, so that it is not a hidden learning rate."""
+    return factor / jnp.sqrt(jnp.mean(factor**2, -1, keepdims=True))
+
+
+def channel_factors(averages, step, config):
+    """Returns the factor of B's columns and the mask of A's gradient, [L, F] each."""
+    ones = jnp.ones_like(averages["slope"])
+    factor = mask = ones
+    if config.rule == "mask":
+        factor = mask = equalized(importance_mask(averages))
+    elif config.rule == "step_scale":
+        factor = equalized(step_scale(averages))
+    elif config.rule == "curvature_cap":
+        factor = curvature_cap(averages)
+    acts = step >= config.warmup
+    return jnp.where(acts, factor, ones), jnp.where(acts, mask, ones)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def rms_norm(x, scale, eps):
+    return scale * x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + eps)
+
+
+def rope(x, theta):
+    """Rotates queries or keys [B, T, heads, dim] by their positions."""
+    half = x.shape[-1] // 2
+    angle = jnp.arange(x.shape[1])[:, None] * theta ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def attention(p, x, config):
+    q, k, v = (x @ p[f"{name}_proj"]["kernel"] for name in "qkv")
+    q, k, v = (y.reshape(*x.shape[:2], config.heads, -1) for y in (q, k, v))
+    q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+    return out @ p["o_proj"]["kernel"]
+
+
+def loss_and_statistics(lora, params, tokens, masks, config):
+    """Returns the mean cross-entropy of the next tokens and the statistics of all layers."""
+
+    def layer(x, inputs):
+        p, adapters, mask = inputs
+        x = x + attention(p["attn"], rms_norm(x, p["attn_norm"]["scale"], config.eps), config)
+        normed = rms_norm(x, p["ffn_norm"]["scale"], config.eps)
+        y, stats = ffn(p["ffn"], adapters["ffn"], normed, config.alpha / config.rank, mask)
+        return x + y, stats
+
+    embedding = params["embed"]["embedding"]
+    layers = (params["layers"], lora["layers"], masks)
+    x, stats = jax.lax.scan(layer, embedding[tokens[:, :-1]], layers)
+    logits = rms_norm(x, params["final_norm"]["scale"], config.eps) @ embedding.T
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(losses), stats
+
+
+# ---------------------------------------------------------------- training
+
+
+class State(NamedTuple):
+    step: jax.Array
+    lora: dict
+    opt_state: optax.OptState
+    averages: dict
+
+
+def init_state(lora, optimizer, config):
+    channels, zeros = (config.layers, config.d_ff), jnp.zeros
+    names = ("slope", "excess", "response", "feature", "selection")
+    averages = {name: zeros(channels) for name in names}
+    averages["occupancy"] = zeros((config.layers, 4, config.d_ff))
+    return State(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), averages)
+
+
+def train_step(params, state, tokens, optimizer, config):
+    """Returns the next state and the loss; the factors come from the averages of the steps before."""
+    factor, mask = channel_factors(state.averages, state.step, config)
+    gradient = jax.value_and_grad(loss_and_statistics, has_aux=True)
+    (loss, stats), grads = gradient(state.lora, params, tokens, mask, config)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    # After the preconditioner: Adam would undo a constant factor before it.
+    b = updates["layers"]["ffn"]["gate_proj"]["b"]  # [L, R, F]
+    updates["layers"]["ffn"]["gate_proj"]["b"] = b * factor[:, None, :]
+    lora = optax.apply_updates(state.lora, updates)
+    # Bias-corrected exponential moving averages.
+    rate = (1 - config.decay) / (1 - config.decay ** (state.step + 1))
+    averages = jax.tree.map(lambda old, new: old + rate * (new - old), state.averages, stats)
+    return State(state.step + 1, lora, opt_state, averages), loss
+
+
+def init(key, config):
+    """Returns random frozen weights, and adapters with B = 0."""
+    c, keys = config, iter(jax.random.split(key, 16))
+    normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[-2] ** -0.5  # noqa: E731
+    kernel = lambda d_in, d_out: {"kernel": normal(c.layers, d_in, d_out)}  # noqa: E731
+    norm = {"scale": jnp.ones((c.layers, c.d_model))}
+    widths = {
+        "gate_proj": (c.d_model, c.d_ff),
+        "up_proj": (c.d_model, c.d_ff),
+        "down_proj": (c.d_ff, c.d_model),
+    }
+    layers = {
+        "attn": {f"{name}_proj": kernel(c.d_model, c.d_model) for name in "qkvo"},
+        "attn_norm": norm,
+        "ffn_norm": norm,
+        "ffn": {name: kernel(*shape) for name, shape in widths.items()},
+    }
+    embedding = jax.random.normal(next(keys), (c.vocab, c.d_model))
+    params = {"embed": {"embedding": embedding}, "layers": layers, "final_norm": {"scale": jnp.ones(c.d_model)}}
+    adapters = {
+        name: {"a": normal(c.layers, d_in, c.rank), "b": jnp.zeros((c.layers, c.rank, d_out))}
+        for name, (d_in, d_out) in widths.items()
+    }
+    return params, {"layers": {"ffn": adapters}}
+
+
+if __name__ == "__main__":
+    config = Config()
+    params, lora = init(jax.random.key(0), config)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(4e-3))
+    state = init_state(lora, optimizer, config)
+    step = jax.jit(functools.partial(train_step, optimizer=optimizer, config=config))
+    tokens = jax.random.randint(jax.random.key(1), (8, 33), 0, config.vocab)
+    for i in range(60):
+        state, loss = step(params, state, tokens)
+        if i % 10 == 0:
+            misalignment = state.averages["selection"].sum(-1) / state.averages["feature"].sum(-1)
+            print(f"step {i:3}: loss {loss:.3f}, misalignment of each layer {misalignment}")

@@ -1,0 +1,235 @@
+"""Self-gated feed-forward blocks with adapters: `GatedFFN` and `SelfGatedFFN`.
+
+    gated       z = x W_gate,  u = x W_up,  y = (phi(z) * u) W_down        (SwiGLU, GeGLU, ...)
+    self-gated  z = x W_in,                 y = phi(z) W_out               (MLPs of CLIP, ViT, BERT)
+
+Every matmul may have an adapter. An adapter on the gate changes the selection weight rho(z), not only
+the feature. A block therefore reads a channel mask (collection ``gate_mask``, training only), which
+weighs the gradient of the gate's A, and writes the channel statistics from which the rules compute
+the next step's factors (collection ``gate_stats``). Neither changes the forward value. Statistics of
+the backward pass are the gradients of the zeros in ``gate_taps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.dense import LoRADense
+from nalora_jax.measurement import GateStatsConfig, Measurement, block_statistics, tapped
+from nalora_jax.method import activations
+from nalora_jax.method.activations import Activation
+from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.ops.dispatch import Numerics, operation
+from nalora_jax.ops.storage import SAVED_WIDE, read_residual, rounded, save_residual
+
+Scales = Mapping[str, jax.Array | float]
+
+
+@operation
+def gated_mlp(
+    x: jax.Array,
+    gate: Dense,
+    up: Dense | None,
+    down: Dense,
+    activation: Activation,
+    numerics: Numerics,
+    measurement: Measurement | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+    """Returns ``(phi(x W_gate) * x W_up) W_down``, or ``phi(x W_gate) W_down`` without ``up``.
+
+    Args:
+      x: ``[batch, seq, d_model]``.
+      gate: ``d_model -> d_ff``; the mask of its adapter weighs the gradient of A.
+      up: ``d_model -> d_ff``, or None.
+      down: ``d_ff -> d_model``.
+      activation: phi.
+      numerics: dtypes.
+      measurement: request for statistics, or None.
+
+    Returns:
+      ``[batch, seq, d_model]`` in ``numerics.result``, and the statistics or None.
+    """
+    if up is None:
+        z, delta = adapted_dense(x, gate, numerics.within())
+        u = None
+    else:
+        (z, delta), (u, _) = parallel_dense(x, [gate, up], numerics.within())
+    z = tapped(z, measurement)
+    h, _ = gated_product(z, u, activation, numerics)
+    measured = None
+    if measurement is not None:
+        measured = block_statistics(x, gate, z, delta, activation, numerics, measurement)
+        if (checks := measurement.config.checks) is not None:
+            sharding, live = measurement.config.sharding, (z, u, h)
+            measured |= checks.block(x, gate, live, delta, activation, numerics, sharding)
+    return adapted_dense(h, down, numerics).y, measured
+
+
+# ---------------------------------------------------------------- phi(z) u
+
+
+@operation
+def gated_product(
+    z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``(a * u, a)`` with ``a = phi(z)``; u is 1 if it is None.
+
+    Only z and u are saved for the backward pass, rounded to ``numerics.residual``; autodiff would also
+    save the sigmoid and phi(z).
+
+    Args:
+      z: ``[..., d_ff]``.
+      u: the same, or None.
+      activation: phi.
+      numerics: the computation is in ``numerics.result``.
+
+    Returns:
+      ``a * u`` in z's dtype, and ``a`` in ``numerics.result`` without a gradient.
+    """
+    if u is not None:
+        chex.assert_equal_shape([z, u])
+    return _gated_product(z, u, activation, numerics)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gated_product(z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics) -> Any:
+    return _gated_product_fwd(z, u, activation, numerics)[0]
+
+
+def _gated_product_fwd(z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics) -> Any:
+    save = partial(save_residual, dtype=numerics.residual, numerics=numerics, name=SAVED_WIDE)
+    saved = save(z), None if u is None else save(u)
+    # Computed from the saved arrays, so that a rematerialized layer needs no matmul for the value.
+    a = activation.phi(read_residual(saved[0], numerics.result))
+    product = a if saved[1] is None else a * read_residual(saved[1], numerics.result)
+    return (rounded(product, z.dtype, numerics), a), (*saved, jnp.zeros((0,), z.dtype))
+
+
+def _gated_product_bwd(activation: Activation, numerics: Numerics, residuals: Any, cotangents: Any) -> Any:
+    z, u, like_z = residuals
+    z, g = read_residual(z, numerics.result), cotangents[0].astype(numerics.result)
+    rho, drho = activation.gate(z)
+    slope = rho + z * drho  # phi'(z)
+    if u is None:
+        return rounded(g * slope, like_z.dtype, numerics), None
+    dz, du = g * read_residual(u, numerics.result) * slope, g * (z * rho)
+    return rounded(dz, like_z.dtype, numerics), rounded(du, like_z.dtype, numerics)
+
+
+_gated_product.defvjp(_gated_product_fwd, _gated_product_bwd)
+
+
+# ---------------------------------------------------------------- modules
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a block: rank by projection name, and their common options."""
+
+    ranks: tuple[tuple[str, int], ...] = ()
+    dora: bool = False
+    dropout: float = 0.0
+
+    def rank(self, name: str) -> int:
+        """Returns the rank of projection ``name``; 0 if it has no adapter."""
+        return dict(self.ranks).get(name, 0)
+
+
+class _Block(nn.Module):
+    """The common part of both blocks: layers with adapters, mask, statistics."""
+
+    d_model: int
+    d_ff: int
+    activation: str = "silu"
+    adapters: Adapters = Adapters()
+    use_bias: bool = False
+    numerics: Numerics = Numerics()
+    stats: GateStatsConfig = GateStatsConfig()
+
+    def _dense(self, name: str, d_in: int, d_out: int, scales: Scales | None, **options: Any) -> Dense:
+        rank, dora, dropout = self.adapters.rank(name), self.adapters.dora, self.adapters.dropout
+        layer = LoRADense(d_out, rank, self.use_bias, dora, dropout, self.numerics, name=name)
+        dense: Dense = layer.dense(d_in, (scales or {}).get(name, 1.0), **options)
+        return dense
+
+    def _mask(self) -> jax.Array | None:
+        if not self.has_variable("gate_mask", "mask"):
+            return None
+        mask: jax.Array = self.get_variable("gate_mask", "mask")
+        return mask
+
+    def _output(
+        self,
+        x: jax.Array,
+        gate: Dense,
+        up: Dense | None,
+        down: Dense,
+        token_weights: jax.Array | None,
+    ) -> jax.Array:
+        """Returns the block's output; writes its statistics if ``gate_stats`` is mutable."""
+        measurement, taps = None, self.variables.get("gate_taps")
+        if not self.is_initializing() and (taps or self.is_mutable_collection("gate_stats")):
+            weights = jnp.ones(x.shape[:-1], bool) if token_weights is None else token_weights
+            measurement = Measurement(weights, self.stats.of_rows(weights.shape[-1]), taps)
+        phi = activations.get(self.activation)
+        y, measured = gated_mlp(x, gate, up, down, phi, self.numerics, measurement)
+        for name, value in (measured or {}).items():
+            self.sow("gate_stats", name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        return y
+
+
+class GatedFFN(_Block):
+    """``(phi(x W_gate) * x W_up) W_down`` with adapters on gate_proj, up_proj and down_proj."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Scales | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]``.
+
+        Args:
+          x: ``[batch, seq, d_model]``.
+          scales: the adapters' ``s`` by projection name; 1 by default.
+          token_weights: ``[batch, seq]``, weights of the tokens in the statistics.
+          deterministic: True to switch adapter dropout off.
+          adapter_ids: ``[batch]``, see `LoRADense`.
+        """
+        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        gate = self._dense("gate_proj", self.d_model, self.d_ff, scales, mask=self._mask(), **options)
+        up = self._dense("up_proj", self.d_model, self.d_ff, scales, **options)
+        down = self._dense("down_proj", self.d_ff, self.d_model, scales, **options)
+        return self._output(x, gate, up, down, token_weights)
+
+
+class SelfGatedFFN(_Block):
+    """``phi(x W_in) W_out`` with adapters on in_proj, which is the gate, and out_proj."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scales: Scales | None = None,
+        *,
+        token_weights: jax.Array | None = None,
+        deterministic: bool = True,
+        adapter_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns ``[batch, seq, d_model]`` for ``[batch, seq, d_in]``; see `GatedFFN`."""
+        options: dict[str, Any] = {"deterministic": deterministic, "adapter_ids": adapter_ids}
+        gate = self._dense("in_proj", x.shape[-1], self.d_ff, scales, mask=self._mask(), **options)
+        down = self._dense("out_proj", self.d_ff, self.d_model, scales, **options)
+        return self._output(x, gate, None, down, token_weights)

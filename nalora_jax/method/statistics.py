@@ -1,0 +1,387 @@
+"""The gate-compensation identity and the table of channel statistics.
+
+    phi(z + dz) - phi(z) = F + S,   F = rho(z) dz,   S = (rho(z + dz) - rho(z)) (z + dz)
+
+z is the pre-activation of the frozen gate and dz the adapter's output. A low-rank update promises the
+feature term F; it also changes the selection weight, which gives S. Misalignment is E|S| / E|F|.
+
+A statistic is a function of a token and a channel, summed over real tokens with their weights in
+float32, without gradients. Its entry in the table determines gate state, sharding, log and report:
+
+    gate        a function of the full pre-activation z, on a sample of positions
+    probe       a function of z and dz, on a thinner sample
+    cotangent   a function of delta, the cotangent of z, on the gate's sample
+
+The sums are written to the collection ``gate_stats``. Sums of cotangents are the gradients of zeros
+in the collection ``gate_taps`` (`tap`). Two counts turn sums into means: ``tokens`` and
+``probe_tokens``, the summed weights of the sampled positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from nalora_jax.method.activations import Activation, Partition, regions
+from nalora_jax.registry import Registry
+
+Sums = dict[str, Array]
+
+
+def gate_decomposition(z: Array, dz: Array, activation: Activation) -> tuple[Array, Array]:
+    """Returns the feature and the selection term: ``F + S = phi(z + dz) - phi(z)`` up to rounding.
+
+    Args:
+      z: pre-activations of the frozen gate, any shape.
+      dz: the adapter's output, same shape.
+      activation: phi.
+    """
+    chex.assert_equal_shape([z, dz])
+    rho = activation.rho(z)
+    return rho * dz, (activation.rho(z + dz) - rho) * (z + dz)
+
+
+def compensated_gate(z: Array, dz: Array, activation: Activation) -> Array:
+    """Returns ``rho(z) (z + dz)``, the adapted gate with frozen selection: S is removed."""
+    chex.assert_equal_shape([z, dz])
+    return activation.rho(z) * (z + dz)
+
+
+# ---------------------------------------------------------------- the table
+
+
+class Gate(NamedTuple):
+    """Arguments of a "gate" statistic; arrays are float32 ``[..., tokens, d_ff]``."""
+
+    z: Array
+    rho: Array
+    drho: Array  # rho'(z)
+    partition: Partition
+
+
+class Move(NamedTuple):
+    """Arguments of a "probe" statistic; float32 ``[..., tokens, d_ff]``."""
+
+    z: Array  # of the frozen gate
+    dz: Array  # the adapter's output
+    rho: Array
+    drho: Array
+    moved_rho: Array  # rho(z + dz)
+
+    @property
+    def selection(self) -> Array:
+        """The selection term S."""
+        return (self.moved_rho - self.rho) * (self.z + self.dz)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """An entry of the table."""
+
+    name: str
+    source: Literal["gate", "probe", "cotangent"]
+    # Function of a `Gate`, a `Move` or delta, per token and channel; a tuple has an axis of parts.
+    values: Callable[[Any], Array | tuple[Array, ...]]
+    # Number of parts: a sum is [parts, d_ff], or [d_ff] for 0.
+    parts: int = 0
+    # True if the parts of a token add up to 1, so that the last sum follows from the others.
+    complete: bool = False
+    # cotangent: the power of delta, by which the sum scales with the loss.
+    degree: float = 0
+    # Name of its mean over a layer's tokens and channels in the log; "" leaves it out.
+    metric: str = ""
+
+    @property
+    def count(self) -> str:
+        """Name of the count that divides its sum."""
+        return "probe_tokens" if self.source == "probe" else "tokens"
+
+    def shape(self, channels: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of its sum in a block of ``channels`` ``(..., d_ff)``."""
+        return (*channels[:-1], self.parts, channels[-1]) if self.parts else channels
+
+
+TABLE: Registry[Statistic] = Registry("statistic", "nalora_jax.statistics")
+
+
+def register_statistic(statistic: Statistic, *, replace: bool = False) -> Statistic:
+    """Adds an entry to the table and returns it."""
+    return TABLE.add(statistic.name, statistic, replace=replace)
+
+
+def get(name: str) -> Statistic:
+    """Returns the entry with that name.
+
+    Raises:
+      NaloraError: the name is unknown; the message lists the known names.
+    """
+    return TABLE.get(name)
+
+
+def _occupied(gate: Gate) -> tuple[Array, ...]:
+    return tuple(region.astype(jnp.float32) for region in regions(gate.z, gate.partition))
+
+
+for _entry in (
+    Statistic("slope", "gate", lambda g: jnp.abs(g.rho + g.z * g.drho), metric="importance"),
+    Statistic("occupancy", "gate", _occupied, parts=4, complete=True, metric="occupancy"),
+    Statistic("feature", "probe", lambda m: jnp.abs(m.rho * m.dz), metric="feature"),
+    Statistic("selection", "probe", lambda m: jnp.abs(m.selection)),
+    Statistic("linear", "probe", lambda m: jnp.abs(m.z * m.drho * m.dz)),
+    # X = phi(z + dz) - phi(z) - phi'(z) dz, the part of the response that the gradient does not see.
+    Statistic("excess", "probe", lambda m: jnp.abs(m.selection - m.z * m.drho * m.dz)),
+    Statistic("response", "probe", lambda m: jnp.abs((m.rho + m.z * m.drho) * m.dz)),
+    Statistic("delta", "cotangent", jnp.abs, degree=1, metric="delta"),
+    Statistic("delta_squared", "cotangent", jnp.square, degree=2),
+):
+    register_statistic(_entry)
+
+# Measured by every block for the log and the report, whichever rules are active.
+STANDARD = ("slope", "occupancy", "feature", "selection", "linear")
+COUNTS = ("tokens", "probe_tokens")
+# Ratios of sums: name -> (numerator, denominator). "limit" is the misalignment for small dz.
+RATIOS = {
+    "misalignment": ("selection", "feature"),
+    "limit": ("linear", "feature"),
+    "nonlinearity": ("excess", "response"),
+}
+# Prefix of the outputs of `nalora_jax.gate_checks`: the largest ratios, not sums.
+CHECK = "check_"
+
+
+def forward(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the statistics of the forward pass among ``names``."""
+    return tuple(name for name in names if get(name).source != "cotangent")
+
+
+def cotangent(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the statistics of the backward pass among ``names``."""
+    return tuple(name for name in names if get(name).source == "cotangent")
+
+
+def extra(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the forward statistics among ``names`` that are not in `STANDARD`, sorted."""
+    return tuple(sorted(set(forward(names)) - set(STANDARD)))
+
+
+# ---------------------------------------------------------------- sums over tokens
+
+
+def channel_statistics(
+    z: Array, weights: Array, activation: Activation, partition: Partition, names: Iterable[str] = ()
+) -> Sums:
+    """Returns ``tokens`` and the sums of the gate statistics in `STANDARD` and in ``names``.
+
+    Args:
+      z: [..., tokens, d_ff] full gate pre-activations, adapter included.
+      weights: [..., tokens] token weights, 0 for padding; or a bool mask.
+      activation: the gate's.
+      partition: its regions.
+      names: further statistics; other sources are ignored.
+    """
+    z = _float32(z, weights)
+    values = Gate(z, *activation.gate(z), partition)
+    return {"tokens": _tokens(weights)} | _sums("gate", values, weights, names)
+
+
+def probe_statistics(
+    z_base: Array, dz: Array, weights: Array, activation: Activation, names: Iterable[str] = ()
+) -> Sums:
+    """Returns ``probe_tokens`` and the sums of the probe statistics in `STANDARD` and in ``names``.
+
+    Args:
+      z_base: [..., tokens, d_ff] pre-activations without the adapter.
+      dz: [..., tokens, d_ff] the adapter's output.
+      weights, activation, names: as in `channel_statistics`.
+    """
+    chex.assert_equal_shape([z_base, dz])
+    z, dz = _float32(z_base, weights), _float32(dz, weights)
+    values = Move(z, dz, *activation.gate(z), activation.gate(z + dz)[0])
+    return {"probe_tokens": _tokens(weights)} | _sums("probe", values, weights, names)
+
+
+def cotangent_statistics(delta: Array, weights: Array, names: Iterable[str]) -> Sums:
+    """Returns the sums of the cotangent statistics in ``names``, [d_ff] each.
+
+    Args:
+      delta: [..., tokens, d_ff], the cotangent of z: loss per unit of z.
+      weights: [..., tokens].
+      names: statistics; other sources are ignored.
+    """
+    return _sums("cotangent", _float32(delta, weights), weights, names)
+
+
+def _sums(source: str, values: Any, weights: Array, names: Iterable[str]) -> Sums:
+    entries = [get(name) for name in dict.fromkeys((*STANDARD, *names))]
+    return {e.name: _summed(e.values(values), weights) for e in entries if e.source == source}
+
+
+def _summed(values: Array | tuple[Array, ...], weights: Array) -> Array:
+    if isinstance(values, tuple):
+        return jnp.stack([total(part, weights) for part in values])
+    return total(values, weights)
+
+
+def _float32(z: Array, weights: Array) -> Array:
+    """Returns z in float32 without gradient, after a check against the shape of its weights."""
+    chex.assert_shape(weights, z.shape[:-1])
+    assert z.ndim >= 2, z.shape
+    return lax.stop_gradient(z).astype(jnp.float32)
+
+
+def _tokens(weights: Array) -> Array:
+    return jnp.sum(lax.stop_gradient(weights).astype(jnp.float32))
+
+
+def total(values: Array, weights: Array) -> Array:
+    """Returns the weighted sum over tokens: [..., tokens, d_ff] -> [d_ff] float32."""
+    # A matmul: XLA's CPU reductions of several weighted sums at once are up to ten times slower, and
+    # a mask broadcast over channels would be materialized once for all layers.
+    weights = lax.stop_gradient(weights).astype(jnp.float32).reshape(1, -1)
+    values = values.reshape(weights.shape[1], -1)
+    contract = (((1,), (0,)), ((), ()))
+    return lax.dot_general(weights, values, contract, precision=lax.Precision.HIGHEST)[0]
+
+
+# ---------------------------------------------------------------- cotangents
+
+
+def taps(names: Iterable[str], channels: tuple[int, ...]) -> Sums:
+    """Returns zeros whose gradients become the cotangent statistics in ``names``.
+
+    Example:
+      >>> {name: tap.shape for name, tap in taps(("slope", "delta_squared"), (30, 1536)).items()}
+      {'delta_squared': (30, 1536)}
+    """
+    return {name: jnp.zeros(get(name).shape(channels), jnp.float32) for name in cotangent(names)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tap(z: Array, taps: Mapping[str, Array], weights: Any, sums: Callable[..., Sums]) -> Array:
+    """Returns ``z``; the backward pass makes the statistics of its cotangent the gradients of ``taps``.
+
+    Value and gradient of z are unchanged. The zeros pass through every transformation of the model's
+    variables (scan, remat, vmap), so statistics of the backward pass need no other output.
+
+    Args:
+      z: any shape.
+      taps: zeros by statistic, in the shapes that ``sums`` returns (see `taps`).
+      weights: token weights, in the form that ``sums`` takes.
+      sums: ``(cotangent of z, weights, names) -> sums by name``, such as `cotangent_statistics`.
+    """
+    return z
+
+
+def _tap_fwd(z: Array, taps: Mapping[str, Array], weights: Any, sums: Any) -> tuple[Array, Any]:
+    return z, (dict.fromkeys(taps), weights)
+
+
+def _tap_bwd(sums: Callable[..., Sums], saved: Any, g: Array) -> tuple[Any, ...]:
+    names, weights = saved
+    return g, sums(g, weights, tuple(names)), None
+
+
+tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+# ---------------------------------------------------------------- sums to means
+
+
+def merged(path: str, first: Array, second: Array) -> Array:
+    """Returns the union of two micro-batches: sums are added, of checks the maximum is taken."""
+    if path.rpartition("/")[2].startswith(CHECK):
+        return jnp.maximum(first, second)
+    return first + second
+
+
+def over_shards(sums: Mapping[str, Array], names: Iterable[str]) -> Sums:
+    """Returns a block's counts and the sums in ``names``, summed over shards.
+
+    The last part of a `Statistic.complete` entry is not communicated; it follows from the count.
+
+    Args:
+      sums: ``[layers, shards, ..., d_ff]``, ``[layers, shards, ..., parts, d_ff]``, counts
+        ``[layers, shards, ...]``.
+      names: statistics.
+    """
+    totals = {name: jnp.sum(sums[name], axis=1) for name in COUNTS if name in sums}
+    for name in names:
+        entry, value = get(name), sums[name]
+        if not entry.complete:
+            totals[name] = jnp.sum(value, axis=1)
+            continue
+        first = jnp.sum(value[..., :-1, :], axis=1)
+        last = jnp.maximum(totals[entry.count][..., None] - jnp.sum(first, axis=-2), 0.0)
+        totals[name] = jnp.concatenate([first, last[..., None, :]], axis=-2)
+    return totals
+
+
+def per_target(sums: Mapping[str, Array], target_tokens: Array) -> Sums:
+    """Returns a block's sums with delta as the cotangent of the mean loss per target token.
+
+    The differentiated loss is a sum over target tokens, so that micro-batches and devices add up. A
+    sum of the k-th power of delta is divided by the k-th power of their number.
+    """
+    scale = jnp.maximum(target_tokens, 1.0)
+    degrees = {name: get(name).degree if name in TABLE else 0 for name in sums}
+    return {name: v / scale ** degrees[name] if degrees[name] else v for name, v in sums.items()}
+
+
+def mean(name: str, sums: Mapping[str, Array]) -> Array:
+    """Returns the mean of ``name`` over tokens per channel; NaN if no token was counted.
+
+    Leading axes (layers, experts) are those of the count, e.g. [L] with ``slope`` [L, d_ff].
+    """
+    value, count = sums[name], sums[get(name).count]
+    count = count.reshape(count.shape + (1,) * (value.ndim - count.ndim))
+    return jnp.where(count > 0, value / jnp.where(count > 0, count, 1), jnp.nan)
+
+
+def ratio(name: str, sums: Mapping[str, Array]) -> Array:
+    """Returns an entry of `RATIOS` of any sums; 0 if the denominator is 0."""
+    above, below = (sums[part] for part in RATIOS[name])
+    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1.0), 0.0)
+
+
+def misalignment(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
+    """Returns ``E|S| / E|F|`` per channel over weighted tokens, float32 [d_ff]; 0 if dz is 0.
+
+    Args:
+      z: [..., d_ff].
+      dz: [..., d_ff].
+      weights: [...], 1 for a real token and 0 for padding.
+      activation: the gate's.
+    """
+    return ratio("misalignment", probe_statistics(z, dz, weights, activation))
+
+
+def misalignment_limit(z: Array, dz: Array, weights: Array, activation: Activation) -> Array:
+    """Returns the limit of `misalignment` for small dz, ``E|z rho'(z) dz| / E|rho(z) dz|``."""
+    return ratio("limit", probe_statistics(z, dz, weights, activation))
+
+
+def meaningful(occupancy: Array, partition: Partition, min_occupancy: float) -> Array:
+    """Returns True for layers whose tokens occupy regions of at least two different degrees.
+
+    Args:
+      occupancy: [..., 4, d_ff] mean occupancies of each channel.
+      partition: the activation's.
+      min_occupancy: share of (token, channel) pairs at which a region counts as occupied.
+
+    Returns:
+      [...] bool; False for an activation with a single degree.
+    """
+    chex.assert_axis_dimension(occupancy, -2, 4)
+    share = jnp.mean(occupancy, axis=-1)
+    occupied = (share >= min_occupancy) & (share > 0)
+    degrees = jnp.broadcast_to(jnp.asarray(partition.degrees, jnp.float32), occupied.shape)
+    highest = jnp.max(jnp.where(occupied, degrees, -jnp.inf), axis=-1)
+    lowest = jnp.min(jnp.where(occupied, degrees, jnp.inf), axis=-1)
+    return highest > lowest

@@ -1,0 +1,210 @@
+"""Norms and rotary position embeddings, in float32 whatever the model's dtype.
+
+RoPE follows the half-split convention of the Hugging Face files: dimension i is rotated with dimension i + dim / 2.
+Sources: RoPE, arXiv 2104.09864; position interpolation, 2306.15595; YaRN, 2309.00071; LongRoPE, 2402.13753.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.residual_norm import residual_norm, rms_norm
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis.
+
+    Attributes:
+      eps: added to the mean square.
+      offset: added to the stored scale; 1 for Gemma, whose files hold w of ``1 + w``.
+      dtype: of the result.
+    """
+
+    eps: float
+    offset: float = 0.0
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., d]`` -> ``[..., d]``."""
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        return rms_norm(x, scale.astype(jnp.float32) + self.offset, self.eps).astype(self.dtype)
+
+
+class ResidualNorm(nn.Module):
+    """A residual stream, what is added to it, and the frozen root-mean-square norm of the sum (`residual_norm`).
+
+    Attributes:
+      eps: added to the mean square.
+      offset: added to the stored scale, as for `RMSNorm`.
+      numerics: dtypes.
+    """
+
+    eps: float
+    offset: float
+    numerics: Numerics
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """``[..., d]`` twice (y: or nothing) -> ``x + y`` and its norm, both ``[..., d]``."""
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        added: tuple[jax.Array, jax.Array] = residual_norm(
+            x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics
+        )
+        return added
+
+
+# ---------------------------------------------------------------- rotary position embeddings
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One rotary embedding: its base and, by kind, how it is stretched to longer contexts."""
+
+    dim: int  # rotated dimensions of a head, even; the rest pass through
+    theta: float = 10_000.0  # base wavelength
+    kind: str = "default"  # one of ROPE_KINDS
+    factor: float = 1.0  # linear, dynamic, yarn, llama3: the stretch
+    max_positions: int = 0  # dynamic, yarn, longrope, llama3: the context before the stretch
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: one divisor per frequency, up to max_positions
+    long_factor: tuple[float, ...] = ()  # longrope: the same, for longer sequences
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies depend on how long the sequence is."""
+        return self.kind in ("dynamic", "longrope")
+
+
+def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
+    """Radians per position of each rotated pair, float64 ``[dim / 2]``, for sequences within ``max_positions``."""
+    plain = spec.theta ** -(np.arange(0, spec.dim, 2) / spec.dim)
+    if spec.kind == "linear":
+        return plain / spec.factor
+    if spec.kind == "llama3":
+        return _llama3_frequencies(plain, spec)
+    if spec.kind == "yarn":
+        return _yarn_frequencies(plain, spec)
+    if spec.kind == "longrope":
+        return plain / np.asarray(spec.short_factor)
+    return plain
+
+
+def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
+    """Long wavelengths are stretched, short ones unchanged, those in between interpolated."""
+    turns = spec.max_positions * plain / (2 * math.pi)
+    smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * plain / spec.factor + smooth * plain
+
+
+def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
+    """Dimensions below the ramp are unchanged, above it stretched."""
+
+    def dimension(turns: float) -> float:
+        return spec.dim * math.log(spec.max_positions / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+    low, high = dimension(spec.beta_fast), dimension(spec.beta_slow)
+    if spec.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, spec.dim - 1)
+    ramp = np.clip((np.arange(spec.dim // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+    return plain / spec.factor * ramp + plain * (1 - ramp)
+
+
+def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """For every token 1 + the largest position of its own segment: int ``[batch, seq]``.
+
+    Per segment, not per batch, so that a packed or padded sequence is rotated as it would be alone. Segments are
+    numbered from 1 within a row, 0 is padding.
+    """
+    chex.assert_equal_shape([positions, segment_ids])
+    n = positions.shape[1] + 1
+
+    def row(position: jax.Array, segment: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(position, segment, num_segments=n)[segment] + 1
+
+    return jax.vmap(row)(positions, segment_ids)
+
+
+def rope_table(spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Cosines and sines of one rotary embedding.
+
+    Args:
+      spec: the embedding.
+      positions: int ``[batch, seq]``.
+      lengths: int ``[batch, seq]`` from `sequence_lengths`; needed where ``spec.depends_on_length``.
+
+    Returns:
+      float32 ``[2, batch, seq, dim / 2]``: cosines, sines.
+    """
+    frequency = jnp.asarray(inverse_frequencies(spec), jnp.float32)[None, None, :]
+    if spec.depends_on_length:
+        assert lengths is not None
+        frequency = _frequencies_at_length(spec, frequency, lengths[..., None])
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * spec.attention_factor
+
+
+def _frequencies_at_length(spec: RopeSpec, short: jax.Array, lengths: jax.Array) -> jax.Array:
+    """``[batch, seq, dim / 2]`` for token-wise sequence lengths ``[batch, seq, 1]``."""
+    exponent = (jnp.arange(0, spec.dim, 2, dtype=jnp.float32) / spec.dim)[None, None, :]
+    if spec.kind == "longrope":
+        long = 1.0 / (jnp.asarray(spec.long_factor, jnp.float32)[None, None, :] * spec.theta**exponent)
+        return jnp.where(lengths > spec.max_positions, long, short)
+    stretch = jnp.maximum(lengths.astype(jnp.float32) / spec.max_positions, 1.0)
+    theta = spec.theta * (spec.factor * stretch - (spec.factor - 1.0)) ** (spec.dim / (spec.dim - 2))
+    return jnp.where(lengths > spec.max_positions, theta**-exponent, short)
+
+
+def identity_table(spec: RopeSpec, positions: jax.Array) -> jax.Array:
+    """The table that rotates nothing, for layers without RoPE: ``[2, batch, seq, dim / 2]``."""
+    shape = (*positions.shape, spec.dim // 2)
+    return jnp.stack([jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)])
+
+
+@jax.custom_vjp
+def apply_rope(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotates the first ``dim`` dimensions of every head.
+
+    Args:
+      x: ``[batch, seq, heads, head_dim]``.
+      table: ``[2, batch, seq, dim / 2]``; it receives no gradient.
+
+    Returns:
+      ``x`` rotated, in float32.
+    """
+    cos, sin = table[0][:, :, None, :], table[1][:, :, None, :]
+    half = table.shape[-1]
+    x = x.astype(jnp.float32)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _apply_rope_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return apply_rope(x, table), (table, jnp.zeros((0,), x.dtype))
+
+
+def _apply_rope_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    # The rotation back. Autodiff's sums of padded halves are four times slower on CPU.
+    table, like_x = saved
+    back = jnp.stack([table[0], -table[1]])
+    return apply_rope(g, back).astype(like_x.dtype), None
+
+
+apply_rope.defvjp(_apply_rope_fwd, _apply_rope_bwd)

@@ -1,0 +1,173 @@
+"""The shapes and scales of a model's adapters, from ordered rules.
+
+The layer (`nalora_jax.method.low_rank`) computes ``x W + s (x A) B`` with ``s = alpha / r``, or
+``alpha / sqrt(r)`` with rsLoRA. B starts at zero, so a fresh adapter is the identity. AdaLoRA adds
+``"singular": [r]``, a diagonal between A and B that starts at zero instead of B.
+
+Sources: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; AdaLoRA, 2303.10512.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nalora_jax.config import LoRAConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.path_rules import match_rules
+
+# Tables that can be trained as a whole, by PEFT's name of their module: where they lie in ``params`` and ``lora``.
+TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
+# Of the same tables, where rows lie that are trained while the others stay frozen: ``[rows, d_model]`` in ``lora``.
+ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Ranks and alphas of one kind of projection, one entry per layer; rank 0 leaves a layer unadapted."""
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        """The stored rank: smaller ones are zero-padded to it (their padding has no gradient, so it stays zero)."""
+        return max(self.ranks)
+
+    def used(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Which entries of an array ``[layers, ..., rank]`` are of a layer's own rank, and no padding: bool."""
+        used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]
+        return np.broadcast_to(used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Every adapter of a model, by the stacked path of what it adapts ("layers/ffn/gate_proj")."""
+
+    targets: tuple[tuple[str, TargetSpec], ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    # Whether a diagonal stands between A and B (AdaLoRA): in training alone, files have plain adapters.
+    adalora: bool = False
+    dropout: float = 0.0
+    # Names in `TABLES` that are trained as a whole (PEFT's modules_to_save).
+    saved: tuple[str, ...] = ()
+    # Token ids whose rows of a table in `ROWS` are trained (PEFT's trainable_token_indices), in the order of the rows;
+    # tables by name.
+    token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def linear(self) -> AdapterSpec:
+        """The same adapters without what depends on the base's weights: magnitudes, trained tables and rows."""
+        return replace(self, dora=False, saved=(), token_indices=())
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether fresh adapters hold something of the base's weights."""
+        return self != self.linear
+
+    def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
+        """The tables that have trained rows of their own, and the ids of these.
+
+        As in PEFT, a tied head that is named with the embedding's very indices has the embedding's rows.
+        """
+        found = dict(self.token_indices)
+        if tied and found.get("lm_head") == found.get("embed_tokens"):
+            found.pop("lm_head", None)
+        return found
+
+    def head_rows(self, *, tied: bool) -> tuple[str, tuple[int, ...]] | None:
+        """The table in `ROWS` whose trained rows the output head takes, and their ids; None where it takes none."""
+        own = self.own_rows(tied=tied)
+        if "lm_head" in own:
+            return "lm_head", own["lm_head"]
+        return ("embed_tokens", own["embed_tokens"]) if tied and "embed_tokens" in own else None
+
+    def describe(self) -> str:
+        """What is trained, with ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
+        names = [f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
+        return ", ".join(names) or "projections alone"
+
+    def target(self, path: str) -> TargetSpec | None:
+        """The spec of ``path``, or None if nothing there is adapted."""
+        return dict(self.targets).get(path)
+
+    def scales(self, path: str) -> np.ndarray:
+        """``s`` of every layer at ``path``: float32 ``[layers]``, 0 where a layer is unadapted."""
+        spec = self.target(path)
+        if spec is None:
+            raise KeyError(path)
+        return np.array(
+            [
+                adapter_scale(alpha, rank, rslora=self.rslora)
+                for alpha, rank in zip(spec.alphas, spec.ranks, strict=True)
+            ],
+            np.float32,
+        )
+
+
+def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
+    """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA; 0 for rank 0."""
+    if rank == 0:
+        return 0.0
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def resolve(
+    config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers: int | Mapping[str, int]
+) -> AdapterSpec:
+    """The adapters that the rules of ``config`` give a model.
+
+    Args:
+      config: ordered rules and the variant.
+      shapes: kernel shape ``(..., d_in, d_out)`` of every projection that can be adapted, by stacked path, e.g.
+        ``{"layers/ffn/gate_proj": (576, 1536)}``. Rules are searched in ``layers/<i>/ffn/gate_proj``.
+      n_layers: length of the stack, of each path where they differ (the towers of a dual encoder).
+
+    Raises:
+      NaloraError: a rule matches nothing, a rank is negative or larger than the projection, an alpha is not positive.
+    """
+    depths = {path: n_layers if isinstance(n_layers, int) else n_layers[path] for path in shapes}
+    names = {_layer_path(path, i): (path, i) for path in shapes for i in range(depths[path])}
+    matched = match_rules([(rule.pattern, rule) for rule in config.rules], names, where="--lora.rules")
+    specs: dict[str, tuple[list[int], list[float]]] = {}
+    for name, rule in matched.items():
+        path, layer = names[name]
+        limit, side = min(shapes[path][-2:]), "the smaller side"
+        if config.init == "lora_ga":
+            limit, side = limit // 2, "half the smaller side, for LoRA-GA takes twice as many singular vectors,"
+        if not 0 <= rule.rank <= limit:
+            raise NaloraError(
+                f"--lora.rules {rule.pattern!r}: rank",
+                expected=f"0 to {limit} ({side} of {path} {shapes[path]})",
+                found=rule.rank,
+            )
+        alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
+        if rule.rank and not (math.isfinite(alpha) and alpha > 0):
+            raise NaloraError(f"--lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=rule.alpha)
+        ranks, alphas = specs.setdefault(path, ([0] * depths[path], [1.0] * depths[path]))
+        ranks[layer], alphas[layer] = rule.rank, float(alpha or 1.0)
+    targets = tuple((path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0)
+    if not targets:
+        raise NaloraError(
+            "--lora.rules",
+            expected="at least one adapter",
+            found="rank 0 everywhere",
+            remedy="give a rule a rank of 1 or more",
+        )
+    saved = tuple(name for name in TABLES if name in config.modules_to_save)
+    ids = config.trainable_token_indices
+    rows = tuple((name, ids) for name in ROWS if ids and name in config.trainable_token_modules)
+    return AdapterSpec(
+        targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout, saved=saved, token_indices=rows
+    )
+
+
+def _layer_path(path: str, layer: int) -> str:
+    """``layers/ffn/gate_proj`` of layer 3 -> ``layers/3/ffn/gate_proj``; what precedes ``layers`` stays."""
+    head, _, tail = path.partition("layers/")
+    return f"{head}layers/{layer}/{tail}"

@@ -1,1 +1,0 @@
-"""Pure functional layers: adapters, gated feed-forward blocks, attention, loss."""

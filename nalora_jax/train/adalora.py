@@ -1,0 +1,191 @@
+"""AdaLoRA: adapters ``s (x A) diag(e) B`` whose ranks go to where they matter most, as an optax transform.
+
+All adapters begin with the ranks of their rules, and with ``e = 0``. A rank is one component of one adapter: an entry
+of ``e``, its column of A and its row of B. How much it matters is the smoothed sensitivity of these weights, times how
+uncertain that is::
+
+    I(w)     = |w dL/dw|
+    score(w) = ema(I)(w) * ema(|I - ema(I)|)(w)
+    score    = score(e_i) + mean of score(A[:, i]) + mean of score(B[i, :])
+
+From the end of the warm-up on, every ``interval`` steps, the components with the lowest scores of all adapters lose
+their ``e``, so many that a budget remains which falls from all of them to ``target_rank`` an adapter (as the third
+power of the steps that are left). What has lost it trains on, and may come back at the next allocation. The last
+allocation, ``final_share`` of the steps before the end, stays. A penalty holds A's columns and B's rows orthonormal, so
+that the components do not share directions; only its gradient is added, logs show the loss without it.
+
+Source: AdaLoRA, arXiv 2303.10512; the schedule and the scores are those of PEFT's ``AdaLoraModel``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nalora_jax import trees
+from nalora_jax.config import AdaLoRAConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.targets import AdapterSpec
+
+_NAMES = ("a", "b", "singular")
+
+
+class RankState(NamedTuple):
+    """What the allocation remembers, beside the state of the optimizer that it sits on."""
+
+    inner: Any
+    step: jax.Array  # int32 []
+    sensitivity: dict[str, Any]  # smoothed, of every weight of the adapters
+    uncertainty: dict[str, Any]  # likewise
+    kept: dict[str, Any]  # bool, of every entry of `singular`: a component that the last allocation left
+
+
+def adalora(
+    inner: optax.GradientTransformationExtraArgs,
+    config: AdaLoRAConfig,
+    spec: AdapterSpec,
+    total_steps: int,
+    *,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` on the penalised loss, and after each of its steps the allocation.
+
+    Args:
+      inner: makes the update, learning rate included.
+      config: when ranks are taken, and how many.
+      spec: the adapters, ``adalora`` among their attributes.
+      total_steps: of the run.
+      clip_norm: at which ``inner`` clips the gradient, whose clipped form the sensitivity is of; 0: nowhere.
+
+    Returns:
+      A transform of adapters with ``a``, ``b`` and ``singular`` (`nalora_jax.models.adapters.init_lora`), and of what
+      else is trained beside them, which passes through.
+
+    Raises:
+      NaloraError: the adapters begin with no more ranks than they are to keep.
+    """
+    clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
+
+    def init(params: Any) -> RankState:
+        leaves = _adapters(params, spec)
+        _budgets(config, spec, leaves)
+        zeros = trees.unflatten({path: jnp.zeros_like(leaf) for path, leaf in leaves.items()})
+        singular = {f"{path}/singular": target for path, target in spec.targets}
+        kept = {name: jnp.asarray(target.used(leaves[name].shape)) for name, target in singular.items()}
+        still = jax.tree.map(jnp.copy, zeros)
+        return RankState(inner.init(params), jnp.zeros([], jnp.int32), zeros, still, trees.unflatten(kept))
+
+    def update(grads: Any, state: RankState, params: Any = None, **extra: Any) -> tuple[Any, RankState]:
+        step = state.step + 1
+        grads = _penalised(grads, params, config.orthogonality, spec)
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
+        clipped, _ = clip.update(grads, clip.init(params))
+        new = _adapters(optax.apply_updates(params, updates), spec)
+        moments = _smoothed(state, new, _adapters(clipped, spec), step, config, total_steps)
+        kept, acts = _allocated(state, moments, step, config, spec, total_steps)
+        flat, now = trees.flatten(updates), trees.flatten(params)
+        for path, keep in kept.items():
+            flat[path] = jnp.where(acts & ~keep, -now[path], flat[path])
+        sensitivity, uncertainty = map(trees.unflatten, moments)
+        return trees.unflatten(flat), RankState(inner_state, step, sensitivity, uncertainty, trees.unflatten(kept))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _adapters(tree: Any, spec: AdapterSpec) -> dict[str, jax.Array]:
+    """The leaves of the adapters, by path."""
+    leaves = trees.flatten(tree)
+    return {f"{path}/{name}": leaves[f"{path}/{name}"] for path, _ in spec.targets for name in _NAMES}
+
+
+def _budgets(config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]) -> tuple[int, int]:
+    """Components at the start, and at the end."""
+    first = last = 0
+    for path, target in spec.targets:
+        used = target.used(leaves[f"{path}/singular"].shape)
+        first += int(used.sum())
+        last += config.target_rank * int(used.any(-1).sum())
+    if last >= first:
+        raise NaloraError(
+            "--adalora.target-rank",
+            expected=f"less than the mean rank that the adapters begin with ({first * config.target_rank / last:g})",
+            found=config.target_rank,
+            remedy="raise the ranks in --lora.rules: AdaLoRA takes ranks away",
+        )
+    return first, last
+
+
+def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any:
+    """``grads`` and those of the penalty, the mean of ``|A^T A - 1|`` and ``|B B^T - 1|`` over all adapters."""
+    if not weight:
+        return grads
+    penalty = jax.grad(lambda leaves: weight * _distance(leaves, spec))(_adapters(params, spec))
+    return trees.unflatten({path: g + penalty.get(path, 0.0) for path, g in trees.flatten(grads).items()})
+
+
+def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
+    """The mean distance of ``A^T A`` and ``B B^T`` from the identity, in the Frobenius norm."""
+    total, count = jnp.zeros([]), 0
+    for path, target in spec.targets:
+        used = target.used(leaves[f"{path}/singular"].shape)
+        identity = used[..., None] * np.eye(used.shape[-1], dtype=np.float32)
+        for name, product in (("a", "...dr,...ds->...rs"), ("b", "...rd,...sd->...rs")):
+            factor = leaves[f"{path}/{name}"]
+            gram = jnp.einsum(product, factor, factor, precision="highest")
+            norms = jnp.sqrt(jnp.sum((gram - identity) ** 2, axis=(-2, -1)) + 1e-30)  # 0 has a gradient too
+            total += jnp.sum(jnp.where(used.any(-1), norms, 0.0))
+            count += int(used.any(-1).sum())
+    return total / count
+
+
+def _smoothed(
+    state: RankState,
+    params: dict[str, jax.Array],
+    grads: dict[str, jax.Array],
+    step: jax.Array,
+    config: AdaLoRAConfig,
+    total_steps: int,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Sensitivity and uncertainty after a step; they rest from the last allocation on."""
+    sensitivity, uncertainty = trees.flatten(state.sensitivity), trees.flatten(state.uncertainty)
+    measures = step < config.steps(total_steps)[1]
+    for path, leaf in params.items():
+        now, old, spread = jnp.abs(leaf * grads[path]), sensitivity[path], uncertainty[path]
+        mean = config.sensitivity_decay * old + (1 - config.sensitivity_decay) * now
+        away = config.uncertainty_decay * spread + (1 - config.uncertainty_decay) * jnp.abs(now - mean)
+        sensitivity[path] = jnp.where(measures, mean, old)
+        uncertainty[path] = jnp.where(measures, away, spread)
+    return sensitivity, uncertainty
+
+
+def _allocated(
+    state: RankState,
+    moments: tuple[dict[str, jax.Array], dict[str, jax.Array]],
+    step: jax.Array,
+    config: AdaLoRAConfig,
+    spec: AdapterSpec,
+    total_steps: int,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Which components are kept, by the path of their `singular`, and whether the others lose theirs in this step."""
+    element = {path: moments[0][path] * moments[1][path] for path in moments[0]}
+    scores = {}
+    for path, target in spec.targets:
+        score = element[f"{path}/singular"] + element[f"{path}/a"].mean(-2) + element[f"{path}/b"].mean(-1)
+        scores[f"{path}/singular"] = jnp.where(target.used(score.shape), score, jnp.inf)
+    first, last = _budgets(config, spec, element)
+    begin, end = config.steps(total_steps)
+    left = jnp.clip((end - step) / max(end - begin, 1), 0.0, 1.0)
+    budget = jnp.floor((first - last) * left**3 + last).astype(jnp.int32)
+    ranking = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores.values()]))
+    threshold = jnp.where(budget < first, ranking[jnp.maximum(first - budget - 1, 0)], -jnp.inf)
+    due = ((step > begin) & (step < end) & (step % config.interval == 0)) | (step == end)
+    before = trees.flatten(state.kept)
+    kept = {}
+    for path, score in scores.items():
+        chosen = (score > threshold) & jnp.isfinite(score)
+        kept[path] = jnp.where(due, chosen, before[path])
+    return kept, due | (step > end)

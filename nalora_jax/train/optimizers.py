@@ -1,0 +1,131 @@
+"""The optimizer of plain LoRA from its settings: schedule, LoRA+ and rates by projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from nalora_jax import trees
+from nalora_jax.config import OptimizerConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.path_rules import first_match, match_rules
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, plus_ratio: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of plain LoRA: clip by global norm, then the named optimizer.
+
+    Args:
+      total_steps: optimizer steps of the run, which the schedule spans.
+      plus_ratio: LoRA+ (arXiv 2402.12354): factor on the learning rate of every leaf named "b".
+
+    Raises:
+      NaloraError: an unknown optimizer, or weight decay with one that has none.
+    """
+    stages = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    stages.append(_named_optimizer(config, make_schedule(config, total_steps)))
+    if plus_ratio != 1:
+        # After learning rate and weight decay, so that B trains as with its own, larger learning rate.
+        stages.append(_scale_leaves("b", plus_ratio))
+    if config.rates:
+        stages.append(scale_by_projection(config.rates))
+    return optax.with_extra_args_support(optax.chain(*stages))
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to ``final_ratio`` of it.
+
+    Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It begins above 0, so that no step
+    is wasted; with ``warmup_from_zero`` and a final ratio of 0 the rates equal transformers'.
+    """
+    if not config.learning_rate:
+        remedy = "nalora_jax.train.learning_rate decides it"
+        raise NaloraError("--optimizer.learning-rate", expected="a number above 0", found="auto", remedy=remedy)
+    peak, final = config.learning_rate, config.learning_rate * config.final_ratio
+    warmup = config.warmup_steps or math.ceil(config.warmup_share * total_steps)
+    warmup = warmup if config.warmup_from_zero else min(warmup, total_steps - 1)
+    decay_steps = max(1, total_steps - warmup)
+    decays: dict[str, optax.Schedule] = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, final, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_ratio),
+    }
+    if config.schedule not in decays:
+        raise NaloraError("--optimizer.schedule", expected=f"one of {', '.join(decays)}", found=config.schedule)
+    if warmup <= 0:
+        return decays[config.schedule]
+    start = 0.0 if config.warmup_from_zero else peak / (warmup + 1)
+    rise = optax.linear_schedule(start, peak, warmup)
+    return optax.join_schedules([rise, decays[config.schedule]], [warmup])
+
+
+def _named_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    decay = config.weight_decay
+    match config.name:
+        case "adamw":
+            return optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=decay)
+        case "adam" if decay == 0:
+            return optax.adam(schedule, config.b1, config.b2, config.eps)
+        case "adam":
+            raise NaloraError("--optimizer.weight-decay", expected="0 with adam", found=decay, remedy="use adamw")
+        case "lion":
+            return optax.lion(schedule, config.b1, config.b2, weight_decay=decay)
+        case "sgd":
+            return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule))
+        case "adafactor":
+            # Not optax.adafactor, whose step follows the parameter's size (B starts at 0) and whose decay ignores the
+            # learning rate.
+            factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+            return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
+    known = "adamw, adam, sgd, lion, adafactor"
+    raise NaloraError("--optimizer.name", expected=f"one of {known}", found=config.name)
+
+
+def _scale_leaves(name: str, factor: float) -> optax.GradientTransformation:
+    def scale(path: str, update: jax.Array) -> jax.Array:
+        return update * factor if path.split("/")[-1] == name else update
+
+    def update_fn(updates: Any, params: Any = None) -> Any:
+        del params
+        return trees.map_named(scale, updates)
+
+    return optax.stateless(update_fn)
+
+
+def scale_by_projection(rates: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Returns a transform that multiplies the updates of A and B by the factor of the first matching rule.
+
+    It comes after preconditioner, learning rate and weight decay, so that a factor is a ratio of
+    learning rates. Before Adam, which divides by the gradient's size, it would have almost no effect.
+
+    Args:
+      rates: (regular expression, factor) pairs, searched in stacked paths such as ``layers/ffn/gate_proj``.
+
+    Raises:
+      NaloraError: in ``init``, if a pattern matches no adapter or is not a regular expression.
+    """
+
+    def init_fn(params: Any) -> optax.EmptyState:
+        match_rules(rates, {_projection(path) for path in trees.flatten(params)}, where="--optimizer.rates")
+        return optax.EmptyState()
+
+    def update_fn(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        del params
+
+        def scale(path: str, update: jax.Array) -> jax.Array:
+            match = first_match(rates, _projection(path))
+            return update if match is None else update * match[1]
+
+        return trees.map_named(scale, updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _projection(path: str) -> str:
+    """Returns ``layers/ffn/gate_proj`` of ``layers/ffn/gate_proj/a``."""
+    return path.rpartition("/")[0]

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+from transformers.activations import ACT2FN
+
+from nalora_jax.errors import NaloraError
+from nalora_jax.method import activations
+
+pytestmark = pytest.mark.optimised  # bounds are those of fused multiply-adds
+SELF_GATED = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish")
+SINGLE = ("relu", "relu2", "identity")
+# transformers' name -> this library's canonical name
+ECOSYSTEM = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "mish": "mish",
+    "relu": "relu",
+    "relu2": "relu2",
+    "linear": "identity",
+}
+TINY = float(np.finfo(np.float32).tiny)
+
+
+def sigmoid_terms(inner, slope, z):
+    return special.expit(inner), z * special.expit(-inner) * slope
+
+
+def mish_terms(z):
+    e = np.exp(np.minimum(z, 40.0))
+    return e * (e + 2) / (e * (e + 2) + 2), z * 4 * (e + 1) / ((e + 2) * (e * (e + 2) + 2))
+
+
+def gelu_terms(z):
+    scaled = np.sqrt(2 / np.pi) * z / special.erfcx(np.minimum(-z, 20.0) / np.sqrt(2))
+    far = np.sqrt(2 / np.pi) * z / special.erfcx(np.abs(z) / np.sqrt(2))
+    return special.ndtr(z), np.where(z < 0, far, scaled)
+
+
+def reference(name, z):
+    """(rho, h - 1) in float64 by scipy."""
+    c = np.sqrt(2 / np.pi)
+    return {
+        "silu": lambda: sigmoid_terms(z, 1.0, z),
+        "quick_gelu": lambda: sigmoid_terms(1.702 * z, 1.702, z),
+        "gelu_tanh": lambda: sigmoid_terms(2 * c * (z + 0.044715 * z**3), 2 * c * (1 + 3 * 0.044715 * z * z), z),
+        "gelu": lambda: gelu_terms(z),
+        "mish": lambda: mish_terms(z),
+    }[name]()
+
+
+def grid():
+    """Dense around 0 and in the tails of every activation, and up to 1e4."""
+    wide = np.geomspace(1e-6, 1e4, 2001)
+    parts = [np.linspace(-95, 25, 60001), np.linspace(-14, 4, 60001), wide, -wide, [0.0]]
+    return np.concatenate(parts).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SELF_GATED)
+def test_values_and_derivatives_agree_with_float64(name):
+    activation, z = activations.get(name), grid()
+    rho, excess = reference(name, z.astype(np.float64))
+    seen = rho > 4 * TINY  # below, float32 flushes to 0
+    for function, truth, condition in (
+        (activation.dphi, rho * (1 + excess), rho),
+        (activation.homogeneity, 1 + excess, np.ones_like(rho)),
+        (activation.phi, z * rho, 0 * rho),
+        (activation.rho, rho, 0 * rho),
+    ):
+        value = np.asarray(jax.jit(function)(z), np.float64)
+        relative = 1e-5 if condition.any() else 1.5e-5
+        judged = seen | np.array(function is activation.homogeneity)
+        bound = relative * np.abs(truth) + 2.0**-21 * condition
+        assert (np.abs(value - truth) <= bound)[judged].all()
+        assert np.abs(value - truth)[~judged].max(initial=0.0) <= 1e-35
+
+
+def test_gelu_homogeneity_survives_underflow():
+    z = np.array([-13.5, -20.0, -100.0, -1e4], np.float32)
+    gelu = activations.get("gelu")
+    assert (np.asarray(gelu.phi(z))[1:] == 0).all()
+    mills = np.sqrt(np.pi / 2) * special.erfcx(-z.astype(np.float64) / np.sqrt(2))
+    np.testing.assert_allclose(gelu.homogeneity(z), 1 + z.astype(np.float64) / mills, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SELF_GATED + SINGLE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_finite_at_extremes_and_dtype_kept(name, dtype):
+    activation = activations.get(name)
+    z = jnp.array([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4], dtype)
+    functions = [activation.phi, activation.rho, activation.dphi, activation.drho, activation.homogeneity]
+    functions += [jax.vmap(jax.grad(activation.phi)), jax.vmap(jax.grad(activation.rho)), *_both(activation.gate)]
+    for function in functions:
+        value = function(z)
+        assert value.dtype == dtype
+        assert value.shape == z.shape
+        assert jnp.isfinite(value).all()
+
+
+def _both(gate):
+    return [lambda z: gate(z)[0], lambda z: gate(z)[1]]
+
+
+@pytest.mark.parametrize("name", SELF_GATED + SINGLE)
+def test_narrow_inputs_are_rounded_once(name):
+    activation = activations.get(name)
+    z = jnp.linspace(-8, 8, 257).astype(jnp.bfloat16)
+    for function in (activation.phi, activation.dphi, activation.homogeneity):
+        np.testing.assert_array_equal(function(z), function(z.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), ECOSYSTEM.items())
+def test_names_compute_what_transformers_computes(theirs, ours):
+    activation = activations.get(theirs)
+    assert activation.name == ours
+    z = np.linspace(-6, 6, 481)
+    expected = ACT2FN[theirs](torch.from_numpy(z)).numpy()
+    np.testing.assert_allclose(activation.phi(jnp.float32(z)), expected, rtol=2e-5, atol=1e-7)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(NaloraError, match=r"found 'gelu_10'") as error:
+        activations.get("gelu_10")
+    assert all(name in str(error.value) for name in ECOSYSTEM)
+
+
+@pytest.mark.parametrize("name", SELF_GATED + SINGLE)
+def test_parts_are_consistent(name):
+    activation = activations.get(name)
+    z = jnp.linspace(-7, 7, 1000)
+    rho, drho = activation.gate(z)
+    np.testing.assert_allclose(activation.phi(z), z * rho, rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(activation.rho(z), rho, rtol=2e-6)
+    np.testing.assert_allclose(activation.drho(z), drho, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(activation.dphi(z), rho + z * drho, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        activation.homogeneity(z) * activation.phi(z), z * activation.dphi(z), rtol=1e-5, atol=2e-6
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(z=st.floats(-60, 60, width=32), name=st.sampled_from(SELF_GATED + SINGLE))
+def test_dphi_and_drho_are_the_gradients(z, name):
+    activation = activations.get(name)
+    phi_slope, rho_slope = (jax.grad(f)(z) for f in (activation.phi, activation.rho))
+    rounding = 2.0**-21 * float(activation.rho(z))  # of a sum that vanishes at z_0
+    dphi, drho = float(activation.dphi(z)), float(activation.drho(z))
+    assert float(phi_slope) == pytest.approx(dphi, rel=2.5e-5, abs=rounding)
+    assert float(rho_slope) == pytest.approx(drho, rel=2.5e-5, abs=rounding)
+
+
+@pytest.mark.parametrize("name", SELF_GATED)
+def test_gradients_are_those_of_the_function(name):
+    z = jnp.array([-3.0, -1.0, -0.1, 0.0, 0.4, 2.0, 5.0])
+    step = 1e-4
+
+    def slope64(z):
+        values = [(z + s) * reference(name, z + s)[0] for s in (step, -step)]
+        return (values[0] - values[1]) / (2 * step)
+
+    def curvature64(z):
+        return (slope64(z + 1e-3) - slope64(z - 1e-3)) / 2e-3
+
+    z64 = np.asarray(z, np.float64)
+    np.testing.assert_allclose(jax.vmap(jax.grad(activations.get(name).phi))(z), slope64(z64), rtol=1e-5, atol=1e-6)
+    second = jax.vmap(jax.grad(jax.grad(activations.get(name).phi)))(z)
+    np.testing.assert_allclose(second, curvature64(z64), rtol=1e-4, atol=2e-5)
+
+
+def test_homogeneity_without_a_smooth_gate():
+    z = jnp.array([-2.0, 0.0, 3.0])
+    np.testing.assert_array_equal(activations.get("relu").homogeneity(z), [1, 1, 1])
+    np.testing.assert_array_equal(activations.get("identity").homogeneity(z), [1, 1, 1])
+    np.testing.assert_array_equal(activations.get("relu2").homogeneity(z), [1, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "peak_at", "peak", "linear_from"),
+    [
+        ("silu", -1.2785, 1.2785, 1.2785, 4.485),
+        ("gelu", -0.7518, 0.840, 1.2945, 2.440),
+        ("gelu_tanh", -0.7525, 0.840, 1.2943, 2.442),
+        ("quick_gelu", -0.7512, 0.751, 1.2785, 2.635),
+        ("mish", -1.1925, 0.877, 1.2154, 2.545),
+    ],
+)
+def test_constants_of_the_design(name, zero, peak_at, peak, linear_from):
+    partition = activations.partition(name)
+    # Printed to so many digits, the last one rounded either way.
+    assert partition.z0 == pytest.approx(zero, abs=1e-4)
+    assert partition.z1 == pytest.approx(linear_from, abs=1e-3)
+    z = jnp.linspace(0, 6, 60001)
+    h = activations.get(name).homogeneity(z)
+    assert float(h.max()) == pytest.approx(peak, abs=1e-4)
+    assert float(z[h.argmax()]) == pytest.approx(peak_at, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", SELF_GATED)
+@pytest.mark.parametrize("tol", [0.01, 0.05, 0.2])
+def test_cut_points_do_what_they_say(name, tol):
+    partition = activations.partition(name, tol)
+    z = np.linspace(-8, 12, 4001)
+    excess = reference(name, z)[1]
+    assert (excess[z < partition.z0] < -1).all()
+    assert (excess[(z >= partition.z0) & (z < 0)] >= -1).all()
+    assert (excess[(z > 0) & (z < partition.z1)] > 0).all()
+    assert (excess[z >= partition.z1] <= tol).all()
+    assert reference(name, np.array(partition.z1 - 1e-3))[1] > tol
+    assert reference(name, np.array(partition.z0))[1] == pytest.approx(-1, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SELF_GATED)
+def test_degrees_are_coarse_homogeneities(name):
+    partition = activations.partition(name)
+    inverted, contracting, expanding, linear = partition.degrees
+    assert partition.meaningful
+    assert inverted < 0 < contracting < 1 < linear < 1.05 < expanding < 1.3
+
+
+@pytest.mark.parametrize(("name", "degree"), [("relu", 1.0), ("relu2", 2.0), ("identity", 1.0)])
+def test_no_meaningful_partition_of_one_degree(name, degree):
+    partition = activations.partition(name)
+    assert not partition.meaningful
+    assert partition.degrees == (degree,) * 4
+
+
+def test_a_tolerance_above_the_peak_leaves_no_expanding_region():
+    partition = activations.partition("silu", 0.5)
+    assert partition.z1 == 0.0
+    assert not activations.regions(jnp.linspace(-5, 5, 11), partition).expanding.any()
+
+
+def test_partition_refuses_bad_arguments():
+    with pytest.raises(NaloraError, match="above 0, found 0"):
+        activations.partition("silu", 0)
+    with pytest.raises(NaloraError, match="one of"):
+        activations.partition("softsign")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4),
+    name=st.sampled_from(SELF_GATED + SINGLE),
+)
+def test_regions_are_disjoint_and_cover_the_line(values, name):
+    partition = activations.partition(name)
+    edges = [partition.z0, partition.z1, np.nextafter(np.float32(partition.z1), np.float32(-1e9)), 0.0, -0.0]
+    z = jnp.array(values + edges + [jnp.nan], jnp.float32)
+    masks = activations.regions(z, partition)
+    np.testing.assert_array_equal(sum(mask.astype(jnp.int32) for mask in masks), jnp.ones(z.shape))
+    zero = activations.regions(jnp.zeros(()), partition)
+    assert bool(zero.expanding) if partition.meaningful else bool(zero.linear)

@@ -1,0 +1,243 @@
+"""Self-gated blocks: values against numpy, statistics against their definition, and a forward pass left alone."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from nalora_jax import gate_checks
+from nalora_jax.gate_checks import GateChecks
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method import activations, ffn, low_rank
+from nalora_jax.method.ffn import Adapters, GatedFFN, SelfGatedFFN, gated_product
+from nalora_jax.models.moe import MoEFFN
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.reductions import sampled, sampled_positions
+
+D, F, R = 8, 20, 3
+GATED = Adapters((("gate_proj", R), ("up_proj", R), ("down_proj", R)))
+SELF_GATED = Adapters((("in_proj", R), ("out_proj", R)))
+SCALES = {"gate_proj": 2.0, "up_proj": 0.5, "down_proj": 1.5, "in_proj": 2.0, "out_proj": 0.5}
+
+
+def _build(block: Any, seed: int = 0) -> tuple[dict, jax.Array, jax.Array]:
+    x = jax.random.normal(jax.random.key(seed), (2, 5, D))
+    variables = jax.jit(block.init)(jax.random.key(1), x)
+    rng = np.random.default_rng(seed)
+    lora = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape) * 0.5, jnp.float32), variables["lora"])
+    weights = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], jnp.float32)
+    return {"params": variables["params"], "lora": lora}, x, weights
+
+
+def _project(variables: dict, name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kernel = np.asarray(variables["params"][name]["kernel"], np.float64)
+    a, b = (np.asarray(variables["lora"][name][k], np.float64) for k in "ab")
+    return x @ kernel, SCALES[name] * (x @ a) @ b
+
+
+def test_a_gated_block_is_swiglu_with_adapters(numerics: Any) -> None:
+    block = GatedFFN(D, F, "silu", GATED, numerics=numerics())
+    variables, x, _ = _build(block)
+    z = sum(_project(variables, "gate_proj", np.asarray(x, np.float64)))
+    u = sum(_project(variables, "up_proj", np.asarray(x, np.float64)))
+    want = sum(_project(variables, "down_proj", z * special.expit(z) * u))
+    np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_self_gated_block_is_a_gelu_mlp_with_adapters(numerics: Any) -> None:
+    block = SelfGatedFFN(D, F, "gelu", SELF_GATED, numerics=numerics())
+    variables, x, _ = _build(block)
+    z = sum(_project(variables, "in_proj", np.asarray(x, np.float64)))
+    want = sum(_project(variables, "out_proj", z * special.ndtr(z)))
+    np.testing.assert_allclose(block.apply(variables, x, SCALES), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
+def test_statistics_are_sums_over_real_tokens(kind: type, numerics: Any) -> None:
+    gate = "gate_proj" if kind is GatedFFN else "in_proj"
+    adapters, stats = GATED if kind is GatedFFN else SELF_GATED, GateStatsConfig(probe_stride=1)
+    block = kind(D, F, "silu", adapters, stats=stats, numerics=numerics())
+    variables, x, weights = _build(block)
+    _, written = block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+    stats = written["gate_stats"]
+
+    base, dz = (v.reshape(-1, F)[np.asarray(weights).reshape(-1) > 0] for v in _project(variables, gate, np.asarray(x)))
+    z, rho = base + dz, special.expit(base)
+    moved = special.expit(z)
+    part = activations.partition("silu")
+    regions = [z < part.z0, (z >= part.z0) & (z < 0), (z >= 0) & (z < part.z1), z >= part.z1]
+    assert float(stats["tokens"]) == float(stats["probe_tokens"]) == 7.0
+    np.testing.assert_allclose(stats["slope"], np.abs(moved * (1 + z * (1 - moved))).sum(0), rtol=1e-4)
+    np.testing.assert_array_equal(stats["occupancy"], np.stack([r.sum(0) for r in regions]))
+    np.testing.assert_allclose(stats["feature"], np.abs(rho * dz).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["selection"], np.abs((moved - rho) * z).sum(0), rtol=1e-4)
+    np.testing.assert_allclose(stats["linear"], np.abs(base * rho * (1 - rho) * dz).sum(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [5, 64])
+def test_strides_take_one_in_n_positions(length: int) -> None:
+    variables, _, _ = _build(GatedFFN(D, F, "silu", GATED))
+    x = jax.random.normal(jax.random.key(2), (2, length, D))
+    weights = jax.random.bernoulli(jax.random.key(3), 0.8, x.shape[:2])
+    full = GateStatsConfig(probe_stride=1)
+    dense = GatedFFN(D, F, "silu", GATED, stats=full)
+    thin = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(stride=2, probe_stride=4))
+
+    @partial(jax.jit, static_argnums=0)
+    def measured(block: GatedFFN, x: jax.Array, weights: jax.Array) -> Any:
+        return block.apply(variables, x, SCALES, token_weights=weights, mutable=["gate_stats"])[1]
+
+    got = measured(thin, x, weights)
+    for stride, names in {2: ("tokens", "slope", "occupancy"), 4: ("probe_tokens", "feature", "selection")}.items():
+        picked, counted = sampled(x, weights, stride), sampled_positions(weights, stride)[1]
+        want = measured(dense, picked, counted)
+        for name in names:
+            np.testing.assert_allclose(got["gate_stats"][name], want["gate_stats"][name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_long_rows_give_no_more_positions_than_they_may(experts: int) -> None:
+    """A row of 64 positions, at most 8 of them: stride 4 becomes 8, and the probe's 8 becomes 16."""
+
+    def measured(**stats: int) -> dict[str, jax.Array]:
+        config = GateStatsConfig(**stats)
+        if experts:
+            block: Any = MoEFFN(D, F, experts, 1, adapters=GATED, stats=config)
+        else:
+            block = GatedFFN(D, F, "silu", GATED, stats=config)
+        variables = jax.jit(block.init)(jax.random.key(0), jnp.zeros((1, 2, D)))
+        x = jax.random.normal(jax.random.key(1), (2, 64, D))
+        found = jax.jit(lambda v: block.apply(v, x, mutable=["gate_stats"]))(variables)[1]["gate_stats"]
+        return dict(found)
+
+    bounded, strides = measured(stride=4, probe_stride=8, positions=8), measured(stride=8, probe_stride=16)
+    for name, value in strides.items():
+        np.testing.assert_array_equal(bounded[name], value, err_msg=name)
+    assert (float(np.sum(strides["tokens"])), float(np.sum(strides["probe_tokens"]))) == (16.0, 8.0)
+    free = GateStatsConfig(stride=4, probe_stride=8, positions=16)
+    assert free.of_rows(64) == GateStatsConfig(stride=4, probe_stride=8)
+
+
+def test_mechanisms_leave_the_forward_pass_alone() -> None:
+    block = GatedFFN(D, F, "silu", GATED)
+    variables, x, weights = _build(block)
+    plain = block.apply(variables, x, SCALES)
+    masked = variables | {"gate_mask": {"mask": jnp.linspace(0, 2, F)}}
+    with_all, _ = block.apply(masked, x, SCALES, token_weights=weights, mutable=["gate_stats"])
+    np.testing.assert_allclose(plain, with_all, rtol=1e-6, atol=1e-6)
+
+
+def test_the_evaluation_program_does_not_know_the_mechanisms() -> None:
+    variables, x, weights = _build(GatedFFN(D, F, "silu", GATED))
+
+    def program(stats: GateStatsConfig) -> str:
+        block = GatedFFN(D, F, "silu", GATED, stats=stats)
+        return str(jax.make_jaxpr(lambda v, x, w: block.apply(v, x, SCALES, token_weights=w))(variables, x, weights))
+
+    assert program(GateStatsConfig()) == program(GateStatsConfig(stride=3, checks=GateChecks(1e-4)))
+
+
+def test_the_mask_shapes_the_gradient_of_the_gates_a_only(numerics: Any) -> None:
+    block = GatedFFN(D, F, "silu", GATED, numerics=numerics())
+    variables, x, _ = _build(block)
+
+    def grads(mask: jax.Array | None) -> tuple[Any, jax.Array]:
+        extra = {} if mask is None else {"gate_mask": {"mask": mask}}
+
+        def loss(lora: Any, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(block.apply(variables | {"lora": lora} | extra, x, SCALES)))
+
+        return jax.grad(loss, argnums=(0, 1))(variables["lora"], x)
+
+    (plain, dx), (ones, dx_ones) = grads(None), grads(jnp.ones(F))
+    (masked, dx_masked) = grads(jnp.zeros(F).at[:5].set(2.0))
+    np.testing.assert_allclose(dx, dx_ones, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, dx_masked, rtol=1e-5, atol=1e-5)
+    for name, leaf in plain.items():
+        for key, value in leaf.items():
+            np.testing.assert_allclose(ones[name][key], value, rtol=1e-4, atol=1e-4)
+            same = np.allclose(masked[name][key], value, rtol=1e-4, atol=1e-4)
+            assert same == ((name, key) != ("gate_proj", "a"))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity"])
+def test_gated_product_has_autodiffs_gradient(name: str, numerics: Any) -> None:
+    activation = activations.get(name)
+    z, u, g = (jax.random.normal(k, (4, 30)) * 3 for k in jax.random.split(jax.random.key(0), 3))
+    ours = jax.vjp(lambda z, u: gated_product(z, u, activation, numerics())[0], z, u)[1](g)
+    plain = jax.vjp(lambda z, u: activation.phi(z) * u, z, u)[1](g)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+_RESIDUAL = low_rank._residual
+
+
+def _scaled_residual(factor: float, x: jax.Array, adapter: Any, numerics: Any) -> tuple[jax.Array, jax.Array]:
+    y, hidden = _RESIDUAL(x, adapter, numerics)
+    return factor * y, hidden
+
+
+FAULTS = {
+    "activation": (ffn, "gated_product", lambda z, u, *_, **__: (jax.nn.gelu(z) * u, jax.nn.gelu(z))),
+    "scale": (low_rank, "_residual", partial(_scaled_residual, 1.1)),
+    "sign": (low_rank, "_residual", partial(_scaled_residual, -1.0)),
+}
+
+
+def _worst_check(block: Any, variables: dict, x: jax.Array) -> float:
+    _, written = block.apply(variables, x, SCALES, mutable=["gate_stats"])
+    return max(float(written["gate_stats"][name]) for name in gate_checks.NAMES)
+
+
+@pytest.mark.parametrize("kind", [GatedFFN, SelfGatedFFN])
+def test_the_identity_holds_on_the_live_block(kind: type) -> None:
+    block = kind(
+        D, F, "silu", GATED if kind is GatedFFN else SELF_GATED, stats=GateStatsConfig(checks=GateChecks(1e-5))
+    )
+    variables, x, _ = _build(block)
+    assert _worst_check(block, variables, x) < 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_injected_faults_break_the_identity(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = GatedFFN(D, F, "silu", GATED, stats=GateStatsConfig(checks=GateChecks(1e-5)))
+    variables, x, _ = _build(block)
+    assert _worst_check(block, variables, x) < 1
+    monkeypatch.setattr(*FAULTS[fault])
+    assert _worst_check(block, variables, x) > 100
+
+
+def test_a_block_in_every_implementation_is_the_plain_one(numerics: Any) -> None:
+    """In bf16, adapters, biases, mask and statistics included."""
+    rng = np.random.default_rng(9)
+    x, g = (jnp.asarray(rng.normal(size=(2, 64, 48)), jnp.float32) for _ in range(2))
+
+    def run(chosen: Any) -> Any:
+        block = GatedFFN(48, 80, "silu", GATED, True, chosen, GateStatsConfig(stride=2, probe_stride=4))
+        variables = block.clone(numerics=Numerics()).init(jax.random.key(0), x)
+        # Biases and B are zero to begin with.
+        variables = jax.tree.map(lambda w: w + 0.1 * jnp.cos(jnp.arange(w.size)).reshape(w.shape), variables)
+        mask = {"gate_mask": {"mask": jnp.linspace(0, 2, 80)}}
+
+        @jax.jit
+        def value_and_gradients(lora: Any, x: jax.Array) -> Any:
+            def value(lora: Any, x: jax.Array) -> Any:
+                return block.apply({**variables, "lora": lora} | mask, x, SCALES, mutable=["gate_stats"])
+
+            y, back, written = jax.vjp(value, lora, x, has_aux=True)
+            return y, back(g), written["gate_stats"]
+
+        return value_and_gradients(variables["lora"], x)
+
+    ours, plain = run(numerics("bfloat16", result="float32")), run(Numerics())
+    occupied = [results[2].pop("occupancy") for results in (ours, plain)]
+    np.testing.assert_allclose(*occupied, atol=2)  # counts, of numbers whose rounding may take them over a cut
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert np.abs(one - other).max() <= 0.04 * np.abs(other).max()

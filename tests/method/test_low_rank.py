@@ -1,0 +1,159 @@
+"""An adapted layer against float64, and the gated gradient against its definition, in every implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.method.low_rank import (
+    Adapter,
+    Dense,
+    adapted_dense,
+    batched_residual,
+    column_norm,
+    parallel_dense,
+    residual,
+)
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.quantize import quantize
+from nalora_jax.ops.storage import expand
+
+PLAIN = Numerics()
+
+
+def _arrays(seed: int = 0, tokens: int = 6, d_in: int = 16, rank: int = 4, d_out: int = 40) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = [(2, tokens // 2, d_in), (d_in, rank), (rank, d_out), (d_out,), (2, tokens // 2, d_out)]
+    return [rng.normal(size=shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_residual_value_and_gradients_are_the_formulas_of_the_design(masked: bool) -> None:
+    x, a, b, mask, g = _arrays()
+    mask = np.abs(mask) * (np.arange(mask.size) % 3 > 0)
+    scale = 1.7
+    args = [jnp.asarray(v, jnp.float32) for v in (x, a, b)]
+    given = jnp.asarray(mask, jnp.float32) if masked else None
+
+    value, vjp = jax.vjp(lambda x, a, b: residual(x, a, b, scale, given), *args)
+    dx, da, db = vjp(jnp.asarray(g, jnp.float32))
+
+    flat, gf = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]) * scale
+    np.testing.assert_allclose(value, scale * (x @ a) @ b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, (gf @ b.T @ a.T).reshape(x.shape), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(db, (flat @ a).T @ gf, rtol=1e-5, atol=1e-4)
+    shaped = b * mask if masked else b
+    np.testing.assert_allclose(da, flat.T @ (gf @ shaped.T), rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_mask_the_gradient_is_autodiffs() -> None:
+    x, a, b, _, g = (jnp.asarray(v, jnp.float32) for v in _arrays(1))
+    ours = jax.grad(lambda *v: jnp.sum(residual(*v, 0.5) * g), argnums=(0, 1, 2))(x, a, b)
+    plain = jax.grad(lambda x, a, b: jnp.sum(0.5 * ((x @ a) @ b) * g), argnums=(0, 1, 2))(x, a, b)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_a_mask_never_changes_the_value() -> None:
+    x, a, b, mask, _ = (jnp.asarray(v, jnp.float32) for v in _arrays(2))
+    np.testing.assert_array_equal(residual(x, a, b, 2.0), residual(x, a, b, 2.0, mask))
+
+
+def test_batched_residual_is_one_adapter_per_example() -> None:
+    rng = np.random.default_rng(3)
+    x, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(3, 5, 8), (2, 8, 4), (2, 4, 6)])
+    ids = jnp.array([1, -1, 0])
+    got = batched_residual(x, a, b, 1.5, ids)
+    np.testing.assert_allclose(got[0], residual(x[0], a[1], b[1], 1.5), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got[1], np.zeros_like(got[1]))
+    np.testing.assert_allclose(got[2], residual(x[2], a[0], b[0], 1.5), rtol=1e-5, atol=1e-5)
+
+
+def test_column_norm_is_the_norm_of_the_sum() -> None:
+    rng = np.random.default_rng(4)
+    w, a, b = rng.normal(size=(16, 12)), rng.normal(size=(16, 3)), rng.normal(size=(3, 12))
+    want = np.linalg.norm(w + 0.7 * a @ b, axis=0)
+    got = column_norm(*(jnp.asarray(v, jnp.float32) for v in (w, a, b)), 0.7)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- the layer
+
+
+def _draw(d_in: int, d_out: int, rank: int = 4) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(d_in)
+    shapes = ((2, 40, d_in), (d_in, d_out), (d_in, rank), (rank, d_out), (d_out,), (d_out,), (2, 40, d_out))
+    x, kernel, a, b, mask, bias, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return x, kernel, a, b, jnp.abs(mask), bias, g
+
+
+def _exact(x: Any, kernel: Any, a: Any, b: Any, mask: Any, bias: Any, g: Any, scale: float) -> tuple[np.ndarray, ...]:
+    """Value and gradients of x, A and B by the formulas, in float64."""
+    x, kernel, a, b, mask, bias, g = (np.asarray(v, np.float64) for v in (x, kernel, a, b, mask, bias, g))
+    flat, back = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    dx = back @ kernel.T + scale * back @ b.T @ a.T
+    da, db = scale * flat.T @ (back @ (b * mask).T), scale * (flat @ a).T @ back
+    return x @ kernel + scale * (x @ a) @ b + bias, dx.reshape(x.shape), da, db
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("widths", [(64, 128), (128, 64), (64, 64)])
+def test_value_and_gradients_are_the_formulas(widths: tuple[int, int], masked: bool, dtype: str, numerics: Any) -> None:
+    x, kernel, a, b, mask, bias, g = _draw(*widths)
+    chosen = numerics(dtype, result="float32")
+
+    @jax.jit
+    def run(x: jax.Array, a: jax.Array, b: jax.Array) -> Any:
+        def layer(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            dense = Dense(kernel.astype(dtype), Adapter(a, b, 0.7, mask if masked else None), bias)
+            return adapted_dense(x, dense, chosen).y
+
+        y, back = jax.vjp(layer, x, a, b)
+        return y, *back(g)
+
+    wanted = _exact(x, kernel, a, b, mask if masked else jnp.ones_like(mask), bias, g, 0.7)
+    for got, want in zip(run(x, a, b), wanted, strict=True):
+        assert np.abs(got - want).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parallel_layers_are_each_layer_alone(dtype: str, numerics: Any) -> None:
+    """Of three: with an adapter and a mask, with an adapter, and with none."""
+    x, kernel, a, b, mask, bias, _ = _draw(64, 128)
+    chosen = numerics(dtype, result="float32")
+
+    def run(together: bool) -> Any:
+        def ys(x: jax.Array, a: jax.Array, b: jax.Array) -> list[jax.Array]:
+            layers = [
+                Dense(kernel, Adapter(a, b, 0.5, mask), bias),
+                Dense(kernel[:, :32], Adapter(a, b[:, :32], 2.0)),
+                Dense(kernel[:, :64]),
+            ]
+            made = parallel_dense(x, layers, chosen) if together else [adapted_dense(x, d, chosen) for d in layers]
+            return [one.y for one in made]
+
+        values, back = jax.vjp(ys, x, a, b)
+        return values, back([jnp.sin(y) for y in values])
+
+    for one, other in zip(*(jax.tree.leaves(jax.jit(run, static_argnums=0)(t)) for t in (True, False)), strict=True):
+        assert np.abs(one - other).max() <= (1e-5 if dtype == "float32" else 2**-6) * np.abs(other).max()
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_kernels_are_expanded(kind: str, numerics: Any) -> None:
+    x, kernel, a, b, *_ = _draw(64, 128)
+    held = quantize(kernel, kind)
+    ours = adapted_dense(x, Dense(held, Adapter(a, b, 0.7)), numerics()).y
+    np.testing.assert_allclose(ours, x @ expand(held) + 0.7 * (x @ a) @ b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapters_part_is_handed_out_as_its_factors(numerics: Any) -> None:
+    x, kernel, a, b, _, bias, _ = _draw(64, 128)
+    made = adapted_dense(x, Dense(kernel, Adapter(a, b, 0.7), bias), numerics())
+    np.testing.assert_allclose(made.delta.value @ made.delta.b, 0.7 * (x @ a) @ b, rtol=1e-4, atol=1e-4)
+    assert adapted_dense(x, Dense(kernel), numerics()).delta is None

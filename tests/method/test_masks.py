@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax.method.rules import hard_mask, soft_mask
+from nalora_jax.method.state import GateState, channel_factors, init_gate_state, mask_collection, own_factors
+from nalora_jax.train.mechanisms import make_mechanisms
+
+PATH = "layers/ffn"
+
+
+def alone(config):
+    return make_mechanisms(config, StepScaleConfig(kind="off"), activation="silu")
+
+
+def state_with(importance, count=100, updates=None):
+    updates = jnp.full(importance.shape[:-1], count, jnp.int32) if updates is None else jnp.asarray(updates)
+    return GateState({"mask": {PATH: {"slope": importance}}}, {PATH: updates}, jnp.int32(count))
+
+
+def gate_masks(state, config):
+    return own_factors(state, alone(config))["mask"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    levels=st.lists(st.integers(0, 3), min_size=11, max_size=11),  # few levels: many ties
+    keep=st.sampled_from([0.01, 0.25, 0.5, 0.9, 1.0]),
+)
+def test_hard_mask_keeps_exactly_the_top_share(levels, keep):
+    importance = np.float32(levels)
+    mask = np.asarray(hard_mask(jnp.asarray(importance), keep))
+    kept = max(1, round(keep * len(levels)))
+    expected = np.zeros(len(levels), np.float32)
+    expected[np.argsort(-importance, kind="stable")[:kept]] = 1  # ties go to the lower index
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_hard_mask_ranks_within_each_layer_and_expert():
+    importance = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 2, 10)), jnp.float32) * jnp.array(
+        [1.0, 10.0, 100.0]
+    ).reshape(3, 1, 1)
+    mask = hard_mask(importance, 0.5)
+    np.testing.assert_array_equal(mask.sum(-1), jnp.full((3, 2), 5.0))
+    low, high = jnp.where(mask > 0, jnp.inf, importance).max(-1), jnp.where(mask > 0, importance, jnp.inf).min(-1)
+    assert low.shape == high.shape == (3, 2)
+    assert (jnp.where(mask > 0, -jnp.inf, importance).max(-1) < high).all()
+
+
+def test_soft_mask_is_the_clipped_power_of_the_ratio_to_the_mean():
+    importance = np.random.default_rng(1).uniform(size=(2, 50)) ** 2
+    ratio = importance / importance.mean(-1, keepdims=True)
+    mask = soft_mask(jnp.asarray(importance, jnp.float32), power=2.0, low=0.1, high=3.0)
+    np.testing.assert_allclose(mask, np.clip(ratio**2, 0.1, 3.0), rtol=1e-5)
+    assert (mask == np.float32(0.1)).any()
+    assert (mask == 3).any()
+    np.testing.assert_array_equal(soft_mask(jnp.zeros((1, 4)), 2.0, 0.1, 3.0), jnp.ones((1, 4)))
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_no_mask_during_warmup(kind):
+    importance = jnp.asarray(np.random.default_rng(2).uniform(size=(2, 8)), jnp.float32)
+    config = MaskConfig(kind=kind, warmup=3)
+    masks = jax.jit(lambda state: gate_masks(state, config))  # the count is traced
+    for count in range(5):
+        mask = masks(state_with(importance, count))[PATH]
+        assert (mask == 1).all() == (count < 3)
+        assert mask.dtype == jnp.float32
+
+
+def test_rule_and_its_settings_are_the_config_s():
+    importance = jnp.asarray(np.random.default_rng(3).uniform(size=(2, 8)), jnp.float32)
+    state = state_with(importance)
+    hard, soft = MaskConfig(kind="hard", keep=0.25), MaskConfig(kind="soft", power=0.5, low=0.9, high=1.1)
+    np.testing.assert_array_equal(gate_masks(state, hard)[PATH], hard_mask(importance, 0.25))
+    np.testing.assert_array_equal(gate_masks(state, soft)[PATH], soft_mask(importance, 0.5, 0.9, 1.1))
+
+
+def test_off_and_unseen_layers_are_not_masked():
+    importance = jnp.asarray(np.random.default_rng(4).uniform(size=(2, 8)), jnp.float32)
+    off = alone(MaskConfig(kind="off"))
+    assert off.entries == ()
+    assert channel_factors(init_gate_state({PATH: (2, 8)}, off), off) == {}
+    mask = gate_masks(state_with(importance, updates=[0, 5]), MaskConfig(kind="hard"))[PATH]
+    np.testing.assert_array_equal(mask.sum(-1), [8, 4])
+    soft = MaskConfig(kind="soft", warmup=0)
+    fresh = gate_masks(init_gate_state({PATH: (2, 8)}, alone(soft)), soft)
+    assert (fresh[PATH] == 1).all()
+
+
+def test_where_the_mask_acts_and_how_long_it_is():
+    importance = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 8)), jnp.float32)
+    for config in (MaskConfig("soft"), MaskConfig(kind="hard", keep=0.3)):
+        factors = channel_factors(state_with(importance), alone(config))
+        assert set(factors) == {"gradient_a", "update_b"}
+        for place in factors.values():
+            np.testing.assert_allclose(jnp.mean(place[PATH] ** 2, axis=-1), np.ones(2), rtol=1e-6)
+    assert set(channel_factors(state_with(importance), alone(MaskConfig("soft", mask_gradient=False)))) == {"update_b"}
+
+
+def test_collection_of_masks():
+    assert mask_collection({"layers/ffn": 1, "vision/layers/ffn": 2}) == {
+        "layers": {"ffn": {"mask": 1}},
+        "vision": {"layers": {"ffn": {"mask": 2}}},
+    }
+    assert mask_collection({"": 3}) == {"mask": 3}

@@ -1,0 +1,269 @@
+"""The registry of mechanisms, what all of them have in common, and every entry's rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax.config import MaskConfig, StepScaleConfig
+from nalora_jax.errors import NaloraError
+from nalora_jax.experimental_rules import delta_importance, keep_probability
+from nalora_jax.mechanism import MECHANISMS, Mechanism, register_mechanism
+from nalora_jax.method import activations, statistics
+from nalora_jax.method.rules import curvature_cap
+from nalora_jax.method.state import (
+    GateState,
+    Mechanisms,
+    channel_factors,
+    equalized,
+    init_gate_state,
+    own_factors,
+    update_gate_state,
+)
+from nalora_jax.method.step import idle
+from nalora_jax.train.mechanisms import make, make_mechanisms, mechanism_names
+
+PATH, L, F = "layers/ffn", 3, 40
+OFF = MaskConfig(kind="off"), StepScaleConfig(kind="off")
+
+
+def only(*names: str, **options: Any) -> Mechanisms:
+    return make_mechanisms(*OFF, names, activation="silu", **options)
+
+
+def stats_like(seed: int, tokens: float = 20.0) -> dict[str, dict[str, jax.Array]]:
+    rng = np.random.default_rng(seed)
+    sums = {"tokens": jnp.full((L,), tokens), "probe_tokens": jnp.full((L,), tokens)}
+    for name in ("slope", "occupancy", "feature", "selection", "linear", "excess", "response", "delta_squared"):
+        shape = statistics.get(name).shape((L, F))
+        sums[name] = jnp.asarray(tokens * rng.uniform(0.05, 1.0, shape), jnp.float32)
+    return {PATH: sums}
+
+
+def state_after(mechanisms: Mechanisms, steps: int = 12, tokens: float = 20.0) -> GateState:
+    state = init_gate_state({PATH: (L, F)}, mechanisms)
+    for seed in range(steps):
+        state = update_gate_state(state, stats_like(seed, tokens), mechanisms)
+    return state
+
+
+@pytest.mark.parametrize("name", sorted(mechanism_names()))
+def test_every_entry_keeps_the_contract(name: str) -> None:
+    mechanisms = only(f"{name}:warmup=3", total_steps=100, seed=5)
+    (label, one), *_ = mechanisms.entries
+    assert label == one.name == name
+    state = state_after(mechanisms)
+    factor = jax.jit(lambda state: own_factors(state, mechanisms))(state)[label][PATH]
+    assert factor.shape == (L, F)
+    assert factor.dtype == jnp.float32
+    assert np.isfinite(factor).all()
+    assert (factor >= 0).all()
+    joint = channel_factors(state, mechanisms)
+    assert set(joint) == set(one.places)
+    if one.reallocates:
+        np.testing.assert_allclose(jnp.mean(joint["update_b"][PATH] ** 2, axis=-1), np.ones(L), rtol=1e-5)
+    early = own_factors(state._replace(count=jnp.int32(2)), mechanisms)[label][PATH]
+    assert (early == 1).all()  # warm-up
+    unseen = own_factors(init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(50)), mechanisms)
+    assert (unseen[label][PATH] == 1).all()
+    again = jax.eval_shape(lambda s: update_gate_state(s, stats_like(1), mechanisms), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), again) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+def test_factors_that_reallocate_are_normalised_together_and_the_others_are_not() -> None:
+    mechanisms = make_mechanisms(
+        MaskConfig("soft", warmup=0),
+        StepScaleConfig("homogeneity", warmup=0),
+        ("curvature_cap:tau=0.5,warmup=0",),
+        activation="silu",
+    )
+    state = state_after(mechanisms)
+    own = {label: np.asarray(blocks[PATH], np.float64) for label, blocks in own_factors(state, mechanisms).items()}
+    product = own["mask"] * own["step_scale"]
+    product /= np.sqrt((product**2).mean(-1, keepdims=True))
+    assert (own["curvature_cap"] < 1).any()
+    factors = channel_factors(state, mechanisms)
+    np.testing.assert_allclose(factors["update_b"][PATH], product * own["curvature_cap"], rtol=1e-5)
+    mask = own["mask"] / np.sqrt((own["mask"] ** 2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(factors["gradient_a"][PATH], mask, rtol=1e-5)
+
+
+def test_what_cannot_be_reallocated_is_left_alone() -> None:
+    factor = jnp.asarray([[0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [1.0, 1.0, 1.0], [0.0, 0.0, 2.0]])
+    want = [[1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, np.sqrt(3)]]
+    np.testing.assert_allclose(equalized(factor), want, rtol=1e-6)
+
+
+def test_a_placebo_has_the_same_factors_on_other_channels() -> None:
+    plain, placebo = only("squared:warmup=0"), only("squared:warmup=0,permute=4")
+    (rule,) = own_factors(state_after(plain), plain).values()
+    (moved,) = own_factors(state_after(placebo), placebo).values()
+    np.testing.assert_array_equal(np.sort(moved[PATH], axis=-1), np.sort(rule[PATH], axis=-1))
+    order = [np.argsort(np.argsort(x, axis=-1), axis=-1) for x in (moved[PATH], rule[PATH])]
+    assert (order[0] != order[1]).mean() > 0.8
+    # Fixed in a run, another one in a run of another seed, and of its own in every layer.
+    (later,) = own_factors(state_after(placebo)._replace(count=jnp.int32(90)), placebo).values()
+    np.testing.assert_array_equal(later[PATH], moved[PATH])
+    other = only("squared:warmup=0,permute=4", seed=1)
+    (differs,) = own_factors(state_after(other), other).values()
+    assert (differs[PATH] != moved[PATH]).mean() > 0.8
+    places = [int(np.argmax(moved[PATH][i] == np.max(rule[PATH][i]))) for i in range(L)]
+    assert len(set(places)) > 1
+
+
+def test_a_frozen_mask_is_that_of_its_calibration_batch() -> None:
+    frozen = make_mechanisms(MaskConfig("soft", frozen_after=1), StepScaleConfig(kind="off"), activation="silu")
+    one, many = state_after(frozen, 1), state_after(frozen, 9)
+    np.testing.assert_array_equal(many.memory["mask"][PATH]["slope"], one.memory["mask"][PATH]["slope"])
+    moving = make_mechanisms(MaskConfig("soft"), StepScaleConfig(kind="off"), activation="silu")
+    assert (state_after(moving, 9).memory["mask"][PATH]["slope"] != one.memory["mask"][PATH]["slope"]).any()
+
+
+def test_a_mechanism_that_has_measured_nothing_is_idle() -> None:
+    mechanisms = make_mechanisms(
+        MaskConfig("soft", warmup=2), StepScaleConfig("homogeneity", warmup=30), activation="silu"
+    )
+    for count, expected in ((11, [False, False]), (12, [True, False]), (40, [True, True])):
+        state = init_gate_state({PATH: (L, F)}, mechanisms)._replace(count=jnp.int32(count))
+        assert [bool(x) for x in idle(state, mechanisms).values()] == expected
+    assert not any(bool(x) for x in idle(state_after(mechanisms, 60), mechanisms).values())
+
+
+def test_random_masks_are_unbiased_and_drawn_anew() -> None:
+    mechanisms = only("random:keep=0.25,warmup=0", seed=3)
+    state = state_after(mechanisms)
+    draw = jax.jit(lambda count: own_factors(state._replace(count=count), mechanisms)["random"][PATH])
+    draws = np.stack([draw(jnp.int32(count)) for count in range(200)])
+    assert set(np.unique(draws)) == {0.0, 4.0}
+    assert draws.mean() == pytest.approx(1.0, abs=0.03)
+    assert (draws[0] != draws[1]).any()
+    np.testing.assert_array_equal(draws[7], draw(jnp.int32(7)))
+
+
+def test_a_stochastic_mask_keeps_by_importance() -> None:
+    importance = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.0, (2, 9)), jnp.float32)
+    ratio = np.asarray(importance) / np.asarray(importance).mean(-1, keepdims=True)
+    np.testing.assert_allclose(keep_probability(importance, 0.5, 2.0), np.clip(0.5 * ratio**2, 0.05, 1), rtol=1e-5)
+
+
+def test_importance_by_delta_is_a_power_of_its_second_moment() -> None:
+    squared = np.random.default_rng(0).uniform(0.1, 1.0, (2, 9))
+    ratio = squared / squared.mean(-1, keepdims=True)
+    for q in (-1.0, 0.5, 1.0):
+        found = delta_importance(jnp.asarray(squared, jnp.float32), q, 1e6)
+        np.testing.assert_allclose(found, ratio ** (q / 2), rtol=1e-5)
+    assert (delta_importance(jnp.asarray(squared), 0.0, 10.0) == 1).all()
+    dead = delta_importance(jnp.asarray([[0.0, 1.0]]), -1.0, 10.0)
+    np.testing.assert_allclose(dead, [[10.0, 0.5**0.5]], rtol=1e-5)
+
+
+def test_the_cap_acts_where_the_response_is_curved() -> None:
+    excess, response = jnp.asarray([[0.0, 0.05, 0.4, 0.0]]), jnp.asarray([[1.0, 1.0, 1.0, 0.0]])
+    np.testing.assert_allclose(curvature_cap(excess, response, 0.1), [[1.0, 1.0, 0.25, 1.0]], rtol=1e-6)
+
+
+def test_the_gate_rests_after_its_share_of_the_run() -> None:
+    mechanisms = only("freeze:share=0.6,warmup=0", total_steps=10)
+    state = state_after(mechanisms)
+    for count, expected in ((0, 1), (5, 1), (6, 0), (9, 0)):
+        factors = channel_factors(state._replace(count=jnp.int32(count)), mechanisms)
+        assert set(factors) == {"gradient_a", "update_b"}
+        assert all((place[PATH] == expected).all() for place in factors.values())
+    with pytest.raises(NaloraError, match="total_steps"):
+        own_factors(state, only("freeze"))
+
+
+def test_settings_are_read_by_type_and_refused_by_name() -> None:
+    one = make("homogeneity:gains=0.1/0.2/0.3/0.4,warmup=7")
+    assert (one.gains, one.warmup) == ((0.1, 0.2, 0.3, 0.4), 7)
+    assert make("hard:mask_gradient=false").places == ("update_b",)
+    for text, message in {
+        "nothing": "^--mechanisms: expected one of curvature_cap, delta.*'nothing'",
+        "hard:share=1": "a setting of .*keep.*, found share=1",
+        "hard:keep=half": "keep of type float, found 'half'",
+        "hard:keep=2": r"mechanism hard: keep: expected a share in \(0, 1\], found 2.0",
+        "delta:decay=1": "mechanism delta: decay",
+    }.items():
+        with pytest.raises(NaloraError, match=message):
+            make(text)
+    labels = [label for label, _ in make_mechanisms(*OFF, ("delta:q=1", "delta:q=-1"), activation="silu").entries]
+    assert labels == ["delta", "delta_2"]
+
+
+@pytest.fixture
+def scratch_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MECHANISMS, "_values", dict(MECHANISMS._values))
+
+
+def test_a_rule_from_outside_is_one_function(scratch_registry: None) -> None:
+    @register_mechanism("flat", statistics=("slope",), places=("gradient_b",))
+    def flat(averages: Any, context: Any) -> jax.Array:
+        return 1 / (1 + averages["slope"])
+
+    mechanisms = only("flat:warmup=0,decay=0.5")
+    state = state_after(mechanisms)
+    want = 1 / (1 + np.asarray(state.memory["flat"][PATH]["slope"], np.float64))
+    want /= np.sqrt((want**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(channel_factors(state, mechanisms)["gradient_b"][PATH], want, rtol=1e-5)
+    with pytest.raises(NaloraError, match="mechanism 'flat': expected a name that is free"):
+        register_mechanism("flat", statistics=("slope",))(lambda averages, context: averages["slope"])
+    with pytest.raises(NaloraError, match="a name of letters"):
+        register_mechanism("no name")
+
+
+def test_a_rule_with_a_memory_of_its_own(scratch_registry: None) -> None:
+    @register_mechanism("largest")
+    class Largest(Mechanism):
+        """The largest slope that a channel ever had."""
+
+        statistics = ("slope",)
+
+        def advance(self, memory: Any, sums: Any, updates: Any) -> Any:
+            return {"slope": jnp.maximum(memory["slope"], sums["slope"] / sums["tokens"][..., None])}
+
+        def factor(self, memory: Any, context: Any) -> jax.Array:
+            return memory["slope"]
+
+    state = state_after(only("largest"), 4)
+    want = np.max([np.asarray(stats_like(seed)[PATH]["slope"]) / 20 for seed in range(4)], axis=0)
+    np.testing.assert_allclose(state.memory["largest"][PATH]["slope"], want, rtol=1e-6)
+
+
+def test_an_entry_point_is_loaded_when_it_is_asked_for(
+    scratch_registry: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "from nalora_jax.mechanism import register_mechanism\n"
+        "@register_mechanism('from_a_package', statistics=('slope',))\n"
+        "def rule(averages, context):\n    return averages['slope']\n"
+    )
+    info = tmp_path / "my_rules-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-rules\nVersion: 1.0\n")
+    (tmp_path / "my_end.py").write_text("import sys\nsys.exit(0)\n")
+    points = "from_a_package = my_rules\nabsent = my_rules:nothing\nending = my_end\n"
+    (info / "entry_points.txt").write_text(f"[nalora_jax.mechanisms]\n{points}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "from_a_package" in mechanism_names()
+    assert make("from_a_package:warmup=1").warmup == 1
+    with pytest.raises(NaloraError, match=r"entry point absent = 'my_rules:nothing'.*AttributeError"):
+        make("absent")
+    with pytest.raises(NaloraError, match=r"entry point ending = 'my_end'.*found SystemExit: 0"):
+        make("ending")
+
+
+def test_unknown_statistics_and_places_are_refused(scratch_registry: None) -> None:
+    register_mechanism("wants_more", statistics=("entropy",))(lambda averages, context: averages["entropy"])
+    with pytest.raises(NaloraError, match="statistic: expected one of .*slope.*'entropy'"):
+        only("wants_more")
+    register_mechanism("elsewhere", statistics=("slope",), places=("forward",))(lambda a, c: a["slope"])
+    with pytest.raises(NaloraError, match="mechanism elsewhere: expected places of"):
+        only("elsewhere")
+
+
+def test_partition_of_the_context_is_the_activations() -> None:
+    assert only().context(jnp.int32(0), PATH).partition == activations.partition("silu")

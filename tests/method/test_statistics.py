@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scipy import special
+
+from nalora_jax.method import activations, statistics
+from nalora_jax.ops import reductions
+from nalora_jax.train.gate_metrics import layer_means
+
+NAMES = ("silu", "gelu", "gelu_tanh", "quick_gelu", "mish", "relu", "relu2", "identity")
+SILU, PARTITION = activations.get("silu"), activations.partition("silu")
+WIDE = st.floats(-1e4, 1e4, width=32)
+
+
+channel_statistics = jax.jit(statistics.channel_statistics, static_argnums=(2, 3))
+probe_statistics = jax.jit(statistics.probe_statistics, static_argnums=3)
+
+
+def normal(seed, *shape, scale=1.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    z=st.lists(WIDE, min_size=4, max_size=4),
+    dz=st.lists(WIDE | st.floats(-1, 1, width=32), min_size=4, max_size=4),
+    name=st.sampled_from(NAMES),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_gate_compensation_identity(z, dz, name, dtype):
+    activation = activations.get(name)
+    z, dz = jnp.array(z, dtype), jnp.array(dz, dtype)
+    feature, moved = statistics.gate_decomposition(z, dz, activation)
+    before, after = activation.phi(z), activation.phi(z + dz)
+    # Every product and sum above is rounded once, relative to its own size.
+    size = sum(jnp.abs(x).astype(jnp.float32) for x in (feature, moved, before, after, activation.rho(z) * z))
+    error = jnp.abs((feature + moved).astype(jnp.float32) - (after - before).astype(jnp.float32))
+    assert (error <= 8 * float(jnp.finfo(dtype).eps) * size + 1e-30).all()
+    assert feature.dtype == moved.dtype == dtype
+
+
+def test_decomposition_agrees_with_float64():
+    z, dz = normal(0, 500), normal(1, 500)
+    z64, dz64 = np.asarray(z, np.float64), np.asarray(dz, np.float64)
+    feature, moved = statistics.gate_decomposition(z, dz, SILU)
+    np.testing.assert_allclose(feature, special.expit(z64) * dz64, rtol=1e-6)
+    expected = (special.expit(z64 + dz64) - special.expit(z64)) * (z64 + dz64)
+    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compensated_gate_is_the_output_without_the_selection_term(name):
+    activation = activations.get(name)
+    z, dz = normal(2, 300), normal(3, 300)
+    _, moved = statistics.gate_decomposition(z, dz, activation)
+    compensated = statistics.compensated_gate(z, dz, activation)
+    np.testing.assert_allclose(compensated, activation.phi(z + dz) - moved, rtol=1e-5, atol=1e-6)
+
+
+def test_misalignment_of_a_normal_gate():
+    # Design: 0.275 in the limit, 0.297 at dz of deviation 0.3, for SiLU with z ~ N(0, 1) and an independent dz.
+    z, dz = normal(4, 400_000, 1), normal(5, 400_000, 1, scale=0.3)
+    weights = jnp.ones(400_000, bool)
+    assert float(statistics.misalignment(z, dz, weights, SILU)[0]) == pytest.approx(0.297, abs=0.002)
+    assert float(statistics.misalignment_limit(z, dz, weights, SILU)[0]) == pytest.approx(0.275, abs=0.002)
+
+
+def test_misalignment_tends_to_its_limit():
+    z, weights = normal(6, 2000, 3), jnp.ones(2000)
+    direction = normal(7, 2000, 3)
+    limit = statistics.misalignment_limit(z, direction, weights, SILU)
+    gaps = [
+        float(jnp.abs(statistics.misalignment(z, size * direction, weights, SILU) - limit).max())
+        for size in (1.0, 0.1, 0.01)
+    ]
+    assert gaps[0] > 10 * gaps[1] > 10 * gaps[2]
+    assert gaps[2] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["relu", "identity", "silu"])
+def test_nothing_moves_nothing_misaligned(name):
+    z = jnp.abs(normal(8, 20, 4))
+    zero = statistics.misalignment(z, jnp.zeros_like(z), jnp.ones(20), activations.get(name))
+    np.testing.assert_array_equal(zero, jnp.zeros(4))
+    # ReLU above 0 and the identity select nothing anew.
+    moved = statistics.misalignment(z, z, jnp.ones(20), activations.get(name))
+    assert (moved == 0).all() == (name != "silu")
+
+
+def expected_statistics(z, weights, name, partition):
+    z, w = np.asarray(z, np.float64), np.asarray(weights, np.float64)[..., None]
+    z, w = z.reshape(-1, z.shape[-1]), w.reshape(-1, 1)
+    rho = special.expit(z) if name == "silu" else special.ndtr(z)
+    slope = rho * special.expit(-z) if name == "silu" else np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
+    edges = [-np.inf, partition.z0, 0.0, partition.z1, np.inf]
+    occupancy = [(w * ((z >= low) & (z < high))).sum(0) for low, high in itertools.pairwise(edges)]
+    return {"tokens": w.sum(), "slope": (w * np.abs(rho + z * slope)).sum(0), "occupancy": np.stack(occupancy)}
+
+
+# (leading axes): blocks of one row, of several rows, a row longer than a block, and one that no block divides.
+@pytest.mark.parametrize("shape", [(40,), (3, 16), (2, 2, 8), (2048,), (1031,)])
+@pytest.mark.parametrize("kind", ["mask", "weights", "none"])
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+def test_channel_statistics_agree_with_float64(shape, kind, name):
+    partition = activations.partition(name)
+    z = normal(9, *shape, 5, scale=2.5)
+    draw = np.random.default_rng(10).uniform(size=shape)
+    weights = jnp.asarray({"mask": draw > 0.3, "weights": np.float32(draw), "none": draw < 0}[kind])
+    stats = channel_statistics(z, weights, activations.get(name), partition)
+    expected = expected_statistics(z, weights, name, partition)
+    for key, value in expected.items():
+        assert stats[key].dtype == jnp.float32
+        np.testing.assert_allclose(stats[key], value, rtol=3e-5, atol=1e-4, err_msg=key)
+    np.testing.assert_allclose(stats["occupancy"].sum(0), jnp.full(5, stats["tokens"]), rtol=1e-6)
+
+
+def test_cut_points_belong_to_the_region_above():
+    z = jnp.float32([[PARTITION.z0], [0.0], [-0.0], [PARTITION.z1], [-1e4], [1e4]])
+    for weights in (jnp.ones(6, bool), jnp.ones(6)):
+        stats = channel_statistics(z, weights, SILU, PARTITION)
+        np.testing.assert_array_equal(stats["occupancy"][:, 0], [1, 1, 2, 2])
+
+
+def test_padding_does_not_count():
+    z, dz = normal(11, 2, 6, 4), normal(12, 2, 6, 4)
+    mask = jnp.array([[True] * 6, [True] * 2 + [False] * 4])
+    poisoned = jnp.where(mask[..., None], z, 7.0)
+    for weights in (mask, mask.astype(jnp.float32)):
+        clean = channel_statistics(z, weights, SILU, PARTITION)
+        dirty = channel_statistics(poisoned, weights, SILU, PARTITION)
+        jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+        clean = probe_statistics(z, dz, weights, SILU)
+        dirty = probe_statistics(poisoned, dz, weights, SILU)
+        jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+        assert clean["probe_tokens"] == 8
+
+
+def test_probe_statistics_are_the_sums_of_the_terms():
+    z, dz = normal(13, 50, 4), normal(14, 50, 4, scale=0.5)
+    weights = jnp.asarray(np.random.default_rng(15).uniform(size=50), jnp.float32)
+    stats = probe_statistics(z, dz, weights, SILU)
+    z64, dz64, w = np.asarray(z, np.float64), np.asarray(dz, np.float64), np.asarray(weights, np.float64)[:, None]
+    rho, slope = special.expit(z64), special.expit(z64) * special.expit(-z64)
+    moved = (special.expit(z64 + dz64) - rho) * (z64 + dz64)
+    expected = {
+        "probe_tokens": w.sum(),
+        "feature": (w * np.abs(rho * dz64)).sum(0),
+        "selection": (w * np.abs(moved)).sum(0),
+        "linear": (w * np.abs(z64 * slope * dz64)).sum(0),
+    }
+    assert stats.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(stats[key], value, rtol=2e-5, err_msg=key)
+
+
+def test_statistics_are_float32_constants_of_differentiation():
+    def total(z):
+        stats = channel_statistics(z, jnp.ones(8), SILU, PARTITION)
+        stats |= probe_statistics(z, z, jnp.ones(8), SILU)
+        assert all(leaf.dtype == jnp.float32 for leaf in stats.values())
+        return sum(jnp.sum(leaf) for leaf in stats.values())
+
+    z = normal(16, 8, 3).astype(jnp.bfloat16)
+    assert total(z) > 0
+    np.testing.assert_array_equal(jax.grad(total)(z), jnp.zeros_like(z))
+
+
+def test_one_exponential_serves_all_channel_statistics():
+    def sums(z, mask):
+        return statistics.channel_statistics(z, mask, SILU, PARTITION)
+
+    program = str(jax.make_jaxpr(sums)(jnp.ones((4, 6, 8)), jnp.ones((4, 6), bool)))
+    assert program.count("logistic") == 1
+    assert program.count(" exp ") == 0
+
+
+def test_micro_batches_merge_into_the_whole():
+    z, weights = normal(17, 12, 4), jnp.asarray(np.random.default_rng(18).uniform(size=12), jnp.float32)
+    whole = channel_statistics(z, weights, SILU, PARTITION)
+    parts = [channel_statistics(z[i:j], weights[i:j], SILU, PARTITION) for i, j in ((0, 2), (2, 7), (7, 12))]
+    merged = jax.tree.map(lambda *sums: sum(sums[1:], start=sums[0]), *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, merged)
+
+
+def test_means_divide_by_their_own_count():
+    # Two layers, of which the second saw no token, but one on the probe.
+    stats = {
+        "tokens": jnp.array([4.0, 0.0]),
+        "slope": jnp.array([[2.0, 8.0], [0.0, 0.0]]),
+        "occupancy": jnp.ones((2, 4, 2)),
+        "probe_tokens": jnp.array([2.0, 1.0]),
+        "feature": jnp.array([[2.0, 4.0], [3.0, 3.0]]),
+        "selection": jnp.array([[1.0, 1.0], [0.0, 0.6]]),
+        "linear": jnp.array([[0.5, 1.0], [0.0, 0.3]]),
+    }
+    slope, occupancy, feature = (statistics.mean(name, stats) for name in ("slope", "occupancy", "feature"))
+    np.testing.assert_allclose(slope, [[0.5, 2.0], [np.nan, np.nan]])  # not measured is not 0
+    np.testing.assert_allclose(occupancy[0], jnp.full((4, 2), 0.25))
+    np.testing.assert_allclose(feature, [[1.0, 2.0], [3.0, 3.0]])
+    np.testing.assert_allclose(statistics.ratio("misalignment", stats), [[0.5, 0.25], [0.0, 0.2]])
+    layer = layer_means(stats)
+    np.testing.assert_allclose(layer["misalignment"], [2 / 6, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(layer["limit"], [1.5 / 6, 0.05], rtol=1e-6)
+
+
+def test_meaningful_needs_two_occupied_regions_of_different_degree():
+    def shares(*rows):
+        return jnp.broadcast_to(jnp.array(rows)[..., None], (len(rows), 4, 6))
+
+    occupancy = shares([0.0, 0.0, 1.0, 0.0], [0.0, 0.01, 0.99, 0.0], [0.1, 0.0, 0.0, 0.9], [0.0, 0.0, 0.0, 0.0])
+    found = statistics.meaningful(occupancy, PARTITION, 0.02)
+    np.testing.assert_array_equal(found, [False, False, True, False])
+    np.testing.assert_array_equal(statistics.meaningful(occupancy, PARTITION, 0.0), [False, True, True, False])
+    relu = activations.partition("relu")
+    assert not statistics.meaningful(occupancy, relu, 0.02).any()
+
+
+def test_shapes_are_checked():
+    z = jnp.ones((4, 3))
+    with pytest.raises(AssertionError, match="shape"):
+        statistics.gate_decomposition(z, jnp.ones(3), SILU)
+    with pytest.raises(AssertionError, match="shape"):
+        channel_statistics(z, jnp.ones(3), SILU, PARTITION)
+    with pytest.raises(AssertionError, match="shape"):
+        probe_statistics(z, jnp.ones((4, 2)), jnp.ones(4), SILU)
+    with pytest.raises(AssertionError, match="dimension"):
+        statistics.meaningful(jnp.ones((3, 6)), PARTITION, 0.02)
+
+
+def taken(weights, stride):
+    return np.asarray(reductions.sampled_positions(jnp.asarray(weights), stride)[0])
+
+
+def test_positions_are_sampled_in_runs_from_the_middle_of_their_group():
+    full = np.ones(64, bool)
+    np.testing.assert_array_equal(taken(full, 1), range(64))
+    np.testing.assert_array_equal(taken(full, 4), [*range(16, 24), *range(48, 56)])
+    np.testing.assert_array_equal(taken(full, 8), range(32, 40))
+
+
+def test_lengths_that_groups_do_not_divide_are_sampled_by_position():
+    np.testing.assert_array_equal(taken(np.ones(48), 4), range(0, 48, 4))
+    np.testing.assert_array_equal(taken(np.ones(5), 8), [0])
+    np.testing.assert_array_equal(taken(np.ones(10), 4), [0, 4, 8])
+
+
+@partial(jax.jit, static_argnums=1)
+def sampled_both_ways(weights, stride):
+    """Positions and their weights, the positions of the first row alone, and the weights where they lie."""
+    alone = reductions.sampled_positions(weights[:1], stride)[0]
+    return *reductions.sampled_positions(weights, stride), alone, reductions.sampled_weights(weights, stride)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 96), min_size=1, max_size=4),
+    start=st.integers(0, 60),
+    width=st.sampled_from([16, 64, 90, 96]),
+    stride=st.sampled_from([1, 2, 4, 8]),
+)
+def test_every_row_that_has_a_real_token_is_measured(lengths, start, width, stride):
+    place = np.arange(width)[None, :]
+    weights = ((place >= start) & (place < start + np.array(lengths)[:, None])).astype(np.float32)
+    positions, counted, alone, thinned = map(np.asarray, sampled_both_ways(jnp.asarray(weights), stride))
+    np.testing.assert_array_equal(counted.sum(1) > 0, weights.sum(1) > 0)
+    assert positions.shape[1] <= -(-width // stride)
+    real = counted > 0
+    np.testing.assert_array_equal(counted[real], np.take_along_axis(weights, np.minimum(positions, width - 1), 1)[real])
+    # No position twice, and a row is sampled alike whatever stands beside it.
+    assert all(len(set(row)) == len(row) for row in positions)
+    np.testing.assert_array_equal(positions[:1], alone)
+    np.testing.assert_array_equal(thinned.sum(1), counted.sum(1))
+
+
+@pytest.mark.parametrize("length", [32, 30])
+def test_values_and_their_weights_are_sampled_alike(length):
+    weights = jnp.abs(normal(0, 3, length)) * (jnp.arange(length) < 20)[None, :]
+    values = jnp.broadcast_to(weights[..., None], (3, length, 5))
+    _, counted = reductions.sampled_positions(weights, 2)
+    assert counted.shape == (3, length // 2)
+    got = reductions.sampled(values, weights, 2)
+    np.testing.assert_array_equal(got, np.broadcast_to(counted[..., None], (*counted.shape, 5)))
+
+
+def test_sampling_of_rows_on_a_mesh_gathers_nothing():
+    """Rows are sampled where they lie: the only traffic is the sum over the devices that hold them."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows = P(("data", "fsdp"))
+    z = jax.ShapeDtypeStruct((8, 64, 32), jnp.float32, sharding=NamedSharding(mesh, P(*rows, None, "tensor")))
+    weights = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, rows))
+
+    def sums(z, weights):
+        taken = reductions.sampled(weights[..., None], weights, 4)[..., 0]
+        return statistics.channel_statistics(reductions.sampled(z, weights, 4), taken, SILU, PARTITION)
+
+    program = jax.jit(sums).lower(z, weights).compile().as_text()
+    assert "all-reduce(" in program
+    for gathered in ("all-gather(", "all-to-all(", "collective-permute("):
+        assert gathered not in program, gathered

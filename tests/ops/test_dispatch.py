@@ -1,0 +1,48 @@
+"""What may stand in for an operation: a function of the same parameters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nalora_jax.ops.dispatch import Implementation, Numerics, operation
+from tests.tiny import HAS_CPU
+
+
+def test_an_implementation_with_other_parameters_is_refused_where_it_is_registered(monkeypatch) -> None:
+    """A call with the parameter that it lacks would fail on its own platform only, which no test here runs on."""
+    monkeypatch.setattr("nalora_jax.ops.dispatch._IMPLEMENTATIONS", {})
+    mine = Implementation("mine", platform="gpu")
+
+    @operation
+    def double(x: jax.Array, numerics: Numerics, *, times: int = 2) -> jax.Array:
+        return times * x
+
+    with pytest.raises(TypeError, match=r"mine: narrow has the parameters .*, not .*'times'"):
+
+        @mine.implements(double)
+        def narrow(x: jax.Array, numerics: Numerics) -> jax.Array:
+            return 2 * x
+
+    @mine.implements(double)
+    def whole(x: jax.Array, numerics: Numerics, *, times: int = 2) -> jax.Array:
+        return x + x if times == 2 else NotImplemented
+
+    assert double.implementations == {"mine": whole}
+    assert float(double(jnp.ones(()), Numerics(), times=3)) == 3.0
+
+
+def test_own_implementations_are_found_without_being_asked_for() -> None:
+    """By whoever runs an operation, such as a script, a notebook or a study."""
+    program = (
+        "import sys; from nalora_jax.ops.dispatch import _IMPLEMENTATIONS, Numerics, Platform; "
+        "assert 'nalora_jax.cpu.register' not in sys.modules; "
+        "Numerics(platform=Platform('cpu')).hooks; print(*_IMPLEMENTATIONS)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert ("cpu" in found.stdout.split()) == HAS_CPU

@@ -1,0 +1,106 @@
+"""Quantized kernels: codes are the nearest ones, products and gradients equal those of the expanded kernel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax import trees
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.matmul import matmul
+from nalora_jax.ops.quantize import NF4_LEVELS, dequantize, quantize, quantize_params
+
+KERNEL = np.random.default_rng(0).normal(size=(2, 128, 24)).astype(np.float32)
+
+
+def test_int8_is_within_half_a_step() -> None:
+    got = quantize(jnp.asarray(KERNEL), "int8")
+    assert got.codes.dtype == jnp.int8
+    assert got.shape == KERNEL.shape
+    step = np.abs(KERNEL).max(axis=1, keepdims=True) / 127
+    assert np.all(np.abs(np.asarray(dequantize(got)) - KERNEL) <= 0.5001 * step)
+
+
+def test_nf4_takes_the_nearest_level_of_every_block() -> None:
+    got = quantize(jnp.asarray(KERNEL), "nf4")
+    assert got.codes.dtype == jnp.uint8
+    assert got.codes.nbytes + got.scales.nbytes < 0.32 * KERNEL.size * 2
+    blocks = KERNEL.reshape(2, 2, 64, 24).astype(np.float64)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    levels = np.asarray(NF4_LEVELS)
+    nearest = levels[np.abs((blocks / largest)[..., None] - levels).argmin(axis=-1)] * largest
+    np.testing.assert_allclose(dequantize(got), nearest.reshape(KERNEL.shape), rtol=1e-5, atol=1e-6)
+
+
+def test_a_zero_kernel_stays_zero() -> None:
+    for kind in ("int8", "nf4"):
+        np.testing.assert_array_equal(dequantize(quantize(jnp.zeros((64, 3)), kind)), 0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("operand", ["float32", "bfloat16"])
+def test_products_and_gradients_are_those_of_the_expanded_kernel(kind: str, operand: str) -> None:
+    stored = quantize(jnp.asarray(KERNEL[0]), kind)
+    x, g = (jax.random.normal(jax.random.key(i), (5, n)) for i, n in enumerate((128, 24)))
+    numerics = Numerics(operand, "float32")
+    value, vjp = jax.vjp(lambda x: matmul(x, stored, numerics), x)
+    plain, plain_vjp = jax.vjp(lambda x: matmul(x, dequantize(stored), numerics), x)
+    np.testing.assert_allclose(value, plain, rtol=1e-6)
+    np.testing.assert_allclose(vjp(g)[0], plain_vjp(g)[0], rtol=1e-6)
+
+
+def test_nf4_wants_whole_blocks() -> None:
+    with pytest.raises(NaloraError, match="multiples of 64.*found 100"):
+        quantize(jnp.zeros((100, 4)), "nf4")
+
+
+@pytest.mark.parametrize(("kind", "family"), [("nf4", "llama"), ("int8", "mixtral")])
+def test_a_quantized_decoder_trains_its_adapters(kind: str, family: str) -> None:
+    """With DoRA, whose norms are those of the expanded kernel; the plain product is tested above."""
+    raw = {
+        "model_type": family,
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    } | ({"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {})
+    config = ModelConfig.from_hf(raw)
+    target = TargetSpec((4, 4), (8.0, 8.0))
+    spec = AdapterSpec(tuple((path, target) for path in sorted(projection_shapes(config))), dora=True)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    small = jax.jit(quantize_params, static_argnums=1)(params, kind)
+    assert trees.size_bytes(small) < trees.size_bytes(params) * (0.35 if kind == "int8" else 0.25)
+    wide = jax.tree.map(
+        lambda leaf: dequantize(leaf) if hasattr(leaf, "kind") else leaf,
+        small,
+        is_leaf=lambda leaf: hasattr(leaf, "kind"),
+    )
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 50)
+    lora = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), init_lora(config, spec, jax.random.key(2), params))
+
+    def loss(lora: dict, params: dict, remat: str) -> jax.Array:
+        hidden = Decoder(config, spec, remat=remat).apply({"params": params, "lora": lora}, tokens)
+        return jnp.sum(hidden**2)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    want, want_grads = value_and_grad(lora, wide, "none")
+    for remat in ("none", "full"):
+        value, grads = value_and_grad(lora, small, remat)
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        for path, leaf in trees.flatten(grads).items():
+            assert leaf.dtype == jnp.float32
+            np.testing.assert_allclose(leaf, trees.flatten(want_grads)[path], rtol=1e-3, atol=1e-3, err_msg=path)

@@ -1,0 +1,90 @@
+"""Sums that shards make of their own rows, against those of the whole batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed
+from nalora_jax.config import MeshConfig
+from nalora_jax.method import statistics
+from nalora_jax.ops.reductions import by_shard, count, first_alone
+
+SEQ, D_FF = 3, 6
+
+
+@pytest.fixture(scope="module")
+def rows() -> NamedSharding:
+    """Four shards; channels are split as well."""
+    return NamedSharding(distributed.make_mesh(MeshConfig(2, 2, 2)), P(distributed.BATCH_AXES))
+
+
+def sums(z, weights):
+    return {"total": statistics.total(z, weights), "tokens": jnp.sum(weights)}
+
+
+@pytest.mark.parametrize("batch", [8, 10, 3])
+def test_shards_together_have_the_sums_of_the_batch(rows, batch):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(batch, SEQ, D_FF)).astype(np.float32)
+    weights = rng.integers(0, 2, (batch, SEQ)).astype(np.float32)
+    found = jax.jit(lambda z, w: by_shard(sums, rows, z, w))(z, weights)
+    assert found["total"].shape == (4, D_FF)
+    each = -(-batch // 4)
+    for shard in range(4):
+        own = slice(shard * each, (shard + 1) * each)
+        np.testing.assert_allclose(
+            found["total"][shard], np.einsum("bsd,bs->d", z[own], weights[own]), rtol=1e-5, atol=1e-5
+        )
+        assert found["tokens"][shard] == weights[own].sum()
+
+
+def test_one_shard_has_no_axis(rows):
+    z, weights = jnp.ones((2, SEQ, D_FF)), jnp.ones((2, SEQ))
+    by_tensor = NamedSharding(distributed.make_mesh(MeshConfig(1, 1, 8)), P(distributed.BATCH_AXES))
+    assert (count(None), count(by_tensor), count(rows)) == (1, 1, 4)
+    for sharding in (None, by_tensor):
+        plain, found = (
+            str(jax.make_jaxpr(f)(z, weights)) for f in (sums, lambda z, w, s=sharding: by_shard(sums, s, z, w))
+        )
+        assert found == plain
+    assert first_alone(z, None) is z
+
+
+def test_sums_that_are_nobody_s_own_are_the_first_shard_s(rows):
+    found = jax.jit(lambda x: first_alone(x, rows))(jnp.arange(3.0))
+    np.testing.assert_array_equal(found, [[0, 1, 2], [0] * 3, [0] * 3, [0] * 3])
+
+
+def test_over_the_shards_only_what_is_asked_for_is_summed():
+    """``[layers, shards, experts, ...]``: the last region holds the tokens that the others leave."""
+    rng = np.random.default_rng(0)
+    regions = rng.multinomial(9, [0.1, 0.5, 0.3, 0.1], size=(2, 4, 3, D_FF))  # [layers, shards, experts, d_ff, parts]
+    block = {
+        "tokens": np.full((2, 4, 3), 9.0, np.float32),
+        "probe_tokens": np.full((2, 4, 3), 2.0, np.float32),
+        "slope": rng.uniform(size=(2, 4, 3, D_FF)).astype(np.float32),
+        "occupancy": np.moveaxis(regions, -1, -2).astype(np.float32),
+        "feature": np.full((2, 4, 3, D_FF), np.nan, np.float32),
+    }
+    found = statistics.over_shards(block, ("slope", "occupancy"))
+    assert set(found) == {"tokens", "probe_tokens", "slope", "occupancy"}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, block[name].sum(1), rtol=1e-6, err_msg=name)
+    # A rounding error of the others is no negative share.
+    block["tokens"] = block["tokens"] - np.float32(1e-3) - block["occupancy"][..., -1, :].max(-1)
+    assert np.all(statistics.over_shards(block, ("occupancy",))["occupancy"] >= 0)
+
+
+def test_a_layer_s_figures_are_the_same_by_shard():
+    rng = np.random.default_rng(1)
+    block = {name: rng.uniform(size=(2, 4, D_FF)).astype(np.float32) for name in ("slope", "feature", "selection")}
+    block |= {"occupancy": rng.uniform(size=(2, 4, 4, D_FF)).astype(np.float32)}
+    block |= {name: rng.uniform(1, 2, size=(2, 4)).astype(np.float32) for name in statistics.COUNTS}
+    whole = statistics.layer_means({name: value.sum(1) for name, value in block.items()})
+    for name, value in statistics.layer_means(block).items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-5, err_msg=name)

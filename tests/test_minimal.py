@@ -1,0 +1,122 @@
+"""docs/nalora_minimal.py trains as the library does."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+    TrainConfig,
+)
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.train.assembly import assemble
+
+STEPS, ROWS, TOKENS, RATE, WARMUP = 12, 4, 17, 4e-3, 3
+OFF = {"mask": MaskConfig(kind="off"), "step_scale": StepScaleConfig(kind="off")}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": OFF,
+    "mask": OFF | {"mask": MaskConfig(kind="soft", power=2.0, warmup=WARMUP)},
+    "step_scale": OFF | {"step_scale": StepScaleConfig(kind="homogeneity", warmup=WARMUP)},
+    "curvature_cap": OFF | {"step_scale": StepScaleConfig(kind="curvature", warmup=WARMUP)},
+}
+
+
+@pytest.fixture(scope="module")
+def minimal() -> ModuleType:
+    path = Path(__file__).parent.parent / "docs" / "nalora_minimal.py"
+    spec = importlib.util.spec_from_file_location("nalora_minimal", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def library_adapters(page: Any, rule: str, params: Any, lora: Any, batches: list[np.ndarray]) -> Any:
+    """Returns the adapters after training with the library, in float32 with plain XLA."""
+    config = RunConfig(
+        lora=LoRAConfig(rules=(LoRARule("ffn/", page.rank, page.alpha),)),
+        optimizer=OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_share=0.0),
+        train=TrainConfig(batch_size=ROWS),
+        steps=STEPS,
+        compute=ComputeConfig(dtype="float32", implementation="xla", stats_stride=1, probe_stride=1),
+        **SETTINGS[rule],
+    )
+    fields = {
+        "model_type": "llama",
+        "vocab_size": page.vocab,
+        "hidden_size": page.d_model,
+        "intermediate_size": page.d_ff,
+        "num_hidden_layers": page.layers,
+        "num_attention_heads": page.heads,
+        "rope_theta": page.rope_theta,
+        "rms_norm_eps": page.eps,
+        "hidden_act": "silu",
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    mesh = distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    assembly = assemble(config, ModelConfig.from_hf(fields), params, mesh)
+    state = assembly.begin(jax.tree.map(jnp.array, lora), 0)
+    for tokens in batches:
+        ones = np.ones((1, ROWS, TOKENS - 1), np.int32)
+        batch = {
+            "tokens": tokens[None, :, :-1],
+            "targets": tokens[None, :, 1:],
+            "loss_weights": ones.astype(np.float32),
+            "segment_ids": ones,
+            "positions": ones * np.arange(TOKENS - 1, dtype=np.int32),
+        }
+        state, _ = assembly.step(assembly.params, state, batch)
+    return state.lora
+
+
+@pytest.mark.parametrize("rule", SETTINGS)
+def test_the_page_makes_the_updates_of_the_library(minimal: ModuleType, rule: str) -> None:
+    page = minimal.Config(rule=rule, warmup=WARMUP)
+    params, lora = minimal.init(jax.random.key(0), page)
+    params["embed"]["embedding"] *= 0.3
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, page.vocab, (ROWS, TOKENS), dtype=np.int32) for _ in range(STEPS)]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE, weight_decay=0.0))
+    step = jax.jit(functools.partial(minimal.train_step, optimizer=optimizer, config=page))
+    state = minimal.init_state(lora, optimizer, page)
+    with jax.numpy_rank_promotion("allow"):  # the page is written for reading
+        for tokens in batches:
+            state, _ = step(params, state, tokens)
+    theirs = trees.flatten(library_adapters(page, rule, params, lora, batches))
+    ours = trees.flatten(state.lora)
+    assert set(ours) == set(theirs)
+    for path, value in theirs.items():
+        start = trees.flatten(lora)[path]
+        change = np.abs(np.asarray(value) - start).max()
+        np.testing.assert_allclose(ours[path], value, rtol=0, atol=2e-3 * change, err_msg=path)
+
+
+def test_rules_differ_after_the_warm_up(minimal: ModuleType) -> None:
+    averages = {"slope": jnp.array([[1.0, 3.0]]), "occupancy": jnp.ones((1, 4, 2))}
+    averages |= {"excess": jnp.array([[1.0, 0.0]]), "response": jnp.array([[2.0, 1.0]])}
+    page = minimal.Config(rule="curvature_cap", warmup=WARMUP)
+    with jax.numpy_rank_promotion("allow"):
+        before, _ = minimal.channel_factors(averages, WARMUP - 1, page)
+        after, _ = minimal.channel_factors(averages, WARMUP, page)
+    np.testing.assert_array_equal(before, [[1.0, 1.0]])
+    np.testing.assert_allclose(after, [[0.2, 1.0]])

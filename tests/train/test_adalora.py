@@ -1,0 +1,206 @@
+"""AdaLoRA beside float64 arithmetic; PEFT's own is compared in tests/train/test_peft_training.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import AdaLoRAConfig, LoRAConfig, LoRARule, MeshConfig, RunConfig, check
+from nalora_jax.errors import NaloraError
+from nalora_jax.models.adapters import adapter_spec, init_lora
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.train.adalora import adalora
+from nalora_jax.weights.allocated import remaining_ranks
+from tests import tiny
+
+DENSE, EXPERTS = "layers/ffn/gate_proj", "layers/ffn/up_proj"
+# Layers of other ranks, one without an adapter, and a projection of two experts.
+SPEC = AdapterSpec(
+    ((DENSE, TargetSpec((4, 2, 0), (8.0, 8.0, 1.0))), (EXPERTS, TargetSpec((3, 3, 3), (6.0, 6.0, 6.0)))), adalora=True
+)
+SHAPES = {DENSE: (3, 5, 4, 6), EXPERTS: (3, 2, 5, 3, 6)}
+CONFIG = AdaLoRAConfig(target_rank=1, warmup_share=0.1, final_share=0.3, interval=2)
+STEPS = 20  # all ranks in the first 2, the last allocation in step 14
+
+
+def random_tree(seed: int, scale: float = 1.0) -> dict[str, Any]:
+    """Adapters of `SPEC` without padding's zeros being anything else, and a table that is trained beside them."""
+    rng, leaves = np.random.default_rng(seed), {}
+    for path, target in SPEC.targets:
+        *lead, d_in, rank, d_out = SHAPES[path]
+        used = (np.arange(rank) < np.array(target.ranks)[:, None]).reshape(
+            len(target.ranks), *(1,) * len(lead[1:]), rank
+        )
+        used = np.broadcast_to(used, (*lead, rank))
+        leaves[f"{path}/a"] = rng.normal(size=(*lead, d_in, rank)) * used[..., None, :]
+        leaves[f"{path}/b"] = rng.normal(size=(*lead, rank, d_out)) * used[..., None]
+        leaves[f"{path}/singular"] = rng.normal(size=(*lead, rank)) * used
+    leaves["embed/embedding"] = rng.normal(size=(7, 5))
+    return trees.unflatten({path: (scale * leaf).astype(np.float32) for path, leaf in leaves.items()})
+
+
+def reference(params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]], rate: float) -> dict[str, np.ndarray]:
+    """The whole of it with plain gradient descent, one adapter and one weight at a time, in float64."""
+    params = {path: leaf.astype(np.float64) for path, leaf in params.items()}
+    moments = {path: np.zeros((2, *leaf.shape)) for path, leaf in params.items()}
+    places = [  # every adapter: its path, its index and its rank
+        (path, index, target.ranks[index[0]])
+        for path, target in SPEC.targets
+        for index in np.ndindex(*SHAPES[path][:-3])
+        if target.ranks[index[0]]
+    ]
+    first, last, kept = sum(rank for *_, rank in places), len(places), {}
+    for step, gradient in enumerate(grads, start=1):
+        total = {path: leaf.astype(np.float64) for path, leaf in gradient.items()}
+        for path, index, rank in places:
+            for name, turned in (("a", False), ("b", True)):
+                factor = params[f"{path}/{name}"][index]
+                columns = (factor.T if turned else factor)[:, :rank]
+                away = columns.T @ columns - np.eye(rank)
+                slope = CONFIG.orthogonality / (2 * len(places)) * 2 * columns @ away / np.linalg.norm(away)
+                part = total[f"{path}/{name}"][index]
+                (part.T if turned else part)[:, :rank] += slope
+        for path, leaf in params.items():
+            leaf -= rate * total[path]
+            if step < 14:
+                now, (mean, spread) = np.abs(leaf * total[path]), moments[path]
+                mean[...] = 0.85 * mean + 0.15 * now
+                spread[...] = 0.85 * spread + 0.15 * np.abs(now - mean)
+        scores = {}
+        for path, index, rank in places:
+            scores_of = {name: np.prod(moments[f"{path}/{name}"], axis=0)[index] for name in ("a", "b", "singular")}
+            for r in range(rank):
+                parts = scores_of["singular"][r], scores_of["a"][:, r].mean(), scores_of["b"][r].mean()
+                scores[path, index, r] = sum(parts)
+        if step == 14 or (2 < step < 14 and step % CONFIG.interval == 0):
+            budget = int((first - last) * ((14 - step) / 12) ** 3 + last)
+            best = sorted(scores, key=lambda one: -scores[one])[:budget]
+            kept = {one: one in best for one in scores}
+        if step >= 14 or (step > 2 and step % CONFIG.interval == 0):
+            for (path, index, r), stays in kept.items():
+                if not stays:
+                    params[f"{path}/singular"][(*index, r)] = 0.0
+    return params
+
+
+def test_steps_are_those_of_the_formulas() -> None:
+    """Other ranks by layer, experts, what is trained beside adapters, and all phases."""
+    params, rate = random_tree(0), 0.05
+    grads = [random_tree(seed) for seed in range(1, STEPS + 1)]
+    optimizer = adalora(optax.with_extra_args_support(optax.sgd(rate)), CONFIG, SPEC, STEPS)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    now, counts = params, []
+    for step, gradient in enumerate(grads, start=1):
+        updates, state = update(gradient, state, now)
+        now = optax.apply_updates(now, updates)
+        expected = reference(trees.flatten(params), list(map(trees.flatten, grads[:step])), rate)
+        found = trees.flatten(now)
+        for path, value in expected.items():
+            np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-5, err_msg=f"{path}, step {step}")
+        counts.append(sum(int(leaf.sum()) for leaf in trees.flatten(state.kept).values()))
+    assert counts[:3] == [24] * 3  # 4 + 2, and 3 ranks of 6 experts
+    assert counts[3] > counts[5] > counts[7] > counts[13]
+    assert counts[13:] == [8] * 7  # a mean rank of 1
+    assert sum(int((found[f"{path}/singular"] != 0).sum()) for path, _ in SPEC.targets) == 8
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_is_left_is_a_plain_adapter_of_fewer_ranks(rslora: bool) -> None:
+    lora = random_tree(3)
+    for path, keep in ((DENSE, [1, 3]), (EXPERTS, [2])):
+        gone = [r for r in range(SHAPES[path][-2]) if r not in keep]
+        tree = lora["layers"]["ffn"][path.rpartition("/")[2]]
+        tree["singular"][..., gone] = 0
+    lora["layers"]["ffn"]["up_proj"]["singular"][1] = 0
+    spec = AdapterSpec(SPEC.targets, rslora=rslora, adalora=True, saved=("embed_tokens",))
+    left, plain = remaining_ranks(lora, spec)
+    assert dict(plain.targets)[DENSE].ranks == (2, 1, 0)
+    assert dict(plain.targets)[EXPERTS].ranks == (1, 0, 1)
+    assert (plain.adalora, plain.saved, plain.rslora) == (False, ("embed_tokens",), rslora)
+    before, after = trees.flatten(lora), trees.flatten(left)
+    np.testing.assert_array_equal(after["embed/embedding"], before["embed/embedding"])
+    assert not any(path.endswith("/singular") for path in after)
+    for path, _ in SPEC.targets:
+        a, b, e = (before[f"{path}/{name}"].astype(np.float64) for name in ("a", "b", "singular"))
+        was = np.einsum("l,l...dr,l...r,l...ro->l...do", spec.scales(path), a, e, b)
+        now = np.einsum("l,l...dr,l...ro->l...do", plain.scales(path), after[f"{path}/a"], after[f"{path}/b"])
+        np.testing.assert_allclose(now, was, atol=1e-5)
+        assert after[f"{path}/a"].shape[-1] == max(dict(plain.targets)[path].ranks)
+
+
+def test_a_projection_of_which_nothing_is_left_has_no_adapter() -> None:
+    lora = random_tree(3)
+    lora["layers"]["ffn"]["up_proj"]["singular"][:] = 0
+    left, plain = remaining_ranks(lora, SPEC)
+    assert [path for path, _ in plain.targets] == [DENSE]
+    assert not any(EXPERTS in path for path in trees.flatten(left))
+
+
+@pytest.mark.parametrize("more", [{}, {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}])
+def test_the_model_computes_with_the_diagonal(more: dict[str, Any]) -> None:
+    """A diagonal that is not one, on every projection, equals its product with A."""
+    base = ModelConfig.from_hf(tiny.HF | more)
+    config = RunConfig(lora=LoRAConfig(rules=(LoRARule("_proj", 3),)), adalora=AdaLoRAConfig(target_rank=1))
+    spec, params = adapter_spec(config, base), init_params(base, jax.random.key(0))
+    fresh, tokens = init_lora(base, spec, jax.random.key(1)), jnp.arange(10).reshape(2, 5)
+    rng = np.random.default_rng(0)
+    moved = {
+        path: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) if path.endswith("/singular") else 10 * leaf
+        for path, leaf in trees.flatten(fresh).items()
+    }
+    plain = {
+        path: leaf * moved[path[:-1] + "singular"][..., None, :] if path.endswith("/a") else leaf
+        for path, leaf in moved.items()
+        if not path.endswith("/singular")
+    }
+    apply = jax.jit(lambda lora: Decoder(base, spec).apply({"params": params, "lora": lora}, tokens))
+    hidden = {"base": jax.jit(lambda: Decoder(base).apply({"params": params}, tokens))()}
+    hidden |= {"fresh": apply(fresh), "moved": apply(trees.unflatten(moved)), "plain": apply(trees.unflatten(plain))}
+    np.testing.assert_allclose(hidden["fresh"], hidden["base"], atol=1e-6)
+    np.testing.assert_allclose(hidden["moved"], hidden["plain"], atol=1e-5)
+    assert np.abs(hidden["moved"] - hidden["base"]).max() > 0.01
+
+
+def test_every_axis_of_a_mesh_leaves_the_steps_as_they_are() -> None:
+    """State placed by the rules over 8 devices; components are scored over all of them."""
+    mesh = distributed.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    optimizer = adalora(optax.with_extra_args_support(optax.adam(0.05)), CONFIG, SPEC, STEPS)
+
+    def after(params: Any, place: Any) -> dict[str, Any]:
+        state = place(optimizer.init(params))
+        update = jax.jit(optimizer.update)
+        for seed in range(1, 15):
+            updates, state = update(place(random_tree(seed)), state, params)
+            params = place(optax.apply_updates(params, updates))
+        return trees.flatten(jax.device_get(params))
+
+    def placed(tree: Any) -> Any:
+        return jax.device_put(tree, distributed.shardings(tree, mesh, distributed.STATE_RULES))
+
+    alone, spread = after(random_tree(0), lambda tree: tree), after(placed(random_tree(0)), placed)
+    for path, value in alone.items():
+        np.testing.assert_allclose(spread[path], value, atol=1e-5, err_msg=path)
+
+
+def test_what_does_not_go_together_is_refused_by_name() -> None:
+    three = LoRAConfig(rules=(LoRARule("ffn", 3),))
+    for changes, where in (
+        ({"adalora": AdaLoRAConfig(target_rank=3), "lora": three}, "--adalora.target-rank"),
+        ({"adalora": AdaLoRAConfig(target_rank=2), "lora": LoRAConfig(init="pissa")}, "--lora.init"),
+        ({"adalora": AdaLoRAConfig(target_rank=2), "lora": LoRAConfig(dora=True)}, "--lora.dora"),
+        ({"adalora": AdaLoRAConfig(target_rank=2, warmup_share=0.5, final_share=0.5)}, "--adalora.warmup-share"),
+    ):
+        with pytest.raises(NaloraError, match=where):
+            check(RunConfig(**changes))
+    few = AdapterSpec(((DENSE, TargetSpec((4, 2, 0), (8.0, 8.0, 1.0))),), adalora=True)
+    optimizer = adalora(optax.with_extra_args_support(optax.sgd(1.0)), AdaLoRAConfig(target_rank=3), few, 9)
+    with pytest.raises(NaloraError, match=r"--adalora.target-rank.*less than the mean rank.*\(3\).*found 3"):
+        optimizer.init(random_tree(0))
