@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nalora_jax import trees
+from nalora_jax import path_rules, trees
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import Contraction, Unfit
@@ -86,7 +86,7 @@ def choose_targets(
     _check_variant(lora)
     activations.get(activation)  # an unknown name is an error whether there is a gate or not
     named = _named(projections, keymap)
-    rules = trees.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
+    rules = path_rules.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
     usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
     for path, rule in rules.items():
         usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
@@ -173,7 +173,7 @@ def _check_variant(lora: LoRAConfig) -> None:
 def _named(projections: Sequence[Projection], keymap: Keymap) -> dict[str, Projection]:
     """Returns projections by the keymap's names; projections that it does not mention keep their path."""
     own = [projection.own for projection in projections]
-    trees.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
+    path_rules.match_rules([(f"^(?:{pattern})$", to) for pattern, to in keymap], own, where="keymap")
     named: dict[str, Projection] = {}
     for projection in projections:
         path = _renamed(projection.own, keymap)
