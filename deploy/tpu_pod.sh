@@ -72,7 +72,7 @@ on_workers() { # COMMAND on all workers of all slices at once; fails if one of t
 }
 
 worker_states() { # a line "HOST: STATE" for each worker, followed by the end of its log
-  on_workers 'if test -e nalora-launch/worker.sh; then bash nalora-launch/worker.sh status; else echo "worker: not started"; fi'
+  on_workers 'f=nalora-launch/worker.sh; if test -e $f; then bash $f status; else echo "worker: not started"; fi'
 }
 
 bills() {
@@ -163,9 +163,15 @@ delete() {
   fi
 }
 
-case $action in
-  create | start | status | delete) "$action" ;;
-  logs) tpu ssh "${nodes[0]}" --worker="$worker" --command 'tail -n 100 nalora-run/log' ;;
-  stop) on_workers 'bash nalora-launch/worker.sh stop' && bills ;;
-  *) usage ;;
-esac
+{ # bash reads this group as a whole: the file may change while a command runs
+  case $action in
+    create) create ;;
+    start) start ;;
+    status) status ;;
+    delete) delete ;;
+    logs) tpu ssh "${nodes[0]}" --worker="$worker" --command 'tail -n 100 nalora-run/log' ;;
+    stop) on_workers 'bash nalora-launch/worker.sh stop' && bills ;;
+    *) usage ;;
+  esac
+  exit
+}

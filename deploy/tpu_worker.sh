@@ -108,12 +108,18 @@ delete_when_done() { # NAME ZONE
     echo "error: the slice $1 could not be deleted and is still billed"
 }
 
-case $1 in
-  start | status | stop | supervise) "$1" ;;
-  delete-when-done)
-    setsid nohup bash "$0" delete-now "$2" "$3" >>"$run/log" 2>&1 </dev/null &
-    echo "The slice $2 will be deleted when the run has ended."
-    ;;
-  delete-now) delete_when_done "$2" "$3" ;;
-  *) exit 2 ;;
-esac
+{ # bash reads this group as a whole: the next start replaces this file, while a command may still run
+  case $1 in
+    start) start ;;
+    status) status ;;
+    stop) stop ;;
+    supervise) supervise ;;
+    delete-when-done)
+      setsid nohup bash "$0" delete-now "$2" "$3" >>"$run/log" 2>&1 </dev/null &
+      echo "The slice $2 will be deleted when the run has ended."
+      ;;
+    delete-now) delete_when_done "$2" "$3" ;;
+    *) exit 2 ;;
+  esac
+  exit
+}

@@ -68,7 +68,10 @@ def test_a_run_starts_detached_with_a_private_token_and_stops_with_its_status(ma
     assert "hf_secret" not in cloud.record.path.read_text()  # in no argument of gcloud
     assert not list(cloud.laptop.glob("tmp*"))
     assert "train --output gs://bucket/run --model a model --resume auto" in cloud.pod("logs", "pod", *ZONE).stdout
+    with (cloud.home("pod-0") / "nalora-launch" / "worker.sh").open("a") as script:
+        script.write("fi (\n")  # a next start replaces the file while this run's shell still reads it
     stopped = cloud.pod("stop", "pod", *ZONE)
+    assert "syntax error" not in logs[0].read_text()
     assert stopped.stdout.count("ended, status 143: stopped, with a checkpoint; start resumes") == 2
     assert "ACTIVE" in cloud.pod("status", "pod", *ZONE).stdout
     assert cloud.pod("delete", "pod", *ZONE).returncode == 0
