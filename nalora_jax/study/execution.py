@@ -148,6 +148,13 @@ def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str
         "compilations": _compilations.count - compiled,
         "config": run.config_hash,
         "protocol": run.protocol.digest,
+        **_environment(),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """Returns the versions, the machine and the time of a record."""
+    return {
         "versions": versions(),
         "processor": hooks_of(Platform("cpu")).processor_name(),
         "device": describe_device(),
