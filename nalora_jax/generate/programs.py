@@ -80,7 +80,7 @@ def prefill(
     model: Decoder,
     weights: Weights,
     prompts: Prompts,
-    step: Array = np.int32(0),  # noqa: B008
+    step: Array | np.int32 = np.int32(0),  # noqa: B008
     *,
     slots: int,
 ) -> State:
@@ -105,6 +105,7 @@ def prefill(
         features=prompts.features,
     )
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
+    step = jnp.asarray(step)
     token = next_tokens(model.apply(weights.head, last, method="unembed"), prompts.sampling, step)
     return State(grow(cache, slots), token, _stops(token, prompts.stop_ids) | ~prompts.live, step + 1)
 
