@@ -264,8 +264,8 @@ def load_store(folder: Path) -> TokenStore:
 
 def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Changes with anything that could change the ids of a text."""
-    rest = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.add_bos)
-    rest = (*rest, tokenizer.chat_template, tokenizer.tool_template)
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.add_bos)
+    templates = (tokenizer.chat_template, tokenizer.tool_template)
     special = sorted((tokenizer.special_tokens or {}).items())
     images = "" if tokenizer.images is None else str(tokenizer.images)
-    return hashlib.sha256(f"{tokenizer.backend.to_str()}{rest}{special}{images}".encode()).hexdigest()
+    return hashlib.sha256(f"{tokenizer.backend.to_str()}{ids}{templates}{special}{images}".encode()).hexdigest()

@@ -374,7 +374,7 @@ class _Batch:
         switch = switch_length(self._generator.model.config.ropes)
         if switch is None:
             return _BATCH_TOKENS
-        lengths = [len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished)]
+        lengths = [len(self._prompt_ids[row]) + len(self._ids[row]) for row in np.flatnonzero(~finished).tolist()]
         return min((switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS)
 
     def _take(self, row: int, made: np.ndarray) -> str:

@@ -81,7 +81,7 @@ def prefill(
     model: Decoder,
     weights: Weights,
     prompts: Prompts,
-    step: Array = np.int32(0),  # noqa: B008
+    step: Array | np.int32 = np.int32(0),  # noqa: B008
     *,
     slots: int,
 ) -> State:
@@ -106,7 +106,7 @@ def prefill(
         features=prompts.features,
     )
     last = jnp.take_along_axis(hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = model.apply(weights.head, last, method="unembed")
+    step, logits = jnp.asarray(step), model.apply(weights.head, last, method="unembed")
     seen = seen_tokens(prompts.sampling, prompts.tokens, prompts.lengths, logits.shape[-1])
     token = next_tokens(logits, prompts.sampling, step, seen)
     done = _stops(token, prompts.stop_ids) | ~prompts.live

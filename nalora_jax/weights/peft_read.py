@@ -153,9 +153,9 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
     choices = peft.choose([name for name, *_ in linear], [*parameters, *weights])
     for (name, layer, module, expert), weight in zip(linear, weights, strict=True):
         # An adapter on a Linear module's weight computes what an adapter on the module computes.
-        chosen = weight if weight in choices.parameters else name
-        given = (choices.ranks[chosen], choices.alphas[chosen])
-        yield _Slot(name, name, layer, module, chosen == weight or name in choices.modules, *given, expert=expert)
+        key = weight if weight in choices.parameters else name
+        given = (choices.ranks[key], choices.alphas[key])
+        yield _Slot(name, name, layer, module, key == weight or name in choices.modules, *given, expert=expert)
     for layer, listed in stacks.items():
         chosen = [(name, stack) for name, stack in listed if name in choices.parameters]
         # PEFT wraps the module once per parameter: the first one registered is the innermost.
