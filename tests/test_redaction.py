@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -94,6 +95,16 @@ def test_any_text_stays_one_paragraph_without_tags(text: str) -> None:
         html = rendered(f"a {escaped} b").replace("<code>", "").replace("</code>", "")
         assert html.startswith("<p>a")
         assert html.count("<") == 2
+
+
+@pytest.mark.parametrize("part", ["x", "token", "-", "+", "/", "/x", "'/", "~", "://", ":/@", "sk-", "`", "_"])
+def test_long_texts_take_linear_time(part: str) -> None:
+    text = part * 50_000
+    began = time.process_time()
+    for function in (redacted, published, markdown, code):
+        function(text)
+    redacted({text: text})
+    assert time.process_time() - began < 5  # quadratic ones take minutes
 
 
 def test_a_resumed_run_asks_for_the_password_that_its_log_does_not_hold() -> None:

@@ -163,10 +163,12 @@ def test_a_full_disk_is_said_in_one_error(tmp_path):
 def test_a_failed_replacement_leaves_the_old_file_and_no_scratch(tmp_path):
     path = tmp_path / "page"
     write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
+    with pytest.raises(TypeError):
+        write_atomically(path, 5)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, "half a character \ud800")
+    assert path.read_text() == "half a character \\ud800"
 
 
 def test_scalars_name_layers_and_leave_out_what_is_not_a_number():
