@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from importlib.metadata import version
@@ -38,10 +39,25 @@ def test_importing_the_package_imports_nothing_heavy_and_names_all_that_it_has()
     assert none == "none"
     import nalora_jax
 
-    assert {*nalora_jax.__all__, "__version__"} <= set(names)
+    assert {*nalora_jax.__all__, "__version__"} == set(names)
     assert nalora_jax.__version__ == version("nalora_jax")
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = nalora_jax.nothing_of_the_kind
+
+
+def test_every_name_of_the_package_can_be_imported_and_generate_names_its_options():
+    import inspect
+
+    import nalora_jax
+    from nalora_jax import config
+    from nalora_jax.generate import Settings
+
+    for name in nalora_jax.__all__:
+        assert getattr(nalora_jax, name).__name__ == name
+    assert {name for name in config.__all__ if name.endswith(("Config", "Rule"))} <= set(nalora_jax.__all__)
+    options = [field.name for field in dataclasses.fields(Settings)]
+    for method in (nalora_jax.Generator.generate, nalora_jax.Generator.complete, nalora_jax.Generator.stream):
+        assert list(inspect.signature(method).parameters)[-len(options) :] == options
 
 
 def test_models_and_their_files_bring_no_data_pipeline_along():

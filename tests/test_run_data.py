@@ -42,7 +42,8 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "make_mesh", lambda mesh: make(mesh, jax.devices()[:1]))
 
 
-def test_a_run_on_records_of_a_program(tmp_path: Path) -> None:
+def test_a_run_on_records_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nalora_jax.data.lengths.SHORTEST", 1)
     config = tiny.make_config(tmp_path)
     records = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     config = replace(

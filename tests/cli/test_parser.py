@@ -7,6 +7,7 @@ import errno
 import importlib.metadata
 import json
 import logging
+import pydoc
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from nalora_jax.__main__ import guarded, main
 from nalora_jax.cli import command, usage
 from nalora_jax.cli import parser as cli
 from nalora_jax.config import LoRARule, RunConfig, check
+from nalora_jax.data import lengths
 from nalora_jax.errors import NaloraError
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +118,8 @@ def test_groups_are_described_by_their_own_docstring(capsys, monkeypatch):
     text = help_of(capsys, monkeypatch, "train")
     for field in dataclasses.fields(RunConfig):
         if dataclasses.is_dataclass(field.default_factory):
-            assert " ".join(field.default_factory.__doc__.split()) in " ".join(text.replace("│", " ").split())
+            summary = field.default_factory.__doc__.partition("Attributes:")[0]
+            assert " ".join(summary.split()) in " ".join(text.replace("│", " ").split())
 
 
 def described(text):
@@ -431,7 +434,35 @@ def test_there_are_configs():
 
 
 def test_the_main_job_is_the_defaults():
-    assert cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py") == RunConfig()
+    config = cli.load_config(ROOT / "configs" / "socialiqa_smollm2.py")
+    assert config.data.max_length == lengths.SHORTEST  # which rows of short questions come to
+    assert dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=0)) == RunConfig()
+
+
+@pytest.mark.parametrize("flag", ["--lora.rank", "--lora.alpha", "--rank", "--lora.r"])
+def test_ranks_by_other_names_suggest_rules(flag):
+    with pytest.raises(NaloraError, match=rf"{flag}: .*did you mean --lora.rules PATTERN:RANK\[:ALPHA\], e.g."):
+        command.parse(["train", flag, "16"])
+    _, args = command.parse(["train", "--lora.rules", "ffn:16:32"])  # the example
+    assert args.run.lora.rules == (LoRARule("ffn", 16, 32.0),)
+
+
+@pytest.mark.parametrize("columns", [50, 80, 200])
+def test_help_fits_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for argv in (["--help"], ["train", "--help"]):
+        with pytest.raises(SystemExit):
+            command.parse(argv)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.count(" ") > 8]
+        assert 40 < max(map(len, lines)) <= max(min(columns, 100), 68)
+
+
+def test_python_s_help_explains_every_setting():
+    assert "rank: Rank r of the adapter" in pydoc.render_doc(LoRARule)
+    text = " ".join(pydoc.render_doc(RunConfig).split())
+    for flag in usage.flags(cli.TrainArgs):
+        if flag.owner is RunConfig:
+            assert f"{flag.field.name}: {flag.text}"[:60] in text.replace("| ", "")
 
 
 # ---------------------------------------------------------------- how a command ends

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from nalora_jax.config import DataConfig, PreferenceConfig
+from nalora_jax.data.lengths import with_length
+from nalora_jax.data.pipeline import stream_text
+from nalora_jax.data.preference import pair_sizes
+from nalora_jax.data.source import RecordsSource
+
+
+def source(*sizes: int) -> RecordsSource:
+    return RecordsSource("sizes", [{"prompt": "sky " * size, "completion": "blue"} for size in sizes])
+
+
+@pytest.mark.parametrize(
+    ("size", "pack", "context", "length"),
+    [
+        (4, True, 4096, 128),
+        (4, False, 4096, 16),
+        (400, True, 4096, 808),
+        (400, True, 512, 512),
+        (3000, True, 8192, 2048),
+    ],
+)
+def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pack, context, length):
+    """A "sky " takes two tokens."""
+    config = DataConfig(pack=pack)
+    assert with_length(config, source(*[size] * 99, 9 * size), tokenizer, context).max_length == length
+    assert with_length(DataConfig(max_length=7), source(size), tokenizer, context).max_length == 7
+
+
+def test_a_pair_s_length_is_that_of_both_answers(tokenizer):
+    records = [{"prompt": "sky " * 100, "chosen": "blue", "rejected": "green"}] * 3
+    pairs = RecordsSource("pairs", records)
+    sizes = pair_sizes(pairs, DataConfig(), tokenizer, PreferenceConfig("dpo"))
+    assert len(sizes) == 3
+    measured = with_length(DataConfig(), pairs, tokenizer, 4096, lambda *_: sizes).max_length
+    assert sizes[0] <= measured < sizes[0] + 8
+    assert measured > 400  # two prompts of 200 tokens
+
+
+def test_figures_of_a_stream_are_text():
+    figures = {"examples": 1200, "dropped": 0, "truncated": 3, "steps_per_epoch": 40.5, "filling": 0.98}
+    assert stream_text(figures) == "1,200 examples, 3 truncated, 40.5 steps per epoch, filling 98.0%"
