@@ -1,6 +1,7 @@
 """The second table of docs/pods.md: layouts of `--mesh auto` for random pairs, accepted by the real compiler.
 
-    pip install '.[tpu]' && python benchmarks/plan_accuracy.py    # in an environment of its own
+    pip install '.[tpu]' && python benchmarks/plan_accuracy.py                    # in a separate environment
+    pip install '.[cuda]' && python benchmarks/plan_accuracy.py --platform gpu    # in another one
     python benchmarks/plan_accuracy.py --page                     # write the page from the record, compile no program
     python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other pairs, to calibrate estimates with
 
@@ -20,9 +21,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 from markers import write_between
 from plan_pairs import KNOWN, Pair, drawn
 
@@ -56,7 +59,9 @@ def recorded() -> dict[tuple[str, str, str], dict[str, Any]]:
 
 def options_of(pair: Pair, layout: Layout) -> str:
     """Digest of the compiler options of a layout."""
-    mesh = distributed.make_mesh(with_layout(pair.config, layout).mesh, devices(topology(pair.machine)))
+    chip = topology(pair.machine).chip
+    device = SimpleNamespace(platform=chip.platform, device_kind=chip.name)
+    mesh: Any = SimpleNamespace(shape={"fsdp": layout.fsdp}, devices=np.array([device]))
     options = sorted(distributed.compiler_options(mesh).items())
     return hashlib.sha256(repr(options).encode()).hexdigest()[:8] if options else "none"
 
@@ -117,7 +122,8 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
 def _compile_apart(pair: Pair, layout: Layout) -> None:
     """Adds a program to the record, in a process whose memory is returned."""
     given = json.dumps({"pair": asdict(pair), "mesh": layout.mesh, "remat": layout.remat})
-    subprocess.run([sys.executable, __file__, "--one", given], check=True)
+    platform = topology(pair.machine).chip.platform
+    subprocess.run([sys.executable, __file__, "--platform", platform, "--one", given], check=True)
 
 
 def _one(given: str) -> None:
@@ -205,15 +211,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--platform", choices=("tpu", "gpu"), default="tpu", help="of the pairs to compile")
     parser.add_argument("--page", action="store_true", help="write the page from the record, compile no program")
     parser.add_argument("--show", action="store_true", help="print the table in place of writing the page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    _prepare(gpus=False)
+    _prepare(gpus=options.platform == "gpu")
     if options.one:
         return _one(options.one)
     pairs = pairs_of(options.seed, options.pairs)
-    for pair in () if options.page else order(pairs):
+    here = [pair for pair in order(pairs) if topology(pair.machine).chip.platform == options.platform]
+    for pair in () if options.page else here:
         decided(pair, compiles=True)
     shown = table(rows(pairs))
     if options.show or options.seed != SEED:

@@ -62,6 +62,7 @@ _MACHINES = (
     *("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16", "2xv5e:4x4"),
     *("v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:16x16", "2xv6e:4x4"),
     *("v5p:2x2x2", "v5p:2x2x4", "v5p:4x4x4", "2xv5p:2x2x2"),
+    *("8xh100", "16xh100"),
 )
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _TOKENS = (2048, 65536)  # of all rows of a step, for each chip
