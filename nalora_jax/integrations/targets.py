@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from nalora_jax import path_rules, trees
+from nalora_jax import path_rules
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations.layers import Contraction, Unfit
