@@ -1,4 +1,4 @@
-"""Returns the main job with the two mechanisms of the paper's abstract: temporal-importance mask and step scale by homogeneity.
+"""The main job with the mechanisms of the paper's abstract: importance mask, step scale by homogeneity.
 
 Expected result: near the main job's, with 11% less selection misalignment (0.227 instead of 0.256 over six seeds,
 studies/full_ffn_table); docs/when.md summarizes the paired studies.

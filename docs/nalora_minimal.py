@@ -32,21 +32,10 @@ class Config(NamedTuple):
 # ---------------------------------------------------------------- SiLU: phi(z) = rho(z) z
 
 
-def rho(z):
-    return jax.nn.sigmoid(z)
-
-
-def drho(z):
-    return rho(z) * (1 - rho(z))
-
-
-def phi(z):
-    return rho(z) * z
-
-
-def dphi(z):
-    return rho(z) + z * drho(z)
-
+rho = jax.nn.sigmoid
+drho = lambda z: rho(z) * (1 - rho(z))  # noqa: E731
+phi = lambda z: rho(z) * z  # noqa: E731
+dphi = lambda z: rho(z) + z * drho(z)  # noqa: E731
 
 # phi'(z0) = 0, and h(z) = z phi'(z) / phi(z) is within 0.05 of 1 above z1. They cut the line into the
 # regions inverted, contracting, expanding and linear.
@@ -62,10 +51,6 @@ def low_rank(x, a, b, scale, mask):
     return scale * (x @ a) @ b
 
 
-def low_rank_fwd(x, a, b, scale, mask):
-    return low_rank(x, a, b, scale, mask), (x, a, b, scale, mask)
-
-
 def low_rank_bwd(saved, g):
     x, a, b, scale, mask = saved
     dx = scale * (g @ b.T) @ a.T
@@ -74,7 +59,7 @@ def low_rank_bwd(saved, g):
     return dx, da, db, jnp.zeros_like(scale), jnp.zeros_like(mask)
 
 
-low_rank.defvjp(low_rank_fwd, low_rank_bwd)
+low_rank.defvjp(lambda *args: (low_rank(*args), args), low_rank_bwd)
 
 
 def dense(p, lora, x, scale, mask=None):
@@ -100,14 +85,13 @@ def statistics(z, z_base, dz):
     # phi(z + dz) - phi(z) = F + S. The excess X = S - z rho'(z) dz is what the gradient does not see.
     selection = (rho(z_base + dz) - rho(z_base)) * (z_base + dz)
     excess = selection - z_base * drho(z_base) * dz
-    regions = (z < Z0, (Z0 <= z) & (z < 0), (z >= 0) & (z < Z1), z >= Z1)
+    regions = (z < Z0, (z >= Z0) & (z < 0), (z >= 0) & (z < Z1), z >= Z1)
     return {
         "slope": mean(jnp.abs(dphi(z))),
         "occupancy": jnp.stack([mean(region.astype(z.dtype)) for region in regions]),
         "excess": mean(jnp.abs(excess)),
         "response": mean(jnp.abs(dphi(z_base) * dz)),
-        # E|S| / E|F| is the misalignment of a channel.
-        "feature": mean(jnp.abs(rho(z_base) * dz)),
+        "feature": mean(jnp.abs(rho(z_base) * dz)),  # misalignment of a channel: E|S| / E|F|
         "selection": mean(jnp.abs(selection)),
     }
 
@@ -134,8 +118,8 @@ def step_scale(averages):
 def curvature_cap(averages, tau=0.1):
     """The default: shorter steps where the response of the update is no longer linear."""
     excess, response = averages["excess"], averages["response"]
-    cap = jnp.minimum(1, tau * response / jnp.where(excess > 0, excess, 1))
-    return jnp.where(excess > 0, cap, 1)
+    moved = (excess > 0) & (response > 0)
+    return jnp.where(moved, jnp.minimum(1, tau * response / jnp.where(moved, excess, 1)), 1)
 
 
 def equalized(factor):
@@ -145,8 +129,7 @@ def equalized(factor):
 
 def channel_factors(averages, step, config):
     """Returns the factor of B's columns and the mask of A's gradient, [L, F] each."""
-    ones = jnp.ones_like(averages["slope"])
-    factor = mask = ones
+    factor = mask = ones = jnp.ones_like(averages["slope"])
     if config.rule == "mask":
         factor = mask = equalized(importance_mask(averages))
     elif config.rule == "step_scale":
@@ -165,7 +148,6 @@ def rms_norm(x, scale, eps):
 
 
 def rope(x, theta):
-    """Rotates queries or keys [B, T, heads, dim] by their positions."""
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None] * theta ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
@@ -176,8 +158,8 @@ def rope(x, theta):
 def attention(p, x, config):
     q, k, v = (x @ p[f"{name}_proj"]["kernel"] for name in "qkv")
     q, k, v = (y.reshape(*x.shape[:2], config.heads, -1) for y in (q, k, v))
-    q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    rotated = (rope(y, config.rope_theta) for y in (q, k))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", *rotated) / q.shape[-1] ** 0.5
     causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
@@ -195,8 +177,8 @@ def loss_and_statistics(lora, params, tokens, masks, config):
         return x + y, stats
 
     embedding = params["embed"]["embedding"]
-    layers = (params["layers"], lora["layers"], masks)
-    x, stats = jax.lax.scan(layer, embedding[tokens[:, :-1]], layers)
+    inputs = (params["layers"], lora["layers"], masks)
+    x, stats = jax.lax.scan(layer, embedding[tokens[:, :-1]], inputs)
     logits = rms_norm(x, params["final_norm"]["scale"], config.eps) @ embedding.T
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.mean(losses), stats
@@ -213,10 +195,9 @@ class State(NamedTuple):
 
 
 def init_state(lora, optimizer, config):
-    channels, zeros = (config.layers, config.d_ff), jnp.zeros
     names = ("slope", "excess", "response", "feature", "selection")
-    averages = {name: zeros(channels) for name in names}
-    averages["occupancy"] = zeros((config.layers, 4, config.d_ff))
+    averages = {name: jnp.zeros((config.layers, config.d_ff)) for name in names}
+    averages["occupancy"] = jnp.zeros((config.layers, 4, config.d_ff))
     return State(jnp.zeros((), jnp.int32), lora, optimizer.init(lora), averages)
 
 
@@ -242,19 +223,19 @@ def init(key, config):
     normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[-2] ** -0.5  # noqa: E731
     kernel = lambda d_in, d_out: {"kernel": normal(c.layers, d_in, d_out)}  # noqa: E731
     norm = {"scale": jnp.ones((c.layers, c.d_model))}
-    widths = {
-        "gate_proj": (c.d_model, c.d_ff),
-        "up_proj": (c.d_model, c.d_ff),
-        "down_proj": (c.d_ff, c.d_model),
-    }
+    wide, narrow = (c.d_model, c.d_ff), (c.d_ff, c.d_model)
+    widths = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
     layers = {
         "attn": {f"{name}_proj": kernel(c.d_model, c.d_model) for name in "qkvo"},
         "attn_norm": norm,
         "ffn_norm": norm,
         "ffn": {name: kernel(*shape) for name, shape in widths.items()},
     }
-    embedding = jax.random.normal(next(keys), (c.vocab, c.d_model))
-    params = {"embed": {"embedding": embedding}, "layers": layers, "final_norm": {"scale": jnp.ones(c.d_model)}}
+    params = {
+        "embed": {"embedding": jax.random.normal(next(keys), (c.vocab, c.d_model))},
+        "layers": layers,
+        "final_norm": {"scale": jnp.ones(c.d_model)},
+    }
     adapters = {
         name: {"a": normal(c.layers, d_in, c.rank), "b": jnp.zeros((c.layers, c.rank, d_out))}
         for name, (d_in, d_out) in widths.items()
@@ -271,6 +252,5 @@ if __name__ == "__main__":
     tokens = jax.random.randint(jax.random.key(1), (8, 33), 0, config.vocab)
     for i in range(60):
         state, loss = step(params, state, tokens)
-        if i % 10 == 0:
-            misalignment = state.averages["selection"].sum(-1) / state.averages["feature"].sum(-1)
-            print(f"step {i:3}: loss {loss:.3f}, misalignment of each layer {misalignment}")
+        misalignment = state.averages["selection"].sum(-1) / state.averages["feature"].sum(-1)
+        print(f"step {i:3}: loss {loss:.3f}, misalignment of each layer {misalignment}")

@@ -72,7 +72,7 @@ class Settings:
 
     def seeds(self, count: int) -> tuple[int, ...]:
         """Returns one seed for each of ``count`` prompts."""
-        if isinstance(self.seed, Integral):
+        if not isinstance(self.seed, Sequence):
             return (int(self.seed),) * count
         _require("seed", len(self.seed) == count, f"one number, or {count}: one for each prompt", len(self.seed))
         return tuple(self.seed)
