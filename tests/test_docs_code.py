@@ -297,12 +297,16 @@ def test_the_quick_start_and_what_it_leaves_is_served_by_peft(world: World, monk
     assert any(float(p.abs().max()) > 0 for name, p in served.named_parameters() if "lora_B" in name)
 
 
-def test_the_readme_trains_generates_and_adapts_a_module(
+def test_the_page_on_the_command_line_trains_and_generates(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    space = execute(world, "README.md", monkeypatch)
+    execute(world, "command_line.md", monkeypatch)
     assert Path("runs/python/adapter/adapter_model.safetensors").exists()
     assert re.search(r"^\['.*'\]$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_page_on_an_own_block_trains_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = execute(world, "own_block.md", monkeypatch)
     gates = learns(space)
     assert int(gates.count) == 30
     own = own_factors(gates, space["mechanisms"])
