@@ -103,7 +103,7 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
       cache: folder of the cache; `downloads.cache_dir` by default.
 
     Raises:
-      NaloraError: a record is broken or without targets; of a draw, one is too long where that is an error, or most
+      NaloraError: a record is broken or without targets; of a draw, one is too long and ``too_long`` is "error", or most
         are; the disk is full.
     """
     key = {
@@ -198,7 +198,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, droppe
       truncated: examples that were shortened.
 
     Raises:
-      NaloraError: the disk is full, and whatever ``examples`` raises.
+      NaloraError: the disk is full; errors of ``examples`` pass through.
     """
     scratch = None
     try:
