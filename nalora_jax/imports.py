@@ -1,7 +1,7 @@
-"""Python files of a user's own, executed before a run: they register rules, activations, families, sources.
+"""Python files of users, executed before a run: they register rules, activations, families, sources.
 
-A file is recorded with the beginning of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name what was executed, and a
-resumed run with another content of the file is another run.
+A file is recorded with the beginning of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name the executed content,
+and a run is not resumed with another one.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
       folder: of the study or the working directory.
 
     Raises:
-      NaloraError: there is no such file, it fails, its content is not what was recorded, or it changed after this
-        process imported it.
+      NaloraError: there is no such file, it fails, its content has another digest than the recorded one, or it
+        changed after this process imported it.
     """
     where, (path_text, _, wanted) = f"--import {name}", name.partition("@")
     path = (Path(folder).expanduser() / Path(path_text).expanduser()).resolve()

@@ -148,7 +148,7 @@ def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
 
     Args:
       config: the settings; without ``imports``, which only the command line executes.
-      changed_only: leave out what has its default.
+      changed_only: leave out settings with their default.
     """
     values = _plain(replace(config, imports=()), RunConfig() if changed_only else None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100) if values else "{}\n"

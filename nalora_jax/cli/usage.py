@@ -217,7 +217,7 @@ def check_text(argv: Sequence[str]) -> None:
 
 
 def width() -> int:
-    """Returns the columns that help may fill: those of the terminal, 100 at most."""
+    """Returns the columns that help may fill: the terminal's, 100 at most."""
     return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
 
 

@@ -174,7 +174,7 @@ class RunConfig:
     callbacks: tuple[str, ...] = ()
     # Mechanisms beside the mask and the step scale: NAME or NAME:setting=value,... (docs/method.md lists them).
     mechanisms: tuple[str, ...] = ()
-    # Python files that are executed first, to register rules, activations, families or sources of your own; recorded
+    # Python files that are executed first, to register rules, activations, families or sources; recorded
     # with their digests. Use only files that you trust. On the command line --import FILE ..., with any command.
     imports: tuple[str, ...] = ()
 

@@ -27,7 +27,8 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
       bos_id: stays at the beginning of a truncated example.
 
     Raises:
-      NaloraError: a record is too long where that is an error; no record fits, or less than half; the disk is full.
+      NaloraError: a record is too long and ``too_long`` is "error"; no record fits, or less than half;
+        the disk is full.
     """
     sizes = np.diff(store.offsets)
     long = sizes > config.max_length + 1

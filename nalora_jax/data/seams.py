@@ -5,7 +5,7 @@ sides of such a place are independent, so only the part around the boundary of a
 
     <|im_start|>user\\nUp?<|im_end|>\\n<|im_start|> | assistant\\n^It is | that way.<|im_end|>
 
-Here ``|`` are seams and ``^`` is the boundary: "assistant\\nIt is" has to begin with the tokens of "assistant\\n".
+Here ``|`` are seams and ``^`` is the boundary: "assistant\\nIt is" has to start with the tokens of "assistant\\n".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WORDS = "ab cd ef, gh"
 
 @dataclass
 class Division:
-    """Parts of a text: what is encoded, and how the text's ids are put together again."""
+    """Parts of a text to encode, and the way to join their ids."""
 
     texts: list[str] = field(default_factory=list)
     # Of each text, whether it is the beginning of the part before it, up to a boundary; else it is the next part.
@@ -51,7 +51,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Seams:
-    """Where texts of a tokenizer can be divided.
+    """Places at which texts of a tokenizer can be divided.
 
     Attributes:
       special: special tokens that divide a text.
@@ -108,7 +108,7 @@ def _between_letters(text: str, at: int) -> bool:
 
 
 def seams_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Seams:
-    """The seams of a tokenizer; of its special tokens those that occur in ``texts``."""
+    """Returns the seams of a tokenizer, with the special tokens that occur in ``texts``."""
     added = tokenizer.backend.get_added_tokens_decoder().values()
     names = [token.content for token in added]
     plain = [t.content for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
@@ -118,7 +118,7 @@ def seams_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Seams:
 
 
 def _overlap(name: str, other: str) -> bool:
-    """Whether two different tokens can share characters of a text."""
+    """Returns True if two different tokens can share characters of a text."""
     if name == other:
         return False
     short = min(len(name), len(other))
@@ -131,7 +131,7 @@ def _divides(tokenizer: Tokenizer, name: str) -> bool:
 
 
 def _words(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer divides a text into words before it looks for tokens, and encodes each on its own."""
+    """Returns True if the tokenizer divides a text into words first and encodes each separately."""
     before = tokenizer.backend.pre_tokenizer
     if before is None:
         return False

@@ -103,8 +103,8 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
       cache: folder of the cache; `downloads.cache_dir` by default.
 
     Raises:
-      NaloraError: a record is broken or without targets; of a draw, one is too long where that is an error, or most
-        are; the disk is full.
+      NaloraError: a record is broken or without targets; of a draw, one is too long and ``too_long`` is "error",
+        or most are; the disk is full.
     """
     key = {
         "format": _FORMAT,

@@ -83,7 +83,7 @@ def _cuts(text: Rendered) -> list[int]:
 
 
 def _encode_pieces(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of ``text`` and the token position of each cut, from its pieces if their tokens are those of the text."""
+    """Ids of ``text`` and the token position of each cut, from its pieces if they have the text's tokens."""
     pieces = [text.text[start:stop] for start, stop in pairwise([0, *cuts, len(text.text)])]
     whole, *parts = tokenizer.encode_batch([text.text, *pieces])
     if list(chain.from_iterable(parts)) == whole:

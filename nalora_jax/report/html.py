@@ -246,7 +246,7 @@ def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _end(sample: Mapping[str, Any]) -> str:
-    """How an answer ended, in words; empty if the log does not record it."""
+    """Returns in words how an answer ended; empty if the log does not record it."""
     if "cut" not in sample:
         return ""
     return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nalora_jax.config import DataConfig, PreferenceConfig
-from nalora_jax.data.lengths import with_length
+from nalora_jax.data.lengths import example_lengths, with_length
 from nalora_jax.data.pipeline import stream_text
 from nalora_jax.data.preference import pair_sizes
 from nalora_jax.data.source import RecordsSource
@@ -17,17 +17,18 @@ def source(*sizes: int) -> RecordsSource:
     ("size", "pack", "context", "length"),
     [
         (4, True, 4096, 128),
-        (4, False, 4096, 16),
-        (400, True, 4096, 808),
-        (400, True, 512, 512),
+        (4, False, 4096, None),
+        (400, True, 4096, None),
+        (400, True, 256, 256),
         (3000, True, 8192, 2048),
     ],
 )
 def test_rows_take_the_length_of_most_examples_within_bounds(tokenizer, size, pack, context, length):
-    """A "sky " takes two tokens."""
-    config = DataConfig(pack=pack)
-    assert with_length(config, source(*[size] * 99, 9 * size), tokenizer, context).max_length == length
-    assert with_length(DataConfig(max_length=7), source(size), tokenizer, context).max_length == 7
+    config, records = DataConfig(pack=pack), source(*[size] * 99, 9 * size)
+    fitting = int(example_lengths(source(size), config, tokenizer)[0])
+    chosen = with_length(config, records, tokenizer, context).max_length
+    assert chosen == (length or -(-fitting // 8) * 8)
+    assert with_length(DataConfig(max_length=7), records, tokenizer, context).max_length == 7
 
 
 def test_a_pair_s_length_is_that_of_both_answers(tokenizer):
@@ -37,7 +38,8 @@ def test_a_pair_s_length_is_that_of_both_answers(tokenizer):
     assert len(sizes) == 3
     measured = with_length(DataConfig(), pairs, tokenizer, 4096, lambda *_: sizes).max_length
     assert sizes[0] <= measured < sizes[0] + 8
-    assert measured > 400  # two prompts of 200 tokens
+    one = example_lengths(source(100), DataConfig(), tokenizer)[0]
+    assert abs(sizes[0] - 2 * one) < 20  # a row holds both answers, each after its prompt
 
 
 def test_figures_of_a_stream_are_text():

@@ -260,7 +260,7 @@ def test_a_cache_that_something_wrote_over_is_made_again(open_data, config, tmp_
 def test_broken_data_leave_nothing_behind(open_data, write_jsonl, tmp_path):
     path = write_jsonl(*({"prompt": "a", "completion": "b"} for _ in range(5)), "{oops")
     with pytest.raises(NaloraError, match=r"data.jsonl:6: expected a JSON object"):
-        open_data(DataConfig(eval_split="unread", dataset=path))
+        open_data(DataConfig(eval_split="unread", dataset=path, max_length=128))
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 
