@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from nalora_jax import trees
+from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.origin import is_comparable
 
@@ -108,9 +109,14 @@ def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with settings that compute something else, naming those that differ."""
+    """Raises a NaloraError for settings that change the result of a run; the message lists them.
+
+    A setting that is newer than the saved run counts as its default there, which is how the run was
+    computed.
+    """
     before, after = _settings(saved), _settings(now)
-    absent = "(absent)"
+    defaults, absent = _settings(RunConfig().to_dict()), "(absent)"
+    before = {name: defaults[name] for name in after.keys() & defaults.keys()} | before
     pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted(before.keys() | after.keys())}
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:

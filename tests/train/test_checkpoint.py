@@ -501,8 +501,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         opened(tmp_path / "file")
 
 
-def test_a_checkpoint_of_an_older_layout_is_refused_by_name():
-    """What mechanisms remember lies elsewhere than it did: the arrays are named, not a shape deep inside a step."""
+def test_a_checkpoint_of_an_older_layout_is_refused_by_name_and_newer_settings_have_their_defaults():
+    """The message names the arrays, not a shape deep inside a step."""
     average = np.zeros((2, 8), np.float32)
     saved = {"gate/importance/layers/ffn": average, "step": np.int32(3)}
     wanted = {"gate/memory/mask/layers/ffn/slope": average, "step": np.int32(0)}
@@ -510,6 +510,7 @@ def test_a_checkpoint_of_an_older_layout_is_refused_by_name():
         check_arrays("checkpoint 3", saved, wanted)
     settings = RunConfig().to_dict()
     older = {**settings, "mask": {name: x for name, x in settings["mask"].items() if name != "permute"}}
-    runs = ({"base": "b", "config": config} for config in (older, settings))
-    with pytest.raises(NaloraError, match=r"mask\.permute = '\(absent\)', found mask\.permute = -1; restore these"):
-        check_run("checkpoint 3", *runs)
+    check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": settings})
+    changed = {**settings, "mask": {**settings["mask"], "permute": 3}}
+    with pytest.raises(NaloraError, match=r"mask\.permute = -1, found mask\.permute = 3; restore these"):
+        check_run("checkpoint 3", {"base": "b", "config": older}, {"base": "b", "config": changed})
