@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nalora_jax.cli import chat, doctor, evaluate, from_peft, images, parser, plan, push, usage, verbs
+from nalora_jax.config.documented import summaries_only
 from nalora_jax.config.ranges import check_path, check_ranges
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_files
@@ -178,5 +179,5 @@ def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool)
     options: dict[str, Any] = {} if start is None else {"default": start}
     options["description"] = (kind.__doc__ or "").strip()
     options |= {"registry": parser.registry(), "config": (PositionalMetavarFromFieldName, DisallowNone)}
-    with usage.one_line_errors(name) if quiet else contextlib.nullcontext():
+    with summaries_only(), usage.one_line_errors(name) if quiet else contextlib.nullcontext():
         return tyro.cli(kind, prog=f"nalora {name}", args=words, **options)

@@ -250,7 +250,7 @@ def short_help(verb: str, kind: type, shown: Sequence[str], written: Callable[[A
       written: a default as it would be typed; empty for nothing.
     """
     every = list(flags(kind))
-    lines = [f"usage: nalora {verb} [FLAGS]", "", first_line(kind), ""]
+    lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width()), ""]
     for flag in (flag for flag in every if flag.name in shown):
         default = written(flag.default)
         note = f" (default: {default})" if default else ""

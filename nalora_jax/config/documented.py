@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from textwrap import fill
@@ -32,17 +33,38 @@ def documented(kind: T) -> T:
     return kind
 
 
+@contextmanager
+def summaries_only() -> Iterator[None]:
+    """Leaves the fields out of docstrings, for a reader that finds their comments itself."""
+    _Docstring.brief = True
+    try:
+        yield
+    finally:
+        _Docstring.brief = False
+
+
 class _Docstring:
     """A docstring that reads its class's source only if somebody asks for it."""
+
+    brief = False
 
     def __init__(self, summary: str) -> None:
         self.summary, self._text = summary, ""
 
     def __get__(self, instance: object, owner: type) -> str:
+        if _Docstring.brief:
+            return self.summary
         if not self._text:
             lines = [
-                fill(f"{name}: {text or 'see its class.'}", 100, initial_indent="  ", subsequent_indent="    ")
+                fill(f"{name}: {text or _summary(owner, name)}", 100, initial_indent="  ", subsequent_indent="    ")
                 for name, text in field_comments(owner).items()
             ]
             self._text = "\n".join([self.summary, "", "Attributes:", *lines])
         return self._text
+
+
+def _summary(owner: type, name: str) -> str:
+    """Returns the docstring of the settings in a field, without their own fields."""
+    kind = next(field.default_factory for field in fields(owner) if field.name == name)
+    docstring = vars(kind).get("__doc__")
+    return " ".join(docstring.summary.split()) if isinstance(docstring, _Docstring) else ""
