@@ -260,8 +260,8 @@ def _hidden(where: Topology, base: ModelConfig) -> float:
 def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
     """Bytes of kernels that are transposed at the start of a step, on all devices together.
 
-    NCCL gathers along the first axis in memory: another one if fsdp splits outputs. Those of experts are transposed on
-    TPUs, too, for the backward pass.
+    NCCL gathers along the first axis in memory: another one if fsdp splits outputs. Kernels of experts are
+    transposed on TPUs, too, for the backward pass.
     """
     late = ("/down_proj", "/o_proj") if where.chip.platform == "gpu" else ()
     shapes = projection_shapes(base).items()
