@@ -99,7 +99,7 @@ class Pair:
         return RunConfig(train=train, mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity"))
 
 
-# Earlier estimates accepted a layout for each of these that did not fit when it was compiled.
+# Pairs for which earlier estimates accepted a layout that did not fit.
 KNOWN = (
     Pair("qwen3-30b-a3b", 48, "2xv6e:4x4", 32, 4096),
     Pair("qwen3-14b", 56, "v5e:4x8", 32, 4096),

@@ -38,6 +38,7 @@ _LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entrop
 _GATHERED = 3  # kernels that are gathered at once, each the largest of a layer
 # Kernels of experts at once, gathered or not: of two layers, with copies for the backward pass. v5e has more.
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
+_READ_NARROW, _READ_WIDE = 130, 170  # bytes of HBM traffic for each number of a row of an expert, d_model or d_ff wide
 _WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
 
 
@@ -198,7 +199,8 @@ def estimate(
         products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
-    hbm = (passes * (layer * base.n_layers + ends) / tensor + 8 * kept * base.n_layers) / where.chip.bandwidth
+    traffic = 8 * kept * base.n_layers if not base.n_experts else _of_sorted_rows(base, tokens, tensor)
+    hbm = (passes * (layer * base.n_layers + ends) / tensor + traffic) / where.chip.bandwidth
     gradients = 2 * (adapters + tables) / where.inbound(data * fsdp) if data * fsdp > 1 else 0.0
     hidden = _hidden(where, base)
     behind, beside = hidden * gathered, (1 - hidden) * gathered
@@ -258,15 +260,21 @@ def _hidden(where: Topology, base: ModelConfig) -> float:
 
 
 def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
-    """Bytes of kernels that a GPU's compiler transposes at the start of a step, on all devices together.
+    """Bytes of kernels that are transposed at the start of a step, on all devices together.
 
-    NCCL gathers along the first axis in memory. That is another one where fsdp splits outputs, and of experts always.
+    NCCL gathers along the first axis in memory: another one if fsdp splits outputs. Kernels of experts are
+    transposed on TPUs, too, for the backward pass.
     """
-    if where.chip.platform != "gpu":
-        return 0.0
-    shapes = projection_shapes(base)
-    late = (path for path in shapes if path.endswith(("/down_proj", "/o_proj")) or (base.n_experts and "/ffn/" in path))
-    return wide * base.n_layers * sum(math.prod(shapes[path]) for path in late)
+    late = ("/down_proj", "/o_proj") if where.chip.platform == "gpu" else ()
+    shapes = projection_shapes(base).items()
+    sizes = (math.prod(shape) for path, shape in shapes if path.endswith(late) or (base.n_experts and "/ffn/" in path))
+    return wide * base.n_layers * sum(sizes)
+
+
+def _of_sorted_rows(base: ModelConfig, tokens: float, tensor: int) -> float:
+    """HBM traffic of a step for rows sorted by expert, in bytes, as compiled for Mixtral-8x7B and Qwen3-30B-A3B."""
+    each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
+    return base.n_layers * tokens * base.experts_per_token * each
 
 
 def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:

