@@ -198,16 +198,24 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, droppe
       truncated: examples that were shortened.
 
     Raises:
-      OSError: the disk is full.
+      NaloraError: the disk is full; errors of ``examples`` pass through.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder.parent, "incomplete-") as scratch:
-        _write(scratch, examples, dropped, truncated)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / "meta.json").exists():  # else another process was first, with the same content
-                raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(folder.parent, "incomplete-") as scratch:
+            _write(scratch, examples, dropped, truncated)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not (folder / "meta.json").exists():  # else another process was first, with the same content
+                    raise
+    except OSError as error:
+        raise NaloraError(
+            str(folder),
+            expected="room for the tokenized data",
+            found=error.strerror or error,
+            remedy="free space, or set NALORA_CACHE to another folder",
+        ) from error
 
 
 def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int) -> None:
