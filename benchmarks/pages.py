@@ -50,20 +50,19 @@ HEADLINES = {
 
 HEADER = """# Speed and memory
 
-What `benchmarks/run.py` measured: SmolLM2-135M, rank 8 on gate, up and down, on two CPU cores, beside what a user would
-pick instead. Both sides of a comparison run on the same machine, in turn, in processes of their own, with
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. A figure is the median, with minimum and maximum behind it; a ratio is that of
-the medians, or the median of paired ratios. The machines are shared: differences below 5% mean nothing.
+Figures of `benchmarks/run.py`: SmolLM2-135M, rank 8 on gate, up and down, on two CPU cores, compared with the usual
+alternatives. Both sides of a comparison run on the same machine, in turn, in separate processes, with
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`. A figure is the median, with minimum and maximum in brackets; a ratio is the
+ratio of the medians, or the median of paired ratios. The machines are shared: differences below 5% are noise.
 
-**No TPU and no GPU has run this library**; what their compilers say of its programs is in [Pods and GPUs](pods.md).
-`python benchmarks/accelerator.py` measures on yours: tokens/s, MFU and memory, beside PEFT on a GPU and Tunix on a TPU;
-with `--publish` the figures come onto this page.
+**No TPU and no GPU has run this library**; [Pods and GPUs](pods.md) has figures of its compiled programs.
+`python benchmarks/accelerator.py` measures tokens/s, MFU and memory on your accelerator, and compares them with PEFT on
+a GPU and with Tunix on a TPU; `--publish` adds the figures to this page.
 
-Here are the figures that are looked for first, and all that miss what was required of them. Every figure with its
-command is in `benchmarks/notes/figures.md`; `benchmarks/notes/<part>.md` says what profiles showed and what was tried
-without gain. `python benchmarks/run.py` measures on your machine and shows this page with your figures; the committed
-ones stay. The AMD EPYC without a generation is one whose generation was not recorded; it multiplies float32 about twice
-as fast as the one of Zen 4."""
+The tables show the main figures, and all figures that miss their requirement. `benchmarks/notes/figures.md` has every
+figure with its command; `benchmarks/notes/<part>.md` describes profiles, and changes that gained nothing.
+`python benchmarks/run.py` measures on your machine and prints this page with your figures; the committed figures stay.
+The generation of one AMD EPYC was not recorded; its float32 matmuls are about twice as fast as those on Zen 4."""
 
 
 @dataclass(frozen=True)
