@@ -43,8 +43,8 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
       where: names the record in messages.
 
     Raises:
-      NaloraError: a field is missing or of the wrong type, there is no completion, or the chat template
-        changes earlier turns when later turns are added, so that no exact mask exists.
+      NaloraError: a field is missing or of the wrong type, there is no completion, or the chat
+        template changes earlier turns when later turns are added, so that no exact mask exists.
     """
     record = canonical(record, config, where)
     if config.messages_field in record:
@@ -69,10 +69,10 @@ def render_chat(
 ) -> Rendered:
     """Renders a conversation with the model's chat template.
 
-    A completion runs from the position at which generation would start to the end of its end-of-turn
-    token. It excludes white space that a template writes between turns, and an end-of-sequence token
-    that a template writes only after the last turn (as Phi-3's does). If the loss is computed on the
-    last completion only, the text after it is left out.
+    A completion runs from the position at which generation would start to the end of its
+    end-of-turn token. It excludes white space that a template writes between turns, and an
+    end-of-sequence token that a template writes only after the last turn (as Phi-3's does). If the
+    loss is computed on the last completion only, the text after it is left out.
 
     Example (ChatML, completions in brackets, loss on every assistant turn):
       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n[Hello<|im_end|>]\\n

@@ -1,4 +1,4 @@
-"""Cuts tokenized examples to the length of a packed sequence: longer ones are dropped, truncated or refused."""
+"""Cuts tokenized examples to the row length by dropping, truncating or refusing them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
       bos_id: id that stays at the beginning of a truncated example.
 
     Raises:
-      NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records or
-        none of them fit; the disk is full.
+      NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
+        or none of them fit; the disk is full.
     """
     sizes = np.diff(store.offsets)
     long = sizes > config.max_length + 1

@@ -20,12 +20,12 @@ class FileSource(Source):
 
     Args:
       path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
-      split: an expression over the splits that `files.splits_of` returns for the path; a single file
-        has one split, "train".
+      split: an expression over the splits that `files.splits_of` returns for the path; a single
+        file has one split, "train".
 
     Raises:
-      NaloraError: on opening, if a file is missing, broken or empty, or the expression is invalid or
-        selects no records.
+      NaloraError: on opening, if a file is missing, broken or empty, or the expression is invalid
+        or selects no records.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:

@@ -71,8 +71,8 @@ def open_rows(path: Path | str) -> RecordFile:
       path: path of the file, or a text with the URL of a file in a bucket.
 
     Raises:
-      NaloraError: the file is missing, cannot be fetched, does not have the format of its extension, or
-        is empty.
+      NaloraError: the file is missing, cannot be fetched, does not have the format of its
+        extension, or is empty.
     """
     name, kind = str(path), PurePath(path).suffix.lower()
     if kind == ".parquet":
@@ -93,10 +93,10 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
     """Returns the files of every split of a path.
 
     A file or a pattern has one split, "train". A folder is either one that
-    `datasets.Dataset.save_to_disk` wrote, or one of data files at any depth. In the second case a file
-    belongs to the split with which its name or the name of one of its folders begins
-    (``train-00000-of-00002.parquet``, ``validation/part.jsonl``); if no name begins with a split, all
-    files are "train".
+    `datasets.Dataset.save_to_disk` wrote, or one of data files at any depth. In the second case a
+    file belongs to the split with which its name or the name of one of its folders begins
+    (``train-00000-of-00002.parquet``, ``validation/part.jsonl``); if no name begins with a split,
+    all files are "train".
 
     Raises:
       NaloraError: a folder without such files.
@@ -127,7 +127,7 @@ def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
 
 
 def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]]:
-    """Groups the data files among ``names``, paths within ``folder``, by the split in their names."""
+    """Groups the data files ``names``, paths within ``folder``, by the split in their names."""
     splits: dict[str, list[Any]] = {}
     for file, name in names.items():
         if name.name not in _DESCRIPTIONS and (name.suffix.lower() in ENDINGS or is_array_record(name.name)):
@@ -144,8 +144,8 @@ def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]
 def is_path(text: str) -> bool:
     """Returns True if ``text`` names files.
 
-    It does if it has a data file's extension, or if a file or folder of that name, or one that matches
-    it, exists.
+    It does if it has a data file's extension, or if a file or folder of that name, or one that
+    matches it, exists.
     """
     path = expand_user(text)
     if buckets.is_url(text) or path.suffix.lower() in ENDINGS or path.is_file():
@@ -315,7 +315,8 @@ class TableRows:
     def _group(self, number: int) -> Any:
         if number not in self._open:
             rows = self._groups[number]()
-            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside its memory.
+            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside
+            # its memory.
             rows.validate(full=True)
             self._open[number] = rows
             if len(self._open) > _OPEN_GROUPS:
@@ -358,7 +359,7 @@ def _coded_texts(about: Any) -> list[str]:
 
 
 def _arrow(path: Path) -> Groups:
-    """Returns the record batches of an Arrow file, or of a stream as datasets writes it, as `Groups`."""
+    """Returns the record batches of an Arrow file or a stream written by datasets, as `Groups`."""
     import pyarrow as pa
 
     mapped = pa.memory_map(str(path))
@@ -386,7 +387,7 @@ def _digest(path: Path | str) -> str:
 
 
 def _begins_with(path: Path, mark: bytes) -> bool:
-    """Returns True if ``mark`` is the first byte of a file after white space and a byte-order mark."""
+    """Returns True if a file starts with ``mark`` after white space and a byte-order mark."""
     with _readable(path), path.open("rb") as file:
         begins = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == mark
     return begins

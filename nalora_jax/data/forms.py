@@ -1,6 +1,6 @@
-"""Common forms of training examples, and their conversion to prompt and completion or chat messages.
+"""Common forms of training examples, converted to prompt and completion or to chat messages.
 
-    messages       {"messages": [{"role", "content"}], "tools": [...]}, tool calls as OpenAI writes them
+    messages       {"messages": [{"role", "content"}], "tools": [...]}, calls as in OpenAI's form
     completion     {"prompt": "...", "completion": "..."}
     conversation   {"prompt": [messages], "completion": [messages]}
     ShareGPT       {"conversations": [{"from": "human", "value": "..."}], "system": "..."}
@@ -128,11 +128,12 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
 
 
 def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
-    """Returns a chat message as templates expect it: a role, a text, and tool calls with object arguments.
+    """Returns a chat message for templates: role, text, and tool calls with object arguments.
 
     Args:
       value: ``{"role", "content"}`` as in OpenAI's form, or ``{"from", "value"}`` as in ShareGPT's.
-        Contents given as text parts are joined; a null content of a message with tool calls is empty.
+        Contents given as text parts are joined; a null content of a message with tool calls is
+        empty.
       where: names the message.
       filled: remove nulls from tool calls, since in a `TableRecord` they may mean absent fields.
 
@@ -158,7 +159,7 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
 
 
 def check_role(role: object, where: str) -> None:
-    """Raises an error for a misspelt or alternative role name, which templates would render unchanged.
+    """Refuses a misspelt or alternative role name, which templates would render unchanged.
 
     Raises:
       NaloraError: the role is unknown but similar to a known role; the message suggests that role.
@@ -185,7 +186,7 @@ def _shared(message: Record, where: str) -> Record:
 
 
 def _call(call: Any, where: str) -> Record:
-    """Returns a tool call with its arguments as an object; OpenAI's form has them as a JSON text."""
+    """Returns a tool call with its arguments as an object (a JSON text in OpenAI's form)."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
@@ -197,8 +198,8 @@ def _call(call: Any, where: str) -> Record:
 def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
     """Returns the schemas of a conversation's tools.
 
-    The field "tools" is a list, or a text with a list in JSON. Nulls in objects of a `TableRecord` are
-    removed; all other nulls are part of a schema.
+    The field "tools" is a list, or a text with a list in JSON. Nulls in objects of a `TableRecord`
+    are removed; all other nulls are part of a schema.
 
     Raises:
       NaloraError: the field has another type.

@@ -25,11 +25,12 @@ _CHUNK = 2048
 class FormattedSource(Source):
     """Records of another source, converted by a function.
 
-    The constructor calls the function once for every record, to find the records that it skips and to
-    detect later changes of its results. Reading a record calls it again.
+    The constructor calls the function once for every record, to find the records that it skips and
+    to detect later changes of its results. Reading a record calls it again.
 
     Raises:
-      NaloraError: the function fails, or returns neither a dict nor None; the message names the record.
+      NaloraError: the function fails, or returns neither a dict nor None; the message names the
+        record.
     """
 
     def __init__(self, base: Source, function: Format) -> None:
@@ -91,11 +92,12 @@ def given_sources(
         ``{"train": ..., "validation": ...}``. An iterable is read once, into memory. A
         `datasets.Dataset` or ``DatasetDict`` also works.
       source: sources by split.
-      format: makes an example from each record; without ``data`` and ``source``, from each record of
-        the data set in ``config``.
+      format: makes an example from each record; without ``data`` and ``source``, from each record
+        of the data set in ``config``.
 
     Raises:
-      NaloraError: both ``data`` and ``source`` are set, a record is not a dict, or ``format`` fails.
+      NaloraError: both ``data`` and ``source`` are set, a record is not a dict, or ``format``
+        fails.
     """
     if data is not None and source is not None:
         raise NaloraError("run", expected="data or source", found="both")

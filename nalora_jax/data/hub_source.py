@@ -22,7 +22,7 @@ class HubSource(Source):
     def __init__(self, name: str, split: str, data: Any, siblings: Sequence[str]) -> None:
         self._data = data
         self.dataset, self.name, self.siblings = name, f"{name}[{split}]", tuple(siblings)
-        self.fingerprint = f"hf:{data._fingerprint}"  # covers the files and all transformations of them
+        self.fingerprint = f"hf:{data._fingerprint}"  # covers files and transformations
         self._split = split
 
     def __len__(self) -> int:

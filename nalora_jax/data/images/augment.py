@@ -1,4 +1,4 @@
-"""Augmentation of training images: pure functions of a random generator, and thus of (seed, step)."""
+"""Augmentation of training images: pure functions of a random generator, thus of (seed, step)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Conversations about images, converted to messages whose contents are texts and images in order.
 
-OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat templates::
+OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat
+templates::
 
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}},
                                                {"type": "text", "text": "What is this?"}]},
@@ -51,14 +52,15 @@ Image = bytes | Path
 
 
 class ChatImages(Source):
-    """Records of another source in one form: messages (or prompt and completion), and images in `IMAGES`.
+    """Records of another source as messages (or prompt and completion), with images in `IMAGES`.
 
     Args:
       source: source of the records.
       data: names of the fields, and the setting that turns prompts into chats.
       vision: names of the image and caption fields, and the prompt for captions.
       tokens: the model's image tokens.
-      folder: folder of the image files; files outside it are refused. None: images are in the records.
+      folder: folder of the image files; files outside it are refused. None: images are in the
+        records.
       indices: indices into the source; all records by default.
     """
 
@@ -187,7 +189,7 @@ class ChatImages(Source):
         return "".join(part["text"] for part in parts)
 
     def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
-        """Yields the texts and images of a message, or None for an image in another field of the record."""
+        """Yields a message's texts and images; None is an image in another field of the record."""
         content = message.get("content")
         if not isinstance(content, list):
             yield from _split(text_field(dict(message), "content", here))
@@ -269,8 +271,8 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
     """Returns conversations about images: ``split`` of ``config.dataset``.
 
     Args:
-      config: its ``dataset`` is a data set of `nalora_jax.data.sources.open_source` with records of any
-        form in this module's docstring, or one of `open_images`, whose captions answer
+      config: its ``dataset`` is a data set of `nalora_jax.data.sources.open_source` with records of
+        any form in this module's docstring, or one of `open_images`, whose captions answer
         ``vision.prompt``.
       vision: names of fields.
       split: as for `open_source`.
@@ -328,8 +330,8 @@ def _spoken(message: Any, where: str) -> Record:
 def _split(text: str) -> Iterator[str | None]:
     """Yields the texts between image placeholders, and None for every placeholder.
 
-    Example: ``"<image>\\nWhat?"`` -> None, ``"What?"``. A line break next to a placeholder is removed
-    with it, because templates write the line breaks around images.
+    Example: ``"<image>\\nWhat?"`` -> None, ``"What?"``. A line break next to a placeholder is
+    removed with it, because templates write the line breaks around images.
     """
     pieces = text.split(_PLACEHOLDER)
     for number, piece in enumerate(pieces):

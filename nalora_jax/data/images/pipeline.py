@@ -48,7 +48,7 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
 
 
 def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Returns the ``indices`` whose images can be read; logs the others or, if so configured, raises."""
+    """Returns the ``indices`` whose images can be read; logs the others or raises an error."""
     good, errors = usable(source, indices.tolist(), vision)
     for text in errors[:_SHOWN]:
         log.warning("left out: %s", text)
@@ -59,10 +59,11 @@ def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Training records of a run: row r of the endless stream is row ``r % records`` of epoch ``r // records``.
+    """Training records of a run as an endless stream of rows.
 
-    A batch has ``pixels`` (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are
-    classes, and ``tokens``, ``token_weights`` if there are captions; each ``[accumulate, rows, ...]``.
+    Row r of the stream is row ``r % records`` of epoch ``r // records``. A batch has ``pixels``
+    (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are classes, and
+    ``tokens``, ``token_weights`` if there are captions; each ``[accumulate, rows, ...]``.
     """
 
     source: ImageSource
@@ -103,7 +104,7 @@ class ImageData:
         }
 
     def batch_at(self, row: int) -> HostBatch:
-        """Returns the batch whose first row over all hosts is ``row``: a pure function of ``row``."""
+        """Returns the batch whose first row over all hosts is ``row``; pure in ``row``."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
         rows = (row + first + np.array(self.rows)).ravel()

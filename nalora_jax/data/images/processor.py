@@ -201,7 +201,7 @@ def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
 
 
 def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
-    """Returns the largest size of whole patches, near the image's aspect ratio, with at most ``most``.
+    """Returns the largest size of whole patches, near the aspect ratio, with at most ``most``.
 
     It bisects the scale to the precision of SigLIP 2's processor, because the result depends on it.
     """

@@ -1,4 +1,4 @@
-"""Images of packed sequences: their records, the number of image slots per sequence, and their pixels."""
+"""Images of packed sequences: their records, image slots per sequence, and pixels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from nalora_jax.image_tokens import ImageTokens
 class RowImages:
     """Images of batches of packed sequences.
 
-    A batch has uint8 ``pixels`` and int32 ``images``, the number of images in each row. The images of a
-    row are in the order of its image tokens; slots after the first ``images`` are black and unused.
+    A batch has uint8 ``pixels`` and int32 ``images``, the number of images in each row. The images
+    of a row are in the order of its image tokens; slots after the first ``images`` are black and
+    unused.
     """
 
     source: Source  # with images in its records (`nalora_jax.data.images.chat`)
@@ -55,7 +56,10 @@ def row_images(
     processor: ImageProcessor,
     limits: Limits,
 ) -> RowImages:
-    """Returns the images of the rows that ``pattern`` packs from ``store``, the tokens of ``source``."""
+    """Returns the images of the rows that ``pattern`` packs from ``store``.
+
+    ``store`` has the tokens of ``source``.
+    """
     places = places_of(pattern, store.lengths, images_of(store, tokens))
     return RowImages(source, store.records, processor, limits, places)
 

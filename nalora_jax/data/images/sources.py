@@ -134,7 +134,7 @@ class ImageSource(ABC):
         return labels
 
     def classes(self) -> tuple[str, ...]:
-        """Returns the names of the classes: from the config, else from the data set, else from the records.
+        """Returns the names of the classes from the config, else the data set, else the records.
 
         Names that are collected from the records are sorted.
 
@@ -261,7 +261,10 @@ class ListedImages(ImageSource):
         return row
 
     def _inside(self, name: str) -> Path:
-        """Returns the path of ``name``, which must be in the list's folder: a list may be untrusted."""
+        """Returns the path of ``name``, which must be in the list's folder.
+
+        A list may come from an untrusted author.
+        """
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root.resolve()):
             raise NaloraError(f"{self.name}: {name}", expected="a file in the list's folder", found="one outside of it")
@@ -272,10 +275,11 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
     """Returns the images of ``split`` of ``config.dataset``.
 
     Args:
-      config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a CSV or
-        JSONL file.
+      config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a
+        CSV or JSONL file.
       vision: names of the fields.
-      split: a TFDS split expression; for a folder or a list also the path of another folder or list.
+      split: a TFDS split expression; for a folder or a list also the path of another folder or
+        list.
       cache: folder in which this library's data sets are prepared.
 
     Raises:
@@ -332,7 +336,7 @@ def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
 def _own(name: str, split: str, cache: Path, **options: Any) -> Any:
     from tensorflow_datasets.core import registered
 
-    with registered.skip_registration():  # TFDS already has some of these names, such as "fashion_mnist"
+    with registered.skip_registration():  # TFDS has e.g. "fashion_mnist" too
         if name == "emoji":
             from nalora_jax.data.builders.emoji import Builder
         else:

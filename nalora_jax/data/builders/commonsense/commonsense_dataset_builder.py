@@ -59,7 +59,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("prompt", "completion"),
             license=tasks.LICENCES[tasks.task_of(config.name)[0]],
-            disable_shuffling=True,  # readers shuffle with their seed; train[:100] is the source's first 100
+            disable_shuffling=True,  # readers shuffle; train[:100] is the source's
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:

@@ -1,8 +1,8 @@
-"""Builder of Fashion-MNIST (Zalando, MIT) from Debian's package: 28 x 28 grey pictures, ten classes.
+"""Builder of Fashion-MNIST (Zalando, MIT), read from Debian's package.
 
-It has the same data as TFDS's ``fashion_mnist`` ("tfds:fashion_mnist"), for machines that can reach
-a Debian mirror but not the data set's host. The last 10,000 training pictures are the split
-"validation" here.
+It has 28 x 28 grey pictures of ten kinds of clothing: the data of TFDS's ``fashion_mnist``
+("tfds:fashion_mnist"), for machines that can reach a Debian mirror but not the data set's host. The
+last 10,000 training pictures are the split "validation" here.
 """
 
 from __future__ import annotations
