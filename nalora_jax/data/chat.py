@@ -99,9 +99,9 @@ def render_chat(
 
 
 def _end_of_chat(text: str, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None) -> str:
-    """Returns the end-of-sequence token that follows the conversation but not its last turn, or "".
+    """Returns the end-of-sequence token after a conversation that is not part of its last turn.
 
-    If a template writes the token after a conversation, then a next completion starts in its place.
+    It is "" if there is none, or if the token remains when the template continues the conversation.
     """
     token = (tokenizer.special_tokens or {}).get("eos_token", "")
     if not token or not text.endswith(token):

@@ -56,7 +56,7 @@ class FormattedSource(Source):
         if example is not None and not isinstance(example, dict):
             found = type(example).__name__
             raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=found)
-        # TableRecord: the nulls of a table stay distinguishable from values.
+        # Nulls of a table's record may mean absent fields, also in the example.
         return TableRecord(example) if example is not None and isinstance(record, TableRecord) else example
 
     def __len__(self) -> int:

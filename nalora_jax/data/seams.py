@@ -37,7 +37,7 @@ class Division:
         self.heads.append(head)
 
     def join(self, encoded: Sequence[list[int]]) -> tuple[list[int], list[int]] | None:
-        """Returns a text's ids and the token position of each boundary; None if a token crosses one."""
+        """Returns a text's ids and each boundary's token position; None if a token crosses one."""
         ids: list[int] = []
         positions: list[int] = []
         start, last = 0, ids

@@ -88,7 +88,7 @@ class TokenStore:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Returns the row positions of each example: its tokens minus 1; the last is only a target."""
+        """Returns the row positions of each example: its tokens minus one, the last target."""
         return np.diff(self.offsets) - 1
 
 

@@ -33,7 +33,7 @@ class Example:
 
     @property
     def has_target(self) -> bool:
-        """Returns True if a token counts in the loss; the first never does: it has no predecessor."""
+        """Returns True if a token counts in the loss; the first never does (no predecessor)."""
         return bool(self.answer[1:].any())
 
 
