@@ -30,7 +30,7 @@ SECONDS = 6.0  # for a call; templates and expressions of real models need a tho
 # fixed, and per text. Templates of real models need a hundredth of it.
 _TOTAL_SECONDS, _TEXT_SECONDS = 10.0, 0.05
 _MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
-_SHORT_TEXT, _LONGER = 65_536, 32  # characters always allowed; else maximum ratio to the variables' length
+_SHORT_TEXT, _LONGER = 65_536, 32  # limit of short texts, and limit per character of variables
 _START_SECONDS = 60.0  # for the helper process to start on a busy machine
 _MAX_ANSWER = 256 << 20  # bytes
 # Expressions that match in time proportional to the text: names, dots, escapes and anchors without repetition, and at

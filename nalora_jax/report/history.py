@@ -57,7 +57,7 @@ class History:
 
     header: Mapping[str, Any]  # the line with "run", "versions" and "device", or empty
     steps: tuple[Mapping[str, Any], ...]  # log steps
-    evals: tuple[Mapping[str, Any], ...]  # during training, on the examples that choose the checkpoint
+    evals: tuple[Mapping[str, Any], ...]  # in training, on the examples that choose a checkpoint
     initial: Mapping[str, Any]  # evaluation of the base, on the same examples as `final`, or empty
     final: Mapping[str, Any]  # evaluation of the exported adapter (the best step), or empty
     resumed: tuple[int, ...]  # steps from which the run was resumed

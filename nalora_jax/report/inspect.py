@@ -123,7 +123,10 @@ def layer_table(summary: LayerSummary, title: str = "") -> Table:
 
 
 def cell(value: float, name: str) -> str:
-    """Formats a number of the table: shares in percent, four decimals for small values, NaN as -."""
+    """Formats a table value: shares in percent, limit and misalignment with 4 decimals.
+
+    NaN is a dash.
+    """
     if np.isnan(value):
         return "–"
     if name in (*REGIONS, "responsive"):
