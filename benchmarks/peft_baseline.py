@@ -178,7 +178,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def search(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the same training under each of PEFT's settings, alternating, and the fastest."""
+    """Trains under each of PEFT's settings, alternating, and returns their speeds."""
     variants = {
         f"{attention}{' compiled' if compiled else ''}": [
             "--attention",

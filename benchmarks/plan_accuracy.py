@@ -48,7 +48,7 @@ SEED, PAIRS = 35, 40
 
 
 class NotRecorded(Exception):
-    """Raised for a program that must be compiled first."""
+    """Error for a program that must be compiled first."""
 
 
 def recorded() -> dict[tuple[str, str, str], dict[str, Any]]:

@@ -42,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Loads, evaluates, trains and evaluates again one kind."""
+    """Returns the record of one kind: loads, evaluates, trains and evaluates again."""
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.data.pipeline import train_data

@@ -59,7 +59,7 @@ def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any
 def without_statistics(step: Any) -> Any:
     """Returns a plain LoRA step without gate statistics.
 
-    Their readers are removed from the outputs, so that the compiler drops the statistics.
+    Outputs that depend on the statistics are removed, so that the compiler drops their computation.
     """
     import jax
 

@@ -78,7 +78,7 @@ def _replacement(pattern: Any, content: Any) -> float:
 
 
 def _precompiled(text: Any) -> float:
-    """Returns the growth of SentencePiece's table of replacements.
+    """Returns the length of the longest replacement in SentencePiece's table, at least 1.
 
     The table contains the size of a trie, the trie, and replacements that each end with a zero.
     """

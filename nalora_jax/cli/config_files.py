@@ -112,7 +112,10 @@ def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str, name: str) -> Any:
-    """Converts ``value`` to the type ``hint`` if YAML or JSON cannot express that type."""
+    """Converts ``value`` to the field type ``hint`` if YAML or JSON do not distinguish it.
+
+    Examples are tuples, which are lists there, and dataclasses.
+    """
     if is_dataclass(hint):
         return _rule(value, where, name) if hint is LoRARule else _made(hint, value, where, name)
     inner = get_args(hint)

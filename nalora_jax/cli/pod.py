@@ -60,7 +60,7 @@ class Group:
         self.index, self.count = (state.process_id, state.num_processes) if self._client else (0, 1)
 
     def together(self, name: str) -> None:
-        """Waits until all processes have called this; after a timeout, it no longer waits."""
+        """Waits until all processes have called this; later calls return at once after a timeout."""
         if self._client is None or not self._is_complete:
             return
         try:

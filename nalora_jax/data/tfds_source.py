@@ -52,9 +52,9 @@ class TfdsSource(Source):
         return data
 
     def _files(self) -> str:
-        """Returns the identity of the prepared files: their description and its date.
+        """Returns a digest of the prepared files: of their description and its modification time.
 
-        TFDS stores no checksum of them.
+        TFDS stores no checksum of the files.
         """
         import tensorflow_datasets as tfds
 

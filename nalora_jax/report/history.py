@@ -111,7 +111,7 @@ class History:
         return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
 
     def adapters(self, name: str = "adapters") -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns (steps [T], values [T, L]) by path of the adapters' norms or ``ranks``.
+        """Returns (steps [T], values [T, L]) by adapter path; ``name`` selects norms or ``ranks``.
 
         null becomes NaN.
         """
