@@ -60,7 +60,7 @@ class Group:
         self.index, self.count = (state.process_id, state.num_processes) if self._client else (0, 1)
 
     def together(self, name: str) -> None:
-        """Waits until all processes have called this; later calls return at once after a timeout."""
+        """Waits until all processes have called this; does nothing after an earlier timeout."""
         if self._client is None or not self._is_complete:
             return
         try:
