@@ -132,10 +132,8 @@ def assemble(
 
     Returns:
       tokens, targets (the next token of the same example), loss_weights, segment_ids (1.. per row,
-      0 is
-      padding) and positions (from 0 in each example), each [rows, capacity]. With examples [7, 8,
-      9]
-      and [4, 5], capacity 4:
+      0 is padding) and positions (from 0 in each example), each [rows, capacity]. With examples
+      [7, 8, 9] and [4, 5], capacity 4:
 
         tokens 7 8 4 0   targets 8 9 5 0   segment_ids 1 1 2 0   positions 0 1 0 0
     """
