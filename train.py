@@ -1,4 +1,4 @@
-"""Fine-tune a model: flags -> config -> run. `python train.py --help` lists every flag.
+"""Fine-tunes a model: flags -> config -> run. `python train.py --help` lists every flag.
 
 python train.py                                          # the main job: SmolLM2-135M on SocialIQA
 python train.py --config configs/commonsense_smollm2.py --output runs/commonsense

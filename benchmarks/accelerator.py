@@ -3,18 +3,20 @@
     pip install '.[cuda]' torch transformers peft && python benchmarks/accelerator.py        # GPUs of one machine
     pip install '.[tpu]' google-tunix qwix && python benchmarks/accelerator.py               # TPU chips of one host
     python benchmarks/accelerator.py --model qwen3-32b --seq 8192 --publish
-    python benchmarks/accelerator.py --tiny                                                  # on anything, in a minute
+    python benchmarks/accelerator.py --tiny                                                  # on any device, one minute
     python benchmarks/accelerator.py --report                                                # a block for an issue
 
-Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, full sequences, bfloat16.
-This library runs as `python train.py` does, with automatic mesh and rematerialization, on all chips, as NA-LoRA and as
-plain LoRA. PEFT and Tunix run on one chip and rematerialize every layer; speeds are per chip. Each run is a separate
-process. The record names every comparison that was not possible, with the reason. MFU is useful flops (4 per frozen
-weight and token, 6 per adapter weight, attention with causality used) over the data sheet's peak.
+Random weights of a published shape, rank 8 on gate, up and down, AdamW, loss on all tokens, full
+sequences, bfloat16. This library runs as `python train.py` does, with automatic mesh and
+rematerialization, on all chips, as NA-LoRA and as plain LoRA. PEFT and Tunix run on one chip and
+rematerialize every layer; speeds are per chip. Each run is a separate process. The record names
+every comparison that was not possible, with the reason. MFU is useful flops (4 per frozen weight
+and token, 6 per adapter weight, attention with causality used) over the data sheet's peak.
 
---peer-python names a Python that has the peer, if it is not this one. --publish adds the figures to the committed ones
-and updates docs/benchmarks.md. --report prints, in place of the table, a Markdown block to paste into an issue about
-docs/hardware_status.md: hardware, versions and figures, without host names and paths.
+--peer-python names a Python that has the peer, if it is not this one. --publish adds the figures to
+the committed ones and updates docs/benchmarks.md. --report prints, in place of the table, a
+Markdown block to paste into an issue about docs/hardware_status.md: hardware, versions and figures,
+without host names and paths.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from tables import Row, at_most, compared, markdown, spread
 TITLE = "Training on accelerators"
 SHORT = "Accelerator"
 OURS, LORA = "nalora_jax", "nalora_jax, plain LoRA"
-# By platform: who is compared with, and the packages that it needs.
+# By platform: the peer, and the packages that it needs.
 PEERS = {
     "gpu": ("PEFT", ("torch", "transformers", "peft")),
     "cpu": ("PEFT", ("torch", "transformers", "peft")),
@@ -66,7 +68,7 @@ RANK = 8
 
 
 def shape_of(name: str) -> dict[str, Any]:
-    """The ``config.json`` of a model by name; "tiny" is `TINY`."""
+    """Returns the ``config.json`` of a model by name; "tiny" is `TINY`."""
     from nalora_jax.plan.models import CONFIGS
 
     return TINY if name == "tiny" else CONFIGS[name]
@@ -76,7 +78,7 @@ def shape_of(name: str) -> dict[str, Any]:
 
 
 def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
-    """This library on all devices."""
+    """Trains this library on all devices."""
     import jax
     import training
 
@@ -129,7 +131,7 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def train_peft(options: argparse.Namespace) -> dict[str, Any]:
-    """transformers + PEFT on one GPU, or on the CPU."""
+    """Trains transformers + PEFT on one GPU, or on the CPU."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -165,7 +167,7 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_tunix(options: argparse.Namespace) -> dict[str, Any]:
-    """Tunix with Qwix's adapters on one chip."""
+    """Trains Tunix with Qwix's adapters on one chip."""
     import peers
 
     shape = shape_of(options.model)
@@ -176,7 +178,10 @@ def train_tunix(options: argparse.Namespace) -> dict[str, Any]:
 def timed(
     step: Callable[[np.ndarray], float], options: argparse.Namespace, rows: int, vocab: int, dtype: str = "int64"
 ) -> dict[str, Any]:
-    """Seconds and speeds of the steps after two that are not counted; ``step`` returns the loss, and so waits."""
+    """Returns seconds and speeds of the steps after two warm-up steps.
+
+    ``step`` returns the loss and therefore waits for the device.
+    """
     seconds, losses = [], []
     for tokens in random_tokens(options.steps + 2, rows, options.seq, vocab):
         start = time.perf_counter()
@@ -187,7 +192,7 @@ def timed(
 
 
 def jax_memory() -> dict[str, Any]:
-    """Most memory that was in use on the fullest of JAX's devices; the process's where they do not tell."""
+    """Returns the peak memory of the fullest device, or the process's if devices report none."""
     import jax
 
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
@@ -197,7 +202,7 @@ def jax_memory() -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Platform, kind and number of this machine's accelerators."""
+    """Returns platform, kind and number of this machine's accelerators."""
     import jax
 
     devices = jax.devices()
@@ -205,14 +210,14 @@ def describe() -> dict[str, Any]:
 
 
 def has(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Those of ``packages`` that this Python does not have."""
+    """Returns the members of ``packages`` that this Python does not have."""
     import importlib.util
 
     return {"missing": [name for name in packages if importlib.util.find_spec(name) is None]}
 
 
 def one(options: argparse.Namespace) -> dict[str, Any]:
-    """What a process of its own is asked for."""
+    """Runs the task of one measured process."""
     if options.one == "describe":
         return describe()
     if options.one.startswith("has:"):
@@ -230,7 +235,7 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Comparisons: NA-LoRA's step over plain LoRA's, and speed and memory against the peer where there is one."""
+    """Returns the comparisons: NA-LoRA over plain LoRA, and speed and memory against the peer."""
     found_rows = []
     for case, found in record["cases"].items():
         runs = found["runs"]
@@ -246,7 +251,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Every run of every case, and what could not be compared."""
+    """Returns a table of every run of every case, and the comparisons that were not possible."""
     lines, notes = [], []
     for case, found in record["cases"].items():
         for name, runs in found["runs"].items():
@@ -280,7 +285,7 @@ def report(record: dict[str, Any], case: str) -> str:
 
 
 def not_measured(platform: str, kind: str, mfu: object, other: str) -> dict[str, str]:
-    """What this machine cannot say, whatever is installed."""
+    """Returns the comparisons that this machine cannot make, independent of installed packages."""
     notes = {name: f"it is for {'TPUs' if name == 'Tunix' else 'GPUs'}" for name in ("PEFT", "Tunix") if name != other}
     if mfu is None:
         notes["MFU"] = f"no data sheet of {kind} is known here" if platform != "cpu" else "a CPU's peak is not known"
@@ -314,7 +319,7 @@ def main() -> None:
         try:
             runs[name] = [common.run_process(command).record for _ in range(options.rounds)]
         except RuntimeError as error:
-            if name == OURS:  # without it there is nothing to compare
+            if name == OURS:  # nothing to compare without it
                 raise
             reasons[name] = f"it failed ({str(error).strip().splitlines()[-1][:200]})"
     reasons |= not_measured(here["platform"], here["kind"], runs[OURS][0]["mfu"], peer)
@@ -326,7 +331,7 @@ def main() -> None:
 
 
 def save(case: str, found: dict[str, Any], here: Mapping[str, Any], *, publish: bool) -> dict[str, Any]:
-    """Records a case under the name of the accelerator; a CPU is a machine like that of the other parts."""
+    """Records a case under the accelerator's name; a CPU's under its kind of machine."""
     described = machines.machine()
     if here["platform"] != "cpu":
         described["accelerator"] = f"{here['chips']} x {here['kind']}"

@@ -1,12 +1,13 @@
-"""What checkpoints cost: the time that a save adds, as a share of the steps between two saves.
+"""Cost of checkpoints: the time that a save adds, as a share of the steps between two saves.
 
     python benchmarks/checkpoint_stall.py                     # a save every 100 steps
     python benchmarks/checkpoint_stall.py --every 100 --steps 30 --pairs 5
 
-Writing is asynchronous: a save waits for the last one and copies the arrays to host memory, and the files are written
-while steps go on. Blocks of --steps steps alternate: one that begins with a save, one that does not, each ending when
-its last step and its write have. What the first takes longer, over --every steps, is the share; it has to be at most
-5%. The time within the call that saves, during which no step runs, is printed as well.
+Writing is asynchronous: a save waits for the previous one and copies the arrays to host memory, and
+the files are written while training continues. Blocks of --steps steps with and without an initial
+save alternate; each ends when its last step and its write have finished. The additional time of a
+block with a save, over --every steps, is the share; it must be at most 5%. The duration of the call
+that saves, during which no step runs, is printed as well.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def share(found: dict[str, Any]) -> float:
-    """Median seconds that a save adds, over those of the steps between two saves."""
+    """Returns the median seconds that a save adds, over the seconds between two saves."""
     seconds, settings = found["seconds"], found["settings"]
     added = statistics.median(x - y for x, y in zip(seconds["first"], seconds["second"], strict=True))
     step = statistics.median(seconds["second"]) / settings["steps"]
@@ -85,7 +86,7 @@ def share(found: dict[str, Any]) -> float:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each dtype and shape."""
+    """Returns one row per dtype and shape."""
     return [_row(case, found) for case, found in record["cases"].items()]
 
 
@@ -97,7 +98,7 @@ def _row(case: str, found: dict[str, Any]) -> Row:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), ours="with a save", other="without")
 
 

@@ -1,9 +1,11 @@
-"""What every benchmark shares: paired timing, process measurements, and the JSON files.
+"""Shared by all benchmarks: paired timing, process measurements, and the JSON files.
 
-Imports nothing heavy at the top, so that a measured process pays for what it measures only.
+The module imports no heavy packages at the top, so that a measured process pays only for its own
+work.
 
-Small ratios need pairs: `alternate` runs two callables in random order, pair by pair, in one process, so that drift of
-the machine hits both, and `ratio` gives the median ratio with its 95% bootstrap interval.
+Small ratios need pairs: `alternate` runs two callables in random order, pair by pair, in one
+process, so that drift of the machine affects both, and `ratio` returns the median ratio with its
+95% bootstrap interval.
 """
 
 from __future__ import annotations
@@ -26,17 +28,19 @@ from typing import Any
 import numpy as np
 from machines import machine, machine_name, proc_fields, processor
 
-# The committed figures, in a folder for each kind of machine. What is measured goes beside them, into folders that git
-# ignores, until `run.py --publish`; short trial runs (run.py --quick) have one of their own.
+# The committed figures, in a folder per kind of machine. New measurements are written to separate
+# folders that git ignores, until `run.py --publish`; short trial runs (run.py --quick) have
+# another.
 PUBLISHED = Path(__file__).parent / "results"
 OWN = PUBLISHED / "own"
 QUICK = PUBLISHED / "quick"
 
-# Of both sides of every comparison: large pages for the buffers that glibc hands out (8 to 12% faster steps of either
-# library). This library's command sets it for itself; torch's user would have to know of it.
+# Environment of both sides of every comparison: large pages for glibc's buffers (8 to 12% faster
+# steps of either library). This library's command sets it itself; torch's users would have to set
+# it.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
-# SmolLM2-135M, the model of the published figures: transformers' names.
+# SmolLM2-135M, the model of the published figures, with transformers' names.
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -52,7 +56,8 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 
-# CLIP ViT-B/16, the model of the figures about images: transformers' names; what is not said is CLIP's default.
+# CLIP ViT-B/16, the model of the image figures, with transformers' names; other values are CLIP's
+# defaults.
 CLIP_B16: dict[str, Any] = {
     "model_type": "clip",
     "projection_dim": 512,
@@ -70,12 +75,12 @@ RESULTS = (QUICK if os.environ.get("NALORA_BENCH_QUICK") else OWN) / machine_nam
 
 
 def random_tokens(steps: int, batch: int, seq: int, vocab: int, seed: int = 0) -> np.ndarray:
-    """``[steps, batch, seq]`` int64 tokens: the same for every library that is compared."""
+    """Returns ``[steps, batch, seq]`` int64 tokens, equal for every library in a comparison."""
     return np.random.default_rng(seed).integers(0, vocab, (steps, batch, seq))
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Minimum, median, maximum and number of repeated measurements."""
+    """Returns minimum, median, maximum and number of repeated measurements."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
 
 
@@ -87,7 +92,7 @@ class Pairs:
     second: list[float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Summaries, the ratio first / second, and the raw seconds."""
+        """Returns summaries, the ratio first / second, and the raw seconds."""
         return {
             "first": summary(self.first),
             "second": summary(self.second),
@@ -99,7 +104,7 @@ class Pairs:
 def alternate(
     first: Callable[[], Any], second: Callable[[], Any], *, pairs: int = 40, warmup: int = 2, seed: int = 0
 ) -> Pairs:
-    """Time two callables pair by pair, in random order within each pair; what they return is waited for.
+    """Times two callables pair by pair, in random order, and waits for their results.
 
     Args:
       pairs: 40 or more for a ratio near 1.
@@ -123,7 +128,7 @@ def alternate(
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], *, confidence: float = 0.95) -> dict[str, float]:
-    """Median of the paired ratios, with the percentile bootstrap interval of that median."""
+    """Returns the median of the paired ratios, with its percentile bootstrap interval."""
     from scipy.stats import bootstrap
 
     ratios = np.asarray(numerators, float) / np.asarray(denominators, float)
@@ -136,17 +141,17 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], *, confide
 
 @dataclass(frozen=True)
 class Measured:
-    """What one finished process said and cost."""
+    """Output and cost of a finished process."""
 
     record: dict[str, Any]  # the JSON object on the last line of its standard output
     seconds: float  # from start to exit
 
 
 def peak_rss_mb() -> float:
-    """Most memory that this process has held, in MB; a measured process puts it into its record at its end.
+    """Returns the process's peak memory in MB; a measured process calls it at its end.
 
-    From the high-water mark of its own address space: `getrusage` (and the parent's `wait4`) also count what the parent
-    held at the moment of the fork.
+    It reads the high-water mark of the address space: `getrusage` (and the parent's `wait4`) also
+    count the parent's memory at the fork.
     """
     status = proc_fields("/proc/self/status")
     if "VmHWM" in status:
@@ -156,13 +161,14 @@ def peak_rss_mb() -> float:
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str] = ENVIRONMENT) -> Measured:
-    """Run a command that prints one JSON object on its last line, and time it.
+    """Runs and times a command that prints one JSON object on its last line.
 
-    A record with ``done_at`` (what `time.time` said at a moment of interest) gets ``seconds_until_done``: from the
-    start of the process to that moment.
+    A record with ``done_at`` (a value of `time.time`) gets ``seconds_until_done``: from the start
+    of the process to that moment.
 
     Raises:
-      RuntimeError: it failed, or printed no JSON object last; with the end of what it said.
+      RuntimeError: it failed, or its last line is not a JSON object; includes the end of its
+        output.
     """
     began, start = time.time(), time.perf_counter()
     done = subprocess.run(command, env=with_environment(environment), capture_output=True, text=True, check=False)
@@ -177,24 +183,24 @@ def run_process(command: Sequence[str], environment: Mapping[str, str] = ENVIRON
 
 
 def with_environment(environment: Mapping[str, str] = ENVIRONMENT) -> dict[str, str]:
-    """This process's environment with ``environment`` on top."""
+    """Returns this process's environment updated with ``environment``."""
     return dict(os.environ) | dict(environment)
 
 
 def script(name: str, *arguments: object, python: str = sys.executable) -> list[str]:
-    """The command that runs a script of this folder."""
+    """Returns the command that runs a script of this folder."""
     return [python, str(Path(__file__).parent / name), *map(str, arguments)]
 
 
 def run_script(name: str, *arguments: object) -> dict[str, Any]:
-    """The record that a script of this folder prints."""
+    """Returns the record that a script of this folder prints."""
     return run_process(script(name, *arguments)).record
 
 
 def alternate_processes(
     commands: Mapping[str, Sequence[str]], *, rounds: int, seed: int = 0, environment: Mapping[str, str] = ENVIRONMENT
 ) -> dict[str, list[Measured]]:
-    """Run each command once per round, in random order within a round."""
+    """Runs each command once per round, in random order within a round."""
     order = random.Random(seed)
     found: dict[str, list[Measured]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -207,16 +213,16 @@ def alternate_processes(
 
 
 def load(part: str, folder: Path = RESULTS) -> dict[str, Any]:
-    """What was measured of a part: ``{"cases": {case: {"machine", "command", ...}}}``, no cases where nothing was."""
+    """Returns a part's record, ``{"cases": {case: {"machine", "command", ...}}}``, or no cases."""
     path = folder / f"{part}.json"
     return json.loads(path.read_text()) if path.exists() else {"cases": {}}
 
 
 def save(part: str, case: str, found: Mapping[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
-    """Put ``found``, the machine and the command into ``<folder>/<part>.json``; other cases stay as they are.
+    """Adds ``found``, the machine and the command as a case to ``<folder>/<part>.json``.
 
     Returns:
-      A record as `load` gives it, of this case alone.
+      A record as returned by `load`, with this case only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = load(part, folder)
@@ -228,14 +234,14 @@ def save(part: str, case: str, found: Mapping[str, Any], folder: Path = RESULTS)
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Puts a record into its file, whole or not at all."""
+    """Writes a record into its file atomically."""
     whole = path.with_suffix(".part")
     whole.write_text(json.dumps(record, indent=1) + "\n")
     whole.replace(path)
 
 
 def _public(value: Any) -> Any:
-    """``value`` without the paths of this machine: of an absolute one, only the last name stays."""
+    """Returns ``value`` without this machine's paths: an absolute path keeps only its last name."""
     if isinstance(value, dict):
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -244,7 +250,7 @@ def _public(value: Any) -> Any:
 
 
 def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The options of a part that compares processes."""
+    """Adds the options of a part that compares processes."""
     parser.add_argument("--rounds", type=int, default=rounds, help="each process runs once in a round")
     parser.add_argument("--add", action="store_true", help="keep the recorded rounds of this case and add these")
 
@@ -256,10 +262,10 @@ def compare(
     options: argparse.Namespace,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run alternating processes for ``options.rounds`` rounds and save their records as a case, with ``more``.
+    """Runs alternating processes for ``options.rounds`` rounds; saves records with ``more``.
 
-    With ``options.add`` the rounds of earlier calls are kept, so that a long comparison can be had in pieces. Returns
-    as `save` does.
+    With ``options.add`` the rounds of earlier calls are kept, so that a long comparison can be done
+    in several calls. Returns the same as `save`.
     """
     runs = load(part)["cases"].get(case, {}).get("runs", {}) if options.add else {}
     found = alternate_processes(commands, rounds=options.rounds, seed=len(next(iter(runs.values()), [])))
@@ -269,9 +275,10 @@ def compare(
 
 
 def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str, options: argparse.Namespace) -> None:
-    """Run a peer under each of its settings, print their speeds (field ``key``) and record them for `fastest`.
+    """Runs a peer under each of its settings, prints speeds (field ``key``), and records them.
 
-    Speeds of other settings that ``<part>_search.json`` has of this case stay, so that a search can be had in pieces.
+    `fastest` reads the record. Speeds of other settings of this case in ``<part>_search.json`` are
+    kept, so that a search can be done in several calls.
     """
     found = alternate_processes(commands, rounds=options.rounds)
     speeds = load(f"{part}_search")["cases"].get(case, {}).get("speeds", {})
@@ -282,8 +289,10 @@ def search(part: str, case: str, commands: Mapping[str, Sequence[str]], key: str
 
 
 def fastest(part: str, case: str, default: str, folder: Path = RESULTS) -> str:
-    """The setting with the highest median speed that `search` recorded of a case, here or in the committed figures of
-    this kind of machine; ``default`` where there is none."""
+    """Returns the setting with the highest median speed that `search` recorded of a case.
+
+    It reads new and committed figures of this kind of machine; without any it returns ``default``.
+    """
     for where in (folder, PUBLISHED / folder.name):
         if speeds := load(f"{part}_search", where)["cases"].get(case, {}).get("speeds", {}):
             return max(speeds, key=lambda name: statistics.median(speeds[name]))
@@ -291,18 +300,18 @@ def fastest(part: str, case: str, default: str, folder: Path = RESULTS) -> str:
 
 
 def values(runs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    """Field ``key`` of every run; a list of repeated measurements counts as such."""
+    """Returns field ``key`` of every run; a list of measurements counts as separate runs."""
     found = [run[key] for run in runs]
     return [x for item in found for x in (item if isinstance(item, list) else [item])]
 
 
 def save_batches(path: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Batches of several named arrays as one file; see `load_batches`."""
+    """Writes batches of several named arrays to one file; see `load_batches`."""
     np.savez(path, **{f"{i}/{name}": value for i, batch in enumerate(batches) for name, value in batch.items()})
 
 
 def load_batches(path: Path) -> list[dict[str, np.ndarray]]:
-    """What `save_batches` was given."""
+    """Returns the batches that `save_batches` wrote."""
     batches: dict[int, dict[str, np.ndarray]] = {}
     with np.load(path) as file:
         for key in file.files:

@@ -1,4 +1,4 @@
-"""How compile time grows with depth: 30 layers over 2, the same step, without any compilation cache.
+"""Growth of compile time with depth: 30 layers over 2, the same step, without compilation cache.
 
 python benchmarks/compile_time.py --rounds 3
 """
@@ -18,7 +18,7 @@ SHORT = "Compiling"
 
 
 def compile_seconds(layers: int, dtype: str) -> float:
-    """Lowering and compiling one NA-LoRA step."""
+    """Returns the seconds of lowering and compiling one NA-LoRA step."""
     import jax
 
     from nalora_jax import distributed
@@ -38,7 +38,7 @@ def compile_seconds(layers: int, dtype: str) -> float:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each dtype; "flat" is read as within 15%."""
+    """Returns one row per dtype; "flat" means within 15%."""
     return [
         compared(
             f"compile the step, {case}: 30 layers over 2",
@@ -52,7 +52,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), ours="30 layers", other="2 layers")
 
 

@@ -1,10 +1,11 @@
-"""The collectives of the contrastive step, by the TPU's compiler (no TPU is used), and their table in docs/images.md.
+"""Collectives of the contrastive step, by the TPU compiler (no TPU is used), for docs/images.md.
 
-    pip install '.[tpu,vision]' && python benchmarks/contrastive.py      # in an environment of its own
-    python benchmarks/contrastive.py --page                              # the page alone, from what is recorded
+    pip install '.[tpu,vision]' && python benchmarks/contrastive.py      # in a separate environment
+    python benchmarks/contrastive.py --page                              # only the page, from the record
 
-CLIP ViT-B/16, rank 8 on the feed-forward blocks of both towers, 128 pairs a chip, weights replicated. What may be
-gathered are the features of both towers: every chip's negatives are everybody's pairs.
+CLIP ViT-B/16, rank 8 on the feed-forward blocks of both towers, 128 pairs a chip, weights
+replicated. Only the features of both towers may be gathered: every chip's negatives are the pairs
+of all chips.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from methods import with_method
 RECORD = Path(__file__).parent / "results" / "contrastive.json"
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
 START, END = "<!-- table: benchmarks/contrastive.py -->", "<!-- end of table -->"
-PAIRS, TOKENS, RANK = 128, 77, 8  # pairs a chip, tokens of a caption
+PAIRS, TOKENS, RANK = 128, 77, 8  # pairs per chip, tokens of a caption
 
 
 def compiled(name: str) -> dict[str, Any]:
-    """Bytes that a chip receives in a step, by kind of collective and what it belongs to."""
+    """Returns the bytes that a chip receives per step, by kind of collective and its use."""
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.config.vision import VisionConfig
@@ -70,7 +71,7 @@ def compiled(name: str) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Markdown, a row for each kind."""
+    """Returns Markdown with a row for each kind."""
     lines = ["| collective | times a step | MB that a chip receives | largest, MB |", "|---|--:|--:|--:|"]
     for kind, found in record["kinds"].items():
         lines.append(f"| {kind} | {found['times']:g} | {found['received'] / 1e6:.2f} | {found['largest'] / 1e6:.2f} |")

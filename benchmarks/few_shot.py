@@ -1,14 +1,15 @@
-"""Few-shot steps of CLIP ViT-B/16 shapes against transformers + PEFT on torch: same shapes and work, in one run.
+"""Few-shot steps of CLIP ViT-B/16 shapes against transformers + PEFT on torch, with equal work.
 
     python benchmarks/few_shot.py --dtype bfloat16 --rounds 2
-    python benchmarks/few_shot.py --dtype float32 --rounds 2 --add            # more rounds of the same
-    python benchmarks/few_shot.py --dtype bfloat16 --search                   # which of PEFT's settings is fastest here
+    python benchmarks/few_shot.py --dtype float32 --rounds 2 --add            # additional rounds
+    python benchmarks/few_shot.py --dtype bfloat16 --search                   # find PEFT's fastest setting here
 
-Random weights; rank 8 on the image tower's feed-forward blocks, AdamW, cross-entropy among 100 classes whose text
-features were made once, as both libraries can where the text tower stays as it is; images of 224 pixels, 32 in a step,
-already decoded. Processes alternate in random order. PEFT runs at the fastest setting that --search recorded of the
-dtype, else with scaled-dot-product attention, compiled for bfloat16. Speed is images/s of all timed steps, memory the
-peak of the whole process. This library runs NA-LoRA.
+Random weights; rank 8 on the image tower's feed-forward blocks, AdamW, cross-entropy among 100
+classes whose text features were computed once, as both libraries can with a frozen text tower;
+images of 224 pixels, 32 in a step, already decoded. Processes alternate in random order. PEFT runs
+at the fastest setting that --search recorded for the dtype, else with scaled-dot-product attention,
+compiled for bfloat16. Speed is images/s of all timed steps, memory the peak of the whole process.
+This library runs NA-LoRA.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PEFT_SETTINGS = ("sdpa", "sdpa compiled", "eager", "eager compiled")
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Speeds first, then memory."""
+    """Returns speeds first, then memory."""
     cases = record["cases"].items()
     speeds = [
         compared_runs(f"images/s, {c}", f["runs"], "peft", "images_per_second", at_least(1.0), digits=1)
@@ -44,7 +45,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="PEFT")
 
 
@@ -67,14 +68,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def clip_config(options: argparse.Namespace) -> dict[str, Any]:
-    """``config.json`` of a CLIP ViT-B/16."""
+    """Returns the ``config.json`` of a CLIP ViT-B/16."""
     sizes = {"num_hidden_layers": options.layers}
     vision = {**CLIP_B16["vision_config"], **sizes, "image_size": options.image_size}
     return {**CLIP_B16, "vision_config": vision, "text_config": {**CLIP_B16["text_config"], **sizes}}
 
 
 def batches(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
-    """uint8 pixels ``[batch, height, width, 3]`` and labels of every step: the same for both libraries."""
+    """Returns uint8 pixels ``[batch, height, width, 3]`` and labels of every step.
+
+    Both libraries use the same.
+    """
     rng, side = np.random.default_rng(0), options.image_size
     shape = (options.batch, side, side, 3)
     count = options.warmup + options.steps
@@ -82,13 +86,13 @@ def batches(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def class_features() -> np.ndarray:
-    """float32 ``[classes, 512]``, normalised."""
+    """Returns float32 features ``[classes, 512]``, normalised."""
     features = np.random.default_rng(1).standard_normal((CLASSES, 512)).astype(np.float32)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def train_ours(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses and seconds of all steps, by this library."""
+    """Returns losses and seconds of all steps of this library."""
     import jax
 
     from nalora_jax import config as c
@@ -128,7 +132,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_peft(options: argparse.Namespace) -> dict[str, Any]:
-    """The same by transformers and PEFT."""
+    """Returns losses and seconds of all steps of transformers and PEFT."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -174,7 +178,7 @@ def train_peft(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def one(options: argparse.Namespace) -> dict[str, Any]:
-    """The record of one process."""
+    """Returns the record of one process."""
     found = (train_ours if options.library == "nalora_jax" else train_peft)(options)
     timed = found["seconds"][options.warmup :]
     speeds = [options.batch / second for second in timed]
@@ -202,7 +206,7 @@ def main() -> None:
     def commands(steps: int) -> dict[str, list[str]]:
         return {"nalora_jax": command("nalora_jax", steps), "peft": command("peft", steps, "--peft", setting)}
 
-    alternate_processes(commands(1), rounds=1)  # fills the caches of compiled programs that both keep
+    alternate_processes(commands(1), rounds=1)  # fills both libraries' caches of compiled programs
     print(table(compare("few_shot", case, commands(options.steps), options, {"peft": setting})))
 
 

@@ -1,10 +1,10 @@
-"""Time from command to the end of the first training step, with a warm compilation cache, against PEFT's.
+"""Time from command to the end of the first training step, with a warm cache, against PEFT's.
 
     python benchmarks/first_step.py --dtype bfloat16
 
-Both load SmolLM2-135M-Instruct from the same safetensors folder and train one step of 8 x 128 random tokens. This
-library runs once before, which fills the compilation cache that its command keeps by default; PEFT runs uncompiled,
-which is its fastest way to a first step.
+Both load SmolLM2-135M-Instruct from the same safetensors folder and train one step of 8 x 128
+random tokens. This library runs once before, which fills the compilation cache that its command
+keeps by default; PEFT runs uncompiled, which is its fastest way to a first step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHORT = "Command to first step"
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each dtype."""
+    """Returns one row per dtype."""
     return [
         compared_runs(
             f"first step, {case}", found["runs"], "peft", "seconds_until_done", at_most(1.0), digits=1, unit="s"
@@ -31,7 +31,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="PEFT")
 
 

@@ -1,16 +1,18 @@
-"""How close a training step comes to the limits: compiled flops over the least possible, and share of the peak.
+"""Efficiency of a training step: compiled flops over the minimum, and share of the peak.
 
     python benchmarks/flops.py --count                                # compiled flops over the analytic minimum
     python benchmarks/flops.py --peak --dtype bfloat16 --shape 8x256  # share of the matrix-multiply peak
 
-The minimum counts two flops for every multiply-add that no implementation can leave out with a frozen base: per token
-2P forward and 2P for the activations' gradients (P: weights of all projections and of the head), adapters forward and
-backward (2 + 4 per weight), and causal attention over the keys up to each token (its gradient costs twice its forward),
-less the gradients that nobody needs, below the first layer's adapters.
+The minimum counts two flops for every multiply-add that every implementation needs with a frozen
+base: per token 2P forward and 2P for the activations' gradients (P: weights of all projections and
+of the head), adapters forward and backward (2 + 4 per weight), and causal attention over the keys
+up to each token (its gradient costs twice its forward), minus the unused gradients below the first
+layer's adapters.
 
-Compiled flops are XLA's count of programs whose layers are unrolled, since it counts the body of a loop once; the loss
-is one chunk and one block of the vocabulary for the same reason, and no kernel is native (NALORA_NATIVE=0), whose flops
-it does not know. The peak is that of one large product, measured in the process of the step.
+Compiled flops are XLA's count of programs whose layers are unrolled, since it counts the body of a
+loop once; for the same reason the loss is one chunk and one block of the vocabulary. Native kernels
+are off (NALORA_NATIVE=0), because XLA does not know their flops. The peak is measured with one
+large matmul in the process of the step.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def minimum(layers: int, batch: int, seq: int, rank: int = 8, vocab: int = SMOLLM2["vocab_size"]) -> float:
-    """The least flops of one LoRA step with adapters on gate, up and down."""
+    """Returns the minimum flops of one LoRA step with adapters on gate, up and down."""
     d, ff, dim = SMOLLM2["hidden_size"], SMOLLM2["intermediate_size"], SMOLLM2["head_dim"]
     heads, kv = SMOLLM2["num_attention_heads"], SMOLLM2["num_key_value_heads"]
     projections = d * dim * (2 * heads + 2 * kv)  # of attention
@@ -42,14 +44,15 @@ def minimum(layers: int, batch: int, seq: int, rank: int = 8, vocab: int = SMOLL
     adapters = 3 * rank * (d + ff)
     forward = layers * (2.0 * (projections + 3 * d * ff + adapters) + attend)
     backward = layers * (2.0 * (projections + 3 * d * ff) + 4.0 * adapters + 2.0 * attend)
-    # Nothing below the first layer's gate and up projections is trained: no gradient passes through them.
+    # No gradient passes through the first layer's gate and up projections: nothing below is
+    # trained.
     unneeded = 2.0 * (projections + 2 * d * ff + 2 * d * rank) + 2.0 * attend
     head = 4.0 * d * vocab * (seq - 1) / seq  # the last token has no target
     return batch * seq * (forward + backward - unneeded + head)
 
 
 def compiled(layers: int, batch: int, seq: int, dtype: str, method: str) -> float:
-    """Flops of the compiled step by XLA's own count, without loops: layers unrolled, the vocabulary in one block."""
+    """Returns XLA's flops of the compiled step, with unrolled layers and one vocabulary block."""
     from flax import linen as nn
 
     from nalora_jax.cpu import cross_entropy
@@ -64,7 +67,7 @@ def compiled(layers: int, batch: int, seq: int, dtype: str, method: str) -> floa
 def assembled(
     layers: int, batch: int, seq: int, dtype: str, method: str, *, remat: str = "auto", loss_chunk: int = 0
 ) -> tuple[Any, list[Any]]:
-    """A step and its arguments."""
+    """Returns a step and its arguments."""
     from nalora_jax import distributed
     from nalora_jax.config import MeshConfig
     from nalora_jax.train.assembly import assemble
@@ -80,7 +83,10 @@ def assembled(
 
 
 def count(options: argparse.Namespace) -> None:
-    """Flops of programs of two small depths, and with them those of the whole model: layers are alike but the first."""
+    """Records the model's flops, extrapolated from programs of two small depths.
+
+    All layers except the first are alike.
+    """
     os.environ["NALORA_NATIVE"] = "0"
     batch, seq = map(int, options.shape.split("x"))
     few, more = options.layers
@@ -93,7 +99,10 @@ def count(options: argparse.Namespace) -> None:
 
 
 def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
-    """Flops per second of a square product with a float32 result, XLA's or this library's own, whichever is faster."""
+    """Returns flops per second of a square matmul with a float32 result.
+
+    The faster of XLA's and this library's is used.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -116,7 +125,7 @@ def matmul_peak(dtype: str, size: int = 4096, repeats: int = 5) -> list[float]:
 
 
 def share(options: argparse.Namespace) -> None:
-    """Analytic flops per second of a step over the peak before and after it."""
+    """Records a step's analytic flops per second over the peak before and after it."""
     batch, seq = map(int, options.shape.split("x"))
     layers = SMOLLM2["num_hidden_layers"]
     step, (params, state, data) = assembled(layers, batch, seq, options.dtype, "nalora")
@@ -136,7 +145,7 @@ def share(options: argparse.Namespace) -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Flops first, then shares of the peak."""
+    """Returns flops first, then shares of the peak."""
     counted, shares = [], []
     for case, found in record["cases"].items():
         if "compiled" in found:
@@ -158,7 +167,7 @@ def _share(found: dict[str, Any]) -> float:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="limit")
 
 

@@ -2,14 +2,15 @@
 
     python benchmarks/generation.py --dtype bfloat16 --batch 1
     python benchmarks/generation.py --dtype float32 --batch 16
-    python benchmarks/generation.py --search --dtype float32 --batch 1    # which of transformers' settings is fastest
-    python benchmarks/generation.py --search --dtype float32 --batch 1 --settings sdpa eager       # of these
+    python benchmarks/generation.py --search --dtype float32 --batch 1    # find transformers' fastest setting
+    python benchmarks/generation.py --search --dtype float32 --batch 1 --settings sdpa eager       # among these
 
-SmolLM2-135M-Instruct with a rank 8 adapter on gate, up and down, not merged; greedy; 64 prompt tokens and 128 new ones,
-end-of-text ignored, so that both libraries make the same number of tokens. Each process generates --repeats times after
-a warm-up (compilation). In float32 both must make the same tokens. transformers runs at its fastest setting for the
-dtype and batch, as --search found it: attention sdpa or eager, cache dynamic or static, the forward pass compiled or
-not; always in inference mode, with adapters in the model's dtype.
+SmolLM2-135M-Instruct with a rank 8 adapter on gate, up and down, not merged; greedy; 64 prompt
+tokens and 128 new ones, end-of-text ignored, so that both libraries generate the same number of
+tokens. Each process generates --repeats times after a warm-up (compilation). In float32 both must
+generate equal tokens. transformers runs at its fastest setting for the dtype and batch, found by
+--search: attention sdpa or eager, cache dynamic or static, the forward pass compiled or not; always
+in inference mode, with adapters in the model's dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tables import Row, at_least, compared_runs, requirements
 TITLE = "Generation against transformers"
 SHORT = "Generation, transformers"
 PROMPT, NEW = 64, 128
-# transformers' own settings: attention implementation, cache, torch.compile of the forward pass.
+# transformers' settings: attention implementation, cache, torch.compile of the forward pass.
 SETTINGS = {
     "sdpa": ("sdpa", None, False),
     "eager": ("eager", None, False),
@@ -39,12 +40,12 @@ SETTINGS = {
 
 
 def prompts(batch: int) -> Any:
-    """``[batch, PROMPT]`` tokens."""
+    """Returns ``[batch, PROMPT]`` tokens."""
     return random_tokens(1, batch, PROMPT, 49152)[0]
 
 
 def generate_ours(options: argparse.Namespace) -> Any:
-    """A function that generates once and returns the new tokens."""
+    """Returns a function that generates once and returns the new tokens."""
     from nalora_jax.generate import Generator
     from nalora_jax.load import load
 
@@ -60,7 +61,7 @@ def generate_ours(options: argparse.Namespace) -> Any:
 
 
 def generate_theirs(options: argparse.Namespace) -> Any:
-    """The same with transformers and PEFT."""
+    """Returns the same function for transformers and PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, logging
@@ -89,7 +90,7 @@ def generate_theirs(options: argparse.Namespace) -> Any:
 
 
 def one(options: argparse.Namespace) -> None:
-    """The measured process."""
+    """Runs the measured process."""
     generate = (generate_ours if options.one == "nalora_jax" else generate_theirs)(options)
     generate()
     speeds = []
@@ -102,7 +103,7 @@ def one(options: argparse.Namespace) -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each dtype and batch."""
+    """Returns one row per dtype and batch."""
     return [
         compared_runs(f"tokens/s, {case}", found["runs"], "transformers", "tokens_per_second", at_least(1.5))
         for case, found in record["cases"].items()
@@ -110,7 +111,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="transformers")
 
 

@@ -1,14 +1,16 @@
-"""How step time and memory grow with every size, against the expected order.
+"""Growth of step time and memory with every size, against the expected order.
 
     python benchmarks/growth.py                       # all sizes, and the plot notes/growth.svg
     python benchmarks/growth.py --axis seq depth
 
-A small model (4 layers, width 256, feed-forward 1024, 4 heads, vocabulary 8,192, rank 8 on gate, up and down, 4 rows of
-256 tokens, float32) trains NA-LoRA steps while one size at a time doubles; "adapters" is the number of adapters that
-one compiled forward pass serves, each row its own. Time is the fastest of several steps, memory the compiled program's
-arguments and temporaries. The growth is the exponent between the last two sizes: 1 doubles with the size, 0 stays.
-The expected one is what the operations' count says once that size dominates; smaller is better. In the plot the dashed
-line has the expected order and ends in the largest size: what lies above it at small sizes is cost that does not grow.
+A small model (4 layers, width 256, feed-forward 1024, 4 heads, vocabulary 8,192, rank 8 on gate, up
+and down, 4 rows of 256 tokens, float32) trains NA-LoRA steps while one size at a time doubles;
+"adapters" is the number of adapters in one compiled forward pass with one adapter per row. Time is
+the fastest of several steps, memory the compiled program's arguments and temporaries. The growth is
+the exponent between the last two sizes: 1 doubles with the size, 0 is constant. The expected
+exponent follows from the number of operations once that size dominates; smaller is better. In the
+plot the dashed line has the expected order and ends at the largest size; values above it at small
+sizes are cost that does not grow.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ AXES = {
 
 
 def base_config(sizes: dict[str, int]) -> Any:
-    """The model of the given sizes; heads are 64 wide."""
+    """Returns the model of the given sizes; heads are 64 wide."""
     from nalora_jax.models.config import ModelConfig
 
     width = sizes["width"]
@@ -64,7 +66,7 @@ def base_config(sizes: dict[str, int]) -> Any:
 
 
 def training_step(sizes: dict[str, int]) -> tuple[Any, int]:
-    """A function that trains one step and waits for it, and the program's memory."""
+    """Returns a function that trains one step and waits for it, and the program's memory."""
     import jax
     from training import batch_of, parse, run_config
 
@@ -91,7 +93,7 @@ def training_step(sizes: dict[str, int]) -> tuple[Any, int]:
 
 
 def served_forward(adapters: int) -> tuple[Any, int]:
-    """A forward pass of 16 rows over a bank of adapters, and the program's memory."""
+    """Returns a forward pass of 16 rows over a bank of adapters, and the program's memory."""
     import jax
 
     from nalora_jax.models.decoder import Decoder, init_params
@@ -117,7 +119,7 @@ def _bytes(program: Any) -> int:
 
 
 def measure(axis: str, sizes: tuple[int, ...], repeats: int) -> dict[str, list[float]]:
-    """Fastest seconds and bytes at every size."""
+    """Returns the fastest seconds and the bytes at every size."""
     seconds, sized = [], []
     for size in sizes:
         if axis == "adapters":
@@ -139,7 +141,7 @@ def _timed(run: Any) -> float:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Measured exponents; what noise adds to an expected one is allowed."""
+    """Returns measured exponents, with a limit of the expected exponent plus noise."""
     found_rows = []
     for axis, found in record["cases"].items():
         for key, order in zip(("seconds", "bytes"), AXES[axis][1:], strict=True):
@@ -150,7 +152,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown: figures by axis, then the plot."""
+    """Returns the section's Markdown: figures by axis, then the plot."""
     lines = []
     for axis, found in record["cases"].items():
         _, time_order, memory_order = AXES[axis]
@@ -169,7 +171,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Relative time and memory against relative size, one panel an axis, with the expected order as a line."""
+    """Plots relative time and memory against relative size, with the expected order.
+
+    Each axis has one panel.
+    """
     import matplotlib
 
     matplotlib.use("svg")

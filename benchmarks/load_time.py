@@ -3,11 +3,12 @@
     python benchmarks/load_time.py --format safetensors --dtype bfloat16
     python benchmarks/load_time.py --format gguf --dtype float32
 
-Each load is a process of its own, alternating, with the files in the page cache. The clock runs around the load alone,
-after the library's import, and stops when one number of every page of every weight has been read: transformers maps
-safetensors files into memory, and would else leave the reading to the first step. With --memory-at-hand both touch and
-free as much memory as the weights need before the clock starts, so that a hypervisor which takes back what its virtual
-machine leaves unused is not measured too.
+Each load is a separate process, alternating, with the files in the page cache. The clock runs
+around the load alone, after the library's import, and stops when one value of every page of every
+weight has been read: transformers memory-maps safetensors files, and would otherwise leave the
+reading to the first step. With --memory-at-hand both touch and free as much memory as the weights
+need before the clock starts, so that the time does not include a hypervisor that reclaims its
+virtual machine's unused memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PARAMETERS = 134_515_008
 
 
 def load_ours(path: Path, dtype: str) -> tuple[float, int]:
-    """Seconds of a load, and parameters loaded."""
+    """Returns the seconds of a load, and the number of loaded parameters."""
     import jax
 
     from nalora_jax.weights import load_model
@@ -44,12 +45,12 @@ def load_ours(path: Path, dtype: str) -> tuple[float, int]:
 
 
 def load_theirs(path: Path, dtype: str) -> tuple[float, int]:
-    """Seconds of a load, and parameters loaded."""
+    """Returns the seconds of a load, and the number of loaded parameters."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, logging
 
     logging.set_verbosity_error()
-    del LlamaForCausalLM  # imported above, so that the clock does not count the import of the model's code
+    del LlamaForCausalLM  # imported above, before the clock starts
     where, file = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **file)
@@ -60,7 +61,7 @@ def load_theirs(path: Path, dtype: str) -> tuple[float, int]:
 
 
 def bring_memory(dtype: str) -> None:
-    """Has the system find the memory of the weights, and gives it back for the load to take."""
+    """Allocates and frees the memory of the weights, so that the load finds it available."""
     np.ones(PARAMETERS, {"float32": np.uint32, "bfloat16": np.uint16}[dtype])
 
 
@@ -70,7 +71,7 @@ def touch(arrays: list[np.ndarray]) -> int:
 
 
 def one(options: argparse.Namespace) -> None:
-    """The measured process."""
+    """Runs the measured process."""
     if options.memory_at_hand:
         bring_memory(options.dtype)
     load = load_ours if options.one == "nalora_jax" else load_theirs
@@ -79,7 +80,7 @@ def one(options: argparse.Namespace) -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """The load alone, which has a requirement, and the process up to its end."""
+    """Returns the load alone, which has a requirement, and the time of the complete process."""
     found_rows = []
     for case, found in record["cases"].items():
         peer, settings = (found["runs"], "transformers"), found["settings"]
@@ -91,7 +92,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="transformers")
 
 

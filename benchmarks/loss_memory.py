@@ -3,9 +3,9 @@
     python benchmarks/loss_memory.py
     python benchmarks/loss_memory.py --vocab 131072 --dtype bfloat16
 
-Both programs give the summed cross-entropy of [batch, seq] tokens and the gradient of the hidden states over the same
-frozen head; what counts is the temporary memory of each compiled program. Neither is run, so that the figure depends on
-shapes and the compiler alone.
+Both programs compute the summed cross-entropy of [batch, seq] tokens and the gradient of the hidden
+states over the same frozen head; the figure is the temporary memory of each compiled program.
+Neither program is executed, so that the figure depends only on shapes and the compiler.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCABULARIES = (131_072, 262_144)
 
 
 def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict[str, int]:
-    """Temporary memory of the chunked and of the plain program."""
+    """Returns the temporary memory of the chunked and of the plain program."""
     import jax
     import jax.numpy as jnp
 
@@ -51,13 +51,13 @@ def temporary_bytes(vocab: int, dtype: str, options: argparse.Namespace) -> dict
         program = jax.jit(jax.value_and_grad(loss)).lower(hidden, kernel, targets, weights).compile()
         return int(program.memory_analysis().temp_size_in_bytes)
 
-    # As a step takes the head.
+    # The head in the layout that a step uses.
     held = prepare({"params": {"lm_head": {"kernel": kernel}}}, numerics)["params"]["lm_head"]["kernel"]
     return {"chunked": measure(chunked, held), "materialised": measure(materialised, kernel)}
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each vocabulary and dtype."""
+    """Returns one row per vocabulary and dtype."""
     return [
         Row(case, _mb(found["bytes"]["chunked"]), _mb(found["bytes"]["materialised"]), _ratio(found), at_most(0.1))
         for case, found in record["cases"].items()
@@ -73,7 +73,7 @@ def _mb(size: int) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="materialised logits")
 
 

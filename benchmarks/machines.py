@@ -1,4 +1,4 @@
-"""The description of the machine that a figure was measured on: processor, memory and versions of packages."""
+"""Description of the measuring machine: processor, memory and versions of packages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-# Instruction sets that decide how fast a CPU multiplies matrices; every figure names those that it had.
+# Instruction sets that decide how fast a CPU multiplies matrices; every figure names them.
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
-# By vendor and family: model numbers and the design that they belong to (as in Linux's tables of both makers).
+# By vendor and family: model numbers and their design (as in both makers' tables in Linux).
 _GENERATIONS: dict[tuple[str, int], tuple[tuple[Container[int], str], ...]] = {
     ("AuthenticAMD", 23): ((range(0x30), "Zen"), (range(0x30, 0x100), "Zen 2")),
     ("AuthenticAMD", 25): (
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 
 def processor() -> dict[str, Any]:
-    """Name, generation ("" where it is not known), cores and instruction sets of the CPU."""
+    """Returns name, generation ("" if unknown), cores and instruction sets of the CPU."""
     info = proc_fields("/proc/cpuinfo")
     flags = set(info.get("flags", "").split())
     return {
@@ -47,7 +47,10 @@ def processor() -> dict[str, Any]:
 
 
 def generation(info: Mapping[str, str]) -> str:
-    """The name of a processor's design, from the fields of /proc/cpuinfo: virtual machines call them all "AMD EPYC"."""
+    """Returns the name of a processor's design from the fields of /proc/cpuinfo.
+
+    The model name is not enough: virtual machines name all of them "AMD EPYC".
+    """
     try:
         family, model = int(info["cpu family"]), int(info["model"])
     except (KeyError, ValueError):
@@ -57,7 +60,7 @@ def generation(info: Mapping[str, str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """CPU, memory and versions: what a figure depends on."""
+    """Returns CPU, memory and versions, on which figures depend."""
     memory = proc_fields("/proc/meminfo").get("MemTotal", "0 kB").split()[0]
     return {
         **processor(),
@@ -69,7 +72,10 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(found: Mapping[str, Any]) -> str:
-    """A folder for the kind of machine that `processor` describes: "amd-epyc-zen-4-avx512-bf16", "intel-xeon-amx"."""
+    """Returns the folder name for the kind of machine that `processor` describes.
+
+    Example: "amd-epyc-zen-4-avx512-bf16", "intel-xeon-amx".
+    """
     if found.get("accelerator"):
         return "-".join(re.findall(r"[a-z0-9]+", found["accelerator"].lower()))
     cpu = re.sub(r"\((r|tm)\)|\b(processor|cpu)\b", " ", found["cpu"].lower())
@@ -78,7 +84,7 @@ def machine_name(found: Mapping[str, Any]) -> str:
 
 
 def instructions(found: Mapping[str, Any]) -> str:
-    """The widest instructions that a CPU, as `processor` describes it, multiplies with; "" where not recorded."""
+    """Returns the widest matrix instructions in a CPU's `processor` record; "" if not recorded."""
     flags = found["flags"]
     if flags.get("amx_bf16"):
         return "amx"
@@ -88,12 +94,12 @@ def instructions(found: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, as far as this Python has them."""
+    """Returns the installed versions of packages on which figures depend."""
     return {name: found for name in _PACKAGES if (found := _version(name))}
 
 
 def proc_fields(path: str) -> dict[str, str]:
-    """The "name: value" lines of the first block of a /proc file; nothing where there is none."""
+    """Returns the "name: value" lines of the first block of a /proc file, or {} without it."""
     try:
         text = Path(path).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a benchmark means by the name of a method: settings of the library, the same in every benchmark."""
+"""Settings of the methods that benchmarks compare by name, equal in every benchmark."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ METHODS = ("lora", "nalora", "default")
 
 
 def with_method(config: RunConfig, method: str, *, warmup: int | None = 0) -> RunConfig:
-    """``config`` with one of `METHODS`: plain LoRA, mask and step scale by homogeneity, or the library's default.
+    """Returns ``config`` with one of `METHODS`.
 
-    ``warmup`` is the number of steps before the mechanisms act: 0 for timed steps, which are few; None for the
-    library's own.
+    The methods are plain LoRA, mask and step scale by homogeneity, and the library's default.
+    ``warmup`` is the number of steps before the mechanisms act: 0 for timed steps, which are few;
+    None for the library's default.
     """
     from nalora_jax.config import MaskConfig, StepScaleConfig
 

@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, and a PEFT adapter for it, made once and read by every library.
+"""SmolLM2-135M-Instruct as a Hugging Face folder with a PEFT adapter, shared by every library.
 
     python benchmarks/model_files.py --dtype bfloat16
 
-The last line printed is a JSON object with the paths: gguf, model (safetensors in the dtype), adapter (rank 8 on gate,
-up and down, with random weights, so that it does something).
+The files are written once. The last line printed is a JSON object with the paths: gguf, model
+(safetensors in the dtype), adapter (rank 8 on gate, up and down, with random weights, so that it
+changes the output).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def make(gguf: Path, folder: Path, dtype: str) -> None:
-    """Reads the GGUF file with transformers, which nobody can suspect of favouring this library."""
+    """Reads the GGUF file with transformers, to be independent of this library."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +43,7 @@ def make(gguf: Path, folder: Path, dtype: str) -> None:
     where, file = gguf.parent, {"gguf_file": gguf.name}
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
     read = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype), **file)
-    del read.config.quantization_config  # its weights are plain numbers now, which it does not believe
+    del read.config.quantization_config  # dequantized now, which transformers ignores
     model = AutoModelForCausalLM.from_config(read.config, dtype=getattr(torch, dtype))
     model.load_state_dict(read.state_dict())
     model.save_pretrained(scratch / "model")
@@ -52,14 +53,14 @@ def make(gguf: Path, folder: Path, dtype: str) -> None:
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:  # a small change of the model, not noise in its place
+        if "lora_B" in name:  # a small change, so that the output is not noise
             parameter.data *= 0.05
     adapted.save_pretrained(scratch / "adapter")
     shutil.move(scratch, folder)
 
 
 def files(dtype: str) -> dict[str, str]:
-    """Paths of the model and the adapter; made in a process of its own where they are missing."""
+    """Returns the paths of the model and the adapter, after writing missing files in a process."""
     return run_script("model_files.py", "--dtype", dtype)
 
 

@@ -3,12 +3,14 @@
     python benchmarks/multiple_choice.py --task socialiqa --dtype bfloat16 --peer-python lmeval/bin/python
     python benchmarks/multiple_choice.py --search --peer-python lmeval/bin/python    # the harness's settings
 
-Both libraries answer the same requests (texts of contexts and choices) through the harness's own interface,
-`loglikelihood`, tokenization included, on SmolLM2-135M-Instruct. A process answers all of them --repeats + 1 times; the
-first time, which also compiles, is reported apart. In float32 both must give the same answers. The harness runs at its
-fastest setting for the dtype, as --search found it on the first task: batch size (its "auto" too) and attention.
+Both libraries process the same requests (texts of contexts and choices) through the harness's
+interface, `loglikelihood`, tokenization included, on SmolLM2-135M-Instruct. A process does so
+--repeats + 1 times; the first time, which also compiles, is reported separately. In float32 both
+must choose the same choices. The harness runs at its fastest setting for the dtype, found by
+--search on the first task: batch size (its "auto" too) and attention.
 
---peer-python names a Python that has this package, lm-eval, transformers and torch; by default the one that runs this.
+--peer-python names a Python that has this package, lm-eval, transformers and torch; by default the
+Python that runs this script.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from tables import Row, at_least, compared, compared_runs, requirements
 
 TITLE = "Evaluation against lm-eval with transformers"
 SHORT = "Evaluation, lm-eval"
-# The harness's own settings: batch size, attention.
+# The harness's settings: batch size, attention.
 SETTINGS = {
     **{f"batch {size}": (size, "sdpa") for size in (1, 8, 16, 32, "auto")},
     **{f"batch {size} eager": (size, "eager") for size in (8, 16)},
@@ -38,7 +40,7 @@ SETTINGS = {
 
 
 def write_requests(path: Path, task: str, count: int) -> None:
-    """Contexts, choices and right answers of ``count`` held-out questions."""
+    """Writes contexts, choices and correct choices of ``count`` held-out questions."""
     from nalora_jax.config import DataConfig
     from nalora_jax.data.questions import eval_examples
     from nalora_jax.weights import load_model
@@ -49,7 +51,7 @@ def write_requests(path: Path, task: str, count: int) -> None:
 
 
 def answers_ours(options: argparse.Namespace) -> Any:
-    """A function from requests to their log-likelihoods."""
+    """Returns a function from requests to their log-likelihoods."""
     from nalora_jax.evaluate.harness import Requests
     from nalora_jax.generate import Generator
     from nalora_jax.load import load
@@ -59,7 +61,7 @@ def answers_ours(options: argparse.Namespace) -> Any:
 
 
 def answers_theirs(options: argparse.Namespace) -> Any:
-    """The same of lm-eval's transformers model."""
+    """Returns the same function for lm-eval's transformers model."""
     from lm_eval.models.huggingface import HFLM
 
     size, attention = SETTINGS[options.setting]
@@ -75,7 +77,7 @@ def answers_theirs(options: argparse.Namespace) -> Any:
 
 
 def one(options: argparse.Namespace) -> None:
-    """The measured process."""
+    """Runs the measured process."""
     questions = json.loads(options.requests.read_text())
     requests = [
         SimpleNamespace(args=(context, choice), idx=i, doc=None, request_type="loglikelihood", repeats=1)
@@ -101,7 +103,7 @@ def one(options: argparse.Namespace) -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Speed once everything is compiled, which has a requirement, and the first pass."""
+    """Returns the speed after compilation, which has a requirement, and the first pass."""
     found_rows = []
     for case, found in record["cases"].items():
         runs = found["runs"]
@@ -115,7 +117,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="lm-eval")
 
 
@@ -143,7 +145,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, requests: Path) -> None:
-    """All processes of one case."""
+    """Runs all processes of one case."""
     write_requests(requests, options.task, options.count)
     work = ["--dtype", options.dtype, "--repeats", options.repeats, "--requests", requests]
     work += ["--model", files(options.dtype)["model"]]

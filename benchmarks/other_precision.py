@@ -1,12 +1,12 @@
-"""An adapter on its base in other numbers than those that it was trained on: accuracy, loss and logits.
+"""An adapter on its base in another precision than in training: accuracy, loss and logits.
 
-    python train.py --output runs/precision                # an adapter, on weights held in bfloat16
+    python train.py --output runs/precision                # an adapter trained on bfloat16 weights
     python benchmarks/other_precision.py runs/precision    # some minutes on two cores
 
-The run's base is held as in training, and as int8 and nf4, whose numbers differ from those about as a model's usual
-quantizations do. Each is asked the run's own held-out questions, without the adapter and with it. The last column
-compares next-token distributions with those on the base that the adapter knows: the mean Kullback-Leibler divergence in
-nats, over the answers' tokens.
+The run's base is loaded as in training, and as int8 and nf4, whose errors are about those of usual
+quantizations. Each is evaluated on the run's held-out examples, without the adapter and with it.
+The last column compares next-token distributions with those on the base of training: the mean
+Kullback-Leibler divergence in nats, over the completions' tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nalora_jax.evaluate.heldout import Evaluator
 from nalora_jax.load import AdaptedModel, load
 
 KINDS = ("none", "int8", "nf4")
-_COMPARED = 100  # questions whose distributions are compared
+_COMPARED = 100  # examples whose distributions are compared
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def log_probabilities(model: AdaptedModel, items: Sequence[Any]) -> list[np.ndarray]:
-    """Of each question's right answer, the log-probabilities at its tokens: ``[tokens, vocab]``."""
+    """Returns log-probabilities at the tokens of each correct completion: ``[tokens, vocab]``."""
 
     @jax.jit
     def logits(variables: Any, tokens: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ def log_probabilities(model: AdaptedModel, items: Sequence[Any]) -> list[np.ndar
 
 
 def divergence(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """Mean over tokens of KL(first || second), in nats."""
+    """Returns the mean over tokens of KL(first || second), in nats."""
     rows = [np.sum(np.exp(p) * (p - q), axis=-1) for p, q in zip(first, second, strict=True)]
     return float(np.mean(np.concatenate(rows)))
 

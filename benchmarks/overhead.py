@@ -1,10 +1,11 @@
-"""What the mechanisms cost: step time of NA-LoRA over that of LoRA, same shapes, pairs in one process.
+"""Cost of the mechanisms: step time of NA-LoRA over LoRA, same shapes, pairs in one process.
 
     python benchmarks/overhead.py --dtype bfloat16 --pairs 40
     python benchmarks/overhead.py --method default           # the mechanism that is on by default
 
-Both compiled steps alternate in random order. NA-LoRA takes statistics in every step, its mechanisms act from the first
-one; LoRA measures nothing. Prints the median ratio with its 95% bootstrap interval.
+Both compiled steps alternate in random order. NA-LoRA computes statistics in every step and its
+mechanisms act from the first step; LoRA computes no statistics. Prints the median ratio with its
+95% bootstrap interval.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each dtype and shape."""
+    """Returns one row per dtype and shape."""
     return [_row(case, found) for case, found in record["cases"].items()]
 
 
@@ -74,7 +75,7 @@ def _row(case: str, found: dict[str, Any]) -> Row:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), ours="NA-LoRA", other="LoRA")
 
 

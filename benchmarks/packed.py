@@ -1,17 +1,18 @@
-"""Training on real data of mixed lengths, useful tokens per second, against PEFT with padding and with packing.
+"""Useful tokens per second on data of mixed lengths, against PEFT with padding and packing.
 
     python benchmarks/packed.py --dtype bfloat16
 
-The examples are questions with their answers from all tasks of the commonsense suite (lengths from 10 to 250 tokens),
-in random order; the loss is on answers alone. This library trains on its own packed rows of 8 x 256. PEFT trains with
-padding to the longest example of a batch: 16 examples drawn at random, which padded are about as many positions, or 48,
-sorted by length within 16 batches, which are about as many useful tokens; and packed, on rows of 8 x 256 that TRL's
-`pack_dataset` (best fit decreasing) made, or, without TRL, on this library's rows. Those rows reach PEFT with
-restarting positions and a mask that keeps examples apart, as this library's do. Useful tokens are those of examples,
-without padding.
+The examples are prompts with completions from all tasks of the commonsense suite (lengths from 10
+to 250 tokens), in random order; the loss is on completions alone. This library trains on its packed
+sequences of 8 x 256. PEFT trains with padding to the longest example of a batch: 16 examples drawn
+at random, which padded are about as many positions, or 48, sorted by length within 16 batches,
+which are about as many useful tokens; and packed, on sequences of 8 x 256 by TRL's `pack_dataset`
+(best fit decreasing) or, without TRL, by this library. PEFT gets these with restarting positions
+and a mask that separates examples, as in this library. Useful tokens are those of examples, without
+padding.
 
---trl-path names the folders that TRL and its dependency `datasets` were installed into, where they are not in this
-Python's own environment.
+--trl-path names the folders with TRL and its dependency `datasets`, if they are not installed in
+this Python's environment.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ SHORT = "Packed rows"
 ROWS, LENGTH = 8, 256
 SIDES = ("nalora_jax", "padded", "padded, sorted by length", "packed")
 MIX = ("boolq", "piqa", "socialiqa", "hellaswag", "arc_easy", "openbookqa", "winogrande", "csqa")
-Examples = list[tuple[np.ndarray, np.ndarray]]  # ids, and which of them are answers
+Examples = list[tuple[np.ndarray, np.ndarray]]  # ids, and loss mask
 
 
 def examples(count: int) -> Examples:
-    """``count`` training examples of the mixed tasks in random order."""
+    """Returns ``count`` training examples of the mixed tasks in random order."""
     from nalora_jax.config import DataConfig
     from nalora_jax.data.sources import open_source
     from nalora_jax.data.store import open_store
@@ -53,7 +54,7 @@ def examples(count: int) -> Examples:
 
 
 def our_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
-    """This library's packed rows, as its pipeline makes them."""
+    """Returns packed sequences of this library's pipeline."""
     from nalora_jax.data.packing import assemble, pack, plan
 
     lengths = np.array([len(ids) - 1 for ids, _ in data])
@@ -70,7 +71,7 @@ def our_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
 
 
 def padded_batches(data: Examples, steps: int, per_batch: int, *, by_length: bool) -> list[dict[str, np.ndarray]]:
-    """Batches padded to their longest example, the warm-up's and the timed steps'."""
+    """Returns batches padded to their longest example, for the warm-up and the timed steps."""
     if by_length:
         window = 32 * per_batch
         chunks = [data[i : i + window] for i in range(0, len(data), window)]
@@ -96,7 +97,7 @@ def _padded(batch: Examples) -> dict[str, np.ndarray]:
 
 
 def packed_batches(data: Examples, steps: int) -> list[dict[str, np.ndarray]]:
-    """Rows that TRL packed, or this library's where there is no TRL, for transformers."""
+    """Returns sequences packed by TRL, or by this library without TRL, for transformers."""
     rows = _trl_rows(data) or _own_rows(data)
     return [_joined(rows[i : i + ROWS]) for i in range(0, steps * ROWS, ROWS)]
 
@@ -127,7 +128,7 @@ def _own_rows(data: Examples) -> list[Examples]:
 
 
 def _joined(rows: list[Examples]) -> dict[str, np.ndarray]:
-    """Input ids, labels, positions, and a mask [batch, 1, queries, keys] that keeps examples apart."""
+    """Returns input ids, labels, positions, and a mask [batch, 1, queries, keys] by example."""
     shape = (len(rows), LENGTH)
     ids, positions, segments = (np.zeros(shape, np.int64) for _ in range(3))
     labels = np.full(shape, -100, np.int64)
@@ -145,16 +146,16 @@ def _joined(rows: list[Examples]) -> dict[str, np.ndarray]:
 
 
 def useful_tokens(batch: dict[str, np.ndarray]) -> int:
-    """Tokens of examples in a batch."""
+    """Returns the number of a batch's tokens that belong to examples."""
     if "segment_ids" in batch:  # the last token of each example is only a target
         return int((batch["segment_ids"] > 0).sum() + batch["segment_ids"].max(axis=-1).sum())
     if batch["attention_mask"].ndim == 2:
         return int(batch["attention_mask"].sum())
-    return int(batch["input_ids"].astype(bool).sum())  # no example holds token 0, the end of a text, but padding does
+    return int(batch["input_ids"].astype(bool).sum())  # only padding contains token 0
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """One row for each way of PEFT's."""
+    """Returns one row for each of PEFT's batchings."""
     found_rows = []
     for case, found in record["cases"].items():
         speeds = {name: _speeds(found, name) for name in found["runs"]}
@@ -168,13 +169,16 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def _speeds(found: dict[str, Any], name: str) -> list[float]:
-    """Useful tokens per second of the timed steps of every run; batches differ, so each run is one figure."""
+    """Returns each run's useful tokens per second over its timed steps.
+
+    Each run gives one value, because batches differ.
+    """
     useful = sum(found["useful_tokens"][name])
     return [useful / sum(run["seconds"]) for run in found["runs"][name]]
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="PEFT")
 
 
@@ -211,7 +215,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         work = ["--dtype", options.dtype, "--batches", path, "--steps", options.steps, "--warmup", warmup]
         program = "training.py" if name == "nalora_jax" else "peft_baseline.py"
         commands[name] = script(program, *work, *(["--method", "nalora"] if name == "nalora_jax" else []))
-        if name.startswith("padded"):  # every batch has another length: compiling for each would take minutes
+        if name.startswith("padded"):  # lengths vary: compiling for each takes minutes
             commands[name] += ["--no-compile", "--attention", "sdpa"]
     more = {
         "useful_tokens": {

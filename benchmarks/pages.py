@@ -1,7 +1,8 @@
-"""docs/benchmarks.md, one short table for each machine, and notes/figures.md, which has every figure with its command.
+"""Writes docs/benchmarks.md, one short table per machine, and notes/figures.md, all figures.
 
-Both are made from the committed figures alone (results/<machine>/<part>.json); notes/<part>.md holds, in somebody's own
-words, what profiles showed and what was tried.
+notes/figures.md has the command of every figure. Both pages are generated from the committed
+figures alone (results/<machine>/<part>.json); notes/<part>.md contains hand-written notes on
+profiles and experiments.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import tables
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 NOTES = Path(__file__).parent / "notes"
 FIGURES = NOTES / "figures.md"
-ROWS = 15  # at most, of a machine's table on the page
-# Measured on whatever CPU compiled the programs, which says nothing of them.
+ROWS = 15  # maximum rows of a machine's table on the page
+# Measured on any CPU that compiled the programs, which does not affect them.
 COMPILED = {"tpu": "TPU v5e and v5p, compiled, not run", "tpu_ffn": "TPU v5e and v5p, compiled, not run"}
-# All of whose figures are on the page, and which nobody misses on a machine without accelerators.
+# Parts whose figures are all on the page, and that are not required of a machine without
+# accelerators.
 WHOLE = ("accelerator",)
-# Of each part, the figures that a reader looks for first. What misses its requirement is always shown.
+# The main figures of each part. Figures that miss their requirement are always shown.
 HEADLINES = {
     "versus_peft": (
         *(f"tokens/s, {case}" for case in ("bfloat16 8x128", "float32 8x128", "bfloat16 4x512")),
@@ -67,7 +69,7 @@ The generation of one AMD EPYC was not recorded; its float32 matmuls are about t
 
 @dataclass(frozen=True)
 class Figures:
-    """What was recorded of one part on one machine."""
+    """Recorded figures of one part on one machine."""
 
     part: str
     module: Any  # the part's script
@@ -75,12 +77,12 @@ class Figures:
 
     @property
     def machine(self) -> str:
-        """The CPU and what it multiplies with, or the accelerators; or what the programs were compiled for."""
+        """Returns the CPU and its matrix instructions, the accelerators, or the compile target."""
         return COMPILED.get(self.part) or tables.machine(next(iter(self.record["cases"].values())))
 
 
 def recorded(folder: Path, parts: Sequence[str]) -> list[Figures]:
-    """By machine, then in the order of the parts; parts without figures of a machine are left out."""
+    """Returns figures by machine, then in the order of the parts, without parts that have none."""
     found = []
     apart = (common.QUICK, common.OWN)
     for machine in sorted(path for path in folder.iterdir() if path.is_dir() and path not in apart):
@@ -92,7 +94,7 @@ def recorded(folder: Path, parts: Sequence[str]) -> list[Figures]:
 
 
 def render(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
-    """The page's Markdown from the recorded figures: one table for each machine."""
+    """Returns the page's Markdown from the recorded figures: one table per machine."""
     found = recorded(folder, parts)
     machines = sorted(dict.fromkeys(figures.machine for figures in found))
     overviews = [overview(name, [figures for figures in found if figures.machine == name], parts) for name in machines]
@@ -100,7 +102,7 @@ def render(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
 
 
 def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> str:
-    """At most `ROWS` rows of one machine; parts without figures are named."""
+    """Returns at most `ROWS` rows of one machine; parts without figures are named."""
     lines, verdicts = [], []
     for figures in found:
         for row in figures.module.rows(figures.record):
@@ -109,7 +111,7 @@ def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> st
             if missed or figures.part in WHOLE or row.what in HEADLINES.get(figures.part, ()):
                 cells = (row.ours, row.other, tables.ratio_text(row.ratio), str(row.limit or ""), row.verdict)
                 lines.append((missed, (figures.module.SHORT, row.what, *cells)))
-    while len(lines) > ROWS:  # the last that is as required
+    while len(lines) > ROWS:  # the last that meets its requirement
         lines.pop(max(i for i, (missed, _) in enumerate(lines) if not missed))
     compiled = machine in COMPILED.values()
     accelerated = all(figures.part in WHOLE for figures in found)
@@ -122,7 +124,7 @@ def overview(machine: str, found: Sequence[Figures], parts: Sequence[str]) -> st
 
 
 def details(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
-    """Every figure with its command, by part."""
+    """Returns every figure with its command, by part."""
     found = recorded(folder, parts)
     by_part = [[figures for figures in found if figures.part == part] for part in parts]
     head = (
@@ -133,7 +135,7 @@ def details(parts: Sequence[str], folder: Path = common.PUBLISHED) -> str:
 
 
 def section(found: Sequence[Figures]) -> str:
-    """A part's tables, one for each machine, and where the figures come from."""
+    """Returns a part's tables, one per machine, and the origin of the figures."""
     module = found[0].module
     about = module.__doc__.strip().split("\n\n")[1:]
     prose = [block for block in about if not block.startswith(("    ", "--"))]  # neither commands nor options
@@ -146,7 +148,7 @@ def section(found: Sequence[Figures]) -> str:
 
 
 def sources(record: dict[str, Any]) -> str:
-    """Commands, and the machine that each ran on."""
+    """Returns the commands, and the machine that each ran on."""
     commands: dict[str, list[str]] = {}
     for case in record["cases"].values():
         commands.setdefault(describe(case), []).append(f"`{case['command']}`")
@@ -157,7 +159,7 @@ def sources(record: dict[str, Any]) -> str:
 
 
 def describe(case: dict[str, Any]) -> str:
-    """The machine of a case, its versions, and those of peers that ran in an environment of their own, in one line."""
+    """Returns a case's machine and versions in one line, with those of separate environments."""
     machine = case["machine"]
     flags = ", ".join(name for name, there in machine["flags"].items() if there)
     missing = "" if tables.has_amx(case) else ", no AMX"

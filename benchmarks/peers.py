@@ -1,15 +1,16 @@
-"""Training speed against the other JAX libraries' LoRA, Tunix (whose adapters are Qwix's) and EasyDeL, at equal shapes.
+"""Training speed against the LoRA of other JAX libraries, Tunix and EasyDeL, at equal shapes.
 
     python -m venv tunix && tunix/bin/pip install google-tunix qwix
     python benchmarks/peers.py --peer Tunix --dtype float32 --peer-python tunix/bin/python
     python -m venv easydel && easydel/bin/pip install easydel
     python benchmarks/peers.py --peer EasyDeL --dtype float32 --peer-python easydel/bin/python
 
-Each peer trains its own Llama model with SmolLM2-135M's shapes and random weights, its own adapters of rank 8 on gate,
-up and down, and the step that its own trainer compiles, with AdamW and the loss on all tokens: Tunix with Qwix's
-`LoraProvider` and the step of `PeftTrainer`, EasyDeL with `apply_lora_to_layers` and the `training_step` of `Trainer`.
-Both run without rematerialisation and with it around decoder layers, EasyDeL also keeping the results of products: the
-fastest one counts. --peer-python names a Python that has the peer.
+Each peer trains its Llama model with SmolLM2-135M's shapes and random weights, its adapters of rank
+8 on gate, up and down, and the step that its trainer compiles, with AdamW and the loss on all
+tokens: Tunix with Qwix's `LoraProvider` and the step of `PeftTrainer`, EasyDeL with
+`apply_lora_to_layers` and the `training_step` of `Trainer`. Both run with and without
+rematerialization of decoder layers, EasyDeL also with saved matmul results; the fastest setting
+counts. --peer-python names a Python that has the peer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tables import Row, at_least, compared_runs, requirements
 
 TITLE = "Training against other JAX libraries: Tunix with Qwix LoRA, EasyDeL"
 SHORT = "Training, Tunix"
-# What a peer calls each way of rematerialisation.
+# A peer's names of the rematerialization policies.
 REMAT = {
     "Tunix": {"none": "NONE", "layers": "DECODER"},
     "EasyDeL": {"none": "", "layers": "nothing_saveable", "products kept": "checkpoint_dots"},
@@ -37,7 +38,7 @@ REMAT = {
 
 
 def tunix_model(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> Any:
-    """Tunix's decoder with Qwix's adapters; ``shape`` in transformers' names."""
+    """Returns Tunix's decoder with Qwix's adapters; ``shape`` has transformers' names."""
     import jax
     import qwix
     from flax import nnx
@@ -59,7 +60,7 @@ def tunix_model(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> A
     base = llama.Llama3(config, rngs=nnx.Rngs(0))
     graph, state = nnx.split(base)
     noise = np.random.default_rng(0)
-    # The feed-forward kernels start as zeros there, which would train to nothing.
+    # Tunix initializes the feed-forward kernels to zero, so no gradient would flow.
     state = jax.tree.map(
         lambda x: np.asarray(noise.normal(0, 0.02, x.shape), dtype) if x.ndim > 1 else x.astype(dtype), state
     )
@@ -69,7 +70,7 @@ def tunix_model(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> A
 
 
 def tunix_step(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> Any:
-    """Tunix's compiled step as a function of tokens ``[batch, seq]`` that returns the loss."""
+    """Returns Tunix's compiled step, from tokens ``[batch, seq]`` to the loss."""
     import jax.numpy as jnp
     import optax
     from tunix.sft import peft_trainer
@@ -91,7 +92,7 @@ def tunix_step(dtype: str, remat: str, shape: Mapping[str, Any] = SMOLLM2) -> An
 
 
 def easydel_state(dtype: str, remat: str) -> Any:
-    """EasyDeL's decoder with its adapters, and the optimizer's state; base weights are no part of what is trained."""
+    """Returns EasyDeL's decoder with its adapters, and optimizer state without base weights."""
     import easydel
     import optax
     from flax import nnx
@@ -107,7 +108,7 @@ def easydel_state(dtype: str, remat: str) -> Any:
 
 
 def easydel_step(dtype: str, remat: str) -> Any:
-    """EasyDeL's compiled step as a function of tokens ``[batch, seq]`` that returns the loss."""
+    """Returns EasyDeL's compiled step, from tokens ``[batch, seq]`` to the loss."""
     import jax
     from easydel.trainers.trainer._fn import training_step
 
@@ -125,7 +126,7 @@ def easydel_step(dtype: str, remat: str) -> Any:
 
 
 def one(options: argparse.Namespace) -> None:
-    """The measured process of a peer."""
+    """Runs the measured process of a peer."""
     batch, seq = map(int, options.shape.split("x"))
     build = {"Tunix": tunix_step, "EasyDeL": easydel_step}[options.peer]
     step = build(options.dtype, REMAT[options.peer][options.one])
@@ -140,7 +141,7 @@ def one(options: argparse.Namespace) -> None:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Speed, which has a requirement, and memory, against the fastest of the peer's."""
+    """Returns speed, which has a requirement, and memory, against the peer's fastest setting."""
     found_rows = []
     for found in record["cases"].values():
         runs = found["runs"]
@@ -154,7 +155,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record))
 
 

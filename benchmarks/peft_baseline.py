@@ -1,14 +1,16 @@
-"""One LoRA training process of transformers + PEFT on torch: what this library is measured against.
+"""One LoRA training process of transformers + PEFT on torch, the baseline of this library.
 
     python benchmarks/peft_baseline.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
-    python benchmarks/peft_baseline.py --search --dtype bfloat16      # which of PEFT's own settings is the fastest here
+    python benchmarks/peft_baseline.py --search --dtype bfloat16      # find PEFT's fastest setting here
 
-Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or real ones with --model). The
-last line printed is a JSON object: tokens per second of each step, losses, peak memory, settings.
+Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M (random weights, or real ones
+with --model). The last line printed is a JSON object: tokens per second of each step, losses, peak
+memory, settings.
 
-The defaults are the fastest settings found at 8 x 128 on a CPU with AVX512-BF16: scaled-dot-product attention for
-float32, where compilation gains nothing; all-bfloat16, eager attention and torch.compile for bfloat16. --search repeats
-that comparison, every setting in a process of its own, alternating: other machines and shapes may differ.
+The defaults are the fastest settings found at 8 x 128 on a CPU with AVX512-BF16: scaled-dot-product
+attention for float32, which compilation does not make faster; all-bfloat16, eager attention and
+torch.compile for bfloat16. --search repeats that comparison, every setting in a separate process,
+alternating: other machines and shapes may differ.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from typing import Any
 import numpy as np
 from common import SMOLLM2, alternate_processes, load_batches, peak_rss_mb, random_tokens, save, summary, values
 
-# How bfloat16 is had: "pure" holds base and adapters in bfloat16; "mixed" is PEFT's default for a bfloat16 base
-# (float32 adapters, casts around them); "autocast" adds torch.autocast to it; "autocast32" is autocast over a float32
-# base.
+# Modes of bfloat16: "pure" stores base and adapters in bfloat16; "mixed" is PEFT's default for a
+# bfloat16 base (float32 adapters, casts around them); "autocast" adds torch.autocast to it;
+# "autocast32" is autocast over a float32 base.
 BF16_MODES = ("pure", "mixed", "autocast", "autocast32")
 
 
@@ -63,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_base(options: argparse.Namespace) -> Any:
-    """The frozen causal language model, in its training mode's dtype."""
+    """Returns the frozen causal language model, in its training mode's dtype."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -77,7 +79,7 @@ def load_base(options: argparse.Namespace) -> Any:
 
 
 def adapt(base: Any, options: argparse.Namespace) -> Any:
-    """The PEFT model in training mode."""
+    """Returns the PEFT model in training mode."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -98,7 +100,7 @@ def adapt(base: Any, options: argparse.Namespace) -> Any:
 
 
 def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the model is called with in each step, the warm-up's first."""
+    """Returns the model's arguments of each step, the warm-up's first."""
     import torch
 
     if options.batches:
@@ -109,7 +111,7 @@ def inputs_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _given(batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[str, Any]:
-    """A recorded batch as tensors; a mask of every pair of tokens as what attention adds to its scores."""
+    """Returns a recorded batch as tensors, with a pairwise mask as a bias of attention scores."""
     import torch
 
     tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
@@ -121,7 +123,10 @@ def _given(batch: dict[str, np.ndarray], options: argparse.Namespace) -> dict[st
 
 
 def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[float], list[float], float]:
-    """Wall and CPU seconds of the timed steps, the losses of all (the warm-up's first), and when the first was done."""
+    """Returns wall and CPU seconds of the timed steps, all losses, and the end of the first step.
+
+    The first loss is the warm-up's.
+    """
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -144,7 +149,7 @@ def train(model: Any, options: argparse.Namespace) -> tuple[list[float], list[fl
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """One training process's figures."""
+    """Returns one training process's figures."""
     import torch
     import transformers
 
@@ -163,7 +168,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": rates,
         "done_at": done_at,
-        # Well below the number of threads: something else had the processor, and the rates above mean little.
+        # Well below the number of threads: another program used the processor, and the rates above
+        # are not reliable.
         "cores_busy": sum(busy) / sum(seconds) if seconds else None,
         "cpu_seconds_per_step": busy,
         "loss": losses,
@@ -172,7 +178,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def search(options: argparse.Namespace) -> dict[str, Any]:
-    """The same training under each of PEFT's own settings, alternating; the fastest is its best."""
+    """Trains under each of PEFT's settings, alternating, and returns their speeds."""
     variants = {
         f"{attention}{' compiled' if compiled else ''}": [
             "--attention",

@@ -5,9 +5,10 @@
     python benchmarks/plan_accuracy.py --page                     # write the page from the record, compile no program
     python benchmarks/plan_accuracy.py --seed 7 --pairs 10        # other pairs, to calibrate estimates with
 
-Each pair is decided as `nalora plan` does it: estimates rank the layouts, and `nalora_jax.plan.decide` compiles them
-until one is accepted. A program is compiled once for each pair, layout and set of compiler options, and recorded, so
-that the script resumes, and changed estimates are compared with recorded programs.
+Each pair is decided as `nalora plan` does it: estimates rank the layouts, and
+`nalora_jax.plan.decide` compiles them until one is accepted. A program is compiled once for each
+pair, layout and set of compiler options, and recorded, so that the script resumes, and changed
+estimates are compared with recorded programs.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ SEED, PAIRS = 35, 40
 
 
 class NotRecorded(Exception):
-    """A program that has to be compiled first."""
+    """Error for a program that must be compiled first."""
 
 
 def recorded() -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Compiled programs by pair, layout and compiler options."""
+    """Returns the compiled programs by pair, layout and compiler options."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     entries = [json.loads(line) for line in lines]
     return {(entry["pair"], entry["layout"], entry["options"]): entry for entry in entries}
 
 
 def options_of(pair: Pair, layout: Layout) -> str:
-    """Digest of the compiler options of a layout."""
+    """Returns the digest of the compiler options of a layout."""
     chip = topology(pair.machine).chip
     device = SimpleNamespace(platform=chip.platform, device_kind=chip.name)
     mesh: Any = SimpleNamespace(shape={"fsdp": layout.fsdp}, devices=np.array([device]))
@@ -67,7 +68,7 @@ def options_of(pair: Pair, layout: Layout) -> str:
 
 
 def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
-    """The record of one program."""
+    """Returns the record of one program."""
     base, where, config = pair.base, topology(pair.machine), with_layout(pair.config, layout)
     mesh = distributed.make_mesh(config.mesh, devices(where))
     step, arguments = step_and_arguments(config, base, mesh, seq=pair.seq)
@@ -92,14 +93,14 @@ def compile_one(pair: Pair, layout: Layout) -> dict[str, Any]:
 
 
 def result_of(pair: Pair, entry: dict[str, Any]) -> Compiled:
-    """A recorded program as `decide` takes it."""
+    """Returns a recorded program in the form that `decide` takes."""
     if "exhausted" in entry:
         return EXHAUSTED
     return Compiled(entry["memory"], entry["fits"], entry["seconds"], entry)
 
 
 def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, Any]]:
-    """The search, the accepted layout and its record.
+    """Returns the search, the accepted layout and its record.
 
     Raises:
       NotRecorded: a program is not recorded, and ``compiles`` is False.
@@ -120,14 +121,14 @@ def decided(pair: Pair, *, compiles: bool) -> tuple[Search, Layout, dict[str, An
 
 
 def _compile_apart(pair: Pair, layout: Layout) -> None:
-    """Adds a program to the record, in a process whose memory is returned."""
+    """Adds a program to the record in a process, which returns its memory at exit."""
     given = json.dumps({"pair": asdict(pair), "mesh": layout.mesh, "remat": layout.remat})
     platform = topology(pair.machine).chip.platform
     subprocess.run([sys.executable, __file__, "--platform", platform, "--one", given], check=True)
 
 
 def _one(given: str) -> None:
-    """The process of `_compile_apart`."""
+    """Runs the process of `_compile_apart`."""
     what = json.loads(given)
     pair, where = Pair(**what["pair"]), topology(what["pair"]["machine"])
     layouts = fitting(pair.config, pair.base, adapter_spec(pair.config, pair.base), where, pair.seq)
@@ -139,13 +140,13 @@ def _one(given: str) -> None:
 
 
 def pairs_of(seed: int, count: int) -> list[Pair]:
-    """The pairs of a seed; the report starts with the two known pairs."""
+    """Returns the pairs of a seed; the report starts with the two known pairs."""
     known = KNOWN if seed == SEED else ()
     return [*known, *itertools.islice(drawn(seed), count - len(known))]
 
 
 def rows(pairs: list[Pair]) -> list[dict[str, Any]]:
-    """Rows of the table, of the pairs whose programs are recorded."""
+    """Returns the table's rows of pairs whose programs are recorded."""
     shown = []
     for pair in pairs:
         try:
@@ -158,12 +159,12 @@ def rows(pairs: list[Pair]) -> list[dict[str, Any]]:
 
 
 def error_of(estimated: float, compiled: float) -> float:
-    """Relative error of an estimate."""
+    """Returns the relative error of an estimate."""
     return estimated / compiled - 1
 
 
 def table(shown: list[dict[str, Any]]) -> str:
-    """Markdown, a row for each pair."""
+    """Returns Markdown with a row for each pair."""
     lines = [
         "| model, layers | machine | rows x length | data x fsdp x tensor, remat "
         "| GB a chip: estimated, compiled (limit) | error | seconds: estimated, compiled | implied MFU "
@@ -183,7 +184,7 @@ def table(shown: list[dict[str, Any]]) -> str:
 
 
 def summary(shown: list[dict[str, Any]]) -> str:
-    """Errors over all accepted layouts, and over all that were compiled."""
+    """Returns the errors over all accepted layouts, and over all compiled layouts."""
     if not shown:
         return ""
     accepted = [(row["layout"], row["entry"]["memory"]) for row in shown]
@@ -197,13 +198,13 @@ def summary(shown: list[dict[str, Any]]) -> str:
 
 
 def _errors(pairs: list[tuple[Layout, float]]) -> str:
-    """Median and largest error of layouts with their compiled memory."""
+    """Returns median and maximum error of layouts with their compiled memory."""
     errors = [abs(error_of(layout.memory, memory)) for layout, memory in pairs]
     return f"median {statistics.median(errors):.1%}, largest {max(errors):.1%}"
 
 
 def order(pairs: list[Pair]) -> list[Pair]:
-    """Dense models first, whose programs compile faster, and of these the known pair."""
+    """Returns dense models first, which compile faster, and of these the known pair first."""
     return sorted(pairs, key=lambda pair: (pair.base.n_experts > 0, pair not in KNOWN))
 
 

@@ -14,7 +14,8 @@ from nalora_jax.models.config import ModelConfig, param_shapes
 from nalora_jax.plan.layouts import choose
 from nalora_jax.plan.machines import topology
 
-# As published in the models' own repositories: width, FFN, layers, heads, KV heads, head size, vocabulary, tied.
+# As published in the models' repositories: width, FFN, layers, heads, KV heads, head size,
+# vocabulary, tied.
 _FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -65,7 +66,7 @@ _MACHINES = (
     *("8xh100", "16xh100"),
 )
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_TOKENS = (2048, 65536)  # of all rows of a step, for each chip
+_TOKENS = (2048, 65536)  # per chip, of all rows of a step
 _PARAMETERS = (0.4e9, 75e9)
 
 
@@ -84,7 +85,7 @@ class Pair:
 
     @property
     def base(self) -> ModelConfig:
-        """The architecture."""
+        """Returns the architecture."""
         family, sizes = _SIZES[self.model]
         raw = {"model_type": family} | dict(zip(_FIELDS, sizes, strict=True)) | _MORE.get(self.model, {})
         raw |= {"num_hidden_layers": self.layers, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6}
@@ -94,7 +95,7 @@ class Pair:
 
     @property
     def config(self) -> RunConfig:
-        """The run, with the paper's two mechanisms, as in the table of `benchmarks/pods.py`."""
+        """Returns the run, with the paper's two mechanisms, as in `benchmarks/pods.py`."""
         train = TrainConfig(batch_size=self.rows)
         return RunConfig(train=train, mask=MaskConfig("soft"), step_scale=StepScaleConfig("homogeneity"))
 
@@ -107,7 +108,7 @@ KNOWN = (
 
 
 def drawn(seed: int) -> Iterator[Pair]:
-    """Pairs without end; a pair is left out if no layout is estimated to fit."""
+    """Yields pairs without end; a pair is left out if no layout is estimated to fit."""
     random_ = random.Random(seed)
     while True:
         pair = _draw(random_)
@@ -116,7 +117,7 @@ def drawn(seed: int) -> Iterator[Pair]:
 
 
 def _draw(random_: random.Random) -> Pair | None:
-    """One pair; None if its model or its rows are out of range."""
+    """Returns a pair, or None if its model or its rows are out of range."""
     mixture = random_.random() < _MIXTURES
     models = sorted(name for name, (family, _) in _SIZES.items() if (family in _OF_EXPERTS) == mixture)
     model, machine = random_.choice(models), random_.choice(_MACHINES)

@@ -1,12 +1,12 @@
 """The table of docs/pods.md: models on pods, by the real compilers (no TPU and no GPU is used).
 
-    pip install '.[tpu]' && python benchmarks/pods.py --platform tpu       # in an environment of its own
+    pip install '.[tpu]' && python benchmarks/pods.py --platform tpu       # in a separate environment
     pip install '.[cuda]' && python benchmarks/pods.py --platform gpu      # in another one
-    python benchmarks/pods.py --page                                       # the page alone, from what is recorded
+    python benchmarks/pods.py --page                                       # only the page, from the record
 
-Each entry is `nalora plan` with the defaults that a user gets, and the paper's two mechanisms on: 4,096 tokens a row,
-one row a chip, rank 8 on every projection of the FFNs, mesh and rematerialisation chosen. Entries that are recorded
-are not compiled again (--again).
+Each entry is `nalora plan` with the user's defaults and the paper's two mechanisms on: 4,096 tokens
+a row, one row a chip, rank 8 on every projection of the FFNs, automatic mesh and rematerialization.
+Recorded entries are not compiled again (unless --again).
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ RECORD = Path(__file__).parent / "results" / "pods.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
 START, END = "<!-- table: benchmarks/pods.py -->", "<!-- end of table -->"
 MODELS = ("llama-3.1-8b", "llama-3.1-70b", "gemma-3-27b", "qwen3-32b", "mixtral-8x7b")
-MECHANISMS = ("--mask", "soft", "--step-scale", "homogeneity")  # named, whatever the defaults are
+MECHANISMS = ("--mask", "soft", "--step-scale", "homogeneity")  # explicit, independent of defaults
 TOPOLOGIES = {"tpu": ("v5e:16x16", "v6e:16x16", "v5p:8x8x16"), "gpu": ("8xh100", "64xh100")}
 
 
 def recorded() -> dict[tuple[str, str], dict[str, Any]]:
-    """The newest entry of each model and topology."""
+    """Returns the newest entry of each model and topology."""
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
     found = [json.loads(line) for line in lines]
     return {(entry["model"], entry["topology"]): entry for entry in found}
 
 
 def compile_entry(model: str, topology: str) -> bool:
-    """Adds an entry to the record, in a process of its own; whether that worked."""
+    """Adds an entry to the record in a separate process; returns True on success."""
     command = [sys.executable, "-m", "nalora_jax", "plan", "--model", model, "--topology", topology, *MECHANISMS]
     finished = subprocess.run([*command, "--json", str(RECORD)], check=False)
     return finished.returncode == 0
 
 
 def table() -> str:
-    """Markdown, a row for each entry."""
+    """Returns Markdown with a row for each entry."""
     entries = recorded()
     lines = [
         "| model | machine | data x fsdp x tensor, remat | GB a chip (limit) "

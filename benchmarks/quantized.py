@@ -1,11 +1,12 @@
-"""Quantized base weights against bfloat16: bytes, peak memory, training speed, and quality on two tasks.
+"""Quantized base weights against bfloat16: bytes, peak memory, speed, and quality on two tasks.
 
     python benchmarks/quantized.py                       # bfloat16, int8, nf4: some minutes each on two cores
-    python benchmarks/quantized.py --kinds bfloat16 nf4  # some of them; what the result file has of others is kept
+    python benchmarks/quantized.py --kinds bfloat16 nf4  # some of them; recorded results of others are kept
 
-Each kind is a process of its own: SmolLM2-135M-Instruct is loaded (quantized tensor by tensor), asked held-out
-questions of two tasks, fine-tuned on the first of them for a few steps, and asked again. The same questions, data order
-and adapters throughout, so that differences between kinds come from the weights alone.
+Each kind is a separate process: SmolLM2-135M-Instruct is loaded (quantized tensor by tensor),
+evaluated on held-out questions of two tasks, fine-tuned on the first of them for a few steps, and
+evaluated again. Questions, data order and adapters are equal, so that differences between kinds
+come from the weights alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One kind: load, ask, train, ask again."""
+    """Returns the record of one kind: loads, evaluates, trains and evaluates again."""
     from nalora_jax import config as c
     from nalora_jax import distributed
     from nalora_jax.data.pipeline import train_data
@@ -80,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     record["training"] = {
         "tokens_per_second": summary([options.batch * config.data.max_length / s for s in seconds[2:]]),
-        "peak_mb": peak_rss_mb(),  # before any question is asked
+        "peak_mb": peak_rss_mb(),  # before evaluation
         "last_loss": loss,
     }
     record["before"] = {task: asked.measure(loaded.params, None) for task, asked in evaluators.items()}
@@ -89,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sizes(params: Any) -> dict[str, int]:
-    """Bytes of the projections' kernels, of the embedding, and of everything."""
+    """Returns the bytes of the projections' kernels, of the embedding, and of all weights."""
     from nalora_jax import trees
 
     flat = {path: leaf.nbytes for path, leaf in trees.flatten(params).items()}
@@ -98,7 +99,7 @@ def sizes(params: Any) -> dict[str, int]:
 
 
 def rows(record: Mapping[str, Any]) -> list[Row]:
-    """One row for each kind beside bfloat16: bytes of the projections' kernels."""
+    """Returns a row per kind, compared with bfloat16: bytes of the projections' kernels."""
     plain = record["cases"]["bfloat16"]["bytes"]["kernels"] if "bfloat16" in record["cases"] else None
     return [
         Row(
@@ -114,9 +115,12 @@ def rows(record: Mapping[str, Any]) -> list[Row]:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """The result as Markdown, a row for each kind: loading is growth of the process, peak that of training."""
+    """Returns the results as Markdown, a row for each kind.
+
+    Loading is the growth of the process's memory, peak is the peak of training.
+    """
     kinds = {kind: record["cases"][kind] for kind in KINDS if kind in record["cases"]}
-    plain = kinds["bfloat16"]["bytes"] if "bfloat16" in kinds else None  # may not have been measured here
+    plain = kinds["bfloat16"]["bytes"] if "bfloat16" in kinds else None  # may not be measured
 
     def megabytes(size: Mapping[str, int], what: str) -> str:
         share = f" ({size[what] / plain[what]:.2f})" if plain else ""

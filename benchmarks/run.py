@@ -1,16 +1,17 @@
-"""Every benchmark of this library, and the page docs/benchmarks.md made from what they measured.
+"""Runs the benchmarks of this library and writes the page docs/benchmarks.md.
 
     python benchmarks/run.py                               # all parts (hours), then a page of your figures
     python benchmarks/run.py --only overhead load_time     # some parts
-    python benchmarks/run.py --quick                       # one short round of everything, to see that it works
-    python benchmarks/run.py --publish                     # your figures replace the committed ones; measures nothing
+    python benchmarks/run.py --quick                       # one short round of every part, as a test
+    python benchmarks/run.py --publish                     # your figures replace the committed ones; no measurement
     python benchmarks/run.py --page                        # docs/benchmarks.md again, from the committed figures
 
-Each part is a command of its own, which measures this library and what a user would pick instead side by side and puts
-raw figures into benchmarks/results/own/<machine>/<part>.json, which git ignores: the committed ones, and the page made
-of them, stay until --publish (with --only, of some parts). A part that fails is reported, and the others go on. Peers
-come with the extra `bench`; those that want an environment of their own are named by --lm-eval-python, --tunix-python,
---easydel-python, --trl-path and --tpu-path: see the help of the parts multiple_choice, peers, packed and tpu.
+Each part is a separate command, which measures this library next to the library that a user would
+choose instead and writes raw figures to benchmarks/results/own/<machine>/<part>.json, which git
+ignores. The committed figures and their page do not change until --publish (with --only, of some
+parts). A failed part is reported, and the others continue. Peers come with the extra `bench`; the
+options --lm-eval-python, --tunix-python, --easydel-python, --trl-path and --tpu-path name the peers
+that need a separate environment: see the help of the parts multiple_choice, peers, packed and tpu.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Part:
 
 
 def _lines(*patterns: str) -> tuple[str, ...]:
-    """Argument lines, each pattern with both dtypes in place of "{dtype}"."""
+    """Returns argument lines, each pattern with both dtypes in place of "{dtype}"."""
     return tuple(dict.fromkeys(pattern.format(dtype=dtype) for pattern in patterns for dtype in DTYPES))
 
 
@@ -90,7 +91,7 @@ NAMES = tuple(part.name for part in PARTS)
 
 
 def measure(part: Part, options: argparse.Namespace) -> bool:
-    """Runs all lines of a part; whether every one succeeded."""
+    """Runs all lines of a part; returns True if all succeeded."""
     where = {  # by the start of a line
         "multiple_choice": ["--peer-python", options.lm_eval_python],
         "peers --peer Tunix": ["--peer-python", options.tunix_python],
@@ -117,7 +118,7 @@ def measure(part: Part, options: argparse.Namespace) -> bool:
 
 
 def publish(names: Sequence[str], own: Path = common.OWN, published: Path = common.PUBLISHED) -> list[Path]:
-    """Replaces the committed figures by those of ``own``, case by case; returns the files that were written."""
+    """Replaces the committed figures by those in ``own``, by case; returns the written files."""
     written = []
     for path in sorted(own.glob("*/*.json")):
         if path.stem.removesuffix("_search") not in names:
@@ -132,7 +133,7 @@ def publish(names: Sequence[str], own: Path = common.OWN, published: Path = comm
 
 
 def draw(written: Sequence[Path]) -> None:
-    """The plots of the parts that have one."""
+    """Draws the plots of the parts that have a plot."""
     for path in written:
         module = importlib.import_module(path.stem) if path.stem in NAMES else None
         if hasattr(module, "plot"):
@@ -140,7 +141,7 @@ def draw(written: Sequence[Path]) -> None:
 
 
 def write_pages() -> None:
-    """docs/benchmarks.md and notes/figures.md from the committed figures."""
+    """Writes docs/benchmarks.md and notes/figures.md from the committed figures."""
     for path, text in ((pages.PAGE, pages.render(NAMES)), (pages.FIGURES, pages.details(NAMES))):
         path.write_text(text)
         print("wrote", path)

@@ -1,4 +1,4 @@
-"""How measured figures are written: rows with what was required, what was measured, and whether that is met."""
+"""Tables of measured figures: rows with requirement, measurement and verdict."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from common import values
 
 @dataclass(frozen=True)
 class Limit:
-    """What a ratio has to be."""
+    """Required bound of a ratio."""
 
     value: float
     kind: str  # "at least" or "at most"
 
     def holds(self, ratio: float) -> bool:
-        """Whether ``ratio`` keeps to it."""
+        """Returns True if ``ratio`` is within the limit."""
         return ratio >= self.value if self.kind == "at least" else ratio <= self.value
 
     def __str__(self) -> str:
@@ -38,25 +38,25 @@ def at_most(value: float) -> Limit:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure."""
+    """A measured figure with its requirement."""
 
     what: str
     ours: str
     other: str
     ratio: float
-    limit: Limit | None = None  # None: nothing was required
-    spread: str = ""  # of the ratio, where it was measured in pairs
+    limit: Limit | None = None  # None: no requirement
+    spread: str = ""  # of the ratio, if measured in pairs
 
     @property
     def verdict(self) -> str:
-        """Whether the requirement is met, in one word."""
+        """Returns the verdict on the requirement in one word."""
         return "" if self.limit is None else "met" if self.limit.holds(self.ratio) else "**missed**"
 
 
 def compared(
     what: str, ours: Sequence[float], other: Sequence[float], limit: Limit | None, *, digits: int = 0, unit: str = ""
 ) -> Row:
-    """A row of two sets of repeated measurements; its ratio is that of the medians."""
+    """Returns a row of two sets of repeated measurements, with the ratio of their medians."""
     ratio = statistics.median(ours) / statistics.median(other)
     return Row(what, spread(ours, digits, unit), spread(other, digits, unit), ratio, limit)
 
@@ -71,20 +71,20 @@ def compared_runs(
     digits: int = 0,
     unit: str = "",
 ) -> Row:
-    """`compared` on field ``key`` of this library's runs and of those named ``other``."""
+    """Returns `compared` on field ``key`` of the runs of this library and of ``other``."""
     ours, theirs = (values(runs[name], key) for name in ("nalora_jax", other))
     return compared(what, ours, theirs, limit, digits=digits, unit=unit)
 
 
 def spread(measured: Sequence[float], digits: int = 0, unit: str = "") -> str:
-    """Median with minimum and maximum: "630 (612 to 655)"; one value alone without them."""
+    """Returns the median with minimum and maximum, "630 (612 to 655)"; a single value alone."""
     middle, low, high = (f"{f(measured):,.{digits}f}" for f in (statistics.median, min, max))
     unit = f" {unit}" if unit else ""
     return f"{middle}{unit}" if low == high else f"{middle}{unit} ({low} to {high})"
 
 
 def requirements(rows: Iterable[Row], *, ours: str = "nalora_jax", other: str = "peer") -> str:
-    """Markdown of rows with their ratios and requirements."""
+    """Returns Markdown of rows with their ratios and requirements."""
     return markdown(
         ("what", ours, other, "ratio", "required", ""),
         [
@@ -100,19 +100,19 @@ def requirements(rows: Iterable[Row], *, ours: str = "nalora_jax", other: str = 
 
 
 def ratio_text(value: float) -> str:
-    """A ratio with the digits that matter."""
+    """Returns a ratio with its significant digits."""
     digits = 3 if 0.9 < value < 1.1 or value < 0.1 else 2
     return f"{value:.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def has_amx(case: Mapping[str, Any]) -> bool:
-    """Whether a case was measured on a CPU with AMX for bfloat16, for which other figures are required."""
+    """Returns True if a case ran on a CPU with AMX for bfloat16, which has other requirements."""
     return machines.instructions(case["machine"]) == "amx"
 
 
@@ -120,7 +120,7 @@ _WORDS = {"amx": "AMX", "avx512-bf16": "AVX512-BF16", "avx512": "AVX-512", "avx2
 
 
 def machine(case: Mapping[str, Any]) -> str:
-    """The accelerators of a case; or its CPU in words: name, generation if recorded, what it multiplies with."""
+    """Returns a case's accelerators, or its CPU: name, generation if recorded, instructions."""
     found = case["machine"]
     if found.get("accelerator"):
         return str(found["accelerator"])
@@ -130,5 +130,8 @@ def machine(case: Mapping[str, Any]) -> str:
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Slope of log cost over log size between the last two points: 1 is linear growth, 2 quadratic."""
+    """Returns the slope of log cost over log size between the last two points.
+
+    1 is linear growth, 2 quadratic.
+    """
     return math.log(costs[-1] / costs[-2]) / math.log(sizes[-1] / sizes[-2])

@@ -1,11 +1,12 @@
-"""Tokens per second of tokenizing training data, compared with ``encode_batch`` of the tokenizers library.
+"""Tokens per second of tokenizing training data, against the tokenizers library.
 
     python benchmarks/tokenizing.py --records 20000
 
-Records are chats of four turns (loss on the last answer) and prompts with completions, of words drawn from a list of
-5,000. Ours also finds the boundaries of the answers and puts mask and end on the ids. Both sides get rendered texts;
-rendering, and the path from records to the cache, are measured separately. Figures are the best of several
-repetitions, in turns, on all cores.
+The comparison is with the library's ``encode_batch``. Records are chats of four turns (loss on the
+last completion) and prompts with completions, of words drawn from a list of 5,000. This library
+also finds the boundaries of the completions and adds loss mask and end token. Both sides get
+rendered texts; rendering, and the path from records to the cache, are measured separately. Figures
+are the best of several repetitions, in turns, on all cores.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ CHUNK = 2048
 
 
 def words(rng: np.random.Generator, count: int) -> str:
-    """A text of ``count`` words, every tenth with a comma."""
+    """Returns a text of ``count`` words, every tenth with a comma."""
     drawn = rng.zipf(1.3, count) % 5000
     return " ".join(f"{VOCABULARY[n]}," if i % 10 == 9 else VOCABULARY[n] for i, n in enumerate(drawn))
 
 
 def chat(rng: np.random.Generator) -> dict:
-    """A conversation of four turns."""
+    """Returns a conversation of four turns."""
     turns = [("user", 30), ("assistant", 60), ("user", 20), ("assistant", 60)]
     return {"messages": [{"role": role, "content": words(rng, size)} for role, size in turns]}
 
 
 def completion(rng: np.random.Generator) -> dict:
-    """A prompt and its completion."""
+    """Returns a prompt and its completion."""
     return {"prompt": f"{words(rng, 100)}\nAnswer:", "completion": f" {words(rng, 40)}"}
 
 
 def best(repeats: int, *functions: Callable[[], object]) -> list[float]:
-    """The least seconds of each function, which run in turns."""
+    """Returns the minimum seconds of each function, which run in turns."""
     seconds = [[] for _ in functions]
     for _ in range(repeats):
         for function, times in zip(functions, seconds, strict=True):

@@ -1,21 +1,22 @@
-"""What the mechanisms cost on a TPU, and what an 8B model needs there, by the real TPU compiler (no TPU is used).
+"""Cost of the mechanisms and memory of an 8B model on a TPU, by the real compiler.
 
     pip install --no-deps --target tpu libtpu==0.0.42.1         # the version that `jax[tpu]` asks for
     python benchmarks/tpu.py --tpu-path tpu
 
-Compiles the training step for v5e and v5p topologies with Llama-3.1-8B shapes, rank 8 on gate and up, FSDP over all
-chips, rematerialisation per layer, bfloat16:
+No TPU is used. Compiles the training step for v5e and v5p topologies with Llama-3.1-8B shapes, rank
+8 on gate and up, FSDP over all chips, rematerialization per layer, bfloat16:
 
-- flops and bytes accessed of NA-LoRA over LoRA: XLA counts a loop's body once, so that programs of two small unrolled
-  depths are compiled and the whole model's figure extrapolated from them; the loss is one chunk for the same reason.
-  What the compiler adds by its schedule is switched off for them: moves between a chip's two memories, each counted
-  three times, products looped over the shards of a kernel, counted once, and gathers in flight under a product,
-  counted with all their buffers. They hold a third to a half of the bytes and change by 10% with any change of the
-  program, in both directions. "As scheduled" has them;
-- temporary memory per chip of both whole programs (32 layers, scanned), beside the chip's memory.
+- flops and bytes accessed of NA-LoRA over LoRA: XLA counts a loop's body once, so programs of two
+  small unrolled depths are compiled and the model's figure is extrapolated; for the same reason the
+  loss is one chunk. Three effects of the compiler's schedule are switched off: moves between a
+  chip's two memories, each counted three times; matmuls in a loop over the shards of a kernel,
+  counted once; and gathers overlapped with a matmul, counted with all their buffers. They are a
+  third to a half of the bytes and change by 10% with any change of the program, in both directions.
+  The figures "as scheduled" include them;
+- temporary memory per chip of both complete programs (32 layers, scanned), with the chip's memory.
 
-A program of a topology with few chips stands for the ratios: they do not depend on the number of chips that share the
-batch.
+Topologies with few chips are enough for the ratios, which do not depend on the number of chips that
+share the batch.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ LLAMA = {
 }
 CHIP_BYTES = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9}
 WHAT = ("costs", "scheduled", "memory")
-# What each fusion reads and writes, once, and nothing else.
+# Reads and writes of each fusion, once, and no others.
 UNSCHEDULED = {
     "xla_msa_enable": "false",
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
@@ -62,7 +63,7 @@ UNSCHEDULED = {
 
 
 def topology_mesh(name: str) -> Any:
-    """A mesh of the abstract chips of a topology, all of them on the axis "fsdp"."""
+    """Returns a mesh of the topology's abstract chips, all of them on the axis "fsdp"."""
     from jax.experimental import topologies
 
     from nalora_jax import distributed
@@ -82,7 +83,7 @@ def program(
     unroll: bool,
     compiler: dict[str, str] | None = None,
 ) -> Any:
-    """The compiled training step."""
+    """Returns the compiled training step."""
     from flax import linen as nn
 
     scan = partial(nn.scan, unroll=layers) if unroll else nn.scan
@@ -147,7 +148,7 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
 def costs(
     topology: str, rows: int, seq: int, depths: tuple[int, int], compiler: dict[str, str] | None
 ) -> dict[str, dict[str, float]]:
-    """Flops and bytes accessed per chip of the whole model, by method."""
+    """Returns the model's flops and bytes accessed per chip, by method."""
     found = {}
     for method in ("lora", "nalora"):
         few, more = (
@@ -161,7 +162,7 @@ def costs(
 
 
 def memory(topology: str, rows: int, seq: int, layers: int) -> dict[str, dict[str, int]]:
-    """Bytes per chip of the whole program, by method."""
+    """Returns the bytes per chip of the complete program, by method."""
     found = {}
     for method in ("lora", "nalora"):
         analysis = program(method, layers, topology, rows, seq, unroll=False).memory_analysis()
@@ -173,7 +174,7 @@ def memory(topology: str, rows: int, seq: int, layers: int) -> dict[str, dict[st
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Costs of NA-LoRA over LoRA, and memory beside that of the chip."""
+    """Returns costs of NA-LoRA over LoRA, and memory with the chip's capacity."""
     found_rows = []
     for case, found in record["cases"].items():
         ours, other = found["nalora"], found["lora"]
@@ -194,7 +195,7 @@ def rows(record: dict[str, Any]) -> list[Row]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), ours="NA-LoRA", other="LoRA")
 
 

@@ -1,14 +1,16 @@
-"""Whether a hand-written kernel could win: one adapted FFN on a TPU, by the compiler's estimate, against the limit.
+"""Headroom for a hand-written kernel: one adapted FFN on a TPU, estimate against the limit.
 
     python benchmarks/tpu_ffn.py --tpu-path tpu
 
-Compiles the gated FFN of Llama-3.1-8B (rank 8 on gate and up, mask and statistics as in training, bfloat16) for one
-chip: forward, and a backward pass that makes the forward again, as in the training step. The compiler's estimate of
-every fusion, in cycles, is summed by kind. Beside it stand two limits:
+Compiles the gated FFN of Llama-3.1-8B (rank 8 on gate and up, mask and statistics as in training,
+bfloat16) for one chip: forward, and a backward pass with rematerialization of the forward, as in
+the training step. The compiler's estimate of every fusion, in cycles, is summed by kind. It is
+compared with two limits:
 
-- the matrix products alone, at the chip's peak: no kernel is faster;
-- what has to move at least, at the chip's memory bandwidth: the kernels once per product, and every array of tokens
-  once in each pass (forward x, z, u, hidden, y; backward x, z, u and the gradients of y, hidden, z, u, x).
+- the matmuls alone, at the chip's peak: no kernel is faster;
+- the minimum memory traffic, at the chip's memory bandwidth: the kernels once per matmul, and every
+  array of tokens once in each pass (forward x, z, u, hidden, y; backward x, z, u and the gradients
+  of y, hidden, z, u, x).
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from tpu import LLAMA, UNSCHEDULED
 TITLE = "One FFN on a TPU against the limit"
 SHORT = "One FFN, the limit"
 RANK = 8
-PRODUCTS = 8  # forward 3, made again 2 (the output is not needed), backward 3: kernels have no gradients
-# Peak bfloat16 flops a second, bytes a second, cycles a second (peak / flops a cycle of the matrix units).
+PRODUCTS = 8  # forward 3, rematerialized 2 (output unused), backward 3: kernels have no gradients
+# Peak bfloat16 flops a second, bytes a second, cycles a second (peak / flops a cycle of the matrix
+# units).
 CHIPS = {"v5e": (197e12, 819e9, 1.5e9), "v5p": (459e12, 2765e9, 1.75e9)}
 
 
 def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any:
-    """One adapted FFN, forward and backward, on one chip of ``topology``."""
+    """Returns one adapted FFN, forward and backward, on one chip of ``topology``."""
     import jax
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -72,7 +75,10 @@ def compiled(topology: str, tokens: int, compiler: dict[str, str] | None) -> Any
 
 
 def cycles(program: str) -> dict[str, float]:
-    """The compiler's estimates in a program's text, by kind: frozen products, passes over tokens, statistics."""
+    """Returns the compiler's estimates in a program's text by kind.
+
+    The kinds are matmuls of frozen weights, passes over tokens, and statistics.
+    """
     entry = program[program.index("\nENTRY") :]
     found: Counter[str] = Counter()
     for line in entry.splitlines():
@@ -86,7 +92,7 @@ def cycles(program: str) -> dict[str, float]:
 
 
 def measure(topology: str, tokens: int) -> dict[str, Any]:
-    """Flops, bytes and estimated seconds of the compiled block beside the least possible."""
+    """Returns flops, bytes and estimated seconds of the compiled block with their minimum."""
     d_model, d_ff = LLAMA["hidden_size"], LLAMA["intermediate_size"]
     whole, counted = compiled(topology, tokens, None), compiled(topology, tokens, UNSCHEDULED).cost_analysis()
     clock = CHIPS[topology.split(":")[0]][2]
@@ -102,7 +108,7 @@ def measure(topology: str, tokens: int) -> dict[str, Any]:
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Flops, bytes and time of each case over the least."""
+    """Returns flops, bytes and time of each case over the minimum."""
     found_rows = []
     for case, found in record["cases"].items():
         flops, bandwidth, _ = CHIPS[found["settings"]["topology"].split(":")[0]]
@@ -125,7 +131,7 @@ def _ms(seconds: float) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), ours="XLA's program", other="limit")
 
 

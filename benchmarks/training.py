@@ -3,8 +3,9 @@
     python benchmarks/training.py --dtype bfloat16 --batch 8 --seq 128 --steps 8
     python benchmarks/training.py --dtype bfloat16 --method nalora
 
-Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M with random weights (real ones with --model).
-The last line printed is a JSON object: tokens per second of each step, losses, peak memory, settings.
+Rank 8 on gate, up and down, AdamW, loss on all tokens, SmolLM2-135M with random weights (real ones
+with --model). The last line printed is a JSON object: tokens per second of each step, losses, peak
+memory, settings.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any:
-    """The settings of this work, with one of `methods.METHODS`."""
+    """Returns the settings of this work, with one of `methods.METHODS`."""
     from nalora_jax import config as c
 
     config = c.RunConfig(
@@ -56,7 +57,10 @@ def run_config(options: argparse.Namespace, *, method: str | None = None) -> Any
 
 
 def without_statistics(step: Any) -> Any:
-    """A step of plain LoRA that measures no gates: what reads them is no output, so the compiler drops it."""
+    """Returns a plain LoRA step without gate statistics.
+
+    Outputs that depend on the statistics are removed, so that the compiler drops their computation.
+    """
     import jax
 
     def plain(params: Any, state: Any, batch: Any) -> Any:
@@ -67,7 +71,7 @@ def without_statistics(step: Any) -> Any:
 
 
 def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
-    """Architecture and weights."""
+    """Returns architecture and weights."""
     import jax
 
     from nalora_jax.models.config import ModelConfig
@@ -82,7 +86,7 @@ def base_model(options: argparse.Namespace, mesh: Any) -> tuple[Any, Any]:
 
 
 def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
-    """Rows of random tokens with a target at every position but the last."""
+    """Returns rows of random tokens with a target at every position but the last."""
     rows, seq = tokens.shape
     weights = np.ones((rows, seq), np.float32)
     weights[:, -1] = 0
@@ -97,14 +101,14 @@ def batch_of(tokens: np.ndarray, mesh: Any) -> Any:
 
 
 def placed(batch: dict[str, np.ndarray], mesh: Any) -> Any:
-    """A batch of the library's pipeline, [micro-batches, rows, seq], on the mesh."""
+    """Returns a batch of the library's pipeline, [micro-batches, rows, seq], on the mesh."""
     from nalora_jax import distributed
 
     return distributed.make_global_batch(batch, mesh, rows_axis=1)
 
 
 def batches_of(options: argparse.Namespace, vocab: int, mesh: Any) -> list[Any]:
-    """The batches of all steps, the warm-up's first."""
+    """Returns the batches of all steps, the warm-up's first."""
     if options.batches:
         return [placed(batch, mesh) for batch in load_batches(options.batches)]
     steps = options.warmup + options.steps

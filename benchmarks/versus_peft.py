@@ -1,14 +1,15 @@
-"""Training speed and memory against transformers + PEFT on torch: same model, shapes and work, in one run.
+"""Training speed and memory against transformers + PEFT on torch: same model, shapes and work.
 
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x128 --rounds 2
-    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # more rounds of the same
+    python benchmarks/versus_peft.py --dtype float32 --shape 8x128 --add            # additional rounds
     python benchmarks/versus_peft.py --dtype bfloat16 --shape 8x256 --checkpointing
     python benchmarks/versus_peft.py --dtype float32 --peft-compile                # the faster way on a CPU with AMX
 
-Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings that peft_baseline.py
-knows for the dtype; with --checkpointing both make whole layers again, for the comparison of memory. Speed is
-tokens/s of all timed steps, memory the peak of the whole process. Each library runs once before, which fills the caches
-of compiled programs that both keep by default.
+Processes alternate in random order; each runs --steps timed steps. PEFT runs at the best settings
+that peft_baseline.py knows for the dtype; with --checkpointing both rematerialize whole layers, for
+the comparison of memory. Speed is tokens/s of all timed steps, memory the peak of the whole
+process. Each library runs once before, which fills the caches of compiled programs that both keep
+by default.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SHORT = "Training, PEFT"
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """Speeds first, then memory."""
+    """Returns speeds first, then memory."""
     speeds, memory = [], []
     for case, found in record["cases"].items():
         # The requirement is against the fastest of PEFT's settings.
@@ -55,7 +56,7 @@ def _memory_limit(found: dict[str, Any]) -> Limit | None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The section's Markdown."""
+    """Returns the section's Markdown."""
     return requirements(rows(record), other="PEFT")
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     if options.peft_compile is not None:
         extra.append("--compile" if options.peft_compile else "--no-compile")
     ours = ["--method", options.method, "--compilation-cache"]
-    ours += ["--remat", "full"] if options.checkpointing else []  # like for like: both make layers again
+    ours += ["--remat", "full"] if options.checkpointing else []  # both rematerialize layers
 
     def commands(steps: int) -> dict[str, list[str]]:
         return {

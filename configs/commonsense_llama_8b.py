@@ -1,16 +1,16 @@
-"""Llama-3.1-8B on commonsense-170k, for somebody who has a GPU: planned, not run.
+"""Llama-3.1-8B on commonsense-170k, for GPUs: planned, not run.
 
-The data are the 170,000 training questions of eight tasks that LLM-Adapters (arXiv 2304.01933) put together, in
-Alpaca's fields; three epochs as there. Both need access to the Hugging Face hub, the model also that its terms are
-accepted.
+The data are the 170,000 training examples of eight tasks that LLM-Adapters (arXiv 2304.01933)
+combined, in Alpaca's fields, trained for three epochs as there. Model and data need access to the
+Hugging Face hub; the model's terms must be accepted.
 
-Expected result: unknown; compare it with plain LoRA (--mask.kind off --step-scale.kind off) and with the abstract's
-mechanisms (--mask.kind soft --step-scale.kind homogeneity).
-Cost: by data sheets 20 GB and at least 0.043 s a step on each of eight H100
-(nalora plan --model llama-3.1-8b --topology 8xh100 --batch 16 --seq 512 --estimate); one takes eight times as long.
+Expected result: unknown; compare it with plain LoRA (--mask.kind off --step-scale.kind off) and
+with the abstract's mechanisms (--mask.kind soft --step-scale.kind homogeneity).
+Cost: by data sheets 20 GB and at least 0.043 s a step on each of eight H100 (nalora plan --model
+llama-3.1-8b --topology 8xh100 --batch 16 --seq 512 --estimate); one H100 takes eight times as long.
 Command: python train.py --config configs/commonsense_llama_8b.py
 
-It needs the extras cuda and datasets. Then, task by task:
+It needs the extras cuda and datasets. To evaluate each task:
 
     nalora eval runs/commonsense_llama --tasks boolq,piqa,socialiqa,hellaswag,winogrande,arc_easy,arc_challenge
 """
@@ -21,7 +21,7 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, OptimizerConfig,
 
 
 def config() -> RunConfig:
-    """Rank 32 on the feed-forward blocks, at the learning rate of LLM-Adapters, which was not tuned for this."""
+    """Returns the settings: rank 32 on the FFNs, at LLM-Adapters' learning rate, not tuned here."""
     return RunConfig(
         model="meta-llama/Llama-3.1-8B",
         output="runs/commonsense_llama",

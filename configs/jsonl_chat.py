@@ -1,6 +1,7 @@
-"""A template for your own conversations: a JSONL file of chat messages, loss on every assistant turn.
+"""Template for chat data: a JSONL file of chat messages, loss on every assistant turn.
 
-Expected result: a held-out loss below the base model's; the report compares answers before and after.
+Expected result: a held-out loss below the base model's; the report compares samples before and
+after training.
 Cost: set by your data and --steps.
 Command: python train.py --config configs/jsonl_chat.py --data.dataset chats.jsonl
 
@@ -17,7 +18,7 @@ from nalora_jax.config import DataConfig, LoRAConfig, LoRARule, RunConfig
 
 
 def config() -> RunConfig:
-    """Adapters on feed-forward and attention, 300 steps."""
+    """Returns the settings: adapters on feed-forward and attention, 300 steps."""
     rules = (LoRARule("ffn/(gate|up|down)_proj", rank=16), LoRARule("attn/(q|v)_proj", rank=8))
     data = DataConfig(
         dataset="chats.jsonl",

@@ -1,13 +1,17 @@
-"""LLaVA 1.5 7B on conversations about images, NA-LoRA on the language model's feed-forward blocks and on the projector.
+"""LLaVA 1.5 7B on conversations about images, NA-LoRA on the FFNs and the projector.
 
-Expected: what fine-tuning LLaVA with LoRA gives on the same chats; not measured here, where the weights cannot be had.
-Cost: 14 GB of weights in bfloat16; an image is 576 tokens, so a row of 2,048 holds at most three.
+The FFNs are the language model's.
+
+Expected result: similar to fine-tuning LLaVA with LoRA on the same chats. Not measured, because the
+weights could not be downloaded here.
+Cost: 14 GB of weights in bfloat16; an image is 576 tokens, so a row of 2,048 fits at most three.
 
     nalora train --config configs/llava_chat.py --data.dataset chats.jsonl --output runs/llava
     nalora generate runs/llava --image cat.jpg --prompt "What is this?"
 
-Needs `pip install 'nalora_jax[vision]'`. A line of the file is a conversation in OpenAI's form or in LLaVA's; images
-are named by paths below the file's folder. The image tower too: --lora.rules "ffn:8", which matches in all parts.
+Needs `pip install 'nalora_jax[vision]'`. A line of the file is a conversation in OpenAI's form or
+in LLaVA's; images are named by paths below the file's folder. To train the image tower as well:
+--lora.rules "ffn:8", which matches in all parts.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from nalora_jax.config.vision import VisionConfig
 
 
 def config() -> RunConfig:
-    """The run."""
+    """Returns the settings of the run."""
     return RunConfig(
         model="llava-hf/llava-1.5-7b-hf",
         output="runs/llava_chat",

@@ -1,7 +1,8 @@
-"""The main job with plain LoRA: all mechanisms off, everything else equal. The run to compare NA-LoRA with.
+"""The main job with plain LoRA: all mechanisms off, other settings equal; the baseline of NA-LoRA.
 
-Expected result: near the main job's; which of the two is better is a question for paired seeds, not for one run.
-Cost: that of the main job.
+Expected result: near the main job's; only paired seeds, not one run, show which of the two is
+better.
+Cost: equal to the main job's.
 Command: python train.py --config configs/lora_baseline.py
 """
 
@@ -11,5 +12,5 @@ from nalora_jax.config import DataConfig, RunConfig
 
 
 def config() -> RunConfig:
-    """The main job without mechanisms."""
+    """Returns the main job without mechanisms."""
     return RunConfig(output="runs/lora", data=DataConfig(max_length=128)).without_mechanisms()

@@ -1,8 +1,8 @@
-"""The main job with the mechanisms of the paper's abstract: importance mask, step scale by homogeneity.
+"""The main job with the mechanisms of the paper's abstract: mask, step scale by homogeneity.
 
-Expected result: near the main job's, with 11% less selection misalignment (0.227 instead of 0.256 over six seeds,
-studies/full_ffn_table); docs/when.md summarizes the paired studies.
-Cost: that of the main job.
+Expected result: near the main job's, with 11% less selection misalignment (0.227 instead of 0.256
+over six seeds, studies/full_ffn_table); docs/when.md summarizes the paired studies.
+Cost: equal to the main job's.
 Command: python train.py --config configs/nalora.py
 """
 

@@ -1,9 +1,10 @@
 """Runs untrusted programs, chat templates and regular expressions, in a helper process with limits.
 
-A downloaded template may loop forever or allocate all memory, and a regular expression may backtrack forever; jinja2's
-sandbox and Python's ``re`` have no limits. A helper process (`worker.py`), started at the first use, runs both with a
-deadline and little memory. A program that exceeds a limit ends the process, and the next call starts another one. A
-call takes 0.1 ms longer than in this process.
+A downloaded template may loop forever or allocate all memory, and a regular expression may
+backtrack forever; jinja2's sandbox and Python's ``re`` have no limits. A helper process
+(`worker.py`), started at the first use, runs both with a deadline and little memory. A program that
+exceeds a limit ends the process, and the next call starts another one. A call takes 0.1 ms longer
+than in this process.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any, Literal
 from nalora_jax.bounded.worker import MEMORY
 
 SECONDS = 6.0  # for a call; templates and expressions of real models need a thousandth of it
-# Processor time of all texts of a template, since a data set renders every record: fixed, and per text. Templates of
-# real models need a hundredth of it.
+# Limit of the processor time of all texts of a template, since a data set renders every record:
+# fixed, and per text. Templates of real models need a hundredth of it.
 _TOTAL_SECONDS, _TEXT_SECONDS = 10.0, 0.05
 _MAX_TEXT = 4_000_000  # characters of a rendered text: a million tokens
-_SHORT_TEXT, _LONGER = 65_536, 32  # characters that every text may have, and its length over its variables'
+_SHORT_TEXT, _LONGER = 65_536, 32  # limit of short texts, and limit per character of variables
 _START_SECONDS = 60.0  # for the helper process to start on a busy machine
 _MAX_ANSWER = 256 << 20  # bytes
 # Expressions that match in time proportional to the text: names, dots, escapes and anchors without repetition, and at
@@ -40,7 +41,7 @@ _FEW = 1_000_000  # pairs of an expression and a name that are matched in this p
 
 
 class BoundedError(Exception):
-    """Reports a program's error, or the limit that it exceeded."""
+    """A program's error, or the limit that it exceeded."""
 
 
 def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -118,7 +119,7 @@ class _Helper:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # id of the process that started it: a fork must not use its parent's helper
+        self._owner = 0  # id of its parent process: a fork must not use its parent's helper
         self._template: str | None = None  # compiled in the helper
         self._spent: dict[str, tuple[int, float]] = {}  # number of texts and seconds, by template
 
@@ -137,7 +138,7 @@ class _Helper:
             return texts
 
     def charge(self, template: str, texts: int, seconds: float) -> None:
-        """Adds up the time of a template's texts, and raises a `BoundedError` if it is too long."""
+        """Adds up the time of a template's texts; raises a `BoundedError` above the limit."""
         before, spent = self._spent.get(template, (0, 0.0))
         count, total = self._spent[template] = before + texts, spent + seconds
         if total > _TOTAL_SECONDS + _TEXT_SECONDS * count:
@@ -205,7 +206,7 @@ class _Helper:
         return answer["answer"]
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        """Returns the next line of the process, which is ended if none comes in time."""
+        """Returns the next line of the process, or ends the process if none comes in time."""
         assert self._process is not None
         assert self._process.stdout is not None
         pipe, deadline, parts, size = self._process.stdout.fileno(), time.monotonic() + seconds, [], 0

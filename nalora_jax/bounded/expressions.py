@@ -13,7 +13,8 @@ from nalora_jax.errors import NaloraError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Of Qwen, Llama 3 and CLIP, as published: they need no trial, for which the helper process would have to start.
+# Expressions of Qwen, Llama 3 and CLIP, as published: trusted, so that the helper process need not
+# start.
 _KNOWN = frozenset(
     {
         rf"{_CONTRACTIONS}|\p{{N}}{_REST}",
@@ -22,7 +23,7 @@ _KNOWN = frozenset(
         r"\s+",
     }
 )
-# 2 kB of words, numbers, marks, white space and other scripts, and of one character many times.
+# 2 kB of words, numbers, marks, white space and other scripts, and long repetitions of a character.
 SAMPLE = (
     "The quick brown fox's 1234567 jumps, isn't it?  \t(x_1 += 0.5e-3;)\r\n\r\n  def f(x):\n\t\treturn {x: [1, 2]}\n"
     "Ünïcode über straße, Привет мир, 東京は夜の七時, مرحبا, 🙂🙂 https://example.org/a/b-c?d=e&f=g#h\n"
@@ -30,14 +31,15 @@ SAMPLE = (
 
 
 def check_expressions(raw: Any, where: str) -> None:
-    """Refuses a parsed ``tokenizer.json`` whose regular expressions do not split 2 kB of text in seconds.
+    """Refuses a ``tokenizer.json`` whose expressions do not split 2 kB of text in seconds.
 
     Args:
-      raw: the parsed file, of any content; the tokenizers library judges everything but expressions.
+      raw: the parsed file, of any content; the tokenizers library checks everything except
+        expressions.
       where: the file, for the message.
 
     Raises:
-      NaloraError: they exceed the helper process's time or memory.
+      NaloraError: an expression exceeds the helper process's time or memory.
     """
     found = [one for one in _expressions(raw) if one not in _KNOWN]
     if not found:

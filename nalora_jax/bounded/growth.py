@@ -13,7 +13,8 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 
-# A space becomes three bytes, a ligature eighteen letters; ALBERT's rules, one after another, come to some 970.
+# A space becomes three bytes, a ligature eighteen letters; ALBERT's rules in sequence reach about
+# 970.
 LONGEST, TOKENS = 1024.0, 4096
 _UNICODE = {"NFKC": 18.0, "NFKD": 18.0, "NFC": 3.0, "NFD": 4.0, "Lowercase": 3.0, "ByteLevel": 2.0}
 
@@ -22,12 +23,13 @@ def check_growth(raw: Any, where: str) -> None:
     """Refuses a parsed ``tokenizer.json`` whose rules can lengthen a text without reasonable bound.
 
     Args:
-      raw: the parsed file, of any content; the tokenizers library judges everything but these rules.
+      raw: the parsed file, of any content; the tokenizers library checks everything except these
+        rules.
       where: the file, for the message.
 
     Raises:
-      NaloraError: normalizer or decoder can make a text more than 1,024 times as long, or the post-processor adds
-        more than 4,096 tokens to each.
+      NaloraError: normalizer or decoder can make a text more than 1,024 times as long, or the
+        post-processor adds more than 4,096 tokens to each text.
     """
     if not isinstance(raw, Mapping):
         return
@@ -48,7 +50,7 @@ def check_growth(raw: Any, where: str) -> None:
 
 
 def _growth(rule: Any) -> float:
-    """The largest ratio of bytes after ``rule`` to bytes before it."""
+    """Returns the largest ratio of bytes after ``rule`` to bytes before it."""
     if not isinstance(rule, Mapping):
         return 1.0
     product = 1.0
@@ -72,21 +74,24 @@ def _replacement(pattern: Any, content: Any) -> float:
     text = pattern.get("String") if isinstance(pattern, Mapping) else None
     if isinstance(text, str) and text:
         return max(1.0, size / len(text.encode(errors="replace")))
-    return 1.0 + size  # a regular expression may match nothing, between any two bytes
+    return 1.0 + size  # a regular expression may match the empty text between any two bytes
 
 
 def _precompiled(text: Any) -> float:
-    """By SentencePiece's table: the size of a trie, the trie, then the replacements, each ended by a zero."""
+    """Returns the length of the longest replacement in SentencePiece's table, at least 1.
+
+    The table contains the size of a trie, the trie, and replacements that each end with a zero.
+    """
     try:
         table = base64.b64decode(text, validate=True)
     except (TypeError, ValueError, binascii.Error):
-        return 1.0  # the library says so itself
+        return 1.0  # the library reports the error
     replacements = table[4 + int.from_bytes(table[:4], "little") :]
     return float(max(1, max(map(len, replacements.split(b"\0")), default=1)))
 
 
 def _added(rule: Any) -> int:
-    """Tokens that a post-processor adds to one text."""
+    """Returns the number of tokens that a post-processor adds to a text."""
     if not isinstance(rule, Mapping):
         return 0
     inner = rule.get("processors")

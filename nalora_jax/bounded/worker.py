@@ -1,7 +1,8 @@
-"""Helper process of `bounded`: renders chat templates and matches regular expressions, one request per line.
+"""Helper process of `bounded`: renders chat templates and matches regular expressions.
 
-It is run by its path and imports no module of this library, so that it starts in 0.1 s. It runs untrusted programs: it
-has little memory, an alarm ends it if a request takes too long, and its only output is its answers.
+Each line of standard input is one request. The file is run by its path and imports no module of
+this library, so that it starts in 0.1 s. It runs untrusted programs: it has little memory, an alarm
+ends it if a request takes too long, and its only output is its answers.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The command line: flags, and what each verb does."""
+"""The command line: flags and subcommands."""

@@ -1,4 +1,4 @@
-"""``nalora chat``: a conversation at the terminal, or with lines that come from a pipe."""
+"""``nalora chat``: a conversation at the terminal, or with lines from a pipe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HELP = """\
 
 @dataclass(frozen=True)
 class ChatArgs:
-    """Talk to a model, or to a model with an adapter; /help lists what can be typed besides messages."""
+    """Chat with a model, or with a model and an adapter; /help lists the other inputs."""
 
     # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
     model: Positional[str]
@@ -42,7 +42,7 @@ class ChatArgs:
     adapter: Path | None = None
     # System prompt.
     system: str | None = None
-    # Tokens of an answer at most.
+    # Maximum tokens of a response.
     max_new_tokens: int = 512
     # Sampling temperature; 0 takes the likeliest token each time.
     temperature: float = 0.7
@@ -54,13 +54,13 @@ class ChatArgs:
     min_p: float = 0.0
     # Penalty of tokens that occur in the conversation; 1: none, above 1 repeats less.
     repetition_penalty: float = 1.0
-    # Seed of the sampling; the n-th answer has this one plus n.
+    # Seed of the sampling; the n-th response uses this seed plus n.
     seed: int = 0
-    # Adapters up to this rank take turns without compiling anything.
+    # Adapters up to this rank can be switched without compilation.
     max_lora_rank: int = 16
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Literal["bfloat16", "float32"] | None = None
-    # Hold the adapted model's projections quantized. By default as the run did, else not.
+    # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
@@ -77,7 +77,7 @@ RANGES = {
 
 
 def chat(args: ChatArgs) -> None:
-    """Read lines until they end; answers go to standard output as they are made, everything else to standard error."""
+    """Reads lines until end of input; streams responses to stdout and messages to stderr."""
     from nalora_jax.generate.conversation import Conversation
     from nalora_jax.load import load
 
@@ -99,7 +99,10 @@ def chat(args: ChatArgs) -> None:
 
 
 def _sees(args: ChatArgs) -> bool:
-    """Whether to load what a model sees images by: if it has that, unless the adapter's run went without."""
+    """Returns True if the image encoder is to be loaded.
+
+    It is if the model has one, unless the adapter's run did not use it.
+    """
     from nalora_jax.config.vision import VisionConfig
     from nalora_jax.load import locate
     from nalora_jax.weights.hub import resolve
@@ -108,13 +111,13 @@ def _sees(args: ChatArgs) -> bool:
     located = locate(args.model, args.adapter)
     if located.run:
         return bool(located.run.get("vision", {}).get("task", VisionConfig().task) == "chat")
-    with contextlib.suppress(NaloraError):  # a language model; or one that cannot be read, which loading says better
+    with contextlib.suppress(NaloraError):  # language model, or loading will report the error
         return read_config(resolve(located.base), images=True).sight is not None
     return False
 
 
 class _Adapters:
-    """The model with one adapter after another."""
+    """A model and its current adapter."""
 
     def __init__(self, model: AdaptedModel, mesh: Any, rank: int) -> None:
         self._model, self._mesh, self._least = model, mesh, rank
@@ -124,10 +127,10 @@ class _Adapters:
         _warn_without_turns(model.located.adapter)
 
     def switch(self, path: str) -> None:
-        """Answer with the adapter in ``path`` from now on; "none": without one.
+        """Responds with the adapter in ``path`` from now on; "none" removes the adapter.
 
         Raises:
-          NaloraError: it is no adapter of this base.
+          NaloraError: it is not an adapter of this base.
         """
         from nalora_jax.load import adapter_folder, adapter_for
         from nalora_jax.models.targets import AdapterSpec
@@ -142,7 +145,10 @@ class _Adapters:
         _warn_without_turns(folder)
 
     def _with(self, lora: Any, spec: Any) -> Generator:
-        """The generator with an adapter: in the slot, with what is compiled, if it fits; DoRA has its own program."""
+        """Returns the generator with an adapter, in the compiled slot if it fits.
+
+        DoRA needs a separate compiled program.
+        """
         import jax
 
         from nalora_jax import distributed
@@ -165,17 +171,17 @@ class _Adapters:
 
 @dataclass
 class _Talk:
-    """A conversation, and what the lines that are typed do to it."""
+    """A conversation, and the effects of typed lines on it."""
 
     args: ChatArgs
     model: AdaptedModel
     adapters: _Adapters
     conversation: Conversation
     answers: int = 0
-    pictures: list[Any] = field(default_factory=list)  # shown with the next message, prepared
+    pictures: list[Any] = field(default_factory=list)  # prepared for the next message
 
     def take(self, line: str) -> bool:
-        """Do what a line says; whether to go on. What is wrong with it is said, and the conversation goes on."""
+        """Executes a line and returns True to continue, also after an error, which is printed."""
         try:
             if not line.startswith("/"):
                 self._answer(line)
@@ -238,13 +244,13 @@ class _Talk:
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
-        except KeyboardInterrupt:  # of this answer, not of the conversation
+        except KeyboardInterrupt:  # stops this response, not the conversation
             _say(" ...")
         print(flush=True)
 
 
 def _warn_without_turns(adapter: Path | None) -> None:
-    """Warns if an adapter was trained on texts without the chat template that a conversation goes through."""
+    """Warns if an adapter was trained without the chat template that a conversation uses."""
     from nalora_jax.load import trained_in_turns
 
     if adapter is not None and trained_in_turns(adapter) is False:
@@ -252,11 +258,11 @@ def _warn_without_turns(adapter: Path | None) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, line by line, with an editable line at a terminal; Ctrl-C ends it as the end of input does."""
+    """Yields typed lines, editable at a terminal; Ctrl-C ends them like end of input."""
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # arrows and history, where Python has it
+            importlib.import_module("readline")  # arrows and history, if Python has it
     while True:
         try:
             yield input("> " if terminal else "").strip()

@@ -1,4 +1,4 @@
-"""The table of verbs, and what is typed as one of them with its arguments."""
+"""The table of subcommands, and the parsing of command lines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nalora_jax.imports import import_files
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb of the command line."""
+    """Subcommand of the command line."""
 
-    arguments: type  # the dataclass that its flags are made of
+    arguments: type  # the dataclass that defines its flags
     handler: Callable[[Any], None]
-    shown: tuple[str, ...] = ()  # flags that its short help shows; without any there is only the whole help
+    shown: tuple[str, ...] = ()  # flags of its short help; without any it has only full help
 
 
 _TRAIN = (
@@ -67,23 +67,24 @@ VERBS = {
 _RESUME = ("yes", "no", "auto")
 _ASSIGNED = ("--mesh=", "--data.max-length=", "--optimizer.learning-rate=", "--resume=")
 
-# The numbers that each verb's own flags may hold.
+# Ranges of the numeric flags of each subcommand.
 RANGES = {**parser.RANGES, plan.PlanArgs: plan.RANGES, chat.ChatArgs: chat.RANGES, evaluate.EvalArgs: evaluate.RANGES}
 
 
 def execute(argv: Sequence[str]) -> None:
-    """Does what ``argv`` asks for.
+    """Executes the command line ``argv``.
 
     Raises:
-      NaloraError: an unknown verb or flag, a value of the wrong type or out of range, and whatever the verb refuses.
-      SystemExit: help or the version was asked for, and printed.
+      NaloraError: an unknown subcommand or flag, a value of the wrong type or out of range, or an
+        error of the subcommand.
+      SystemExit: help or the version was requested, and printed.
     """
     verb, args = parse(argv)
     VERBS[verb].handler(args)
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
-    """The verb and its arguments, every number in its range; raises as `execute` does."""
+    """Returns the subcommand and its arguments, with numbers checked; raises as `execute` does."""
     words = list(argv)
     usage.check_text(words)
     if not words or words[0] in ("-h", "--help", "--help-all"):
@@ -119,11 +120,11 @@ def _arguments(name: str, verb: Verb, words: list[str]) -> Any:
         value = getattr(args, one.name)
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path):
-                check_path(flags.get(one.name, one.name.upper()), path)  # positionals as help writes them
+                check_path(flags.get(one.name, one.name.upper()), path)  # positionals as in the help
     return args
 
 
-# What may be typed, and the flags that it stands for.
+# Accepted spellings, and the flags that replace them.
 _SHORT = {
     ("--mesh", "auto"): tuple(f"--mesh.{axis}=0" for axis in ("data", "fsdp", "tensor")),
     ("--data.max-length", "auto"): ("--data.max-length=0",),
@@ -133,7 +134,7 @@ _IMPORT = "--import"
 
 
 def _spelled_out(words: list[str]) -> list[str]:
-    """Words as the parser takes them: without ``--mesh auto`` and other ``auto``, and without ``--resume FOLDER``."""
+    """Replaces ``--mesh auto``, other ``auto`` and ``--resume FOLDER`` by flags of the parser."""
     found: list[str] = []
     rest = [part for word in words for part in (word.split("=", 1) if word.startswith(_ASSIGNED) else (word,))]
     while rest:
@@ -150,7 +151,7 @@ def _spelled_out(words: list[str]) -> list[str]:
 
 
 def _imports(words: list[str]) -> tuple[list[str], list[str]]:
-    """The files after every ``--import``, and the other words."""
+    """Returns the files after every ``--import``, and the other words."""
     files: list[str] = []
     others: list[str] = []
     taking = False
@@ -170,7 +171,7 @@ def _imports(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parsed(name: str, kind: type, words: list[str], start: Any, *, quiet: bool) -> Any:
-    """What tyro makes of the words; in quiet, its errors become ours."""
+    """Returns tyro's result for the words; with ``quiet``, its errors become NaloraErrors."""
     import contextlib
 
     import tyro

@@ -1,6 +1,7 @@
-"""Files that a run's flags may start from: Python, YAML and JSON; and a run's settings as YAML.
+"""Config files of a run in Python, YAML and JSON, and a run's settings as YAML.
 
-A YAML or JSON file holds what differs from the defaults, by the names of `nalora_jax.config`:
+A YAML or JSON file contains settings that differ from the defaults, by their names in
+`nalora_jax.config`:
 
     model: smollm2-135m-instruct
     epochs: 2
@@ -8,7 +9,7 @@ A YAML or JSON file holds what differs from the defaults, by the names of `nalor
       rules: ["ffn:16:32", "attn/(q|v)_proj:8"]
     data: {dataset: chat.jsonl, chat: true}
 
-Rules may be written as on the command line. Nothing in such a file is executed.
+Rules may be written as on the command line. Code in such a file is never executed.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ from nalora_jax.config import LoRARule, RunConfig
 from nalora_jax.config.types import first_wrong, type_name
 from nalora_jax.errors import NaloraError
 
-_AUTO = ("data.max_length", "optimizer.learning_rate")  # 0 leaves these to the library
+_AUTO = ("data.max_length", "optimizer.learning_rate")  # 0: the library chooses
 
 RULE = re.compile(r"(?P<pattern>.+?):(?P<rank>\d+)(?::(?P<alpha>[^:]+))?")
 ENDINGS = (".yaml", ".yml", ".json")
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """The settings in a YAML or JSON file, or what ``config()`` of a Python file returns.
+    """Returns the settings in a YAML or JSON file, or the result of a Python file's ``config()``.
 
     Raises:
-      NaloraError: the file is missing, is neither, has no ``config``, fails, or returns something else.
+      NaloraError: the file is missing, has another format, has no ``config``, fails, or returns
+        another type.
     """
     path = Path(path)
     if path.suffix in ENDINGS:
@@ -53,7 +55,7 @@ def load_config(path: str | Path) -> RunConfig:
         config = function()
     except (NaloraError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # one of the file's own as well
+    except BaseException as error:  # includes errors that the file raises
         raise _bad_config(path, "config() to return a RunConfig", f"{type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise _bad_config(path, "config() to return a RunConfig", type(config).__name__)
@@ -62,10 +64,10 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def read_values(path: Path) -> Any:
-    """What a YAML or JSON file holds.
+    """Returns the content of a YAML or JSON file.
 
     Raises:
-      NaloraError: it cannot be read, or is neither.
+      NaloraError: the file cannot be read or parsed.
     """
     where = f"--config {path}"
     try:
@@ -80,10 +82,10 @@ def read_values(path: Path) -> Any:
 
 
 def settings_of(values: Any, path: Path) -> RunConfig:
-    """The run's settings that nested values mean; ``path`` names them in messages.
+    """Converts nested values to the run's settings; ``path`` names the file in messages.
 
     Raises:
-      NaloraError: a field that there is not, or a value of the wrong type.
+      NaloraError: an unknown field, or a value of the wrong type.
     """
     made: RunConfig = _made(RunConfig, {} if values is None else values, f"--config {path}", "")
     _check_types(made, path)
@@ -94,7 +96,7 @@ def settings_of(values: Any, path: Path) -> RunConfig:
 
 
 def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
-    """A dataclass with the fields that ``values`` names."""
+    """Returns a dataclass with the fields in ``values``."""
     if not isinstance(values, Mapping):
         raise NaloraError(where, expected=f"settings by name in {prefix or 'the file'}", found=_shown(values))
     hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
@@ -110,7 +112,10 @@ def _made(kind: Any, values: Any, where: str, prefix: str) -> Any:
 
 
 def _value(hint: Any, value: Any, where: str, name: str) -> Any:
-    """``value`` as ``hint`` has it: what YAML and JSON cannot tell apart is made what the field is."""
+    """Converts ``value`` to the field type ``hint`` if YAML or JSON do not distinguish it.
+
+    Examples are tuples, which are lists there, and dataclasses.
+    """
     if is_dataclass(hint):
         return _rule(value, where, name) if hint is LoRARule else _made(hint, value, where, name)
     inner = get_args(hint)
@@ -144,11 +149,11 @@ def _rule(value: Any, where: str, name: str) -> Any:
 
 
 def as_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
-    """Settings as a YAML file that `load_config` reads as the same.
+    """Returns settings as a YAML file that `load_config` reads as equal settings.
 
     Args:
       config: the settings; without ``imports``, which only the command line executes.
-      changed_only: leave out settings with their default.
+      changed_only: leave out settings with their default values.
     """
     values = _plain(replace(config, imports=()), RunConfig() if changed_only else None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100) if values else "{}\n"
@@ -169,14 +174,16 @@ def _plain(value: Any, default: Any) -> Any:
 
 
 def parse_rule(text: str) -> LoRARule:
-    """An adapter rule as typed on the command line.
+    """Parses an adapter rule as typed on the command line.
 
     Example:
-      >>> parse_rule("ffn/gate_proj:16"), parse_rule("attn:8:32")
-      (LoRARule(pattern='ffn/gate_proj', rank=16, alpha=None), LoRARule(pattern='attn', rank=8, alpha=32.0))
+      >>> parse_rule("ffn/gate_proj:16")
+      LoRARule(pattern='ffn/gate_proj', rank=16, alpha=None)
+      >>> parse_rule("attn:8:32")
+      LoRARule(pattern='attn', rank=8, alpha=32.0)
 
     Raises:
-      ValueError: it is not of the form PATTERN:RANK[:ALPHA]; tyro turns this into its own message.
+      ValueError: not of the form PATTERN:RANK[:ALPHA]; tyro turns this into its message.
     """
     match = RULE.fullmatch(text)
     try:
@@ -189,7 +196,7 @@ def parse_rule(text: str) -> LoRARule:
 
 
 def format_rule(rule: LoRARule) -> str:
-    """The text that `parse_rule` reads as ``rule``."""
+    """Returns the text that `parse_rule` reads as ``rule``."""
     return f"{rule.pattern}:{rule.rank}" + ("" if rule.alpha is None else f":{rule.alpha:g}")
 
 
@@ -200,7 +207,7 @@ def _load_module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise _bad_config(path, "a Python file, with a name that ends in .py", path.name)
     module = importlib.util.module_from_spec(spec)
-    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache beside the user's file
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # leave no cache
     try:
         spec.loader.exec_module(module)
     except (NaloraError, KeyboardInterrupt):
@@ -219,7 +226,10 @@ def _check_types(config: Any, path: Path) -> None:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value for a message; YAML's aliases can make one that would fill the memory, written out."""
+    """Returns the start of a value for a message.
+
+    YAML's aliases can define a value that would fill the memory when written in full.
+    """
     return reprlib.repr(value)[:80]
 
 

@@ -1,4 +1,4 @@
-"""``nalora doctor``: versions, devices, kernels and caches of this machine or pod, and known problems with them."""
+"""``nalora doctor``: versions, devices, kernels, caches and known issues of a machine or pod."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CACHES = {
     "wheels": "downloaded packages",
     "tokens": "tokenized data",
 }
-_RUN = ("native", "compiled")  # caches whose content is run
+_RUN = ("native", "compiled")  # caches with executable content
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 
 
 def doctor(args: Any) -> None:
-    """Prints the report of this machine, or of all processes of a run; ends with status 1 if something is wrong."""
+    """Prints the report of this machine or of all processes; exits with status 1 on problems."""
     del args
     kernels, kernel_problems = _kernels()
     caches, cache_problems = _caches()
@@ -54,7 +54,10 @@ def doctor(args: Any) -> None:
 
 
 def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, str]]:
-    """Returns the reports of all processes, and the devices, which are left alone if another process holds them."""
+    """Returns the reports of all processes, and this process's devices.
+
+    Devices are not opened if another process holds them.
+    """
     held = list(pod.chip_problems())
     problems = [*problems, *held]
     problems += [] if held else _join(problems)
@@ -69,9 +72,10 @@ def _reports(problems: list[str]) -> tuple[list[pod.Report | None], dict[str, st
 
 
 def _join(problems: list[str]) -> list[str]:
-    """Joins this process to the others of its run, if it has any; returns the reason if that fails.
+    """Joins this process to the others of its run, if any; returns the reason if that fails.
 
-    JAX ends a process from C++ if another one does not come: the report of this host is printed before.
+    JAX ends a process from C++ if another process does not connect; the report of this host is
+    therefore printed first.
     """
     from nalora_jax.distributed.processes import filter_stderr, has_peers, initialize_distributed
 
@@ -89,15 +93,15 @@ def _join(problems: list[str]) -> list[str]:
 
 
 def version(name: str) -> str:
-    """The version of an installed distribution."""
+    """Returns the version of an installed distribution."""
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # this library too, in a checkout that was never installed
+    except importlib.metadata.PackageNotFoundError:  # also this library, if not installed
         return "not installed"
 
 
 def environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
-    """Variables that are known to go wrong together."""
+    """Yields combinations of environment variables that are known to fail."""
     if environ.get("JAX_COORDINATOR_ADDRESS") and any(environ.get(name) for name in _PROXIES):
         yield "a proxy is set in the environment of a run of several processes: JAX's connections may stall; unset it"
     if "--xla_force_host_platform_device_count" in environ.get("XLA_FLAGS", ""):
@@ -105,10 +109,10 @@ def environment_problems(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def requirement_problems(requirements: list[str], installed: Mapping[str, str]) -> Iterator[str]:
-    """Packages that are missing or of a version that this library does not run with.
+    """Yields packages that are missing or whose version this library does not support.
 
     Args:
-      requirements: as a distribution's metadata state them; extras are left out.
+      requirements: as in a distribution's metadata; extras are left out.
       installed: versions by name.
     """
     from packaging.requirements import Requirement
@@ -142,7 +146,7 @@ def _versions() -> dict[str, str]:
 
 
 def _compared() -> dict[str, str]:
-    """Versions that have to be the same in all processes."""
+    """Returns the versions that must be equal in all processes."""
     return {name: version(name) for name in COMPARED if version(name) != "not installed"}
 
 
@@ -153,7 +157,7 @@ def _devices() -> tuple[dict[str, str], list[str]]:
 
     try:
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts if the plugin of JAX_PLATFORMS is not installed
+    except (RuntimeError, AssertionError) as error:  # JAX asserts if a plugin is missing
         reason = " ".join(str(error).split())[:300] or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         return {}, [f"JAX finds no device: {reason}"]
     kinds, used = sorted({kind_of(device) for device in devices}), platform_name(devices[0])

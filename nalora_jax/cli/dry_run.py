@@ -1,4 +1,4 @@
-"""``nalora train --dry-run``: what a run would be, from the model's description, its tokenizer and the data alone."""
+"""``nalora train --dry-run``: describes a run from the model's config, tokenizer and data."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from nalora_jax.weights.model import read_tokenizer_of
 
 
 def dry_run(config: RunConfig) -> None:
-    """Prints the settings as a YAML file that ``--config`` takes, and in comments what they come to.
+    """Prints the settings as a YAML file for ``--config``, with comments on their results.
 
     Raises:
-      NaloraError: what a run would be refused for before its weights are read.
+      NaloraError: any error that a run would raise before it reads weights.
     """
     for text in config.mechanisms:
         make(text)
@@ -51,7 +51,7 @@ def dry_run(config: RunConfig) -> None:
 
 
 def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The settings of a run on text, decided, and what they come to."""
+    """Returns the final settings of a run on text, and lines that describe the run."""
     files, images = find_model(config.model), config.vision.task == "chat"
     added = AddedTokens.of(config.data)
     base = described(config, files)
@@ -86,7 +86,7 @@ def _describe(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[str]:
-    """What the tokens that are named come to."""
+    """Returns lines that describe the added tokens."""
     if not added:
         return []
     ids = [f"{text!r} {tokenizer.backend.token_to_id(text)}" for text in added.texts]
@@ -94,7 +94,7 @@ def _added(added: AddedTokens, tokenizer: Tokenizer, base: ModelConfig) -> list[
 
 
 def adapter_parameters(base: ModelConfig, spec: AdapterSpec) -> int:
-    """Numbers that the optimizer moves."""
+    """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in param_shapes(base).items()}
     params = trees.unflatten(shapes) if spec.starts_from_base else None
     lora: Any = jax.eval_shape(lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), params)
@@ -106,12 +106,12 @@ def _epochs(config: RunConfig, data: TrainData) -> float:
 
 
 def _memory(config: RunConfig, base: ModelConfig, spec: AdapterSpec, mesh: Any) -> list[str]:
-    """An estimate of what a device holds while it trains."""
+    """Returns lines with an estimate of memory per device during training."""
     sizes = tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     numerics = numerics_for(config.compute.dtype, platform_of(mesh), config.compute.implementation)
     remat = chosen_remat(config.compute.remat, base.d_model, numerics)
     config = replace(config, mesh=MeshConfig(*sizes))
-    # Bytes do not depend on the machine; where nothing is known of it, its times are not shown.
+    # Bytes do not depend on the machine; times of an unknown machine are not shown.
     where = of_devices(list(mesh.devices.flat)) or topology("v5e:1x1")
     layout: Layout = estimate(config, base, spec, where, config.data.max_length, sizes, remat)
     parts = {

@@ -1,4 +1,4 @@
-"""``nalora train --dry-run`` of image and text encoders: from their descriptions and the images alone."""
+"""``nalora train --dry-run`` of image and text encoders, from their configs and the images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nalora_jax.weights.vision.model import read_dual
 
 
 def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The settings of a run on images, decided, and what they come to.
+    """Returns the final settings of a run on images, and lines that describe the run.
 
     Raises:
-      NaloraError: what a run would be refused for before its weights are read.
+      NaloraError: any error that a run would raise before it reads weights.
     """
     records, held_out = image_records(config)
     config = settled(config, None, images=len(records.indices))
@@ -44,7 +44,7 @@ def describe_images(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def _trained(base: DualConfig, spec: AdapterSpec) -> int:
-    """Numbers that the optimizer moves."""
+    """Returns the number of trained parameters."""
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in base.param_shapes().items()}
     lora: Any = jax.eval_shape(
         lambda key, params: init_lora(base, spec, key, params), jax.random.key(0), trees.unflatten(shapes)

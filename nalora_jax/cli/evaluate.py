@@ -1,4 +1,4 @@
-"""``nalora eval``: a model on held-out data, on tasks by name, in the harness, and against another model."""
+"""``nalora eval``: evaluates a model on held-out data, tasks, the harness, or against another."""
 
 from __future__ import annotations
 
@@ -24,37 +24,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Measure a model, or a model with an adapter: on held-out data, on tasks, or against another."""
+    """Evaluate a model, or a model with an adapter: on held-out data, tasks, or against another."""
 
     # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
     model: Positional[str]
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # As --data.dataset of nalora train. By default what the run was trained on, else socialiqa.
+    # Data set, as for --data.dataset of nalora train. By default the run's data set, else
+    # socialiqa.
     dataset: str | None = None
-    # Split. By default the run's; of another --dataset its "validation", or else all of "train".
+    # Split. By default the run's; for another --dataset its "validation", or else all of "train".
     split: str | None = None
-    # Examples at most (0: all). By default the run's, else 400.
+    # Maximum number of examples (0: all). By default the run's, else 400.
     limit: int | None = None
-    # Wrap prompts in the model's chat template. By default as the run did, else not.
+    # Wrap prompts in the model's chat template. By default as in the run, else not.
     chat: bool | None = None
-    # Several data sets, separated by commas, each as for --dataset and perhaps with a split: "boolq,mine.jsonl[:100]".
+    # Data sets separated by commas, each as for --dataset, optionally with a split:
+    # "boolq,mine.jsonl[:100]".
     tasks: str = ""
     # Tasks of EleutherAI's lm-evaluation-harness (the extra "eval"), separated by commas.
     harness: str = ""
-    # Folder of more tasks for the harness (YAML files).
+    # Folder of additional harness tasks (YAML files).
     harness_tasks: Path | None = None
-    # Worked examples before each question of the harness. By default as the task says.
+    # Worked examples before each question of the harness. By default as defined by the task.
     shots: int | None = None
-    # Compare with this one, item by item: "base" (without the adapter), another adapter or run, or another model.
+    # Compare item by item with "base" (without the adapter), another adapter or run, or another
+    # model.
     against: str | None = None
-    # Write one record an item to this new JSONL file.
+    # Write one record per item to this new JSONL file.
     records: Path | None = None
-    # Write the numbers to this new JSON file as well.
+    # Also write the metrics to this new JSON file.
     output: Path | None = None
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Literal["bfloat16", "float32"] | None = None
-    # Hold the adapted model's projections quantized. By default as the run did, else not.
+    # Quantize the adapted model's projections. By default as in the run, else not.
     quantize: Literal["none", "int8", "nf4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
@@ -64,10 +67,11 @@ RANGES = {"limit": COUNT, "shots": COUNT, "mesh.data": AXIS, "mesh.fsdp": AXIS, 
 
 
 def evaluate(args: EvalArgs) -> None:
-    """Print metrics with their intervals, and write numbers and records to files if asked for.
+    """Prints metrics with their intervals, and writes metrics and records to files if requested.
 
-    Of a run, by default: what the run itself measured last, bit for bit on the same kind and number of devices (of one
-    with PiSSA or LoRA-GA up to rounding, as it is exported to another base than it was trained on).
+    For a run, the defaults repeat the run's last evaluation, bit for bit on the same kind and
+    number of devices. With PiSSA or LoRA-GA it is equal up to rounding, because the adapter is
+    exported to another base than it was trained on.
     """
     from nalora_jax.load import holds_adapter, load, locate
     from nalora_jax.weights import hub
@@ -88,8 +92,8 @@ def evaluate(args: EvalArgs) -> None:
         from nalora_jax.evaluate.harness import require_harness
 
         require_harness()
-    if args.against not in (None, "base") and not holds_adapter(args.against):  # an adapter goes on the model's base
-        hub.resolve(locate(args.against).base)  # what cannot be found is said before a model is loaded for nothing
+    if args.against not in (None, "base") and not holds_adapter(args.against):  # needs only the base
+        hub.resolve(locate(args.against).base)  # reports a missing model before the first is loaded
     mesh = mesh_of(args.mesh)
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, quantize=args.quantize or "run", mesh=mesh)
     if not (args.tasks or args.harness or args.against or args.records):
@@ -108,17 +112,17 @@ def evaluate(args: EvalArgs) -> None:
 
 
 def _asked(args: EvalArgs) -> dict[str, Any]:
-    """What the user wants otherwise than the run had it."""
+    """Returns the settings that the user changed from the run's."""
     asked = {"dataset": args.dataset, "eval_split": args.split, "eval_limit": args.limit, "chat": args.chat}
     return {name: value for name, value in asked.items() if value is not None}
 
 
 def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
-    """The data sets to measure on; each can be opened."""
+    """Returns the data sets to evaluate on, after opening each."""
     from nalora_jax.data.sources import open_held_out, split_to_measure
 
     data = data_of(run, _asked(args))
-    if config_from_dict(run).vision.task == "chat":  # of conversations about images, which are opened with the model
+    if config_from_dict(run).vision.task == "chat":  # opened with the model
         return [data]
     with flags_of_verb("--dataset"):
         if args.dataset is not None and args.split is None:
@@ -129,12 +133,12 @@ def _data_sets(args: EvalArgs, run: Mapping[str, Any]) -> list[DataConfig]:
     with flags_of_verb("--tasks" if args.tasks else "--dataset"):
         sets = [_task(name, args, data) for name in names] or [data]
         for one in sets:
-            open_held_out(one, one.eval_split).read([0])  # before a model is loaded for nothing
+            open_held_out(one, one.eval_split).read([0])  # fails before a model is loaded
     return sets
 
 
 def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
-    """``NAME`` or ``NAME[SPLIT]``, where ``[:100]`` is a part of what it is measured on by default."""
+    """Parses ``NAME`` or ``NAME[SPLIT]``, where ``[:100]`` is a part of the default split."""
     from nalora_jax.data.sources import split_to_measure
 
     name, bracket, split = text.partition("[")
@@ -147,7 +151,7 @@ def _task(text: str, args: EvalArgs, like: DataConfig) -> DataConfig:
 
 
 def _other(args: EvalArgs, model: AdaptedModel, mesh: Any) -> tuple[AdaptedModel, Decoder, dict[str, Any]]:
-    """The model to compare with: on the same base weights where it is an adapter or "base", else one of its own."""
+    """Returns the model to compare with, on the same base weights if it is an adapter or "base"."""
     from nalora_jax.load import load, put_on
     from nalora_jax.models.targets import AdapterSpec
 
@@ -166,7 +170,7 @@ Side = tuple[str, "AdaptedModel", "Decoder", dict[str, Any]]
 def _tasks(
     sets: Sequence[DataConfig], sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]], *, own: bool
 ) -> dict[str, Any]:
-    """Metrics by data set, with the comparison where there are two sides; printed as they come."""
+    """Prints and returns metrics by data set, with the comparison if there are two sides."""
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.items import answer_items, compare_answers, describe_comparison
@@ -177,7 +181,7 @@ def _tasks(
         answers: list[Answers] = []
         for label, model, module, variables in sides:
             tokenizer = model.base.tokenizer
-            # Of a run's own data the very questions that it reported on.
+            # For a run's data set, the examples of its reported results.
             items = held_out(data, tokenizer)[0] if own else eval_examples(data, tokenizer, split=data.eval_split)
             answers.append(answer_items(module, variables, items, mesh=mesh))
             print(f"{name}{f', {label}' if label else ''}: {describe(answers[-1].summary)}", flush=True)
@@ -190,7 +194,7 @@ def _tasks(
 
 
 def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The harness's results, likewise."""
+    """Prints and returns the harness's results, with the comparison if there are two sides."""
     from nalora_jax.evaluate.harness import harness_model
     from nalora_jax.evaluate.harness_tasks import compare_samples, run_harness
 
@@ -220,14 +224,14 @@ def _harness(args: EvalArgs, sides: Sequence[Side], mesh: Any, records: list[dic
 
 
 def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Metrics that the harness means for people: no standard errors, no sample counts."""
+    """Yields the harness's metrics without standard errors and sample counts."""
     for name, value in metrics.items():
         if "," in name and "stderr" not in name and isinstance(value, int | float):
             yield name, value
 
 
 def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) -> None:
-    """The held-out metric as a run measures it."""
+    """Prints the held-out metric as a run computes it."""
     from nalora_jax.data.questions import eval_examples, held_out
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.seeing import evaluator_of
@@ -241,7 +245,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
             source = seen_sources(data, vision, tokenizer.images, splits=splits)
     if _asked(args):
         items = eval_examples(data, tokenizer, split=data.eval_split, source=source)
-    else:  # the very questions that the run reported on
+    else:  # the examples of the run's reported results
         items, _ = held_out(data, tokenizer, source=source)
     values = evaluator_of(model.base, model.module, items, mesh).measure(
         model.base.params, model.lora, samples=args.output is not None
@@ -252,7 +256,7 @@ def _held_out(args: EvalArgs, model: AdaptedModel, data: DataConfig, mesh: Any) 
 
 
 def _preference(args: EvalArgs, run: Mapping[str, Any]) -> None:
-    """The held-out loss and rewards of a run on pairs, as it measured them itself."""
+    """Prints the held-out loss and rewards of a run on pairs, computed as in the run."""
     from nalora_jax.data.preference import held_out_pairs
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.evaluate.preference import PreferenceEvaluator

@@ -1,4 +1,4 @@
-"""The subcommand ``nalora from-peft``: settings of PEFT or TRL as a file for ``nalora train --config``."""
+"""``nalora from-peft``: converts PEFT or TRL settings to a file for ``nalora train --config``."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from nalora_jax.errors import NaloraError
 class FromPeftArgs:
     """Write the settings of PEFT (adapter_config.json) or of TRL (config.yaml) as a config of nalora train."""
 
-    # adapter_config.json, or an adapter's folder; a LoraConfig or the flat settings of TRL's scripts as YAML or JSON.
+    # adapter_config.json, or an adapter's folder; a LoraConfig or the flat settings of TRL's
+    # scripts as YAML or JSON.
     file: Positional[Path]
     # New YAML file to write; by default it is printed.
     output: Path | None = None
-    # TRL's trainer that the settings belong to. By default dpo if the file has beta or loss_type sigmoid, else sft.
+    # TRL trainer of the settings. By default dpo if the file has beta or loss_type sigmoid, else
+    # sft.
     trainer: Literal["sft", "dpo"] | None = None
 
 
 def from_peft(args: FromPeftArgs) -> None:
-    """Converts a file; comments in the output name everything that is not carried over.
+    """Converts a file; comments in the output name every setting that is not carried over.
 
     Raises:
-      NaloraError: the file has no settings of PEFT or TRL, or unsupported ones, all of which are named.
+      NaloraError: the file has no settings of PEFT or TRL, or unsupported settings, all of which
+        are listed.
     """
     from nalora_jax.cli import config_files
     from nalora_jax.files import write_atomically

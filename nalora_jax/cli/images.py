@@ -1,4 +1,4 @@
-"""The verbs on images: which class an image is of, and which images a text describes."""
+"""The subcommands for images: classification and text-to-image retrieval."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassifyArgs:
-    """Say which of some classes images show, with a dual encoder such as CLIP and perhaps an adapter."""
+    """Classify images into given classes with a dual encoder such as CLIP, optionally adapted."""
 
-    # Image files, as many as there are.
+    # Image files.
     images: Positional[tuple[Path, ...]]
     # Folder or hub id of CLIP, SigLIP or another dual encoder; or the folder of a run: its base with its adapter.
     model: str
@@ -30,9 +30,9 @@ class ClassifyArgs:
     labels: str
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Prompts of a class, {} its name. By default the run's, else "a photo of a {}.".
+    # Prompts of a class, with {} for its name. By default the run's, else "a photo of a {}.".
     templates: tuple[str, ...] = ()
-    # Classes shown of each image, the likeliest first.
+    # Number of classes shown per image, the likeliest first.
     top: int = 3
     # Dtype of the base weights. By default the run's, else float32.
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -40,24 +40,24 @@ class ClassifyArgs:
 
 @dataclass(frozen=True)
 class RetrieveArgs:
-    """Find the images of a folder that a text describes best."""
+    """Find the images of a folder that best match a text."""
 
     # The text.
     text: Positional[str]
-    # Folder of images; those in its subfolders too.
+    # Folder of images, including its subfolders.
     images: Path
     # Folder or hub id of CLIP, SigLIP or another dual encoder; or the folder of a run: its base with its adapter.
     model: str
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Images shown.
+    # Number of images shown.
     top: int = 5
     # Dtype of the base weights. By default the run's, else float32.
     dtype: Literal["bfloat16", "float32"] | None = None
 
 
 def classify(args: ClassifyArgs) -> None:
-    """Print every image's likeliest classes with their probabilities, tab-separated."""
+    """Prints every image's likeliest classes with their probabilities, tab-separated."""
     from nalora_jax.load.dual import load_adapted_dual
 
     names = [name.strip() for name in args.labels.split(",") if name.strip()]
@@ -77,7 +77,10 @@ def classify(args: ClassifyArgs) -> None:
 
 
 def retrieve(args: RetrieveArgs) -> None:
-    """Print the images that fit the text best with their cosines, tab-separated; unreadable ones are named."""
+    """Prints the images that match the text best, with cosines, tab-separated.
+
+    Images that cannot be read are named.
+    """
     import numpy as np
 
     from nalora_jax.data.images.files import ENDINGS
@@ -98,14 +101,14 @@ def retrieve(args: RetrieveArgs) -> None:
 
 
 def is_dual(model: str | Path, adapter: str | Path | None = None) -> bool:
-    """Whether a verb is about a run that trained a dual encoder."""
+    """Returns True if the model or adapter is from a run that trained a dual encoder."""
     from nalora_jax.load import locate
 
     return locate(model, adapter).run.get("vision", {}).get("task", "") in DUAL
 
 
 def evaluate(args: EvalArgs) -> dict[str, Any]:
-    """The held-out metric of a run on images, on the images that it reported on unless others are asked for."""
+    """Returns the held-out metric of a run on images, by default on the run's reported images."""
     from nalora_jax.data.images.sources import open_images
     from nalora_jax.evaluate.heldout import describe
     from nalora_jax.load.dual import load_adapted_dual
@@ -127,7 +130,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
 
 
 def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
-    """Write an adapter of a dual encoder for PEFT, and read it back."""
+    """Writes an adapter of a dual encoder for PEFT, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
     from nalora_jax.load.dual import load_adapted_dual
     from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_export
@@ -146,7 +149,7 @@ def export(args: ExportArgs, card: Callable[[Any, Literal["adapter", "merged"]],
 
 
 def merge(args: MergeArgs, card: Callable[[Any, Literal["adapter", "merged"]], str]) -> None:
-    """Write a dual encoder with its adapter folded in as one Hugging Face folder."""
+    """Writes a dual encoder merged with its adapter as one Hugging Face folder."""
     from nalora_jax.load.dual import load_adapted_dual
     from nalora_jax.weights.shards import parse_size
     from nalora_jax.weights.vision.hub import resolve_folder

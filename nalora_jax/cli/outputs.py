@@ -1,4 +1,4 @@
-"""What verbs share: judging the paths that they will write, the data that they will read, and their mesh."""
+"""Shared by subcommands: checks of output paths, data settings and the mesh."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def mesh_of(config: MeshConfig) -> Mesh | None:
-    """The mesh of a verb, over no more devices than its axes need (-1: all); None for one device."""
+    """Returns the mesh over as many devices as its axes need (-1: all); None for one device."""
     from nalora_jax.distributed import smallest_mesh
 
     mesh = smallest_mesh(config)
@@ -26,15 +26,15 @@ def mesh_of(config: MeshConfig) -> Mesh | None:
 
 
 def data_of(run: Mapping[str, Any], changes: dict[str, Any]) -> DataConfig:
-    """The data settings of the run that made the adapter (else the defaults), with what the user asked for instead."""
+    """Returns the data settings of the adapter's run, else defaults, with the user's changes."""
     return replace(config_from_dict(run).data, **{name: value for name, value in changes.items() if value is not None})
 
 
 def refuse_existing(folder: Path) -> None:
-    """Refuses an --output folder with something in it, before a model is loaded for nothing.
+    """Refuses a non-empty --output folder before a model is loaded.
 
     Raises:
-      NaloraError: there is something of that name.
+      NaloraError: the folder has content, or a file has its name.
     """
     check_new_path("--output", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -43,7 +43,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 def check_new_path(flag: str, path: Path) -> None:
-    """Refuses a path that cannot be made: a name that is too long, or below a file.
+    """Refuses a path that cannot be created: its name is too long, or it is below a file.
 
     Raises:
       NaloraError: names the flag.
@@ -57,7 +57,7 @@ def check_new_path(flag: str, path: Path) -> None:
 
 
 def check_new_file(flag: str, path: Path | None) -> None:
-    """Refuses a file that exists or cannot be made; None stands for one that nobody asked for.
+    """Refuses a file that exists or cannot be created; None: the file was not requested.
 
     Raises:
       NaloraError: names the flag.
@@ -72,7 +72,10 @@ def check_new_file(flag: str, path: Path | None) -> None:
 
 @contextlib.contextmanager
 def flags_of_verb(dataset: str) -> Iterator[None]:
-    """Names of a run's data settings in errors become those of the verb's own flags; ``dataset`` is one of them."""
+    """Replaces the names of a run's data settings in errors by the subcommand's flags.
+
+    ``dataset`` is the flag of the data set.
+    """
     names = {"--data.dataset": dataset, "--data.eval-split": "--split", "--data.eval-limit": "--limit"}
     try:
         yield

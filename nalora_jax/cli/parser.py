@@ -1,7 +1,7 @@
-"""The command line's flags: one frozen dataclass per verb, and the Python files that a run's flags may start from.
+"""Flags of the command line: one frozen dataclass per subcommand, and files with a run's settings.
 
-tyro makes the flags from these classes and from `nalora_jax.config`, comments included. Nothing heavy is imported here,
-so that ``nalora --help`` answers at once.
+tyro creates the flags from these classes and from `nalora_jax.config`, including comments. Heavy
+modules are not imported here, so that ``nalora --help`` responds at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Dtype = Literal["bfloat16", "float32"]
 
 
 def one_device() -> MeshConfig:
-    """The mesh of a verb that was not asked for another one."""
+    """Returns the default mesh of a subcommand."""
     return MeshConfig(data=1, fsdp=1, tensor=1)
 
 
@@ -32,28 +32,28 @@ def one_device() -> MeshConfig:
 class TrainArgs:
     """Fine-tune a model: adapters, checkpoints, metrics and a report go to --output."""
 
-    # YAML or JSON file of settings that all other flags start from; or a Python file whose config() returns them, which
-    # is executed: use only files that you trust.
+    # YAML or JSON file of settings that are the base for all other flags; or a Python file whose
+    # config() returns them, which is executed: use only files that you trust.
     config: Path | None = None
-    # Show what would run (the settings as YAML, parameters, rows, steps, an estimate of memory) and stop; no weight is
-    # loaded and nothing is written but the data's cache.
+    # Print the run's plan (the settings as YAML, parameters, rows, steps, an estimate of memory)
+    # and stop; no weights are loaded and only the data's cache is written.
     dry_run: bool = False
     run: Annotated[RunConfig, arg(name="")] = field(default_factory=RunConfig)
 
 
 @dataclass(frozen=True)
 class GenerateArgs:
-    """Answer a prompt or a conversation with a model, or with a model and an adapter."""
+    """Respond to a prompt or a conversation with a model, or with a model and an adapter."""
 
     # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
     model: Positional[str]
     # The text to continue; "-" reads it from standard input.
     prompt: str | None = None
-    # JSON file of chat messages to answer instead: a list of {"role": ..., "content": ...}.
+    # JSON file of chat messages to respond to instead: a list of {"role": ..., "content": ...}.
     messages: Path | None = None
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Tokens to generate at most.
+    # Maximum number of generated tokens.
     max_new_tokens: int = 128
     # Sampling temperature; 0 takes the likeliest token each time.
     temperature: float = 0.0
@@ -63,13 +63,14 @@ class GenerateArgs:
     top_p: float = 1.0
     # Sample from tokens with at least this share of the likeliest token's probability (0: from all).
     min_p: float = 0.0
-    # Penalty of tokens that occur in the prompt or the answer; 1: none, above 1 repeats less.
+    # Penalty of tokens that occur in the prompt or the response; 1: none, above 1 repeats less.
     repetition_penalty: float = 1.0
     # Seed of the sampling.
     seed: int = 0
-    # Wrap the prompt in the model's chat template. By default as the run was trained, else not; with images, always.
+    # Wrap the prompt in the model's chat template. By default as in the run, else not; with images,
+    # always.
     chat: bool | None = None
-    # Image files that the prompt is about, for a model that sees (LLaVA, Gemma 3).
+    # Image files for the prompt, for a model with image input (LLaVA, Gemma 3).
     image: tuple[Path, ...] = ()
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Dtype | None = None
@@ -79,7 +80,7 @@ class GenerateArgs:
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """Write a run's adapter for another tool, and check that it reads back the same."""
+    """Write a run's adapter for another tool, and verify it by reloading."""
 
     # Folder of the run, or an adapter folder.
     run: Positional[Path]
@@ -87,15 +88,15 @@ class ExportArgs:
     output: Path
     # The tool that will load it; "gguf" is llama.cpp's --lora, on a base of any quantization.
     target: Annotated[Literal["peft", "vllm", "gguf"], arg(name="for")] = "peft"
-    # Base model. By default the one that the adapter names.
+    # Base model. By default the base that the adapter names.
     model: str | None = None
-    # vLLM's setting of that name, which the rank must not pass.
+    # vLLM's setting of that name, an upper limit of the rank.
     max_lora_rank: int = 16
 
 
 @dataclass(frozen=True)
 class MergeArgs:
-    """Fold an adapter into its base model and write a plain Hugging Face folder, or a GGUF file."""
+    """Merge an adapter into its base model and write a Hugging Face folder, or a GGUF file."""
 
     # Folder of a run; or a base model, with --adapter.
     model: Positional[str]
@@ -105,45 +106,47 @@ class MergeArgs:
     adapter: Path | None = None
     # Dtype of the written weights.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    # Write one GGUF file for llama.cpp in this format instead; the base has to come from a GGUF file itself.
+    # Write one GGUF file for llama.cpp in this format instead; the base must come from a GGUF file.
     gguf: Literal["F32", "F16", "BF16", "Q8_0"] | None = None
-    # Largest file of weights, such as 5GB or 500MB; a larger model is written as several files with an index.
+    # Maximum size of a weight file, such as 5GB or 500MB; larger models are written as several
+    # files with an index.
     shard_size: str = "5GB"
 
 
 @dataclass(frozen=True)
 class ImportArgs:
-    """Read an adapter of the PEFT ecosystem, check it against its base, and write it as this library's own."""
+    """Read a PEFT adapter, check it against its base, and write it in this library's format."""
 
     # Adapter folder in PEFT's format.
     adapter: Positional[Path]
     # New folder to write.
     output: Path
-    # Base model. By default the one that the adapter names.
+    # Base model. By default the base that the adapter names.
     model: str | None = None
 
 
 @dataclass(frozen=True)
 class InspectArgs:
-    """Show what a model's gates do on a few texts, layer by layer: useful before any training."""
+    """Show gate statistics of a model on texts, layer by layer: useful before any training."""
 
     # Alias, hub id, folder or .gguf file; or the folder of a run: its base model with its adapter.
     model: Positional[str]
     # Adapter folder in PEFT's format, or the folder of a run.
     adapter: Path | None = None
-    # Texts to run through; by default a few of this library's own.
+    # Texts to run through the model; by default a few texts of this library.
     texts: tuple[str, ...] = ()
-    # Take the texts from these data instead: as --data.dataset of nalora train.
+    # Read the texts from this data set instead: as for --data.dataset of nalora train.
     dataset: str | None = None
-    # Split of that data.
+    # Split of that data set.
     split: str = "validation"
-    # Examples of that data at most.
+    # Maximum number of examples of that data set.
     limit: int = 32
-    # Tokens per text at most.
+    # Maximum tokens per text.
     max_length: int = 256
-    # Also draw a picture into this file (.png, .svg or .pdf).
+    # Also draw a plot into this file (.png, .svg or .pdf).
     picture: Path | None = None
-    # Seed of the small random residual that the linear limit is measured with where no adapter moves the gate.
+    # Seed of the small random adapter from which the linear limit is computed if no adapter changes
+    # the gate.
     seed: int = 0
     # Dtype of the base weights.
     dtype: Dtype = "float32"
@@ -151,9 +154,9 @@ class InspectArgs:
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Write report.html of a run again, from its metrics.jsonl; of several runs, one page that compares them."""
+    """Write report.html of a run again, from its metrics.jsonl; of several runs, a comparison."""
 
-    # Folders of runs. Those that differ in their seed alone are shown as one, with a band.
+    # Folders of runs. Runs that differ only in their seed are shown as one, with a band.
     run: Positional[tuple[Path, ...]]
     # Several runs: the page to write. By default comparison.html in the current folder.
     output: Path = Path("comparison.html")
@@ -161,24 +164,26 @@ class ReportArgs:
 
 @dataclass(frozen=True)
 class StudyArgs:
-    """Compare training methods over paired seeds: do the runs, show how far they are, or write tables and pictures."""
+    """Compare training methods over paired seeds: execute runs, show progress, write tables."""
 
-    # "run" (in any number of processes), "status", "report", or "verify" (check the records, repeat runs, compare).
+    # "run" (in any number of processes), "status", "report", or "verify" (check the records, repeat
+    # runs, compare).
     action: Positional[Literal["run", "status", "report", "verify"]]
     # The study: a folder with protocol.toml, or that file.
     study: Positional[Path]
-    # run, verify: largest number of runs that this process does (0: all; verify: three).
+    # run, verify: maximum number of runs that this process executes (0: all; verify: three).
     limit: int = 0
-    # run: methods whose runs this process does (none: all), to have those first that a decision waits for.
+    # run: methods whose runs this process executes (none: all), to get the most urgent results
+    # first.
     methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class DoctorArgs:
-    """Show versions, devices, CPU kernels and caches, and what is known to go wrong with them."""
+    """Show versions, devices, CPU kernels and caches, and known issues."""
 
 
-# Numbers of the verbs' own flags; those of a run are in `nalora_jax.config`.
+# Ranges of the subcommands' numeric flags; a run's are in `nalora_jax.config`.
 _MESH = {"mesh.data": AXIS, "mesh.fsdp": AXIS, "mesh.tensor": AXIS}
 RANGES: dict[type, dict[str, Range]] = {
     GenerateArgs: {
@@ -195,7 +200,7 @@ RANGES: dict[type, dict[str, Range]] = {
 
 
 def registry() -> ConstructorRegistry:
-    """tyro's rules of construction, and how adapter rules are typed: ``PATTERN:RANK[:ALPHA]``."""
+    """Returns tyro's rules of construction, with adapter rules as ``PATTERN:RANK[:ALPHA]``."""
     rules = ConstructorRegistry()
 
     @rules.primitive_rule
@@ -226,10 +231,10 @@ def registry() -> ConstructorRegistry:
 
 
 def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
-    """What stands after ``--resume``: nothing is yes.
+    """Parses the words after ``--resume``; no word means yes.
 
     Raises:
-      ValueError: it is something else; tyro turns this into its own message.
+      ValueError: another word; tyro turns this into its message.
     """
     found: dict[tuple[str, ...], bool | Literal["auto"]] = {(): True, ("yes",): True, ("no",): False, ("auto",): "auto"}
     if tuple(texts) not in found:
@@ -238,17 +243,17 @@ def parse_resume(texts: Sequence[str]) -> bool | Literal["auto"]:
 
 
 def typed(value: Any) -> str:
-    """A default as it would be typed; nothing for None and for what is off."""
+    """Returns a default as a user would type it; "" for None and for disabled features."""
     if isinstance(value, tuple):
         return " ".join(format_rule(one) if isinstance(one, LoRARule) else str(one) for one in value)
     return "" if value is None or value is False else str(value)
 
 
 def defaults(argv: Sequence[str]) -> TrainArgs:
-    """What the flags of a run start from: the file given by ``--config``, the run that is resumed, or the defaults.
+    """Returns the settings of ``--config``, else of the resumed run, else the defaults.
 
     Raises:
-      NaloraError: no file is given, or it is not a config.
+      NaloraError: the file is missing or is not a config.
     """
     config = values_of(argv, "--config")
     if config is None:
@@ -265,18 +270,18 @@ def defaults(argv: Sequence[str]) -> TrainArgs:
 
 
 def _recorded(output: str) -> RunConfig:
-    """The settings of the run in ``output``, which it is continued with; the defaults where there is none."""
+    """Returns the settings of the run in ``output`` for resuming it, else the defaults."""
     from nalora_jax.train.metrics import recorded_settings
 
     settings = recorded_settings(output)
     config = config_from_dict(settings) if settings else RunConfig()
-    # Epochs have become the steps that are recorded with them, which --steps may now change.
-    # Files are executed only if they are named again: a folder may come from somebody else.
+    # Epochs have become the recorded number of steps, which --steps may now change. Files are
+    # executed only if they are named again: a folder may come from somebody else.
     return replace(config, output=output, resume=False, epochs=0.0, imports=())
 
 
 def values_of(argv: Sequence[str], flag: str) -> list[str] | None:
-    """What stands behind a flag, up to the next one; None where it is not given. The last time counts."""
+    """Returns the words after a flag up to the next flag, or None without it; the last counts."""
     found = None
     for index, word in enumerate(argv):
         name, assigned, value = word.partition("=")

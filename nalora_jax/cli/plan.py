@@ -1,4 +1,4 @@
-"""The subcommand ``nalora plan``: plans a run for hardware that is not attached."""
+"""``nalora plan``: plans a run for hardware that is not attached."""
 
 from __future__ import annotations
 
@@ -28,43 +28,46 @@ from nalora_jax.errors import NaloraError
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """Compile a training step for TPUs or GPUs that are not there: whether it fits, and how fast it can be."""
+    """Compile a training step for TPUs or GPUs that are not attached: memory and maximum speed."""
 
-    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, qwen3-32b, mixtral-8x7b; or a config.json, or a folder that holds one.
+    # llama-3.1-8b, llama-3.1-70b, gemma-3-27b, qwen3-32b, mixtral-8x7b; or a config.json, or its
+    # folder.
     model: str
     # One or more: v5e:16x16, v6e:16x16, v5p:8x8x16, 2xv6e:16x16 (two slices), 8xh100, 64xh100.
     topology: tuple[str, ...]
-    # Rows a step over all chips (0: one a chip).
+    # Rows per step over all chips (0: one per chip).
     batch: int = 0
-    # Tokens of a row.
+    # Tokens per row.
     seq: int = 4096
-    # Images of a row, for the config.json of a model that sees (LLaVA, Gemma 3); 0: its text model alone.
+    # Images per row, for the config.json of a model with image input (LLaVA, Gemma 3); 0: its text
+    # model alone.
     images: int = 0
-    # Micro-batches that each step accumulates over.
+    # Micro-batches that are accumulated in each step.
     accumulate: int = 1
-    # Adapters: PATTERN:RANK[:ALPHA] ..., as of nalora train.
+    # Adapters: PATTERN:RANK[:ALPHA] ..., as for nalora train.
     rules: tuple[LoRARule, ...] = LoRAConfig().rules
-    # Train token embedding and output head as a whole too: embed_tokens, lm_head, as of nalora train.
+    # Also train all weights of token embedding and output head: embed_tokens, lm_head, as for
+    # nalora train.
     modules_to_save: tuple[Literal["embed_tokens", "lm_head"], ...] = ()
-    # Rows that the embedding and the head get for added tokens.
+    # Rows of the embedding and the head for added tokens.
     added_tokens: int = 0
-    # Rematerialisation; "auto" chooses it together with the mesh.
+    # Rematerialization; "auto" chooses it together with the mesh.
     remat: Remat = "auto"
-    # Hold the adapted model's projections quantized.
+    # Quantize the adapted model's projections.
     quantize: Literal["none", "int8", "nf4"] = "none"
-    # Price of one chip and hour: shows the cost of a million tokens.
+    # Price of one chip per hour: shows the cost of a million tokens.
     price: float | None = None
-    # Write the figures to this file as well, a JSON line for each topology.
+    # Also write the figures to this file, one JSON line per topology.
     json: Path | None = None
-    # Say which layout would be chosen, and compile nothing.
+    # Print the layout that would be chosen, without compiling.
     estimate: bool = False
-    # Axes of the mesh; what is left open is chosen.
+    # Axes of the mesh; axes without a size are chosen automatically.
     mesh: MeshConfig = field(default_factory=MeshConfig)
     # The mask on the gates' updates: --mask.kind of nalora train.
     mask: Literal["off", "hard", "soft"] = MaskConfig().kind
     # The step scale: --step-scale.kind of nalora train.
     step_scale: Literal["off", "curvature", "homogeneity"] = StepScaleConfig().kind
-    # Further mechanisms, as of nalora train.
+    # Additional mechanisms, as for nalora train.
     mechanisms: tuple[str, ...] = RunConfig().mechanisms
 
 
@@ -116,7 +119,7 @@ def plan(args: PlanArgs) -> None:
 
 
 def _check_length(seq: int, positions: int) -> None:
-    """Checks that the model has a position for every token of a row."""
+    """Raises unless the model has a position for every token of a row."""
     if seq > positions:
         raise NaloraError("--seq", expected=f"at most the model's {positions:,} positions", found=seq)
 
@@ -138,7 +141,7 @@ def _config(args: PlanArgs, rows: int) -> RunConfig:
 
 
 def _prepare(*, gpus: bool) -> None:
-    """Sets the environment of the compilers: JAX runs on the CPU, and the GPU compiler finds its tools."""
+    """Sets the compilers' environment: JAX on the CPU, and the GPU compiler's path to its tools."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -148,7 +151,7 @@ def _prepare(*, gpus: bool) -> None:
         jax.config.update("jax_platforms", "cpu")
     if not gpus:
         return
-    # Nothing can be timed here, so XLA must not try; its default choices are compiled.
+    # No device can be timed here, so XLA must not try; its default choices are compiled.
     flags = ["--xla_gpu_autotune_level=0"]
     try:
         tools = importlib.util.find_spec("nvidia.cuda_nvcc")

@@ -1,7 +1,7 @@
-"""Reports of a run's processes to ``nalora doctor``, and the known bad states that they show.
+"""Reports of a run's processes to ``nalora doctor``, and detection of known bad states.
 
-The reports travel through JAX's coordination service, which needs no device: a pod whose chips cannot be used, or whose
-processes have different versions of JAX, still gets its answer.
+The reports use JAX's coordination service, which needs no device: it also works in a pod with
+unusable chips, or whose processes have different versions of JAX.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-WAIT = 120  # seconds until a process that has not come counts as missing
-_READ = 2  # seconds in which the report of a process that has come is read
+WAIT = 120  # seconds until an absent process counts as missing
+_READ = 2  # seconds to read the report of a process that is present
 _SKEW = 5.0  # seconds by which clocks may differ
-_LITTLE = 2 << 30  # bytes of free host memory, below which a small model does not load
+_LITTLE = 2 << 30  # bytes of free host memory that loading a small model needs
 _LOCK = Path("/tmp/libtpu_lockfile")
 
 
 @dataclass(frozen=True)
 class Report:
-    """One process: versions by package, bytes of host memory, seconds of its clock, and its problems."""
+    """Report of one process.
+
+    It has versions by package, bytes of host memory, clock in seconds, and problems.
+    """
 
     process: int
     host: str
@@ -41,15 +44,15 @@ class Report:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Returns the name for messages."""
         return f"process {self.process} ({self.host})"
 
 
 class Group:
-    """The processes that JAX has joined to this one, itself alone without any."""
+    """The processes that JAX has joined, or this process alone."""
 
     def __init__(self) -> None:
-        from jax._src import distributed  # the public interface has no way without devices
+        from jax._src import distributed  # the public interface needs devices
 
         state = distributed.global_state
         self._client: Any = state.client
@@ -57,16 +60,16 @@ class Group:
         self.index, self.count = (state.process_id, state.num_processes) if self._client else (0, 1)
 
     def together(self, name: str) -> None:
-        """Waits until all processes have come here; once some are missing, it no longer waits."""
+        """Waits until all processes have called this; does nothing after an earlier timeout."""
         if self._client is None or not self._is_complete:
             return
         try:
             self._client.wait_at_barrier(f"nalora_doctor_{name}", WAIT * 1000)
-        except Exception:  # jaxlib has many types; `exchange` shows which processes are missing
+        except Exception:  # jaxlib raises many types; `exchange` shows the missing processes
             self._is_complete = False
 
     def exchange(self, name: str, report: Report) -> list[Report | None]:
-        """The reports of all processes, None of one that sends none."""
+        """Returns the reports of all processes, with None for a process that sends none."""
         if self._client is None:
             return [report]
         self._client.key_value_set(f"nalora_doctor/{name}/{self.index}", json.dumps(asdict(report)))
@@ -81,7 +84,7 @@ class Group:
 
 
 def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -> Report:
-    """This process's report without its devices; its clock is read when all processes have come here."""
+    """Returns this process's report without devices; all processes read their clocks together."""
     free, total = host_memory()
     problems = [*problems, *memory_problems(free, total)]
     group.together("clock")
@@ -89,7 +92,7 @@ def report(group: Group, versions: Mapping[str, str], problems: Sequence[str]) -
 
 
 def rows(reports: Sequence[Report | None]) -> dict[str, str]:
-    """A line for each process."""
+    """Returns one line per process."""
     shown = {}
     middle = _middle(reports)
     for index, one in enumerate(reports):
@@ -103,7 +106,7 @@ def rows(reports: Sequence[Report | None]) -> dict[str, str]:
 
 
 def differences(reports: Sequence[Report | None]) -> Iterator[str]:
-    """Returns the problems of the processes, each once, and their differences."""
+    """Yields the problems of the processes, each once, and their differences."""
     for index, one in enumerate(reports):
         if one is None:
             yield f"process {index} sent no report within {WAIT} s: start nalora doctor on every host at the same time"
@@ -122,7 +125,7 @@ def differences(reports: Sequence[Report | None]) -> Iterator[str]:
 
 
 def _odd(present: Sequence[Report], values: Mapping[int, str], what: str) -> Iterator[str]:
-    """The processes that differ from the most common value."""
+    """Yields the processes that differ from the most common value."""
     ((common, _), *others) = Counter(values.values()).most_common()
     if others:
         odd = ", ".join(f"{values[one.process]} in {one.name}" for one in present if values[one.process] != common)
@@ -137,7 +140,7 @@ def _middle(reports: Sequence[Report | None]) -> float:
 
 
 def host_memory(info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """Free and total bytes of host memory, of the container where that has less; zeros on another system."""
+    """Returns free and total bytes of host or container memory, the smaller; zeros if unknown."""
     if not info.exists():
         return 0, 0
     lines = dict(re.findall(r"^(\w+):\s+(\d+) kB", info.read_text(), re.MULTILINE))
@@ -151,13 +154,13 @@ def host_memory(info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/
 
 
 def memory_problems(free: int, total: int) -> Iterator[str]:
-    """Host memory that is too little to load a model."""
+    """Yields a problem if host memory is too small to load a model."""
     if total and free < _LITTLE:
         yield f"{free / 1e9:.1f} of {total / 1e9:.1f} GB of host memory are free, less than a small model needs"
 
 
 def chip_problems(dev: Path = Path("/dev"), proc: Path = Path("/proc"), lock: Path = _LOCK) -> Iterator[str]:
-    """TPU chips that another process holds, whether by their device files or by libtpu's lock."""
+    """Yields TPU chips that another process holds, by their device files or libtpu's lock."""
     chips = [*sorted(dev.glob("accel[0-9]*")), *sorted((dev / "vfio").glob("[0-9]*"))]
     if not chips:
         return
@@ -170,12 +173,12 @@ def chip_problems(dev: Path = Path("/dev"), proc: Path = Path("/proc"), lock: Pa
 
 
 def _holders(names: set[str], proc: Path) -> dict[int, set[str]]:
-    """Files among ``names`` that each other process has open, as far as this user may know."""
+    """Returns the files of ``names`` that each other process has open, as visible to this user."""
     holders: dict[int, set[str]] = {}
     for descriptor in proc.glob("[0-9]*/fd/*"):
         try:
             target = str(descriptor.readlink())
-        except OSError:  # the process has ended, or is another user's
+        except OSError:  # the process has ended or belongs to another user
             continue
         pid = int(descriptor.parts[-3])
         if target in names and pid != os.getpid():

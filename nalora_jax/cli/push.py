@@ -1,4 +1,4 @@
-"""``nalora push``: an adapter or a merged model, with its card, to the hub."""
+"""``nalora push``: uploads an adapter or a merged model, with its card, to the hub."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class PushArgs:
 
     # Folder of a run, of a PEFT adapter, or of a merged model.
     folder: Positional[Path]
-    # Repository on the hub, owner/name; it is made if there is none.
+    # Repository on the hub, owner/name; it is created if it does not exist.
     repo: str
-    # Hub id that the adapter's files name as their base. By default the one that they name already.
+    # Hub id of the base to write into the adapter's files. By default the base that they name
+    # already.
     base_model: str | None = None
     # Make the repository private.
     private: bool = False
@@ -25,7 +26,7 @@ class PushArgs:
 
 
 def push(args: PushArgs) -> None:
-    """Upload, and print where it lies."""
+    """Uploads and prints the address."""
     from nalora_jax.weights.publish import push_folder
 
     inner = args.folder / "adapter"

@@ -1,4 +1,7 @@
-"""What is typed, judged before the parser sees it: unknown flags, numbers that are none, one-line errors; and help."""
+"""Checks of the command line before it is parsed, one-line errors, and help.
+
+The checks find unknown flags and invalid numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from nalora_jax.config.documented import field_comments
 from nalora_jax.errors import NaloraError
 
-# PEFT's names of what `--lora.rules` gives to each pattern.
+# PEFT's names of settings that `--lora.rules` sets by pattern.
 _OF_RULES = ("rank", "r", "lora_rank", "lora_r", "alpha", "lora_alpha")
 _RULES = "--lora.rules PATTERN:RANK[:ALPHA], e.g. --lora.rules ffn:16:32"
 
@@ -26,33 +29,33 @@ _NUMBERS: dict[type, tuple[Callable[[str], Any], str]] = {int: (int, "a whole nu
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a verb."""
+    """Flag of a subcommand."""
 
-    name: str  # with its dashes
-    type: Any  # of its value, None left out
+    name: str  # including its dashes
+    type: Any  # of its value, without None
     field: Field[Any]
-    owner: type  # the dataclass that holds the field
+    owner: type  # the dataclass that has the field
 
     @property
     def numbers(self) -> tuple[type, int] | None:
-        """Which numbers it takes, and how many; None if it takes something else."""
+        """Returns type and count of the numbers that it takes; None if it takes other values."""
         kinds = get_args(self.type) if get_origin(self.type) is tuple else (self.type,)
         return (kinds[0], len(kinds)) if set(kinds) <= {int, float} and len(set(kinds)) == 1 else None
 
     @property
     def text(self) -> str:
-        """The comment above its field, which help shows."""
+        """Returns the comment above its field, which help shows."""
         return field_comments(self.owner)[self.field.name]
 
     @property
     def default(self) -> Any:
-        """What holds where it is not given."""
+        """Returns its default value."""
         made = self.field.default_factory
         return made() if made is not MISSING else self.field.default
 
 
 def flags(kind: type, prefix: str = "") -> Iterator[Flag]:
-    """Every flag that stands for a field of a (nested) dataclass; positional arguments are not flags."""
+    """Yields every flag of a field of a (nested) dataclass; positional arguments are not flags."""
     hints = get_type_hints(kind, include_extras=True)
     for one in fields(kind):
         declared = hints[one.name]
@@ -73,10 +76,10 @@ def _without_none(hint: Any) -> Any:
 
 
 def check(verb: str, kind: type, argv: Sequence[str]) -> None:
-    """Refuses flags that the verb does not have, and numbers that are none.
+    """Refuses unknown flags of the subcommand, and invalid numbers.
 
     Raises:
-      NaloraError: names the flag as it was typed, and the one that was meant if there is one like it.
+      NaloraError: names the flag as it was typed, and a similar flag if there is one.
     """
     known = {flag.name: flag for flag in flags(kind)}
     switches = {name for name, flag in known.items() if flag.type is bool or bool in get_args(flag.type)}
@@ -96,13 +99,13 @@ def check(verb: str, kind: type, argv: Sequence[str]) -> None:
 
 
 def _has_positional(kind: type) -> bool:
-    """Whether a verb takes arguments that may follow a switch."""
+    """Returns True if a subcommand takes positional arguments, which may follow a switch."""
     hints = get_type_hints(kind, include_extras=True)
     return any("Positional" in str(extra) for hint in hints.values() for extra in getattr(hint, "__metadata__", ()))
 
 
 def _until_flag(words: Sequence[str]) -> list[str]:
-    """Words up to the next flag; a negative number is none."""
+    """Returns the words up to the next flag; a negative number is not a flag."""
     end = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
     return list(words[:end])
 
@@ -123,7 +126,7 @@ def _check_numbers(flag: Flag, values: Sequence[str]) -> None:
 
 
 def unknown(name: str, known: Iterable[str], expected: str, otherwise: str) -> NaloraError:
-    """The error about a name that is none of ``known``, with the one that was probably meant."""
+    """Returns the error for a name that is not in ``known``, with a similar name as suggestion."""
     meant = did_you_mean(name, known)
     return NaloraError(
         name, expected=expected, found="none of that name", remedy=f"did you mean {meant}?" if meant else otherwise
@@ -131,10 +134,11 @@ def unknown(name: str, known: Iterable[str], expected: str, otherwise: str) -> N
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that is like ``name``.
+    """Returns the member of ``known`` that is similar to ``name``.
 
-    First one that ``name`` begins, the shortest (``--step``: ``--steps``); then one whose last part is like it
-    (``--batch-size``: ``--train.batch-size``); then the most similar as a whole.
+    It prefers the shortest member that starts with ``name`` (``--step``: ``--steps``), then a
+    member whose last part is similar (``--batch-size``: ``--train.batch-size``), then the most
+    similar.
     """
     last = name.lstrip("-").rpartition(".")[2]
     if last.replace("-", "_") in _OF_RULES and {"--lora.rules", "rules"} & {*known}:
@@ -154,7 +158,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 
 @contextlib.contextmanager
 def one_line_errors(verb: str) -> Iterator[None]:
-    """Turns what tyro prints about wrong arguments, boxes of many lines, into a NaloraError."""
+    """Turns tyro's output about wrong arguments, boxes of many lines, into a NaloraError."""
     said, before = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:
@@ -172,7 +176,7 @@ def one_line_errors(verb: str) -> Iterator[None]:
 
 
 def _as_error(verb: str, box: str) -> NaloraError:
-    """The error that a box of tyro's means: what stands between its title and the next rule; it may have no lines."""
+    """Returns the error in a box of tyro: the text between its title and the next rule, or ""."""
     plain = (line.strip("│╭╮╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines())
     lines = [line for line in plain if line][1:]
     rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
@@ -197,10 +201,10 @@ def _as_error(verb: str, box: str) -> NaloraError:
 
 
 def check_text(argv: Sequence[str]) -> None:
-    """Refuses arguments that are not text: bytes that are no UTF-8, which nothing behind the flags can write.
+    """Refuses arguments that are not valid UTF-8, which later code cannot write.
 
     Raises:
-      NaloraError: names the flag that it is the value of.
+      NaloraError: names the flag of the value.
     """
     for index, word in enumerate(argv):
         try:
@@ -217,17 +221,17 @@ def check_text(argv: Sequence[str]) -> None:
 
 
 def width() -> int:
-    """Returns the columns that help may fill: the terminal's, 100 at most."""
+    """Returns the columns of help: the terminal's, at most 100."""
     return max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _entry(name: str, text: str, *, indent: int) -> str:
-    """Returns a name and, from column ``indent`` on, its text in as many lines as it takes."""
+    """Returns a name and its wrapped text, which starts at column ``indent``."""
     return fill(text, width(), initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
 
 
 def overview(verbs: Mapping[str, type]) -> str:
-    """What ``nalora --help`` says: a line for every verb."""
+    """Returns the output of ``nalora --help``: one line per subcommand."""
     lines = ["usage: nalora VERB [ARGUMENTS]", "", "Nonlinearity-aware LoRA for gated-FFN Transformers.", ""]
     lines += [_entry(name, first_line(kind), indent=12) for name, kind in verbs.items()]
     lines += [
@@ -241,13 +245,13 @@ def overview(verbs: Mapping[str, type]) -> str:
 
 
 def short_help(verb: str, kind: type, shown: Sequence[str], written: Callable[[Any], str]) -> str:
-    """The flags that most people need, and a line about each group of the others.
+    """Returns the most used flags, and one line about each group of other flags.
 
     Args:
-      verb: its name.
+      verb: name of the subcommand.
       kind: its arguments.
       shown: names of the flags to show.
-      written: a default as it would be typed; empty for nothing.
+      written: formats a default as it would be typed, or "".
     """
     every = list(flags(kind))
     lines = [f"usage: nalora {verb} [FLAGS]", "", fill(first_line(kind), width()), ""]
@@ -270,5 +274,5 @@ def short_help(verb: str, kind: type, shown: Sequence[str], written: Callable[[A
 
 
 def first_line(kind: type) -> str:
-    """The first line of a class's docstring."""
+    """Returns the first line of a class's docstring."""
     return (kind.__doc__ or "").strip().splitlines()[0]

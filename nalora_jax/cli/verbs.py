@@ -1,6 +1,7 @@
-"""What the command line's verbs do: each takes its arguments (`nalora_jax.cli.parser`), prints, and writes its files.
+"""The subcommands: each takes arguments (`nalora_jax.cli.parser`), prints and writes files.
 
-Heavy modules are imported by the verb that needs them, so that ``nalora report`` does not wait for JAX.
+Each subcommand imports the heavy modules that it needs, so that ``nalora report`` does not wait for
+JAX.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 
 def train(args: cli.TrainArgs) -> None:
-    """Fine-tune as the config says; `nalora_jax.run.run` prints what happens."""
-    check(args.run)  # before anything heavy is imported
+    """Fine-tunes a model by its config; `nalora_jax.run.run` prints the progress."""
+    check(args.run)  # before heavy imports
     check_new_path("--output", Path(args.run.output))
     if args.dry_run:
         from nalora_jax.cli.dry_run import dry_run
@@ -40,7 +41,7 @@ def train(args: cli.TrainArgs) -> None:
 
 
 def generate(args: cli.GenerateArgs) -> None:
-    """Print the answer as it is made."""
+    """Prints the response while it is generated."""
     from nalora_jax.data.images.chat import asked
     from nalora_jax.data.images.files import open_image
     from nalora_jax.generate import Generator
@@ -54,7 +55,7 @@ def generate(args: cli.GenerateArgs) -> None:
     prompt = _standard_input() if args.prompt == "-" else args.prompt or ""
     settings = {name: getattr(args, name) for name in (*SAMPLING, "seed")}
     mesh = mesh_of(args.mesh)
-    pictures = [open_image(path) for path in args.image]  # before a model is loaded for nothing
+    pictures = [open_image(path) for path in args.image]  # fails before a model is loaded
     if args.chat and not pictures:
         _require_template(args.model, args.adapter, messages or [{"role": "user", "content": prompt}])
     model = load(args.model, adapter=args.adapter, dtype=args.dtype, mesh=mesh, images=True if pictures else None)
@@ -77,7 +78,7 @@ def generate(args: cli.GenerateArgs) -> None:
 
 
 def export(args: cli.ExportArgs) -> None:
-    """Write an adapter for another tool, and read it back."""
+    """Writes an adapter for another tool, and verifies it by reloading."""
     from nalora_jax.files import write_atomically
     from nalora_jax.load import load, locate
     from nalora_jax.weights.new_tokens import tokenizer_writer
@@ -117,7 +118,7 @@ def export(args: cli.ExportArgs) -> None:
 
 
 def merge(args: cli.MergeArgs) -> None:
-    """Write base and adapter as one Hugging Face folder, or as one GGUF file."""
+    """Writes base and adapter as one Hugging Face folder, or as one GGUF file."""
     from nalora_jax.load import load, locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.merge import write_merged
@@ -138,7 +139,7 @@ def merge(args: cli.MergeArgs) -> None:
     if args.gguf is not None and found.kind != "gguf":
         remedy = "merge without --gguf, and run llama.cpp's convert_hf_to_gguf.py on the folder"
         raise NaloraError("--gguf", expected="a base that comes from a GGUF file", found=located.base, remedy=remedy)
-    # Merged in float32 and rounded once: what the files hold must not be rounded on loading.
+    # Merged in float32 and rounded once: values in the files must not be rounded again on loading.
     stored = _stored_dtype(found.path / "config.json") if found.kind == "hf" else ""
     dtype = "bfloat16" if stored == "bfloat16" else "float32"
     model = load(args.model, adapter=args.adapter, dtype=dtype, resolved=found)
@@ -170,7 +171,7 @@ def merge(args: cli.MergeArgs) -> None:
 
 
 def import_(args: cli.ImportArgs) -> None:
-    """Read someone's PEFT adapter, check it against its base, and write it as this library's own."""
+    """Reads a PEFT adapter, checks it against its base, and writes it in this library's format."""
     from nalora_jax.load import adapter_folder
 
     source = adapter_folder(args.adapter)
@@ -178,7 +179,7 @@ def import_(args: cli.ImportArgs) -> None:
 
 
 def inspect(args: cli.InspectArgs) -> None:
-    """Print the table of every layer's gates, and draw the picture if asked for."""
+    """Prints the table of every layer's gates, and draws the plot if requested."""
     from rich.console import Console
 
     from nalora_jax.data.sources import open_held_out
@@ -187,7 +188,7 @@ def inspect(args: cli.InspectArgs) -> None:
     from nalora_jax.report.inspection import TEXTS, inspect_texts
 
     if args.picture is not None:
-        check_picture(args.picture)  # before minutes are spent
+        check_picture(args.picture)  # before minutes of computation
         check_new_path("--picture", args.picture)
     if args.texts and not any(text.strip() for text in args.texts):
         raise NaloraError("--texts", expected="at least one text with a token in it", found=f"{len(args.texts)} texts")
@@ -210,7 +211,7 @@ def inspect(args: cli.InspectArgs) -> None:
 
 
 def report(args: cli.ReportArgs) -> None:
-    """Write report.html again, or a page about several runs, and say where it is."""
+    """Writes report.html again, or a page about several runs, and prints its path."""
     from nalora_jax.report.compare import write_comparison
     from nalora_jax.report.html import write_report
 
@@ -220,7 +221,7 @@ def report(args: cli.ReportArgs) -> None:
 
 
 def study(args: cli.StudyArgs) -> None:
-    """Run, show, report or verify a study."""
+    """Executes, shows, reports or verifies a study."""
     from nalora_jax.study.protocol import read_protocol
 
     protocol = read_protocol(args.study)
@@ -244,7 +245,7 @@ def study(args: cli.StudyArgs) -> None:
 
 
 def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) -> str:
-    """README.md of what is written from ``model``, with the run's settings and results where it was one of ours."""
+    """Returns a model card's README.md, with settings and results if ``model`` is from a run."""
     from nalora_jax.report.history import read_history
     from nalora_jax.weights.card import Card, render_card
     from nalora_jax.weights.hub import alias_of
@@ -268,7 +269,7 @@ def card(model: AdaptedModel | AdaptedDual, kind: Literal["adapter", "merged"]) 
 
 
 def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
-    """The first ``eval_limit`` records of ``eval_split`` (0: all), rendered as in training."""
+    """Returns the first ``eval_limit`` (0: all) records of ``eval_split``, as in training."""
     from nalora_jax.data.chat import render
     from nalora_jax.data.sources import open_held_out
 
@@ -279,20 +280,23 @@ def dataset_texts(data: DataConfig, tokenizer: Tokenizer) -> list[str]:
 
 
 def _require_template(model: str, adapter: Path | None, messages: Sequence[dict[str, Any]]) -> None:
-    """Refuses messages that the base's chat template does not take, or a base without one, before weights are read."""
+    """Refuses messages that the base's chat template does not support, before weights are read.
+
+    A base without a template is refused too.
+    """
     from nalora_jax.generate.conversation import chat_tokens
     from nalora_jax.load import locate
     from nalora_jax.weights import hub
     from nalora_jax.weights.model import read_config, read_tokenizer_of
 
     located = locate(model, adapter)
-    if located.adapter is None:  # one with tokens of its own has a tokenizer of its own
+    if located.adapter is None:  # an adapter with added tokens has its tokenizer
         found = hub.resolve(located.base)
         chat_tokens(read_tokenizer_of(found, read_config(found)), messages)
 
 
 def _require_adapter(located: Located) -> None:
-    """Refuses a base alone before its weights are read: there is nothing to write of it."""
+    """Refuses a base without adapter before its weights are read."""
     if located.adapter is None:
         raise NaloraError(located.base, expected="an adapter", found="a base model", remedy="give a run's folder")
 
@@ -304,7 +308,7 @@ def _lora(model: AdaptedModel) -> dict[str, Any]:
 
 
 def _tokenizer_of(base: LoadedModel, found: ResolvedSource) -> Any:
-    """What a merged folder's tokenizer is made of, as `write_merged` takes it."""
+    """Returns the source of a merged folder's tokenizer for `write_merged`."""
     from nalora_jax.weights.new_tokens import tokenizer_writer
 
     if found.kind == "gguf":
@@ -328,6 +332,6 @@ def _stored_dtype(path: Path) -> str:
 
 def _standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")  # strictly, whatever the locale would let pass
+        return sys.stdin.buffer.read().decode("utf-8")  # strict, independent of the locale
     except UnicodeDecodeError as error:
         raise NaloraError("--prompt -", expected="text in UTF-8 on standard input", found=error) from error

@@ -1,6 +1,7 @@
-"""Records to batches: sources, chat templates, packing, and the checkpointable pipeline. Never imports models.
+"""Turns records into batches: sources, chat templates, packing and the checkpointable pipeline.
 
-The names are imported when they are first used: an image processor needs neither Grain nor what Grain brings along.
+This package never imports models. Names are imported on first use, so that an image processor does
+not import Grain and its dependencies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""ArrayRecord files of JSON objects. Those of TFDS hold other records, which need the folder's description."""
+"""ArrayRecord files of JSON objects.
+
+ArrayRecord files written by TFDS hold serialized examples instead, which only the folder's
+description can decode.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,14 @@ def is_array_record(name: str) -> bool:
 
 
 class ArrayRecords:
-    """The records of one file.
+    """Records of one ArrayRecord file.
 
     Args:
-      path: of the file.
-      name: of the file in messages.
+      path: path of the file.
+      name: name of the file in messages.
 
     Raises:
-      NaloraError: it cannot be read.
+      NaloraError: the file cannot be read.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -42,10 +46,10 @@ class ArrayRecords:
         return int(self._count)
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The objects at ``indices``.
+        """Returns the objects at ``indices``.
 
         Raises:
-          NaloraError: a record is no JSON object.
+          NaloraError: a record is not a JSON object.
         """
         with foreign_errors(self._name, "a readable ArrayRecord file", "write it anew"):
             data = self._reader.read(list(map(int, indices)))
@@ -66,5 +70,5 @@ class ArrayRecords:
         return value
 
     def where(self, index: int) -> str:
-        """``path, record n``, counted from 1."""
+        """Returns ``path, record n``, counted from 1."""
         return f"{self._name}, record {range(len(self))[index] + 1}"

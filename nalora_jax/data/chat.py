@@ -1,4 +1,4 @@
-"""Records to text: what a model reads, and which parts of it are answers that count in the loss."""
+"""Renders records as text and marks the parts whose tokens count in the loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text and its answers.
+    """A text and the character ranges of its completions.
 
     Example (a completion):
       >>> Rendered("2 + 2 = 4", answers=((7, 9),), special=True)
@@ -29,12 +29,12 @@ class Rendered:
     text: str
     # Character ranges that count in the loss, in order, not overlapping.
     answers: tuple[tuple[int, int], ...]
-    # Whether the model's begin-of-sequence id goes in front (a chat template writes its own).
+    # True if the tokenizer adds the begin-of-sequence id (a chat template writes it itself).
     special: bool
 
 
 def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
-    """The training text of a record, by the fields that it has (`nalora_jax.data.forms`).
+    """Returns the training text of a record, chosen by its fields (`nalora_jax.data.forms`).
 
     Args:
       record: one record of the data set.
@@ -43,8 +43,8 @@ def render(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, whe
       where: names the record in messages.
 
     Raises:
-      NaloraError: a field is missing or of the wrong type, there is no answer, or the chat template is one whose
-        earlier turns change when later ones are added, so that no exact mask exists.
+      NaloraError: a field is missing or of the wrong type, there is no completion, or the chat
+        template changes earlier turns when later turns are added, so that no exact mask exists.
     """
     record = canonical(record, config, where)
     if config.messages_field in record:
@@ -67,13 +67,14 @@ def render_chat(
     where: str,
     tools: Sequence[Message] | None = None,
 ) -> Rendered:
-    """A conversation as its model's template writes it.
+    """Renders a conversation with the model's chat template.
 
-    An answer runs from where generation would start to the end of its end-of-turn token. White space that a template
-    writes between turns is not part of it, nor an end-of-sequence token that it writes after the last turn only (as
-    Phi-3's). With loss on the answer only, what follows the last answer is left out.
+    A completion runs from the position at which generation would start to the end of its
+    end-of-turn token. It excludes white space that a template writes between turns, and an
+    end-of-sequence token that a template writes only after the last turn (as Phi-3's does). If the
+    loss is computed on the last completion only, the text after it is left out.
 
-    Example (ChatML, answers in brackets, loss on every assistant turn):
+    Example (ChatML, completions in brackets, loss on every assistant turn):
       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n[Hello<|im_end|>]\\n
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -87,7 +88,7 @@ def render_chat(
     if loss_on == "all":
         text = tokenizer.render_chat(messages, tools=tools).rstrip()
         return Rendered(text, ((0, len(text)),), special=False)
-    # The whole, and for each answer what comes before it and what comes up to its end.
+    # The full text, then for each completion the text before it and the text up to its end.
     parts = [part for turn in turns for part in ((messages[:turn], True), (messages[: turn + 1], False))]
     text, *texts = tokenizer.render_chats([(messages, False), *parts], tools)
     end_of_chat = _end_of_chat(text, messages, tokenizer, tools)
@@ -98,22 +99,22 @@ def render_chat(
 
 
 def _end_of_chat(text: str, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message] | None) -> str:
-    """Returns the end-of-sequence token that ends a whole conversation but not its last turn, or "".
+    """Returns the end-of-sequence token after a conversation that is not part of its last turn.
 
-    A template that writes it after a conversation writes the beginning of the next answer in its place.
+    It is "" if there is none, or if the token remains when the template continues the conversation.
     """
     token = (tokenizer.special_tokens or {}).get("eos_token", "")
     if not token or not text.endswith(token):
         return ""
     try:
         continued = tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools)
-    except NaloraError:  # an answer cannot follow this turn
+    except NaloraError:  # a completion cannot follow this turn
         return ""
     return "" if continued.startswith(text) or not continued.startswith(text.removesuffix(token)) else token
 
 
 def _answer(text: str, before: str, upto: str, where: str) -> tuple[int, int]:
-    """Character range of an answer in ``text``, the whole conversation."""
+    """Returns the character range of a completion in ``text``, the full conversation."""
     if not (text.startswith(upto) and upto.startswith(before)):
         raise NaloraError(
             where,
@@ -125,13 +126,16 @@ def _answer(text: str, before: str, upto: str, where: str) -> tuple[int, int]:
 
 
 def as_messages(prompt: str, completion: str | None = None) -> list[Message]:
-    """Prompt and completion as a user's and an assistant's turn; the completion loses its leading space."""
+    """Returns prompt and completion as a user and an assistant turn.
+
+    The leading space of the completion is removed.
+    """
     messages = [{"role": "user", "content": prompt}]
     return messages if completion is None else [*messages, {"role": "assistant", "content": completion.strip()}]
 
 
 def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[Message]:
-    """The chat messages of a record, checked.
+    """Returns the chat messages of a record after checking them.
 
     Raises:
       NaloraError: not a list of messages with a role and a text.
@@ -153,10 +157,10 @@ def messages_of(record: dict[str, Any], config: DataConfig, where: str) -> list[
 
 
 def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", others: str = "") -> str:
-    """``record[field]``, a text.
+    """Returns the text ``record[field]``.
 
     Raises:
-      NaloraError: it is missing (the message lists what is there) or no text.
+      NaloraError: the field is missing (the message lists the record's fields) or not a text.
     """
     if field not in record:
         wanted = f"a field {field!r}" + (f" (or {others!r})" if others else "")
@@ -170,7 +174,10 @@ def text_field(record: dict[str, Any], field: str, where: str, flag: str = "", o
 
 
 def require_unicode(text: str, where: str) -> None:
-    """Raises a NaloraError about ``where`` unless ``text`` can be encoded: JSON may hold half a character."""
+    """Raises a NaloraError about ``where`` if ``text`` cannot be encoded.
+
+    JSON can contain half a surrogate pair.
+    """
     if not is_unicode(text):
         raise NaloraError(
             where,

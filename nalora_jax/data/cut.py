@@ -1,4 +1,4 @@
-"""Tokenized examples cut to the length of a row: longer ones are dropped, truncated or refused."""
+"""Cuts tokenized examples to the row length by dropping, truncating or refusing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nalora_jax.errors import NaloraError
 
 
 def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int | None) -> TokenStore:
-    """Returns the examples that rows of ``config.max_length`` hold: ``store`` itself if none is longer.
+    """Returns the examples that fit ``config.max_length``, or ``store`` itself if all of them fit.
 
     Cut examples are cached next to the store.
 
@@ -24,11 +24,11 @@ def cut_store(store: TokenStore, source: Source, config: DataConfig, bos_id: int
       store: all examples of ``source``.
       source: names records in messages.
       config: gives ``max_length`` and ``too_long``.
-      bos_id: stays at the beginning of a truncated example.
+      bos_id: id that stays at the beginning of a truncated example.
 
     Raises:
-      NaloraError: a record is too long and ``too_long`` is "error"; no record fits, or less than half;
-        the disk is full.
+      NaloraError: a record is too long and ``too_long`` is an error; fewer than half of the records
+        or none of them fit; the disk is full.
     """
     sizes = np.diff(store.offsets)
     long = sizes > config.max_length + 1

@@ -1,4 +1,4 @@
-"""Files as a source of records; see `nalora_jax.data.files` for what is read."""
+"""Files as a source of records; `nalora_jax.data.files` lists the formats."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from nalora_jax.paths import expand_user
 
 
 class FileSource(Source):
-    """Records of files, or the part of them that a split expression names.
+    """Records of files, or the subset that a split expression selects.
 
     Args:
       path: a file, a pattern or a folder, also in a bucket; see `nalora_jax.data.files`.
-      split: of what `files.splits_of` finds there; a single file has one, "train".
+      split: an expression over the splits that `files.splits_of` returns for the path; a single
+        file has one split, "train".
 
     Raises:
-      NaloraError: on opening, where a file is missing, broken or empty, or the expression is not one or names nothing.
+      NaloraError: on opening, if a file is missing, broken or empty, or the expression is invalid
+        or selects no records.
     """
 
     def __init__(self, path: str | Path, split: str = "train") -> None:
@@ -54,7 +56,7 @@ class FileSource(Source):
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``; those of one file are read together."""
+        """Returns the records at ``indices``; all records of one file are read in one call."""
         found: list[Record] = [{}] * len(indices)
         places = [self._place(index) for index in indices]
         for number in {file for file, _ in places}:
@@ -64,17 +66,17 @@ class FileSource(Source):
         return found
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Number of the file and of the row in it."""
+        """Returns the number of the file and the row in it."""
         whole = int(self._index[index])
         file = int(np.searchsorted(self._ends, whole, side="right")) - 1
         return file, whole - int(self._ends[file])
 
     @property
     def spans(self) -> list[Span]:
-        """Parts of the files' splits."""
+        """Returns parts of the files' splits."""
         return self._spans
 
     def where(self, index: int) -> str:
-        """``path:line``, or what else names the record."""
+        """Returns ``path:line``, or the file format's equivalent."""
         file, row = self._place(index)
         return self._rows[file].where(row)

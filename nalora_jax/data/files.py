@@ -1,6 +1,8 @@
-"""Files of records with random access: JSON lines and arrays, CSV, TSV, Parquet, Arrow, ArrayRecord; and their folders.
+"""Files and folders of records with random access.
 
-Files in buckets are copied to the cache when they are opened; of Parquet only the row groups that are read are fetched.
+The formats are JSON lines and arrays, CSV, TSV, Parquet, Arrow and ArrayRecord. Files in buckets
+are copied to the cache when they are opened; for Parquet only the row groups that are read are
+fetched.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from nalora_jax.data.source import Record, TableRecord, foreign_errors
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
 
-# Endings of the files that are looked for in folders.
+# Extensions of the data files that are searched for in folders.
 ENDINGS = (
     ".jsonl",
     ".ndjson",
@@ -40,10 +42,10 @@ ENDINGS = (
     ".array_record",
     ".arrayrecord",
 )
-# Names that files and folders begin with, and the splits that they mean.
+# Prefixes of file and folder names, and the splits that they mean.
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"dev": "validation", "test": "test"}
-_OPEN_GROUPS = 2  # row groups of a Parquet file that are held decoded
+_OPEN_GROUPS = 2  # decoded row groups of a Parquet file that stay in memory
 # JSON files that describe a folder of data, as datasets and TFDS write them.
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "features.json")
 
@@ -51,25 +53,26 @@ _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json",
 class RecordFile(Protocol):
     """Records of one file, by index."""
 
-    sha256: str  # of the file, or of the checksum that its bucket keeps
+    sha256: str  # of the file, or of the checksum that its bucket stores
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``, in that order."""
+        """Returns the records at ``indices``, in that order."""
 
     def where(self, index: int) -> str:
-        """Names a record in messages."""
+        """Returns the name of a record in messages."""
 
 
 def open_rows(path: Path | str) -> RecordFile:
-    """The records of a file, by its ending; a file of another ending is one of JSON lines.
+    """Opens the records of a file by its extension; unknown extensions are read as JSON lines.
 
     Args:
-      path: of the file; a text is the URL of one in a bucket.
+      path: path of the file, or a text with the URL of a file in a bucket.
 
     Raises:
-      NaloraError: there is no such file, it cannot be fetched, it is not what its ending says, or it holds nothing.
+      NaloraError: the file is missing, cannot be fetched, does not have the format of its
+        extension, or is empty.
     """
     name, kind = str(path), PurePath(path).suffix.lower()
     if kind == ".parquet":
@@ -87,11 +90,13 @@ def open_rows(path: Path | str) -> RecordFile:
 
 
 def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
-    """The files of every split of a path: a file or a pattern has one, "train"; a folder those that its names say.
+    """Returns the files of every split of a path.
 
-    A folder is one that `datasets.Dataset.save_to_disk` wrote, or one of data files at any depth whose names, or
-    whose folders' names, begin with their split's (``train-00000-of-00002.parquet``, ``validation/part.jsonl``);
-    where none does, all of them are "train".
+    A file or a pattern has one split, "train". A folder is either one that
+    `datasets.Dataset.save_to_disk` wrote, or one of data files at any depth. In the second case a
+    file belongs to the split with which its name or the name of one of its folders begins
+    (``train-00000-of-00002.parquet``, ``validation/part.jsonl``); if no name begins with a split,
+    all files are "train".
 
     Raises:
       NaloraError: a folder without such files.
@@ -112,7 +117,7 @@ def splits_of(name: str) -> Mapping[str, Sequence[Path | str]]:
 
 
 def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
-    """`splits_of` in a bucket."""
+    """Returns `splits_of` a path in a bucket."""
     if "*" in name:
         return {"train": buckets.files(name)}
     if buckets.exists(name):
@@ -122,7 +127,7 @@ def _remote_splits(name: str) -> Mapping[str, Sequence[str]]:
 
 
 def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]]:
-    """The data files among ``names``, paths within ``folder``, by the split that their names state."""
+    """Groups the data files ``names``, paths within ``folder``, by the split in their names."""
     splits: dict[str, list[Any]] = {}
     for file, name in names.items():
         if name.name not in _DESCRIPTIONS and (name.suffix.lower() in ENDINGS or is_array_record(name.name)):
@@ -137,7 +142,11 @@ def _by_split(folder: str, names: Mapping[Any, PurePath]) -> dict[str, list[Any]
 
 
 def is_path(text: str) -> bool:
-    """Whether ``text`` means files: it ends as they do, or there is something of that name, or matching it."""
+    """Returns True if ``text`` names files.
+
+    It does if it has a data file's extension, or if a file or folder of that name, or one that
+    matches it, exists.
+    """
     path = expand_user(text)
     if buckets.is_url(text) or path.suffix.lower() in ENDINGS or path.is_file():
         return True
@@ -149,7 +158,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _split_of(file: PurePath) -> str:
-    """The split that a file's own name, or else the innermost of its folders, begins with; "" for none."""
+    """Returns the split at the start of a file's name, else of its innermost such folder; or ""."""
     for part in (file.name, *reversed(file.parent.parts)):
         match = re.match(r"([a-z]+)(?![a-z])", part.lower())
         if match and match[1] in _SPLITS:
@@ -158,7 +167,7 @@ def _split_of(file: PurePath) -> str:
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    """The Arrow files of one split as save_to_disk lists them."""
+    """Returns the Arrow files of one split as listed by save_to_disk."""
     listed = _read_json(folder / "state.json").get("_data_files")
     names = [one.get("filename") for one in listed or [] if isinstance(one, dict)] if isinstance(listed, list) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -177,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class JsonArray:
-    """The objects of a JSON file that holds one array; it is read into memory."""
+    """Objects of a JSON file that holds one array; the file is read into memory."""
 
     def __init__(self, path: Path, name: str = "") -> None:
         self._path = name or path
@@ -194,10 +203,10 @@ class JsonArray:
         return len(self._records)
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The objects at ``indices``.
+        """Returns the objects at ``indices``.
 
         Raises:
-          NaloraError: one of them is no object.
+          NaloraError: an array item is not an object.
         """
         for index in indices:
             if not isinstance(self._records[index], dict):
@@ -206,12 +215,15 @@ class JsonArray:
         return [self._records[index] for index in indices]
 
     def where(self, index: int) -> str:
-        """``path, item n``, counted from 1."""
+        """Returns ``path, item n``, counted from 1."""
         return f"{self._path}, item {range(len(self))[index] + 1}"
 
 
 class DelimitedRows:
-    """The rows of a CSV or TSV file whose first row names the fields; every value is a text. Read into memory."""
+    """Rows of a CSV or TSV file whose first row names the fields.
+
+    Every value is a text. The file is read into memory.
+    """
 
     def __init__(self, path: Path, delimiter: str, name: str = "") -> None:
         self._path = name or path
@@ -227,7 +239,7 @@ class DelimitedRows:
             raise NaloraError(where, expected="rows of text in UTF-8", found=error, remedy="save it anew") from error
 
     def _parse(self, text: str, delimiter: str) -> None:
-        limit = csv.field_size_limit(2**31 - 1)  # a conversation may be longer than the default of 128 kB
+        limit = csv.field_size_limit(2**31 - 1)  # a conversation can exceed the default of 128 kB
         try:
             reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
             self._fields = next(reader, [])
@@ -251,20 +263,20 @@ class DelimitedRows:
         return len(self._rows)
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The rows at ``indices``."""
+        """Returns the rows at ``indices``."""
         return [dict(zip(self._fields, self._rows[index], strict=True)) for index in indices]
 
     def where(self, index: int) -> str:
-        """``path:line``, the last line of the row."""
+        """Returns ``path:line``, with the last line of the row."""
         return f"{self._path}:{self._lines[index]}"
 
 
 class TableRows:
-    """The rows of a Parquet file, decoded by groups of rows when they are asked for, or of an Arrow file, mapped.
+    """Rows of a Parquet file, decoded by row group on demand, or of a memory-mapped Arrow file.
 
     Args:
-      path: of the file, or the URL of a Parquet file in a bucket.
-      name: of the file in messages.
+      path: path of the file, or the URL of a Parquet file in a bucket.
+      name: name of the file in messages.
     """
 
     def __init__(self, path: Path | str, name: str = "") -> None:
@@ -286,7 +298,7 @@ class TableRows:
         return int(self._ends[-1])
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The rows at ``indices``; those of one group are taken together."""
+        """Returns the rows at ``indices``; each row group is decoded once per call."""
         import pyarrow as pa
 
         wanted = np.asarray(indices, np.int64)
@@ -303,7 +315,8 @@ class TableRows:
     def _group(self, number: int) -> Any:
         if number not in self._open:
             rows = self._groups[number]()
-            # Arrow trusts a file's offsets: without this, a damaged one reads outside of its memory.
+            # Arrow trusts a file's offsets: without validation, a damaged file causes reads outside
+            # its memory.
             rows.validate(full=True)
             self._open[number] = rows
             if len(self._open) > _OPEN_GROUPS:
@@ -311,7 +324,7 @@ class TableRows:
         return self._open[number]
 
     def where(self, index: int) -> str:
-        """``path, row n``, counted from 1."""
+        """Returns ``path, row n``, counted from 1."""
         return f"{self._name}, row {range(len(self))[index] + 1}"
 
 
@@ -319,7 +332,7 @@ Groups = tuple[list[int], list[Callable[[], Any]]]
 
 
 def _parquet(path: Path | str) -> Groups:
-    """Sizes of the groups of rows of a Parquet file, and the functions that decode them."""
+    """Returns the sizes of a Parquet file's row groups, and the functions that decode them."""
     import pyarrow.parquet as pq
 
     source = buckets.opened(path) if isinstance(path, str) else path
@@ -330,9 +343,9 @@ def _parquet(path: Path | str) -> Groups:
 
 
 def _coded_texts(about: Any) -> list[str]:
-    """Paths of a Parquet file's texts that it holds as numbers of a dictionary, and that stay so in memory.
+    """Returns the paths of the dictionary-encoded text columns, which stay encoded in memory.
 
-    Spelled out, a text that is in many rows would be there as often: a file of 2 kB can mean gigabytes.
+    Decoding would repeat a text for every row that has it: a file of 2 kB can expand to gigabytes.
     """
     groups = [about.row_group(i) for i in range(about.num_row_groups)]
     columns = [(number, about.schema.column(number)) for number in range(len(about.schema))]
@@ -346,7 +359,7 @@ def _coded_texts(about: Any) -> list[str]:
 
 
 def _arrow(path: Path) -> Groups:
-    """Those of the record batches of an Arrow file, or of a stream as datasets writes it."""
+    """Returns the record batches of an Arrow file or a stream written by datasets, as `Groups`."""
     import pyarrow as pa
 
     mapped = pa.memory_map(str(path))
@@ -374,7 +387,7 @@ def _digest(path: Path | str) -> str:
 
 
 def _begins_with(path: Path, mark: bytes) -> bool:
-    """Whether the first byte of a file that is no white space (nor a byte-order mark) is ``mark``."""
+    """Returns True if a file starts with ``mark`` after white space and a byte-order mark."""
     with _readable(path), path.open("rb") as file:
         begins = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == mark
     return begins
@@ -382,7 +395,7 @@ def _begins_with(path: Path, mark: bytes) -> bool:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what the file system says about a path into an error of this library."""
+    """Raises file system errors about a path as errors of this library."""
     try:
         yield
     except OSError as error:

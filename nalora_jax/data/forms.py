@@ -1,12 +1,12 @@
-"""The forms in which people keep examples, and each of them as prompt and completion or as chat messages.
+"""Common forms of training examples, converted to prompt and completion or to chat messages.
 
-    messages       {"messages": [{"role", "content"}], "tools": [...]}, tool calls as OpenAI writes them
+    messages       {"messages": [{"role", "content"}], "tools": [...]}, calls as in OpenAI's form
     completion     {"prompt": "...", "completion": "..."}
     conversation   {"prompt": [messages], "completion": [messages]}
     ShareGPT       {"conversations": [{"from": "human", "value": "..."}], "system": "..."}
     Alpaca         {"instruction": "...", "input": "...", "output": "..."}
 
-A record is of the first form whose fields it has.
+A record has the first of these forms whose fields it contains.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from nalora_jax.data.source import Record, TableRecord
 from nalora_jax.errors import NaloraError
 
 CONVERSATIONS = "conversations"
-# Field of a record that holds its images, encoded or as files' paths, where a model sees them.
+# Field with the images of a record (encoded, or paths of files), for vision-language models.
 IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
 ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
 ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
-# Roles of chat templates, and other names for them, which templates would render as they are.
+# Roles of chat templates and their synonyms, which templates would render unchanged.
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 _MISNAMED = {name: role for name, role in ROLES.items() if name != role and role != "tool"}
-# Stanford Alpaca's prompts: what models without a chat template have been tuned with most.
+# Stanford Alpaca's prompts, which most models without a chat template were tuned with.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -44,11 +44,14 @@ _ALPACA_INPUT = (
 
 
 class Parts(list[dict[str, str]]):
-    """A message's content of texts and images in order, for a model that sees; see `nalora_jax.data.images.chat`."""
+    """Texts and images of a message in order, for a vision-language model.
+
+    See `nalora_jax.data.images.chat`.
+    """
 
 
 def form_of(record: Mapping[str, Any], config: DataConfig) -> str:
-    """What a record is, in words for the log; "" for none of the known forms."""
+    """Returns the name of a record's form for the log, or "" if the form is unknown."""
     prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
     if config.messages_field in record:
         tools = ", with tools" if record.get("tools") else ""
@@ -72,7 +75,7 @@ def in_turns(record: Record, config: DataConfig, *others: str) -> bool:
     Args:
       record: of any form.
       config: names of the fields, and ``chat``.
-      *others: fields of answers in a preference pair.
+      *others: fields with the completions of a preference pair.
     """
     record = canonical(record, config, "record")
     fields = (config.prompt_field, *others)
@@ -80,10 +83,12 @@ def in_turns(record: Record, config: DataConfig, *others: str) -> bool:
 
 
 def canonical(record: Record, config: DataConfig, where: str) -> Record:
-    """A record of any form as one with ``config.messages_field``, or with a prompt and a completion.
+    """Converts a record of any form to ``config.messages_field``, or to a prompt and a completion.
+
+    A record of unknown form is returned unchanged.
 
     Raises:
-      NaloraError: a field is of another type than its form has; a record of no known form is returned as it is.
+      NaloraError: the type of a field does not match the record's form.
     """
     prompt, completion = record.get(config.prompt_field), record.get(config.completion_field)
     if config.messages_field in record:
@@ -115,7 +120,7 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
     if config.chat:
         prompt = "\n\n".join(filter(None, (texts["instruction"], texts["input"])))
     else:
-        # Not str.format on the whole: a text with braces is no template.
+        # Not str.format on the complete text: data with braces must not be read as a template.
         template = _ALPACA_INPUT if texts["input"] else _ALPACA
         prompt = template.replace("{instruction}", "\0").replace("{input}", texts["input"])
         prompt = prompt.replace("\0", texts["instruction"])
@@ -123,16 +128,17 @@ def _alpaca(record: Record, config: DataConfig, where: str) -> Record:
 
 
 def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
-    """Returns one chat message as templates take it: a role, a text, and perhaps tool calls with arguments as objects.
+    """Returns a chat message for templates: role, text, and tool calls with object arguments.
 
     Args:
-      value: ``{"role", "content"}`` as OpenAI has it, or ``{"from", "value"}`` as ShareGPT has it. A content of parts
-        is their text; a null content of a message with tool calls is empty.
+      value: ``{"role", "content"}`` as in OpenAI's form, or ``{"from", "value"}`` as in ShareGPT's.
+        Contents given as text parts are joined; a null content of a message with tool calls is
+        empty.
       where: names the message.
       filled: remove nulls from tool calls, since in a `TableRecord` they may mean absent fields.
 
     Raises:
-      NaloraError: it is neither, an unknown speaker, a misspelt role, or parts that are no text.
+      NaloraError: an unknown form or speaker, a misspelt role, or a part that is not a text.
     """
     if not isinstance(value, dict):
         raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(value).__name__}")
@@ -153,10 +159,10 @@ def message_of(value: Any, where: str, *, filled: bool = False) -> Record:
 
 
 def check_role(role: object, where: str) -> None:
-    """Refuses a role that is a known one misspelt or under another name; templates would render it as it is.
+    """Refuses a misspelt or alternative role name, which templates would render unchanged.
 
     Raises:
-      NaloraError: suggests the role that is meant.
+      NaloraError: the role is unknown but similar to a known role; the message suggests that role.
     """
     if not isinstance(role, str) or role in _KNOWN_ROLES:
         return
@@ -168,7 +174,7 @@ def check_role(role: object, where: str) -> None:
 
 
 def _shared(message: Record, where: str) -> Record:
-    """A message of ShareGPT."""
+    """Converts a ShareGPT message."""
     speaker = message["from"]
     if speaker == _CALL:
         call = {"type": "function", "function": _object(message["value"], f"{where}: value")}
@@ -180,7 +186,7 @@ def _shared(message: Record, where: str) -> Record:
 
 
 def _call(call: Any, where: str) -> Record:
-    """Returns a tool call with its arguments as an object: OpenAI writes them as JSON in a text."""
+    """Returns a tool call with its arguments as an object (a JSON text in OpenAI's form)."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         expected = '{"type": "function", "function": {"name": ..., "arguments": ...}}'
@@ -190,12 +196,13 @@ def _call(call: Any, where: str) -> Record:
 
 
 def tools_of(record: Mapping[str, Any], where: str) -> list[Record] | None:
-    """Returns the schemas of a conversation's tools, from its field "tools": a list, or one as JSON in a text.
+    """Returns the schemas of a conversation's tools.
 
-    Nulls in objects of a `TableRecord` are removed; all others are part of a schema.
+    The field "tools" is a list, or a text with a list in JSON. Nulls in objects of a `TableRecord`
+    are removed; all other nulls are part of a schema.
 
     Raises:
-      NaloraError: it is neither.
+      NaloraError: the field has another type.
     """
     value = record.get("tools")
     if not value:
@@ -226,7 +233,7 @@ def _object(value: Any, where: str) -> Record:
 
 
 def _without_null(value: Any) -> Any:
-    """Removes the nulls that a column of Arrow holds for fields of other rows."""
+    """Removes the nulls with which an Arrow column fills fields that only other rows have."""
     if isinstance(value, dict):
         return {name: _without_null(part) for name, part in value.items() if part is not None}
     return [_without_null(part) for part in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Records that a program hands in, and functions that make examples of records."""
+"""In-memory records that a program passes in, and functions that turn records into examples."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from nalora_jax.data.source import Record, RecordsSource, Source, Span, TableRec
 from nalora_jax.data.sources import AUTO, open_source
 from nalora_jax.errors import NaloraError
 
-NAME = "in memory"  # what a run's data set is called that a program handed in
-# An example (of any form of `nalora_jax.data.forms`) of a record; None leaves the record out.
+NAME = "in memory"  # name of a data set that a program passed in
+# Returns an example (of any form of `nalora_jax.data.forms`) for a record, or None to skip it.
 Format = Callable[[Record], Record | None]
 Data = Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]]
 _CHUNK = 2048
 
 
 class FormattedSource(Source):
-    """Another source's records through a function.
+    """Records of another source, converted by a function.
 
-    The function is called once for every record when this is made, to know what it leaves out and to tell later whether
-    it still says the same, and again when a record is read.
+    The constructor calls the function once for every record, to find the records that it skips and
+    to detect later changes of its results. Reading a record calls it again.
 
     Raises:
-      NaloraError: the function fails, or returns something else than a dict or None; names the record.
+      NaloraError: the function fails, or returns neither a dict nor None; the message names the
+        record.
     """
 
     def __init__(self, base: Source, function: Format) -> None:
@@ -55,7 +56,7 @@ class FormattedSource(Source):
         if example is not None and not isinstance(example, dict):
             found = type(example).__name__
             raise NaloraError(f"format, {self._base.where(index)}", expected="a dict, or None", found=found)
-        # Parts of a table's record keep its nulls.
+        # Nulls of a table's record may mean absent fields, also in the example.
         return TableRecord(example) if example is not None and isinstance(record, TableRecord) else example
 
     def __len__(self) -> int:
@@ -65,35 +66,38 @@ class FormattedSource(Source):
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The examples at ``indices``."""
+        """Returns the examples at ``indices``."""
         wanted = self._kept[np.asarray(indices, np.int64)].tolist()
         pairs = zip(wanted, self._base.read(wanted), strict=True)
         return [self._apply(index, record) or {} for index, record in pairs]
 
     @property
     def spans(self) -> list[Span]:
-        """Those of the whole."""
+        """Returns the spans of the other source."""
         return self._base.spans
 
     def where(self, index: int) -> str:
-        """What the whole calls the record."""
+        """Returns the other source's name of the record."""
         return self._base.where(int(self._kept[index]))
 
 
 def given_sources(
     config: DataConfig, *, data: Data | None = None, source: Mapping[str, Source] | None = None, format: Format | None
 ) -> tuple[DataConfig, Mapping[str, Source] | None]:
-    """What a program handed in as sources by split, and the data settings that go with them.
+    """Returns in-memory data as sources by split, with the matching data settings.
 
     Args:
       config: the run's data settings.
-      data: records, of which some are held out; or records by split, such as ``{"train": ..., "validation": ...}``. An
-        iterable is read once, into memory. A `datasets.Dataset` or ``DatasetDict`` is such a thing too.
+      data: records, of which some are held out; or records by split, such as
+        ``{"train": ..., "validation": ...}``. An iterable is read once, into memory. A
+        `datasets.Dataset` or ``DatasetDict`` also works.
       source: sources by split.
-      format: makes an example of each record; of what ``config`` names where nothing is handed in.
+      format: makes an example from each record; without ``data`` and ``source``, from each record
+        of the data set in ``config``.
 
     Raises:
-      NaloraError: both ``data`` and ``source``, records that are no dicts, or a ``format`` that fails.
+      NaloraError: both ``data`` and ``source`` are set, a record is not a dict, or ``format``
+        fails.
     """
     if data is not None and source is not None:
         raise NaloraError("run", expected="data or source", found="both")
@@ -126,7 +130,7 @@ def _records(split: str, records: Iterable[Mapping[str, Any]]) -> Source:
 
 
 def _splits(config: DataConfig) -> list[str]:
-    """The splits that a run reads."""
+    """Returns the splits that a run reads."""
     if config.eval_split != AUTO:
         return [config.train_split, config.eval_split]
     train = open_source(config, config.train_split)

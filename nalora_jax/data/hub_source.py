@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through the library `datasets` (extra ``datasets``)."""
+"""Data sets of the Hugging Face hub, read with the library `datasets` (extra ``datasets``)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class HubSource(Source):
 
     Args:
       name: for messages.
-      split: a split expression, of the form that TFDS and `datasets` share.
+      split: a split expression in the syntax that TFDS and `datasets` share.
       data: a `datasets.Dataset`.
-      siblings: splits that the data set has.
+      siblings: splits of the data set.
     """
 
     def __init__(self, name: str, split: str, data: Any, siblings: Sequence[str]) -> None:
         self._data = data
         self.dataset, self.name, self.siblings = name, f"{name}[{split}]", tuple(siblings)
-        self.fingerprint = f"hf:{data._fingerprint}"  # of the files and everything done to them
+        self.fingerprint = f"hf:{data._fingerprint}"  # covers files and transformations
         self._split = split
 
     def __len__(self) -> int:
@@ -32,13 +32,13 @@ class HubSource(Source):
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``."""
+        """Returns the records at ``indices``."""
         columns = self._data[list(map(int, indices))]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     @property
     def spans(self) -> list[Span]:
-        """Parts of the data set's splits."""
+        """Returns parts of the data set's splits."""
         from nalora_jax.data.tfds_source import absolute_of
 
         known = self._data.info.splits or {}
@@ -47,10 +47,12 @@ class HubSource(Source):
 
 
 def open_hub(argument: str, split: str) -> Source:
-    """The split of ``ORG/NAME[:CONFIG]``; downloaded on first use, into the cache of `datasets`.
+    """Opens a split of ``ORG/NAME[:CONFIG]``, downloaded on first use into the cache of `datasets`.
+
+    Code of a data set is never executed.
 
     Raises:
-      NaloraError: the extra is not installed, or the data set cannot be had; code of a data set is never executed.
+      NaloraError: the extra is not installed, or the data set is not available.
     """
     try:
         import datasets

@@ -1,4 +1,4 @@
-"""JSON Lines with random access: a table of where lines begin, and the file itself left on disk."""
+"""JSON Lines with random access: an index of line starts in memory, the file on disk."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from nalora_jax.errors import NaloraError
 
 
 class JsonLines:
-    """The objects of a JSON Lines file, by index; blank lines do not count.
+    """Objects of a JSON Lines file, by index; blank lines are skipped.
 
-    One pass over the file finds its lines and its sha256; memory is 8 bytes a line.
+    One pass over the file computes the line offsets and the sha256; memory is 8 bytes a line.
 
     Args:
-      path: of the file.
-      name: of the file in messages, its path by default.
+      path: path of the file.
+      name: name of the file in messages, its path by default.
 
     Raises:
-      NaloraError: on opening, where there is no such file or no line in it.
+      NaloraError: on opening, if the file is missing or has no lines.
     """
 
     def __init__(self, path: str | Path, name: str = "") -> None:
@@ -48,10 +48,10 @@ class JsonLines:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The object on line ``index``.
+        """Returns the object on line ``index``.
 
         Raises:
-          NaloraError: the line is no JSON object; says which line.
+          NaloraError: the line is not a JSON object; the message names the line.
         """
         start = int(self._starts[index])
         end = self._bytes.find(b"\n", start)
@@ -67,17 +67,17 @@ class JsonLines:
         return value
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The objects at ``indices``."""
+        """Returns the objects at ``indices``."""
         return [self[index] for index in indices]
 
     def where(self, index: int) -> str:
-        """``path:line``, the line counted from 1 as editors do."""
+        """Returns ``path:line``, with lines counted from 1 as in editors."""
         skipped = int(np.searchsorted(self._blanks, self._starts[index]))
         return f"{self.name}:{range(len(self))[index] + skipped + 1}"
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Byte offsets of the lines with text and of the blank ones, and the file's sha256."""
+    """Returns the byte offsets of lines with text and of blank lines, and the file's sha256."""
     starts, blanks, digest, position = array("q"), array("q"), hashlib.sha256(), 0
     with path.open("rb") as handle:
         for line in handle:

@@ -1,4 +1,4 @@
-"""How long rows have to be: from the lengths of a data set's examples."""
+"""Chooses the row length from the lengths of a data set's examples."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nalora_jax.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 KEPT = 0.99  # share of the examples that fit a row
-SHORTEST = 128  # tokens of a packed row at least: shorter ones make small batches of short examples
-LONGEST = 2048  # tokens of a row at most: longer ones take memory that few examples need
-_SAMPLE = 10_000  # examples that are measured at most
+SHORTEST = 128  # minimum of packed rows: shorter rows make batches too small
+LONGEST = 2048  # maximum: longer rows use memory that few examples need
+_SAMPLE = 10_000  # maximum of measured examples
 _MULTIPLE = 8
 _CHUNK = 2048
-_SEED = 20260103  # of the draw of those that are measured: one for every run
+_SEED = 20260103  # of the draw of measured examples: the same in every run
 
 
 def with_length(
@@ -34,15 +34,16 @@ def with_length(
     context: int = 2**24,
     measure: Callable[[Source, DataConfig, Tokenizer], np.ndarray] | None = None,
 ) -> DataConfig:
-    """Returns ``config`` with the row length that it leaves to the data (0) decided: 99 of 100 examples fit it.
+    """Returns ``config`` with a row length of 0 replaced by one that 99 of 100 examples fit.
 
-    The length is a multiple of 8, at least 128 in packed rows, and at most 2048 and the model's context.
+    The length is a multiple of 8, at least 128 for packed rows, and at most 2048 and the model's
+    context.
 
     Args:
-      config: of the run.
-      source: its training records, of which 10,000 at most are measured.
-      tokenizer: of the model.
-      context: tokens that the model can read at most.
+      config: config of the run.
+      source: training records; at most 10,000 are measured.
+      tokenizer: tokenizer of the model.
+      context: maximum tokens of the model.
       measure: row positions of records; by default `example_lengths`.
     """
     if config.max_length:
@@ -63,12 +64,12 @@ def with_length(
 
 
 def drawn(source: Source) -> np.ndarray:
-    """Returns the indices of the records that are measured, in their order: 10,000 at most, the same in every run."""
+    """Returns the ascending indices of the measured records, at most 10,000, equal in all runs."""
     return np.sort(permutation(len(source), _SEED)[:_SAMPLE])
 
 
 def example_lengths(source: Source, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns row positions of examples, of a fixed draw if there are more than 10,000, int64 [n].
+    """Returns the row positions of examples, int64 [n]; of more than 10,000, those of a fixed draw.
 
     Raises:
       NaloraError: a record is broken.

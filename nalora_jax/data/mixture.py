@@ -1,8 +1,9 @@
 """Several data sets mixed by weight: ``"chat.jsonl*3,code.parquet*0.5,socialiqa"``.
 
-A weight says how often each record of a data set is seen in an epoch: 3 is three times, 0.5 is half of the records,
-drawn once by a fixed seed; none means 1. So the mixture is a fixed list of records, which is shuffled, packed, limited
-and resumed as any other.
+The weight is the number of times that an epoch contains each record of a data set. 3 means three
+times; 0.5 means half of the records, drawn once by a fixed seed; the default is 1. A mixture is
+therefore a fixed list of records, and shuffling, packing, limits and resuming work as for any other
+source.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.errors import NaloraError
 
-_SEED = 20260102  # of the draw of a part of a data set: one for every run
+_SEED = 20260102  # of the draw of part of a data set: the same in every run
 _MOST = 1000.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source and how often each of its records is seen in an epoch."""
+    """A source and the number of times that an epoch contains each of its records."""
 
     source: Source
     weight: float = 1.0
 
 
 class MixedSource(Source):
-    """Records of several sources, each as often as its weight says.
+    """Records of several sources, each repeated or sampled by its weight.
 
     Raises:
-      NaloraError: nothing is left of a source.
+      NaloraError: a weight leaves no records of a source.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -50,7 +51,7 @@ class MixedSource(Source):
         self.fingerprint = "mixture:" + "|".join(f"{part.source.fingerprint}*{part.weight:g}" for part in parts)
 
     def describe(self) -> str:
-        """How many records are of which source.
+        """Returns the number and share of records of each source.
 
         Example:
           ``"a.jsonl[train] 300 (60%), b.parquet[train] 200 (40%)"``
@@ -65,7 +66,7 @@ class MixedSource(Source):
         return self._sources[self._of[index]][int(self._index[index])]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``; those of one source are read together."""
+        """Returns the records at ``indices``, with one read per source."""
         wanted = np.asarray(indices, np.int64)
         found: list[Record] = [{}] * len(wanted)
         for number in np.unique(self._of[wanted]).tolist():
@@ -77,21 +78,21 @@ class MixedSource(Source):
 
     @property
     def spans(self) -> list[Span]:
-        """All of the mixture; what its parts read is asked of `parts`."""
+        """Returns one span over the mixture; `parts` has the spans of the sources."""
         return [("mixture", 0, len(self))]
 
     @property
     def parts(self) -> list[Source]:
-        """The sources that are mixed."""
+        """Returns the sources that are mixed."""
         return self._sources
 
     def where(self, index: int) -> str:
-        """What its source calls the record."""
+        """Returns the record's name in its source."""
         return self._sources[self._of[index]].where(int(self._index[index]))
 
 
 def _chosen(part: Part) -> np.ndarray:
-    """Indices of a source's records, each as often as the weight says."""
+    """Returns the indices of a source's records, each repeated by the weight."""
     size = len(part.source)
     whole, rest = divmod(part.weight, 1)
     drawn = np.sort(permutation(size, _SEED)[: round(rest * size)])
@@ -102,14 +103,14 @@ def _chosen(part: Part) -> np.ndarray:
 
 
 def components(dataset: str) -> list[tuple[str, float]]:
-    """The data sets that ``--data.dataset`` names, with their weights.
+    """Returns the data sets in ``--data.dataset``, with their weights.
 
     Example:
       >>> components("a.jsonl*3, b.parquet")
       [('a.jsonl', 3.0), ('b.parquet', 1.0)]
 
     Raises:
-      NaloraError: an empty name, one that no file system takes, or a weight that is out of range.
+      NaloraError: a name is empty or not valid in a file system, or a weight is out of range.
     """
     for text in filter(str.strip, dataset.split(",")):
         check_path("--data.dataset", text)

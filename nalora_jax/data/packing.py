@@ -1,8 +1,9 @@
-"""Fixed-length rows: which examples share a row, decided once per data set and shuffled anew in every epoch.
+"""Packed sequences: the assignment of examples to rows, decided once and shuffled in every epoch.
 
-Rows are packed by the histogram of lengths, so that their number does not depend on the shuffle: row i of epoch e is a
-pure function of (seed, e, i), and a position in the endless stream of rows is one number. An epoch deals its examples
-at random to the slots of their length and orders the rows at random.
+Rows are packed by the histogram of lengths, so that their number does not depend on the shuffle:
+row i of epoch e is a pure function of (seed, e, i), and a position in the endless stream of rows is
+one number. An epoch assigns its examples at random to the slots of their length and orders the rows
+at random.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Rows of equal content: the lengths in one, and how many there are.
+# Rows with equal slots: the lengths in one row, and the number of rows.
 Group = tuple[tuple[int, ...], int]
-# Share of filled positions from which best fit is good enough.
+# Packing efficiency at which the result of best fit is accepted.
 _FULL = 0.99
-# Distinct lengths times capacity up to which the slower method is tried: it takes half a second there.
+# Limit of distinct lengths times capacity for the slower method, which takes half a second there.
 _EFFORT = 1 << 22
 
 
@@ -33,19 +34,19 @@ class Pattern:
 
     # Length of each slot, row by row, int64 [examples].
     lengths: np.ndarray
-    # First slot of each row, and the number of slots at the end, int64 [rows + 1].
+    # First slot of each row, and the number of slots as the last element, int64 [rows + 1].
     starts: np.ndarray
     # Positions in a row.
     capacity: int
 
     @property
     def rows(self) -> int:
-        """Rows in an epoch."""
+        """Returns the number of rows in an epoch."""
         return len(self.starts) - 1
 
     @property
     def filling(self) -> float:
-        """Share of the positions that hold a token."""
+        """Returns the packing efficiency: the share of the positions with a token."""
         return float(self.lengths.sum() / (self.rows * self.capacity))
 
 
@@ -60,21 +61,22 @@ class PackingPlan:
     order: np.ndarray
 
     def row(self, index: int) -> np.ndarray:
-        """Examples in row ``index`` of the epoch, int64 [examples in it]."""
+        """Returns the examples in row ``index`` of the epoch, int64 [examples in it]."""
         place = self.order[index]
         return self.examples[self.pattern.starts[place] : self.pattern.starts[place + 1]]
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = True) -> Pattern:
-    """Packs examples into few rows: best fit, longest first, and where that leaves gaps, the fullest rows first.
+    """Packs examples into few rows: best fit, longest first, or the fullest rows first.
 
-    The work is in the distinct lengths, not in the examples: 33,408 examples of 33 tokens on average take 4 ms in rows
-    of 128, of which best fit fills 94.3% and the fullest rows first 99.99%.
+    The second method runs if best fit leaves gaps. The cost depends on the distinct lengths, not on
+    the number of examples: 33,408 examples of 33 tokens on average take 4 ms in rows of 128. Best
+    fit fills 94.3% of the positions, fullest rows first 99.99%.
 
     Args:
       lengths: positions of each example, all in 1..capacity.
       capacity: positions in a row.
-      several: let examples share rows; else one example a row.
+      several: pack several examples per row; False: one example per row.
     """
     counts = np.bincount(np.asarray(lengths, np.int64), minlength=1)
     assert counts[0] == 0, "no example is empty"
@@ -90,12 +92,12 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int, *, several: bool = 
 
 
 def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> PackingPlan:
-    """The rows of ``epoch``: every example exactly once, in a slot of its own length.
+    """Returns the rows of ``epoch``: every example exactly once, in a slot of its length.
 
     Args:
       pattern: from `pack` of the same lengths.
       lengths: positions of each example, int [examples].
-      seed: of the run.
+      seed: seed of the run.
       epoch: counted from 0.
     """
     shuffled = permutation(len(lengths), seed, epoch, 0)
@@ -106,9 +108,9 @@ def plan(pattern: Pattern, lengths: np.ndarray, seed: int, epoch: int) -> Packin
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A random order of 0..n-1 that depends on ``key`` alone: the same in every release of NumPy.
+    """Returns a random order of 0..n-1 that depends on ``key`` alone, in every release of NumPy.
 
-    NumPy promises a stable stream for its bit generators, not for ``Generator.permutation``.
+    NumPy guarantees a stable stream for its bit generators, not for ``Generator.permutation``.
     """
     draws = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return np.argsort(draws, kind="stable")
@@ -119,18 +121,19 @@ def assemble(
 ) -> dict[str, np.ndarray]:
     """Puts examples into rows.
 
-    An example of n tokens takes n - 1 positions: its last token is only ever a target.
+    An example of n tokens takes n - 1 positions, because its last token is only a target.
 
     Args:
       rows: the examples of each row.
-      tokens: ids of all examples, one after another, int32 [total].
-      answer: whether each token counts in the loss, [total].
-      offsets: where examples begin in these, and their end, int64 [examples + 1].
+      tokens: concatenated ids of all examples, int32 [total].
+      answer: loss mask of the tokens, [total].
+      offsets: start of each example in these arrays, and the total, int64 [examples + 1].
       capacity: positions in a row.
 
     Returns:
-      tokens, targets (the next token of the same example), loss_weights, segment_ids (1.. per row, 0 is padding) and
-      positions (from 0 in each example), each [rows, capacity]. With examples [7, 8, 9] and [4, 5], capacity 4:
+      tokens, targets (the next token of the same example), loss_weights, segment_ids (1.. per row,
+      0 is padding) and positions (from 0 in each example), each [rows, capacity]. With examples
+      [7, 8, 9] and [4, 5], capacity 4:
 
         tokens 7 8 4 0   targets 8 9 5 0   segment_ids 1 1 2 0   positions 0 1 0 0
     """
@@ -165,9 +168,12 @@ def _rows(groups: Sequence[Group]) -> int:
 
 
 def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
-    """Each length, from the longest on, into the rows with the least room for it; ``sizes`` are (length, count)."""
-    groups: dict[int, list[Group]] = defaultdict(list)  # by the positions left in a row
-    free: list[int] = []  # the keys of `groups` that hold something, sorted
+    """Puts lengths, longest first, into the row with the least sufficient room.
+
+    ``sizes`` are (length, count).
+    """
+    groups: dict[int, list[Group]] = defaultdict(list)  # by the free positions in a row
+    free: list[int] = []  # sorted keys of the non-empty `groups`
 
     def put(row: tuple[int, ...], count: int, room: int) -> None:
         if count:
@@ -200,7 +206,7 @@ def _best_fit(sizes: list[tuple[int, int]], capacity: int) -> list[Group]:
 
 
 def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
-    """Again and again the fullest row that holds the longest example left, as often as the counts allow."""
+    """Builds the fullest row with the longest remaining example as often as possible; repeats."""
     counts = counts.copy()
     groups: list[Group] = []
     while counts.any():
@@ -216,7 +222,10 @@ def _fullest_first(counts: np.ndarray, capacity: int) -> list[Group]:
 
 
 def _fill(counts: np.ndarray, room: int) -> list[int]:
-    """Lengths with the largest sum up to ``room``, long ones preferred: a subset sum over bits of an integer."""
+    """Returns lengths with the largest sum up to ``room``, preferring long lengths.
+
+    It solves the subset sum with the bits of an integer.
+    """
     fits, sums = (2 << room) - 1, 1  # bit s of `sums`: some of the lengths so far add up to s
     history: list[tuple[int, int]] = []  # (sums before, length added)
     for size in np.flatnonzero(counts[: room + 1])[::-1].tolist():

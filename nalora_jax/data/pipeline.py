@@ -1,4 +1,4 @@
-"""Batches for training: an endless, checkpointable stream of packed rows, read ahead by Grain."""
+"""Training batches: an endless, checkpointable stream of packed sequences, prefetched by Grain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int) -> dict[str, Any]:
-    """What the log says of packed rows: how many ``noun`` they hold, and how long they last."""
+    """Returns the log's figures on packed rows: the number of ``noun`` and the steps per epoch."""
     return {
         noun: counts.examples,
         "dropped": counts.dropped,
@@ -43,7 +43,7 @@ def stream_figures(noun: str, counts: Counts, pattern: Pattern, batch_size: int)
 
 
 def stream_text(figures: Mapping[str, Any]) -> str:
-    """Returns the figures of a stream as a person reads them.
+    """Returns the figures of a stream as text.
 
     Example:
       >>> stream_text({"examples": 1200, "dropped": 0, "tokens": 40000, "steps_per_epoch": 40.5, "filling": 0.98})
@@ -59,19 +59,22 @@ def stream_text(figures: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TrainData:
-    """The training rows of a run: row r of the endless stream is row ``r % rows`` of epoch ``r // rows``."""
+    """Packed sequences of a run as an endless stream.
+
+    Row r of the stream is row ``r % rows`` of epoch ``r // rows``.
+    """
 
     store: TokenStore
     pattern: Pattern
     seed: int
-    # Rows of a batch over all hosts, and the micro-batches that they are split into.
+    # Rows of a batch over all hosts, and the micro-batches per step.
     batch_size: int
     accumulate: int
     # Rows of every micro-batch that this process reads.
     rows: tuple[int, ...]
-    # Threads that put batches together ahead of their use.
+    # Threads that prefetch batches.
     workers: int
-    # Of a model that sees: the images of every row (`nalora_jax.data.images.rows`).
+    # For models with image input: the images of every row (`nalora_jax.data.images.rows`).
     images: RowImages | None = None
     _plan: Any = field(init=False, repr=False, compare=False)
 
@@ -82,21 +85,21 @@ class TrainData:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that hold every example once."""
+        """Returns the number of rows with every example once."""
         return self.pattern.rows
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the stream: the same on any number of hosts and at any batch size."""
+        """Returns the identity of the stream, which does not depend on hosts or batch size."""
         packed = int(self.pattern.rows < len(self.pattern.lengths))
         return f"{self.store.fingerprint}:{self.pattern.capacity}:{packed}:{self.seed}"
 
     def describe(self) -> dict[str, Any]:
-        """Figures for the log."""
+        """Returns figures for the log."""
         return stream_figures("examples", self.store.counts, self.pattern, self.batch_size)
 
     def batch_at(self, row: int) -> HostBatch:
-        """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it."""
+        """Returns the batch whose first row over all hosts is ``row``; pure in ``row``."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
         rows = (row + first + np.array(self.rows)).ravel().tolist()
@@ -108,7 +111,7 @@ class TrainData:
         return {name: value.reshape(*lead, *value.shape[1:]) for name, value in flat.items()}
 
     def batches(self, state: dict[str, Any] | None = None) -> BatchIterator:
-        """Batches without end, from the start or from where `BatchIterator.get_state` was taken.
+        """Returns an endless iterator, from the start or from a state of `BatchIterator.get_state`.
 
         Raises:
           NaloraError: the state belongs to other data.
@@ -119,39 +122,40 @@ class TrainData:
         return iterator
 
     def _row(self, index: int) -> np.ndarray:
-        """Examples in row ``index`` of the stream."""
+        """Returns the examples in row ``index`` of the stream."""
         epoch, row = divmod(index, self.rows_per_epoch)
         epoch_plan: PackingPlan = self._plan(epoch)
         return epoch_plan.row(row)
 
 
 class Stream(Protocol):
-    """Rows without end, each a pure function of its number."""
+    """Endless stream of rows; each row is a pure function of its number."""
 
     @property
     def batch_size(self) -> int:
-        """Rows of a batch over all hosts."""
+        """Returns the rows of a batch over all hosts."""
 
     @property
     def workers(self) -> int:
-        """Threads that put batches together ahead of their use."""
+        """Returns the number of threads that prefetch batches."""
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that hold every record once."""
+        """Returns the number of rows with every record once."""
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the stream."""
+        """Returns the identity of the stream."""
 
     def batch_at(self, row: int) -> HostBatch:
-        """The batch whose first row, over all hosts, is row ``row``."""
+        """Returns the batch whose first row over all hosts is ``row``."""
 
 
 class BatchIterator(Iterator[HostBatch]):
-    """Batches in order, read ahead by Grain's threads, with a state that is one number.
+    """Iterator over batches, prefetched by Grain's threads, whose state is one number.
 
-    The state counts rows over all hosts, so a run may be continued with another number of hosts or batch size.
+    The state counts rows over all hosts, so that a run can resume with another number of hosts or
+    another batch size.
     """
 
     def __init__(self, data: Stream) -> None:
@@ -171,18 +175,22 @@ class BatchIterator(Iterator[HostBatch]):
 
     @property
     def epoch(self) -> float:
-        """Passes over the data so far."""
+        """Returns the number of passes over the data so far."""
         return self._row / self._data.rows_per_epoch
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch begins, as JSON-able values: ``{"row": 1280, "data": "<fingerprint>"}``."""
+        """Returns the position of the next batch as JSON values.
+
+        Example:
+          ``{"row": 1280, "data": "<fingerprint>"}``
+        """
         return {"row": self._row, "data": self._data.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where ``state`` was taken.
+        """Continues from the position in ``state``.
 
         Raises:
-          NaloraError: the state belongs to other data, or is none.
+          NaloraError: the state is invalid or belongs to other data.
         """
         if state.get("data") != self._data.fingerprint:
             raise NaloraError(
@@ -196,7 +204,7 @@ class BatchIterator(Iterator[HostBatch]):
         self._batches = self._open()
 
     def close(self) -> None:
-        """Ends the threads that read ahead."""
+        """Stops the prefetching threads."""
         self._batches.close()
 
 
@@ -214,17 +222,19 @@ def train_data(
     """Opens, tokenizes and packs the training split.
 
     Args:
-      config: what to read and how.
-      tokenizer: of the model.
+      config: data settings.
+      tokenizer: tokenizer of the model.
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
-      seed: of the shuffle.
-      rows: which rows of a micro-batch this process reads (`nalora_jax.distributed.process_rows`); all by default.
+      seed: seed of the shuffle.
+      rows: rows of a micro-batch that this process reads (`nalora_jax.distributed.process_rows`);
+        all by default.
       cache: folder for prepared and tokenized data; `downloads.cache_dir` by default.
-      source: sources by split, in place of what ``config`` names.
+      source: sources by split, in place of the data set in ``config``.
 
     Raises:
-      NaloraError: bad data (see `open_source` and `open_store`), or a batch that micro-batches do not divide.
+      NaloraError: bad data (see `open_source` and `open_store`), or ``accumulate`` does not divide
+        the batch.
     """
     if batch_size % accumulate:
         raise NaloraError(

@@ -1,6 +1,7 @@
-"""Preference pairs: records with a prompt, a chosen and a rejected answer, to packed rows.
+"""Preference pairs: records with a prompt, a chosen and a rejected completion, as packed sequences.
 
-A pair is packed as one unit, its chosen answer first, each after the prompt as a segment of its own:
+A pair is packed as one unit with two segments, each a copy of the prompt and a completion, the
+chosen first:
 
     tokens        p p c c p p r | p c p r r        two pairs in a row
     segment_ids   1 1 1 1 2 2 2 | 3 3 4 4 4        odd: chosen, even: rejected
@@ -32,40 +33,42 @@ from nalora_jax.notes import counting
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
-_SEED = 20260101  # of the held-out draw: one for every run
+_SEED = 20260101  # of the held-out draw: the same in every run
 _CHUNK = 1024  # records that are rendered and tokenized together
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with both answers, tokenized; the answer of each is marked."""
+    """A tokenized prompt with both completions, whose tokens are marked."""
 
     chosen: Example
     rejected: Example
     prompt: str  # text, for display
-    texts: tuple[str, str]  # of the answers
+    texts: tuple[str, str]  # of the completions
 
     @property
     def positions(self) -> int:
-        """Positions in a row that both take: the last token of each is only a target."""
+        """Returns the row positions of both segments; the last token of each is only a target."""
         return len(self.chosen.ids) + len(self.rejected.ids) - 2
 
 
 def render_pair(
     record: dict[str, Any], config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer, where: str
 ) -> tuple[Rendered, Rendered]:
-    """The texts of a record's two answers, each after the prompt; the answer alone counts.
+    """Returns the texts of both completions, each after the prompt; only completions count.
 
     Example:
       {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
-      {"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": [{"role": "assistant", "content": "4"}], ...}
-      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}   whole conversations
+      {"prompt": [{"role": "user", "content": "2 + 2?"}],
+       "chosen": [{"role": "assistant", "content": "4"}], ...}
+      {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
+      (the last has whole conversations)
 
-    A question with ``choices`` and ``gold`` (a task of this library) is the pair of its right choice and the one after
-    it in the list.
+    A question with ``choices`` and ``gold`` (a task of this library) becomes the pair of its
+    correct choice and the choice after it in the list.
 
     Raises:
-      NaloraError: a field is missing or of the wrong type, or an answer is empty.
+      NaloraError: a field is missing or of the wrong type, or a completion is empty.
     """
     fields = preference.chosen_field, preference.rejected_field
     if not set(fields) & set(record) and record.get("choices") and not record.get("choice_prompts"):
@@ -99,7 +102,7 @@ def _answer(record: dict[str, Any], config: DataConfig, name: str, tokenizer: To
 
 
 def _messages(record: dict[str, Any], name: str, where: str, role: str) -> list[Message]:
-    """Messages of a field; a text there is one message of ``role``."""
+    """Returns the messages of a field; a text becomes one message of ``role``."""
     if isinstance(record[name], str):
         return [{"role": role, "content": text_field(record, name, where)}]
     return messages_of(record, DataConfig(messages_field=name), where)
@@ -112,10 +115,10 @@ def tokenize_pairs(
     preference: PreferenceConfig,
     tokenizer: Tokenizer,
 ) -> Iterator[Pair]:
-    """The pairs of the records at ``indices``, not yet cut.
+    """Yields the pairs of the records at ``indices``, not yet cut.
 
     Raises:
-      NaloraError: a record is no pair, or both of its answers are the same.
+      NaloraError: a record is not a pair, or both of its completions are equal.
     """
     with counting("tokenizing", len(indices)) as done:
         for start in range(0, len(indices), _CHUNK):
@@ -143,20 +146,20 @@ def _pair(texts: tuple[Rendered, Rendered], chosen: Example, rejected: Example, 
 
 @dataclass(frozen=True)
 class PairData:
-    """The training rows of a run on pairs, as `nalora_jax.data.pipeline.TrainData` has those of examples."""
+    """Training rows of a run on pairs; the counterpart of `nalora_jax.data.pipeline.TrainData`."""
 
-    tokens: np.ndarray  # int32, of all answers after their prompts: chosen, rejected, chosen, ...
-    answer: np.ndarray  # uint8, 1 where a token belongs to an answer
-    offsets: np.ndarray  # int64 [2 * pairs + 1], where each begins
+    tokens: np.ndarray  # int32, prompt + completion: chosen, rejected, chosen, ...
+    answer: np.ndarray  # uint8, 1 for tokens of a completion
+    offsets: np.ndarray  # int64 [2 * pairs + 1], start of each segment
     counts: Counts
     pattern: Pattern
     seed: int
-    # Rows of a batch over all hosts, and the micro-batches that they are split into.
+    # Rows of a batch over all hosts, and the micro-batches per step.
     batch_size: int
     accumulate: int
     # Rows of every micro-batch that this process reads.
     rows: tuple[int, ...]
-    # Threads that put batches together ahead of their use.
+    # Threads that prefetch batches.
     workers: int
     _plan: Any = field(init=False, repr=False, compare=False)
 
@@ -167,22 +170,22 @@ class PairData:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Row positions of each pair."""
+        """Returns the row positions of each pair."""
         return pair_lengths(self.offsets)
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that hold every pair once."""
+        """Returns the number of rows with every pair once."""
         return self.pattern.rows
 
     @property
     def pairs_per_row(self) -> int:
-        """Pairs in a row at most."""
+        """Returns the maximum number of pairs in a row."""
         return int(np.diff(self.pattern.starts).max())
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the stream: the same on any number of hosts and at any batch size."""
+        """Returns the identity of the stream, which does not depend on hosts or batch size."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.answer, self.offsets):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -190,13 +193,14 @@ class PairData:
         return f"pairs:{digest.hexdigest()}:{self.pattern.capacity}:{packed}:{self.seed}"
 
     def describe(self) -> dict[str, Any]:
-        """Figures for the log."""
+        """Returns figures for the log."""
         return stream_figures("pairs", self.counts, self.pattern, self.batch_size)
 
     def batch_at(self, row: int) -> HostBatch:
-        """The batch whose first row, over all hosts, is row ``row`` of the stream: a pure function of it.
+        """Returns the batch whose first row over all hosts is ``row``; pure in ``row``.
 
-        Beside the arrays of text, ``pairs`` ``[accumulate, rows, pairs_per_row]``: 1 for each pair in a row.
+        In addition to the text arrays it has ``pairs`` ``[accumulate, rows, pairs_per_row]``: 1 for
+        each pair in a row.
         """
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
@@ -208,18 +212,18 @@ class PairData:
         return {name: value.reshape(self.accumulate, len(self.rows), -1) for name, value in flat.items()}
 
     def batches(self) -> BatchIterator:
-        """Batches without end, from the start."""
+        """Returns an endless iterator from the start."""
         return BatchIterator(self)
 
     def _row(self, index: int) -> np.ndarray:
-        """Pairs in row ``index`` of the stream."""
+        """Returns the pairs in row ``index`` of the stream."""
         epoch, row = divmod(index, self.rows_per_epoch)
         epoch_plan: PackingPlan = self._plan(epoch)
         return epoch_plan.row(row)
 
 
 def pair_lengths(offsets: np.ndarray) -> np.ndarray:
-    """Row positions of each pair, int64 [pairs]."""
+    """Returns the row positions of each pair, int64 [pairs]."""
     return (np.diff(offsets) - 1).reshape(-1, 2).sum(axis=1)
 
 
@@ -234,23 +238,24 @@ def pair_data(
     seed: int = 0,
     rows: Sequence[int] | None = None,
 ) -> PairData:
-    """Tokenizes and packs the pairs of ``source``; a row of ``max_length`` positions holds both answers of a pair.
+    """Tokenizes and packs the pairs of ``source``.
 
-    Longer pairs are dropped, refused or cut as ``config.too_long`` says: of a pair that is cut, each answer with its
-    prompt takes half a row.
+    A row of ``max_length`` positions holds both segments of a pair. ``config.too_long`` decides if
+    longer pairs are dropped, refused or cut. In a pair that is cut, each completion with its prompt
+    takes half a row.
 
     Args:
       source: the records.
       config: how text becomes rows.
       preference: names of the fields.
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       batch_size: rows per step over all hosts.
       accumulate: micro-batches per step.
-      seed: of the shuffle.
-      rows: which rows of a micro-batch this process reads; all by default.
+      seed: seed of the shuffle.
+      rows: rows of a micro-batch that this process reads; all by default.
 
     Raises:
-      NaloraError: bad records, or pairs most of which do not fit.
+      NaloraError: bad records, or most pairs do not fit.
     """
     indices = np.arange(len(source))
     if 0 < config.train_limit < len(source):
@@ -270,7 +275,10 @@ def pair_data(
 def _fitting(
     source: Source, indices: list[int], config: DataConfig, preference: PreferenceConfig, tokenizer: Tokenizer
 ) -> tuple[list[Example], int, int, int]:
-    """Both answers of each pair that a row holds; how many were dropped, how many cut; positions of the longest."""
+    """Returns both segments of each pair that fits a row.
+
+    Also returns the numbers of dropped and cut pairs, and the positions of the longest pair.
+    """
     kept: list[Example] = []
     dropped = truncated = longest = 0
     pairs = tokenize_pairs(source, indices, config, preference, tokenizer)
@@ -297,7 +305,7 @@ def _fitting(
 
 
 def pair_sizes(source: Source, config: DataConfig, tokenizer: Tokenizer, preference: PreferenceConfig) -> np.ndarray:
-    """Returns row positions of pairs, of a fixed draw if there are more than 10,000, int64 [n]."""
+    """Returns the row positions of pairs, int64 [n]; of more than 10,000, those of a fixed draw."""
     pairs = tokenize_pairs(source, drawn(source).tolist(), config, preference, tokenizer)
     return np.array([pair.positions for pair in pairs], np.int64)
 
@@ -310,14 +318,14 @@ def held_out_pairs(
     *,
     source: Mapping[str, Source] | None = None,
 ) -> tuple[list[Pair], list[Pair]]:
-    """A run's held-out pairs: those that results are reported on, and others that choose its checkpoint.
+    """Returns held-out pairs in two lists: for the reported results, and to choose the checkpoint.
 
     Args:
       config: the evaluation split and its limits.
       preference: names of the fields.
-      tokenizer: of the model.
-      context: positions of the model; a pair with a longer text is left out.
-      source: sources by split, in place of what ``config`` names.
+      tokenizer: tokenizer of the model.
+      context: positions of the model; pairs with a longer text are left out.
+      source: sources by split, in place of the data set in ``config``.
 
     Raises:
       NaloraError: bad records, or fewer than two pairs.

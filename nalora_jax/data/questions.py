@@ -1,4 +1,4 @@
-"""The held-out questions of an evaluation, drawn once and tokenized."""
+"""Held-out evaluation examples, drawn once and tokenized."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from nalora_jax.errors import NaloraError
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
-# One draw for every run, so that runs with different seeds answer the same questions.
+# The same draw in every run, so that runs with different seeds are evaluated on the same examples.
 _SEED = 20260101
 
 
 @dataclass(frozen=True)
 class _Question:
-    """Texts of a question: one (whole text, where its answer lies) per choice, or a single one."""
+    """Texts of an evaluation example: (text, range of its completion), one per choice."""
 
     texts: list[Rendered]
     choices: list[str]
     gold: int
     own_prompts: bool
-    turns: tuple[tuple[str, str], ...] = ()  # of a conversation, before the answer
-    images: tuple[Any, ...] | None = None  # None where the model does not see
+    turns: tuple[tuple[str, str], ...] = ()  # of a conversation, before the completion
+    images: tuple[Any, ...] | None = None  # None for models without image input
 
 
 def eval_examples(
@@ -47,22 +47,24 @@ def eval_examples(
     cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> list[Item]:
-    """Questions of the evaluation split: multiple choice where records have choices, else completions.
+    """Returns the examples of the evaluation split: multiple choice if records have choices.
 
-    An item's prompt and answer are tokenized exactly as in training, so that what is trained is what is scored; the
-    end-of-turn token is left out.
+    All other records become completions. Prompt and completion are tokenized exactly as in
+    training, so that the scored tokens are the trained tokens, except for the end-of-turn token,
+    which is left out.
 
     Args:
-      config: what to read and how; records with "choices" (texts) and "gold" (an index) are multiple choice, with
-        "choice_prompts" where the choices differ in their prompt instead of their answer.
-      tokenizer: of the model.
+      config: data settings; records with "choices" (texts) and "gold" (an index) are multiple
+        choice, with "choice_prompts" if the choices differ in their prompts instead of their
+        completions.
+      tokenizer: tokenizer of the model.
       split: in place of ``config.eval_split``.
       limit: in place of ``config.eval_limit``; 0 means all.
       cache: folder for prepared data; `downloads.cache_dir` by default.
-      source: sources by split, in place of what ``config`` names.
+      source: sources by split, in place of the data set in ``config``.
 
     Raises:
-      NaloraError: bad data, or records that are trained on too.
+      NaloraError: bad data, or records that are also in the training split.
     """
     if split is None:
         _, read = open_pair(config, cache=cache, source=source)
@@ -85,22 +87,22 @@ def held_out(
     cache: Path | None = None,
     source: Mapping[str, Source] | None = None,
 ) -> tuple[list[Item], list[Item]]:
-    """A run's held-out questions: those that results are reported on, and others that choose its checkpoint."""
+    """Returns held-out examples in two lists: for reported results, and to choose a checkpoint."""
     limit = config.eval_limit + config.select_limit if config.eval_limit else 0
     items = eval_examples(config, tokenizer, limit=limit, cache=cache, source=source)
     return split_questions(items, config.eval_limit, config.select_limit)
 
 
 def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tuple[list[Item], list[Item]]:
-    """Questions that results are reported on, and others that choose a checkpoint; no question is in both.
+    """Splits examples into reported examples and others that choose a checkpoint, without overlap.
 
     Args:
       items: at least two.
-      reported: how many to report on at most (0: all that are left).
-      selecting: how many choose; no more than a third of all.
+      reported: maximum number of reported examples (0: all that remain).
+      selecting: number that choose the checkpoint; at most a third of all.
 
     Raises:
-      NaloraError: fewer than two questions.
+      NaloraError: fewer than two examples.
     """
     if len(items) < 2:
         raise NaloraError("--data.eval-split", expected="at least two examples", found=len(items))
@@ -111,7 +113,7 @@ def split_questions(items: Sequence[Item], reported: int, selecting: int) -> tup
 
 
 def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, where: str) -> _Question:
-    """The texts to score of one record."""
+    """Returns the texts to score for one record."""
     images = record.get(IMAGES)
     record = canonical(record, config, where)
     if config.messages_field in record:
@@ -125,7 +127,10 @@ def _question(record: dict[str, Any], config: DataConfig, tokenizer: Tokenizer, 
 
 
 def _choices(record: dict[str, Any], config: DataConfig, where: str) -> tuple[list[str], list[str], list[str], int]:
-    """Prompt and completion of each choice, texts to show, and the right one; a plain completion is one choice."""
+    """Returns prompts, completions, texts to display, and the index of the correct choice.
+
+    A plain completion counts as one choice.
+    """
     prompt = text_field(record, config.prompt_field, where, "--data.prompt-field", others=config.messages_field)
     if not record.get("choices"):
         return [prompt], [text_field(record, config.completion_field, where, "--data.completion-field")], [], 0
@@ -151,7 +156,7 @@ def _texts(record: dict[str, Any], field: str, where: str) -> list[str]:
 
 
 def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer, where: str) -> Rendered:
-    """A prompt with one of its answers, as in training but for the end-of-turn token."""
+    """Returns a prompt with one completion as in training, without the end-of-turn token."""
     if not completion.strip():
         raise NaloraError(f"{where}: {config.completion_field}", expected="an answer", found="an empty text")
     if not config.chat:
@@ -162,11 +167,11 @@ def _text(prompt: str, completion: str, config: DataConfig, tokenizer: Tokenizer
 def _chat_text(
     messages: Sequence[Message], tokenizer: Tokenizer, where: str, tools: Sequence[Message] | None = None
 ) -> Rendered:
-    """A conversation up to the end of its last answer, without the end-of-turn token."""
+    """Returns a conversation up to its last completion's end, without the end-of-turn token."""
     text = render_chat(messages, "answer", tokenizer, where, tools)
     ((start, end),) = text.answers
     last = next(turn for turn in reversed(messages) if turn["role"] == "assistant")
-    if last.get("tool_calls"):  # how a call is written is the template's own affair
+    if last.get("tool_calls"):  # each template has its format for calls
         stops = [token for index in tokenizer.eos_ids if (token := tokenizer.backend.id_to_token(index))]
         written = text.text[start:end]
         stop = next((one for one in stops if written.endswith(one)), "")
@@ -183,7 +188,7 @@ def _chat_text(
 
 
 def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """The conversation before the last answer as (role, text); a tool call as its JSON."""
+    """Returns the conversation before the last completion as (role, text); tool calls as JSON."""
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
     shown = []
     for turn in messages[:last]:
@@ -193,7 +198,7 @@ def _turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
 
 
 def _plain(content: str | Parts) -> str:
-    """A message's text; an image within it as ``[image]``."""
+    """Returns a message's text, with each image as ``[image]``."""
     if isinstance(content, Parts):
         return "".join(part.get("text", "[image]") for part in content)
     return content

@@ -1,11 +1,13 @@
-"""Seams of texts: characters at which a text can be divided without a change of its tokens.
+"""Seams of texts: positions at which a text can be divided without a change of its tokens.
 
-A tokenizer divides texts itself, at special tokens and, before it merges, into words. The tokens of the parts on both
-sides of such a place are independent, so only the part around the boundary of an answer has to be encoded twice:
+A tokenizer divides texts at special tokens and, before it merges, into words. The tokens before and
+after such a position are independent, so that only the part around the start of a completion has to
+be encoded twice:
 
     <|im_start|>user\\nUp?<|im_end|>\\n<|im_start|> | assistant\\n^It is | that way.<|im_end|>
 
-Here ``|`` are seams and ``^`` is the boundary: "assistant\\nIt is" has to start with the tokens of "assistant\\n".
+Here ``|`` are seams and ``^`` is the boundary: the tokens of "assistant\\nIt is" must start with
+the tokens of "assistant\\n".
 """
 
 from __future__ import annotations
@@ -22,19 +24,20 @@ _WORDS = "ab cd ef, gh"
 
 @dataclass
 class Division:
-    """Parts of a text to encode, and the way to join their ids."""
+    """Parts of a text to encode, and the rule that joins their ids."""
 
     texts: list[str] = field(default_factory=list)
-    # Of each text, whether it is the beginning of the part before it, up to a boundary; else it is the next part.
+    # For each text: True for the start of the previous part, up to a boundary; False for the next
+    # part.
     heads: list[bool] = field(default_factory=list)
 
     def add(self, text: str, *, head: bool = False) -> None:
-        """Appends a part, or the beginning of the last one."""
+        """Appends a part, or the beginning of the last part."""
         self.texts.append(text)
         self.heads.append(head)
 
     def join(self, encoded: Sequence[list[int]]) -> tuple[list[int], list[int]] | None:
-        """Ids of the text and the token position of each boundary; None if a token crosses one."""
+        """Returns a text's ids and each boundary's token position; None if a token crosses one."""
         ids: list[int] = []
         positions: list[int] = []
         start, last = 0, ids
@@ -51,18 +54,18 @@ class Division:
 
 @dataclass(frozen=True)
 class Seams:
-    """Places at which texts of a tokenizer can be divided.
+    """Positions at which texts of a tokenizer can be divided.
 
     Attributes:
       special: special tokens that divide a text.
-      words: whether a space between two ASCII letters begins a new word.
+      words: True if a space between two ASCII letters starts a new word.
     """
 
     special: tuple[str, ...]
     words: bool
 
     def divide(self, text: str, cuts: Sequence[int]) -> Division:
-        """Parts of ``text``; the tokens of the text up to each of ``cuts`` (ascending) are compared."""
+        """Divides ``text`` for the comparison of its tokens up to each of ``cuts`` (ascending)."""
         division, start, done = Division(), 0, 0
         for cut in cuts:
             if cut >= done:
@@ -78,7 +81,7 @@ class Seams:
         return division
 
     def _before(self, text: str, cut: int) -> int:
-        """The last seam up to ``cut``."""
+        """Returns the last seam up to ``cut``."""
         best = 0
         for token in self.special:
             at = text.rfind(token, best, cut)
@@ -90,7 +93,7 @@ class Seams:
         return best
 
     def _after(self, text: str, cut: int) -> int:
-        """The first seam from ``cut``, or after it if no special token begins there."""
+        """Returns the first seam at ``cut`` or after it; after it without a special token there."""
         best = len(text)
         for token in self.special:
             at = text.find(token, cut, best)
@@ -131,7 +134,7 @@ def _divides(tokenizer: Tokenizer, name: str) -> bool:
 
 
 def _words(tokenizer: Tokenizer) -> bool:
-    """Returns True if the tokenizer divides a text into words first and encodes each separately."""
+    """Returns True if the tokenizer divides a text into words and encodes each independently."""
     before = tokenizer.backend.pre_tokenizer
     if before is None:
         return False

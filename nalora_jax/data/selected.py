@@ -1,4 +1,4 @@
-"""Part of a source, and the draw that holds some of its records out where nobody has said which."""
+"""Subsets of a source, and the draw of held-out records if no evaluation split is set."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from nalora_jax.data.packing import permutation
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.errors import NaloraError
 
-SHARE, MOST = 0.05, 500  # of the records, held out where there is no split for it
-ENOUGH, LARGEST_SHARE = 20, 0.2  # of few records, as many as say anything, but no more than this share of them
+SHARE, MOST = 0.05, 500  # share and maximum of held-out records without a split
+ENOUGH, LARGEST_SHARE = 20, 0.2  # few records: at least 20, at most a fifth of them
 _FEWEST = 4
-# One draw for every run, so that runs with different seeds are measured on the same records.
+# The same draw in every run, so that runs with different seeds are evaluated on the same records.
 _SEED = 20260101
 
 
 class SelectedSource(Source):
-    """Some records of another source.
+    """Subset of another source.
 
     Args:
       base: the other source.
-      indices: of the records, in ascending order.
-      what: says which they are, for messages.
+      indices: ascending indices of the records.
+      what: description of the subset, for messages.
     """
 
     def __init__(self, base: Source, indices: np.ndarray, what: str) -> None:
@@ -33,7 +33,7 @@ class SelectedSource(Source):
         self.fingerprint = f"{base.fingerprint}:{hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest()}"
 
     def __str__(self) -> str:
-        """For the log."""
+        """Returns the name for the log."""
         return self.name
 
     def __len__(self) -> int:
@@ -43,30 +43,30 @@ class SelectedSource(Source):
         return self._base[int(self._indices[index])]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``."""
+        """Returns the records at ``indices``."""
         return self._base.read(self._indices[np.asarray(indices, np.int64)].tolist())
 
     @property
     def spans(self) -> list[Span]:
-        """Those of the whole."""
+        """Returns the spans of the other source."""
         return self._base.spans
 
     def where(self, index: int) -> str:
-        """What the whole calls the record."""
+        """Returns the other source's name of the record."""
         return self._base.where(int(self._indices[index]))
 
 
 def held_out_count(records: int) -> int:
-    """Of so many records, how many are held out: one in twenty, but 20 of fewer than 400 and a fifth of fewer than 100.
+    """Returns the number of held-out records: 5%, at most 500; at least 20, but at most a fifth.
 
-    Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; never fewer than two.
+    Example: 12 of 60, 20 of 100 and of 400, 50 of 1,000, 500 of 10,000 and more; at least two.
     """
     few = min(ENOUGH, round(LARGEST_SHARE * records))
     return min(max(round(SHARE * records), few, 2), MOST)
 
 
 def draw_held_out(whole: Source) -> tuple[Source, Source]:
-    """``whole`` divided into records to train on and others to measure on, as `held_out_count` says.
+    """Divides ``whole`` into training and evaluation records, with the size of `held_out_count`.
 
     Raises:
       NaloraError: fewer than four records.

@@ -1,4 +1,4 @@
-"""What a source of records is, and the simplest one: records that lie in memory."""
+"""The interface of record sources, and the simplest source: records in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 
 Record = dict[str, Any]
-# A contiguous part of a split: its name, first index and the index after the last.
+# Contiguous part of a split: its name, first index and the index after the last.
 Span = tuple[str, int, int]
 
 
@@ -25,9 +25,10 @@ class Source(ABC):
 
     Attributes:
       name: for messages, e.g. ``"socialiqa[train]"``.
-      dataset: what the splits belong to: two sources overlap only if this and their spans do.
-      fingerprint: changes whenever the records could have.
-      siblings: splits that the data set has, where that is known.
+      dataset: data set of the splits: two sources overlap only if it is equal and their spans
+        overlap.
+      fingerprint: changes whenever the records could have changed.
+      siblings: splits of the data set, if known.
     """
 
     name: str
@@ -44,28 +45,28 @@ class Source(ABC):
     @property
     @abstractmethod
     def spans(self) -> list[Span]:
-        """The parts of the underlying splits that this source reads."""
+        """Returns the parts of the underlying splits that this source reads."""
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``; one call is faster than many."""
+        """Returns the records at ``indices``; one call for many indices is fastest."""
         return [self[int(index)] for index in indices]
 
     def where(self, index: int) -> str:
-        """Names a record in messages."""
+        """Returns the name of a record in messages."""
         return f"{self.name}, record {index}"
 
     @property
     def parts(self) -> list[Source]:
-        """The sources that this one is put together from: itself, where it is not."""
+        """Returns the sources that this source combines, or itself."""
         return [self]
 
 
 class RecordsSource(Source):
-    """Records that lie in memory.
+    """Records in memory.
 
     Args:
-      name: for messages, and to tell what overlaps: two sources of one name do.
-      records: plain dicts, as JSON has them.
+      name: for messages, and to detect overlap: two sources with the same name overlap.
+      records: plain dicts with JSON values.
     """
 
     def __init__(self, name: str, records: Sequence[Record]) -> None:
@@ -83,7 +84,7 @@ class RecordsSource(Source):
 
     @property
     def spans(self) -> list[Span]:
-        """All of them."""
+        """Returns one span over all records."""
         return [("records", 0, len(self))]
 
 
@@ -91,7 +92,7 @@ def require_some(source: Source) -> None:
     """Refuses a source without records.
 
     Raises:
-      NaloraError: there are none.
+      NaloraError: the source is empty.
     """
     if len(source) == 0:
         raise NaloraError(source.name, expected="at least one record", found="none", remedy="choose another split")
@@ -99,7 +100,10 @@ def require_some(source: Source) -> None:
 
 @contextlib.contextmanager
 def foreign_errors(where: str, expected: str, remedy: str) -> Iterator[None]:
-    """Says what another library says (TFDS and Arrow raise many types, in paragraphs) as this library's error."""
+    """Raises another library's errors as NaloraErrors.
+
+    TFDS and Arrow raise many types, with messages of several paragraphs.
+    """
     try:
         yield
     except NaloraError:

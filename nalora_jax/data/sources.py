@@ -1,4 +1,4 @@
-"""Where records come from: files, data sets of TFDS and the hub, this library's tasks, mixtures; all by index.
+"""Opens records by index from files, TFDS, the hub, this library's tasks, and mixtures of them.
 
 A record is a plain dict: text as ``str``, numbers as ``int`` or ``float``, sequences as lists.
 """
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 _COMPARED = 16  # records of each source in a comparison
-AUTO = "auto"  # as the evaluation split: the data set's own, else some of the training split's records
+AUTO = "auto"  # evaluation split "auto"; see `open_pair`
 
 # Opens ``NAME:ARGUMENT`` of a data set's name: (argument, split) -> source.
 Opener = Callable[[str, str], Source]
@@ -67,7 +67,7 @@ _OPENERS: Registry[Opener] = Registry("data source", "nalora_jax.sources")
 
 
 def register_source(name: str) -> Callable[[Opener], Opener]:
-    """A decorator that makes a function ``(argument, split) -> Source`` selectable.
+    """Returns a decorator that makes a function ``(argument, split) -> Source`` selectable.
 
     ``--data.dataset NAME`` or ``NAME:ARGUMENT`` calls it once for every split that a run reads.
     """
@@ -77,19 +77,20 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 def open_source(
     config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
 ) -> Source:
-    """The records of ``split`` of ``config.dataset``; of several data sets one after another, each once.
+    """Returns the records of ``split`` of ``config.dataset``; a mixture's sets are concatenated.
 
     Args:
-      config: its ``dataset`` is a task of this library ("socialiqa", "socialiqa_mc", ...), ``"tfds:<name>"`` with
-        anything that TFDS accepts as a name, ``"hf:<org>/<name>"`` of the hub, the path or the URL (``gs://``,
-        ``s3://``) of a file, a folder or a pattern, or ``NAME`` or ``NAME:ARGUMENT`` of a source that was registered
-        (`register_source`); or several of these with weights (`nalora_jax.data.mixture`).
+      config: its ``dataset`` is a task of this library ("socialiqa", "socialiqa_mc", ...),
+        ``"tfds:<name>"`` with any name that TFDS accepts, ``"hf:<org>/<name>"`` of the hub, the
+        path or URL (``gs://``, ``s3://``) of a file, a folder or a pattern, or ``NAME`` or
+        ``NAME:ARGUMENT`` of a registered source (`register_source`); or several of these with
+        weights (`nalora_jax.data.mixture`).
       split: a TFDS split expression; for files also the path of another file.
-      cache: where the library's tasks are prepared; `downloads.cache_dir` by default.
-      source: sources by split, in place of what ``config`` names.
+      cache: folder in which the library's tasks are prepared; `downloads.cache_dir` by default.
+      source: sources by split, in place of the data set in ``config``.
 
     Raises:
-      NaloraError: no such data set, split or file, or nothing in it.
+      NaloraError: no such data set, split or file, or it is empty.
     """
     if source is not None:
         if split not in source:
@@ -104,7 +105,7 @@ def open_source(
 
 
 def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
-    """Of one data set."""
+    """Opens one data set."""
     name = config.dataset
     scheme, _, argument = name.partition(":")
     if scheme in _OPENERS:
@@ -135,11 +136,11 @@ def _open_one(config: DataConfig, split: str, cache: Path | None) -> Source:
 def open_pair(
     config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
 ) -> tuple[Source, Source]:
-    """The records to train on, and those that are held out.
+    """Returns the training records and the held-out records.
 
-    With ``config.eval_split`` "auto" these are the data set's own split "validation", or else some of
-    ``config.train_split`` that a fixed draw sets aside (`nalora_jax.data.selected`). Each data set of a mixture is
-    divided on its own, and its weight counts in training alone.
+    If ``config.eval_split`` is "auto", the held-out records are the data set's split "validation"
+    or, without one, a fixed draw from ``config.train_split`` (`nalora_jax.data.selected`). Each
+    data set of a mixture is divided separately; weights apply only to training.
 
     Args: as of `open_source`.
 
@@ -149,7 +150,7 @@ def open_pair(
     if config.eval_split != AUTO:
         train = open_train(config, cache=cache, source=source)
         held = open_source(config, config.eval_split, cache=cache, source=source)
-        if config.train_split != config.eval_split:  # the very same may be asked for: to see what was learned
+        if config.train_split != config.eval_split:  # equal splits measure the training fit
             for one, other in itertools.product(train.parts, held.parts):
                 check_disjoint(one, other)
         return train, held
@@ -162,7 +163,7 @@ def open_pair(
 
 
 def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping[str, Source] | None = None) -> Source:
-    """The records to train on, as `open_pair` has them; what is held out is not opened if it is another split."""
+    """Returns the training records of `open_pair`, without opening a separate evaluation split."""
     if config.eval_split == AUTO:
         return open_pair(config, cache=cache, source=source)[0]
     several = [(config.dataset, 1.0)] if source is not None else components(config.dataset)
@@ -178,20 +179,20 @@ def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping
 def open_held_out(
     config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
 ) -> Source:
-    """The records of an evaluation split, "auto" among them."""
+    """Returns the records of an evaluation split, which may be "auto"."""
     if split != AUTO:
         return open_source(config, split, cache=cache, source=source)
     return open_pair(replace(config, eval_split=AUTO), cache=cache, source=source)[1]
 
 
 def split_to_measure(config: DataConfig) -> str:
-    """The split that data are measured on which nobody trains on: their "validation", else all of "train"."""
+    """Returns the split to evaluate of data not trained on: "validation", else all of "train"."""
     ones = [_open_one(replace(config, dataset=name), "train", None) for name, _ in components(config.dataset)]
     return "validation" if all("validation" in one.siblings for one in ones) else "train"
 
 
 def _divided(config: DataConfig, cache: Path | None, source: Mapping[str, Source] | None) -> tuple[Source, Source]:
-    """One data set as what is trained on and what is held out, where nobody has said which."""
+    """Divides one data set into training and held-out records if no evaluation split is set."""
     train = open_source(config, config.train_split, cache=cache, source=source)
     own = _own_validation(config, train, cache, source)
     return draw_held_out(train) if own is None else (train, own)
@@ -200,13 +201,13 @@ def _divided(config: DataConfig, cache: Path | None, source: Mapping[str, Source
 def _own_validation(
     config: DataConfig, train: Source, cache: Path | None, source: Mapping[str, Source] | None
 ) -> Source | None:
-    """The data set's split "validation", where it has one that is another than what is trained on."""
+    """Returns the split "validation" if it exists and differs from the training split."""
     name = "validation"
     if source is not None:
         return source.get(name)
     if config.dataset.partition(":")[0] not in _OPENERS:
         return open_source(config, name, cache=cache) if name in train.siblings else None
-    try:  # a registered source says which splits it has by refusing others, or gives the same for all
+    try:  # a registered source may refuse a split, or return the same records for all
         own = open_source(config, name, cache=cache)
         check_disjoint(train, own)
     except NaloraError:
@@ -235,7 +236,7 @@ def check_disjoint(train: Source, held_out: Source) -> None:
 
 
 def have_same_records(train: Source, held_out: Source) -> bool:
-    """Returns True if two sources have the same records: as many, and equal ones at 16 places along them."""
+    """Returns True if both sources have as many records, and equal records at 16 positions."""
     if len(train) != len(held_out):
         return False
     places = np.unique(np.linspace(0, len(train) - 1, _COMPARED).round().astype(int)).tolist()
@@ -243,6 +244,6 @@ def have_same_records(train: Source, held_out: Source) -> bool:
 
 
 def _meant(name: str) -> str:
-    """The start of a remedy: the task that was probably meant."""
+    """Returns the start of a remedy that suggests the task with a similar name."""
     near = difflib.get_close_matches(name, tasks.NAMES, 1)
     return f"did you mean {near[0]}? " if near else ""

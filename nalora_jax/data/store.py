@@ -1,7 +1,7 @@
-"""Tokenized examples on disk: made once per data set, tokenizer and options, then memory-mapped.
+"""Tokenized examples on disk, written once per data set, tokenizer and options, and memory-mapped.
 
-Examples are stored as they are, of any length. The length of a row and ``too_long`` are applied to them afterwards
-(`nalora_jax.data.cut`), so that changing either does not tokenize again.
+Examples are stored uncut. `nalora_jax.data.cut` applies the row length and ``too_long`` later, so
+that changing either does not tokenize again.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-# Raised when the same records and tokenizer would give other tokens.
+# Increase it when the same records and tokenizer would produce other tokens.
 _FORMAT = 4
-# Records read, rendered and tokenized together: enough to keep every core busy, little to hold in memory.
+# Records read, rendered and tokenized together: enough to use every core with little memory.
 _CHUNK = 2048
-# Records that are judged before the others are tokenized, and the share of too long ones that refuses all of them:
-# more than half of the whole file, by five standard deviations of a draw.
+# Records that are checked before the others are tokenized, and the share of too long records at
+# which all are refused: more than half of the file, by five standard deviations of a draw.
 _JUDGED = 1000
 _TOO_MANY = 0.58
-_SEED = 20261129  # of their draw
-# Options that change tokens, besides the split and the limit.
+_SEED = 20261129  # of the draw
+# Options that change tokens, in addition to the split and the limit.
 _OPTIONS = ("loss_on", "chat", "prompt_field", "completion_field", "messages_field")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the records."""
+    """Numbers of kept, dropped and truncated records, and of their tokens."""
 
-    # Examples kept.
+    # Examples in the store.
     examples: int
     # Records left out, and examples shortened, because they were longer than a row.
     dropped: int
     truncated: int
-    # Tokens kept, and those of them that count in the loss.
+    # Tokens in the store, and the loss tokens among them.
     tokens: int
     targets: int
-    # Tokens of the longest record before anything was cut.
+    # Tokens of the longest record before any was cut.
     longest: int
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Examples, one after another.
+    """Concatenated tokens of all examples.
 
     Example (two examples of 3 and 2 tokens):
       tokens [5 9 0 8 0]   answer [0 0 1 0 1]   offsets [0 3 5]
@@ -75,36 +75,36 @@ class TokenStore:
 
     # Ids of all examples, int32 [tokens], memory-mapped.
     tokens: np.ndarray
-    # 1 where a token counts in the loss, uint8 [tokens], memory-mapped.
+    # 1 for loss tokens, uint8 [tokens], memory-mapped.
     answer: np.ndarray
-    # Where each example begins, and the end, int64 [examples + 1].
+    # Start of each example, and the total, int64 [examples + 1].
     offsets: np.ndarray
     # The source's record of each example, int64 [examples].
     records: np.ndarray
     counts: Counts
-    # sha256 of all of the above: equal on every host that reads the same data.
+    # sha256 of the arrays: equal on every host that reads the same data.
     fingerprint: str
     folder: Path
 
     @property
     def lengths(self) -> np.ndarray:
-        """Row positions of each example: one less than its tokens, as the last one is only a target."""
+        """Returns the row positions of each example: its tokens minus one, the last target."""
         return np.diff(self.offsets) - 1
 
 
 def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: int, cache: Path | None) -> TokenStore:
-    """Returns the tokens of ``source``, of any length, from the cache or tokenized now.
+    """Returns the tokens of ``source``, uncut, from the cache or tokenized now.
 
     Args:
       source: the records.
-      config: how they are rendered, and how many at most (``train_limit``: the first of the seed's shuffle).
-      tokenizer: of the model.
-      seed: of the run; matters only where there is a limit.
+      config: rendering options and ``train_limit`` (the first records of the seed's shuffle).
+      tokenizer: tokenizer of the model.
+      seed: seed of the run; has an effect only with a limit.
       cache: folder of the cache; `downloads.cache_dir` by default.
 
     Raises:
-      NaloraError: a record is broken or without targets; of a draw, one is too long and ``too_long`` is "error",
-        or most are; the disk is full.
+      NaloraError: a record is broken or has no loss tokens; a sampled record is too long and
+        ``too_long`` is an error, or most sampled records are; the disk is full.
     """
     key = {
         "format": _FORMAT,
@@ -127,7 +127,7 @@ def open_store(source: Source, config: DataConfig, tokenizer: Tokenizer, seed: i
 
 
 def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Refuses long data after a thousand records, drawn at random, instead of after all of them."""
+    """Refuses data with too long records after a random sample of a thousand records."""
     if len(indices) <= 2 * _JUDGED or config.too_long == "truncate":
         return
     drawn = indices[np.sort(permutation(len(indices), _SEED)[:_JUDGED])]
@@ -144,14 +144,14 @@ def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: T
 
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
-    """Indices of the records to use, in the source's order."""
+    """Returns the indices of the records to use, in the source's order."""
     return np.arange(size) if not 0 < limit < size else np.sort(permutation(size, seed)[:limit])
 
 
 def _examples(
     source: Source, indices: np.ndarray, config: DataConfig, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, Example]]:
-    """Records' indices and their tokens, not yet cut."""
+    """Yields the records' indices and their tokens, not yet cut."""
     with counting("tokenizing", len(indices)) as done:
         for start in range(0, len(indices), _CHUNK):
             chunk = indices[start : start + _CHUNK].tolist()
@@ -177,7 +177,10 @@ def _check(example: Example, where: str) -> None:
 
 
 def _check_images(example: Example, tokens: ImageTokens, count: int, where: str) -> None:
-    """As many image tokens as the record's images have: a template may have dropped or doubled one."""
+    """Raises unless the example has the image tokens of all of the record's images.
+
+    A template may have dropped or doubled a placeholder.
+    """
     found = int(np.sum(example.ids == tokens.token_id))
     if found != count * tokens.count:
         raise NaloraError(
@@ -189,10 +192,10 @@ def _check_images(example: Example, tokens: ImageTokens, count: int, where: str)
 
 
 def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, dropped: int = 0, truncated: int = 0) -> None:
-    """Writes a store and renames it when it is complete: a partial one never has the final name.
+    """Writes a store and renames it when it is complete: a partial store never has the final name.
 
     Args:
-      folder: the store's.
+      folder: the store's folder.
       examples: index of a record in its source, and its tokens.
       dropped: records left out.
       truncated: examples that were shortened.
@@ -219,7 +222,7 @@ def write_store(folder: Path, examples: Iterator[tuple[int, Example]], *, droppe
 
 
 def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int, truncated: int) -> None:
-    """Streams examples into the files of a store; memory does not grow with them, but for 16 bytes each."""
+    """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
     offsets, records, digest = [0], [], hashlib.sha256()
     targets = longest = 0
     with (scratch / "tokens.bin").open("wb") as tokens, (scratch / "answer.bin").open("wb") as answer:
@@ -242,7 +245,7 @@ def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int,
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the store is there and is what was written; one that is not is removed, to be made again."""
+    """Returns True if the store exists and is undamaged; removes a damaged store."""
     if not folder.exists():
         return False
     try:
@@ -257,7 +260,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def load_store(folder: Path) -> TokenStore:
-    """Returns the store in ``folder``, its arrays memory-mapped."""
+    """Returns the store in ``folder`` with memory-mapped arrays."""
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
     return TokenStore(
         tokens=np.memmap(folder / "tokens.bin", "<i4", mode="r"),
@@ -271,7 +274,7 @@ def load_store(folder: Path) -> TokenStore:
 
 
 def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Changes with anything that could change the ids of a text."""
+    """Returns a digest that changes with every property that could change the ids of a text."""
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids, tokenizer.add_bos)
     templates = (tokenizer.chat_template, tokenizer.tool_template)
     special = sorted((tokenizer.special_tokens or {}).items())

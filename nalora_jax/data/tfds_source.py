@@ -1,4 +1,4 @@
-"""Data sets of TFDS and this library's tasks, which are one: read without TensorFlow."""
+"""Data sets of TFDS, including this library's tasks, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nalora_jax.data.files import ENDINGS
 from nalora_jax.data.source import Record, Source, Span, foreign_errors
 from nalora_jax.errors import NaloraError
 
-_FEATURES = "features.json"  # a description that every folder has which TFDS prepared
+_FEATURES = "features.json"  # every folder that TFDS prepared has it
 
 
 class TfdsSource(Source):
@@ -29,8 +29,8 @@ class TfdsSource(Source):
       name: for messages.
       split: TFDS split expression.
       opener: returns the random-access source of the split, whose ``dataset_info`` describes it.
-      fingerprint: where it is known without opening; else it is made of the data set's files.
-      siblings: splits of the data set, where they are known without opening.
+      fingerprint: fingerprint if known without opening; otherwise computed from the files.
+      siblings: splits of the data set, if known without opening.
     """
 
     def __init__(
@@ -52,7 +52,10 @@ class TfdsSource(Source):
         return data
 
     def _files(self) -> str:
-        """Identity of the prepared files: TFDS keeps no checksum of them, so their description and its date."""
+        """Returns a digest of the prepared files: of their description and its modification time.
+
+        TFDS stores no checksum of the files.
+        """
         import tensorflow_datasets as tfds
 
         info = self._data.dataset_info
@@ -67,20 +70,20 @@ class TfdsSource(Source):
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Record]:
-        """The records at ``indices``, decoded to plain Python."""
+        """Returns the records at ``indices``, decoded to plain Python."""
         with tfds_errors(self.name, "prepare the data set again"):
             values = self._data.__getitems__([int(index) for index in indices])
         return [{name: _plain(value) for name, value in value.items()} for value in values]
 
     @property
     def spans(self) -> list[Span]:
-        """Parts of the data set's splits."""
+        """Returns parts of the data set's splits."""
         with tfds_errors(self.name, "see tensorflow.org/datasets/splits"):
             return absolute(self._split, self._data.dataset_info.splits)
 
 
 def is_tfds_folder(name: str) -> bool:
-    """Returns True for a folder, also in a bucket, that TFDS prepared: the folder of one version of a data set."""
+    """Returns True for the folder of a data set's version that TFDS prepared, also in a bucket."""
     if buckets.is_url(name):
         is_file = "*" in name or PurePath(name).suffix.lower() in ENDINGS
         return not is_file and _FEATURES in buckets.names(name)
@@ -88,7 +91,7 @@ def is_tfds_folder(name: str) -> bool:
 
 
 def folder_source(name: str, split: str) -> Source:
-    """The split of a folder that TFDS prepared; of one in a bucket only the files of that split are fetched.
+    """Returns the split of a folder that TFDS prepared; from a bucket, only its files are fetched.
 
     Raises:
       NaloraError: the folder cannot be fetched or read, or has no such split.
@@ -103,7 +106,7 @@ def folder_source(name: str, split: str) -> Source:
 
 
 def _split_of(file: str) -> str:
-    """The split of a TFDS file such as ``pond-train.array_record-00000-of-00001``; "" of a description."""
+    """Returns the split of a file ``pond-train.array_record-00000-of-00001``, else ""."""
     match = re.search(r"-(\w+)\.\w+-\d+-of-\d+$", file)
     return match[1] if match else ""
 
@@ -115,7 +118,7 @@ def _open_folder(folder: Path, split: str) -> Any:
 
 
 def task_source(name: str, split: str, cache: Path) -> Source:
-    """A task of this library; its content is pinned, so its fingerprint is known without opening it."""
+    """Returns a task of this library, whose fingerprint is known unopened because it is pinned."""
     sizes = tasks.SIZES[tasks.task_of(name)[0]]
     wanted = {part.split("[")[0].strip() for part in split.split("+")}
     if not wanted <= {*sizes, "all"}:
@@ -125,7 +128,7 @@ def task_source(name: str, split: str, cache: Path) -> Source:
 
 
 def _open_task(name: str, split: str, cache: Path) -> Any:
-    """Prepares a task on first use (seconds; TFDS renames a finished folder into place) and opens one split."""
+    """Prepares a task on first use (seconds), atomically by a rename, and opens one split."""
     from nalora_jax.data.builders.commonsense import Builder
 
     def builder() -> Any:
@@ -135,20 +138,20 @@ def _open_task(name: str, split: str, cache: Path) -> Any:
 
 
 def prepared(builder: Callable[[], Any]) -> Any:
-    """A TFDS builder of this library, its data prepared on first use."""
+    """Returns a TFDS builder of this library with its data prepared."""
     finished = Path(builder().data_dir) / "dataset_info.json"
     if not finished.exists():
         try:
             with _tfds_output():
                 builder().download_and_prepare()
         except OSError:
-            if not finished.exists():  # else another process was first
+            if not finished.exists():  # else another process wrote it first
                 raise
     return builder()
 
 
 def open_tfds(name: str, split: str, data_dir: str) -> Any:
-    """Random access to a split of any data set of TFDS, prepared on first use."""
+    """Returns random access to a split of any TFDS data set, prepared on first use."""
     import tensorflow_datasets as tfds
 
     with _tfds_output():
@@ -157,7 +160,7 @@ def open_tfds(name: str, split: str, data_dir: str) -> Any:
 
 @contextlib.contextmanager
 def _tfds_output() -> Iterator[None]:
-    """TFDS prints, and a command's stdout is its result; its bars are for terminals, not for logs."""
+    """Redirects TFDS's prints, as stdout is a command's result; shows bars only on terminals."""
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
@@ -168,7 +171,7 @@ def _tfds_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tfds_errors(where: str, remedy: str) -> Iterator[None]:
-    """What TFDS says, as this library's error."""
+    """Raises TFDS's errors as NaloraErrors."""
     with foreign_errors(where, "a readable TFDS data set", remedy):
         try:
             yield
@@ -182,7 +185,7 @@ def tfds_errors(where: str, remedy: str) -> Iterator[None]:
 
 
 def absolute(split: str, splits: Any) -> list[Span]:
-    """Index ranges that a split expression names, in its order."""
+    """Returns the index ranges that a split expression selects, in its order."""
     import tensorflow_datasets as tfds
 
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
@@ -190,7 +193,7 @@ def absolute(split: str, splits: Any) -> list[Span]:
 
 
 def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
-    """`absolute` where only the splits' sizes are known."""
+    """Returns `absolute` when only the splits' sizes are known."""
     if split in sizes:
         return [(split, 0, sizes[split])]
     import tensorflow_datasets as tfds  # only slices need it
@@ -200,7 +203,7 @@ def absolute_of(split: str, sizes: Mapping[str, int]) -> list[Span]:
 
 
 def _plain(value: Any) -> Any:
-    """A decoded TFDS feature as plain Python; bytes that are not text (images) stay bytes."""
+    """Returns a decoded TFDS feature as plain Python; bytes that are not text stay bytes."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

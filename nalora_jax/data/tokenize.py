@@ -1,4 +1,4 @@
-"""Texts with marked answers to token ids with a loss mask, exact at every boundary."""
+"""Converts texts with marked completions to token ids with a loss mask, exact at every boundary."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from nalora_jax.data.seams import seams_of
 if TYPE_CHECKING:
     from nalora_jax.tokenizer import Tokenizer
 
-_SEEN = 32  # texts in which special tokens are looked for
+_SEEN = 32  # texts that are searched for special tokens
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized text.
+    """A tokenized text.
 
-    Example (a prompt of 3 tokens, an answer of 2 that ends with the end-of-sequence id 0):
+    Example (a prompt of 3 tokens, a completion of 2 that ends with the end-of-sequence id 0):
       >>> Example(ids=[5, 9, 4, 7, 0], answer=[False, False, False, True, True])
     """
 
     # Token ids, int32 [n].
     ids: np.ndarray
-    # Whether a token belongs to an answer, bool [n].
+    # True for tokens of a completion, bool [n].
     answer: np.ndarray
 
     @property
     def has_target(self) -> bool:
-        """Whether any token counts in the loss: the first never does, as nothing predicts it."""
+        """Returns True if a token counts in the loss; the first never does (no predecessor)."""
         return bool(self.answer[1:].any())
 
 
 def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = True) -> list[Example]:
-    """Token ids and answer masks of many texts at once.
+    """Returns the token ids and loss masks of texts.
 
-    The tokens before an answer are those of the text before it on its own, which is what the model reads when it
-    generates or when a choice is scored. Where the tokenizer would merge across the boundary, the text is split there.
+    The tokens before a completion are the tokens of the preceding text encoded alone, which the
+    model reads when it generates or scores a choice. If the tokenizer would merge across the
+    boundary, the text is split there.
 
     Args:
       texts: as rendered from records.
-      tokenizer: of the model.
-      end: an answer that ends its text without a special token gets the end-of-sequence id.
+      tokenizer: tokenizer of the model.
+      end: add the end-of-sequence id to a completion that ends its text without a special token.
     """
     seams = seams_of(tokenizer, [text.text for text in texts[:_SEEN]])
     cuts = [_cuts(text) for text in texts]
@@ -62,10 +63,10 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Tokenizer, *, end: bool = Tru
 
 
 def fit(example: Example, max_length: int, bos_id: int | None) -> Example:
-    """``example`` cut to ``max_length + 1`` tokens: ``max_length`` inputs, each with the token after it.
+    """Returns ``example`` cut to ``max_length + 1`` tokens: inputs, each with its next token.
 
-    The prompt goes first, from its left (a begin-of-sequence id stays), down to the one token that the first target
-    needs before it; only then the answer, from its right.
+    The prompt is cut first, from its left (a begin-of-sequence id stays), down to the one token
+    that the first target needs before it; only then the completion, from its right.
     """
     excess = len(example.ids) - (max_length + 1)
     if excess <= 0:
@@ -78,12 +79,15 @@ def fit(example: Example, max_length: int, bos_id: int | None) -> Example:
 
 
 def _cuts(text: Rendered) -> list[int]:
-    """Character positions inside ``text`` where an answer begins or ends."""
+    """Returns the character positions inside ``text`` at which a completion starts or ends."""
     return sorted({cut for answer in text.answers for cut in answer if 0 < cut < len(text.text)})
 
 
 def _encode_pieces(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of ``text`` and the token position of each cut, from its pieces if they have the text's tokens."""
+    """Returns the ids of ``text`` and the token position of each cut.
+
+    It joins the tokens of the pieces if they equal the tokens of the text.
+    """
     pieces = [text.text[start:stop] for start, stop in pairwise([0, *cuts, len(text.text)])]
     whole, *parts = tokenizer.encode_batch([text.text, *pieces])
     if list(chain.from_iterable(parts)) == whole:
@@ -92,10 +96,10 @@ def _encode_pieces(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tup
 
 
 def _cut(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of ``text`` and the token position of each cut, where its pieces do not simply concatenate.
+    """Returns the ids of ``text`` and each cut's token position if the pieces do not concatenate.
 
-    Tokenizers that mark the start of a text do so in every piece, so prefixes are compared instead. A cut that falls
-    inside a token starts a text of its own.
+    Tokenizers that mark the start of a text mark every piece, so prefixes are compared instead. A
+    cut inside a token starts a separate text.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -112,7 +116,7 @@ def _cut(text: Rendered, cuts: list[int], tokenizer: Tokenizer) -> tuple[list[in
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that can end a turn: where generation stops, and every special token."""
+    """Returns the ids that can end a turn: stop ids and every special token."""
     added = tokenizer.backend.get_added_tokens_decoder()
     return frozenset(tokenizer.eos_ids) | {index for index, token in added.items() if token.special}
 
@@ -125,7 +129,10 @@ def _example(
     tokenizer: Tokenizer,
     stops: frozenset[int] | None,
 ) -> Example:
-    """Puts mask, end and begin of sequence on the ids of ``text``; ``positions`` are the tokens at ``cuts``."""
+    """Adds loss mask, end and begin of sequence to the ids of ``text``.
+
+    ``positions`` are the tokens at ``cuts``.
+    """
     before = [tokenizer.bos_id] if text.special and tokenizer.add_bos and tokenizer.bos_id is not None else []
     ends = stops is not None and text.answers[-1][1] == len(text.text) and not (ids and ids[-1] in stops)
     size = len(before) + len(ids)
@@ -135,6 +142,6 @@ def _example(
         answer[len(before) + position[start] : len(before) + position[stop]] = True
     answer[size:] = True
     every = np.array([*before, *ids, *([tokenizer.eos_id] if ends else [])], np.int32)
-    if tokenizer.images is not None:  # no model learns to write images
+    if tokenizer.images is not None:  # no model learns to generate images
         answer &= every != tokenizer.images.token_id
     return Example(every, answer)

@@ -1,4 +1,4 @@
-"""Messages about records that are longer than a row."""
+"""Messages about records that are longer than a packed sequence."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 
 def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
-    """Logs how many records were left out as too long; refuses data of which that is more than half.
+    """Logs the number of records dropped as too long; refuses data if it is more than half.
 
-    A model that learns from the short half of a data set learns something else than its user means.
+    Training on only the short half of a data set is not the task that its user specified.
     """
     if not counts.dropped:
         return
@@ -32,7 +32,7 @@ def report_dropped(name: str, counts: Counts, config: DataConfig) -> None:
 
 
 def mostly_too_long(name: str, count: int, of: str, longest: int, config: DataConfig) -> NaloraError:
-    """Returns the error about data of which ``count`` records ``of`` so many are longer than a row."""
+    """Returns the error for data of which ``count`` out of ``of`` records are longer than a row."""
     share = count / int(of.split()[0])
     return NaloraError(
         name,
@@ -43,7 +43,7 @@ def mostly_too_long(name: str, count: int, of: str, longest: int, config: DataCo
 
 
 def too_long(where: str, size: int, config: DataConfig) -> NaloraError:
-    """Returns the error about a record of ``size`` tokens that does not fit a row."""
+    """Returns the error for a record of ``size`` tokens that does not fit a row."""
     return NaloraError(
         where,
         expected=f"at most --data.max-length {config.max_length} tokens and the one after them",

@@ -1,4 +1,4 @@
-"""Plots and the HTML report, from logged metrics only; and the table and picture of ``nalora inspect``."""
+"""Plots and the HTML report, from logged metrics only; table and plot of ``nalora inspect``."""
 
 from nalora_jax.report.html import write_report
 from nalora_jax.report.inspect import LayerSummary, layer_summary, layer_table, save_picture

@@ -1,6 +1,6 @@
-"""One page about several runs: those that differ in their seed alone are one group, drawn as a line with a band.
+"""A page that compares several runs; runs that differ only in their seed are a line with a band.
 
-Like report.html it is made from metrics.jsonl alone, loads nothing, and fits a phone.
+Like report.html it is made from metrics.jsonl alone, loads no resources, and fits a phone.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from nalora_jax.report.html import flatten, plain_text, resource, template
 from nalora_jax.report.svg import COLOURS, new_figure, style, thin, to_svg
 from nalora_jax.train.progress import duration
 
-# Settings that say where and how a run is kept, not what it is.
+# Settings of output and storage, which do not change a run's results.
 _ASIDE = ("seed", "output", "resume", "callbacks", "tensorboard", "data.workers", "compute.compilation_cache")
-# Settings that decide which numbers a run measures.
+# Settings that decide which metrics a run computes.
 _TASK = ("model", "data.dataset", "data.eval_split", "data.loss_on", "data.chat", "vision.task", "preference.loss")
-_GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # and so many groups at most
+_GROUP_COLOURS = ("c1", "c2", "c3", "r0", "r3", "r1", "r2")  # also the maximum number of groups
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same settings."""
+    """Runs with equal settings."""
 
     label: str
     colour: str  # variable of the page's style
@@ -37,10 +37,11 @@ class Group:
 
 
 def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
-    """Write a page about the runs in ``folders``; returns its path.
+    """Writes a page about the runs in ``folders`` and returns its path.
 
     Raises:
-      NaloraError: a folder holds no run, one is given twice, or there are more than seven different settings.
+      NaloraError: a folder has no run or is listed twice, or there are more than seven different
+        settings.
     """
     seen = {Path(folder).resolve() for folder in folders}
     if len(seen) < len(folders):
@@ -52,7 +53,7 @@ def write_comparison(folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def render_comparison(runs: Sequence[History]) -> str:
-    """The page as text."""
+    """Returns the page as text."""
     groups = group_runs(runs)
     return template("compare.html.j2").render(
         css=Markup(resource("style.css")),
@@ -67,7 +68,7 @@ def render_comparison(runs: Sequence[History]) -> str:
 
 
 def group_runs(runs: Sequence[History]) -> list[Group]:
-    """Runs that differ in nothing but their seed together, in the order given, named by what tells them apart."""
+    """Groups runs that differ only in their seed, in the given order, named by differences."""
     found: dict[str, list[History]] = {}
     for run in runs:
         found.setdefault(repr(sorted(_identity(run).items())), []).append(run)
@@ -80,7 +81,7 @@ def group_runs(runs: Sequence[History]) -> list[Group]:
     apart = _apart(identities)
     labels = []
     for name, identity in zip(names, identities, strict=True):
-        # What the method's name says already is not said again, unless two have the same name.
+        # Settings in the method's name are not repeated, unless two groups have the same name.
         own = [
             one for one in apart if names.count(name) > 1 or not one.startswith(("mask.", "step_scale.", "mechanisms"))
         ]
@@ -96,13 +97,13 @@ def _identity(run: History) -> dict[str, str]:
 
 
 def _apart(identities: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names of the settings in which runs differ."""
+    """Returns the names of the settings in which runs differ."""
     names = dict.fromkeys(name for one in identities for name in one)
     return [name for name in names if len({one.get(name) for one in identities}) > 1]
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    """ "LoRA" (with AdaLoRA's ranks "AdaLoRA") where no mechanism is on, else "NA-LoRA"."""
+    """Returns "LoRA" ("AdaLoRA" with its ranks) if no mechanism is on, else "NA-LoRA"."""
     kinds = [config.get(name, {}).get("kind", "off") for name in ("mask", "step_scale")]
     plain = "AdaLoRA" if config.get("adalora", {}).get("target_rank") else "LoRA"
     return plain if kinds == ["off", "off"] and not config.get("mechanisms") else "NA-LoRA"
@@ -114,19 +115,22 @@ def _metric(groups: Sequence[Group]) -> str:
 
 
 def _held_out(metric: str) -> str:
-    """The metric's name as a title that names the data once."""
+    """Returns the metric's name as a title that names the data once."""
     return metric.capitalize() if metric.startswith("held-out") else f"Held-out {metric}"
 
 
 def _tasks_apart(groups: Sequence[Group]) -> list[str]:
-    """Settings of the model, the task or the metric in which runs differ: what makes their numbers incomparable."""
+    """Returns the settings of model, task or metric in which runs differ.
+
+    Metrics of runs that differ in these settings are not comparable.
+    """
     apart = [name for name in _apart([_identity(group.runs[0]) for group in groups]) if name in _TASK]
     metrics = {run.metric[1] for group in groups for run in group.runs if run.metric}
     return apart + (["metric"] if len(metrics) > 1 else [])
 
 
 def _row(group: Group) -> list[str]:
-    """Cells of a group's row: means over its runs, with the lowest and the highest where there are several."""
+    """Returns a group's cells: means over its runs, with minimum and maximum of several runs."""
     ends = [run.outcome for run in group.runs if len(run.outcome) == 2]
     losses = [run.measured[-1]["eval"].get("loss") for run in group.runs if run.measured]
     seeds = ", ".join(str(run.config.get("seed", "?")) for run in group.runs)
@@ -161,13 +165,13 @@ def _spread(values: Sequence[float | None], form: str = ".3f") -> str:
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
-    """Rows of the table of what tells the groups apart."""
+    """Returns the rows of the table of settings in which groups differ."""
     identities = [_identity(group.runs[0]) for group in groups]
     return [(name, [one.get(name, "–") for one in identities]) for name in _apart(identities)]
 
 
 def _pictures(groups: Sequence[Group]) -> Iterator[tuple[str, Markup, str]]:
-    """(title, drawing, what to read in it)."""
+    """Yields (title, plot, how to read it)."""
     band = "Lines are means over the runs of a group, bands their lowest and highest."
     columns: list[tuple[str, str, Callable[[History], tuple[np.ndarray, np.ndarray]], str]] = [
         (_held_out(_metric(groups)), "metric", _scores, f"On the questions that choose the checkpoint. {band}"),
@@ -206,7 +210,7 @@ def _movement(run: History) -> tuple[np.ndarray, np.ndarray]:
 def _bands(
     groups: Sequence[Group], column: Callable[[History], tuple[np.ndarray, np.ndarray]], name: str, title: str
 ) -> str | None:
-    """A line with a band for every group, over the steps that all of its runs have."""
+    """Returns a plot with a line and band per group, over the steps common to all of its runs."""
     with style():
         figure, axis = new_figure()
         for group in groups:

@@ -1,4 +1,4 @@
-"""A run's log as arrays: what the report draws and writes."""
+"""A run's log as arrays, the input of the report."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nalora_jax.train.metrics import FILE, read_metrics
 from nalora_jax.train.records import check_evaluation
 
 REGIONS = ("inverted", "contracting", "expanding", "linear")
-# Headline metrics by preference: key in an evaluation, its name, and whether more is better.
+# Headline metrics by preference: key in an evaluation, its name, and True if more is better.
 METRICS = (
     ("accuracy", "accuracy", True),
     ("recall", "recall at 1", True),
     ("exact_match", "exact match", True),
     ("loss", "held-out loss", False),
 )
-# What logs of earlier versions call a number of every layer.
+# Names of per-layer metrics in logs of earlier versions.
 FORMER_NAMES = {"favoured": "responsive"}
 
 
@@ -36,53 +36,59 @@ class EvaluationScore:
     value: float
     low: float | None  # 95% interval, where the evaluation gave one
     high: float | None
-    n: int | None  # items behind it
+    n: int | None  # number of items
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """How a mechanism's factors were spread over channels at the log steps; see `train.state_metrics`."""
+    """Distribution of a mechanism's multipliers over channels at the log steps.
+
+    See `train.state_metrics`.
+    """
 
     steps: np.ndarray  # [T]
     edges: np.ndarray  # [B], rising
-    counts: np.ndarray  # [T, L, B + 1]: channels below the first edge, between two, from the last one on
+    counts: np.ndarray  # [T, L, B + 1]: channels below, between and above the edges
 
 
 @dataclass(frozen=True)
 class History:
-    """The lines of one metrics.jsonl, sorted by what they are."""
+    """Lines of one metrics.jsonl, sorted by kind."""
 
-    header: Mapping[str, Any]  # the line with "run", "versions" and "device"; empty if the log has none
+    header: Mapping[str, Any]  # the line with "run", "versions" and "device", or empty
     steps: tuple[Mapping[str, Any], ...]  # log steps
-    evals: tuple[Mapping[str, Any], ...]  # evaluations along the way, on the examples that choose the checkpoint
-    initial: Mapping[str, Any]  # evaluation of the base, on the same examples as `final`; empty if there is none
-    final: Mapping[str, Any]  # evaluation of what was exported (the best step); empty if there is none
-    resumed: tuple[int, ...]  # steps that the run was continued from
+    evals: tuple[Mapping[str, Any], ...]  # in training, on the examples that choose a checkpoint
+    initial: Mapping[str, Any]  # evaluation of the base, on the same examples as `final`, or empty
+    final: Mapping[str, Any]  # evaluation of the exported adapter (the best step), or empty
+    resumed: tuple[int, ...]  # steps from which the run was resumed
     done: Mapping[str, Any]  # how the run ended; empty while it is running
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's config as nested dicts, without passwords, which logs of earlier versions hold."""
+        """Returns the run's config as nested dicts, without passwords (earlier logs have them)."""
         settings: Mapping[str, Any] = redacted(self.header.get("run", {}))
         return settings
 
     @property
     def total_steps(self) -> int:
-        """Steps the run was to take, or the last one logged if the config is not known."""
+        """Returns the run's planned steps, or the last logged step if the config is unknown."""
         return int(self.config.get("steps", self.last_step))
 
     @property
     def last_step(self) -> int:
-        """The last step that the log knows of."""
+        """Returns the last step in the log."""
         return max((int(record["step"]) for record in (*self.steps, *self.evals)), default=0)
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [T], values [T]) of one number of the log steps; null becomes NaN, lines without it are left out."""
+        """Returns (steps [T], values [T]) of a scalar of the log steps.
+
+        null becomes NaN; lines without the scalar are left out.
+        """
         rows = [(record["step"], record[name]) for record in self.steps if name in record]
         return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
 
     def layers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [T], values [T, L] or [T, L, 4]) of one per-layer number; null becomes NaN."""
+        """Returns (steps [T], values [T, L] or [T, L, 4]) of a layer metric; null becomes NaN."""
         if not any(_has(record, name) for record in self.steps):
             name = FORMER_NAMES.get(name, name)
         rows = [(record["step"], record["layers"][name]) for record in self.steps if _has(record, name)]
@@ -90,11 +96,11 @@ class History:
 
     @property
     def mechanisms(self) -> list[str]:
-        """Labels of the mechanisms whose factors the last log steps count."""
+        """Returns the labels of the mechanisms with histograms in the last log steps."""
         return list(next((r["histograms"] for r in reversed(self.steps) if r.get("histograms")), {}))
 
     def histograms(self, label: str) -> Histograms | None:
-        """Those of one mechanism, as its last log step counts them; None where there are none."""
+        """Returns a mechanism's histograms with the bins of its last log step, or None."""
         found = [(r["step"], (r.get("histograms") or {}).get(label)) for r in self.steps]
         known = [(step, one["edges"], np.array(one["counts"], float)) for step, one in found if one]
         if not known:
@@ -105,7 +111,10 @@ class History:
         return Histograms(np.array(at, float), np.array(edges, float), np.stack(rows))
 
     def adapters(self, name: str = "adapters") -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """(steps [T], numbers [T, L]) of the adapters by path, their norms or their ``ranks``; null becomes NaN."""
+        """Returns (steps [T], values [T, L]) by adapter path; ``name`` selects norms or ``ranks``.
+
+        null becomes NaN.
+        """
         found: dict[str, list[tuple[float, list[float | None]]]] = {}
         for record in self.steps:
             for path, norms in (record.get(name) or {}).items():
@@ -118,30 +127,30 @@ class History:
         }
 
     def last(self, name: str) -> float | None:
-        """A number of the last log step that has it."""
+        """Returns a scalar of the last log step that has it."""
         return next((float(r[name]) for r in reversed(self.steps) if r.get(name) is not None), None)
 
     def eval_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps [E], values [E]) of one number of the evaluations."""
+        """Returns (steps [E], values [E]) of a scalar of the evaluations."""
         rows = [(record["step"], record["eval"][name]) for record in self.evals if name in record["eval"]]
         return np.array([step for step, _ in rows], float), np.array([value for _, value in rows], float)
 
     @property
     def metric(self) -> tuple[str, str, bool] | None:
-        """The headline metric (key, name, more is better) that the evaluations have, or None."""
+        """Returns the evaluations' headline metric (key, name, more is better), or None."""
         return next((m for m in METRICS if any(e["eval"].get(m[0]) is not None for e in self.measured)), None)
 
     @property
     def scores(self) -> list[EvaluationScore]:
-        """The headline metric of every evaluation along the way, by step."""
+        """Returns the headline metric of every evaluation during training, by step."""
         return self._scores(self.evals)
 
     @property
     def ends(self) -> tuple[Mapping[str, Any], ...]:
-        """The evaluations that before and after are taken from, of the same questions; one alone where one is known.
+        """Returns the evaluations before and after training, or one of them if only one is known.
 
-        They are of the base and of the result, on the questions that results are reported on; while the result is not
-        measured, the first and the last along the way, on those that choose the checkpoint.
+        Both use the examples of the reported results. Until the result is evaluated, they are the
+        first and the last evaluation during training, on the examples that choose the checkpoint.
         """
         if self.initial and self.final:
             return self.initial, self.final
@@ -152,12 +161,12 @@ class History:
 
     @property
     def outcome(self) -> list[EvaluationScore]:
-        """The headline metric of `ends`."""
+        """Returns the headline metric of `ends`."""
         return self._scores(self.ends)
 
     @property
     def measured(self) -> tuple[Mapping[str, Any], ...]:
-        """Every evaluation, that of the result last."""
+        """Returns every evaluation, with the result's last."""
         ends = ((self.initial,) if self.initial else (), (self.final,) if self.final else ())
         return (*ends[0], *self.evals, *ends[1])
 
@@ -168,15 +177,15 @@ class History:
         return [_score(record, key) for record in records if record["eval"].get(key) is not None]
 
     def total(self, name: str) -> float:
-        """Sum of a number that counts since the last log step (seconds, tokens); 0 where there is none."""
+        """Returns the sum of a counter that each log step restarts (seconds, tokens), or 0."""
         return float(np.nansum(self.column(name)[1]))
 
 
 def read_history(folder: str | Path) -> History:
-    """The history of the run in ``folder``.
+    """Returns the history of the run in ``folder``.
 
     Raises:
-      NaloraError: there is no metrics.jsonl, it is damaged, or it holds no line of a run.
+      NaloraError: metrics.jsonl is missing, damaged, or has no line of a run.
     """
     path = Path(folder) / FILE
     history = history_of(read_metrics(path))
@@ -190,7 +199,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """Returns the evaluation in a separate file (before.json).
 
     Raises:
-      NaloraError: the file cannot be read, is no evaluation, or differs from its digest.
+      NaloraError: the file cannot be read, is not an evaluation, or differs from its digest.
     """
     values = unseal(read_json(path), str(path))
     check_evaluation(values, str(path))
@@ -198,7 +207,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _check_layers(history: History, path: Path) -> None:
-    """Every per-layer number has one shape in all lines."""
+    """Raises unless every per-layer metric has the same shape in all lines."""
     shapes: dict[str, tuple[int, ...]] = {}
     for record in history.steps:
         for name, rows in (record.get("layers") or {}).items():
@@ -217,7 +226,7 @@ def _check_layers(history: History, path: Path) -> None:
 
 
 def history_of(records: Sequence[Mapping[str, Any]]) -> History:
-    """The records of a log, sorted by kind; unknown kinds are ignored."""
+    """Returns the records of a log, sorted by kind; unknown kinds are ignored."""
     return History(
         header=next((record for record in records if "run" in record), {}),
         steps=tuple(record for record in records if "step" in record and "eval" not in record),

@@ -1,7 +1,7 @@
-"""report.html: one self-contained page about a run, made from its metrics.jsonl alone.
+"""report.html: a self-contained page about a run, made from its metrics.jsonl alone.
 
-The page loads nothing (its content security policy forbids it), follows the reader's light or dark setting and fits a
-phone. Everything that comes from the log is escaped by the template engine.
+The page loads no resources (its content security policy forbids it), follows the reader's light or
+dark setting and fits a phone. The template engine escapes all text from the log.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from nalora_jax.report.summary import headline, tiles
 from nalora_jax.weights.origin import Origin
 
 FILE = "report.html"
-HEADS = {"favoured": "share with mask ≥ 1"}  # heads of the layers' table that are not simply the numbers' names
-LONGEST_SAMPLE = 1200  # characters of a sample's answer that are shown
-_LONGEST_PROMPT = 20_000  # characters of an unfolded prompt
-_PROMPT_ENDS = 320  # characters of a long prompt's beginning and of its end; the page unfolds the others
+HEADS = {"favoured": "share with mask ≥ 1"}  # column heads that differ from metric names
+LONGEST_SAMPLE = 1200  # maximum characters shown of a sample's completion
+_LONGEST_PROMPT = 20_000  # maximum characters of an unfolded prompt
+_PROMPT_ENDS = 320  # characters at both ends of a long prompt; the page unfolds the middle
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot of the report with its heading and what to read in it."""
+    """A plot of the report, with its heading and how to read it."""
 
     draw: Callable[[History], str | None]
     title: str
@@ -124,10 +124,10 @@ GATES = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` into the run's folder, from its metrics.jsonl; returns the page's path.
+    """Writes ``report.html`` from metrics.jsonl into the run's folder; returns its path.
 
     Raises:
-      NaloraError: there is no log in the folder, or it is damaged.
+      NaloraError: the folder's log is missing or damaged.
     """
     folder = Path(folder)
     page = render(read_history(folder), has_adapter=(folder / "adapter" / "adapter_config.json").exists())
@@ -136,11 +136,11 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render(history: History, *, has_adapter: bool = False) -> str:
-    """The page as text.
+    """Returns the page as text.
 
     Args:
       history: the run's log.
-      has_adapter: the run's folder holds an exported adapter, so say how to use it.
+      has_adapter: the run's folder has an exported adapter, so the page explains how to use it.
     """
     config = history.config
     return template("page.html.j2").render(
@@ -167,7 +167,7 @@ def render(history: History, *, has_adapter: bool = False) -> str:
 
 
 def _spreads(history: History) -> list[Picture]:
-    """A picture for every mechanism whose factors the log counts."""
+    """Returns a plot for every mechanism with histograms in the log."""
     caption = (
         "The factor that each channel gets in the coming step, by size; above 1 it takes larger steps than the layer's "
         "others, below 1 smaller ones. Above: all layers together, the line when it first acted. Below: every layer. "
@@ -184,13 +184,13 @@ def _spreads(history: History) -> list[Picture]:
 
 
 def _base(noted: Mapping[str, Any] | None) -> str:
-    """The base model's file, number formats and digest in one line, as the run noted them."""
+    """Returns the base model's file, number formats and digest in one line, as logged."""
     return Origin.from_dict(noted).describe() if noted else ""
 
 
 def _draw(pictures: tuple[Picture, ...], history: History) -> list[tuple[Picture, Markup]]:
     drawn = [(picture, picture.draw(history)) for picture in pictures]
-    # The plots escape their text themselves; letting the template do it again would show the markup.
+    # Plots escape their text; escaping in the template would show their markup.
     return [(picture, Markup(svg)) for picture, svg in drawn if svg is not None]
 
 
@@ -210,7 +210,7 @@ def _status(history: History) -> str:
 
 
 def _samples(history: History) -> list[dict[str, Any]]:
-    """Sample answers of the first evaluation that has some, each with the last one's answer to the same prompt."""
+    """Returns samples of the first evaluation with any, paired with the last one's by prompt."""
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     if not sampled:
         return []
@@ -234,26 +234,26 @@ def _samples(history: History) -> list[dict[str, Any]]:
 
 
 def _sampled_after(history: History) -> int | None:
-    """The step of the adapter whose answers stand beside the base's; None where there is one kind of answers only."""
+    """Returns the step of the adapter whose samples are shown with the base's, or None."""
     sampled = [record for record in history.measured if record["eval"].get("samples")]
     return int(sampled[-1]["step"]) if len(sampled) > 1 and sampled[0]["step"] == 0 else None
 
 
 def _turns(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The conversation before an answer as (role, text), where the log has it."""
+    """Returns the conversation before a completion as (role, text), if logged."""
     turns = sample.get("turns") or []
     return [(str(one["role"]), _ends(str(one["text"]))) for one in turns if {"role", "text"} <= one.keys()]
 
 
 def _end(sample: Mapping[str, Any]) -> str:
-    """Returns in words how an answer ended; empty if the log does not record it."""
+    """Returns the reason why a completion ended, or "" if not logged."""
     if "cut" not in sample:
         return ""
     return "did not stop: cut off at the evaluation's limit" if sample["cut"] else "stopped by itself"
 
 
 def _ends(text: str) -> str:
-    """A text whose middle is left out if it is long."""
+    """Returns a text, with its middle left out if it is long."""
     left_out = len(text) - 2 * _PROMPT_ENDS
     if left_out <= 0:
         return text
@@ -266,13 +266,13 @@ def _clip(value: object) -> str:
 
 
 def _config_rows(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """(dotted name, value, differs from the default) of every field."""
+    """Returns (dotted name, value, differs from the default) of every field."""
     defaults = dict(flatten(RunConfig().to_dict()))
     return [(name, plain_text(value), name in defaults and defaults[name] != value) for name, value in flatten(config)]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting."""
+    """Yields (dotted name, value) of every setting."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -281,7 +281,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def plain_text(value: Any) -> str:
-    """A value as a reader would type it; adapter rules as on the command line."""
+    """Returns a value as a user would type it; adapter rules as on the command line."""
     if isinstance(value, list):
         return "  ".join(map(plain_text, value))
     if isinstance(value, Mapping) and {"pattern", "rank"} <= set(value):
@@ -295,10 +295,10 @@ def _number_text(value: object) -> str:
 
 
 def _layer_rows(history: History) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table of every layer at the last log step."""
+    """Returns heads and rows of the table of every layer at the last log step."""
     first = ["misalignment", "limit", "feature", "importance", "favoured", "mask_mean"]
     logged = list(history.steps[-1].get("layers", {})) if history.steps else []
-    # Whatever else a statistic or a mechanism shows; those with several numbers a layer are left out below.
+    # All other statistics of mechanisms; those with several values per layer are left out below.
     names = [*first, *(name for name in logged if name not in first)]
     columns = [(name, history.layers(name)[1]) for name in names]
     columns = [(name, values[-1]) for name, values in columns if values.ndim == 2]
@@ -315,11 +315,11 @@ def _number(value: float) -> str:
 
 @cache
 def template(name: str) -> Template:
-    """A page's template, everything in it escaped."""
+    """Returns a page's template, with autoescaping."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(resource(name))
 
 
 def resource(name: str) -> str:
-    """A file of this package as text."""
+    """Returns a file of this package as text."""
     return files("nalora_jax.report").joinpath(name).read_text(encoding="utf-8")

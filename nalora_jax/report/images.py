@@ -1,4 +1,4 @@
-"""What a run on images adds to the report: its pictures, the confusion of classes, layers by tower."""
+"""Report sections of image runs: pictures, confusion matrices, layers by tower."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ _PICTURE = "data:image/png;base64,"
 
 
 def picture(sample: Mapping[str, Any]) -> str:
-    """A sample's picture as a data address, or "": nothing else may come from a log into the page."""
+    """Returns a sample's picture as a data URL, or "" for any other text from the log."""
     found = sample.get("image")
     return found if isinstance(found, str) and found.startswith(_PICTURE) else ""
 
 
 def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
-    """The confusion matrix before training and that of the result: ``("before", {"classes": [...], "rows": ...})``."""
+    """Returns the confusion matrices before and after training.
+
+    Example: ``("before", {"classes": [...], "rows": ...})``.
+    """
     found = []
     for label, record in (("before", history.initial), ("after", history.final)):
         values = record.get("eval", {}) if record else {}
@@ -28,7 +31,7 @@ def confusions(history: History) -> list[tuple[str, dict[str, Any]]]:
 
 
 def layer_labels(history: History, count: int) -> list[str]:
-    """Names of the rows of per-layer tables: numbers, with the tower's name where there are two."""
+    """Returns the row names of per-layer tables: numbers, with the tower's name for two towers."""
     towers: Mapping[str, int] = next(
         (record["towers"] for record in reversed(history.steps) if record.get("towers")), {}
     )

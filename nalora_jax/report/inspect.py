@@ -1,7 +1,7 @@
-"""What the gates of a model look like, layer by layer: the table and the picture of ``nalora inspect``.
+"""Gate statistics of a model by layer: the table and the plot of ``nalora inspect``.
 
-Pure functions of the statistics that the blocks write (`nalora_jax.method.ffn`); running texts through a model is the
-caller's part.
+Pure functions of the statistics that the blocks write (`nalora_jax.method.ffn`); the caller runs
+texts through a model.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ class LayerSummary:
     slope: np.ndarray  # E|phi'|, mean over channels
     responsive: np.ndarray  # share of channels, see `responsive_share`
     occupancy: np.ndarray  # [L, 4], shares of the regions inverted, contracting, expanding, linear
-    misalignment: np.ndarray  # sum|S| / sum|F|; NaN in a layer whose gate no adapter moves
-    limit: np.ndarray  # its linear limit; NaN in a layer where no residual was probed
+    misalignment: np.ndarray  # sum|S| / sum|F|; NaN for a gate that no adapter changes
+    limit: np.ndarray  # its linear limit; NaN in a layer without a probe residual
 
 
 def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> LayerSummary:
-    """Means per layer of one block's statistics.
+    """Returns means per layer of one block's statistics.
 
     Args:
       stats: sums over real tokens as in ``gate_stats``: ``tokens [L, ...]``, ``slope [L, ..., C]``,
-        ``occupancy [L, ..., 4, C]``, ``feature``, ``selection`` and ``linear`` ``[L, ..., C]``; the dots are an expert
-        axis, or nothing. Sums of several batches may be added up.
-      probe: the same from a run with a small random residual. The linear limit is a property of the pre-activations
-        and of the residual's direction, so this gives one before any training, when the adapter's own is 0/0; the
-        direction that training finds has another, as a rule a lower one.
+        ``occupancy [L, ..., 4, C]``, ``feature``, ``selection`` and ``linear`` ``[L, ..., C]``; the
+        dots are an expert axis, or absent. Sums of several batches may be added up.
+      probe: the same from a run with a small random residual. The linear limit is a property of the
+        pre-activations and of the residual's direction, so the probe gives a limit before any
+        training, when the adapter's limit is 0/0. The direction found by training has another
+        limit, usually lower.
 
     Returns:
-      The summary; the limit comes from ``probe`` in the layers whose gate the adapter does not move.
+      The summary; the limit comes from ``probe`` in layers whose gate the adapter does not change.
 
     Raises:
       NaloraError: no real token went through a layer.
@@ -88,14 +89,15 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
 
 
 def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Share of gate channels that still respond: mean |phi'| at least half (`RESPONSIVE`) of their layer's mean.
+    """Returns the share of gate channels whose mean |phi'| is at least half their layer's mean.
 
-    Relative to the layer, because the mask is: with the default soft mask, (slope / mean)^2, the channels left out are
-    those that get less than a quarter of an update. Whether a whole layer responds shows in its mean slope.
+    The threshold (`RESPONSIVE`) is relative to the layer, as the mask is: the default soft mask,
+    (slope / mean)^2, gives the other channels less than a quarter of an update. The layer's mean
+    slope shows if the layer as a whole responds.
 
     Args:
       slope: ``[L, E, C]`` sums of |phi'| over tokens, E the experts (1 without).
-      tokens: ``[L, E]`` counts; an expert that no token reached has no channels to judge.
+      tokens: ``[L, E]`` counts; experts without tokens are left out.
 
     Returns:
       ``[L]``, each expert weighted by its tokens.
@@ -106,7 +108,7 @@ def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def layer_table(summary: LayerSummary, title: str = "") -> Table:
-    """The summary as a table for the terminal, the mean over layers last."""
+    """Returns the summary as a table for the terminal, with the mean over layers last."""
     table = Table(title=title or None, caption=CAPTION, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.pad_edge = table.show_edge = False
     columns = _columns(summary)
@@ -121,7 +123,10 @@ def layer_table(summary: LayerSummary, title: str = "") -> Table:
 
 
 def cell(value: float, name: str) -> str:
-    """One number of the table: shares as percentages; four decimals where small differences count; NaN is a dash."""
+    """Formats a table value: shares in percent, limit and misalignment with 4 decimals.
+
+    NaN is a dash.
+    """
     if np.isnan(value):
         return "–"
     if name in (*REGIONS, "responsive"):
@@ -130,10 +135,10 @@ def cell(value: float, name: str) -> str:
 
 
 def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Path:
-    """Draw the summary into ``path`` (.png, .svg or .pdf by its suffix): occupancy, slope and share, misalignment.
+    """Plots occupancy, slope and share, and misalignment into ``path`` (.png, .svg or .pdf).
 
     Raises:
-      NaloraError: the suffix is another one, or the file cannot be written.
+      NaloraError: the suffix is not supported, or the file cannot be written.
     """
     path = check_picture(path)
     picture = _draw(summary, title)
@@ -148,10 +153,10 @@ def save_picture(summary: LayerSummary, path: str | Path, title: str = "") -> Pa
 
 
 def check_picture(path: str | Path) -> Path:
-    """``path``, if `save_picture` can draw into a file of its suffix.
+    """Returns ``path`` if `save_picture` supports its suffix.
 
     Raises:
-      NaloraError: it cannot.
+      NaloraError: the suffix is not supported.
     """
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise NaloraError("--picture", expected="a name that ends in .png, .svg or .pdf", found=str(path))
@@ -159,7 +164,7 @@ def check_picture(path: str | Path) -> Path:
 
 
 def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Sum of ``name`` over sum of |F|, per layer; NaN in a layer whose gate did not move."""
+    """Returns sum of ``name`` over sum of |F| per layer; NaN for a gate that no adapter changes."""
     layers = sums["feature"].shape[0]
     feature = sums["feature"].reshape(layers, -1).sum(1)
     moved = np.where(feature > 0, feature, np.nan)
@@ -167,7 +172,7 @@ def _ratio(sums: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _columns(summary: LayerSummary) -> dict[str, np.ndarray]:
-    """The table's columns by head; one that is NaN in every layer is left out."""
+    """Returns the table's columns by head, without columns that are NaN in every layer."""
     columns = {"slope": summary.slope, "responsive": summary.responsive}
     columns |= dict(zip(REGIONS, summary.occupancy.T, strict=True))
     columns |= {"limit": summary.limit, "misalignment": summary.misalignment}

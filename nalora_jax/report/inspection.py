@@ -1,4 +1,4 @@
-"""Texts through a model, for ``nalora inspect``: what its gates do, layer by layer, before training or after."""
+"""Runs texts through a model for ``nalora inspect``, before or after training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nalora_jax.tokenizer import Tokenizer
 
 ROWS = 8  # texts in one batch
 PROBE_RANK = 8
-PROBE_SIZE = 1e-3  # of B's entries: the residual must not disturb the layers above; the limit does not depend on it
+PROBE_SIZE = 1e-3  # entries of B; small for later layers, the limit is invariant
 
 TEXTS = (
     "The river had risen during the night, and by morning the lower fields were under water. Nobody in the village "
@@ -41,16 +41,17 @@ TEXTS = (
 def inspect_texts(
     model: AdaptedModel, texts: Sequence[str] = TEXTS, *, max_length: int = 256, seed: int = 0
 ) -> LayerSummary:
-    """What the gates of ``model`` do on ``texts``.
+    """Returns the gate statistics of ``model`` on ``texts``.
 
     Args:
       model: with an adapter or without.
-      texts: run through the model as they are.
-      max_length: tokens of each text that are used.
-      seed: of the random residual that gives the linear limit where no adapter moves the gate.
+      texts: run through the model unchanged.
+      max_length: maximum tokens of each text.
+      seed: seed of the random residual from which the linear limit is computed if no adapter
+        changes the gate.
 
     Raises:
-      NaloraError: the model's blocks have no gates, or the texts no tokens.
+      NaloraError: the model's blocks have no gates, or the texts have no tokens.
     """
     batches = list(_batches(model.base.tokenizer, texts, max_length))
     sums = _gate_sums(model.module, model.variables, batches)
@@ -60,7 +61,7 @@ def inspect_texts(
 
 
 def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:
-    """A small random adapter on the gate of every layer."""
+    """Returns a small random adapter on the gate of every layer."""
     config = model.base.config
     name = "gate_proj" if config.gated else "in_proj"
     target = TargetSpec((PROBE_RANK,) * config.n_layers, (float(PROBE_RANK),) * config.n_layers)
@@ -76,7 +77,7 @@ def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]
 def _gate_sums(
     module: Decoder, variables: dict[str, Any], batches: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The statistics of the gated block, summed over batches."""
+    """Returns the statistics of the gated block, summed over batches."""
     observed = replace(module, stats=GateStatsConfig(stride=1, probe_stride=1))
 
     @partial(jax.jit)
@@ -94,7 +95,10 @@ def _gate_sums(
 
 
 def _batches(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and segment ids ``[ROWS, longest]``, right-padded; all of one shape, so that one program serves all."""
+    """Yields tokens and segment ids ``[ROWS, longest]``, right-padded.
+
+    All batches have one shape, so that one program is compiled.
+    """
     rows = [ids for ids in (tokenizer.encode(text)[:max_length] for text in texts) if ids]
     if not rows:
         raise NaloraError(

@@ -1,4 +1,4 @@
-"""The report's pictures: each takes a `History` and returns an ``<svg>``, or None where the log has no such numbers."""
+"""Plots of the report: each takes a `History` and returns an ``<svg>``, or None without data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nalora_jax.report.svg import (
     to_svg,
 )
 
-MAP_COLUMNS = 160  # most steps drawn in a heat map
+MAP_COLUMNS = 160  # maximum steps drawn in a heat map
 
 
 def loss(history: History) -> str | None:
-    """Training loss (each log step, and its running mean) and held-out loss."""
+    """Plots the training loss (each log step, and its running mean) and the held-out loss."""
     steps, values = history.column("loss")
     eval_steps, eval_values = history.eval_column("loss")
     if not np.isfinite(values).any() and not np.isfinite(eval_values).any():
@@ -41,7 +41,7 @@ def loss(history: History) -> str | None:
 
 
 def metric(history: History) -> str | None:
-    """The headline metric of every evaluation with its 95% interval, beside its value before training."""
+    """Plots the headline metric with its 95% interval by evaluation, and the initial value."""
     if history.metric is None or len(history.scores) < 2:
         return None
     _, name, _ = history.metric
@@ -49,7 +49,7 @@ def metric(history: History) -> str | None:
     steps, values = [s.step for s in scores], np.array([s.value for s in scores])
     with style():
         figure, axis = new_figure()
-        before = "before training, same questions"  # not the headline's
+        before = "before training, same questions"  # not the headline metric's
         axis.axhline(values[0], color=COLOURS["muted"], linewidth=1.2, linestyle="--", label=before)
         bounded = [s for s in scores if s.low is not None and s.high is not None]
         if bounded:
@@ -68,7 +68,7 @@ def metric(history: History) -> str | None:
 
 
 def rewards(history: History) -> str | None:
-    """Rewards of chosen and rejected answers in training, and the held-out margin; of preference tuning."""
+    """Plots preference tuning: rewards of chosen and rejected completions, and held-out margin."""
     steps, margin = history.column("rewards_margin")
     eval_steps, held_out = history.eval_column("rewards_margin")
     if not margin.size and not held_out.size:
@@ -87,22 +87,22 @@ def rewards(history: History) -> str | None:
 
 
 def learning_rate(history: History) -> str | None:
-    """Learning rate over the steps."""
+    """Plots the learning rate."""
     return _single_line(history, "learning_rate", "learning rate", "c1")
 
 
 def speed(history: History) -> str | None:
-    """Tokens per second over the steps."""
+    """Plots tokens per second."""
     return _single_line(history, "tokens_per_second", "tokens per second", "c3", zero=True, noisy=True)
 
 
 def gradient(history: History) -> str | None:
-    """Global norm of the gradient, before clipping."""
+    """Plots the global norm of the gradient before clipping."""
     return _single_line(history, "grad_norm", "gradient norm", "c1", zero=True, noisy=True)
 
 
 def misalignment(history: History) -> str | None:
-    """Misalignment of the whole model and its linear limit; the excess between them is shaded."""
+    """Plots the model's misalignment and its linear limit, with their difference shaded."""
     steps, values = history.column("misalignment")
     limit_steps, limit = history.column("misalignment_limit")
     if not np.isfinite(values).any():
@@ -119,7 +119,7 @@ def misalignment(history: History) -> str | None:
 
 
 def misalignment_map(history: History) -> str | None:
-    """Misalignment by layer and step, and the linear limit beside it on the same scale of colours."""
+    """Plots misalignment and its linear limit by layer and step on one colour scale."""
     steps, values = history.layers("misalignment")
     limit_steps, limit = history.layers("limit")
     maps = [("misalignment", steps, values), ("its linear limit", limit_steps, limit)]
@@ -130,7 +130,7 @@ def misalignment_map(history: History) -> str | None:
 
 
 def excess_map(history: History) -> str | None:
-    """Misalignment above its linear limit, by layer and step, on a scale of colours of its own."""
+    """Plots misalignment minus its linear limit by layer and step, on a separate colour scale."""
     steps, values = history.layers("misalignment")
     limit = history.layers("limit")[1]
     if values.ndim != 2 or values.shape != limit.shape or not np.isfinite(values - limit).any():
@@ -139,7 +139,7 @@ def excess_map(history: History) -> str | None:
 
 
 def feature(history: History) -> str | None:
-    """How far the adapters move the gate: E|F| over the steps, mean and range over layers."""
+    """Plots the adapters' change of the gate, E|F|, over the steps: mean and range over layers."""
     steps, values = history.layers("feature")
     if values.ndim != 2 or not np.isfinite(values).any():
         return None
@@ -153,7 +153,10 @@ def feature(history: History) -> str | None:
 
 
 def importance(history: History) -> str | None:
-    """Importance by layer at the first and last log step; below it the mask: mean, and share of favoured channels."""
+    """Plots importance by layer at the first and last log step, and the mask.
+
+    The mask is shown below by its mean and its share of favoured channels.
+    """
     steps, slope = history.layers("importance")
     if slope.ndim != 2 or not np.isfinite(slope).any():
         return None
@@ -179,7 +182,7 @@ def importance(history: History) -> str | None:
 
 
 def occupancy(history: History) -> str | None:
-    """Region occupancy of every layer, at the first and the last log step, as stacked bars."""
+    """Plots every layer's region occupancy at the first and last log step as stacked bars."""
     steps, values = history.layers("occupancy")
     if values.ndim != 3 or not np.isfinite(values).any():
         return None
@@ -196,7 +199,7 @@ def occupancy(history: History) -> str | None:
 
 
 def step_scale(history: History) -> str | None:
-    """Range of the step scale over each layer's channels, at the last log step."""
+    """Plots the range of the step scale over each layer's channels at the last log step."""
     steps, low = history.layers("step_scale_min")
     _, high = history.layers("step_scale_max")
     if low.ndim != 2 or low.shape != high.shape or not np.isfinite(low).any():
@@ -211,7 +214,7 @@ def step_scale(history: History) -> str | None:
 
 
 def stacked_bars(axis: Any, occupancy: np.ndarray, colours: tuple[str, ...] = REGION_COLOURS) -> None:
-    """Draw occupancy [L, 4] as one bar a layer, its regions stacked in order."""
+    """Draws occupancy [L, 4] as one bar per layer, its regions stacked in order."""
     layers, bottom = np.arange(len(occupancy)), np.zeros(len(occupancy))
     for region, colour, share in zip(REGIONS, colours, occupancy.T, strict=True):
         axis.bar(layers, share, bottom=bottom, width=0.86, color=colour, label=region)
@@ -242,7 +245,10 @@ def _single_line(
 
 
 def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """A faint line of the values and, where there are enough, a strong one of their running mean."""
+    """Draws the values as a faint line, and their running mean as a strong line.
+
+    The mean is left out if there are too few values.
+    """
     window = max(len(values) // 20, 1)
     if window > 1:
         axis.plot(*thin(steps, values), color=COLOURS[colour], alpha=0.35, linewidth=1)
@@ -260,7 +266,7 @@ def _band(axis: Any, steps: np.ndarray, values: np.ndarray, colour: str, label: 
 
 
 def _heat_maps(maps: list[tuple[str, np.ndarray, np.ndarray]], name: str, label: str) -> str:
-    """(title, steps, values [T, L]) side by side, on one scale of colours."""
+    """Draws (title, steps, values [T, L]) side by side on one colour scale."""
     low, high = min(np.nanmin(v) for _, _, v in maps), max(np.nanmax(v) for _, _, v in maps)
     with style():
         figure, axes = new_figure(4.2, columns=len(maps), sharey=True, squeeze=False)

@@ -1,4 +1,4 @@
-"""The report's pictures of a run's state: how factors are spread over channels, and how large adapters are."""
+"""Plots of a run's state: distributions of multipliers over channels, and adapter sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _MOST_TICKS = 7
 
 
 def histogram(history: History, mechanism: str) -> str | None:
-    """A mechanism's factors: of all channels when it first acts and at the last log step, below it of each layer."""
+    """Plots a mechanism's multipliers over all channels at two steps, and by layer below.
+
+    The steps are the first step at which it acts and the last log step.
+    """
     found = history.histograms(mechanism)
     if found is None:
         return None
     together = _shares(found.counts.sum(axis=1))
-    acting = int(np.argmax((together > 0).sum(axis=1) > 1))  # before, all factors are 1
+    acting = int(np.argmax((together > 0).sum(axis=1) > 1))  # before it acts, all multipliers are 1
     shown = _shown(together[[acting, -1]])
     first, last = together[acting][shown], together[-1][shown]
     with style():
@@ -52,7 +55,7 @@ def histogram(history: History, mechanism: str) -> str | None:
 
 
 def adapters(history: History) -> str | None:
-    """Norms of the adapters: of each kind of module over the steps, below it of every layer at the last one."""
+    """Plots adapter norms by kind of module over the steps, and of every layer at the last step."""
     return _by_module(
         history.adapters(),
         lambda norms: np.sqrt(np.nansum(np.square(norms), axis=1)),
@@ -61,7 +64,7 @@ def adapters(history: History) -> str | None:
 
 
 def ranks(history: History) -> str | None:
-    """Ranks that AdaLoRA has left: to each kind of module over the steps, below it to every layer at the last one."""
+    """Plots AdaLoRA's remaining ranks by kind of module over steps, and by layer at the last."""
     return _by_module(
         history.adapters("ranks"),
         lambda ranks: np.nansum(ranks, axis=1),
@@ -74,12 +77,12 @@ def _by_module(
     together: Callable[[np.ndarray], np.ndarray],
     words: tuple[str, str, str],
 ) -> str | None:
-    """A picture of numbers [steps, layers] by path; None where there are none.
+    """Plots values [steps, layers] by path; returns None if there are none.
 
     Args:
-      numbers: steps and numbers.
+      numbers: steps and values.
       together: [steps, layers] -> [steps].
-      words: what a number is, the picture's name, its description.
+      words: name of the value, name of the plot, its description.
     """
     found, (what, picture, title) = dict(list(numbers.items())[: 2 * len(_LINES)]), words
     if not found:
@@ -89,7 +92,7 @@ def _by_module(
         for index, (path, (steps, norms)) in enumerate(found.items()):
             name = path.replace("layers/", "")
             line = {"color": COLOURS[_LINES[index % len(_LINES)]], "linestyle": "-" if index < len(_LINES) else "--"}
-            with np.errstate(over="ignore"):  # of a log that was edited
+            with np.errstate(over="ignore"):  # values of an edited log
                 whole = together(norms)
             upper.plot(*thin(steps, whole), label=name, **line)
             lower.plot(np.arange(norms.shape[1]), norms[-1], marker="o", markersize=3, **line)
@@ -103,22 +106,22 @@ def _by_module(
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    """Counts [..., B + 1] over their row's sum."""
+    """Returns counts [..., B + 1] divided by their row's sum."""
     return counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
 
 
 def _shown(shares: np.ndarray) -> slice:
-    """The bins from the first to the last that hold a channel in any of the rows, and one on either side."""
+    """Returns the bins from the first to the last non-empty bin, and one on either side."""
     held = np.flatnonzero(shares.sum(axis=0))
     low, high = (held[0], held[-1]) if held.size else (0, shares.shape[-1] - 1)
     return slice(max(int(low) - 1, 0), min(int(high) + 2, shares.shape[-1]))
 
 
 def _label_bins(axis: Any, found: Histograms, shown: slice) -> None:
-    """Edges between bins as ticks; what lies beyond the first and the last is said where such bins are shown."""
+    """Labels edges between bins as ticks, and the open bins at both ends if they are shown."""
     edges = {bin_ - shown.start - 0.5: found.edges[bin_ - 1] for bin_ in range(max(shown.start, 1), shown.stop)}
     every = -(-len(edges) // _MOST_TICKS)
-    # The tick of 1 is one of them where it is shown: factors are read against it.
+    # A tick of 1, if in range, is always shown: multipliers are read relative to it.
     middle = int(np.argmin(np.abs(np.log(np.maximum(list(edges.values()), 1e-12))))) if edges else 0
     ticks = {at: f"{edge:.2g}" for index, (at, edge) in enumerate(edges.items()) if (index - middle) % every == 0}
     axis.set_xticks(list(ticks), list(ticks.values()))

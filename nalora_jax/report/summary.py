@@ -1,4 +1,4 @@
-"""The top of the report: the metric before and after, where both come from, and the run in a few numbers."""
+"""The top of the report: the metric before and after, its origin, and the run's main figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nalora_jax.train.progress import duration
 
 
 def headline(history: History) -> dict[str, Any] | None:
-    """The headline metric before and after training, placed on a common scale, or None without an evaluation."""
+    """Returns the headline metric before and after training on a common scale, or None."""
     if history.metric is None:
         return None
     _, name, more_is_better = history.metric
@@ -35,7 +35,7 @@ def headline(history: History) -> dict[str, Any] | None:
 
 
 def _source(history: History) -> str:
-    """Where before and after come from."""
+    """Returns a description of the evaluations before and after."""
     before, after = history.ends
     at = before["step"]
     first = f"the evaluation at step {at}" if at else "the base model, before the first step"
@@ -50,7 +50,7 @@ def _source(history: History) -> str:
 
 
 def _choice(history: History) -> str:
-    """How many examples chose the checkpoint, where it was chosen at all."""
+    """Returns the number of examples that chose the checkpoint, as text; "" if none was chosen."""
     along = [record["eval"].get("n") for record in history.evals if record["step"] > 0]
     if len(along) < 2 or not (found := along[-1]):
         return ""
@@ -70,11 +70,11 @@ def _range(label: str, score: EvaluationScore, scale: tuple[float, float]) -> di
 
 
 def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Mapping[str, Any] | None) -> str:
-    """One honest sentence about the difference; item by item where the last evaluation holds a comparison.
+    """Returns one sentence about the difference, from paired items if the last evaluation has them.
 
     Args:
       shown: before and after, or one of them.
-      more_is_better: of the metric.
+      more_is_better: True if a higher metric is better.
       paired: a `nalora_jax.evaluate.statistics.Comparison` as a dict, or None.
     """
     if len(shown) < 2:
@@ -94,14 +94,14 @@ def _verdict(shown: Sequence[EvaluationScore], more_is_better: bool, paired: Map
 
 
 def _apart(first: EvaluationScore, second: EvaluationScore) -> bool | None:
-    """Whether two intervals do not overlap; None where one is not known."""
+    """Returns True if two intervals do not overlap; None if an interval is unknown."""
     if first.low is None or first.high is None or second.low is None or second.high is None:
         return None
     return first.high < second.low or second.high < first.low
 
 
 def tiles(history: History) -> Iterator[tuple[str, str, str]]:
-    """(name, value, note) of the small boxes at the top."""
+    """Yields (name, value, note) of the small boxes at the top."""
     losses = [record["eval"]["loss"] for record in history.ends if record["eval"].get("loss") is not None]
     if len(losses) > 1:
         yield "Held-out loss", f"{losses[0]:.3f} → {losses[-1]:.3f}", "before → after, same questions as above"
@@ -125,7 +125,7 @@ def tiles(history: History) -> Iterator[tuple[str, str, str]]:
 
 
 def _costs(history: History) -> Iterator[tuple[str, str, str]]:
-    """Wall time by stage, and the most memory."""
+    """Yields wall time by stage, and peak memory."""
     stages = {name: value for name, value in (history.done.get("seconds") or {}).items() if value is not None}
     if stages:
         since = f" (since step {history.resumed[-1]})" if history.resumed else ""

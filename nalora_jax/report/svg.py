@@ -1,9 +1,11 @@
 """Matplotlib figures as inline SVG whose colours follow the page: light or dark, by CSS variables.
 
-Figures are drawn in placeholder colours, and each placeholder is replaced by ``var(--name)`` in the SVG. Text stays
-text, in the page's font. A figure is about as wide as a phone, so that its text is never scaled down to nothing.
+Figures are drawn in placeholder colours, and each placeholder is replaced by ``var(--name)`` in the
+SVG. Text stays text, in the page's font. A figure is about as wide as a phone, so that its text is
+never scaled down too far to read.
 
-Matplotlib is imported by the first figure: a fifth of what a run imports, which its training does not wait for.
+The first figure imports Matplotlib, a fifth of a run's imports, so that training does not wait for
+it.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Placeholder colour of each CSS variable of the page; none of them is a colour that a figure would use by itself.
+# Placeholder colour of each CSS variable of the page; figures use none of them for other purposes.
 COLOURS = {
     name: f"#0102{index:02x}"
     for index, name in enumerate(("fg", "muted", "grid", "paper", "c1", "c2", "c3", "r0", "r1", "r2", "r3"), start=1)
 }
 REGION_COLOURS = tuple(COLOURS[f"r{index}"] for index in range(4))
 WIDTH = 5.0  # inches at 72 points: 360 CSS pixels
-POINTS = 400  # most points drawn of one line
+POINTS = 400  # maximum points drawn of a line
 
 _STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names come from the log, and a $ in one is a $
+    "text.parse_math": False,  # names come from the log, and a $ in a name is literal
     "font.size": 11,
     "axes.titlesize": 11,
     "axes.edgecolor": COLOURS["muted"],
@@ -54,14 +56,14 @@ _STYLE = {
 
 
 def style() -> Any:
-    """The context in which figures are made: ``with style(): ...``."""
+    """Returns the context in which figures are made: ``with style(): ...``."""
     import matplotlib as mpl
 
     return mpl.rc_context(_STYLE)
 
 
 def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A phone-wide figure and its axes; call it inside `style`."""
+    """Returns a phone-wide figure and its axes; call it inside `style`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -72,32 +74,32 @@ def new_figure(height: float = 2.9, rows: int = 1, columns: int = 1, **options: 
 
 
 def ticks(most: int, **options: Any) -> Any:
-    """Matplotlib's places for at most ``most`` intervals between ticks; options as `MaxNLocator` has."""
+    """Returns Matplotlib's locator for at most ``most`` intervals; options as in `MaxNLocator`."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(most, **options)
 
 
 def percents() -> Any:
-    """Writes a share as a percentage."""
+    """Returns a formatter of shares as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(1.0)
 
 
 def to_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an ``<svg>`` element.
+    """Returns the figure as an ``<svg>`` element.
 
     Args:
       figure: drawn in `COLOURS`.
       name: unique in the page; keeps the ids of two figures apart.
-      label: what a screen reader says in its place.
+      label: text for screen readers.
     """
     import matplotlib as mpl
 
     for line in (line for axis in figure.axes for line in axis.lines):
         if np.size(line.get_xdata()) == 1 and line.get_marker() == "None":
-            line.set_marker("o")  # a line through one point is not seen
+            line.set_marker("o")  # a line through a single point is invisible
             line.set_markersize(4)
     buffer = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name, "svg.id": None}):
@@ -105,7 +107,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups and images; the other ids are salted
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # unused ids; the other ids are salted
     text = re.sub(r' id="image[0-9a-f]*"', "", text)
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -117,21 +119,24 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def thin(*columns: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, ...]:
-    """The same rows of every column, at most about ``most`` of them, the last one kept."""
+    """Returns the same rows of every column, at most about ``most``, including the last."""
     count = len(columns[0])
     rows = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
     return tuple(column[rows] for column in columns)
 
 
 def evenly(steps: np.ndarray, values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows at evenly spaced steps, ``most`` at most: of each, the nearest log step's (log steps need not be even)."""
+    """Returns values at ``most`` or fewer evenly spaced steps.
+
+    Each is taken from the nearest log step, because log steps need not be evenly spaced.
+    """
     spaced = np.linspace(steps[0], steps[-1], int(min(most, steps[-1] - steps[0] + 1)))
     nearest = np.abs(steps[None, :] - spaced[:, None]).argmin(1)
     return spaced, values[nearest]
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and of those before it, ``window`` at most; NaN are left out."""
+    """Returns the mean of each value and those before it, at most ``window``; NaN are left out."""
     kept = np.isfinite(values)
     total = np.cumsum(np.where(kept, values, 0.0))
     count = np.cumsum(kept)

@@ -1,4 +1,4 @@
-"""Images: safe decoding, the preprocessing of models, and augmentation by (seed, step)."""
+"""Images: safe decoding, preprocessing as defined by models, and augmentation by (seed, step)."""
 
 from nalora_jax.data.images.files import Limits, open_image
 from nalora_jax.data.images.processor import ImageProcessor

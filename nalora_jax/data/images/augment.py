@@ -1,4 +1,4 @@
-"""Augmentation of training images: pure functions of a random generator, and so of (seed, step)."""
+"""Augmentation of training images: pure functions of a random generator, thus of (seed, step)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.files import pillow
 
-_RATIO = (3 / 4, 4 / 3)  # of a crop's sides
+_RATIO = (3 / 4, 4 / 3)  # aspect ratios of a crop, width over height
 _TRIES = 10
 
 

@@ -1,6 +1,7 @@
-"""Conversations about images: records of several forms, as messages whose contents are texts and images in order.
+"""Conversations about images, converted to messages whose contents are texts and images in order.
 
-OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat templates::
+OpenAI's form, an image by its file's path or a ``data:`` URL, and the form of transformers' chat
+templates::
 
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}},
                                                {"type": "text", "text": "What is this?"}]},
@@ -44,22 +45,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_THREADS, _SHOWN = 4, 20  # threads that open images before a run; errors in the log at most
+_THREADS, _SHOWN = 4, 20  # threads that check images before a run; maximum of errors in the log
 _PLACEHOLDER = "<image>"  # in LLaVA's texts, for every model
 
 Image = bytes | Path
 
 
 class ChatImages(Source):
-    """The records of another source in one form: messages (or prompt and completion) and, under `IMAGES`, images.
+    """Records of another source as messages (or prompt and completion), with images in `IMAGES`.
 
     Args:
-      source: of the records.
-      data: names of their fields, and whether prompts become chats.
-      vision: names of the fields of image and caption, and the question that captions answer.
-      tokens: how the model writes an image.
-      folder: of the images' files; files outside of it are refused. None: images are in the records.
-      indices: of the source's records; all by default.
+      source: source of the records.
+      data: names of the fields, and the setting that turns prompts into chats.
+      vision: names of the image and caption fields, and the prompt for captions.
+      tokens: the model's image tokens.
+      folder: folder of the image files; files outside it are refused. None: images are in the
+        records.
+      indices: indices into the source; all records by default.
     """
 
     def __init__(
@@ -150,7 +152,10 @@ class ChatImages(Source):
     def _messages(
         self, messages: Any, given: tuple[Image, ...], where: str
     ) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
-        """Returns messages with `Parts` as contents, and texts of the assistant; ``given`` images fill placeholders."""
+        """Returns messages with `Parts` as contents, and the assistant's contents as texts.
+
+        The images in ``given`` fill placeholders.
+        """
         if not isinstance(messages, list) or not messages:
             raise NaloraError(f"{where}: messages", expected="a list of messages", found=repr(messages)[:80])
         left, images, turns = list(given), [], []
@@ -184,7 +189,7 @@ class ChatImages(Source):
         return "".join(part["text"] for part in parts)
 
     def _parts(self, message: Mapping[str, Any], here: str) -> Iterator[str | Image | None]:
-        """Yields texts and images of a message, None for an image that another field of the record has."""
+        """Yields a message's texts and images; None is an image in another field of the record."""
         content = message.get("content")
         if not isinstance(content, list):
             yield from _split(text_field(dict(message), "content", here))
@@ -257,7 +262,7 @@ class ChatImages(Source):
                 where, expected="an image", found=f"the path {value[:80]}, of a data set without a folder"
             )
         path = (self._folder / (rest if colon else value)).resolve()
-        if not path.is_relative_to(self._folder):  # records may be from someone else
+        if not path.is_relative_to(self._folder):  # records may come from an untrusted author
             raise NaloraError(where, expected=f"a file below {self._folder}", found=value[:80])
         return path
 
@@ -266,11 +271,12 @@ def open_chats(config: DataConfig, vision: VisionConfig, split: str, tokens: Ima
     """Returns conversations about images: ``split`` of ``config.dataset``.
 
     Args:
-      config: its ``dataset`` is what `nalora_jax.data.sources.open_source` takes, with records of any form that this
-        module knows, or what `open_images` takes, whose captions then answer ``vision.prompt``.
+      config: its ``dataset`` is a data set of `nalora_jax.data.sources.open_source` with records of
+        any form in this module's docstring, or one of `open_images`, whose captions answer
+        ``vision.prompt``.
       vision: names of fields.
       split: as for `open_source`.
-      tokens: how the model writes an image.
+      tokens: the model's image tokens.
 
     Raises:
       NaloraError: no such data set, split or field, or no records.
@@ -292,10 +298,10 @@ def opened(image: Image, where: str, limits: Limits) -> Any:
 
 
 def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list[int]:
-    """Returns the token ids of a question with ``images`` images before it.
+    """Returns the token ids of a prompt with ``images`` images before it.
 
     Raises:
-      NaloraError: the model does not see images, or the prompt has image tokens.
+      NaloraError: the model has no image input, or the prompt contains image tokens.
     """
     tokens = tokenizer.images
     if tokens is None:
@@ -310,7 +316,7 @@ def asked(prompt: str, images: int, tokenizer: Tokenizer, *, chat: bool) -> list
 
 
 def _spoken(message: Any, where: str) -> Record:
-    """Returns a message with a role in place of the speaker of ShareGPT's and LLaVA's form."""
+    """Returns a message of ShareGPT's or LLaVA's form with its speaker replaced by a role."""
     if not isinstance(message, dict):
         raise NaloraError(where, expected='{"role": ..., "content": ...}', found=f"a {type(message).__name__}")
     if message.get("role") is not None or not {"from", "value"} <= message.keys():
@@ -322,10 +328,10 @@ def _spoken(message: Any, where: str) -> Record:
 
 
 def _split(text: str) -> Iterator[str | None]:
-    """Yields texts, and None for every image placeholder.
+    """Yields the texts between image placeholders, and None for every placeholder.
 
-    Example: ``"<image>\\nWhat?"`` -> None, ``"What?"``. A line break next to a placeholder is removed with it, since
-    templates write line breaks of images.
+    Example: ``"<image>\\nWhat?"`` -> None, ``"What?"``. A line break next to a placeholder is
+    removed with it, because templates write the line breaks around images.
     """
     pieces = text.split(_PLACEHOLDER)
     for number, piece in enumerate(pieces):

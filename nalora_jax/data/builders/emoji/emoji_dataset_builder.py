@@ -1,8 +1,9 @@
-"""Builder of emoji pictures (64 x 64 PNG) with their names and categories, from one pinned npm package.
+"""Builder of emoji pictures (64 x 64 PNG) with names and categories, from one pinned npm package.
 
-Each emoji is in one split by a hash of its code points, so that splits are the same everywhere and stay what they are
-when others are added: about 70% train, 15% validation, 15% test. Variants by skin tone are left out: they would put
-nearly the same picture into several splits. The artwork is Twitter's (Twemoji), CC-BY 4.0.
+A hash of its code points assigns each emoji to a split, so that splits are the same on every
+machine and do not change when emoji are added: about 70% train, 15% validation, 15% test. Skin-tone
+variants are left out, because nearly the same picture would be in several splits. The artwork is
+Twitter's (Twemoji), CC-BY 4.0.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "category"),
             license="artwork CC-BY 4.0 (Twitter and other contributors), data MIT",
-            disable_shuffling=True,  # readers shuffle by their own seed
+            disable_shuffling=True,  # readers shuffle with their seed
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -89,7 +90,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def caption(name: str) -> str:
-    """An emoji's name as a sentence would have it.
+    """Returns an emoji's name in the case used in running text.
 
     Example:
       >>> caption("SMILING FACE WITH OPEN MOUTH")
@@ -103,7 +104,7 @@ def _bucket(code: str) -> int:
 
 
 def _described() -> list[dict[str, Any]]:
-    """What the package says of every emoji, in its order."""
+    """Returns the package's description of every emoji, in the package's order."""
     path = packages.fetch(packages.EMOJI)
     with tarfile.open(path) as archive:
         rows = json.loads(archive.extractfile(f"{_ROOT}/emoji.json").read())  # type: ignore[union-attr]

@@ -1,7 +1,8 @@
-"""Builder of Fashion-MNIST (Zalando, MIT): 28 x 28 grey pictures of ten kinds of clothing, from Debian's package.
+"""Builder of Fashion-MNIST (Zalando, MIT), read from Debian's package.
 
-The data are those of TFDS's own ``fashion_mnist`` ("tfds:fashion_mnist"), for machines that reach a Debian mirror and
-not the data set's host; the last 10,000 training pictures are the split "validation" here.
+It has 28 x 28 grey pictures of ten kinds of clothing: the data of TFDS's ``fashion_mnist``
+("tfds:fashion_mnist"), for machines that can reach a Debian mirror but not the data set's host. The
+last 10,000 training pictures are the split "validation" here.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _RELEASE = "1.0.0"
 CLASSES = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
-# Split: prefix of the files' names, first picture, and the one after the last.
+# Split: prefix of the file names, first picture, and the index after the last picture.
 SPLITS = {"train": ("train", 0, 50_000), "validation": ("train", 50_000, 60_000), "test": ("t10k", 0, 10_000)}
-_MAGIC = {2051: 3, 2049: 1}  # of the idx format: dimensions
+_MAGIC = {2051: 3, 2049: 1}  # number of the idx format: dimensions
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -61,7 +62,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
 
 def _idx(name: str) -> np.ndarray:
-    """The uint8 array of an idx file."""
+    """Returns the uint8 array of an idx file."""
     content = gzip.decompress(packages.member(packages.FASHION_MNIST, name))
     magic = int.from_bytes(content[:4], "big")
     if magic not in _MAGIC:
