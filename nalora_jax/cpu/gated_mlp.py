@@ -1,7 +1,7 @@
 """The gated block by native kernels (`nalora_jax.cpu.native`), as two functions.
 
-    z = x W_gate + ...,  u = x W_up + ...          one call for both
-    (`nalora_jax.cpu.adapted_dense`) h = phi(z) u,        y = h W_down + ...        `_gated_down`
+    z = x W_gate + ...,  u = x W_up + ...    one call for both (`nalora_jax.cpu.adapted_dense`)
+    h = phi(z) u,        y = h W_down + ...  `_gated_down`
 
 The backward pass of the second function recomputes h together with the gradients of z and u, so
 that z and u are read once and h is not saved. Statistics are computed in the same pass as h, in the
@@ -90,7 +90,7 @@ def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measur
     return Measured(taken, probed, hidden, b)
 
 
-# ---------------------------------------------------------------- the product and what is behind it
+# ---------------------------------------------------------------- gate and down projection
 
 
 class Gating(NamedTuple):
@@ -114,7 +114,7 @@ def gated_down(
 
     Returns:
       ``[..., d_out]`` in ``numerics.result``; the sums of `nalora_jax.cpu.native.gate_statistics`,
-      or None; and h, without a gradient, for checks. h costs nothing if it is not read.
+      or None; and h, without a gradient, for checks. An unused h has no cost.
     """
     chex.assert_equal_shape([z, u])
     chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])
@@ -171,7 +171,7 @@ def _gated_down_bwd(
 _gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)
 
 
-# ---------------------------------------------------------------- the parts, where the block cannot be one
+# ---------------------------------------------------------------- the separate parts, if the block is not fused
 
 
 def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logistic | None:

@@ -21,7 +21,7 @@ _WIDEST_RECOMPUTED = 1024
 
 
 class CPUHooks(PlatformHooks):
-    """A CPU, with native kernels where they compile."""
+    """A CPU, with native kernels if they compile."""
 
     def device_name(self, platform: Platform) -> str:
         """Returns the processor's model and number of cores."""
@@ -50,7 +50,7 @@ class CPUHooks(PlatformHooks):
         return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"
 
     def after_compilation(self) -> None:
-        """Returns the compiler's memory to the system; the heap keeps what the program frees."""
+        """Returns the compiler's memory to the system and lets the heap keep freed memory."""
         heap.release()
         heap.retain()
 
