@@ -81,8 +81,9 @@ class FusedProducts(Products):
 
     The factor on its wide side adds ``r`` rows or columns to the kernel::
 
-        wide output (gate, up)   y  = [x, s x A] [W; B]      dx = g [W; B]^T, its last r columns
-        being g B^T wide input (down)        y  = x [W, A], whose last r columns are x A
+        wide output (gate, up)   y  = [x, s x A] [W; B]
+                                 dx = g [W; B]^T, its last r columns being g B^T
+        wide input (down)        y  = x [W, A], whose last r columns are x A
                                  dx = [g, s g B^T] [W, A]^T
     """
 

@@ -171,7 +171,7 @@ def _gated_down_bwd(
 _gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)
 
 
-# ---------------------------------------------------------------- the separate parts, if the block is not fused
+# ---------------------------------------------------------------- gate and statistics alone
 
 
 def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logistic | None:
