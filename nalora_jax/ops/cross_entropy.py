@@ -1,7 +1,7 @@
 """Cross-entropy over a frozen output head without the logits of all tokens in memory.
 
-    loss = sum over tokens of  weight * (log sum exp l - l[target]),    l = cap tanh(scale h E^T /
-    cap)
+    loss = sum over tokens of  weight * (log sum exp l - l[target])
+    l = cap tanh(scale h E^T / cap)
 
 Logits exist for one chunk of rows at a time. Because the head has no gradient, the gradient of the
 hidden states is computed in the same pass from the chunk's probabilities. Every value is computed
