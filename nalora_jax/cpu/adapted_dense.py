@@ -57,8 +57,8 @@ def _rows(x: jax.Array) -> int:
 def worthwhile(x: jax.Array, kernel: Kernel) -> bool:
     """Returns True if x has enough rows for joining kernel and factor to pay off.
 
-    The joined kernel is a copy, which has to cost less than a second pass over the rows. During
-    text generation it does not: the copy would be created for every token.
+    Joining copies the kernel, which must cost less than a second pass over the rows. During text
+    generation it costs more: each token would need a copy.
     """
     return 2 * _rows(x) >= kernel.shape[-2]
 

@@ -171,7 +171,7 @@ def _gated_down_bwd(
 _gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)
 
 
-# ---------------------------------------------------------------- gate and statistics alone
+# ---------------------------------------------------------------- unfused gate and statistics
 
 
 def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logistic | None:
@@ -261,5 +261,5 @@ def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dic
 
 
 def _occupancy(below: Sequence[jax.Array], tokens: jax.Array) -> jax.Array:
-    """Returns tokens per region ``[4, d_ff]`` from those below each of the three cuts, ``[d_ff]``."""
+    """Returns tokens per region ``[4, d_ff]`` from tokens below each of three cuts, ``[d_ff]``."""
     return jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])

@@ -15,7 +15,7 @@ from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops.dispatch import Numerics, Platform, PlatformHooks, register_platform
 from nalora_jax.ops.storage import Kernel, Stored
 
-# Largest d_model at which recomputing tiled products is faster than saving their results
+# Largest d_model at which recomputing tiled matmuls is faster than saving their results
 # (benchmarks/notes/versus_peft.md).
 _WIDEST_RECOMPUTED = 1024
 

@@ -125,7 +125,7 @@ class _Seen:
 
     @property
     def own_params(self) -> dict[str, Any]:
-        """The layer's parameters without those of its sublayers."""
+        """The layer's parameters, sublayers excluded."""
         return {name: leaf for name, leaf in self.variables["params"].items() if hasattr(leaf, "shape")}
 
 

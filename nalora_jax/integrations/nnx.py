@@ -141,7 +141,7 @@ def adapt_nnx(
 
 
 def _own_params(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a module's parameters without those of its submodules."""
+    """Returns the shapes of a module's parameters, submodules excluded."""
     return {name: leaf.shape for name, leaf in vars(module).items() if isinstance(leaf, nnx.Param)}
 
 

@@ -80,7 +80,7 @@ def choose_targets(
       activation: the activation function after the gates.
 
     Raises:
-      NaloraError: a pattern of the keymap or a rule matches nothing, two projections have one name,
+      NaloraError: a pattern of the keymap or a rule has no match, two projections have one name,
         a rank or alpha is out of range, a variant needs the layer's code, or a layer does not
         compute ``x @ kernel + bias``.
     """

@@ -27,7 +27,7 @@ def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
     The projections of an image tower and its projector are included.
 
     Raises:
-      NaloraError: a rule matches nothing, or asks for an impossible rank.
+      NaloraError: a rule has no match, or asks for an impossible rank.
     """
     spec = resolve(config.lora, projection_shapes(base), depths(base))
     return replace(spec, adalora=config.adalora.target_rank > 0)

@@ -43,7 +43,7 @@ class Decoder(nn.Module):
       stats: strides of the gate statistics, which are computed if ``gate_stats`` is mutable.
       activation_sharding: sharding of ``[batch, seq, d_model]`` between layers on a mesh; None
         leaves it to the compiler.
-      routing_sharding: sharding of the same arrays where tokens are routed to experts: every device
+      routing_sharding: sharding of the same arrays when tokens are routed to experts: every device
         routes its own tokens. Default: as between layers. Evaluation sets only this one and leaves
         the rest to the compiler.
     """
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         c = self.config
         flat = hidden.reshape(-1, c.d_model)
         trained = flatten(self.variables.get("lora", {}))
-        if TABLES["lm_head"] in trained:  # as a whole
+        if TABLES["lm_head"] in trained:  # the entire head
             logits = dot(flat, trained[TABLES["lm_head"]], self.numerics)
         elif c.tie_embeddings:
             logits = dot(flat, self.embed.table(), self.numerics, dims=(1, 1))

@@ -56,7 +56,7 @@ def check_remat(asked: str, platform: str) -> None:
 def stacked(block: Any, remat: str, n_layers: int) -> Any:
     """Returns ``block``, a module of one layer, scanned over layers and rematerialized.
 
-    A block whose input is offloaded has to name it `LAYER_INPUT` at its start.
+    A block whose input is offloaded must name it `LAYER_INPUT` at its start.
     """
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")

@@ -138,7 +138,7 @@ def resolve(
       n_layers: length of the stack; by path if the lengths differ (the towers of a dual encoder).
 
     Raises:
-      NaloraError: a rule matches nothing, a rank is negative or larger than the projection, or an
+      NaloraError: a rule has no match, a rank is negative or larger than the projection, or an
         alpha is not positive.
     """
     depths = {path: n_layers if isinstance(n_layers, int) else n_layers[path] for path in shapes}

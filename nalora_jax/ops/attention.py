@@ -45,7 +45,7 @@ class Keys(NamedTuple):
 class CachedKeys(NamedTuple):
     """Keys and values of earlier calls in any storage form.
 
-    Their layout is the one that matmuls of a single token read fastest.
+    Their layout is the fastest for matmuls of a single token.
     """
 
     k: Kernel  # [batch, kv_heads, head_dim, slots]

@@ -242,7 +242,7 @@ def _keys(x: Any, end: int) -> Any:
 
 
 class _Seen(NamedTuple):
-    """The keys that queries of a block may see: those up to the block's end."""
+    """The keys up to a block's end, which the block's queries may see."""
 
     key: jax.Array  # [batch, kv_heads, keys, head_dim]
     value: jax.Array  # the same

@@ -15,7 +15,7 @@ from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Columns, Head, chunk_of_row
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel
 
-# Floats of one chunk of logits on a device; small chunks suffice, because nothing is recomputed.
+# Floats of one chunk of logits on a device; small chunks suffice without a backward pass.
 _CHUNK_FLOATS = 1 << 25
 
 

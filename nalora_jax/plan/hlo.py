@@ -176,7 +176,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Returns the index of the parenthesis that closes the one at ``opening``."""
+    """Returns the index of the parenthesis that closes ``text[opening]``."""
     depth = 0
     for index in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)

@@ -1,6 +1,6 @@
 """The mesh and the rematerialization policy of a run: the fastest by roofline that fits.
 
-A frozen base has neither gradients nor optimizer state, so the best layout differs from that of
+A frozen base has no gradients and no optimizer state, so the best layout is not the one for
 full training. A model of 16 GB may be replicated on chips of 32 GB, which then gather no weights. A
 split model is gathered once in the forward and once in the backward pass, and the saved activations
 determine how much is recomputed. Activations that do not fit on the chip may be stored in the
@@ -241,7 +241,7 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
 
 
 def _sums(base: ModelConfig, tokens: float, tensor: int, remat: str, wide: float) -> float:
-    """Returns the bytes that reach a chip in the sums over ``tensor``; 0 if nothing is split.
+    """Returns the bytes that reach a chip in the sums over ``tensor``; 0 if it is 1.
 
     Each layer has two sums in the forward and two in the backward pass, of ``[tokens, d_model]``;
     recomputed layers repeat their sums.

@@ -74,7 +74,7 @@ def _require(where: Topology) -> None:
 def _quiet_tpu() -> Iterator[None]:
     """Prepares the TPU compiler for a machine without a TPU.
 
-    It must not search for a TPU, nor require exclusive access.
+    It must not search for a TPU or require exclusive access.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -295,7 +295,7 @@ def gate_gradient(
 
 
 def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
-    """Returns u, the factor of the gate, flat; an empty array stands for ones."""
+    """Returns u, the factor of the gate, flat; an empty array means ones."""
     if u is None:
         return jnp.zeros((0,), jnp.uint16)
     chex.assert_equal_shape([z, u])

@@ -1,6 +1,6 @@
 """Position embeddings of a square of patches, resized to an image's grid.
 
-The interpolations are those that the families were trained with.
+The interpolation is the same as in the family's training.
 """
 
 from __future__ import annotations
