@@ -61,7 +61,7 @@ def full_attention(
 ) -> jax.Array:
     """Computes attention of a row over itself, without a mask.
 
-    It is causal attention in which all tokens have the same position.
+    Without ``causal`` it is computed as causal attention whose tokens all have the same position.
     """
     bf16 = numerics.operand == numerics.residual == "bfloat16" and usable(numerics)
     if mask is not None or q.shape != k.shape or not bf16:

@@ -1,9 +1,9 @@
 """Cross-entropy on a CPU in blocks of the vocabulary, natively (`nalora_jax.cpu.native`) or by XLA.
 
 A block of logits stays in the caches, and the head is packed for the matmuls only once per 512
-rows: a fifth faster than whole rows of logits. The gradient of the hidden states is ``softmax(h
-E^T) E``, an attention over the vocabulary. Its blocks are summed with a running maximum, as in
-flash attention.
+rows: a fifth faster than whole rows of logits. The gradient of the hidden states is an attention
+over the vocabulary, ``softmax(h E^T) E``. Its blocks are summed with a running maximum, as in flash
+attention.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def over_vocabulary(
     """Returns sums over the vocabulary of the logits ``l`` of hidden ``[rows, d_model]``.
 
     Returns:
-      ``max l`` and ``sum exp(l - max)``, both ``[rows]``; and if ``grad``, ``sum exp(l - max) l'
-      E``, ``[rows, d_model]``, with ``l'`` the derivative of the logits by the products.
+      ``max l`` and ``sum exp(l - max)``, both ``[rows]``; and if ``grad``,
+      ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the derivative of the logits by the products.
     """
     rows, d_model = hidden.shape
     vocab, block = kernel.shape[head.axis], BLOCK

@@ -42,9 +42,8 @@ def restart() -> None:
     sys.stderr.flush()
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: value, MARK: "1"})
-    # The interpreter was replaced meanwhile, or the environment is too long: continue without a
-    # restart.
     except OSError:
+        # The interpreter was replaced meanwhile, or the environment is too long: no restart.
         return
 
 

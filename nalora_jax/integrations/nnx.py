@@ -188,7 +188,7 @@ def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[
 def _refuse_changes(before: Any, after: Any) -> None:
     """Raises an error if a call has changed other state than parameters.
 
-    Not every change is detectable, and traced values that pass through `nnx.remat` or `nnx.scan`
+    Traced values are compared by identity only: values that pass through `nnx.remat` or `nnx.scan`
     count as changed even if they are equal.
     """
     known = dict(nnx.to_flat_state(before))

@@ -81,7 +81,7 @@ def blockwise_attention(
     config: AttentionConfig,
     numerics: Numerics,
 ) -> jax.Array:
-    """Computes attention of every token over earlier tokens of its segment within the window.
+    """Computes attention of every token over its segment up to itself, within the window.
 
     Args:
       q: ``[batch, seq, heads, head_dim]``; head h reads key head ``h // (heads // kv_heads)``.

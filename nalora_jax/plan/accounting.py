@@ -31,7 +31,7 @@ _FUSIONS = ("fusion", "fusion-start")
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
 # Custom calls that are not kernels: markers of the TPU compiler.
 _MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
-# Instructions that move no bytes.
+# Instructions without direct memory traffic.
 _FREE = frozenset(
     (
         "parameter",

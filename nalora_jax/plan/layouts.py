@@ -202,11 +202,11 @@ def estimate(
     useful = useful_flops(base, spec, micro, seq) / where.size
     once, executed = (_executed(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
     matrix = executed / tensor / where.chip.matrix_rate
-    # Activations are offloaded during matmuls of the forward pass, half of those without
-    # recomputation.
+    # Activations are offloaded during matmuls of the forward pass, which are half of all matmuls
+    # without recomputation.
     ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
     products = max(ahead, out) + max(matrix - ahead, out)
-    # Whose compiler overlaps only a sixth of the transfers with matmuls.
+    # The GPU compiler overlaps only a sixth of the transfers with matmuls.
     if where.chip.platform == "gpu":
         products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0

@@ -187,7 +187,10 @@ def describe_cost(price: float, where: Topology, tokens_per_second: float) -> st
 
 
 def estimate_record(model: str, where: Topology, layout: Layout, rows: int, seq: int) -> dict[str, Any]:
-    """Returns the estimate of a run for JSON, with the names of `Plan.to_dict`, from the layout only."""
+    """Returns the estimate of a run for JSON, from its layout only.
+
+    The names are the same as in `Plan.to_dict`.
+    """
     return {
         "model": model,
         "topology": where.name,

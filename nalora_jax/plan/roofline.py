@@ -45,7 +45,7 @@ class Roofline:
 
     @property
     def mfu(self) -> float:
-        """The implied model flops utilization: useful flops over the flops of the chip's peak."""
+        """The implied model flops utilization: useful flops over the chip's peak in that time."""
         return self.useful_flops / (self.peak * self.seconds)
 
 

@@ -1,8 +1,8 @@
 """Native kernels for bf16 matmuls and attention that XLA calls on a CPU; sums are float32.
 
-XLA:CPU's matmuls reach half of the speed of matrix tiles (AMX) at the shapes of a training step,
-and two thirds of the speed of AVX2. With the dot products of AVX512-BF16 they are fast, but
-adapters and roundings take separate passes. Its attention passes over every score several times.
+At the shapes of a training step XLA:CPU's matmuls reach half of the throughput of matrix tiles
+(AMX) and two thirds of AVX2's. With the dot products of AVX512-BF16 they are fast, but adapters and
+roundings take separate passes. Its attention passes over every score several times.
 The C++ sources in this folder are compiled on first use, if the CPU has one of these instruction
 sets and a C++ compiler is installed, and stored in the cache. Otherwise, and with
 ``NALORA_NATIVE=0``, XLA does the work. ``NALORA_NATIVE=plain`` compiles the same sources without
@@ -309,8 +309,7 @@ class Sampled(NamedTuple):
     rows: jax.Array  # int [taken], indices of tokens
     weights: jax.Array  # float32 [taken]
     probed_rows: jax.Array  # int [probed], tokens whose adapter output is known
-    # The adapter's output: float32 [probed, d_ff], or its factors, float32 [probed, r] and [r,
-    # d_ff].
+    # The adapter's output, float32 [probed, d_ff], or its factors [probed, r] and [r, d_ff].
     delta: jax.Array | tuple[jax.Array, jax.Array]
     probe_weights: jax.Array  # float32 [probed]
 

@@ -78,9 +78,9 @@ class Encoder(nn.Module):
         """Returns the features of texts or images.
 
         Args:
-          inputs: token ids int ``[batch, seq]``; or normalised pixels ``[batch, height, width,
-            channels]``; or patches ``[batch, patches, patch * patch * channels]`` for a family that
-            takes any shape.
+          inputs: token ids int ``[batch, seq]``; or normalised pixels
+            ``[batch, height, width, channels]``; or patches
+            ``[batch, patches, patch * patch * channels]`` for a family that takes any shape.
           mask: bool ``[batch, seq]``, True for tokens (or patches) that are not padding; default:
             all.
           shapes: int ``[batch, 2]``, rows and columns of every image's patches; with patches only.
