@@ -175,7 +175,8 @@ def over_vocabulary(
 
     Returns:
       ``max l`` and ``sum exp(l - max)``, both ``[rows]``; and if ``grad``,
-      ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the derivative of the logits by the products.
+      ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the derivative of the logits by
+      the products.
     """
     rows, d_model = hidden.shape
     vocab, block = kernel.shape[head.axis], BLOCK

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None) -> RunConfig:
     """Returns ``config`` with all mesh axes set to the layout with the best estimate.
 
-    On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip ``config``
-    is returned unchanged.
+    On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip
+    ``config`` is returned unchanged.
 
     Args:
       config: the run; axes of 0 and a remat of "auto" are chosen by this function.
