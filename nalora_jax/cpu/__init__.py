@@ -1,4 +1,5 @@
-"""What exists because of a CPU, and can be deleted: without it every operation is its plain function.
+"""CPU implementations of operations; the package is optional.
 
-`nalora_jax.cpu.register` registers the implementation "cpu"; nothing but the entry points imports it.
+If it is deleted, every operation uses its plain function. `nalora_jax.cpu.register` registers the
+implementation "cpu"; only entry points import it.
 """

@@ -1,8 +1,8 @@
-"""Products of adapted layers on a CPU: the frozen product and the adapter's as one, and several layers in one call.
+"""Matmuls of adapted layers on a CPU: frozen and low-rank matmuls fused, several layers per call.
 
-The adapter's arithmetic is nothing, but its passes over ``[tokens, d_ff]`` are not where memory is the limit: on CPU
-they cost a third of the frozen products that they accompany. What differs from `nalora_jax.method.low_rank` are the
-products alone; the gated gradient is there.
+The adapter's arithmetic is negligible, but its passes over ``[tokens, d_ff]`` are limited by
+memory: on a CPU they take a third of the time of the frozen matmuls. This module replaces only the
+matmuls of `nalora_jax.method.low_rank`; the gated gradient is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nalora_jax.ops.storage import Kernel, expand, read_residual, rounded, save_
 
 @CPU.implements(ops.adapted_dense)
 def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
-    """A layer with one adapter, without DoRA or dropout."""
+    """Computes a layer with one adapter, without DoRA or dropout."""
     if dense.adapter is None or not dense.is_plain:
         return NotImplemented
     if is_native(_rows(x), numerics.operand, numerics):
@@ -40,10 +40,10 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
 
 @CPU.implements(ops.parallel_dense)
 def parallel_dense(x: jax.Array, layers: Sequence[Dense], numerics: Numerics) -> list[Adapted]:
-    """Natively, in one call each way.
+    """Computes the layers natively, in one call per direction.
 
-    Threads share the work of all layers, and the gradients of x are added up where their products are computed: apart,
-    each of them would be written whole, and read again to be added up.
+    Threads share the work of all layers, and the gradients of x are summed while they are computed.
+    Separate calls would write each gradient to memory and read it again for the sum.
     """
     if not all(layer.is_plain for layer in layers) or not is_native(_rows(x), numerics.operand, numerics):
         return NotImplemented
@@ -55,15 +55,16 @@ def _rows(x: jax.Array) -> int:
 
 
 def worthwhile(x: jax.Array, kernel: Kernel) -> bool:
-    """Whether x has so many rows that what a second pass costs is more than a copy of the kernel beside its factor.
+    """Returns True if x has enough rows for joining kernel and factor to pay off.
 
-    It has not where text is generated: there the copy would be made for every token.
+    Joining copies the kernel, which must cost less than a second pass over the rows. During text
+    generation it costs more: each token would need a copy.
     """
     return 2 * _rows(x) >= kernel.shape[-2]
 
 
 def together(products: Products, x: jax.Array, layers: Sequence[Dense]) -> list[Adapted]:
-    """What plain layers make of x ``[..., d_in]``."""
+    """Returns the outputs of plain layers for x ``[..., d_in]``."""
     factors = tuple(Factors.of(layer.adapter, layer.kernel) for layer in layers)
     ys, hidden = gated(products, x.reshape(-1, x.shape[-1]), factors)
     ys, hidden = jax.tree.map(lambda y: y.reshape(*x.shape[:-1], -1), (ys, hidden))
@@ -76,11 +77,12 @@ def together(products: Products, x: jax.Array, layers: Sequence[Dense]) -> list[
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FusedProducts(Products):
-    """One layer by XLA: the low-rank factor on its wide side rides along in the frozen product.
+    """The matmuls of one layer by XLA, with the low-rank factor appended to the frozen kernel.
 
-    It is ``r`` more rows or columns of the kernel::
+    The factor on its wide side adds ``r`` rows or columns to the kernel::
 
-        wide output (gate, up)   y  = [x, s x A] [W; B]      dx = g [W; B]^T, its last r columns being g B^T
+        wide output (gate, up)   y  = [x, s x A] [W; B]
+                                 dx = g [W; B]^T, its last r columns being g B^T
         wide input (down)        y  = x [W, A], whose last r columns are x A
                                  dx = [g, s g B^T] [W, A]^T
     """
@@ -92,7 +94,8 @@ class FusedProducts(Products):
         ((a, b, scale, _, kernel),), n = layers, self.numerics
         d_in, d_out = kernel.shape
         multiple = contraction_multiple(n)
-        # s x A is saved by a rematerialised layer: r columns, for which it would compute a product over x again.
+        # A rematerialized layer saves the r columns s x A; recomputing them would take another
+        # matmul over x.
         if d_out > d_in:
             hidden: Any = save_residual(scale * dot(x, a, n), "float32", n)
             y = dot(self._joined(x, hidden, 1, multiple), self._joined(expand(kernel), b, 0, multiple), n)
@@ -135,8 +138,8 @@ class FusedProducts(Products):
         return rounded(dx, x.dtype, n), [da], [db]
 
     def _joined(self, first: jax.Array, second: jax.Array, axis: int, multiple: int = 1) -> jax.Array:
-        """Both rounded, one behind the other, and zeros up to the next ``multiple``."""
-        # As integers: XLA:CPU would join bf16 in float32, and convert both ways.
+        """Returns both arrays rounded and concatenated, with zeros up to the next ``multiple``."""
+        # As integers: XLA:CPU would concatenate bf16 in float32 and convert both ways.
         parts = [bf16_bits(rounded(part, self.numerics.operand, self.numerics)) for part in (first, second)]
         if missing := -sum(part.shape[axis] for part in parts) % multiple:
             shape = (*parts[0].shape[:axis], missing, *parts[0].shape[axis + 1 :])
@@ -144,18 +147,20 @@ class FusedProducts(Products):
         return from_bits(jnp.concatenate(parts, axis=axis))
 
     def _narrow(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """``x^T y`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``: ``[r, d]``."""
-        # XLA:CPU contracts the rows of a left operand in float32 only, for which the wide side would be made twice.
-        # With a row of zeros the transposed side is an array of its own, which XLA does not fold into the product.
+        """Returns ``x^T y [r, d]`` of a narrow x ``[tokens, r]`` and a wide y ``[tokens, d]``."""
+        # XLA:CPU contracts the rows of a left operand in float32 only, which would compute the wide
+        # side twice. The appended row of zeros makes the transpose a separate array, which XLA does
+        # not fold into the matmul.
         transposed = bf16_bits(rounded(x, self.numerics.operand, self.numerics)).T
         transposed = from_bits(jnp.concatenate([transposed, jnp.zeros_like(transposed[:1])]))
         return dot(transposed, y, self.numerics)[: x.shape[1]]
 
 
 def contraction_multiple(numerics: Numerics) -> int:
-    """What the length of a contraction should be a multiple of.
+    """Returns a number that the length of a contraction should be a multiple of.
 
-    Tiles of AMX take 32 bf16 numbers: 608 columns, the last 24 of them zeros, are a fifth faster than 584.
+    AMX tiles take 32 bf16 values: 608 columns, the last 24 of them zeros, are a fifth faster than
+    584.
     """
     return 32 if numerics.operand == "bfloat16" and native.has_tiles() else 1
 
@@ -163,7 +168,7 @@ def contraction_multiple(numerics: Numerics) -> int:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NativeProducts(Products):
-    """Any number of layers by `nalora_jax.cpu.native`, with adapters or without."""
+    """The matmuls of any number of layers by `nalora_jax.cpu.native`, with or without adapters."""
 
     numerics: Numerics = field(metadata={"static": True})
 
@@ -175,7 +180,8 @@ class NativeProducts(Products):
         hidden: list[Any] = [None] * len(layers)
         terms = [[Term(x, layer.kernel)] for layer in layers]
         for i, y in zip(adapted, narrow, strict=True):
-            # s x A is saved by a rematerialised layer: r columns, for which it would make a pass over x again.
+            # A rematerialized layer saves the r columns s x A; recomputing them would take another
+            # pass over x.
             hidden[i] = save_residual(layers[i].scale * y, "float32", n)
             terms[i].append(Term(hidden[i], layers[i].b))
         return native_sums(n, *(Sum(of, n.result) for of in terms)), hidden
@@ -189,7 +195,7 @@ class NativeProducts(Products):
         return [made.get(i) for i in range(len(layers))], None
 
     def input_terms(self, gs: Sequence[jax.Array], layers: Sequence[Factors], exact: Sequence[Any]) -> list[Term]:
-        """What the gradient of x is the sum of."""
+        """Returns the terms of the sum that is the gradient of x."""
         terms = [Term(g, layer.kernel, True) for g, layer in zip(gs, layers, strict=True)]
         return terms + [Term(e, layer.a, True) for e, layer in zip(exact, layers, strict=True) if e is not None]
 

@@ -1,4 +1,7 @@
-"""Attention by native kernels (`nalora_jax.cpu.native`): of training in bf16, and of one new token a row to a cache."""
+"""Attention by native kernels (`nalora_jax.cpu.native`).
+
+They compute bf16 training, and one new token per row with a cache.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def attention(
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
 ) -> jax.Array:
-    """Without dropout; a cache where it is read in place."""
+    """Computes attention without dropout; with a cache only if it is read in place."""
     if drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     if cached is not None and isinstance(cached.k, native.Slice):
@@ -56,7 +59,10 @@ def full_attention(
     mask: jax.Array | None = None,
     causal: bool = False,
 ) -> jax.Array:
-    """Of a row over itself, without a mask: as causal attention does it, every token at one position."""
+    """Computes attention of a row over itself, without a mask.
+
+    Without ``causal`` it is computed as causal attention whose tokens all have the same position.
+    """
     bf16 = numerics.operand == numerics.residual == "bfloat16" and usable(numerics)
     if mask is not None or q.shape != k.shape or not bf16:
         return NotImplemented

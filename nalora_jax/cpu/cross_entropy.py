@@ -1,8 +1,9 @@
-"""Cross-entropy on a CPU: blocks of the vocabulary, natively (`nalora_jax.cpu.native`) or by XLA.
+"""Cross-entropy on a CPU in blocks of the vocabulary, natively (`nalora_jax.cpu.native`) or by XLA.
 
-A block of logits stays in the caches, and the head is packed for the products only once per 512 rows: a fifth faster
-than whole rows of logits. The gradient of the hidden states is ``softmax(h E^T) E``, an attention over the vocabulary,
-and blocks of it add up as flash attention's do, under a running maximum.
+A block of logits stays in the caches, and the head is packed for the matmuls only once per 512
+rows: a fifth faster than whole rows of logits. The gradient of the hidden states is an attention
+over the vocabulary, ``softmax(h E^T) E``. Its blocks are summed with a running maximum, as in flash
+attention.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel, expand, rounded
 
-# Logits of a block (4 MB). The rows that the larger chunks leave go in smaller ones, so that few targets cost little.
+# Logits of a block take 4 MB. The remainder of the larger chunks is processed in smaller ones, so
+# that few targets cost little.
 BLOCK = 2048
 _ROWS = (512, 128)
 
@@ -41,7 +43,11 @@ def cross_entropy(
     compact: bool = True,
     shards: int = 1,
 ) -> jax.Array:
-    """Of the rows that have a target; where a mesh splits the batch, it may split the vocabulary as well."""
+    """Computes the loss of the rows that have a target.
+
+    On a mesh that splits the batch it returns NotImplemented: such a mesh may split the vocabulary,
+    too.
+    """
     if not compact:
         return NotImplemented
     target_rows = _target_rows(lax.stop_gradient(kernel), targets, head.transposed)
@@ -49,7 +55,8 @@ def cross_entropy(
         weights = lax.stop_gradient(weights.astype(jnp.float32))
         return _native(hidden, kernel, target_rows, weights, head, numerics)
     tiles = Tiles((chunk,) if chunk else _ROWS)
-    if kernel.shape[head.axis] <= BLOCK:  # all logits are there, of which the target's is picked
+    # All logits are computed at once, and the target's logit is selected.
+    if kernel.shape[head.axis] <= BLOCK:
         one: Any = partial(ops.chunk_of_rows, head=head, numerics=numerics)
         return in_chunks(hidden, kernel, targets, weights, tiles, one)
     return in_chunks(hidden, kernel, target_rows, weights, tiles, partial(_blocks, head=head, numerics=numerics))
@@ -60,9 +67,10 @@ def _is_bf16(kernel: Kernel) -> bool:
 
 
 def _target_rows(kernel: Kernel, targets: jax.Array, transposed: bool) -> jax.Array:
-    """The head's weights of every target, ``[..., d_model]`` of ``[...]``, bf16 as bits.
+    """Returns the head's weights of every target, ``[..., d_model]`` of ``[...]``, bf16 as bits.
 
-    Taken once, before the chunks: XLA:CPU would take the bits of the whole table out of the loop as a copy.
+    They are read once, before the chunks: in the loop XLA:CPU would copy the bits of the whole
+    table.
     """
     table = kernel.bits if isinstance(kernel, Bits) else bf16_bits(expand(kernel))
     rows = jnp.take(table, targets.reshape(-1), axis=0 if transposed else 1)
@@ -93,9 +101,9 @@ def _native_sums(
     head: Head,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss, and hidden's gradient where it is wanted, of all rows at once."""
+    """Returns the loss of all rows, and the gradient of hidden if ``grad``."""
     flat, n = hidden.reshape(weights.size, -1), weights.size
-    # Rows with a target first: the kernel stops behind the last of them.
+    # Rows with a target first: the kernel stops after the last of them.
     order = jnp.argsort(weights.reshape(n) == 0, stable=True)
     h, rows, w = (jnp.take(x.reshape(n, *x.shape[2:]), order, axis=0) for x in (hidden, target_rows, weights))
     sums = native.over_vocabulary(
@@ -132,7 +140,7 @@ def _blocks(
     head: Head,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """One chunk of rows (`nalora_jax.ops.cross_entropy.Chunk`), a block of the vocabulary after the other."""
+    """Computes one chunk of rows (`nalora_jax.ops.cross_entropy.Chunk`), block by block."""
     sums = over_vocabulary(hidden, kernel, head, numerics, grad)
     return _joined(sums, hidden, target_rows, weights, head, numerics, grad)
 
@@ -146,9 +154,10 @@ def _joined(
     numerics: Numerics,
     grad: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Every row's loss, and the gradient, from the sums over the vocabulary."""
+    """Returns every row's loss, and the gradient, from the sums over the vocabulary."""
     top, total, attended = sums
-    # The target's own logit and its part of the gradient take one row of the head, no [rows, vocab] one-hot.
+    # The target's logit and its part of the gradient take one row of the head instead of a one-hot
+    # [rows, vocab].
     wanted = from_bits(target_rows).astype(jnp.float32)
     picked, slope = head.logits(
         jnp.sum(rounded(hidden, numerics.operand, numerics).astype(jnp.float32) * wanted, axis=-1)
@@ -162,11 +171,12 @@ def _joined(
 def over_vocabulary(
     hidden: jax.Array, kernel: Kernel, head: Head, numerics: Numerics, grad: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over the vocabulary of the logits ``l`` of hidden ``[rows, d_model]``.
+    """Returns sums over the vocabulary of the logits ``l`` of hidden ``[rows, d_model]``.
 
     Returns:
-      ``max l`` and ``sum exp(l - max)``, both ``[rows]``; and where ``grad`` ``sum exp(l - max) l' E``,
-      ``[rows, d_model]``, with ``l'`` the logits' derivative by their products.
+      ``max l`` and ``sum exp(l - max)``, both ``[rows]``; and if ``grad``,
+      ``sum exp(l - max) l' E``, ``[rows, d_model]``, with ``l'`` the derivative of the logits by
+      the products.
     """
     rows, d_model = hidden.shape
     vocab, block = kernel.shape[head.axis], BLOCK
@@ -175,7 +185,8 @@ def over_vocabulary(
         i: jax.Array | int, carry: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, attended = carry
-        # The last block ends with the vocabulary, and leaves out what the one before it had.
+        # The last block ends at the end of the vocabulary and masks the entries of the previous
+        # block.
         start = jnp.minimum(i * block, vocab - block)
         part = slice_rows(kernel, start, block, head.axis)
         logits, slope = head.logits(dot(hidden, part, numerics, dims=(1, 1 - head.axis)))

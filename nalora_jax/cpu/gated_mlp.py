@@ -1,11 +1,11 @@
-"""The gated block by native kernels (`nalora_jax.cpu.native`): its two halves as one function each.
+"""The gated block by native kernels (`nalora_jax.cpu.native`), as two functions.
 
-    z = x W_gate + ...,  u = x W_up + ...          one call for both (`nalora_jax.cpu.adapted_dense`)
-    h = phi(z) u,        y = h W_down + ...        `_gated_down`
+    z = x W_gate + ...,  u = x W_up + ...    one call for both (`nalora_jax.cpu.adapted_dense`)
+    h = phi(z) u,        y = h W_down + ...  `_gated_down`
 
-The backward pass of the second recomputes h where it computes the gradients of z and u, from one reading of both: h is
-neither saved nor computed by a pass of its own. The statistics are taken in the pass that computes h, in the forward
-pass only: not again where a rematerialised layer recomputes h.
+The backward pass of the second function recomputes h together with the gradients of z and u, so
+that z and u are read once and h is not saved. Statistics are computed in the same pass as h, in the
+forward pass only: not again if a rematerialized layer recomputes h.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def gated_mlp(
     numerics: Numerics,
     measurement: Measurement | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-    """A block whose gate is a logistic function, in bf16, of plain layers."""
+    """Computes a block of plain layers in bf16 whose gate is a logistic function."""
     within = numerics.within()
     bf16 = within.result == numerics.residual == "bfloat16" and is_native(
         math.prod(x.shape[:-1]), numerics.operand, numerics
@@ -55,7 +55,8 @@ def gated_mlp(
     if up is None or activation.logistic is None or not bf16:
         return NotImplemented
     elsewhere = gate.adapter is not None and gate.adapter.start is not None
-    if measurement is not None and (elsewhere or measurement.config.extra):  # not what a kernel measures
+    # Not implemented by the native kernel.
+    if measurement is not None and (elsewhere or measurement.config.extra):
         return NotImplemented
     if not all(layer.is_plain for layer in (gate, up, down)):
         return NotImplemented
@@ -77,7 +78,10 @@ def gated_mlp(
 
 
 def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measured:
-    """What the kernel takes statistics with: the weights of all tokens, 0 where a stride leaves them out."""
+    """Returns the kernel's inputs for statistics.
+
+    They have the weights of all tokens, 0 for tokens that are not sampled.
+    """
     if isinstance(z.delta, LowRankHidden):
         hidden, b = z.delta.value.reshape(-1, z.delta.value.shape[-1]), z.delta.b
     else:
@@ -86,11 +90,11 @@ def _measured(z: Adapted, weights: jax.Array, config: GateStatsConfig) -> Measur
     return Measured(taken, probed, hidden, b)
 
 
-# ---------------------------------------------------------------- the product and what is behind it
+# ---------------------------------------------------------------- gate and down projection
 
 
 class Gating(NamedTuple):
-    """A gate and the regions of z that its statistics count."""
+    """A gate, and the cuts between the regions of z that its statistics count."""
 
     logistic: Logistic
     cuts: tuple[float, float]
@@ -99,18 +103,18 @@ class Gating(NamedTuple):
 def gated_down(
     z: jax.Array, u: jax.Array, down: Dense, gating: Gating, measured: Measured | None, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """``h W + s (h A) B`` with ``h = phi(z) u``.
+    """Computes ``h W + s (h A) B`` with ``h = phi(z) u``.
 
     Args:
       z, u: bf16 ``[..., d_ff]``.
       down: the layer, ``[d_ff, d_out]``, whose bias is not added; its kernel receives no gradient.
-      gating: phi, and what to count.
-      measured: what statistics are taken with, or None; constants of the backward pass.
+      gating: phi, and the regions to count.
+      measured: inputs of the statistics, or None; constants of the backward pass.
       numerics: dtypes of operands and result; sums are float32.
 
     Returns:
-      ``[..., d_out]`` in ``numerics.result``; the sums of `nalora_jax.cpu.native.gate_statistics`, or None; and h,
-      which has no gradient of its own, is there to be checked, and costs nothing where it is not read.
+      ``[..., d_out]`` in ``numerics.result``; the sums of `nalora_jax.cpu.native.gate_statistics`,
+      or None; and h, without a gradient, for checks. An unused h has no cost.
     """
     chex.assert_equal_shape([z, u])
     chex.assert_axis_dimension(z, -1, down.kernel.shape[-2])
@@ -167,11 +171,11 @@ def _gated_down_bwd(
 _gated_down.defvjp(_gated_down_fwd, _gated_down_bwd)
 
 
-# ---------------------------------------------------------------- the parts, where the block cannot be one
+# ---------------------------------------------------------------- unfused gate and statistics
 
 
 def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logistic | None:
-    """The gate as native kernels take it, where they can: in bf16, of a logistic function."""
+    """Returns the gate's parameters for native kernels: bf16 and a logistic function, else None."""
     if activation.logistic is None or z.dtype != jnp.bfloat16 or not usable(numerics):
         return None
     return Logistic(*activation.logistic)
@@ -181,7 +185,7 @@ def _logistic(z: jax.Array, activation: Activation, numerics: Numerics) -> Logis
 def gated_product(
     z: jax.Array, u: jax.Array | None, activation: Activation, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array]:
-    """``phi(z) u`` in one pass."""
+    """Computes ``phi(z) u`` in one pass."""
     logistic = _logistic(z, activation, numerics)
     if logistic is None or numerics.residual != "bfloat16":
         return NotImplemented
@@ -221,7 +225,7 @@ def gate_statistics(
     config: GateStatsConfig,
     numerics: Numerics = Numerics(),  # noqa: B008
 ) -> dict[str, jax.Array]:
-    """In one pass over the tokens that are sampled, wherever they lie."""
+    """Computes the statistics in one pass over the sampled tokens, which need not be contiguous."""
     logistic = _logistic(z, activation, numerics)
     if logistic is None or config.extra:
         return NotImplemented
@@ -242,7 +246,7 @@ def gate_statistics(
 
 
 def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dict[str, jax.Array]:
-    """What `gate_statistics` returns, of the sums that native kernels make, and of the weights that they used."""
+    """Returns the result of `gate_statistics` from the native kernels' sums and token weights."""
     slope, *below, feature, moved, linear = sums
     tokens = jnp.sum(weights)
     return {
@@ -257,5 +261,5 @@ def _named(sums: jax.Array, weights: jax.Array, probe_weights: jax.Array) -> dic
 
 
 def _occupancy(below: Sequence[jax.Array], tokens: jax.Array) -> jax.Array:
-    """Returns tokens per region ``[4, d_ff]`` from those below each of the three cuts, ``[d_ff]``."""
+    """Returns tokens per region ``[4, d_ff]`` from tokens below each of three cuts, ``[d_ff]``."""
     return jnp.stack([below[0], below[1] - below[0], below[2] - below[1], tokens - below[2]])

@@ -1,4 +1,4 @@
-"""The C library's heap: what this process no longer needs is handed back to the system, what it needs again is kept."""
+"""Settings of the C library's heap: free memory is returned, a step's buffers are kept."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 def release() -> None:
-    """Hands freed memory back where the C library is glibc, which keeps it otherwise; elsewhere does nothing.
+    """Returns freed memory to the system if the C library is glibc, which keeps it by default.
 
-    After the compilation of a step that is some 300 MB, which would stay beside the step's buffers for the whole run.
+    With other libraries it does nothing. After the compilation of a step this is some 300 MB, which
+    would otherwise be held in addition to the step's buffers for the whole run.
     """
     gc.collect()
     trim = _function("malloc_trim")
@@ -20,9 +21,10 @@ def release() -> None:
 
 
 def retain() -> None:
-    """Keeps what is freed from now on, where the C library is glibc, which hands large blocks back; elsewhere nothing.
+    """Keeps memory that is freed later if the C library is glibc, which returns large blocks.
 
-    A step's buffers on a CPU are one block, allocated in every step: the system would fill it with zeros each time.
+    With other libraries it does nothing. A step's buffers on a CPU are one block, allocated in
+    every step; the system would fill it with zeros each time.
     """
     option = _function("mallopt")
     if option is not None:
@@ -30,10 +32,10 @@ def retain() -> None:
         option(_TRIM_THRESHOLD, _NEVER)
 
 
-# Of malloc.h.
+# From malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, 2**31 - 1
 
 
 def _function(name: str) -> Any:
-    """A function that glibc has; None elsewhere."""
+    """Returns a function of glibc; None with other libraries."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

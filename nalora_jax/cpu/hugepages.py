@@ -1,11 +1,13 @@
-"""Huge pages for the C library's heap, which have to be asked for before a process starts.
+"""Huge pages for the C library's heap, which must be requested before a process starts.
 
-XLA allocates a program's temporary buffers from that heap. On a CPU a training step then touches hundreds of thousands
-of new 4 kB pages; in pages of 2 MB it is about a tenth faster (docs/benchmarks.md).
+XLA allocates a program's temporary buffers from that heap. On a CPU a training step then touches
+hundreds of thousands of new 4 kB pages; with pages of 2 MB it is about a tenth faster
+(docs/benchmarks.md).
 
-Starting a process again loses whatever it has done. So only a process that is one of this library's commands and
-nothing else starts again, before it has done anything, and at most once: a mark in the environment says that it has
-been, because the C library takes GLIBC_TUNABLES away from processes with more rights than their user's (setgid).
+A restarted process loses its state. Therefore only a process that runs one of this library's
+commands restarts, before any other work and at most once. An environment variable marks the
+restart, because the C library removes GLIBC_TUNABLES from processes with more rights than their
+user's (setgid).
 """
 
 from __future__ import annotations
@@ -21,17 +23,17 @@ VARIABLE = "GLIBC_TUNABLES"
 MARK = "NALORA_RESTARTED"
 _SETTING = "glibc.malloc.hugetlb"
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# Options of the interpreter before its program: those without a value, and those with one (which may be attached).
+# Options of the interpreter before its program: without a value, and with one (possibly attached).
 _FLAGS = re.compile(r"-[bBdEiIOPqRsSuvx]+")
 _VALUED = re.compile(r"-[XW](?P<value>.*)")
 
 
 def restart() -> None:
-    """Starts this process again, in place and once, with huge pages; does nothing where they are not to be had.
+    """Restarts this process in place, once, with huge pages if they are available.
 
-    For the first line of a command. Process id, standard streams and arguments stay. Does nothing in a process that is
-    not a command of this library's (see `is_command`). ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` in the environment
-    turns it off.
+    It must be the first statement of a command. Process id, standard streams and arguments are
+    kept. It does nothing in a process that is not a command of this library (see `is_command`), or
+    with ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` in the environment.
     """
     value = tunables(os.environ, platform.libc_ver(), _kernel_setting())
     if value is None or not sys.executable or _has_more_rights() or not is_command(sys.orig_argv, _main_module()):
@@ -40,16 +42,17 @@ def restart() -> None:
     sys.stderr.flush()
     try:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, VARIABLE: value, MARK: "1"})
-    except OSError:  # an interpreter that was replaced meanwhile, an environment that is too long: it runs as it is
+    except OSError:
+        # The interpreter was replaced meanwhile, or the environment is too long: no restart.
         return
 
 
 def tunables(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> str | None:
-    """The value of GLIBC_TUNABLES to restart with, None where a restart is pointless or has been.
+    """Returns the value of GLIBC_TUNABLES for a restart; None if it would not help or has happened.
 
     Args:
       environ: of this process.
-      libc: name and version, as `platform.libc_ver` gives them.
+      libc: name and version, as returned by `platform.libc_ver`.
       kernel: the kernel's setting, e.g. ``"always [madvise] never"``.
 
     Example:
@@ -66,12 +69,13 @@ def tunables(environ: Mapping[str, str], libc: tuple[str, str], kernel: str) -> 
 
 
 def is_command(argv: Sequence[str], main: tuple[str, str]) -> bool:
-    """Whether a process was started as ``nalora``, ``python -m nalora_jax`` or ``python train.py``, and is that still.
+    """Returns True for the commands ``nalora``, ``python -m nalora_jax``, ``python train.py``.
 
-    A notebook, a script on standard input or ``-c``, a debugger, or a program that runs this library by `runpy` is not.
+    Returns False for a notebook, a script on standard input or ``-c``, a debugger, and a program
+    that runs this library by `runpy`.
 
     Args:
-      argv: what the process was started with, interpreter first (`sys.orig_argv`).
+      argv: the command line of the process, interpreter first (`sys.orig_argv`).
       main: name and file of its module ``__main__``.
     """
     name, file = main
@@ -84,7 +88,7 @@ def is_command(argv: Sequence[str], main: tuple[str, str]) -> bool:
 
 
 def _program(argv: Sequence[str]) -> tuple[str, str] | None:
-    """``("-m", module)`` or ``("", script)``; None for anything else."""
+    """Returns ``("-m", module)`` or ``("", script)``; None for other command lines."""
     rest = iter(argv[1:])
     for one in rest:
         if one == "-m":
@@ -107,7 +111,7 @@ def _is_same(one: str | Path, other: str | Path) -> bool:
 
 
 def _is_console_script(path: Path) -> bool:
-    """Whether a file is the little script that an installer writes for ``nalora``."""
+    """Returns True if a file is the script that an installer writes for ``nalora``."""
     try:
         return path.name == "nalora" and b"nalora_jax.__main__" in path.read_bytes()[:4096]
     except OSError:
@@ -121,12 +125,15 @@ def _main_module() -> tuple[str, str]:
 
 
 def _has_more_rights() -> bool:
-    """Whether the process has another user's or group's rights, so that the C library ignores what it is asked for."""
+    """Returns True if the process has another user's or group's rights.
+
+    The C library then ignores GLIBC_TUNABLES.
+    """
     return os.getuid() != os.geteuid() or os.getgid() != os.getegid()
 
 
 def _knows_setting(version: str) -> bool:
-    """Whether a version of the GNU C library has the setting: since 2.35."""
+    """Returns True if this version of glibc has the setting: 2.35 or later."""
     parts = version.split(".")
     return all(part.isdecimal() for part in parts) and tuple(map(int, parts)) >= (2, 35)
 
@@ -134,5 +141,5 @@ def _knows_setting(version: str) -> bool:
 def _kernel_setting() -> str:
     try:
         return _KERNEL.read_text()
-    except OSError:  # another system than Linux, or a kernel without huge pages
+    except OSError:  # not Linux, or a kernel without huge pages
         return ""

@@ -1,4 +1,7 @@
-"""The implementation "cpu", which the modules beside this one fill (`nalora_jax.ops.dispatch`)."""
+"""The implementation "cpu"; the other modules of this package register functions with it.
+
+See `nalora_jax.ops.dispatch`.
+"""
 
 from __future__ import annotations
 
@@ -9,5 +12,8 @@ CPU = Implementation("cpu", platform="cpu")
 
 
 def usable(numerics: Numerics) -> bool:
-    """Whether native kernels serve programs of these numerics: on one device, where they compile."""
+    """Returns True if native kernels compile and support programs with these numerics.
+
+    They support programs on one device; the plain ones support several.
+    """
     return native.available(numerics.platform.devices)

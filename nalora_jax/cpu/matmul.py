@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: native ones (`nalora_jax.cpu.native`) where this CPU has them, else XLA's."""
+"""Matmuls on a CPU: native (`nalora_jax.cpu.native`) if this CPU supports them, else XLA's."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nalora_jax.ops import matmul
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, expand, rounded
 
-# Products of fewer rows, those of text generation, are XLA's where it is faster at them.
+# With fewer rows, as in text generation, XLA's matmuls are used if they are faster.
 _FEWEST_ROWS = 32
 
 
 def is_native(rows: int, operand: str, numerics: Numerics) -> bool:
-    """Whether products of so many rows are native."""
+    """Returns True if matmuls with this number of rows are native."""
     if operand != "bfloat16" or not usable(numerics):
         return False
     return rows >= _FEWEST_ROWS or native.multiplies_few_rows()
 
 
 def native_sums(numerics: Numerics, *sums: native.Sum) -> list[jax.Array]:
-    """`nalora_jax.cpu.native.products` of operands that are yet to be rounded, stored in any form."""
+    """Computes `nalora_jax.cpu.native.products` of unrounded operands in any storage form."""
 
     def operand(y: Any) -> Any:
         if isinstance(y, native.Slice):
@@ -46,13 +46,13 @@ def dot(
     operand: str = "",
     result: Any = "float32",
 ) -> jax.Array:
-    """Natively, or by XLA's faster product where there is a single row."""
+    """Computes the matmul natively, or by XLA's faster matmul if there is a single row."""
     operand = operand or numerics.operand
     if dims[0] != 1:
         return NotImplemented
     if is_native(x.shape[0], operand, numerics):
         return native_sums(numerics, native.Sum([native.Term(x, y, dims[1] == 1)], result))[0]
     if x.shape[0] == 1 and operand == "bfloat16":
-        # XLA:CPU multiplies a single row in float32, after widening the whole bf16 matrix; two rows it does not.
+        # XLA:CPU widens the whole bf16 matrix to float32 for a single row, but not for two.
         return matmul.dot.plain(jnp.concatenate([x, x]), y, numerics, dims, operand, result)[:1]
     return NotImplemented

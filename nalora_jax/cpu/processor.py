@@ -1,4 +1,4 @@
-"""What the system says of its CPU."""
+"""Name and features of the CPU, as reported by the system."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ _DESCRIPTION = Path("/proc/cpuinfo")
 
 
 def name() -> str:
-    """The model's name; off Linux what Python knows of it, which may be nothing."""
+    """Returns the CPU's model name.
+
+    On systems other than Linux it is `platform.processor`, which may be empty.
+    """
     return _fields().get("model name", platform.processor())
 
 
 def features() -> frozenset[str]:
-    """Instruction sets of an x86-64 CPU, in the words of Linux ("avx512_bf16"); empty elsewhere."""
+    """Returns the instruction sets of an x86-64 CPU as Linux names them ("avx512_bf16").
+
+    For other CPUs the set is empty.
+    """
     return frozenset(_fields().get("flags", "").split() if platform.machine() == "x86_64" else ())
 
 
 def _fields() -> dict[str, str]:
-    """Of the first core."""
+    """Returns the fields of the first core."""
     try:
         first = _DESCRIPTION.read_text().partition("\n\n")[0]
     except OSError:

@@ -15,13 +15,13 @@ from nalora_jax.cpu.storage import Bits
 from nalora_jax.ops.dispatch import Numerics, Platform, PlatformHooks, register_platform
 from nalora_jax.ops.storage import Kernel, Stored
 
-# Largest d_model at which recomputing tiled products is faster than saving their results
+# Largest d_model at which recomputing tiled matmuls is faster than saving their results
 # (benchmarks/notes/versus_peft.md).
 _WIDEST_RECOMPUTED = 1024
 
 
 class CPUHooks(PlatformHooks):
-    """A CPU, with native kernels where they compile."""
+    """A CPU, with native kernels if they compile."""
 
     def device_name(self, platform: Platform) -> str:
         """Returns the processor's model and number of cores."""
@@ -50,7 +50,7 @@ class CPUHooks(PlatformHooks):
         return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"
 
     def after_compilation(self) -> None:
-        """Returns the compiler's memory to the system; the heap keeps what the program frees."""
+        """Returns the compiler's memory to the system and lets the heap keep freed memory."""
         heap.release()
         heap.retain()
 

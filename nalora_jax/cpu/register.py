@@ -1,4 +1,4 @@
-"""Importing this module registers the implementation "cpu" for every operation that it has."""
+"""Registers the implementation "cpu" of all its operations when it is imported."""
 
 from __future__ import annotations
 

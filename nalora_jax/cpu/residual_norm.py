@@ -22,7 +22,7 @@ from nalora_jax.ops.storage import SAVED
 def residual_norm(
     x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array]:
-    """Of a float32 stream whose norm is an operand in bf16."""
+    """Computes the sum and norm of a float32 stream whose norm is a bf16 operand."""
     rows = math.prod(x.shape[:-1])
     bf16 = numerics.within().result == numerics.residual == "bfloat16" and x.dtype == jnp.float32
     if not bf16 or not is_native(rows, numerics.operand, numerics):
@@ -39,7 +39,7 @@ def _residual_norm(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: flo
 
 def _fwd(x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float) -> tuple[Any, Any]:
     total, bits, inverse = native.add_rms(x, y, eps)
-    # A rematerialised layer recomputes the norm from these, in one pass over half the bytes.
+    # A rematerialized layer recomputes the norm from these, in one pass over half of the bytes.
     bits, inverse = checkpoint_name(bits, SAVED), checkpoint_name(inverse, SAVED)
     return (total, native.normalise(bits, inverse, scale)), (bits, inverse, scale, y is None)
 

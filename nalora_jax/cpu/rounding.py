@@ -1,6 +1,7 @@
-"""Rounding to bf16 by integers: a conversion keeps XLA:CPU from vectorising what it is fused with.
+"""Rounding to bf16 with integers: XLA:CPU does not vectorize loops that contain a conversion.
 
-``silu(z) * u`` takes twice as long with one. What is saved in bf16 is saved as its bits (`nalora_jax.cpu.storage`).
+``silu(z) * u`` takes twice as long with one. Arrays that are saved in bf16 are saved as their bits
+(`nalora_jax.cpu.storage`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nalora_jax.ops.storage import SAVED, Stored
 
 @CPU.implements(storage.rounded)
 def rounded(x: jax.Array, dtype: Any, numerics: Numerics) -> jax.Array:
-    """From float32 to bf16."""
+    """Rounds float32 to bf16."""
     return _rounded(x) if (jnp.dtype(dtype), x.dtype) == (jnp.bfloat16, jnp.float32) else x.astype(dtype)
 
 
@@ -34,7 +35,10 @@ _rounded.defvjp(lambda x: (_rounded(x), None), lambda _, g: (g.astype(jnp.float3
 
 
 def _upper_bits(x: jax.Array) -> jax.Array:
-    """The bits of float32 ``x`` in bf16, rounded to nearest even, as uint16; infinities and NaN stay what they are."""
+    """Returns the bf16 bits of float32 ``x`` as uint16, rounded to nearest even.
+
+    Infinities and NaN are kept.
+    """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     odd = (bits >> 16) & jnp.uint32(1)
     return ((bits + jnp.uint32(0x7FFF) + odd) >> 16).astype(jnp.uint16)
@@ -42,7 +46,7 @@ def _upper_bits(x: jax.Array) -> jax.Array:
 
 @CPU.implements(storage.save_residual)
 def save_residual(x: jax.Array, dtype: str, numerics: Numerics, name: str = SAVED) -> jax.Array | Stored:
-    """bf16 as its bits."""
+    """Saves bf16 as its bits."""
     x = rounded(x, dtype, numerics)
     named: jax.Array = checkpoint_name(bf16_bits(x), name)
     return Bits(named) if x.dtype == jnp.bfloat16 else named

@@ -1,7 +1,8 @@
 """bf16 arrays stored as their bits.
 
-XLA:CPU widens a scanned bf16 stack to float32 as a whole, in every iteration, and a whole bf16 table before it takes a
-row of it; integers it leaves alone. Outside of a compiled program the bits are a view that shares the array's memory.
+In every iteration of a scan XLA:CPU widens the whole bf16 stack to float32, and it widens a whole
+bf16 table before it reads a row. It does not widen integers. Outside of a compiled program the bits
+are a view that shares the array's memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import STACKS, Kernel, LayerStack, Stored
 from nalora_jax.trees import map_named, unflatten
 
-# Tables at both ends of a model.
+# Embedding and output head.
 _TABLES = ("embed/embedding", "lm_head/kernel")
 
 
@@ -35,25 +36,25 @@ class Bits(LayerStack):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The shape of the array."""
         return tuple(self.bits.shape)
 
     def expand(self) -> jax.Array:
-        """The bf16 array."""
+        """Returns the bf16 array."""
         return lax.bitcast_convert_type(self.bits, jnp.bfloat16)
 
     def layer(self, index: jax.Array) -> native.Slice:
-        """One of a stack, where it lies."""
+        """Returns a layer of a stack without a copy."""
         return native.Slice(self.bits, index)
 
 
 def bf16_bits(x: jax.Array) -> jax.Array:
-    """The bits of bf16 ``x``; anything else as it is."""
+    """Returns the bits of bf16 ``x``; other dtypes are unchanged."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def from_bits(x: jax.Array) -> jax.Array:
-    """The inverse of `bf16_bits`."""
+    """Computes the inverse of `bf16_bits`."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
@@ -64,23 +65,24 @@ def store(x: jax.Array) -> jax.Array | Stored:
 
 @CPU.implements(storage.take_rows)
 def take_rows(table: Kernel, rows: jax.Array, numerics: Numerics, axis: int = 0) -> jax.Array:
-    """Rows of the bits."""
+    """Reads rows of the bits."""
     bits = table.bits if isinstance(table, Bits) else table if isinstance(table, Stored) else bf16_bits(table)
     return NotImplemented if isinstance(bits, Stored) else from_bits(jnp.take(bits, rows, axis=axis))
 
 
 def slice_rows(table: Kernel, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """``size`` rows (or columns) of a table from ``start`` on."""
+    """Returns ``size`` rows (or columns) of a table, starting at ``start``."""
     bits = table.bits if isinstance(table, Bits) else bf16_bits(storage.expand(table))
     return from_bits(lax.dynamic_slice_in_dim(bits, start, size, axis=axis))
 
 
 def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = True) -> dict[str, Any]:
-    """bf16 kernels of layers, and tables, as views of their bits; for native products in stacks, not scanned.
+    """Returns variables with bf16 kernels of layers, and tables, as views of their bits.
 
-    Native products read a dense layer's kernel where it lies: a scan over the stack would copy each of them.
+    Kernels for native matmuls stay in stacks that are not scanned: native matmuls read a layer's
+    kernel in place, whereas a scan over the stack would copy each kernel.
     """
-    if STACKS in variables:  # they are prepared
+    if STACKS in variables:  # already prepared
         return dict(variables)
 
     stacks: dict[str, Bits] = {}
@@ -100,9 +102,9 @@ def prepare(variables: Mapping[str, Any], numerics: Numerics, *, tables: bool = 
 
 
 def view_bits(leaf: Any) -> Any:
-    """A bf16 array as its bits, which share its memory; anything else as it is.
+    """Returns a bf16 array as bits that share its memory; other arrays are unchanged.
 
-    A tracer becomes the bits within its program, and a `jax.ShapeDtypeStruct` their shape.
+    A tracer becomes its bits within the program, a `jax.ShapeDtypeStruct` their shape.
     """
     if getattr(leaf, "dtype", None) != jnp.bfloat16:
         return leaf

@@ -1,10 +1,11 @@
-"""Models of other people's, adapted as they are: by a keymap for their names, and rules.
+"""Adapters for unmodified Flax models of other libraries, selected by a keymap and rules.
 
-    Linen   adapted = adapt_linen(module, variables, (tokens,), keymap=..., lora=..., activation="silu")
-    NNX     adapted = adapt_nnx(graph, state, keymap=..., lora=..., activation="silu")
+    Linen   adapt_linen(module, variables, (tokens,), keymap=..., lora=..., activation="silu")
+    NNX     adapt_nnx(graph, state, keymap=..., lora=..., activation="silu")
 
-Both give the same handle (`nalora_jax.integrations.model.Foreign`): an adapter tree apart from the weights, ``apply``
-and ``gradients``, which also returns the statistics that both mechanisms are made of.
+Both return the same interface (`nalora_jax.integrations.model.Foreign`): an adapter tree separate
+from the weights, ``apply``, and ``gradients``, which also returns the statistics that both
+mechanisms use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Which parameter of a layer is its kernel: found out by running the layer, not by its name.
+"""Detection of the kernel of a layer by running the layer, independent of names.
 
-A layer can have a low-rank adapter if it computes ``x @ kernel`` or ``x @ kernel.T``, perhaps with a bias: then the
-adapter's output may be added to the layer's, and merging adds the adapter's product to the kernel. Shapes alone do not
-show that (a square kernel may be transposed, the product multiplied by a number, an activation applied inside), so
-each layer is run once on random numbers and compared with the product.
+A layer can have a low-rank adapter if it computes ``x @ kernel`` or ``x @ kernel.T``, with or
+without a bias: then the adapter's output can be added to the layer's output, and merging adds the
+adapter's product to the kernel. Shapes alone do not prove this (a square kernel may be transposed,
+the product scaled, an activation applied inside), so each layer is run once on random numbers and
+compared with the product.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import numpy as np
 
 from nalora_jax.errors import NaloraError
 
-ROWS = 2  # along each axis of the input that a layer does not contract: enough to compare
+ROWS = 2  # size of every input axis that a layer does not contract; enough for the comparison
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """How a layer multiplies its input: by which parameter, and which of that parameter's axes are contracted."""
+    """The contraction of a layer: its kernel parameter and the kernel's contracted axes."""
 
     parameter: str  # its name in the layer: "kernel", "w", ...
     inputs: tuple[int, ...]
@@ -34,18 +35,18 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Unfit:
-    """Why a layer cannot have an adapter."""
+    """The reason why a layer cannot have an adapter."""
 
     reason: str
-    dense: bool = False  # its shapes are those of a dense layer, so that a user takes it for one
+    dense: bool = False  # its shapes look like a dense layer, so a user would expect an adapter
 
 
 def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> list[Contraction]:
-    """Every product of an input of shape ``x`` with one parameter that has the shape ``out``.
+    """Returns the products of an input ``x`` and one parameter that have the shape ``out``.
 
     Example:
       >>> arrangements({"kernel": (4, 8, 32), "bias": (32,)}, (2, 7, 4, 8), (2, 7, 32))
-      [Dense(parameter='kernel', inputs=(4, 8), outputs=(32,), transposed=False)]
+      [Contraction(parameter='kernel', inputs=(4, 8), outputs=(32,), transposed=False)]
     """
     found = []
     for name in sorted(shapes, key=lambda name: (name != "kernel", name)):
@@ -59,17 +60,17 @@ def arrangements(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out:
 
 
 def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> Contraction | Unfit:
-    """How ``layer`` multiplies ``x``, by running it.
+    """Runs ``layer`` on ``x`` and returns its contraction, or the reason why it has none.
 
     Args:
-      layer: the layer as a function of its input, with ``params`` inside.
-      params: its own parameters, random numbers.
+      layer: the layer as a function of its input, with ``params`` bound.
+      params: the layer's own parameters, random numbers.
       x: random numbers.
     """
     try:
         with jax.default_matmul_precision("highest"):
             out = layer(x)
-    except Exception as error:  # the user's code, called in a way that its author may not have thought of
+    except Exception as error:  # the user's code may reject this call with any exception
         return Unfit(f"it could not be run on its own ({type(error).__name__}: {_short(error)})")
     if not isinstance(out, jax.Array):
         return Unfit(f"it returns {type(out).__name__}, not one array")
@@ -80,29 +81,34 @@ def examine(layer: Callable[[Any], Any], params: Mapping[str, Any], x: Any) -> C
 
 
 def no_product(shapes: Mapping[str, tuple[int, ...]], x: tuple[int, ...], out: tuple[int, ...]) -> str:
-    """The reason why a layer of these shapes is not a dense one."""
+    """Returns the reason why a layer of these shapes is not dense."""
     listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
     return f"no product of its input {list(x)} with one parameter ({listed}) has the shape of its output {list(out)}"
 
 
 def randomised(tree: Any, seed: int = 0) -> Any:
-    """``tree`` with normal numbers for its real arrays or shapes; what holds no real numbers is kept, or zero."""
+    """Returns ``tree`` with its real arrays or shapes replaced by normal random numbers.
+
+    Other arrays are kept, and other shapes become zeros or keys.
+    """
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
     return jax.tree.unflatten(structure, [_random(leaf, key) for leaf, key in zip(leaves, keys, strict=False)])
 
 
 def holds_numbers(tree: Any) -> bool:
-    """Whether there are numbers to compare with: not shapes alone, and not traced."""
+    """Returns True if all leaves have values: none is a shape or a tracer."""
     leaves = jax.tree.leaves(tree)
     return not any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def check_merged(merged: Any, adapted: Any, base: Any) -> None:
-    """Compares what a merged model returns with the adapted one's, up to rounding, measured by what adapters change.
+    """Compares the results of a merged and an adapted model.
+
+    The tolerance is rounding, and 5% of the largest change by the adapters.
 
     Raises:
-      NaloraError: they differ by more.
+      NaloraError: the results differ by more.
     """
     for one, want, before in zip(*(jax.tree.leaves(tree) for tree in (merged, adapted, base)), strict=True):
         if not jnp.issubdtype(getattr(want, "dtype", jnp.int32), jnp.floating):
@@ -124,7 +130,8 @@ def _random(leaf: Any, key: jax.Array) -> Any:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.floating):
-        # Away from zero, so that no parameter is without effect; of size 1, so that no activation is nearly linear.
+        # Not near zero, so that every parameter has an effect; of size 1, so that no activation is
+        # nearly linear.
         return jax.random.normal(key, leaf.shape, jnp.float32).astype(leaf.dtype)
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
@@ -134,7 +141,7 @@ def _random(leaf: Any, key: jax.Array) -> Any:
 
 
 def _is_product(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> bool:
-    """Whether ``out`` is the product, or the product and one more parameter."""
+    """Returns True if ``out`` is the product, or the product plus one more parameter."""
     product = _product(one, params, x)
     rest = np.asarray(out, np.float32) - product
     biases = [leaf for name, leaf in params.items() if name != one.parameter and leaf.shape == one.outputs]
@@ -142,7 +149,7 @@ def _is_product(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -
 
 
 def _misfit(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> Unfit:
-    """What is different, in words: a factor is recognised, everything else is a number."""
+    """Describes the difference: a constant factor, or else the largest deviation."""
     product, found = _product(one, params, x), np.asarray(out, np.float32)
     formula = f"x @ {one.parameter}{'.T' if one.transposed else ''} + bias"
     factor = float(np.vdot(product, found) / max(np.vdot(product, product), 1e-30))
@@ -155,7 +162,7 @@ def _misfit(one: Contraction, params: Mapping[str, Any], x: Any, out: Any) -> Un
 
 
 def _product(one: Contraction, params: Mapping[str, Any], x: Any) -> np.ndarray:
-    """``x @ kernel`` in float32, shaped as the layer's output."""
+    """Returns ``x @ kernel`` in float32, in the shape of the layer's output."""
     d_in, d_out = math.prod(one.inputs), math.prod(one.outputs)
     kernel = np.asarray(params[one.parameter], np.float32)
     kernel = kernel.reshape(d_out, d_in).T if one.transposed else kernel.reshape(d_in, d_out)
@@ -164,7 +171,7 @@ def _product(one: Contraction, params: Mapping[str, Any], x: Any) -> np.ndarray:
 
 
 def _near(difference: np.ndarray, product: np.ndarray, out: Any) -> bool:
-    """Whether a difference is rounding: of the layer's own dtype, which may be a short one."""
+    """Returns True if a difference is within the rounding of the output's dtype."""
     short = jnp.finfo(out.dtype).bits < 32 if jnp.issubdtype(out.dtype, jnp.floating) else False
     return bool(np.abs(difference).max() <= (3e-2 if short else 2e-3) * np.abs(product).max())
 

@@ -1,4 +1,4 @@
-"""Flax Linen modules of other people's, adapted through ``nn.intercept_methods``."""
+"""Adapters for Flax Linen modules of other libraries, through ``nn.intercept_methods``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nalora_jax.integrations.model import Foreign, folded
 from nalora_jax.integrations.targets import Keymap, Projection, choose_targets
 from nalora_jax.measurement import GateStatsConfig
 
-_BESIDE = "nalora"  # name of the adapter's leaves beside a kernel, for the length of one call
+_BESIDE = "nalora"  # name of the adapter's leaves next to a kernel during one call
 
 
 @dataclass(frozen=True)
 class ForeignLinen(Foreign):
-    """See `adapt_linen`."""
+    """An adapted Linen module; see `adapt_linen`."""
 
     module: nn.Module
     example: tuple[tuple[Any, ...], dict[str, Any]]  # arguments and options of a call
@@ -77,27 +77,31 @@ def adapt_linen(
     stats: GateStatsConfig | None = None,
     **options: Any,
 ) -> ForeignLinen:
-    """A Linen module of the user's with low-rank adapters on its dense layers, nothing of it changed.
+    """Adds low-rank adapters to the dense layers of a Linen module, which stays unmodified.
 
-    A dense layer is any submodule that computes ``x @ kernel`` or ``x @ kernel.T``, perhaps with a bias, whatever its
-    class and its parameters are called: `nn.Dense`, `nn.DenseGeneral`, and most people's own. Each is run once on
-    random numbers to find that out. Layers may be unrolled, scanned, mapped or rematerialised.
+    A dense layer is any submodule that computes ``x @ kernel`` or ``x @ kernel.T``, with or without
+    a bias, for any class and any parameter names: `nn.Dense`, `nn.DenseGeneral`, and most custom
+    layers. Each is run once on random numbers to detect this. Layers may be unrolled, scanned,
+    mapped or rematerialized.
 
     Args:
       module: the model.
       variables: its variables, as ``module.apply`` takes them; arrays or shapes.
-      example: arguments of a call, by whose trace the layers are found; ``merge`` compares on them.
-      keymap: ordered pairs (regular expression of a dense layer's whole path, name), the first that matches, with
-        groups, e.g. ``(r"blocks_(\\d+)/mlp/w1", r"layers/\\1/ffn/gate_proj")``. A layer named ``.../gate_proj`` (or
-        ``in_proj``, of a block that is not gated) is a gate, and the mechanisms act on it; those without a pair keep
-        their names.
-      lora: rules searched in these names, the first that matches (default: all of ``ffn/``), and ``rslora``.
-      activation: what the gates feed.
+      example: arguments of a call; tracing it finds the layers, and ``merge`` compares results on
+        it.
+      keymap: ordered pairs (regular expression of a dense layer's full path, name); the first match
+        applies, and the name may use its groups, e.g.
+        ``(r"blocks_(\\d+)/mlp/w1", r"layers/\\1/ffn/gate_proj")``. A layer named ``.../gate_proj``
+        (or ``in_proj``, in a block that is not gated) is a gate, to which the mechanisms apply.
+        Layers without a match keep their names.
+      lora: rules searched in these names, first match wins (default: all of ``ffn/``), and
+        ``rslora``.
+      activation: the activation function after the gates.
       stats: strides of the statistics.
-      options: passed on to ``module.apply``, e.g. ``rngs``.
+      options: passed to ``module.apply``, e.g. ``rngs``.
 
     Raises:
-      NaloraError: see `nalora_jax.integrations.model.choose_targets`.
+      NaloraError: see `nalora_jax.integrations.targets.choose_targets`.
 
     Example:
       >>> adapted = adapt_linen(module, variables, (tokens,), keymap=[(r"(.*)/w1", r"\\1/gate_proj")], lora=rules)
@@ -111,9 +115,9 @@ def adapt_linen(
 
 @dataclass(frozen=True)
 class _Seen:
-    """A layer of the model, as a call found it: shapes alone."""
+    """A layer of the model and its call, as shapes."""
 
-    layer: nn.Module  # on its own
+    layer: nn.Module  # unbound
     variables: Any
     args: Any
     options: Any
@@ -121,12 +125,12 @@ class _Seen:
 
     @property
     def own_params(self) -> dict[str, Any]:
-        """Parameters that the layer itself holds, its sublayers' left out."""
+        """The layer's parameters, sublayers excluded."""
         return {name: leaf for name, leaf in self.variables["params"].items() if hasattr(leaf, "shape")}
 
 
 def _projections(module: nn.Module, variables: Any, example: Sequence[Any], options: Any) -> list[Projection]:
-    """Every layer with a matrix of its own that a call of the module reaches."""
+    """Returns all layers with a matrix that a call of the module reaches."""
     params = nn.meta.unbox(unfreeze(variables["params"]))
     seen: dict[str, _Seen] = {}
 
@@ -152,7 +156,10 @@ def _projections(module: nn.Module, variables: Any, example: Sequence[Any], opti
 
 
 def _examined(seen: _Seen, known: dict[Any, Contraction | Unfit]) -> Contraction | Unfit:
-    """How a layer multiplies its input: it is run on few rows of random numbers, unless an equal one was."""
+    """Returns a layer's contraction, or the reason why it has none.
+
+    The layer is run on a few rows of random numbers, unless an equal layer has been run before.
+    """
     x, out, own = seen.args[0], seen.out, seen.own_params
     if not hasattr(x, "shape") or not jnp.issubdtype(x.dtype, jnp.floating):
         return Unfit("its input is not an array of real numbers")
@@ -162,7 +169,8 @@ def _examined(seen: _Seen, known: dict[Any, Contraction | Unfit]) -> Contraction
     possible = arrangements(shapes, x.shape, out.shape)
     if not possible:
         return Unfit(no_product(shapes, x.shape, out.shape))
-    if len(jax.tree.leaves((seen.args, seen.options))) == 1:  # other arrays might have to go with the rows
+    # Other arrays might need the same number of rows.
+    if len(jax.tree.leaves((seen.args, seen.options))) == 1:
         rows = x.ndim - max(len(one.inputs) for one in possible)
         x = jax.ShapeDtypeStruct((*(min(n, ROWS) for n in x.shape[:rows]), *x.shape[rows:]), x.dtype)
     try:
@@ -184,22 +192,22 @@ def _examined(seen: _Seen, known: dict[Any, Contraction | Unfit]) -> Contraction
 
 
 def _shapes(tree: Any) -> Any:
-    """``tree`` with shapes for its arrays."""
+    """Returns ``tree`` with arrays replaced by their shapes."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf, tree
     )
 
 
 def _on_layers(function: Any) -> Any:
-    """An interceptor that hands the calls of every layer with a matrix of its own to a function.
+    """Returns an interceptor that passes the calls of every layer with a matrix to a function.
 
-    The function gets ``(module, path, args, options, out)`` and returns what the layer returns instead of ``out``.
+    The function receives ``(module, path, args, options, out)`` and returns the layer's new output.
     """
     inside: list[str] = []
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         module, own = context.module, "/".join(context.module.path)
-        # A transformed class (nn.remat(nn.Dense)) calls itself once more under the same path.
+        # A transformed class (nn.remat(nn.Dense)) calls itself again under the same path.
         if context.method_name != "__call__" or own in inside or not args or not _has_matrix(module):
             return call(*args, **options)
         inside.append(own)
@@ -230,7 +238,10 @@ def _node(params: Mapping[str, Any], own: str) -> Mapping[str, Any]:
 
 
 def _set(params: Mapping[str, Any], own: str, name: str, value: Any) -> dict[str, Any]:
-    """``params`` with ``own/name`` set; nodes on the way are copied, the rest is shared."""
+    """Returns ``params`` with ``own/name`` set.
+
+    Nodes on the path are copied, the rest is shared.
+    """
     first, _, rest = own.partition("/")
     child = params[first]
     return {**params, first: _set(child, rest, name, value) if rest else {**child, name: value}}

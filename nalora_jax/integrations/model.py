@@ -1,9 +1,10 @@
-"""What a Linen and an NNX model of somebody else's have in common once they are adapted.
+"""The common base of adapted Linen and NNX models.
 
-The user's tree is never changed. Adapters are a tree of their own, under the names that the keymap gives; for one call
-they are laid beside the kernels that they belong to, so that they pass whatever the module does to its parameters
-(``nn.scan``, ``nn.remat``, ``nn.vmap``). Statistics come out the same way, as the gradient of a zero leaf: a module
-that was not written to return them has no other way out of a scan.
+The user's tree is never modified. Adapters are a separate tree with the keymap's names. During one
+call they are placed next to their kernels, so that they pass through all transformations of the
+module's parameters (``nn.scan``, ``nn.remat``, ``nn.vmap``). Statistics are returned the same way,
+as the gradient of a zero leaf, since there is no other way to get values out of a scan that does
+not return them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from nalora_jax.ops import reductions
 
 @dataclass(frozen=True)
 class Foreign(ABC):
-    """A model with adapters on; the same functions for Linen and NNX.
+    """A model with adapters; Linen and NNX models have the same methods.
 
     Attributes:
-      targets: what is adapted.
+      targets: the adapted projections.
       stats: strides of the statistics.
     """
 
@@ -45,25 +46,26 @@ class Foreign(ABC):
 
     @abstractmethod
     def _call(self, variables: Any, leaves: Mapping[str, Mapping[str, Any]], args: Any, options: Any) -> Any:
-        """The user's model with ``leaves`` (by own path) beside its kernels."""
+        """Calls the user's model with ``leaves`` (by the user's path) next to its kernels."""
 
     @abstractmethod
     def _merged(self, variables: Any, lora: Any) -> Any:
-        """The user's variables with every adapter folded into its kernel."""
+        """Returns the user's variables with every adapter folded into its kernel."""
 
     @abstractmethod
     def _plain(self, variables: Any, args: Any, options: Any) -> Any:
-        """The user's model without adapters."""
+        """Calls the user's model without adapters."""
 
     def merge(self, variables: Any, lora: Any, *args: Any, **options: Any) -> Any:
-        """The user's variables with every adapter folded into its kernel: what is served.
+        """Returns the user's variables with every adapter folded into its kernel, for serving.
 
-        With the arguments of a call, the merged model is run on them and compared with `apply`: a kernel that the
-        model also reads in another way than through its layer is found that way. A Linen module's example is taken
-        where none are given; under `jax.jit` and without numbers nothing is compared.
+        Given the arguments of a call, the merged model's result is compared with `apply`. This
+        detects a kernel that the model also reads outside of its layer. A Linen module uses its
+        example if no arguments are given. The comparison is skipped under `jax.jit` and for shapes
+        without values.
 
         Raises:
-          NaloraError: the merged model gives another result than the adapted one.
+          NaloraError: the merged model's result differs from the adapted model's.
         """
         merged = self._merged(variables, lora)
         args, options = (args, options) if args else self._example
@@ -75,7 +77,7 @@ class Foreign(ABC):
 
     @property
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a call, where they are known."""
+        """The arguments of an example call; empty if there is none."""
         return (), {}
 
     @property
@@ -85,7 +87,7 @@ class Foreign(ABC):
 
     @property
     def gate_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of the statistics of every block, as ``init_gate_state`` takes it."""
+        """The shape of the statistics of every block, as ``init_gate_state`` takes it."""
         return {block: (*t.projection.lead, math.prod(t.projection.outputs)) for block, t in self._blocks.items()}
 
     @property
@@ -93,7 +95,7 @@ class Foreign(ABC):
         return {target.path.rpartition("/")[0]: target for target in self.targets if target.gate}
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh adapters, float32, nested by the keymap's names: A random, B zero."""
+        """Returns fresh float32 adapters, nested by the keymap's names: A random, B zero."""
         leaves: dict[str, jax.Array] = {}
         for target, one in zip(self.targets, jax.random.split(key, len(self.targets)), strict=True):
             lead, d_in, d_out = flat_shape(target.projection)
@@ -111,16 +113,17 @@ class Foreign(ABC):
         sinks: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Any:
-        """The user's model with its adapters.
+        """Calls the user's model with its adapters.
 
         Args:
-          variables: what the model was adapted with (a Linen module's variables, an NNX model's state).
+          variables: a Linen module's variables or an NNX model's state.
           lora: adapters.
-          args: the model's own.
+          args: the model's arguments.
           gate_mask: masks by block for the gated gradient of A; they never change the result.
-          token_weights: which tokens the statistics count, shaped like the gates' input without its last axis.
+          token_weights: weights of the tokens in the statistics, shaped like the gates' input
+            without its last axis.
           sinks: zeros whose gradient is the statistics; see `gradients`.
-          options: passed on to the model.
+          options: passed to the model.
         """
         flat = trees.flatten(lora)
         leaves: dict[str, dict[str, Any]] = {}
@@ -147,15 +150,15 @@ class Foreign(ABC):
         token_weights: jax.Array | None = None,
         has_aux: bool = False,
     ) -> tuple[Any, Any, dict[str, dict[str, jax.Array]]]:
-        """Value, gradients of the adapters, and statistics of the gates.
+        """Returns the value, the gradients of the adapters, and the statistics of the gates.
 
         Args:
-          loss: gets the adapted model as a function of the model's own arguments, returns a scalar (and, with
-            ``has_aux``, anything else).
-          variables: see `apply`, as for the three that follow.
-          lora: the adapters, by which the loss is differentiated.
+          loss: takes the adapted model as a function of the model's arguments, returns a scalar
+            (with ``has_aux``, a pair of the scalar and auxiliary data).
+          variables: see `apply`.
+          lora: the adapters, with respect to which the loss is differentiated.
           gate_mask: per-channel factors of the gradient of the gates' A.
-          token_weights: ``[batch, seq]``, 0 where a token is padding.
+          token_weights: ``[batch, seq]``, 0 for padding.
           has_aux: as in `jax.value_and_grad`.
 
         Returns:
@@ -170,7 +173,7 @@ class Foreign(ABC):
         return value, grads, stats
 
     def _sinks(self) -> dict[str, dict[str, jax.Array]]:
-        """Zeros shaped as the statistics of every block."""
+        """Returns zeros in the shapes of every block's statistics."""
 
         def zeros(target: Target) -> dict[str, jax.Array]:
             z = jax.ShapeDtypeStruct((1, math.prod(target.projection.outputs)), jnp.float32)
@@ -187,13 +190,14 @@ class Foreign(ABC):
         return {name: value.astype(jnp.float32) for name, value in stats.items()}
 
     def _adapted(self, target: Target, x: jax.Array, base: jax.Array, leaves: Mapping[str, Any]) -> jax.Array:
-        """The output of one call of a projection, adapter added.
+        """Returns the output of one call of a projection, with the adapter's output added.
 
         Args:
           target: the projection.
-          x: ``[..., *inputs]``, what the layer got.
-          base: ``[..., *outputs]``, what the layer returned.
-          leaves: ``a [d_in, r]``, ``b [r, d_out]`` and, of a gate, perhaps ``mask``, ``sink``, ``weights``.
+          x: ``[..., *inputs]``, the layer's input.
+          base: ``[..., *outputs]``, the layer's output.
+          leaves: ``a [d_in, r]``, ``b [r, d_out]`` and, for a gate, optionally ``mask``, ``sink``,
+            ``weights``.
         """
         _, d_in, d_out = flat_shape(target.projection)
         rows = base.reshape(-1, d_out)
@@ -214,7 +218,7 @@ class Foreign(ABC):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _observed(base: jax.Array, delta: jax.Array, weights: jax.Array, sink: Any, statistics: Any) -> jax.Array:
-    """``base + delta``, whose backward pass gives ``sink`` the statistics of the forward pass as its gradient."""
+    """Returns ``base + delta``; the gradient of ``sink`` is the statistics of the forward pass."""
     return base + delta
 
 
@@ -230,7 +234,7 @@ _observed.defvjp(_observed_fwd, _observed_bwd)
 
 
 def folded(kernel: Any, target: Target, lora: Mapping[str, Any]) -> jax.Array:
-    """A kernel with its adapter folded in, computed in float32; ``lora`` is flattened."""
+    """Returns a kernel with its adapter added, computed in float32; ``lora`` is flattened."""
     a, b = (lora[f"{target.path}/{name}"] for name in ("a", "b"))
     chex.assert_shape(kernel, target.projection.kernel_shape)
     delta = target.scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Flax NNX models of other people's: for one call, their linear layers are wrapped in the merged model."""
+"""Adapters for Flax NNX models of other libraries, by wrapping their linear layers for one call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nalora_jax.measurement import GateStatsConfig
 
 
 class _Leaf(nnx.Variable):
-    """An adapter's array beside a kernel, for the length of one call."""
+    """An adapter's array next to a kernel during one call."""
 
 
 class _Adapted(nnx.Module):
-    """A linear layer of the user's with what is beside its kernel."""
+    """A linear layer of the user with the adapter of its kernel."""
 
     def __init__(
         self, foreign: ForeignNNX, target: Target, layer: nnx.Module, leaves: Mapping[str, Any], reached: set[str]
@@ -44,11 +44,12 @@ class _Adapted(nnx.Module):
 
 @dataclass(frozen=True)
 class ForeignNNX(Foreign):
-    """See `adapt_nnx`.
+    """An adapted NNX model; see `adapt_nnx`.
 
-    ``apply`` and the function that ``gradients`` hands to the loss take ``return_state=True``: then they return the
-    model's result and its state after the call. Without it a call that changes the state (a dropout's counter, running
-    statistics of a batch norm) is an error, because the change would be lost.
+    ``apply`` and the function that ``gradients`` passes to the loss accept ``return_state=True``:
+    then they return the model's result and its state after the call. Without it a call that changes
+    the state (a dropout's counter, running statistics of a batch norm) is an error, because the
+    change would be lost.
     """
 
     graph: Any
@@ -100,23 +101,24 @@ def adapt_nnx(
     activation: str = "silu",
     stats: GateStatsConfig | None = None,
 ) -> ForeignNNX:
-    """An NNX model of the user's with low-rank adapters on its linear layers, nothing of it changed.
+    """Adds low-rank adapters to the linear layers of an NNX model, which stays unmodified.
 
-    A linear layer is any module that computes ``x @ kernel`` or ``x @ kernel.T``, perhaps with a bias: `nnx.Linear`,
-    `nnx.LinearGeneral`, and most people's own with a parameter of two axes. Each is run once on random numbers to find
-    that out.
+    A linear layer is any module that computes ``x @ kernel`` or ``x @ kernel.T``, with or without a
+    bias: `nnx.Linear`, `nnx.LinearGeneral`, and most custom layers with a parameter of two axes.
+    Each is run once on random numbers to detect this.
 
     Args:
-      graph: the first of ``nnx.split(model)``.
-      state: the second, which is what ``apply`` and ``gradients`` take as variables.
-      keymap: as in `nalora_jax.integrations.linen.adapt_linen`; paths are attribute names and indices, e.g.
-        ``layers/0/mlp/gate_proj``.
-      lora: as there.
-      activation: as there.
-      stats: as there.
+      graph: the first result of ``nnx.split(model)``.
+      state: the second result, which ``apply`` and ``gradients`` take as variables.
+      keymap: as in `nalora_jax.integrations.linen.adapt_linen`; paths are attribute names and
+        indices, e.g. ``layers/0/mlp/gate_proj``.
+      lora: as in `adapt_linen`.
+      activation: as in `adapt_linen`.
+      stats: as in `adapt_linen`.
 
     Raises:
-      NaloraError: see `nalora_jax.integrations.model.choose_targets`; or a layer stands at two places of the model.
+      NaloraError: see `nalora_jax.integrations.targets.choose_targets`; or a matched layer is used
+        at two places of the model.
 
     Example:
       >>> graph, state = nnx.split(model)
@@ -139,12 +141,12 @@ def adapt_nnx(
 
 
 def _own_params(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that a module itself holds."""
+    """Returns the shapes of a module's parameters, submodules excluded."""
     return {name: leaf.shape for name, leaf in vars(module).items() if isinstance(leaf, nnx.Param)}
 
 
 def _shared(model: Any) -> set[int]:
-    """Identities of the modules and parameters that stand at more than one place."""
+    """Returns the ids of modules and parameters that are used at more than one place."""
     places: Counter[int] = Counter()
     for _, module in nnx.iter_modules(model):
         places.update(id(child) for _, child in nnx.iter_children(module))
@@ -152,7 +154,7 @@ def _shared(model: Any) -> set[int]:
 
 
 def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], Contraction | Unfit]:
-    """Leading axes of a module's parameters, and how one slice of it multiplies its input."""
+    """Returns the leading axes of a module's parameters and the contraction of one slice."""
     inputs, lead = _inputs(module, params)
     graph, state = nnx.split(module)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(lead) :], leaf.dtype), state)
@@ -169,7 +171,7 @@ def _examined(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tupl
 
 
 def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-    """Shapes of the input to try, and the axes that stand before the layer's own (stacked layers)."""
+    """Returns the input shapes to try, and the leading axes of stacked layers."""
     if isinstance(module, nnx.Linear):
         shape = params["kernel"]
         return [shape[-2:-1]], shape[:-2]
@@ -184,9 +186,10 @@ def _inputs(module: nnx.Module, params: Mapping[str, tuple[int, ...]]) -> tuple[
 
 
 def _refuse_changes(before: Any, after: Any) -> None:
-    """Raises if a call has changed the state otherwise than in its parameters, as far as can be seen.
+    """Raises an error if a call has changed other state than parameters.
 
-    Traced numbers that went through `nnx.remat` or `nnx.scan` come out as others even if they are equal.
+    Traced values are compared by identity only: values that pass through `nnx.remat` or `nnx.scan`
+    count as changed even if they are equal.
     """
     known = dict(nnx.to_flat_state(before))
     changed = []

@@ -1,4 +1,4 @@
-"""Names and rules: which projections of a user's model get an adapter, and which of them are gates."""
+"""Selection of the projections of a user's model that get an adapter, and of its gates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Keymap = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Projection:
-    """A layer of the user's model that has a kernel: its contraction, or the reason why it cannot be adapted."""
+    """A layer of the user's model with a kernel: its contraction, or why it cannot be adapted."""
 
     own: str  # its path in the user's model, e.g. "blocks_3/mlp/w1"
     lead: tuple[int, ...]  # axes that the model stacks (scanned layers, mapped experts)
@@ -37,17 +37,17 @@ class Projection:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Returns the axes of the kernel that are contracted with the last axes of x."""
+        """The axes of the kernel that are contracted with the last axes of x."""
         return self.dense.inputs
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Returns the kernel's other axes."""
+        """The kernel's other axes."""
         return self.dense.outputs
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
-        """Returns the shape of the stored kernel."""
+        """The shape of the stored kernel."""
         sides = (self.outputs, self.inputs) if self.dense.transposed else (self.inputs, self.outputs)
         return (*self.lead, *sides[0], *sides[1])
 
@@ -60,7 +60,7 @@ class Target:
     path: str  # its name by the keymap, e.g. "layers/3/ffn/gate_proj"
     rank: int
     scale: float
-    gate: str = ""  # the activation that it feeds, if it is a gate
+    gate: str = ""  # the activation function after it; "" if it is not a gate
 
 
 def flat_shape(projection: Projection) -> tuple[tuple[int, ...], int, int]:
@@ -77,17 +77,18 @@ def choose_targets(
       projections: all projections of the model.
       keymap: see `adapt_linen`.
       lora: rules, searched in the keymap's names, and ``rslora``.
-      activation: the gates'.
+      activation: the activation function after the gates.
 
     Raises:
-      NaloraError: a pattern of the keymap or a rule that matches nothing, two projections of one name, a rank or alpha
-        out of range, a variant that needs the layer's own code, a layer that does not compute ``x @ kernel + bias``.
+      NaloraError: a pattern of the keymap or a rule has no match, two projections have one name,
+        a rank or alpha is out of range, a variant needs the layer's code, or a layer does not
+        compute ``x @ kernel + bias``.
     """
     _check_variant(lora)
-    activations.get(activation)  # an unknown name is an error whether there is a gate or not
+    activations.get(activation)  # raises an error for an unknown name, even without gates
     named = _named(projections, keymap)
     rules = path_rules.match_rules([(rule.pattern, rule) for rule in lora.rules], named, where="lora.rules")
-    usable: dict[str, bool] = {}  # whether a pattern found anything that can be adapted
+    usable: dict[str, bool] = {}  # True if a pattern matches a layer that can be adapted
     for path, rule in rules.items():
         usable[rule.pattern] = usable.get(rule.pattern, False) or isinstance(named[path].layer, Contraction)
     targets = []
@@ -114,9 +115,10 @@ def choose_targets(
 
 
 def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
-    """Refuses a projection whose output is read as two halves, gate and up, since only one half is a gate.
+    """Raises an error if a gate's output consists of two halves, gate and up.
 
-    The layer that leads back to the width of the gate's input then takes half as many inputs as the gate has outputs.
+    Only one half is a gate. Such a layer is recognised by the layer that leads back to the width of
+    the gate's input: it has half as many inputs as the gate has outputs.
 
     Raises:
       NaloraError: names both layers.
@@ -141,10 +143,10 @@ def _check_gate(path: str, named: Mapping[str, Projection]) -> None:
 
 
 def _fits(projection: Projection, path: str, where: str, beside_others: bool) -> bool:
-    """Returns whether a layer that a rule matches is adapted; a layer that only resembles a dense one is an error.
+    """Returns True if a layer that a rule matches is adapted.
 
-    Embeddings, convolutions and the like that a wide pattern matches together with dense layers stay unadapted, with a
-    warning.
+    A layer that only resembles a dense one is an error. Embeddings, convolutions and the like that
+    a wide pattern matches together with dense layers stay unadapted, with a warning.
     """
     if isinstance(projection.layer, Contraction):
         return True

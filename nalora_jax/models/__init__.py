@@ -1,4 +1,4 @@
-"""Decoder families by configuration."""
+"""Decoder families, described by configuration."""
 
-# Its reader of config.json is what `ModelConfig.from_hf` calls.
+# `ModelConfig.from_hf` calls the reader that this module registers.
 import nalora_jax.models.families  # noqa: F401

@@ -1,4 +1,4 @@
-"""The adapters that a run puts on a model: their spec, and their values before the first step."""
+"""A run's adapters on a model: their spec and their initial values."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from nalora_jax.models.config import ModelConfig, depths, projection_shapes
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
 from nalora_jax.trees import flatten, unflatten
 
-_ADALORA_STD = 0.02  # of AdaLoRA's A and B, as in PEFT
+_ADALORA_STD = 0.02  # standard deviation of AdaLoRA's A and B, as in PEFT
 
 
 def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
-    """The adapters that a run's rules mean on a model; of one that sees, on tower and projector too.
+    """Returns the adapters that a run's rules select on a model.
+
+    The projections of an image tower and its projector are included.
 
     Raises:
-      NaloraError: a rule matches nothing, or asks for an impossible rank.
+      NaloraError: a rule has no match, or asks for an impossible rank.
     """
     spec = resolve(config.lora, projection_shapes(base), depths(base))
     return replace(spec, adalora=config.adalora.target_rank > 0)
@@ -34,16 +36,18 @@ def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
 def init_lora(
     config: ModelConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fresh adapters: A random, B (of AdaLoRA's the diagonal) zero, so that the model is still the base.
+    """Returns fresh adapters that leave the base model's output unchanged.
+
+    A is random and B is zero; for AdaLoRA the diagonal is zero instead of B.
 
     Args:
       config: the model.
-      spec: which projections, which ranks; a layer's A is zero beyond its own rank.
+      spec: projections and ranks; a layer's A is zero beyond its own rank.
       key: random key.
-      params: base weights, needed for DoRA's magnitudes and for tables that are trained, as a whole or by the row.
+      params: base weights, needed for DoRA's magnitudes and for trained tables or table rows.
 
     Raises:
-      NaloraError: a row that the tables do not have; see `check_token_indices`.
+      NaloraError: a token id without a row in the tables; see `check_token_indices`.
     """
     check_token_indices(spec, config)
     leaves = _fresh(config, spec.targets, key, spec.adalora)
@@ -66,16 +70,16 @@ def init_lora(
 def check_token_indices(
     spec: AdapterSpec, config: ModelConfig, where: str = "--lora.trainable-token-indices", remedy: str = ""
 ) -> None:
-    """Refuses rows that a model's tables do not have, and those of a table that is trained as a whole.
+    """Raises an error for token ids without a table row, or with a table that is trained entirely.
 
     Args:
-      spec: of the adapters.
+      spec: the adapters.
       config: the model.
-      where: names the setting, or the field of a file.
-      remedy: what to do about ids that are too large.
+      where: name of the setting or of the file's field, for the message.
+      remedy: how to fix ids that are too large, for the message.
 
     Raises:
-      NaloraError: an id beyond the vocabulary, or a table that ``saved`` has too.
+      NaloraError: an id beyond the vocabulary, or a table that is also listed in ``saved``.
     """
     for name, ids in spec.token_indices:
         beyond = [token_id for token_id in ids if not 0 <= token_id < config.vocab_size]

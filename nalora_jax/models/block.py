@@ -1,4 +1,4 @@
-"""One decoder layer: attention and FFN with their norms, the same module for every family."""
+"""One decoder layer: attention and FFN with their norms, shared by all families."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from nalora_jax.ops.storage import LAYER_INPUT, Kernel, LayerStack, round_and_sa
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerInputs:
-    """What differs by layer; every leaf is stacked over layers and scanned."""
+    """Inputs that differ by layer; every leaf is stacked over layers and scanned."""
 
-    window: jax.Array | None  # int []; None where all layers see everything
-    rope: jax.Array | None  # int [], index into the rotary tables; None where there is one
+    window: jax.Array | None  # int []; None if every layer attends globally
+    rope: jax.Array | None  # int [], index into the rotary tables; None if there is only one
     scales: dict[str, dict[str, jax.Array]]  # adapters' scales by block ("attn", "ffn") and projection
-    # This layer's cached keys and values, or its number where it reads them in `SharedInputs.cache`.
+    # The layer's cached keys and values; or the layer's index if it reads them in place from
+    # `SharedInputs.cache`.
     cached: tuple[Kernel, Kernel] | jax.Array | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SharedInputs:
-    """What all layers read."""
+    """Inputs that are the same for all layers."""
 
     tables: jax.Array  # float32 [tables, 2, batch, seq, dim / 2]
     positions: jax.Array  # int [batch or 1, seq]
@@ -50,7 +51,8 @@ class SharedInputs:
     cached_positions: jax.Array | None  # int [batch, slots]
     cached_segments: jax.Array | None  # int [batch, slots]
     cache: tuple[LayerStack, LayerStack] | None = None  # all layers' cached keys and values
-    starts: jax.Array | None = None  # int [batch or 1, seq], from where on a token is seen, if not its own position
+    # int [batch or 1, seq], position from which a token is seen, if not its own
+    starts: jax.Array | None = None
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -58,19 +60,22 @@ NewKeys = tuple[jax.Array, jax.Array]
 
 
 def block_adapters(spec: AdapterSpec, block: str) -> Adapters:
-    """The adapters of one block ("attn" or "ffn") by projection name."""
+    """Returns the adapters of one block ("attn" or "ffn") by projection name."""
     prefix = f"layers/{block}/"
     ranks = ((path.removeprefix(prefix), t.rank) for path, t in spec.targets if path.startswith(prefix))
     return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """``x`` with its layout pinned: without it the compiler may spread activations like the weights, not the batch."""
+    """Returns ``x`` with its sharding pinned.
+
+    Without the constraint the compiler may shard activations like the weights instead of by batch.
+    """
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 class Attention(nn.Module):
-    """Projections with adapters, norms of queries and keys, rotation, attention."""
+    """Adapted projections, query and key norms, RoPE and softmax attention."""
 
     config: ModelConfig
     adapters: Adapters = Adapters()
@@ -79,7 +84,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
-        """``[batch, seq, d_model]`` -> the same, and this call's keys and values."""
+        """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
         c = self.config
         widths = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
         layers = [
@@ -134,18 +139,22 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + post(attention(pre(x)))``, then the same with the FFN; which norms exist is the family's choice."""
+    """A layer ``x + post(attention(pre(x)))``, followed by the same with the FFN.
+
+    The family's config decides which of the norms exist.
+    """
 
     config: ModelConfig
     adapters: AdapterSpec = AdapterSpec()
     numerics: Numerics = Numerics()
     stats: GateStatsConfig = GateStatsConfig()
     activation_sharding: NamedSharding | None = None
-    routing_sharding: NamedSharding | None = None  # of tokens on their way to experts; else as between layers
+    # For tokens routed to experts; default: as between layers.
+    routing_sharding: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys | None]:
-        """``[batch, seq, d_model]`` -> the same, and the new keys and values where there is a cache."""
+        """Returns ``[batch, seq, d_model]``, and the new keys and values if there is a cache."""
         c = self.config
         x = checkpoint_name(x, LAYER_INPUT)
         adapters = block_adapters(self.adapters, "attn")
@@ -171,7 +180,10 @@ class Block(nn.Module):
         return RMSNorm(self.config.norm_eps, self.config.norm_offset, self.numerics.result, name=name)(x)
 
     def _added(self, name: str, x: jax.Array, y: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """``x + y``, and what the next part reads of it: its norm, if this family has one there."""
+        """Returns ``x + y`` and the input of the next part.
+
+        The input is the norm of the sum, if the family has a norm there.
+        """
         c = self.config
         if y is not None and not (c.pre_norm and c.residual_scale == 1.0):
             x, y = self._add(x, y), None

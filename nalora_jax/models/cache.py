@@ -1,7 +1,7 @@
 """The cache of keys and values that generation reads and extends.
 
-All rows share one write index, so that a call adds one slice to the stacked arrays, whatever the rows' lengths: padding
-of either side leaves slots of segment 0, which nothing sees.
+All rows share one write index, so a call appends one slice to the stacked arrays for any row
+lengths. Padding on either side fills slots of segment 0, which no query attends to.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from nalora_jax.ops.storage import Kernel, Stored
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers, and who may see each slot."""
+    """Keys and values of all layers, with the position and segment of every slot."""
 
-    k: Kernel  # [layers, batch, kv_heads, head_dim, slots], stored as the numerics' platform reads it best
+    k: Kernel  # [layers, batch, kv_heads, head_dim, slots], in the platform's fastest storage form
     v: Kernel  # [layers, batch, kv_heads, slots, head_dim]
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
     lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
-    index: jax.Array  # int32 []: slots used, the next one to write
+    index: jax.Array  # int32 []: slots used so far; index of the next write
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics = Numerics()) -> Cache:  # noqa: B008
-    """An empty cache of ``numerics.operand`` with ``length`` slots: room for all tokens of all calls, padding included.
+    """Returns an empty cache of ``numerics.operand`` with ``length`` slots.
 
-    With ``length`` 0 the first call finds nothing to attend to but its own tokens, and makes room for just those;
-    `grow` makes more.
+    The slots must hold the tokens of all calls, padding included. With ``length`` 0 the first call
+    attends to its own tokens only and allocates slots for exactly those; `grow` adds more.
 
-    Writing beyond the last slot is not detected inside a compiled program (it would overwrite the last slots): callers
-    give ``length`` accordingly.
+    A compiled program does not detect writes beyond the last slot: they overwrite the last slots.
+    The caller must choose ``length`` accordingly.
     """
     lead = (config.n_layers, batch, config.n_kv_heads)
     slots = jnp.zeros((batch, length), jnp.int32)
@@ -52,7 +52,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
 
 
 def grow(cache: Cache, length: int) -> Cache:
-    """The cache with empty slots added up to ``length``."""
+    """Returns the cache with empty slots appended up to ``length``."""
 
     def pad(x: Any, axis: int) -> Any:
         more = [(0, 0)] * x.ndim
@@ -64,7 +64,7 @@ def grow(cache: Cache, length: int) -> Cache:
 
 
 def repeat(cache: Cache, count: int) -> Cache:
-    """The cache with every row ``count`` times."""
+    """Returns the cache with every row repeated ``count`` times."""
     k, v = (jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), x) for x in (cache.k, cache.v))
     rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in ("positions", "segments", "lengths")}
     return replace(cache, k=k, v=v, **rows)
@@ -73,10 +73,10 @@ def repeat(cache: Cache, count: int) -> Cache:
 def extend(
     cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array, numerics: Numerics
 ) -> Cache:
-    """The cache with new tokens in it.
+    """Returns the cache extended by new tokens.
 
     Args:
-      cache: it is updated in place where its buffers are donated.
+      cache: updated in place if its buffers are donated.
       k: ``[layers, batch, seq, kv_heads, head_dim]`` of the new tokens.
       v: the same.
       positions: int ``[batch, seq]``.
@@ -108,7 +108,7 @@ def extend(
 
 
 def default_positions(segments: jax.Array) -> jax.Array:
-    """Positions that restart with every run of equal segment ids.
+    """Returns positions that restart with every run of equal segment ids.
 
     Example: segments ``[[0, 1, 1, 2, 2, 2]]`` -> ``[[0, 0, 1, 0, 1, 2]]``.
     """

@@ -1,6 +1,7 @@
-"""What a decoder is made of: one frozen description for every family, read from a Hugging Face ``config.json``.
+"""The architecture of a decoder as one frozen dataclass, read from a ``config.json``.
 
-`families.py` holds one small reader per ``model_type``; this module holds what they fill in, and knows none of them.
+`families.py` has one reader per ``model_type``. This module defines the fields that the readers
+set and does not import them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from nalora_jax.models.layers import RopeSpec
 if TYPE_CHECKING:
     from nalora_jax.models.vision.sight import Sight
 
-# A window that no sequence reaches: "attend to everything before", as a number that can be scanned with the others.
+# A window longer than any sequence: global attention as an integer that can be scanned over layers.
 GLOBAL_WINDOW = 2**30
 
 
@@ -30,22 +31,23 @@ class ModelConfig:
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    d_ff: int  # channels of the FFN, of one expert in a mixture
+    d_ff: int  # channels of the FFN; of one expert in a mixture
     activation: str  # a name of nalora_jax.method.activations
     max_positions: int
     norm_eps: float
     ropes: tuple[RopeSpec, ...]  # the distinct rotary embeddings
     rope_index: tuple[int, ...] = ()  # per layer: its entry of `ropes`, -1 for none; () means 0 everywhere
-    windows: tuple[int, ...] = ()  # per layer: keys seen, the token itself included; () means GLOBAL_WINDOW everywhere
+    # Per layer: keys seen, the token included; () means GLOBAL_WINDOW everywhere.
+    windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
-    gated: bool = True  # phi(x W_gate) * (x W_up), against phi(x W_in)
+    gated: bool = True  # phi(x W_gate) * (x W_up); False: phi(x W_in)
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
     qk_norm: Literal["", "head", "projection"] = ""  # RMS norm of queries and keys, per head or over all heads
     pre_norm: bool = True  # norms of the inputs of attention and FFN
     post_norm: bool = False  # norms of their outputs, before the residual sum
-    norm_offset: float = 0.0  # 1 where files hold w of the norm scale 1 + w
+    norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
@@ -55,17 +57,17 @@ class ModelConfig:
     final_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 means none
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
-    norm_topk: bool = True  # the chosen experts' weights are scaled to sum to 1
-    sight: Sight | None = None  # the image tower and the projector of a model that sees
+    norm_topk: bool = True  # scale the chosen experts' weights to sum to 1
+    sight: Sight | None = None  # image tower and projector of a vision-language model
 
     @property
     def rope_theta(self) -> float:
-        """Base wavelength of the (first) rotary embedding."""
+        """The base wavelength of the first rotary embedding."""
         return self.ropes[0].theta
 
     @property
     def score_scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """The factor of the attention scores."""
         return self.query_scale or self.head_dim**-0.5
 
     @property
@@ -75,26 +77,31 @@ class ModelConfig:
 
     @property
     def layer_ropes(self) -> tuple[int, ...]:
-        """The rotary table of every layer; layers without RoPE get the identity, after the last of `ropes`."""
+        """The rotary table of every layer.
+
+        Layers without RoPE have the identity, which is stored after the last of `ropes`.
+        """
         indices = self.rope_index or (0,) * self.n_layers
         return tuple(len(self.ropes) if index < 0 else index for index in indices)
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json", *, images: bool = False) -> ModelConfig:
-        """The description that a parsed ``config.json`` gives, of transformers 4 or 5.
+        """Returns the config described by a parsed ``config.json`` of transformers 4 or 5.
 
         Args:
           raw: the parsed file.
           where: its name, for messages.
-          images: describe a multimodal model with what it sees images by; by default its text model alone.
+          images: include the image tower and the projector of a multimodal model; by default only
+            its text model is read.
 
         Raises:
-          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
+          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
+            not implemented.
         """
         return _READERS[0](raw, where, images)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, for JSON and fingerprints."""
+        """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
 
 
@@ -103,13 +110,16 @@ _READERS: list[Reader] = []
 
 
 def reads_configs(reader: Reader) -> Reader:
-    """Makes a function what `ModelConfig.from_hf` calls: `nalora_jax.models.families` has it, and knows this module."""
+    """Registers the function that `ModelConfig.from_hf` calls.
+
+    `nalora_jax.models.families` imports this module, so this module cannot import the reader.
+    """
     _READERS[:] = [reader]
     return reader
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every base parameter by path, layers stacked.
+    """Returns the shape of every base parameter by path, layers stacked.
 
     Example (Llama, tied):
       ``{"embed/embedding": (V, D), "layers/attn/q_proj/kernel": (L, D, H * hd), ..., "final_norm/scale": (D,)}``
@@ -147,22 +157,24 @@ def _has_bias(config: ModelConfig, path: str) -> bool:
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Per-layer kernel shape of everything an adapter can be put on, by stacked path.
+    """Returns per-layer kernel shapes of all projections that can be adapted, by stacked path.
+
+    Kernels of experts have a leading axis ``[experts]``.
 
     Example:
-      ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``; experts lead with their axis.
+      ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``
     """
     return _projections(config) | ({} if config.sight is None else config.sight.projection_shapes())
 
 
 def depths(config: ModelConfig) -> dict[str, int]:
-    """Number of layers behind each path of `projection_shapes`; a projector is a stack of one."""
+    """Returns the number of stacked layers by path of `projection_shapes`; 1 for a projector."""
     own = dict.fromkeys(_projections(config), config.n_layers)
     return own | ({} if config.sight is None else config.sight.depths())
 
 
 def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Channel shape and activation of every feed-forward block, by stacked path; the decoder's first.
+    """Returns channel shape and activation of every FFN, by stacked path, the decoder's first.
 
     Example (Llama): ``{"layers/ffn": ((L, F), "silu")}``.
     """

@@ -1,4 +1,7 @@
-"""The decoder: embedding, a scanned stack of blocks, final norm, head. Families differ by `ModelConfig` only."""
+"""The decoder: embedding, a scanned stack of blocks, final norm and head.
+
+Families differ by their `ModelConfig` only.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +33,19 @@ from nalora_jax.trees import flatten, unflatten
 
 
 class Decoder(nn.Module):
-    """A causal language model over the collections ``params``, ``lora``, ``gate_mask`` and ``gate_stats``.
+    """A causal language model with collections ``params``, ``lora``, ``gate_mask``, ``gate_stats``.
 
     Attributes:
       config: the architecture.
-      adapters: ranks and alphas of the adapters; the collection ``lora`` may still be absent (the base alone).
+      adapters: ranks and alphas of the adapters; without a collection ``lora`` the base model runs.
       numerics: dtypes, platform, implementation.
       remat: one of `nalora_jax.models.remat.REMAT`.
-      stats: strides of the gate statistics, which are taken where ``gate_stats`` is mutable.
-      activation_sharding: of ``[batch, seq, d_model]`` between layers, on a mesh; None leaves it to the compiler.
-      routing_sharding: of the same where tokens go to experts, which every device then does for its own; by default as
-        between layers. Evaluation, which leaves everything else to the compiler, has this one.
+      stats: strides of the gate statistics, which are computed if ``gate_stats`` is mutable.
+      activation_sharding: sharding of ``[batch, seq, d_model]`` between layers on a mesh; None
+        leaves it to the compiler.
+      routing_sharding: sharding of the same arrays when tokens are routed to experts: every device
+        routes its own tokens. Default: as between layers. Evaluation sets only this one and leaves
+        the rest to the compiler.
     """
 
     config: ModelConfig
@@ -79,22 +84,25 @@ class Decoder(nn.Module):
         adapter_ids: jax.Array | None = None,
         features: jax.Array | None = None,
     ) -> Any:
-        """Hidden states after the final norm.
+        """Returns the hidden states after the final norm.
 
         Args:
           tokens: int ``[batch, seq]``.
-          positions: int ``[batch, seq]``; by default they restart with every segment and go on after the cache's.
-          segment_ids: int ``[batch, seq]``, from 1, 0 for padding; tokens attend within their segment only. By
-            default everything is segment 1.
-          token_weights: ``[batch, seq]`` of the gate statistics, bool or float; the real tokens by default.
-          cache: keys and values of earlier calls (`init_cache`); the rows' segments are then 1 throughout.
-          deterministic: no dropout; otherwise the rng ``dropout`` is needed where a rate is set.
-          adapter_ids: int ``[batch]``, which adapter of a stack each example uses.
-          features: ``[batch, places, d_model]`` of images, which stand in the places of each row's image tokens, in
-            order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); rows may have fewer such tokens than places.
+          positions: int ``[batch, seq]``; by default they restart with every segment and continue
+            after the cached tokens.
+          segment_ids: int ``[batch, seq]``, starting at 1, 0 for padding; tokens attend within
+            their segment only. By default every token has segment 1.
+          token_weights: ``[batch, seq]`` for the gate statistics, bool or float; by default the
+            tokens that are not padding.
+          cache: keys and values of earlier calls (`init_cache`); all segments must then be 1.
+          deterministic: no dropout; if False and a rate is set, the rng ``dropout`` is needed.
+          adapter_ids: int ``[batch]``, index of each example's adapter in a stack.
+          features: ``[batch, places, d_model]`` of images, which replace each row's image tokens in
+            order (`nalora_jax.models.vision.decoder.SeeingDecoder.see`); a row may have fewer such
+            tokens than places.
 
         Returns:
-          ``[batch, seq, d_model]``; with a cache, that and the extended cache.
+          ``[batch, seq, d_model]``; with a cache, a pair of that and the extended cache.
         """
         shared = _shared_inputs(
             self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
@@ -127,11 +135,14 @@ class Decoder(nn.Module):
         return hidden, extend(cache, k, v, positions, segments, self.numerics)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits ``[..., vocab]`` float32 of hidden states ``[..., d_model]``, scale and soft cap applied."""
+        """Returns float32 logits ``[..., vocab]`` of ``hidden [..., d_model]``.
+
+        The logit scale and the soft cap are applied.
+        """
         c = self.config
         flat = hidden.reshape(-1, c.d_model)
         trained = flatten(self.variables.get("lora", {}))
-        if TABLES["lm_head"] in trained:  # as a whole
+        if TABLES["lm_head"] in trained:  # the entire head
             logits = dot(flat, trained[TABLES["lm_head"]], self.numerics)
         elif c.tie_embeddings:
             logits = dot(flat, self.embed.table(), self.numerics, dims=(1, 1))
@@ -146,15 +157,17 @@ class Decoder(nn.Module):
 
 
 def _with_features(x: jax.Array, features: jax.Array, places: jax.Array) -> jax.Array:
-    """``x [batch, seq, d]`` with the features of each row in its ``places [batch, seq]``, in order."""
+    """Returns ``x [batch, seq, d]`` with each row's features at its ``places``, in order."""
     index = jnp.maximum(jnp.cumsum(places, axis=1) - 1, 0)
-    # A row with more places than features gets NaN there, which nobody can overlook.
+    # A row with more places than features gets NaN there, so that the error is visible.
     found = jnp.take_along_axis(features.astype(x.dtype), index[..., None], axis=1, mode="fill")
     return jnp.where(places[..., None], found, x)
 
 
 def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-    """The position of the first token of each run of ``places``; elsewhere a token's own. int ``[batch, seq]``.
+    """Returns the position of the first token of each run of ``places``: int ``[batch, seq]``.
+
+    A token outside of ``places`` keeps its own position.
 
     Example: places ``[[0, 1, 1, 1, 0]]``, positions ``[[0, 1, 2, 3, 4]]`` -> ``[[0, 1, 1, 1, 4]]``.
     """
@@ -166,13 +179,14 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
 
 
 class Embedding(nn.Module):
-    """Rows of a table: frozen, unless the collection ``lora`` has one that is trained, or some of its rows.
+    """An embedding table: frozen, or trained entirely or by rows if the collection ``lora`` has it.
 
     Attributes:
       vocab_size: rows of the table.
-      d_model: its columns.
-      sharding: of ``[batch, seq, d_model]`` on a mesh, for what is looked up; None leaves it to the compiler.
-      trained: token ids of the rows ``lora`` may have, in their order.
+      d_model: columns of the table.
+      sharding: sharding of the result ``[batch, seq, d_model]`` on a mesh; None leaves it to the
+        compiler.
+      trained: token ids of the rows that ``lora`` may have, in their order.
     """
 
     vocab_size: int
@@ -185,7 +199,7 @@ class Embedding(nn.Module):
         self.embedding = frozen_kernel(self, shape, nn.initializers.normal(0.02), "embedding")
 
     def __call__(self, tokens: jax.Array, numerics: Numerics) -> jax.Array:
-        """int ``[...]`` -> ``[..., d_model]`` in the table's dtype."""
+        """Returns ``[..., d_model]`` in the table's dtype for int tokens ``[...]``."""
         if self.has_variable("lora", "embedding"):
             trained: jax.Array = jnp.take(self.get_variable("lora", "embedding"), tokens, axis=0)
             return trained
@@ -197,12 +211,19 @@ class Embedding(nn.Module):
         return rows
 
     def table(self) -> Kernel:
-        """The frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
+        """Returns the frozen ``[vocab, d_model]`` as it is stored, without a gradient."""
         return lax.stop_gradient(self.embedding)
 
 
 def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
-    """``x [..., d_model]``, looked up for ``tokens [...]``, with ``rows [ids, d_model]`` for those among ``ids``."""
+    """Replaces the embeddings of the tokens ``ids`` by trained rows.
+
+    Args:
+      x: ``[..., d_model]``, embeddings of ``tokens``.
+      tokens: int ``[...]``.
+      rows: ``[ids, d_model]``.
+      ids: token ids of the rows.
+    """
     order = np.argsort(ids).astype(np.int32)
     ascending = np.array(ids, np.int32)[order]
     place = jnp.searchsorted(ascending, tokens, method="scan_unrolled")  # len(ids) beyond the last
@@ -212,11 +233,12 @@ def _with_rows(x: jax.Array, tokens: jax.Array, rows: jax.Array, ids: tuple[int,
 
 
 def column_layouts(sharding: NamedSharding | None) -> tuple[NamedSharding | None, NamedSharding | None]:
-    """Where tokens ``[batch, seq]`` are, and what is looked up for them, before it is laid out as ``sharding`` says.
+    """Returns the shardings of tokens ``[batch, seq]`` and of their embeddings before ``sharding``.
 
-    A device holds a part of the table's columns where the mesh splits the rows of a batch further, by "fsdp": it looks
-    those up for the tokens of all devices with the other columns, and then they exchange what they have. Left to it,
-    the compiler makes the whole result on every device of a mesh that splits the table's rows as well (by "tensor").
+    If the mesh splits the batch further by "fsdp", a device holds some columns of the table. It
+    looks up those columns for the tokens of all devices that hold the other columns, and then the
+    devices exchange the results. Without these constraints the compiler computes the full result on
+    every device of a mesh that also splits the table's rows (by "tensor").
     """
     if sharding is None or min(sharding.mesh.shape.values()) == 1:
         return None, None
@@ -237,10 +259,10 @@ class LMHead(nn.Module):
 
 
 def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | None, *, in_place: bool) -> LayerInputs:
-    """What is scanned along the layers."""
+    """Returns the inputs that are scanned over the layers."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
-        if path.startswith("layers/"):  # others are of what it sees by
+        if path.startswith("layers/"):  # the others belong to the image tower and the projector
             _, block, name = path.split("/")
             scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
     windows, ropes = config.layer_windows, config.layer_ropes
@@ -263,7 +285,10 @@ def _shared_inputs(
     adapter_ids: jax.Array | None,
     deterministic: bool,
 ) -> SharedInputs:
-    """What every layer reads; without segments and positions its leading axis is 1, so that masks are small."""
+    """Returns the inputs that all layers share.
+
+    Without segments and positions their leading axis is 1, so that masks stay small.
+    """
     segments = jnp.ones((1, tokens.shape[1]), jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     if token_weights is None and segment_ids is not None:
         token_weights = segment_ids > 0
@@ -286,7 +311,10 @@ def _shared_inputs(
 
 
 def _rope_tables(config: ModelConfig, positions: jax.Array, segments: jax.Array) -> jax.Array:
-    """``[tables, 2, batch or 1, seq, dim / 2]``: every rotary embedding, and the identity where a layer has none."""
+    """Returns ``[tables, 2, batch or 1, seq, dim / 2]``: one table per rotary embedding.
+
+    The identity is appended if a layer has no RoPE.
+    """
     lengths = None
     if any(spec.depends_on_length for spec in config.ropes):
         lengths = sequence_lengths(positions, segments)
@@ -301,14 +329,14 @@ def _rope_tables(config: ModelConfig, positions: jax.Array, segments: jax.Array)
 
 @partial(jax.jit, static_argnums=(0, 2))
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random base weights, for tests and benchmarks; not the same on every platform."""
+    """Returns random base weights for tests and benchmarks; values differ between platforms."""
     # Threefry would take seconds to compile, once per leaf.
     key = jax.random.wrap_key_data(jnp.resize(jax.random.key_data(key), (4,)), impl="rbg")
     leaves = {}
     for i, (path, shape) in enumerate(param_shapes(config).items()):
         noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
         if path.endswith("/scale"):
-            of_encoder = path.startswith(("image/", "unused/"))  # whose norms have no offset
+            of_encoder = path.startswith(("image/", "unused/"))  # their norms have no offset
             leaf = 1.0 - (0.0 if of_encoder else config.norm_offset) + 0.1 * noise
         elif path.endswith("/bias"):
             leaf = 0.02 * noise

@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert: with the experts' frozen kernels, and with their adapters."""
+"""Matmuls of rows sorted by expert, with the experts' frozen kernels and with their adapters."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from nalora_jax.ops.storage import Kernel, expand
 
 
 class Groups(NamedTuple):
-    """Rows that are sorted by expert."""
+    """The groups of rows that are sorted by expert."""
 
     sizes: jax.Array  # int [experts], rows of each
     expert: jax.Array  # int [rows], ascending
 
 
 def frozen_grouped_matmul(x: jax.Array, kernels: Kernel, sizes: jax.Array, numerics: Numerics) -> jax.Array:
-    """Every row through its expert's frozen kernel: no gradient for the kernels.
+    """Multiplies every row by its expert's frozen kernel; the kernels receive no gradient.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.
@@ -75,7 +75,9 @@ def grouped_residual(
     numerics: Numerics,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """`nalora_jax.method.low_rank.residual` per expert: ``s (x A_e) B_e``, gated gradient included.
+    """Returns ``s (x A_e) B_e`` per expert, with the gated gradient.
+
+    This is `nalora_jax.method.low_rank.residual` over grouped rows.
 
     Args:
       x: ``[rows, d_in]`` sorted by expert.
@@ -83,7 +85,7 @@ def grouped_residual(
       b: ``[experts, r, d_out]`` float32.
       scale: scalar.
       groups: the rows' experts.
-      numerics: of which the adapters' dtype is used.
+      numerics: its ``adapter`` is the dtype of the operands.
       mask: ``[experts, d_out]`` or None.
 
     Returns:
@@ -100,26 +102,26 @@ def grouped_residual(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupedProducts(Products):
-    """Every row's products are those of its expert's adapter; the factors have a leading axis ``[experts]``."""
+    """Matmuls of every row with its expert's adapter; factors have a leading axis ``[experts]``."""
 
     groups: Groups
     operand: str = field(metadata={"static": True})
-    joined: bool = field(metadata={"static": True})  # the factors of all experts lie side by side
+    joined: bool = field(metadata={"static": True})  # the factors of all experts are concatenated
 
     def _to_rank(self, x: jax.Array, factors: jax.Array) -> jax.Array:
-        """``[rows, d]`` times ``[experts, d, r]``."""
+        """Returns ``[rows, r]`` of ``[rows, d]`` times ``[experts, d, r]``."""
         if self.joined:
             return own_of_all(x, factors, self.groups.expert, self.operand)
         return ragged(x, factors, self.groups.sizes, self.operand)
 
     def _from_rank(self, hidden: jax.Array, factors: jax.Array) -> jax.Array:
-        """``[rows, r]`` times ``[experts, r, d]``."""
+        """Returns ``[rows, d]`` of ``[rows, r]`` times ``[experts, r, d]``."""
         if self.joined:
             return from_all(hidden, factors, self.groups.expert, self.operand)
         return ragged(hidden, factors, self.groups.sizes, self.operand)
 
     def _per_expert(self, x: jax.Array, g: jax.Array, like: jax.Array) -> jax.Array:
-        """``x_e^T g_e`` of every expert's rows: the transpose of the grouped product in its kernels."""
+        """Returns ``x_e^T g_e`` of all experts, the transpose of the grouped matmul."""
         if self.joined:
             return outer_of_all(x, g, self.groups.expert, like.shape[0], self.operand)
         product = partial(ragged, x, sizes=self.groups.sizes, operand=self.operand)

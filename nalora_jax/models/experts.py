@@ -1,8 +1,8 @@
-"""The arithmetic of a mixture of gated experts: pure functions of the tokens that one device holds.
+"""The arithmetic of a mixture of gated experts: pure functions of one device's tokens.
 
-Rows of tokens are sorted by expert, so that every projection is one product by group (`expert_products`) over exactly
-the tokens that reached each expert; nothing is dropped and no capacity is assumed. The mechanisms work per
-expert channel. `nalora_jax.models.moe` lays it out on a mesh.
+Rows of tokens are sorted by expert, so every projection is one grouped matmul (`expert_products`)
+over exactly the tokens of each expert. No token is dropped and there is no capacity limit. The
+mechanisms work per expert channel. `nalora_jax.models.moe` runs these functions on a mesh.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from nalora_jax.ops.storage import Kernel, expand
 
 
 class Routing(NamedTuple):
-    """Which rows go where: row i of the sorted rows is token ``token[i]`` in expert ``expert[i]``."""
+    """Rows sorted by expert: row i is token ``token[i]`` in expert ``expert[i]``."""
 
-    order: jax.Array  # int [tokens * top_k], the sorting: top_k rows of token 0, of token 1, ... -> rows by expert
+    # int [tokens * top_k], sorts the rows (top_k of token 0, of token 1, ...) by expert
+    order: jax.Array
     token: jax.Array  # int [tokens * top_k]
     expert: jax.Array  # int [tokens * top_k], ascending
-    sizes: jax.Array  # int [experts], rows of each
+    sizes: jax.Array  # int [experts], rows of each expert
     weight: jax.Array  # float32 [tokens * top_k]
-    back: jax.Array  # int [tokens * top_k], inverse of the sorting
+    back: jax.Array  # int [tokens * top_k], inverse of ``order``
 
     @property
     def groups(self) -> Groups:
-        """The rows' experts alone."""
+        """The rows' experts, without tokens and weights."""
         return Groups(self.sizes, self.expert)
 
 
 def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
-    """The ``top_k`` experts of every token and their weights.
+    """Returns the ``top_k`` experts of every token and their weights.
 
     Args:
       logits: float32 ``[tokens, experts]``.
@@ -71,20 +72,22 @@ def route(logits: jax.Array, top_k: int, *, normalize: bool) -> Routing:
 
 
 class SampledRows(NamedTuple):
-    """Sorted rows that statistics are taken of."""
+    """Sorted rows that statistics are computed from."""
 
-    rows: jax.Array | None  # int [taken], or None: all of them
-    weights: jax.Array  # float32 [experts, taken]: the row's token weight in its own expert, 0 in the others
+    rows: jax.Array | None  # int [taken]; None: all rows
+    # float32 [experts, taken]: the row's token weight in its own expert, 0 in the others
+    weights: jax.Array
 
     def take(self, x: jax.Array) -> jax.Array:
-        """``[rows, ...]`` -> ``[taken, ...]``."""
+        """Returns ``[taken, ...]`` of ``[rows, ...]``."""
         return x if self.rows is None else x.at[self.rows].get(mode="promise_in_bounds")
 
 
 def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRows:
-    """One in ``stride`` of the rows of every sequence, real ones where there are any: singly, for small experts.
+    """Samples one in ``stride`` rows of every sequence, with real tokens preferred to padding.
 
-    The rows of a sequence are sorted by expert of their own, so that a sequence counts alike in any batch.
+    Single rows are sampled instead of runs, because an expert may have few. The rows of each
+    sequence are sorted by expert separately, so that a sequence counts the same in any batch.
 
     Args:
       routing: of all tokens of the batch.
@@ -97,7 +100,7 @@ def sample(routing: Routing, token_weights: jax.Array, stride: int) -> SampledRo
     if stride > 1:
         batch = token_weights.shape[0]
         own = routing.expert[routing.back].reshape(batch, -1)
-        # [batch, seq * top_k], places among all sorted rows: a sequence's, by expert
+        # [batch, seq * top_k]: indices of a sequence's rows among all sorted rows, by expert
         places = jnp.take_along_axis(routing.back.reshape(batch, -1), jnp.argsort(own, axis=1, stable=True), axis=1)
         taken = sampled_positions(places[..., None], jnp.take(weights, places), stride, run=1)
         rows = taken.reshape(-1)
@@ -114,15 +117,15 @@ def expert_statistics(
     activation: activations.Activation,
     config: GateStatsConfig,
 ) -> dict[str, jax.Array]:
-    """`nalora_jax.measurement.gate_statistics` of every expert, over the tokens that reached it.
+    """Returns `nalora_jax.measurement.gate_statistics` of every expert over its tokens.
 
     Args:
       seen: ``[taken, d_ff]`` full pre-activations of the first sample's rows.
-      start: ``[probed, d_ff]`` frozen pre-activations of the second's.
-      moved: ``[probed, d_ff]`` what the adapter adds to them.
-      samples: rows that the gate, and that the probe is measured on.
+      start: ``[probed, d_ff]`` frozen pre-activations of the second sample's rows.
+      moved: ``[probed, d_ff]`` the adapter's change of them.
+      samples: rows for the gate's statistics and rows for the probe.
       activation: the gate's.
-      config: tolerance, and which statistics.
+      config: tolerance and names of further statistics.
 
     Returns:
       The same names with a leading ``[experts]`` axis.
@@ -137,7 +140,10 @@ def expert_statistics(
 
 
 def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterable[str]) -> dict[str, jax.Array]:
-    """`nalora_jax.method.statistics.cotangent_statistics` by expert: ``[rows, d_ff]`` -> ``[experts, ...]``."""
+    """Returns `nalora_jax.method.statistics.cotangent_statistics` by expert.
+
+    ``delta`` is ``[rows, d_ff]``; the results have a leading axis ``[experts]``.
+    """
     taken = of.take(delta)
     return jax.vmap(lambda own: statistics.cotangent_statistics(taken, own, names))(of.weights)
 
@@ -146,7 +152,7 @@ def expert_cotangent_statistics(delta: jax.Array, of: SampledRows, names: Iterab
 
 
 class Experts(NamedTuple):
-    """One projection of all experts; every array has a leading axis ``[experts]``, but for the scale."""
+    """One projection of all experts; all arrays but the scale have an axis ``[experts]``."""
 
     kernel: Kernel  # [experts, d_in, d_out]
     adapter: Adapter | None = None
@@ -164,19 +170,19 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutedConfig:
-    """The static choices of a block."""
+    """The static options of a block."""
 
     top_k: int
-    normalize: bool  # the chosen experts' probabilities sum to 1
+    normalize: bool  # scale the chosen experts' probabilities to sum to 1
     activation: str
     numerics: Numerics
     stats: GateStatsConfig
-    measure: bool = False  # take statistics
+    measure: bool = False  # compute statistics
     dropout: float = 0.0  # on the adapters' inputs
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of what is measured."""
+        """The names of the statistics."""
         names = (*statistics.COUNTS, *statistics.STANDARD, *statistics.forward(self.stats.extra))
         return (*names, *NAMES) if self.stats.checks else names
 
@@ -189,22 +195,22 @@ def routed_ffn(
     config: RoutedConfig,
     axis: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Every token through its ``top_k`` experts.
+    """Passes every token through its ``top_k`` experts.
 
     Args:
       x: ``[batch, seq, d_model]``.
-      token_weights: ``[batch, seq]``, which tokens the statistics count.
-      keys: ``[batch]``, of the dropout of every sequence; None for none.
+      token_weights: ``[batch, seq]``, weights of the tokens in the statistics.
+      keys: ``[batch]``, dropout keys of the sequences; None for no dropout.
       layer: arrays of the block.
-      config: static choices.
-      axis: a mapped mesh axis whose devices each hold a part of every expert's channels, in their order.
+      config: static options.
+      axis: a mapped mesh axis whose devices each hold a part of every expert's channels, in order.
 
     Returns:
-      ``[batch, seq, d_model]``, and the statistics, ``{}`` where none are taken.
+      ``[batch, seq, d_model]``, and the statistics (``{}`` if none are computed).
     """
     numerics, activation = config.numerics, activations.get(config.activation)
     flat = x.reshape(-1, x.shape[-1])
-    # In float32 whatever the model's dtype: a rounding error here would pick another expert.
+    # Float32 for any model dtype: a rounding error here would choose another expert.
     frozen = lax.stop_gradient(layer.router).astype(jnp.float32)
     logits = lax.dot_general(flat.astype(jnp.float32), frozen, (((1,), (0,)), ((), ())))
     routing = route(logits, config.top_k, normalize=config.normalize)
@@ -242,8 +248,10 @@ def combine(base: jax.Array, delta: jax.Array | None) -> jax.Array:
 def _projected(
     experts: Experts, x: jax.Array, inner: jax.Array, routing: Routing, numerics: Numerics, axis: str | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Base and residual ``[rows, d_out]``: `nalora_jax.method.low_rank` over grouped rows; ``inner`` is what the
-    adapter reads. With ``axis`` the inputs are split over it, and so what is returned is a part of the sum.
+    """Returns the base and the adapter's output ``[rows, d_out]`` of a projection.
+
+    This is `nalora_jax.method.low_rank` over grouped rows; the adapter reads ``inner``. With
+    ``axis`` the inputs are split over it, so that the results are partial sums.
     """
     base, adapter = frozen_grouped_matmul(x, experts.kernel, routing.sizes, numerics), experts.adapter
     if adapter is None:
@@ -255,7 +263,8 @@ def _projected(
         norm = lax.stop_gradient(norm)
         norm = norm if axis is None else jnp.sqrt(lax.psum(jnp.square(norm), axis))
         ratio = (adapter.magnitude / norm)[routing.expert]
-        ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)  # rank 0: the magnitude neither acts nor trains
+        # Rank 0: the magnitude has no effect and no gradient.
+        ratio = jnp.where(jnp.asarray(adapter.scale) == 0, 1.0, ratio)
         delta = (ratio - 1.0) * base.astype(jnp.float32) + ratio * delta
     return base, delta.astype(base.dtype)
 
@@ -270,17 +279,21 @@ def _probed(
     probe: SampledRows,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """Where z started in the probe's rows, and how far the adapter has moved it: ``[taken, d_ff]`` each.
+    """Returns z without the adapter, and the adapter's change, in the probe's rows.
 
-    The base is a part of the sum that makes z: taken out of all rows, as z is, it would be written to memory whole. So
-    the start is what the movement leaves of z. Arguments as in `_projected`, and the z and delta of all rows.
+    Both are ``[taken, d_ff]``.
+
+    The base matmul is fused into the sum z. Sampling it as well would write all of it to memory, so
+    the initial value is computed as z minus the change. Arguments are as for `_projected`, with z
+    and delta of all rows.
     """
     seen, adapter = probe.take(z).astype(jnp.float32), gate.adapter
     if adapter is None or delta is None:
         return seen, jnp.zeros_like(seen)
     plain = adapter.magnitude is None and adapter.start is None
     if plain and numerics.hooks.recomputes_expert_probe(*adapter.a.shape[::2]):
-        few = Groups(routing.sizes, probe.take(routing.expert))  # side by side, nobody reads the sizes
+        # Joined factors do not read the sizes.
+        few = Groups(routing.sizes, probe.take(routing.expert))
         moved = grouped_residual(probe.take(inner), *adapter[:3], few, numerics).astype(delta.dtype)
     else:
         moved = probe.take(_moved(adapter, x, routing, delta, numerics))
@@ -288,7 +301,7 @@ def _probed(
 
 
 def _moved(adapter: Adapter, x: jax.Array, routing: Routing, delta: jax.Array, numerics: Numerics) -> jax.Array:
-    """How far the residual ``delta`` has moved from where its adapter started."""
+    """Returns the difference between the residual ``delta`` and the adapter's initial residual."""
     if adapter.start is None:
         return delta
     started = grouped_residual(x, *adapter.start, adapter.scale, routing.groups, numerics)
@@ -298,7 +311,10 @@ def _moved(adapter: Adapter, x: jax.Array, routing: Routing, delta: jax.Array, n
 def _dropped(
     keys: jax.Array | None, routing: Routing, config: RoutedConfig, place: int, x: jax.Array, axis: str | None = None
 ) -> jax.Array:
-    """``x [rows, d]`` with dropout, drawn by sequence, token and channel: the same however the mesh splits them."""
+    """Returns ``x [rows, d]`` with dropout.
+
+    The mask is drawn by sequence, token and channel, so that it is the same on every mesh.
+    """
     if keys is None:
         return x
     size, first = 1, jnp.int32(0)

@@ -1,7 +1,7 @@
-"""How each family's ``config.json`` becomes a `ModelConfig`: one small reader per ``model_type``.
+"""Readers of each family's ``config.json``: one small function per ``model_type``.
 
-Files of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``) are both read. What a file asks
-for and this library does not do is refused by name.
+Both forms are read: transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
+Features that are not implemented raise an error that names them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-# Nested text configs are written as differences from these.
+# Nested text configs list only the differences from these defaults.
 _GEMMA3: dict[str, Any] = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -35,7 +35,7 @@ _GEMMA3: dict[str, Any] = {
 
 @reads_configs
 def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfig:
-    """The `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
+    """Returns the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
@@ -66,17 +66,20 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
 
 
 def supported() -> tuple[str, ...]:
-    """The ``model_type`` values that can be read."""
+    """Returns the supported values of ``model_type``."""
     return tuple(sorted({*_READERS, *registered.FAMILIES.names()}))
 
 
 def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
-    """What every family has, and ``features``, fields of `ModelConfig`, on top."""
+    """Returns the config with the fields that all families share, updated with ``features``.
+
+    The features are fields of `ModelConfig`.
+    """
     return _base(f, name, **features)
 
 
 def _base(f: Fields, name: str, **features: Any) -> ModelConfig:
-    """What every family has, and ``features`` on top."""
+    """Returns the shared fields of all families, updated with ``features``."""
     heads = f.integer("num_attention_heads", high=2**16)
     d_model = f.integer("hidden_size")
     if f.get("head_dim") is None and d_model % heads:
@@ -140,7 +143,7 @@ def _layer_types(f: Fields, n_layers: int) -> list[str] | None:
 
 
 def _windows(f: Fields, kinds: list[str]) -> tuple[int, ...]:
-    """The window of each layer, from the layers' kinds."""
+    """Returns the window of each layer from the layers' kinds."""
     if _SLIDING not in kinds:
         return ()
     window = f.integer("sliding_window", high=GLOBAL_WINDOW)
@@ -148,7 +151,7 @@ def _windows(f: Fields, kinds: list[str]) -> tuple[int, ...]:
 
 
 def _same_window(f: Fields) -> tuple[int, ...]:
-    """One window for all layers, where transformers knows no other arrangement for the family."""
+    """Returns one window for all layers, the only arrangement of these families in transformers."""
     n_layers = f.integer("num_hidden_layers", high=2**10)
     expected = _FULL if f.get("sliding_window") is None else _SLIDING
     kinds = _layer_types(f, n_layers) or [expected] * n_layers
@@ -158,7 +161,10 @@ def _same_window(f: Fields) -> tuple[int, ...]:
 
 
 def _optional_windows(f: Fields, slides: Callable[[int], bool]) -> tuple[int, ...]:
-    """Windows behind the switch ``use_sliding_window``; ``slides`` says where, unless ``layer_types`` does."""
+    """Returns the windows of families with the switch ``use_sliding_window``.
+
+    ``slides`` tests whether a layer slides; ``layer_types`` takes precedence.
+    """
     n_layers = f.integer("num_hidden_layers", high=2**10)
     on = f.flag("use_sliding_window") and f.get("sliding_window") is not None
     kinds = _layer_types(f, n_layers)
@@ -193,7 +199,7 @@ def _qwen3(f: Fields, name: str) -> ModelConfig:
 
 def _gemma(f: Fields, name: str) -> ModelConfig:
     activation = _activation(f, "hidden_act" if f.get("hidden_activation") is None else "hidden_activation")
-    if activation == "gelu":  # the first releases said so and meant the tanh form
+    if activation == "gelu":  # the first releases wrote "gelu" and meant the tanh form
         activation = _activation(Fields({}, _GELU, f.where), "hidden_act")
     return _base(f, name, activation=activation, **_gemma_traits(f), **_attention_bias(f))
 
@@ -324,7 +330,7 @@ def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
 
 
 def _first_present(f: Fields, *names: str) -> str:
-    """The first of a field's names that the file uses: transformers 5 renamed some."""
+    """Returns the first of a field's names in the file; transformers 5 renamed some fields."""
     return next((name for name in names if f.get(name) is not None), names[0])
 
 

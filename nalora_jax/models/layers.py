@@ -1,7 +1,8 @@
-"""Norms and rotary position embeddings, in float32 whatever the model's dtype.
+"""Norms and rotary position embeddings, computed in float32 for any model dtype.
 
-RoPE follows the half-split convention of the Hugging Face files: dimension i is rotated with dimension i + dim / 2.
-Sources: RoPE, arXiv 2104.09864; position interpolation, 2306.15595; YaRN, 2309.00071; LongRoPE, 2402.13753.
+RoPE follows the half-split convention of the Hugging Face files: dimension i is rotated with
+dimension i + dim / 2. Sources: RoPE, arXiv 2104.09864; position interpolation, 2306.15595; YaRN,
+2309.00071; LongRoPE, 2402.13753.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class RMSNorm(nn.Module):
 
     Attributes:
       eps: added to the mean square.
-      offset: added to the stored scale; 1 for Gemma, whose files hold w of ``1 + w``.
-      dtype: of the result.
+      offset: added to the stored scale; 1 for Gemma, whose files store w of ``1 + w``.
+      dtype: dtype of the result.
     """
 
     eps: float
@@ -36,13 +37,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[..., d]`` -> ``[..., d]``."""
+        """Returns the norm of ``x``, ``[..., d]``."""
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
         return rms_norm(x, scale.astype(jnp.float32) + self.offset, self.eps).astype(self.dtype)
 
 
 class ResidualNorm(nn.Module):
-    """A residual stream, what is added to it, and the frozen root-mean-square norm of the sum (`residual_norm`).
+    """Residual addition followed by a frozen root-mean-square norm (`residual_norm`).
 
     Attributes:
       eps: added to the mean square.
@@ -56,7 +57,7 @@ class ResidualNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, y: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """``[..., d]`` twice (y: or nothing) -> ``x + y`` and its norm, both ``[..., d]``."""
+        """Returns ``x + y`` (``x`` if y is None) and its norm, both ``[..., d]``."""
         scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
         added: tuple[jax.Array, jax.Array] = residual_norm(
             x, y, scale.astype(jnp.float32) + self.offset, self.eps, self.numerics
@@ -69,13 +70,13 @@ class ResidualNorm(nn.Module):
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """One rotary embedding: its base and, by kind, how it is stretched to longer contexts."""
+    """One rotary embedding: its base and, by kind, its scaling to longer contexts."""
 
     dim: int  # rotated dimensions of a head, even; the rest pass through
     theta: float = 10_000.0  # base wavelength
     kind: str = "default"  # one of ROPE_KINDS
-    factor: float = 1.0  # linear, dynamic, yarn, llama3: the stretch
-    max_positions: int = 0  # dynamic, yarn, longrope, llama3: the context before the stretch
+    factor: float = 1.0  # linear, dynamic, yarn, llama3: the scaling factor
+    max_positions: int = 0  # dynamic, yarn, longrope, llama3: the original context length
     attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -87,12 +88,15 @@ class RopeSpec:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether the frequencies depend on how long the sequence is."""
+        """True if the frequencies depend on the length of the sequence."""
         return self.kind in ("dynamic", "longrope")
 
 
 def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
-    """Radians per position of each rotated pair, float64 ``[dim / 2]``, for sequences within ``max_positions``."""
+    """Returns radians per position of each rotated pair, float64 ``[dim / 2]``.
+
+    They hold for sequences of at most ``max_positions``.
+    """
     plain = spec.theta ** -(np.arange(0, spec.dim, 2) / spec.dim)
     if spec.kind == "linear":
         return plain / spec.factor
@@ -106,7 +110,7 @@ def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
 
 
 def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
-    """Long wavelengths are stretched, short ones unchanged, those in between interpolated."""
+    """Scales long wavelengths, keeps short ones and interpolates between them."""
     turns = spec.max_positions * plain / (2 * math.pi)
     smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)
@@ -114,7 +118,7 @@ def _llama3_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
 
 
 def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
-    """Dimensions below the ramp are unchanged, above it stretched."""
+    """Keeps dimensions below the ramp and scales those above it."""
 
     def dimension(turns: float) -> float:
         return spec.dim * math.log(spec.max_positions / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
@@ -128,10 +132,10 @@ def _yarn_frequencies(plain: np.ndarray, spec: RopeSpec) -> np.ndarray:
 
 
 def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """For every token 1 + the largest position of its own segment: int ``[batch, seq]``.
+    """Returns 1 + the largest position of each token's segment: int ``[batch, seq]``.
 
-    Per segment, not per batch, so that a packed or padded sequence is rotated as it would be alone. Segments are
-    numbered from 1 within a row, 0 is padding.
+    Lengths are computed per segment instead of per batch, so that a packed or padded sequence is
+    rotated like the same sequence alone. Segments are numbered from 1 within a row; 0 is padding.
     """
     chex.assert_equal_shape([positions, segment_ids])
     n = positions.shape[1] + 1
@@ -143,12 +147,12 @@ def sequence_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
 
 
 def rope_table(spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """Cosines and sines of one rotary embedding.
+    """Returns cosines and sines of one rotary embedding.
 
     Args:
       spec: the embedding.
       positions: int ``[batch, seq]``.
-      lengths: int ``[batch, seq]`` from `sequence_lengths`; needed where ``spec.depends_on_length``.
+      lengths: int ``[batch, seq]`` from `sequence_lengths`; needed if ``spec.depends_on_length``.
 
     Returns:
       float32 ``[2, batch, seq, dim / 2]``: cosines, sines.
@@ -162,7 +166,7 @@ def rope_table(spec: RopeSpec, positions: jax.Array, lengths: jax.Array | None =
 
 
 def _frequencies_at_length(spec: RopeSpec, short: jax.Array, lengths: jax.Array) -> jax.Array:
-    """``[batch, seq, dim / 2]`` for token-wise sequence lengths ``[batch, seq, 1]``."""
+    """Returns ``[batch, seq, dim / 2]`` for token-wise sequence lengths ``[batch, seq, 1]``."""
     exponent = (jnp.arange(0, spec.dim, 2, dtype=jnp.float32) / spec.dim)[None, None, :]
     if spec.kind == "longrope":
         long = 1.0 / (jnp.asarray(spec.long_factor, jnp.float32)[None, None, :] * spec.theta**exponent)
@@ -173,7 +177,7 @@ def _frequencies_at_length(spec: RopeSpec, short: jax.Array, lengths: jax.Array)
 
 
 def identity_table(spec: RopeSpec, positions: jax.Array) -> jax.Array:
-    """The table that rotates nothing, for layers without RoPE: ``[2, batch, seq, dim / 2]``."""
+    """Returns the identity rotation for layers without RoPE: ``[2, batch, seq, dim / 2]``."""
     shape = (*positions.shape, spec.dim // 2)
     return jnp.stack([jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)])
 
@@ -201,7 +205,7 @@ def _apply_rope_fwd(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple[ja
 
 
 def _apply_rope_bwd(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
-    # The rotation back. Autodiff's sums of padded halves are four times slower on CPU.
+    # The inverse rotation. Autodiff's sums of padded halves take four times as long on a CPU.
     table, like_x = saved
     back = jnp.stack([table[0], -table[1]])
     return apply_rope(g, back).astype(like_x.dtype), None

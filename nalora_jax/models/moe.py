@@ -1,8 +1,9 @@
-"""A mixture of gated experts as a Linen module: router, top-k, and the gated FFN of each chosen expert.
+"""A mixture of gated experts as a Linen module: router, top-k and gated FFNs.
 
-On a mesh every device routes the tokens that it holds, in training and in evaluation, and none are moved. Experts are
-split over the axis "tensor", each by its channels, so that all devices have the same work whatever the router prefers;
-what "fsdp" splits is gathered for the layer. The arithmetic is `nalora_jax.models.experts`.
+On a mesh every device routes its own tokens, in training and in evaluation; no tokens are
+exchanged. The axis "tensor" splits the channels of every expert, so that all devices have the same
+work for any routing. Weights that "fsdp" splits are gathered for the layer. The arithmetic is in
+`nalora_jax.models.experts`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nalora_jax.ops.quantize import Quantized
 from nalora_jax.ops.reductions import count, first_alone
 from nalora_jax.ops.storage import Kernel
 
-_AXIS = "tensor"  # of the mesh, which splits the experts' channels
+_AXIS = "tensor"  # the mesh axis that splits the experts' channels
 
 
 class ExpertDense(nn.Module):
@@ -58,7 +59,7 @@ class ExpertDense(nn.Module):
 
 
 class MoEFFN(nn.Module):
-    """A top-k mixture of gated FFNs; the call is `GatedFFN`'s."""
+    """A top-k mixture of gated FFNs with the call signature of `GatedFFN`."""
 
     d_model: int
     d_ff: int
@@ -82,7 +83,7 @@ class MoEFFN(nn.Module):
         deterministic: bool = True,
         adapter_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """``[batch, seq, d_model]`` -> the same; ``adapter_ids`` has no meaning here."""
+        """Returns ``[batch, seq, d_model]`` as ``x``; ``adapter_ids`` is ignored."""
         del adapter_ids
         scales = scales or {}
         mask = self.get_variable("gate_mask", "mask") if self.has_variable("gate_mask", "mask") else None
@@ -121,13 +122,13 @@ class MoEFFN(nn.Module):
 
 
 class Router(nn.Module):
-    """The frozen kernel of the expert logits."""
+    """The frozen kernel that computes the expert logits."""
 
     n_experts: int
 
     @nn.compact
     def __call__(self, d_model: int) -> jax.Array:
-        """``[d_model, experts]``."""
+        """Returns the kernel ``[d_model, experts]``."""
         kernel: jax.Array = self.param("kernel", nn.initializers.lecun_normal(), (d_model, self.n_experts))
         return kernel
 
@@ -140,15 +141,18 @@ def on_mesh(
     layer: Layer,
     config: RoutedConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`routed_ffn` of every device's own tokens; left to the compiler, each device would route those of all.
+    """Runs `routed_ffn` on every device's own tokens.
+
+    Without the mapping the compiler makes each device route the tokens of all devices.
 
     Args:
-      sharding: of x; None on one device. Where it does not divide the batch, all devices do all of it.
-      x, weights, keys, layer, config: as of `routed_ffn`; where ``config.stats`` has a sharding, taps have a leading
-        axis ``[shards]``.
+      sharding: of x; None on one device. If it does not divide the batch, every device computes all
+        of it.
+      x, weights, keys, layer, config: as for `routed_ffn`; if ``config.stats`` has a sharding, taps
+        have a leading axis ``[shards]``.
 
     Returns:
-      As of `routed_ffn`, the statistics by shard where ``config.stats`` has a sharding.
+      As `routed_ffn`; the statistics are by shard if ``config.stats`` has a sharding.
     """
     by_shard = count(config.stats.sharding) > 1
     if sharding is None or sharding.mesh.size == 1 or x.shape[0] % count(sharding):
@@ -169,8 +173,8 @@ def on_mesh(
         mesh=mesh,
         in_specs=(P(rows), P(rows), P(rows), _specs(layer, axis, rows if by_shard else None)),
         out_specs=(P(rows), {name: P(rows, *_by_channel(name, axis)) for name in names}),
-        # An axis that splits nothing is left to the compiler: mapped, it would cut cotangents into parts of a sum, and
-        # statistics of them are not linear.
+        # An axis that splits no array is left to the compiler: mapping it would split cotangents
+        # into partial sums, and their statistics are not linear.
         axis_names={*rows, *([axis] if axis else [])},
         check_vma=False,
     )(x, weights, keys, layer)
@@ -181,24 +185,27 @@ def on_mesh(
 
 
 def _with_first_taps(layer: Layer) -> Layer:
-    """``layer`` with the first of its taps by shard: on a device that holds those of its own shard, these."""
+    """Returns ``layer`` with the first of its taps, which on a device is its own shard's."""
     return layer._replace(taps={name: tap[0] for name, tap in layer.taps.items()})
 
 
 def _splits(layer: Layer, parts: int) -> bool:
-    """Whether every projection's channels, as they are stored, can be cut into ``parts``."""
+    """Returns True if the channels of every projection, as stored, can be split into ``parts``."""
 
     def divides(kernel: Kernel, place: int) -> bool:
         sizes = [leaf.shape[place] for leaf in jax.tree.leaves(kernel)]
         if isinstance(kernel, Quantized) and kernel.kind == "int8" and place == 1:
-            sizes = [kernel.codes.shape[place]]  # a scale is that of all inputs
+            sizes = [kernel.codes.shape[place]]  # one scale covers all inputs
         return all(size % parts == 0 for size in sizes)
 
     return parts > 1 and divides(layer.gate.kernel, 2) and divides(layer.up.kernel, 2) and divides(layer.down.kernel, 1)
 
 
 def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
-    """Where a device's part of the arrays lies: channels over ``axis``, taps by shard over ``rows``, else whole."""
+    """Returns the partition specs of a layer's arrays.
+
+    Channels are split over ``axis`` and taps by shard over ``rows``; the rest is replicated.
+    """
     channels = P(None, None, axis)
 
     def projection(experts: Experts, kernel: P, a: P, b: P, of_outputs: P) -> Any:
@@ -209,7 +216,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
         if experts.adapter is None:
             return Experts(made)
         places: Any = (a, b, P(), of_outputs, of_outputs, None, (a, b))
-        # Where the adapter has no such array there is no place for it either.
+        # An array that the adapter does not have must have no spec either.
         kept: Any = [None if leaf is None else at for at, leaf in zip(places, experts.adapter, strict=True)]
         return Experts(made, Adapter(*kept))
 
@@ -224,7 +231,7 @@ def _specs(layer: Layer, axis: str | None, rows: Any) -> Any:
 
 
 def _by_channel(name: str, axis: str | None) -> P:
-    """Where the sums of a statistic lie, ``[experts, ...]``: counts and checks have no axis of channels."""
+    """Returns the spec of a statistic ``[experts, ...]``; counts and checks have no channels."""
     if name in statistics.COUNTS or name.startswith(statistics.CHECK):
         return P()
     rank = len(statistics.get(name).shape((1, 1)))

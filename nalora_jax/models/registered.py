@@ -1,4 +1,7 @@
-"""Families from outside the package: by `register_family`, or an entry point whose module uses it."""
+"""Families from outside the package, added by `register_family` or by an entry point.
+
+The module of an entry point calls `register_family`.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.registry import Registry
 
-# Names of this library's own families (`nalora_jax.models.families`).
+# Names of the built-in families (`nalora_jax.models.families`).
 RESERVED: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family from outside."""
+    """A family from outside the package."""
 
     reader: Callable[[Fields, str], ModelConfig]
     defaults: Mapping[str, Any]
-    # The family of this library whose tensors' names it shares in safetensors files, or rows of its own
+    # The built-in family whose tensor names its safetensors files use, or rows of a custom table
     # (`nalora_jax.weights.keytables.Row`).
     tensors: Any
 
@@ -29,18 +32,18 @@ class Family:
 def register_family(
     model_type: str, *, defaults: Mapping[str, Any] | None = None, tensors: Any = "llama"
 ) -> Callable[[Callable[[Fields, str], ModelConfig]], Callable[[Fields, str], ModelConfig]]:
-    """A decorator that makes a reader of configs selectable by a config.json's ``model_type``.
+    """Returns a decorator that registers a reader of configs for a ``model_type``.
 
-    The reader gets the file's `nalora_jax.fields.Fields` and the name, and returns a `ModelConfig`;
-    `base_config` reads what every family has.
+    The reader receives the file's `nalora_jax.fields.Fields` and the name, and returns a
+    `ModelConfig`; `base_config` reads the fields that all families share.
 
     Args:
-      model_type: as the file has it.
-      defaults: values of fields that a file may leave out.
+      model_type: the value in the ``config.json``.
+      defaults: values of fields that a file may omit.
       tensors: see `Family`.
 
     Raises:
-      NaloraError: the name is one of this library's families.
+      NaloraError: the name is a built-in family.
     """
 
     def register(reader: Callable[[Fields, str], ModelConfig]) -> Callable[[Fields, str], ModelConfig]:
@@ -53,7 +56,7 @@ def register_family(
 
 
 def tensors_of(model_type: str) -> Any:
-    """Where a family from outside says that its tensors' names are (`Family.tensors`); None if there is no such one."""
+    """Returns `Family.tensors` of a registered family; None if there is no such family."""
     return FAMILIES.get(model_type).tensors if model_type in FAMILIES else None
 
 

@@ -1,7 +1,8 @@
-"""Layers that are scanned, and what of them waits for the backward pass: kept, made again, or in the host's memory.
+"""Scanned layers and their rematerialization policies.
 
-A policy is named by what it saves. Those that end in ``_offload`` save the same in pinned memory of the host: layer by
-layer it leaves the device behind products of the forward pass, and comes back in the backward pass.
+A policy is named after the activations that it saves. Policies that end in ``_offload`` save the
+same activations in pinned host memory: each layer's transfer is overlapped with matmuls of the
+forward pass, and the activations return in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import LAYER_INPUT, SAVED, SAVED_WIDE, STACKS
 
 OFFLOAD = "_offload"
-# What is saved for the backward pass: everything, the layer's input only, or also what takes a matrix product to
-# compute ("attention": without what is as wide as the feed-forward block).
+# Activations saved for the backward pass: "none" saves all, "full" the layer's input only, "dots"
+# also the results of matmuls, and "attention" the same without arrays as wide as the FFN.
 _SAVES: dict[str, tuple[str, ...]] = {"full": (), "attention": (SAVED,), "dots": (SAVED, SAVED_WIDE)}
 REMAT = ("none", *_SAVES, *(name + OFFLOAD for name in _SAVES))
-_WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have a memory that is not the host's
+_WITH_HOST_MEMORY = ("tpu", "gpu")  # platforms whose devices have memory separate from the host's
 
 
 def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
@@ -38,7 +39,7 @@ def chosen_remat(asked: str, d_model: int, numerics: Numerics, *, gated: bool = 
 
 
 def check_remat(asked: str, platform: str) -> None:
-    """Refuses to offload where there is nothing to offload to.
+    """Raises an error for an offloading policy on a platform without separate device memory.
 
     Raises:
       NaloraError: the platform's devices compute in the host's own memory.
@@ -53,9 +54,9 @@ def check_remat(asked: str, platform: str) -> None:
 
 
 def stacked(block: Any, remat: str, n_layers: int) -> Any:
-    """``block``, a module of one layer, scanned over layers and rematerialised as asked.
+    """Returns ``block``, a module of one layer, scanned over layers and rematerialized.
 
-    Whoever offloads a layer's input has to name it `LAYER_INPUT` where the layer begins.
+    A block whose input is offloaded must name it `LAYER_INPUT` at its start.
     """
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
@@ -71,7 +72,7 @@ def stacked(block: Any, remat: str, n_layers: int) -> Any:
 
 
 def _policy(remat: str) -> Callable[..., Any] | None:
-    """What `jax.checkpoint` is told; None saves nothing but a layer's input."""
+    """Returns the policy of `jax.checkpoint`; None saves only a layer's input."""
     saved, known = _SAVES[remat.removesuffix(OFFLOAD)], jax.checkpoint_policies
     policy: Callable[..., Any] | None = None
     if remat.endswith(OFFLOAD):

@@ -1,8 +1,8 @@
-"""Rotary embeddings as a ``config.json`` describes them, in the form of transformers 4 and of transformers 5.
+"""Rotary embeddings of a ``config.json`` in the form of transformers 4 or transformers 5.
 
 4:  {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
 5:  {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
-    {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}          one per kind of layer
+    {"rope_parameters": {"full_attention": {...}, "sliding_attention": {...}}}  per kind of layer
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ _KEYS = {
 def read_ropes(
     f: Fields, head_dim: int, kinds: list[str] | None, defaults: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[tuple[RopeSpec, ...], tuple[int, ...]]:
-    """The distinct rotary embeddings of a model and, per layer, which of them it uses.
+    """Returns a model's distinct rotary embeddings and each layer's index into them.
 
     Args:
       f: the config's fields.
       head_dim: dimensions of a head.
-      kinds: the kind of every layer, or None where all are alike.
-      defaults: parameters by kind of layer, for a family whose kinds differ; scaling is then of full attention only.
+      kinds: the kind of every layer, or None if all are the same.
+      defaults: parameters by kind of layer, for a family whose kinds differ; scaling then applies
+        to full attention only.
 
     Returns:
-      The specs, and indices into them (empty where there is one spec).
+      The specs, and indices into them (empty if there is one spec).
     """
     flat = f.mapping("rope_scaling") or f.mapping("rope_parameters")
     nested = {kind: flat.get(kind) for kind in _LAYER_KINDS if flat.get(kind) is not None}
@@ -59,10 +60,10 @@ def read_ropes(
 
 
 def switch_length(ropes: Sequence[RopeSpec]) -> int | None:
-    """Returns the length beyond which LongRoPE rotates every token by other factors, or None without LongRoPE.
+    """Returns the length beyond which LongRoPE switches its factors, or None without LongRoPE.
 
-    Keys that were cached before do not hold beyond it. Dynamic scaling needs no such limit: it starts at the end of
-    the context.
+    Beyond it every token is rotated by other factors, so keys cached before are invalid. Dynamic
+    scaling needs no such limit: it starts at the end of the context.
     """
     return min((spec.max_positions for spec in ropes if spec.kind == "longrope"), default=None)
 
@@ -107,7 +108,10 @@ def _stretch(rope: Fields, default: float | None = None) -> float:
 
 
 def _original(f: Fields, rope: Fields) -> int:
-    """The context before the stretch; a field outside the scaling's object wins, as in transformers."""
+    """Returns the original context length.
+
+    A field outside the scaling's object wins, as in transformers.
+    """
     fallback = 4096 if f.raw.get("model_type") == "phi3" else f.integer("max_position_embeddings", high=2**30)
     inner = rope.integer("original_max_position_embeddings", low=2, high=2**30, default=fallback)
     return f.integer("original_max_position_embeddings", low=2, high=2**30, default=inner)

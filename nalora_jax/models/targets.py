@@ -1,4 +1,4 @@
-"""The shapes and scales of a model's adapters, from ordered rules.
+"""Shapes and scales of a model's adapters, resolved from ordered rules.
 
 The layer (`nalora_jax.method.low_rank`) computes ``x W + s (x A) B`` with ``s = alpha / r``, or
 ``alpha / sqrt(r)`` with rsLoRA. B starts at zero, so a fresh adapter is the identity. AdaLoRA adds
@@ -19,9 +19,10 @@ from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.path_rules import match_rules
 
-# Tables that can be trained as a whole, by PEFT's name of their module: where they lie in ``params`` and ``lora``.
+# Tables that can be trained entirely, by PEFT's module name: their path in ``params`` and ``lora``.
 TABLES = {"embed_tokens": "embed/embedding", "lm_head": "lm_head/kernel"}
-# Of the same tables, where rows lie that are trained while the others stay frozen: ``[rows, d_model]`` in ``lora``.
+# The path of single trained rows of the same tables, ``[rows, d_model]`` in ``lora``; the other
+# rows stay frozen.
 ROWS = {"embed_tokens": "embed/rows", "lm_head": "lm_head/rows"}
 
 
@@ -34,45 +35,52 @@ class TargetSpec:
 
     @property
     def rank(self) -> int:
-        """The stored rank: smaller ones are zero-padded to it (their padding has no gradient, so it stays zero)."""
+        """The stored rank; layers of smaller rank are zero-padded to it.
+
+        The padding has no gradient, so it stays zero.
+        """
         return max(self.ranks)
 
     def used(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Which entries of an array ``[layers, ..., rank]`` are of a layer's own rank, and no padding: bool."""
+        """Returns which entries of ``[layers, ..., rank]`` are within a layer's rank, as bool."""
         used = np.arange(shape[-1]) < np.array(self.ranks)[:, None]
         return np.broadcast_to(used.reshape(len(used), *(1,) * (len(shape) - 2), shape[-1]), shape)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Every adapter of a model, by the stacked path of what it adapts ("layers/ffn/gate_proj")."""
+    """Every adapter of a model, by the stacked path of its projection ("layers/ffn/gate_proj")."""
 
     targets: tuple[tuple[str, TargetSpec], ...] = ()
     rslora: bool = False
     dora: bool = False
-    # Whether a diagonal stands between A and B (AdaLoRA): in training alone, files have plain adapters.
+    # AdaLoRA: a diagonal between A and B during training; adapter files store plain A and B.
     adalora: bool = False
     dropout: float = 0.0
-    # Names in `TABLES` that are trained as a whole (PEFT's modules_to_save).
+    # Names in `TABLES` that are trained entirely (PEFT's modules_to_save).
     saved: tuple[str, ...] = ()
-    # Token ids whose rows of a table in `ROWS` are trained (PEFT's trainable_token_indices), in the order of the rows;
-    # tables by name.
+    # By table in `ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices), in the
+    # order of the rows.
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def linear(self) -> AdapterSpec:
-        """The same adapters without what depends on the base's weights: magnitudes, trained tables and rows."""
+        """The same adapters without parts that depend on the base weights.
+
+        Those are magnitudes, trained tables and trained rows.
+        """
         return replace(self, dora=False, saved=(), token_indices=())
 
     @property
     def starts_from_base(self) -> bool:
-        """Whether fresh adapters hold something of the base's weights."""
+        """True if the initial values of the adapters depend on the base weights."""
         return self != self.linear
 
     def own_rows(self, *, tied: bool) -> dict[str, tuple[int, ...]]:
-        """The tables that have trained rows of their own, and the ids of these.
+        """Returns the tables that have separate trained rows, with the token ids of the rows.
 
-        As in PEFT, a tied head that is named with the embedding's very indices has the embedding's rows.
+        As in PEFT, a tied head that is listed with exactly the embedding's ids shares the
+        embedding's rows.
         """
         found = dict(self.token_indices)
         if tied and found.get("lm_head") == found.get("embed_tokens"):
@@ -80,24 +88,24 @@ class AdapterSpec:
         return found
 
     def head_rows(self, *, tied: bool) -> tuple[str, tuple[int, ...]] | None:
-        """The table in `ROWS` whose trained rows the output head takes, and their ids; None where it takes none."""
+        """Returns the table whose trained rows the output head uses, and their ids, or None."""
         own = self.own_rows(tied=tied)
         if "lm_head" in own:
             return "lm_head", own["lm_head"]
         return ("embed_tokens", own["embed_tokens"]) if tied and "embed_tokens" in own else None
 
     def describe(self) -> str:
-        """What is trained, with ranks, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
+        """Returns a summary of the trained arrays, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
         names = [f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
         names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
         return ", ".join(names) or "projections alone"
 
     def target(self, path: str) -> TargetSpec | None:
-        """The spec of ``path``, or None if nothing there is adapted."""
+        """Returns the spec of ``path``, or None if the projection is not adapted."""
         return dict(self.targets).get(path)
 
     def scales(self, path: str) -> np.ndarray:
-        """``s`` of every layer at ``path``: float32 ``[layers]``, 0 where a layer is unadapted."""
+        """Returns ``s`` of each layer at ``path``: float32 ``[layers]``, 0 without an adapter."""
         spec = self.target(path)
         if spec is None:
             raise KeyError(path)
@@ -111,7 +119,7 @@ class AdapterSpec:
 
 
 def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
-    """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA; 0 for rank 0."""
+    """Returns ``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA; 0 for rank 0."""
     if rank == 0:
         return 0.0
     return alpha / (math.sqrt(rank) if rslora else rank)
@@ -120,16 +128,18 @@ def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
 def resolve(
     config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers: int | Mapping[str, int]
 ) -> AdapterSpec:
-    """The adapters that the rules of ``config`` give a model.
+    """Returns the adapters that the rules of ``config`` select on a model.
 
     Args:
       config: ordered rules and the variant.
-      shapes: kernel shape ``(..., d_in, d_out)`` of every projection that can be adapted, by stacked path, e.g.
-        ``{"layers/ffn/gate_proj": (576, 1536)}``. Rules are searched in ``layers/<i>/ffn/gate_proj``.
-      n_layers: length of the stack, of each path where they differ (the towers of a dual encoder).
+      shapes: kernel shape ``(..., d_in, d_out)`` of every projection that can be adapted, by
+        stacked path, e.g. ``{"layers/ffn/gate_proj": (576, 1536)}``. Rules are searched in
+        ``layers/<i>/ffn/gate_proj``.
+      n_layers: length of the stack; by path if the lengths differ (the towers of a dual encoder).
 
     Raises:
-      NaloraError: a rule matches nothing, a rank is negative or larger than the projection, an alpha is not positive.
+      NaloraError: a rule has no match, a rank is negative or larger than the projection, or an
+        alpha is not positive.
     """
     depths = {path: n_layers if isinstance(n_layers, int) else n_layers[path] for path in shapes}
     names = {_layer_path(path, i): (path, i) for path in shapes for i in range(depths[path])}
@@ -168,6 +178,9 @@ def resolve(
 
 
 def _layer_path(path: str, layer: int) -> str:
-    """``layers/ffn/gate_proj`` of layer 3 -> ``layers/3/ffn/gate_proj``; what precedes ``layers`` stays."""
+    """Returns ``layers/3/ffn/gate_proj`` for ``layers/ffn/gate_proj`` and layer 3.
+
+    A prefix before ``layers`` is kept.
+    """
     head, _, tail = path.partition("layers/")
     return f"{head}layers/{layer}/{tail}"

@@ -4,6 +4,6 @@ attention       softmax attention by segments, windows and caches   (cudnn_, tri
 grouped_matmul  rows sorted by group, each times its group's kernel  (triton_)
 cross_entropy   loss of a frozen head without all logits in memory
 residual_norm   x + y and its root-mean-square norm
-matmul          products with frozen kernels
+matmul          matmuls with frozen kernels
 storage         storage forms of frozen arrays and of saved activations
 """

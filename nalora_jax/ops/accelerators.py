@@ -8,7 +8,7 @@ import nalora_jax.ops.triton_attention
 import nalora_jax.ops.triton_grouped_matmul  # noqa: F401
 from nalora_jax.ops.dispatch import PlatformHooks, register_platform
 
-_LANES = 128  # columns of a TPU's matrix unit: fewer take the same time
+_LANES = 128  # columns of a TPU's matrix unit: fewer columns take the same time
 
 
 class TPUHooks(PlatformHooks):

@@ -17,9 +17,10 @@ TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
 TANH_CUBIC = TANH_SLOPE * 0.044715
 QUICK_SLOPE = 1.702
 _DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
-# Phi(-x) = exp(-x^2 / 2) P(x) / Q(x) for x >= 0, relative error below 6e-8: a rational minimax fit made for this module
-# by reweighted least squares on [0, inf) against scipy.special.erfcx, coefficients from the constant term upwards. All
-# are positive, so float32 evaluation loses nothing by cancellation.
+# Phi(-x) = exp(-x^2 / 2) P(x) / Q(x) for x >= 0, relative error below 6e-8: a rational minimax fit,
+# computed for this module by reweighted least squares on [0, inf) against scipy.special.erfcx.
+# Coefficients start at the constant term. All are positive, so float32 evaluation loses no digits
+# by cancellation.
 _TAIL_P = (0.5, 0.47534456, 0.211904713, 0.0506340449, 0.00568704371)
 _TAIL_Q = (1.0, 1.74857559, 1.31894819, 0.545403915, 0.126920933, 0.0142553046)
 
@@ -90,7 +91,8 @@ def gelu_excess(z: Array) -> Array:
     """Returns h - 1 of GELU."""
     ratio = _tail_ratio(z)
     density = jnp.exp(-0.5 * (z * z))
-    # Below 0 the density cancels, so that h stays finite and accurate where phi itself underflows.
+    # Below 0 the density cancels, so that h stays finite and accurate even if phi itself
+    # underflows.
     return _DENSITY_AT_0 * z * jnp.where(z > 0, density / (1 - density * ratio), 1 / ratio)
 
 

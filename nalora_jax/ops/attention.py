@@ -1,8 +1,9 @@
-"""Causal attention with grouped heads, segments, sliding windows and soft caps, behind one function.
+"""Causal attention with grouped heads, segments, sliding windows, soft caps and caches.
 
-What a query sees is decided by integers, not by a stored mask: keys of its own segment, at positions up to its own,
-fewer than ``window`` before it. So packing, padding, windows that differ by layer and cached keys are one rule. Tokens
-of a segment lie in order along the sequence, so keys after a query's block are never touched.
+Integers, not a stored mask, decide which keys a query sees: those with its segment, at positions up
+to its own and fewer than ``window`` before it. Packing, padding, windows by layer and cached keys
+all follow this rule. Tokens of a segment are in order along the sequence, so keys after a query's
+block are never read.
 """
 
 from __future__ import annotations
@@ -27,26 +28,30 @@ from nalora_jax.ops.blockwise_attention import (
 from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.storage import Kernel, expand
 
-# With dropout: from this length stored probabilities would outweigh all other activations, so they are recomputed.
+# With dropout: at this length and above, stored probabilities would need more memory than all other
+# activations, so they are recomputed.
 _RECOMPUTE_FROM = 1024
 
 
 class Keys(NamedTuple):
-    """Keys, values and what decides who sees them."""
+    """Keys and values with the integers that decide which queries see them."""
 
     k: jax.Array  # [batch, keys, kv_heads, head_dim]
     v: jax.Array  # [batch, keys, kv_heads, head_dim]
     positions: jax.Array  # int [batch or 1, keys]
-    segments: jax.Array  # int [batch or 1, keys]; 0: nothing there
+    segments: jax.Array  # int [batch or 1, keys]; 0: empty
 
 
 class CachedKeys(NamedTuple):
-    """Keys and values of earlier calls, laid out as the products of one token read them, stored in any form."""
+    """Keys and values of earlier calls in any storage form.
+
+    Their layout is the fastest for matmuls of a single token.
+    """
 
     k: Kernel  # [batch, kv_heads, head_dim, slots]
     v: Kernel  # [batch, kv_heads, slots, head_dim]
     positions: jax.Array  # int [batch or 1, slots]
-    segments: jax.Array  # int [batch or 1, slots]; 0: nothing there
+    segments: jax.Array  # int [batch or 1, slots]; 0: empty
 
 
 @operation
@@ -61,25 +66,26 @@ def attention(
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention of every token over the tokens that it sees.
+    """Computes softmax attention of every token over the tokens that it sees.
 
     Args:
       q: ``[batch, seq, heads, head_dim]``; head h reads key head ``h // (heads // kv_heads)``.
-      keys: of the same tokens.
+      keys: keys of the same tokens.
       window: scalar; a query at position p sees positions in ``(p - window, p]``.
       config: scale, soft cap, dropout.
-      numerics: dtypes of operands, of what is saved and of the result; sums and softmax are float32.
+      numerics: dtypes of operands, of saved arrays and of the result; sums and softmax are float32.
       cached: keys of earlier calls, seen under the same rule.
       dropout_rng: key for ``config.dropout``; None for no dropout.
-      starts: int ``[batch or 1, keys]``, the position from which on a key is seen, where that is not its own: tokens of
-        one image that see each other all have the first one's.
+      starts: int ``[batch or 1, keys]``, the first position that sees a key, if not the key's own:
+        tokens of one image that see each other all have the position of the image's first token.
 
     Returns:
       ``[batch, seq, heads, head_dim]`` in ``numerics.result``.
     """
     chex.assert_rank([q, keys.k, keys.v], 4)
     chex.assert_equal_shape([keys.k, keys.v])
-    if cached is not None and cached.positions.shape[1] == 0:  # a cache without slots: there were no earlier calls
+    # A cache without slots: there were no earlier calls.
+    if cached is not None and cached.positions.shape[1] == 0:
         cached = None
     if cached is None and starts is None and not drops(config, dropout_rng):
         return blockwise_attention(q, *keys, window, config, numerics)
@@ -87,7 +93,7 @@ def attention(
 
 
 def drops(config: AttentionConfig, dropout_rng: jax.Array | None) -> bool:
-    """Whether there is dropout on the probabilities."""
+    """Returns True if dropout is applied to the probabilities."""
     return dropout_rng is not None and config.dropout > 0
 
 
@@ -101,9 +107,10 @@ def _attend_in_blocks(
     dropout_rng: jax.Array | None,
     starts: jax.Array | None,
 ) -> jax.Array:
-    """Cached keys and dropout: blocks of queries, each against the cache and the keys up to its own end.
+    """Computes attention with cached keys or dropout, one block of queries at a time.
 
-    With ``starts`` against all keys: a later one may be seen.
+    Each block reads the cache and the keys up to its own end; with ``starts`` it reads all keys,
+    because later ones may be visible.
     """
     attend = _attend if q.shape[1] < _RECOMPUTE_FROM else jax.checkpoint(_attend, static_argnums=(4, 5))
     outputs = []
@@ -126,17 +133,18 @@ def _attend(
     rng: jax.Array | None,
     starts: jax.Array | None,
 ) -> jax.Array:
-    """One block of queries against given keys; without a stored score outside it."""
+    """Computes one block of queries against given keys; its scores are not stored outside of it."""
     batch, seq, heads, dim = q.shape
     groups = heads // keys.k.shape[2]
-    # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head.
+    # [batch, kv_heads, groups * seq, head_dim]: one matrix per key head
     q = by_key_head(q, keys.k.shape[2]).reshape(batch, -1, groups * seq, dim)
     sources: list[Keys | CachedKeys] = [keys] if cached is None else [cached, keys]
     scores = [_scores(q, here, source, window, config, numerics, groups, starts) for source in sources]
     # [batch, kv_heads, groups, seq, all keys]
     scored = jnp.concatenate(scores, axis=-1) if len(scores) > 1 else scores[0]
     weights = jnp.exp(scored - jax.lax.stop_gradient(jnp.max(scored, axis=-1, keepdims=True)))
-    # The softmax's division comes after the product with the values: a pass over [seq, head_dim], not [seq, keys].
+    # The softmax's division follows the matmul with the values: a pass over [seq, head_dim] instead
+    # of [seq, keys].
     total = jnp.sum(weights, axis=-1)[..., None]
     if rng is not None and config.dropout > 0:
         remaining = jax.random.bernoulli(rng, 1.0 - config.dropout, weights.shape)
@@ -161,7 +169,7 @@ def _scores(
     groups: int,
     starts: jax.Array | None,
 ) -> jax.Array:
-    """Masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
+    """Returns masked scores ``[batch, kv_heads, groups, seq, keys]`` in float32."""
     if isinstance(keys, CachedKeys):
         scores, starts = product("bkqd,bkdt->bkqt", q, expand(keys.k), numerics), None
     else:

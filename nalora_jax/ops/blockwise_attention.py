@@ -1,7 +1,8 @@
-"""Self-attention of training in plain XLA: blocks of queries, forward and backward, no score outlives its block.
+"""Self-attention for training in plain XLA, one block of queries at a time.
 
-The backward pass recomputes the probabilities from the saved queries, keys and log-sum-exps, as flash attention does
-(arXiv 2205.14135); autodiff would save ``[heads, seq, seq]`` of them, and differentiate the softmax in more passes.
+No score outlives its block, forward or backward. The backward pass recomputes the probabilities
+from the saved queries, keys and log-sum-exps, as flash attention does (arXiv 2205.14135). Autodiff
+would save ``[heads, seq, seq]`` probabilities and differentiate the softmax in more passes.
 """
 
 from __future__ import annotations
@@ -19,27 +20,33 @@ from jax.sharding import NamedSharding
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Stored, read_residual, rounded, save_residual
 
-# Queries whose scores are computed together: longer blocks go piece by piece, so that memory grows with the keys alone.
+# Queries whose scores are computed together: longer blocks are split, so that memory grows with the
+# number of keys only.
 PIECE = 256
-# Scores of unseen keys: far below any score, but finite, so that a row that sees nothing (padding) has no NaN.
+# Score of unseen keys: far below any score, but finite, so that a row that sees no key (padding)
+# has no NaN.
 UNSEEN = -1e30
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How scores are computed, and what a kernel must know before it runs; static."""
+    """Static options of the scores, and facts that a kernel must know before it runs."""
 
     scale: float  # multiplies q . k
     softcap: float = 0.0  # c tanh(score / c); 0: none
     dropout: float = 0.0  # rate on the probabilities
-    windows: tuple[int, ...] = ()  # every value that the window may have, ascending; () means that it is never used
-    sharding: NamedSharding | None = None  # of [batch, seq, d_model] on a mesh
+    windows: tuple[int, ...] = ()  # all values of the window, ascending; () if no window is used
+    sharding: NamedSharding | None = None  # sharding of [batch, seq, d_model] on a mesh
     interpret: bool = False  # run Pallas kernels in Python, for tests
 
 
 def block_size(seq: int) -> int:
-    """Queries per block: small enough to skip most of the upper triangle, at most 8 blocks to compile."""
-    # Measured on CPU: 32 make a step of 128 tokens a row 3% to 5% faster, steps of 48 or 256 up to 3% slower.
+    """Returns the queries per block.
+
+    Blocks are small enough to skip most of the upper triangle; at most 8 are compiled.
+    """
+    # Measured on a CPU: 32 makes a step with rows of 128 tokens 3% to 5% faster, and steps with
+    # rows of 48 or 256 up to 3% slower.
     size = max(32 if 128 <= seq < 256 else 64, -(-seq // 8))
     return size if size <= PIECE else -(-size // PIECE) * PIECE
 
@@ -52,9 +59,10 @@ def visibility(
     window: jax.Array | int,
     key_starts: jax.Array | None = None,
 ) -> jax.Array:
-    """Whether each query sees each key: bool ``[batch or 1, queries, keys]`` from int ``[batch or 1, ...]``.
+    """Returns whether each query sees each key: bool ``[batch or 1, queries, keys]``.
 
-    A key is seen from its own position on, or from ``key_starts`` on.
+    All inputs are int ``[batch or 1, ...]``. A key is seen by queries at its own position and
+    later, or starting at ``key_starts``.
     """
     ahead = positions[:, :, None] - key_positions[:, None, :]
     since = ahead if key_starts is None else positions[:, :, None] - key_starts[:, None, :]
@@ -73,7 +81,7 @@ def blockwise_attention(
     config: AttentionConfig,
     numerics: Numerics,
 ) -> jax.Array:
-    """Softmax attention of every token over the tokens of its segment up to itself, within the window.
+    """Computes attention of every token over its segment up to itself, within the window.
 
     Args:
       q: ``[batch, seq, heads, head_dim]``; head h reads key head ``h // (heads // kv_heads)``.
@@ -121,13 +129,14 @@ def _fwd(
 def _attended(
     seen: _Seen, config: AttentionConfig, numerics: Numerics, carry: None, rows: tuple[Any, ...]
 ) -> tuple[None, Any]:
-    """Results and log-sum-exps of some queries."""
+    """Returns results and log-sum-exps of some queries."""
     scores, unseen = _scores(seen, config, numerics, *rows)
     scores = scores + unseen
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    # The softmax's division comes after the product with the values: a pass over head_dim, not over all keys.
+    # The softmax's division follows the matmul with the values: a pass over head_dim instead of all
+    # keys.
     out = product("bkgqt,bktd->bkgqd", weights, seen.value, numerics) / total
     return carry, (out, top + jnp.log(total))
 
@@ -139,7 +148,8 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
     inner = jnp.sum(g * read_residual(out, jnp.float32), axis=-1, keepdims=True)
     dq: list[jax.Array] = []
     dk = dv = jnp.zeros((g.shape[0], kv_heads, g.shape[-1], seq), jnp.float32)
-    # The last block first: it alone adds to all keys, so that the others add to a part of what it made, in place.
+    # The last block first: only it adds to all keys, so that the other blocks add to parts of its
+    # result in place.
     for start, end in reversed(list(blocks(seq))):
         seen = _seen(heads, positions, segments, window, end)
         by_query = (_rows(x, start, end) for x in (logsumexp, g, inner))
@@ -148,7 +158,8 @@ def _bwd(config: AttentionConfig, numerics: Numerics, residuals: Any, g: jax.Arr
         sums, dq_block = _by_pieces(partial(_gradients, seen, config, numerics), sums, rows)
         dk, dv = (x.at[..., :end].set(new) for x, new in zip((dk, dv), sums, strict=True))
         dq.append(dq_block)
-    # The barrier keeps XLA:CPU from transposing inside a product instead of behind it, which it cannot run in bf16.
+    # The barrier keeps XLA:CPU from fusing the transpose into a matmul, which it cannot run in
+    # bf16.
     dk, dv = (x.swapaxes(2, 3)[:, :, None] for x in lax.optimization_barrier((dk, dv)))
     grads = (by_token(_joined(dq[::-1])) * config.scale, by_token(dk), by_token(dv))
     return (*(x.astype(y.dtype) for x, y in zip(grads, like, strict=True)), None, None, None)
@@ -161,14 +172,17 @@ def _gradients(
     sums: tuple[jax.Array, jax.Array],
     rows: tuple[Any, ...],
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """``dk`` and ``dv``, ``[..., head_dim, keys]``, with what some queries add to them, and those queries' ``dq``."""
+    """Adds the contributions of some queries to ``dk`` and ``dv``, and returns their ``dq``, too.
+
+    ``dk`` and ``dv`` are ``[..., head_dim, keys]``.
+    """
     query, positions, segments, logsumexp, g, inner = rows
     scores, unseen = _scores(seen, config, numerics, query, positions, segments)
     weights = jnp.exp(scores + (unseen - logsumexp))
     slope = weights * (product("bkgqd,bktd->bkgqt", g, seen.value, numerics) - inner)
     if config.softcap:
         slope = slope * (1 - jnp.square(scores / config.softcap))
-    # Queries on the left: a product transposes its left operand, and scores are wider than heads.
+    # Queries on the left: a matmul transposes its left operand, and scores are wider than heads.
     dk = sums[0] + product("bkgqd,bkgqt->bkdt", read_residual(query, jnp.float32), slope, numerics)
     dv = sums[1] + product("bkgqd,bkgqt->bkdt", g, weights, numerics)
     return (dk, dv), product("bkgqt,bktd->bkgqd", slope, seen.key, numerics)
@@ -178,7 +192,10 @@ blockwise_attention.defvjp(_fwd, _bwd)
 
 
 def blocks(seq: int) -> Iterator[tuple[int, int]]:
-    """First and last position (exclusive) of every block of queries; a long one is a multiple of `PIECE`."""
+    """Yields first and last position (exclusive) of every block of queries.
+
+    The length of a long block is a multiple of `PIECE`.
+    """
     size, start = block_size(seq), 0
     while start < seq:
         length = min(size, seq - start)
@@ -188,7 +205,10 @@ def blocks(seq: int) -> Iterator[tuple[int, int]]:
 
 
 def _by_pieces(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
-    """``step(carry, rows)`` on pieces of the rows (axis -2), one after the other, the results joined on that axis."""
+    """Runs ``step(carry, rows)`` on pieces of the rows and joins the results.
+
+    Rows are on axis -2.
+    """
     length = rows[0].shape[-2]
     if length <= PIECE:
         return step(carry, rows)
@@ -198,28 +218,31 @@ def _by_pieces(step: Any, carry: Any, rows: tuple[Any, ...]) -> Any:
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:
-    """``[..., rows, n]`` -> ``[count, ..., rows / count, n]``."""
+    """Returns ``[count, ..., rows / count, n]`` of ``[..., rows, n]``."""
     return jnp.moveaxis(x.reshape(*x.shape[:-2], count, -1, x.shape[-1]), -3, 0)
 
 
 def _unsplit(x: jax.Array) -> jax.Array:
-    """The inverse of `_split`."""
+    """Computes the inverse of `_split`."""
     x = jnp.moveaxis(x, 0, -3)
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def _rows(x: Any, start: int, end: int) -> Any:
-    """Some rows (axis -2) of an array, or of a saved one in whatever form it is stored."""
+    """Returns some rows (axis -2) of an array or of a saved one in any storage form."""
     return jax.tree.map(lambda leaf: leaf[..., start:end, :], x)
 
 
 def _keys(x: Any, end: int) -> Any:
-    """``[batch, kv_heads, 1, seq, head_dim]`` -> ``[batch, kv_heads, end, head_dim]``, likewise."""
+    """Returns ``[batch, kv_heads, end, head_dim]`` of ``[batch, kv_heads, 1, seq, head_dim]``.
+
+    ``x`` may be in any storage form.
+    """
     return jax.tree.map(lambda leaf: leaf[:, :, 0, :end], x)
 
 
 class _Seen(NamedTuple):
-    """What the queries of a block may see: the keys up to its end."""
+    """The keys up to a block's end, which the block's queries may see."""
 
     key: jax.Array  # [batch, kv_heads, keys, head_dim]
     value: jax.Array  # the same
@@ -234,7 +257,10 @@ def _seen(heads: Any, positions: jax.Array, segments: jax.Array, window: jax.Arr
 
 
 def _own(positions: jax.Array, segments: jax.Array, start: int, end: int) -> tuple[jax.Array, jax.Array]:
-    """Positions and segments of a block's queries, ``[batch or 1, block, 1]``: rows on the axis that all rows have."""
+    """Returns positions and segments of a block's queries, ``[batch or 1, block, 1]``.
+
+    Queries are on axis -2, as in all arrays that `_by_pieces` splits.
+    """
     return positions[:, start:end, None], segments[:, start:end, None]
 
 
@@ -246,8 +272,12 @@ def _scores(
     positions: jax.Array,
     segments: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores ``[batch, kv_heads, groups, rows, keys]``, soft cap applied, and which of them are seen."""
-    # Tied to the queries, or the mask of every layer would be computed ahead of them all: [batch, seq, seq].
+    """Returns capped scores ``[batch, kv_heads, groups, rows, keys]`` and their mask.
+
+    The mask is 0 for seen keys and `UNSEEN` for the others.
+    """
+    # The barrier ties the mask to the queries. Without it XLA computes the masks of all layers
+    # first: [batch, seq, seq] each.
     floats, positions = lax.optimization_barrier((read_residual(query, jnp.float32), positions))
     scores = capped(product("bkgqd,bktd->bkgqt", floats, seen.key, numerics), config)
     visible = visibility(positions[..., 0], segments[..., 0], seen.positions, seen.segments, seen.window)
@@ -255,18 +285,18 @@ def _scores(
 
 
 def capped(scores: jax.Array, config: AttentionConfig) -> jax.Array:
-    """``c tanh(score / c)`` where there is a soft cap."""
+    """Returns ``c tanh(score / c)``, or the scores if there is no soft cap."""
     return config.softcap * jnp.tanh(scores / config.softcap) if config.softcap else scores
 
 
 def by_key_head(x: jax.Array, kv_heads: int) -> jax.Array:
-    """``[batch, seq, heads, head_dim]`` -> ``[batch, kv_heads, groups, seq, head_dim]``."""
+    """Returns ``[batch, kv_heads, groups, seq, head_dim]`` of ``[batch, seq, heads, head_dim]``."""
     batch, seq, _, dim = x.shape
     return x.reshape(batch, seq, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
 
 
 def by_token(x: jax.Array) -> jax.Array:
-    """The inverse of `by_key_head`."""
+    """Computes the inverse of `by_key_head`."""
     batch, kv_heads, groups, seq, dim = x.shape
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, seq, kv_heads * groups, dim)
 
@@ -276,6 +306,6 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
 
 
 def product(equation: str, x: jax.Array, y: jax.Array, numerics: Numerics) -> jax.Array:
-    """`jnp.einsum` with operands rounded to ``numerics.operand`` and a float32 result."""
+    """Computes `jnp.einsum` with operands rounded to ``numerics.operand`` and a float32 result."""
     operands = (rounded(side, numerics.operand, numerics) for side in (x, y))
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)

@@ -1,10 +1,11 @@
-"""Cross-entropy over a frozen output head, without ever holding the logits of all tokens.
+"""Cross-entropy over a frozen output head without the logits of all tokens in memory.
 
-    loss = sum over tokens of  weight * (log sum exp l - l[target]),    l = cap tanh(scale h E^T / cap)
+    loss = sum over tokens of  weight * (log sum exp l - l[target])
+    l = cap tanh(scale h E^T / cap)
 
-Logits exist for one chunk of rows at a time. Because the head has no gradient, the gradient of the hidden states is
-computed in the same pass, while the chunk's probabilities are at hand: nothing is computed twice, and nothing of size
-``[tokens, vocab]`` is saved for the backward pass.
+Logits exist for one chunk of rows at a time. Because the head has no gradient, the gradient of the
+hidden states is computed in the same pass from the chunk's probabilities. Every value is computed
+once, and no array of size ``[tokens, vocab]`` is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -23,29 +24,29 @@ from nalora_jax.ops.dispatch import Numerics, operation
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel
 
-# Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so that it takes some
-# thousand rows for an accelerator to be limited by its matrix unit.
+# Floats of one chunk of logits on a device: 512 MB. Each chunk reads the whole head twice, so an
+# accelerator needs some thousand rows per chunk to be limited by its matrix unit.
 _CHUNK_FLOATS = 1 << 27
 
-# ``(hidden [rows, d_model], kernel, targets [rows], weights [rows], gradient wanted)`` -> every row's loss ``[rows]``
-# and hidden's gradient, of shape ``[rows, 0]`` where it is not wanted.
+# ``(hidden [rows, d_model], kernel, targets [rows], weights [rows], with_gradient)`` -> each row's
+# loss ``[rows]`` and the gradient of hidden, of shape ``[rows, 0]`` if it is not requested.
 Chunk = Callable[[jax.Array, Kernel, Any, jax.Array, bool], tuple[jax.Array, jax.Array]]
 
 
 class Head(NamedTuple):
-    """How logits come from hidden states (static)."""
+    """The static options of the map from hidden states to logits."""
 
     transposed: bool = False  # the kernel is an embedding [vocab, d_model]
     softcap: float = 0.0  # c tanh(logits / c); 0: none
-    scale: float = 1.0  # logits are multiplied by it, before the cap
+    scale: float = 1.0  # factor of the logits, before the cap
 
     @property
     def axis(self) -> int:
-        """The vocabulary's in the kernel; the other one is the model's."""
+        """The vocabulary's axis in the kernel; the other axis is the model's."""
         return 0 if self.transposed else 1
 
     def logits(self, products: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits of hidden states' products with the kernel, and their derivative by these."""
+        """Returns logits of products ``h E^T``, and their derivative by the products."""
         logits = products * self.scale
         slope = jnp.full_like(logits, self.scale)
         if self.softcap:
@@ -70,26 +71,27 @@ def cross_entropy(
     compact: bool = True,
     shards: int = 1,
 ) -> jax.Array:
-    """Sum of ``weights * -log p(target)``.
+    """Returns the sum of ``weights * -log p(target)``.
 
     Args:
       hidden: ``[batch, seq, d_model]`` after the final norm.
-      kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``, as it is stored. It has no
-        gradient.
+      kernel: frozen ``[d_model, vocab]``, or ``[vocab, d_model]`` with ``head.transposed``, as it
+        is stored. It receives no gradient.
       targets: int ``[batch, seq]``.
-      weights: ``[batch, seq]``, 0 where a position has no target.
+      weights: ``[batch, seq]``, 0 for positions without a target.
       head: static options.
       numerics: dtype of the operands; logits are float32.
-      chunk: rows of logits at a time, on each device; 0 chooses by the vocabulary.
-      compact: gather the rows that have a target and compute logits for those only. On a mesh that splits the batch
-        this would move rows between devices; there, chunks run along the sequence instead.
-      shards: parts that a mesh splits the batch into. What the mesh splits of the kernel should be gathered before the
-        call, or every chunk gathers it anew.
+      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
+      compact: gather the rows that have a target and compute logits for those only. On a mesh that
+        splits the batch this would move rows between devices; there, chunks run along the sequence
+        instead.
+      shards: parts that a mesh splits the batch into. If the mesh also splits the kernel, gather it
+        before the call, because otherwise every chunk gathers it again.
 
     Returns:
       float32 scalar; differentiable with respect to ``hidden`` only.
     """
-    # A multiple of 128, the rows that a TPU's matrix unit takes at once.
+    # A multiple of 128, the rows that a TPU's matrix unit processes at once.
     rows = chunk or max(_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
     one = partial(chunk_of_rows, head=head, numerics=numerics)
     return in_chunks(hidden, kernel, targets, weights, Tiles((rows,), compact, shards), one)
@@ -105,10 +107,11 @@ def chunk_of_rows(
     head: Head,
     numerics: Numerics,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `Chunk`: the formula."""
+    """Computes the formula for one chunk of rows; see `Chunk`."""
     logits, slope = head.logits(dot(hidden, kernel, numerics, dims=(1, 1 - head.axis)))
-    # A comparison within the passes that are made anyway; a gather would cross devices that split the vocabulary, and
-    # taking columns of an untied head would make a transposed copy of it: 1 GB at 128k entries of 4,096 numbers.
+    # The comparison is fused into existing passes. A gather would cross devices that split the
+    # vocabulary, and taking columns of an untied head would create a transposed copy of it: 1 GB
+    # for 128k entries of 4,096 values.
     hit = jnp.arange(logits.shape[1], dtype=targets.dtype)[None, :] == targets[:, None]
     shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(shifted)
@@ -125,22 +128,24 @@ def chunk_of_rows(
 
 
 class Tiles(NamedTuple):
-    """Sizes of what is computed at a time (static)."""
+    """The static chunk sizes."""
 
-    rows: tuple[int, ...]  # hidden states, from large to small: the smaller ones for what the larger ones leave
+    # Rows per chunk, from large to small; smaller chunks process the remainder of larger ones.
+    rows: tuple[int, ...]
     compact: bool = True  # only rows that have a target
-    shards: int = 1  # parts of the batch, each of which has so many rows in a chunk
+    shards: int = 1  # parts of the batch, each of which has ``rows`` rows in a chunk
 
 
 def in_chunks(
     hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
 ) -> jax.Array:
-    """The sum of ``chunk`` over all rows, made from chunks of them.
+    """Returns the sum of ``chunk`` over all rows, one chunk at a time.
 
     Args:
       hidden: ``[batch, seq, d_model]``.
       kernel: as ``chunk`` takes it; no gradient.
-      targets: arrays ``[batch, seq, ...]``, whatever ``chunk`` needs to know of every row's target.
+      targets: arrays ``[batch, seq, ...]`` with the facts about every row's target that ``chunk``
+        needs.
       weights: ``[batch, seq]``.
       tiles: sizes.
       chunk: a hashable function of some rows.
@@ -160,7 +165,7 @@ def _in_chunks(
 
 
 def _sums(grad: bool, *arguments: Any) -> tuple[jax.Array, jax.Array]:
-    """The loss, and hidden's gradient where it is wanted."""
+    """Returns the loss, and the gradient of hidden if ``grad``."""
     *_, tiles, _ = arguments
     run = _compacted if tiles.compact else _along_sequence
     return run(grad, *arguments)
@@ -176,11 +181,11 @@ _in_chunks.defvjp(partial(_sums, True), _bwd)
 def _compacted(
     grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunks over the rows that have a target; as many iterations as those need."""
+    """Runs chunks over the rows that have a target, in as many iterations as those need."""
     shape, n = hidden.shape, weights.size
     flat, weights = hidden.reshape(n, -1), weights.reshape(n)
     targets = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), targets)
-    # Rows with a target first; the last chunk is filled with rows of weight zero.
+    # Rows with a target first; the last chunk is padded with rows of weight zero.
     order = jnp.argsort(weights == 0, stable=True)
     sizes = sorted({min(rows, n) for rows in tiles.rows}, reverse=True)
     order = jnp.pad(order, (0, sizes[0]), constant_values=n)
@@ -202,7 +207,8 @@ def _compacted(
     start, left = jnp.zeros((), jnp.int32), jnp.sum(weights != 0, dtype=jnp.int32)
     for rows in sizes:
         count = -(-left // rows)
-        if rows > sizes[-1]:  # what a single one of the smallest chunks takes is left to it
+        # Leave a remainder that fits in one of the smallest chunks to that chunk.
+        if rows > sizes[-1]:
             count = jnp.where(left - (count - 1) * rows > sizes[-1], count, count - 1)
         carry = chunks(rows, start, count, carry)
         start, left = start + count * rows, jnp.maximum(left - count * rows, 0)
@@ -212,7 +218,7 @@ def _compacted(
 
 @dataclass(frozen=True)
 class Columns:
-    """Chunks of whole columns of a batch ``[batch, seq, ...]``, the last one filled with zeros."""
+    """Chunks of whole columns of a batch ``[batch, seq, ...]``, the last padded with zeros."""
 
     seq: int
     chunks: int
@@ -220,12 +226,12 @@ class Columns:
 
     @classmethod
     def of(cls, batch: int, seq: int, rows: int) -> Columns:
-        """Of at most ``rows`` rows each, or of one column."""
+        """Returns chunks of at most ``rows`` rows each, or of one column."""
         chunks = -(-seq // max(1, rows // max(batch, 1)))
         return cls(seq, chunks, -(-seq // chunks))
 
     def split(self, arrays: Any) -> Any:
-        """Arrays ``[batch, seq, ...]`` -> ``[chunks, batch, step, ...]``."""
+        """Returns ``[chunks, batch, step, ...]`` of arrays ``[batch, seq, ...]``."""
 
         def one(x: jax.Array) -> jax.Array:
             padded = jnp.pad(x, ((0, 0), (0, self.chunks * self.step - self.seq)) + ((0, 0),) * (x.ndim - 2))
@@ -234,7 +240,7 @@ class Columns:
         return jax.tree.map(one, arrays)
 
     def join(self, parts: jax.Array) -> jax.Array:
-        """``[chunks, batch, step, ...]`` -> ``[batch, seq, ...]``."""
+        """Returns ``[batch, seq, ...]`` of ``[chunks, batch, step, ...]``."""
         whole = jnp.moveaxis(parts, 0, 1)
         return whole.reshape(whole.shape[0], self.chunks * self.step, *whole.shape[3:])[:, : self.seq]
 
@@ -242,7 +248,7 @@ class Columns:
 def _along_sequence(
     grad: bool, hidden: jax.Array, kernel: Kernel, targets: Any, weights: jax.Array, tiles: Tiles, chunk: Chunk
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
+    """Runs chunks of whole columns of the batch, so that every shard processes its own rows."""
     batch, seq, _ = hidden.shape
     columns = Columns.of(batch, seq, tiles.rows[0] * tiles.shards)
 
@@ -252,7 +258,7 @@ def _along_sequence(
         gradient = back.astype(h.dtype).reshape(batch, columns.step, -1)
         return loss + jnp.sum(losses.reshape(batch, columns.step), axis=1), gradient
 
-    # Sums of each example, so that shards of the batch meet once, after the loop.
+    # Sums per example, so that shards of the batch are reduced once, after the loop.
     losses, parts = lax.scan(body, jnp.zeros((batch,), jnp.float32), columns.split((hidden, weights, targets)))
     loss = jnp.sum(losses)
     return loss, columns.join(parts) if grad else parts

@@ -1,7 +1,8 @@
-"""Attention on a GPU: cuDNN's flash attention through `jax.nn.dot_product_attention`; visibility goes in as a mask.
+"""cuDNN's flash attention on a GPU, through `jax.nn.dot_product_attention`.
 
-It stores no ``[seq, seq]`` probabilities, but that mask: long rows are left to `nalora_jax.ops.triton_attention`.
-Cached keys, dropout, soft caps, and what cuDNN refuses are the plain function's.
+It stores no ``[seq, seq]`` probabilities, but visibility is passed as a mask of that size. Long
+rows therefore use `nalora_jax.ops.triton_attention`. Cached keys, dropout, soft caps, and shapes
+that cuDNN rejects use the plain function.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nalora_jax.ops.storage import round_and_save
 log = logging.getLogger(__name__)
 
 CUDNN = Implementation("cudnn", platform="gpu")
-_LARGEST_BIAS = 256 << 20  # bytes; visibility of longer rows is better compared than stored
+# bytes of a mask; for longer rows a kernel that compares segments is faster
+_LARGEST_BIAS = 256 << 20
 
 
 @CUDNN.implements(attention)
@@ -38,7 +40,7 @@ def cudnn_attention(
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` where cuDNN has it."""
+    """Computes `attention` if cuDNN supports the arguments."""
     fits = numerics.operand == "bfloat16" and takes(q.shape[1], q.shape[-1], config.softcap)
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
@@ -52,30 +54,37 @@ def cudnn_attention(
 
 
 def takes(seq: int, head_dim: int, softcap: float | None) -> bool:
-    """Whether cuDNN may compute rows of ``seq`` tokens; `compiles` asks it."""
+    """Returns True if cuDNN may support rows of ``seq`` tokens; `compiles` tests it."""
     return not softcap and seq % 2 == 0 and head_dim % 8 == 0
 
 
 def fits_as_bias(rows: float, seq: int) -> bool:
-    """Whether the visibility of ``rows`` rows of a device, bfloat16 ``[rows, 1, seq, seq]``, is short enough."""
+    """Returns True if the bf16 mask of a device's rows is small enough.
+
+    Its shape is ``[rows, 1, seq, seq]``.
+    """
     return 2 * rows * seq**2 <= _LARGEST_BIAS
 
 
 def _rows(q: jax.Array, config: AttentionConfig) -> int:
-    """Rows of q on each device."""
+    """Returns the rows of q on each device."""
     return q.shape[0] if config.sharding is None else config.sharding.shard_shape((q.shape[0], 1, 1))[0]
 
 
 def is_forward_pass(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for `jax.checkpoint`: saves the results of cuDNN's forward pass, which JAX gives no name of its own."""
+    """Returns True for cuDNN's forward pass: a policy for `jax.checkpoint` that saves its results.
+
+    JAX gives these results no name.
+    """
     return bool(primitive.name == "dot_product_attention_fwd_wrapper")
 
 
 @lru_cache(maxsize=64)
 def compiles(q_shape: tuple[int, ...], k_shape: tuple[int, ...], scale: float, kind: str) -> bool:
-    """Returns True if cuDNN accepts these shapes on GPUs of a kind, which depends on its version and on the kind.
+    """Returns True if cuDNN accepts these shapes on GPUs of a kind.
 
-    The program is always lowered for a GPU, and compiled if this process has a GPU of the kind.
+    The answer depends on cuDNN's version and on the kind. The program is always lowered for a GPU,
+    and compiled if this process has a GPU of the kind.
     """
     device = _device(kind)
     place = None if device is None else SingleDeviceSharding(device)
@@ -100,7 +109,7 @@ def _device(kind: str) -> jax.Device | None:
     """Returns a GPU of this process of the given kind, or None."""
     try:
         devices = jax.local_devices(backend="gpu")
-    except RuntimeError:  # there is no such backend here
+    except RuntimeError:  # this process has no GPU backend
         return None
     return next((device for device in devices if kind_of(device) == kind), None)
 
@@ -114,7 +123,7 @@ def dot_product(
     operand: str,
     implementation: str,
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention` as `attention` means it.
+    """Calls `jax.nn.dot_product_attention` with the conventions of `attention`.
 
     Args:
       q: ``[batch, seq, heads, head_dim]``.

@@ -53,7 +53,7 @@ _REGISTERING = ("nalora_jax.ops.accelerators", "nalora_jax.cpu.register")
 class Platform:
     """The devices that a program is compiled for; they need not exist on this machine."""
 
-    name: str = ""  # "cpu", "gpu" or "tpu"; "": unknown, where every operation is its plain function
+    name: str = ""  # "cpu", "gpu" or "tpu"; "": unknown, every operation is its plain function
     kind: str = ""  # product name of the devices, e.g. "NVIDIA H100 80GB HBM3"
     devices: int = 1  # number of devices that share the program
 

@@ -1,7 +1,7 @@
-"""Attention in which every token sees every other one of its row: what encoders of images and of sentences need.
+"""Attention of every token over all tokens of its row, for encoders of images and sentences.
 
-Their sequences are short (50 to 1,024 tokens), so that the scores are simply made; `nalora_jax.ops.attention` is the
-causal kind, in blocks.
+The sequences are short (50 to 1,024 tokens), so all scores are computed at once. Causal attention
+in blocks is `nalora_jax.ops.attention`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ def full_attention(
     mask: jax.Array | None = None,
     causal: bool = False,
 ) -> jax.Array:
-    """Softmax attention; scores, softmax and sums are float32.
+    """Computes softmax attention; scores, softmax and sums are float32.
 
     Args:
       q: ``[batch, queries, heads, head_dim]``.
       k, v: ``[batch, keys, heads, head_dim]``.
-      numerics: dtype of the products' operands.
+      numerics: dtype of the matmuls' operands.
       scale: multiplies the scores.
-      mask: bool ``[batch, keys]``, False for keys that nobody sees. A row without any key averages all of them.
-      causal: a query sees keys up to its own place only.
+      mask: bool ``[batch, keys]``, False for masked keys. A row without any key averages all of
+        them.
+      causal: a query sees keys up to its own position only.
 
     Returns:
       float32 ``[batch, queries, heads, head_dim]``.

@@ -18,12 +18,14 @@ from nalora_jax.ops.dispatch import Numerics, operation
 def grouped_matmul(
     x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
 ) -> jax.Array:
-    """Every row through its group's kernel; no gradient is defined where an implementation stands in.
+    """Multiplies every row by its group's kernel.
+
+    No gradient is defined if an implementation replaces the plain function.
 
     Args:
       x: ``[rows, d_in]``, sorted by group.
       kernels: ``[groups, d_in, d_out]``, or with ``transposed`` ``[groups, d_out, d_in]``.
-      sizes: int ``[groups]``, rows of each, of which the sum is ``rows``.
+      sizes: int ``[groups]``, rows of each group; their sum is ``rows``.
       numerics: dtypes of operands and result.
       transposed: multiply by the transposed kernels.
 
@@ -35,12 +37,12 @@ def grouped_matmul(
 
 
 def ragged(x: jax.Array, kernels: jax.Array, sizes: jax.Array, operand: str) -> jax.Array:
-    """`lax.ragged_dot` in a dtype of operands, float32 ``[rows, d_out]``."""
+    """Computes `lax.ragged_dot` with operands of a dtype, float32 ``[rows, d_out]``."""
     return lax.ragged_dot(x.astype(operand), kernels.astype(operand), sizes, preferred_element_type=jnp.float32)
 
 
 def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
-    """Rows times their own group's narrow factor, out of a product with the factors of all groups side by side.
+    """Multiplies rows by their group's narrow factor, in one matmul with the joined factors.
 
     Args:
       x: ``[rows, d]``.
@@ -58,24 +60,32 @@ def own_of_all(x: jax.Array, factors: jax.Array, group: jax.Array, operand: str)
 
 
 def own_in_all(hidden: jax.Array, group: jax.Array, groups: int) -> jax.Array:
-    """``[rows, rank]`` -> ``[rows, groups * rank]``: each row's numbers at its own group's place, 0 at the others."""
+    """Places each row ``[rank]`` in its group's columns of ``[groups * rank]``, 0 in the others.
+
+    ``hidden`` is ``[rows, rank]``; the result is ``[rows, groups * rank]``.
+    """
     return jnp.where(_own(group, groups)[..., None], hidden[:, None, :], 0.0).reshape(hidden.shape[0], -1)
 
 
 def from_all(hidden: jax.Array, factors: jax.Array, group: jax.Array, operand: str) -> jax.Array:
-    """Float32 ``[rows, d]``: ``hidden [rows, rank]`` times its own of ``factors [groups, rank, d]``."""
+    """Multiplies ``hidden [rows, rank]`` by its group's ``factors [groups, rank, d]``.
+
+    The result is float32 ``[rows, d]``.
+    """
     groups, rank, d = factors.shape
     return _dot(own_in_all(hidden, group, groups), factors.reshape(groups * rank, d), operand)
 
 
 def outer_of_all(x: jax.Array, y: jax.Array, group: jax.Array, groups: int, operand: str) -> jax.Array:
-    """``x_g^T y_g`` over the rows of every group, of which the narrower side is spread over all groups.
+    """Computes ``x_g^T y_g`` over the rows of every group.
+
+    The narrower side is spread over the columns of all groups.
 
     Args:
       x: ``[rows, d]``.
       y: ``[rows, n]``.
       group: int ``[rows]``.
-      groups: how many there are.
+      groups: number of groups.
       operand: dtype of the operands.
 
     Returns:

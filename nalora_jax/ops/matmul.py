@@ -1,4 +1,4 @@
-"""Matrix products with frozen kernels, accumulated in float32."""
+"""Matmuls with frozen kernels, accumulated in float32."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def dot(
     operand: str = "",
     result: Any = "float32",
 ) -> jax.Array:
-    """The product of two matrices over one dimension of each, summed in float32.
+    """Multiplies two matrices over one dimension of each, with sums in float32.
 
     Args:
       x: matrix.
-      y: matrix, stored in any form.
-      numerics: of the pass.
-      dims: dimension of x and of y that is summed over.
+      y: matrix, in any storage form.
+      numerics: of the forward pass.
+      dims: contracted dimension of x and of y.
       operand: dtype that both are rounded to; "" is ``numerics.operand``.
       result: dtype of the result.
     """
@@ -39,7 +39,7 @@ def dot(
 
 
 def matmul(x: jax.Array, kernel: Kernel, numerics: Numerics) -> jax.Array:
-    """``x @ kernel`` for a frozen kernel.
+    """Computes ``x @ kernel`` for a frozen kernel.
 
     Args:
       x: ``[..., d_in]``.
@@ -49,7 +49,7 @@ def matmul(x: jax.Array, kernel: Kernel, numerics: Numerics) -> jax.Array:
     Returns:
       ``[..., d_out]`` in ``numerics.result``.
     """
-    # Two-dimensional operands: XLA:CPU needs 60% more time for the same product over a [batch, seq, d] operand.
+    # Two-dimensional operands: XLA:CPU needs 60% more time for the same matmul in three dimensions.
     y = _matmul(x.reshape(-1, x.shape[-1]), kernel, numerics)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -60,7 +60,7 @@ def _matmul(x: jax.Array, kernel: Any, numerics: Numerics) -> jax.Array:
 
 
 def _matmul_fwd(x: jax.Array, kernel: Any, numerics: Numerics) -> tuple[jax.Array, tuple[Any, ...]]:
-    # x is not saved: a frozen kernel has no gradient that would need it. The kernel is saved as it is stored.
+    # x is not saved, because a frozen kernel has no gradient. The kernel is saved as it is stored.
     return _matmul(x, kernel, numerics), (kernel, jnp.zeros((0,), x.dtype))
 
 

@@ -1,12 +1,13 @@
-"""Quantized frozen kernels: int8 or 4-bit codes with a scale per block of inputs (QLoRA, arXiv 2305.14314).
+"""Quantized frozen kernels: int8 or 4-bit codes with scales per block (QLoRA, arXiv 2305.14314).
 
     kernel [d_in, d_out]   int8: codes int8 [d_in, d_out], one scale per output channel
-                           nf4:  codes uint8 [d_in / 2, d_out], two to a byte; a scale per 64 inputs and output channel
+                           nf4:  codes uint8 [d_in / 2, d_out], two codes per byte;
+                                 one scale per 64 inputs and output channel
 
-A quantized kernel takes the place of the array in the ``params`` tree; operations expand it one layer at a time, in
-the forward and again in the backward pass, so that the float kernel is never saved. Adapters and their
-gradients stay float32. Norms, biases, embeddings and routers stay as they are. `nalora_jax.weights.load` quantizes a
-model tensor by tensor while it reads it.
+A quantized kernel replaces the array in the ``params`` tree. Operations expand it one layer at a
+time, in the forward pass and again in the backward pass, so that the float kernel is never saved.
+Adapters and their gradients stay float32. Norms, biases, embeddings and routers are not quantized.
+`nalora_jax.weights.load` quantizes a model one tensor at a time while it reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4"]
 _BLOCK = 64
-KERNELS = r"layers/.*_proj/kernel$"  # the leaves that a quantized model holds quantized
+KERNELS = r"layers/.*_proj/kernel$"  # the leaves that are quantized in a quantized model
 # The 16 levels of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0,
@@ -57,7 +58,8 @@ class Quantized(Stored):
     codes: jax.Array  # int8 [..., d_in, d_out], or uint8 [..., d_in / 2, d_out]
     scales: jax.Array  # float32 [..., blocks, d_out]
     kind: Kind = field(metadata={"static": True})
-    # Of one layer's codes and scales as products read them, where a mesh splits them further (`gathered`).
+    # Shardings of one layer's codes and scales for matmuls, if a mesh splits the stored ones
+    # further (`gathered`).
     places: tuple[NamedSharding, NamedSharding] | None = field(default=None, metadata={"static": True})
 
     @property
@@ -67,7 +69,7 @@ class Quantized(Stored):
         return (*lead, rows * (2 if self.kind == "nf4" else 1), d_out)
 
     def expand(self) -> jax.Array:
-        """The float32 kernel, of codes that are gathered before they become floats."""
+        """Returns the float32 kernel; codes are gathered before they are expanded."""
         if self.places is None:
             return dequantize(self)
         codes, scales = (_at(part, place) for part, place in zip((self.codes, self.scales), self.places, strict=True))
@@ -75,20 +77,20 @@ class Quantized(Stored):
 
 
 def _at(part: jax.Array, place: NamedSharding) -> jax.Array:
-    """Codes or scales whose last two axes lie as ``place`` says."""
+    """Returns codes or scales with their last two axes sharded as in ``place``."""
     whole = NamedSharding(place.mesh, P(*[None] * (part.ndim - 2), *place.spec))
     return jax.lax.with_sharding_constraint(part, whole)
 
 
 def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
-    """The nearest codes of ``kernel``.
+    """Returns the nearest codes of ``kernel``.
 
     Args:
       kernel: float ``[..., d_in, d_out]``.
       kind: "int8" (error at most half a step of the channel's largest weight / 127) or "nf4".
 
     Raises:
-      NaloraError: d_in is no multiple of 64, for nf4.
+      NaloraError: d_in is not a multiple of 64, for nf4.
     """
     *lead, d_in, d_out = kernel.shape
     if kind == "nf4" and d_in % _BLOCK:
@@ -100,7 +102,8 @@ def quantize(kernel: jax.Array, kind: Kind) -> Quantized:
     if kind == "int8":
         codes = jnp.round(unit * 127).astype(jnp.int8).reshape(kernel.shape)
         return Quantized(codes, largest / 127, kind)
-    # Compared with all midpoints at once, which XLA fuses; a search would keep several integer copies of the kernel.
+    # Compared with all midpoints at once, which XLA fuses; a search would store several integer
+    # copies of the kernel.
     middle = jnp.asarray(_midpoints())
     nearest = jnp.searchsorted(middle, unit.reshape(kernel.shape), method="compare_all").astype(jnp.uint8)
     return Quantized(nearest[..., 0::2, :] | (nearest[..., 1::2, :] << 4), largest, kind)
@@ -112,12 +115,12 @@ def _midpoints() -> np.ndarray:
 
 
 def dequantize(kernel: Quantized) -> jax.Array:
-    """The float32 kernel that ``kernel`` stands for."""
+    """Returns the float32 kernel of codes and scales."""
     *lead, d_in, d_out = kernel.shape
     if kernel.kind == "int8":
         return kernel.codes.astype(jnp.float32) * kernel.scales
     low, high = kernel.codes & 15, kernel.codes >> 4
-    # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs.
+    # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs
     codes = jnp.stack([low, high], axis=-2).reshape(*lead, d_in, d_out)
     unit = jnp.take(jnp.asarray(NF4_LEVELS, jnp.float32), codes.astype(jnp.int32))
     blocks = unit.reshape(*lead, d_in // _BLOCK, _BLOCK, d_out)
@@ -125,14 +128,15 @@ def dequantize(kernel: Quantized) -> jax.Array:
 
 
 def gathered(params: Any, axis: str) -> Any:
-    """``params`` whose quantized kernels, split over a mesh axis, are gathered over it as codes, not as floats.
+    """Returns ``params`` with quantized kernels marked to be gathered over a mesh axis as codes.
 
-    Left to itself the compiler expands each device's part and gathers float32: four times the bytes of int8, seven of
-    nf4. Experts are left as they are: `nalora_jax.models.moe` gathers what it maps over the mesh.
+    Without the mark the compiler expands each device's part and gathers float32: four times the
+    bytes of int8 and seven times the bytes of nf4. Experts are not marked: `nalora_jax.models.moe`
+    gathers the arrays that it maps over the mesh.
 
     Args:
       params: a tree of arrays, or of descriptions of arrays, with shardings.
-      axis: name of the mesh axis that is gathered over; others stay split.
+      axis: name of the mesh axis that is gathered over; other axes stay split.
     """
 
     def told(leaf: Any) -> Any:
@@ -145,7 +149,7 @@ def gathered(params: Any, axis: str) -> Any:
 
 
 def _without(sharding: Any, ndim: int, axis: str) -> NamedSharding | None:
-    """The last two axes of a sharding, not split over ``axis``; None where there is no such axis."""
+    """Returns the sharding of the last two axes without ``axis``; None if there is no such axis."""
     if not isinstance(sharding, NamedSharding) or axis not in sharding.mesh.shape:
         return None
     spec = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
@@ -155,7 +159,10 @@ def _without(sharding: Any, ndim: int, axis: str) -> NamedSharding | None:
 
 
 def quantize_params(params: Any, kind: Kind, pattern: str = KERNELS) -> dict[str, Any]:
-    """``params``, already in memory, with every kernel that ``pattern`` matches quantized, one layer at a time."""
+    """Returns in-memory ``params`` with every kernel that ``pattern`` matches quantized.
+
+    Kernels are quantized one layer at a time.
+    """
     one = jax.jit(quantize, static_argnums=1)
 
     def replace(path: str, leaf: jax.Array) -> Any:

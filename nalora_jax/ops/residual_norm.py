@@ -1,4 +1,4 @@
-"""The residual stream and the root-mean-square norm that the next part of a layer reads of it."""
+"""Residual addition and the root-mean-square norm of the sum."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from nalora_jax.ops.storage import SAVED, round_and_save
 def residual_norm(
     x: jax.Array, y: jax.Array | None, scale: jax.Array, eps: float, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array]:
-    """``x + y``, and the norm of it.
+    """Returns ``x + y`` and its norm.
 
     The norm reads the sum as it is saved for the backward pass; the sum itself is not rounded.
 
     Args:
       x: ``[..., d]``, the residual stream.
-      y: ``[..., d]``, what is added to it, or None.
+      y: ``[..., d]``, added to it, or None.
       scale: frozen float32 ``[d]``.
       eps: added to the mean square.
-      numerics: dtypes; the norm is of ``numerics.result``.
+      numerics: dtypes; the norm has the dtype ``numerics.result``.
     """
     total = x if y is None else x + y.astype(x.dtype)
     return total, rms_norm(round_and_save(total, numerics), scale, eps).astype(numerics.result)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
+    """Returns ``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
     x = x.astype(jnp.float32)
-    # Saved by a rematerialised layer: one number a token, for which it would read all of x again.
+    # A rematerialized layer saves this one number per token; recomputing it would read all of x
+    # again.
     inverse = checkpoint_name(jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps), SAVED)
     return x * inverse * jnp.broadcast_to(scale, x.shape)

@@ -1,8 +1,8 @@
-"""Attention on a TPU: JAX's Pallas splash attention, which skips blocks by segments, causality and window.
+"""JAX's Pallas splash attention on a TPU, which skips blocks by segment, causality and window.
 
-It stores no ``[seq, seq]`` probabilities. Its result and the logarithms of its sums are saved by rematerialised layers
-that save products, so that the backward pass does not run it again. Cached keys, dropout, and shapes that the kernel
-does not take are the plain function's.
+It stores no ``[seq, seq]`` probabilities. Rematerialized layers that save the results of matmuls
+also save its result and log-sum-exps, so that the backward pass does not run the forward kernel
+again. Cached keys, dropout, and shapes that the kernel does not support use the plain function.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from nalora_jax.ops.dispatch import Implementation, Numerics
 from nalora_jax.ops.storage import SAVED, round_and_save
 
 SPLASH = Implementation("splash", platform="tpu")
-_LANES = 128  # a TPU register's width: what block sizes must be multiples of
-# Queries and keys of a block. A block is computed whole if any of it is seen, so that large ones waste products along
-# the diagonal, and small ones time between them. Tunix takes 1,024 and MaxText 1,024 to 2,048 at these lengths.
+_LANES = 128  # width of a TPU register; block sizes must be multiples of it
+# Queries and keys per block. A block is computed entirely if any of its pairs is seen: large blocks
+# waste work along the diagonal, small blocks cost time between them. Tunix uses 1,024 and MaxText
+# 1,024 to 2,048 at these lengths.
 _BLOCKS = (1024, 512, 256, _LANES)
-# Gradients of queries that the fused kernel leaves for a sum, one of each block of keys: beyond, they take gigabytes.
+# The fused kernel writes one partial gradient of the queries per block of keys. With more parts
+# they take gigabytes.
 _MOST_PARTS = 8
 
 
@@ -42,22 +44,25 @@ def splash_attention(
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` of every example; on a mesh, each device its own examples and heads.
+    """Computes `attention` of every example.
 
-    Positions have to grow by one along each segment, and the window to be one of ``config.windows``: these are
-    compiled, so that a traced window chooses among them.
+    On a mesh, each device computes its own examples and heads.
+
+    Positions must grow by one along each segment, and the window must be one of ``config.windows``:
+    each is compiled as a branch, and a traced window selects one.
     """
-    # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
+    # The compiler does not partition a Pallas call: on several devices it is mapped over the
+    # sharding.
     mapped = config.sharding is not None or numerics.platform.devices == 1
     fits = takes(q.shape[1], q.shape[-1]) and mapped
     if not fits or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
     q, k, v = (round_and_save(x, numerics) for x in (q, keys.k, keys.v))
-    # [batch, heads, seq, head_dim]; splash has no scale of its own.
+    # [batch, heads, seq, head_dim]; splash attention has no scale parameter
     arrays = [x.astype(numerics.operand).swapaxes(1, 2) for x in (q * config.scale, k, v)]
     segments = jnp.broadcast_to(keys.segments, q.shape[:2])
     windows = np.asarray(config.windows[:-1], np.int32)
-    choice = jnp.sum(jnp.asarray(window) > windows)  # 0 where there is one window
+    choice = jnp.sum(jnp.asarray(window) > windows)  # 0 if there is one window
     attend: Callable[..., jax.Array] = partial(_one_device, config=config)
     if config.sharding is not None:
         mesh, (rows, *_) = config.sharding.mesh, (*config.sharding.spec, None)
@@ -68,15 +73,15 @@ def splash_attention(
 
 
 def takes(seq: int, head_dim: int) -> bool:
-    """Whether the kernels take rows of ``seq`` tokens and heads of ``head_dim`` numbers."""
+    """Returns True if the kernels support rows of ``seq`` tokens and heads of size ``head_dim``."""
     return seq % _LANES == 0 and head_dim % 64 == 0
 
 
 def _one_device(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, choice: jax.Array, *, config: AttentionConfig
 ) -> jax.Array:
-    """One device's part: ``[batch, heads, seq, head_dim]``."""
-    # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
+    """Computes one device's part: ``[batch, heads, seq, head_dim]``."""
+    # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
 
     branches = [
@@ -103,10 +108,12 @@ def _for_window(heads: int, seq: int, window: int, softcap: float, interpret: bo
 
 
 def block_sizes(seq: int, window: int) -> dict[str, Any]:
-    """Settings of the kernels for rows of ``seq`` tokens, a multiple of 128, that see ``window`` before them.
+    """Returns the kernels' block sizes for rows of ``seq`` tokens, a multiple of 128.
 
-    Blocks are a quarter of the row at most, and half of the window. One kernel makes all gradients, with five products
-    instead of the seven of two kernels, but where a window leaves few products and not fewer of the sums behind it.
+    Blocks are at most a quarter of the row and half of the ``window``. One fused kernel computes
+    all gradients with five matmuls instead of the seven of two kernels. It is not used with more
+    than `_MOST_PARTS` blocks of keys, or with windows, which leave fewer matmuls but as many
+    partial gradients to sum.
     """
     seen = min(window, seq)
     fitting = [size for size in _BLOCKS if seq % size == 0 and 4 * size <= seq and (seen == seq or 2 * size <= seen)]
@@ -118,7 +125,11 @@ def block_sizes(seq: int, window: int) -> dict[str, Any]:
 
 
 def computed_pairs(seq: int, window: int) -> float:
-    """Pairs of a query and a key that the kernels compute for a row: those of all blocks of which any is seen."""
+    """Returns the number of query-key pairs that the kernels compute for a row.
+
+    These are all pairs of every block of which any pair is seen.
+    """
     block = block_sizes(seq, window)["block_q"]
-    before = -(-(min(window, seq) - 1) // block)  # blocks of keys before the diagonal's that a block of queries sees
+    # Blocks of keys before the diagonal block that a block of queries sees.
+    before = -(-(min(window, seq) - 1) // block)
     return float(sum(min(i, before) + 1 for i in range(seq // block)) * block * block)

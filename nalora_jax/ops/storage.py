@@ -1,4 +1,4 @@
-"""How arrays are stored: frozen weights, and activations that are saved for the backward pass.
+"""Storage forms of frozen weights and of activations that are saved for the backward pass.
 
 A frozen array is stored as floats or in another form that expands to floats: quantized codes with
 scales (`nalora_jax.ops.quantize`), or the bits of bf16 on a CPU. The caller who compiles a program

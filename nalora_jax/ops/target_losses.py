@@ -1,4 +1,7 @@
-"""The loss of every target on its own, chunk by chunk as in `nalora_jax.ops.cross_entropy`, without a gradient."""
+"""The separate loss of every target, without a gradient.
+
+Logits are computed chunk by chunk, as in `nalora_jax.ops.cross_entropy`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from nalora_jax.ops.cross_entropy import PLAIN_HEAD, Columns, Head, chunk_of_row
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel
 
-_CHUNK_FLOATS = 1 << 25  # of one chunk of logits on a device: nothing is computed twice here, so small ones will do
+# Floats of one chunk of logits on a device; small chunks suffice without a backward pass.
+_CHUNK_FLOATS = 1 << 25
 
 
 def target_losses(
@@ -26,17 +30,20 @@ def target_losses(
     chunk: int = 0,
     shards: int = 1,
 ) -> jax.Array:
-    """``weights * -log p(target)`` of every position, float32 ``[batch, seq]``; no gradient.
+    """Returns ``weights * -log p(target)`` of every position, float32 ``[batch, seq]``.
+
+    The result has no gradient.
 
     Args:
       hidden: ``[batch, seq, d_model]`` after the final norm.
-      kernel: of the head, as it is stored.
+      kernel: the head's kernel, as it is stored.
       targets: int ``[batch, seq]``.
-      weights: ``[batch, seq]``, 0 where a position has no target.
+      weights: ``[batch, seq]``, 0 for positions without a target.
       head: static options.
       numerics: dtype of the operands.
-      chunk: rows of logits at a time, on each device; 0 chooses by the vocabulary.
-      shards: parts that a mesh splits the batch into; on one device only positions with a target are computed.
+      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
+      shards: parts that a mesh splits the batch into; with 1, only positions with a target are
+        computed.
     """
     hidden, kernel, weights = lax.stop_gradient((hidden, kernel, weights.astype(jnp.float32)))
     rows = chunk or max(_CHUNK_FLOATS // kernel.shape[head.axis] // 128 * 128, 128)
@@ -65,7 +72,7 @@ def _of_targets(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losse
 
 
 def _along_sequence(hidden: jax.Array, targets: jax.Array, weights: jax.Array, losses: Any, rows: int) -> jax.Array:
-    """Chunks of whole columns of the batch, so that every shard of the batch works on its own rows."""
+    """Runs chunks of whole columns of the batch, so that every shard processes its own rows."""
     batch, seq = weights.shape
     columns = Columns.of(batch, seq, rows)
 

@@ -1,7 +1,7 @@
-"""Cross-entropy over an output head that is trained itself, chunk by chunk as in `nalora_jax.ops.cross_entropy`.
+"""Cross-entropy over a trained output head, chunk by chunk as in `nalora_jax.ops.cross_entropy`.
 
-The gradients of hidden states and head are made in the pass that makes the loss, so that logits exist for one chunk at
-a time; the head's is as large as what is trained of it.
+The gradients of hidden states and head are computed in the same pass as the loss, so that logits
+exist for one chunk at a time. The head's gradient is as large as its trained part.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
 from nalora_jax.ops.storage import Kernel
 
-_CHUNK_FLOATS = 1 << 25  # of one chunk of logits on a device
+_CHUNK_FLOATS = 1 << 25  # floats of one chunk of logits on a device
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WholeHead:
-    """A head that is trained as a whole; also its gradient.
+    """A head that is trained entirely; also the type of its gradient.
 
     Attributes:
       kernel: float32 ``[d_model, vocab]``.
@@ -36,19 +36,22 @@ class WholeHead:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the logits."""
+        """The size of the vocabulary."""
         return self.kernel.shape[1]
 
     def zeros(self) -> WholeHead:
-        """A gradient to add to."""
+        """Returns a zero gradient."""
         return WholeHead(jnp.zeros(self.kernel.shape, jnp.float32))
 
     def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
-        """``[rows, d_model]`` -> float32 ``[rows, vocab]``."""
+        """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         return dot(hidden, self.kernel, numerics)
 
     def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, WholeHead]:
-        """The gradients of hidden states and head, of ``delta [rows, vocab]``, that of the products."""
+        """Returns the gradients of hidden states and head.
+
+        ``delta [rows, vocab]`` is the gradient of `products`.
+        """
         back = dot(delta, self.kernel, numerics, dims=(1, 1))
         return back, WholeHead(dot(hidden, delta, numerics, dims=(0, 0)))
 
@@ -56,10 +59,12 @@ class WholeHead:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HeadRows:
-    """A frozen head with rows, one a token, that are trained; also their gradient, which has no kernel.
+    """A frozen head with trained rows, one per token id.
+
+    Its gradient has the same type, without a kernel.
 
     Attributes:
-      rows: float32 ``[ids, d_model]``, in place of the kernel's own.
+      rows: float32 ``[ids, d_model]``, which replace rows of the kernel.
       kernel: frozen, as it is stored; see ``transposed``.
       ids: token ids of the rows, all different.
       transposed: the kernel is an embedding ``[vocab, d_model]``; else ``[d_model, vocab]``.
@@ -72,26 +77,29 @@ class HeadRows:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the logits."""
+        """The size of the vocabulary."""
         assert self.kernel is not None
         return self.kernel.shape[0 if self.transposed else 1]
 
     def zeros(self) -> HeadRows:
-        """A gradient to add to."""
+        """Returns a zero gradient."""
         return replace(self, rows=jnp.zeros(self.rows.shape, jnp.float32), kernel=None)
 
     def products(self, hidden: jax.Array, numerics: Numerics) -> jax.Array:
-        """``[rows, d_model]`` -> float32 ``[rows, vocab]``."""
+        """Returns float32 ``[rows, vocab]`` of ``[rows, d_model]``."""
         assert self.kernel is not None
         frozen = dot(hidden, self.kernel, numerics, dims=(1, 1 if self.transposed else 0))
         return frozen.at[:, np.array(self.ids)].set(dot(hidden, self.rows, numerics, dims=(1, 1)))
 
     def pull(self, hidden: jax.Array, delta: jax.Array, numerics: Numerics) -> tuple[jax.Array, HeadRows]:
-        """The gradients of hidden states and rows, of ``delta [rows, vocab]``, that of the products."""
+        """Returns the gradients of hidden states and trained rows.
+
+        ``delta [rows, vocab]`` is the gradient of `products`.
+        """
         assert self.kernel is not None
         columns = np.array(self.ids)
         of_rows = delta[:, columns]
-        of_others = delta.at[:, columns].set(0.0)  # the kernel's own rows of these tokens are not read
+        of_others = delta.at[:, columns].set(0.0)  # the kernel's rows of these tokens are not used
         back = dot(of_others, self.kernel, numerics, dims=(1, 0 if self.transposed else 1))
         back = back + dot(of_rows, self.rows, numerics)
         return back, replace(self, rows=dot(of_rows, hidden, numerics, dims=(0, 0)), kernel=None)
@@ -108,16 +116,18 @@ def trained_cross_entropy(
     chunk: int = 0,
     shards: int = 1,
 ) -> jax.Array:
-    """Sum of ``weights * -log p(target)``, differentiable with respect to ``hidden`` and what is trained of the head.
+    """Returns the sum of ``weights * -log p(target)``.
+
+    It is differentiable with respect to ``hidden`` and the trained part of the head.
 
     Args:
       hidden: ``[batch, seq, d_model]`` after the final norm.
-      trained: the head, as a whole or some rows of it.
+      trained: the head, trained entirely or by rows.
       targets: int ``[batch, seq]``.
-      weights: ``[batch, seq]``, 0 where a position has no target.
+      weights: ``[batch, seq]``, 0 for positions without a target.
       head: soft cap and scale.
       numerics: dtype of the operands; logits and gradients are float32.
-      chunk: rows of logits at a time, on each device; 0 chooses by the vocabulary.
+      chunk: rows of logits at a time, on each device; 0 derives it from the size of the vocabulary.
       shards: parts that a mesh splits the batch into.
     """
     rows = (chunk or max(_CHUNK_FLOATS // trained.vocab_size // 128 * 128, 128)) * shards
@@ -139,7 +149,10 @@ def _loss(
 
 
 def _forward(hidden: Any, trained: Any, targets: Any, weights: Any, head: Head, numerics: Numerics, rows: int) -> Any:
-    """The loss, and the gradients of hidden states and head: chunks of whole columns of the batch."""
+    """Returns the loss, and the gradients of hidden states and head.
+
+    Chunks are whole columns of the batch.
+    """
     batch, seq, _ = hidden.shape
     columns = Columns.of(batch, seq, rows)
 

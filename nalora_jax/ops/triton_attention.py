@@ -1,8 +1,9 @@
-"""Attention of packed rows on a GPU: JAX's Pallas kernel for Triton, which compares segments where it computes scores.
+"""Attention of long packed rows on a GPU: JAX's Pallas kernel for Triton.
 
-cuDNN, which is asked first, takes visibility as an array ``[rows, 1, seq, seq]`` of bfloat16: 2 GB of a row of 32,768
-tokens. From 256 MB on it is this kernel's. Windows, soft caps, cached keys, dropout, and lengths that the kernel
-does not take are the plain function's, which stores no such array either.
+The kernel compares segments while it computes scores. cuDNN, which has priority, takes visibility
+as a bf16 array ``[rows, 1, seq, seq]``: 2 GB for a row of 32,768 tokens. If that array is larger
+than 256 MB, this kernel is used. Windows, soft caps, cached keys, dropout, and lengths that the
+kernel does not support use the plain function, which stores no such array either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from nalora_jax.ops.dispatch import Implementation, Numerics
 from nalora_jax.ops.storage import round_and_save
 
 TRITON = Implementation("triton", platform="gpu")
-_BLOCK = 128  # queries and keys of a block; the backward pass has four gradients to hold, and takes half
+# Queries and keys per block; the backward pass stores four gradients and uses half of it.
+_BLOCK = 128
 
 
 @TRITON.implements(attention)
@@ -36,12 +38,16 @@ def triton_attention(
     dropout_rng: jax.Array | None = None,
     starts: jax.Array | None = None,
 ) -> jax.Array:
-    """`attention` of every example; on a mesh, each device its own examples and heads.
+    """Computes `attention` of every example.
 
-    Positions have to grow by one along each segment, and no window of ``config.windows`` to be shorter than the row.
+    On a mesh, each device computes its own examples and heads.
+
+    Positions must grow by one along each segment, and no window of ``config.windows`` may be
+    shorter than the row.
     """
     fits = takes(q.shape[1], q.shape[-1], config.windows, config.softcap)
-    # A Pallas call is not partitioned by the compiler: on several devices it needs the sharding to map itself over.
+    # The compiler does not partition a Pallas call: on several devices it is mapped over the
+    # sharding.
     mapped = config.sharding is not None or numerics.platform.devices == 1
     if not (fits and mapped) or cached is not None or drops(config, dropout_rng) or starts is not None:
         return NotImplemented
@@ -58,27 +64,31 @@ def triton_attention(
 
 
 def takes(seq: int, head_dim: int, windows: Sequence[int], softcap: float | None) -> bool:
-    """Whether the kernel computes rows of ``seq`` tokens: whole blocks, and no window that is shorter."""
+    """Returns True if the kernel supports rows of ``seq`` tokens.
+
+    It needs whole blocks, and no window may be shorter than the row.
+    """
     far = bool(windows) and min(windows) >= seq
     return far and seq % _BLOCK == 0 and head_dim in (32, 64, 128) and not softcap
 
 
 def computed_pairs(seq: int) -> float:
-    """Pairs of a query and a key whose scores a pass computes: those of every block that causality touches."""
+    """Returns the number of query-key pairs in the blocks that causality touches, for one row."""
     return seq * (seq + _BLOCK) / 2
 
 
 def _one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *, config: AttentionConfig) -> jax.Array:
-    """One device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
-    # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
+    """Computes one device's part: ``[batch, seq, heads, head_dim]`` in q's dtype."""
+    # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
     with warnings.catch_warnings():
-        # JAX 0.12 calls it deprecated in favour of a package of its own (tokamax), which has no stable version yet.
+        # JAX 0.12 deprecates it in favour of a separate package (tokamax), which has no stable
+        # version yet.
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
     half = _BLOCK // 2
     sizes = BlockSizes(_BLOCK, _BLOCK, half, half, half, half)
-    # The kernel knows no groups of heads: a key head is there once for every query head that reads it.
+    # The kernel does not group heads: a key head is repeated for every query head that reads it.
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     out: jax.Array = mha(
         q, k, v, segments, sm_scale=config.scale, causal=True, block_sizes=sizes, interpret=config.interpret

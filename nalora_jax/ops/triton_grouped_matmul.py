@@ -1,7 +1,8 @@
-"""Grouped products on a GPU: a Pallas kernel for Triton. XLA has none there, and multiplies every row by every kernel.
+"""Grouped matmuls on a GPU: a Pallas kernel for Triton.
 
-The kernel visits pairs of a tile of rows and a group that has rows in it; a tile that several groups share is visited
-by each, which stores its own rows alone.
+XLA has no such kernel on GPUs and multiplies every row by every group's kernel. This kernel visits
+pairs of a tile of rows and a group with rows in the tile. A tile that several groups share is
+visited once per group, and each visit stores the rows of its group only.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.grouped_matmul import grouped_matmul
 from nalora_jax.ops.triton_attention import TRITON
 
-NAME = "grouped_matmul"  # of the kernel, by which `nalora plan` knows it
-_ROWS, _COLUMNS, _INNER = 128, 128, 64  # of a tile
+NAME = "grouped_matmul"  # the kernel's name, by which `nalora plan` recognises it
+_ROWS, _COLUMNS, _INNER = 128, 128, 64  # tile sizes
 _WARPS, _STAGES = 8, 3
 
 
@@ -26,7 +27,7 @@ _WARPS, _STAGES = 8, 3
 def triton_grouped_matmul(
     x: jax.Array, kernels: jax.Array, sizes: jax.Array, numerics: Numerics, *, transposed: bool = False
 ) -> jax.Array:
-    """`grouped_matmul` of bfloat16 operands whose widths the tiles divide."""
+    """Computes `grouped_matmul` for bf16 operands whose widths are multiples of the tile sizes."""
     d_out, d_in = kernels.shape[1:] if transposed else kernels.shape[:0:-1]
     divides = d_out % _COLUMNS == 0 and d_in % _INNER == 0
     if numerics.operand != "bfloat16" or not divides:
@@ -43,13 +44,17 @@ def tiled(
     transposed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """The kernel; arguments as of `grouped_matmul`, and ``interpret`` to run it without a GPU."""
-    # Where it is used: Pallas is 5 MB and a tenth of a second of every other process.
+    """Runs the kernel; for the arguments see `grouped_matmul`.
+
+    ``interpret`` runs it without a GPU.
+    """
+    # Imported here, because Pallas costs every process 5 MB and a tenth of a second.
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     rows, groups, d_out = x.shape[0], kernels.shape[0], kernels.shape[1 if transposed else 2]
-    x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))  # rows of no group, which no visit stores
+    # Padding rows belong to no group, so no visit stores them.
+    x = jnp.pad(x, ((0, -rows % _ROWS), (0, 0)))
     tiles = x.shape[0] // _ROWS
     whole = lambda shape: pl.BlockSpec(shape, lambda i, j: (0,) * len(shape))  # noqa: E731
     visits = _visits(sizes, tiles)
@@ -67,9 +72,10 @@ def tiled(
 
 
 def _visits(sizes: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of each visit, int32 ``[tiles + groups - 1]``: the group, the tile of rows, and the group's first row and end.
+    """Returns each visit's group, tile of rows, and the group's first row and end.
 
-    Groups without rows have no visit; visits that are left over have no rows.
+    All are int32 ``[tiles + groups - 1]``. Groups without rows have no visit; surplus visits have
+    no rows.
     """
     ends = jnp.cumsum(sizes.astype(jnp.int32))
     starts = ends - sizes

@@ -1,1 +1,1 @@
-"""Planning a run for hardware that is not there: what its compiled step needs and how fast it can be."""
+"""Planning of runs for absent hardware: memory, flops and speed of the compiled step."""

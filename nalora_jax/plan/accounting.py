@@ -1,7 +1,8 @@
-"""What a compiled program does on each device: flops, bytes of memory, collectives.
+"""Resources that a compiled program uses on each device: flops, bytes of memory, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and gives nothing on GPUs. Here every
-computation is counted as often as it runs: trip counts come from the loops' conditions.
+XLA's `cost_analysis` counts the body of a loop once for any number of iterations, and returns no
+result on GPUs. Here every computation is counted as often as it runs; trip counts are read from the
+loops' conditions.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-_BETWEEN = " between slices"  # ends the kind of a collective of several slices
-_FUSIONS = ("fusion", "fusion-start")  # the second runs beside what follows, up to its "fusion-done"
-_STARTS = 'custom_call_target="AsyncCollectiveStart"'  # the end of the first part of a collective
-# Custom calls that are no kernels: a TPU's compiler marks with them what it does itself.
+_BETWEEN = " between slices"  # suffix of the kind of a collective between slices
+# "fusion-start" runs overlapped with later instructions, until its "fusion-done".
+_FUSIONS = ("fusion", "fusion-start")
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'  # ends the first part of a collective
+# Custom calls that are not kernels: markers of the TPU compiler.
 _MARKS = re.compile(r'custom_call_target="(AsyncCollective\w+|PrepareAsyncCall\w+|AllocateBuffer)"')
-# Instructions that move no bytes of their own.
+# Instructions without direct memory traffic.
 _FREE = frozenset(
     (
         "parameter",
@@ -55,24 +57,24 @@ _ELEMENTWISE = frozenset(("convert", "add", "subtract", "multiply", "negate", "s
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective operation as a device sees it."""
+    """A collective operation from the view of one device."""
 
     kind: str
-    received: float  # bytes that reach a device over the interconnect, each time
-    devices: int  # that take part; 0: one of every slice
-    times: float  # a step
-    overlapped: bool  # the schedule holds products between its start and its end
-    in_loop: str  # the computation it stands in
-    source: str  # what it belongs to in the model (op_name)
+    received: float  # bytes that a device receives over the interconnect, per execution
+    devices: int  # number of participants; 0: one device of every slice
+    times: float  # executions per step
+    overlapped: bool  # matmuls are scheduled between its start and its end
+    in_loop: str  # the computation that contains it
+    source: str  # its origin in the model (op_name)
 
     @property
     def between_slices(self) -> bool:
-        """Whether it goes through the data-centre network that joins slices of TPUs."""
+        """True if it uses the data-centre network that connects slices of TPUs."""
         return self.kind.endswith(_BETWEEN)
 
     @property
     def total(self) -> float:
-        """Bytes received in a step."""
+        """Bytes received per step."""
         return self.received * self.times
 
 
@@ -88,7 +90,7 @@ class Program:
 
     @cached_property
     def times(self) -> dict[str, float]:
-        """How often each computation runs in one call of the program."""
+        """Executions of each computation in one call of the program."""
         found = dict.fromkeys(self.computations, 0.0)
 
         def visit(name: str, times: float) -> None:
@@ -103,7 +105,7 @@ class Program:
         return found
 
     def trips(self, loop: Instruction, holder: Computation) -> int:
-        """Iterations of a ``while`` in ``holder``; 1 where only the running program knows them."""
+        """Returns the iterations of a ``while``; 1 if they are unknown before execution."""
         known = re.search(r"known_trip_count[^\d}]*(\d+)", loop.attributes)
         if known:
             return int(known.group(1))
@@ -119,7 +121,7 @@ class Program:
 
     @cached_property
     def flops(self) -> float:
-        """Of all matrix products, grouped ones included; other kernels are not seen (see `custom_calls`)."""
+        """Flops of all matmuls, grouped ones included; for other kernels see `custom_calls`."""
         return sum(
             self.times[c.name] * flops_of(i, c)
             for c in self.computations.values()
@@ -129,7 +131,7 @@ class Program:
 
     @cached_property
     def custom_calls(self) -> dict[str, float]:
-        """How often each kernel runs that XLA did not make, by its name."""
+        """Executions of each kernel that XLA did not generate, by its name."""
         found: dict[str, float] = {}
         for computation, instruction in self._running("custom-call"):
             if _MARKS.search(instruction.attributes):
@@ -140,12 +142,12 @@ class Program:
 
     @cached_property
     def memory_bytes(self) -> float:
-        """Read from and written to HBM. A slice of a stack counts as the slice."""
+        """Bytes read from and written to HBM. A slice of a stack counts as the slice."""
         return sum(self.times[c.name] * self._bytes_of(i, c) for c in self.scheduled() for i in c.instructions.values())
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        """All of them, in the order of the text."""
+        """All collectives, in the order of the text."""
         return tuple(self._collectives())
 
     def _running(self, opcode: str) -> Iterator[tuple[Computation, Instruction]]:
@@ -157,7 +159,7 @@ class Program:
 
     @staticmethod
     def _inner(instruction: Instruction) -> tuple[str, ...]:
-        """Computations whose instructions are part of this one."""
+        """Returns the computations whose instructions are part of this one."""
         return () if instruction.opcode in ("while", "conditional", "call") else instruction.calls
 
     # ------------------------------------------------------------ collectives
@@ -168,7 +170,7 @@ class Program:
             for caller in scheduled.instructions.values():
                 for instruction, holder in self._inside(caller, scheduled):
                     if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
-                        # The parts that a TPU's compiler cuts a collective into share its channel.
+                        # The TPU compiler splits a collective into parts that share its channel.
                         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                         key = channel.group(1) if channel and holder is not scheduled else instruction.name
                         groups.setdefault(key, []).append((caller.name, instruction, holder))
@@ -195,7 +197,10 @@ class Program:
         )
 
     def _between(self, send: Instruction, scheduled: Computation) -> Collective:
-        """A collective of several slices, which is a transfer to the host and one from it under the same name."""
+        """Returns a collective of several slices.
+
+        It is a transfer to the host and one from the host with the same name.
+        """
         kind = re.search(r'megascale_transfer_type="(\w+)"', send.attributes)
         name = re.search(r'transfer_rendezvous="[^"]*"', send.attributes)
         every = list(scheduled.instructions.values())
@@ -213,14 +218,14 @@ class Program:
         )
 
     def scheduled(self) -> Iterator[Computation]:
-        """Computations whose instructions run one after the other: the entry, bodies of loops, branches."""
+        """Yields computations that run in sequence: the entry, bodies of loops, branches."""
         inner = {name for c in self.computations.values() for i in c.instructions.values() for name in self._inner(i)}
         for computation in self.computations.values():
             if computation.name not in inner and self.times[computation.name]:
                 yield computation
 
     def _inside(self, instruction: Instruction, holder: Computation) -> Iterator[tuple[Instruction, Computation]]:
-        """An instruction and all that are fused into it."""
+        """Yields an instruction and all instructions that are fused into it."""
         yield instruction, holder
         for name in self._inner(instruction):
             if name in self.computations:
@@ -228,12 +233,13 @@ class Program:
                     yield from self._inside(inner, self.computations[name])
 
     def overlapped(self, scheduled: Computation, callers: list[str]) -> bool:
-        """Whether products run between a collective's start and its end, by the schedule."""
+        """Returns True if matmuls are scheduled between a collective's start and its end."""
         names = list(scheduled.instructions)
         places = [names.index(caller) for caller in callers]
         begun = scheduled.instructions[callers[0]]
         if begun.opcode.endswith("-start"):
-            # What a SparseCore does begins where an update hands it the operand, from libtpu 0.0.50 on.
+            # Starting with libtpu 0.0.50, a SparseCore starts at the update that passes it the
+            # operand.
             given = next((u for u in scheduled.users[begun.name] if u.opcode.endswith("-update")), begun)
             ends = [u for u in scheduled.users[given.name] if u.opcode.endswith("-done")]
             places = [names.index(one.name) for one in (given, *ends)]
@@ -256,7 +262,7 @@ class Program:
     # ------------------------------------------------------------ bytes
 
     def _bytes_of(self, instruction: Instruction, computation: Computation) -> float:
-        """HBM traffic of one instruction of a scheduled computation."""
+        """Returns the HBM traffic of one instruction of a scheduled computation."""
         opcode = instruction.opcode
         if moved := instruction.host_bytes:
             return moved
@@ -276,14 +282,14 @@ class Program:
                 continue
             total += min(held, self._read(inner, index)) if inner is not None else _used(instruction, index, held)
         written = sum(shape.size for shape in instruction.shapes if shape.in_hbm)
-        if opcode.endswith("-start") and inner is None:  # its result names the operand again
+        if opcode.endswith("-start") and inner is None:  # its result lists the operand again
             return total + sum(shape.size for shape in instruction.shapes[1:2] if shape.in_hbm)
         return total + (
             min(written, self._written(inner)) if inner is not None else _changed(instruction, computation, written)
         )
 
     def _read(self, computation: Computation, index: int) -> float:
-        """Bytes of its operand that a fusion reads."""
+        """Returns the bytes of its operand that a fusion reads."""
         parameter = computation.parameter(index)
         return math.inf if parameter is None else self._read_of(computation, parameter)
 
@@ -292,11 +298,11 @@ class Program:
         for user in computation.users[source.name]:
             if user.opcode == "bitcast" and not user.is_root:
                 total += self._read_of(computation, user)
-            elif user.opcode in _ELEMENTWISE and not user.is_root:  # made of those elements alone that are used
+            elif user.opcode in _ELEMENTWISE and not user.is_root:  # only for used elements
                 total += self._read_of(computation, user) * source.shapes[0].size / max(user.shapes[0].size, 1.0)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
                 taken = sum(shape.size for shape in user.shapes)
-                # Of what is taken as little may be used as of the array itself: rows of rows.
+                # The slice may be used only in part, like the array itself: rows of rows.
                 total += taken if user.is_root else min(taken, self._read_of(computation, user))
             elif self._hands_on(user, source, computation):
                 continue
@@ -307,7 +313,10 @@ class Program:
         return total
 
     def _read_inside(self, user: Instruction, source: Instruction, computation: Computation) -> float:
-        """Bytes that a fusion within a fusion reads of an operand, or its users do where it only changes the shape."""
+        """Returns the bytes of an operand that a nested fusion reads.
+
+        If the nested fusion only changes the shape, the reads of its users are counted, too.
+        """
         inner, total = self.computations[user.calls[0]], 0.0
         for index in (i for i, name in enumerate(user.operands) if name == source.name):
             total += self._read(inner, index)
@@ -317,7 +326,10 @@ class Program:
 
     @staticmethod
     def _hands_on(user: Instruction, source: Instruction, computation: Computation) -> bool:
-        """Whether a fusion returns an operand in place, changed or not, without reading it."""
+        """Returns True if a fusion returns an operand in place without reading it.
+
+        The operand may be modified.
+        """
         updated = user.opcode == "dynamic-update-slice" and user.operands[0] == source.name
         unchanged = _origin(source, computation).opcode == "parameter"
         returned = user.opcode in ("tuple", "bitcast") and user.is_root and unchanged
@@ -327,7 +339,7 @@ class Program:
         return self._written_by(computation, computation.root)
 
     def _written_by(self, computation: Computation, result: Instruction) -> float:
-        """Bytes of a result that a fusion writes: of an updated stack, the update."""
+        """Returns the bytes of a result that a fusion writes: of an updated stack, the update."""
         if result.opcode == "dynamic-update-slice":
             update = computation.instructions.get(result.operands[1])
             return sum(shape.size for shape in (update or result).shapes)
@@ -336,9 +348,10 @@ class Program:
         if result.opcode == "tuple":
             parts = (computation.instructions[name] for name in result.operands if name in computation.instructions)
             return sum(self._written_by(computation, part) for part in parts if part.shapes[0].in_hbm)
-        if result.opcode == "parameter" or _is_continued(result, computation):  # handed on in place
+        if result.opcode == "parameter" or _is_continued(result, computation):  # returned in place
             return 0.0
-        if _STARTS in result.attributes:  # what is gathered, without the operand that it hands on
+        # The gathered array, without the operand, which is returned in place.
+        if _STARTS in result.attributes:
             return sum(shape.size for name in result.operands for shape in computation.instructions[name].shapes)
         if result.opcode == "fusion" and result.calls[0] in self.computations:
             return self._written(self.computations[result.calls[0]])
@@ -346,7 +359,7 @@ class Program:
 
 
 def _origin(instruction: Instruction, computation: Computation) -> Instruction:
-    """What a value is, whatever shape it is seen in."""
+    """Returns the instruction that a value comes from, without bitcasts."""
     while instruction.opcode == "bitcast" and instruction.operands[0] in computation.instructions:
         instruction = computation.instructions[instruction.operands[0]]
     return instruction
@@ -357,9 +370,9 @@ def _of_slices(instruction: Instruction) -> bool:
 
 
 def _is_continued(instruction: Instruction, computation: Computation) -> bool:
-    """Whether a fusion holds one of the parts that a TPU's compiler cuts a collective into, but not the first.
+    """Returns True if a fusion has a later part of a collective that the TPU compiler has split.
 
-    All of them name the whole of what is gathered; its bytes are those of the first, and move once.
+    Every part lists the entire gathered array. Its bytes are counted once, in the first part.
     """
     if 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes:
         return True

@@ -1,4 +1,4 @@
-"""The layout of a run on the devices that it has."""
+"""The choice of a run's layout on the devices of this process."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ log = logging.getLogger(__name__)
 
 
 def laid_out(config: RunConfig, base: ModelConfig, devices: Sequence[jax.Device] | None = None) -> RunConfig:
-    """``config`` with every axis of its mesh, and on TPUs and GPUs its rematerialization policy, as estimates prefer.
+    """Returns ``config`` with all mesh axes set to the layout with the best estimate.
+
+    On TPUs and GPUs the rematerialization policy is set, too. On a CPU or an unknown chip
+    ``config`` is returned unchanged.
 
     Args:
-      config: the run; axes of 0 and a remat of "auto" are left to this function.
+      config: the run; axes of 0 and a remat of "auto" are chosen by this function.
       base: architecture of the base model.
-      devices: all devices of all processes by default.
+      devices: default: all devices of all processes.
 
     Raises:
       NaloraError: no layout fits, or the axes do not fit the devices, the batch or the heads.
@@ -50,24 +53,25 @@ def accepted(
     build: Callable[[RunConfig], Pieces],
     devices: Sequence[jax.Device] | None = None,
 ) -> Pieces:
-    """Pieces of a run in the layout that the compiler and the devices accept; see `nalora_jax.plan.decide`.
+    """Returns the pieces of a run in a layout that the compiler and the devices accept.
 
-    The step of a layout is compiled once, here; training finds it compiled. The first step is then run and its result
-    dropped: a layout for which a device has no memory leads to the next one, whose weights and state are placed anew.
-    All processes compile the same program and so decide alike.
+    Layouts are tried in the order of `nalora_jax.plan.decide`. The step of a layout is compiled
+    once, here; training reuses it. The first step is then run and its result dropped. If a device
+    lacks memory for a layout, the next layout is tried, and weights and state are placed again. All
+    processes compile the same program and so choose the same layout.
 
     Args:
-      config: the run; axes of 0 and a remat of "auto" are left to this function.
+      config: the run; axes of 0 and a remat of "auto" are chosen by this function.
       base: architecture of the base model.
       build: loads and assembles a run whose layout is decided.
-      devices: all devices of all processes by default.
+      devices: default: all devices of all processes.
 
     Raises:
       NaloraError: no layout fits, or ``build`` raises it.
     """
     where = of_devices(list(jax.devices() if devices is None else devices))
     candidates = [] if where is None else _candidates(config, base, where)
-    if where is None or len(candidates) == 1:  # all is given
+    if where is None or len(candidates) == 1:  # the layout is fixed by the settings
         return build(laid_out(config, base, devices))
     search = Search(candidates, where.chip.memory)
     attempt = _Attempt(config, base, where, build)
@@ -82,7 +86,7 @@ def accepted(
 
 
 class _Attempt:
-    """Builds, compiles and tries a run in one layout after the other; only the last one's arrays are kept."""
+    """Builds, compiles and tries a run in several layouts; keeps the last arrays only."""
 
     def __init__(
         self, config: RunConfig, base: ModelConfig, where: Topology, build: Callable[[RunConfig], Pieces]
@@ -92,7 +96,7 @@ class _Attempt:
 
     def __call__(self, layout: Layout) -> Compiled:
         self.pieces = None
-        gc.collect()  # the last layout's arrays leave the devices
+        gc.collect()  # frees the last layout's arrays on the devices
         try:
             return self._compiled(with_layout(self._config, layout))
         except jax.errors.JaxRuntimeError as error:
@@ -126,7 +130,7 @@ def _candidates(config: RunConfig, base: ModelConfig, where: Topology) -> list[L
 
 
 def with_layout(config: RunConfig, layout: Layout) -> RunConfig:
-    """``config`` with the mesh and the rematerialization policy of ``layout``."""
+    """Returns ``config`` with the mesh and the rematerialization policy of ``layout``."""
     mesh = MeshConfig(layout.data, layout.fsdp, layout.tensor)
     compute: Any = replace(config.compute, remat=cast(Any, layout.remat))
     return replace(config, mesh=mesh, compute=compute)

@@ -1,4 +1,4 @@
-"""Collectives as HLO writes them: who takes part, and how many bytes reach each device."""
+"""Parsing of collectives in HLO: group sizes, and bytes that reach each device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from nalora_jax.plan.hlo import Computation, Instruction
 
 
 def received(kind: str, instruction: Instruction, computation: Computation, devices: int) -> float:
-    """Bytes that reach a device in a ring, the least that any algorithm needs for large arrays."""
+    """Returns the bytes that reach a device in a ring.
+
+    For large arrays this is the minimum over all algorithms.
+    """
     shapes = instruction.shapes
     if instruction.opcode.endswith("-start") and len(shapes) > 1:
         shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
@@ -23,7 +26,7 @@ def received(kind: str, instruction: Instruction, computation: Computation, devi
 
 
 def group_size(attributes: str) -> int:
-    """Devices in one group of a collective, from any of the forms in which HLO writes groups."""
+    """Returns the devices in one group of a collective, from any of HLO's notations for groups."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[[^{]*)? \{([^}]*)\}", attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))

@@ -1,8 +1,9 @@
-"""The layout that a run takes: estimates rank the candidates, and the compiler accepts one of them.
+"""The choice of a run's layout: estimates rank the candidates, the compiler accepts one of them.
 
-A layout is accepted if its compiled step fits in memory and takes at most `SLOWER` times the estimated seconds, both
-by its memory analysis and its scheduled collectives. Otherwise the next candidates are compiled, `MOST` in all, after
-their estimates have been corrected by the programs compiled so far.
+A layout is accepted if its compiled step fits in memory and takes at most `SLOWER` times the
+estimated seconds, both according to its memory analysis and its scheduled collectives. Otherwise
+the next candidates are compiled, at most `MOST` in total. Their estimates are corrected by the
+programs compiled so far.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from nalora_jax.plan.layouts import Layout, preferred
 
 log = logging.getLogger(__name__)
 
-SLOWER = 1.3  # compiled seconds over estimated ones
-MOST = 4  # layouts that are compiled
-_EXHAUSTED = 1.1  # of the limit: memory of a program that was refused without a figure
+SLOWER = 1.3  # largest accepted ratio of compiled to estimated seconds
+MOST = 4  # largest number of layouts to compile
+_EXHAUSTED = 1.1  # of the limit: assumed memory of a program that was rejected without a figure
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Needs of a compiled step on each chip.
+    """Resources that a compiled step needs on each chip.
 
     Attributes:
-      memory: bytes of the chip's memory; None if the compiler or the chip refused the program for want of it.
-      fits: whether that memory is there, and the host's.
-      seconds: of a step, by roofline.
+      memory: bytes of the chip's memory; None if the compiler or the chip ran out of memory.
+      fits: True if the memory of the chip and of its host is large enough.
+      seconds: duration of a step, by roofline.
       program: for the caller.
     """
 
@@ -39,7 +40,7 @@ class Compiled:
     program: Any = None
 
     def __str__(self) -> str:
-        """For messages."""
+        """Returns the text for messages."""
         return "out of memory" if self.memory is None else f"compiled: {self.memory / 1e9:.1f} GB, {self.seconds:.3g} s"
 
 
@@ -52,7 +53,7 @@ class Search:
 
     Attributes:
       candidates: layouts that are estimated to fit.
-      limit: bytes that a program may take of a chip.
+      limit: bytes of a chip's memory that a program may use.
       tried: compiled layouts, in their order.
     """
 
@@ -61,7 +62,10 @@ class Search:
     tried: list[tuple[Layout, Compiled]] = field(default_factory=list)
 
     def next(self) -> Layout | None:
-        """The layout to compile; None if one of those compiled is to be taken, or `MOST` have been."""
+        """Returns the next layout to compile.
+
+        Returns None if a compiled layout is accepted or `MOST` have been compiled.
+        """
         if not self.tried:
             return preferred(self.candidates)
         layout, last = self.tried[-1]
@@ -75,14 +79,14 @@ class Search:
         return min(left, key=self._memory, default=None) if best == float("inf") else None
 
     def best(self) -> tuple[Layout, Compiled]:
-        """The fastest compiled layout that fits; the smallest if none does."""
+        """Returns the fastest compiled layout that fits; the smallest if none fits."""
         fitting = [pair for pair in self.tried if pair[1].fits]
         if fitting:
             return min(fitting, key=lambda pair: pair[1].seconds)
         return min(self.tried, key=lambda pair: pair[1].memory or float("inf"))
 
     def refusal(self) -> NaloraError:
-        """The error if no compiled layout fits."""
+        """Returns the error for a search in which no compiled layout fits."""
         return NaloraError(
             "--mesh",
             expected=f"a layout whose compiled step fits in {self.limit / 1e9:.1f} GB a chip",
@@ -91,18 +95,20 @@ class Search:
         )
 
     def _memory(self, layout: Layout) -> float:
-        """Estimated bytes, times the worst ratio of compiled to estimated ones so far."""
+        """Returns estimated bytes times the largest ratio of compiled to estimated bytes so far."""
         ratios = ((result.memory or _EXHAUSTED * self.limit) / other.memory for other, result in self.tried)
         return layout.memory * max((1.0, *ratios))
 
     def _seconds(self, layout: Layout) -> float:
-        """Estimated seconds, times the worst such ratio of the same mesh so far."""
+        """Returns estimated seconds times the largest such ratio of seconds of the same mesh."""
         same = ((other, result) for other, result in self.tried if other.mesh == layout.mesh and result.memory)
         return layout.seconds * max((result.seconds / other.seconds for other, result in same), default=1.0)
 
 
 def decide(search: Search, compiled: Callable[[Layout], Compiled]) -> tuple[Layout, Compiled]:
-    """The layout to take, and its program: the fastest that fits, or the smallest of the compiled ones if none does.
+    """Returns the chosen layout and its program.
+
+    It is the fastest compiled layout that fits, or the smallest if none fits.
 
     Args:
       search: candidates; layouts that were tried before count.

@@ -1,4 +1,4 @@
-"""The contrastive step of a dual encoder, compiled for hardware that is not there."""
+"""The contrastive step of a dual encoder, compiled for absent hardware."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from nalora_jax.train.dual import dual_program, resolve_dual
 
 
 def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: int) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted step of a run with ``vision.task`` "contrast", and descriptions of its arguments, placed on ``mesh``.
+    """Returns the jitted step of a run with ``vision.task`` "contrast" and its arguments' shapes.
+
+    The shapes are placed on ``mesh``.
 
     Args:
       config: the run; its batch size is the number of pairs over all devices.
-      base: architecture of the pair; its images are squares of the size that its positions belong to.
+      base: architecture of the pair; images are squares of the size that its position embeddings
+        cover.
       mesh: real or abstract devices.
       seq: tokens of a caption.
     """
@@ -31,7 +34,7 @@ def contrastive_step(config: RunConfig, base: DualConfig, mesh: Mesh, *, seq: in
     shapes = base.param_shapes().items()
     weights = trees.unflatten({path: jax.ShapeDtypeStruct(shape, config.compute.dtype) for path, shape in shapes})
     lora = jax.eval_shape(lambda params: init_lora(base, spec, jax.random.key(0), params), weights)
-    # Grey levels become numbers by a scale and an offset, whatever they are.
+    # The scale and the offset of grey levels do not affect the program, so the defaults are used.
     made = dual_program(config, base, spec, lora, mesh, ImageProcessor())
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     state, _ = placed(jax.eval_shape(made.fresh, lora, key), mesh, distributed.STATE_RULES)

@@ -1,4 +1,4 @@
-"""Figures of a compiled step, kept by the program's text, so that nothing is compiled twice."""
+"""Figures of a compiled step, cached by its text so that each program is compiled once."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from nalora_jax.plan.accounting import Collective, Program
 from nalora_jax.plan.machines import Chip
 from nalora_jax.plan.transfers import Transfer, transfers
 
-_ACCOUNTING = "14"  # of what is read from programs: what an earlier one kept is not taken
+_ACCOUNTING = "14"  # version of the accounting; cached figures of other versions are ignored
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one program needs of each device."""
+    """Resources that one program needs on each device."""
 
     arguments: float  # bytes
     temporary: float  # bytes
-    flops: float  # of XLA's own products
+    flops: float  # of XLA's matmuls
     memory_bytes: float  # read from and written to HBM in a step
-    custom_calls: Mapping[str, float]  # how often kernels run that XLA did not make
+    custom_calls: Mapping[str, float]  # executions of kernels that XLA did not generate
     collectives: tuple[Collective, ...]
     host: float = 0.0  # bytes of the host's memory
-    transfers: tuple[Transfer, ...] = ()  # between that and the device's
+    transfers: tuple[Transfer, ...] = ()  # between the host's and the device's memory
 
     @property
     def memory(self) -> float:
-        """Bytes that the program holds at once; its results lie where its arguments were."""
+        """Bytes that the program needs at once; results reuse the memory of the arguments."""
         return self.arguments + self.temporary
 
     def fits(self, chip: Chip) -> bool:
@@ -45,17 +45,22 @@ class Figures:
         return self.memory <= chip.memory and self.host <= chip.host_memory
 
     def moved(self, *, overlapped: bool | None = None) -> float:
-        """Bytes that a step receives over the interconnect, all or those that products do or do not hide."""
+        """Returns the bytes that a step receives over the interconnect.
+
+        Args:
+          overlapped: count only collectives that matmuls do (True) or do not (False) hide; None:
+            all.
+        """
         return sum(c.total for c in self.collectives if overlapped in (None, c.overlapped))
 
 
 def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None) -> Figures:
-    """Figures of ``step`` for descriptions of its arguments, from the cache or from the compiler.
+    """Returns the figures of ``step`` for shapes of its arguments, from the cache or the compiler.
 
     Args:
       step: a jitted function.
       arguments: ``jax.ShapeDtypeStruct`` trees with shardings.
-      cache: folder; `downloads.cache_dir` by default.
+      cache: folder; default: `downloads.cache_dir`.
     """
     lowered = step.lower(*arguments)
     device = jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0]
@@ -73,7 +78,7 @@ def figures(step: Any, arguments: tuple[Any, ...], *, cache: Path | None = None)
 
 
 def of_compiled(compiled: Any) -> Figures:
-    """Figures of a ``jax.stages.Compiled``."""
+    """Returns the figures of a ``jax.stages.Compiled``."""
     memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     return Figures(
         memory.argument_size_in_bytes,

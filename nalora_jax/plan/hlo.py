@@ -1,4 +1,4 @@
-"""Scheduled HLO, the text of a compiled program, as computations and instructions."""
+"""A parser of scheduled HLO, the text of a compiled program, into computations and instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DTYPE_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8, "f64": 8, "s4": 0.5, "u4": 0.5, "token": 0, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8,
 }  # fmt: skip
-_HOST = 5  # the number of the host's memory in layouts: S(5)
+_HOST = 5  # memory space of the host in layouts: S(5)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -33,12 +33,12 @@ class Shape:
 
     @property
     def in_hbm(self) -> bool:
-        """Whether to read or write it is traffic of the device's main memory."""
+        """True if it is stored in the device's main memory."""
         return not (self.on_chip or self.on_host)
 
     @property
     def size(self) -> float:
-        """Bytes."""
+        """The size in bytes."""
         return math.prod(self.dims) * _DTYPE_BYTES.get(self.dtype, 4)
 
 
@@ -48,14 +48,14 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; several where it is a tuple
+    shapes: tuple[Shape, ...]  # of the result; several for a tuple
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """Computations that it runs, but for the two of a loop."""
+        """The computations that it runs; for a loop, body and condition."""
         return tuple(
             name.strip().lstrip("%")
             for several, single in _CALLED.findall(self.attributes)
@@ -65,15 +65,19 @@ class Instruction:
 
     @property
     def host_bytes(self) -> float:
-        """Bytes that it moves between the device's memory and the host's; 0 of what moves none."""
+        """The bytes that it moves between device and host memory; 0 if it moves none."""
         if not self.opcode.endswith("-start") or not any(shape.on_host for shape in self.shapes):
             return 0.0
-        # On one side a stack of all layers, on the other what is put into it or taken out; the rest are indices.
+        # One side is a stack of all layers, the other the slice that is written or read; the rest
+        # are indices.
         return sum(shape.size for shape in self.shapes if shape.dims and not shape.on_host)
 
     @property
     def to_host(self) -> bool:
-        """Whether what it moves leaves the device, by its result, which a copy names first and others last."""
+        """True if the bytes move to the host.
+
+        It is decided by the result, which a copy lists first and other instructions last.
+        """
         return self.shapes[0 if self.opcode == "copy-start" else -2].on_host
 
 
@@ -86,12 +90,12 @@ class Computation:
 
     @cached_property
     def root(self) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """The instruction whose result is the computation's result."""
         return next(i for i in self.instructions.values() if i.is_root)
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instructions that read each result."""
+        """The instructions that read each result."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
@@ -100,7 +104,7 @@ class Computation:
         return found
 
     def parameter(self, index: int) -> Instruction | None:
-        """The parameter of that number."""
+        """Returns the parameter with a number."""
         wanted = f"{index}"
         return next(
             (
@@ -113,7 +117,7 @@ class Computation:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one that the program starts with."""
+    """Returns computations by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -132,9 +136,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def first_count(loop: Instruction, holder: Computation) -> int:
-    """What a ``while`` counts from: more than 0 where the compiler has put its first iterations in front of it.
+    """Returns the initial value of a ``while`` counter; 0 if the text does not contain it.
 
-    The counter is the first array of what JAX's loops carry. 0 where the text does not say.
+    It is above 0 if the compiler has peeled the first iterations off the loop. The counter is the
+    first array in the carry of JAX's loops.
     """
     carried = holder.instructions.get(loop.operands[0])
     if carried is None or carried.opcode != "tuple":
@@ -155,7 +160,7 @@ def _instruction(named: re.Match[str], line: str) -> Instruction | None:
     closing = _closing(rest, opcode.end() - 1)
     inside = rest[opcode.end() : closing]
     shapes = tuple(_shape(*found) for found in _SHAPE.findall(rest[:end]))
-    # Parameters and constants keep what stands in their parentheses.
+    # For parameters and constants the attributes include the text in their parentheses.
     attributes = (
         f"{inside}){rest[closing + 1 :]}" if opcode.group(1) in ("parameter", "constant") else rest[closing + 1 :]
     )
@@ -171,7 +176,7 @@ def _shape(dtype: str, dims: str, layout: str) -> Shape:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Index of the parenthesis that closes the one at ``opening``."""
+    """Returns the index of the parenthesis that closes ``text[opening]``."""
     depth = 0
     for index in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)

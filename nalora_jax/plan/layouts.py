@@ -1,10 +1,12 @@
-"""The mesh and the rematerialisation of a run, chosen by roofline: the fastest that fits.
+"""The mesh and the rematerialization policy of a run: the fastest by roofline that fits.
 
-A frozen base has neither gradients nor optimizer state, so the best layout is not that of full training: a model of
-16 GB may be whole on every chip of 32 GB, which then gathers no weights at all; one that is split is gathered once
-forward and once backward, and what is kept of the activations decides how much is computed twice. What the chip has no
-room for may wait in the host's memory, as far as its link takes no longer than the products. The estimates here need no
-compiler and take milliseconds; `nalora plan` compiles what was chosen and shows how well they hold.
+A frozen base has no gradients and no optimizer state, so the best layout is not the one for
+full training. A model of 16 GB may be replicated on chips of 32 GB, which then gather no weights. A
+split model is gathered once in the forward and once in the backward pass, and the saved activations
+determine how much is recomputed. Activations that do not fit on the chip may be stored in the
+host's memory, if their transfers take no longer than the matmuls. The estimates here need no
+compiler and take milliseconds; `nalora plan` compiles the chosen layout and shows how accurate they
+are.
 """
 
 from __future__ import annotations
@@ -27,24 +29,27 @@ from nalora_jax.ops.triton_attention import takes as triton_takes
 from nalora_jax.plan.machines import Topology
 from nalora_jax.plan.roofline import active_parameters, attention_flops, causal_flops, splash_flops, useful_flops
 
-# Policies in the order of what they keep for the backward pass, most first; on the chip, or in the host's memory.
+# Policies ordered by the amount that they save, most first; on the chip, then in the host's memory.
 POLICIES = tuple(name + where for where in ("", OFFLOAD) for name in ("dots", "attention", "full"))
-_MOST_TENSOR = 8  # beyond it, sums of activations cost more than gathers of weights on every machine of the table
-# Of the memory: how far estimates may be off (docs/pods.md).
+# With more, sums of activations cost more than gathers of weights on every machine of the table.
+_MOST_TENSOR = 8
+# Usable share of the memory, a margin for the error of the estimates (docs/pods.md).
 _USABLE = {"tpu": 0.95, "gpu": 0.9}
-_USABLE_OF_HOST = 0.5  # the rest is of the processes that read data, of loading, and of the system
-_UNDER_WAY = 2  # layers whose activations are on the chip while all others wait in the host's memory
+_USABLE_OF_HOST = 0.5  # the rest is for processes that read data, for loading, and for the system
+_UNDER_WAY = 2  # layers whose activations are on the chip while all others are in the host's memory
 _LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
-_GATHERED = 3  # kernels that are gathered at once, each the largest of a layer
-# Kernels of experts at once, gathered or not: of two layers, with copies for the backward pass. v5e has more.
+_GATHERED = 3  # kernels that are gathered at once, each as large as the largest of a layer
+# Kernels of experts in memory at once, gathered or not: of two layers, with copies for the backward
+# pass. v5e has more.
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
-_READ_NARROW, _READ_WIDE = 130, 170  # bytes of HBM traffic for each number of a row of an expert, d_model or d_ff wide
-_WIDE = 4  # float32 arrays as wide as the FFN that are alive within a layer
+# Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
+_READ_NARROW, _READ_WIDE = 130, 170
+_WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with a rematerialisation policy, and what is expected of them on each chip."""
+    """A mesh with a rematerialization policy, and its estimated resources on each chip."""
 
     data: int
     fsdp: int
@@ -52,22 +57,24 @@ class Layout:
     remat: str
     weights: float  # bytes of the frozen base
     state: float  # bytes of adapters and optimizer
-    activations: float  # bytes that wait for the backward pass
+    activations: float  # bytes saved for the backward pass
     working: float  # bytes of gathered kernels, of one layer's arrays and of the loss
-    host: float  # bytes that wait for the backward pass in the host's memory
-    gathers: float  # seconds of a step in which kernels are gathered, behind products where the compiler manages
-    transfers: float  # seconds of a step in which activations go to the host's memory and come back, behind products
-    seconds: float  # a step, by roofline
+    host: float  # bytes saved for the backward pass in the host's memory
+    # seconds per step to gather kernels, overlapped with matmuls if the compiler can
+    gathers: float
+    # seconds per step to offload activations and load them again, overlapped with matmuls
+    transfers: float
+    seconds: float  # duration of a step, by roofline
     mfu: float
 
     @property
     def memory(self) -> float:
-        """Bytes in all."""
+        """The total bytes."""
         return self.weights + self.state + self.activations + self.working
 
     @property
     def mesh(self) -> tuple[int, int, int]:
-        """Sizes of the axes."""
+        """The sizes of the axes."""
         return self.data, self.fsdp, self.tensor
 
     @property
@@ -76,7 +83,7 @@ class Layout:
         return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, remat {self.remat}"
 
     def __str__(self) -> str:
-        """One line for the log and for `nalora plan`."""
+        """Returns one line for the log and for `nalora plan`."""
         beside = f" and {self.host / 1e9:.1f} of the host's" if self.host else ""
         return (
             f"{self.short}: {self.memory / 1e9:.1f} GB a chip{beside}, "
@@ -85,12 +92,12 @@ class Layout:
 
 
 def choose(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Layout:
-    """The layout that estimates prefer; see `fitting`."""
+    """Returns the layout with the best estimate; see `fitting`."""
     return preferred(fitting(config, base, spec, where, seq))
 
 
 def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> list[Layout]:
-    """Layouts that are estimated to fit and have the axes and the policy that ``config`` gives.
+    """Returns layouts that are estimated to fit and match the axes and policy of ``config``.
 
     Raises:
       NaloraError: no layout fits, or no mesh divides the batch.
@@ -121,18 +128,22 @@ def fitting(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topo
 
 
 def preferred(layouts: Sequence[Layout], seconds: Callable[[Layout], float] = lambda layout: layout.seconds) -> Layout:
-    """The fastest layout; of those as fast to 1% the one that has the least to hide, then the smallest."""
+    """Returns the fastest layout.
+
+    Among layouts within 1% of the fastest it prefers the least communication to hide, then the
+    least ``tensor``, then the least memory.
+    """
     fastest = min(seconds(layout) for layout in layouts)
     equal = [layout for layout in layouts if seconds(layout) <= 1.01 * fastest]
     return min(equal, key=lambda layout: (round(layout.gathers + layout.transfers, 3), layout.tensor, layout.memory))
 
 
 def candidates(config: RunConfig, base: ModelConfig, spec: AdapterSpec, where: Topology, seq: int) -> Iterator[Layout]:
-    """Every layout that divides the devices, the batch and the heads."""
+    """Yields every layout that divides the devices, the batch and the heads."""
     micro = config.train.batch_size // config.train.accumulate
     policies = POLICIES if config.compute.remat == "auto" else (config.compute.remat,)
     mesh = config.mesh
-    if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # "what is left" leaves nothing open
+    if -1 in (mesh.data, mesh.fsdp, mesh.tensor):  # with an axis of -1 no axis is left to choose
         mesh = MeshConfig(*distributed.resolve_sizes(mesh, where.size))
     distributed.check_axes(mesh, where.size, where.slices)
     distributed.check_tensor(max(mesh.tensor, 1), n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
@@ -160,7 +171,7 @@ def estimate(
     sizes: tuple[int, int, int],
     remat: str,
 ) -> Layout:
-    """Memory and time of one layout."""
+    """Returns the memory and time of one layout."""
     data, fsdp, tensor = sizes
     micro = config.train.batch_size // config.train.accumulate
     rows = micro / (data * fsdp)
@@ -177,7 +188,8 @@ def estimate(
     layout = Layout(
         data, fsdp, tensor, remat,
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
-        # Of A and B one is split over fsdp. Tables are; in a step they and their gradients are gathered over it.
+        # A or B is split over fsdp. Tables are, too; in a step they and their gradients are
+        # gathered.
         state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=_working(where, base, tokens, (fsdp, tensor), wide=wide, offloads=offloads)
@@ -192,10 +204,12 @@ def estimate(
     useful = useful_flops(base, spec, micro, seq) / where.size
     once, executed = (_executed(base, spec, policy, rows, seq, kernel) for policy in ("dots", saves))
     matrix = executed / tensor / where.chip.matrix_rate
-    # Activations leave behind the products of the forward pass, which are half of what nothing is made again for.
+    # Activations are offloaded during matmuls of the forward pass, which are half of all matmuls
+    # without recomputation.
     ahead, out = matrix * once / executed / 2, layout.host / where.chip.host_link
     products = max(ahead, out) + max(matrix - ahead, out)
-    if where.chip.platform == "gpu":  # whose compiler puts but a sixth of the transfers behind products
+    # The GPU compiler overlaps only a sixth of the transfers with matmuls.
+    if where.chip.platform == "gpu":
         products = matrix + 2 * out
     passes = 2.3 if saves == "full" else 2.0
     gathered = passes * (layer * base.n_layers + ends / 2) / tensor * (fsdp - 1) / fsdp / where.inbound(fsdp * tensor)
@@ -211,13 +225,13 @@ def estimate(
 
 
 def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, AdapterSpec]:
-    """A model without what it sees images by, which is small beside the decoder: what estimates are made of."""
+    """Returns a model without its image tower and projector, which estimates ignore as small."""
     own = tuple((path, target) for path, target in spec.targets if path.startswith("layers/"))
     return replace(base, sight=None), replace(spec, targets=own)
 
 
 def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tuple[float, float]:
-    """Bytes of one layer, and of what is not in a layer."""
+    """Returns the bytes of one layer, and the bytes outside of layers."""
     projections = {f"{path}/kernel" for path in projection_shapes(base)}
     layer = ends = 0.0
     for path, shape in param_shapes(base).items():
@@ -230,16 +244,17 @@ def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tupl
 
 
 def _sums(base: ModelConfig, tokens: float, tensor: int, remat: str, wide: float) -> float:
-    """Bytes that reach a chip in the sums over ``tensor`` of a forward and backward pass; 0 where nothing is split.
+    """Returns the bytes that reach a chip in the sums over ``tensor``; 0 if it is 1.
 
-    Two forward and two backward in each layer, of ``[tokens, d_model]``; layers that are made again sum again.
+    Each layer has two sums in the forward and two in the backward pass, of ``[tokens, d_model]``;
+    recomputed layers repeat their sums.
     """
     sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
     return sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
 
 
 def _attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) -> str:
-    """The implementation that attention of ``rows`` whole rows of a shard takes; "" for the plain function."""
+    """Returns attention's implementation for rows of a shard; "" for the plain function."""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
     by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
@@ -252,18 +267,19 @@ def _attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int)
 
 
 def _hidden(where: Topology, base: ModelConfig) -> float:
-    """Share of the gathered bytes that overlaps with matmuls (`nalora_jax.distributed.compiler_options`).
+    """Returns the share of gathered bytes that overlaps with matmuls.
 
-    For experts as compiled for Mixtral-8x7B; on GPUs and on v5p it is faster to split them over ``tensor``.
+    See `nalora_jax.distributed.compiler_options`. The shares for experts are from compiled programs
+    of Mixtral-8x7B; on GPUs and on v5p it is faster to split experts over ``tensor``.
     """
     return {"v5e": 0.65, "v6e": 0.85}.get(where.kind, 0.0) if base.n_experts else 1.0
 
 
 def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
-    """Bytes of kernels that are transposed at the start of a step, on all devices together.
+    """Returns the bytes of kernels that are transposed at the start of a step, summed over devices.
 
-    NCCL gathers along the first axis in memory: another one if fsdp splits outputs. Kernels of experts are
-    transposed on TPUs, too, for the backward pass.
+    NCCL gathers along the first axis in memory. That axis differs from the split axis if fsdp
+    splits outputs. Kernels of experts are transposed on TPUs, too, for the backward pass.
     """
     late = ("/down_proj", "/o_proj") if where.chip.platform == "gpu" else ()
     shapes = projection_shapes(base).items()
@@ -272,16 +288,18 @@ def _transposed(where: Topology, base: ModelConfig, wide: float) -> float:
 
 
 def _of_sorted_rows(base: ModelConfig, tokens: float, tensor: int) -> float:
-    """HBM traffic of a step for rows sorted by expert, in bytes, as compiled for Mixtral-8x7B and Qwen3-30B-A3B."""
+    """Returns the bytes of HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
     each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
     return base.n_layers * tokens * base.experts_per_token * each
 
 
 def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
-    """Numbers a token and layer that wait for the backward pass."""
-    # Splash attention's result and cuDNN's are saved with the projections; of the plain function also its inputs.
+    """Returns the values per token and layer that are saved for the backward pass."""
+    # With splash attention and cuDNN the result is saved with the projections; the plain function
+    # also saves its inputs.
     queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
-    normed = bool(base.qk_norm)  # norms of queries and keys save their inputs, and so do norms after attention
+    # Query and key norms save their inputs, and so do norms after attention.
+    normed = bool(base.qk_norm)
     heads = ((queries + normed) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
     residuals = (2 + base.post_norm) * base.d_model
     chosen = base.experts_per_token if base.n_experts else 1
@@ -297,27 +315,32 @@ def _saved(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
 def _working(
     where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], *, wide: float, offloads: bool
 ) -> float:
-    """Bytes alive at the peak besides saved activations: of one layer, or of the loss with its head."""
+    """Returns the peak of live bytes without saved activations.
+
+    It occurs in one layer, or in the loss with its head.
+    """
     fsdp, tensor = split
     chosen = base.experts_per_token if base.n_experts else 1
     kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
     at_once = _GATHERED * (fsdp > 1)
     if base.n_experts:
         at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
-    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen  # each expert has its own rows
+    # Each expert has separate rows.
+    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen
     layer = _WIDE * 4.0 * tokens * width + at_once * kernel * wide
     table = base.d_model * base.vocab_size * wide / tensor
     head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table if fsdp > 1 else 0.0
     rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
     loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
-    # If the activations are in the host's memory, the head is gathered after the last layer has been computed.
+    # If activations are offloaded, the head is gathered after the last layer has been computed.
     return max(layer, head + loss) if offloads else head + max(layer, loss)
 
 
 def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) -> float:
-    """Copies of the gathered head, in another order or with padding, that are alive with it (docs/pods.md).
+    """Returns the number of transposed or padded copies of the gathered head (docs/pods.md).
 
-    A tied head is split along its rows' elements, and a part of an untied one may have no whole tiles of 16 rows.
+    A tied head is split along its rows' elements, and a part of an untied one may not consist of
+    whole tiles of 16 rows.
     """
     if where.chip.platform == "gpu":
         return 0.9 if base.tie_embeddings else 0.0
@@ -327,7 +350,7 @@ def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) ->
 
 
 def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str) -> float:
-    """Flops of a step on the rows of one shard, with what is computed twice."""
+    """Returns the flops of a step on the rows of one shard, recomputation included."""
     chosen = base.experts_per_token if base.n_experts else 1
     inner = sum(
         float(shape[-1] * shape[-2]) * (chosen if "/ffn/" in path else 1)
@@ -335,13 +358,15 @@ def _executed(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq
         if not path.endswith(("/down_proj", "/out_proj"))
     )
     ffn_in = (2 if base.gated else 1) * base.d_model * base.d_ff * chosen
-    # No policy saves the FFN's result, which a norm after it, or the weights of experts, read in the backward pass.
+    # No policy saves the FFN's result, which a norm after it, or the weights of experts, read in
+    # the backward pass.
     down = base.d_model * base.d_ff * chosen if base.post_norm or base.n_experts else 0
     again = ({"full": inner, "attention": ffn_in}.get(remat, 0.0) + down) * base.n_layers
     tokens, seen = rows * seq, rows * attention_flops(base, seq)
     adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
-    # The forward pass of splash attention and of cuDNN is made again by "full" alone, of the others under every policy;
-    # behind it the plain function's gradients and cuDNN's take five products to its two, and Triton's seven.
+    # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes
+    # it for the others. The backward pass takes five matmuls for the plain function and cuDNN,
+    # seven for Triton, against two in the forward pass.
     passes = 2 if remat == "full" else 1
     if kernel == SPLASH.name:
         kernels = rows * splash_flops(base, seq, forward=passes)

@@ -1,4 +1,4 @@
-"""Architectures by name, for planning: what their ``config.json`` says, without a download."""
+"""Architectures by name for planning, from their ``config.json``, without a download."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LLAMA3 = {
     "tie_word_embeddings": False,
 }
 
-# As published in the models' own repositories.
+# As published in the models' repositories.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA3
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -89,12 +89,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def architecture(name: str, *, images: bool = False) -> ModelConfig:
-    """The architecture called ``name``: one of `CONFIGS`, a ``config.json``, or a Hugging Face folder.
+    """Returns the architecture called ``name``.
 
-    With ``images`` a multimodal one has what it sees by; by default it is its text model alone.
+    A name is a key of `CONFIGS`, a ``config.json``, or a Hugging Face folder. With ``images`` a
+    multimodal model includes its image tower and projector; by default only its text model is
+    returned.
 
     Raises:
-      NaloraError: nothing has that name, or its config cannot be understood.
+      NaloraError: the name is unknown, or its config is not supported.
     """
     if name.lower() in CONFIGS:
         return ModelConfig.from_hf(CONFIGS[name.lower()], name, images=images)

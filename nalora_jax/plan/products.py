@@ -1,4 +1,4 @@
-"""Flops of the matrix products of a compiled program, those by group included."""
+"""Flops of the matmuls of a compiled program, grouped ones included."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import re
 from nalora_jax.ops.triton_grouped_matmul import NAME as GROUPED_MATMUL
 from nalora_jax.plan.hlo import Computation, Instruction
 
-# A window along an axis whose settings are not written.
+# Defaults of window settings along an axis.
 _PLAIN = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
 
 
 def flops_of(instruction: Instruction, computation: Computation) -> float:
-    """Of one instruction; 0 where it is no product, or a kernel's that is not known here."""
+    """Returns the flops of an instruction; 0 unless it is a matmul or a known kernel."""
     if instruction.opcode in ("convolution", "dot"):
         return _product_flops(instruction, computation)
     return _grouped_flops(instruction, computation) if _is_grouped(instruction) else 0.0
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """What cuDNN's attention does, a Pallas kernel's own name on a GPU, else the instruction's without its number."""
+    """Returns the name of a custom call's kernel.
+
+    It is the direction of cuDNN's attention, the name of a Pallas kernel on a GPU, or the
+    instruction's name without its number.
+    """
     attention = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.attributes)
     if attention:
         return "cudnn_attention_backward" if "Backward" in attention[1] else "cudnn_attention_forward"
@@ -30,23 +34,27 @@ def kernel_name(instruction: Instruction) -> str:
 
 
 def _is_grouped(instruction: Instruction) -> bool:
-    """Whether it is a product by group: XLA's own on a TPU, or this library's kernel on a GPU."""
+    """Returns True for a grouped matmul: XLA's on a TPU, or this library's kernel on a GPU."""
     name = kernel_name(instruction) if instruction.opcode == "custom-call" else ""
     return name == GROUPED_MATMUL or (name.startswith("ragged-dot") and "metadata" not in name)
 
 
 def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
-    """Of rows ``[m, k]`` by group: to ``[m, n]``, or with ``[m, n]`` to ``[groups, k, n]``."""
+    """Returns the flops of a grouped matmul of rows ``[m, k]``.
+
+    The result is ``[m, n]``, or, with second operand ``[m, n]``, ``[groups, k, n]``.
+    """
     result = instruction.shapes[0].dims
     operands = [computation.instructions[name].shapes[0].dims for name in instruction.operands]
-    # The first operand with two axes (lists of groups have one, kernels three): a side of it is the result's.
+    # The first operand with two axes (lists of groups have one, kernels three) shares a side with
+    # the result.
     first, second = next((dims for dims in operands if len(dims) == 2), (0, 0))
     inner = second if len(result) == 2 else first * second / result[-2]
     return 2.0 * result[-2] * result[-1] * inner
 
 
 def _product_flops(instruction: Instruction, computation: Computation) -> float:
-    """Twice the multiply-adds of a ``dot`` or ``convolution``."""
+    """Returns twice the multiply-adds of a ``dot`` or ``convolution``."""
     result = math.prod(instruction.shapes[0].dims)
     first, second = (computation.instructions[name].shapes[0].dims for name in instruction.operands[:2])
     if instruction.opcode == "dot":
@@ -65,7 +73,7 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _window(instruction: Instruction, axis: int) -> dict[str, int]:
-    """Stride, first padding and dilations of a convolution along an axis of its window."""
+    """Returns stride, first padding and dilations of a convolution along an axis of its window."""
     found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     settings = dict(part.split("=") for part in found[1].split()) if found else {}
     sizes = {name: int(text.split("x")[axis].split("_")[0]) for name, text in settings.items()}
@@ -73,10 +81,11 @@ def _window(instruction: Instruction, axis: int) -> dict[str, int]:
 
 
 def _met(data: int, kernel: int, out: int, window: dict[str, int]) -> int:
-    """How often a place of the kernel meets one of the data, along an axis, and not padding.
+    """Returns how often an element of the kernel meets the data along an axis, without padding.
 
-    The TPU compiler writes a product whose columns have two axes as a convolution that slides the kernel over a single
-    place: of its multiply-adds all but one in ``kernel`` are with padding, and are not done.
+    The TPU compiler writes a matmul whose columns have two axes as a convolution that slides the
+    kernel over a single element. All but one in ``kernel`` of its multiply-adds are with padding
+    and are not executed.
     """
     places = range(-window["pad"], -window["pad"] + out * window["stride"], window["stride"])
     inside = range(0, (data - 1) * window["lhs_dilate"] + 1, window["lhs_dilate"])

@@ -1,4 +1,4 @@
-"""The training step of a run, compiled for hardware that is not there."""
+"""The training step of a run, compiled for absent hardware."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def _require(where: Topology) -> None:
 
 @contextmanager
 def _quiet_tpu() -> Iterator[None]:
-    """The TPU's compiler without a TPU: it must not look for one, nor insist on being alone."""
+    """Prepares the TPU compiler for a machine without a TPU.
+
+    It must not search for a TPU or require exclusive access.
+    """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     with warnings.catch_warnings():
@@ -83,14 +86,14 @@ def _quiet_tpu() -> Iterator[None]:
 def step_and_arguments(
     config: RunConfig, base: ModelConfig, mesh: Mesh, *, seq: int, images: int = 0
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The jitted training step of ``config`` and descriptions of its arguments, placed on ``mesh``.
+    """Returns the jitted training step of ``config`` and the shapes of its arguments on ``mesh``.
 
     Args:
       config: the run; its batch size is the number of rows over all devices.
       base: architecture of the base model.
       mesh: real or abstract devices.
       seq: tokens of a row.
-      images: places for images in a row, of a model that sees.
+      images: images per row, for a vision-language model.
     """
     spec = adapter_spec(config, base)
     mechanisms = build_mechanisms(config, base, spec)
@@ -119,13 +122,13 @@ def step_and_arguments(
 
 
 def _weight(path: str, shape: tuple[int, ...], compute: ComputeConfig) -> Any:
-    """A frozen array as it is held."""
+    """Returns the shape of a frozen array in its storage form."""
     if compute.quantize == "none" or not re.search(KERNELS, path):
         return jax.ShapeDtypeStruct(shape, compute.dtype)
     return jax.eval_shape(partial(quantize, kind=compute.quantize), jax.ShapeDtypeStruct(shape, "float32"))
 
 
 def placed(tree: Any, mesh: Mesh, rules: distributed.Rules) -> tuple[Any, Any]:
-    """Descriptions of arrays where the rules put them, and the places."""
+    """Returns shapes of arrays with the shardings of the rules, and the shardings."""
     places = distributed.shardings(tree, mesh, rules)
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, places), places

@@ -1,4 +1,4 @@
-"""``nalora plan``: what a run needs of hardware that is not there, in words and in JSON."""
+"""``nalora plan``: the resources of a run on absent hardware, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nalora_jax.plan.roofline import Roofline, bound_of
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a topology: the layout that was chosen for it, and what the compiler made of it."""
+    """A run on a topology: the chosen layout and the figures of the compiled program."""
 
     model: str
     where: Topology
@@ -32,21 +32,21 @@ class Plan:
     seq: int
     accumulate: int
     nalora: Figures
-    lora: Figures  # the same run without the mechanisms and without their statistics
+    lora: Figures  # the same run without the mechanisms and their statistics
     bound: Roofline  # of a micro-batch of NA-LoRA
 
     @property
     def fits(self) -> bool:
-        """Whether the program's memory is there, on the chip and in its share of the host's."""
+        """True if the chip and its share of the host have enough memory."""
         return self.nalora.fits(self.where.chip)
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all chips, at most."""
+        """An upper bound of the tokens per second of all chips."""
         return self.rows * self.seq / self.bound.seconds
 
     def ratios(self) -> dict[str, float]:
-        """NA-LoRA over LoRA."""
+        """Returns the ratios of NA-LoRA to LoRA."""
         pairs = {
             "flops": (self.nalora.flops, self.lora.flops),
             "HBM bytes": (self.nalora.memory_bytes, self.lora.memory_bytes),
@@ -56,7 +56,7 @@ class Plan:
         return {name: ours / other if other else 1.0 for name, (ours, other) in pairs.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns plain values for JSON."""
         return {
             "model": self.model,
             "topology": self.where.name,
@@ -80,17 +80,18 @@ class Plan:
 
 
 def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images: int = 0) -> Plan:
-    """Decides a layout by compiled steps of NA-LoRA, compiles the step of LoRA for it, and bounds its time.
+    """Decides a layout by compiled steps of NA-LoRA, compiles LoRA's step and bounds the time.
 
     Args:
-      config: the run; what its mesh and remat leave open is chosen.
+      config: the run; open settings of its mesh and remat are chosen.
       base: the model.
       where: the machine.
       seq: tokens of a row.
-      images: places for images in a row, of a model that sees; bounds and MFU count its decoder's work alone.
+      images: images per row, for a vision-language model; bounds and MFU count only the decoder's
+        work.
 
     Raises:
-      NaloraError: no layout fits, or the compiler is not there.
+      NaloraError: no layout fits, or the compiler is missing.
     """
     spec = adapter_spec(config, base)
     decoder, chips = decoder_alone(base, spec), devices(where)
@@ -119,8 +120,11 @@ def plan(config: RunConfig, base: ModelConfig, where: Topology, seq: int, images
 
 
 def without_statistics(step: Any, mesh: Any) -> Any:
-    """A step of plain LoRA that measures no gates: what reads them is no output, so the compiler drops it."""
-    inner = step.__wrapped__  # compiler options may not be nested
+    """Returns a step of plain LoRA that computes no gate statistics.
+
+    Outputs that read them are removed, so the compiler drops them.
+    """
+    inner = step.__wrapped__  # compiler options cannot be nested
 
     def plain(params: Any, state: Any, batch: Any) -> Any:
         new, metrics = inner(params, state, batch)
@@ -130,7 +134,7 @@ def without_statistics(step: Any, mesh: Any) -> Any:
 
 
 def describe(plan: Plan, *, price: float | None = None) -> Iterator[str]:
-    """The plan in lines of text.
+    """Yields the plan as lines of text.
 
     Args:
       plan: the plan.
@@ -183,7 +187,10 @@ def describe_cost(price: float, where: Topology, tokens_per_second: float) -> st
 
 
 def estimate_record(model: str, where: Topology, layout: Layout, rows: int, seq: int) -> dict[str, Any]:
-    """Returns the estimate of a run for JSON, with the names of `Plan.to_dict`, from the layout alone."""
+    """Returns the estimate of a run for JSON, from its layout only.
+
+    The names are the same as in `Plan.to_dict`.
+    """
     return {
         "model": model,
         "topology": where.name,

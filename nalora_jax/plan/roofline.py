@@ -1,8 +1,9 @@
-"""How fast a compiled program can be: the time that each of a chip's resources needs, and what waits for what.
+"""Upper bounds of the speed of a compiled program from the times of each chip's resources.
 
-A step takes the longest of the matrix unit's time (at 75% of its peak), HBM's time, and the times of the interconnect
-and of the link to the host for what the schedule hides behind products; the time of all other collectives and
-transfers comes on top. It is a bound from the program and the data sheet; nothing is measured.
+The time of a step is the longest of the matrix unit's time (at 75% of its peak), HBM's time, and
+the times of the interconnect and of the host link for transfers that the schedule overlaps with
+matmuls. The time of all other collectives and transfers is added. The bound is computed from the
+program and the data sheet, not measured.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from nalora_jax.plan.accounting import Collective
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.machines import Topology
 
-# Products of attention's kernels on GPUs, in one layer. The backward pass computes the scores again, and Triton's does
-# so twice. cuDNN's tiles are taken to be as large as Triton's; it knows causality and no windows.
+# Matmuls of attention kernels on GPUs, in one layer. The backward pass recomputes the scores;
+# Triton's does so twice. cuDNN's tiles are assumed to be as large as Triton's; it skips blocks by
+# causality, not by window.
 _ON_GPUS = {"mha_forward": 2, "mha_backward": 7, "cudnn_attention_forward": 2, "cudnn_attention_backward": 5}
 
 
@@ -29,26 +31,29 @@ class Roofline:
 
     matrix: float
     hbm: float
-    hidden: float  # interconnect, behind products
-    exposed: float  # interconnect, nothing else runs
-    useful_flops: float  # a chip
+    hidden: float  # interconnect, overlapped with matmuls
+    exposed: float  # interconnect, not overlapped
+    useful_flops: float  # per chip
     peak: float  # flops a second
-    host: float = 0.0  # link to the host's memory, behind products
-    host_exposed: float = 0.0  # the same, nothing else runs
+    host: float = 0.0  # host link, overlapped with matmuls
+    host_exposed: float = 0.0  # host link, not overlapped
 
     @property
     def seconds(self) -> float:
-        """The step's time that all of them allow."""
+        """The lower bound of the step's time."""
         return max(self.matrix, self.hbm, self.hidden, self.host) + self.exposed + self.host_exposed
 
     @property
     def mfu(self) -> float:
-        """Implied model flops utilisation: useful flops over what the chip's peak does in that time."""
+        """The implied model flops utilization: useful flops over the chip's peak in that time."""
         return self.useful_flops / (self.peak * self.seconds)
 
 
 def attention_flops(base: ModelConfig, seq: int) -> float:
-    """Flops of scores and weighted sums of all layers for one row, forward, of what causality and windows leave."""
+    """Returns the forward flops of scores and weighted sums for one row, over all layers.
+
+    Only pairs within causality and windows count.
+    """
     total = 0.0
     for window in base.layer_windows:
         seen = min(window, seq) if window < GLOBAL_WINDOW else seq
@@ -58,9 +63,12 @@ def attention_flops(base: ModelConfig, seq: int) -> float:
 
 
 def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float = 1.0) -> float:
-    """Flops of splash attention's kernels in all layers for one row, of all blocks that they compute.
+    """Returns the flops of splash attention's kernels for one row, over all layers.
 
-    2 products in each forward pass; behind them 5 where one kernel makes all gradients, and 7 where two do.
+    All computed blocks count.
+
+    A forward pass takes 2 matmuls; a backward pass takes 5 with one fused kernel and 7 with two
+    kernels.
     """
     total = 0.0
     for window in base.layer_windows:
@@ -71,15 +79,15 @@ def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float
 
 
 def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
-    """Flops of ``products`` of attention in one layer for one row, as kernels of GPUs compute them.
+    """Returns the flops of ``products`` attention matmuls in one layer for one row on GPUs.
 
-    All blocks of 128 queries and keys that causality touches, whatever the layer's window.
+    Kernels compute all blocks of 128 queries and keys that causality touches, for any window.
     """
     return products * 2.0 * triton_pairs(seq) * base.n_heads * base.head_dim
 
 
 def active_parameters(base: ModelConfig) -> float:
-    """Weights that multiply every token, the head included and the embedding not."""
+    """Returns the weights that multiply every token: with the head, without the embedding."""
     total = 0.0
     for path, shape in projection_shapes(base).items():
         size = float(shape[-1] * shape[-2])
@@ -90,10 +98,11 @@ def active_parameters(base: ModelConfig) -> float:
 
 
 def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) -> float:
-    """What a step has to do for ``rows`` rows.
+    """Returns the useful flops of a step of ``rows`` rows.
 
-    4 flops a frozen weight and token (forward, and the gradient of the input; a frozen weight has none of its own), 6
-    an adapter's weight and token, attention and its gradient (twice the forward pass).
+    They are 4 per frozen weight and token (the forward pass and the gradient of the input; a frozen
+    weight has no gradient), 6 per adapter weight and token, attention, and its gradient (twice the
+    forward pass).
     """
     shapes = projection_shapes(base)
     adapters = sum(sum(shapes[path][-2:]) * rank for path, target in spec.targets for rank in target.ranks)
@@ -104,12 +113,12 @@ def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) ->
 def kernel_flops(
     program: Figures, base: ModelConfig, rows: float, seq: int, n_tensor: int, accumulate: int = 1
 ) -> float:
-    """Flops of attention's kernels in a step of ``rows`` rows, which XLA does not count."""
+    """Returns the flops of attention kernels in a step, which XLA does not count."""
     calls = program.custom_calls
     if any(name in calls for name in _ON_GPUS):
         products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items())
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
-    # Every window is a branch, and each layer takes one of them.
+    # Every window is a branch, and each layer runs one of them.
     layers = len(set(base.layer_windows)) * base.n_layers * accumulate
     runs = {
         part: sum(times for name, times in calls.items() if "splash" in name and f"_{part}" in name)
@@ -131,7 +140,10 @@ def roofline(
     n_tensor: int = 1,
     accumulate: int = 1,
 ) -> Roofline:
-    """The bound of a compiled training step of ``rows`` rows over all chips, in ``accumulate`` micro-batches."""
+    """Returns the bound of a compiled training step of ``rows`` rows over all chips.
+
+    The step has ``accumulate`` micro-batches.
+    """
     chip, share = where.chip, rows / where.size * n_tensor
     flops = program.flops + kernel_flops(program, base, share, seq, n_tensor, accumulate)
     times = [(c.total / _inbound(c, where), c.overlapped) for c in program.collectives]
@@ -153,11 +165,11 @@ def roofline(
 def bound_of(
     found: Figures, where: Topology, base: ModelConfig, spec: AdapterSpec, config: RunConfig, seq: int
 ) -> Roofline:
-    """The roofline of a step."""
+    """Returns the roofline of a step."""
     train = config.train
     return roofline(found, where, base, spec, train.batch_size, seq, config.mesh.tensor, train.accumulate)
 
 
 def _inbound(collective: Collective, where: Topology) -> float:
-    """Bytes a second that reach a chip in a collective."""
+    """Returns the bytes per second that reach a chip in a collective."""
     return where.chip.network if collective.between_slices else where.inbound(collective.devices)

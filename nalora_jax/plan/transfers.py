@@ -1,4 +1,4 @@
-"""Transfers between a device's memory and its host's in a compiled program: what offloaded activations cost."""
+"""Transfers between device and host memory in a compiled program, for offloaded activations."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from nalora_jax.plan.accounting import Program
 
 @dataclass(frozen=True)
 class Transfer:
-    """An array that goes to the host's memory, or comes from there, as a device sees it."""
+    """A transfer of an array between a device and its host."""
 
     to_host: bool
-    moved: float  # bytes, each time
-    times: float  # a step
-    overlapped: bool  # the schedule holds products between its start and its end
+    moved: float  # bytes per execution
+    times: float  # executions per step
+    overlapped: bool  # matmuls are scheduled between its start and its end
 
     @property
     def total(self) -> float:
-        """Bytes in a step."""
+        """Bytes per step."""
         return self.moved * self.times
 
 
 def transfers(program: Program) -> Iterator[Transfer]:
-    """All of a program, in the order of the text."""
+    """Yields all transfers of a program, in the order of the text."""
     for computation in program.scheduled():
         for instruction in computation.instructions.values():
             if moved := instruction.host_bytes:

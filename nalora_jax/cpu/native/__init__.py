@@ -1,11 +1,12 @@
-"""Matrix products and attention of bf16 numbers that XLA calls on a CPU: sums are float32.
+"""Native kernels for bf16 matmuls and attention that XLA calls on a CPU; sums are float32.
 
-XLA:CPU's own products reach half of what matrix tiles (AMX) can do at the shapes of a training step, and two thirds of
-what AVX2 can; with the dot products of AVX512-BF16 they are fast, but adapters and roundings take passes of their own.
-Its attention passes over every score several times. The C++ sources beside this file are compiled on first use, where
-the CPU has one of these and there is a C++ compiler, and kept in the cache; everywhere else, and with
-``NALORA_NATIVE=0``, the work is XLA's.
-``NALORA_NATIVE=plain`` compiles the same sources without such instructions, for any CPU: slow, to test their callers.
+At the shapes of a training step XLA:CPU's matmuls reach half of the throughput of matrix tiles
+(AMX) and two thirds of AVX2's. With the dot products of AVX512-BF16 they are fast, but adapters and
+roundings take separate passes. Its attention passes over every score several times.
+The C++ sources in this folder are compiled on first use, if the CPU has one of these instruction
+sets and a C++ compiler is installed, and stored in the cache. Otherwise, and with
+``NALORA_NATIVE=0``, XLA does the work. ``NALORA_NATIVE=plain`` compiles the same sources without
+such instructions, for any CPU: slow, to test their callers.
 """
 
 from __future__ import annotations
@@ -55,48 +56,48 @@ __all__ = [
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slice(Stored):
-    """A matrix, or what else a stack holds, read where it lies: a slice of its own would be a copy every time."""
+    """One array of a stack, read in place; slicing would copy it every time."""
 
     stack: jax.Array  # [n, ...], bf16 viewed as uint16
-    at: jax.Array  # int [], which of them
+    at: jax.Array  # int [], index in the stack
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
+        """The shape of one array."""
         return tuple(self.stack.shape[1:])
 
     def copied(self) -> jax.Array:
-        """The matrix as an array of its own, uint16."""
+        """Returns a copy of the array, uint16."""
         return lax.dynamic_index_in_dim(self.stack, self.at, keepdims=False)
 
     def expand(self) -> jax.Array:
-        """The bf16 matrix as an array of its own."""
+        """Returns a copy of the array as bf16."""
         return lax.bitcast_convert_type(self.copied(), jnp.bfloat16)
 
 
 class Term(NamedTuple):
-    """One product of a sum; both sides bf16, or bf16 viewed as uint16."""
+    """One product of a sum; both operands are bf16, or bf16 viewed as uint16."""
 
     x: jax.Array  # [rows, depth]
-    y: Any  # an array, or a `Slice`, [depth, columns], or [columns, depth]
-    transposed: bool = False  # the latter
+    y: Any  # an array or a `Slice`, [depth, columns] or [columns, depth]
+    transposed: bool = False  # True for [columns, depth]
 
 
 class Sum(NamedTuple):
-    """``sum_t x_t y_t``."""
+    """The sum ``sum_t x_t y_t``."""
 
     terms: Sequence[Term]
     dtype: Any = "float32"  # of the result; "bfloat16" is rounded once, from the float32 sum
 
 
 def products(*sums: Sum) -> list[jax.Array]:
-    """The sums ``[rows, columns]``, all in one call, so that threads share the work of them all.
+    """Computes the sums ``[rows, columns]`` in one call, so that threads share all of the work.
 
     Args:
-      sums: what to compute; rows and columns are free to differ.
+      sums: the sums; rows and columns may differ between them.
 
     Raises:
-      AssertionError: shapes or dtypes do not fit.
+      AssertionError: shapes or dtypes do not match.
     """
     operands: list[jax.Array] = []
     indices: list[jax.Array] = []
@@ -123,14 +124,14 @@ def products(*sums: Sum) -> list[jax.Array]:
     return [r if r.dtype == jnp.float32 else lax.bitcast_convert_type(r, jnp.bfloat16) for r in results]
 
 
-# Parts of the rows whose sums are made apart, by as many threads at most.
+# Largest number of parts of the rows with separate sums, and so of threads.
 _PARTS = 8
-# Queries whose weights the gradient of attention holds at once, kQueries there.
+# Queries whose weights the gradient of attention stores at once, kQueries in the sources.
 _AT_ONCE = 256
 
 
 class Heads(NamedTuple):
-    """Queries, keys, values, and the integers that decide what is seen (see `nalora_jax.ops.attention`)."""
+    """Queries, keys, values, and integers that decide visibility (`nalora_jax.ops.attention`)."""
 
     q: jax.Array  # [batch, seq, heads, head_dim], scaled; bf16 or a view of it
     k: jax.Array  # [batch, seq, kv_heads, head_dim]
@@ -138,11 +139,14 @@ class Heads(NamedTuple):
     positions: jax.Array  # int [batch or 1, seq]
     segments: jax.Array  # int [batch or 1, seq]
     window: jax.Array | int  # scalar
-    ordered: bool = True  # the tokens of a segment lie in order; False: any key may be seen, as its integers say
+    ordered: bool = True  # tokens of a segment are in order; False: any key may be seen
 
 
 def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]:
-    """Attention's result, bf16 ``[batch, seq, heads, head_dim]``, and log-sum-exps, float32 ``[batch, heads, seq]``."""
+    """Computes attention; returns the result and the log-sum-exps.
+
+    They are bf16 ``[batch, seq, heads, head_dim]`` and float32 ``[batch, heads, seq]``.
+    """
     batch, seq, n, _ = heads.q.shape
     shapes = [
         jax.ShapeDtypeStruct(heads.q.shape, jnp.uint16),
@@ -153,21 +157,21 @@ def attention(heads: Heads, softcap: float = 0.0) -> tuple[jax.Array, jax.Array]
 
 
 def needs_result(seq: int, softcap: float) -> bool:
-    """Whether `attention_gradient` has to be given `attention`'s result."""
+    """Returns True if `attention_gradient` needs the result of `attention`."""
     return seq > _AT_ONCE or softcap > 0
 
 
 def attention_gradient(
     heads: Heads, out: jax.Array | None, logsumexp: jax.Array, g: jax.Array, softcap: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Float32 gradients of q, k and v, given what `attention` returned and the result's cotangent, bf16 as ``out``.
+    """Returns float32 gradients of q, k and v.
 
     Args:
-      heads: as given to `attention`.
-      out: its result; may be None unless `needs_result`.
-      logsumexp: the other part of it.
-      g: the result's cotangent.
-      softcap: as given to `attention`.
+      heads: as passed to `attention`.
+      out: the result of `attention`, bf16; may be None unless `needs_result`.
+      logsumexp: the log-sum-exps that `attention` returned.
+      g: the result's cotangent, bf16.
+      softcap: as passed to `attention`.
     """
     if out is None:
         out = jnp.zeros((*heads.q.shape[:3], 0), jnp.uint16)
@@ -181,22 +185,25 @@ def attention_gradient(
 
 
 class Cached(NamedTuple):
-    """Keys and values of all layers, and of one of them the integers that decide what is seen."""
+    """Keys and values of all layers, with the integers that decide which slots are seen."""
 
     k: Slice  # of [layers, batch, kv_heads, head_dim, slots]
     v: Slice  # of [layers, batch, kv_heads, slots, head_dim]
     positions: jax.Array  # int [batch or 1, slots]
-    segments: jax.Array  # int [batch or 1, slots]; 0: nothing there
+    segments: jax.Array  # int [batch or 1, slots]; 0: empty
 
 
 def cached_attention(heads: Heads, cached: Cached, scale: float, softcap: float = 0.0) -> jax.Array:
-    """Float32 ``[batch, 1, heads, head_dim]``: attention of one new token a row to cached keys and to itself.
+    """Returns attention of one new token per row to cached keys and to itself.
 
     Args:
       heads: of the new tokens, seq 1; float32, rounded to bf16 as the cache is.
       cached: earlier tokens, seen under the same rule.
       scale: multiplies q . k.
       softcap: ``c tanh(s / c)`` of the scores; 0: none.
+
+    Returns:
+      float32 ``[batch, 1, heads, head_dim]``.
     """
     batch, _, n, dim = heads.q.shape
     _, _, kv_heads, _, slots = cached.k.stack.shape
@@ -222,20 +229,22 @@ def over_vocabulary(
     softcap: float = 0.0,
     gradient: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``max l``, ``sum exp(l - max)`` and ``sum exp(l - max) l' E`` of the logits ``l`` of hidden states.
+    """Computes ``max l``, ``sum exp(l - max)`` and ``sum exp(l - max) l' E`` of the logits ``l``.
 
     Args:
       hidden: bf16 ``[rows, d_model]``, or a view of it.
-      table: E, bf16 ``[d_model, vocab]``, or ``[vocab, d_model]`` if ``transposed``; or a view of it.
-      count: how many of the rows, from the first on, are wanted; the others come out as 0, 1 and zeros.
+      table: E, bf16 ``[d_model, vocab]``, or ``[vocab, d_model]`` if ``transposed``; or a view of
+        it.
+      count: number of rows to compute, starting at the first; for the others the results are 0, 1
+        and zeros.
       transposed: see table.
       scale: products are multiplied by it, before the cap.
       softcap: ``c tanh(l / c)``; 0: none.
-      gradient: whether the third is wanted.
+      gradient: compute the third sum.
 
     Returns:
-      Float32 ``[rows]``, ``[rows]`` and ``[rows, d_model]`` (``[rows, 0]`` where it is not wanted), with ``l'`` the
-      derivative of the logits by their products.
+      Float32 ``[rows]``, ``[rows]`` and ``[rows, d_model]`` (``[rows, 0]`` without ``gradient``),
+      with ``l'`` the derivative of the logits by the products.
     """
     rows, d_model = hidden.shape
     chex.assert_axis_dimension(table, 1 if transposed else 0, d_model)
@@ -248,20 +257,20 @@ def over_vocabulary(
 
 
 class Logistic(NamedTuple):
-    """A gate whose selection weight is ``sigmoid(a z + b z^3)``."""
+    """A gate with selection weight ``sigmoid(a z + b z^3)``."""
 
     a: float
     b: float
 
     def attributes(self) -> dict[str, Any]:
-        """As the library takes it."""
+        """Returns the parameters as attributes of a library call."""
         return {"a": np.float32(self.a), "b": np.float32(self.b)}
 
 
 def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
-    """``phi(z) u`` with ``phi(z) = z sigmoid(a z + b z^3)``; all bf16 (z and u: or views of it), of one shape.
+    """Computes ``phi(z) u`` with ``phi(z) = z sigmoid(a z + b z^3)``; without u, ``phi(z)``.
 
-    Without u: ``phi(z)``.
+    All arrays are bf16 of one shape; z and u may be views of bf16.
     """
     shapes = [jax.ShapeDtypeStruct((z.size,), jnp.uint16)]
     (out,) = _call("gate", shapes)(_bits(z).reshape(-1), _factor(u, z), **logistic.attributes())
@@ -271,7 +280,10 @@ def gate(z: jax.Array, u: jax.Array | None, logistic: Logistic) -> jax.Array:
 def gate_gradient(
     z: jax.Array, u: jax.Array | None, g: jax.Array, logistic: Logistic, *, product: bool = False
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The gradients of z and u, given those of `gate`'s result, and that result if wanted; all bf16, of one shape."""
+    """Returns the gradients of z and u, and with ``product`` also the result of `gate`.
+
+    ``g`` is the gradient of that result. All arrays are bf16 of one shape.
+    """
     chex.assert_equal_shape([z, g])
     flat = _bits(z).reshape(-1), _factor(u, z), _bits(g).reshape(-1)
     sizes = z.size, flat[1].size, z.size if product else 0
@@ -283,7 +295,7 @@ def gate_gradient(
 
 
 def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
-    """What a gate is multiplied by, flat; nothing stands for ones."""
+    """Returns u, the factor of the gate, flat; an empty array means ones."""
     if u is None:
         return jnp.zeros((0,), jnp.uint16)
     chex.assert_equal_shape([z, u])
@@ -291,22 +303,22 @@ def _factor(u: jax.Array | None, z: jax.Array) -> jax.Array:
 
 
 class Sampled(NamedTuple):
-    """Tokens of a block that its statistics are taken of."""
+    """A block's tokens that its statistics are computed from."""
 
     z: jax.Array  # [tokens, d_ff], bf16 or a view of it
-    rows: jax.Array  # int [taken], which of the tokens
+    rows: jax.Array  # int [taken], indices of tokens
     weights: jax.Array  # float32 [taken]
-    probed_rows: jax.Array  # int [probed], those whose adapter's part is known
-    # That part: float32 [probed, d_ff], or its factors, float32 [probed, r] and [r, d_ff].
+    probed_rows: jax.Array  # int [probed], tokens whose adapter output is known
+    # The adapter's output, float32 [probed, d_ff], or its factors [probed, r] and [r, d_ff].
     delta: jax.Array | tuple[jax.Array, jax.Array]
     probe_weights: jax.Array  # float32 [probed]
 
 
 def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, float]) -> jax.Array:
-    """Weighted sums over tokens for every channel, float32 ``[7, d_ff]`` (see `nalora_jax.method.statistics`).
+    """Returns weighted sums over tokens for every channel, float32 ``[7, d_ff]``.
 
-    In order: of ``|phi'(z)|``; of z below the first cut, below 0 and below the second cut; of ``|F|``, ``|S|`` and
-    ``|z rho'(z) dz|``.
+    The sums, in order: ``|phi'(z)|``; z below the first cut, below 0 and below the second cut;
+    ``|F|``, ``|S|`` and ``|z rho'(z) dz|``. See `nalora_jax.method.statistics`.
     """
     shapes = [jax.ShapeDtypeStruct((7, sampled.z.shape[1]), jnp.float32)]
     rows, probed_rows = (jnp.asarray(x, jnp.int32) for x in (sampled.rows, sampled.probed_rows))
@@ -320,23 +332,27 @@ def gate_statistics(sampled: Sampled, logistic: Logistic, cuts: tuple[float, flo
 
 
 class Measured(NamedTuple):
-    """What the statistics of all tokens of a block are taken with; a weight of 0 leaves a token out."""
+    """Inputs of the statistics over all tokens of a block; a weight of 0 excludes a token."""
 
     weights: jax.Array  # float32 [tokens]
-    probe_weights: jax.Array  # float32 [tokens], for what the adapter moves
-    hidden: jax.Array  # float32 [tokens, r], which times b is the adapter's part of z
+    probe_weights: jax.Array  # float32 [tokens], for the adapter's output
+    hidden: jax.Array  # float32 [tokens, r]; hidden times b is the adapter's part of z
     b: jax.Array  # float32 [r, d_ff]
 
 
 def gate_measured(
     z: jax.Array, u: jax.Array, measured: Measured, logistic: Logistic, cuts: tuple[float, float]
 ) -> tuple[jax.Array, jax.Array]:
-    """`gate` of z and u, ``[tokens, d_ff]``, and the sums of `gate_statistics`, in one pass."""
+    """Computes `gate` of z and u and the sums of `gate_statistics` in one pass.
+
+    z and u are ``[tokens, d_ff]``.
+    """
     chex.assert_equal_shape([z, u])
     shapes = [
         jax.ShapeDtypeStruct(z.shape, jnp.uint16),
         jax.ShapeDtypeStruct((7, z.shape[1]), jnp.float32),
-        jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),  # room to work in
+        # Scratch memory.
+        jax.ShapeDtypeStruct((max(1, min(_PARTS, z.shape[0])), 7, z.shape[1]), jnp.float32),
     ]
     attributes = {**logistic.attributes(), **_regions(cuts)}
     out, sums, _ = _call("gate_measured", shapes)(_bits(z), _bits(u), *measured, **attributes)
@@ -344,15 +360,18 @@ def gate_measured(
 
 
 def _regions(cuts: tuple[float, float]) -> dict[str, Any]:
-    """The cuts as the library takes them."""
+    """Returns the cuts as attributes of a library call."""
     return {"low": np.float32(cuts[0]), "high": np.float32(cuts[1])}
 
 
 def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sum of two float32 ``[rows, d]`` (or x alone) and what its root-mean-square norm reads.
+    """Computes ``x + y`` (x without y) and the inputs of its root-mean-square norm.
+
+    x and y are float32 ``[rows, d]``.
 
     Returns:
-      ``s = x + y``, its bits in bf16 (uint16 ``[rows, d]``), and ``1 / sqrt(mean(s^2) + eps)`` of those, ``[rows]``.
+      ``s = x + y``, its bits in bf16 (uint16 ``[rows, d]``), and ``1 / sqrt(mean(s^2) + eps)`` of
+      the rounded sum, ``[rows]``.
     """
     if y is not None:
         chex.assert_equal_shape([x, y])
@@ -368,13 +387,19 @@ def add_rms(x: jax.Array, y: jax.Array | None, eps: float) -> tuple[jax.Array, j
 
 
 def normalise(held: jax.Array, inverse: jax.Array, scale: jax.Array) -> jax.Array:
-    """The norm, bf16 ``[rows, d]``, of what `add_rms` returned; ``scale`` is float32 ``[d]``."""
+    """Returns the norm, bf16 ``[rows, d]``, from the results of `add_rms`.
+
+    ``scale`` is float32 ``[d]``.
+    """
     (out,) = _call("normalise", [jax.ShapeDtypeStruct(held.shape, jnp.uint16)])(held, inverse, scale)
     return lax.bitcast_convert_type(out, jnp.bfloat16)
 
 
 def norm_gradient(held: jax.Array, inverse: jax.Array, scale: jax.Array, dn: jax.Array, ds: jax.Array) -> jax.Array:
-    """The gradient of s, float32 ``[rows, d]``: that of its norm, bf16 ``dn``, added to ``ds``, float32."""
+    """Returns the gradient of s, float32 ``[rows, d]``.
+
+    It is the gradient through the norm, from bf16 ``dn``, plus float32 ``ds``.
+    """
     chex.assert_equal_shape([held, dn, ds])
     shapes = [jax.ShapeDtypeStruct(held.shape, jnp.float32)]
     result: jax.Array = _call("norm_gradient", shapes)(held, inverse, scale, _bits(dn), ds)[0]

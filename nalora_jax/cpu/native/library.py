@@ -1,4 +1,4 @@
-"""The library of native kernels: compiled on first use, kept in the cache, made known to XLA."""
+"""The library of native kernels: compiled on first use, cached, and registered with XLA."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from nalora_jax.errors import NaloraError
 _log = logging.getLogger(__name__)
 
 _MAIN = Path(__file__).with_name("kernels.cc")
-DEADLINE = 120  # seconds that the compiler may take; it needs 10 to 30
-_MAKING = "making-"  # prefix of the folders that libraries are compiled in
+DEADLINE = 120  # seconds; compilation takes 10 to 30
+_MAKING = "making-"  # prefix of the folders in which libraries are compiled
 _SOURCES = (_MAIN, *sorted(_MAIN.parent.glob("*.h")))
-# Comparisons may not trap: else loops that have some are vectorised only where there are masks.
+# -fno-trapping-math: otherwise loops with comparisons are vectorized only on targets with masks.
 _COMMON = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fno-trapping-math", "-fPIC", "-shared", "-w")
 _VECTORS = (
     *(f"-m{feature}" for feature in ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "fma")),
     "-mprefer-vector-width=512",
 )
-# How products are computed, the fastest first; and what the compiler is told.
+# The ways to compute matmuls, fastest first, with their compiler flags.
 _FLAGS = {
     "tiles": ("-DNALORA_TILES", "-mamx-tile", "-mamx-bf16", *_VECTORS),
     "vectors": ("-DNALORA_DOTS", *_VECTORS),
     "floats": ("-DNALORA_FLOATS", "-mavx2", "-mfma"),
     "plain": (),
 }
-# What the CPU must have for that, in the words of Linux; tiles come on top of vectors.
+# CPU features that each way needs, named as in Linux.
 _VECTOR_FEATURES = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "fma"}
 _FEATURES = {
     "tiles": {"amx_tile", "amx_bf16", *_VECTOR_FEATURES},
@@ -65,30 +65,33 @@ _FUNCTIONS = (
 
 
 def name_of(function: str) -> str:
-    """The name under which XLA knows a function of the library that is in use."""
+    """Returns XLA's name of a function of the library in use."""
     return f"nalora_{function}_{_wanted()}"
 
 
 @cache
 def kinds() -> tuple[str, ...]:
-    """What this CPU can run, the fastest first: of "tiles" (AMX), "vectors" (AVX512-BF16), "floats" (AVX2), "plain"."""
+    """Returns the kinds of kernels that this CPU can run, fastest first.
+
+    They are "tiles" (AMX), "vectors" (AVX512-BF16), "floats" (AVX2) and "plain".
+    """
     has = processor.features()
     return *(kind for kind, features in _FEATURES.items() if features <= has), "plain"
 
 
 def has_tiles() -> bool:
-    """Whether this is a CPU with matrix tiles for bf16."""
+    """Returns True if the CPU has matrix tiles for bf16."""
     return "tiles" in kinds()
 
 
 def kind(choice: str) -> str | None:
-    """The kind of kernels that ``NALORA_NATIVE`` stands for; None if it is XLA that does the work.
+    """Returns the kind of kernels that ``NALORA_NATIVE`` selects; None for XLA.
 
-    Plain ones are slower than XLA, and used only if they are asked for. So are those for AVX2 where the CPU has
-    AVX-512, with which XLA multiplies twice as many numbers at a time.
+    Plain kernels are slower than XLA and are used on request only. The same holds for AVX2 kernels
+    on a CPU with AVX-512, on which XLA multiplies twice as many values at a time.
 
     Raises:
-      NaloraError: there is no such choice, or this CPU cannot run it.
+      NaloraError: the choice does not exist, or this CPU cannot run it.
     """
     if choice == "0":
         return None
@@ -102,24 +105,28 @@ def kind(choice: str) -> str | None:
 
 
 def available(devices: int = 1) -> bool:
-    """Whether these functions can run in programs that so many CPU devices share, compiled and registered.
+    """Returns True if the functions are compiled, registered and support this number of devices.
 
-    Why not is logged once if a compiler is lacking. On several devices XLA would gather what a foreign function reads,
-    so that they are for one device only, but for the plain ones, which tests use.
+    If a compiler is missing, the reason is logged once. On several devices XLA would gather the
+    operands of a foreign function, so only the plain kernels, which tests use, support more than
+    one.
 
     Raises:
-      NaloraError: ``NALORA_NATIVE`` is none of its choices.
+      NaloraError: ``NALORA_NATIVE`` has an invalid value.
     """
     return _available(os.environ.get("NALORA_NATIVE", ""), devices)
 
 
 def multiplies_on_tiles() -> bool:
-    """Whether these functions run here, on matrix tiles."""
+    """Returns True if the functions run here on matrix tiles."""
     return available() and _wanted() == "tiles"
 
 
 def multiplies_few_rows() -> bool:
-    """Whether these functions run here, and are faster than XLA at few rows and single tokens too: not with AVX2."""
+    """Returns True if the functions run here and beat XLA at few rows and single tokens.
+
+    AVX2 kernels do not.
+    """
     return available() and _wanted() != "floats"
 
 
@@ -140,10 +147,10 @@ def _available(choice: str, devices: int) -> bool:
 
 
 def find_compiler() -> str:
-    """``$CXX``, or the first C++ compiler on the path.
+    """Returns ``$CXX``, or the first C++ compiler on the path.
 
     Raises:
-      RuntimeError: there is none.
+      RuntimeError: there is no compiler.
     """
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if found := shutil.which(name):
@@ -152,17 +159,18 @@ def find_compiler() -> str:
 
 
 def build(compiler: str, kind: str) -> Path:
-    """The compiled library, from the cache where it has been compiled before and is whole.
+    """Returns the path of the compiled library, from the cache if it has a valid copy.
 
-    The end of its name is the digest of its content, which is compared before the library is used.
+    Its name ends with the digest of its content, which is verified before use.
 
     Args:
       compiler: a C++17 compiler.
       kind: one of `kinds`.
 
     Raises:
-      OSError: others could write into the cache folder, whose content is run.
-      RuntimeError: the compiler fails, with what it says; or it takes longer than `DEADLINE`.
+      OSError: other users could write into the cache folder, whose content is executed.
+      RuntimeError: the compiler fails (the message has its output), or takes longer than
+        `DEADLINE`.
     """
     flags = (*_COMMON, *_FLAGS[kind])
     parts = [
@@ -176,7 +184,7 @@ def build(compiler: str, kind: str) -> Path:
     for found in folder.glob(f"{name}-*.so"):
         if _digest(found) == found.stem.rpartition("-")[2]:
             return found
-        found.unlink(missing_ok=True)  # cut off or changed
+        found.unlink(missing_ok=True)  # truncated or modified
     _remove_abandoned(folder)
     with tempfile.TemporaryDirectory(prefix=_MAKING, dir=folder) as making:
         made = Path(making) / "kernels.so"
@@ -187,7 +195,10 @@ def build(compiler: str, kind: str) -> Path:
 
 
 def _compile(command: list[str], scratch: str) -> None:
-    """Runs the compiler, which ends at its deadline with all that it has started; its own files are in ``scratch``."""
+    """Runs the compiler in ``scratch``.
+
+    At its deadline it is killed with all of its child processes.
+    """
     environment = {**os.environ, "TMPDIR": scratch}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     with subprocess.Popen(command, start_new_session=True, env=environment, **pipes) as compiler:  # type: ignore[call-overload]
@@ -208,7 +219,7 @@ def _digest(path: Path) -> str:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what processes left behind that were killed while they compiled."""
+    """Removes folders of processes that were killed while they compiled."""
     for path in folder.glob(f"{_MAKING}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 10 * DEADLINE:
@@ -216,11 +227,13 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def register(library: Path, kind: str) -> bool:
-    """Makes the functions of a library of some kind known to XLA; whether this process may use them.
+    """Registers a library's functions with XLA.
+
+    Returns False if this process may not use them.
 
     Raises:
-      OSError: it cannot be loaded.
-      RuntimeError: it lacks a function; none is made known then.
+      OSError: the library cannot be loaded.
+      RuntimeError: a function is missing; then none is registered.
     """
     handle = ctypes.CDLL(str(library))
     try:

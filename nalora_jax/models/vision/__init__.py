@@ -1,6 +1,6 @@
-"""Dual encoders: towers that turn images or text into features, and the pair that compares them."""
+"""Dual encoders: an image tower and a text tower whose features are compared."""
 
-# Its reader of config.json is what `DualConfig.from_hf` calls.
+# `DualConfig.from_hf` calls the reader that this module registers.
 import nalora_jax.models.vision.families  # noqa: F401
 from nalora_jax.models.vision.config import DualConfig, EncoderConfig
 from nalora_jax.models.vision.dual import DualEncoder

@@ -1,4 +1,4 @@
-"""What encoders are made of: one frozen description of a tower for every family, and one of a pair of towers.
+"""The architectures of encoders: one frozen dataclass for a tower and one for a pair of towers.
 
 `families.py` fills them in from a Hugging Face ``config.json``.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# How a tower's features come out of its sequence.
+# How one feature vector is computed from a tower's sequence.
 Pooling = Literal["first", "last", "eos", "mean", "attention", "none"]
 TOWERS = ("image", "text")
 
@@ -27,59 +27,61 @@ class EncoderConfig:
     activation: str  # a name of nalora_jax.method.activations
     norm_eps: float
     pooling: Pooling
-    # ---- what goes in: text ...
+    # ---- inputs: text ...
     vocab_size: int = 0
     max_positions: int = 0
     token_types: int = 0  # rows of a table whose row 0 is added to every token (BERT's segments)
-    eos_id: int = -1  # the token whose first occurrence is pooled; 2: the largest id, as CLIP's first files mean it
+    # The token whose first occurrence is pooled; 2: the largest id (CLIP's first files).
+    eos_id: int = -1
     pad_id: int = 0
     # ---- ... or images
-    image_size: int = 0  # pixels of the square that the positions belong to
+    image_size: int = 0  # pixels of the square that the position embeddings cover
     patch_size: int = 0
     channels: int = 3
-    any_shape: bool = False  # takes patches of images of any shape, padded (SigLIP 2's NaFlex)
+    any_shape: bool = False  # accepts patches of images of any shape, padded (SigLIP 2's NaFlex)
     class_token: bool = False
     patch_bias: bool = False
     # ---- layers
     embed_norm: bool = False  # a norm between the embeddings and the layers
     causal: bool = False
-    pre_norm: bool = True  # norms of the inputs of attention and FFN; False: of the sums behind them (BERT)
-    gated: bool = False  # phi(x W_gate) * (x W_up), against phi(x W_in)
+    # Norms of the inputs of attention and FFN; False: of the residual sums after them (BERT).
+    pre_norm: bool = True
+    gated: bool = False  # phi(x W_gate) * (x W_up); False: phi(x W_in)
     qkv_bias: bool = True
-    layer_scale: bool = False  # a factor per channel on what attention and FFN add
-    # ---- what comes out
+    layer_scale: bool = False  # a factor per channel on the outputs of attention and FFN
+    # ---- outputs
     final_norm: bool = True
-    pooler: str = ""  # activation of a dense layer behind the pooling: "tanh"
+    pooler: str = ""  # activation of a dense layer after the pooling: "tanh"
     d_out: int = 0  # features after a projection; 0: no projection
     projection_bias: bool = False
 
     @property
     def kind(self) -> str:
-        """ "text" or "image"."""
+        """The kind of input, "text" or "image"."""
         return "text" if self.vocab_size else "image"
 
     @property
     def features(self) -> int:
-        """Length of the tower's result."""
+        """The length of the tower's feature vector."""
         return self.d_out or self.d_model
 
     @property
     def head_dim(self) -> int:
-        """Of one attention head."""
+        """The size of one attention head."""
         return self.d_model // self.n_heads
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the square that the positions belong to."""
+        """Patches along one side of the square that the position embeddings cover."""
         return self.image_size // self.patch_size
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Names of the FFN's kernels."""
+        """The names of the FFN's kernels."""
         return ("gate_proj", "up_proj", "down_proj") if self.gated else ("in_proj", "out_proj")
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every base parameter by path, layers stacked.
+        """Returns the shape of every base parameter by path, layers stacked.
 
         Example (ViT): ``{"patches/kernel": (3 p p, D), "class_token": (D,), ..., "layers/ffn/in_proj/kernel": ...}``
         """
@@ -129,7 +131,7 @@ class EncoderConfig:
         return shapes
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Per-layer kernel shape of everything that an adapter can be put on, by stacked path."""
+        """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         d, f = self.d_model, self.d_ff
         *wide, last = self.projections
         shapes: dict[str, tuple[int, ...]] = {f"layers/attn/{name}_proj": (d, d) for name in "qkvo"}
@@ -148,17 +150,20 @@ class DualConfig:
     model_type: str  # "clip", "siglip", "siglip2", "vision-text-dual-encoder"
     image: EncoderConfig
     text: EncoderConfig
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # how the pair was trained
-    # What training may change besides the adapters: projections that nobody has trained yet, for instance.
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # the loss that the pair was trained with
+    # Base parameters that are trained with the adapters, e.g. new, untrained projections.
     trained: tuple[str, ...] = ()
 
     @property
     def towers(self) -> dict[str, EncoderConfig]:
-        """Both, by the name that their parameters are under."""
+        """Both towers by the prefix of their parameters."""
         return {"image": self.image, "text": self.text}
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every base parameter by path: ``image/...``, ``text/...``, ``logit_scale``, ``logit_bias``."""
+        """Returns the shape of every base parameter by path.
+
+        Paths are ``image/...``, ``text/...``, ``logit_scale`` and ``logit_bias``.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         for name, tower in self.towers.items():
             shapes |= {f"{name}/{path}": shape for path, shape in tower.param_shapes().items()}
@@ -166,7 +171,7 @@ class DualConfig:
         return shapes | ({"logit_bias": ()} if self.loss == "sigmoid" else {})
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Per-layer kernel shape of everything that an adapter can be put on, by stacked path."""
+        """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         return {
             f"{name}/{path}": shape
             for name, tower in self.towers.items()
@@ -174,20 +179,21 @@ class DualConfig:
         }
 
     def depths(self) -> dict[str, int]:
-        """Number of layers behind each path of `projection_shapes`."""
+        """Returns the number of stacked layers by path of `projection_shapes`."""
         return {path: self.towers[path.partition("/")[0]].n_layers for path in self.projection_shapes()}
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
-        """The description that a parsed ``config.json`` of a dual encoder gives.
+        """Returns the config described by a parsed ``config.json`` of a dual encoder.
 
         Raises:
-          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is not implemented.
+          NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
+            not implemented.
         """
         return _READERS[0](raw, where)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, for JSON and fingerprints."""
+        """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
 
 
@@ -196,6 +202,9 @@ _READERS: list[Reader] = []
 
 
 def reads_dual_configs(reader: Reader) -> Reader:
-    """Makes a function what `DualConfig.from_hf` calls: ``families.py`` has it, and knows this module."""
+    """Registers the function that `DualConfig.from_hf` calls.
+
+    ``families.py`` imports this module, so this module cannot import the reader.
+    """
     _READERS[:] = [reader]
     return reader

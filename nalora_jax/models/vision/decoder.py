@@ -1,6 +1,6 @@
-"""A decoder that sees: the decoder as it is, an image tower, and a projector between them.
+"""A vision-language model: the unchanged decoder, an image tower and a projector between them.
 
-The parameters are the decoder's own tree with two more branches, so that everything that knows a decoder knows it::
+The parameters are the decoder's tree with two more branches, so that code for decoders accepts it::
 
     params: {"embed", "layers", "final_norm", "lm_head", "image": {...}, "projector": {...}}
 """
@@ -27,7 +27,7 @@ from nalora_jax.ops.dispatch import Numerics
 
 
 class SeeingDecoder(Decoder):
-    """A `Decoder` whose config has a `Sight`; `see` makes what its call takes as ``features``."""
+    """A `Decoder` whose config has a `Sight`; `see` computes the call's ``features``."""
 
     def setup(self) -> None:  # noqa: D102
         super().setup()
@@ -38,11 +38,12 @@ class SeeingDecoder(Decoder):
         self.projector = Projector(sight, self.adapters, self.numerics, self.stats or GateStatsConfig())
 
     def see(self, pixels: jax.Array, counts: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
-        """What stands in the places of the image tokens.
+        """Returns the features that replace the image tokens.
 
         Args:
           pixels: float32 ``[batch, images, height, width, channels]``, normalised.
-          counts: int ``[batch]``, how many of a row's images are real; all by default. The statistics count those.
+          counts: int ``[batch]``, number of real images in each row; default: all. Statistics count
+            only real images.
           deterministic: no adapter dropout.
 
         Returns:
@@ -68,7 +69,7 @@ class SeeingDecoder(Decoder):
         return y.reshape(batch, images * sight.tokens, sight.d_model)
 
     def __call__(self, tokens: jax.Array, **options: Any) -> Any:
-        """As `Decoder`."""
+        """Calls `Decoder` with the same arguments."""
         if self.is_initializing():
             tower = self.config.sight.tower  # type: ignore[union-attr]
             self.see(jnp.zeros((1, 1, tower.image_size, tower.image_size, tower.channels)))
@@ -76,7 +77,7 @@ class SeeingDecoder(Decoder):
 
 
 class Projector(nn.Module):
-    """From the tower's features to the decoder's embeddings."""
+    """The map from the tower's features to the decoder's embeddings."""
 
     sight: Sight
     adapters: AdapterSpec = AdapterSpec()
@@ -85,7 +86,10 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array | None, *, deterministic: bool) -> jax.Array:
-        """``[images, patches, d]`` -> ``[images, tokens, d_model]``; ``weights`` of the statistics by token."""
+        """Returns ``[images, tokens, d_model]`` of ``[images, patches, d]``.
+
+        ``weights`` are the tokens' weights in the statistics.
+        """
         s = self.sight
         if s.projector == "pooled":
             x = pooled_patches(x.astype(jnp.float32), s.tokens)
@@ -102,11 +106,14 @@ class Projector(nn.Module):
 
 
 class _ProjectorLayer(SelfGatedFFN):
-    """The two products, as one layer of a stack of one: adapters and statistics then have the shapes of all others."""
+    """The two matmuls of an MLP projector as a stack of one layer.
+
+    Adapters and statistics then have the same shapes as in other stacks.
+    """
 
     deterministic: bool = True
 
-    def __call__(  # as `nn.scan` calls a layer
+    def __call__(  # the signature that `nn.scan` calls
         self, carry: None, scales: dict[str, jax.Array], inputs: Any
     ) -> tuple[None, jax.Array]:
         x, weights = inputs
@@ -114,7 +121,10 @@ class _ProjectorLayer(SelfGatedFFN):
 
 
 def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
-    """Means over squares of patches: ``[images, side * side, d]`` -> ``[images, tokens, d]``."""
+    """Returns means over squares of patches: ``[images, tokens, d]``.
+
+    ``x`` is ``[images, side * side, d]``.
+    """
     images, patches, d = x.shape
     side, few = round(patches**0.5), round(tokens**0.5)
     each = side // few
@@ -122,5 +132,8 @@ def pooled_patches(x: jax.Array, tokens: int) -> jax.Array:
 
 
 def decoder_for(config: ModelConfig, *arguments: Any, **options: Any) -> Decoder:
-    """The module of a model: `SeeingDecoder` where it sees, else `Decoder`; arguments as theirs."""
+    """Returns the module of a model: `SeeingDecoder` if it has an image tower, else `Decoder`.
+
+    The other arguments are passed to the module.
+    """
     return (Decoder if config.sight is None else SeeingDecoder)(config, *arguments, **options)

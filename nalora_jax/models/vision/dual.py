@@ -1,4 +1,4 @@
-"""Two towers and what compares their features."""
+"""Two towers and the comparison of their features."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from nalora_jax.models.vision.encoder import Encoder
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.trees import flatten, unflatten
 
-# log(1 / 0.07), the start of CLIP's temperature; SigLIP starts at log 10 and a bias of -10.
+# CLIP's initial temperature is log(1 / 0.07); SigLIP starts at log 10 and a bias of -10.
 _START = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10.0)}
 _START_BIAS = -10.0
 
 
 class DualEncoder(nn.Module):
-    """An image tower and a text tower; attributes as of `Encoder`."""
+    """An image tower and a text tower; for the attributes see `Encoder`."""
 
     config: DualConfig
     adapters: AdapterSpec = AdapterSpec()
@@ -41,32 +41,39 @@ class DualEncoder(nn.Module):
         self.text = Encoder(self.config.text, tower_adapters(self.adapters, "text"), *shared)
 
     def __call__(self, images: Mapping[str, jax.Array], texts: Mapping[str, jax.Array], **options: Any) -> jax.Array:
-        """Logits ``[images, texts]``, float32; arguments as of the towers."""
+        """Returns float32 logits ``[images, texts]``; options are passed to both towers."""
         return self.logits(self.encode_image(images, **options), self.encode_text(texts, **options))
 
     def encode_image(self, images: Mapping[str, jax.Array], **options: Any) -> jax.Array:
-        """float32 ``[batch, features]`` of ``pixels`` (and ``shapes``, ``mask``), not normalised; see `Encoder`."""
+        """Returns float32 features ``[batch, features]`` of images, not normalised.
+
+        ``images`` has ``pixels``, and ``shapes`` and ``mask`` if the family takes them; see
+        `Encoder`.
+        """
         given = {name: images[name] for name in ("shapes", "mask") if name in images}
         return self.image(images["pixels"], **given, **options)
 
     def encode_text(self, texts: Mapping[str, jax.Array], **options: Any) -> jax.Array:
-        """float32 ``[batch, features]`` of ``tokens``, not normalised.
+        """Returns float32 features ``[batch, features]`` of ``tokens``, not normalised.
 
-        ``token_weights`` say which tokens the statistics count. Attention sees the same, but for families that were
-        trained to see their padding (SigLIP).
+        ``token_weights`` are the tokens' weights in the statistics. Tokens of weight 0 are masked
+        in attention, too, except in families that were trained to attend to padding (SigLIP).
         """
         weights = texts.get("token_weights")
         mask = None if self.config.text.pooling == "last" or weights is None else weights > 0
         return self.text(texts["tokens"], mask=mask, token_weights=weights, **options)
 
     def logits(self, images: jax.Array, texts: jax.Array) -> jax.Array:
-        """``[images, features]``, ``[texts, features]`` -> scaled cosines ``[images, texts]``, float32."""
+        """Returns the scaled cosines of features, float32 ``[images, texts]``.
+
+        The inputs are ``[images, features]`` and ``[texts, features]``.
+        """
         scale, bias = self.temperature()
         cosines = jnp.einsum("if,tf->it", normalised(images), normalised(texts), precision="highest")
         return cosines * scale + bias
 
     def temperature(self) -> tuple[jax.Array, jax.Array]:
-        """What cosines are multiplied by, and what is added to them: float32 scalars."""
+        """Returns the factor and the bias of the cosines, float32 scalars."""
         return jnp.exp(self._scalar("logit_scale")), self._scalar("logit_bias")
 
     def _scalar(self, name: str) -> jax.Array:
@@ -78,13 +85,13 @@ class DualEncoder(nn.Module):
 
 
 def normalised(x: jax.Array) -> jax.Array:
-    """Rows of length 1, float32."""
+    """Returns float32 ``x`` with rows scaled to length 1."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def tower_adapters(spec: AdapterSpec, tower: str) -> AdapterSpec:
-    """The adapters of one tower, by its own paths."""
+    """Returns the adapters of one tower, by the tower's own paths."""
     prefix = f"{tower}/"
     return replace(spec, targets=tuple((p.removeprefix(prefix), t) for p, t in spec.targets if p.startswith(prefix)))
 
@@ -93,7 +100,10 @@ def tower_adapters(spec: AdapterSpec, tower: str) -> AdapterSpec:
 
 
 def init_params(config: DualConfig | EncoderConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random base weights of a tower or a pair, for tests, benchmarks, and projections that are yet to be trained."""
+    """Returns random base weights of a tower or a pair.
+
+    They serve tests, benchmarks, and projections that are trained from scratch.
+    """
     return unflatten(
         {
             path: _random(path, shape, jax.random.fold_in(key, i), config).astype(dtype)
@@ -118,13 +128,16 @@ def _random(path: str, shape: tuple[int, ...], key: jax.Array, config: DualConfi
 def init_lora(
     config: DualConfig, spec: AdapterSpec, key: jax.Array, params: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything that training changes before the first step: adapters (A random, B zero), and ``config.trained``.
+    """Returns the initial values of all trained arrays: adapters and ``config.trained``.
+
+    A is random and B is zero.
 
     Args:
       config: the pair.
-      spec: which projections, which ranks.
+      spec: projections and ranks.
       key: random key.
-      params: base weights, needed for DoRA's magnitudes; what ``config.trained`` names starts from them.
+      params: base weights, needed for DoRA's magnitudes; arrays in ``config.trained`` start at
+        their values in ``params``.
     """
     shapes, depths = config.projection_shapes(), config.depths()
     base = {} if params is None else flatten(params)
@@ -144,7 +157,7 @@ def init_lora(
 
 
 def trained_shapes(config: DualConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every base parameter that training changes as a whole, by path."""
+    """Returns the shape of every base parameter that is trained entirely, by path."""
     return {
         path: shape
         for path, shape in config.param_shapes().items()

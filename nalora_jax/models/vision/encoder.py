@@ -1,7 +1,7 @@
 """One encoder for images and for text: embeddings, a scanned stack of blocks, pooling, projection.
 
-Families differ by `EncoderConfig` only. Attention and FFN can have adapters; the FFN is
-`nalora_jax.method.ffn` with its mask and its statistics, as in the decoder. The dropout in a family's
+Families differ by their `EncoderConfig` only. Attention and FFN can have adapters. The FFN is
+`nalora_jax.method.ffn` with its mask and statistics, as in the decoder. The dropout in a family's
 config is not applied, because its weights are frozen.
 """
 
@@ -37,15 +37,15 @@ from nalora_jax.ops.storage import LAYER_INPUT, expand, round_and_save
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shared:
-    """What all layers read."""
+    """Inputs that are the same for all layers."""
 
-    mask: jax.Array | None  # bool [batch, seq], which tokens are seen
+    mask: jax.Array | None  # bool [batch, seq], True for tokens that are attended to
     token_weights: jax.Array | None  # [batch, seq], for statistics
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
 class Encoder(nn.Module):
-    """A tower over the collections ``params``, ``lora``, ``gate_mask`` and ``gate_stats``.
+    """A tower with collections ``params``, ``lora``, ``gate_mask`` and ``gate_stats``.
 
     Attributes:
       config: the architecture.
@@ -53,7 +53,8 @@ class Encoder(nn.Module):
       numerics: dtypes.
       remat: one of `nalora_jax.models.remat.REMAT`.
       stats: strides of the gate statistics.
-      activation_sharding: of ``[batch, seq, d_model]`` between layers; None leaves it to the compiler.
+      activation_sharding: sharding of ``[batch, seq, d_model]`` between layers; None leaves it to
+        the compiler.
     """
 
     config: EncoderConfig
@@ -74,16 +75,19 @@ class Encoder(nn.Module):
         deterministic: bool = True,
         pooled: bool = True,
     ) -> jax.Array:
-        """Features of texts or images.
+        """Returns the features of texts or images.
 
         Args:
-          inputs: token ids int ``[batch, seq]``; or pixels ``[batch, height, width, channels]``, normalised; or, where
-            the family takes any shape, patches ``[batch, patches, patch * patch * channels]``.
-          mask: bool ``[batch, seq]`` of the tokens (or patches) that are there; all of them by default.
+          inputs: token ids int ``[batch, seq]``; or normalised pixels
+            ``[batch, height, width, channels]``; or patches
+            ``[batch, patches, patch * patch * channels]`` for a family that takes any shape.
+          mask: bool ``[batch, seq]``, True for tokens (or patches) that are not padding; default:
+            all.
           shapes: int ``[batch, 2]``, rows and columns of every image's patches; with patches only.
-          token_weights: ``[batch, seq]`` of the gate statistics; ``mask`` by default.
-          deterministic: no adapter dropout; otherwise the rng ``dropout`` is needed where a rate is set.
-          pooled: False for the sequence after the final norm, ``[batch, seq, d_model]``.
+          token_weights: ``[batch, seq]`` for the gate statistics; default: ``mask``.
+          deterministic: no adapter dropout; if False and a rate is set, the rng ``dropout`` is
+            needed.
+          pooled: False returns the sequence after the final norm, ``[batch, seq, d_model]``.
 
         Returns:
           float32 ``[batch, features]``, not normalised.
@@ -152,7 +156,8 @@ class Encoder(nn.Module):
         if c.pooling == "last":
             return x[:, -1]
         if c.pooling == "eos":
-            # The largest id is the last one of CLIP's vocabulary; files from before that was a field say 2.
+            # CLIP's end token is the largest id of its vocabulary; early config files have the
+            # value 2.
             ends = inputs if c.eos_id == 2 else inputs == c.eos_id
             return jnp.take_along_axis(x, jnp.argmax(ends, axis=1)[:, None, None], axis=1)[:, 0]
         if c.pooling == "mean":
@@ -163,9 +168,10 @@ class Encoder(nn.Module):
 
 
 def patchify(pixels: jax.Array, patch: int) -> jax.Array:
-    """``[batch, height, width, channels]`` -> ``[batch, patches, patch * patch * channels]``, row by row.
+    """Returns the patches of images row by row: ``[batch, patches, patch * patch * channels]``.
 
-    What is left at the right and the bottom is cut off, as a strided convolution does.
+    ``pixels`` is ``[batch, height, width, channels]``. Incomplete patches at the right and the
+    bottom are cut off, as by a strided convolution.
     """
     batch, height, width, channels = pixels.shape
     rows, columns = height // patch, width // patch
@@ -175,7 +181,7 @@ def patchify(pixels: jax.Array, patch: int) -> jax.Array:
 
 
 def _layer_scales(adapters: AdapterSpec) -> dict[str, dict[str, jax.Array]]:
-    """The adapters' scales by block and projection, each ``[layers]``: scanned."""
+    """Returns the adapters' scales by block and projection, each ``[layers]``, to be scanned."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
         _, block, name = path.split("/")
@@ -190,7 +196,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[..., d]`` -> float32 ``[..., d]``."""
+        """Returns the float32 norm of ``x``, ``[..., d]``."""
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
         scale, bias = (lax.stop_gradient(p).astype(jnp.float32) for p in (scale, bias))
@@ -201,7 +207,7 @@ class LayerNorm(nn.Module):
 
 
 class PlainDense(nn.Module):
-    """A dense layer without an adapter: frozen, or trained as a whole where ``lora`` holds its kernel."""
+    """A dense layer without an adapter: frozen, or trained entirely if ``lora`` has its kernel."""
 
     features: int
     use_bias: bool
@@ -209,7 +215,7 @@ class PlainDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[..., d_in]`` -> ``[..., features]``."""
+        """Returns ``[..., features]`` of ``[..., d_in]``."""
         kernel = frozen_kernel(self, (x.shape[-1], self.features))
         if self.has_variable("lora", "kernel"):
             y = jnp.dot(x.astype(jnp.float32), self.get_variable("lora", "kernel"))
@@ -222,14 +228,14 @@ class PlainDense(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """One learnt query that attends over the sequence, and an FFN behind it (SigLIP); frozen."""
+    """One learnt query that attends over the sequence, followed by an FFN (SigLIP); frozen."""
 
     config: EncoderConfig
     numerics: Numerics = Numerics()
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """``[batch, seq, d_model]`` -> ``[batch, d_model]``."""
+        """Returns ``[batch, d_model]`` of ``[batch, seq, d_model]``."""
         c = self.config
         probe = lax.stop_gradient(self.param("probe", nn.initializers.normal(0.02), (c.d_model,)))
         probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, c.d_model))
@@ -249,14 +255,14 @@ class FrozenFFN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``[..., d]`` -> ``[..., d]``."""
+        """Returns ``[..., d]`` of ``[..., d]``."""
         z = PlainDense(self.d_ff, True, self.numerics, name="in_proj")(x)
         hidden = activations.get(self.activation).phi(z.astype(jnp.float32))
         return PlainDense(x.shape[-1], True, self.numerics, name="out_proj")(hidden)
 
 
 class EncoderAttention(nn.Module):
-    """Projections with adapters, and attention over the whole row."""
+    """Adapted projections and attention over the whole row."""
 
     config: EncoderConfig
     adapters: AdapterSpec = AdapterSpec()
@@ -264,7 +270,10 @@ class EncoderAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, source: jax.Array, scales: dict[str, jax.Array], shared: Shared) -> jax.Array:
-        """``[batch, queries, d_model]`` over ``source [batch, keys, d_model]`` -> ``[batch, queries, d_model]``."""
+        """Returns ``[batch, queries, d_model]``; keys and values are computed from ``source``.
+
+        ``source`` is ``[batch, keys, d_model]``.
+        """
         c, n = self.config, self.numerics
         q, k, v, o = (self._dense(f"{name}_proj", name == "o" or c.qkv_bias, scales, shared) for name in "qkvo")
         if x is source:
@@ -288,7 +297,7 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and FFN with their residuals; norms before them, or behind the sums."""
+    """Attention and FFN with their residuals; norms precede them or follow the residual sums."""
 
     config: EncoderConfig
     adapters: AdapterSpec = AdapterSpec()
@@ -298,7 +307,7 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, scales: dict[str, dict[str, jax.Array]], shared: Shared) -> tuple[jax.Array, None]:
-        """``[batch, seq, d_model]`` -> the same (and nothing to stack)."""
+        """Returns ``[batch, seq, d_model]``, and None because no output is stacked over layers."""
         c, n = self.config, self.numerics
         x = checkpoint_name(x, LAYER_INPUT)
 
@@ -311,7 +320,7 @@ class EncoderBlock(nn.Module):
 
         for name, block in (("attn", attend), ("ffn", feed)):
             norm = LayerNorm(c.norm_eps, name=f"{name}_norm")
-            # A post-norm layer reads the residual stream itself.
+            # A post-norm layer reads the residual stream without a norm.
             y = block(norm(x).astype(n.result) if c.pre_norm else x)
             if c.layer_scale:
                 scale = self.param(f"{name}_scale", nn.initializers.ones_init(), (c.d_model,))

@@ -1,4 +1,4 @@
-"""How a ``config.json`` becomes an `EncoderConfig` or a `DualConfig`: one small reader per ``model_type``."""
+"""Readers of the ``config.json`` of encoders and dual encoders, one function per ``model_type``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CLIP_LEGACY_EOS = 2
 
 @reads_dual_configs
 def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
-    """See `DualConfig.from_hf`."""
+    """Returns the config of a dual encoder; see `DualConfig.from_hf`."""
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
@@ -38,14 +38,18 @@ def read_dual(raw: Mapping[str, Any], where: str = "config.json") -> DualConfig:
 
 
 def _composed(f: Fields) -> DualConfig:
-    """A pair of towers that were trained apart, behind projections (transformers' VisionTextDualEncoderModel)."""
+    """Returns a pair of separately trained towers with projections.
+
+    This is transformers' VisionTextDualEncoderModel.
+    """
     towers = [read_encoder(f.mapping(f"{part}_config"), f"{f.where}: {part}_config") for part in ("vision", "text")]
     for part, tower in zip(("vision", "text"), towers, strict=True):
         kind = "image" if part == "vision" else "text"
         if tower.kind != kind:
             raise f.error(f"{part}_config: model_type", f"an {kind} encoder", tower.model_type)
     width = f.integer("projection_dim")
-    # There the towers' own pooled outputs are projected: BERT's and ViT's behind their dense layers.
+    # That model projects the towers' pooled outputs, which for BERT and ViT include their dense
+    # layers.
     image, text = (replace(_with_pooler(tower), d_out=width) for tower in towers)
     return DualConfig("vision-text-dual-encoder", image, text)
 
@@ -55,10 +59,12 @@ def _with_pooler(tower: EncoderConfig) -> EncoderConfig:
 
 
 def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "softmax") -> DualConfig:
-    """A pair of towers that have never met: new projections to ``d_out`` features, trained with the adapters.
+    """Returns a pair of unrelated towers with new projections to ``d_out`` features.
+
+    The projections are trained with the adapters.
 
     Raises:
-      NaloraError: a tower of the wrong kind.
+      NaloraError: a tower of the wrong kind, or an unknown loss.
     """
     for name, tower in (("image", image), ("text", text)):
         if tower.kind != name:
@@ -76,7 +82,7 @@ def compose(image: EncoderConfig, text: EncoderConfig, d_out: int, loss: str = "
 
 
 def read_encoder(raw: Mapping[str, Any], where: str = "config.json") -> EncoderConfig:
-    """The tower that a parsed ``config.json`` (or a part of one) describes.
+    """Returns the tower that a parsed ``config.json``, or a part of one, describes.
 
     Raises:
       NaloraError: see `DualConfig.from_hf`.
@@ -130,7 +136,7 @@ def _image(f: Fields) -> dict[str, Any]:
 
 
 def _side(f: Fields, name: str) -> int:
-    """The side of a square, also where a file gives height and width."""
+    """Returns the side of a square, given as a number or as a pair of height and width."""
     pair = f.get(name)
     if isinstance(pair, list) and len(pair) == 2 and pair[0] == pair[1]:
         f = Fields({name: pair[0]}, {}, f.where)
@@ -179,7 +185,7 @@ def _dinov2(f: Fields, name: str) -> EncoderConfig:
     d_model = f.integer("hidden_size")
     d_ff, gated = int(d_model * f.number("mlp_ratio")), f.flag("use_swiglu_ffn")
     if gated:
-        # Two thirds, in eights: as wide as an ungated block in parameters.
+        # Two thirds, rounded up to a multiple of 8: as many parameters as an ungated block.
         d_ff = (int(d_ff * 2 / 3) + 7) // 8 * 8
     return _base(
         f,
@@ -233,7 +239,7 @@ _GELU = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "pad_token_id": 0}
 
 Reader = Callable[[Fields, str], EncoderConfig]
-# By ``model_type``: the reader, and what transformers assumes where the file is silent.
+# By ``model_type``: the reader, and transformers' defaults of missing fields.
 ENCODERS: dict[str, tuple[Reader, dict[str, Any]]] = {
     "clip_vision_model": (_clip_vision, _SIZES | _PIXELS | _CLIP | {"patch_size": 32}),
     "clip_text_model": (_clip_text, _SIZES | _CLIP | _CLIP_TEXT | _CLIP_IDS),

@@ -1,4 +1,7 @@
-"""Position embeddings of a square of patches, resized to an image's own grid as the families were trained to."""
+"""Position embeddings of a square of patches, resized to an image's grid.
+
+The interpolation is the same as in the family's training.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Torch's (and OpenCV's) cubic kernel; `jax.image` has the -0.5 of Keys' paper.
+# The cubic kernel of Torch and OpenCV; `jax.image` uses -0.5, as in Keys' paper.
 _CUBIC = -0.75
 
 
 def cubic_weights(old: int, new: int) -> np.ndarray:
-    """What resizing one axis multiplies by: float32 ``[new, old]``, cubic, without antialiasing, borders repeated."""
+    """Returns the matrix that resizes one axis: float32 ``[new, old]``.
+
+    The interpolation is cubic without antialiasing, with borders repeated.
+    """
     centres = (np.arange(new) + 0.5) * (old / new) - 0.5
     first = np.floor(centres).astype(int)
     weights = np.zeros((new, old))
@@ -24,14 +30,14 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
 
 
 def resized(table: jax.Array, height: int, width: int) -> jax.Array:
-    """A square table of patch positions for another grid, by cubic interpolation.
+    """Resizes a square table of patch positions to another grid by cubic interpolation.
 
     Args:
       table: ``[side * side, d_model]``, row by row.
       height, width: patches of the images.
 
     Returns:
-      ``[height * width, d_model]``; the table itself where the grid is the same.
+      ``[height * width, d_model]``; the table itself if the grid is the same.
     """
     side = round(table.shape[0] ** 0.5)
     if (height, width) == (side, side):
@@ -43,7 +49,9 @@ def resized(table: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
-    """The same for a batch of images of different shapes: bilinear with antialiasing, as SigLIP 2 was trained.
+    """Resizes a table of patch positions for a batch of images of different shapes.
+
+    The interpolation is bilinear with antialiasing, as in the training of SigLIP 2.
 
     Args:
       table: ``[side * side, d_model]``.
@@ -51,7 +59,7 @@ def resized_each(table: jax.Array, shapes: jax.Array, length: int) -> jax.Array:
       length: patches that every image is padded to.
 
     Returns:
-      float32 ``[batch, length, d_model]``; padding has the first patch's.
+      float32 ``[batch, length, d_model]``; padding has the first patch's position.
     """
     side = round(table.shape[0] ** 0.5)
     sizes = shapes.astype(jnp.float32)[:, None, :]

@@ -1,6 +1,7 @@
-"""What makes a decoder see: an image tower, the tokens that are taken from it, and a projector into its embeddings.
+"""The image tower, image tokens and projector of a vision-language model.
 
-`MULTIMODAL` has one reader per ``model_type``; the text model within such a ``config.json`` is read as any other.
+`MULTIMODAL` has one reader per ``model_type``. The text model within such a ``config.json`` is read
+like any other.
 """
 
 from __future__ import annotations
@@ -19,35 +20,40 @@ from nalora_jax.models.vision.families import read_encoder
 if TYPE_CHECKING:
     from nalora_jax.models.config import ModelConfig
 
-# What is in the files and never run lies under this name: it is kept, so that a merged model is whole.
+# Prefix of weights that are in the files but never used; they are kept so that a merged model is
+# complete.
 UNUSED = "unused"
 
 
 @dataclass(frozen=True)
 class Sight:
-    """An image tower and a projector beside a decoder; each image becomes ``tokens`` of its embeddings."""
+    """The image tower and projector of a decoder; each image becomes ``tokens`` embeddings."""
 
-    model_type: str  # of the whole: "llava", "gemma3"
-    tower: EncoderConfig  # as the files have it
-    used_layers: int  # the tower's layers that are run, from the first on
-    final_norm: bool  # whether the tower's last norm is run
+    model_type: str  # of the multimodal model: "llava", "gemma3"
+    tower: EncoderConfig  # as stored in the files
+    used_layers: int  # number of the tower's layers that are used, starting at the first
+    final_norm: bool  # True if the tower's last norm is applied
     drop_first: bool  # leave out the class token's features
     d_model: int  # of the decoder
-    tokens: int  # that stand for one image
-    image_token: int  # id of the token in whose places images stand
-    # "mlp": phi(x W_in) W_out; "pooled": means over squares of patches, a norm and one product.
+    tokens: int  # tokens per image
+    image_token: int  # id of the token that image features replace
+    # "mlp": phi(x W_in) W_out; "pooled": means over squares of patches, a norm and one matmul.
     projector: Literal["mlp", "pooled"]
     activation: str = "gelu"  # of the projector
     bias: bool = True
-    mutual: bool = False  # tokens of one image see each other, whatever their order
+    mutual: bool = False  # tokens of one image attend to each other in both directions
 
     @property
     def running(self) -> EncoderConfig:
-        """The tower as it is run: without the layers behind the features, and without a pooling."""
+        """The tower as it is used: without layers after the features and without pooling."""
         return replace(self.tower, n_layers=self.used_layers, final_norm=self.final_norm, pooling="none")
 
     def param_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter: ``image/...``, ``projector/...``, and what is not run, ``unused/...``."""
+        """Returns the shape of every parameter by path.
+
+        Paths are ``image/...``, ``projector/...`` and, for weights that are not used,
+        ``unused/...``.
+        """
         run, whole = self.running.param_shapes(), self.tower.param_shapes()
         shapes = {f"image/{path}": shape for path, shape in run.items()} | self._projector_shapes()
         for path, shape in whole.items():
@@ -73,15 +79,15 @@ class Sight:
         return names if self.projector == "mlp" else {}
 
     def projection_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Per-layer kernel shape of everything that an adapter can be put on, by stacked path."""
+        """Returns per-layer kernel shapes of all adaptable projections, by stacked path."""
         return {f"image/{path}": shape for path, shape in self.running.projection_shapes().items()} | self._mlp()
 
     def depths(self) -> dict[str, int]:
-        """Number of layers behind each path of `projection_shapes`."""
+        """Returns the number of stacked layers by path of `projection_shapes`."""
         return {path: 1 if path in self._mlp() else self.used_layers for path in self.projection_shapes()}
 
     def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """See `nalora_jax.models.config.gate_blocks`."""
+        """Returns the FFN blocks; see `nalora_jax.models.config.gate_blocks`."""
         blocks: dict[str, tuple[tuple[int, ...], str]] = {
             "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
         }
@@ -92,7 +98,7 @@ class Sight:
 
 
 def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
-    """What a multimodal ``config.json`` says beside its text model.
+    """Returns the image tower and projector that a multimodal ``config.json`` describes.
 
     Raises:
       NaloraError: a missing or ill-typed field, or a feature that is not implemented.
@@ -107,7 +113,10 @@ def read_sight(raw: Mapping[str, Any], text: ModelConfig, where: str) -> Sight:
 
 
 def text_part(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The ``config.json`` of the text model within a multimodal one's, whose fields are differences from defaults."""
+    """Returns the ``config.json`` of the text model within a multimodal one.
+
+    A multimodal file lists only the differences from the text model's defaults.
+    """
     defaults = MULTIMODAL[raw["model_type"]][2]
     own = Fields(raw, {}, where).mapping("text_config")
     tied = raw.get("tie_word_embeddings")
@@ -225,7 +234,7 @@ _LLAVA = {
 }
 
 Reader = Callable[[Fields, "ModelConfig"], Sight]
-# By ``model_type``: the reader, what transformers assumes where the file is silent, and the same of the text model.
+# By ``model_type``: the reader, transformers' defaults of missing fields, and the text model's.
 MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
