@@ -53,7 +53,7 @@ def _remove_damaged(folder: Path) -> None:
             if listed == found.encode():
                 continue
             damaged += listed is not None
-            digest.unlink(missing_ok=True)  # before the entry, so that no digest outlives its entry
+            digest.unlink(missing_ok=True)  # first: no process writes a new entry while the old one exists
             entry.unlink(missing_ok=True)
     for digest in folder.glob(f"*{_ENTRY}{_DIGEST}"):
         if not digest.with_suffix("").exists():
