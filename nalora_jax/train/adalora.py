@@ -1,4 +1,4 @@
-"""AdaLoRA as an optax transform: adapters ``s (x A) diag(e) B`` whose ranks are pruned by importance.
+"""AdaLoRA as an optax transform: adapters ``s (x A) diag(e) B`` with ranks pruned by importance.
 
 All adapters start with the ranks of their rules and with ``e = 0``. A component of an adapter is
 an entry of ``e``, its column of A and its row of B. The importance of a component is the smoothed
@@ -9,11 +9,12 @@ sensitivity of its weights times the uncertainty of that sensitivity::
     score    = score(e_i) + mean of score(A[:, i]) + mean of score(B[i, :])
 
 After the warm-up, every ``interval`` steps, the components with the lowest scores over all adapters
-have their ``e`` set to 0, until a budget of components remains. The budget falls from all components
-to ``target_rank`` an adapter, as the third power of the steps that are left. A pruned component is
-still trained and can return at the next allocation. The last allocation, ``final_share`` of the
-steps before the end, is final. A penalty keeps A's columns and B's rows orthonormal, so that
-components do not share directions; only its gradient is added, and logs show the loss without it.
+have their ``e`` set to 0, until a budget of components remains. The budget falls from all
+components to ``target_rank`` an adapter, as the third power of the steps that are left. A pruned
+component is still trained and can return at the next allocation. The last allocation,
+``final_share`` of the steps before the end, is final. A penalty keeps A's columns and B's rows
+orthonormal, so that components do not share directions; only its gradient is added, and logs show
+the loss without it.
 
 Source: AdaLoRA, arXiv 2303.10512; the schedule and the scores are those of PEFT's ``AdaLoraModel``.
 """
@@ -122,7 +123,7 @@ def _budgets(config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]) -
 
 
 def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any:
-    """Adds the gradient of the penalty, the mean of ``|A^T A - 1|`` and ``|B B^T - 1|``, to ``grads``."""
+    """Adds the gradient of the penalty, see `_distance`, to ``grads``."""
     if not weight:
         return grads
     penalty = jax.grad(lambda leaves: weight * _distance(leaves, spec))(_adapters(params, spec))
@@ -130,7 +131,7 @@ def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any
 
 
 def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
-    """Returns the mean distance of ``A^T A`` and ``B B^T`` from the identity, in the Frobenius norm."""
+    """Returns the mean Frobenius distance of ``A^T A`` and ``B B^T`` from the identity."""
     total, count = jnp.zeros([]), 0
     for path, target in spec.targets:
         used = target.used(leaves[f"{path}/singular"].shape)
@@ -152,7 +153,7 @@ def _smoothed(
     config: AdaLoRAConfig,
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns sensitivity and uncertainty after a step; constant starting at the last allocation."""
+    """Returns sensitivity and uncertainty after a step; fixed after the last allocation."""
     sensitivity, uncertainty = trees.flatten(state.sensitivity), trees.flatten(state.uncertainty)
     measures = step < config.steps(total_steps)[1]
     for path, leaf in params.items():
@@ -172,7 +173,7 @@ def _allocated(
     spec: AdapterSpec,
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns the kept components by path of ``singular``, and True if this step zeroes the others."""
+    """Returns kept components by path of ``singular``, and True if this step zeroes the others."""
     element = {path: moments[0][path] * moments[1][path] for path in moments[0]}
     scores = {}
     for path, target in spec.targets:

@@ -63,11 +63,11 @@ class Assembly:
     mechanisms: Mechanisms
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # before the first step, on the mesh
-    params: Any  # frozen base weights, minus the initial update of adapters that start at non-zero B
+    params: Any  # frozen base weights, minus the initial update of adapters with B != 0
     step: Step  # compiled on first use; donates the state
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
-    initial: Any = None  # adapters before the first step in host memory, if their update is not zero
+    initial: Any = None  # adapters before the first step in host memory, if B != 0
 
     @property
     def eval_model(self) -> Decoder:
@@ -143,7 +143,7 @@ def assemble(
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
-    """Adds the initial adapters of the gates to ``params``; the probe measures updates from them."""
+    """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
     leaves, adapters = trees.flatten(params), trees.flatten(lora)
     starts = {f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"}
     starts = {path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()}
@@ -154,9 +154,9 @@ def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
 def starting_at(assembly: Assembly, lora: Any) -> Assembly:
     """Returns the assembly with initial adapters ``lora``, non-zero B, on lowered kernels.
 
-    The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same. The
-    step function is shared, and must not be compiled yet: its params now include the initial adapters
-    of the gates.
+    The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same.
+    The step function is shared, and must not be compiled yet: its params now include the initial
+    adapters of the gates.
     """
     initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
     params = _with_starts(lower_kernels(assembly.params, initial, assembly.spec), initial, assembly.mesh)
@@ -166,8 +166,8 @@ def starting_at(assembly: Assembly, lora: Any) -> Assembly:
 def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
     """Returns the trained adapter as plain LoRA of the original base, in host memory.
 
-    It is the adapter, its difference from its non-zero initialization, or the components that AdaLoRA
-    kept.
+    It is the adapter, its difference from its non-zero initialization, or the components that
+    AdaLoRA kept.
     """
     lora = jax.tree.map(distributed.fetch, lora)
     if assembly.spec.adalora:
@@ -238,7 +238,7 @@ def build_optimizer(
     mechanisms: Mechanisms,
     last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains the inner optimizer, the mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
+    """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
     settings = with_learning_rate(config, base.d_model).optimizer
     inner = make_optimizer(settings, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, _gates(base, spec), mechanisms)
@@ -260,7 +260,7 @@ def gate_checks_of(config: RunConfig) -> GateChecks | None:
 
 
 def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """Returns channel shapes by block for the decoder's blocks and all other blocks with adapters."""
+    """Returns channel shapes by block, of the decoder and of other blocks with adapters."""
     adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
     return {path: shape for path, (shape, _) in gate_blocks(base).items() if path == "layers/ffn" or path in adapted}
 
@@ -273,8 +273,8 @@ def head_of(base: ModelConfig) -> Head:
 def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
     """Returns the layout of the head's kernel in the loss; None on one device.
 
-    The kernel is split over "tensor" along the vocabulary only. The loss processes the batch in chunks,
-    and a kernel that is split over "fsdp" would be gathered in each of them.
+    The kernel is split over "tensor" along the vocabulary only. The loss processes the batch in
+    chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
     """
     if mesh.size == 1:
         return None
@@ -318,7 +318,7 @@ def compile_step(
     placed: Any,
     processor: ImageProcessor | None = None,
 ) -> Step:
-    """Jits the step over the mesh: one trace per run, state donated, chexified if gates are checked."""
+    """Jits the step: one trace per run, state donated, chexified if gates are checked."""
     settings = StepConfig(
         mechanisms=mechanisms,
         stats_sharding=distributed.row_sharding(mesh),
@@ -377,7 +377,7 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
 
 
 def _is_no_reminder(record: logging.LogRecord) -> bool:
-    """Returns False for Chex's reminder at exit of unawaited checks; every call here awaits its checks."""
+    """Returns False for Chex's reminder at exit of unawaited checks; here all are awaited."""
     return "chexify assertion statuses were not inspected" not in str(record.msg)
 
 

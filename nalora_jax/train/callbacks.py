@@ -7,8 +7,8 @@
     run(config, callbacks=[Loudest()])
 
 ``config.callbacks`` names callbacks of `nalora_jax.train.trackers` or of `register_callback`, with
-settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too, and
-is always called first.
+settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too,
+and is always called first.
 """
 
 from __future__ import annotations
@@ -55,27 +55,29 @@ class Callback:
     """Base class of callbacks; subclasses override the events they need.
 
     Only the first of several processes calls it. A callback that raises an exception other than
-    NaloraError or KeyboardInterrupt is named in the log and not called again: a tracking server that
-    does not respond must not end the run.
+    NaloraError or KeyboardInterrupt is named in the log and not called again: a tracking server
+    that does not respond must not end the run.
     """
 
     def on_start(self, started: Started) -> None:
         """Handles the start or the resumption of the run; an exception here ends the run."""
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Handles a log step: ``loss``, ``learning_rate``, ``tokens_per_second``, ..., and ``layers``.
+        """Handles a log step.
 
-        ``layers`` holds arrays by metric.
+        The record has ``loss``, ``learning_rate``, ``tokens_per_second``, ..., and ``layers``,
+        arrays by metric.
         """
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         """Handles an evaluation.
 
-        ``kind`` is "initial" (the base), "" (the evaluation that ranks checkpoints) or "final" (the result).
+        ``kind`` is "initial" (the base), "" (the evaluation that ranks checkpoints) or "final" (the
+        result).
         """
 
     def on_save(self, step: int, folder: Path) -> None:
-        """Handles a checkpoint, which is written into ``folder`` in the background of the next steps."""
+        """Handles a checkpoint that is being written into ``folder`` in the background."""
 
     def on_end(self, ended: Ended) -> None:
         """Handles the end of the run, normal or aborted."""
@@ -173,8 +175,8 @@ def make_callbacks(texts: Sequence[str]) -> list[Callback]:
     """Makes callbacks from settings: ``NAME`` or ``NAME:setting=value,...``.
 
     Raises:
-      NaloraError: an unknown name or setting, a value of the wrong type, or a redacted password in the
-        settings of a resumed run (logs do not contain passwords).
+      NaloraError: an unknown name or setting, a value of the wrong type, or a redacted password in
+        the settings of a resumed run (logs do not contain passwords).
     """
     for text in texts:
         if MARK in text:

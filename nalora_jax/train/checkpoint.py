@@ -2,14 +2,14 @@
 
 Orbax writes checkpoints in the background and commits each by a rename, or in a bucket by a commit
 file, so a checkpoint is complete or absent. Before the commit, the SHA-256 of every file is written
-next to it. `Checkpointer.restore` checks the digests first: a checkpoint that was corrupted later is
-moved aside, and the previous one is restored. Checkpoints do not contain the frozen base weights, but
-the base model's fingerprint and the run's settings. Restoring into another model or other settings
-raises an error that lists the differences.
+next to it. `Checkpointer.restore` checks the digests first: a checkpoint that was corrupted later
+is moved aside, and the previous one is restored. Checkpoints do not contain the frozen base
+weights, but the base model's fingerprint and the run's settings. Restoring into another model or
+other settings raises an error that lists the differences.
 
-    <output>/checkpoints/<step>/state    arrays: step, adapters, optimizer, gate EMAs, random key data
+    <output>/checkpoints/<step>/state    arrays: step, adapters, optimizer, gate EMAs, random key
                                /data     position of the input pipeline
-                               /run      fingerprint of the base, the settings, a copy of the metrics
+                               /run      fingerprint of the base, settings, a copy of metrics
                                /metrics  held-out metrics, if they were measured at that step
     <output>/checkpoints.damaged/<step>  damaged checkpoints
 """
@@ -143,13 +143,14 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, data_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> bool:
-        """Writes a checkpoint; returns False if a checkpoint of this step exists (steps are repeatable).
+        """Writes a checkpoint; returns False if one of this step exists (steps are repeatable).
 
         Args:
           step: optimizer steps done.
           state: any pytree of arrays. They may be donated to the next step as soon as this returns.
           data_state: position of the input pipeline, JSON values.
-          metrics: held-out metrics at this step, with the best metric among them. NaN is never ranked.
+          metrics: held-out metrics at this step, with the best metric among them. NaN is never
+            ranked.
 
         Raises:
           NaloraError: this write, or an earlier one in the background, failed. Earlier checkpoints are intact.
@@ -164,25 +165,26 @@ class Checkpointer:
             run=ocp.args.JsonSave(self._run | {"metrics": ranked}),
         )
         with self._write_errors():
-            # force: a run resumed from its best checkpoint saves steps below the latest, which Orbax skips.
+            # force: Orbax skips steps below the latest one, which a run resumed from its best
+            # checkpoint saves again.
             return bool(self._manager.save(step, args=arguments, metrics=ranked, force=True))
 
     def restore(self, which: Literal["latest", "best"] | int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the train state and the data position of a checkpoint.
 
-        If the latest or best checkpoint is damaged, it is moved to ``<folder>.damaged`` with a warning, and
-        the next latest or best one is restored.
+        If the latest or best checkpoint is damaged, it is moved to ``<folder>.damaged`` with a
+        warning, and the next latest or best one is restored.
 
         Args:
           which: "latest", "best", or a step.
-          like: the state's structure: arrays or ``ShapeDtypeStruct`` leaves. If they have shardings, the
-            arrays are restored into them, independent of the topology that wrote them; otherwise onto the
-            first device.
+          like: the state's structure: arrays or ``ShapeDtypeStruct`` leaves. If they have
+            shardings, the arrays are restored into them, independent of the topology that wrote
+            them; otherwise onto the first device.
 
         Raises:
-          NaloraError: there is no such checkpoint, it belongs to another base model or to other settings,
-            its arrays have other names, shapes or dtypes, or its files are damaged and there is no intact
-            checkpoint to fall back to.
+          NaloraError: there is no such checkpoint, it belongs to another base model or to other
+            settings, its arrays have other names, shapes or dtypes, or its files are damaged and
+            there is no intact checkpoint to fall back to.
         """
         while True:
             step = self._find(which)
@@ -214,7 +216,7 @@ class Checkpointer:
                 if (damage := files.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
-        except (*_MISPLACED, ValueError, RecursionError) as error:  # others are I/O errors, not damage
+        except (*_MISPLACED, ValueError, RecursionError) as error:  # others are not damage
             return _reason(error)
         return None if written == metrics else "metrics: not what was written"
 
@@ -227,7 +229,8 @@ class Checkpointer:
     def _set_unreadable_aside(self) -> None:
         """Moves checkpoints with invalid metrics aside.
 
-        Orbax reads the metrics of all checkpoints when it opens a folder, and fails on invalid JSON.
+        Orbax reads the metrics of all checkpoints when it opens a folder, and fails on invalid
+        JSON.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in list(self.folder.glob("*/metrics/metrics")):
@@ -305,7 +308,8 @@ class Checkpointer:
         """Converts errors of a write, and removes the incomplete folder and the uncommitted step.
 
         Raises:
-          NaloraError: the storage failed, with its message; a `LostPeerError` if another process is gone.
+          NaloraError: the storage failed, with its message; a `LostPeerError` if another process is
+            gone.
         """
         try:
             yield
@@ -337,8 +341,8 @@ class Checkpointer:
 def _is_news(record: logging.LogRecord) -> bool:
     """Returns False for log records of Orbax that repeat known facts.
 
-    Orbax logs a background error with its traceback, up to four times, before it raises the error. It
-    also warns at every save without metrics, which is normal between evaluations.
+    Orbax logs a background error with its traceback, up to four times, before it raises the error.
+    It also warns at every save without metrics, which is normal between evaluations.
     """
     repeated = record.exc_info or "tracked_metric" in str(record.msg)
     return not (repeated and "orbax" in record.pathname)
@@ -347,8 +351,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _hush_cancelled_writes() -> None:
     """Hides the traceback of every write that was unfinished when another one failed.
 
-    TensorStore reports the end of such a write to an event loop that Orbax has already closed, and prints
-    the resulting error. The failure itself is raised.
+    TensorStore reports the end of such a write to an event loop that Orbax has already closed, and
+    prints the resulting error. The failure itself is raised.
     """
     before = sys.unraisablehook
     if getattr(before, "__name__", "") == "without_closed_loops":

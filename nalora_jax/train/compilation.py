@@ -1,7 +1,8 @@
 """Persistent cache of compiled programs.
 
-JAX detects a damaged cache entry only if the compression format does: zlib does, zstandard does not.
-So each entry ``NAME-cache`` has its SHA-256 in ``NAME-cache.sha256``, written right after the entry.
+JAX detects a damaged cache entry only if the compression format does: zlib does, zstandard does
+not. So each entry ``NAME-cache`` has its SHA-256 in ``NAME-cache.sha256``, written right after the
+entry.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ENTRY, _DIGEST = "-cache", ".sha256"  # "-cache" is JAX's suffix
 
 
 def use_compilation_cache() -> None:
-    """Enables the persistent compilation cache; logs a warning instead if others can write to its folder.
+    """Enables the persistent compilation cache; only warns if others can write to its folder.
 
     Entries that do not match their digest or have none are removed first.
     """
@@ -44,7 +45,7 @@ def use_compilation_cache() -> None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Removes entries without a matching digest; other processes may do so and add entries concurrently."""
+    """Removes entries without a matching digest, concurrently with other processes."""
     damaged = 0
     for entry in folder.glob(f"*{_ENTRY}"):
         with contextlib.suppress(FileNotFoundError):
@@ -53,7 +54,7 @@ def _remove_damaged(folder: Path) -> None:
             if listed == found.encode():
                 continue
             damaged += listed is not None
-            digest.unlink(missing_ok=True)  # first: no process writes a new entry while the old one exists
+            digest.unlink(missing_ok=True)  # first: JAX keeps existing entries
             entry.unlink(missing_ok=True)
     for digest in folder.glob(f"*{_ENTRY}{_DIGEST}"):
         if not digest.with_suffix("").exists():
@@ -73,7 +74,7 @@ def _write_digests(folder: Path) -> None:
         del more
         if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(jax.config, _SECONDS):
             return
-        with contextlib.suppress(OSError, NaloraError):  # an entry without a digest is recompiled next time
+        with contextlib.suppress(OSError, NaloraError):  # later recompiled without a digest
             for entry in folder.glob(f"*{_ENTRY}"):
                 if not _beside(entry).exists():
                     write_atomically(_beside(entry), file_digest(entry))
@@ -88,9 +89,9 @@ def _beside(entry: Path) -> Path:
 def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> Any:
     """Compiles ``step`` for arguments of these shapes before its first call.
 
-    If the first call compiled the step, it would allocate its buffers on top of the compiler's memory.
-    After an ahead-of-time compilation, the platform's hook can return that memory to the system first. A
-    call with these shapes does not compile again.
+    If the first call compiled the step, it would allocate its buffers on top of the compiler's
+    memory. After an ahead-of-time compilation, the platform's hook can return that memory to the
+    system first. A call with these shapes does not compile again.
 
     Returns:
       The ``jax.stages.Compiled``; None if the step is not jitted.

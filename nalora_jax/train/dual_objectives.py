@@ -35,7 +35,7 @@ class Towers:
     mesh: Mesh | None = None
 
     def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns normalised features ``[rows, features]`` of ``pixels`` (uint8), and gate statistics."""
+        """Returns normalised features ``[rows, features]`` of uint8 ``pixels``; gate statistics."""
         inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
         inputs["pixels"] = self.processor.normalise(batch["pixels"])
         return self._encode("image", variables, inputs, key)
@@ -62,14 +62,14 @@ class Classify:
     """Cross-entropy of an image's class among the prompts of all classes.
 
     If training does not change the text tower, ``params["classes"]`` holds ``features [classes,
-    features]``, computed once. Otherwise it holds ``tokens`` and ``token_weights`` ``[classes, prompts,
-    seq]``, which every step encodes.
+    features]``, computed once. Otherwise it holds ``tokens`` and ``token_weights`` ``[classes,
+    prompts, seq]``, which every step encodes.
     """
 
     towers: Towers
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`) of ``pixels`` and ``labels [rows]``."""
+        """Returns the loss of ``pixels`` and ``labels [rows]``; see `nalora_jax.method.step.Objective`."""
         first, second = jax.random.split(key)
         images, written = self.towers.images(variables, batch, first)
         classes, more = class_features(self.towers, variables, params[CLASSES], second)
@@ -107,7 +107,10 @@ class Contrast:
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`) of ``pixels``, ``tokens``, ``token_weights``."""
+        """Returns the loss (`nalora_jax.method.step.Objective`).
+
+        The batch has ``pixels``, ``tokens`` and ``token_weights``.
+        """
         del params
         first, second = jax.random.split(key)
         images, written = self.towers.images(variables, batch, first)
@@ -125,7 +128,7 @@ class Contrast:
 def softmax_contrastive(
     images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
 ) -> jax.Array:
-    """Returns CLIP's loss (arXiv 2103.00020), summed over rows: half the sum of both cross-entropies.
+    """Returns CLIP's loss (arXiv 2103.00020), summed over rows: the mean of both cross-entropies.
 
     Args:
       images, texts: normalised ``[rows, features]``; row i of one belongs to row i of the other.
@@ -145,11 +148,11 @@ def softmax_contrastive(
 def sigmoid_contrastive(
     images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
 ) -> jax.Array:
-    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy of every pair."""
+    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
     logits = scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
     own = scale * jnp.sum(own_images * own_texts, axis=1) + bias
-    # -log sigmoid(-x) = softplus(x) for all pairs; matching pairs have softplus(-x) = softplus(x) - x.
+    # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
     return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(own)
 
 

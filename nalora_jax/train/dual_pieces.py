@@ -47,7 +47,7 @@ class ImageRecords:
 
 
 def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
-    """Returns the training records and the held-out source of a run with ``vision.task``; needs no model.
+    """Returns training records and held-out source of a run with ``vision.task``, without a model.
 
     Raises:
       NaloraError: bad data, or records that are both trained on and held out.
@@ -60,7 +60,7 @@ def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
 
 
 def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...]) -> ImageRecords:
-    """Returns the images of ``source`` that a run trains on: all, or ``vision.shots`` of each class.
+    """Returns the training images of ``source``: all, or ``vision.shots`` of each class.
 
     Each image is opened; unreadable images are left out.
     """
@@ -126,7 +126,7 @@ def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...]
 
 
 def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh) -> ImageData:
-    """Returns the training rows of a run: images with their classes, or with captions without classes."""
+    """Returns the training rows of a run: images with classes, or with captions."""
     train, vision = config.train, config.vision
     source, indices = records.source, records.indices
     tokens = None if records.classes else caption_tokens(source, indices, loaded.tokenizer, vision)
@@ -160,7 +160,7 @@ def held_out_images(
 
 
 def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
-    """Returns indices of the images that results are reported on, and of images that select the checkpoint."""
+    """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
     indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision)
     cut = max(1, min(data.select_limit, len(indices) // 3))
@@ -168,7 +168,7 @@ def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray
 
 
 def drawn_images(source: ImageSource, limit: int, vision: VisionConfig) -> np.ndarray:
-    """Returns indices of ``limit`` held-out images (0: all), drawn by a fixed seed, without unreadable ones.
+    """Returns indices of ``limit`` readable held-out images (0: all), drawn by a fixed seed.
 
     Raises:
       NaloraError: fewer than two are left.

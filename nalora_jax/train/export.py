@@ -1,4 +1,4 @@
-"""Export of a run's adapter: PEFT files of the best state, verified by reloading, and a model card."""
+"""Export of a run's adapter: PEFT files, verified by reloading, and a model card."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def export(
       assembly: the run's adapters and model.
       state: the state to export.
       batches: rows that logits are compared on.
-      share: makes a folder of the first process readable in all; see `nalora_jax.train.output.Output.share`.
+      share: makes a folder of the first process readable in all; see
+        `nalora_jax.train.output.Output.share`.
 
     Raises:
       NaloraError: the files cannot be written, or differ from the trained adapter.
@@ -69,7 +70,7 @@ def export(
     distributed.on_first_process(write)
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, batches)
-    # Lowered kernels were rounded to the base's dtype once; all other differences are summation order.
+    # Lowered kernels were rounded to the base's dtype once; other differences: summation order.
     rounded = assembly.initial is not None and config.compute.dtype == "bfloat16"
     if not difference < (0.05 if rounded else 1e-3):
         raise NaloraError(

@@ -41,7 +41,7 @@ class RunHooks:
         self.progress.advance(step)
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Writes and shows a log step, with metrics of the state and the peak memory of this process."""
+        """Writes and shows a log step, with metrics of the state and peak memory."""
         self.told.log(step, {**record, **self.state_metrics.measure(state), **peak_memory()})
         self.progress.log(step, record)
 

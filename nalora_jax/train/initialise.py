@@ -1,21 +1,21 @@
-"""Adapters initialised in the gradient of the first batches (``--lora.init gradient`` and ``lora_ga``).
+"""Gradient-subspace initialization of adapters (``--lora.init gradient`` and ``lora_ga``).
 
-The gradient of an adapted kernel is ``G = sum over tokens of x^T delta``, ``[d_in, d_out]``, with
-``delta`` the cotangent of the projection's output. Among all A of rank r with orthogonal columns of
-a fixed length, the top r left singular vectors of G give B the largest gradient, ``A^T G``. With
-"gradient", B starts at zero. So the model starts as the base, the kernels are not lowered, and the
-trained adapter is plain LoRA.
+The gradient of an adapted kernel over the first batches is ``G = sum over tokens of x^T delta``,
+``[d_in, d_out]``, with ``delta`` the cotangent of the projection's output. Among all A of rank r
+with orthogonal columns of a fixed length, the top r left singular vectors of G give B the largest
+gradient, ``A^T G``. With "gradient", B starts at zero. So the model starts as the base, the kernels
+are not lowered, and the trained adapter is plain LoRA.
 
-LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]`` of
-the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``. Up to
-its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r to G.
-The kernel is lowered by ``s A B`` (`nalora_jax.train.assembly.starting_at`), so that this model, too,
-starts as the base.
+LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
+of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
+Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
+to G. The kernel is lowered by ``s A B`` (`nalora_jax.train.assembly.starting_at`), so that this
+model, too, starts as the base.
 
 G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
 and does not change the model's outputs as long as A or B is zero. So subspace iteration (Halko,
-Martinsson and Tropp, arXiv 0909.4061) needs only the training step's gradients, and the memory of an
-adapter that is a few columns wider:
+Martinsson and Tropp, arXiv 0909.4061) needs only the training step's gradients, and the memory of
+an adapter that is a few columns wider:
 
     A = random, B = 0         dB = A^T G           Q = orth(dB^T)
     A = 0,      B = Q^T       dA = G Q             P = orth(dA)        } twice
@@ -57,8 +57,8 @@ Matrices = dict[str, jax.Array]  # by path of the projection, ``[layers, (expert
 def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int) -> dict[str, Any]:
     """Returns new adapters whose A holds the gradient's top left singular vectors.
 
-    With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is zero.
-    With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
+    With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
+    zero. With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
     (`nalora_jax.train.assembly.starting_at`).
 
     Args:
@@ -157,7 +157,7 @@ class _Search:
 
 
 def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array) -> Matrices:
-    """Returns weights of the gates' output channels, mean 1 in every layer; no entry means weight 1."""
+    """Returns weights of the gates' output channels, mean 1 per layer; no entry: weight 1."""
     if kind == "ones":
         return {}
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))

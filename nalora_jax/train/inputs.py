@@ -29,8 +29,8 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
     """Opens the training and the held-out records, reads the first of each and logs their form.
 
     Raises:
-      NaloraError: a missing data set, file or split, an empty one, an invalid first record, or shared
-        records.
+      NaloraError: a missing data set, file or split, an empty one, an invalid first record, or
+        shared records.
     """
     train, held_out = open_pair(data, source=source)
     ((first, *_), _) = train.read([0]), held_out.read([0])
@@ -63,7 +63,7 @@ def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None
 
 
 def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:
-    """Returns the architecture of a run's base model, with rows for the tokens that the run adds."""
+    """Returns the architecture of a run's base model, with rows for added tokens."""
     return read_config(files, images=config.vision.task == "chat", added=AddedTokens.of(config.data))
 
 
@@ -71,8 +71,8 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
     """Checks that the model fits the mesh and the rules, from its config files only.
 
     Raises:
-      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match
-        nothing, an added token without a trained row, or a trained row without a token.
+      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that
+        match nothing, an added token without a trained row, or a trained row without a token.
     """
     base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
@@ -81,7 +81,7 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
 
 
 def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spec: AdapterSpec) -> None:
-    """Checks that trained rows exist, and that every added token has trained input and output rows."""
+    """Checks that trained rows exist, and that added tokens have trained rows on both sides."""
     check_token_indices(spec, base)
     trained = dict(spec.token_indices)
     if not trained:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 
-# Best rate of plain LoRA on SmolLM2-135M in each of studies/stability (rank 2), studies/full_ffn_table
-# (rank 8) and studies/gate_only_small_rank, from grids of factor 2.
+# Best rate of plain LoRA on SmolLM2-135M in each of studies/stability (rank 2),
+# studies/full_ffn_table (rank 8) and studies/gate_only_small_rank, from grids of factor 2.
 # Wider models: inversely proportional to the width, close to a public sweep (docs/method.md); not
 # measured here.
 _TUNED, _WIDTH = 4e-3, 576
-_ENCODERS = 1e-3  # image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds
+# Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
+_ENCODERS = 1e-3
 # Factors on these rates. For preference losses (docs/preference.md):
 _PAIRS = 1 / 8
 # Non-zero initializations of A and B, with lowered kernels: best rates 5e-4 and 1e-3 in
@@ -26,10 +27,10 @@ _ADAPTIVE = ("adamw", "adam", "adafactor")
 def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
     """Returns ``config`` with a concrete learning rate in place of 0, the automatic choice.
 
-    The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for wider
-    models; 1e-3 for image and text encoders. It is divided by 8 for preference losses and for LoRA-GA and
-    by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of LoRA+'s ratio, which
-    keeps the product of A's and B's rates. It does not depend on the rank.
+    The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for
+    wider models; 1e-3 for image and text encoders. It is divided by 8 for preference losses and for
+    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of
+    LoRA+'s ratio, which keeps the product of A's and B's rates. It does not depend on the rank.
 
     Args:
       config: the run's settings.

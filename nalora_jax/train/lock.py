@@ -1,9 +1,9 @@
 """A lock file that names the process that writes to a folder.
 
 The kernel releases a process's lock on the file when the process ends for any reason, so that no
-stale lock remains on one host. On storage shared between hosts, the kernel may not see locks of other
-hosts. So the holder also touches the file every 5 seconds. A process that reads another host's name
-in the file watches it for 20 seconds, and takes the lock over if it is not touched.
+stale lock remains on one host. On storage shared between hosts, the kernel may not see locks of
+other hosts. So the holder also touches the file every 5 seconds. A process that reads another
+host's name in the file watches it for 20 seconds, and takes the lock over if it is not touched.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Lock:
         if self._stop.is_set():
             return
         self._stop.set()
-        self.path.unlink(missing_ok=True)  # while it is still locked, so that no other process holds this file
+        self.path.unlink(missing_ok=True)  # while locked: no other process holds it
         os.close(self.descriptor)
 
     def _beat(self) -> None:

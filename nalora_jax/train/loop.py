@@ -44,7 +44,7 @@ class Hooks(Protocol):
         """Computes the held-out metric, writes it and returns it."""
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
-        """Starts saving a checkpoint; ``measured`` is the evaluation of this step, if there was one."""
+        """Starts saving a checkpoint; ``measured`` is the evaluation of this step, if any."""
 
     def asked_to_stop(self, step: int) -> bool:
         """Returns True, in all processes, if the run has to save and end after this step."""
@@ -87,7 +87,7 @@ def fit(
     start: int = 0,
     profile: Profile | None = None,
 ) -> FitResult:
-    """Runs steps ``start + 1 .. schedule.steps``; evaluates and saves at intervals and after the last step.
+    """Runs steps ``start + 1 .. schedule.steps``, with evaluations and checkpoints.
 
     Args:
       step_fn: the compiled step.
@@ -101,8 +101,8 @@ def fit(
       profile: traces some of the steps.
 
     Raises:
-      TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to save.
-        Checkpoints of earlier steps are kept; a diverged state is never saved.
+      TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to
+        save. Checkpoints of earlier steps are kept; a diverged state is never saved.
     """
     result = FitResult(state, start)
     meter, profile = _Meter(), profile or Profile()
@@ -143,7 +143,7 @@ def fit(
 
 @contextmanager
 def _naming_bad_weights(params: Any) -> Iterator[None]:
-    """Names a non-finite array of the frozen weights in the error of a run that diverged because of it."""
+    """Names a non-finite array of the frozen weights in the error of a diverged run."""
     try:
         yield
     except TrainingDivergedError as error:
@@ -158,7 +158,7 @@ def _naming_bad_weights(params: Any) -> Iterator[None]:
 
 
 def _refuse_diverged(step: int, state: TrainState) -> None:
-    """Raises an error if the state is not finite; a step's loss only covers the state before the step."""
+    """Raises an error if the state is not finite; a step's loss is of the state before it."""
     bad = non_finite(state)
     if bad:
         raise TrainingDivergedError(
@@ -174,12 +174,12 @@ def _due(step: int, every: int) -> bool:
 
 
 def _exhausted(metrics: list[float], patience: int) -> bool:
-    """Returns True if none of the last ``patience`` evaluations improved on the best one before them."""
+    """Returns True if the last ``patience`` evaluations did not improve the best metric."""
     return patience > 0 and len(metrics) > patience and max(metrics[-patience:]) <= max(metrics[:-patience])
 
 
 class _Meter:
-    """Device metrics of the steps since the last record, fetched together when the record is built."""
+    """Device metrics of the steps since the last record, fetched together for the next one."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, dict[str, Any]]] = []
@@ -202,7 +202,7 @@ class _Meter:
         self._steps.append((step, metrics))
 
     def record(self, learning_rate: float) -> dict[str, Any]:
-        """Returns the log record: means over the steps since the last one, layers of the last step."""
+        """Returns means over the steps since the last record, and layers of the last step."""
         names = ("loss", "tokens", "target_tokens", "grad_norm")
         slim = [{k: m[k] for k in names} | dict(m.get("measured", {})) for _, m in self._steps]
         fetched = jax.device_get((slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {})))

@@ -27,11 +27,11 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Returns the peak memory of this process so far, in bytes; only values that the system reports.
+    """Returns the peak memory of this process so far in bytes, as far as the system reports it.
 
     Returns:
-      ``peak_memory`` of the host, and ``peak_device_memory`` of the fullest local device, if the devices
-      have separate memory.
+      ``peak_memory`` of the host, and ``peak_device_memory`` of the fullest local device, if the
+      devices have separate memory.
     """
     found = {}
     status = Path("/proc/self/status")

@@ -6,8 +6,8 @@ The key distinguishes the kinds of lines:
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
     {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
-    {"step": 50, "final": true, "eval": {...}}                                      of the exported adapter
-    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the end of the run
+    {"step": 50, "final": true, "eval": {...}}                                      its final one
+    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
 "answer", "expected", "correct"}]``, the last two optional.
@@ -47,12 +47,13 @@ class MetricsLog(Callback):
 
     Args:
       folder: the run's folder; created if missing.
-      resume: step of the restored checkpoint, or None for a new run. Lines of later steps are removed,
-        because the resumed run writes them again. So is an incomplete last line after a crash.
+      resume: step of the restored checkpoint, or None for a new run. Lines of later steps are
+        removed, because the resumed run writes them again. So is an incomplete last line after a
+        crash.
 
     Raises:
-      NaloraError: a new run's folder contains a log, or the log to resume is damaged before its last
-        line.
+      NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
+        last line.
     """
 
     def __init__(self, folder: str | Path, *, resume: int | None = None) -> None:
@@ -71,7 +72,7 @@ class MetricsLog(Callback):
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
     def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
-        """Writes the first line of a new run (config, versions, device), or the line of a resumed run."""
+        """Writes the first line of a new run (config, versions, device) or of a resumption."""
         machine = {"versions": dict(versions), "device": device}
         if self._has_header:
             self.write({"resumed": {"step": self._resume, **machine, **more}})
@@ -106,7 +107,7 @@ class MetricsLog(Callback):
         self.write({"step": step, **record})
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        """Writes the line of an evaluation, without per-example correctness of the initial and final one."""
+        """Writes the line of an evaluation; per-example ``right`` only during training."""
         kept = {name: value for name, value in values.items() if not (kind and name == "right")}
         self.write({"step": step, **({kind: True} if kind else {}), "eval": kept})
 
@@ -133,8 +134,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Returns all lines of a log in order; an incomplete last line after a crash is ignored.
 
     Raises:
-      NaloraError: the file is missing, a line before the last is not a JSON object, a line's content
-        differs from its digest, or its fields have other types than a run writes.
+      NaloraError: the file is missing, a line before the last is not a JSON object, a line's
+        content differs from its digest, or its fields have other types than a run writes.
     """
     path = Path(path)
     try:
@@ -178,7 +179,7 @@ def _is_torn(error: Exception) -> bool:
 
 
 def recorded_settings(folder: Path | str) -> dict[str, Any]:
-    """Returns the settings with which the run in ``folder`` was last started or resumed; {} without any.
+    """Returns the settings that the run in ``folder`` was last started or resumed with, or {}.
 
     Raises:
       NaloraError: the log cannot be read, or the settings have other types than a run writes.
@@ -219,7 +220,7 @@ def to_json(value: Any) -> Any:
 
 
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Returns tags and numbers of one line for trackers: its numbers, the evaluation's, a tag per layer.
+    """Returns tags and numbers of one line, for trackers; layers have one tag each.
 
     Example:
       >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})

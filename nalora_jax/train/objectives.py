@@ -1,7 +1,7 @@
 """Objectives of the training step: the only part of a step that depends on the model's inputs.
 
-`nalora_jax.method.step` combines an `Objective` with statistics, masks, gradients, micro-batches and
-updates.
+`nalora_jax.method.step` combines an `Objective` with statistics, masks, gradients, micro-batches
+and updates.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class NextToken:
     numerics: Numerics
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
-    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, if it differs from storage
+    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`); arrays of the batch are ``[rows, seq]``."""
+        """Returns the loss of ``[rows, seq]``; see `nalora_jax.method.step.Objective`."""
         hidden, written = self.hidden(variables, batch, key)
         if (trained := self.trained_head(variables["lora"], params)) is not None:
             loss = trained_cross_entropy(
@@ -55,7 +55,7 @@ class NextToken:
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
     ) -> tuple[jax.Array, Any]:
-        """Returns hidden states ``[rows, seq, d_model]`` after the final norm, and gate statistics."""
+        """Returns hidden states ``[rows, seq, d_model]`` after the final norm; gate statistics."""
         chex.assert_rank(batch["tokens"], 2)
         hidden, written = self.model.apply(
             variables,
@@ -70,7 +70,7 @@ class NextToken:
         return hidden, written["gate_stats"]
 
     def trained_head(self, lora: Mapping[str, Any], params: Any) -> WholeHead | HeadRows | None:
-        """Returns the trained leaves of the head with its frozen kernel; None if the head is frozen."""
+        """Returns the head's trained leaves and frozen kernel; None if the head is frozen."""
         if "embed" not in lora and "lm_head" not in lora:
             return None
         if "kernel" in lora.get("lm_head", {}):
@@ -113,7 +113,7 @@ class NextToken:
 class SeenNextToken(NextToken):
     """`NextToken` of a vision-language model whose packed sequences contain images."""
 
-    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: converts uint8 pixels to floats
+    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: uint8 pixels to floats
     measured: tuple[str, ...] = ()  # blocks whose statistics are kept: the blocks with adapters
 
     def hidden(

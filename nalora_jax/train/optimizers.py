@@ -30,7 +30,7 @@ def make_optimizer(
     stages = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     stages.append(_named_optimizer(config, make_schedule(config, total_steps)))
     if plus_ratio != 1:
-        # After learning rate and weight decay, so that it is equivalent to a larger learning rate of B.
+        # After learning rate and weight decay: equivalent to a larger learning rate of B.
         stages.append(_scale_leaves("b", plus_ratio))
     if config.rates:
         stages.append(scale_by_projection(config.rates))
@@ -40,9 +40,9 @@ def make_optimizer(
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to ``final_ratio`` of it.
 
-    Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It starts above 0, so
-    that the first step has an effect; with ``warmup_from_zero`` and a final ratio of 0 the rates equal
-    those of transformers.
+    Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It starts above
+    0, so that the first step has an effect; with ``warmup_from_zero`` and a final ratio of 0 the
+    rates equal those of transformers.
     """
     if not config.learning_rate:
         remedy = "nalora_jax.train.learning_rate decides it"
@@ -79,8 +79,8 @@ def _named_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax
         case "sgd":
             return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule))
         case "adafactor":
-            # Not optax.adafactor: its step is proportional to the parameter's size (B starts at 0), and
-            # its weight decay ignores the learning rate.
+            # Not optax.adafactor: its step is proportional to the parameter's size (B starts at
+            # 0), and its weight decay ignores the learning rate.
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
     known = "adamw, adam, sgd, lion, adafactor"

@@ -9,8 +9,8 @@
         /adapter/         PEFT files of the best checkpoint
         /report.html      generated from metrics.jsonl
 
-In a bucket (``gs://...``), all processes write the checkpoints directly; all other files are written
-to a local folder of the first process and copied (`nalora_jax.train.remote`).
+In a bucket (``gs://...``), all processes write the checkpoints directly; all other files are
+written to a local folder of the first process and copied (`nalora_jax.train.remote`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Output:
         return self.checkpoints.parent
 
     def share(self, name: str) -> None:
-        """Makes ``name``, a folder that the first process wrote, readable in all processes; all call it."""
+        """Makes folder ``name`` of the first process readable in all processes; all call it."""
         if self.mirror is not None and jax.process_count() > 1:
             on_first_process(self.mirror.push)
             if jax.process_index():
@@ -76,17 +76,19 @@ class Output:
 def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
     """Creates or checks a run's output folder, so that no two runs write to the same one.
 
-    With several processes, the first one decides for all, before any of them writes, and holds the lock.
+    With several processes, the first one decides for all, before any of them writes, and holds the
+    lock.
 
     Args:
-      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.remote`); several
-        processes need ``gs://``.
-      resume: resume the run in the folder. "auto" resumes if there is a checkpoint, and otherwise starts
-        a new run, replacing the log of a run that stopped before its first checkpoint.
+      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.remote`);
+        several processes need ``gs://``.
+      resume: resume the run in the folder. "auto" resumes if there is a checkpoint, and otherwise
+        starts a new run, replacing the log of a run that stopped before its first checkpoint.
 
     Raises:
       NaloraError: the folder contains files and ``resume`` is off; ``resume`` is on and there is no
-        checkpoint; another process writes to it; it cannot be written; or a process does not see it.
+        checkpoint; another process writes to it; it cannot be written; or a process does not see
+        it.
     """
     where = buckets.url(str(folder))
     if where is None:
@@ -108,7 +110,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
 
 @contextmanager
 def _claimed(path: Path, resume: Resume, mirror: remote.Mirror | None) -> Iterator[Output]:
-    """Opens a folder of a file system like `open_output`, with the mirror that copies it to a URL."""
+    """Opens a local folder for `open_output`, with the mirror that copies it to a URL."""
     held: list[Lock] = []
     try:
         resumes = on_first_process(lambda: _claim(path, _checkpoints(path, mirror), resume, held))
@@ -125,7 +127,7 @@ def _checkpoints(folder: Path, mirror: remote.Mirror | None) -> Any:
 
 
 def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
-    """Raises an error if some processes do not see a folder: each looks for a file of the first one.
+    """Raises an error unless all processes see a file that the first one writes to a folder.
 
     Args:
       folder: a `Path`, or an ``epath.Path`` in a bucket.
@@ -156,7 +158,7 @@ def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
 def _is_seen(mark: Any) -> bool:
     try:
         return bool(mark.exists())
-    except Exception:  # e.g. missing permissions; raising here would leave the other processes waiting
+    except Exception:  # e.g. missing permissions; the other processes have to be notified
         return False
 
 
@@ -183,7 +185,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
     held.append(lock)
     resumes = bool(resume) and has_checkpoint(checkpoints)
     if resume is True:
-        _require_checkpoint(path, checkpoints)  # another process may have removed it before it released the lock
+        _require_checkpoint(path, checkpoints)  # removed before we had the lock?
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
         if checkpoints.exists():  # in a bucket
@@ -200,7 +202,7 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
 
 
 def _clear(path: Path) -> None:
-    """Removes the files of a run that stopped before its first checkpoint; it restarts at step 0."""
+    """Removes the files of a run that stopped before its first checkpoint."""
     for name in _files(path):
         entry = path / name
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -212,7 +214,7 @@ def has_checkpoint(checkpoints: Any) -> bool:
 
 
 def last_step(checkpoints: Any) -> int | None:
-    """Returns the step of the newest committed checkpoint in a folder of checkpoints; None without any."""
+    """Returns the step of the newest committed checkpoint in a folder; None without any."""
     found = ocp_path.step.standard_name_format().find_all(checkpoints) if checkpoints.is_dir() else ()
     return max((one.step for one in found), default=None)
 

@@ -1,9 +1,10 @@
 """Stop requests: Ctrl-C, and SIGTERM, which schedulers send before they reclaim a machine.
 
-During training steps, the first signal is a request: the loop finishes its step and saves. Before and
-after the steps there is no state to save, and a signal stops the process at once, like a second
-Ctrl-C does at any time. In a run of several processes JAX receives SIGTERM, and all processes agree on
-the step after which they stop (`jax.experimental.multihost_utils.reached_preemption_sync_point`).
+During training steps, the first signal is a request: the loop finishes its step and saves. Before
+and after the steps there is no state to save, and a signal stops the process at once, like a second
+Ctrl-C does at any time. In a run of several processes JAX receives SIGTERM, and all processes agree
+on the step after which they stop
+(`jax.experimental.multihost_utils.reached_preemption_sync_point`).
 """
 
 from __future__ import annotations

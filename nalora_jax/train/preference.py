@@ -4,9 +4,9 @@
     loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
 
 p_ref is the base with the adapter off: a second forward pass with the same frozen weights. The loss
-depends on tokens only through delta. So its gradient is that of a cross-entropy whose weights are the
-derivative of the loss with respect to each token's log-probability, and logits are computed in chunks
-like in any other step.
+depends on tokens only through delta. So its gradient is that of a cross-entropy whose weights are
+the derivative of the loss with respect to each token's log-probability, and logits are computed in
+chunks like in any other step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pai
     """Returns the DPO loss and the rewards of pairs.
 
     Args:
-      chosen, rejected: log-ratios of policy and reference; per completion token with ``config.per_token``.
+      chosen, rejected: log-ratios of policy and reference; per completion token with
+        ``config.per_token``.
       config: beta and label smoothing.
     """
     margin = config.beta * (chosen - rejected)
@@ -52,20 +53,23 @@ def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pai
 
 @dataclass(frozen=True)
 class Preference:
-    """DPO over packed pairs (`nalora_jax.data.preference`): a `nalora_jax.method.step.Objective`."""
+    """`nalora_jax.method.step.Objective` of DPO over packed pairs (`nalora_jax.data.preference`)."""
 
     policy: NextToken
     config: PreferenceConfig
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`); the batch has text and ``pairs [rows, pairs]``."""
+        """Returns the loss (`nalora_jax.method.step.Objective`).
+
+        The batch has the arrays of text and ``pairs [rows, pairs]``.
+        """
         hidden, written = self.policy.hidden(variables, batch, key)
         base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
         reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
             base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
         policy_losses, reference_losses = (self._losses(h, params, batch) for h in (hidden, reference))
-        # [rows, pairs, 2]: log-ratios of each pair's completions, chosen first, and their token counts.
+        # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
         ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
         per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
@@ -110,6 +114,6 @@ class Preference:
         return sums[:, 1:].reshape(sums.shape[0], -1, 2)
 
     def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
-        """Spreads ``[rows, pairs, 2]`` to tokens, ``[rows, seq]``; 0 for tokens that are not loss tokens."""
+        """Spreads ``[rows, pairs, 2]`` over the loss tokens of ``[rows, seq]``; 0 elsewhere."""
         flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
         return jnp.take_along_axis(flat, batch["segment_ids"], axis=1) * batch["loss_weights"]

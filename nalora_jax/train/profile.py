@@ -23,8 +23,9 @@ FOLDER = "profile"  # within a run's folder; the argument of ``xprof --logdir`` 
 class Profile:
     """Traces consecutive steps on this process's host and devices; a context manager around all steps.
 
-    Every process writes one file, ``plugins/profile/steps_10-14/process_0.xplane.pb``; xprof shows them as
-    the hosts of one run. If a run starts or stops within the steps, its part of them is traced.
+    Every process writes one file, ``plugins/profile/steps_10-14/process_0.xplane.pb``; xprof shows
+    them as the hosts of one run. If a run starts or stops within the steps, its part of them is
+    traced.
 
     Args:
       steps: numbers of the steps; empty without a profile.
@@ -38,7 +39,7 @@ class Profile:
 
     @contextmanager
     def step(self, step: int, state: Any) -> Iterator[None]:
-        """Annotates the dispatch of a step; starts the trace before the first one, once ``state`` is computed."""
+        """Annotates a step's dispatch; the first step waits for ``state`` and starts the trace."""
         if step in self._steps and not self._first:
             jax.block_until_ready(state)
             self._start(step)

@@ -62,7 +62,7 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=self._numbers)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Shows the numbers of a log step (keys as in metrics.jsonl; missing ones and None are skipped)."""
+        """Shows the numbers of a log step (keys as in metrics.jsonl; None is skipped)."""
         left = self.seconds_left(step) if step < self.total else None
         if notes.as_json():
             known = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -76,9 +76,10 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=shown)
 
     def seconds_left(self, step: int) -> float | None:
-        """Returns seconds until the last step at the mean speed since the first log step; None at that step.
+        """Returns seconds until the last step at the mean speed since the first log step, or None.
 
-        The time before the first log step is not counted, because it includes the compilation.
+        It is None at the first log step. Earlier time is not counted, because it includes the
+        compilation.
         """
         now = self._clock()
         if self._first is None or step <= self._first[0]:
@@ -137,7 +138,10 @@ def describe(values: Mapping[str, float | None]) -> list[str]:
 
 
 class Stages:
-    """Wall time in seconds by stage; a stage starts when the previous one ends, the first at construction."""
+    """Wall time in seconds by stage.
+
+    A stage starts when the previous one ends, the first one at construction.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
