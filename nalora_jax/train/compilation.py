@@ -54,7 +54,9 @@ def _remove_damaged(folder: Path) -> None:
             if listed == found.encode():
                 continue
             damaged += listed is not None
-            digest.unlink(missing_ok=True)  # first: JAX keeps existing entries
+            # The digest first: JAX does not overwrite an existing entry, so until the entry is gone
+            # no other process writes a new one with its digest.
+            digest.unlink(missing_ok=True)
             entry.unlink(missing_ok=True)
     for digest in folder.glob(f"*{_ENTRY}{_DIGEST}"):
         if not digest.with_suffix("").exists():
@@ -74,7 +76,8 @@ def _write_digests(folder: Path) -> None:
         del more
         if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(jax.config, _SECONDS):
             return
-        with contextlib.suppress(OSError, NaloraError):  # later recompiled without a digest
+        # An entry without a digest is compiled again by the next process.
+        with contextlib.suppress(OSError, NaloraError):
             for entry in folder.glob(f"*{_ENTRY}"):
                 if not _beside(entry).exists():
                     write_atomically(_beside(entry), file_digest(entry))

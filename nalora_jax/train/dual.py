@@ -172,7 +172,7 @@ def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: M
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
-    """Returns the adapters of both towers; none if every rule has rank 0 and projections are trained."""
+    """Returns both towers' adapters; none if every rule has rank 0 and projections are trained."""
     if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
         return AdapterSpec()
     return resolve(config.lora, base.projection_shapes(), base.depths())

@@ -63,7 +63,8 @@ class Lock:
         if self._stop.is_set():
             return
         self._stop.set()
-        self.path.unlink(missing_ok=True)  # while locked: no other process holds it
+        # Before the lock is released, so that no other process can have locked this file.
+        self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
     def _beat(self) -> None:

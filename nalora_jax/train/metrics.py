@@ -6,7 +6,7 @@ The key distinguishes the kinds of lines:
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
     {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
-    {"step": 50, "final": true, "eval": {...}}                                      its final one
+    {"step": 50, "final": true, "eval": {...}}                                      exported adapter
     {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
 
 The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",

@@ -185,7 +185,8 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
     held.append(lock)
     resumes = bool(resume) and has_checkpoint(checkpoints)
     if resume is True:
-        _require_checkpoint(path, checkpoints)  # removed before we had the lock?
+        # Again: another process may have removed it while it held the lock.
+        _require_checkpoint(path, checkpoints)
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
         if checkpoints.exists():  # in a bucket

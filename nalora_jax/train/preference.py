@@ -53,7 +53,7 @@ def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pai
 
 @dataclass(frozen=True)
 class Preference:
-    """`nalora_jax.method.step.Objective` of DPO over packed pairs (`nalora_jax.data.preference`)."""
+    """`nalora_jax.method.step.Objective` of DPO on packed pairs (`nalora_jax.data.preference`)."""
 
     policy: NextToken
     config: PreferenceConfig
