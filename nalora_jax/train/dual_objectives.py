@@ -69,7 +69,10 @@ class Classify:
     towers: Towers
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss of ``pixels``, ``labels [rows]``; see `nalora_jax.method.step.Objective`."""
+        """Returns the loss (`nalora_jax.method.step.Objective`).
+
+        The batch has ``pixels`` and ``labels [rows]``.
+        """
         first, second = jax.random.split(key)
         images, written = self.towers.images(variables, batch, first)
         classes, more = class_features(self.towers, variables, params[CLASSES], second)

@@ -68,7 +68,7 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
       seed: seed of the initial random subspace and of the permuted weights.
 
     Returns:
-      A tree like that of `nalora_jax.models.adapters.init_lora`.
+      A tree like the result of `nalora_jax.models.adapters.init_lora`.
     """
     spec, lora_config = assembly.spec, assembly.config.lora
     shapes = projection_shapes(base)

@@ -1,4 +1,4 @@
-"""Validation of the lines of a run's log, which may have been edited, before any reader uses them."""
+"""Validation of a run's log: lines may have been edited, and all readers rely on their types."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _depth(value: Any) -> int:
 
 
 def _check_towers(towers: Mapping[str, Any], where: str) -> None:
-    """Checks the number of layers of each tower and their sum, since the report shows every layer."""
+    """Checks the number of layers of each tower and their sum; the report shows all."""
     for name, rows in towers.items():
         _check_step(rows, f"{where}: {name}")
     if sum(towers.values()) > _MAX_LAYERS:

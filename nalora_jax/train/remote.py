@@ -51,10 +51,10 @@ def is_written_directly(where: str) -> bool:
 
 @contextmanager
 def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY) -> Iterator[Mirror]:
-    """Opens a local folder whose finished files are copied to the URL ``where`` until the context ends.
+    """Opens a local folder whose finished files are copied to the URL ``where``.
 
-    With several processes, each has a local folder. Only the first one's is copied; the others are
-    empty until `Mirror.fetch`.
+    Copying stops when the context ends. With several processes, each has a local folder. Only the
+    first one's is copied; the others are empty until `Mirror.fetch`.
 
     Args:
       where: the run's folder in the store.
@@ -104,7 +104,8 @@ class Mirror:
     store: epath.Path
     folder: Path
     without: tuple[str, ...] = ()  # folders at its top that are neither fetched nor copied
-    _copied: dict[str, tuple[int, int]] = field(default_factory=dict)  # size and time by copied name
+    # Size and time of each file at its last copy.
+    _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     _copies: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> None:
@@ -191,7 +192,7 @@ class Mirror:
 
 
 def finished(folder: Path) -> list[str]:
-    """Returns the complete files below ``folder``, without scratch files and uncommitted checkpoints."""
+    """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name]
@@ -220,7 +221,7 @@ def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
 
 
 def _opened(where: str) -> epath.Path:
-    """Opens the path in the store; checks that its packages are installed and that it can be read."""
+    """Opens the path in the store; checks its packages and that it can be read."""
     try:
         if is_written_directly(where):
             _see_what_others_write()

@@ -32,7 +32,7 @@ def settled(
     *,
     images: int = 0,
 ) -> RunConfig:
-    """Returns ``config`` with concrete learning rate, sequence length, steps and evaluation interval.
+    """Returns ``config`` with learning rate, sequence length, steps and evaluation interval.
 
     Args:
       config: the run's settings.

@@ -81,7 +81,7 @@ def _key_impl(leaf: Any) -> str:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Returns the settings that must not change on resume, by dotted name; None counts as a value."""
+    """Returns the settings that must not change on resume, by dotted name; None is a value."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda value: value is None)
     named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
     return {name: value for name, value in named.items() if not any(re.search(free, name) for free in FREE_SETTINGS)}

@@ -95,7 +95,7 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
 
 
 def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
-    """Reads the adapters that `_write` wrote, and checks that they fit the assembly's projections."""
+    """Reads the adapters that `_write` wrote, and checks them against the assembly's."""
     try:
         damage = files.find_damage(folder)
         leaves = load_file(folder / _FILE) if damage is None else {}

@@ -41,7 +41,7 @@ class StateMetrics:
         object.__setattr__(self, "_compiled", jax.jit(self._measure, out_shardings=everywhere))
 
     def compile_ahead(self, state: TrainState) -> None:
-        """Compiles for states like this one, so that no log step's tokens/s includes the compilation."""
+        """Compiles for states like this one, so that no step's tokens/s includes this time."""
         self._compiled.lower(state).compile()
 
     def measure(self, state: TrainState) -> dict[str, Any]:

@@ -18,18 +18,18 @@ from nalora_jax.paths import naming, open_unlinked
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 from nalora_jax.train.metrics import scalars, to_json
 
-_RUN_ID = "nalora_run_id"  # file in a tracker's folder with the id of the tracker's run, for resumption
+_RUN_ID = "nalora_run_id"  # file in a tracker's folder: id of its run, for resumption
 
 
 class _Numbers(Callback):
-    """Writes every number at its step with a tag such as "train/loss" or "misalignment/layer_03"."""
+    """Base of the trackers: tags every number, e.g. "train/loss" or "misalignment/layer_03"."""
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
         """Writes the numbers of a log step."""
         self.write(step, dict(scalars(to_json({"step": step, **record}))))
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        """Writes the numbers of an evaluation; those of the base and of the result have separate tags."""
+        """Writes the numbers of an evaluation; base and result have separate tags."""
         found = scalars(to_json({"eval": {name: value for name, value in values.items() if name != "right"}}))
         tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
         self.write(step, {tag + name.removeprefix("eval/"): value for name, value in found})
@@ -79,7 +79,7 @@ class Wandb(_Numbers):
         self._wandb = _imported("wandb")
 
     def on_start(self, started: Started) -> None:
-        """Starts a tracker run, or resumes the one of a resumed run."""
+        """Starts a tracker run, or resumes the tracker run of a resumed training run."""
         self._run: Any = self._wandb.init(
             project=self.project,
             name=self.name or started.folder.resolve().name,
@@ -118,7 +118,7 @@ class MLflow(_Numbers):
         self._mlflow = _imported("mlflow")
 
     def on_start(self, started: Started) -> None:
-        """Starts a tracker run with the settings as parameters, or resumes the one of a resumed run."""
+        """Starts a tracker run, with the settings as parameters, or resumes it."""
         self._client = self._mlflow.MlflowClient(tracking_uri=self.uri or None)
         known = started.folder / "mlflow" / _RUN_ID
         if started.step and known.exists():
@@ -148,7 +148,7 @@ class MLflow(_Numbers):
 
 
 def _run_id(started: Started, folder: str) -> str:
-    """Returns the id of the tracker's run: that of the resumed run, or a new one."""
+    """Returns the id of the tracker's run: the recorded one if the run is resumed, or a new one."""
     path = started.folder / folder / _RUN_ID
     if started.step and path.exists():
         return path.read_text(encoding="utf-8")
