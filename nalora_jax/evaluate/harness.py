@@ -75,18 +75,18 @@ class Requests:
         self._generator, self._batch_size = generator, batch_size
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Returns log-likelihoods of continuations, and True for those that greedy decoding yields."""
+        """Returns log-likelihoods of continuations, and True if greedy decoding yields them."""
         pairs = [self._pair(*request.args) for request in requests]
         return [(score.log_prob, score.greedy) for score in self._scores(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Returns log-likelihoods of whole texts; longer ones are split into context-sized windows."""
+        """Returns log-likelihoods of whole texts, in windows of the context's length."""
         windows = [_windows(self._encode(request.args[0]), self._start, self._longest) for request in requests]
         scores = iter(self._scores([pair for text in windows for pair in text]))
         return [sum((next(scores).log_prob for _ in text), 0.0) for text in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Generates up to the stop texts of each request; requests with equal settings share batches."""
+        """Generates up to a request's stop texts; requests with equal settings share batches."""
         texts: dict[int, str] = {}
         numbered = sorted(enumerate(requests), key=lambda item: repr(item[1].args[1]))
         for _, same in groupby(numbered, key=lambda item: repr(item[1].args[1])):
@@ -106,12 +106,12 @@ class Requests:
 
     @property
     def tokenizer_name(self) -> str:
-        """Returns the tokenizer's name in the harness's caches: a fingerprint, since files may share a name."""
+        """Returns the name for the harness's caches: a fingerprint, since file names repeat."""
         return hashlib.sha256(self._generator.tokenizer.backend.to_str().encode()).hexdigest()[:16]
 
     @property
     def _start(self) -> int:
-        """Returns the token that replaces an empty context: begin-of-text, or end-of-text without it."""
+        """Returns the context of texts without one: begin-of-text, or else end-of-text."""
         tokenizer = self._generator.tokenizer
         return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
@@ -147,7 +147,7 @@ class Requests:
         return context_ids[-(room - len(ids)) :], ids
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Returns scores in order; adjacent pairs with equal contexts (choices of a question) share it."""
+        """Returns scores in order; adjacent pairs (choices of a question) share a context."""
         groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
         generator = self._generator
         scored = score_groups(generator.model, generator.variables, groups, mesh=generator.mesh)

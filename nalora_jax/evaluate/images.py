@@ -111,7 +111,7 @@ class Encoders:
         return images @ texts.T * float(distributed.fetch(scale)) + float(distributed.fetch(bias))
 
     def _all(self, encode: Any, batches: Iterator[Mapping[str, np.ndarray]]) -> np.ndarray:
-        """Returns the features of all batches; the last one is padded, so that one program suffices."""
+        """Returns the features of all batches; the last one is padded to the same shape."""
         found = []
         for batch in batches:
             count = len(next(iter(batch.values())))
@@ -195,7 +195,7 @@ class ClassEvaluator:
 
 
 class RetrievalEvaluator:
-    """Recall of an image's caption among all captions, and of a caption's image; like `ClassEvaluator`."""
+    """Recall of an image's caption and of a caption's image; counterpart of `ClassEvaluator`."""
 
     metric: Literal["recall"] = "recall"
     mode: Literal["max"] = "max"
@@ -245,7 +245,7 @@ class RetrievalEvaluator:
 
 
 def own_ranks(logits: np.ndarray) -> np.ndarray:
-    """Returns int ``[rows]``: the number of columns that exceed the diagonal of ``[rows, rows]``."""
+    """Returns int ``[rows]``: number of columns above the diagonal's value, ``[rows, rows]``."""
     return np.sum(logits > np.diagonal(logits)[:, None], axis=1)
 
 

@@ -99,7 +99,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:
-    """Compares ``model`` with ``other`` on the same items in the same order: ``model`` minus ``other``.
+    """Compares two models on the same items in the same order: ``model`` minus ``other``.
 
     Returns:
       ``loss``: difference per completion token with its paired bootstrap interval ``low`` and

@@ -41,7 +41,7 @@ class MultipleChoiceResult:
     accuracy_per_token: float
     loss: float  # of the correct choices, nats per token
     n: int
-    predictions: np.ndarray  # int [n]: the choice of each question, with the requested normalisation
+    predictions: np.ndarray  # int [n]: choice of each question, with the requested normalisation
     correct: np.ndarray  # bool [n], for paired comparisons
     samples: tuple[AnsweredQuestion, ...]
 

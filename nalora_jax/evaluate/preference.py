@@ -59,7 +59,7 @@ class PreferenceEvaluator:
         self._tokens = np.array([[len(_split(one)[1]) for one in (p.chosen, p.rejected)] for p in pairs])
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base, with rewards of 0).
+        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base, rewards 0).
 
         Returns:
           ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, and means over pairs:
@@ -100,7 +100,7 @@ class PreferenceEvaluator:
 
 
 def _split(example: Example) -> tuple[list[int], list[int]]:
-    """Splits a tokenized text into prompt and completion; the completion is contiguous at its end."""
+    """Splits a tokenized text into prompt and completion, which is contiguous at the end."""
     start = int(np.argmax(example.answer))
     ids = example.ids.tolist()
-    return (ids[:start], ids[start:]) if start else (ids[:1], ids[1:])  # the first has no prediction
+    return (ids[:start], ids[start:]) if start else (ids[:1], ids[1:])  # ids[0] is not predicted

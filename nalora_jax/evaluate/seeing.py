@@ -103,7 +103,7 @@ def seen_loss(
     batch_size: int = 8,
     mesh: Mesh | None = None,
 ) -> PerplexityResult:
-    """Computes the loss of the reference completions after prompts and images; an item is a document.
+    """Computes the loss of reference completions after prompts and images, one document per item.
 
     Args:
       model: a decoder with the method `see`.

@@ -74,9 +74,10 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Returns the interval of ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``.
+    """Returns the percentile interval of the difference of two weighted means.
 
-    It is a percentile interval. Both models' results of a unit are resampled together.
+    It is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both models'
+    results of a unit are resampled together.
 
     Args:
       values, weights: ``[n]``, of the first model's units, as for `bootstrap`.
@@ -114,7 +115,7 @@ class Comparison:
 
 
 def compare(before: Any, after: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Comparison:
-    """Compares two vectors of correct (1) and incorrect (0) answers to the same questions, in order.
+    """Compares two vectors of correct (1) and incorrect (0) answers to the same questions.
 
     A paired test has more power than comparing two separate intervals, because questions that both
     answer correctly, or both incorrectly, cancel out.
