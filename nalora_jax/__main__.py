@@ -26,7 +26,7 @@ _LASTING = ("train", "study")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the subcommand of ``argv`` (by default the process's arguments); returns the exit status."""
+    """Runs the subcommand of ``argv`` (default: the process's); returns the exit status."""
     given = sys.argv[1:] if argv is None else argv
     terminal.open_closed_streams()
 
@@ -52,7 +52,7 @@ def train_command() -> int:
 
 
 def _restart() -> None:
-    """Restarts this process with huge pages for the heap (`nalora_jax.cpu.hugepages`, which is optional)."""
+    """Restarts this process with huge pages for the heap, if `nalora_jax.cpu` is installed."""
     terminal.open_closed_streams()
     if importlib.util.find_spec("nalora_jax.cpu") is not None:
         importlib.import_module("nalora_jax.cpu.hugepages").restart()
@@ -114,7 +114,7 @@ def _fail(message: str) -> int:
 
 
 def _take_log_format(argv: Sequence[str]) -> list[str]:
-    """Removes ``--log-format`` from the arguments, and stores it in the environment for subprocesses.
+    """Removes ``--log-format`` from the arguments; stores it in the environment for subprocesses.
 
     Every subcommand has this option.
     """

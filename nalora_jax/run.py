@@ -124,7 +124,7 @@ def run(
         ):
             try:
                 return _run(config, output, source, told, stop)
-            except Interrupted as stopped:  # stopped outside of training: checkpoints may exist anyway
+            except Interrupted as stopped:  # outside of training: checkpoints may exist
                 if stopped.saved is None and has_checkpoint(output.checkpoints):
                     raise Interrupted(stopped.signal, resume=_way_on(config)) from None
                 raise
@@ -138,7 +138,7 @@ def _run(
     stop: StopSignals,
 ) -> RunResult:
     spent = Stages()
-    # ---------------------------------------------------------------- settings, checked against model and data
+    # ---------------------------------------------------------------- devices, files and settings
     if config.compute.compilation_cache:
         use_compilation_cache()
     files = None if config.vision.task in DUAL else resolve(config.model)
@@ -258,7 +258,7 @@ def _export(
 
 def _report(output: Output) -> Path:
     """Writes the report; returns its path."""
-    from nalora_jax.report.html import FILE, write_report  # imports Matplotlib: not in memory during steps
+    from nalora_jax.report.html import FILE, write_report  # not earlier: Matplotlib takes memory
 
     distributed.on_first_process(lambda: log.info("report: %s", write_report(output.folder)))
     return output.folder / FILE
@@ -279,7 +279,7 @@ def _start(
     batches: BatchIterator,
     checkpointer: Checkpointer,
 ) -> tuple[TrainState, int]:
-    """Returns the state to train from and its number of steps; sets the batches to the same position."""
+    """Returns the state to train from and its step; moves the batches to the same position."""
     if not output.resumes:
         return assembly.state, 0
     state, position = checkpointer.restore("latest", assembly.state)
@@ -298,7 +298,7 @@ def _start(
 
 
 def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any] | None:
-    """Returns the base model's held-out metrics of a resumed run; None if they were not measured yet.
+    """Returns the base model's held-out metrics of a resumed run; None if not yet measured.
 
     Raises:
       NaloraError: they are of other questions than the evaluation data now has.
@@ -351,7 +351,7 @@ def _hooks(
 
 
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
-    """Evaluates the base model on the reported questions and on those that select the checkpoint."""
+    """Evaluates the base model on the reported and on the checkpoint-selecting questions."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
     text = json.dumps(seal(before | {"questions": pieces.questions}))
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))

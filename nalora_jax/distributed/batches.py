@@ -15,7 +15,7 @@ from nalora_jax.errors import NaloraError
 
 
 def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
-    """Returns the rows of a global batch on the devices of each process, ascending, by process index.
+    """Returns the rows of a global batch on each process's devices, ascending, by process index.
 
     A mesh over TPU chips follows their torus, so a process's rows are in general not contiguous;
     processes whose devices differ only along the axis "tensor" have the same rows.

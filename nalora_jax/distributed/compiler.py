@@ -14,22 +14,22 @@ from jax.sharding import Mesh
 from nalora_jax.distributed.devices import kind_of, platform_name
 
 _GPU_ALWAYS: dict[str, Any] = {
-    # Do not merge small matmuls into larger ones with the same operand: the result has the more
-    # precise of both dtypes. With merging, the misalignment probe made a gate's matmuls float32, 2% of
-    # a step's HBM traffic.
+    # Do not merge small matmuls into larger ones with the same operand: the merged matmul has the
+    # more precise of both dtypes. With merging, the misalignment probe made a gate's matmuls
+    # float32, 2% of a step's HBM traffic.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # Percentage of the memory that XLA's rematerialization and scheduler may plan with. They estimate
-    # 1.5 times the memory that a step over scanned layers needs; at the default of 95 they recompute
-    # matmuls and delay gathers although memory is free.
+    # Percentage of the memory that XLA's rematerialization and scheduler may plan with. They
+    # estimate 1.5 times the memory that a step over scanned layers needs; at the default of 95 they
+    # recompute matmuls and delay gathers although memory is free.
     "xla_gpu_memory_limit_slop_factor": 200,
 }
-# Multiply gathered kernels as a whole. By default the partitioner turns matmuls with large kernels into
-# loops that multiply one shard and permute the next: on v5e:4x8, three kernels of 178 MB became 110 GB
-# of exposed permutes, with float32 sums in between.
+# Multiply gathered kernels as a whole. By default the partitioner turns matmuls with large kernels
+# into loops that multiply one shard and permute the next: on v5e:4x8, three kernels of 178 MB became
+# 110 GB of exposed permutes, with float32 sums in between.
 _WHOLE_KERNELS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# Overlap gathers of kernels with matmuls; without these options v5e's compiler overlaps only some of
-# them. On other TPUs, libtpu rejects the first option starting at 0.0.50, because of wrong results and
-# hangs.
+# Overlap gathers of kernels with matmuls: without these options, v5e's compiler overlaps none. On
+# other TPUs, libtpu rejects the first option starting at version 0.0.50, because of wrong results
+# and hangs.
 _V5E = _WHOLE_KERNELS | {
     "xla_tpu_enable_async_collective_fusion": "true",  # fuse steps of a collective into matmuls
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # also of gathers
@@ -77,7 +77,7 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
 
 @cache
 def _is_known(name: str, value: Any) -> bool:
-    """Returns True if the installed XLA has this option; it refuses to compile with unknown options."""
+    """Returns True if the installed XLA has this option; it rejects unknown options."""
     try:
         jax.jit(lambda: 0.0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:

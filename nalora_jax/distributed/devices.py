@@ -1,4 +1,4 @@
-"""Attributes of JAX devices. No other module reads them, because their meaning depends on the platform.
+"""Attributes of JAX devices. Only this module reads them: their meaning depends on the platform.
 
 - ``slice_index``: on TPUs the slice, absent if a compiler describes a single slice. On GPUs the NVLink domain: a host
   by its boot id, or an NVL72 rack. Absent on CPUs.

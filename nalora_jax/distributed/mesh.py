@@ -49,7 +49,7 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     """Returns the devices in the order of the mesh, ``[data, fsdp, tensor]``."""
     groups = domains(available)
     boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
-    if len(boxes) > 1 or None in boxes:  # not TPUs, or only some chips of a torus
+    if len(boxes) > 1 or None in boxes:  # not TPUs, or not equal full boxes
         placed = np.empty(len(available), dtype=object)
         placed[:] = [device for group in groups for device in group]
         return placed.reshape(sizes)
@@ -140,7 +140,7 @@ def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
-    """Checks that the axis "tensor" of a mesh does not split an attention head; see `check_tensor`."""
+    """Checks that a mesh's axis "tensor" does not split an attention head; see `check_tensor`."""
     check_tensor(mesh.shape["tensor"], n_heads=n_heads, n_kv_heads=n_kv_heads)
 
 

@@ -22,11 +22,11 @@ from nalora_jax.errors import LostPeerError, NaloraError
 T = TypeVar("T")
 _LONGEST_ANSWER = 512  # bytes
 _HEARTBEAT_TIMEOUT = (
-    60  # seconds without a heartbeat until a process counts as lost; NALORA_HEARTBEAT_TIMEOUT overrides it
+    60  # seconds without a heartbeat until a process is lost; NALORA_HEARTBEAT_TIMEOUT overrides it
 )
 _SHUTDOWN_TIMEOUT = 30  # seconds that a finished process waits for the others
-# Messages of JAX, Gloo, NCCL and the coordination service when a process of the group is gone. The first
-# pattern has only messages that storage errors do not contain, the second has all.
+# Messages of JAX, Gloo, NCCL and the coordination service when a process of the group is gone. The
+# first pattern has only messages that storage errors do not contain, the second has all.
 _LOST_IN_A_COLLECTIVE = re.compile(
     r"heartbeat|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|NCCL[^\n]{0,80}(remote|abort)"
 )
@@ -78,7 +78,7 @@ def initialize_distributed(within: int = 300) -> bool:
 
 
 def has_peers() -> bool:
-    """Returns True if the environment describes one process of several; see `initialize_distributed`."""
+    """Returns True if the environment is of one process of several; see `initialize_distributed`."""
     return "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
 
 
@@ -112,7 +112,7 @@ def lost_peers_named() -> Iterator[None]:
 
 
 def check_lost_peer(error: BaseException) -> None:
-    """Raises a `LostPeerError` if a failed operation on storage failed because another process is gone."""
+    """Raises a `LostPeerError` if an operation on storage failed because of a lost process."""
     signs = _LOST_IN_A_COLLECTIVE.search(str(error))
     if signs is not None:
         raise _lost(signs[0]) from error
@@ -128,7 +128,7 @@ def _lost(sign: str) -> LostPeerError:
 
 
 def filter_stderr() -> Callable[[], None]:
-    """Pipes standard error, including C++'s, through `lost_peer`; returns a function that undoes it."""
+    """Pipes standard error, including C++'s, through `lost_peer`; returns a function to undo it."""
     sys.stderr.flush()
     own = os.dup(2)
     command = [sys.executable, "-S", "-E", str(Path(lost_peer.__file__))]
@@ -149,7 +149,7 @@ def filter_stderr() -> Callable[[], None]:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """Returns ``x`` on the host, also if its shards are on several hosts; all processes must call it."""
+    """Returns ``x`` on the host, also from shards on other hosts; all processes must call it."""
     if x.is_fully_addressable:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -29,7 +29,7 @@ Rules = Sequence[tuple[str, P]]
 
 # Per projection: name, mesh axis of its input, mesh axis of its output.
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
-    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs (heads, channels) are split over tensor
+    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
     ("router", "fsdp", None),
 )
@@ -42,7 +42,7 @@ def _kernel_rules() -> Rules:
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
         rules.append((rf"(^|/){name}/bias$", P(outer)))
-        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # non-zero initial adapters of gates
+        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # initial adapters, if B != 0
         rules.append((rf"(^|/){name}/start_b$", P(None, outer)))
     return rules
 
@@ -57,7 +57,8 @@ def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
     return rules
 
 
-# Frozen weights. Without a trailing default, a weight without a rule is an error, not a silent replica.
+# Frozen weights. There is no trailing default, so that a weight without a rule is an error instead of
+# silently replicated.
 _TABLE_RULES: Rules = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
@@ -79,14 +80,15 @@ STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
     *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
     *_TABLE_RULES,  # fully trained tables and their moments
-    # Memories of mechanisms and statistics of blocks end in an axis of channels; counts and checks do not.
+    # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
+    # checks.
     (rf"(^|/)({'|'.join(COUNTS)}|{CHECK}\w*)$", P()),
     (r"(^|/)(gate/memory|gate_mask|gate_stats|gate_taps)/", P(_WHOLE)),
     (r"", P()),
 )
 
-# Adapters and masks within a step: gathered over fsdp once, before the layers, and split over tensor
-# like their kernels.
+# Adapters and masks within a step: gathered over fsdp once, before the layers, and split over
+# tensor like their kernels.
 STEP_RULES: Rules = (
     *_adapter_rules(lambda axis: "tensor" if axis == "tensor" else None),
     (r"(^|/)embed/embedding$", P("tensor", None)),
@@ -127,7 +129,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """Returns ``spec`` for the trailing axes of ``shape``, without mesh axes that do not divide them.
+    """Returns ``spec`` for the trailing axes of ``shape``; drops mesh axes that do not divide them.
 
     Example (mesh 2 x 4 x 1):
       >>> fit_spec(P("fsdp", "tensor"), (30, 576, 1536), mesh)
@@ -145,7 +147,7 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
-    """Returns the axis, or the longest prefix of several axes, that divides ``size``; None without one."""
+    """Returns the longest prefix of one or several axes that divides ``size``, or None."""
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:

@@ -19,7 +19,7 @@ _SAMPLE_TOKENS = 96  # length limit of a sample completion
 
 
 class Evaluator:
-    """Evaluates one model with different adapters on the same examples, compiling once.
+    """Evaluator of one model with different adapters on the same examples; compiles once.
 
     Args:
       model: the decoder, with the adapters' spec.

@@ -23,7 +23,7 @@ _SAMPLE_TOKENS = 96
 
 
 class PreferenceEvaluator:
-    """Evaluates different adapters on the same pairs; the base is scored once.
+    """Evaluator of different adapters on the same pairs; the base is scored once.
 
     Args:
       model: the decoder, with the adapters' spec.

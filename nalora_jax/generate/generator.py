@@ -26,7 +26,7 @@ from nalora_jax.tokenizer import Tokenizer
 Prompt = str | Sequence[int]  # a text, or its token ids
 Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
 
-# Tokens per call. Calls are cheap, so these are small: streams are smooth, and stop texts end early.
+# Tokens per call. Calls are cheap, so these are small, for smooth streams and early stops.
 _STREAM_TOKENS = 4
 _BATCH_TOKENS = 32  # also the maximum of one call
 
@@ -45,13 +45,13 @@ class Settings:
     top_p: float = 1.0
     # Sample from tokens with at least this fraction of the maximum probability; 0: from all.
     min_p: float = 0.0
-    # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding; 1: none,
-    # above 1: fewer repetitions.
+    # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding;
+    # 1: none, above 1: fewer repetitions.
     repetition_penalty: float = 1.0
     # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
     seed: int | Sequence[int] = 0
-    # Texts that end the completion and are not part of it. If a text starts with a special token, that
-    # token ends the completion.
+    # Texts that end the completion and are not part of it. If a text starts with a special token,
+    # that token ends the completion.
     stop: str | Sequence[str] = ()
     # Tokens that end the completion; None: the tokenizer's end-of-text tokens.
     stop_ids: Sequence[int] | None = None
@@ -90,8 +90,8 @@ class Completion:
     """The model's completion of one prompt."""
 
     text: str
-    # Without the stop token. If a stop text ended it: the tokens whose text is part of `text`, without
-    # a token that extends into the stop text.
+    # Without the stop token. If a stop text ended it: the tokens whose text is part of `text`,
+    # without a token that extends into the stop text.
     ids: tuple[int, ...]
     reason: Literal["stop", "length"]  # a stop token or text, or the maximum number of tokens
 
@@ -134,7 +134,10 @@ class Generator:
         self._weights = view_weights(model, variables)
 
     def with_lora(self, lora: Any) -> Generator:
-        """Returns a generator with another adapter of the same shape (None: the base); does not compile."""
+        """Returns a generator with another adapter of the same shape (None: the base).
+
+        It does not compile.
+        """
         rest = {name: tree for name, tree in self.variables.items() if name != "lora"}
         variables = rest if lora is None else {**rest, "lora": lora}
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
@@ -178,7 +181,7 @@ class Generator:
         images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[Completion]:
-        """Returns completions like `generate`, with token ids and the reason for the end of each."""
+        """Returns completions like `generate`, with token ids and the reason for their end."""
         chosen = Settings(**settings)
         ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         seeds = chosen.seeds(len(ids))
@@ -205,7 +208,7 @@ class Generator:
     def stream(
         self, prompt: Prompt, *, adapter_id: int | None = None, images: Images = (), **settings: Any
     ) -> Iterator[str]:
-        """Yields the completion in pieces as it is generated; joined, they equal the result of `generate`.
+        """Yields pieces of the completion; joined, they equal the result of `generate`.
 
         A piece has no incomplete character and no part of a stop text. Errors are raised like in
         `generate`, at the call.
@@ -359,7 +362,7 @@ class _Batch:
             count += made.shape[1]
 
     def _prefill(self, count: int) -> State:
-        """Processes the prompts and the ``count`` tokens generated so far, and generates one more token."""
+        """Processes the prompts and ``count`` generated tokens, and generates one more token."""
         generator, prompts = self._generator, self._prompts
         if count:
             ids = [[*prompt, *made] for prompt, made in zip(self._prompt_ids, self._ids, strict=True)]

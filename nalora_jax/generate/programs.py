@@ -1,4 +1,4 @@
-"""The two compiled programs of generation: prefill of the prompts, then decoding, several tokens a call.
+"""The two compiled programs of generation: prefill, then decoding of several tokens a call.
 
 Both take weights, adapters, settings and the number of steps as arguments, so that a change of
 these does not compile another program. Programs are specialised to shapes only, and `shapes.bucket`
@@ -63,7 +63,7 @@ class State:
 
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
-    """Converts ``{"params": ...}``, and ``"lora"`` if there are adapters, to the programs' layout."""
+    """Converts ``{"params": ...}``, optionally with ``"lora"``, to the programs' layout."""
     head: dict[str, Any] = {"params": {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}}
     if trained := {name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD}:
         head["lora"] = trained
@@ -72,7 +72,7 @@ def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
 
 @partial(jax.jit, static_argnames=("model", "processor"))
 def see(model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Array) -> jax.Array:
-    """Returns features for the image tokens of uint8 pixels ``[batch, images, height, width, 3]``."""
+    """Returns image-token features of uint8 pixels ``[batch, images, height, width, 3]``."""
     features: jax.Array = model.apply(weights.body, processor.normalise(jnp.asarray(pixels)), method="see")
     return features
 

@@ -46,7 +46,7 @@ def make_sampling(
     repetition_penalty: float = 1.0,
     seeds: Sequence[int] = (0,),
 ) -> Sampling:
-    """Returns the same settings for all rows, with ``seeds`` for the first; the last one is repeated."""
+    """Returns equal settings for all rows, with ``seeds`` by row; the last seed is repeated."""
     rows = [*seeds, *[seeds[-1]] * (batch - len(seeds))][:batch]
     return Sampling(
         temperature=np.full((batch,), temperature, np.float32),
@@ -98,7 +98,7 @@ def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array, seen: ja
       int32 ``[batch]``.
     """
     if seen is not None:
-        # Keskar et al., arXiv 1909.05858, in the form of transformers: seen tokens become less likely.
+        # Keskar et al., arXiv 1909.05858, as in transformers: seen tokens become less likely.
         penalty = jnp.asarray(sampling.repetition)[:, None]
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     greedy = likeliest(logits)
@@ -153,7 +153,7 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.
 
     def nucleus(within: jax.Array) -> jax.Array:
         mass = jnp.where(within, p, 0.0)
-        # An infinite limit keeps all; a limit equal to the sum could drop the last token by rounding.
+        # An infinite limit keeps all; the sum as limit could drop the last token by rounding.
         limit = jnp.where(top_p < 1, top_p * jnp.sum(mass, axis=-1), jnp.inf)
         return within & (p >= _threshold(p, mass, limit))
 
@@ -163,9 +163,9 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.
 
 
 def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """Returns the smallest t for which the weights of ``p > t`` sum to less than ``limit``, ``[batch, 1]``.
+    """Returns the smallest t for which the weights of ``p > t`` sum to less than ``limit``.
 
-    ``limit`` is ``[batch]``.
+    ``limit`` is ``[batch]``, the result ``[batch, 1]``.
     """
     bits = lax.bitcast_convert_type(p, jnp.int32)
 

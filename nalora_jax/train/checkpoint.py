@@ -88,7 +88,7 @@ def _handlers() -> Any:
 
 
 class Checkpointer:
-    """Saves and restores one run's checkpoints in one folder.
+    """The checkpoints of one run in one folder.
 
     Args:
       folder: folder in a file system or a bucket (``gs://...``); created if missing. Remains of an

@@ -43,7 +43,7 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog(Callback):
-    """Appends lines to ``folder/metrics.jsonl``; a context manager that closes the file.
+    """The log ``folder/metrics.jsonl`` of a run; a context manager that closes the file.
 
     Args:
       folder: the run's folder; created if missing.

@@ -21,7 +21,9 @@ FOLDER = "profile"  # within a run's folder; the argument of ``xprof --logdir`` 
 
 
 class Profile:
-    """Traces consecutive steps on this process's host and devices; a context manager around all steps.
+    """Trace of consecutive steps on this process's host and devices.
+
+    It is a context manager around all steps of the run.
 
     Every process writes one file, ``plugins/profile/steps_10-14/process_0.xplane.pb``; xprof shows
     them as the hosts of one run. If a run starts or stops within the steps, its part of them is

@@ -18,7 +18,7 @@ STARTING = "  starting ..."
 
 
 class Progress:
-    """Shows loss, learning rate, tokens/s, misalignment and remaining time; a context manager.
+    """Display of loss, learning rate, tokens/s, misalignment and remaining time; a context manager.
 
     Args:
       total: optimizer steps of the whole run.

@@ -98,7 +98,7 @@ def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: f
 
 @dataclass
 class Mirror:
-    """Copies one local folder to one folder of a store."""
+    """Copy of one local folder in one folder of a store."""
 
     where: str
     store: epath.Path

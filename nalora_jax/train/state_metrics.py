@@ -23,7 +23,7 @@ from nalora_jax.models.targets import AdapterSpec
 
 @dataclass(frozen=True)
 class StateMetrics:
-    """Computes metrics of one run's states.
+    """Metrics of one run's states.
 
     Args:
       mechanisms: the run's mechanisms.

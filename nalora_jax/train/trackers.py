@@ -42,7 +42,7 @@ class _Numbers(Callback):
 @register_callback("tensorboard")
 @dataclass
 class TensorBoard(_Numbers):
-    """Writes event files to the run's folder ``tensorboard``."""
+    """TensorBoard: event files in the run's folder ``tensorboard``."""
 
     def on_start(self, started: Started) -> None:
         """Opens the files; a resumed run removes later steps, because it writes them again."""
@@ -65,7 +65,7 @@ class TensorBoard(_Numbers):
 @register_callback("wandb")
 @dataclass
 class Wandb(_Numbers):
-    """Writes to Weights & Biases (extra ``wandb``), with its files in the run's folder.
+    """Weights & Biases (extra ``wandb``), with its files in the run's folder.
 
     ``mode=offline`` needs no account.
     """
@@ -108,7 +108,7 @@ class Wandb(_Numbers):
 @register_callback("mlflow")
 @dataclass
 class MLflow(_Numbers):
-    """Writes to MLflow (extra ``mlflow``)."""
+    """MLflow (extra ``mlflow``)."""
 
     experiment: str = "nalora_jax"
     name: str = ""  # by default the name of the run's folder
