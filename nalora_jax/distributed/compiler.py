@@ -24,12 +24,12 @@ _GPU_ALWAYS: dict[str, Any] = {
     "xla_gpu_memory_limit_slop_factor": 200,
 }
 # Multiply gathered kernels as a whole. By default the partitioner turns matmuls with large kernels
-# into loops that multiply one shard and permute the next: on v5e:4x8, three kernels of 178 MB became
-# 110 GB of exposed permutes, with float32 sums in between.
+# into loops that multiply one shard and permute the next: on v5e:4x8, three kernels of 178 MB
+# became 110 GB of exposed permutes, with float32 sums in between.
 _WHOLE_KERNELS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-# Overlap gathers of kernels with matmuls: without these options, v5e's compiler overlaps none. On
-# other TPUs, libtpu rejects the first option starting at version 0.0.50, because of wrong results
-# and hangs.
+# Overlap gathers of kernels with matmuls: without these options, v5e's compiler overlaps only some
+# of them. On other TPUs, libtpu rejects the first option starting at version 0.0.50, because of
+# wrong results and hangs.
 _V5E = _WHOLE_KERNELS | {
     "xla_tpu_enable_async_collective_fusion": "true",  # fuse steps of a collective into matmuls
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",  # also of gathers

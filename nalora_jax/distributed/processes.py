@@ -21,9 +21,8 @@ from nalora_jax.errors import LostPeerError, NaloraError
 
 T = TypeVar("T")
 _LONGEST_ANSWER = 512  # bytes
-_HEARTBEAT_TIMEOUT = (
-    60  # seconds without a heartbeat until a process is lost; NALORA_HEARTBEAT_TIMEOUT overrides it
-)
+# Seconds without a heartbeat until a process counts as lost; NALORA_HEARTBEAT_TIMEOUT overrides it.
+_HEARTBEAT_TIMEOUT = 60
 _SHUTDOWN_TIMEOUT = 30  # seconds that a finished process waits for the others
 # Messages of JAX, Gloo, NCCL and the coordination service when a process of the group is gone. The
 # first pattern has only messages that storage errors do not contain, the second has all.
@@ -78,7 +77,7 @@ def initialize_distributed(within: int = 300) -> bool:
 
 
 def has_peers() -> bool:
-    """Returns True if the environment is of one process of several; see `initialize_distributed`."""
+    """Returns True if the environment has several processes; see `initialize_distributed`."""
     return "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
 
 

@@ -57,7 +57,7 @@ def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
     return rules
 
 
-# Frozen weights. There is no trailing default, so that a weight without a rule is an error instead of
+# Frozen weights. There is no trailing default, so that a weight without a rule is an error and not
 # silently replicated.
 _TABLE_RULES: Rules = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
