@@ -115,7 +115,7 @@ def forgotten(probe: str, record: Record) -> float:
 
 
 def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[MethodComparison]:
-    """Compares every method with the baseline, then every method with its permutation controls, by every measure.
+    """Compares methods with the baseline and with their permutation controls by every measure.
 
     Only seeds that both methods finished count. p-values are corrected over all comparisons with
     the baseline together (methods, tasks, models and measures), and over all comparisons with
@@ -173,7 +173,7 @@ class CommonRate:
     """A method and the baseline at one learning rate, on the validation items."""
 
     difference: float  # of the mean costs over the tuning seeds, method minus baseline
-    movement: float | None  # the gates' feature movement over the baseline's; None if one is missing
+    movement: float | None  # the gates' feature movement over the baseline's; may be missing
 
 
 def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, CommonRate]:

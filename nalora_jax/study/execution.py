@@ -76,7 +76,8 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
             log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records))
             break
         if not _do_one(protocol, store, resources, left):
-            time.sleep(_WAIT_SECONDS)  # other processes do the remaining runs, which may add more runs
+            # Other processes do the remaining runs, whose results may add further runs.
+            time.sleep(_WAIT_SECONDS)
             continue
         done += 1
     return done
@@ -88,7 +89,7 @@ def hours(records: Mapping[str, Record]) -> float:
 
 
 def _do_one(protocol: Protocol, store: Records, resources: Resources, left: list[Run]) -> bool:
-    """Performs the first of ``left`` that no other process is doing; returns False if there is none."""
+    """Performs the first run of ``left`` without a claim; returns False if there is none."""
     for run in left:
         with store.claim(run.id) as snapshot:
             if snapshot is None:
@@ -231,7 +232,7 @@ class _RunInProgress:
         return False
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Stores the whole-model numbers of a log step, and means over layers of the per-layer numbers."""
+        """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
         del state
         names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
         row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
@@ -256,7 +257,7 @@ class _RunInProgress:
     # ------------------------------------------------------------
 
     def _resumed(self, state: TrainState) -> tuple[TrainState, int]:
-        """Returns the snapshot's state and step if its identity is the same; else ``state`` and 0."""
+        """Returns the snapshot's state and step if it has this identity, or ``state`` and 0."""
         saved = read_snapshot(self.snapshot)
         if saved is None:
             return state, 0

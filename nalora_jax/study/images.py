@@ -49,7 +49,10 @@ class ImageItems:
 
 
 class DualEncoders:
-    """`nalora_jax.study.subject.Subject` of dual encoders. The run's seed draws projections between separate towers."""
+    """`nalora_jax.study.subject.Subject` of dual encoders.
+
+    The run's seed draws the projections between separate towers.
+    """
 
     def __init__(self) -> None:
         self._towers: dict[str, LoadedEncoder] = {}

@@ -93,7 +93,7 @@ class Tuning:
 
     @property
     def chosen(self) -> float | None:
-        """Returns the best rate (the lowest of ties) of a complete grid; None if all of its rates diverged."""
+        """Returns a complete grid's best rate, the lowest of ties; None if all rates diverged."""
         complete = [loss for loss in self.losses if loss is not None]
         if len(complete) < len(self.rates) or min(complete) == math.inf:
             return None

@@ -1,4 +1,4 @@
-"""Checks that test items were read under one protocol, fixed beforehand, and that no test was dropped."""
+"""Checks that test items were read under one, previously fixed protocol, and no test was dropped."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def check_tests(
 
 
 def check_committed(protocol: Protocol) -> str | None:
-    """Returns the commit with the protocol's current content; None if its folder is not in a git repository.
+    """Returns the commit with the protocol's current content; None without a git repository.
 
     Raises:
       NaloraError: the protocol is in a repository but has uncommitted changes, so it might have

@@ -64,7 +64,10 @@ class Records:
         return records
 
     def tests(self) -> list[dict[str, Any]]:
-        """Returns the list of tests: ``id``, ``protocol`` and ``time``; finished ones with ``record``, its digest.
+        """Returns the list of tests.
+
+        Each has ``id``, ``protocol`` and ``time``; finished tests also ``record``, the record's
+        digest.
 
         Raises:
           NaloraError: a line has other fields.
@@ -118,7 +121,7 @@ class Records:
 
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
-        """Claims ``run`` within the context; yields its snapshot's path, or None if another process has it."""
+        """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
         lock = self._claims() / f"{run}.lock"
         with open_unlinked(lock, "a") as file:
             try:

@@ -1,4 +1,4 @@
-"""Snapshots of interrupted runs: arrays and notes in one file, which is not used if it is incomplete."""
+"""Snapshots of interrupted runs: arrays and notes in one file, ignored if it is incomplete."""
 
 from __future__ import annotations
 

@@ -10,13 +10,16 @@ import numpy as np
 from scipy import stats
 
 _MOST_SEEDS = 10_000
-# Records have nine significant digits, so differences below this share of the largest value are ties.
+# Records have nine significant digits, so differences below this share of the maximum are ties.
 _RESOLUTION = 1e-8
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Comparison of two methods over the same seeds; differences are method minus other, below 0 is better."""
+    """Comparison of two methods over the same seeds.
+
+    Differences are method minus other, so below 0 is better.
+    """
 
     n: int
     mean: float
@@ -121,7 +124,7 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
 
 
 def _mid_ranks(values: np.ndarray, resolution: float) -> np.ndarray:
-    """Returns ranks starting at 1; values that follow each other within ``resolution`` share their mean rank."""
+    """Returns ranks starting at 1; values within ``resolution`` of the next share a mean rank."""
     order = np.argsort(values)
     groups = np.zeros(values.size, int)
     groups[order[1:]] = np.cumsum(np.diff(values[order]) > resolution)

@@ -18,8 +18,9 @@ from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.machine import describe_device
 
-# Nats per token. The same program on the same kind of machine gives the same bits. Within a few hundred
-# steps, another summation order gives a smaller difference than this, another computation a larger one.
+# Nats per token. The same program on the same kind of machine gives the same bits. Within a few
+# hundred steps, another summation order gives a smaller difference than this, another computation
+# a larger one.
 TOLERANCE = 1e-3
 _MEASURED = ("validation", "test", "probes", "curve", "training", "diverged", "parameters")
 _DIGESTS = ("rules", "base", "source", "data", "items")
@@ -65,7 +66,7 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
 
 
 def _compare(run: Run, record: Record, repeated: Record) -> None:
-    """Raises an error that lists every digest and measure that differs between the record and the repeated run."""
+    """Raises an error that lists the record's digests and measures that the repeated run differs in."""
     differences: list[str] = []
     for name in _DIGESTS:
         if name in record:  # records of earlier versions have fewer digests
