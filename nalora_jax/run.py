@@ -97,8 +97,8 @@ def run(
       data: records, or records by split, which replace ``config.data.dataset``; see
         `data.given.given_sources`.
       format: converts each record to an example, or to None to leave it out.
-      callbacks: callbacks for log steps, evaluations and checkpoints, in addition to those of
-        ``config``.
+      callbacks: callbacks for log steps, evaluations and checkpoints, in addition to the
+        config's.
       source: sources by split (``{"train": ..., "validation": ...}``), which replace
         ``config.data.dataset``.
 

@@ -116,7 +116,7 @@ def _stems_and_tails(
     targets: jax.Array,
     scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns log-probabilities of the scored targets, and True for those that are the most likely.
+    """Returns log-probabilities of the scored targets, and True for most likely targets.
 
     Both have the shape ``[rows, lanes, tail]``.
     """

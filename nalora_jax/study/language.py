@@ -44,7 +44,7 @@ class LanguageItems:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Returns the digest of prompts and completions, and that of the choices, if any."""
+        """Returns the digest of prompts and completions, and the digest of any choices."""
         ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
         return {"": self.digest} | ({"choices": _digest(ids)} if ids else {})
 

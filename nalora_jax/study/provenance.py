@@ -1,4 +1,4 @@
-"""Checks that test items were read under one, previously fixed protocol, and no test was dropped."""
+"""Checks that test items were read under one, previously fixed protocol, without dropped tests."""
 
 from __future__ import annotations
 

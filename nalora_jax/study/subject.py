@@ -84,7 +84,10 @@ class Subject(Protocol):
         """
 
     def measure(self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool) -> dict[str, float]:
-        """Returns the measures of ``variables`` on `items`; with ``whole`` also those that need other programs."""
+        """Returns the measures of ``variables`` on ``items``.
+
+        With ``whole``, they include measures that need separate programs.
+        """
 
 
 def on_mesh(batches: BatchIterator, assembly: Assembly) -> Iterator[dict[str, jax.Array]]:

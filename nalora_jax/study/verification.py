@@ -66,7 +66,7 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
 
 
 def _compare(run: Run, record: Record, repeated: Record) -> None:
-    """Raises an error that lists the record's digests and measures that the repeated run differs in."""
+    """Raises an error with the record's digests and measures that the repeated run differs in."""
     differences: list[str] = []
     for name in _DIGESTS:
         if name in record:  # records of earlier versions have fewer digests

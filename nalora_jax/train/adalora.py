@@ -16,7 +16,7 @@ component is still trained and can return at the next allocation. The last alloc
 orthonormal, so that components do not share directions; only its gradient is added, and logs show
 the loss without it.
 
-Source: AdaLoRA, arXiv 2303.10512; the schedule and the scores are those of PEFT's ``AdaLoraModel``.
+Source: AdaLoRA, arXiv 2303.10512; schedule and scores are equal to PEFT's ``AdaLoraModel``.
 """
 
 from __future__ import annotations

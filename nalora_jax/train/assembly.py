@@ -73,7 +73,7 @@ class Assembly:
     def eval_model(self) -> Decoder:
         """Returns the decoder for evaluation and generation.
 
-        It has no rematerialization and no sharding constraints except those of the expert routing.
+        It has no rematerialization and no sharding constraints except for the expert routing.
         """
         stats = replace(self.model.stats, sharding=None) if self.model.stats else None
         return self.model.clone(remat="none", stats=stats, activation_sharding=None)

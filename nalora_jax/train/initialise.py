@@ -96,7 +96,7 @@ def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, A
     """Returns the first half of a step, without dropout: ``(params, lora, batch) -> sums``.
 
     The sums contain ``grads`` (of ``lora``, summed over target tokens), ``stats`` (by block) and
-    ``target_tokens``. Arguments and batches are those of `make_train_step`.
+    ``target_tokens``. Arguments and batches are as for `make_train_step`.
     """
     evaluate = micro_gradients(objective, config)
 

@@ -93,7 +93,7 @@ def fit(
       step_fn: the compiled step.
       params: frozen base weights.
       state: state after ``start`` steps; donated to the step.
-      batches: one (sharded) batch per step, starting with that of step ``start + 1``.
+      batches: one (sharded) batch per step, starting at step ``start + 1``.
       hooks: logging, evaluation, saving.
       schedule: intervals.
       learning_rate: schedule value at a step count, for the log.

@@ -4,9 +4,9 @@
     loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
 
 p_ref is the base with the adapter off: a second forward pass with the same frozen weights. The loss
-depends on tokens only through delta. So its gradient is that of a cross-entropy whose weights are
-the derivative of the loss with respect to each token's log-probability, and logits are computed in
-chunks like in any other step.
+depends on tokens only through delta. So its gradient equals the gradient of a cross-entropy whose
+weights are the derivative of the loss with respect to each token's log-probability, and logits are
+computed in chunks like in any other step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gradient-subspace initialization of a run, stored for resumption if it lowered the kernels.
 
-LoRA-GA's kernels are those of the base minus the initial update of its adapters. Another machine,
+LoRA-GA's kernels are the base's kernels minus the initial update of its adapters. Another machine,
 or another number of devices, would compute singular vectors with other signs, and so other kernels.
 Therefore a resumed run reads the initial adapters:
 
