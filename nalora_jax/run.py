@@ -351,7 +351,7 @@ def _hooks(
 
 
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
-    """Evaluates the base model on the reported and on the checkpoint-selecting questions."""
+    """Evaluates the base on the reported questions and on those that select the checkpoint."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
     text = json.dumps(seal(before | {"questions": pieces.questions}))
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))

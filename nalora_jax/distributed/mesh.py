@@ -49,7 +49,8 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     """Returns the devices in the order of the mesh, ``[data, fsdp, tensor]``."""
     groups = domains(available)
     boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
-    if len(boxes) > 1 or None in boxes:  # not TPUs, or not equal full boxes
+    # Not TPUs, or slices that are not equal and complete boxes of chips.
+    if len(boxes) > 1 or None in boxes:
         placed = np.empty(len(available), dtype=object)
         placed[:] = [device for group in groups for device in group]
         return placed.reshape(sizes)

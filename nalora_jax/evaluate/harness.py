@@ -147,7 +147,7 @@ class Requests:
         return context_ids[-(room - len(ids)) :], ids
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Returns scores in order; adjacent pairs (choices of a question) share a context."""
+        """Returns scores in order; adjacent pairs with equal contexts are scored together."""
         groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
         generator = self._generator
         scored = score_groups(generator.model, generator.variables, groups, mesh=generator.mesh)

@@ -63,7 +63,8 @@ class Evaluator:
 
     def _choose(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
         count = self._samples if samples else 0
-        # Per character, because the summed log-likelihood favours short choices.
+        # Per character, because the summed log-likelihood favours short choices. It makes no
+        # difference for choices of equal length.
         result = multiple_choice(self._model, variables, self.choices, per="character", mesh=self._mesh, samples=count)
         names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}

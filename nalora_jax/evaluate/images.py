@@ -245,7 +245,10 @@ class RetrievalEvaluator:
 
 
 def own_ranks(logits: np.ndarray) -> np.ndarray:
-    """Returns int ``[rows]``: number of columns above the diagonal's value, ``[rows, rows]``."""
+    """Returns the number of columns with a larger value than the diagonal, by row.
+
+    ``logits`` is ``[rows, rows]``, the result int ``[rows]``.
+    """
     return np.sum(logits > np.diagonal(logits)[:, None], axis=1)
 
 

@@ -66,7 +66,7 @@ class MethodComparison:
     other: str
     measure: Measure
     paired: Paired
-    # p-values by Holm over the study's `family` comparisons with the baseline, or with placebos.
+    # p-values by Holm over the study's `family` comparisons with the baseline or with controls.
     t_holm: float = math.nan
     wilcoxon_holm: float = math.nan
     family: int = 0

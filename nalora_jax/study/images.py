@@ -91,7 +91,10 @@ class DualEncoders:
         return self._towers[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns, of the data, only text lengths, number of classes and image processing."""
+        """Returns ``config`` without its data, and the shapes of class prompts and captions.
+
+        Of ``vision``, settings of the task and of image processing remain.
+        """
         v = config.vision
         seen = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)

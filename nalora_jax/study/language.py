@@ -76,7 +76,7 @@ class Language:
         return self._models[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Returns, of the data, only the sequence length and the added tokens."""
+        """Returns ``config`` without its data, and the data's length and added tokens."""
         added = AddedTokens.of(config.data)
         shapes: dict[str, Any] = {"max_length": config.data.max_length}
         return replace(config, data=DataConfig()), shapes | ({"added": added.texts} if added else {})

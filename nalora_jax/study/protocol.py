@@ -95,7 +95,7 @@ class Method:
     about: str = ""
     # Settings that replace those of [run].
     settings: dict[str, Any] = field(default_factory=dict)
-    # The method that this placebo imitates without its information.
+    # The method that this permutation control (placebo) imitates without its information.
     placebo_of: str = ""
     # Added to the seed of the fresh adapters only: pairs share their data but not their A.
     reseed: int = 0

@@ -69,7 +69,7 @@ class Classify:
     towers: Towers
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`).
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
 
         The batch has ``pixels`` and ``labels [rows]``.
         """
@@ -110,7 +110,7 @@ class Contrast:
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`).
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
 
         The batch has ``pixels``, ``tokens`` and ``token_weights``.
         """

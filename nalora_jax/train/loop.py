@@ -87,7 +87,9 @@ def fit(
     start: int = 0,
     profile: Profile | None = None,
 ) -> FitResult:
-    """Runs steps ``start + 1 .. schedule.steps``, with evaluations and checkpoints.
+    """Runs steps ``start + 1 .. schedule.steps``.
+
+    Evaluates and saves at the schedule's intervals and after the last step.
 
     Args:
       step_fn: the compiled step.

@@ -36,7 +36,7 @@ class NextToken:
     head_sharding: NamedSharding | None = None  # of the head's kernel in the loss
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss of ``[rows, seq]``; see `nalora_jax.method.step.Objective`."""
+        """Returns the loss of ``[rows, seq]`` arrays; see `nalora_jax.method.step.Objective`."""
         hidden, written = self.hidden(variables, batch, key)
         if (trained := self.trained_head(variables["lora"], params)) is not None:
             loss = trained_cross_entropy(

@@ -59,7 +59,7 @@ class Preference:
     config: PreferenceConfig
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """Returns the loss (`nalora_jax.method.step.Objective`).
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
 
         The batch has the arrays of text and ``pairs [rows, pairs]``.
         """
