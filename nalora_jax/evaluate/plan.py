@@ -122,7 +122,7 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
 
 
 def _common_prefix(texts: Sequence[list[int]]) -> int:
-    first, last = min(texts), max(texts)  # the extremes share the common prefix of all
+    first, last = min(texts), max(texts)  # their common prefix equals the prefix shared by all
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 

@@ -7,8 +7,8 @@
     run(config, callbacks=[Loudest()])
 
 ``config.callbacks`` names callbacks of `nalora_jax.train.trackers` or of `register_callback`, with
-settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too,
-and is always called first.
+settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too;
+it is called first, except at the start of a run.
 """
 
 from __future__ import annotations

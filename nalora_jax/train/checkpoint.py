@@ -216,7 +216,8 @@ class Checkpointer:
                 if (damage := files.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
-        except (*_MISPLACED, ValueError, RecursionError) as error:  # others are not damage
+        # Other errors are failures of the disk to read, not damage.
+        except (*_MISPLACED, ValueError, RecursionError) as error:
             return _reason(error)
         return None if written == metrics else "metrics: not what was written"
 

@@ -70,7 +70,8 @@ def export(
     distributed.on_first_process(write)
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, batches)
-    # Lowered kernels were rounded to the base's dtype once; other differences: summation order.
+    # Lowered kernels were rounded to the base's dtype once. All other differences come from the
+    # order of summation.
     rounded = assembly.initial is not None and config.compute.dtype == "bfloat16"
     if not difference < (0.05 if rounded else 1e-3):
         raise NaloraError(

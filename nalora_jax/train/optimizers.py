@@ -42,7 +42,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It starts above
     0, so that the first step has an effect; with ``warmup_from_zero`` and a final ratio of 0 the
-    rates equal those of transformers.
+    rates are equal to transformers' rates.
     """
     if not config.learning_rate:
         remedy = "nalora_jax.train.learning_rate decides it"
