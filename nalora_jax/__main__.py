@@ -1,7 +1,7 @@
-"""The command line: ``nalora VERB ...``, also ``python -m nalora_jax VERB ...``.
+"""The command line: ``nalora SUBCOMMAND ...``, also ``python -m nalora_jax SUBCOMMAND ...``.
 
-Bad input is one line on standard error and exit status 2, Ctrl-C is status 130, SIGTERM 143, a lost process of a
-multi-host run 75. A traceback means a bug.
+Bad input prints one line on standard error with exit status 2. Ctrl-C has status 130, SIGTERM 143,
+a lost process of a multi-host run 75. A traceback is a bug.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from collections.abc import Callable, Sequence
 from nalora_jax import notes, terminal
 from nalora_jax.errors import Interrupted, LostPeerError, NaloraError, visible
 
-# What the machine or a path's name, not the library, has to answer for.
+# Error codes that are caused by the machine or a path, not by the library.
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
 _PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-# Subcommands that do hours of work, whether or not anyone reads their output to the end.
+# Subcommands that run for hours, and must continue if the reader of their output ends.
 _LASTING = ("train", "study")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the subcommand that ``argv`` (by default the process's arguments) names; returns the exit status."""
+    """Runs the subcommand of ``argv`` (default: the process's); returns the exit status."""
     given = sys.argv[1:] if argv is None else argv
     terminal.open_closed_streams()
 
     def run() -> None:
-        # Imported only now: a process that restarts does not need it, and help and refused flags need no JAX.
+        # Imported here, because a process that restarts, help and invalid flags do not need JAX.
         importlib.import_module("nalora_jax.cli.command").execute(_take_log_format(given))
 
     lasts = any(word in _LASTING for word in given[:1])
@@ -40,26 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """The process ``nalora``: `main` with huge pages where the machine has them."""
+    """Runs the process ``nalora``: `main` with huge pages if the machine has them."""
     _restart()
     return main()
 
 
 def train_command() -> int:
-    """The process ``train.py``: the flags of ``nalora train`` without the verb."""
+    """Runs the process ``train.py``, with the flags of ``nalora train``."""
     _restart()
     return main(["train", *sys.argv[1:]])
 
 
 def _restart() -> None:
-    """Starts this process again with huge pages for the heap (`nalora_jax.cpu.hugepages`, which can be left out)."""
+    """Restarts this process with huge pages for the heap, if `nalora_jax.cpu` is installed."""
     terminal.open_closed_streams()
     if importlib.util.find_spec("nalora_jax.cpu") is not None:
         importlib.import_module("nalora_jax.cpu.hugepages").restart()
 
 
 def guarded(run: Callable[[], None]) -> int:
-    """Returns the exit status of ``run``; an error that is no bug is printed in one line."""
+    """Returns the exit status of ``run``; an error that is not a bug is printed in one line."""
     notes.log_to_stderr()
     try:
         run()
@@ -67,7 +67,7 @@ def guarded(run: Callable[[], None]) -> int:
     except LostPeerError as error:
         _fail(str(error))
         sys.stdout.flush()
-        os._exit(error.status)  # leaving JAX's group in good order would wait for those that are gone
+        os._exit(error.status)  # a normal exit from JAX's group would wait for the lost processes
     except NaloraError as error:
         return _fail(str(error))
     except Interrupted as stopped:
@@ -76,7 +76,7 @@ def guarded(run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # e.g. `nalora eval ... | head`: the reader has ended
+    except BrokenPipeError:  # e.g. `nalora eval ... | head`
         terminal.silence(sys.stdout)
         return 141
     except OSError as error:
@@ -91,11 +91,14 @@ def guarded(run: Callable[[], None]) -> int:
 
 
 def _jax_complaint(error: Exception) -> str | None:
-    """Returns a message if JAX cannot start as the environment asks, e.g. JAX_PLATFORMS=cuda without a GPU, or None."""
+    """Returns a message if JAX cannot start with the environment's settings, or None.
+
+    For example JAX_PLATFORMS=cuda without a GPU.
+    """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__")
     if module == "jax._src.config":
-        return str(error)  # names the variable
+        return str(error)  # it names the variable
     if module != "jax._src.xla_bridge":
         return None
     reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "its plugin is not installed"
@@ -111,7 +114,10 @@ def _fail(message: str) -> int:
 
 
 def _take_log_format(argv: Sequence[str]) -> list[str]:
-    """The arguments without ``--log-format``, which holds for any verb; kept in the environment for what is started."""
+    """Removes ``--log-format`` from the arguments; stores it in the environment for subprocesses.
+
+    Every subcommand has this option.
+    """
     rest: list[str] = []
     words = iter(argv)
     for word in words:

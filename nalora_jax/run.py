@@ -1,4 +1,4 @@
-"""One fine-tuning run from a config: wiring only, in the order in which things happen.
+"""One fine-tuning run from a config: wiring only, in order of execution.
 
 settings -> devices -> base model -> adapters and step -> data -> evaluate -> train -> evaluate -> export -> report
 """
@@ -65,18 +65,18 @@ from nalora_jax.weights.model import read_config, read_tokenizer_of
 
 log = logging.getLogger(__name__)
 
-BEFORE = "before.json"  # of a run's folder: metrics of the base model, and which questions they are of
+BEFORE = "before.json"  # in a run's folder: metrics of the base model and digests of the questions
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves behind."""
+    """The outputs of a run."""
 
     folder: Path
     adapter: Path  # PEFT files of the best checkpoint
     report: Path
     before: Mapping[str, Any]  # held-out metrics of the base model
-    after: Mapping[str, Any]  # of the adapter that was exported
+    after: Mapping[str, Any]  # held-out metrics of the exported adapter
     best_step: int
 
 
@@ -88,26 +88,32 @@ def run(
     callbacks: Sequence[Callback] = (),
     source: Mapping[str, Source] | None = None,
 ) -> RunResult:
-    """Fine-tunes; see the module's docstring. With several processes all of them do, and the first one logs and writes.
+    """Fine-tunes a model, see the module's docstring.
+
+    All processes of a multi-host run call it; the first one logs and writes.
 
     Args:
       config: the run's settings.
-      data: records, or records by split, in place of ``config.data.dataset``; see `data.given.given_sources`.
-      format: makes an example of each record, or None of one to leave out.
-      callbacks: who is told of log steps, evaluations and checkpoints, beside those that ``config`` names.
-      source: sources by split (``{"train": ..., "validation": ...}``), in place of ``config.data.dataset``.
+      data: records, or records by split, which replace ``config.data.dataset``; see
+        `data.given.given_sources`.
+      format: converts each record to an example, or to None to leave it out.
+      callbacks: callbacks for log steps, evaluations and checkpoints, in addition to the
+        config's.
+      source: sources by split (``{"train": ..., "validation": ...}``), which replace
+        ``config.data.dataset``.
 
     Raises:
-      NaloraError: bad settings, files or data; nothing of an earlier run is touched.
-      TrainingDivergedError: the loss or the state stopped being finite; the last good checkpoint is kept.
-      Interrupted: Ctrl-C or SIGTERM; where steps had been done, the last one is saved.
+      NaloraError: bad settings, files or data; files of an earlier run are not changed.
+      TrainingDivergedError: the loss or the state is no longer finite; the last good checkpoint is
+        kept.
+      Interrupted: Ctrl-C or SIGTERM; the last completed step, if any, is saved.
     """
     check(config)
     config = replace(config, imports=import_files(config.imports))
     own, source = given_sources(config.data, data=data, source=source, format=format)
     config = replace(config, data=own)
     for text in config.mechanisms:
-        make(text)  # an unknown name is said before anything is loaded
+        make(text)  # raises for an unknown name before anything is loaded
     told = [*make_callbacks(config.callbacks), *callbacks]
     with outliving_terminal():
         distributed.initialize_distributed()
@@ -118,7 +124,7 @@ def run(
         ):
             try:
                 return _run(config, output, source, told, stop)
-            except Interrupted as stopped:  # what is left is in the checkpoints, outside the steps as well
+            except Interrupted as stopped:  # outside of training: checkpoints may exist
                 if stopped.saved is None and has_checkpoint(output.checkpoints):
                     raise Interrupted(stopped.signal, resume=_way_on(config)) from None
                 raise
@@ -132,7 +138,7 @@ def _run(
     stop: StopSignals,
 ) -> RunResult:
     spent = Stages()
-    # ---------------------------------------------------------------- devices, and whether the settings fit them
+    # ---------------------------------------------------------------- devices, files and settings
     if config.compute.compilation_cache:
         use_compilation_cache()
     files = None if config.vision.task in DUAL else resolve(config.model)
@@ -146,7 +152,7 @@ def _run(
         pieces = _on_images().dual_pieces(config, *records, _mesh(config))
     else:
         text = partial(text_pieces, files=files, output=output, source=source)
-        # The run's records keep open fields open.
+        # `config`, which is recorded, keeps its automatic fields; only `placed` has concrete ones.
         pieces = accepted(config, described(config, files), lambda placed: text(placed, mesh=_mesh(placed)))
     assembly = pieces.assembly
     log.info("%s trained parameters on %s", f"{trees.count(assembly.state.lora):,}", assembly.spec.describe())
@@ -154,7 +160,7 @@ def _run(
     batches = pieces.data.batches()
 
     with _checkpointer(config, output, pieces) as checkpointer:
-        # ------------------------------------------------------------ where to start, and what is known from before
+        # ------------------------------------------------------------ initial or restored state
         state, start = _start(config, output, recorded, assembly, batches, checkpointer)
         known = _known_before(output, pieces.questions)
         told, progress = _listeners(config, output.folder, start, callbacks)
@@ -172,7 +178,7 @@ def _run(
                 after = _measure_after(best, before, pieces.evaluator, beside)
                 spent.end("evaluating the result")
                 adapter = _export(config, output, pieces, best, before, after)
-            except (NaloraError, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt) as error:  # trackers mark every failed run
                 told.end(Ended(message=str(error) or "interrupted"))
                 raise
             spent.end("exporting")
@@ -181,18 +187,21 @@ def _run(
     return RunResult(output.folder, adapter, _report(output), before, after, after["step"])
 
 
-# -------------------------------------------------------------------- stages, in their order
+# -------------------------------------------------------------------- stages, in order of execution
 
 
 def _seen(config: RunConfig, files: ResolvedSource, source: Mapping[str, Source] | None) -> Mapping[str, Source] | None:
-    """The records with the places that their images take."""
+    """Returns the records with the image tokens of the model."""
     tokens = read_tokenizer_of(files, read_config(files, images=True)).images
     return seen_sources(config.data, config.vision, tokens, source)
 
 
 def _continued(config: RunConfig, output: Output) -> dict[str, Any]:
-    """The settings that a resumed run recorded last. Others than it can go on with are refused before a model is loaded
-    for nothing; its checkpoints are asked again, which hold every digit."""
+    """Returns the last recorded settings of a resumed run.
+
+    Incompatible settings raise an error here, before a model is loaded. The checkpoints are checked
+    again later, because they record settings in full precision.
+    """
     done = last_step(output.checkpoints) if output.resumes else None
     if done is not None and done > config.steps:
         remedy = "leave --steps out to go on as the run was, or start a new run in another --output"
@@ -205,7 +214,7 @@ def _continued(config: RunConfig, output: Output) -> dict[str, Any]:
 
 
 def _mesh(placed: RunConfig) -> Mesh:
-    """The devices, on which the settings can be computed."""
+    """Returns the mesh, after checking that its devices support the settings."""
     mesh = distributed.make_mesh(placed.mesh)
     check_implementation(placed.compute.implementation, platform_of(mesh).name)
     check_remat(placed.compute.remat, platform_of(mesh).name)
@@ -213,7 +222,7 @@ def _mesh(placed: RunConfig) -> Mesh:
 
 
 def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpointer:
-    """Of the run's folder, ranked by the metric of its evaluations."""
+    """Returns the run's checkpointer, which ranks by the metric of its evaluations."""
     return Checkpointer(
         output.checkpoints,
         fingerprint=pieces.loaded.fingerprint,
@@ -225,7 +234,7 @@ def _checkpointer(config: RunConfig, output: Output, pieces: Pieces) -> Checkpoi
 
 
 def _started(config: RunConfig, output: Output, start: int, pieces: Pieces) -> Started:
-    """What callbacks are told of the run before its first step."""
+    """Returns the facts about the run that callbacks get before its first step."""
     origin = pieces.loaded.origin
     turns = {} if pieces.in_turns is None else {"in_turns": pieces.in_turns}
     more = {"data": pieces.data.describe() | turns} | ({"base": origin.to_dict()} if origin else {})
@@ -240,7 +249,7 @@ def _export(
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> Path:
-    """Writes the adapter and its card; the folder."""
+    """Writes the adapter and its card; returns their folder."""
     adapter: Path = pieces.export(output.folder / ADAPTER, best)
     readme = card(config, pieces.loaded, pieces.assembly, best.lora, before, after)
     distributed.on_first_process(lambda: write_card(adapter, readme))
@@ -248,15 +257,15 @@ def _export(
 
 
 def _report(output: Output) -> Path:
-    """Writes the report; where it is."""
-    from nalora_jax.report.html import FILE, write_report  # Matplotlib, which the steps need not have beside them
+    """Writes the report; returns its path."""
+    from nalora_jax.report.html import FILE, write_report  # not earlier: Matplotlib takes memory
 
     distributed.on_first_process(lambda: log.info("report: %s", write_report(output.folder)))
     return output.folder / FILE
 
 
 def _on_images() -> Any:
-    """The module of runs on images, whose Pillow is an extra."""
+    """Imports the module of runs on images, which needs Pillow, an extra."""
     from nalora_jax.train import dual_pieces
 
     return dual_pieces
@@ -270,7 +279,7 @@ def _start(
     batches: BatchIterator,
     checkpointer: Checkpointer,
 ) -> tuple[TrainState, int]:
-    """The state to train from, and the steps that it has had; the batches are put where it left off."""
+    """Returns the state to train from and its step; moves the batches to the same position."""
     if not output.resumes:
         return assembly.state, 0
     state, position = checkpointer.restore("latest", assembly.state)
@@ -289,10 +298,10 @@ def _start(
 
 
 def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any] | None:
-    """Held-out metrics of the base model as the resumed run measured them; None where nobody has yet.
+    """Returns the base model's held-out metrics of a resumed run; None if not yet measured.
 
     Raises:
-      NaloraError: they are of other questions than the evaluation data now holds.
+      NaloraError: they are of other questions than the evaluation data now has.
     """
     saved = output.folder / BEFORE
     if not (output.resumes and saved.exists()):
@@ -312,7 +321,7 @@ def _known_before(output: Output, questions: Mapping[str, str]) -> dict[str, Any
 def _listeners(
     config: RunConfig, folder: Path, start: int, callbacks: Sequence[Callback]
 ) -> tuple[Callbacks, Progress]:
-    """Who is told, and what is shown: of process 0; those of other processes keep and show nothing."""
+    """Returns the callbacks and the progress display; both are silent in processes other than 0."""
     if jax.process_index():
         return Callbacks(None), Progress(config.steps, console=Console(quiet=True))
     return Callbacks(MetricsLog(folder, resume=start or None), callbacks), Progress(config.steps, start=start)
@@ -327,7 +336,7 @@ def _hooks(
     batches: BatchIterator,
     stop: StopSignals,
 ) -> RunHooks:
-    """What happens beside the steps."""
+    """Returns the loop's hooks."""
     return RunHooks(
         told,
         progress,
@@ -342,7 +351,7 @@ def _hooks(
 
 
 def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: bool) -> dict[str, Any]:
-    """Held-out metrics of the base model, on the questions of the result and on those that choose the checkpoint."""
+    """Evaluates the base on the reported questions and on those that select the checkpoint."""
     before: dict[str, Any] = pieces.evaluator.measure(pieces.loaded.params, None, samples=True)
     text = json.dumps(seal(before | {"questions": pieces.questions}))
     distributed.on_first_process(lambda: write_atomically(folder / BEFORE, text))
@@ -356,10 +365,10 @@ def _measure_before(folder: Path, beside: RunHooks, pieces: Pieces, *, chosen: b
 def _fit(
     config: RunConfig, assembly: Assembly, state: TrainState, start: int, beside: RunHooks, profile: Profile
 ) -> FitResult:
-    """Does the steps.
+    """Runs the training steps.
 
     Raises:
-      Interrupted: a signal asked to stop; the last step is saved.
+      Interrupted: a signal requested a stop; the last step is saved.
     """
     train = config.train
     schedule = Schedule(config.steps, train.log_every, train.eval_every, train.save_every, train.patience)
@@ -376,12 +385,12 @@ def _fit(
 
 
 def _way_on(config: RunConfig) -> str:
-    """What continues a run that was stopped."""
+    """Returns the options that resume a stopped run."""
     return f"continue with --output {config.output} --resume"
 
 
 def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> TrainState:
-    """The state whose evaluation was best; the last one where none was measured."""
+    """Returns the state with the best evaluation; the last one without evaluations."""
     checkpointer.wait()
     step = checkpointer.best_step()
     if step is None or step == result.step:
@@ -393,7 +402,7 @@ def _best(result: FitResult, checkpointer: Checkpointer, assembly: Assembly) -> 
 
 
 def _measure_after(best: TrainState, before: Mapping[str, Any], evaluator: Any, beside: RunHooks) -> dict[str, Any]:
-    """Metrics of the best state on the examples that had no say in choosing it."""
+    """Evaluates the best state on the reported examples, which were not used to select it."""
     after: dict[str, Any] = evaluator.measure(beside.params, best.lora, samples=True)
     if "right" in after and len(before.get("right", ())) == len(after["right"]):
         after["paired"] = asdict(compare(before["right"], after["right"]))

@@ -1,4 +1,4 @@
-"""Devices and processes: the mesh, where every array lives on it, batches as global arrays, multi-host runs."""
+"""Devices and processes: the mesh, array shardings, global batches and multi-host runs."""
 
 from nalora_jax.distributed.batches import make_global_batch, process_rows, rows_of_processes
 from nalora_jax.distributed.compiler import compiler_options

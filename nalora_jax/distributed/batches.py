@@ -1,4 +1,4 @@
-"""Rows of a global batch: which ones a process reads, and the global arrays that they become."""
+"""Rows of a global batch: the rows that each process reads, and their global arrays."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nalora_jax.errors import NaloraError
 
 
 def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
-    """Returns the rows of a global batch that the devices of each process hold, ascending, by the process's index.
+    """Returns the rows of a global batch on each process's devices, ascending, by process index.
 
-    A mesh over TPU chips follows their torus, so a process's rows are in general not contiguous; processes whose
-    devices differ only along the axis "tensor" hold the same rows.
+    A mesh over TPU chips follows their torus, so a process's rows are in general not contiguous;
+    processes whose devices differ only along the axis "tensor" have the same rows.
 
     Example (v6e:16x16 with fsdp 256: each host has a square of two by two chips):
       >>> rows_of_processes(mesh, 256)[0]
@@ -27,14 +27,16 @@ def rows_of_processes(mesh: Mesh, rows: int) -> dict[int, np.ndarray]:
     processes = np.vectorize(process_of, otypes=[int])(mesh.devices)  # [data, fsdp, tensor]
     data, fsdp, _ = processes.shape
     _check_rows(rows, data * fsdp)
-    # [data x fsdp, rows of one part]: a batch is cut into parts in the order of the axes that split it.
+    # [data x fsdp, rows of one part]: parts of a batch are in the order of the axes that split it.
     parts = np.arange(rows).reshape(data * fsdp, -1)
     of_part = processes.reshape(data * fsdp, -1)
     return {int(process): parts[(of_part == process).any(axis=1)].ravel() for process in np.unique(processes)}
 
 
 def process_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Rows of a global batch that this process has to read, ascending; the mesh decides, not the process index.
+    """Returns the rows of a global batch that this process has to read, ascending.
+
+    They depend on the mesh, not on the process index.
 
     Example (two processes of four devices, mesh 8 x 1 x 1, 16 rows, on process 1):
       >>> process_rows(mesh, 16)
@@ -44,10 +46,10 @@ def process_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis: int = 0) -> dict[str, jax.Array]:
-    """Global arrays from each process's own rows, split over ("data", "fsdp").
+    """Returns global arrays, split over ("data", "fsdp"), from the rows of each process.
 
     Args:
-      batch: numpy arrays whose axis ``rows_axis`` holds the rows of `process_rows`, in that order.
+      batch: numpy arrays whose axis ``rows_axis`` has the rows of `process_rows`, in that order.
       rows_axis: 0 for ``[rows, seq]``, 1 for micro-batches ``[accumulate, rows, seq]``.
 
     Raises:
@@ -65,7 +67,7 @@ def make_global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, *, rows_axis:
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            # A device's rows are a run of the global batch, and so of this process's rows, which hold all of them.
+            # A device's rows are contiguous in the global batch, and so in this process's rows.
             start, stop, _ = index[rows_axis].indices(rows)
             first = int(np.searchsorted(held, start))
             return value[(*index[:rows_axis], slice(first, first + stop - start), *index[rows_axis + 1 :])]

@@ -1,10 +1,10 @@
-"""Attributes of JAX devices. No other module reads them, because one name means different things on two platforms.
+"""Attributes of JAX devices. Only this module reads them: their meaning depends on the platform.
 
 - ``slice_index``: on TPUs the slice, absent if a compiler describes a single slice. On GPUs the NVLink domain: a host
   by its boot id, or an NVL72 rack. Absent on CPUs.
 - ``partition_index``: on GPUs the NVLink domain; newer clients keep ``slice_index`` as its deprecated alias.
-- ``coords``: on TPUs the chip's place on the slice's torus (x, y, z). On GPUs the local device; in newer clients
-  domain, process and local device.
+- ``coords``: on TPUs the chip's coordinates in the slice's torus (x, y, z). On GPUs the local
+  device; in newer clients domain, process and local device.
 - ``memory_stats()``: available for devices of this process; None on CPUs.
 
 Sources: XLA (`pjrt/gpu/se_gpu_pjrt_client.cc`, `pjrt/gpu/se_gpu_topology_description.cc`,

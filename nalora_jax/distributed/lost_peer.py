@@ -1,8 +1,9 @@
-"""What a process of a multi-host run writes to standard error, without the C++ trace at the end of a lost peer.
+"""Filter of a multi-host process's standard error that removes the C++ trace after a lost peer.
 
-A program of its own that imports nothing but the standard library: it reads the other's standard error as its input and
-passes it on as it comes. From the line on in which JAX's coordination service gives up, nothing is passed on; once the
-other process has ended, one line says why.
+It runs as a separate program that imports only the standard library. It reads the other program's
+standard error as its input and copies it as it arrives. Starting at the line in which JAX's
+coordination service gives up, it copies no more; once the other program has ended, it prints one
+line with the reason.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import re
 # Log lines of C++: level, date, time, thread, then file and line.
 _CPP = re.compile(rb"[EFIW]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ ([\w.-]+):\d+\]")
 _SERVICE = (b"coordination", b"distributed_runtime", b"client.h", b"client.cc", b"service.cc")
-ERROR = b"error: "  # how a line begins that says why a process ends
-END = b"\0end\n"  # the last line of a process that ends in good order
+ERROR = b"error: "  # start of a line with the reason for a process's end
+END = b"\0end\n"  # last line of a process that ends normally
 LINE = (
     b"error: the other processes: expected all of them to go on, found that one is gone (no heartbeat or no "
     b"connection); its own log says why; start all of them again with --resume\n"
@@ -23,8 +24,8 @@ LINE = (
 
 
 def main(source: int = 0, target: int = 2) -> None:
-    """Copy ``source`` to ``target``, two file descriptors, until it ends."""
-    lost, told, begun, head = False, False, b"", b""  # head: how a line began whose first part was passed on
+    """Copies ``source`` to ``target``, two file descriptors, until the source ends."""
+    lost, told, begun, head = False, False, b"", b""  # head: start of a line that is partly copied
     while piece := os.read(source, 1 << 16):
         *lines, begun = (begun + piece).split(b"\n")
         for line in lines:
@@ -36,7 +37,8 @@ def main(source: int = 0, target: int = 2) -> None:
                 _pass_on(target, line + b"\n")
                 told = told or (head + line).startswith(ERROR)
             head = b""
-        if not lost and begun and begun[:1] not in b"EFIW\0":  # a prompt or a progress bar: do not wait for its end
+        # A line without its end may be a prompt or a progress bar, which must appear at once.
+        if not lost and begun and begun[:1] not in b"EFIW\0":
             _pass_on(target, begun)
             head, begun = (head + begun)[: len(ERROR)], b""
     if not lost:
@@ -46,13 +48,13 @@ def main(source: int = 0, target: int = 2) -> None:
 
 
 def _pass_on(target: int, data: bytes) -> None:
-    """Writes ``data``, or drops it after a dropped connection: the source must be read to its end."""
+    """Writes ``data``, or drops it if the target is closed: the source must be read to its end."""
     with contextlib.suppress(OSError):
         os.write(target, data)
 
 
 def fatal(line: bytes) -> bool:
-    """Whether JAX's coordination service reports here that the group is broken."""
+    """Returns True if the line is JAX's coordination service reporting that the group is broken."""
     match = _CPP.match(line)
     return match is not None and line[:1] in b"EF" and any(name in match[1] for name in _SERVICE)
 

@@ -17,7 +17,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.ops.dispatch import Platform
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp splits weights as well
+BATCH_AXES = ("data", "fsdp")  # both split the rows of a batch; fsdp also splits weights
 
 
 def platform_of(mesh: Mesh | None = None) -> Platform:
@@ -49,7 +49,8 @@ def _placed(available: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     """Returns the devices in the order of the mesh, ``[data, fsdp, tensor]``."""
     groups = domains(available)
     boxes = {torus(group) for group in groups} if platform_name(available[0]) == "tpu" else {None}
-    if len(boxes) > 1 or None in boxes:  # no torus, or some of its chips
+    # Not TPUs, or slices that are not equal and complete boxes of chips.
+    if len(boxes) > 1 or None in boxes:
         placed = np.empty(len(available), dtype=object)
         placed[:] = [device for group in groups for device in group]
         return placed.reshape(sizes)
@@ -86,7 +87,7 @@ def check_slices(data: int, slices: int) -> None:
     """Checks that every slice gets an equal part of the axis "data".
 
     Raises:
-      NaloraError: it does not.
+      NaloraError: the parts are not equal.
     """
     if data % slices:
         raise NaloraError(
@@ -130,22 +131,22 @@ def _product_error(sizes: Mapping[str, int], n_devices: int, *, is_open: bool) -
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts that the rows of a batch are split into."""
+    """Returns the number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """Where ``[batch, seq, d_model]`` lives: rows over ("data", "fsdp"); None on one device."""
+    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None on one device."""
     return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and mesh.size > 1 else None
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:
-    """Checks that the axis "tensor" of a mesh does not cut an attention head in two; see `check_tensor`."""
+    """Checks that a mesh's axis "tensor" does not split an attention head; see `check_tensor`."""
     check_tensor(mesh.shape["tensor"], n_heads=n_heads, n_kv_heads=n_kv_heads)
 
 
 def check_tensor(size: int, *, n_heads: int, n_kv_heads: int) -> None:
-    """Checks that an axis "tensor" of ``size`` does not cut an attention head in two.
+    """Checks that an axis "tensor" of ``size`` does not split an attention head.
 
     Any other dimension that an axis does not divide is replicated (see `shardings`). The halves of a split head would
     move between devices in every layer.

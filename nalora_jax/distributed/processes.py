@@ -1,4 +1,4 @@
-"""The processes of a multi-host run: joining them, and what only one of them does."""
+"""The processes of a multi-host run: initialisation, lost peers and work of the first process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from nalora_jax.errors import LostPeerError, NaloraError
 
 T = TypeVar("T")
 _LONGEST_ANSWER = 512  # bytes
-_HEARTBEAT_TIMEOUT = (
-    60  # seconds without a sign of a process until it counts as lost; NALORA_HEARTBEAT_TIMEOUT sets another
-)
-_SHUTDOWN_TIMEOUT = 30  # seconds that a process which has ended waits for the others
-# What JAX, Gloo, NCCL and the coordination service say when a process of the group is gone: what storage does not say,
-# and all of it.
+# Seconds without a heartbeat until a process counts as lost; NALORA_HEARTBEAT_TIMEOUT overrides it.
+_HEARTBEAT_TIMEOUT = 60
+_SHUTDOWN_TIMEOUT = 30  # seconds that a finished process waits for the others
+# Messages of JAX, Gloo, NCCL and the coordination service when a process of the group is gone. The
+# first pattern has only messages that storage errors do not contain, the second has all.
 _LOST_IN_A_COLLECTIVE = re.compile(
     r"heartbeat|Gloo[^\n]{0,80}failed|[Bb]arrier timed out|NCCL[^\n]{0,80}(remote|abort)"
 )
@@ -37,14 +36,15 @@ _LOST = re.compile(
 
 
 def initialize_distributed(within: int = 300) -> bool:
-    """Join this process to the others of a multi-host run, before any other use of JAX; one process per host.
+    """Connects this process to the others of a multi-host run, before any other use of JAX.
 
-    Does nothing (and returns False) on a single machine. Processes other than the first log warnings only. A run is
-    multi-host where JAX_COORDINATOR_ADDRESS is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, unless a cluster manager
-    tells JAX), on a Cloud TPU VM, or under Slurm or Open MPI with more than one task.
+    There is one process per host. On a single machine this does nothing and returns False.
+    Processes other than the first log warnings only. A run is multi-host if JAX_COORDINATOR_ADDRESS
+    is set (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, unless JAX gets them from a cluster manager),
+    on a Cloud TPU VM, or under Slurm or Open MPI with more than one task.
 
     Args:
-      within: seconds that the other processes may take to come.
+      within: timeout in seconds for the other processes.
 
     Raises:
       NaloraError: the environment names a coordinator, but not the number or the index of processes.
@@ -63,7 +63,7 @@ def initialize_distributed(within: int = 300) -> bool:
             initialization_timeout=within,
         )
     except ValueError as error:
-        if not explicit:  # a TPU host outside Google Cloud's own images: JAX knows of no other process
+        if not explicit:  # a TPU host without Google Cloud's images: JAX detects no other process
             return False
         raise NaloraError(
             "JAX_COORDINATOR_ADDRESS",
@@ -77,17 +77,18 @@ def initialize_distributed(within: int = 300) -> bool:
 
 
 def has_peers() -> bool:
-    """Returns True if the environment is that of a process among several, as `initialize_distributed` reads it."""
+    """Returns True if the environment has several processes; see `initialize_distributed`."""
     return "JAX_COORDINATOR_ADDRESS" in os.environ or _cluster_tasks() > 1 or _on_tpu_vm()
 
 
 @contextmanager
 def lost_peers_named() -> Iterator[None]:
-    """Within this block the end of another process ends this one with one line, within two minutes.
+    """Ends this process with a one-line error within two minutes after another process has ended.
 
-    There are two ways to notice it. A collective fails, which is a `LostPeerError`. Or JAX's coordination service
-    misses the process's heartbeat and ends this process from C++, with a stack trace and SIGABRT: standard error goes
-    through `nalora_jax.distributed.lost_peer`, a process of its own, which says it in a line instead.
+    There are two ways to detect it. A collective fails, which raises a `LostPeerError`. Or JAX's
+    coordination service misses the process's heartbeat and ends this process from C++, with a stack
+    trace and SIGABRT. For this case, standard error is piped through the separate process
+    `nalora_jax.distributed.lost_peer`, which prints one line instead.
 
     Raises:
       LostPeerError: a collective failed.
@@ -105,12 +106,12 @@ def lost_peers_named() -> Iterator[None]:
         if signs is None:
             raise
         raise _lost(signs[0]) from error
-    # After an error it stays: leaving JAX's group may fail as well, at the very end of the process.
+    # Not after an error: leaving JAX's group at the end of the process may fail as well.
     restore()
 
 
 def check_lost_peer(error: BaseException) -> None:
-    """Raises a `LostPeerError` from what failed beside storage because another process is gone."""
+    """Raises a `LostPeerError` if an operation on storage failed because of a lost process."""
     signs = _LOST_IN_A_COLLECTIVE.search(str(error))
     if signs is not None:
         raise _lost(signs[0]) from error
@@ -126,11 +127,11 @@ def _lost(sign: str) -> LostPeerError:
 
 
 def filter_stderr() -> Callable[[], None]:
-    """Puts `nalora_jax.distributed.lost_peer` behind standard error, C++'s included; returns what takes it away."""
+    """Pipes standard error, including C++'s, through `lost_peer`; returns a function to undo it."""
     sys.stderr.flush()
     own = os.dup(2)
     command = [sys.executable, "-S", "-E", str(Path(lost_peer.__file__))]
-    # A session of its own: a Ctrl-C at the terminal must not end it before what it filters.
+    # In a new session, so that a Ctrl-C at the terminal does not end it before this process.
     helper = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=own, start_new_session=True)
     assert helper.stdin is not None
     os.dup2(helper.stdin.fileno(), 2)
@@ -139,7 +140,7 @@ def filter_stderr() -> Callable[[], None]:
     def restore() -> None:
         sys.stderr.flush()
         os.write(2, lost_peer.END)
-        os.dup2(own, 2)  # the last one that writes to the helper, which ends
+        os.dup2(own, 2)  # closes the helper's last writer, which ends the helper
         os.close(own)
         helper.wait(timeout=10)
 
@@ -147,22 +148,22 @@ def filter_stderr() -> Callable[[], None]:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """``x`` on the host, also where its parts live on several hosts; all of them have to ask for it."""
+    """Returns ``x`` on the host, also from shards on other hosts; all processes must call it."""
     if x.is_fully_addressable:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def on_first_process(action: Callable[[], T]) -> T | None:
-    """Does ``action`` in process 0 alone, while the others wait; where it fails, all of them raise.
+    """Runs ``action`` in process 0 only, while the others wait; if it fails, all processes raise.
 
-    For everything that writes to storage, which the processes share.
+    It is used for all writes to shared storage.
 
     Returns:
-      What ``action`` returns, in process 0; None elsewhere.
+      The result of ``action`` in process 0; None elsewhere.
 
     Raises:
-      NaloraError: in the other processes, where ``action`` raised in process 0.
+      NaloraError: in the other processes, if ``action`` raised in process 0.
     """
     result, failure = None, None
     if jax.process_index() == 0:
@@ -178,10 +179,10 @@ def on_first_process(action: Callable[[], T]) -> T | None:
 
 
 def tell_all(action: Callable[[], str | None]) -> str | None:
-    """What ``action`` answers in process 0, in all processes; it must not communicate.
+    """Returns process 0's result of ``action`` in all processes; ``action`` must not communicate.
 
     Raises:
-      NaloraError: in the other processes, where ``action`` raised in process 0.
+      NaloraError: in the other processes, if ``action`` raised in process 0.
     """
     answer = on_first_process(action)
     if jax.process_count() == 1:
@@ -193,7 +194,7 @@ def tell_all(action: Callable[[], str | None]) -> str | None:
 
 
 def _env_int(name: str) -> int | None:
-    """An integer from the environment, None where it is not set."""
+    """Returns an integer from the environment; None if it is not set."""
     text = os.environ.get(name)
     if text is None:
         return None
@@ -203,11 +204,14 @@ def _env_int(name: str) -> int | None:
 
 
 def _cluster_tasks() -> int:
-    """Tasks that a cluster manager started for this job."""
+    """Returns the number of tasks that a cluster manager started for this job."""
     hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
     return max(hosts, _env_int("SLURM_STEP_NUM_TASKS") or 1, _env_int("OMPI_COMM_WORLD_SIZE") or 1)
 
 
 def _on_tpu_vm() -> bool:
-    """Whether JAX found TPU chips when it was imported (it then names itself to the TPU runtime)."""
+    """Returns True if JAX found TPU chips when it was imported.
+
+    JAX then sets TPU_ML_PLATFORM for the TPU runtime.
+    """
     return "TPU_ML_PLATFORM" in os.environ and "TPU_SKIP_MDS_QUERY" not in os.environ

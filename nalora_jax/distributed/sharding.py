@@ -1,13 +1,13 @@
-"""Where every array lives on the mesh: ordered (path regex, PartitionSpec) rules for every tree of a run.
+"""Shardings of all arrays: ordered (path regex, PartitionSpec) rules for every tree of a run.
 
-A spec names the *trailing* axes of a leaf, so one rule serves a kernel ``[in, out]``, its layer stack ``[L, in, out]``
-and a stack of experts ``[L, E, in, out]``; leading axes are never split.
+A spec names the *trailing* axes of a leaf, so one rule covers a kernel ``[in, out]``, its layer
+stack ``[L, in, out]`` and a stack of experts ``[L, E, in, out]``; leading axes are never split.
 
     layers/ffn/gate_proj/kernel [L, in, out]   P("fsdp", "tensor")  ->  P(None, "fsdp", "tensor")
     layers/ffn/gate_proj/a      [L, in, r]     P("fsdp", None)      ->  P(None, "fsdp")            in as the kernel's in
     layers/ffn/gate_proj/b      [L, r, out]    P(None, ("tensor", "fsdp"))                         out over both
 
-An optimizer's moments end in the path of the parameter that they belong to, so the same rules place them.
+The path of an optimizer's moment ends in the path of its parameter, so the same rules apply to it.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from nalora_jax.method.statistics import CHECK, COUNTS
 Rules = Sequence[tuple[str, P]]
 
 
-# Per projection: its name, and the mesh axes of its input and of its output.
+# Per projection: name, mesh axis of its input, mesh axis of its output.
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
-    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # heads and FFN channels leave split over tensor ...
-    ("(o|down|out)_proj", "tensor", "fsdp"),  # ... and are summed over it here
+    ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
+    ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
     ("router", "fsdp", None),
 )
-_WHOLE = ("tensor", "fsdp")  # an axis of a projection that the state splits over both
+_WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
 
 
 def _kernel_rules() -> Rules:
-    """Frozen weights of every projection."""
+    """Returns the rules of the frozen weights of every projection."""
     rules: list[tuple[str, P]] = []
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/kernel(/codes|/scales)?$", P(inner, outer)))
         rules.append((rf"(^|/){name}/bias$", P(outer)))
-        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # where adapters of gates started, if not at 0
+        rules.append((rf"(^|/){name}/start_a$", P(inner, None)))  # initial adapters, if B != 0
         rules.append((rf"(^|/){name}/start_b$", P(None, outer)))
     return rules
 
 
 def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
-    """Adapters of every projection; ``place`` says what becomes of the mesh axis that its kernel has there."""
+    """Returns the rules of every projection's adapters; ``place`` maps the kernel's mesh axes."""
     rules: list[tuple[str, P]] = []
     for name, inner, outer in _PROJECTIONS:
         rules.append((rf"(^|/){name}/a$", P(place(inner), None)))
@@ -57,7 +57,8 @@ def _adapter_rules(place: Callable[[str | None], Any]) -> Rules:
     return rules
 
 
-# Frozen weights. No trailing default: a weight that nobody thought of is an error, not a silent replica.
+# Frozen weights. There is no trailing default, so that a weight without a rule is an error and not
+# silently replicated.
 _TABLE_RULES: Rules = (
     (r"(^|/)embed/embedding$", P("tensor", "fsdp")),
     (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),
@@ -66,27 +67,28 @@ PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
     (r"norm/(scale|bias)$", P()),
-    # Encoders: what is small beside their layers.
+    # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (r"(^|/)(class_token|probe|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
 )
 
-# Everything that training changes, between steps: adapters, optimizer, gate averages, counters. Both axes that split
-# weights split one axis of each: with the rank, moments grow to gigabytes.
+# The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
+# weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
     *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
-    *_TABLE_RULES,  # those that are trained as a whole, and their moments
-    # Whatever a mechanism remembers and a block measures ends in an axis of channels; counts and checks have none.
+    *_TABLE_RULES,  # fully trained tables and their moments
+    # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
+    # checks.
     (rf"(^|/)({'|'.join(COUNTS)}|{CHECK}\w*)$", P()),
     (r"(^|/)(gate/memory|gate_mask|gate_stats|gate_taps)/", P(_WHOLE)),
     (r"", P()),
 )
 
-# Adapters and masks within a step: gathered over fsdp once, before the layers, and split over tensor like the weights
-# that they belong to.
+# Adapters and masks within a step: gathered over fsdp once, before the layers, and split over
+# tensor like their kernels.
 STEP_RULES: Rules = (
     *_adapter_rules(lambda axis: "tensor" if axis == "tensor" else None),
     (r"(^|/)embed/embedding$", P("tensor", None)),
@@ -97,13 +99,14 @@ STEP_RULES: Rules = (
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Where each leaf lives: a tree like ``tree`` with a `NamedSharding` per leaf.
+    """Returns a tree like ``tree`` with the `NamedSharding` of each leaf.
 
     Args:
       tree: arrays or ``ShapeDtypeStruct`` leaves.
-      rules: ordered (regex, spec) pairs, searched in the slash-joined path; the first match wins. A spec covers the
-        trailing axes of the leaf. An axis that does not divide its dimension is dropped for that dimension only, and
-        a leaf with fewer axes than its spec is replicated: a layout is never wrong, only less spread.
+      rules: ordered (regex, spec) pairs, searched in the slash-joined path; the first match wins. A
+        spec covers the trailing axes of the leaf. A mesh axis that does not divide a dimension is
+        dropped for that dimension only, and a leaf with fewer axes than its spec is replicated, so
+        a layout is always valid, but may use more memory.
 
     Raises:
       NaloraError: a leaf that no rule matches.
@@ -126,7 +129,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
-    """``spec`` moved to the trailing axes of ``shape``, without the mesh axes that do not divide their dimension.
+    """Returns ``spec`` for the trailing axes of ``shape``; drops mesh axes that do not divide them.
 
     Example (mesh 2 x 4 x 1):
       >>> fit_spec(P("fsdp", "tensor"), (30, 576, 1536), mesh)
@@ -144,7 +147,7 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
-    """The axis, or as many of several as divide ``size``, from the first on."""
+    """Returns the longest prefix of one or several axes that divides ``size``, or None."""
     names = () if axis is None else (axis,) if isinstance(axis, str) else axis
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
@@ -153,7 +156,7 @@ def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any) -> dict[jax.Device, int]:
-    """Bytes that the arrays of ``tree`` occupy on each of this process's devices."""
+    """Returns the bytes of the arrays of ``tree`` on each of this process's devices."""
     totals: dict[jax.Device, int] = {}
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:

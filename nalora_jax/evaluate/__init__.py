@@ -1,1 +1,1 @@
-"""Held-out metrics with intervals."""
+"""Held-out metrics with confidence intervals."""

@@ -1,4 +1,4 @@
-"""Generated answers against reference answers, after normalisation."""
+"""Exact match of generated completions with references, after normalisation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Normalise = Callable[[str], str]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# A sign counts where nothing is subtracted ("10-5" has a 5); a comma only between groups of three digits.
+# A sign belongs to the number unless it is a subtraction ("10-5" contains 5); a comma only between
+# groups of three digits.
 _NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
 class ExactMatchResult:
-    """Share of answers that equal their reference, with its 95% interval."""
+    """Share of completions that equal their reference, with its 95% interval."""
 
     accuracy: float
     low: float
@@ -44,17 +45,18 @@ def exact_match(
     batch_size: int = 16,
     **settings: Any,
 ) -> ExactMatchResult:
-    """Lets the model answer every prompt and compares.
+    """Generates a completion of every prompt and compares it with the reference.
 
     Args:
       generator: the model.
-      items: prompts with reference answers.
-      normalise: applied to both before they are compared; `plain_text` by default, `last_number` for arithmetic.
-      batch_size: prompts at once.
-      **settings: of the generation, the fields of `nalora_jax.generate.Settings`.
+      items: prompts with reference completions.
+      normalise: applied to both before the comparison; `plain_text` by default, `last_number` for
+        arithmetic.
+      batch_size: prompts per batch.
+      **settings: generation settings, the fields of `nalora_jax.generate.Settings`.
 
     Raises:
-      NaloraError: there are no items, or one cannot be continued.
+      NaloraError: there are no items, or a prompt cannot be continued.
     """
     if not items:
         raise NaloraError("evaluation data", expected="at least one question", found="none")
@@ -67,14 +69,19 @@ def exact_match(
 
 
 def matches(answer: str, reference: str, normalise: Normalise) -> bool:
-    """Whether both are the same and not empty after normalisation; a reference that is empty then matches itself."""
+    """Returns True if both are equal and not empty after normalisation.
+
+    If they are empty after normalisation, they must be equal without it.
+    """
     expected = normalise(reference)
     found = normalise(answer)
     return found == expected and (bool(found) or answer.strip() == reference.strip())
 
 
 def plain_text(text: str) -> str:
-    """Lower case, without punctuation, English articles and repeated spaces, as SQuAD compares answers.
+    """Returns the text in lower case, without punctuation, English articles and repeated spaces.
+
+    This is SQuAD's normalisation.
 
     Example:
       >>> plain_text("  The Eiffel-Tower, Paris. ")
@@ -84,7 +91,7 @@ def plain_text(text: str) -> str:
 
 
 def last_number(text: str) -> str:
-    """The last number in a text in its shortest form, or "" if there is none.
+    """Returns the last number in a text in its shortest form, or "" if there is none.
 
     Example:
       >>> last_number("12 eggs at $3 make $1,036.50. #### 1,036.50")

@@ -1,4 +1,4 @@
-"""This library's models in EleutherAI's lm-evaluation-harness (the extra ``eval``).
+"""Adapter of this library's models to EleutherAI's lm-evaluation-harness (the extra ``eval``).
 
 from lm_eval import simple_evaluate
 from nalora_jax.evaluate.harness import harness_model
@@ -31,15 +31,16 @@ def harness_model(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> Any:
-    """An ``lm_eval.api.model.LM`` over a model of this library.
+    """Returns an ``lm_eval.api.model.LM`` for a model of this library.
 
     Args:
       model: the decoder.
-      variables: ``params``, and ``lora`` where there are adapters.
-      tokenizer: of the same model.
-      max_length: longest context and continuation together; longer contexts lose their beginning.
+      variables: ``params``, and ``lora`` if there are adapters.
+      tokenizer: tokenizer of the model.
+      max_length: maximum length of context plus continuation; longer contexts are truncated at
+        their start.
       batch_size: prompts generated at once.
-      mesh: where the weights are sharded, if they are.
+      mesh: mesh of the weights, if they are sharded.
 
     Raises:
       NaloraError: lm-eval is not installed.
@@ -47,13 +48,13 @@ def harness_model(
     require_harness()
     from lm_eval.api.model import LM
 
-    # The harness wants an instance of its own class; everything that matters is in Requests.
+    # The harness requires an instance of its LM class; the implementation is in Requests.
     kind = type("NaloraLM", (Requests, LM), {"__init__": _init})
     return kind(Generator(model, variables, tokenizer, max_length=max_length, mesh=mesh), batch_size)
 
 
 def require_harness() -> None:
-    """Raises a NaloraError that says what to install where lm-eval is missing."""
+    """Raises a NaloraError with installation instructions if lm-eval is missing."""
     try:
         import lm_eval.api.model  # noqa: F401
     except ImportError as error:
@@ -68,24 +69,24 @@ def _init(self: Any, generator: Generator, batch_size: int) -> None:
 
 
 class Requests:
-    """The three kinds of request that the harness makes; a request's ``args`` hold its texts."""
+    """The three kinds of requests of the harness; a request's ``args`` hold its texts."""
 
     def __init__(self, generator: Generator, batch_size: int = 16) -> None:
         self._generator, self._batch_size = generator, batch_size
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-likelihood of a continuation after its context, and whether it is what greedy decoding would give."""
+        """Returns log-likelihoods of continuations, and True if greedy decoding yields them."""
         pairs = [self._pair(*request.args) for request in requests]
         return [(score.log_prob, score.greedy) for score in self._scores(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's context where they are longer."""
+        """Returns log-likelihoods of whole texts, in windows of the context's length."""
         windows = [_windows(self._encode(request.args[0]), self._start, self._longest) for request in requests]
         scores = iter(self._scores([pair for text in windows for pair in text]))
         return [sum((next(scores).log_prob for _ in text), 0.0) for text in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continuations up to the stop texts of each request; requests with equal settings share batches."""
+        """Generates up to a request's stop texts; requests with equal settings share batches."""
         texts: dict[int, str] = {}
         numbered = sorted(enumerate(requests), key=lambda item: repr(item[1].args[1]))
         for _, same in groupby(numbered, key=lambda item: repr(item[1].args[1])):
@@ -100,17 +101,17 @@ class Requests:
         return [texts[i] for i in range(len(requests))]
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the model's own template writes it."""
+        """Formats a conversation with the model's chat template."""
         return self._generator.tokenizer.render_chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's caches: a fingerprint, since files may share a name."""
+        """Returns the name for the harness's caches: a fingerprint, since file names repeat."""
         return hashlib.sha256(self._generator.tokenizer.backend.to_str().encode()).hexdigest()[:16]
 
     @property
     def _start(self) -> int:
-        """What stands for "nothing before": the token that begins texts, else the one that ends them."""
+        """Returns the context of texts without one: begin-of-text, or else end-of-text."""
         tokenizer = self._generator.tokenizer
         return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
@@ -119,17 +120,23 @@ class Requests:
         return self._generator.max_length
 
     def _encode(self, text: str) -> list[int]:
-        """Token ids, with one begin-of-text token where the model wants it, also if a chat template wrote it."""
+        """Returns token ids with one begin-of-text token if the model requires it.
+
+        A second one, from a chat template, is removed.
+        """
         tokenizer = self._generator.tokenizer
         ids = tokenizer.encode(text)
         twice = tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2
         return ids[1:] if twice else ids
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both, split where the harness splits them: a context's last spaces belong to what follows."""
+        """Returns the token ids of both, split like in the harness.
+
+        Trailing spaces of the context belong to the continuation.
+        """
         if not context:
             ids = self._generator.tokenizer.encode(continuation, special=False)[-self._longest :]
-            # What begins with the start token itself has its context.
+            # A text that starts with the start token has its context already.
             return (ids[:1], ids[1:]) if ids[:1] == [self._start] and len(ids) > 1 else ([self._start], ids)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
@@ -140,7 +147,7 @@ class Requests:
         return context_ids[-(room - len(ids)) :], ids
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        """Scores in order; neighbours with one context, the choices of a question, share it."""
+        """Returns scores in order; adjacent pairs with equal contexts are scored together."""
         groups = [list(group) for _, group in groupby(pairs, key=lambda pair: pair[0])]
         generator = self._generator
         scored = score_groups(generator.model, generator.variables, groups, mesh=generator.mesh)
@@ -148,7 +155,9 @@ class Requests:
 
 
 def _windows(ids: list[int], start: int, longest: int) -> list[tuple[list[int], list[int]]]:
-    """Disjoint pieces that cover ``ids``, each after one token of context (the last also after what fits before it).
+    """Splits ``ids`` into disjoint windows, each after one token of context.
+
+    The last window has as much context as fits before it.
 
     Example (a context of 3 tokens, start token 0):
       >>> _windows([5, 6, 7, 8], 0, 3)

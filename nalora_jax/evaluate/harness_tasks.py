@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, run on a model of this library and compared item by item."""
+"""Runs tasks of EleutherAI's lm-evaluation-harness and compares two models item by item."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ def run_harness(
     shots: int | None = None,
     chat: bool = False,
 ) -> dict[str, Any]:
-    """The harness's own evaluation of its tasks.
+    """Runs the harness's evaluation of its tasks.
 
     Args:
       model: from `nalora_jax.evaluate.harness.harness_model`.
       tasks: names of tasks or groups.
-      folder: of more task files (YAML).
-      limit: items of each task at most; 0: all.
-      shots: worked examples before each question; None: as the task says.
-      chat: wrap prompts in the model's chat template.
+      folder: folder of additional task files (YAML).
+      limit: maximum number of items per task; 0: all.
+      shots: few-shot examples before each question; None: the task's default.
+      chat: format prompts with the model's chat template.
 
     Returns:
-      ``results`` (metrics by task, the harness's names), ``versions`` of the tasks, and ``samples``: by task, one
-      JSON-able record an item, with its ``doc_id`` and its value of every metric.
+      ``results`` (metrics by task, with the harness's names), ``versions`` of the tasks, and
+      ``samples``: by task, one JSON-able record per item, with its ``doc_id`` and its value of
+      every metric.
 
     Raises:
-      NaloraError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+      NaloraError: lm-eval is not installed, a task is unknown, or its data is not available.
     """
     require_harness()
     from lm_eval import simple_evaluate
@@ -58,7 +59,7 @@ def run_harness(
         )
     except NaloraError:
         raise
-    except (OSError, ValueError) as error:  # what `datasets` raises where it cannot load a task's data
+    except (OSError, ValueError) as error:  # `datasets` raises them if it cannot load a task's data
         raise NaloraError(
             f"--harness {','.join(tasks)}",
             expected="tasks that the harness can load and run",
@@ -71,7 +72,7 @@ def run_harness(
 
 
 def _manager(tasks: Sequence[str], folder: Path | None) -> Any:
-    """The harness's own list of tasks, which has all of ``tasks``."""
+    """Returns the harness's task registry; raises an error if it lacks any of ``tasks``."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if folder is None else str(folder))
@@ -87,17 +88,20 @@ def _manager(tasks: Sequence[str], folder: Path | None) -> Any:
 
 
 def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """``model`` minus ``other`` on one task: McNemar's test of metrics that are 0 or 1, else a paired bootstrap.
+    """Compares ``model`` with ``other`` on one task: ``model`` minus ``other`` by metric.
+
+    Metrics that are 0 or 1 are compared by McNemar's test, others by a paired bootstrap.
 
     Args:
       other, model: ``samples`` of `run_harness` of the same task.
 
     Raises:
-      NaloraError: they are of other items.
+      NaloraError: the samples are not of the same items.
     """
     ids = [[(sample["doc_id"], sample.get("filter")) for sample in rows] for rows in (other, model)]
-    if ids[0] != ids[1]:
-        raise NaloraError("--against", expected="answers to the same items", found="other ones")
+    if ids[0] != ids[1] or not model:
+        found = "other items" if model else "no item"
+        raise NaloraError("--against", expected="answers to the same items", found=found)
     found: dict[str, Any] = {}
     for metric in model[0]["metrics"]:
         before, after = (np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model))
@@ -113,7 +117,7 @@ def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[
 
 
 def _record(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of one of the harness's samples."""
+    """Returns the fields and numeric metrics of one of the harness's samples."""
     metrics = {name: sample[name] for name in sample["metrics"]}
     kept = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float | np.number)}
     names = ("doc_id", "filter", "doc", "target", "arguments", "filtered_resps")

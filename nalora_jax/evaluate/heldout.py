@@ -1,4 +1,4 @@
-"""The held-out metric of a run, as its log and its report keep it."""
+"""The held-out metric of a run, for its log and its report."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from nalora_jax.generate import Generator
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.tokenizer import Tokenizer
 
-_SAMPLE_TOKENS = 96  # of a sample answer to a prompt without choices
+_SAMPLE_TOKENS = 96  # length limit of a sample completion
 
 
 class Evaluator:
-    """Asks one model the same questions again and again, with one adapter after another, compiling once.
+    """Evaluator of one model with different adapters on the same examples; compiles once.
 
     Args:
       model: the decoder, with the adapters' spec.
-      tokenizer: of the base model.
-      items: questions of one kind: multiple choice (metric: accuracy) or completions (metric: loss per token).
-      mesh: where the weights are sharded, if they are.
-      samples: questions shown with their answers.
+      tokenizer: tokenizer of the base model.
+      items: examples of one kind: multiple choice (metric: accuracy) or completions (metric: loss
+        per token).
+      mesh: mesh of the weights, if they are sharded.
+      samples: number of examples to show with their answers.
 
     Attributes:
       metric: name of the headline metric, "accuracy" or "loss".
-      mode: whether more of it is better ("max") or less ("min").
+      mode: "max" if a larger value of it is better, "min" if a smaller one is.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Evaluator:
         self.mode: Literal["max", "min"] = "max" if self.choices else "min"
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """The metrics of ``params`` with adapter ``lora`` (None: the base alone).
+        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base alone).
 
         Returns:
-          ``accuracy`` (of questions with choices, by log-likelihood per character), ``loss`` per answer token, ``low``
-          and ``high`` (95% interval of the headline metric), ``n``, and with ``samples`` a few questions with the
-          answers given, and ``right``: for each question with choices, whether it was answered rightly.
+          ``accuracy`` (of multiple choice, by log-likelihood per character), ``loss`` per
+          completion token, ``low`` and ``high`` (95% interval of the headline metric), and ``n``.
+          With ``samples`` also a few
+          examples with the model's answers, and for multiple choice ``right``: for each question,
+            True if it was answered correctly.
         """
         variables = {"params": params} | ({} if lora is None else {"lora": lora})
         if self.choices:
@@ -60,7 +63,8 @@ class Evaluator:
 
     def _choose(self, variables: Mapping[str, Any], samples: bool) -> dict[str, Any]:
         count = self._samples if samples else 0
-        # Per character, so that long answers are not at a disadvantage; choices of one length are not affected.
+        # Per character, because the summed log-likelihood favours short choices. It makes no
+        # difference for choices of equal length.
         result = multiple_choice(self._model, variables, self.choices, per="character", mesh=self._mesh, samples=count)
         names = ("accuracy", "low", "high", "accuracy_per_choice", "loss", "n")
         values = {name: getattr(result, name) for name in names}
@@ -90,7 +94,7 @@ class Evaluator:
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """One line for the log.
+    """Returns one line for the log.
 
     Example:
       >>> describe({"accuracy": 0.51, "low": 0.46, "high": 0.56, "loss": 3.6, "n": 400})

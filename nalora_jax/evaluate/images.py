@@ -1,4 +1,4 @@
-"""Held-out images: classes by prompts (zero-shot or adapted), and retrieval by captions, both ways."""
+"""Evaluation on held-out images: classification by prompts, and retrieval by captions both ways."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from nalora_jax.models.vision.dual import DualEncoder, normalised
 
 _BATCH = 64  # images or texts at a time
 _THREADS = 4
-_MOST_CLASSES = 60  # of a confusion matrix
-_THUMBNAIL = 64  # pixels of a picture in a report
+_MOST_CLASSES = 60  # size limit of a confusion matrix
+_THUMBNAIL = 64  # pixels of a thumbnail's side
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Records of a source that are looked at again and again."""
+    """Records of a source for repeated evaluation."""
 
     source: ImageSource
     indices: np.ndarray
@@ -41,11 +41,11 @@ class Images:
 
     @property
     def digest(self) -> str:
-        """Changes whenever the records could have."""
+        """Returns a digest that changes if the records may have changed."""
         return hashlib.sha256(f"{self.source.fingerprint} {self.indices.tolist()}".encode()).hexdigest()
 
     def opened(self, places: Sequence[int]) -> list[Any]:
-        """The RGB images at ``places`` among the indices."""
+        """Returns the RGB images at positions ``places`` of the indices."""
         taken = [int(self.indices[i]) for i in places]
         limits = Limits(max_pixels=self.source.fields.max_pixels)
 
@@ -61,9 +61,9 @@ class Encoders:
     """Both towers, compiled once for batches of one size.
 
     Args:
-      model: the pair, with the adapters' spec.
-      processor: what makes pixels of images.
-      tokenizer: what makes tokens of texts.
+      model: the dual encoder, with the adapters' spec.
+      processor: converts images to pixels.
+      tokenizer: converts texts to tokens.
     """
 
     def __init__(self, model: DualEncoder, processor: ImageProcessor, tokenizer: TextTokenizer) -> None:
@@ -81,34 +81,37 @@ class Encoders:
         self._images, self._texts = images, texts
 
     def images(self, variables: Mapping[str, Any], pictures: Sequence[Any]) -> np.ndarray:
-        """Normalised features ``[pictures, features]`` of RGB images."""
+        """Returns normalised features ``[pictures, features]`` of RGB images."""
         batches = (self.processor.batch(part) for part in _parts(pictures))
         return self._all(partial(self._images, variables), batches)
 
     def records(self, variables: Mapping[str, Any], images: Images) -> np.ndarray:
-        """The same of records, which are opened as they are needed."""
+        """Returns normalised features ``[images, features]`` of records, opened batch by batch."""
         batches = (self.processor.batch(images.opened(part)) for part in _parts(range(len(images))))
         return self._all(partial(self._images, variables), batches)
 
     def texts(self, variables: Mapping[str, Any], texts: Sequence[str], *, length: int = 0) -> np.ndarray:
-        """Normalised features ``[texts, features]``."""
+        """Returns normalised features ``[texts, features]``."""
         tokens = self.tokenizer(texts, length=length)
         batches = ({name: value[list(part)] for name, value in tokens.items()} for part in _parts(range(len(texts))))
         return self._all(partial(self._texts, variables), batches)
 
     def classes(self, variables: Mapping[str, Any], names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """Normalised features ``[names, features]`` of class prompts; of several templates the mean's direction."""
+        """Returns normalised features ``[names, features]`` of class prompts.
+
+        The features of several templates are averaged and normalised again.
+        """
         prompts = [template.format(name) for name in names for template in templates]
         features = self.texts(variables, prompts).reshape(len(names), len(templates), -1)
         return np.asarray(normalised(jnp.asarray(features.mean(axis=1))))
 
     def logits(self, variables: Mapping[str, Any], images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """Scaled cosines ``[images, texts]`` of normalised features."""
+        """Returns scaled cosine similarities ``[images, texts]`` of normalised features."""
         scale, bias = self.model.apply(variables, method="temperature")
         return images @ texts.T * float(distributed.fetch(scale)) + float(distributed.fetch(bias))
 
     def _all(self, encode: Any, batches: Iterator[Mapping[str, np.ndarray]]) -> np.ndarray:
-        """Features of all batches; the last one is padded, so that there is one program."""
+        """Returns the features of all batches; the last one is padded to the same shape."""
         found = []
         for batch in batches:
             count = len(next(iter(batch.values())))
@@ -122,15 +125,15 @@ def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 class ClassEvaluator:
-    """Accuracy among class prompts, with one adapter after another; the counterpart of `evaluate.heldout.Evaluator`.
+    """Classification accuracy by class prompts; the counterpart of `evaluate.heldout.Evaluator`.
 
     Args:
       encoders: the towers.
       images: held-out records.
       labels: int ``[images]``.
-      classes: names, by label.
-      templates: prompts of a class.
-      samples: pictures shown with their predictions.
+      classes: class names by label.
+      templates: prompt templates of a class.
+      samples: number of images to show with their predictions.
     """
 
     metric: Literal["accuracy"] = "accuracy"
@@ -151,12 +154,12 @@ class ClassEvaluator:
         self.digest = images.digest
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """The metrics of ``params`` with adapter ``lora`` (None: the base alone).
+        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base alone).
 
         Returns:
-          ``accuracy`` with ``low`` and ``high`` (95%), ``loss`` (cross-entropy), ``n``; with ``samples`` a few pictures
-          with their predictions, ``right`` of every image, and ``classes`` with the ``confusion`` matrix ``[true,
-          predicted]``.
+          ``accuracy`` with ``low`` and ``high`` (95%), ``loss`` (cross-entropy), ``n``; with
+          ``samples`` a few images with their predictions, ``right`` of every image, and, for up to
+          60 classes, ``classes`` with the ``confusion`` matrix ``[true, predicted]``.
         """
         variables = _variables(params, lora)
         features = self._encoders.records(variables, self._images)
@@ -192,7 +195,7 @@ class ClassEvaluator:
 
 
 class RetrievalEvaluator:
-    """How often an image's own caption comes first among all, and the other way; as `ClassEvaluator`."""
+    """Recall of an image's caption and of a caption's image; counterpart of `ClassEvaluator`."""
 
     metric: Literal["recall"] = "recall"
     mode: Literal["max"] = "max"
@@ -202,7 +205,12 @@ class RetrievalEvaluator:
         self.digest = images.digest
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """``recall`` at 1 (mean of both ways), ``low``, ``high`` (95%), ``<way>_recall_1`` and ``_5``, ``n``."""
+        """Returns the retrieval metrics of ``params`` with adapter ``lora``.
+
+        Returns:
+          ``recall`` at 1 (mean of both directions), ``low``, ``high`` (95%), ``<way>_recall_1`` and
+          ``_5``, ``n``, ``loss``; with ``samples`` a few images with their best captions.
+        """
         variables = _variables(params, lora)
         images = self._encoders.records(variables, self._images)
         texts = self._encoders.texts(variables, self._captions)
@@ -237,12 +245,15 @@ class RetrievalEvaluator:
 
 
 def own_ranks(logits: np.ndarray) -> np.ndarray:
-    """int ``[rows]``: how many columns beat the row's own one, ``[rows, rows]``."""
+    """Returns the number of columns with a larger value than the diagonal, by row.
+
+    ``logits`` is ``[rows, rows]``, the result int ``[rows]``.
+    """
     return np.sum(logits > np.diagonal(logits)[:, None], axis=1)
 
 
 def thumbnail(image: Any) -> str:
-    """A small picture as a data address, for a page that loads nothing from elsewhere."""
+    """Returns a small PNG as a data URL, for pages without external files."""
     buffer = io.BytesIO()
     resized_to(image, _THUMBNAIL).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Questions of one data set answered by one model, item by item, and two models' answers compared."""
+"""Scores of one model by item, and paired comparison of two models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from nalora_jax.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model said to the questions of one data set.
+    """The results of one model on the items of one data set.
 
     Attributes:
-      records: one JSON-able record an item, see `answer_items`.
-      summary: ``loss`` per answer token, ``low`` and ``high`` (95% interval of the headline metric), ``n``; of
-        questions with choices ``accuracy``, by log-likelihood per character.
+      records: one JSON-able record per item, see `answer_items`.
+      summary: ``loss`` per completion token, ``low`` and ``high`` (95% interval of the headline
+        metric), ``n``; for multiple choice ``accuracy``, by log-likelihood per character.
     """
 
     records: list[dict[str, Any]]
@@ -35,20 +35,21 @@ class Answers:
 def answer_items(
     model: Decoder, variables: Mapping[str, Any], items: Sequence[Item], *, mesh: Mesh | None = None
 ) -> Answers:
-    """Every item's scores: of the choices of a question, or of a completion's reference answer.
+    """Scores every item: the choices of a question, or a reference completion.
 
     Args:
       model: the decoder.
-      variables: ``params``, and ``lora`` where there are adapters.
+      variables: ``params``, and ``lora`` if there are adapters.
       items: all with choices, or all without.
-      mesh: where the weights are sharded, if they are.
+      mesh: mesh of the weights, if they are sharded.
 
     Returns:
-      Records with ``item`` (its number), ``prompt``, ``loss`` (summed over the right answer's ``tokens``), and
-      ``completion``; or ``choices``, their ``log_probs``, ``gold``, ``answer`` (indices) and ``correct``.
+      Records with ``item`` (its number), ``prompt``, ``loss`` (summed over the ``tokens`` of the
+      correct choice or the reference), and ``completion``; or ``choices``, their ``log_probs``,
+      ``gold``, ``answer`` (indices) and ``correct``.
 
     Raises:
-      NaloraError: no items, or of both kinds.
+      NaloraError: no items, or items of both kinds.
     """
     choices = [item for item in items if isinstance(item, ChoiceItem)]
     completions = [item for item in items if isinstance(item, CompletionItem)]
@@ -98,14 +99,16 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:
-    """``model`` minus ``other`` on the same items in the same order.
+    """Compares two models on the same items in the same order: ``model`` minus ``other``.
 
     Returns:
-      ``loss``: difference per answer token with its paired bootstrap interval ``low`` and ``high``; of questions with
-      choices also ``accuracy``: the fields of `nalora_jax.evaluate.statistics.Comparison`, McNemar's test among them.
+      ``loss``: difference per completion token with its paired bootstrap interval ``low`` and
+        ``high``.
+      For multiple choice also ``accuracy``: the fields of
+        `nalora_jax.evaluate.statistics.Comparison`, which include McNemar's test.
 
     Raises:
-      NaloraError: the answers are to other questions.
+      NaloraError: the two have other items.
     """
     if [record["prompt"] for record in other.records] != [record["prompt"] for record in model.records]:
         remedy = "models whose tokenizers or chat templates differ read other prompts: give --no-chat"
@@ -124,7 +127,7 @@ def compare_answers(other: Answers, model: Answers) -> dict[str, Any]:
 
 
 def describe_comparison(values: Mapping[str, Any]) -> str:
-    """One line of `compare_answers`.
+    """Returns one line with the result of `compare_answers`.
 
     Example:
       accuracy +0.080 (95% interval 0.028 to 0.133; 55 gained, 23 lost, McNemar p = 0.0004), loss -2.52 (-2.61 to -2.43)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given tokens: the measure under multiple choice, perplexity and the harness."""
+"""Log-likelihoods of continuations, for multiple choice, perplexity and the harness."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from nalora_jax.models.ropes import switch_length
 from nalora_jax.notes import counting
 from nalora_jax.ops.storage import prepare
 
-# Floats of one chunk of logits.
+# Number of floats in one chunk of logits.
 _CHUNK_FLOATS = 1 << 23
 
 
 class Score(NamedTuple):
-    """How likely a continuation is."""
+    """Log-likelihood of a continuation."""
 
     log_prob: float  # natural logarithm, summed over its tokens
     tokens: int
-    greedy: bool  # every token is the likeliest one
+    greedy: bool  # True if every token is the most likely one
 
 
 def score_groups(
@@ -42,17 +42,18 @@ def score_groups(
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
-    """The score of every continuation after its context.
+    """Returns the score of every continuation after its context.
 
-    Pairs of a group should have contexts that begin alike (the choices of a question): what they share is computed
-    once. The program is compiled once per model and layout of the data; weights and adapters are its arguments.
+    The contexts of a group should share a prefix (the choices of a question): the prefix is
+    computed once. The program is compiled once per model and layout of the data; weights and
+    adapters are arguments.
 
     Args:
       model: the decoder.
-      variables: ``params``, and ``lora`` where there are adapters.
+      variables: ``params``, and ``lora`` if there are adapters.
       groups: lists of (context ids, continuation ids), neither empty.
-      batch_tokens: shared tokens at once, about.
-      mesh: where the weights are sharded: the mesh over whose data axes the work is split.
+      batch_tokens: approximate number of shared tokens per batch.
+      mesh: mesh of the weights, if they are sharded; the batch is split over its data axes.
 
     Returns:
       Scores in the order of ``groups``.
@@ -115,7 +116,10 @@ def _stems_and_tails(
     targets: jax.Array,
     scored: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the scored targets ``[rows, lanes, tail]``, and whether each is the likeliest token."""
+    """Returns log-probabilities of the scored targets, and True for most likely targets.
+
+    Both have the shape ``[rows, lanes, tail]``.
+    """
     lanes, tail = targets.shape[1:]
     tokens, positions, segments = (tails[name].reshape(-1, tail) for name in ("tokens", "positions", "segments"))
     call = partial(model.apply, variables, tokens, positions=positions, segment_ids=segments)
@@ -127,7 +131,7 @@ def _stems_and_tails(
 
 
 def _stem_cache(model: Decoder, variables: Any, stem: dict[str, jax.Array], lanes: int, tail: int) -> Cache:
-    """Keys and values of the stems, for every lane of their row, with room for what the tails' call will add."""
+    """Returns keys and values of the stems for every lane, with room for the tails."""
     rows, size = stem["tokens"].shape
     _, cache = model.apply(
         variables,
@@ -142,22 +146,23 @@ def _stem_cache(model: Decoder, variables: Any, stem: dict[str, jax.Array], lane
 def target_log_probs(
     model: Decoder, variables: Any, hidden: jax.Array, targets: jax.Array, scored: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each scored target; logits exist for a chunk of scored positions at a time.
+    """Returns the log-probability of each scored target, computing logits in chunks.
 
     Args:
       model: the decoder.
       variables: its variables.
       hidden: ``[..., d_model]`` after the final norm.
       targets: int ``[...]``.
-      scored: bool ``[...]``, which targets count.
+      scored: bool ``[...]``, True for targets to score.
 
     Returns:
-      float32 ``[...]``, 0 where not scored; bool ``[...]``, whether no other token is likelier, false where not scored.
+      float32 ``[...]``, 0 if not scored; bool ``[...]``, True if scored and no other token is more
+      likely.
     """
     shape, n = targets.shape, targets.size
     rows = min(n, max(16, _CHUNK_FLOATS // model.config.vocab_size))
     flat, targets, scored = hidden.reshape(n, -1), targets.reshape(n), scored.reshape(n)
-    # Scored positions first; as many chunks as those need.
+    # Scored positions first, so that only the chunks with scored positions are computed.
     order = jnp.pad(jnp.argsort(~scored, stable=True), (0, -n % rows), constant_values=n)
     chunks = (jnp.sum(scored) + rows - 1) // rows
 

@@ -1,4 +1,4 @@
-"""Multiple choice: the answer is the choice whose tokens are likeliest after the prompt."""
+"""Multiple choice by log-likelihood: the answer is the most likely choice after the prompt."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nalora_jax.evaluate.likelihood import Score, score_groups
 from nalora_jax.evaluate.statistics import wilson
 from nalora_jax.models.decoder import Decoder
 
-# What the log-likelihood of a choice is divided by.
+# Normalisation of a choice's log-likelihood.
 Per = Literal["choice", "token", "character", "byte"]
 
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """One question with its answer, for people to read."""
+    """A question with the model's answer, for display."""
 
     prompt: str
-    answer: str  # the model's
+    answer: str  # of the model
     expected: str
     correct: bool
 
@@ -33,15 +33,15 @@ class AnsweredQuestion:
 class MultipleChoiceResult:
     """Accuracy on a set of questions, with its 95% interval."""
 
-    accuracy: float  # by the rule that was asked for
+    accuracy: float  # with the requested normalisation
     low: float
     high: float
     accuracy_per_choice: float  # by summed log-likelihood ("acc")
     accuracy_per_character: float  # by log-likelihood per character of the choice ("acc_norm")
     accuracy_per_token: float
-    loss: float  # of the right choices, nats per token
+    loss: float  # of the correct choices, nats per token
     n: int
-    predictions: np.ndarray  # int [n]: the choice of each question, by the rule that was asked for
+    predictions: np.ndarray  # int [n]: choice of each question, with the requested normalisation
     correct: np.ndarray  # bool [n], for paired comparisons
     samples: tuple[AnsweredQuestion, ...]
 
@@ -54,7 +54,7 @@ def score_choices(
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> list[list[Score]]:
-    """The score of every choice of every question; see `score_groups` for the arguments."""
+    """Returns the score of every choice of every question; see `score_groups` for the arguments."""
     groups = [list(zip(item.contexts, item.choice_ids, strict=True)) for item in items]
     return score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)
 
@@ -69,16 +69,16 @@ def multiple_choice(
     mesh: Mesh | None = None,
     samples: int = 3,
 ) -> MultipleChoiceResult:
-    """Asks the model all questions.
+    """Evaluates the model on all questions.
 
     Args:
-      model: the decoder; its programs are compiled once, whatever adapters come.
-      variables: ``params``, and ``lora`` where there are adapters.
+      model: the decoder; its programs are compiled once for all adapters.
+      variables: ``params``, and ``lora`` if there are adapters.
       items: the questions.
-      per: what the headline accuracy divides log-likelihoods by.
-      batch_tokens: prompt tokens at once, about.
-      mesh: where the weights are sharded, if they are.
-      samples: questions shown with their answers.
+      per: normalisation of the log-likelihoods for the headline accuracy.
+      batch_tokens: approximate number of prompt tokens per batch.
+      mesh: mesh of the weights, if they are sharded.
+      samples: number of questions to show with their answers.
 
     Raises:
       NaloraError: there are no questions, or one has an empty prompt or choice.
@@ -107,12 +107,12 @@ def multiple_choice(
 
 
 def predict(items: Sequence[ChoiceItem], scores: Sequence[Sequence[Score]], per: Per = "choice") -> np.ndarray:
-    """The likeliest choice of each question, ``int [n]``; the first of equals.
+    """Returns the most likely choice of each question, ``int [n]``; the first one of ties.
 
     Args:
       items: the questions.
-      scores: of their choices.
-      per: what log-likelihoods are divided by; characters and bytes are those of the choice without outer spaces.
+      scores: scores of their choices.
+      per: normalisation of log-likelihoods; characters and bytes are counted without outer spaces.
     """
     chosen = []
     for item, row in zip(items, scores, strict=True):

@@ -1,4 +1,4 @@
-"""Loss and perplexity of texts, weighted by tokens, with an interval over documents."""
+"""Token-weighted loss and perplexity of texts, with a confidence interval over documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nalora_jax.ops.storage import prepare
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Loss over all target tokens, with its 95% bootstrap interval over documents."""
+    """Loss over all loss tokens, with its 95% bootstrap interval over documents."""
 
     loss: float  # nats per token
     low: float
@@ -37,14 +37,14 @@ class PerplexityResult:
 def perplexity(
     model: Decoder, variables: Mapping[str, Any], batches: Iterable[Mapping[str, Any]], *, mesh: Mesh | None = None
 ) -> PerplexityResult:
-    """Loss over packed batches; a document is a segment of a row.
+    """Computes the loss over packed batches; a document is a segment of a row.
 
     Args:
       model: the decoder.
-      variables: ``params``, and ``lora`` where there are adapters.
-      batches: ``tokens, targets, loss_weights, segment_ids, positions``, each ``[rows, seq]``; a target counts
-        where its weight is above 0.
-      mesh: where the weights are sharded, if they are; rows must then divide by its data axes.
+      variables: ``params``, and ``lora`` if there are adapters.
+      batches: ``tokens, targets, loss_weights, segment_ids, positions``, each ``[rows, seq]``;
+        targets with a weight above 0 count.
+      mesh: mesh of the weights, if they are sharded; its data axes must divide the rows.
 
     Raises:
       NaloraError: no batch has a target.
@@ -68,7 +68,7 @@ def completion_loss(
     batch_tokens: int = 1536,
     mesh: Mesh | None = None,
 ) -> PerplexityResult:
-    """Loss of the reference completions after their prompts; an item is a document."""
+    """Computes the loss of the reference completions after their prompts; an item is a document."""
     groups = [[(item.prompt_ids, item.completion_ids)] for item in items]
     scores = [row[0] for row in score_groups(model, variables, groups, batch_tokens=batch_tokens, mesh=mesh)]
     return result(np.array([-score.log_prob for score in scores]), np.array([score.tokens for score in scores]))
@@ -81,7 +81,7 @@ def _batch_log_probs(model: Decoder, variables: Any, batch: Mapping[str, jax.Arr
 
 
 def _by_document(batch: Mapping[str, Any], losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Loss sums and token counts of the documents of a batch that have targets."""
+    """Returns loss sums and token counts of the documents of a batch that have targets."""
     segments = np.asarray(batch["segment_ids"], np.int64)
     scored = np.asarray(batch["loss_weights"]) > 0
     document = segments + np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1)
@@ -91,7 +91,7 @@ def _by_document(batch: Mapping[str, Any], losses: np.ndarray) -> tuple[np.ndarr
 
 
 def result(sums: np.ndarray, counts: np.ndarray) -> PerplexityResult:
-    """Loss, interval and counts of documents' loss sums and token counts."""
+    """Computes loss and interval from the loss sums and token counts of documents."""
     tokens = int(counts.sum())
     if tokens == 0:
         raise NaloraError("evaluation data", expected="at least one target token", found="none")

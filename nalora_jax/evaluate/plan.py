@@ -1,14 +1,17 @@
-"""Which tokens of an evaluation share which row: every context is read once, however many continuations it has.
+"""Packing of an evaluation's tokens, which computes shared contexts once for all continuations.
 
-A group is a list of (context, continuation) pairs whose texts begin alike: the choices of a question. Its *stem*, what
-all of them share, is read once; its *tails*, the rest of each, see the stem and not each other. Stems of several groups
-are packed into one row, and their tails into as many rows (lanes) as a group has tails at most:
+A group is a list of (context, continuation) pairs whose texts share a prefix: the choices of a
+question. Its *stem* is the shared prefix, computed once. Its *tails* are the remaining tokens of
+each text; a tail attends to the stem, but not to other tails. Stems of several groups are packed
+into one row, and their tails into rows called lanes, as many as the largest number of tails of a
+group:
 
     stem row      s s s s s t t t t u u u .          three groups s, t, u; "." is padding
     lane 0        s s t u u .                        first tails
     lane 1        s s s t u .                        second tails
 
-The last shared token stays in the tails, so that everything to be scored is predicted by a tail's position.
+The last shared token is part of the tails, so that every scored token is predicted at a position of
+a tail.
 """
 
 from __future__ import annotations
@@ -22,24 +25,24 @@ from nalora_jax.errors import NaloraError
 
 Pair = tuple[Sequence[int], Sequence[int]]  # context and continuation, as token ids
 
-# Open rows that a group is tried in.
+# Number of open rows that are tried for a group.
 _OPEN_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Split:
-    """A group as stem and tails."""
+    """A group, split into stem and tails."""
 
     index: int  # of the group
     stem: list[int]
     tails: list[list[int]]  # inputs of the model
     targets: list[list[int]]  # the next token of each input
-    scored: list[int]  # how many of a tail's last targets are continuation
+    scored: list[int]  # number of continuation tokens at the end of each tail's targets
 
 
 @dataclass
 class ScoringRow:
-    """A stem row, its lanes, and who is in them."""
+    """A stem row, its lanes and the groups in them."""
 
     room: int  # of the stem row
     lane_room: list[int]
@@ -47,7 +50,7 @@ class ScoringRow:
     lanes: list[list[int]] = field(default_factory=list)  # by group: the lane of each tail
 
     def add(self, group: Split) -> bool:
-        """Takes ``group`` in if it fits: the longest tail into the emptiest lane, and so on."""
+        """Adds ``group`` if it fits, assigning longer tails to emptier lanes."""
         order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
         emptiest = sorted(range(len(self.lane_room)), key=lambda i: -self.lane_room[i])
         chosen = dict(zip(order, emptiest, strict=False))
@@ -63,7 +66,7 @@ class ScoringRow:
 
 @dataclass(frozen=True)
 class ScoringLayout:
-    """Shapes of every batch of a plan, so that one program scores all of them."""
+    """The shapes of every batch of a plan, so that one program scores all of them."""
 
     rows: int  # stem rows in a batch
     stem: int  # tokens in a stem row
@@ -73,7 +76,7 @@ class ScoringLayout:
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Arrays of one call. Integer segments tell groups apart, 0 is padding."""
+    """Arrays of one call. Integer segments separate groups, 0 is padding."""
 
     stem: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, stem]
     tails: dict[str, np.ndarray]  # tokens, positions, segments: int32 [rows, lanes, tail]
@@ -88,9 +91,9 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
       stem [5, 6], tails [7] and [7, 9], targets [8] and [9, 8]
 
     Args:
-      index: of the group.
+      index: number of the group.
       pairs: contexts and continuations.
-      switch: from `switch_length`; a group with a longer text shares no keys, so it has no stem.
+      switch: from `switch_length`; a group with a longer text cannot share keys, so it has no stem.
 
     Raises:
       NaloraError: there is no pair, or a context or a continuation is empty.
@@ -105,7 +108,7 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
     texts = [[*context, *continuation] for context, continuation in pairs]
     shortest = min(len(context) for context, _ in pairs)
     shared = _common_prefix([text[:shortest] for text in texts])
-    # Contexts that differ from their first token on share nothing, not even the token that stays in the tails.
+    # The last shared token stays in the tails; `shared` is 0 if the first tokens differ.
     cut = max(shared - 1, 0)
     if switch is not None and max(map(len, texts)) - 1 > switch:
         cut = 0
@@ -119,25 +122,25 @@ def split_group(index: int, pairs: Sequence[Pair], switch: int | None = None) ->
 
 
 def _common_prefix(texts: Sequence[list[int]]) -> int:
-    first, last = min(texts), max(texts)  # what these two share, all share
+    first, last = min(texts), max(texts)  # their common prefix equals the prefix shared by all
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> ScoringLayout:
-    """Shapes that fit all groups and leave little padding.
+    """Returns shapes that fit all groups with little padding.
 
     Args:
       splits: the groups.
-      tokens: stem tokens in a batch, about.
-      shards: the number of rows is a multiple of it.
+      tokens: approximate number of stem tokens per batch.
+      shards: divisor of the number of rows.
     """
     lanes = max(len(split.tails) for split in splits)
     longest_stem = max(len(split.stem) for split in splits)
     longest_tail = max(len(tail) for split in splits for tail in split.tails)
     stems = sum(len(split.stem) for split in splits)
     tails = sum(len(tail) for split in splits for tail in split.tails) / lanes
-    # Long rows pack well, and attention within them costs more; a few hundred tokens are a good balance.
-    stem = _rounded(max(longest_stem, min(256, stems)))  # 0 where nothing is shared
+    # Longer rows have less padding, but their attention costs more: 256 and 512 are a compromise.
+    stem = _rounded(max(longest_stem, min(256, stems)))  # 0 without shared prefixes
     tail = _rounded(max(longest_tail, min(1.05 * tails * (stem / stems if stems else 1), 512)))
     needed = max(-(-stems // max(stem, 1)), int(-(-tails // tail)))
     rows = min(max(1, tokens // max(stem, tail)), needed)
@@ -145,13 +148,13 @@ def choose_layout(splits: Sequence[Split], *, tokens: int, shards: int = 1) -> S
 
 
 def _rounded(size: float) -> int:
-    """Up to a multiple of 8, or of 32 beyond 128: few distinct shapes."""
+    """Rounds up to a multiple of 8, or of 32 above 128, for few distinct shapes."""
     step = 8 if size <= 128 else 32
     return int(-(-size // step) * step)
 
 
 def pack_rows(splits: Sequence[Split], layout: ScoringLayout) -> list[ScoringRow]:
-    """Rows that hold every group, long ones first, each into the first open row with room."""
+    """Packs all groups into rows: longest first, each into the first open row with room."""
     open_rows: list[ScoringRow] = []
     rows: list[ScoringRow] = []
     for split in sorted(splits, key=lambda split: -len(split.stem) - max(map(len, split.tails))):
@@ -167,7 +170,7 @@ def pack_rows(splits: Sequence[Split], layout: ScoringLayout) -> list[ScoringRow
 def make_batches(
     splits: Sequence[Split], layout: ScoringLayout
 ) -> Iterator[tuple[ScoringBatch, list[tuple[int, int]]]]:
-    """Batches of all groups, each with the (group, pair) that its owner numbers stand for."""
+    """Yields batches of all groups, each with the (group, pair) of every owner number."""
     rows = pack_rows(splits, layout)
     for start in range(0, len(rows), layout.rows):
         yield _fill(rows[start : start + layout.rows], layout)

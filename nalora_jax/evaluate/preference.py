@@ -1,4 +1,4 @@
-"""The held-out loss and rewards of preference pairs, as a run's log and its report keep them."""
+"""Held-out loss and rewards of preference pairs, for a run's log and its report."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SAMPLE_TOKENS = 96
 
 
 class PreferenceEvaluator:
-    """Measures adapters on the same pairs again and again, against the base, which is scored once.
+    """Evaluator of different adapters on the same pairs; the base is scored once.
 
     Args:
       model: the decoder, with the adapters' spec.
-      tokenizer: of the base model.
-      pairs: what is measured on.
-      config: of the loss.
-      mesh: where the weights are sharded, if they are.
-      samples: prompts shown with the model's own answer.
+      tokenizer: tokenizer of the base model.
+      pairs: the held-out pairs.
+      config: settings of the loss.
+      mesh: mesh of the weights, if they are sharded.
+      samples: number of prompts to show with the model's completion.
 
     Attributes:
       metric: name of the headline metric.
-      mode: less of it is better.
+      mode: "min", since a smaller loss is better.
     """
 
     metric: Literal["loss"] = "loss"
@@ -59,12 +59,13 @@ class PreferenceEvaluator:
         self._tokens = np.array([[len(_split(one)[1]) for one in (p.chosen, p.rejected)] for p in pairs])
 
     def measure(self, params: Any, lora: Any | None, *, samples: bool = False) -> dict[str, Any]:
-        """The metrics of ``params`` with adapter ``lora`` (None: the base alone, whose rewards are 0).
+        """Returns the metrics of ``params`` with adapter ``lora`` (None: the base, rewards 0).
 
         Returns:
           ``loss`` per pair with its 95% interval ``low`` and ``high``, ``n``, and means over pairs:
-          ``rewards_chosen``, ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``, the share of pairs
-          whose chosen answer has the larger reward; with ``samples`` a few prompts with the model's own answer.
+          ``rewards_chosen``, ``rewards_rejected``, ``rewards_margin``, and ``rewards_accuracy``,
+          the share of pairs whose chosen completion has the larger reward; with ``samples`` a few
+          prompts with the model's completion.
         """
         if self._reference is None:
             self._reference = self._scores(self._model.clone(adapters=AdapterSpec()), {"params": params})
@@ -82,7 +83,7 @@ class PreferenceEvaluator:
         return values | ({"samples": self._answers(variables)} if samples else {})
 
     def _scores(self, model: Decoder, variables: Mapping[str, Any]) -> np.ndarray:
-        """Log-probabilities ``[pairs, 2]`` of both answers, chosen first."""
+        """Returns log-probabilities ``[pairs, 2]`` of both completions, chosen first."""
         groups = [[_split(pair.chosen), _split(pair.rejected)] for pair in self._pairs]
         scored = score_groups(model, variables, groups, mesh=self._mesh)
         return np.array([[score.log_prob for score in row] for row in scored])
@@ -99,7 +100,7 @@ class PreferenceEvaluator:
 
 
 def _split(example: Example) -> tuple[list[int], list[int]]:
-    """Prompt and answer of a tokenized text; the answer is one piece at its end."""
+    """Splits a tokenized text into prompt and completion, which is contiguous at the end."""
     start = int(np.argmax(example.answer))
     ids = example.ids.tolist()
-    return (ids[:start], ids[start:]) if start else (ids[:1], ids[1:])  # nothing predicts the first token
+    return (ids[:start], ids[start:]) if start else (ids[:1], ids[1:])  # ids[0] is not predicted

@@ -1,4 +1,4 @@
-"""The held-out metric of a model that sees: the loss of reference answers to questions about images."""
+"""Held-out loss of a vision-language model on reference completions of prompts with images."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _SAMPLE_TOKENS = 96
 
 
 class LoadedModel(Protocol):
-    """What is needed of a loaded model."""
+    """A loaded model, as far as evaluation needs it."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer."""
+        """Returns its tokenizer."""
 
     @property
     def processor(self) -> ImageProcessor | None:
-        """What prepares its images, where it sees."""
+        """Returns its image processor; None for a language model."""
 
 
 class SeeingEvaluator(Evaluator):
-    """`Evaluator` of questions about images; the metric is the loss per answer token."""
+    """`Evaluator` of prompts with images; the metric is the loss per completion token."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class SeeingEvaluator(Evaluator):
 
 
 def evaluator_of(loaded: LoadedModel, model: Decoder, items: Sequence[Item], mesh: Mesh | None = None) -> Evaluator:
-    """The evaluator of a loaded model's questions: with images where it sees."""
+    """Returns the evaluator of a loaded model: with images if it has an image processor."""
     if loaded.processor is None:
         return Evaluator(model, loaded.tokenizer, items, mesh=mesh)
     return SeeingEvaluator(model, loaded.tokenizer, items, loaded.processor, mesh=mesh)  # type: ignore[arg-type]
@@ -103,16 +103,16 @@ def seen_loss(
     batch_size: int = 8,
     mesh: Mesh | None = None,
 ) -> PerplexityResult:
-    """Loss of the reference completions after their prompts and images; an item is a document.
+    """Computes the loss of reference completions after prompts and images, one document per item.
 
     Args:
-      model: with `see`.
-      variables: ``params``, and ``lora`` where there are adapters.
-      items: prompts and answers, tokenized.
-      pixels: of each item its images, prepared: uint8 ``[height, width, 3]``.
-      processor: makes numbers of them.
-      batch_size: items at once.
-      mesh: where the weights are sharded, if they are.
+      model: a decoder with the method `see`.
+      variables: ``params``, and ``lora`` if there are adapters.
+      items: tokenized prompts and completions.
+      pixels: processed images of each item: uint8 ``[height, width, 3]``.
+      processor: converts pixels to floats.
+      batch_size: items per batch.
+      mesh: mesh of the weights, if they are sharded.
     """
     rows = bucket(min(batch_size, len(items)), multiple=batch_shards(mesh))
     seq = bucket(max(len(item.prompt_ids) + len(item.completion_ids) for item in items) - 1, minimum=16)

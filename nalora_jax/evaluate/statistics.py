@@ -1,4 +1,4 @@
-"""Intervals and paired comparisons for held-out metrics."""
+"""Confidence intervals and paired comparisons of held-out metrics."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-# Resamples held in memory at once: this many indices.
+# Number of resampled indices in memory at once.
 _CHUNK = 1 << 22
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; (0, 1) where nothing was tried.
+    """Returns Wilson's score interval of a proportion; (0, 1) for n = 0.
 
-    Unlike the normal approximation it keeps its coverage for small n and for rates near 0 and 1.
+    Unlike the normal approximation, it keeps its coverage for small n and for rates near 0 and 1.
 
     Source: Wilson, 1927, J. Am. Stat. Assoc. 22.
     """
@@ -39,14 +39,16 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the weighted mean ``sum(values) / sum(weights)``, units resampled together.
+    """Returns the percentile interval of the weighted mean ``sum(values) / sum(weights)``.
+
+    A unit's value and weight are resampled together.
 
     Args:
       values: one sum per unit (a document's loss, an item's 0 or 1).
-      weights: one weight per unit (a document's tokens); 1 each by default, which makes it the plain mean.
-      confidence: of the interval.
-      resamples: bootstrap samples.
-      seed: of the resampling, so that a report says the same twice.
+      weights: one weight per unit (a document's tokens); 1 by default, which gives the plain mean.
+      confidence: confidence level of the interval.
+      resamples: number of bootstrap samples.
+      seed: seed of the resampling, so that reports are reproducible.
     """
     sums = np.asarray(values, np.float64)
     counts = np.ones_like(sums) if weights is None else np.asarray(weights, np.float64)
@@ -72,14 +74,17 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``.
+    """Returns the percentile interval of the difference of two weighted means.
+
+    It is ``sum(other_values) / sum(other_weights) - sum(values) / sum(weights)``. Both models'
+    results of a unit are resampled together.
 
     Args:
       values, weights: ``[n]``, of the first model's units, as for `bootstrap`.
-      other_values, other_weights: ``[n]``, of the second's answers to the same units, which are resampled together.
-      confidence: of the interval.
-      resamples: bootstrap samples.
-      seed: of the resampling.
+      other_values, other_weights: ``[n]``, of the second model on the same units.
+      confidence: confidence level of the interval.
+      resamples: number of bootstrap samples.
+      seed: seed of the resampling.
     """
     arrays = [np.asarray(one, np.float64) for one in (values, weights, other_values, other_weights)]
     n = arrays[0].size
@@ -98,21 +103,22 @@ def paired_bootstrap(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of answers to the same questions."""
+    """Paired comparison of two sets of answers to the same questions."""
 
     difference: float  # accuracy of the second minus accuracy of the first
     low: float  # interval of the difference
     high: float
-    p_value: float  # exact McNemar test of "both are right equally often"
-    gained: int  # wrong before, right after
-    lost: int  # right before, wrong after
+    p_value: float  # exact McNemar test of equal accuracy
+    gained: int  # incorrect before, correct after
+    lost: int  # correct before, incorrect after
     n: int
 
 
 def compare(before: Any, after: Any, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Comparison:
-    """Paired comparison of two vectors of right (1) and wrong (0) answers to the same questions, in the same order.
+    """Compares two vectors of correct (1) and incorrect (0) answers to the same questions.
 
-    Far sharper than comparing two intervals, because questions that both get right or both get wrong cancel.
+    A paired test has more power than comparing two separate intervals, because questions that both
+    answer correctly, or both incorrectly, cancel out.
     """
     first, second = np.asarray(before, bool), np.asarray(after, bool)
     assert first.shape == second.shape
@@ -121,7 +127,7 @@ def compare(before: Any, after: Any, *, confidence: float = 0.95, resamples: int
     gained, lost = int(np.sum(second & ~first)), int(np.sum(first & ~second))
     low, high = math.nan, math.nan
     if n:
-        # Resampling questions is drawing how many of each of the three kinds come up.
+        # Resampling questions is equivalent to a multinomial draw of the three counts.
         shares = np.array([gained, lost, n - gained - lost]) / n
         counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
         low, high = _percentiles((counts[:, 0] - counts[:, 1]) / n, confidence)
@@ -129,7 +135,9 @@ def compare(before: Any, after: Any, *, confidence: float = 0.95, resamples: int
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p-value: how likely a fair coin splits the discordant answers at least this unevenly.
+    """Returns the two-sided exact p-value of McNemar's test.
+
+    It is the probability that a fair coin splits the discordant answers at least this unevenly.
 
     Source: McNemar, 1947, Psychometrika 12; the exact binomial form.
     """

@@ -1,4 +1,4 @@
-"""Generation: KV cache, sampling, streaming."""
+"""Text generation: KV cache, sampling, streaming."""
 
 from nalora_jax.generate.generator import Completion, Generator, Settings
 

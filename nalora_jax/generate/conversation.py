@@ -17,12 +17,12 @@ from nalora_jax.tokenizer import Tokenizer
 
 
 class Conversation:
-    """The turns so far; an answer is part of them as far as it was read from the stream.
+    """The turns so far; a streamed answer is added as far as it has been read.
 
     Attributes:
       system: the system prompt, or None.
       turns: messages of user and assistant, in order.
-      images: of the turns, in order, prepared (uint8 ``[height, width, 3]``).
+      images: processed images of the turns, in order (uint8 ``[height, width, 3]``).
     """
 
     def __init__(self, system: str | None = None) -> None:
@@ -45,13 +45,14 @@ class Conversation:
         """Yields the answer to ``text`` in pieces. After an error the conversation is unchanged.
 
         Args:
-          text: of the user.
+          text: the user's message.
           generator: generates the answer.
-          images: before the text, as the model's processor prepares them.
+          images: images before the text, processed by the model's processor.
           **settings: the fields of `nalora_jax.generate.Settings`.
 
         Raises:
-          NaloraError: the chat template refuses the turns, they fill the context, or the text has image tokens.
+          NaloraError: the chat template rejects the turns, they fill the context, or the text has
+            image tokens.
         """
         tokens = generator.tokenizer.images
         if tokens is not None and tokens.reserved(text):
@@ -78,7 +79,7 @@ def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> 
     The template writes the begin-of-sequence token.
 
     Raises:
-      NaloraError: the model has no chat template, or its template refuses the messages.
+      NaloraError: the model has no chat template, or its template rejects the messages.
     """
     return tokenizer.encode(tokenizer.render_chat(messages, add_generation_prompt=True), special=False)
 

@@ -1,4 +1,4 @@
-"""Text from a model: batches of prompts at once, or one prompt streamed."""
+"""Text generation with a model: batches of prompts, or one streamed prompt."""
 
 from __future__ import annotations
 
@@ -26,32 +26,34 @@ from nalora_jax.tokenizer import Tokenizer
 Prompt = str | Sequence[int]  # a text, or its token ids
 Images = Sequence[np.ndarray]  # of one prompt, uint8 [height, width, 3] each
 
-# Tokens per call: calls cost little, so few enough that a stream flows and a stop text is noticed soon.
+# Tokens per call. Calls are cheap, so these are small, for smooth streams and early stops.
 _STREAM_TOKENS = 4
-_BATCH_TOKENS = 32  # and the most that one call can make
+_BATCH_TOKENS = 32  # also the maximum of one call
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of generation."""
 
-    # Tokens made at most; fewer where the context ends.
+    # Maximum number of generated tokens; fewer at the end of the context.
     max_new_tokens: int = 128
-    # 0 takes the likeliest token; otherwise logits are divided by it.
+    # 0 selects the most likely token; otherwise logits are divided by it.
     temperature: float = 0.0
-    # Draw from this many likeliest tokens; 0: from all.
+    # Sample from this many most likely tokens; 0: from all.
     top_k: int = 0
-    # Draw from the fewest tokens that hold this probability.
+    # Sample from the smallest set of tokens with at least this total probability.
     top_p: float = 1.0
-    # Draw from tokens with at least this share of the likeliest token's probability; 0: from all.
+    # Sample from tokens with at least this fraction of the maximum probability; 0: from all.
     min_p: float = 0.0
-    # Penalty of tokens that occur in the prompt or the answer, greedy answers too; 1: none, above 1 repeats less.
+    # Penalty of tokens that occur in the prompt or the completion, also for greedy decoding;
+    # 1: none, above 1: fewer repetitions.
     repetition_penalty: float = 1.0
-    # The draw is a function of seed, prompt and weights; a sequence gives each prompt its own.
+    # Samples are a function of seed, prompt and weights; a sequence has one seed per prompt.
     seed: int | Sequence[int] = 0
-    # Texts that end the answer, without being part of it. A text that starts with a special token ends it there.
+    # Texts that end the completion and are not part of it. If a text starts with a special token,
+    # that token ends the completion.
     stop: str | Sequence[str] = ()
-    # Tokens that end the answer; None: those of the tokenizer.
+    # Tokens that end the completion; None: the tokenizer's end-of-text tokens.
     stop_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
@@ -85,33 +87,33 @@ def _require(setting: str, holds: bool, expected: str, found: object) -> None:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model made of one prompt."""
+    """The model's completion of one prompt."""
 
     text: str
-    # Without the token that ended it. Where a stop text did: the tokens whose text is part of `text`, so a token that
-    # crosses into the stop text is not among them.
+    # Without the stop token. If a stop text ended it: the tokens whose text is part of `text`,
+    # without a token that extends into the stop text.
     ids: tuple[int, ...]
-    reason: Literal["stop", "length"]  # a stop token or text, or the end of the tokens allowed
+    reason: Literal["stop", "length"]  # a stop token or text, or the maximum number of tokens
 
 
 class Generator:
-    """A model that continues prompts.
+    """A model that generates completions of prompts.
 
     Example:
       >>> generator = Generator(model, {"params": params, "lora": lora}, tokenizer)
       >>> generator.generate(["The capital of France is"], max_new_tokens=8)
       [' Paris.']
 
-    Programs are compiled once per bucket of batch, prompt length and total length, and shared by all generators of the
-    same model: `with_lora` costs nothing.
+    Programs are compiled once per bucket of batch, prompt length and total length, and shared by
+    all generators of the same model, so `with_lora` does not compile.
 
     Args:
       model: the decoder.
-      variables: ``{"params": ...}``, and ``"lora"`` where there are adapters.
-      tokenizer: of the same model.
-      max_length: longest prompt and answer together; the model's context by default.
-      mesh: where the weights are sharded: the mesh over whose data axes prompts are split.
-      processor: of the images of a model that sees.
+      variables: ``{"params": ...}``, and ``"lora"`` if there are adapters.
+      tokenizer: tokenizer of the model.
+      max_length: maximum length of prompt plus completion; the model's context by default.
+      mesh: mesh of the weights, if they are sharded; prompts are split over its data axes.
+      processor: image processor of a vision-language model.
     """
 
     def __init__(
@@ -132,7 +134,10 @@ class Generator:
         self._weights = view_weights(model, variables)
 
     def with_lora(self, lora: Any) -> Generator:
-        """The same model with another adapter of the same shape (None: the base), without compiling anything."""
+        """Returns a generator with another adapter of the same shape (None: the base).
+
+        It does not compile.
+        """
         rest = {name: tree for name, tree in self.variables.items() if name != "lora"}
         variables = rest if lora is None else {**rest, "lora": lora}
         options = {"max_length": self.max_length, "mesh": self.mesh, "processor": self.processor}
@@ -148,19 +153,19 @@ class Generator:
         images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[str]:
-        """The continuation of each prompt, without the prompt.
+        """Returns the completion of each prompt, without the prompt.
 
         Args:
           prompts: texts, or token ids.
-          batch_size: prompts at once.
-          adapter_ids: the adapter of each prompt, where ``lora`` is a stack; -1 for none.
-          images: the images of each prompt, prepared (uint8 ``[height, width, 3]`` of the model's processor), in the
-            order of its image tokens.
+          batch_size: prompts per batch.
+          adapter_ids: the adapter of each prompt, if ``lora`` is a stack; -1 for none.
+          images: the images of each prompt, processed (uint8 ``[height, width, 3]`` of the model's
+            processor), in the order of its image tokens.
           **settings: the fields of `Settings`.
 
         Raises:
-          NaloraError: a prompt is empty or fills the context, a setting is out of range, or a prompt has more or fewer
-            images than its tokens have places for.
+          NaloraError: a prompt is empty or fills the context, a setting is out of range, or a
+            prompt's number of images differs from the number in its tokens.
         """
         more = {"batch_size": batch_size, "adapter_ids": adapter_ids, "images": images}
         completions = self.complete(prompts, **more, **settings)  # type: ignore[arg-type]
@@ -176,7 +181,7 @@ class Generator:
         images: Sequence[Images] | None = None,
         **settings: Any,
     ) -> list[Completion]:
-        """As `generate`, with token ids and the reason why each answer ended."""
+        """Returns completions like `generate`, with token ids and the reason for their end."""
         chosen = Settings(**settings)
         ids = [self._encode(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         seeds = chosen.seeds(len(ids))
@@ -189,7 +194,7 @@ class Generator:
         _require("images", len(pixels) == len(ids), f"those of each of {len(ids)} prompts", len(pixels))
         for number, (row, seen) in enumerate(zip(ids, pixels, strict=True)):
             self._check_images(row, seen, f"prompt {number}")
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: less padding
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # batches of similar lengths
         made: dict[int, Completion] = {}
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -203,9 +208,10 @@ class Generator:
     def stream(
         self, prompt: Prompt, *, adapter_id: int | None = None, images: Images = (), **settings: Any
     ) -> Iterator[str]:
-        """The continuation in pieces, as they are made; joined, they are what `generate` gives.
+        """Yields pieces of the completion; joined, they equal the result of `generate`.
 
-        Never half a character, and nothing of a stop text. Raises as `generate` does, at the call.
+        A piece has no incomplete character and no part of a stop text. Errors are raised like in
+        `generate`, at the call.
         """
         chosen = Settings(**settings)
         adapters = None if adapter_id is None else [adapter_id]
@@ -246,7 +252,7 @@ class Generator:
 
 
 class _Batch:
-    """Prompts that are continued together."""
+    """Prompts that are completed together."""
 
     def __init__(
         self,
@@ -293,14 +299,14 @@ class _Batch:
             ),
             "adapter_ids": None if adapters is None else np.array([*adapters, *[-1] * spare], np.int32),
         }
-        # A fixed number of stop ids, so that a few more or less are the same program.
+        # Padded to a bucket, so that the number of stop ids rarely changes the program.
         stops = sorted(self._stop_ids)
         padded = np.full((bucket(len(stops), minimum=8),), NO_TOKEN, np.int32)
         padded[: len(stops)] = stops
         return Prompts(**place_batch(rows, mesh), stop_ids=padded)
 
     def _features(self, images: Sequence[Images]) -> Any:
-        """What the model sees, for every row of the batch."""
+        """Returns the image features of every row of the batch."""
         generator = self._generator
         assert generator.processor is not None
         assert generator.processor.output is not None
@@ -313,7 +319,7 @@ class _Batch:
         return see(generator.model, generator.processor, generator._weights, placed)
 
     def run(self) -> list[Completion]:
-        """All tokens of all rows."""
+        """Generates all tokens of all rows."""
         texts = [""] * self._count
         for pieces in self.pieces(_BATCH_TOKENS):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
@@ -322,7 +328,7 @@ class _Batch:
         return [Completion(*row) for row in zip(texts, ids, reasons, strict=True)]
 
     def _ids_of(self, row: int, text: str) -> tuple[int, ...]:
-        """The tokens of a row that ``text`` is made of: all of them, unless a stop text cut it."""
+        """Returns the tokens of a row's ``text``: all tokens, unless a stop text ended it."""
         ids = self._ids[row]
         count = len(ids)
         if self._streams[row].stopped:
@@ -350,13 +356,13 @@ class _Batch:
                 state, new = decode(generator.model, generator._weights, *arguments, size=_BATCH_TOKENS)
                 made = fetch(new)[:, :steps]
             else:
-                del state  # its cache makes room for the new one
+                del state  # frees its cache before the new one is allocated
                 state = self._prefill(count)
                 made = fetch(state.token)[:, None]
             count += made.shape[1]
 
     def _prefill(self, count: int) -> State:
-        """Reads the prompts and the ``count`` tokens generated so far, and makes one more token of each row."""
+        """Processes the prompts and ``count`` generated tokens, and generates one more token."""
         generator, prompts = self._generator, self._prompts
         if count:
             ids = [[*prompt, *made] for prompt, made in zip(self._prompt_ids, self._ids, strict=True)]
@@ -366,10 +372,10 @@ class _Batch:
         return prefill(generator.model, generator._weights, prompts, np.int32(count), slots=slots)
 
     def _steps_before_switch(self, finished: np.ndarray) -> int:
-        """Returns how many tokens can be made before cached keys of an unfinished row no longer hold.
+        """Returns the number of tokens until cached keys of an unfinished row become invalid.
 
-        It is 0 if a row's newest token, which is not yet in the cache, is the first beyond the length at which LongRoPE
-        changes its factors.
+        It is 0 if a row's newest token, which is not yet in the cache, is the first beyond the
+        length at which LongRoPE changes its factors.
         """
         switch = switch_length(self._generator.model.config.ropes)
         if switch is None:
@@ -378,7 +384,7 @@ class _Batch:
         return min((switch + 1 - length for length in lengths if length <= switch + 1), default=_BATCH_TOKENS)
 
     def _take(self, row: int, made: np.ndarray) -> str:
-        """Text of a row's new tokens, up to its end."""
+        """Returns the text of a row's new tokens, up to its end."""
         if self._ended[row]:
             return ""
         ids = self._ids[row]

@@ -1,7 +1,8 @@
-"""The two compiled programs of generation: read the prompts, then make tokens, several per call.
+"""The two compiled programs of generation: prefill, then decoding of several tokens a call.
 
-Both take weights, adapters, settings and the number of steps as arguments, so that another adapter, temperature or
-length is not another program. Shapes are all that they are specialised to, and `shapes.bucket` keeps those few.
+Both take weights, adapters, settings and the number of steps as arguments, so that a change of
+these does not compile another program. Programs are specialised to shapes only, and `shapes.bucket`
+keeps their number small.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from nalora_jax.models.cache import Cache, grow, init_cache
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops.storage import prepare
 
-# Parameters that logits are made from, tied or not.
+# Parameters of the logits, tied or not.
 _HEAD = ("embed", "lm_head")
-# What `decode` puts where a finished row makes no token.
+# Value of `decode` for finished rows.
 NO_TOKEN = -1
 
 
 class Weights(NamedTuple):
-    """A model's variables as the programs take them, sharing their memory."""
+    """A model's variables in the programs' layout, sharing their memory."""
 
     body: Any  # for the layers and for embedding tokens, prepared
     head: Any  # for the logits
@@ -38,11 +39,11 @@ class Weights(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of tokenized prompts and how to go on from them."""
+    """A batch of tokenized prompts with its generation settings."""
 
     tokens: Array  # int32 [batch, seq], padded on the right
     lengths: Array  # int32 [batch], at least 1
-    live: Array  # bool [batch]; false for rows that only fill up the batch
+    live: Array  # bool [batch]; false for padding rows
     stop_ids: Array  # int32 [stops]
     sampling: Sampling
     adapter_ids: Array | None = None  # int32 [batch], with a stack of adapters
@@ -52,17 +53,17 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Generation between two calls."""
+    """State of generation between two calls."""
 
     cache: Cache
     token: jax.Array  # int32 [batch], the newest, not yet in the cache
     done: jax.Array  # bool [batch]
-    step: jax.Array  # int32 [], tokens made so far
+    step: jax.Array  # int32 [], tokens generated so far
     seen: jax.Array | None = None  # bool [batch, vocab], tokens of the text, with a repetition penalty
 
 
 def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
-    """``{"params": ...}``, and ``"lora"`` where there are adapters, as the programs take them."""
+    """Converts ``{"params": ...}``, optionally with ``"lora"``, to the programs' layout."""
     head: dict[str, Any] = {"params": {name: leaf for name, leaf in variables["params"].items() if name in _HEAD}}
     if trained := {name: leaf for name, leaf in variables.get("lora", {}).items() if name in _HEAD}:
         head["lora"] = trained
@@ -71,7 +72,7 @@ def view_weights(model: Decoder, variables: Mapping[str, Any]) -> Weights:
 
 @partial(jax.jit, static_argnames=("model", "processor"))
 def see(model: Decoder, processor: ImageProcessor, weights: Weights, pixels: Array) -> jax.Array:
-    """What stands in the places of image tokens, of uint8 pixels ``[batch, images, height, width, 3]``."""
+    """Returns image-token features of uint8 pixels ``[batch, images, height, width, 3]``."""
     features: jax.Array = model.apply(weights.body, processor.normalise(jnp.asarray(pixels)), method="see")
     return features
 
@@ -85,14 +86,14 @@ def prefill(
     *,
     slots: int,
 ) -> State:
-    """Reads all prompts and makes the next token of each.
+    """Processes all prompts and generates the next token of each.
 
     Args:
       model: the decoder.
       weights: from `view_weights`.
       prompts: the batch.
       step: int scalar, number of tokens at the end of every prompt that were generated before.
-      slots: size of the cache: the padded prompt and every token to come.
+      slots: size of the cache: the padded prompt plus all tokens to generate.
     """
     batch, seq = prompts.tokens.shape
     cache = init_cache(model.config, batch, 0, model.numerics)
@@ -124,19 +125,19 @@ def decode(
     *,
     size: int,
 ) -> tuple[State, jax.Array]:
-    """Makes up to ``steps`` more tokens, fewer if every row is done.
+    """Generates up to ``steps`` more tokens, fewer if every row is done.
 
     Args:
       model: as for `prefill`.
-      weights: likewise.
-      state: of the call before; its buffers are reused.
+      weights: as for `prefill`.
+      state: from the previous call; its buffers are reused.
       prompts: as for `prefill`; its settings and stop ids.
-      finished: bool ``[batch]``, rows that need no more tokens for reasons that only the host knows.
+      finished: bool ``[batch]``, rows that are finished for reasons known to the host only.
       steps: int scalar, at most ``size``.
       size: length of the result.
 
     Returns:
-      The state, and int32 ``[batch, size]``: the tokens, `NO_TOKEN` beyond a row's end.
+      The state, and int32 ``[batch, size]``: the tokens, `NO_TOKEN` after a row's end.
     """
 
     def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
@@ -162,5 +163,5 @@ def decode(
 
 
 def _stops(token: jax.Array, stop_ids: Array) -> jax.Array:
-    """Which of ``[batch]`` tokens are stop ids."""
+    """Returns True for ``[batch]`` tokens that are stop ids."""
     return jnp.any(token[:, None] == stop_ids[None, :], axis=-1)

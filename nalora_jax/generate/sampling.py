@@ -1,8 +1,9 @@
-"""Next token from logits: greedy, or drawn after temperature, top-k, top-p and min-p; every setting is an array.
+"""Next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-Settings are arguments of the compiled step: a change needs no compilation, except turning the repetition penalty on,
-and each row of a batch can have its own. No filter sorts the vocabulary: each keeps the tokens above a threshold, which
-bisection over the floats finds exactly, in one pass over the row per bit.
+All settings are array arguments of the compiled step, so a change does not compile (except for
+turning the repetition penalty on), and each row of a batch can have its settings. The filters do
+not sort the vocabulary: each keeps the tokens above a threshold. Bisection over the bit patterns of
+floats finds the threshold exactly, in one pass over the row per bit.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# From the host, or within a program.
+# On the host, or within a program.
 Array = jax.Array | np.ndarray
 
-# Bit patterns of non-negative floats are ordered as the floats are; those of [0, 1] end here.
+# Bit patterns of non-negative floats have the order of the floats; this is the pattern of 1.0.
 _ONE_BITS = 0x3F800000
 
 
@@ -28,9 +29,9 @@ class Sampling:
     """Sampling settings of each row of a batch."""
 
     temperature: Array  # float32 [batch]; 0: greedy
-    top_k: Array  # int32 [batch]; tokens kept, 0: all
-    top_p: Array  # float32 [batch]; probability kept, 1: all
-    min_p: Array  # float32 [batch]; least probability over the likeliest token's, 0: all
+    top_k: Array  # int32 [batch]; number of kept tokens, 0: all
+    top_p: Array  # float32 [batch]; kept probability, 1: all
+    min_p: Array  # float32 [batch]; minimum probability relative to the maximum, 0: all
     seed: Array  # uint32 [batch]
     repetition: Array | None = None  # float32 [batch], penalty of tokens in the text; None: 1 for all rows
 
@@ -45,7 +46,7 @@ def make_sampling(
     repetition_penalty: float = 1.0,
     seeds: Sequence[int] = (0,),
 ) -> Sampling:
-    """Returns the same settings for all rows; ``seeds`` are of the first rows, and the last seed is repeated."""
+    """Returns equal settings for all rows, with ``seeds`` by row; the last seed is repeated."""
     rows = [*seeds, *[seeds[-1]] * (batch - len(seeds))][:batch]
     return Sampling(
         temperature=np.full((batch,), temperature, np.float32),
@@ -58,7 +59,7 @@ def make_sampling(
 
 
 def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -> jax.Array | None:
-    """Returns which tokens occur in each prompt; None without a repetition penalty.
+    """Returns True for tokens that occur in a prompt; None without a repetition penalty.
 
     Args:
       sampling: settings of each row.
@@ -72,7 +73,8 @@ def seen_tokens(sampling: Sampling, tokens: Array, lengths: Array, vocab: int) -
     if sampling.repetition is None:
         return None
     batch, seq = tokens.shape
-    ids = jnp.where(jnp.arange(seq)[None] < lengths[:, None], tokens, vocab)  # padding falls out of the vocabulary
+    # Padding gets an id outside of the vocabulary, which the update drops.
+    ids = jnp.where(jnp.arange(seq)[None] < lengths[:, None], tokens, vocab)
     return jnp.zeros((batch, vocab), bool).at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
 
 
@@ -84,19 +86,19 @@ def with_token(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
 def next_tokens(logits: jax.Array, sampling: Sampling, step: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """Returns one token for each row.
 
-    A row's draw depends on its logits, its seed and ``step``, never on its place in the batch.
+    A row's sample depends on its logits, its seed and ``step``, not on its position in the batch.
 
     Args:
       logits: float32 ``[batch, vocab]``.
       sampling: settings of each row.
-      step: int scalar, number of tokens drawn before.
+      step: int scalar, number of tokens sampled before.
       seen: bool ``[batch, vocab]``, tokens of the text so far (`seen_tokens`).
 
     Returns:
       int32 ``[batch]``.
     """
     if seen is not None:
-        # Keskar et al., arXiv 1909.05858, as transformers computes it: seen tokens become less likely.
+        # Keskar et al., arXiv 1909.05858, as in transformers: seen tokens become less likely.
         penalty = jnp.asarray(sampling.repetition)[:, None]
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     greedy = likeliest(logits)
@@ -116,30 +118,33 @@ def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
 
 
 def likeliest(logits: jax.Array) -> jax.Array:
-    """Returns the index of the largest value of each row, the first of equals: int32 ``[batch]``.
+    """Returns the index of the largest value of each row, the first one of ties: int32 ``[batch]``.
 
-    Two plain reductions; `jnp.argmax` is one over pairs, which XLA:CPU does not vectorise (five times slower).
+    It uses two plain reductions: `jnp.argmax` reduces pairs, which XLA:CPU does not vectorise (five
+    times slower).
     """
     vocab = logits.shape[-1]
     at = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32)[None], vocab)
-    return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)  # within the vocabulary even if all is NaN
+    return jnp.minimum(jnp.min(at, axis=-1), vocab - 1)  # within the vocabulary even if all are NaN
 
 
 def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.Array:
-    """Returns which tokens may be drawn: the fewest of the ``top_k`` likeliest that hold ``top_p``, above ``min_p``.
+    """Returns True for tokens to sample from.
 
-    Ties at a threshold are kept together.
+    They are the smallest set of the ``top_k`` most likely tokens with probability ``top_p``,
+    without tokens below ``min_p``. Ties at a threshold are all kept.
 
     Args:
       logits: float32 ``[batch, vocab]``, after temperature.
       top_k: int ``[batch]``; 0 keeps all.
       top_p: float ``[batch]``; 1 keeps all.
-      min_p: float ``[batch]``, least probability over the likeliest token's (arXiv 2407.01082); 0 keeps all.
+      min_p: float ``[batch]``, minimum probability relative to the maximum (arXiv 2407.01082); 0
+        keeps all.
 
     Returns:
-      bool ``[batch, vocab]``, true at least at the likeliest token.
+      bool ``[batch, vocab]``, true for at least the most likely token.
     """
-    # Relative probabilities in [0, 1]; the likeliest token has 1.
+    # Probabilities relative to the maximum, in [0, 1].
     p = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
 
     def first_k() -> jax.Array:
@@ -148,7 +153,7 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.
 
     def nucleus(within: jax.Array) -> jax.Array:
         mass = jnp.where(within, p, 0.0)
-        # A limit beyond the total keeps all, where rounding of the sum could drop the last token.
+        # An infinite limit keeps all; the sum as limit could drop the last token by rounding.
         limit = jnp.where(top_p < 1, top_p * jnp.sum(mass, axis=-1), jnp.inf)
         return within & (p >= _threshold(p, mass, limit))
 
@@ -158,11 +163,14 @@ def kept_tokens(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> jax.
 
 
 def _threshold(p: jax.Array, weights: jax.Array, limit: jax.Array) -> jax.Array:
-    """The smallest t for which the weights of ``p > t`` sum to less than ``limit``: ``[batch, 1]`` of ``[batch]``."""
+    """Returns the smallest t for which the weights of ``p > t`` sum to less than ``limit``.
+
+    ``limit`` is ``[batch]``, the result ``[batch, 1]``.
+    """
     bits = lax.bitcast_convert_type(p, jnp.int32)
 
     def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = ends  # the answer lies in [low, high]
+        low, high = ends  # the result is in [low, high]
         middle = (low + high) // 2
         above = jnp.sum(jnp.where(bits > middle[:, None], weights, 0.0), axis=-1)
         holds = above < limit

@@ -1,4 +1,4 @@
-"""Array sizes rounded up to a few values, so that a program is not compiled for every prompt length."""
+"""Array sizes rounded up to a few values, so that few prompt lengths need a new program."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def bucket(size: int, *, minimum: int = 1, multiple: int = 1) -> int:
     At most a third of the result is padding.
 
     Args:
-      size: least result.
+      size: minimum result.
       minimum: smallest bucket.
-      multiple: divides the result (the number of shards).
+      multiple: divisor of the result (the number of shards).
 
     Example:
       >>> [bucket(n) for n in (1, 5, 7, 40, 65, 100)]

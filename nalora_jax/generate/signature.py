@@ -1,4 +1,4 @@
-"""Signatures that name the options of `Settings`, which the methods of a generator take as keywords."""
+"""Signatures of the generator's methods that list the fields of `Settings` as keyword arguments."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class MethodComparison:
     other: str
     measure: Measure
     paired: Paired
-    # p-values by Holm over the `family` comparisons with the baseline, or with placebos, that the study makes.
+    # p-values by Holm over the study's `family` comparisons with the baseline or with controls.
     t_holm: float = math.nan
     wilcoxon_holm: float = math.nan
     family: int = 0
@@ -115,10 +115,11 @@ def forgotten(probe: str, record: Record) -> float:
 
 
 def comparisons(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[MethodComparison]:
-    """Compares every method with the baseline, then every method with its placebos, by every measure.
+    """Compares methods with the baseline and with their permutation controls by every measure.
 
-    Only seeds that both methods finished count. p-values are corrected over all comparisons with the baseline together
-    (methods, tasks, models and measures), and over all comparisons with placebos together.
+    Only seeds that both methods finished count. p-values are corrected over all comparisons with
+    the baseline together (methods, tasks, models and measures), and over all comparisons with
+    permutation controls (``placebo_of`` in the protocol) together.
     """
     with_baseline = [(name, protocol.baseline) for name in protocol.methods if name != protocol.baseline]
     placebos = [(method.placebo_of, name) for name, method in protocol.methods.items() if method.placebo_of]
@@ -172,7 +173,7 @@ class CommonRate:
     """A method and the baseline at one learning rate, on the validation items."""
 
     difference: float  # of the mean costs over the tuning seeds, method minus baseline
-    movement: float | None  # the gates' feature movement over the baseline's; None if either has none
+    movement: float | None  # the gates' feature movement over the baseline's; may be missing
 
 
 def common_rates(result: MethodResult, baseline: MethodResult) -> dict[float, CommonRate]:

@@ -40,14 +40,17 @@ _WAIT_SECONDS = 5.0  # until another process may have finished a run that this p
 
 
 def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()) -> int:
-    """Does runs until none is left, the budget is spent, or ``limit`` (0: none) were done here; returns their number.
+    """Performs runs until all are done, the budget is spent, or ``limit`` (0: none) were done here.
 
     Any number of processes may do this at once, on one machine or on several that share the folder's file system.
 
     Args:
       protocol: the study.
-      limit: largest number of runs.
+      limit: maximum number of runs.
       methods: methods whose runs are done; by default all. The result of a run does not depend on other runs.
+
+    Returns:
+      The number of runs that this process did.
 
     Raises:
       NaloraError: data or a model is missing, settings do not fit the model, a method is not in the study, the
@@ -58,7 +61,7 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
             expected = f"methods of {protocol.path}: {', '.join(protocol.methods)}"
             raise NaloraError("--methods", expected=expected, found=name)
     store, resources, done = Records(protocol.folder), Resources(protocol), 0
-    code_version()  # before a file that is already loaded is edited
+    code_version()  # cached now, in case a loaded file is edited later
     if note := describe_old(store.read()):
         log.info("%s", note)
     while not limit or done < limit:
@@ -73,19 +76,20 @@ def run_study(protocol: Protocol, *, limit: int = 0, methods: Sequence[str] = ()
             log.info("%s: all runs %sare done; the study has %d records", protocol.folder, which, len(records))
             break
         if not _do_one(protocol, store, resources, left):
-            time.sleep(_WAIT_SECONDS)  # other processes do all runs that are left, and more may follow from them
+            # Other processes do the remaining runs, whose results may add further runs.
+            time.sleep(_WAIT_SECONDS)
             continue
         done += 1
     return done
 
 
 def hours(records: Mapping[str, Record]) -> float:
-    """Returns the time of all runs together."""
+    """Returns the total time of all runs in hours."""
     return sum(float(record["seconds"]) for record in records.values()) / 3600
 
 
 def _do_one(protocol: Protocol, store: Records, resources: Resources, left: list[Run]) -> bool:
-    """Does the first of ``left`` that no other process is doing; returns False if there is none."""
+    """Performs the first run of ``left`` without a claim; returns False if there is none."""
     for run in left:
         with store.claim(run.id) as snapshot:
             if snapshot is None:
@@ -112,12 +116,12 @@ def perform(run: Run, resources: Resources, snapshot: Path, records: Mapping[str
 
     Args:
       run: the run.
-      resources: of this process.
+      resources: models, data and programs of this process.
       snapshot: file with the state at the last evaluation of an interrupted run; it is written at each evaluation.
       records: finished runs of the study, which the run has to agree with in base, data, items and rules.
 
     Raises:
-      NaloraError: it does not agree with them; nothing was trained.
+      NaloraError: it does not agree with them; the run was not trained.
     """
     if run.config.compute.compilation_cache:
         use_compilation_cache()
@@ -228,7 +232,7 @@ class _RunInProgress:
         return False
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Keeps the numbers of the whole model at a log step, and the means over layers of the layers' numbers."""
+        """Stores whole-model numbers of a log step, and layer means of per-layer numbers."""
         del state
         names = ("loss", "grad_norm", "misalignment", "misalignment_limit")
         row = {"step": step} | {name: record[name] for name in names if record.get(name) is not None}
@@ -253,7 +257,7 @@ class _RunInProgress:
     # ------------------------------------------------------------
 
     def _resumed(self, state: TrainState) -> tuple[TrainState, int]:
-        """Returns the snapshot's state and step if it was made from the same identity, else ``state`` and 0."""
+        """Returns the snapshot's state and step if it has this identity, or ``state`` and 0."""
         saved = read_snapshot(self.snapshot)
         if saved is None:
             return state, 0

@@ -41,7 +41,7 @@ class ImageItems:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of images, classes, templates and image size."""
+        """Returns the digest of images, classes, templates and image size."""
         return {"": self.digest}
 
     def __len__(self) -> int:
@@ -49,7 +49,10 @@ class ImageItems:
 
 
 class DualEncoders:
-    """See `nalora_jax.study.subject.Subject`. The run's seed draws projections between separate towers."""
+    """`nalora_jax.study.subject.Subject` of dual encoders.
+
+    The run's seed draws the projections between separate towers.
+    """
 
     def __init__(self) -> None:
         self._towers: dict[str, LoadedEncoder] = {}
@@ -88,7 +91,10 @@ class DualEncoders:
         return self._towers[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Keeps, of the data, text lengths and the number of classes, and how images are processed."""
+        """Returns ``config`` without its data, and the shapes of class prompts and captions.
+
+        Of ``vision``, settings of the task and of image processing remain.
+        """
         v = config.vision
         seen = VisionConfig(v.task, features=v.features, loss=v.loss, image_size=v.image_size)
         params, rows = self.params(config), self.data(config)

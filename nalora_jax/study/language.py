@@ -28,7 +28,7 @@ from nalora_jax.train.start import first_adapters
 from nalora_jax.weights import LoadedModel, load_model
 from nalora_jax.weights.new_tokens import with_added
 
-_SEED = 20260104  # of the draw of items whose choices are scored: one for every run
+_SEED = 20260104  # seed of the draw of items whose choices are scored, the same for every run
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LanguageItems:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of prompts and completions, and the digest of all choices if there are some."""
+        """Returns the digest of prompts and completions, and the digest of any choices."""
         ids = [[[list(ids) for ids in item.choice_ids], item.gold] for item in self.choices]
         return {"": self.digest} | ({"choices": _digest(ids)} if ids else {})
 
@@ -55,7 +55,7 @@ class LanguageItems:
 
 
 class Language:
-    """See `nalora_jax.study.subject.Subject`."""
+    """`nalora_jax.study.subject.Subject` of language models."""
 
     def __init__(self) -> None:
         self._models: dict[str, LoadedModel] = {}
@@ -76,7 +76,7 @@ class Language:
         return self._models[key]
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
-        """Keeps, of the data, only the length of the rows and the added tokens."""
+        """Returns ``config`` without its data, and the data's length and added tokens."""
         added = AddedTokens.of(config.data)
         shapes: dict[str, Any] = {"max_length": config.data.max_length}
         return replace(config, data=DataConfig()), shapes | ({"added": added.texts} if added else {})
@@ -87,7 +87,10 @@ class Language:
         return assemble(general, model.config, model.params, distributed.smallest_mesh(config.mesh), last=last)
 
     def params(self, config: RunConfig, assembly: Assembly) -> Any:
-        """Returns the base less the initial adapters: PiSSA's depend on the base, LoRA-GA's on the run's batches."""
+        """Returns the base minus the initial adapters.
+
+        PiSSA's initial adapters depend on the base, LoRA-GA's on the run's batches.
+        """
         return self._started_at(config, assembly).params if config.lora.init == "lora_ga" else assembly.params
 
     def base(self, config: RunConfig) -> tuple[str, Any]:
@@ -103,7 +106,7 @@ class Language:
         return data.store.fingerprint
 
     def data(self, config: RunConfig) -> TrainData:
-        """Returns packed rows."""
+        """Returns packed sequences."""
         tokenizer, train = self.model(config).tokenizer, config.train
         return train_data(
             config.data, tokenizer, batch_size=train.batch_size, accumulate=train.accumulate, seed=config.seed
@@ -112,9 +115,9 @@ class Language:
     def adapters(self, config: RunConfig, assembly: Assembly, data: TrainData, seed: int) -> Any:
         """Returns adapters by the config's initialization."""
         model = self.model(config)
-        if assembly.initial is not None:  # PiSSA: the base decides, not the seed
+        if assembly.initial is not None:  # PiSSA: determined by the base, not by the seed
             return assembly.initial
-        if config.lora.init == "lora_ga":  # the batches decide, on which `params` depends as well
+        if config.lora.init == "lora_ga":  # determined by the batches, like `params`
             return self._started_at(config, assembly).initial
         if config.lora.init == "gradient":
             return first_adapters(assembly, model.config, data, seed)
@@ -122,10 +125,10 @@ class Language:
         return init_lora(model.config, assembly.spec, jax.random.key(seed), params)
 
     def _started_at(self, config: RunConfig, assembly: Assembly) -> Assembly:
-        """Returns the assembly of a run with LoRA-GA, and keeps the last one."""
+        """Returns the assembly of a run with LoRA-GA; caches the last one."""
         rows = (config.seed, config.data)
         if self._started is None or self._started[0] is not assembly or self._started[1] != rows:
-            self._started = None  # its kernels make room
+            self._started = None  # frees its kernels before new ones are allocated
             lora = first_adapters(assembly, self.model(config).config, self.data(config), config.seed)
             self._started = assembly, rows, starting_at(assembly, lora)
         return self._started[2]
@@ -141,7 +144,7 @@ class Language:
     def measure(
         self, items: LanguageItems, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool
     ) -> dict[str, float]:
-        """Returns ``loss`` per answer token, and ``accuracy`` if there are choices."""
+        """Returns ``loss`` per completion token, and ``accuracy`` if there are choices."""
         model, mesh = assembly.eval_model, assembly.mesh if assembly.mesh.size > 1 else None
         values = {"loss": completion_loss(model, variables, items.completions, mesh=mesh).loss}
         if whole and items.choices:

@@ -21,7 +21,7 @@ from nalora_jax.study.records import Record
 
 Stage = Literal["tune", "test"]
 _WAYS = ("image_to_text", "text_to_image")
-# Measures of items that records may hold.
+# Measures of items in records.
 MEASURES = ("loss", "accuracy", "recall", *(f"{way}_recall_{k}" for way in _WAYS for k in (1, 5)))
 # Settings that are newer than the first records, by group: at their default they do not change a run's id, so that
 # old records stay valid. New settings belong here.
@@ -32,7 +32,7 @@ _LATER = {
     "step_scale": ("tau",),
     "optimizer": ("warmup_steps", "warmup_from_zero"),
 }
-_LATER_GROUPS = ("adalora",)  # groups that are newer
+_LATER_GROUPS = ("adalora",)  # whole groups that are newer
 
 
 class Cell(NamedTuple):
@@ -56,12 +56,12 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Settings of the run."""
+        """Returns the settings of the run."""
         return self.protocol.config(*self.cell, self.rate, self.seed)
 
     @cached_property
     def config_hash(self) -> str:
-        """Digest of the settings and of the names of the measured items."""
+        """Returns the digest of the settings and of the names of the measured items."""
         settings = _as_first_recorded(self.config.to_dict())
         protocol, task = self.protocol, self.protocol.tasks[self.cell.task]
         measured: dict[str, Any] = {"evaluate_every": protocol.evaluate_every}
@@ -74,7 +74,7 @@ class Run:
 
     @cached_property
     def id(self) -> str:
-        """Name of the run in the records."""
+        """Returns the name of the run in the records."""
         return _hash([self.stage, *self.cell, self.multiple, self.config_hash])
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The present grid of a cell."""
+    """The current grid of a cell."""
 
     rates: tuple[float, ...]  # ascending, including added rates
     # Mean final cost (`cost`) of the validation items: infinite if a run diverged, None if a run is missing.
@@ -93,7 +93,7 @@ class Tuning:
 
     @property
     def chosen(self) -> float | None:
-        """The best rate (the lowest of equal ones) of a complete grid; None if all of its rates diverged."""
+        """Returns a complete grid's best rate, the lowest of ties; None if all rates diverged."""
         complete = [loss for loss in self.losses if loss is not None]
         if len(complete) < len(self.rates) or min(complete) == math.inf:
             return None
@@ -121,7 +121,7 @@ def tuning(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Tun
 
 
 def cost(metric: str, measured: Mapping[str, Any]) -> float:
-    """Returns the loss, or 1 minus an accuracy or recall: small is good.
+    """Returns the loss, or 1 minus an accuracy or recall, so that smaller is better.
 
     Raises:
       NaloraError: the metric was not measured.

@@ -39,7 +39,7 @@ from nalora_jax.imports import import_files
 from nalora_jax.study.overrides import checked, override, whole_as_float
 
 FILE = "protocol.toml"
-# Settings of the study, not of a method, because runs would not be pairs otherwise; and settings of a run's files.
+# Settings that methods must share, because their runs are paired, and settings of a run's files.
 _OF_THE_STUDY = (
     "model",
     "seed",
@@ -95,7 +95,7 @@ class Method:
     about: str = ""
     # Settings that replace those of [run].
     settings: dict[str, Any] = field(default_factory=dict)
-    # The method that this placebo imitates without its information.
+    # The method that this permutation control (placebo) imitates without its information.
     placebo_of: str = ""
     # Added to the seed of the fresh adapters only: pairs share their data but not their A.
     reseed: int = 0
@@ -141,7 +141,7 @@ class Protocol:
 
     @property
     def folder(self) -> Path:
-        """Folder of the records, tables and pictures."""
+        """Returns the folder of the records, tables and pictures."""
         return self.path.parent
 
     def config(self, model: str, task: str, method: str, rate: float, seed: int) -> RunConfig:
@@ -173,7 +173,8 @@ def read_protocol(path: str | Path) -> Protocol:
     """Reads and checks the protocol in ``path``, a TOML file or a folder with ``protocol.toml``.
 
     Raises:
-      NaloraError: no such file, not TOML, or unknown names or values; the message names the place.
+      NaloraError: no such file, not TOML, or unknown names or values; the message names the
+        location.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Checks that a study's test items were read under one protocol, fixed beforehand, and that no test was dropped."""
+"""Checks that test items were read under one, previously fixed protocol, without dropped tests."""
 
 from __future__ import annotations
 
@@ -67,13 +67,14 @@ def check_tests(
     records in the repository's history.
 
     Args:
-      protocol: of the study.
+      protocol: protocol of the study.
       store: its files.
       records: its finished runs.
       listed: its list of tests, read before the records.
 
     Raises:
-      NaloraError: test items were read under another protocol, or the record of a finished test is missing or another.
+      NaloraError: test items were read under another protocol, or the record of a finished test is
+        missing or altered.
     """
     tests = [record for record in records.values() if record["stage"] == "test"]
     digests = {str(entry["protocol"]) for entry in [*tests, *listed, *_committed_tests(protocol)]}
@@ -97,11 +98,11 @@ def check_tests(
 
 
 def check_committed(protocol: Protocol) -> str | None:
-    """Returns the commit with the protocol's present content; None if its folder is in no git repository.
+    """Returns the commit with the protocol's current content; None without a git repository.
 
     Raises:
-      NaloraError: the protocol is in a repository but not committed as it is, so it might have been written after the
-        results were seen.
+      NaloraError: the protocol is in a repository but has uncommitted changes, so it might have
+        been written after the results were known.
     """
     if _git(protocol, "rev-parse", "--is-inside-work-tree") != "true":
         return None
@@ -125,7 +126,7 @@ def _committed_tests(protocol: Protocol) -> Iterator[dict[str, Any]]:
             continue
         try:
             record = json.loads(line[1:])
-        except ValueError:  # not a record of ours; the file at hand is checked when it is read
+        except ValueError:  # not a record; the current file is checked when it is read
             continue
         if record.get("stage") == "test" and record.get("protocol"):
             yield record

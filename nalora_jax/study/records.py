@@ -64,10 +64,13 @@ class Records:
         return records
 
     def tests(self) -> list[dict[str, Any]]:
-        """Returns the list of tests: ``id``, ``protocol`` and ``time``, and for finished tests the ``record``'s digest.
+        """Returns the list of tests.
+
+        Each has ``id``, ``protocol`` and ``time``; finished tests also ``record``, the record's
+        digest.
 
         Raises:
-          NaloraError: a line is not one of these.
+          NaloraError: a line has other fields.
         """
         entries = read_metrics(self.tests_path) if self.tests_path.exists() else []
         for number, entry in enumerate(entries, start=1):
@@ -102,7 +105,7 @@ class Records:
         self._append(self.tests_path, entry | {"time": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def _append(self, path: Path, line: Mapping[str, Any]) -> None:
-        """Adds a line completely or not at all, under a lock and after cutting off an incomplete line."""
+        """Adds a line atomically, under a lock and after removing an incomplete line."""
         content = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
         try:
             with _locked(self._claims() / "records.lock"), open_unlinked(path, "ab+") as file:
@@ -118,7 +121,7 @@ class Records:
 
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[Path | None]:
-        """Claims ``run`` while the context lasts; gives its snapshot's path, or None if another process has it."""
+        """Claims ``run`` within the context; yields its snapshot's path, or None if it is taken."""
         lock = self._claims() / f"{run}.lock"
         with open_unlinked(lock, "a") as file:
             try:

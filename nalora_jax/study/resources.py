@@ -1,4 +1,4 @@
-"""Base models, data, items and compiled programs that the runs of one process share, each created on first use."""
+"""Base models, data, items and compiled programs that a process's runs share, created on demand."""
 
 from __future__ import annotations
 

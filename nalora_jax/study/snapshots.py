@@ -1,4 +1,4 @@
-"""Snapshots of interrupted runs: arrays and notes in one file that is complete or is not used."""
+"""Snapshots of interrupted runs: arrays and notes in one file, ignored if it is incomplete."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
 
 
 def write_snapshot(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> None:
-    """Replaces the file in one step, after its content and before its name reach the disk.
+    """Replaces the file atomically, by a rename after its content is synced to the disk.
 
     Raises:
       NaloraError: the system refused, e.g. because the disk is full; an earlier snapshot stays.

@@ -10,13 +10,16 @@ import numpy as np
 from scipy import stats
 
 _MOST_SEEDS = 10_000
-# Records hold nine significant digits, so differences closer than this share of the largest value are ties.
+# Records have nine significant digits, so differences below this share of the maximum are ties.
 _RESOLUTION = 1e-8
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A method compared with another over the same seeds; differences are method minus other, so below 0 is better."""
+    """Comparison of two methods over the same seeds.
+
+    Differences are method minus other, so below 0 is better.
+    """
 
     n: int
     mean: float
@@ -29,7 +32,7 @@ class Paired:
     wilcoxon_p: float  # exact two-sided signed-rank test, without pairs that do not differ
     effect: float  # mean over deviation (Cohen's d_z)
     equivalent: bool  # two one-sided t tests at 5% reject a difference of the margin or more
-    seeds_needed: int | None  # pairs for a power of 80% to see a difference of the margin; None above 10,000
+    seeds_needed: int | None  # pairs that detect the margin with a power of 80%; None above 10,000
 
 
 def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Paired:
@@ -38,7 +41,7 @@ def paired(method: Sequence[float], other: Sequence[float], margin: float) -> Pa
     Args:
       method: losses ``[n]``, finite.
       other: losses ``[n]`` of the same seeds in the same order.
-      margin: of equivalence, in the unit of the losses.
+      margin: equivalence margin, in the unit of the losses.
     """
     first, second = np.asarray(method, np.float64), np.asarray(other, np.float64)
     assert first.shape == second.shape == (first.size,)
@@ -121,7 +124,7 @@ def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
 
 
 def _mid_ranks(values: np.ndarray, resolution: float) -> np.ndarray:
-    """Returns ranks from 1; values that follow each other within ``resolution`` share the mean of their ranks."""
+    """Returns ranks starting at 1; values within ``resolution`` of the next share a mean rank."""
     order = np.argsort(values)
     groups = np.zeros(values.size, int)
     groups[order[1:]] = np.cumsum(np.diff(values[order]) > resolution)

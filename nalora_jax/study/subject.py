@@ -19,7 +19,7 @@ class StudyRows(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the stream of rows does."""
+        """Returns a digest that changes if the stream of rows changes."""
 
     def batches(self) -> BatchIterator:
         """Returns endless batches."""
@@ -30,19 +30,19 @@ class Items(Protocol):
 
     @property
     def digest(self) -> str:
-        """Changes whenever the items do."""
+        """Returns a digest that changes if the items change."""
 
     @property
     def digests(self) -> dict[str, str]:
-        """All digests of the items, by name; `digest` has the name ""."""
+        """Returns all digests of the items, by name; `digest` has the name ""."""
 
     def __len__(self) -> int: ...
 
 
 class Subject(Protocol):
-    """A kind of model and its tasks. It keeps models and data for the life of the process.
+    """A kind of model and its tasks. It caches models and data for the life of the process.
 
-    ``config`` holds the settings of one run in every method.
+    In every method, ``config`` is the settings of one run.
     """
 
     def program(self, config: RunConfig) -> tuple[RunConfig, Any]:
@@ -84,7 +84,10 @@ class Subject(Protocol):
         """
 
     def measure(self, items: Any, assembly: Assembly, variables: Mapping[str, Any], *, whole: bool) -> dict[str, float]:
-        """Returns the measures of ``variables`` on `items`; with ``whole`` also those that need other programs."""
+        """Returns the measures of ``variables`` on ``items``.
+
+        With ``whole``, they include measures that need separate programs.
+        """
 
 
 def on_mesh(batches: BatchIterator, assembly: Assembly) -> Iterator[dict[str, jax.Array]]:

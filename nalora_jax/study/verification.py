@@ -1,4 +1,4 @@
-"""Verification of a study: finished runs are repeated and compared with their records."""
+"""Verification of a study: repeats finished runs and compares them with their records."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from nalora_jax.study.records import Record, Records, plain
 from nalora_jax.study.resources import Resources
 from nalora_jax.train.machine import describe_device
 
-# Nats per token. The same program on the same kind of machine gives the same bits; another order of sums gives less
-# than this in a few hundred steps, and another computation more.
+# Nats per token. The same program on the same kind of machine gives the same bits. Within a few
+# hundred steps, another summation order gives a smaller difference than this, another computation
+# a larger one.
 TOLERANCE = 1e-3
 _MEASURED = ("validation", "test", "probes", "curve", "training", "diverged", "parameters")
 _DIGESTS = ("rules", "base", "source", "data", "items")
@@ -29,13 +30,14 @@ _LOGGED_SHARE = 0.02  # tolerance of other numbers of a log step, as a share of 
 def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> str:
     """Checks all records and their digests, repeats ``count`` finished runs, and compares every recorded measure.
 
-    The draw is among the runs that this kind of machine recorded, if there are any: another kind adds in another order,
-    and hundreds of steps turn that into differences that do not concern the code.
+    The repeated runs are drawn from runs recorded on this kind of machine, if there are any:
+    another kind has another summation order, which becomes a measurable difference over hundreds of
+    steps although the code is the same.
 
     Args:
-      protocol: of the study.
-      count: largest number of runs.
-      seed: of the draw; by default a new draw every time.
+      protocol: the study.
+      count: maximum number of runs.
+      seed: seed of the draw; by default a new draw every time.
 
     Returns:
       A line per run and item set with both losses, and notes on unchecked fields.
@@ -64,7 +66,7 @@ def verify(protocol: Protocol, *, count: int = 3, seed: int | None = None) -> st
 
 
 def _compare(run: Run, record: Record, repeated: Record) -> None:
-    """Raises an error that lists every digest and measure of the record that the repeated run does not give."""
+    """Raises an error with the record's digests and measures that the repeated run differs in."""
     differences: list[str] = []
     for name in _DIGESTS:
         if name in record:  # records of earlier versions have fewer digests

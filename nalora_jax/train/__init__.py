@@ -1,1 +1,1 @@
-"""Mesh, state, step, loop, checkpoints."""
+"""Training runs: assembly, the training loop, checkpoints, logging and export."""

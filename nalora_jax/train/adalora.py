@@ -1,20 +1,22 @@
-"""AdaLoRA: adapters ``s (x A) diag(e) B`` whose ranks go to where they matter most, as an optax transform.
+"""AdaLoRA as an optax transform: adapters ``s (x A) diag(e) B`` with ranks pruned by importance.
 
-All adapters begin with the ranks of their rules, and with ``e = 0``. A rank is one component of one adapter: an entry
-of ``e``, its column of A and its row of B. How much it matters is the smoothed sensitivity of these weights, times how
-uncertain that is::
+All adapters start with the ranks of their rules and with ``e = 0``. A component of an adapter is
+an entry of ``e``, its column of A and its row of B. The importance of a component is the smoothed
+sensitivity of its weights times the uncertainty of that sensitivity::
 
     I(w)     = |w dL/dw|
     score(w) = ema(I)(w) * ema(|I - ema(I)|)(w)
     score    = score(e_i) + mean of score(A[:, i]) + mean of score(B[i, :])
 
-From the end of the warm-up on, every ``interval`` steps, the components with the lowest scores of all adapters lose
-their ``e``, so many that a budget remains which falls from all of them to ``target_rank`` an adapter (as the third
-power of the steps that are left). What has lost it trains on, and may come back at the next allocation. The last
-allocation, ``final_share`` of the steps before the end, stays. A penalty holds A's columns and B's rows orthonormal, so
-that the components do not share directions; only its gradient is added, logs show the loss without it.
+After the warm-up, every ``interval`` steps, the components with the lowest scores over all adapters
+have their ``e`` set to 0, until a budget of components remains. The budget falls from all
+components to ``target_rank`` an adapter, as the third power of the steps that are left. A pruned
+component is still trained and can return at the next allocation. The last allocation,
+``final_share`` of the steps before the end, is final. A penalty keeps A's columns and B's rows
+orthonormal, so that components do not share directions; only its gradient is added, and logs show
+the loss without it.
 
-Source: AdaLoRA, arXiv 2303.10512; the schedule and the scores are those of PEFT's ``AdaLoraModel``.
+Source: AdaLoRA, arXiv 2303.10512; schedule and scores are equal to PEFT's ``AdaLoraModel``.
 """
 
 from __future__ import annotations
@@ -35,13 +37,13 @@ _NAMES = ("a", "b", "singular")
 
 
 class RankState(NamedTuple):
-    """What the allocation remembers, beside the state of the optimizer that it sits on."""
+    """State of the rank allocation, with the state of the wrapped optimizer."""
 
     inner: Any
     step: jax.Array  # int32 []
-    sensitivity: dict[str, Any]  # smoothed, of every weight of the adapters
-    uncertainty: dict[str, Any]  # likewise
-    kept: dict[str, Any]  # bool, of every entry of `singular`: a component that the last allocation left
+    sensitivity: dict[str, Any]  # EMA for every weight of the adapters
+    uncertainty: dict[str, Any]  # EMA for every weight of the adapters
+    kept: dict[str, Any]  # bool for every entry of `singular`: kept by the last allocation
 
 
 def adalora(
@@ -52,21 +54,22 @@ def adalora(
     *,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """``inner`` on the penalised loss, and after each of its steps the allocation.
+    """Wraps ``inner``: trains on the penalised loss and allocates ranks after each of its steps.
 
     Args:
-      inner: makes the update, learning rate included.
-      config: when ranks are taken, and how many.
+      inner: computes the update, learning rate included.
+      config: schedule and budget of the allocation.
       spec: the adapters, ``adalora`` among their attributes.
-      total_steps: of the run.
-      clip_norm: at which ``inner`` clips the gradient, whose clipped form the sensitivity is of; 0: nowhere.
+      total_steps: steps of the run.
+      clip_norm: gradient norm at which ``inner`` clips; the sensitivity uses the clipped gradient.
+        0: no clipping.
 
     Returns:
-      A transform of adapters with ``a``, ``b`` and ``singular`` (`nalora_jax.models.adapters.init_lora`), and of what
-      else is trained beside them, which passes through.
+      A transform of adapters with ``a``, ``b`` and ``singular``
+      (`nalora_jax.models.adapters.init_lora`). It passes all other trained leaves through.
 
     Raises:
-      NaloraError: the adapters begin with no more ranks than they are to keep.
+      NaloraError: the initial ranks do not exceed the ranks to keep.
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
 
@@ -97,13 +100,13 @@ def adalora(
 
 
 def _adapters(tree: Any, spec: AdapterSpec) -> dict[str, jax.Array]:
-    """The leaves of the adapters, by path."""
+    """Returns the leaves of the adapters by path."""
     leaves = trees.flatten(tree)
     return {f"{path}/{name}": leaves[f"{path}/{name}"] for path, _ in spec.targets for name in _NAMES}
 
 
 def _budgets(config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]) -> tuple[int, int]:
-    """Components at the start, and at the end."""
+    """Returns the number of components at the start and at the end of the allocation."""
     first = last = 0
     for path, target in spec.targets:
         used = target.used(leaves[f"{path}/singular"].shape)
@@ -120,7 +123,7 @@ def _budgets(config: AdaLoRAConfig, spec: AdapterSpec, leaves: dict[str, Any]) -
 
 
 def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any:
-    """``grads`` and those of the penalty, the mean of ``|A^T A - 1|`` and ``|B B^T - 1|`` over all adapters."""
+    """Adds the gradient of the penalty, see `_distance`, to ``grads``."""
     if not weight:
         return grads
     penalty = jax.grad(lambda leaves: weight * _distance(leaves, spec))(_adapters(params, spec))
@@ -128,7 +131,7 @@ def _penalised(grads: Any, params: Any, weight: float, spec: AdapterSpec) -> Any
 
 
 def _distance(leaves: dict[str, jax.Array], spec: AdapterSpec) -> jax.Array:
-    """The mean distance of ``A^T A`` and ``B B^T`` from the identity, in the Frobenius norm."""
+    """Returns the mean Frobenius distance of ``A^T A`` and ``B B^T`` from the identity."""
     total, count = jnp.zeros([]), 0
     for path, target in spec.targets:
         used = target.used(leaves[f"{path}/singular"].shape)
@@ -150,7 +153,7 @@ def _smoothed(
     config: AdaLoRAConfig,
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Sensitivity and uncertainty after a step; they rest from the last allocation on."""
+    """Returns sensitivity and uncertainty after a step; fixed after the last allocation."""
     sensitivity, uncertainty = trees.flatten(state.sensitivity), trees.flatten(state.uncertainty)
     measures = step < config.steps(total_steps)[1]
     for path, leaf in params.items():
@@ -170,7 +173,7 @@ def _allocated(
     spec: AdapterSpec,
     total_steps: int,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Which components are kept, by the path of their `singular`, and whether the others lose theirs in this step."""
+    """Returns kept components by path of ``singular``, and True if this step zeroes the others."""
     element = {path: moments[0][path] * moments[1][path] for path in moments[0]}
     scores = {}
     for path, target in spec.targets:

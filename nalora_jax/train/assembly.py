@@ -1,4 +1,4 @@
-"""A base model and a config put together: adapters, optimizer, and the compiled step, laid out on a mesh."""
+"""Assembles a base model and a config: adapters, optimizer and the compiled step on a mesh."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _STEPS = itertools.count()
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a run compiles, and the state that it starts from."""
+    """A compiled training run: model, optimizer, step function and initial state."""
 
     config: RunConfig
     model: Decoder
@@ -63,20 +63,26 @@ class Assembly:
     mechanisms: Mechanisms
     optimizer: optax.GradientTransformationExtraArgs
     state: TrainState  # before the first step, on the mesh
-    params: Any  # frozen weights that the adapters sit on: the base's, less what the adapters add at the start
+    params: Any  # frozen base weights, minus the initial update of adapters with B != 0
     step: Step  # compiled on first use; donates the state
-    begin: Callable[[Any, int], TrainState]  # the state before the first step, of given adapters and another seed
+    begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
-    initial: Any = None  # adapters before the first step, in host memory, where they do not start at zero
+    initial: Any = None  # adapters before the first step in host memory, if B != 0
 
     @property
     def eval_model(self) -> Decoder:
-        """The decoder as evaluation and generation run it: only what goes to experts is laid out, and all is kept."""
+        """Returns the decoder for evaluation and generation.
+
+        It has no rematerialization and no sharding constraints except for the expert routing.
+        """
         stats = replace(self.model.stats, sharding=None) if self.model.stats else None
         return self.model.clone(remat="none", stats=stats, activation_sharding=None)
 
     def view(self, params: Any) -> Any:
-        """``params`` as the compiled step takes them fastest, without a copy; see `nalora_jax.ops.storage.prepare`."""
+        """Returns ``params`` in the layout that the step runs fastest on, without a copy.
+
+        See `nalora_jax.ops.storage.prepare`.
+        """
         return prepare({"params": params}, self.model.numerics)
 
 
@@ -89,19 +95,19 @@ def assemble(
     last: optax.GradientTransformation | None = None,
     processor: ImageProcessor | None = None,
 ) -> Assembly:
-    """Adapters, optimizer and step of a run.
+    """Builds adapters, optimizer and step of a run.
 
     Args:
       config: the run's settings, checked.
       base: architecture of the base model.
       params: its weights on ``mesh``.
       mesh: the run's devices.
-      last: what the updates pass through after everything that the config asks for.
-      processor: of the images of a model that sees.
+      last: transform applied to the updates after all transforms of the config.
+      processor: image processor of a vision-language model.
 
     Raises:
-      NaloraError: rules that match nothing or ask for impossible ranks, rows that the tables do not have; a tensor axis
-        that splits a head.
+      NaloraError: rules that match nothing or ask for impossible ranks, rows that the tables do not
+        have, or a tensor axis that splits a head.
     """
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
     if base.sight is not None:
@@ -137,7 +143,7 @@ def assemble(
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
-    """``params`` with the gates' adapters as they start, from which the probe measures how far they move."""
+    """Adds the gates' initial adapters to ``params``; the probe measures updates from them."""
     leaves, adapters = trees.flatten(params), trees.flatten(lora)
     starts = {f"{gate}/start_{name}": adapters[f"{gate}/{name}"] for gate in find_gates(lora) for name in "ab"}
     starts = {path: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf for path, leaf in starts.items()}
@@ -146,19 +152,22 @@ def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
 
 
 def starting_at(assembly: Assembly, lora: Any) -> Assembly:
-    """The assembly whose adapters start at ``lora``, B not zero, on kernels that are lowered by what those add.
+    """Returns the assembly with initial adapters ``lora``, non-zero B, on lowered kernels.
 
-    The step is the same one, not compiled before this: its weights have the start of the gates' adapters among them.
+    The kernels are lowered by the initial update of ``lora``, so the model's outputs stay the same.
+    The step function is shared, and must not be compiled yet: its params now include the initial
+    adapters of the gates.
     """
-    initial = jax.tree.map(distributed.fetch, lora)  # the same bits, wherever a continuation takes them from
+    initial = jax.tree.map(distributed.fetch, lora)  # a resumed run must start from the same bits
     params = _with_starts(lower_kernels(assembly.params, initial, assembly.spec), initial, assembly.mesh)
     return replace(assembly, params=params, state=assembly.begin(initial, assembly.config.seed), initial=initial)
 
 
 def exportable_adapter(assembly: Assembly, lora: Any) -> tuple[Any, AdapterSpec]:
-    """The trained adapter as a plain one of the original base, in host memory.
+    """Returns the trained adapter as plain LoRA of the original base, in host memory.
 
-    It is itself, its difference from its start, or what AdaLoRA has left of it.
+    It is the adapter, its difference from its non-zero initialization, or the components that
+    AdaLoRA kept.
     """
     lora = jax.tree.map(distributed.fetch, lora)
     if assembly.spec.adalora:
@@ -177,11 +186,11 @@ def build_model(
     checks: GateChecks | None = None,
     measured: tuple[str, ...] = (),
 ) -> Decoder:
-    """The decoder as a training step runs it.
+    """Builds the decoder for training steps.
 
     Args:
-      base, spec, compute, mesh: what it is made of, and where it runs.
-      checks: of live gates.
+      base, spec, compute, mesh: architecture, adapters, compute settings and devices.
+      checks: value checks of the gates.
       measured: statistics that mechanisms need.
     """
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
@@ -204,7 +213,7 @@ def build_model(
 
 
 def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> Mechanisms:
-    """The mechanisms of a run; none where no adapter sits on a gate, which is said in the log."""
+    """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
     found = make_mechanisms(
         config.mask,
         config.step_scale,
@@ -229,7 +238,7 @@ def build_optimizer(
     mechanisms: Mechanisms,
     last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The inner optimizer with its schedule, the mechanisms on gates, ``last``, and AdaLoRA's allocation of ranks."""
+    """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
     settings = with_learning_rate(config, base.d_model).optimizer
     inner = make_optimizer(settings, config.steps, config.lora.plus_ratio)
     optimizer = nalora(inner, _gates(base, spec), mechanisms)
@@ -241,7 +250,7 @@ def build_optimizer(
 
 
 def _gates(base: ModelConfig, spec: AdapterSpec) -> dict[str, str]:
-    # Magnitudes would need the weights, and are no gates.
+    # `spec.linear` leaves out DoRA's magnitudes, which need the weights and are not gates.
     return find_gates(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
 
 
@@ -251,20 +260,21 @@ def gate_checks_of(config: RunConfig) -> GateChecks | None:
 
 
 def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """Channel shape of the blocks whose statistics are kept: the decoder's, and others that have adapters."""
+    """Returns channel shapes by block, of the decoder and of other blocks with adapters."""
     adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
     return {path: shape for path, (shape, _) in gate_blocks(base).items() if path == "layers/ffn" or path in adapted}
 
 
 def head_of(base: ModelConfig) -> Head:
-    """How logits come from hidden states."""
+    """Returns the settings that map hidden states to logits."""
     return Head(base.tie_embeddings, base.final_softcap, base.logit_scale)
 
 
 def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
-    """The head's kernel as the loss reads it: split over "tensor" along the vocabulary alone; None on one device.
+    """Returns the layout of the head's kernel in the loss; None on one device.
 
-    The loss goes through the batch in chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
+    The kernel is split over "tensor" along the vocabulary only. The loss processes the batch in
+    chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
     """
     if mesh.size == 1:
         return None
@@ -274,7 +284,7 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
 
 
 def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
-    """Where adapters and masks live within a step; nothing on one device."""
+    """Returns the layouts of adapters and masks within a step; empty on one device."""
     if mesh.size == 1:
         return {}
     shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
@@ -293,7 +303,7 @@ def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[st
 
 
 def _mask_spec(blocks: dict[str, tuple[int, ...]], mesh: Mesh) -> P:
-    """One layout for the masks of all blocks."""
+    """Returns one layout for the masks of all blocks."""
     specs = {distributed.fit_spec(P("tensor"), shape, mesh) for shape in blocks.values()}
     return specs.pop() if len(specs) == 1 else P()
 
@@ -308,7 +318,7 @@ def compile_step(
     placed: Any,
     processor: ImageProcessor | None = None,
 ) -> Step:
-    """The step jitted over the mesh: one trace in a run, state donated; chexified where gates are checked."""
+    """Jits the step: one trace per run, state donated, chexified if gates are checked."""
     settings = StepConfig(
         mechanisms=mechanisms,
         stats_sharding=distributed.row_sharding(mesh),
@@ -353,10 +363,10 @@ def text_objective(
 
 
 def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
-    """A pure step, jitted as `compile_step` says; ``placed`` is where the state lives."""
+    """Jits a pure step like `compile_step`; ``placed`` is the sharding of the state."""
     step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
     step = chex.assert_max_traces(step, n=1)
-    step.__name__ = "train_step"  # the compilation cache knows programs by their names, too
+    step.__name__ = "train_step"  # the name is part of the compilation cache's key
     compiled = jax.jit(
         step,
         donate_argnums=(1,),
@@ -367,12 +377,12 @@ def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
 
 
 def _is_no_reminder(record: logging.LogRecord) -> bool:
-    """False for Chex's reminder, at exit, of checks that nobody awaited: here every call has awaited its own."""
+    """Returns False for Chex's reminder at exit of unawaited checks; here all are awaited."""
     return "chexify assertion statuses were not inspected" not in str(record.msg)
 
 
 def _checked(step: Step) -> Step:
-    """The step with its value checks armed; a broken identity becomes this library's error."""
+    """Returns the step with value checks; a failed check raises this library's error."""
     armed = chex.chexify(step, async_check=False)
     logging.getLogger("absl").addFilter(_is_no_reminder)
 

@@ -1,4 +1,4 @@
-"""What a run tells others of itself while it goes on: a small protocol, and those who listen by name.
+"""Callbacks of a training run: the `Callback` protocol and a registry by name.
 
     class Loudest(Callback):
         def on_log(self, step, record):
@@ -6,8 +6,9 @@
 
     run(config, callbacks=[Loudest()])
 
-``config.callbacks`` names those of `nalora_jax.train.trackers` and whatever `register_callback` adds, with settings:
-``"wandb:project=gates,mode=offline"``. The run's own log, metrics.jsonl, is one too, and always the first.
+``config.callbacks`` names callbacks of `nalora_jax.train.trackers` or of `register_callback`, with
+settings: ``"wandb:project=gates,mode=offline"``. The run's log, metrics.jsonl, is a callback too;
+it is called first, except at the start of a run.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Started:
-    """What is known when a run begins, or goes on."""
+    """Facts about a run when it starts or resumes."""
 
     folder: Path
     config: Mapping[str, Any]  # its settings as nested dicts
-    step: int = 0  # steps that it has had; above 0 where it is continued
+    step: int = 0  # completed steps; above 0 if the run is resumed
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries
     device: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)  # the base model's origin, figures of the training data
@@ -42,53 +43,64 @@ class Started:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended."""
+    """The outcome of a run."""
 
-    step: int | None = None  # the last one; None where it was broken off
-    best_step: int | None = None  # the one that was exported
-    message: str = ""  # why it was broken off
-    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by stage, in their order
+    step: int | None = None  # last step; None if the run was aborted
+    best_step: int | None = None  # exported step
+    message: str = ""  # reason for the abort
+    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by stage, in order
 
 
 class Callback:
-    """Listens to a run; derive from it and say what differs. Only the first of several processes calls it.
+    """Base class of callbacks; subclasses override the events they need.
 
-    One that raises anything but a NaloraError, of this library, or a KeyboardInterrupt is named in the log and left out
-    from then on: a run does not end because a server of somebody else does not answer.
+    Only the first of several processes calls it. A callback that raises an exception other than
+    NaloraError or KeyboardInterrupt is named in the log and not called again: a tracking server
+    that does not respond must not end the run.
     """
 
     def on_start(self, started: Started) -> None:
-        """The run begins, or goes on; what is raised here ends it."""
+        """Handles the start or the resumption of the run; an exception here ends the run."""
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
-        """A log step: ``loss``, ``learning_rate``, ``tokens_per_second``, ..., and ``layers``, arrays by name."""
+        """Handles a log step.
+
+        The record has ``loss``, ``learning_rate``, ``tokens_per_second``, ..., and ``layers``,
+        arrays by metric.
+        """
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        """An evaluation: ``kind`` is "initial" (the base), "" (what chooses the checkpoint) or "final" (the result)."""
+        """Handles an evaluation.
+
+        ``kind`` is "initial" (the base), "" (the evaluation that ranks checkpoints) or "final" (the
+        result).
+        """
 
     def on_save(self, step: int, folder: Path) -> None:
-        """A checkpoint of this step is being written into ``folder``, behind the steps that follow."""
+        """Handles a checkpoint that is being written into ``folder`` in the background."""
 
     def on_end(self, ended: Ended) -> None:
-        """The run has ended, well or not."""
+        """Handles the end of the run, normal or aborted."""
 
 
 class Callbacks:
-    """All who listen to a run, the run's own log first; a context manager that ends what was not ended.
+    """All callbacks of a run, its log first; a context manager that closes them.
 
     Args:
-      own: the run's log, which may fail the run; None for processes that keep none.
-      others: the rest.
+      own: the run's log, whose errors end the run; None for processes without a log.
+      others: all other callbacks.
     """
 
     def __init__(self, own: Callback | None, others: Sequence[Callback] = ()) -> None:
         self._own, self._others = own, list(others)
 
     def start(self, started: Started) -> None:
-        """Tell all that the run begins, its own log last: nothing is in it of a run that could not begin.
+        """Calls ``on_start`` of all callbacks, the run's log last.
+
+        The log is last so that it records nothing if another callback cannot start.
 
         Raises:
-          NaloraError: one of them cannot begin.
+          NaloraError: a callback cannot start.
         """
         for one in self._others:
             try:
@@ -103,19 +115,19 @@ class Callbacks:
             self._own.on_start(started)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Tell all about a log step."""
+        """Calls ``on_log`` of all callbacks."""
         self._tell("on_log", step, record)
 
     def evaluation(self, step: int, values: Mapping[str, Any], kind: str = "") -> None:
-        """Tell all about an evaluation."""
+        """Calls ``on_eval`` of all callbacks."""
         self._tell("on_eval", step, values, kind)
 
     def save(self, step: int, folder: Path) -> None:
-        """Tell all about a checkpoint."""
+        """Calls ``on_save`` of all callbacks."""
         self._tell("on_save", step, folder)
 
     def end(self, ended: Ended) -> None:
-        """Tell all that the run has ended."""
+        """Calls ``on_end`` of all callbacks."""
         self._tell("on_end", ended)
 
     def _tell(self, event: str, *values: Any) -> None:
@@ -147,9 +159,9 @@ _CALLBACKS: Registry[Callable[..., Callback]] = Registry("callback", "nalora_jax
 
 
 def register_callback(name: str) -> Callable[[Kind], Kind]:
-    """A decorator that makes a class selectable as ``--callbacks NAME``.
+    """Returns a decorator that makes a class selectable as ``--callbacks NAME``.
 
-    Its settings are the fields of the dataclass that it is; each needs a default, whose type it has.
+    Its settings are its dataclass fields; each needs a default, whose type the setting has.
     """
 
     def add(kind: Kind) -> Kind:
@@ -160,17 +172,17 @@ def register_callback(name: str) -> Callable[[Kind], Kind]:
 
 
 def make_callbacks(texts: Sequence[str]) -> list[Callback]:
-    """Makes the callbacks that settings name: ``NAME`` or ``NAME:setting=value,...``.
+    """Makes callbacks from settings: ``NAME`` or ``NAME:setting=value,...``.
 
     Raises:
-      NaloraError: an unknown name or setting, a value of the wrong type, or a resumed run's password, which its log
-        does not hold.
+      NaloraError: an unknown name or setting, a value of the wrong type, or a redacted password in
+        the settings of a resumed run (logs do not contain passwords).
     """
     for text in texts:
         if MARK in text:
             remedy = "name --callbacks again: passwords and tokens are not recorded"
             raise NaloraError("--callbacks", expected="the callback with its password", found=text, remedy=remedy)
-    importlib.import_module("nalora_jax.train.trackers")  # registers those of this library
+    importlib.import_module("nalora_jax.train.trackers")  # registers the built-in callbacks
     return [_make(text) for text in texts]
 
 
@@ -190,7 +202,7 @@ def _make(text: str) -> Callback:
 
 
 def _typed(text: str, key: str, value: str, default: Any) -> Any:
-    """``value`` as the type that the setting's default has."""
+    """Returns ``value`` converted to the type of the setting's default."""
     try:
         return {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
     except (KeyError, ValueError):

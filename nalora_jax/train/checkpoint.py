@@ -1,16 +1,17 @@
-"""Checkpoints of a run: what training changes, where the data stands, and what it all belongs to.
+"""Checkpoints of a run: the trained state, the data position, and the run that they belong to.
 
-Orbax writes them in the background and commits each by a rename, in a bucket by one more file, so a checkpoint is whole
-or absent. Before that, while it is finalised, the SHA-256 of every file is written beside it, and checked before
-anything is restored: a checkpoint that the disk changed afterwards is set aside, and the one before it taken. The
-frozen base weights are never in one; in their place stand the base model's fingerprint and the run's settings, and
-restoring into another model or other settings is an error that names what differs.
+Orbax writes checkpoints in the background and commits each by a rename, or in a bucket by a commit
+file, so a checkpoint is complete or absent. Before the commit, the SHA-256 of every file is written
+next to it. `Checkpointer.restore` checks the digests first: a checkpoint that was corrupted later
+is moved aside, and the previous one is restored. Checkpoints do not contain the frozen base
+weights, but the base model's fingerprint and the run's settings. Restoring into another model or
+other settings raises an error that lists the differences.
 
-    <output>/checkpoints/<step>/state    arrays: step, adapters, optimizer, gate averages, random key data
+    <output>/checkpoints/<step>/state    arrays: step, adapters, optimizer, gate EMAs, random key
                                /data     position of the input pipeline
-                               /run      fingerprint of the base model, the settings, and the metrics once more
-                               /metrics  held-out metrics, where they were measured at that step
-    <output>/checkpoints.damaged/<step>  what was found damaged
+                               /run      fingerprint of the base, settings, a copy of metrics
+                               /metrics  held-out metrics, if they were measured at that step
+    <output>/checkpoints.damaged/<step>  damaged checkpoints
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ log = logging.getLogger(__name__)
 _ITEMS = ("state", "data", "run")
 _MISPLACED = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _JSON = "metadata"  # Orbax's name for the file of a JSON item
-# Devices that hold the same array share its writing if each has at least this much of it to write. Orbax's own default
-# is any size: at the first save it compiles a slice for every array and device, for which adapters are too small.
+# Replicas of an array share its writing if each has at least this many bytes to write. With Orbax's
+# default, any size, the first save compiles a slice for every array and device, which costs more
+# than it gains for arrays as small as adapters.
 _LEAST_SHARE = 16 << 20  # bytes
 
 
 class _DigestedArrays(ocp.PyTreeCheckpointHandler):
-    """Arrays with the digests of their files; Orbax finalises an item once all processes have written their parts."""
+    """Handler of arrays and the digests of their files.
+
+    Orbax finalises an item once all processes have written their parts.
+    """
 
     def __init__(self) -> None:
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SHARE)
@@ -62,7 +67,7 @@ class _DigestedArrays(ocp.PyTreeCheckpointHandler):
 
 
 class _DigestedJson(ocp.JsonCheckpointHandler):
-    """JSON with the digest of its file."""
+    """Handler of JSON and the digest of its file."""
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
@@ -70,7 +75,7 @@ class _DigestedJson(ocp.JsonCheckpointHandler):
 
 
 def _handlers() -> Any:
-    """Who writes and reads which item."""
+    """Returns the registry of checkpoint handlers by item."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     arrays = _DigestedArrays()
     for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
@@ -83,16 +88,16 @@ def _handlers() -> Any:
 
 
 class Checkpointer:
-    """Saves and restores one run's checkpoints in one folder.
+    """The checkpoints of one run in one folder.
 
     Args:
-      folder: where they live, of a file system or a bucket (``gs://...``); created if missing. Left-overs of an
+      folder: folder in a file system or a bucket (``gs://...``); created if missing. Remains of an
         interrupted save are removed.
-      fingerprint: of the base model that the adapters belong to.
+      fingerprint: fingerprint of the base model that the adapters belong to.
       config: the run's settings as plain nested dicts, ``RunConfig.to_dict()``.
-      keep: checkpoints kept besides the best one; the latest is always kept.
-      best_metric: name of the metric, among those given to `save`, that ranks checkpoints.
-      best_mode: whether a larger ("max") or a smaller ("min") value of it is better.
+      keep: number of latest checkpoints to keep, at least 1, in addition to the best one.
+      best_metric: name of the metric, among the metrics passed to `save`, that ranks checkpoints.
+      best_mode: "max" if a larger value of it is better, "min" if a smaller one is.
       asynchronous: write in the background; `save` returns once the arrays are copied to host memory.
 
     Use it as a context manager: leaving it waits for the last write.
@@ -138,13 +143,14 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, data_state: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> bool:
-        """Write a checkpoint; returns False where one of this step exists already (a run's steps are repeatable).
+        """Writes a checkpoint; returns False if one of this step exists (steps are repeatable).
 
         Args:
           step: optimizer steps done.
           state: any pytree of arrays. They may be donated to the next step as soon as this returns.
           data_state: position of the input pipeline, JSON values.
-          metrics: held-out metrics at this step, with the best metric among them. A NaN never ranks.
+          metrics: held-out metrics at this step, with the best metric among them. NaN is never
+            ranked.
 
         Raises:
           NaloraError: this write, or an earlier one in the background, failed. Earlier checkpoints are intact.
@@ -159,23 +165,26 @@ class Checkpointer:
             run=ocp.args.JsonSave(self._run | {"metrics": ranked}),
         )
         with self._write_errors():
-            # force: Orbax skips steps below the latest one, which a run continued from its best checkpoint revisits.
+            # force: Orbax skips steps below the latest one, which a run resumed from its best
+            # checkpoint saves again.
             return bool(self._manager.save(step, args=arguments, metrics=ranked, force=True))
 
     def restore(self, which: Literal["latest", "best"] | int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The train state and data position of a checkpoint.
+        """Returns the train state and the data position of a checkpoint.
 
-        Where the latest or best one is damaged, it is moved to ``<folder>.damaged``, a warning says so, and the next
-        latest or best is taken.
+        If the latest or best checkpoint is damaged, it is moved to ``<folder>.damaged`` with a
+        warning, and the next latest or best one is restored.
 
         Args:
           which: "latest", "best", or a step.
-          like: the state's structure: arrays or ``ShapeDtypeStruct`` leaves. Where they carry shardings the arrays are
-            restored into them, whatever topology wrote them; else onto the first device.
+          like: the state's structure: arrays or ``ShapeDtypeStruct`` leaves. If they have
+            shardings, the arrays are restored into them, independent of the topology that wrote
+            them; otherwise onto the first device.
 
         Raises:
-          NaloraError: there is no such checkpoint, it belongs to another base model or to other settings, its arrays
-            have other names, shapes or dtypes, or its files are damaged and no other checkpoint is whole.
+          NaloraError: there is no such checkpoint, it belongs to another base model or to other
+            settings, its arrays have other names, shapes or dtypes, or its files are damaged and
+            there is no intact checkpoint to fall back to.
         """
         while True:
             step = self._find(which)
@@ -198,27 +207,32 @@ class Checkpointer:
                 which = "latest"
 
     def _damage(self, step: int, metrics: Mapping[str, float] | None) -> str | None:
-        """What differs from the digests that were written with a checkpoint, None where nothing does."""
+        """Returns the difference between a checkpoint and its digests; None if there is none."""
         folder = epath.Path(self.folder / str(step))
         if not any((folder / item / files.DIGESTS).exists() for item in _ITEMS):
-            return None  # written by a version that kept none
+            return None  # written by a version without digests
         try:
             for item in _ITEMS:
                 if (damage := files.find_damage(folder / item)) is not None:
                     return f"{item}: {damage}"
             written = json.loads((folder / "run" / _JSON).read_text()).get("metrics")
-        except (*_MISPLACED, ValueError, RecursionError) as error:  # other errors are the disk's
+        # Other errors are failures of the disk to read, not damage.
+        except (*_MISPLACED, ValueError, RecursionError) as error:
             return _reason(error)
         return None if written == metrics else "metrics: not what was written"
 
     def _set_aside(self, step: int, damage: str) -> None:
-        """Move a damaged checkpoint out of the way of the one that will be written in its place."""
+        """Moves a damaged checkpoint aside, so that its step can be written again."""
         aside = self.folder.with_name(f"{self.folder.name}.damaged")
         files.move_tree(self.folder / str(step), aside / str(step))
         log.warning("checkpoint %d is damaged (%s): moved to %s, taking an earlier one", step, damage, aside)
 
     def _set_unreadable_aside(self) -> None:
-        """Orbax reads the metrics of all checkpoints when it opens them, and stops at what is no JSON."""
+        """Moves checkpoints with invalid metrics aside.
+
+        Orbax reads the metrics of all checkpoints when it opens a folder, and fails on invalid
+        JSON.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in list(self.folder.glob("*/metrics/metrics")):
             try:
@@ -244,31 +258,31 @@ class Checkpointer:
         return snapshot.from_arrays(restored.state, like), meta.data
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, None without any."""
+        """Returns the newest checkpoint's step; None without checkpoints."""
         step: int | None = self._manager.latest_step()
         return step
 
     def best_step(self) -> int | None:
-        """The step of the checkpoint with the best metric, None where none was measured."""
+        """Returns the step of the checkpoint with the best metric; None without metrics."""
         step: int | None = self._manager.best_step()
         return step
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """The metrics saved with a checkpoint."""
+        """Returns the metrics saved with a checkpoint."""
         found = self._manager.metrics(step)
         return None if found is None else dict(found)
 
     def wait(self) -> None:
-        """Block until the write in the background is committed.
+        """Blocks until the write in the background is committed.
 
         Raises:
-          NaloraError: it failed.
+          NaloraError: the write failed.
         """
         with self._write_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for the last write and release the threads.
+        """Waits for the last write and releases the threads.
 
         Raises:
           NaloraError: the last write failed.
@@ -292,10 +306,11 @@ class Checkpointer:
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """A failed write leaves neither a half-written folder nor a step that is not there.
+        """Converts errors of a write, and removes the incomplete folder and the uncommitted step.
 
         Raises:
-          NaloraError: what the storage said; a `LostPeerError` where it was no fault of the storage's.
+          NaloraError: the storage failed, with its message; a `LostPeerError` if another process is
+            gone.
         """
         try:
             yield
@@ -325,20 +340,20 @@ class Checkpointer:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record says what nothing else says.
+    """Returns False for log records of Orbax that repeat known facts.
 
-    Orbax logs a background error with its traceback, up to four times, before it raises it, and warns at every save
-    without metrics, which is what the steps between evaluations are.
+    Orbax logs a background error with its traceback, up to four times, before it raises the error.
+    It also warns at every save without metrics, which is normal between evaluations.
     """
     repeated = record.exc_info or "tracked_metric" in str(record.msg)
     return not (repeated and "orbax" in record.pathname)
 
 
 def _hush_cancelled_writes() -> None:
-    """Hides the traceback of every write that was still under way when another one failed.
+    """Hides the traceback of every write that was unfinished when another one failed.
 
-    TensorStore tells the event loop of such a write's end, which Orbax has closed by then, and prints what it gets for
-    that. The failure itself is raised.
+    TensorStore reports the end of such a write to an event loop that Orbax has already closed, and
+    prints the resulting error. The failure itself is raised.
     """
     before = sys.unraisablehook
     if getattr(before, "__name__", "") == "without_closed_loops":
@@ -358,12 +373,12 @@ def _io_errors(where: str, expected: str) -> Iterator[None]:
         yield
     except NaloraError:
         raise
-    except Exception as error:  # the storage layers raise whatever they like, bare Exception among it
+    except Exception as error:  # storage layers raise any type, including bare Exception
         raise NaloraError(where, expected=expected, found=_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system or the innermost layer of storage said."""
+    """Returns the message of the operating system or of the innermost storage layer."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     system = re.search(r": ([^:]+) \[(?:os_error_code|tensorstore_spec)=", str(error))

@@ -1,7 +1,8 @@
-"""Compiled programs, kept from process to process.
+"""Persistent cache of compiled programs.
 
-JAX finds an entry of its cache that was damaged only where its way of compressing does: zlib's does, zstandard's does
-not. So each entry ``NAME-cache`` has its SHA-256 beside it, ``NAME-cache.sha256``, written as soon as the entry is.
+JAX detects a damaged cache entry only if the compression format does: zlib does, zstandard does
+not. So each entry ``NAME-cache`` has its SHA-256 in ``NAME-cache.sha256``, written right after the
+entry.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from nalora_jax.ops.dispatch import Platform, hooks_of
 log = logging.getLogger(__name__)
 
 _SECONDS = "jax_persistent_cache_min_compile_time_secs"
-_ENTRY, _DIGEST = "-cache", ".sha256"  # the first is JAX's
+_ENTRY, _DIGEST = "-cache", ".sha256"  # "-cache" is JAX's suffix
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in the cache folder; said and not done where others could write into that.
+    """Enables the persistent compilation cache; only warns if others can write to its folder.
 
-    Entries that are not what was written are removed first, and those of which that cannot be known.
+    Entries that do not match their digest or have none are removed first.
     """
     try:
         folder = private_dir(cache_dir() / "compiled")
@@ -44,7 +45,7 @@ def use_compilation_cache() -> None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Leaves entries with their digests; other processes may do the same, and add to them, meanwhile."""
+    """Removes entries without a matching digest, concurrently with other processes."""
     damaged = 0
     for entry in folder.glob(f"*{_ENTRY}"):
         with contextlib.suppress(FileNotFoundError):
@@ -53,7 +54,9 @@ def _remove_damaged(folder: Path) -> None:
             if listed == found.encode():
                 continue
             damaged += listed is not None
-            digest.unlink(missing_ok=True)  # first: an entry is not written where there is one
+            # The digest first: JAX does not overwrite an existing entry, so until the entry is gone
+            # no other process writes a new one with its digest.
+            digest.unlink(missing_ok=True)
             entry.unlink(missing_ok=True)
     for digest in folder.glob(f"*{_ENTRY}{_DIGEST}"):
         if not digest.with_suffix("").exists():
@@ -64,13 +67,17 @@ def _remove_damaged(folder: Path) -> None:
 
 @cache
 def _write_digests(folder: Path) -> None:
-    """From now on, after each compilation that is kept; not at the end of the process, which may be killed."""
+    """Registers a listener that writes digests after each cached compilation.
+
+    Writing them at the end of the process would lose them if the process is killed.
+    """
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
         del more
         if event != "/jax/core/compile/backend_compile_duration" or duration_secs < getattr(jax.config, _SECONDS):
             return
-        with contextlib.suppress(OSError, NaloraError):  # an entry without a digest is compiled again the next time
+        # An entry without a digest is compiled again by the next process.
+        with contextlib.suppress(OSError, NaloraError):
             for entry in folder.glob(f"*{_ENTRY}"):
                 if not _beside(entry).exists():
                     write_atomically(_beside(entry), file_digest(entry))
@@ -85,8 +92,9 @@ def _beside(entry: Path) -> Path:
 def compile_ahead(step: Step, params: Any, state: TrainState, batch: Batch) -> Any:
     """Compiles ``step`` for arguments of these shapes before its first call.
 
-    The first call would allocate its buffers on top of the compiler's memory, which the platform may
-    return to the system here. A second call with these shapes does not compile again.
+    If the first call compiled the step, it would allocate its buffers on top of the compiler's
+    memory. After an ahead-of-time compilation, the platform's hook can return that memory to the
+    system first. A call with these shapes does not compile again.
 
     Returns:
       The ``jax.stages.Compiled``; None if the step is not jitted.

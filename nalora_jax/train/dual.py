@@ -1,4 +1,4 @@
-"""A dual encoder and a config put together: the counterpart of `nalora_jax.train.assembly.assemble`."""
+"""Assembles a dual encoder and a config, like `nalora_jax.train.assembly.assemble`."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def assemble_dual(
     *,
     last: optax.GradientTransformation | None = None,
 ) -> Assembly:
-    """Adapters, optimizer and step of a run on images.
+    """Builds adapters, optimizer and step of a run on images.
 
     Args:
       config: the run's settings, checked; ``config.vision.task`` chooses the objective.
-      base: architecture of the pair.
+      base: architecture of the dual encoder.
       params: its weights on ``mesh``; with the class prompts (`nalora_jax.train.dual_objectives.Classify`).
       mesh: the run's devices.
-      processor: what makes pixels of images.
-      last: what the updates pass through after everything that the config asks for.
+      processor: converts images to pixels.
+      last: transform applied to the updates after all transforms of the config.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks, a variant that these models do not have, or a
@@ -87,13 +87,13 @@ def assemble_dual(
 
 @dataclass(frozen=True)
 class DualProgram:
-    """What a run on images compiles."""
+    """The compiled parts of a run on images."""
 
     model: DualEncoder
     mechanisms: Mechanisms
     optimizer: optax.GradientTransformationExtraArgs
-    fresh: Callable[[Any, jax.Array], TrainState]  # the state before the first step, of adapters and a key's data
-    places: Any  # where the state lives
+    fresh: Callable[[Any, jax.Array], TrainState]  # initial state for adapters and a key's data
+    places: Any  # shardings of the state
     step: Step
 
 
@@ -107,12 +107,12 @@ def dual_program(
     *,
     last: optax.GradientTransformation | None = None,
 ) -> DualProgram:
-    """The step of `assemble_dual`, also for devices that are not there: nothing is computed.
+    """Builds the step of `assemble_dual` without computing anything, so devices may be abstract.
 
     Args:
-      config, base, mesh, processor, last: as of `assemble_dual`.
+      config, base, mesh, processor, last: see `assemble_dual`.
       spec: the adapters.
-      lora: what training changes, or its shapes.
+      lora: the trained leaves, or their shapes.
 
     Raises:
       NaloraError: see `assemble_dual`.
@@ -151,7 +151,7 @@ def dual_program(
 
 
 def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: Mechanisms, mesh: Mesh) -> DualEncoder:
-    """The module of both towers as it trains."""
+    """Builds the module of both towers for training."""
     compute = config.compute
     numerics = numerics_for(compute.dtype, platform_of(mesh), compute.implementation)
     return DualEncoder(
@@ -172,24 +172,24 @@ def _model(config: RunConfig, base: DualConfig, spec: AdapterSpec, mechanisms: M
 
 
 def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
-    """The adapters that the rules give both towers; none where projections are trained and every rule has rank 0."""
+    """Returns both towers' adapters; none if every rule has rank 0 and projections are trained."""
     if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
         return AdapterSpec()
     return resolve(config.lora, base.projection_shapes(), base.depths())
 
 
 def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
-    """Towers that have adapters."""
+    """Returns the towers that have adapters."""
     return tuple(tower for tower in TOWERS if any(path.startswith(f"{tower}/") for path, _ in spec.targets))
 
 
 def trains_text(spec: AdapterSpec, base: DualConfig) -> bool:
-    """Whether training changes what the text tower says."""
+    """Returns True if training changes the output of the text tower."""
     return "text" in adapted_towers(spec) or "text/projection" in base.trained
 
 
 def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], gates: dict[str, str]) -> Mechanisms:
-    """The mechanisms of a run; none where no adapter sits on a gate, which is said in the log."""
+    """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
     first = base.towers[adapted[0] if adapted else "image"].activation
     found = make_mechanisms(
         config.mask,
@@ -208,7 +208,7 @@ def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], g
 
 
 def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
-    """Where adapters and masks live within a step; nothing on one device."""
+    """Returns the layouts of adapters and masks within a step; empty on one device."""
     if mesh.size == 1:
         return {}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)

@@ -1,7 +1,7 @@
-"""What dual encoders are trained by: images among class prompts, or images and their captions.
+"""Objectives of dual encoders: classification by class prompts, and image-caption contrast.
 
-The contrastive losses are over the global batch: every device compares its own rows with all features, which are the
-only thing that is gathered.
+The contrastive losses are computed over the global batch: every device compares its rows with all
+features, and only the features are gathered.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nalora_jax.distributed import BATCH_AXES
 from nalora_jax.method.step import Batch, Evaluated
 from nalora_jax.models.vision.dual import DualEncoder, normalised
 
-# Of ``params``: what class prompts are, beside the weights.
+# Key of the class prompts in ``params``, next to the weights.
 CLASSES = "classes"
 
 
 @dataclass(frozen=True)
 class Towers:
-    """Both towers of a pair as a loss calls them."""
+    """Both towers of a dual encoder, as the losses call them."""
 
     model: DualEncoder
     processor: ImageProcessor
@@ -35,17 +35,17 @@ class Towers:
     mesh: Mesh | None = None
 
     def images(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Normalised features ``[rows, features]`` of ``pixels`` (uint8), and what the gates wrote."""
+        """Returns normalised features ``[rows, features]`` of uint8 ``pixels``; gate statistics."""
         inputs = {name: batch[name] for name in ("shapes", "mask") if name in batch}
         inputs["pixels"] = self.processor.normalise(batch["pixels"])
         return self._encode("image", variables, inputs, key)
 
     def texts(self, variables: Mapping[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Normalised features ``[rows, features]`` of ``tokens``, and what the gates wrote."""
+        """Returns normalised features ``[rows, features]`` of ``tokens``, and gate statistics."""
         return self._encode("text", variables, {n: batch[n] for n in ("tokens", "token_weights")}, key)
 
     def temperature(self, variables: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        """Factor and offset of cosines."""
+        """Returns the scale and the offset of the cosine similarities."""
         found: tuple[jax.Array, jax.Array] = self.model.apply(variables, method="temperature")
         return found
 
@@ -61,14 +61,18 @@ class Towers:
 class Classify:
     """Cross-entropy of an image's class among the prompts of all classes.
 
-    ``params["classes"]`` holds ``features [classes, features]``, made once, where training leaves the text tower alone;
-    else ``tokens`` and ``token_weights`` ``[classes, prompts, seq]``, which every step encodes.
+    If training does not change the text tower, ``params["classes"]`` holds ``features [classes,
+    features]``, computed once. Otherwise it holds ``tokens`` and ``token_weights`` ``[classes,
+    prompts, seq]``, which every step encodes.
     """
 
     towers: Towers
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """See `nalora_jax.train.objectives.Objective`; the batch has ``pixels`` and ``labels [rows]``."""
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has ``pixels`` and ``labels [rows]``.
+        """
         first, second = jax.random.split(key)
         images, written = self.towers.images(variables, batch, first)
         classes, more = class_features(self.towers, variables, params[CLASSES], second)
@@ -78,7 +82,7 @@ class Classify:
         return Evaluated(jnp.sum(jax.nn.logsumexp(logits, axis=1) - chosen), {**written, **more})
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Images, twice."""
+        """Returns the number of images, twice."""
         rows = jnp.float32(batch["labels"].shape[0])
         return rows, rows
 
@@ -86,7 +90,10 @@ class Classify:
 def class_features(
     towers: Towers, variables: Mapping[str, Any], classes: Mapping[str, jax.Array], key: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Normalised features ``[classes, features]``: of several prompts the mean's direction; and what gates wrote."""
+    """Returns normalised features ``[classes, features]``, and gate statistics.
+
+    The features of several prompts are averaged and normalised again.
+    """
     if "features" in classes:
         return classes["features"], {}
     count, prompts, _ = classes["tokens"].shape
@@ -97,13 +104,16 @@ def class_features(
 
 @dataclass(frozen=True)
 class Contrast:
-    """Images and their captions told apart from those of all other rows of the global batch."""
+    """Contrastive loss of images and captions over all rows of the global batch."""
 
     towers: Towers
     kind: Literal["softmax", "sigmoid"] = "softmax"
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """See `nalora_jax.train.objectives.Objective`; the batch has ``pixels``, ``tokens`` and ``token_weights``."""
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has ``pixels``, ``tokens`` and ``token_weights``.
+        """
         del params
         first, second = jax.random.split(key)
         images, written = self.towers.images(variables, batch, first)
@@ -113,7 +123,7 @@ class Contrast:
         return Evaluated(function(images, texts, scale, bias, self.towers.mesh), {**written, **more})
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Pairs, twice."""
+        """Returns the number of pairs, twice."""
         rows = jnp.float32(batch["tokens"].shape[0])
         return rows, rows
 
@@ -121,13 +131,13 @@ class Contrast:
 def softmax_contrastive(
     images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
 ) -> jax.Array:
-    """CLIP's loss (arXiv 2103.00020), summed over rows: cross-entropy of the own pair, both ways, halved.
+    """Returns CLIP's loss (arXiv 2103.00020), summed over rows: the mean of both cross-entropies.
 
     Args:
       images, texts: normalised ``[rows, features]``; row i of one belongs to row i of the other.
-      scale: of the cosines.
-      bias: no part of a softmax.
-      mesh: devices that the rows are split over; each compares its own with everybody's.
+      scale: scale of the cosine similarities.
+      bias: unused; a softmax does not depend on it.
+      mesh: devices that the rows are split over; each compares its rows with all rows.
     """
     del bias
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
@@ -141,19 +151,19 @@ def softmax_contrastive(
 def sigmoid_contrastive(
     images: jax.Array, texts: jax.Array, scale: jax.Array, bias: jax.Array, mesh: Mesh | None = None
 ) -> jax.Array:
-    """SigLIP's loss (arXiv 2303.15343), summed over rows: every pair of the batch is a yes-or-no question."""
+    """Returns SigLIP's loss (arXiv 2303.15343), summed over rows: binary cross-entropy by pair."""
     own_images, own_texts = (_rows(x, mesh) for x in (images, texts))
     logits = scale * jnp.einsum("if,jf->ij", own_images, _everybodys(texts, mesh), precision="highest") + bias
     own = scale * jnp.sum(own_images * own_texts, axis=1) + bias
-    # -log sigmoid(-x) = softplus(x) for all pairs; the own one has the other sign: softplus(-x) = softplus(x) - x.
+    # -log sigmoid(-x) = softplus(x) of all pairs; matching ones: softplus(-x) = softplus(x) - x.
     return jnp.sum(jax.nn.softplus(logits)) - jnp.sum(own)
 
 
 def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """``x`` where its rows are."""
+    """Constrains the rows of ``x`` to be split over the batch axes."""
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
 def _everybodys(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """``x`` as a whole on every device."""
+    """Constrains ``x`` to be replicated on every device."""
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

@@ -1,4 +1,4 @@
-"""What a run on images puts together before its first step, and how it exports what it has trained."""
+"""Builds the pieces of a run on images before its first step, and exports its adapter."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from nalora_jax.weights.vision.peft import export_dual_adapter, verify_dual_expo
 
 log = logging.getLogger(__name__)
 
-_SEED = 20260101  # of the held-out draw: one for every run
+_SEED = 20260101  # seed of the held-out draw, the same for every run
 
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """The records of a run on images, those whose images can be read."""
+    """Training records of a run on images, without unreadable images."""
 
     source: ImageSource
-    indices: np.ndarray  # of those that are trained on, ascending
-    classes: tuple[str, ...]  # none where there are captions
+    indices: np.ndarray  # indices of the training records, ascending
+    classes: tuple[str, ...]  # empty if the records have captions
     labels: np.ndarray | None  # int32, by the source's index
 
 
 def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
-    """What a run whose ``vision.task`` is set trains on, and the split that is held out; no model is needed.
+    """Returns training records and held-out source of a run with ``vision.task``, without a model.
 
     Raises:
       NaloraError: bad data, or records that are both trained on and held out.
@@ -60,7 +60,10 @@ def image_records(config: RunConfig) -> tuple[ImageRecords, ImageSource]:
 
 
 def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...]) -> ImageRecords:
-    """The images of ``source`` that a run draws: all, or as many of each class as its settings say; each is opened."""
+    """Returns the training images of ``source``: all, or ``vision.shots`` of each class.
+
+    Each image is opened; unreadable images are left out.
+    """
     data, vision = config.data, config.vision
     labels = source.labels(classes) if classes else None
     indices = np.arange(len(source)) if labels is None else draw_shots(labels, classes, vision.shots, config.seed)
@@ -70,7 +73,7 @@ def trained_on(config: RunConfig, source: ImageSource, classes: tuple[str, ...])
 
 
 def dual_pieces(config: RunConfig, records: ImageRecords, held: ImageSource, mesh: Mesh) -> Pieces:
-    """Model, adapters, step, data and evaluators of a run whose ``vision.task`` is set.
+    """Builds model, adapters, step, data and evaluators of a run with ``vision.task``.
 
     Raises:
       NaloraError: bad settings, files or data.
@@ -100,7 +103,7 @@ def dual_pieces(config: RunConfig, records: ImageRecords, held: ImageSource, mes
 
 
 def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...], mesh: Mesh) -> dict[str, Any]:
-    """The weights, and beside them the class prompts: their features, made once, where nothing changes them."""
+    """Adds the class prompts to the weights; as features if training does not change them."""
     if not classes:
         return loaded.params
     spec = resolve_dual(config, loaded.config)
@@ -123,7 +126,7 @@ def with_classes(config: RunConfig, loaded: LoadedDual, classes: tuple[str, ...]
 
 
 def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mesh: Mesh) -> ImageData:
-    """The training rows of a run: images with their classes, or without any with their captions."""
+    """Returns the training rows of a run: images with classes, or with captions."""
     train, vision = config.train, config.vision
     source, indices = records.source, records.indices
     tokens = None if records.classes else caption_tokens(source, indices, loaded.tokenizer, vision)
@@ -148,7 +151,7 @@ def image_data(config: RunConfig, loaded: LoadedDual, records: ImageRecords, mes
 def held_out_images(
     config: RunConfig, source: ImageSource, encoders: Encoders, classes: tuple[str, ...]
 ) -> tuple[Any, Any]:
-    """Evaluators of the images that results are reported on, and of others, which choose the checkpoint."""
+    """Returns the evaluator of the reported results, and the one that selects the checkpoint."""
     reported, selecting = (
         image_evaluator(encoders, Images(source, part), classes, config.vision)
         for part in held_out_indices(config, source)
@@ -157,7 +160,7 @@ def held_out_images(
 
 
 def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the images that results are reported on, and of those that choose the checkpoint."""
+    """Returns indices of the reported images, and of images that select the checkpoint."""
     data = config.data
     indices = drawn_images(source, data.eval_limit + data.select_limit if data.eval_limit else 0, config.vision)
     cut = max(1, min(data.select_limit, len(indices) // 3))
@@ -165,7 +168,7 @@ def held_out_indices(config: RunConfig, source: ImageSource) -> tuple[np.ndarray
 
 
 def drawn_images(source: ImageSource, limit: int, vision: VisionConfig) -> np.ndarray:
-    """Indices of ``limit`` held-out images (0: all), drawn by one seed for every run, but those that cannot be read.
+    """Returns indices of ``limit`` readable held-out images (0: all), drawn by a fixed seed.
 
     Raises:
       NaloraError: fewer than two are left.
@@ -179,7 +182,7 @@ def drawn_images(source: ImageSource, limit: int, vision: VisionConfig) -> np.nd
 def image_evaluator(
     encoders: Encoders, images: Images, classes: tuple[str, ...], vision: VisionConfig
 ) -> ClassEvaluator | RetrievalEvaluator:
-    """What measures the task of ``vision`` on ``images``: by classes, or without any by captions."""
+    """Returns the evaluator of ``images``: by classes, or by captions without classes."""
     if not classes:
         return RetrievalEvaluator(encoders, images, images.source.captions(images.indices.tolist()))
     labels = images.source.labels(classes)[images.indices]
@@ -187,7 +190,7 @@ def image_evaluator(
 
 
 def _export(folder: Path, lora: Any, assembly: Assembly, loaded: LoadedDual) -> None:
-    """PEFT files of the trained adapter, read back and compared number by number."""
+    """Writes PEFT files of the trained adapter and verifies that a reload is bitwise equal."""
     lora = jax.tree.map(distributed.fetch, lora)
 
     def write() -> None:

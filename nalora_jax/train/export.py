@@ -1,4 +1,4 @@
-"""The adapter that a run leaves: PEFT files of the best state, proved by reading them back, and their card."""
+"""Export of a run's adapter: PEFT files, verified by reloading, and a model card."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ def export(
     batches: BatchIterator,
     share: Callable[[str], None],
 ) -> Path:
-    """PEFT files of the trained adapter, read back and compared before anybody is told that they exist.
+    """Writes PEFT files of the trained adapter and verifies them by reloading.
 
     Args:
       config: the run's settings.
       folder: new, or an earlier export, which is replaced.
       loaded: the base model.
       assembly: the run's adapters and model.
-      state: what is exported.
+      state: the state to export.
       batches: rows that logits are compared on.
-      share: makes a folder that the first process wrote readable in all; see `nalora_jax.train.output.Output.share`.
+      share: makes a folder of the first process readable in all; see
+        `nalora_jax.train.output.Output.share`.
 
     Raises:
-      NaloraError: the files cannot be written, or are not the adapter that was trained.
+      NaloraError: the files cannot be written, or differ from the trained adapter.
     """
     lora, spec = exportable_adapter(assembly, state.lora)
 
@@ -69,7 +70,8 @@ def export(
     distributed.on_first_process(write)
     share(folder.name)
     difference = _difference(loaded, assembly, state.lora, folder, batches)
-    # Lowered kernels were rounded to the base's dtype once; nothing else differs by more than a sum's order.
+    # Lowered kernels were rounded to the base's dtype once. All other differences come from the
+    # order of summation.
     rounded = assembly.initial is not None and config.compute.dtype == "bfloat16"
     if not difference < (0.05 if rounded else 1e-3):
         raise NaloraError(
@@ -80,7 +82,7 @@ def export(
 
 
 def _difference(loaded: LoadedModel, assembly: Assembly, lora: Any, folder: Path, batches: BatchIterator) -> float:
-    """Largest difference between the logits of the trained adapter and of the files, on one training row."""
+    """Returns the largest logit difference of trained and exported adapter on one training row."""
     batch = next(iter(batches))
     names = ("tokens", "positions", "segment_ids", *(("pixels",) if "pixels" in batch else ()))
     row = {name: batch[name][0, :1] for name in names}
@@ -117,7 +119,7 @@ def card(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> Card:
-    """The README.md of the adapter ``lora``, with the run's settings and results."""
+    """Returns the README.md of the adapter ``lora``, with the run's settings and results."""
     alias = alias_of(config.model)
     return Card(
         "adapter",

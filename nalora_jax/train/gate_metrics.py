@@ -15,11 +15,11 @@ from nalora_jax.method.step import BlockStats
 def layer_metrics(mechanisms: Mechanisms) -> Callable[[BlockStats, BlockStats, Factors], BlockStats]:
     """Returns the metrics of a step's blocks, for `nalora_jax.method.step.StepConfig.metrics`.
 
-    The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``, maybe by
-    shard), each mechanism's factors (`own_factors`) and their products (`channel_factors`). By block it
-    returns the metrics of `layer_means`, ``<label>_<metric>`` of each mechanism, and of the product on
-    B's columns ``favoured`` (share of channels with a factor of 1 or more), ``factor_min`` and
-    ``factor_max``; ``[layers]`` each. Experts are averaged over.
+    The function takes sums by block (channels ``[layers, ..., d_ff]``, counts ``[layers, ...]``,
+    maybe by shard), each mechanism's factors (`own_factors`) and their products
+    (`channel_factors`). Per block it returns the metrics of `layer_means`, ``<label>_<metric>`` of
+    each mechanism, and of the product on B's columns ``favoured`` (share of channels with a factor
+    of 1 or more), ``factor_min`` and ``factor_max``; ``[layers]`` each. Experts are averaged over.
     """
 
     def metrics(stats: BlockStats, own: BlockStats, factors: Factors) -> BlockStats:

@@ -1,4 +1,4 @@
-"""What happens beside a run's steps: logging, measuring, saving, and being asked to stop."""
+"""Hooks of the training loop: logging, evaluation, saving and stop requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunHooks:
-    """What happens beside the steps (the loop's `Hooks`): logging, selecting, saving, and being asked to stop."""
+    """The loop's `Hooks` of a run: logging, evaluation, saving and stop requests."""
 
     told: Callbacks
     progress: Progress
@@ -34,33 +34,33 @@ class RunHooks:
     batches: BatchIterator
     stop: StopSignals
     state_metrics: StateMetrics
-    ranked_from: int = 0  # the first step whose evaluation may choose it as the best
+    ranked_from: int = 0  # first step that can be selected as the best
 
     def advance(self, step: int) -> None:
-        """Move the progress bar."""
+        """Moves the progress bar."""
         self.progress.advance(step)
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Write and show a log step, with what is measured of the state and of this process."""
+        """Writes and shows a log step, with metrics of the state and peak memory."""
         self.told.log(step, {**record, **self.state_metrics.measure(state), **peak_memory()})
         self.progress.log(step, record)
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
-        """Measure the adapter on the held-out examples that choose the checkpoint."""
+        """Evaluates the adapter on the held-out examples that select the checkpoint."""
         return self.select(step, self.params, state.lora)
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
-        """Start writing a checkpoint."""
+        """Starts writing a checkpoint."""
         ranked = measured if step >= self.ranked_from else None
         self.checkpointer.save(step, state, self.batches.get_state(), ranked and ranked.metrics)
         self.told.save(step, self.checkpointer.folder / str(step))
 
     def asked_to_stop(self, step: int) -> bool:
-        """Whether a signal came."""
+        """Returns True if a stop signal arrived."""
         return self.stop.asked(step)
 
     def select(self, step: int, params: Any, lora: Any | None) -> LoopEvaluation:
-        """The metric that ranks checkpoints, written and shown."""
+        """Evaluates an adapter, logs the result and returns the metric that ranks checkpoints."""
         values = self.selector.measure(params, lora)
         self.told.evaluation(step, values)
         self.progress.say(f"step {step}: {describe(values)}")
@@ -70,12 +70,12 @@ class RunHooks:
 
 
 def say_counts(reported: int, choosing: int, *, chosen: bool) -> None:
-    """Say on how many held-out examples a run's figures rest, and warn where they are too few to choose by.
+    """Logs the numbers of held-out examples, and warns if too few select the checkpoint.
 
     Args:
       reported: examples that results are reported on.
-      choosing: others, which choose the checkpoint.
-      chosen: whether one is chosen: not where nothing is measured between the first step and the last.
+      choosing: separate examples that select the checkpoint.
+      chosen: True if a checkpoint is selected, that is if there are evaluations during training.
     """
     by = f", the choice of the checkpoint on {choosing} others" if chosen else ""
     log.info("results rest on %d held-out examples%s", reported, by)

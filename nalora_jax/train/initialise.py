@@ -1,18 +1,21 @@
-"""Adapters that start in the first batches' gradient (``--lora.init gradient`` and ``lora_ga``).
+"""Gradient-subspace initialization of adapters (``--lora.init gradient`` and ``lora_ga``).
 
-The gradient of an adapted kernel is ``G = sum over tokens of x^T delta``, ``[d_in, d_out]``, with ``delta`` the
-cotangent of the projection's output. Among all A of rank r with orthogonal columns of given length, the top r left
-singular vectors of G give B the largest gradient, ``A^T G``. With "gradient" B starts at zero, so the model starts as
-the base, nothing is taken out of its kernels, and what comes out of training is a plain LoRA.
+The gradient of an adapted kernel over the first batches is ``G = sum over tokens of x^T delta``,
+``[d_in, d_out]``, with ``delta`` the cotangent of the projection's output. Among all A of rank r
+with orthogonal columns of a fixed length, the top r left singular vectors of G give B the largest
+gradient, ``A^T G``. With "gradient", B starts at zero. So the model starts as the base, the kernels
+are not lowered, and the trained adapter is plain LoRA.
 
-LoRA-GA (arXiv 2407.05000) takes both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]`` of the first r
-triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``. So the first gradient step changes
-``A B`` by the best approximation of rank 2r to G, but for its length. The kernel is lowered by ``s A B``
-(`nalora_jax.train.assembly.starting_at`), so that this model, too, starts as the base.
+LoRA-GA (arXiv 2407.05000) uses both sides of the decomposition ``G = U S V^T``: ``A = c U[:, :r]``
+of the first r triplets and ``B = c V[:, r:2r]^T`` of the next r, ``c = d_out^(1/4) / gamma^(1/2)``.
+Up to its length, the first gradient step then changes ``A B`` by the best approximation of rank 2r
+to G. The kernel is lowered by ``s A B`` (`nalora_jax.train.assembly.starting_at`), so that this
+model, too, starts as the base.
 
-G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``, and leaves the
-model what it is as long as one of the two is zero. So subspace iteration (Halko, Martinsson and Tropp, arXiv 0909.4061)
-needs nothing but the training step's own gradients, at the memory of an adapter that is a few columns wider:
+G is never formed. An adapter (A, B) at scale 1 has the gradients ``dB = A^T G`` and ``dA = G B^T``,
+and does not change the model's outputs as long as A or B is zero. So subspace iteration (Halko,
+Martinsson and Tropp, arXiv 0909.4061) needs only the training step's gradients, and the memory of
+an adapter that is a few columns wider:
 
     A = random, B = 0         dB = A^T G           Q = orth(dB^T)
     A = 0,      B = Q^T       dA = G Q             P = orth(dA)        } twice
@@ -43,28 +46,29 @@ from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.assembly import Assembly, next_token
 
 _ITERATIONS = 2
-# Columns of A that a fresh LoRA draws have this length on average: uniform in +-1/sqrt(d_in), d_in of them.
+# Mean length of A's columns in default LoRA: d_in entries, uniform in +-1/sqrt(d_in).
 _COLUMN_NORM = 1 / math.sqrt(3.0)
-# LoRA-GA's gamma ("stable_gamma"), as its authors' code and PEFT have it.
+# LoRA-GA's gamma ("stable_gamma") in its authors' code and in PEFT.
 _STABLE_GAMMA = 16.0
 
-Matrices = dict[str, jax.Array]  # by the path of their projection, ``[layers, (experts,) rows, columns]``
+Matrices = dict[str, jax.Array]  # by path of the projection, ``[layers, (experts,) rows, columns]``
 
 
 def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[Batch], seed: int) -> dict[str, Any]:
-    """Fresh adapters: A the gradient's top left singular vectors.
+    """Returns new adapters whose A holds the gradient's top left singular vectors.
 
-    With ``--lora.init gradient`` each column is as long as LoRA's are, and B is zero; with ``lora_ga`` B has right
-    singular vectors, and `nalora_jax.train.assembly.starting_at` has to lower the kernels.
+    With ``--lora.init gradient``, the columns have the mean length of LoRA's columns, and B is
+    zero. With ``lora_ga``, B holds right singular vectors, and the caller has to lower the kernels
+    (`nalora_jax.train.assembly.starting_at`).
 
     Args:
-      assembly: of the run.
+      assembly: the run's assembly.
       base: architecture of its base model.
-      batches: what the gradient is summed over, on the run's mesh.
-      seed: of the random subspace that the search begins with, and of the permuted weights.
+      batches: batches that the gradient is summed over, on the run's mesh.
+      seed: seed of the initial random subspace and of the permuted weights.
 
     Returns:
-      A tree like that of `nalora_jax.models.adapters.init_lora`.
+      A tree like the result of `nalora_jax.models.adapters.init_lora`.
     """
     spec, lora_config = assembly.spec, assembly.config.lora
     shapes = projection_shapes(base)
@@ -92,7 +96,7 @@ def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, A
     """Returns the first half of a step, without dropout: ``(params, lora, batch) -> sums``.
 
     The sums contain ``grads`` (of ``lora``, summed over target tokens), ``stats`` (by block) and
-    ``target_tokens``. Arguments and batches are those of `make_train_step`.
+    ``target_tokens``. Arguments and batches are as for `make_train_step`.
     """
     evaluate = micro_gradients(objective, config)
 
@@ -106,7 +110,7 @@ def make_gradients(config: StepConfig, objective: Objective) -> Callable[[Any, A
 
 
 class _Search:
-    """Products with G: what the gradients of adapters at scale 1 are, one of whose factors is zero."""
+    """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
 
     def __init__(
         self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
@@ -128,7 +132,7 @@ class _Search:
         self._zeros = {path: jnp.zeros_like(leaf) for path, leaf in self._zeros.items()}
 
     def rows(self, a: Matrices) -> tuple[Matrices, dict[str, jax.Array]]:
-        """``A^T G``, and the mean slope of every gate channel by block."""
+        """Returns ``A^T G``, and the mean slope of every gate channel by block."""
         total = self._total({f"{path}/a": value for path, value in a.items()})
         slopes = {
             block: sums["slope"] / jnp.maximum(sums["tokens"], 1.0)[..., None] for block, sums in total["stats"].items()
@@ -137,7 +141,7 @@ class _Search:
         return {path: grads[f"{path}/b"] for path in a}, slopes
 
     def columns(self, b: Matrices) -> Matrices:
-        """``G B^T``."""
+        """Returns ``G B^T``."""
         grads = trees.flatten(self._total({f"{path}/b": value for path, value in b.items()})["grads"])
         return {path: grads[f"{path}/a"] for path in b}
 
@@ -153,7 +157,7 @@ class _Search:
 
 
 def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key: jax.Array) -> Matrices:
-    """Weights of the gates' output channels, mean 1 in every layer; projections without an entry have ones."""
+    """Returns weights of the gates' output channels, mean 1 per layer; no entry: weight 1."""
     if kind == "ones":
         return {}
     gates = find_gates(trees.unflatten({f"{path}/b": 0 for path, _ in spec.targets}))
@@ -167,7 +171,7 @@ def _weights(kind: str, slopes: Mapping[str, jax.Array], spec: AdapterSpec, key:
 
 
 def _weighted(rows: Matrices, weights: Matrices) -> Matrices:
-    """``[..., k, d_out]`` with weighted columns."""
+    """Multiplies the columns of ``[..., k, d_out]`` by their weights."""
     return {path: row * weights[path][..., None, :] if path in weights else row for path, row in rows.items()}
 
 
@@ -176,7 +180,7 @@ def _orthonormal_rows(matrix: jax.Array) -> jax.Array:
 
 
 def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfig, seed: int) -> dict[str, Any]:
-    """The vectors as fresh adapters; beyond a layer's own rank they are zero.
+    """Puts the vectors into new adapters, with zeros beyond each layer's rank.
 
     Args:
       left: ``[layers, ..., d_in, k]``, most important first.

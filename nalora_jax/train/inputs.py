@@ -1,4 +1,4 @@
-"""A run's inputs, judged before its model is loaded: data, splits, rules."""
+"""Checks of a run's inputs before its model is loaded: data, splits and rules."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 
 
 def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> tuple[Source, Source]:
-    """The records to train on and those held out; the first of each is read, and what they are is said in the log.
+    """Opens the training and the held-out records, reads the first of each and logs their form.
 
     Raises:
-      NaloraError: no such data set, file or split, nothing in it, a first record that is none, or shared records.
+      NaloraError: a missing data set, file or split, an empty one, an invalid first record, or
+        shared records.
     """
     train, held_out = open_pair(data, source=source)
     ((first, *_), _) = train.read([0]), held_out.read([0])
@@ -49,9 +50,9 @@ def check_data(data: DataConfig, source: Mapping[str, Source] | None = None) -> 
 
 
 def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None:
-    """Refuses data whose first record is not what the run's settings say, or that asks for a template there is not.
+    """Checks that the first record of a text run has the configured form and chat template.
 
-    Of text only: of preferences and of images, more is needed.
+    Preference and image data are not checked here, because their checks need more than a tokenizer.
 
     Raises:
       NaloraError: see `data.chat.render`.
@@ -62,16 +63,16 @@ def check_first(config: RunConfig, train: Source, files: ResolvedSource) -> None
 
 
 def described(config: RunConfig, files: ResolvedSource) -> ModelConfig:
-    """The architecture of a run's base model, with rows for the tokens that the run adds to it."""
+    """Returns the architecture of a run's base model, with rows for added tokens."""
     return read_config(files, images=config.vision.task == "chat", added=AddedTokens.of(config.data))
 
 
 def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
-    """Refuse settings that cannot be laid out, from the model's description alone, before its weights are read.
+    """Checks that the model fits the mesh and the rules, from its config files only.
 
     Raises:
-      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that match nothing, a
-        token without a trained row, or a trained row without a token.
+      NaloraError: a tensor axis that splits a head, rows that the mesh does not divide, rules that
+        match nothing, an added token without a trained row, or a trained row without a token.
     """
     base = described(config, files)
     distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
@@ -80,7 +81,7 @@ def check_layout(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> None:
 
 
 def _check_rows(config: RunConfig, files: ResolvedSource, base: ModelConfig, spec: AdapterSpec) -> None:
-    """Trained rows are the tables' own, and every token that is added has them on both sides."""
+    """Checks that trained rows exist, and that added tokens have trained rows on both sides."""
     check_token_indices(spec, base)
     trained = dict(spec.token_indices)
     if not trained:

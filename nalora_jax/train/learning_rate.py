@@ -1,4 +1,4 @@
-"""The peak learning rate of a run whose settings name none."""
+"""The automatic peak learning rate of a run."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from dataclasses import replace
 from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 
-# What plain LoRA chose on SmolLM2-135M in each of studies/stability (rank 2), studies/full_ffn_table (rank 8) and
-# studies/gate_only_small_rank, of grids that double.
-# Wider models: in inverse proportion, which lies near a public sweep of others (docs/method.md); not measured here.
+# Best rate of plain LoRA on SmolLM2-135M in each of studies/stability (rank 2),
+# studies/full_ffn_table (rank 8) and studies/gate_only_small_rank, from grids of factor 2.
+# Wider models: inversely proportional to the width, close to a public sweep (docs/method.md); not
+# measured here.
 _TUNED, _WIDTH = 4e-3, 576
-_ENCODERS = 1e-3  # image and text encoders: what plain LoRA chose for each task of studies/few_shot_seeds
-# What this is multiplied by. For preference losses (docs/preference.md):
+# Image and text encoders: best rate of plain LoRA in each task of studies/few_shot_seeds.
+_ENCODERS = 1e-3
+# Factors on these rates. For preference losses (docs/preference.md):
 _PAIRS = 1 / 8
-# Starts that take part of the base out of its kernels, A and B both far from zero: studies/full_ffn_table chose 5e-4
-# and 1e-3 for them, where plain LoRA chose 4e-3.
+# Non-zero initializations of A and B, with lowered kernels: best rates 5e-4 and 1e-3 in
+# studies/full_ffn_table, compared with 4e-3 of plain LoRA.
 _STARTS = {"lora_ga": 1 / 8, "pissa": 1 / 4}
-_ADALORA = 4  # the same study chose 1.6e-2
+_ADALORA = 4  # best rate 1.6e-2 in studies/full_ffn_table
 _ADAPTIVE = ("adamw", "adam", "adafactor")
 
 
 def with_learning_rate(config: RunConfig, width: int = 0) -> RunConfig:
-    """``config`` with the learning rate that it leaves to the library (0) decided.
+    """Returns ``config`` with a concrete learning rate in place of 0, the automatic choice.
 
-    4e-3 up to a width of 576, as the studies chose; of wider models ``4e-3 * 576 / width``; of preference losses an
-    eighth of it, of LoRA-GA too, of PiSSA a quarter, of AdaLoRA four times as much; with LoRA+ divided by the root of
-    its ratio, so that the product of A's and B's rates stays. The rank does not matter to it. Of image and text
-    encoders 1e-3.
+    The rate is 4e-3 up to a width of 576, as the studies found, and ``4e-3 * 576 / width`` for
+    wider models; 1e-3 for image and text encoders. It is divided by 8 for preference losses and for
+    LoRA-GA and by 4 for PiSSA, multiplied by 4 for AdaLoRA, and divided by the square root of
+    LoRA+'s ratio, which keeps the product of A's and B's rates. It does not depend on the rank.
 
     Args:
-      config: of the run.
-      width: of the decoder's hidden states; 0 for image and text encoders.
+      config: the run's settings.
+      width: width of the decoder's hidden states; 0 for image and text encoders.
 
     Raises:
-      NaloraError: there is none for the optimizer.
+      NaloraError: the optimizer has no automatic rate.
     """
     settings = config.optimizer
     if settings.learning_rate:

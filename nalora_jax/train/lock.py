@@ -1,8 +1,9 @@
-"""A file that says who writes to a folder.
+"""A lock file that names the process that writes to a folder.
 
-The kernel's lock on the file ends with its process, whatever ended that, so that nothing stale is left on one host.
-Where the folder is shared between hosts the kernel may not know of the others' locks: the holder also touches the file
-every few seconds, and whoever finds the name of another host in it watches whether that goes on.
+The kernel releases a process's lock on the file when the process ends for any reason, so that no
+stale lock remains on one host. On storage shared between hosts, the kernel may not see locks of
+other hosts. So the holder also touches the file every 5 seconds. A process that reads another
+host's name in the file watches it for 20 seconds, and takes the lock over if it is not touched.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # file
 
 @dataclass
 class Lock:
-    """A folder's lock, held by this process."""
+    """The lock of a folder, held by this process."""
 
     path: Path
     descriptor: int
@@ -39,7 +40,7 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path) -> Lock:
-        """Take the lock, over from a process that is gone if need be.
+        """Acquires the lock, or takes it over from a process that has ended.
 
         Raises:
           NaloraError: a living process holds it; its host, process id and command are named.
@@ -58,23 +59,24 @@ class Lock:
         return lock
 
     def release(self) -> None:
-        """Let others write; more than once is fine."""
+        """Releases the lock; later calls have no effect."""
         if self._stop.is_set():
             return
         self._stop.set()
-        self.path.unlink(missing_ok=True)  # before the kernel's lock goes: nobody can hold the name in between
+        # Before the lock is released, so that no other process can have locked this file.
+        self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT):
             try:
                 os.utime(self.path)
-            except OSError:  # the folder is gone or unreachable: the run's own writes will say so
+            except OSError:  # the folder is gone or unreachable: the run's writes will raise
                 return
 
 
 def _open_locked(path: Path) -> int:
-    """The file at ``path``, locked; again where its former holder removed it in between."""
+    """Opens and locks the file at ``path``; retries if its previous holder removed it meanwhile."""
     while True:
         descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -95,14 +97,15 @@ def _open_locked(path: Path) -> int:
 
 
 def _wait_for_other_host(path: Path, descriptor: int) -> None:
-    """Refuse if a holder on another host still touches the file."""
+    """Raises an error if a holder on another host still touches the file."""
     holder = _read(descriptor)
     if not holder or holder.get("host") == socket.gethostname():
         return
-    touched, until = path.stat().st_mtime_ns, time.monotonic() + _STALE
+    touched, until = os.fstat(descriptor).st_mtime_ns, time.monotonic() + _STALE
     while time.monotonic() < until:
         time.sleep(0.2)
-        if path.stat().st_mtime_ns != touched:
+        # Of the open file: a holder that releases its lock removes the name.
+        if os.fstat(descriptor).st_mtime_ns != touched:
             raise _held(path, holder)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: flat, and blind to devices between log steps."""
+"""The training loop; it fetches values from the devices at log steps only."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ _ANEW = (
 
 
 class LoopEvaluation(NamedTuple):
-    """One evaluation, as the loop sees it."""
+    """The result of one evaluation for the loop."""
 
     score: float  # higher is better
-    metrics: Mapping[str, float]  # what ranks the checkpoint
-    n: int = 0  # examples behind it, where that is known
+    metrics: Mapping[str, float]  # metrics that rank the checkpoint
+    n: int = 0  # number of examples; 0 if unknown
 
 
 class Hooks(Protocol):
-    """What happens beside the steps; the loop decides when."""
+    """Actions between steps; the loop decides when they run."""
 
     def log(self, step: int, record: Mapping[str, Any], state: TrainState) -> None:
-        """Show and write the numbers of a log step, and what is to be known of the state after it."""
+        """Shows and writes the metrics of a log step, and metrics of the state after it."""
 
     def evaluate(self, step: int, state: TrainState) -> LoopEvaluation:
-        """Measure the held-out metric, write it, and return it."""
+        """Computes the held-out metric, writes it and returns it."""
 
     def save(self, step: int, state: TrainState, measured: LoopEvaluation | None) -> None:
-        """Start saving a checkpoint; ``measured`` is the evaluation of this very step, if there was one."""
+        """Starts saving a checkpoint; ``measured`` is the evaluation of this step, if any."""
 
     def asked_to_stop(self, step: int) -> bool:
-        """Whether the run has to end after this step, which is then saved; all processes answer alike."""
+        """Returns True, in all processes, if the run has to save and end after this step."""
 
     def advance(self, step: int) -> None:
-        """Note that a step has been dispatched."""
+        """Records that a step has been dispatched."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the loop does what; intervals of 0 mean never (but for the last step)."""
+    """Intervals of the loop's actions in steps; with 0, an action runs only after the last step."""
 
     steps: int
     log_every: int
@@ -66,13 +66,13 @@ class Schedule:
 
 @dataclass
 class FitResult:
-    """How the loop ended."""
+    """The outcome of the loop."""
 
     state: TrainState
     step: int
     metrics: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out metric)
     stopped_early: bool = False
-    interrupted: bool = False  # asked to stop: the state is saved, and no evaluation of it was made
+    interrupted: bool = False  # stopped by request; the state was saved, but not evaluated
 
 
 def fit(
@@ -87,22 +87,24 @@ def fit(
     start: int = 0,
     profile: Profile | None = None,
 ) -> FitResult:
-    """Steps ``start + 1 .. schedule.steps``; evaluates and saves at its intervals and after the last step.
+    """Runs steps ``start + 1 .. schedule.steps``.
+
+    Evaluates and saves at the schedule's intervals and after the last step.
 
     Args:
       step_fn: the compiled step.
       params: frozen base weights.
       state: state after ``start`` steps; donated to the step.
-      batches: one (sharded) batch per step, from where ``start`` left off.
+      batches: one (sharded) batch per step, starting at step ``start + 1``.
       hooks: logging, evaluation, saving.
       schedule: intervals.
       learning_rate: schedule value at a step count, for the log.
-      start: steps done before.
+      start: steps completed before.
       profile: traces some of the steps.
 
     Raises:
-      TrainingDivergedError: a loss is not finite, or an adapter or a moment of a state that was to be saved.
-        Checkpoints of earlier steps are kept; none is written of a state that has diverged.
+      TrainingDivergedError: a loss is not finite, or an adapter or optimizer moment of a state to
+        save. Checkpoints of earlier steps are kept; a diverged state is never saved.
     """
     result = FitResult(state, start)
     meter, profile = _Meter(), profile or Profile()
@@ -143,7 +145,7 @@ def fit(
 
 @contextmanager
 def _naming_bad_weights(params: Any) -> Iterator[None]:
-    """Names an array of the frozen weights in the error about a run that diverged because of it."""
+    """Names a non-finite array of the frozen weights in the error of a diverged run."""
     try:
         yield
     except TrainingDivergedError as error:
@@ -158,7 +160,7 @@ def _naming_bad_weights(params: Any) -> Iterator[None]:
 
 
 def _refuse_diverged(step: int, state: TrainState) -> None:
-    """The loss of a step is that of the state before it: what is saved is looked at itself."""
+    """Raises an error if the state is not finite; a step's loss is of the state before it."""
     bad = non_finite(state)
     if bad:
         raise TrainingDivergedError(
@@ -174,12 +176,12 @@ def _due(step: int, every: int) -> bool:
 
 
 def _exhausted(metrics: list[float], patience: int) -> bool:
-    """Whether the last ``patience`` evaluations all failed to beat the best one before them."""
+    """Returns True if the last ``patience`` evaluations did not improve the best metric."""
     return patience > 0 and len(metrics) > patience and max(metrics[-patience:]) <= max(metrics[:-patience])
 
 
 class _Meter:
-    """Device metrics of the steps since the last record, fetched together when it is made."""
+    """Device metrics of the steps since the last record, fetched together for the next one."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[int, dict[str, Any]]] = []
@@ -187,13 +189,13 @@ class _Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave the time since the last record (evaluation, saving) out of tokens/s."""
+        """Excludes the time since the last record (evaluation, saving) from tokens/s."""
         self._since = time.perf_counter()
         self._timed = 0
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         if not self._compiled:
-            # The first call compiles; its time would drown the speed of the steps.
+            # The first call may compile, which would dominate the time of the steps.
             jax.block_until_ready(metrics["loss"])
             self._compiled = True
             self.restart_clock()
@@ -202,7 +204,7 @@ class _Meter:
         self._steps.append((step, metrics))
 
     def record(self, learning_rate: float) -> dict[str, Any]:
-        """The log line: means over the steps since the last one, layers of the last step."""
+        """Returns means over the steps since the last record, and layers of the last step."""
         names = ("loss", "tokens", "target_tokens", "grad_norm")
         slim = [{k: m[k] for k in names} | dict(m.get("measured", {})) for _, m in self._steps]
         fetched = jax.device_get((slim, self._steps[-1][1]["layers"], self._steps[-1][1].get("idle", {})))
@@ -236,7 +238,7 @@ class _Meter:
 
 
 def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
-    """Refuse to go on with mechanisms that are on, and of whose gates nothing has been measured."""
+    """Raises an error if a mechanism is on but no statistics of its gates have been measured."""
     silent = sorted(label for label, nothing in idle.items() if nothing)
     if silent:
         raise NaloraError(
@@ -248,9 +250,9 @@ def _require_acting(step: int, idle: Mapping[str, Any]) -> None:
 
 
 def summarise_layers(blocks: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
-    """Whole-model means, and the per-layer rows of the gated blocks: of several towers one after the other.
+    """Returns whole-model means and the per-layer rows of the gated blocks.
 
-    With several, ``towers`` says how many rows each has.
+    Rows of several towers are concatenated, and ``towers`` gives the number of rows of each.
     """
     if not blocks:
         return {}

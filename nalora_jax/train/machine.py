@@ -1,4 +1,4 @@
-"""What a run's log and card say of the machine and the libraries."""
+"""Facts about the machine and the library versions for a run's log and model card."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from nalora_jax.ops.dispatch import hooks_of
 
 
 def describe_device() -> str:
-    """Kind and number of devices, and the processor behind a CPU device."""
+    """Returns number and kind of the devices, with the processor name of CPU devices."""
     platform = platform_of()
     return f"{platform.devices} x {platform.name} ({hooks_of(platform).device_name(platform)})"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what a run computes."""
+    """Returns versions of Python and of the libraries that determine a run's results."""
     names = ("nalora_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"python": python.python_version()} | {name: _version(name) for name in names}
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory that this process has held so far, in bytes: what of it the machine tells.
+    """Returns the peak memory of this process so far in bytes, as far as the system reports it.
 
     Returns:
-      ``peak_memory``, of the host's; ``peak_device_memory``, of the fullest of this process's devices, where they have
-      memory of their own.
+      ``peak_memory`` of the host, and ``peak_device_memory`` of the fullest local device, if the
+      devices have separate memory.
     """
     found = {}
     status = Path("/proc/self/status")
-    # Not getrusage, whose maximum a process inherits from the one that started it.
+    # Not getrusage: a child process inherits its parent's maximum.
     held = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     if held:
         found["peak_memory"] = 1024 * int(held[1])
@@ -48,5 +48,5 @@ def peak_memory() -> dict[str, int]:
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # this library, run from a checkout that was never installed
+    except PackageNotFoundError:  # nalora_jax in a checkout that is not installed
         return "not installed"

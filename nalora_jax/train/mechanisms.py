@@ -1,4 +1,4 @@
-"""The mechanisms of a run from its settings."""
+"""Builds the mechanisms of a run from its settings."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def make_mechanisms(
       mask: mechanism 1; None is the default.
       step_scale: mechanism 2; None is the default.
       names: further mechanisms (`make`).
-      activation: the gates'.
-      total_steps: of the run, for rules that depend on its progress.
-      seed: of the run, for rules that draw random numbers.
+      activation: activation function of the gates.
+      total_steps: steps of the run, for rules that depend on its progress.
+      seed: seed of the run, for rules that draw random numbers.
 
     Raises:
-      NaloraError: an unknown name, setting or place.
+      NaloraError: an unknown name, setting or factor location.
     """
     entries: dict[str, Mechanism | None] = {
         "mask": _mask(mask or MaskConfig()),

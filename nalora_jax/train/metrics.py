@@ -1,21 +1,22 @@
-"""The run's log: ``metrics.jsonl``, one JSON object a line.
+"""The run's log ``metrics.jsonl``: one JSON object per line.
 
-Lines, told apart by their keys:
+The key distinguishes the kinds of lines:
 
     {"run": {...config...}, "versions": {...}, "device": "...", "base": {...}}      the first line
     {"resumed": {"step": 50, "settings": {...config...}, "versions": {...}, ...}}   once per resume
     {"step": 10, "loss": 3.2, "learning_rate": 1e-3, "layers": {...}, ...}          a log step, with `StateMetrics`
     {"step": 50, "eval": {"accuracy": 0.5, "low": 0.45, "high": 0.55, ...}}         an evaluation
-    {"step": 50, "final": true, "eval": {...}}                                      that of the exported adapter
-    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run has ended
+    {"step": 50, "final": true, "eval": {...}}                                      exported adapter
+    {"done": {"step": 100, "best_step": 50, "seconds": {"training": 90.0, ...}}}    the run's end
 
-The evaluations before training and of the exported adapter may carry ``"samples": [{"prompt", "answer", "expected",
-"correct"}]``, the last two optional.
+The evaluations before training and of the exported adapter may contain ``"samples": [{"prompt",
+"answer", "expected", "correct"}]``, the last two optional.
 
-Every line ends with a digest of its content (`nalora_jax.seals`), which `read_metrics` checks and removes.
+Every line ends with a digest of its content (`nalora_jax.seals`), which `read_metrics` checks and
+removes.
 
-Every value is a host number: the loop fetches from the device at log steps only. JSON has no NaN or infinity, so both
-are written as null.
+Every value is a host number: the loop fetches from the device at log steps only. NaN and infinity
+are written as null, since JSON does not have them.
 """
 
 from __future__ import annotations
@@ -42,15 +43,17 @@ FILE = "metrics.jsonl"
 
 
 class MetricsLog(Callback):
-    """Appends lines to ``folder/metrics.jsonl``; a context manager that closes the file.
+    """The log ``folder/metrics.jsonl`` of a run; a context manager that closes the file.
 
     Args:
-      folder: the run's folder; made if it is missing.
-      resume: step of the restored checkpoint, or None for a new run. Lines of later steps are dropped, because the
-        resumed run writes them again, and so is a last line that a crash left half written.
+      folder: the run's folder; created if missing.
+      resume: step of the restored checkpoint, or None for a new run. Lines of later steps are
+        removed, because the resumed run writes them again. So is an incomplete last line after a
+        crash.
 
     Raises:
-      NaloraError: a new run's folder already holds a log, or the log that is resumed is damaged before its last line.
+      NaloraError: a new run's folder contains a log, or the log to resume is damaged before its
+        last line.
     """
 
     def __init__(self, folder: str | Path, *, resume: int | None = None) -> None:
@@ -69,7 +72,7 @@ class MetricsLog(Callback):
         self._file = open_unlinked(self.path, "a", encoding="utf-8")
 
     def start(self, config: Mapping[str, Any], *, versions: Mapping[str, str], device: str, **more: Any) -> None:
-        """Write the first line of a new run (config, versions, device), or the note of a resumed one."""
+        """Writes the first line of a new run (config, versions, device) or of a resumption."""
         machine = {"versions": dict(versions), "device": device}
         if self._has_header:
             self.write({"resumed": {"step": self._resume, **machine, **more}})
@@ -78,7 +81,7 @@ class MetricsLog(Callback):
             self._has_header = True
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line.
+        """Appends one line.
 
         Args:
           record: nested dicts and lists of numbers, strings, booleans, None, numpy scalars and arrays.
@@ -95,28 +98,28 @@ class MetricsLog(Callback):
             raise NaloraError(str(self.path), expected="to append a line", found=error, remedy=remedy) from error
 
     def on_start(self, started: Started) -> None:
-        """The first line, or the note of a resumed run."""
+        """Writes the first line, or the line of a resumed run."""
         settings = {"settings": started.config} if started.step else {}
         self.start(started.config, versions=started.versions, device=started.device, **settings, **started.more)
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
-        """The line of a log step."""
+        """Writes the line of a log step."""
         self.write({"step": step, **record})
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        """The line of an evaluation; which questions were answered rightly is not kept."""
+        """Writes the line of an evaluation; per-example ``right`` only during training."""
         kept = {name: value for name, value in values.items() if not (kind and name == "right")}
         self.write({"step": step, **({kind: True} if kind else {}), "eval": kept})
 
     def on_end(self, ended: Ended) -> None:
-        """The last line."""
+        """Writes the last line."""
         known: dict[str, Any] = {"step": ended.step, "best_step": ended.best_step}
         known = {"message": ended.message} if ended.message else known
         self.write({"done": known | ({"seconds": ended.seconds} if ended.seconds else {})})
 
     def close(self) -> None:
-        """Close the file; more than once is fine."""
-        with suppress(OSError):  # what did not fit on the disk was said when it was written
+        """Closes the file; later calls have no effect."""
+        with suppress(OSError):  # `write` has already raised if the disk is full
             self._file.close()
 
     def __enter__(self) -> MetricsLog:
@@ -128,11 +131,11 @@ class MetricsLog(Callback):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All lines of a log in order; a last line that a crash left half written is ignored.
+    """Returns all lines of a log in order; an incomplete last line after a crash is ignored.
 
     Raises:
-      NaloraError: the file is missing, a line before the last is not a JSON object, a line's content differs from its
-        digest, or its fields are of other types than a run writes.
+      NaloraError: the file is missing, a line before the last is not a JSON object, a line's
+        content differs from its digest, or its fields have other types than a run writes.
     """
     path = Path(path)
     try:
@@ -168,15 +171,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_torn(error: Exception) -> bool:
-    """Returns True if a line without a newline is the beginning of an object, not an object with a damaged newline."""
+    """Returns True if a line without a newline is a truncated object.
+
+    It is False for an object whose newline is damaged.
+    """
     return isinstance(error, json.JSONDecodeError) and error.msg != "Extra data"
 
 
 def recorded_settings(folder: Path | str) -> dict[str, Any]:
-    """The settings that the run in ``folder`` was last started or continued with; {} where none are recorded.
+    """Returns the settings that the run in ``folder`` was last started or resumed with, or {}.
 
     Raises:
-      NaloraError: the log cannot be read, or those settings are of other types than a run writes.
+      NaloraError: the log cannot be read, or the settings have other types than a run writes.
     """
     path = Path(folder) / FILE
     found: dict[str, Any] = {}
@@ -191,7 +197,7 @@ def recorded_settings(folder: Path | str) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> Any:
-    """``value`` as plain JSON types.
+    """Returns ``value`` as plain JSON types.
 
     Numpy scalars and arrays become numbers and nested lists; floats keep nine significant digits (enough to tell
     any two float32 apart); NaN and infinity become None.
@@ -214,7 +220,7 @@ def to_json(value: Any) -> Any:
 
 
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Tags and numbers of one line, for trackers: top-level numbers, the evaluation's, and one tag per layer.
+    """Returns tags and numbers of one line, for trackers; layers have one tag each.
 
     Example:
       >>> scalars({"step": 1, "loss": 2.0, "eval": {"n": 4}, "layers": {"limit": [0.2, None]}})
@@ -228,7 +234,7 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines up to ``step``, after the file holds nothing else."""
+    """Removes the lines after ``step`` from the file, and returns the remaining ones."""
     if not path.exists():
         return []
     whole = read_metrics(path)

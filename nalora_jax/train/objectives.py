@@ -1,6 +1,7 @@
-"""What a training step minimises: the one part of it that knows what the model reads.
+"""Objectives of the training step: the only part of a step that depends on the model's inputs.
 
-`nalora_jax.method.step` takes an `Objective` and does the rest: statistics, masks, gradients, micro-batches, update.
+`nalora_jax.method.step` combines an `Objective` with statistics, masks, gradients, micro-batches
+and updates.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from nalora_jax.ops.trained_head import HeadRows, WholeHead, trained_cross_entro
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the tokens that the loss weights choose."""
+    """Cross-entropy of the tokens with non-zero loss weights."""
 
     model: Any  # a `nalora_jax.models.decoder.Decoder`, or any module with its call
     head: Head
     numerics: Numerics
     loss_chunk: int = 0
     batch_shards: int = 1  # parts that the mesh splits the batch into
-    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss, where the mesh splits it further
+    head_sharding: NamedSharding | None = None  # of the head's kernel in the loss
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """See `Objective`; arrays of the batch are ``[rows, seq]``."""
+        """Returns the loss of ``[rows, seq]`` arrays; see `nalora_jax.method.step.Objective`."""
         hidden, written = self.hidden(variables, batch, key)
         if (trained := self.trained_head(variables["lora"], params)) is not None:
             loss = trained_cross_entropy(
@@ -54,7 +55,7 @@ class NextToken:
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
     ) -> tuple[jax.Array, Any]:
-        """Hidden states ``[rows, seq, d_model]`` after the final norm, and what the gates wrote."""
+        """Returns hidden states ``[rows, seq, d_model]`` after the final norm; gate statistics."""
         chex.assert_rank(batch["tokens"], 2)
         hidden, written = self.model.apply(
             variables,
@@ -69,7 +70,7 @@ class NextToken:
         return hidden, written["gate_stats"]
 
     def trained_head(self, lora: Mapping[str, Any], params: Any) -> WholeHead | HeadRows | None:
-        """What is trained of the head, with what is not; None where it is frozen."""
+        """Returns the head's trained leaves and frozen kernel; None if the head is frozen."""
         if "embed" not in lora and "lm_head" not in lora:
             return None
         if "kernel" in lora.get("lm_head", {}):
@@ -82,14 +83,14 @@ class NextToken:
         return HeadRows(lora[group][leaf], self.kernel(params), ids, self.head.transposed)
 
     def kernel(self, params: Any) -> Any:
-        """The head's kernel, as it is stored."""
+        """Returns the head's kernel in its stored form."""
         kernel = params["embed"]["embedding"] if self.head.transposed else params["lm_head"]["kernel"]
         if self.head_sharding is not None:  # gathered once; every chunk of the loss multiplies by all of it
             kernel = lax.with_sharding_constraint(kernel, self.head_sharding)
         return kernel
 
     def cross_entropy(self, hidden: jax.Array, params: Any, batch: Batch, weights: jax.Array) -> jax.Array:
-        """The cross-entropy of the targets, weighted by ``[rows, seq]`` and summed."""
+        """Returns the cross-entropy of the targets, weighted by ``[rows, seq]`` and summed."""
         return cross_entropy(
             hidden,
             self.kernel(params),
@@ -103,22 +104,25 @@ class NextToken:
         )
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Real tokens, and target tokens."""
+        """Returns the numbers of real tokens and of loss tokens."""
         tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
         return tokens, jnp.sum(batch["loss_weights"], dtype=jnp.float32)
 
 
 @dataclass(frozen=True)
 class SeenNextToken(NextToken):
-    """`NextToken` of a model that sees the images of its rows."""
+    """`NextToken` of a vision-language model whose packed sequences contain images."""
 
-    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: makes numbers of grey levels
-    measured: tuple[str, ...] = ()  # blocks whose statistics are kept: those without adapters have no use for theirs
+    processor: Any = None  # `nalora_jax.data.images.ImageProcessor`: uint8 pixels to floats
+    measured: tuple[str, ...] = ()  # blocks whose statistics are kept: the blocks with adapters
 
     def hidden(
         self, variables: Mapping[str, Any], batch: Batch, key: jax.Array, **options: Any
     ) -> tuple[jax.Array, Any]:
-        """See `NextToken`; beside its arrays ``pixels [rows, images, height, width, 3]`` and ``images [rows]``."""
+        """Returns hidden states and gate statistics, see `NextToken`.
+
+        The batch also has ``pixels [rows, images, height, width, 3]`` and ``images [rows]``.
+        """
         features, seen = self.model.apply(
             variables,
             self.processor.normalise(batch["pixels"]),

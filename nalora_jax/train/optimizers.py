@@ -1,4 +1,4 @@
-"""The optimizer of plain LoRA from its settings: schedule, LoRA+ and rates by projection."""
+"""Builds the optimizer of plain LoRA from its settings: schedule, LoRA+ and rates by projection."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_optimizer(
     stages = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     stages.append(_named_optimizer(config, make_schedule(config, total_steps)))
     if plus_ratio != 1:
-        # After learning rate and weight decay, so that B trains as with its own, larger learning rate.
+        # After learning rate and weight decay: equivalent to a larger learning rate of B.
         stages.append(_scale_leaves("b", plus_ratio))
     if config.rates:
         stages.append(scale_by_projection(config.rates))
@@ -40,8 +40,9 @@ def make_optimizer(
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate by step: linear warm-up to the peak, then constant or a decay to ``final_ratio`` of it.
 
-    Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It begins above 0, so that no step
-    is wasted; with ``warmup_from_zero`` and a final ratio of 0 the rates equal transformers'.
+    Warm-up covers ``warmup_steps``, or ``ceil(warmup_share * total_steps)`` steps. It starts above
+    0, so that the first step has an effect; with ``warmup_from_zero`` and a final ratio of 0 the
+    rates are equal to transformers' rates.
     """
     if not config.learning_rate:
         remedy = "nalora_jax.train.learning_rate decides it"
@@ -78,8 +79,8 @@ def _named_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax
         case "sgd":
             return optax.chain(optax.add_decayed_weights(decay), optax.sgd(schedule))
         case "adafactor":
-            # Not optax.adafactor, whose step follows the parameter's size (B starts at 0) and whose decay ignores the
-            # learning rate.
+            # Not optax.adafactor: its step is proportional to the parameter's size (B starts at
+            # 0), and its weight decay ignores the learning rate.
             factored = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             return optax.chain(*factored, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(schedule))
     known = "adamw, adam, sgd, lion, adafactor"

@@ -1,16 +1,16 @@
-"""A run's output folder: who may write to it, and whether all processes see it.
+"""A run's output folder: its lock, its checks, and its visibility to all processes.
 
-<output>/run.lock         while a run writes here: who it is
-        /metrics.jsonl    what it measured, and its settings (`nalora_jax.train.metrics`)
-        /checkpoints/     what it can be continued from (`nalora_jax.train.checkpoint`)
+<output>/run.lock         the process that writes here, during a run
+        /metrics.jsonl    metrics and settings (`nalora_jax.train.metrics`)
+        /checkpoints/     checkpoints to resume from (`nalora_jax.train.checkpoint`)
         /before.json      held-out metrics of the base model
         /start/           LoRA-GA's adapters before the first step (`nalora_jax.train.start`)
-        /profile/         a trace of some steps, where one was asked for (`nalora_jax.train.profile`)
+        /profile/         a trace of some steps, if requested (`nalora_jax.train.profile`)
         /adapter/         PEFT files of the best checkpoint
-        /report.html      made from metrics.jsonl
+        /report.html      generated from metrics.jsonl
 
-Of a bucket (``gs://...``) the checkpoints are written there, by all processes; everything else is written to a folder
-of the first one's machine and copied (`nalora_jax.train.remote`).
+In a bucket (``gs://...``), all processes write the checkpoints directly; all other files are
+written to a local folder of the first process and copied (`nalora_jax.train.remote`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nalora_jax.train.profile import FOLDER as PROFILE
 
 CHECKPOINTS = "checkpoints"
 START = "start"
-# What a run writes before a checkpoint.
+# Entries that a run may write before its first checkpoint.
 _BEGINNING = {"metrics.jsonl", "before.json", "tensorboard", "wandb", "mlflow", START, CHECKPOINTS, PROFILE}
 _SEEN_WITHIN = 20.0  # seconds in which a file has to appear on all hosts; NFS keeps listings for some seconds
 
@@ -48,24 +48,24 @@ Resume = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class Output:
-    """A run's folder, locked, and whether there is a run in it to continue."""
+    """A run's locked folder, and whether it contains a run to resume."""
 
     folder: Path
     resumes: bool
-    mirror: remote.Mirror | None = None  # of a URL: what copies the folder
+    mirror: remote.Mirror | None = None  # copies the folder to a URL
 
     @property
     def checkpoints(self) -> Any:
-        """Where checkpoints are: a `Path`, or an ``epath.Path`` in a bucket."""
+        """Returns the folder of checkpoints: a `Path`, or an ``epath.Path`` in a bucket."""
         return _checkpoints(self.folder, self.mirror)
 
     @property
     def common(self) -> Any:
-        """Where every process may write: the folder, or an ``epath.Path`` in a bucket."""
+        """Returns the folder that every process may write to; an ``epath.Path`` in a bucket."""
         return self.checkpoints.parent
 
     def share(self, name: str) -> None:
-        """Makes what the first process wrote to ``name``, a folder within this one, readable in all; all call it."""
+        """Makes folder ``name`` of the first process readable in all processes; all call it."""
         if self.mirror is not None and jax.process_count() > 1:
             on_first_process(self.mirror.push)
             if jax.process_index():
@@ -74,18 +74,21 @@ class Output:
 
 @contextmanager
 def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
-    """A run's output folder, made or checked, so that no run ever writes over another one or beside it.
+    """Creates or checks a run's output folder, so that no two runs write to the same one.
 
-    With several processes the first one decides for all, before any of them writes, and holds the lock.
+    With several processes, the first one decides for all, before any of them writes, and holds the
+    lock.
 
     Args:
-      folder: on storage that all processes share; or a URL (`nalora_jax.train.remote`), of several processes ``gs://``.
-      resume: continue the run in it; "auto" does so where there is a checkpoint, and starts a run where there is none,
-        over the log of one that was stopped before its first checkpoint.
+      folder: a folder on storage that all processes share, or a URL (`nalora_jax.train.remote`);
+        several processes need ``gs://``.
+      resume: resume the run in the folder. "auto" resumes if there is a checkpoint, and otherwise
+        starts a new run, replacing the log of a run that stopped before its first checkpoint.
 
     Raises:
-      NaloraError: the folder holds files and ``resume`` is off; ``resume`` is on and there is no checkpoint in it;
-        another process writes to it; it cannot be written; or one of the processes does not see it.
+      NaloraError: the folder contains files and ``resume`` is off; ``resume`` is on and there is no
+        checkpoint; another process writes to it; it cannot be written; or a process does not see
+        it.
     """
     where = buckets.url(str(folder))
     if where is None:
@@ -107,7 +110,7 @@ def open_output(folder: Path | str, resume: Resume) -> Iterator[Output]:
 
 @contextmanager
 def _claimed(path: Path, resume: Resume, mirror: remote.Mirror | None) -> Iterator[Output]:
-    """`open_output` of a folder of a file system, and what copies it to a URL."""
+    """Opens a local folder for `open_output`, with the mirror that copies it to a URL."""
     held: list[Lock] = []
     try:
         resumes = on_first_process(lambda: _claim(path, _checkpoints(path, mirror), resume, held))
@@ -124,14 +127,14 @@ def _checkpoints(folder: Path, mirror: remote.Mirror | None) -> Any:
 
 
 def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
-    """Refuse a folder that only some of the processes see: each looks for a file that the first one wrote.
+    """Raises an error unless all processes see a file that the first one writes to a folder.
 
     Args:
       folder: a `Path`, or an ``epath.Path`` in a bucket.
       within: seconds that the file may take to appear.
 
     Raises:
-      NaloraError: in every process, naming those that do not see it.
+      NaloraError: in every process, naming the processes that do not see the folder.
     """
     number = multihost_utils.broadcast_one_to_all(np.frombuffer(secrets.token_bytes(8), np.uint32))
     mark = folder / f".shared-{number.tobytes().hex()}"
@@ -155,12 +158,12 @@ def check_shared(folder: Any, within: float = _SEEN_WITHIN) -> None:
 def _is_seen(mark: Any) -> bool:
     try:
         return bool(mark.exists())
-    except Exception:  # stores raise errors of their own, without rights for example; the others have to learn of it
+    except Exception:  # e.g. missing permissions; the other processes have to be notified
         return False
 
 
 def _refuse_url(where: str) -> None:
-    """Checkpoints of several processes are written by all of them, to storage that they share."""
+    """Raises an error for URLs that several processes cannot write checkpoints to."""
     if jax.process_count() > 1 and not remote.is_written_directly(where):
         remedy = "mount the bucket on every host (mountpoint-s3 for s3://) and name a folder in it"
         expected = f"a folder of a file system or gs://..., with {jax.process_count()} processes"
@@ -168,7 +171,7 @@ def _refuse_url(where: str) -> None:
 
 
 def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bool:
-    """Make or check the folder and lock it; whether there is a run to continue."""
+    """Creates or checks the folder and locks it; returns True if there is a run to resume."""
     if path.exists() and not path.is_dir():
         raise NaloraError("--output", expected="a folder", found=f"the file {path}", remedy="choose another name")
     if resume is True:
@@ -182,7 +185,8 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
     held.append(lock)
     resumes = bool(resume) and has_checkpoint(checkpoints)
     if resume is True:
-        _require_checkpoint(path, checkpoints)  # it may have gone while another process held the lock
+        # Again: another process may have removed it while it held the lock.
+        _require_checkpoint(path, checkpoints)
     if resume == "auto" and not resumes and set(_files(path)) <= _BEGINNING:
         _clear(path)
         if checkpoints.exists():  # in a bucket
@@ -199,19 +203,19 @@ def _claim(path: Path, checkpoints: Any, resume: Resume, held: list[Lock]) -> bo
 
 
 def _clear(path: Path) -> None:
-    """Remove what a run left that was stopped before its first checkpoint: it starts again from nothing."""
+    """Removes the files of a run that stopped before its first checkpoint."""
     for name in _files(path):
         entry = path / name
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def has_checkpoint(checkpoints: Any) -> bool:
-    """Whether a run has a committed checkpoint in its folder of checkpoints."""
+    """Returns True if a run's folder of checkpoints contains a committed one."""
     return last_step(checkpoints) is not None
 
 
 def last_step(checkpoints: Any) -> int | None:
-    """The step of the newest committed checkpoint in a run's folder of checkpoints; None without any."""
+    """Returns the step of the newest committed checkpoint in a folder; None without any."""
     found = ocp_path.step.standard_name_format().find_all(checkpoints) if checkpoints.is_dir() else ()
     return max((one.step for one in found), default=None)
 
@@ -225,7 +229,7 @@ def _require_checkpoint(path: Path, checkpoints: Any) -> None:
 
 
 def _files(path: Path) -> list[str]:
-    """Names of what a run left in ``path``."""
+    """Returns the names of a run's files in ``path``, without the lock."""
     return sorted(entry.name for entry in path.iterdir() if entry.name != LOCK) if path.is_dir() else []
 
 

@@ -1,4 +1,4 @@
-"""What a run puts together before its first step, whatever its model reads."""
+"""The parts of a run before its first step, independent of the kind of data."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from nalora_jax.weights.origin import Origin
 
 
 class RunBase(Protocol):
-    """A loaded model, as a run needs it."""
+    """A loaded base model of a run."""
 
     @property
     def params(self) -> Any:
-        """The frozen weights."""
+        """Returns the frozen weights."""
 
     @property
     def source(self) -> str:
-        """What its adapters call their base."""
+        """Returns the name of the base model that adapters record."""
 
     @property
     def fingerprint(self) -> str:
-        """Digest of its description and weights."""
+        """Returns the digest of its config and weights."""
 
     @property
     def origin(self) -> Origin | None:
-        """Where its weights come from, where they come from one file or folder."""
+        """Returns the origin of its weights, if they come from a single file or folder."""
 
 
 class TrainingRows(Protocol):
-    """Training rows."""
+    """Training data as packed sequences or images."""
 
     def batches(self) -> BatchIterator:
-        """Batches without end."""
+        """Returns an endless iterator of batches."""
 
     def describe(self) -> dict[str, Any]:
-        """Figures for the log."""
+        """Returns figures for the log."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Pieces:
     loaded: RunBase
     assembly: Assembly
     data: TrainingRows
-    evaluator: Any  # of the examples that results are reported on; see `nalora_jax.evaluate.heldout.Evaluator`
-    selector: Any  # of those that choose the checkpoint
-    questions: Mapping[str, str]  # digests of the examples behind both
-    # Writes the adapter of a state to a folder, compares what it wrote, and returns the folder.
+    evaluator: Any  # evaluates the reported examples; see `nalora_jax.evaluate.heldout.Evaluator`
+    selector: Any  # evaluates the examples that select the checkpoint
+    questions: Mapping[str, str]  # digests of the examples of both
+    # Writes the adapter of a state to a folder, verifies it by reloading, and returns the folder.
     export: Callable[[Path, TrainState], Path]
-    in_turns: bool | None = None  # whether a chat template writes the training texts
+    in_turns: bool | None = None  # True if the training texts are formatted by a chat template

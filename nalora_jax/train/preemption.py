@@ -1,8 +1,10 @@
-"""Being asked to stop: Ctrl-C, and the SIGTERM by which schedulers announce that a machine will be taken away.
+"""Stop requests: Ctrl-C, and SIGTERM, which schedulers send before they reclaim a machine.
 
-While steps run, the first signal only asks: the loop finishes its step and saves. Before and after, there is nothing to
-save, and it stops at once, as a second Ctrl-C always does. In a run of several processes JAX receives SIGTERM, and all
-processes agree on the step after which they stop (`jax.experimental.multihost_utils.reached_preemption_sync_point`).
+During training steps, the first signal is a request: the loop finishes its step and saves. Before
+and after the steps there is no state to save, and a signal stops the process at once, like a second
+Ctrl-C does at any time. In a run of several processes JAX receives SIGTERM, and all processes agree
+on the step after which they stop
+(`jax.experimental.multihost_utils.reached_preemption_sync_point`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from nalora_jax.errors import Interrupted
 
 
 class StopSignals:
-    """Whether the run was asked to stop; `nalora_jax.train.preemption.stop_signals` makes it."""
+    """Stop requests that a run received, from `nalora_jax.train.preemption.stop_signals`."""
 
     def __init__(self) -> None:
         self._polled = False
@@ -29,7 +31,7 @@ class StopSignals:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Within this block a signal waits until `asked` is called."""
+        """Defers signals within this block until `asked` is called."""
         self._polled = True
         try:
             yield
@@ -38,20 +40,20 @@ class StopSignals:
 
     @property
     def signal(self) -> Signals:
-        """The signal that stopped the run."""
+        """Returns the signal that stopped the run."""
         return self._received or Signals.SIGTERM
 
     def asked(self, step: int) -> bool:
-        """Whether the run has to stop after ``step``; all processes get the same answer.
+        """Returns True if the run has to stop after ``step``; all processes return the same value.
 
-        To be called after every step, by all processes.
+        All processes must call it after every step.
         """
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handles a signal."""
         del frame
         again = self._received is not None
         self._received = Signals(number)
@@ -61,10 +63,11 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Receive SIGTERM and SIGINT while the block runs, where a program may: in the main thread of one process."""
+    """Handles SIGTERM and SIGINT within the block, in the main thread of a single-process run."""
     signals = StopSignals()
     before = {}
-    # JAX's own handler of SIGTERM must stay where there are several processes; a single Ctrl-C would split them.
+    # Several processes need JAX's handler of SIGTERM, and a Ctrl-C that reaches one process would
+    # stop only that one.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, signals.receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

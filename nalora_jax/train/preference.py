@@ -3,9 +3,10 @@
     delta = log p(chosen) / p_ref(chosen) - log p(rejected) / p_ref(rejected)
     loss  = -(1 - s) log sigmoid(beta delta) - s log sigmoid(-beta delta)
 
-p_ref is the base with the adapter off: the same frozen weights, read once more. The loss depends on tokens only through
-delta, so its gradient is that of a cross-entropy whose weights are the derivative of the loss by each token's
-log-probability, and logits exist chunk by chunk as in any other step.
+p_ref is the base with the adapter off: a second forward pass with the same frozen weights. The loss
+depends on tokens only through delta. So its gradient equals the gradient of a cross-entropy whose
+weights are the derivative of the loss with respect to each token's log-probability, and logits are
+computed in chunks like in any other step.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.target_losses import target_losses
 from nalora_jax.train.objectives import NextToken
 
-# Collections that make the policy of the base.
+# Collections that the policy has in addition to the base's.
 _ADAPTED = ("lora", "gate_mask", "gate_taps")
 
 
 class Pairs(NamedTuple):
-    """What a loss says of pairs, each float32 and of the shape of the log-ratios."""
+    """Loss and rewards of pairs, each float32 with the shape of the log-ratios."""
 
     loss: jax.Array
     chosen: jax.Array  # rewards: beta times the log-ratio
@@ -37,10 +38,11 @@ class Pairs(NamedTuple):
 
 
 def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pairs:
-    """The loss of pairs.
+    """Returns the DPO loss and the rewards of pairs.
 
     Args:
-      chosen, rejected: log-ratios of policy and reference; per token of the answer with ``config.per_token``.
+      chosen, rejected: log-ratios of policy and reference; per completion token with
+        ``config.per_token``.
       config: beta and label smoothing.
     """
     margin = config.beta * (chosen - rejected)
@@ -51,20 +53,23 @@ def dpo(chosen: jax.Array, rejected: jax.Array, config: PreferenceConfig) -> Pai
 
 @dataclass(frozen=True)
 class Preference:
-    """DPO over packed pairs (`nalora_jax.data.preference`): an `nalora_jax.train.objectives.Objective`."""
+    """`nalora_jax.method.step.Objective` of DPO on packed pairs (`nalora_jax.data.preference`)."""
 
     policy: NextToken
     config: PreferenceConfig
 
     def loss(self, variables: Mapping[str, Any], params: Any, batch: Batch, key: jax.Array) -> Evaluated:
-        """See `nalora_jax.train.objectives.Objective`; the batch has ``pairs`` ``[rows, pairs]`` besides text."""
+        """Returns the loss, see `nalora_jax.method.step.Objective`.
+
+        The batch has the arrays of text and ``pairs [rows, pairs]``.
+        """
         hidden, written = self.policy.hidden(variables, batch, key)
         base = {name: tree for name, tree in variables.items() if name not in _ADAPTED}
         reference = self.policy.model.clone(adapters=AdapterSpec()).apply(
             base, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
         policy_losses, reference_losses = (self._losses(h, params, batch) for h in (hidden, reference))
-        # [rows, pairs, 2]: log-ratios of the answers to each pair, chosen first, and their numbers of tokens.
+        # [rows, pairs, 2]: log-ratios of the completions, chosen first, and their token counts.
         ratios = self._by_answer(reference_losses - policy_losses, batch)
         tokens = jnp.maximum(self._by_answer(batch["loss_weights"], batch), 1.0)
         per = 1.0 / tokens if self.config.per_token else jnp.ones_like(tokens)
@@ -82,11 +87,11 @@ class Preference:
             "rewards_margin": jnp.sum(real * (found.chosen - found.rejected)),
             "rewards_accuracy": jnp.sum(real * (found.chosen > found.rejected)),
         }
-        # The loss's value, with the surrogate's gradient.
+        # Value of the loss, gradient of the surrogate.
         return Evaluated(lax.stop_gradient(value - surrogate) + surrogate, written, lax.stop_gradient(measured))
 
     def counts(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Real tokens, and pairs."""
+        """Returns the numbers of real tokens and of pairs."""
         return self.policy.counts(batch)[0], jnp.sum(batch["pairs"])
 
     def _losses(self, hidden: jax.Array, params: Any, batch: Batch) -> jax.Array:
@@ -103,12 +108,12 @@ class Preference:
         )
 
     def _by_answer(self, values: jax.Array, batch: Batch) -> jax.Array:
-        """Sums ``[rows, pairs, 2]`` of ``[rows, seq]`` over each segment; segment 0 is padding."""
+        """Sums ``[rows, seq]`` over each segment to ``[rows, pairs, 2]``; segment 0 is padding."""
         count = 2 * batch["pairs"].shape[1]
         sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, count + 1))(values, batch["segment_ids"])
         return sums[:, 1:].reshape(sums.shape[0], -1, 2)
 
     def _by_token(self, values: jax.Array, batch: Batch) -> jax.Array:
-        """Every token's value ``[rows, seq]`` of ``[rows, pairs, 2]``; 0 where it is no target."""
+        """Spreads ``[rows, pairs, 2]`` over the loss tokens of ``[rows, seq]``; 0 elsewhere."""
         flat = jnp.pad(values.reshape(values.shape[0], -1), ((0, 0), (1, 0)))
         return jnp.take_along_axis(flat, batch["segment_ids"], axis=1) * batch["loss_weights"]

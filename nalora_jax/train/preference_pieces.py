@@ -1,4 +1,4 @@
-"""What a run on preference pairs puts together before its first step."""
+"""Builds the pieces of a run on preference pairs before its first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def preference_pieces(
     source: Mapping[str, Source] | None,
     share: Callable[[str], None],
 ) -> Pieces:
-    """Adapters, step, pairs and evaluators of a run with ``preference.loss``; ``share`` as `export` takes it.
+    """Builds adapters, step, pairs and evaluators of a run with ``preference.loss``.
+
+    ``share`` is passed to `nalora_jax.train.export.export`.
 
     Raises:
       NaloraError: bad records, pairs that do not fit, or too few held out.
@@ -70,7 +72,7 @@ def preference_pieces(
 
 
 def _digest(pairs: Sequence[Pair]) -> str:
-    """SHA-256 of pairs: equal where the same is asked in the same order."""
+    """Returns the SHA-256 of pairs; equal for equal pairs in the same order."""
     found = hashlib.sha256()
     for pair in pairs:
         for example in (pair.chosen, pair.rejected):

@@ -17,17 +17,20 @@ from etils import epath
 from nalora_jax.errors import NaloraError
 
 log = logging.getLogger(__name__)
-FOLDER = "profile"  # within a run's folder; what ``xprof --logdir`` and TensorBoard are given
+FOLDER = "profile"  # within a run's folder; the argument of ``xprof --logdir`` and TensorBoard
 
 
 class Profile:
-    """Traces consecutive steps on this process's host and devices; a context manager around all steps.
+    """Trace of consecutive steps on this process's host and devices.
 
-    Every process writes one file, ``plugins/profile/steps_10-14/process_0.xplane.pb``: xprof shows them as the hosts of
-    one run. A run that starts or stops within the steps is traced as far as it goes.
+    It is a context manager around all steps of the run.
+
+    Every process writes one file, ``plugins/profile/steps_10-14/process_0.xplane.pb``; xprof shows
+    them as the hosts of one run. If a run starts or stops within the steps, its part of them is
+    traced.
 
     Args:
-      steps: numbers of the steps; none without a profile.
+      steps: numbers of the steps; empty without a profile.
       folder: a `Path` or an ``epath.Path`` that this process may write to.
     """
 
@@ -38,7 +41,7 @@ class Profile:
 
     @contextmanager
     def step(self, step: int, state: Any) -> Iterator[None]:
-        """Marks the dispatch of a step in the trace, which begins with the first one, once ``state`` is computed."""
+        """Annotates a step's dispatch; the first step waits for ``state`` and starts the trace."""
         if step in self._steps and not self._first:
             jax.block_until_ready(state)
             self._start(step)
@@ -55,7 +58,7 @@ class Profile:
     def _start(self, step: int) -> None:
         scratch = self._tracing.enter_context(tempfile.TemporaryDirectory())
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # it slows every call of the steps that it times
+        options.python_tracer_level = 0  # the Python tracer slows down the steps that it times
         try:
             jax.profiler.start_trace(scratch, profiler_options=options)
         except RuntimeError as error:
@@ -82,7 +85,7 @@ class Profile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Writes a trace that the end of the run has cut off."""
+        """Writes the trace if the run ended within the traced steps."""
         del kind, error, trace
         if self._first:
             self._stop(self._last)

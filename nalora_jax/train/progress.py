@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one line per log step, and on a terminal a progress bar below these lines."""
+"""Terminal output of training: one line per log step, and on a terminal a progress bar below."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STARTING = "  starting ..."
 
 
 class Progress:
-    """Loss, learning rate, tokens/s, misalignment and time left; a context manager.
+    """Display of loss, learning rate, tokens/s, misalignment and remaining time; a context manager.
 
     Args:
       total: optimizer steps of the whole run.
-      start: step that the run starts from (above 0 after a resume).
-      console: where to write; standard output by default.
-      clock: seconds from any origin; replaced in tests.
+      start: steps completed before (above 0 after a resume).
+      console: output console; standard output by default.
+      clock: seconds since any origin; replaced in tests.
 
     Example:
       >>> with Progress(total=100) as progress:
@@ -55,14 +55,14 @@ class Progress:
             self._task = self._bar.add_task("train", total=total, completed=start, numbers=self._numbers)
 
     def advance(self, step: int) -> None:
-        """Say that ``step`` steps have been started."""
+        """Records that ``step`` steps have been started."""
         if self._bar is not None:
             if self._numbers == STARTING:
                 self._numbers = ""
             self._bar.update(self._task, completed=step, numbers=self._numbers)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Show the numbers of a log step (keys as in metrics.jsonl; those that are missing or None are left out)."""
+        """Shows the numbers of a log step (keys as in metrics.jsonl; None is skipped)."""
         left = self.seconds_left(step) if step < self.total else None
         if notes.as_json():
             known = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -76,9 +76,10 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=shown)
 
     def seconds_left(self, step: int) -> float | None:
-        """Seconds until the last step at the mean speed since the first log step, or None at that step.
+        """Returns seconds until the last step at the mean speed since the first log step, or None.
 
-        What came before the first log step is left out, because it holds the compilation.
+        It is None at the first log step. Earlier time is not counted, because it includes the
+        compilation.
         """
         now = self._clock()
         if self._first is None or step <= self._first[0]:
@@ -88,18 +89,18 @@ class Progress:
         return (now - then) / (step - first) * (self.total - step)
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         if notes.as_json():
             self._write({"message": text})
         else:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, values: Mapping[str, object]) -> None:
-        """One JSON object on a line."""
+        """Prints one JSON object on a line."""
         self.console.print(json.dumps(values), markup=False, highlight=False, soft_wrap=True)
 
     def _counted(self, what: str, count: int, total: int | None) -> None:
-        """Show other work than steps beside the bar, until it is done."""
+        """Shows progress of work other than steps in the bar's line until it is done."""
         assert self._bar is not None
         done = total is not None and count >= total
         numbers = self._numbers if done else f"  {notes.progress_text(what, count, total)}"
@@ -119,7 +120,7 @@ class Progress:
 
 
 def describe(values: Mapping[str, float | None]) -> list[str]:
-    """The numbers of a log step, each with its name or unit.
+    """Returns the numbers of a log step, each with its name or unit.
 
     Example:
       >>> describe({"loss": 3.21, "learning_rate": 1e-3, "tokens_per_second": 1234.0, "misalignment": 0.26})
@@ -137,20 +138,23 @@ def describe(values: Mapping[str, float | None]) -> list[str]:
 
 
 class Stages:
-    """Seconds of wall time by stage; each begins where the one before it ended, the first when this is made."""
+    """Wall time in seconds by stage.
+
+    A stage starts when the previous one ends, the first one at construction.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
     def end(self, stage: str) -> None:
-        """Say that ``stage`` is over."""
+        """Records the end of ``stage``."""
         now = time.perf_counter()
         self.seconds[stage], self._since = now - self._since, now
 
 
 def duration(seconds: float) -> str:
-    """A length of time as ``m:ss`` or ``h:mm:ss``.
+    """Returns a duration as ``m:ss`` or ``h:mm:ss``.
 
     Example:
       >>> duration(125.4), duration(3725)

@@ -1,4 +1,4 @@
-"""What the lines of a run's log may hold: everything that reads a log relies on it, and it may have been edited."""
+"""Validation of a run's log: lines may have been edited, and all readers rely on their types."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 
 _MAX_STEP = 2**53
-_MAX_DEPTH = 12  # of a run's config
-_MAX_LAYERS = 2**9  # of all towers together; no model has more, and every one is drawn and has a row in the report
-_MAX_HISTOGRAMS = 2**4  # mechanisms of one run; each is a picture of the report, a third of a second
+_MAX_DEPTH = 12  # nesting of a run's config
+# Layers of all towers together. No model has more, and the report has a row and a curve for each.
+_MAX_LAYERS = 2**9
+_MAX_HISTOGRAMS = 2**4  # mechanisms of one run; the report draws each in 0.3 s
 _MAX_EDGES = 2**10
 _GROUPS = {group.name for group in fields(RunConfig) if is_dataclass(group.default_factory)}  # settings with settings
-_NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # of a log step
-_OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")  # of an evaluation: what is no number
+_NESTED = ("layers", "towers", "adapters", "ranks", "histograms")  # non-numbers of a log step
+# Values of an evaluation that are not numbers.
+_OTHERS = ("samples", "right", "paired", "questions", "classes", "confusion")
 
 
 def check_record(record: Mapping[str, Any], where: str) -> None:
-    """Refuses a line whose known fields are of the wrong type; fields that are not known are nobody's concern.
+    """Raises an error if a known field of a line has the wrong type; unknown fields are ignored.
 
     Args:
       record: one parsed line of metrics.jsonl.
@@ -61,7 +63,7 @@ def check_record(record: Mapping[str, Any], where: str) -> None:
 
 
 def check_evaluation(values: Mapping[str, Any], where: str) -> None:
-    """Refuses an evaluation whose metrics are no numbers, or whose samples are of another form than a run writes."""
+    """Raises an error if a metric of an evaluation is not a number or its samples are malformed."""
     numbers = {name: value for name, value in values.items() if name not in _OTHERS}
     _check_numbers(numbers, where)
     if values.get("n") is not None:
@@ -106,7 +108,7 @@ def _check_header(record: Mapping[str, Any], where: str) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deeply objects and lists are nested, without recursion."""
+    """Returns the nesting depth of objects and lists, without recursion."""
     depth, level = 0, [value]
     while level and depth <= _MAX_DEPTH:
         depth += 1
@@ -116,7 +118,7 @@ def _depth(value: Any) -> int:
 
 
 def _check_towers(towers: Mapping[str, Any], where: str) -> None:
-    """How many layers each has: the report names every one."""
+    """Checks the number of layers of each tower and their sum; the report shows all."""
     for name, rows in towers.items():
         _check_step(rows, f"{where}: {name}")
     if sum(towers.values()) > _MAX_LAYERS:
@@ -124,7 +126,7 @@ def _check_towers(towers: Mapping[str, Any], where: str) -> None:
 
 
 def _check_layers(layers: Mapping[str, Any], where: str) -> None:
-    """One number, or one row of numbers, for every layer."""
+    """Checks that every layer has one number, or one row of numbers."""
     for name, rows in layers.items():
         here = f"{where}: {name}"
         if rows is None:
@@ -139,7 +141,7 @@ def _check_layers(layers: Mapping[str, Any], where: str) -> None:
 
 
 def _check_histograms(histograms: Mapping[str, Any], where: str) -> None:
-    """Rising edges, and for every layer a row of counts: one bin more than there are edges."""
+    """Checks for increasing edges and one row of counts per layer, with one bin more than edges."""
     if len(histograms) > _MAX_HISTOGRAMS:
         raise _error(where, f"those of at most {_MAX_HISTOGRAMS} mechanisms", list(histograms))
     for label in histograms:
@@ -167,7 +169,7 @@ def _check_numbers(values: Mapping[str, Any], where: str, needed: tuple[str, ...
 
 
 def _check_number(value: object, where: str) -> None:
-    """A finite number or null; a whole number of any length is one that a float can hold."""
+    """Checks for null or a finite number, also for integers that exceed the range of a float."""
     if value is None or isinstance(value, bool):
         return
     if not isinstance(value, int | float) or not abs(value) < 1e300 or not math.isfinite(value):

@@ -1,14 +1,16 @@
 """A run's folder on an object store (``gs://bucket/run``, ``s3://bucket/run``).
 
-The first process writes to a folder of its machine; whatever is finished there is copied to the store, every half
-minute and once more at the end, and what the run removed is removed there. A run that is continued, here or on another
-machine, takes what the store holds; other processes take it too, and write nothing.
+The first process writes to a local folder. Its finished files are copied to the store every 30
+seconds and once more at the end; files that the run removed are removed from the store. A resumed
+run, on the same or another machine, first fetches the files of the store. Other processes fetch
+them too, but write no files.
 
-Checkpoints in Google's store are written there by Orbax, by all processes, and committed by a file; they are never
-copied. In other stores they are copied like the rest, from one process: the digests go first, so that a copy that was
-cut off is found to be damaged, and the checkpoint before it is taken.
+In Google's store, all processes write checkpoints directly, through Orbax, and a commit file
+completes each; they are never copied. In other stores, one process copies its checkpoints like the
+other files. The digests are copied first, so that an incomplete copy is detected as damaged, and
+the previous checkpoint is restored.
 
-Paths are etils' (`epath`), which has ``gs://`` and ``s3://`` with fsspec's packages for them.
+Paths are etils' `epath`, which supports ``gs://`` and ``s3://`` through fsspec's packages.
 """
 
 from __future__ import annotations
@@ -37,32 +39,33 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.train.lock import FILE as LOCK
 
 log = logging.getLogger(__name__)
-HOLDER = "remote.lock"  # in the store: who copies to it, and when last
+HOLDER = "remote.lock"  # in the store: the machine that copies to it, and the time of its last copy
 _EVERY = 30.0  # seconds between two copies
-_DIRECT = "gs://"  # whose paths Orbax and TensorStore write themselves
+_DIRECT = "gs://"  # paths that Orbax and TensorStore write directly
 
 
 def is_written_directly(where: str) -> bool:
-    """Whether checkpoints go to the URL ``where`` without a folder in between, from any number of processes."""
+    """Returns True if all processes write checkpoints directly to the URL ``where``."""
     return where.startswith(_DIRECT)
 
 
 @contextmanager
 def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: float = _EVERY) -> Iterator[Mirror]:
-    """A folder of this machine whose finished files are copied to the URL ``where``, until it is left.
+    """Opens a local folder whose finished files are copied to the URL ``where``.
 
-    With several processes every one has such a folder. The first one's is copied; the others' are empty until they
-    fetch what is in the store.
+    Copying stops when the context ends. With several processes, each has a local folder. Only the
+    first one's is copied; the others are empty until `Mirror.fetch`.
 
     Args:
       where: the run's folder in the store.
-      fresh: the run may not find another one there; else what is there is fetched first.
-      without: names of folders in it that are left alone.
+      fresh: require an empty folder in the store; otherwise its files are fetched first.
+      without: names of top-level folders that are neither fetched nor copied.
       every: seconds between two copies.
 
     Raises:
-      NaloraError: the store cannot be reached, or not be written; another machine writes to that folder; ``fresh``, and
-        it holds a run. At the end: the last copy failed, which leaves everything in the folder that is named.
+      NaloraError: the store cannot be reached or written; another machine writes to that folder; or
+        ``fresh`` and the folder contains a run. At the end: the last copy failed; the message names
+        the local folder, which still contains all files.
     """
     own = f"-{jax.process_index()}" if jax.process_index() else ""  # several processes may share a machine
     folder = downloads.cache_dir() / "runs" / (hashlib.sha256(where.encode()).hexdigest()[:16] + own)
@@ -95,20 +98,21 @@ def mirrored(where: str, *, fresh: bool, without: tuple[str, ...] = (), every: f
 
 @dataclass
 class Mirror:
-    """Copies one folder to one place of a store."""
+    """Copy of one local folder in one folder of a store."""
 
     where: str
     store: epath.Path
     folder: Path
     without: tuple[str, ...] = ()  # folders at its top that are neither fetched nor copied
-    _copied: dict[str, tuple[int, int]] = field(default_factory=dict)  # size and time of what the store has, by name
+    # Size and time of each file at its last copy.
+    _copied: dict[str, tuple[int, int]] = field(default_factory=dict)
     _copies: threading.Lock = field(default_factory=threading.Lock)
 
     def claim(self) -> None:
-        """Note in the store that this machine writes there.
+        """Records in the store that this machine writes there.
 
         Raises:
-          NaloraError: another machine does.
+          NaloraError: another machine writes there.
         """
         lock = self.store / HOLDER
         if lock.exists():
@@ -127,14 +131,14 @@ class Mirror:
         self._sign()
 
     def release(self) -> None:
-        """The other way round."""
+        """Removes the record of `claim`."""
         (self.store / HOLDER).unlink(missing_ok=True)
 
     def refuse_others(self, *, fresh: bool) -> None:
-        """Where the run is ``fresh``, the store may hold nothing.
+        """Checks that the store's folder is empty if the run is ``fresh``.
 
         Raises:
-          NaloraError: it does.
+          NaloraError: it is not empty.
         """
         names = sorted(self._held()) if fresh else []
         if names:
@@ -146,9 +150,9 @@ class Mirror:
             )
 
     def fetch(self, within: str = "") -> None:
-        """Make the folder, or a folder ``within`` it, what the store holds."""
+        """Replaces the local folder, or a folder ``within`` it, by its copy in the store."""
         here = self.folder / within
-        if here.exists():  # what an earlier run left on this machine; its last copies are in the store
+        if here.exists():  # of an earlier run on this machine; the store has its last copies
             shutil.rmtree(here)
         here.mkdir(parents=True, exist_ok=True)
         for name in self._held():
@@ -161,7 +165,7 @@ class Mirror:
             self._copied[name] = _state(target)
 
     def push(self) -> None:
-        """Copy what is new or has changed, and remove what is gone."""
+        """Copies new and changed files, and removes deleted ones."""
         with self._copies:
             self._sign()
             self._push()
@@ -179,7 +183,7 @@ class Mirror:
             del self._copied[name]
 
     def _held(self) -> Iterator[str]:
-        """Names of what a run left in the store."""
+        """Returns the names of the run's files in the store."""
         names = files.names_below(self.store) if self.store.exists() else ()
         return (name for name in names if name != HOLDER and not name.startswith("."))
 
@@ -188,7 +192,7 @@ class Mirror:
 
 
 def finished(folder: Path) -> list[str]:
-    """Names of the files below ``folder`` that nobody is writing: no scratch files, no checkpoints under way."""
+    """Returns the files below ``folder`` except scratch files and uncommitted checkpoints."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if ocp_path.atomicity_types.TMP_DIR_SUFFIX not in name]
@@ -198,7 +202,7 @@ def finished(folder: Path) -> list[str]:
 
 
 def _order(name: str) -> tuple[bool, str]:
-    """Digests first: they say what else has to be there."""
+    """Returns a sort key that puts digests first: they list the files that have to follow."""
     return (Path(name).name != files.DIGESTS, name)
 
 
@@ -208,16 +212,16 @@ def _keep_copying(mirror: Mirror, stop: threading.Event, every: float) -> None:
         try:
             mirror.push()
             warned = False
-        except FileNotFoundError:  # removed by the run while it was looked at
+        except FileNotFoundError:  # the run removed a file during the copy
             continue
-        except Exception as error:  # stores raise errors of their own; the last copy raises
+        except Exception as error:  # stores raise any type; the last copy does not suppress it
             if not warned:
                 log.warning("%s cannot be written (%s); trying again", mirror.where, error)
             warned = True
 
 
 def _opened(where: str) -> epath.Path:
-    """The path in the store, whose packages are there."""
+    """Opens the path in the store; checks its packages and that it can be read."""
     try:
         if is_written_directly(where):
             _see_what_others_write()
@@ -231,21 +235,21 @@ def _opened(where: str) -> epath.Path:
 
 
 def _see_what_others_write() -> None:
-    """Has gcsfs ask the store for what is in a folder, instead of what it was told of it before."""
+    """Disables gcsfs's cache of folder listings, so that it lists files of other processes."""
     from fsspec.config import conf
 
     conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
+    """Returns size and modification time, which change with a file's content."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
 
 
 @contextmanager
 def _store_errors(where: str, expected: str) -> Iterator[None]:
-    """Whatever a store raises, as this library's error."""
+    """Converts all errors of a store to this library's error."""
     try:
         yield
     except NaloraError:

@@ -1,4 +1,4 @@
-"""The data of a run on conversations about images."""
+"""Training data of conversations about images."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def seen_sources(
     *,
     splits: Sequence[str] | None = None,
 ) -> dict[str, Source]:
-    """The records of a run by split, in the form that `ChatImages` gives them, those without broken images.
+    """Returns the records of a run by split, converted by `ChatImages`, without broken images.
 
     Args:
       data, vision: the run's settings.
-      tokens: how the model writes an image.
-      source: records by split, in place of what ``data`` names.
-      splits: which of them; those that are trained and reported on by default.
+      tokens: the model's image tokens.
+      source: records by split, which replace the data set of ``data``.
+      splits: splits to open; the training and the evaluation split by default.
 
     Raises:
-      NaloraError: bad data; or records would be cut, and images with them.
+      NaloraError: bad data, or settings that truncate records, which would cut off images.
     """
     if tokens is None:
         raise NaloraError("--model", expected="a model that sees images", found="a language model")
@@ -44,7 +44,7 @@ def seen_sources(
         raise NaloraError("--data.too-long", expected="drop or error: half an image is none", found=data.too_long)
     found: dict[str, Source] = {}
     for split in dict.fromkeys(splits or (data.train_split, data.eval_split)):
-        if split == AUTO:  # drawn from what is trained on
+        if split == AUTO:  # drawn from the training split
             continue
         if source is None:
             chats = open_chats(data, vision, split, tokens)
@@ -59,7 +59,7 @@ def seen_sources(
 def with_images(
     data: TrainData, config: DataConfig, vision: VisionConfig, loaded: LoadedModel, source: Mapping[str, Source]
 ) -> TrainData:
-    """Training rows with the images of their records."""
+    """Adds the images of the records to the training rows."""
     tokens, processor = loaded.tokenizer.images, loaded.processor
     assert tokens is not None
     assert processor is not None

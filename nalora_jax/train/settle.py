@@ -1,4 +1,4 @@
-"""What a run's settings leave to its model and its data: learning rate, length of rows, and with epochs the steps."""
+"""Settings that depend on model and data: learning rate, sequence length, steps of epochs."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def settled(
     *,
     images: int = 0,
 ) -> RunConfig:
-    """``config`` with its learning rate, its data's row length, its steps and its interval of evaluation decided.
+    """Returns ``config`` with learning rate, sequence length, steps and evaluation interval.
 
     Args:
-      config: of the run.
-      files: of the model, whose description and tokenizer are read; None for image and text encoders.
-      source: sources by split, in place of what ``config`` names.
-      images: that image and text encoders are trained on.
+      config: the run's settings.
+      files: files of the model, for its config and tokenizer; None for image and text encoders.
+      source: sources by split, which replace the data set of ``config``.
+      images: number of training images of image and text encoders.
 
     Raises:
-      NaloraError: bad data, or an optimizer that has no usual learning rate.
+      NaloraError: bad data, or an optimizer without an automatic learning rate.
     """
     if config.epochs and files is None:
         config = _with_steps(config, images, "images")
@@ -74,7 +74,7 @@ def _of_data(config: RunConfig, files: ResolvedSource, source: Mapping[str, Sour
 
 
 def _with_steps(config: RunConfig, rows: int, kind: str) -> RunConfig:
-    """``config`` with the steps that its epochs come to."""
+    """Returns ``config`` with the number of steps in its epochs."""
     batch = config.train.batch_size
     steps = max(1, math.ceil(config.epochs * rows / batch))
     log.info("%g epochs of %d %s: %d steps of %d", config.epochs, rows, kind, steps, batch)

@@ -1,4 +1,4 @@
-"""A train state as a checkpoint holds it, and whether a saved one belongs to this run."""
+"""Conversion of train states for checkpoints, and checks that a checkpoint belongs to this run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nalora_jax.config import RunConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.origin import is_comparable
 
-# Settings that may differ between a run and its continuation: they change where, how long and how fast it runs, what
-# it writes and when, but not what one of its steps computes (beyond the order of a sum). The model's name is among them
-# because the fingerprint decides.
+# Settings that may change on resume: they affect location, length, speed and output of the run, but
+# not the result of a step (except for summation order). The model's name is included because the
+# fingerprint identifies the base.
 FREE_SETTINGS = (
     r"^(model|output|resume|steps|epochs|tensorboard|callbacks)$",
     r"^train\.(log_every|eval_every|save_every|keep|patience)$",
@@ -32,7 +32,7 @@ FREE_SETTINGS = (
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON gives it back: tuples are lists, numpy scalars are numbers."""
+    """Returns ``value`` after a JSON round trip: tuples become lists, numpy scalars numbers."""
     return json.loads(json.dumps(value, default=lambda other: other.item()))
 
 
@@ -41,16 +41,16 @@ def _is_key(leaf: Any) -> bool:
 
 
 def to_arrays(state: Any) -> dict[str, Any]:
-    """``state`` as nested dicts of plain arrays: independent of its classes, typed random keys as their words.
+    """Returns ``state`` as nested dicts of plain arrays, with typed random keys as their key data.
 
-    Empty arrays are left out: they hold nothing, and Orbax refuses them.
+    Empty arrays are left out, because Orbax rejects them.
     """
     flat = {path: leaf for path, leaf in trees.flatten(state).items() if math.prod(leaf.shape)}
     return trees.unflatten({path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in flat.items()})
 
 
 def abstract(like: Any) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of `to_arrays` of ``like``."""
+    """Returns shapes, dtypes and shardings of `to_arrays` of ``like``."""
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
@@ -63,7 +63,7 @@ def abstract(like: Any) -> dict[str, Any]:
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
-    """The inverse of `to_arrays`, in the structure of ``like``."""
+    """Converts the result of `to_arrays` back to the structure of ``like``."""
     flat = trees.flatten(arrays)
 
     def back(path: str, leaf: Any) -> Any:
@@ -75,21 +75,21 @@ def from_arrays(arrays: Mapping[str, Any], like: Any) -> Any:
 
 
 def _key_impl(leaf: Any) -> str:
-    """Name of a random key's generator, from an array or its abstract value."""
+    """Returns the name of a random key's generator, for an array or its abstract value."""
     names: list[str] = []
     jax.eval_shape(lambda key: names.append(str(jax.random.key_impl(key))), leaf)
     return names[0]
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """The settings that a continuation must share, by dotted name; None is a value."""
+    """Returns the settings that must not change on resume, by dotted name; None is a value."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(config, is_leaf=lambda value: value is None)
     named = {trees.path_name(path).replace("/", "."): value for path, value in leaves}
     return {name: value for name, value in named.items() if not any(re.search(free, name) for free in FREE_SETTINGS)}
 
 
 def check_run(where: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another base model or of settings that compute something else."""
+    """Raises an error for a checkpoint of another base model or of incompatible settings."""
     if not is_comparable(saved["base"], now["base"]):
         raise NaloraError(
             where,
@@ -130,7 +130,7 @@ def check_settings(where: str, saved: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def check_arrays(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse arrays of other names, shapes or dtypes, naming the first few."""
+    """Raises an error for arrays with other names, shapes or dtypes, naming the first five."""
 
     def show(tree: Mapping[str, Any], name: str) -> str:
         return f"{np.dtype(tree[name].dtype)}{list(tree[name].shape)}" if name in tree else "absent"

@@ -1,7 +1,8 @@
-"""A start that the first batches decide: taken once, and kept for a continuation where kernels were lowered by it.
+"""Gradient-subspace initialization of a run, stored for resumption if it lowered the kernels.
 
-LoRA-GA's kernels are the base's less what its adapters start as. Another machine, or another number of devices, would
-find singular vectors of other signs, and with them other kernels, so a continuation reads the start instead:
+LoRA-GA's kernels are the base's kernels minus the initial update of its adapters. Another machine,
+or another number of devices, would compute singular vectors with other signs, and so other kernels.
+Therefore a resumed run reads the initial adapters:
 
     <output>/start/adapter.safetensors   the adapters before the first step, by path
                   /digests.json          SHA-256 of that file
@@ -41,17 +42,17 @@ class _Rows(Protocol):
 
 
 def gradient_start(assembly: Assembly, base: ModelConfig, data: _Rows, output: Output) -> Assembly:
-    """The assembly with adapters that start in the gradient of the run's first batches.
+    """Returns the assembly with adapters initialised in the gradient of the run's first batches.
 
     Args:
-      assembly: with ``lora.init`` one of `GRADIENT`.
+      assembly: an assembly with ``lora.init`` in `GRADIENT`.
       base: architecture of its base model.
       data: the run's rows.
-      output: the run's folder. A run that is continued has its adapters in a checkpoint, and with LoRA-GA its kernels
-        are lowered by the start that it kept.
+      output: the run's folder. If it resumes a run, the adapters come from its checkpoint later,
+        and LoRA-GA's kernels are lowered by the stored initial adapters.
 
     Raises:
-      NaloraError: the start cannot be written, or is not there, or damaged.
+      NaloraError: the initial adapters cannot be written, or are missing or damaged.
     """
     config, folder = assembly.config, output.folder / START
     if output.resumes:
@@ -68,7 +69,7 @@ def gradient_start(assembly: Assembly, base: ModelConfig, data: _Rows, output: O
 
 
 def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int) -> dict[str, Any]:
-    """`gradient_adapters` of the first ``lora.gradient_batches`` batches of ``data``."""
+    """Returns `gradient_adapters` of the first ``lora.gradient_batches`` batches of ``data``."""
     batches = data.batches()
     try:
         taken = itertools.islice(batches, assembly.config.lora.gradient_batches)
@@ -79,7 +80,7 @@ def first_adapters(assembly: Assembly, base: ModelConfig, data: _Rows, seed: int
 
 
 def _write(folder: Path, initial: Mapping[str, Any]) -> None:
-    """The whole folder or nothing."""
+    """Writes the folder atomically, by a rename."""
     scratch = folder.with_name(f".{folder.name}.new")
     try:
         scratch.mkdir()
@@ -94,7 +95,7 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
 
 
 def _read(folder: Path, assembly: Assembly) -> dict[str, Any]:
-    """The adapters that `_write` wrote, which have to be those of the assembly's projections."""
+    """Reads the adapters that `_write` wrote, and checks them against the assembly's."""
     try:
         damage = files.find_damage(folder)
         leaves = load_file(folder / _FILE) if damage is None else {}

@@ -1,6 +1,6 @@
-"""What the log keeps of a state: how the mechanisms spread their factors over channels, and how large adapters are.
+"""Log metrics of a train state: histograms of the mechanisms' factors, and update norms.
 
-It is one small program of its own that runs at log steps, so that the steps between them do not pay for it.
+They are a separate small program that runs at log steps only, so other steps have no extra cost.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from nalora_jax.models.targets import AdapterSpec
 
 @dataclass(frozen=True)
 class StateMetrics:
-    """Measures states of one run.
+    """Metrics of one run's states.
 
     Args:
-      mechanisms: those of the run.
+      mechanisms: the run's mechanisms.
       spec: its adapters.
-      mesh: where its states live.
+      mesh: the mesh of its states.
     """
 
     mechanisms: Mechanisms
@@ -41,18 +41,21 @@ class StateMetrics:
         object.__setattr__(self, "_compiled", jax.jit(self._measure, out_shardings=everywhere))
 
     def compile_ahead(self, state: TrainState) -> None:
-        """Compiles for states like this one, so that no log step's speed has that time in it."""
+        """Compiles for states like this one, so that no step's tokens/s includes this time."""
         self._compiled.lower(state).compile()
 
     def measure(self, state: TrainState) -> dict[str, Any]:
-        """Numbers of ``state`` in host memory; all processes have to ask.
+        """Returns metrics of ``state`` in host memory; all processes have to call it.
 
         Returns:
-          ``histograms``: by a mechanism's label its ``edges`` [B], and ``counts`` [layers, B + 1] of the channels whose
-          own factor of the coming step lies below the first edge, from each edge to the next, and from the last one
-          on; layers of several blocks one after the other, experts' channels together. ``adapters``: by path the
-          Frobenius norm of ``s A B`` of every layer, [layers]; experts' together. With AdaLoRA ``ranks``: by path how
-          many each layer has left, [layers]; experts' together.
+          ``histograms``: by label of a mechanism its ``edges`` [B] and ``counts`` [layers, B + 1].
+            They count the channels by the mechanism's factor of the next step: below the first
+            edge, between adjacent edges, and at or above the last one. Layers of several blocks are
+            concatenated, channels of experts are counted together.
+          ``adapters``: by path the Frobenius norm of ``s A B`` of every layer, [layers]; of all
+            experts together.
+          ``ranks``: with AdaLoRA, by path the remaining ranks of each layer, [layers]; of all
+            experts together.
         """
         counts, norms, ranks = jax.device_get(self._compiled(state))
         bins = {label: one.bins for label, one in self.mechanisms.entries}
@@ -73,16 +76,16 @@ class StateMetrics:
 
 
 def _rows(leaf: jax.Array) -> jax.Array:
-    """[layers, ...] -> [layers, n]."""
+    """Reshapes [layers, ...] to [layers, n]."""
     return leaf.reshape(leaf.shape[0], -1)
 
 
 def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
-    """How many channels of each layer lie below the first edge, between two, and from the last one on.
+    """Counts each layer's channels below the first edge, between edges, and at or above the last.
 
     Args:
       factor: [layers, ..., d_ff].
-      edges: [B], rising; a value on an edge counts as above it.
+      edges: [B], increasing; a value on an edge counts as above it.
 
     Returns:
       [layers, B + 1] int32.
@@ -94,15 +97,15 @@ def histogram(factor: jax.Array, edges: tuple[float, ...]) -> jax.Array:
 
 
 def adapter_norms(leaves: Mapping[str, jax.Array], spec: AdapterSpec) -> dict[str, jax.Array]:
-    """Frobenius norm of ``s A B`` of every layer, by path: [layers] float32.
+    """Returns the Frobenius norm of ``s A B`` of every layer, by path: [layers] float32.
 
-    ``A B`` itself, as large as the kernel, is never formed: its squared norm is the sum of the elements of
+    ``A B``, as large as the kernel, is never formed: its squared norm is the sum of the elements of
     ``(A^T A) * (B B^T)``, both [r, r].
 
     Args:
       leaves: adapters by path: ``<path>/a`` [layers, ..., d_in, r] and ``<path>/b`` [layers, ..., r, d_out];
         AdaLoRA's ``<path>/singular`` [layers, ..., r].
-      spec: what they are adapters of.
+      spec: the adapted projections.
     """
     found = {}
     for path, _ in spec.targets:
@@ -140,5 +143,5 @@ def _first_bad_row(array: jax.Array) -> jax.Array:
 
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> jax.Array:
-    """bool [leaves]: whether every element of each is finite."""
+    """Returns bool [leaves]: True for leaves without NaN and infinity."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])

@@ -1,4 +1,4 @@
-"""The parts of a run on text: base model, adapters and step, rows, and held-out questions."""
+"""Builds the pieces of a run on text: base model, adapters, step, data and evaluators."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ log = logging.getLogger(__name__)
 def text_pieces(
     config: RunConfig, files: ResolvedSource, output: Output, mesh: Mesh, source: Mapping[str, Source] | None
 ) -> Pieces:
-    """What a run on text, or on conversations about images, is put together of.
+    """Builds the pieces of a run on text, or on conversations about images.
 
     Args:
-      config: the run, its mesh decided.
-      files: of the base model.
+      config: the run's settings, with a concrete mesh.
+      files: files of the base model.
       output: the run's folder.
       mesh: its devices.
-      source: of the splits of its data, where a caller gives them.
+      source: records by split, if the caller passes them.
 
     Raises:
       NaloraError: data or a model that cannot be read, or settings that do not fit them.
@@ -76,7 +76,7 @@ def text_pieces(
 
 
 def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
-    """The base model on the mesh."""
+    """Loads the base model onto the mesh."""
     started = time.perf_counter()
     kind = None if config.compute.quantize == "none" else config.compute.quantize
     images = config.vision.task == "chat"
@@ -93,7 +93,7 @@ def _load(config: RunConfig, files: ResolvedSource, mesh: Mesh) -> LoadedModel:
 
 
 def _train_data(config: RunConfig, loaded: LoadedModel, mesh: Mesh, source: Mapping[str, Source] | None) -> TrainData:
-    """The rows of this process; the mesh decides which those are."""
+    """Returns the packed sequences of this process, selected by the mesh."""
     train = config.train
     data = train_data(
         config.data,

@@ -1,6 +1,6 @@
-"""Callbacks that write a run's numbers for other programs: TensorBoard, Weights & Biases, MLflow.
+"""Callbacks that send a run's metrics to TensorBoard, Weights & Biases or MLflow.
 
-Each imports its program when a run begins; none is needed by a run that does not name it.
+Each imports its library when it is used, so a run only needs the libraries that its settings name.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from nalora_jax.paths import naming, open_unlinked
 from nalora_jax.train.callbacks import Callback, Ended, Started, register_callback
 from nalora_jax.train.metrics import scalars, to_json
 
-_RUN_ID = "nalora_run_id"  # of a tracker's folder: the run there that a continued one goes on with
+_RUN_ID = "nalora_run_id"  # file in a tracker's folder: id of its run, for resumption
 
 
 class _Numbers(Callback):
-    """Hands on every number at its step, by a tag such as "train/loss", "eval/accuracy" or "misalignment/layer_03"."""
+    """Base of the trackers: tags every number, e.g. "train/loss" or "misalignment/layer_03"."""
 
     def on_log(self, step: int, record: Mapping[str, Any]) -> None:
-        """The numbers of a log step."""
+        """Writes the numbers of a log step."""
         self.write(step, dict(scalars(to_json({"step": step, **record}))))
 
     def on_eval(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        """Those of an evaluation; of the base and of the result they have tags of their own."""
+        """Writes the numbers of an evaluation; base and result have separate tags."""
         found = scalars(to_json({"eval": {name: value for name, value in values.items() if name != "right"}}))
         tag = {"initial": "before/", "final": "after/"}.get(kind, "eval/")
         self.write(step, {tag + name.removeprefix("eval/"): value for name, value in found})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Hand them on."""
+        """Writes numbers by tag."""
         raise NotImplementedError
 
 
 @register_callback("tensorboard")
 @dataclass
 class TensorBoard(_Numbers):
-    """Event files in the run's folder ``tensorboard``."""
+    """TensorBoard: event files in the run's folder ``tensorboard``."""
 
     def on_start(self, started: Started) -> None:
-        """Open the files; of a continued run, later steps are dropped, because it writes them again."""
-        from tensorboardX import SummaryWriter  # heavy (protobuf), and rarely asked for
+        """Opens the files; a resumed run removes later steps, because it writes them again."""
+        from tensorboardX import SummaryWriter  # slow to import (protobuf), and rarely needed
 
         purge = started.step + 1 if started.step else None
         self._events: Any = SummaryWriter(str(started.folder / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One event for every number."""
+        """Writes one event per number."""
         for tag, value in values.items():
             self._events.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Close the files."""
+        """Closes the files."""
         if hasattr(self, "_events"):
             self._events.close()
 
@@ -65,18 +65,21 @@ class TensorBoard(_Numbers):
 @register_callback("wandb")
 @dataclass
 class Wandb(_Numbers):
-    """Weights & Biases (extra ``wandb``), with its files in the run's folder; ``mode=offline`` needs no account."""
+    """Weights & Biases (extra ``wandb``), with its files in the run's folder.
+
+    ``mode=offline`` needs no account.
+    """
 
     project: str = "nalora_jax"
     name: str = ""  # by default the name of the run's folder
     entity: str = ""
-    mode: str = ""  # "online", "offline" or "disabled"; by default what WANDB_MODE says
+    mode: str = ""  # "online", "offline" or "disabled"; by default WANDB_MODE
 
     def __post_init__(self) -> None:
         self._wandb = _imported("wandb")
 
     def on_start(self, started: Started) -> None:
-        """Begin a run there, or go on with the one that belongs to a continued run."""
+        """Starts a tracker run, or resumes the tracker run of a resumed training run."""
         self._run: Any = self._wandb.init(
             project=self.project,
             name=self.name or started.folder.resolve().name,
@@ -87,16 +90,16 @@ class Wandb(_Numbers):
             resume="allow",
             config=to_json({**started.config, "versions": started.versions, "device": started.device}),
         )
-        # The step is a number like others: a continued run may write some of its steps once more.
+        # The step is an ordinary metric, because a resumed run may write some steps again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of its table."""
+        """Writes one row of its table."""
         self._run.log({"step": step, **values})
 
     def on_end(self, ended: Ended) -> None:
-        """Finish the run there, as failed where it was broken off."""
+        """Finishes the tracker run; as failed if the training run was aborted."""
         if ended.best_step is not None:
             self._run.summary["best_step"] = ended.best_step
         self._run.finish(exit_code=1 if ended.message else 0)
@@ -109,13 +112,13 @@ class MLflow(_Numbers):
 
     experiment: str = "nalora_jax"
     name: str = ""  # by default the name of the run's folder
-    uri: str = ""  # of the tracking server or store; by default what MLFLOW_TRACKING_URI says
+    uri: str = ""  # of the tracking server or store; by default MLFLOW_TRACKING_URI
 
     def __post_init__(self) -> None:
         self._mlflow = _imported("mlflow")
 
     def on_start(self, started: Started) -> None:
-        """Begin a run there with the settings as parameters, or go on with the one of a continued run."""
+        """Starts a tracker run, with the settings as parameters, or resumes it."""
         self._client = self._mlflow.MlflowClient(tracking_uri=self.uri or None)
         known = started.folder / "mlflow" / _RUN_ID
         if started.step and known.exists():
@@ -129,23 +132,23 @@ class MLflow(_Numbers):
         _write_id(known, self._id)
         kind = self._mlflow.entities.Param
         params = [kind(key, str(value)[:500]) for key, value in _flat(to_json(started.config))]
-        for first in range(0, len(params), 100):  # what its interface takes at once
+        for first in range(0, len(params), 100):  # the API's limit per call
             self._client.log_batch(self._id, params=params[first : first + 100])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One batch of metrics."""
+        """Writes one batch of metrics."""
         now = int(time.time() * 1000)
         found = [self._mlflow.entities.Metric(tag, float(value), now, step) for tag, value in values.items()]
         for first in range(0, len(found), 1000):
             self._client.log_batch(self._id, metrics=found[first : first + 1000])
 
     def on_end(self, ended: Ended) -> None:
-        """Finish the run there."""
+        """Finishes the tracker run."""
         self._client.set_terminated(self._id, "FAILED" if ended.message else "FINISHED")
 
 
 def _run_id(started: Started, folder: str) -> str:
-    """The id of the tracker's run: a new one, or that which belongs to the run that is continued."""
+    """Returns the id of the tracker's run: the recorded one if the run is resumed, or a new one."""
     path = started.folder / folder / _RUN_ID
     if started.step and path.exists():
         return path.read_text(encoding="utf-8")
@@ -169,7 +172,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _imported(name: str) -> Any:
-    """The tracker's library, looked for before a run writes anything."""
+    """Imports the tracker's library, before a run writes any file."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
