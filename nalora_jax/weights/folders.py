@@ -112,7 +112,7 @@ def _check_free(target: Path, replaces: Collection[str]) -> None:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """Yields the names of files in a folder and its subfolders; other entries and deeper folders
+    """Yields the names of files in a folder and its subfolders; empty and deeper folders
     end with a slash.
     """
     for path in folder.iterdir():
