@@ -98,7 +98,6 @@ def files(name: str) -> list[str]:
 
 def names(folder: str) -> list[str]:
     """Returns the names of the files in a folder, without its subfolders; raises as `files` does.
-    xxx
     """
     with _store_errors(folder):
         entries = _filesystem(folder).ls(folder, detail=True)

@@ -33,7 +33,7 @@ class AddedTokens:
 
     Args:
       plain: parts of a text; decoding shows them.
-      special: marks such as the ones in a chat template; decoding leaves them out.
+      special: marks, for example of a chat template; decoding leaves them out.
     """
 
     plain: tuple[str, ...] = ()

@@ -97,7 +97,7 @@ class DataConfig:
     pack: bool = True
     # Examples longer than max_length: "error", "drop" or "truncate" (from the left of the prompt).
     too_long: Literal["error", "drop", "truncate"] = "drop"
-    # Tokens that count in the loss: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
+    # Loss tokens: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
@@ -135,7 +135,7 @@ class TrainConfig:
     eval_every: int = -1
     # Steps between checkpoints; 0 turns checkpoints during training off.
     save_every: int = 50
-    # Checkpoints kept besides the best one.
+    # Checkpoints to keep in addition to the best one.
     keep: int = 2
     # Patience: stop after this many evaluations without a better metric (0: never).
     patience: int = 0

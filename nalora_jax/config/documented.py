@@ -1,4 +1,4 @@
-"""Docstrings of settings: the comment above each field, for ``help`` as for the command line."""
+"""Docstrings of settings: the comment above each field, for ``help`` and the command line."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def field_comments(kind: type) -> Mapping[str, str]:
 
 
 def documented(kind: T) -> T:
-    """Appends the fields with their comments to a dataclass's docstring, when it is first read."""
+    """Appends the fields with their comments to a dataclass's docstring, on first access."""
     kind.__doc__ = _Docstring(inspect.cleandoc(kind.__doc__ or ""))  # type: ignore[assignment]
     return kind
 
 
 class _Docstring:
-    """A docstring that reads its class's source only if somebody asks for it."""
+    """A docstring that reads its class's source only when it is accessed."""
 
     def __init__(self, summary: str) -> None:
         self.summary, self._text = summary, ""

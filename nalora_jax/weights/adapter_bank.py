@@ -101,7 +101,6 @@ class AdapterBank:
 
     def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
         """Returns ``adapter_ids`` of a batch: the slot of each example's adapter, -1 for the base.
-        xxx
         """
         return jnp.asarray([-1 if name is None else self._slot(name) for name in names], jnp.int32)
 

@@ -165,7 +165,6 @@ class _Cursor:
 
     def skip(self, count: int) -> int:
         """Skips ``count`` bytes and returns their start, after checking that they are in the file.
-        xxx
         """
         if count > self.size - self.at:
             raise self.error(f"{count} more bytes", f"{self.size - self.at} until the end of the file")

@@ -269,7 +269,6 @@ def _open(base: str | Path) -> GGUFReader:
 
 def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], config: ModelConfig) -> None:
     """Checks that the metadata to copy describes these tensors; the tables' row counts may differ.
-    xxx
     """
     stored = {tensor.name: tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
     tables = {"output.weight", "token_embd.weight"}

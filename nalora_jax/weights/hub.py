@@ -66,7 +66,7 @@ class ResolvedSource:
 class Terms:
     """A licence that the user must have accepted."""
 
-    key: str  # what NALORA_ACCEPT_LICENSE must contain
+    key: str  # text that NALORA_ACCEPT_LICENSE must contain
     title: str
     url: str
 
@@ -165,7 +165,6 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
 
 def alias_of(name: str) -> Alias | None:
     """Returns the alias that is called ``name`` or whose package's file is; None if there is none.
-    xxx
     """
     return ALIASES.get(name) or next((alias for alias in ALIASES.values() if alias.mirror == name), None)
 

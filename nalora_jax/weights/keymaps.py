@@ -259,7 +259,7 @@ def pairs_from_halves(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-# ---------------------------------------------------------------- whole trees, for tests and small models
+# ---------------------------------------------------------------- complete trees, for tests and small models
 
 
 def params_from_tensors(

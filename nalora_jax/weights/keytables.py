@@ -85,7 +85,6 @@ _HF_ENDS = (
 
 def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[TensorRow, ...]:
     """Returns kernels and biases of projections that have the same names in transformers and here.
-    xxx
     """
     stem = f"model.layers.{{layer}}.{module}"
     kernels = (TensorRow(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)

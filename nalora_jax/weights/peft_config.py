@@ -72,7 +72,7 @@ _READ = {
 class PeftConfig:
     """The fields of ``adapter_config.json`` that determine an adapter's function.
 
-    Module names are those in the transformers model, without PEFT's prefix:
+    Module names are transformers' names, without PEFT's prefix:
     ``model.layers.3.mlp.gate_proj``.
     """
 

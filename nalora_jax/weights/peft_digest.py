@@ -79,7 +79,6 @@ def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 
 def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
     """Raises an error if the file has its base's fingerprint and it belongs to another base model.
-    xxx
     """
     noted = metadata.get(FINGERPRINT_KEY)
     if not noted or not fingerprint or noted == fingerprint:

@@ -45,7 +45,6 @@ class ModuleLayout:
 
     def full_name(self, layer: int, module: str | HostModule) -> str:
         """Returns the full name: ``mlp.gate_proj`` of layer 3 -> ``model.layers.3.mlp.gate_proj``.
-        xxx
         """
         if isinstance(module, str):
             return f"{self.prefix}.{layer}.{module}"

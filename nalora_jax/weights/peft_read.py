@@ -134,7 +134,6 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
 @dataclass(frozen=True)
 class _Slot:
     """A possible location of tensors: a Linear module, one expert's module, or a stack of experts.
-    xxx
     """
 
     key: str  # module name in the tensors' keys
@@ -186,7 +185,6 @@ def _linear_modules(
 
 def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
     """Groups tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ..., "b": ...}}``.
-    xxx
     """
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():

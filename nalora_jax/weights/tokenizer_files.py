@@ -1,5 +1,4 @@
 """Tokenizer files for transformers: copied from the base's folder, or written from a `Tokenizer`.
-xxx
 """
 
 from __future__ import annotations

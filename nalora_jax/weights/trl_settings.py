@@ -30,7 +30,7 @@ def _reported(value: Any) -> Any:
 
 
 def _dataset(value: Any) -> Any:
-    """Returns a path as it is, and a hub id with its scheme."""
+    """Returns a path unchanged, and a hub id with its scheme."""
     text = str(value)
     return text if re.search(r"\.\w+$|^[./~]", text) else f"hf:{text}"
 

@@ -260,7 +260,7 @@ def _to_conv(kernel: Array, patch: int) -> Array:
     return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
 
 
-# ---------------------------------------------------------------- whole trees
+# ---------------------------------------------------------------- complete trees
 
 
 def params_from_tensors(

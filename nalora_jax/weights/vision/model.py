@@ -106,7 +106,6 @@ def load_dual(
 
 def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax") -> DualConfig:
     """Returns the description of a dual encoder, without its weights; arguments as in `load_dual`.
-    xxx
     """
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():

@@ -77,7 +77,6 @@ def sight_modules(sight: Sight | None) -> dict[str, str]:
 
 def _tower(sight: Sight) -> Iterator[SourceTensor]:
     """Yields the tower's tensors; the weights of layers that are not run go to a separate branch.
-    xxx
     """
     run = sight.running.param_shapes()
 
