@@ -1,5 +1,4 @@
-"""Files in buckets, ``gs://bucket/name`` and ``s3://bucket/name``: listed, read by ranges, or
-copied to the cache.
+"""Files in ``gs://`` and ``s3://`` buckets: listed, read by ranges, or copied to the cache.
 
 Any process may read any file; each process requests only the files and ranges that it uses. The
 stores' packages (gcsfs, s3fs) find the credentials in the same way as their command-line tools.
@@ -36,8 +35,9 @@ _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def url(name: str) -> str | None:
-    """Returns ``name`` as a URL, or None for a path; repairs ``Path("gs://bucket")``, which has
-    lost a slash.
+    """Returns ``name`` as a URL, or None for a path.
+
+    It repairs ``Path("gs://bucket")``, which has lost a slash.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
     return f"{match[1]}://{name[match.end() :]}" if match else None
@@ -61,8 +61,7 @@ def missing_package(flag: str, where: str) -> NaloraError:
 
 
 def version(name: str) -> str:
-    """Returns a text that changes with the content of the file ``name``: its size and the store's
-    checksum of it.
+    """Returns a text that changes with the file's content: its size and the store's checksum.
 
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
@@ -81,8 +80,7 @@ def size(name: str) -> int:
 
 
 def files(name: str) -> list[str]:
-    """Returns the sorted URLs of the files below the folder ``name``, or that match the pattern
-    ``name``.
+    """Returns the sorted URLs of the files in the folder, or matching the pattern, ``name``.
 
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
@@ -97,17 +95,14 @@ def files(name: str) -> list[str]:
 
 
 def names(folder: str) -> list[str]:
-    """Returns the names of the files in a folder, without its subfolders; raises as `files` does.
-    """
+    """Returns the names of a folder's files, without subfolders; raises as `files` does."""
     with _store_errors(folder):
         entries = _filesystem(folder).ls(folder, detail=True)
     return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
 
 
 def exists(name: str) -> bool:
-    """Returns True if there is a file called ``name``; raises as `version` does if the bucket does
-    not respond.
-    """
+    """Returns True if the file ``name`` exists; raises as `version` if the bucket fails."""
     with _store_errors(name):
         try:
             return bool(_filesystem(name).info(name)["type"] == "file")
@@ -116,8 +111,7 @@ def exists(name: str) -> bool:
 
 
 def read(name: str, start: int, stop: int) -> bytes:
-    """Returns bytes ``start`` to ``stop`` of a file, in one request; fewer if the file ends before
-    ``stop``.
+    """Returns bytes ``start`` to ``stop`` of a file in one request; fewer at the file's end.
 
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
@@ -134,15 +128,14 @@ def opened(name: str) -> Any:
 
 
 def local_copy(name: str) -> Path:
-    """Returns a copy of a file in the cache folder, made at the first use of this content; raises
-    as `local_folder` does.
-    """
+    """Returns a copy of a file in the cache, fetched once; raises as `local_folder` does."""
     return local_folder([name]) / name.rpartition("/")[2]
 
 
 def local_folder(names: Sequence[str]) -> Path:
-    """Returns a folder in the cache with copies of ``names``, whose last parts differ; each is
-    fetched once.
+    """Returns a cache folder with copies of ``names``, whose last parts differ.
+
+    Each version of a file is fetched once.
 
     Raises:
       NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is

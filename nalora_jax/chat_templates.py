@@ -17,8 +17,7 @@ PROCESSOR_FILE = "chat_template.json"  # of multimodal models, as their processo
 
 
 def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Returns the default template and the one named ``tool_use``; None for each that does not
-    exist.
+    """Returns the default template and the template ``tool_use``; None for missing ones.
 
     Template files come first, then the first of ``settings`` with a ``chat_template`` (one text,
     or several by name), as in transformers.

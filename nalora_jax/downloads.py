@@ -44,8 +44,9 @@ class PackageFile:
 
 
 def cache_dir() -> Path:
-    """Returns the folder of downloads: ``$NALORA_CACHE``, ``$XDG_CACHE_HOME/nalora_jax``, or
-    ``~/.cache/nalora_jax``.
+    """Returns the folder of downloads.
+
+    It is ``$NALORA_CACHE``, ``$XDG_CACHE_HOME/nalora_jax``, or ``~/.cache/nalora_jax``.
 
     A relative ``XDG_CACHE_HOME`` is ignored, as the XDG base directory specification requires.
 
@@ -65,8 +66,9 @@ def cache_dir() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Returns ``path`` as a folder that only this user can write to, for files that are executed;
-    creates it if missing.
+    """Returns ``path`` as a folder that only this user can write to; creates it if missing.
+
+    It is used for files that are executed.
 
     Missing parents are created with mode 0700 too, independent of the umask: a parent that others
     could write to would be rejected at every later call.
@@ -96,9 +98,7 @@ def private_dir(path: Path) -> Path:
 
 
 def _only_of(group: int, user: int) -> bool:
-    """Returns True if a group is root's, or has only this user as a member (the default group with
-    umask 002).
-    """
+    """Returns True if a group is root's, or has only this user (the default with umask 002)."""
     import grp
     import pwd
 

@@ -1,6 +1,4 @@
-"""Typed access to a parsed ``config.json``: every value is checked once, and errors name the
-field.
-"""
+"""Typed access to a parsed ``config.json``; errors name the field."""
 
 from __future__ import annotations
 
@@ -93,8 +91,9 @@ class Fields:
     def items(
         self, name: str, length: int, kinds: type | tuple[type, ...], *, longer: bool = False
     ) -> list[Any] | None:
-        """Returns a list of ``length`` items of ``kinds``, or None if absent; with ``longer``, the
-        first items of a longer list.
+        """Returns a list of ``length`` items of ``kinds``, or None if absent.
+
+        With ``longer``, the first items of a longer list are returned.
         """
         value = self.get(name)
         if value is None:

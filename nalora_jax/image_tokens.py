@@ -37,8 +37,7 @@ class ImageTokens:
 
 
 def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Converts string contents to lists of parts, the format that templates of multimodal models
-    expect.
+    """Converts string contents to lists of parts, as multimodal templates expect.
 
     Example:
       ``{"role": "user", "content": "Hi"}`` -> ``{"role": "user", "content": [{"type": "text",

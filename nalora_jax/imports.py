@@ -1,5 +1,4 @@
-"""Executes the user's Python files before a run, to register rules, activations, families and
-sources.
+"""Executes the user's Python files first; they register rules, activations, families, sources.
 
 A file is recorded with the first digits of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name
 the executed content, and a resumed run rejects a file whose content has changed.

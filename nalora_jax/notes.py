@@ -32,9 +32,7 @@ def as_json() -> bool:
 
 
 class _Bounded(logging.Formatter):
-    """Formatter that limits messages to 2 kB, like errors, since they quote files. Tracebacks are
-    not cut.
-    """
+    """Limits messages to 2 kB, like errors, since they quote files; tracebacks are not cut."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return bounded_text(super().formatMessage(record))

@@ -1,5 +1,4 @@
-"""Digests inside JSON objects, so that a damaged file is reported instead of read with wrong
-values.
+"""Digests inside JSON objects, which detect damage and edits.
 
     {"step": 10, "loss": 3.2, "sha256": "9f86d081884c7d65"}
 

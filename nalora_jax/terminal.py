@@ -39,9 +39,7 @@ def open_closed_streams() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Redirects a stream's descriptor to the null device, for C++ and for text that is still in a
-    buffer.
-    """
+    """Redirects a stream's descriptor to the null device, for C++ and for buffered text."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, stream.fileno())
@@ -84,9 +82,7 @@ class LastingStream:
 
 @contextmanager
 def lasting(*names: str) -> Iterator[None]:
-    """Replaces the streams ``names`` of `sys` ("stdout", "stderr") by `LastingStream` for the
-    block.
-    """
+    """Replaces streams of `sys` ("stdout", "stderr") by `LastingStream` for the block."""
     before = {name: getattr(sys, name) for name in names}
     within = {name: _lasting(stream) for name, stream in before.items()}
     for name, stream in within.items():
@@ -107,8 +103,7 @@ def _lasting(stream: Any) -> Any:
 
 @contextmanager
 def outliving_terminal() -> Iterator[None]:
-    """Ignores SIGHUP for the block, as ``nohup`` does, and allows standard output and error to be
-    closed.
+    """Ignores SIGHUP for the block, as ``nohup`` does, and lets standard streams be closed.
 
     A handler that a program has set for SIGHUP stays.
     """

@@ -96,8 +96,7 @@ class Tokenizer:
         return max(self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Returns the token ids of ``text``; with ``special``, after the begin-of-sequence id if
-        the model uses one.
+        """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
 
         Special tokens written out in ``text`` become their ids, as in transformers.
 
@@ -126,8 +125,7 @@ class Tokenizer:
         return text
 
     def with_tokens(self, added: AddedTokens) -> Tokenizer:
-        """Returns this tokenizer with further tokens, each of which is always encoded as a single
-        id.
+        """Returns this tokenizer with further tokens, each encoded as a single id.
 
         New ids follow the last existing id. Tokens that were added before stay as they are; a text
         that is in the vocabulary already keeps its id.
@@ -152,8 +150,7 @@ class Tokenizer:
         return replace(self, backend=backend)
 
     def rows_for(self, added: AddedTokens, rows: int) -> int:
-        """Returns the number of embedding rows, at least ``rows``, that cover the ids of
-        ``added``.
+        """Returns the number of embedding rows, at least ``rows``, for the ids of ``added``.
 
         The tokens must already be in this tokenizer; if their ids fit, the result is ``rows``.
         """
@@ -217,8 +214,7 @@ class Tokenizer:
         chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[str]:
-        """Renders several (messages, add_generation_prompt) pairs at little more than the cost of
-        one `render_chat`.
+        """Renders several (messages, add_generation_prompt) pairs at about the cost of one.
 
         For a multimodal model the texts contain the tokens of every image and start with the
         begin-of-sequence token, as with transformers' processors.
@@ -255,8 +251,7 @@ class Tokenizer:
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
-        """Returns the tokenizer in a Hugging Face folder or an adapter's folder; missing settings
-        come from ``base``.
+        """Returns the tokenizer in a model's or adapter's folder; ``base`` completes it.
 
         Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json,
         generation_config.json and config.json (stop ids) and chat templates; only the first must
@@ -316,8 +311,7 @@ def _for_template(message: Any) -> Any:
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the JSON object in ``path``, or a copy of ``missing`` (if given) when the file does
-    not exist.
+    """Returns the JSON object in ``path``; if there is no file, a copy of ``missing``, if given.
 
     Raises:
       NaloraError: the file does not exist, is not JSON, or is not an object.
@@ -402,17 +396,13 @@ def is_unicode(text: str) -> bool:
 
 
 def _token_text(value: object) -> str:
-    """Returns the text of a special token as configs write it: ``"</s>"`` or ``{"content": "</s>",
-    ...}``.
-    """
+    """Returns a special token's text from a config: ``"</s>"`` or ``{"content": "</s>", ...}``."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) and is_unicode(content) else ""
 
 
 def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
-    """Returns the stop ids in generation_config.json, config.json and its ``text_config``
-    (multimodal models).
-    """
+    """Returns the stop ids in generation_config.json and config.json (or its ``text_config``)."""
     config = read_json(folder / "config.json", missing={})
     text = config.get("text_config")
     files = [read_json(folder / "generation_config.json", missing={}), config, text if isinstance(text, dict) else {}]

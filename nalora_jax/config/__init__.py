@@ -1,5 +1,4 @@
-"""A run's settings: frozen dataclasses with one comment per field; every default is defined once,
-in this package.
+"""A run's settings: frozen dataclasses that define every default and comment every field.
 
 The command line (``train.py``, ``nalora train``) is generated from these classes, including the
 comments. An experiment in ``configs/`` is a Python file whose ``config()`` returns a `RunConfig`
@@ -217,8 +216,7 @@ class RunConfig:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """Returns the config whose `RunConfig.to_dict` is ``values``, also after JSON has converted
-    tuples to lists.
+    """Returns the config whose `RunConfig.to_dict` is ``values``; lists become tuples.
 
     Unknown fields are ignored and missing fields have their defaults, so that logs of other
     versions can be read.
@@ -358,8 +356,9 @@ def _check_type(wrong: WrongType | None) -> None:
 
 
 def _check_saved(config: RunConfig) -> None:
-    """Checks trained tables: they need an initialization that leaves the base unchanged and a loss
-    that supports them.
+    """Checks that initialization and loss support trained tables.
+
+    The initialization must leave the base unchanged.
     """
     lora = config.lora
     ids = lora.trainable_token_indices

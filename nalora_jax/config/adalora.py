@@ -1,6 +1,4 @@
-"""Settings of AdaLoRA: the number of ranks that the adapters keep, and the steps at which they
-lose the others.
-"""
+"""Settings of AdaLoRA: the number of remaining ranks, and the schedule of removals."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ if TYPE_CHECKING:
 @documented
 @dataclass(frozen=True)
 class AdaLoRAConfig:
-    """AdaLoRA (arXiv 2303.10512): adapters start with the ranks of their rules and keep the most
-    important ones.
-    """
+    """AdaLoRA (arXiv 2303.10512): adapters start with their rules' ranks and keep the best ones."""
 
     # Mean rank of the adapters at the end; 0: plain LoRA.
     target_rank: int = 0
@@ -37,21 +33,22 @@ class AdaLoRAConfig:
     orthogonality: float = 0.5
 
     def steps(self, total: int) -> tuple[int, int]:
-        """Returns the last step with all ranks and the step of the last allocation; steps are
-        counted from 1 to ``total``.
+        """Returns the last step with all ranks and the step of the last allocation.
+
+        Steps are counted from 1 to ``total``.
         """
         return int(self.warmup_share * total), total - int(self.final_share * total)
 
     def settled_at(self, total: int) -> int:
-        """Returns the first step with the final ranks, 0 without AdaLoRA: no earlier state is
-        exported.
+        """Returns the first step with the final ranks; no earlier state is exported.
+
+        Without AdaLoRA it is 0.
         """
         return self.steps(total)[1] if self.target_rank else 0
 
 
 def check_adalora(config: RunConfig) -> None:
-    """Raises an error for settings that are incompatible with AdaLoRA, as far as the rules alone
-    show it.
+    """Raises an error for settings that are incompatible with AdaLoRA, judging by the rules.
 
     Raises:
       NaloraError: names the flag, the expected value and the actual one.

@@ -11,8 +11,7 @@ from nalora_jax.config.documented import documented
 @documented
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh: 0 lets the library choose an axis, -1 uses the
-    remaining devices.
+    """Devices along each axis of the mesh: 0: chosen by the library; -1: all that remain.
 
     Axes with 0 are chosen by a roofline model, together with ``compute.remat``: the fastest choice
     that fits in memory.

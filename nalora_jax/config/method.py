@@ -11,9 +11,7 @@ from nalora_jax.config.documented import documented
 @documented
 @dataclass(frozen=True)
 class LoRARule:
-    """One ordered rule: the first rule whose pattern matches a projection's path decides its
-    adapter.
-    """
+    """An ordered rule: a projection's adapter is set by the first rule that matches its path."""
 
     # Regular expression, searched in paths such as "layers/3/ffn/gate_proj" or "layers/0/attn/q_proj".
     pattern: str

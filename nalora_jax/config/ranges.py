@@ -14,9 +14,7 @@ from nalora_jax.errors import NaloraError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold: an interval, written as ``"(0, 1]"``, and optionally one
-    more number.
-    """
+    """The numbers that a field may hold: an interval, ``"(0, 1]"``, and perhaps one more."""
 
     noun: str  # "a share", "a number", "a whole number"
     interval: str
@@ -62,8 +60,7 @@ RANK, ALPHA, GAIN = (
 
 
 def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Raises an error for the first number of (nested) dataclasses that is out of its range; None
-    means not given.
+    """Raises an error for the first number that is out of its range; None means not given.
 
     Args:
       values: the dataclass.

@@ -1,6 +1,4 @@
-"""Settings recorded in a run's folder: checked when they are read, since the file may have been
-edited.
-"""
+"""Settings recorded in a run's folder, checked on reading: files may have been edited."""
 
 from __future__ import annotations
 
@@ -13,8 +11,7 @@ from nalora_jax.errors import NaloraError
 
 
 def recorded_config(settings: Any, where: str) -> RunConfig:
-    """Returns the config whose `RunConfig.to_dict` a run wrote; fields that this version does not
-    know are ignored.
+    """Returns the config whose `RunConfig.to_dict` a run wrote; ignores unknown fields.
 
     Args:
       settings: parsed JSON, of any content.

@@ -14,9 +14,7 @@ DUAL = ("classify", "contrast")  # tasks of dual encoders
 @documented
 @dataclass(frozen=True)
 class VisionConfig:
-    """Dual encoders (CLIP, ...) and multimodal decoders (LLaVA, ...); the data set is
-    --data.dataset as for text.
-    """
+    """Dual encoders (CLIP, ...) and multimodal decoders (LLaVA, ...), on --data.dataset."""
 
     # "" (a language model), "classify" (images among class prompts), "contrast" (images and their
     # captions) or "chat" (conversations about images, with a multimodal decoder).

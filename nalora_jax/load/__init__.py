@@ -148,8 +148,7 @@ def holds_adapter(folder: str | Path) -> bool:
 
 
 def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -> AdaptedModel | None:
-    """Returns the base of ``model`` with another adapter, sharing its weights; None if ``adapter``
-    is no adapter's folder.
+    """Returns the base of ``model`` with another adapter; None if the folder has no adapter.
 
     Args:
       model: a loaded model; its current adapter is left out.
@@ -210,8 +209,7 @@ def base_of(adapter: Path) -> str:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """Returns the config of the run in ``folder`` (the first line of its log), or {} if there is
-    no run.
+    """Returns the config of the run in ``folder``, from its log's first line; {} without a run.
 
     Raises:
       NaloraError: the line is not a run's config, for example because it was edited.
@@ -224,9 +222,7 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 
 def _base_of_run(folder: Path) -> str:
-    """Returns the name that the run in ``folder`` recorded for the exact weights of its base;
-    empty if it recorded none.
-    """
+    """Returns the recorded name of the base's exact weights; empty if it was not recorded."""
     base = _header(folder).get("base")
     name = base.get("name") if isinstance(base, dict) else None
     return name if isinstance(name, str) else ""
@@ -247,8 +243,7 @@ def _header(folder: Path) -> dict[str, Any]:
 
 
 def trained_in_turns(adapter: Path) -> bool | None:
-    """Returns True if a chat template wrote the texts that an adapter was trained on; None if its
-    run did not record it.
+    """Returns True if a chat template wrote the adapter's training texts; None if unknown.
 
     Args:
       adapter: folder in PEFT's format.

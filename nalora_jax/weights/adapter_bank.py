@@ -100,8 +100,7 @@ class AdapterBank:
         return replace(self._with_slot(slot, {}, name), names=(*self.names[:slot], None, *self.names[slot + 1 :]))
 
     def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
-        """Returns ``adapter_ids`` of a batch: the slot of each example's adapter, -1 for the base.
-        """
+        """Returns ``adapter_ids`` of a batch: each example's slot, -1 for the base."""
         return jnp.asarray([-1 if name is None else self._slot(name) for name in names], jnp.int32)
 
     def _slot(self, name: str) -> int:
@@ -128,8 +127,7 @@ class AdapterBank:
 
 
 def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Any], AdapterSpec]:
-    """Returns one adapter whose update is exactly the weighted sum of the given adapters' updates;
-    ranks add up.
+    """Returns one adapter whose update is the exact weighted sum of several; ranks add up.
 
     Args:
       adapters: trees and specs on the same base.

@@ -1,5 +1,4 @@
-"""A slot for one adapter on a base: adapters up to its rank can be exchanged without compiling a
-new program.
+"""A slot whose adapter can be exchanged, up to the slot's rank, without a new program.
 
 A program is compiled for the shapes and scales of an adapter. In a slot every projection has an
 adapter of one rank, zero if the current adapter has none there, with its scale folded into B:
@@ -55,8 +54,7 @@ class AdapterSlot:
     def fill(
         self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None, params: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Returns the adapter in the slot's shapes; without an adapter zeros, which leave the base
-        unchanged.
+        """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 
         Fully trained tables are included; programs are compiled once with them and once without.
         Trained rows are converted to full tables, because a program would be compiled for their

@@ -13,8 +13,7 @@ from nalora_jax.trees import flatten, unflatten
 
 
 def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
-    """Converts adapters with a diagonal, ``s A diag(e) B``, to plain adapters without the ranks
-    whose ``e`` is 0.
+    """Converts ``s A diag(e) B`` to plain adapters without the ranks whose ``e`` is 0.
 
     A layer's alpha decreases with its rank, so that its scale stays the same; a layer with no
     remaining rank has no adapter. Experts of one layer share a rank, the largest of their ranks.

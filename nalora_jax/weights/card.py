@@ -24,8 +24,9 @@ _HUB_LICENSES = {"LicenseRef-Gemma": "gemma"}
 
 @dataclass(frozen=True)
 class Card:
-    """The content of a card. Evaluations are lines of metrics.jsonl: ``{"accuracy":, "low":,
-    "high":, "loss":, "n":}``.
+    """The content of a card.
+
+    Evaluations are lines of metrics.jsonl: ``{"accuracy":, "low":, "high":, "loss":, "n":}``.
     """
 
     kind: Literal["adapter", "merged"]
@@ -74,9 +75,7 @@ def write_card(folder: str | Path, card: Card) -> Path:
 
 
 def hub_license(name: str) -> str:
-    """Returns the hub's identifier of a licence given by its SPDX name: ``Apache-2.0`` ->
-    ``apache-2.0``.
-    """
+    """Returns the hub's identifier of an SPDX licence name: ``Apache-2.0`` -> ``apache-2.0``."""
     return _HUB_LICENSES.get(name, name.lower())
 
 
@@ -161,9 +160,7 @@ def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _precision(card: Card) -> str:
-    """Describes the base's precision that the results apply to, and the effect of another
-    precision.
-    """
+    """Describes the base's precision during the evaluation, and the effect of another one."""
     if card.origin is None:
         return ""
     held = f", held as {_held(card.run)}" if card.run else ""

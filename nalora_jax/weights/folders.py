@@ -18,8 +18,7 @@ from nalora_jax.errors import NaloraError
 
 @contextmanager
 def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to ``folder`` when the block ends without an
-    error.
+    """Yields a temporary folder that is renamed to ``folder`` if the block succeeds.
 
     Args:
       folder: must not exist or be empty, unless ``replaces`` allows more.
@@ -44,8 +43,7 @@ def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterato
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary file name; its file is renamed to ``path`` when the block ends without an
-    error.
+    """Yields a temporary file name; the file is renamed to ``path`` if the block succeeds.
 
     Raises:
       NaloraError: ``path`` exists, or the file system refused. Temporary files are removed.
@@ -60,8 +58,9 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to ``target`` and removes it; file system errors become a
-    `NaloraError`.
+    """Yields a temporary folder next to ``target`` and removes it at the end.
+
+    File system errors become a `NaloraError`.
     """
     scratch = None
     try:
@@ -81,9 +80,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def can_exist(path: Path) -> bool:
-    """Returns True if the system accepts ``path``; a name of more than 255 bytes, for example,
-    raises an OSError.
-    """
+    """Returns True if the system accepts ``path``; it may not if a name exceeds 255 bytes."""
     try:
         path.exists()
     except OSError:
@@ -112,8 +109,9 @@ def _check_free(target: Path, replaces: Collection[str]) -> None:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """Yields the names of files in a folder and its subfolders; empty and deeper folders
-    end with a slash.
+    """Yields names of files in a folder and its subfolders.
+
+    Empty folders and deeper folders are listed with a slash at the end.
     """
     for path in folder.iterdir():
         below = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
@@ -122,9 +120,7 @@ def _entries(folder: Path) -> Iterator[str]:
 
 
 def _move(scratch: Path, target: Path) -> None:
-    """Renames ``scratch`` to ``target``; an old folder there is moved aside first and removed
-    last.
-    """
+    """Renames ``scratch`` to ``target``; an old folder there is moved aside and removed last."""
     if not target.exists():
         scratch.rename(target)
         return

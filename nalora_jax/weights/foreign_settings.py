@@ -1,6 +1,4 @@
-"""Converts another library's settings field by field: each is converted, refused with a reason, or
-printed.
-"""
+"""Converts another library's settings; each field is converted, refused or reported."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ class Field:
 
 
 def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
-    """Returns a conversion that refuses every value except ``accepted``, which have no effect
-    here.
-    """
+    """Returns a conversion that accepts only ``accepted``, values without effect here."""
     return lambda value: None if any(value == one for one in (None, *accepted, {}, [])) else Refused(because)
 
 

@@ -106,8 +106,7 @@ class GGUFFile:
         return FileTensor(self.path, one.offset, one.nbytes, one.kind.name)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """Returns the metadata value of ``key``, of Python type ``kind`` (an int is accepted as a
-        float).
+        """Returns the metadata value of ``key`` as ``kind``; an int is accepted as a float.
 
         Raises:
           NaloraError: the key is missing and has no default, or its value has another type.
@@ -164,8 +163,7 @@ class _Cursor:
         )
 
     def skip(self, count: int) -> int:
-        """Skips ``count`` bytes and returns their start, after checking that they are in the file.
-        """
+        """Skips ``count`` bytes, which must be in the file, and returns their start."""
         if count > self.size - self.at:
             raise self.error(f"{count} more bytes", f"{self.size - self.at} until the end of the file")
         self.at += count

@@ -96,9 +96,7 @@ class _Reader:
 
 
 def _shape(r: _Reader) -> dict[str, Any]:
-    """Returns the model's sizes, reading head and vocabulary sizes from the same keys and tensors
-    as llama.cpp.
-    """
+    """Returns the model's sizes, from the same keys and tensors as llama.cpp."""
     width, heads = r.number("embedding_length", int), r.number("attention.head_count", int)
     vocabulary = r.file.shapes().get("token_embd.weight")
     if vocabulary is None:
@@ -166,8 +164,9 @@ def _long_factors(r: _Reader) -> dict[str, Any] | None:
 
 
 def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
-    """Returns Llama 3's scaling, stored as one divisor per frequency; other divisors are returned
-    as LongRoPE lists.
+    """Returns Llama 3's scaling, which is stored as one divisor per frequency.
+
+    Divisors that do not match Llama 3's formula are returned as LongRoPE lists.
     """
     divisors = r.tensor("rope_freqs.weight")
     if divisors is None:

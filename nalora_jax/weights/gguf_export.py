@@ -116,8 +116,7 @@ def write_merged_gguf(
 
 
 def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> Path:
-    """Writes the adapter as a GGUF file that llama.cpp adds to a base of any quantization
-    (``--lora``).
+    """Writes the adapter as a GGUF file for llama.cpp's ``--lora``, for any quantization.
 
     The file has one alpha, which llama.cpp divides by each tensor's rank; deviating scales are
     folded into B.
@@ -195,9 +194,7 @@ def _whole(file: GGUFFile, name: str) -> np.ndarray:
 def _adapters(
     config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec
 ) -> Iterator[tuple[SourceTensor, ModuleAdapter]]:
-    """Yields every adapted tensor of llama.cpp's files with its adapter, fused if the files fuse
-    it.
-    """
+    """Yields llama.cpp's adapted tensors with their adapters, fused if the tensor is."""
     leaves = flatten(lora)
     for tensor in keymap_for(config, "gguf").tensors:
         layer = tensor.slots[0].layer
@@ -219,9 +216,7 @@ class _Item:
 
 
 class _Checked(np.ndarray):
-    """An array written by Python's file object: numpy's ``tofile`` ignores a full disk at its last
-    flush.
-    """
+    """An array written by Python: numpy's ``tofile`` ignores a full disk at its last flush."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         """Writes the bytes; ``sep`` and ``format`` are ignored."""
@@ -245,8 +240,10 @@ def _write(writer: GGUFWriter, items: Iterable[_Item], data: Iterable[np.ndarray
 
 
 def _tensor_kind(tensor: SourceTensor, kind: str) -> GGMLQuantizationType:
-    """Returns ``kind`` for matrices, float32 for vectors and routers, float16 for rows that do not
-    fill Q8_0's blocks.
+    """Returns the format of a tensor.
+
+    Matrices have ``kind``, vectors and routers float32, and matrices whose rows do not fill Q8_0's
+    blocks float16.
     """
     if len(tensor.shape) < 2 or "router" in tensor.slots[0].path:
         return GGMLQuantizationType.F32
@@ -268,8 +265,7 @@ def _open(base: str | Path) -> GGUFReader:
 
 
 def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], config: ModelConfig) -> None:
-    """Checks that the metadata to copy describes these tensors; the tables' row counts may differ.
-    """
+    """Checks that the base's metadata describes these tensors, except the tables' row counts."""
     stored = {tensor.name: tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
     tables = {"output.weight", "token_embd.weight"}
     for item in items:
@@ -285,8 +281,9 @@ def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], co
 
 
 def _token_fields(reader: GGUFReader, rows: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Returns the changed vocabulary fields: a token for every row, and the chat template; empty
-    if none changed.
+    """Returns the changed vocabulary fields; empty if none changed.
+
+    There is a token for every row; a changed chat template is included.
     """
     held = next((int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), rows)
     if "tokenizer.ggml.tokens" not in reader.fields or (tokenizer is None and held == rows):

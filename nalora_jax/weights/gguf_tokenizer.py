@@ -177,9 +177,7 @@ def _merges_from_scores(
 
 
 def _splits(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Returns the token's splits into two tokens, the longest left part first, as in the models'
-    merge lists.
-    """
+    """Returns the token's splits into two tokens, longest left part first, as in merge lists."""
     cuts = [k for k in range(len(token) - 1, 0, -1) if token[:k] in vocabulary and token[k:] in vocabulary]
     return [(token[:k], token[k:]) for k in cuts]
 

@@ -43,9 +43,7 @@ class Stored:
 
     @property
     def format(self) -> np.dtype:
-        """NumPy type of the numbers; raw bytes for a type that is not floating-point (a mask that
-        is not needed).
-        """
+        """NumPy type of the numbers; raw bytes if they are not floats (e.g. an unused mask)."""
         return DTYPES.get(self.dtype) or np.dtype((np.void, (self.stop - self.start) // max(1, math.prod(self.shape))))
 
 
@@ -88,9 +86,7 @@ class SafetensorsFolder:
             )
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor in the file's number format: read-only, and read from the
-        file on access.
-        """
+        """Returns a read-only slice of a tensor in the file's format, read on access."""
         stored = self._tensors[name]
         flat = self._bytes(stored.file)[stored.start : stored.stop].view(stored.format)
         array = flat.reshape(stored.shape or (1,))[index]
@@ -103,8 +99,9 @@ class SafetensorsFolder:
         return FileTensor(one.file, one.start, one.stop - one.start, one.dtype)
 
     def _bytes(self, path: Path) -> np.ndarray:
-        """Returns a memory map of a file, renewed every `_MAX_MAPPED` bytes: mapped pages count as
-        this process's memory.
+        """Returns a memory map of a file, renewed every `_MAX_MAPPED` bytes.
+
+        Mapped pages count as this process's memory until the map is renewed.
         """
         if self._mapped > _MAX_MAPPED:
             self._maps, self._mapped = {}, 0
@@ -141,8 +138,7 @@ class SafetensorsFolder:
         return tensors
 
     def _index(self) -> dict[str, str] | None:
-        """Returns the file name by tensor name, or None without an index or with one file of all
-        tensors.
+        """Returns the file of each tensor; None if one file has all tensors or there is no index.
 
         If both exist, the single file is used, as in transformers.
         """

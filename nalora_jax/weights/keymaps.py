@@ -1,5 +1,4 @@
-"""Maps the tensors of a file to leaves of the parameter tree and back, by one table per family and
-file format.
+"""Maps a file's tensors to leaves of the parameter tree, by a table per family and format.
 
 A row of a table names a tensor, the leaves that it fills (several for a fused projection), and the
 transformation of each. Shapes follow from the model's config, so a `KeyMap` lists exactly the
@@ -34,8 +33,9 @@ Array = Any  # numpy or jax arrays: conversions use only methods that both have
 
 @dataclass(frozen=True)
 class Slot:
-    """A position in the parameter tree: ``layer`` indexes a stacked leaf, ``expert`` the axis
-    after it.
+    """A position in the parameter tree.
+
+    ``layer`` indexes a stacked leaf, ``expert`` the axis after it.
     """
 
     path: str  # e.g. "layers/ffn/gate_proj/kernel"
@@ -122,9 +122,7 @@ class KeyMap:
         return {tensor.name: tensor for tensor in self.tensors}
 
     def canonical(self, name: str) -> str:
-        """Returns a file's tensor name without the prefixes of wrappers (e.g. a multimodal
-        model's).
-        """
+        """Returns a tensor's name without wrappers' prefixes (e.g. a multimodal model's)."""
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
@@ -244,8 +242,9 @@ def _swap(array: Array) -> Array:
 
 
 def halves_from_pairs(rows: Array, heads: int) -> Array:
-    """Reorders each head's rows from llama.cpp's order (rotated partners adjacent) to
-    transformers' (half a head apart).
+    """Reorders each head's rows from llama.cpp's order to transformers'.
+
+    Rotated partners are adjacent in llama.cpp and half a head apart in transformers.
 
     Example, one head of four rows: ``[0, 2, 1, 3] -> [0, 1, 2, 3]``.
     """
@@ -265,9 +264,7 @@ def pairs_from_halves(rows: Array, heads: int) -> Array:
 def params_from_tensors(
     config: ModelConfig, get_tensor: Callable[[str], Array], source: Source = "hf", dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """Builds the parameter tree of a model from ``get_tensor``, which returns tensors by canonical
-    name.
-    """
+    """Builds a model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
     leaves = {path: np.zeros(shape, dtype) for path, shape in param_shapes(config).items()}
     for tensor in keymap_for(config, source).tensors:
         for slot, part in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
@@ -278,9 +275,7 @@ def params_from_tensors(
 def tensors_from_params(
     config: ModelConfig, params: Mapping[str, Any], source: Source = "hf"
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and tensors of a model's file, one at a time: the inverse of
-    `params_from_tensors`.
-    """
+    """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
     for tensor in keymap_for(config, source).tensors:
         yield tensor.name, tensor.join([leaves[slot.path][_index(slot)] for slot in tensor.slots])

@@ -55,9 +55,7 @@ def table(config: ModelConfig, source: Source) -> Table:
 
 
 def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[TensorRow, ...] | None:
-    """Returns the rows of a family, built-in or registered
-    (`nalora_jax.models.families.register_family`).
-    """
+    """Returns the rows of a family, built-in or added by `models.families.register_family`."""
     if model_type in tables:
         return tables[model_type]
     own = registered.tensors_of(model_type)
@@ -84,8 +82,7 @@ _HF_ENDS = (
 
 
 def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[TensorRow, ...]:
-    """Returns kernels and biases of projections that have the same names in transformers and here.
-    """
+    """Returns kernels and biases of projections whose names equal transformers' names."""
     stem = f"model.layers.{{layer}}.{module}"
     kernels = (TensorRow(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
     biases = (TensorRow(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)

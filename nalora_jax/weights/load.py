@@ -1,5 +1,4 @@
-"""Loads a file's tensors into the parameter tree, one block at a time, directly to the devices
-that hold them.
+"""Loads a file's tensors into the parameter tree, block by block, directly to their devices.
 
 A file format is a `TensorSource`; a `KeyMap` maps its tensor names to leaves and states how each
 is transposed. Each device's part of a leaf is one buffer that all cores fill from slices of the
@@ -78,9 +77,7 @@ class TensorSource(Protocol):
         """Raises a NaloraError unless `read` supports the tensor's number format."""
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor as floating-point numbers, reading little more of the file
-        than the slice.
-        """
+        """Returns a slice of a tensor as floats, reading little more of the file."""
 
     def stored(self, name: str) -> FileTensor:
         """Returns the location and number format of a tensor's bytes."""
@@ -190,9 +187,7 @@ class _Fill:
         self.rows = tensor.rows[number]
 
     def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
-        """Yields the position in the leading axes of a slice of the leaf, and the slice of this
-        part, if they overlap.
-        """
+        """Yields the leading position and the trailing slice of this part, if it is inside."""
         lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
         if all(part.start <= i < part.stop for i, part in zip(self.lead, lead, strict=True)):
             yield tuple(i - part.start for i, part in zip(self.lead, lead, strict=True)), trailing
@@ -238,8 +233,9 @@ class _Reader:
         return buffer
 
     def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
-        """Returns slices of the leaf, tensor by tensor, so that ranges that several slices need
-        are read close together.
+        """Returns slices of the leaf, filled tensor by tensor.
+
+        Ranges of a tensor that several slices need are read close together.
         """
         buffers = [_aligned(tuple(part.stop - part.start for part in index), dtype) for index in indices]
         jobs = [
@@ -261,9 +257,7 @@ def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> Non
 
 
 def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
-    """Returns the leaf as a global array; each distinct slice of this process's devices is read
-    once.
-    """
+    """Returns the leaf as a global array; each distinct slice is read once per process."""
     keys = list({_given(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
     slices = [tuple(slice(*part) for part in key) for key in keys]
     buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
@@ -348,9 +342,7 @@ class _Target:
     codes: bool
 
     def blocks(self, block: int) -> tuple[int, int]:
-        """Returns start and stop of the input channels in the weight blocks that this part
-        overlaps.
-        """
+        """Returns start and stop of the input channels in the blocks that this part overlaps."""
         start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
         return start // block * block, -(-stop // block) * block
 
@@ -376,9 +368,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
-    """Returns the float kernel's sharding, without splitting an axis whose new size is not
-    divisible.
-    """
+    """Returns the float kernel's sharding, without splits that do not divide the new shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]

@@ -42,8 +42,7 @@ DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloa
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
-    """Returns the base parameters with every adapter merged: the same function without a ``lora``
-    collection.
+    """Returns the base parameters with every adapter merged, for use without ``lora``.
 
     Args:
       params: base parameters, layers stacked; adapted kernels are replaced, all other leaves are
@@ -138,8 +137,7 @@ def write_merged(
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
 ) -> Path:
-    """Writes the merged model as a folder that transformers loads, without a second copy of it in
-    memory.
+    """Writes the merged model as a folder for transformers, without a second copy in memory.
 
     The folder contains config.json, generation_config.json, the tokenizer's files, the chat
     template, the weights as one safetensors file or as shards with an index, and the card. It
@@ -195,9 +193,7 @@ def _stored_dtype(leaves: Mapping[str, Any], tensor: SourceTensor) -> np.dtype:
 
 
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
-    """Returns the merged model's ``config.json``: the base's, or its text model's, in the written
-    dtype.
-    """
+    """Returns the merged model's ``config.json``, in the written dtype."""
     settings = dict(raw)
     if raw.get("model_type") in MULTIMODAL and config.sight is None:  # only the text model is here
         settings = text_part(raw, "config.json")

@@ -93,8 +93,9 @@ def _files_tokenizer(found: hub.ResolvedSource) -> Tokenizer:
 
 
 def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
-    """Returns a model's tokenizer with the added tokens, checked against its embedding; no weight
-    is read.
+    """Returns a model's tokenizer with added tokens, checked against its embedding.
+
+    No weight is read.
 
     Raises:
       NaloraError: its files are missing or damaged.

@@ -1,5 +1,4 @@
-"""Tokens that the base model's files do not have: added for a run, or required by an existing
-adapter.
+"""Tokens that the base's files lack: added for a run, or required by an existing adapter.
 
 A token needs an id in the tokenizer and a row in the embedding and in the output head. New ids
 follow the tokenizer's last one. A table grows only if it is too small for them (Qwen's tables have
@@ -45,8 +44,7 @@ _UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")  # names of 
 
 
 def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) -> LoadedModel:
-    """Adds tokens to a model's tokenizer and rows for them to its tables; the log lists the
-    additions.
+    """Adds tokens to a model's tokenizer and rows to its tables, and logs the additions.
 
     Args:
       base: the model as stored in its files.
@@ -72,8 +70,7 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
 
 
 def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> LoadedModel:
-    """Returns the model with the tokens and rows that an adapter was trained with, or ``base`` if
-    it needs no others.
+    """Returns the model with an adapter's tokens and rows; ``base`` if it needs no others.
 
     The tokenizer in the adapter's folder is used if it has tokens that the base's lacks. New rows
     that the adapter's tables do not contain (for example the head's, if only the embedding was
@@ -133,8 +130,9 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
 
 
 def check_adapter(base: LoadedModel, folder: Path) -> None:
-    """Raises an error if an adapter needs other tokens than ``base`` was loaded with: programs and
-    ids are shared.
+    """Raises an error if an adapter needs other tokens than the loaded model has.
+
+    Adapters of one loaded model share compiled programs and token ids.
 
     Raises:
       NaloraError: the adapter has further tokens, or tables with another number of rows.
@@ -154,8 +152,7 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
 
 
 def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callable[[Path], None]:
-    """Returns a function that writes the tokenizer of a model with added tokens to a folder, for
-    transformers.
+    """Returns a function that writes the tokenizer with its added tokens to a folder.
 
     Args:
       base: the model.
@@ -168,8 +165,9 @@ def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callabl
 
 
 def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bool) -> dict[str, int]:
-    """Returns the ids of tokens in ``folder``'s tokenizer that ``base`` lacks; empty if there is
-    no tokenizer file.
+    """Returns the ids of tokens in ``folder``'s tokenizer that ``base`` lacks.
+
+    The result is empty if there is no tokenizer file.
 
     Args:
       base: the model.
@@ -233,9 +231,7 @@ def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | No
 
 
 def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None) -> jax.Array:
-    """Returns ``table`` with ``rows`` entries along ``axis``, sharded by the rule for its new
-    shape.
-    """
+    """Returns ``table`` with ``rows`` entries along ``axis``, sharded for its new shape."""
     shape = list(table.shape)
     shape[axis] = rows
     placed = table.sharding
@@ -255,9 +251,7 @@ def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
 
 
 def _described(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Returns a ``config.json`` with ``rows`` as vocab_size; in a multimodal model, in its text
-    part.
-    """
+    """Returns a ``config.json`` with ``rows`` as vocab_size (multimodal: of its text part)."""
     if isinstance(raw.get("text_config"), dict):
         return {**raw, "text_config": {**raw["text_config"], "vocab_size": rows}}
     return {**raw, "vocab_size": rows}

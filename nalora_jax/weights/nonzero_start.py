@@ -1,5 +1,4 @@
-"""Adapters with a non-zero initialization (PiSSA, LoRA-GA): the adjusted kernels, and the
-conversion to plain LoRA.
+"""Non-zero initializations (PiSSA, LoRA-GA): the adjusted kernels, and back to plain LoRA.
 
 A kernel is split as ``W = W_low + s A0 B0``; training changes A and B on the frozen ``W_low``.
 Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
@@ -53,8 +52,7 @@ def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> 
 def difference_as_lora(
     lora: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """Converts a trained adapter of the adjusted kernels to the equivalent plain adapter of the
-    original kernels.
+    """Converts a trained adapter of the adjusted kernels to one of the original kernels.
 
     ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times
     sqrt(2) with rsLoRA), so that the scale stays the same. DoRA's magnitudes are unchanged:
@@ -81,9 +79,7 @@ def difference_as_lora(
 
 
 def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
-    """Concatenates both factors on the rank axis, layer by layer, without the padding between
-    them.
-    """
+    """Concatenates both factors on the rank axis, layer by layer, without padding in between."""
     joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
     for layer, rank in enumerate(target.ranks):
         place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))

@@ -1,5 +1,4 @@
-"""Identifies the weights of a model: the files, their number formats, and a digest of every
-weight.
+"""Identifies a model's weights: the files, their number formats, and a digest.
 
 A name is not enough. An alias may come from the hub in bfloat16 or from a package as a community
 4-bit file, and a result that was obtained with one of them does not hold for the other.
@@ -55,9 +54,7 @@ class Origin:
 
     @staticmethod
     def from_dict(values: Mapping[str, str]) -> Origin:
-        """Builds an Origin from the result of `to_dict`; fields that another version's log lacks
-        are empty.
-        """
+        """Builds an Origin from `to_dict`'s result; missing fields (other versions) are empty."""
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
 
 
@@ -81,8 +78,7 @@ def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together
 
 
 def number_formats(source: TensorSource) -> str:
-    """Returns the formats of the stored weights, most frequent first, with shares if there are
-    several.
+    """Returns the formats of the stored weights, most frequent first, with their shares.
 
     Example:
       ``"BF16"``, or ``"Q4_1 (79%), Q8_0 (21%)"``
@@ -96,8 +92,9 @@ def number_formats(source: TensorSource) -> str:
 
 
 def fingerprint(config: Any, source: TensorSource, *, together: bool = False) -> str:
-    """Computes a digest of a model: its description, and name, shape, number format and every byte
-    of all tensors.
+    """Computes a digest of a model's description and of all its tensors.
+
+    It covers name, shape, number format and every byte of each tensor.
 
     The digest does not depend on the division into shards; it changes with a conversion to another
     number format. All cores hash the bytes in pieces, directly after they were loaded, while they
@@ -145,9 +142,7 @@ def _digest(source: TensorSource, name: str, start: int) -> bytes:
 
 
 def _stated(value: Any) -> Any:
-    """Converts a dataclass to the fields that differ from their defaults, so that new fields do
-    not change fingerprints.
-    """
+    """Converts a dataclass to its non-default fields, so new fields keep old fingerprints."""
     if dataclasses.is_dataclass(value):
         pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {field.name: _stated(item) for field, item in pairs if item != field.default}

@@ -93,9 +93,7 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
-    """Returns the adapter without ranks that have no effect; None if no rank and no magnitude
-    remain.
-    """
+    """Returns the adapter without ranks that have no effect; None if it has no effect at all."""
     if adapter is None:
         return None
     live = compact(adapter)
@@ -110,8 +108,7 @@ def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
 
 
 def max_logit_difference(first: Callable[[Any], Any], second: Callable[[Any], Any], tokens: Any) -> float:
-    """Returns the largest absolute difference of two models' logits, in units of the largest
-    absolute logit.
+    """Returns the largest difference of two models' logits, relative to the largest logit.
 
     Args:
       first: tokens -> logits ``[..., vocab]``, e.g. the base with the trained adapter.

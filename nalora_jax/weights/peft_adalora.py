@@ -31,8 +31,7 @@ _SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # PEFT's fields are steps,
 
 
 def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Converts the ``adapter_config.json`` of an AdaLoRA adapter to plain LoRA, to match
-    `as_lora_tensors`.
+    """Converts an AdaLoRA ``adapter_config.json`` to the LoRA config for `as_lora_tensors`.
 
     A module that has lost all its ranks gets rank 1.
 
@@ -65,8 +64,7 @@ def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    """Converts the tensors of an AdaLoRA adapter to plain LoRA: ``diag(E) A`` replaces A, and E is
-    dropped.
+    """Converts AdaLoRA tensors to plain LoRA: ``diag(E) A`` replaces A, and E is dropped.
 
     Args:
       tensors: by the file's names: ``lora_A [r, d_in]``, ``lora_E [r, 1]``, ``lora_B [d_out, r]``.
@@ -95,8 +93,7 @@ def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, 
 
 
 def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits an ``AdaLoraConfig`` into the fields of a ``LoraConfig`` and settings of this
-    library.
+    """Splits an ``AdaLoraConfig`` into fields of a ``LoraConfig`` and this library's settings.
 
     Any other configuration is returned unchanged.
 

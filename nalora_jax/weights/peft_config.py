@@ -1,6 +1,4 @@
-"""Reads and checks ``adapter_config.json`` and matches it against module names exactly as PEFT
-does.
-"""
+"""Reads and checks ``adapter_config.json`` and matches module names exactly as PEFT does."""
 
 from __future__ import annotations
 
@@ -97,8 +95,7 @@ class PeftConfig:
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def choose(self, modules: Sequence[str], parameters: Sequence[str] = ()) -> Choices:
-        """Selects the targeted modules and parameters of a model, with rank and alpha, as PEFT
-        does.
+        """Selects the targeted modules and parameters, with ranks and alphas, as PEFT does.
 
         Args:
           modules: names of the model's Linear modules, without the output head.
@@ -121,9 +118,7 @@ class PeftConfig:
         )
 
     def _named(self, names: Sequence[str], wanted: tuple[str, ...] | str, every: str = "") -> set[str]:
-        """Returns the members of ``names`` that match a list of names and suffixes, or one regular
-        expression.
-        """
+        """Returns the ``names`` that match a list of names and suffixes, or one expression."""
         if not isinstance(wanted, str):
             suffixes = frozenset(wanted)
             return {name for name in names if _has_suffix(name, suffixes)}
@@ -143,8 +138,7 @@ class PeftConfig:
         return {name for name, match in zip(names, first, strict=True) if match in layers}
 
     def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Yields each name with the first key whose pattern matches a suffix of the name
-        (``get_pattern_key``).
+        """Yields each name with the first key that matches a suffix (``get_pattern_key``).
 
         A suffix starts at the beginning of the name or after a dot; the key is "" if none matches.
         """
@@ -351,9 +345,7 @@ class _Fields:
             raise self._error(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
 
     def _regex(self, key: str, pattern: str, use: Callable[[str], str] = str) -> str:
-        """Returns ``pattern`` if it and the expression ``use(pattern)`` that is built from it are
-        both valid.
-        """
+        """Returns ``pattern`` if it and the expression ``use(pattern)`` are both valid."""
         try:
             bounded.matches([pattern, use(pattern)], [])
         except bounded.BoundedError as error:
@@ -371,9 +363,7 @@ def _suffix_pattern(key: str) -> str:
 
 
 def _layer_pattern(name: str) -> str:
-    """Returns the expression that PEFT builds from an entry of layers_pattern; its group is the
-    layer's index.
-    """
+    """Returns PEFT's expression for an entry of layers_pattern; its group is the layer index."""
     return rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
 
 

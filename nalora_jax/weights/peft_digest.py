@@ -61,9 +61,7 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], meta
 
 
 def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Raises an error if this library wrote the file, and it or its ``adapter_config.json`` was
-    changed since.
-    """
+    """Raises an error if a file of this library, or its config, was changed since its export."""
     if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
         return  # written by another tool
     settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -78,8 +76,7 @@ def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 
 
 def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
-    """Raises an error if the file has its base's fingerprint and it belongs to another base model.
-    """
+    """Raises an error if the file's base fingerprint belongs to another base model."""
     noted = metadata.get(FINGERPRINT_KEY)
     if not noted or not fingerprint or noted == fingerprint:
         return

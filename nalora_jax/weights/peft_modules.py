@@ -1,5 +1,4 @@
-"""Maps projections to modules of transformers, and with them the shapes of PEFT adapters, family
-by family.
+"""Maps projections to modules of transformers, family by family, for PEFT adapters.
 
 Most families have one Linear module per projection. Phi-3 fuses q, k, v and gate, up into one
 module each. Mixtures of experts store all experts of a layer in two parameters (transformers 5:
@@ -44,8 +43,7 @@ class ModuleLayout:
     prefix: str = "model.layers"
 
     def full_name(self, layer: int, module: str | HostModule) -> str:
-        """Returns the full name: ``mlp.gate_proj`` of layer 3 -> ``model.layers.3.mlp.gate_proj``.
-        """
+        """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
         if isinstance(module, str):
             return f"{self.prefix}.{layer}.{module}"
         return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
@@ -59,8 +57,7 @@ _LAYER, _EXPERT = ".{layer}.", "{expert}"
 
 
 def module_layout(config: ModelConfig) -> ModuleLayout:
-    """Returns the layout of the family of ``config``: the modules whose weights are in its
-    checkpoints.
+    """Returns the layout of a family: the modules whose weights are in its checkpoints.
 
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
@@ -97,8 +94,7 @@ _EARLIER: tuple[dict[str, str], ...] = (
 
 
 def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
-    """Returns the layout of `module_layout`, with the names of the transformers release that wrote
-    ``modules``.
+    """Returns `module_layout` with the names of the transformers release that wrote ``modules``.
 
     If several releases match equally well, the latest is used.
     """
@@ -139,9 +135,7 @@ def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ModuleAdapter:
-    """One layer's adapter without padding, in this library's layout; the axis of experts, if any,
-    comes first.
-    """
+    """One layer's adapter without padding; the axis of experts, if any, comes first."""
 
     a: np.ndarray  # [..., d_in, r] float32
     b: np.ndarray  # [..., r, d_out] float32
@@ -183,8 +177,7 @@ def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> Module
 
 
 def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter | None]:
-    """Splits a fused module's adapter into its parts: the exact inverse of `fuse`, up to folded
-    scales.
+    """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
 
     A part keeps the ranks that reach its outputs; a part that no rank reaches gets no adapter. A
     fresh adapter (B all zero) keeps every rank in every part.
@@ -210,9 +203,7 @@ def compact(adapter: ModuleAdapter) -> ModuleAdapter:
 
 
 def without_padding(adapter: ModuleAdapter) -> ModuleAdapter:
-    """Returns the adapter without ranks that have no effect; a fresh adapter (B all zero) is
-    returned unchanged.
-    """
+    """Returns the adapter without ranks that have no effect; fresh ones (B = 0) unchanged."""
     return compact(adapter) if adapter.b.any() else adapter
 
 
@@ -222,9 +213,7 @@ def _live_ranks(b: np.ndarray) -> np.ndarray:
 
 
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
-    """Returns the alpha that gives ``scale`` at ``rank``, without the rounding error of ``alpha /
-    rank * rank``.
-    """
+    """Returns the alpha that gives ``scale`` at ``rank``, without ``alpha / rank``'s rounding."""
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     neat = round(alpha, 6)
     return neat if math.isclose(alpha, neat, rel_tol=1e-12) else alpha

@@ -1,6 +1,4 @@
-"""Reads PEFT adapter folders: ``adapter_config.json`` + ``adapter_model.safetensors`` -> stacked
-tree and spec.
-"""
+"""Reads PEFT adapter folders (config and safetensors) as a stacked tree and its spec."""
 
 from __future__ import annotations
 
@@ -133,8 +131,7 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A possible location of tensors: a Linear module, one expert's module, or a stack of experts.
-    """
+    """A possible location of tensors: a Linear module, an expert, or a stack of experts."""
 
     key: str  # module name in the tensors' keys
     name: str  # module or parameter name that patterns are matched with
@@ -184,8 +181,7 @@ def _linear_modules(
 
 
 def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
-    """Groups tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ..., "b": ...}}``.
-    """
+    """Groups tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ...}}``."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -209,9 +205,7 @@ def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> d
 def _check_complete(
     peft: PeftConfig, path: Path, slots: Mapping[str, _Slot], modules: Mapping[str, dict[str, np.ndarray]]
 ) -> None:
-    """Checks that every module of the file is known and targeted, and every targeted module is in
-    the file.
-    """
+    """Checks that the file's modules and the targeted modules are the same."""
     for key in modules:
         if key not in slots:
             known = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in slots})
@@ -295,9 +289,7 @@ def _adapter(
 
 
 def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
-    """Combines experts' adapters along an expert axis; ranks padded, scales folded relative to the
-    first expert's.
-    """
+    """Stacks experts' adapters: ranks padded, scales folded relative to the first expert's."""
     rank, scale = max(member.rank for member in members), members[0].scale
     a = np.zeros((len(members), members[0].a.shape[0], rank), np.float32)
     b = np.zeros((len(members), rank, members[0].b.shape[1]), np.float32)

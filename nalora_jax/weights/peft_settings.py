@@ -118,8 +118,7 @@ PEFT: dict[str, Field] = {
 
 
 def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """Returns a run's settings and notes from an ``adapter_config.json`` or a `LoraConfig` as a
-    dict.
+    """Returns settings and notes from an ``adapter_config.json`` or a `LoraConfig` as a dict.
 
     Raises:
       NaloraError: names every unsupported field, with the reason.

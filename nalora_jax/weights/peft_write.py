@@ -1,6 +1,4 @@
-"""Writes PEFT adapter folders: stacked tree and spec -> ``adapter_config.json`` +
-``adapter_model.safetensors``.
-"""
+"""Writes PEFT adapter folders (config and safetensors) from a stacked tree and its spec."""
 
 from __future__ import annotations
 
@@ -102,8 +100,7 @@ def export_adapter(
 
 
 def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> ModuleAdapter | None:
-    """Returns the adapter of one layer of ``path`` without its padding, or None if the layer has
-    no adapter.
+    """Returns one layer's adapter of ``path`` without padding; None if the layer has none.
 
     Args:
       leaves: the flattened ``lora`` tree.
@@ -224,9 +221,7 @@ def _check_vllm(spec: AdapterSpec) -> None:
 
 
 def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[_Entry]:
-    """Returns the same adapters with one rank and one scale, on every layer of every module that
-    has an adapter.
-    """
+    """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     rank = max(entry.adapter.rank for entry in entries)
     if rank > limit:
         raise NaloraError(
@@ -326,8 +321,9 @@ def _number(value: float) -> int | float:
 
 
 def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
-    """Returns the default (the experts' most frequent value, otherwise the most frequent of all)
-    and a pattern for the others.
+    """Returns a default value and a pattern for the modules with another value.
+
+    The default is the experts' most frequent value, otherwise the most frequent of all.
 
     Keys are ``mlp.up_proj`` if all layers agree, full names otherwise.
     """

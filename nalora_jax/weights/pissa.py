@@ -49,8 +49,7 @@ def pissa_init(
 def pissa_split(
     params: Mapping[str, Any], spec: AdapterSpec, *, iterations: int = 4
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Moves the principal components of every adapted kernel from a model's weights to its
-    adapters.
+    """Moves every adapted kernel's principal components from the weights to the adapters.
 
     Args:
       params: base weights, layers stacked; they are not changed.
@@ -96,16 +95,15 @@ def _padded_init(
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ``u [..., d_in, k], s [..., k], v [..., d_out, k]``: the last axis of all three
-    indexes components.
-    """
+    """Returns ``u [..., d_in, k], s [..., k], v [..., d_out, k]`` of k singular values."""
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     return u, s, jnp.swapaxes(vt, -1, -2)
 
 
 def _randomized_svd(w: jax.Array, rank: int, iterations: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Implements Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1, with QR at
-    every half step.
+    """Implements a randomized SVD with QR at every half step.
+
+    Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
     width = min(rank + max(8, rank // 2), *w.shape[-2:])  # oversampling: the subspace is wider than the result
     q = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), jnp.float32)

@@ -1,5 +1,4 @@
-"""Fully trained tables next to the adapters: the token embedding and the head, PEFT's
-``modules_to_save``.
+"""Fully trained tables, PEFT's ``modules_to_save``: the token embedding and the head.
 
 They are stored in the collection ``lora``, in float32, and replace the base's tables:
 
@@ -36,17 +35,14 @@ RESIZED = "token_adapter.base_layer.weight"
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Returns the name of each table in transformers' files: ``{"embed_tokens":
-    "model.embed_tokens.weight", ...}``.
-    """
+    """Returns each table's name in transformers, e.g. ``model.embed_tokens.weight``."""
     tensors = keymap_for(replace(config, sight=None), "hf").tensors
     paths = {tensor.slots[0].path: tensor.name for tensor in tensors}
     return {"embed_tokens": paths[_EMBEDDING], "lm_head": paths.get(_HEAD, "lm_head.weight")}
 
 
 def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
-    """Returns the number of rows of an adapter's trained tables; None if it has none or cannot be
-    read.
+    """Returns the row count of an adapter's trained tables; None if it has none or is unreadable.
 
     Args:
       folder: adapter in PEFT's format.
@@ -72,8 +68,8 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
 
 
 def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
-    """Returns the number of table rows that an adapter's trained token ids need; None if the base
-    has them all.
+    """Returns the row count that an adapter's trained token ids need; None if the base's is
+    enough.
 
     Args:
       folder: adapter in PEFT's format.
@@ -202,8 +198,7 @@ def with_whole_tables(
 
 
 def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
-    """Raises an error if an adapter has trained tables or trained rows, for formats that cannot
-    store them.
+    """Raises an error for trained tables or rows, which the target format cannot store.
 
     Raises:
       NaloraError: the adapter has trained tables or rows.

@@ -69,8 +69,7 @@ class TensorInfo:
 def write_shards(
     folder: Path, infos: Iterable[TensorInfo], tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int
 ) -> None:
-    """Writes ``model.safetensors``, or numbered shards and their index if one file would exceed
-    ``shard_bytes``.
+    """Writes ``model.safetensors``, or shards with an index if it would exceed ``shard_bytes``.
 
     Args:
       folder: an existing folder.
@@ -101,8 +100,7 @@ def _plan(infos: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes one file with ``tensors``, sorted by name: equal tensors and metadata give equal
-    bytes.
+    """Writes ``tensors``, sorted by name: equal tensors and metadata give equal bytes.
 
     The safetensors library's writer orders the metadata by a hash that differs between processes.
     """

@@ -1,5 +1,6 @@
-"""Reads the safetensors of a bucket folder by ranges: files are not copied, and memory holds a few
-chunks of a tensor.
+"""Reads the safetensors of a bucket folder by ranges, without copying files.
+
+Memory holds a few chunks of a tensor.
 
 A process reads the rows of a tensor that its devices need. If a mesh splits the other axis, it
 reads full rows.
@@ -50,9 +51,7 @@ class StreamedFolder(SafetensorsFolder):
         return self._url
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor in the file's number format; the rows that contain it are
-        fetched.
-        """
+        """Returns a slice of a tensor in the file's format, fetching the rows around it."""
         stored = self._tensors[name]
         if not stored.shape:
             return self._fetched(stored, 0, stored.stop - stored.start).view(stored.format).reshape(())
@@ -71,9 +70,7 @@ class StreamedFolder(SafetensorsFolder):
         return f"{self._url}/{stored.file.name}"
 
     def _fetched(self, stored: Stored, start: int, stop: int) -> np.ndarray:
-        """Returns bytes of a tensor, uint8 ``[stop - start]``: a view of a chunk, or joined from
-        several.
-        """
+        """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
         url, parts = self._url_of(stored), []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
             last = min(first + CHUNK, stored.stop - stored.start)
@@ -126,8 +123,7 @@ class _Chunks:
         self._held: OrderedDict[tuple[str, int, int], Future[np.ndarray]] = OrderedDict()
 
     def get(self, url: str, start: int, stop: int) -> np.ndarray:
-        """Returns bytes of a file, uint8 ``[stop - start]``; waits if another thread is fetching
-        the same range.
+        """Returns bytes ``start`` to ``stop`` of a file; waits for a fetch already in progress.
 
         Raises:
           NaloraError: the bucket does not deliver them, or delivers fewer.

@@ -1,5 +1,4 @@
-"""Single trained rows of the embedding and the head: PEFT's ``trainable_token_indices`` in its
-files.
+"""Single trained rows of the embedding and head: PEFT's ``trainable_token_indices``.
 
     model.embed_tokens.token_adapter.trainable_tokens_delta   [ids, d_model]   ->   embed/rows
     [ids, d_model]

@@ -1,5 +1,4 @@
-"""Tokenizer files for transformers: copied from the base's folder, or written from a `Tokenizer`.
-"""
+"""Tokenizer files for transformers: copied from the base, or written from a `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
-    """Copies the members of `FILES` that ``source`` contains, and with ``images`` also of
-    `IMAGE_FILES`.
+    """Copies ``source``'s files that are in `FILES` or, with ``images``, in `IMAGE_FILES`.
 
     Raises:
       NaloraError: there is no tokenizer among them.
@@ -108,9 +106,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
 
 
 def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Returns a copy of the backend; its post-processor adds the begin-of-sequence token if the
-    model uses one.
-    """
+    """Returns a copy of the backend that adds the begin token if the model uses one."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         token = backend.id_to_token(tokenizer.bos_id)

@@ -275,8 +275,9 @@ def _batch(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Converts the adapters of `ModelConfig`, with the defaults of TRL and PEFT; our rules if TRL
-    trains all weights.
+    """Converts the adapters of `ModelConfig`, with the defaults of TRL and PEFT.
+
+    If TRL trains all weights, this library's default rules apply.
     """
     named = [name for name in values if name.startswith("lora_") and values[name] is not None]
     notes = [] if values.get("use_peft") else ["without use_peft TRL trains all weights; here adapters are trained"]
@@ -296,9 +297,7 @@ def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluation(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Sets the evaluation interval: none by default, otherwise `eval_steps`, otherwise
-    `logging_steps`.
-    """
+    """Sets the evaluation interval: `eval_steps`, else `logging_steps`; none by default."""
     strategy = values["eval_strategy"]
     if strategy in _NO:
         put(settings, "train.eval_every", 0)
@@ -317,8 +316,9 @@ def _evaluation(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _precision(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Selects bfloat16 unless the file turns it off; TRL's default stores weights in float32 and
-    computes in bfloat16.
+    """Selects bfloat16 unless the file turns it off.
+
+    TRL's default stores weights in float32 and computes in bfloat16.
     """
     mixed = values.get("bf16") in (None, True)
     dtype = settings.get("compute", {}).get("dtype", "float32" if values.get("dtype") != "auto" else "bfloat16")
@@ -345,8 +345,9 @@ def _targets(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Sets the preference loss: a packed sequence contains both responses, and dropout is off by
-    default.
+    """Sets the preference loss; a packed sequence contains both responses of a pair.
+
+    Dropout is off by default, as in DPOConfig.
     """
     put(settings, "preference.loss", "dpo")
     if _loss_name(values.get("loss_type")) == "sigmoid_norm":

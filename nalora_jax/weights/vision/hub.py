@@ -1,6 +1,4 @@
-"""Resolves an encoder's name to files on this machine: a folder, a hub id, or a package that
-mirrors a model.
-"""
+"""Resolves an encoder's name to local files: a folder, a hub id, or a mirroring package."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ _VIT_S = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 
 @dataclass(frozen=True)
 class OnnxWeights:
-    """An encoder whose weights are in a package's ONNX file, with the description that the file
-    lacks.
-    """
+    """An encoder in a package's ONNX file, with the description that the file lacks."""
 
     file: PackageFile
     prefix: str  # of the encoder's tensors in the file
@@ -85,8 +81,9 @@ ALIASES = (*FOLDERS, *ONNX)
 
 
 def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
-    """Returns the folder of the model ``source``, downloaded if necessary, and the name that
-    adapters give their base.
+    """Returns the folder of the model ``source`` and its name as a base of adapters.
+
+    The model is downloaded if necessary.
 
     A folder in a bucket is copied to the cache: these models are small.
 
@@ -122,9 +119,7 @@ def resolve_file(weights: OnnxWeights, cache: Path | None = None) -> Path:
 
 
 def _snapshot(repository: str) -> Path:
-    """Returns a hub repository's files: from the local cache if it is complete, otherwise from the
-    hub.
-    """
+    """Returns a hub repository's files, from the local cache if it is complete."""
     wanted = [*HUB_FILES, "1_Pooling/config.json"]
     for local in (True, False):
         try:

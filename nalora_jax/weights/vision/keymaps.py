@@ -163,8 +163,9 @@ _POOLER_UNUSED = r"(^|\.)pooler\.dense\."
 
 
 def encoder_keymap(config: EncoderConfig) -> KeyMap:
-    """Returns the key map of a folder with one tower; wrappers' prefixes (``bert.``,
-    ``vision_model.``) are optional.
+    """Returns the key map of a folder with one tower.
+
+    The prefixes of wrappers (``bert.``, ``vision_model.``) are optional.
     """
     tensors = tuple(tower_tensors(config, "", ""))
     ignored = _IGNORED if config.pooler else (*_IGNORED, _POOLER_UNUSED)
@@ -250,8 +251,9 @@ def _swap(array: Array) -> Array:
 
 
 def _from_conv(kernel: Array) -> Array:
-    """Converts ``[d, channels, p, p]`` to ``[p * p * channels, d]``: a strided convolution is a
-    matmul of its patches.
+    """Converts ``[d, channels, p, p]`` to ``[p * p * channels, d]``.
+
+    A strided convolution is a matmul of its patches.
     """
     return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
 
@@ -266,8 +268,7 @@ def _to_conv(kernel: Array, patch: int) -> Array:
 def params_from_tensors(
     config: DualConfig | EncoderConfig, tensors: Mapping[str, Array], dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """Builds a model's parameter tree from in-memory tensors by the file's names; for exporters
-    and tests.
+    """Builds a parameter tree from in-memory tensors by the file's names; for exporters, tests.
 
     Raises:
       NaloraError: a tensor is missing, unknown or misshapen.
@@ -294,9 +295,7 @@ def tensors_from_params(
 
 
 def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
-    """Returns transformers' module of the stacked projection ``path``, with ``{layer}`` in it, for
-    PEFT's adapters.
-    """
+    """Returns transformers' module of the stacked projection ``path``, with ``{layer}`` in it."""
     if isinstance(config, EncoderConfig):
         tower, prefix, name = config, "", path
     else:

@@ -32,8 +32,7 @@ def write_merged_dual(
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
 ) -> Path:
-    """Writes the merged pair with its tokenizer and image processor; the folder appears complete
-    or not at all.
+    """Writes the merged pair, tokenizer and image processor; a folder appears only if complete.
 
     Args:
       folder: new or empty.

@@ -105,8 +105,7 @@ def load_dual(
 
 
 def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax") -> DualConfig:
-    """Returns the description of a dual encoder, without its weights; arguments as in `load_dual`.
-    """
+    """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
         seen, read = (_description(name.strip(), cache)[0] for name in (image, text))
@@ -116,9 +115,7 @@ def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: s
 
 
 def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path | None, str]:
-    """Returns a tower's architecture, its folder (None if its weights are one ONNX file), and its
-    name.
-    """
+    """Returns a tower's architecture, folder (None if it is one ONNX file), and name."""
     if source in hub.ONNX:
         return read_encoder(hub.ONNX[source].config, source), None, source
     folder, name = hub.resolve_folder(source, cache)
@@ -129,8 +126,7 @@ def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path |
 def load_encoder(
     source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
 ) -> LoadedEncoder:
-    """Loads one tower: a Hugging Face folder or hub id of an encoder, or an alias of
-    `hub.ALIASES`.
+    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ALIASES`.
 
     Args:
       source, dtype, mesh, cache: as in `load_dual`.
@@ -203,9 +199,7 @@ def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> Ima
 
 
 def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Initializes projections and temperature of separately trained towers; float32, since they
-    are trained.
-    """
+    """Initializes separately trained towers' projections and temperature, in float32."""
     projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
     leaves = trees.flatten(init_params(config, jax.random.key(seed)))
     shardings = _shardings(config, mesh)

@@ -61,9 +61,7 @@ class OnnxFile:
         return (tensor if tensor.shape else tensor.reshape(1))[index]
 
     def stored(self, name: str) -> FileTensor:
-        """Returns the complete file, because the position of a tensor's bytes depends on the ONNX
-        encoding.
-        """
+        """Returns the complete file: a tensor's position depends on the ONNX encoding."""
         return FileTensor(self.path, 0, self.path.stat().st_size, self._tensors[name].dtype.name)
 
     def digest(self, config: Any) -> str:
@@ -107,8 +105,9 @@ def _named(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray
 
 
 def _positions(graph: Any, arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Joins a ViT's position embeddings, which an export that resizes them splits into class token
-    and patches.
+    """Joins a ViT's position embeddings.
+
+    An export that resizes them splits them into the class token's and the patches'.
     """
     width = max((a.shape[-1] for n, a in arrays.items() if n.endswith("cls_token")), default=0)
     parts: dict[str, np.ndarray] = {}

@@ -1,6 +1,4 @@
-"""Tensor names of multimodal models' vision towers and projectors in transformers' files, and
-their PEFT modules.
-"""
+"""Tensor names and PEFT modules of vision towers and projectors in multimodal models."""
 
 from __future__ import annotations
 
@@ -35,8 +33,9 @@ _PROJECTORS: dict[str, tuple[VisionTensorRow, ...]] = {
 
 
 def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
-    """Returns the key map of a model's files, with vision tower and projector; llama.cpp's files
-    have the text model only.
+    """Returns the key map of a model's files, including vision tower and projector.
+
+    llama.cpp's files have the text model only.
 
     Raises:
       NaloraError: see `nalora_jax.weights.keymaps.keymap_for`.
@@ -50,8 +49,9 @@ def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
 
 
 def file_name(config: ModelConfig, name: str) -> str:
-    """Returns a tensor's name in multimodal models' original repositories, which every
-    transformers release reads.
+    """Returns a tensor's name in the models' original repositories.
+
+    Every transformers release can read these names.
     """
     if config.sight is None:
         return name
@@ -60,8 +60,9 @@ def file_name(config: ModelConfig, name: str) -> str:
 
 
 def sight_modules(sight: Sight | None) -> dict[str, str]:
-    """Returns transformers' module of every projection outside the decoder, by stacked path, with
-    ``{layer}`` in it.
+    """Returns transformers' module of each projection outside the decoder, by stacked path.
+
+    Module names contain ``{layer}``.
     """
     if sight is None:
         return {}
@@ -76,8 +77,7 @@ def sight_modules(sight: Sight | None) -> dict[str, str]:
 
 
 def _tower(sight: Sight) -> Iterator[SourceTensor]:
-    """Yields the tower's tensors; the weights of layers that are not run go to a separate branch.
-    """
+    """Yields the tower's tensors; weights of layers that are not run get a separate branch."""
     run = sight.running.param_shapes()
 
     def place(slot: Slot) -> Slot:
