@@ -128,7 +128,7 @@ def opened(name: str) -> Any:
 
 
 def local_copy(name: str) -> Path:
-    """Returns a copy of a file in the cache, fetched once; raises as `local_folder` does."""
+    """Returns a cached copy of a file's current content; raises as `local_folder` does."""
     return local_folder([name]) / name.rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""Typed access to a parsed ``config.json``; errors name the field."""
+"""Typed access to a parsed ``config.json``: each value is checked once; errors name the field."""
 
 from __future__ import annotations
 

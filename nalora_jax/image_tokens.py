@@ -32,7 +32,7 @@ class ImageTokens:
         return self.expansion.join(text.split(self.placeholder))
 
     def reserved(self, text: str) -> bool:
-        """Returns True if a text contains a placeholder or image token, not allowed in users' text."""
+        """Returns True if a text contains a placeholder or image token; users' text must not."""
         return self.placeholder in text or self.token in text
 
 

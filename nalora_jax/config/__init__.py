@@ -78,8 +78,8 @@ class DataConfig:
     # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a file has one split, "train".
     train_split: str = "train"
     # Split held out for evaluation, another file's path, or "auto": the split "validation" if
-    # there is one, else 5% of the training records, at least 20 (a fifth of fewer than 100
-    # records) and at most 500, drawn once by a fixed seed.
+    # there is one, else 5% of the training records (at least 20, or a fifth of fewer than 100
+    # records; at most 500), drawn once by a fixed seed.
     eval_split: str = "auto"
     # Held-out examples for the evaluation before and after training (0: all that are left), drawn
     # once by a fixed seed.
@@ -124,7 +124,7 @@ class DataConfig:
 class TrainConfig:
     """Batch, intervals and checkpoints."""
 
-    # Packed sequences per optimizer step over all devices.
+    # Packed sequences (examples of image tasks) per optimizer step over all devices.
     batch_size: int = 8
     # Micro-batches per step; batch_size is split into them and their gradients are accumulated.
     accumulate: int = 1
@@ -146,8 +146,8 @@ class DebugConfig:
     """Expensive checks and measurements."""
 
     # Check the gates of the live model in every step, channel by channel (chexify): the
-    # gate-compensation identity, Activation.gate against rho and its derivative, and the factor
-    # that the block multiplies by against both.
+    # pre-activation, the gate-compensation identity, Activation.gate against rho and its
+    # derivative, and the input of the down projection.
     check_gates: bool = False
     # Tolerance of that check, relative to |F| + |S|; bfloat16 rounding is allowed in addition.
     tolerance: float = 1e-4

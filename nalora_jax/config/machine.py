@@ -11,7 +11,7 @@ from nalora_jax.config.documented import documented
 @documented
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh: 0: chosen by the library; -1: all that remain.
+    """Devices along each axis of the mesh: 0 lets the library choose, -1 takes all others.
 
     Axes with 0 are chosen by a roofline model, together with ``compute.remat``: the fastest choice
     that fits in memory.
@@ -50,8 +50,8 @@ class ComputeConfig:
     remat: Remat = "auto"
     # Compute the channel statistics on one in n positions of each packed sequence (1: on all).
     stats_stride: int = 4
-    # Largest number of positions per packed sequence: longer sequences get larger strides, also
-    # for the probe; 0: no limit.
+    # Largest number of these positions per packed sequence: longer sequences get larger strides,
+    # also for the probe; 0: no limit.
     stats_positions: int = 256
     # Compute the misalignment probe on one in n positions.
     probe_stride: int = 8

@@ -6,8 +6,8 @@ adapters never changes a shape, and one compiled program serves all of them:
     bank = AdapterBank.empty(config, slots=4, rank=16)
     bank = bank.load("legal", lora, spec).load("chat", other, other_spec)
     model = Decoder(config, bank.spec, ...)
-    model.apply({"params": params, "lora": bank.lora}, tokens, adapter_ids=bank.ids(["chat", None,
-    "legal"]))
+    variables = {"params": params, "lora": bank.lora}
+    model.apply(variables, tokens, adapter_ids=bank.ids(["chat", None, "legal"]))
 """
 
 from __future__ import annotations

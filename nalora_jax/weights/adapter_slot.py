@@ -4,8 +4,8 @@ A program is compiled for the shapes and scales of an adapter. In a slot every p
 adapter of one rank, zero if the current adapter has none there, with its scale folded into B:
 
     slot = AdapterSlot.on(config, rank=16)
-    generator = Generator(Decoder(config, slot.spec, ...), {"params": params, "lora":
-    slot.fill(None, None)}, tokenizer)
+    variables = {"params": params, "lora": slot.fill(None, None)}
+    generator = Generator(Decoder(config, slot.spec, ...), variables, tokenizer)
     generator = generator.with_lora(slot.fill(lora, spec))  # another adapter, the same programs
 """
 

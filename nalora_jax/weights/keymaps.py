@@ -4,12 +4,12 @@ A row of a table names a tensor, the leaves that it fills (several for a fused p
 transformation of each. Shapes follow from the model's config, so a `KeyMap` lists exactly the
 tensors that a file must contain::
 
-    HF    model.layers.3.mlp.gate_proj.weight  [d_ff, d]            -> layers/ffn/gate_proj/kernel
-    [3]  (transposed)
-    HF    model.layers.3.mlp.gate_up_proj.weight  [2 d_ff, d]       -> gate_proj/kernel [3],
-    up_proj/kernel [3]
-    GGUF  blk.3.attn_q.weight  [heads * head_dim, d]                -> q_proj/kernel [3]  (row
-    pairs regrouped)
+    HF    model.layers.3.mlp.gate_proj.weight [d_ff, d]
+            -> layers/ffn/gate_proj/kernel [3]  (transposed)
+    HF    model.layers.3.mlp.gate_up_proj.weight [2 d_ff, d]
+            -> layers/ffn/gate_proj/kernel [3], layers/ffn/up_proj/kernel [3]
+    GGUF  blk.3.attn_q.weight [heads * head_dim, d]
+            -> layers/attn/q_proj/kernel [3]  (row pairs regrouped)
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A file format is a `TensorSource`; a `KeyMap` maps its tensor names to leaves and states how each
 is transposed. Each device's part of a leaf is one buffer that all cores fill from slices of the
-file: allocating fresh memory takes longer than copying into it, and is faster on several cores at
-once. On a CPU JAX uses such a buffer without a copy, so loading needs the size of the parameters
-plus one block per core.
+file: allocating memory takes longer than copying into it, and is faster on several cores at once.
+On a CPU JAX uses such a buffer without a copy, so loading needs the size of the parameters plus
+one block per core.
 """
 
 from __future__ import annotations

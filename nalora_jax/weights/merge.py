@@ -1,8 +1,7 @@
 """Merges adapters into the base: merged parameters, and a Hugging Face folder with them.
 
-    W' = W + s A B                                 LoRA
-    W' = m (W + s A B) / |W + s A B|               DoRA, norm over the inputs of each output
-    channel
+    W' = W + s A B                         LoRA
+    W' = m (W + s A B) / |W + s A B|       DoRA, norm over the inputs of each output channel
 
 The result is computed in float32 and rounded once to the weight's dtype.
 """

@@ -2,8 +2,9 @@
 
 They are stored in the collection ``lora``, in float32, and replace the base's tables:
 
-    lora: {"embed": {"embedding": [vocab, d_model]}, "lm_head": {"kernel": [d_model, vocab]},
-      "layers": ...}
+    lora: {"embed": {"embedding": [vocab, d_model]},
+           "lm_head": {"kernel": [d_model, vocab]},
+           "layers": ...}
 
 A model with tied embeddings has one table for both. PEFT keeps a separate trained copy for each
 module that is named, which unties them: with ``embed_tokens`` alone the head stays the base's.

@@ -5,8 +5,8 @@ is a second copy of the model. The format is a header with names, dtypes, shapes
 followed by the bytes, so it can be streamed:
 
     8 bytes  length of the header, little endian
-    header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__":
-    {"format": "pt"}}
+    header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
+              "__metadata__": {"format": "pt"}}
     data     the tensors' bytes in the header's order
 """
 

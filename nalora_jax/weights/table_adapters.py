@@ -1,9 +1,7 @@
 """PEFT's low-rank adapters on the token embedding and the head, read as full trained tables.
 
-    model.embed_tokens.lora_embedding_A [r, vocab]   lora_embedding_B [d_model, r]    W' = W + s (B
-    A).T
-    lm_head.lora_A.weight [r, d_model]               lora_B.weight [vocab, r]         W' = W + s B
-    A
+    model.embed_tokens.lora_embedding_A [r, vocab]  lora_embedding_B [d_model, r]  W + s (B A).T
+    lm_head.lora_A.weight [r, d_model]              lora_B.weight [vocab, r]       W + s B A
 
 PEFT writes the base's table W (``base_layer.weight``) next to such an adapter. The sum is a table
 of ``modules_to_save`` (`nalora_jax.weights.saved_modules`): the same function, in float32.

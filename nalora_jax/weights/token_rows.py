@@ -1,9 +1,7 @@
 """Single trained rows of the embedding and head: PEFT's ``trainable_token_indices``.
 
-    model.embed_tokens.token_adapter.trainable_tokens_delta   [ids, d_model]   ->   embed/rows
-    [ids, d_model]
-    lm_head.token_adapter.trainable_tokens_delta              [ids, d_model]   ->   lm_head/rows
-    [ids, d_model]
+    model.embed_tokens.token_adapter.trainable_tokens_delta [ids, d_model]  ->  embed/rows
+    lm_head.token_adapter.trainable_tokens_delta [ids, d_model]             ->  lm_head/rows
 
 In spite of its name the delta contains the trained rows themselves, not their difference to the
 base. A tied head shares the embedding's rows and has no separate tensor, unless it is named with
