@@ -38,7 +38,7 @@ class Located:
 
     base: str  # a name for `weights.load_model`
     adapter: Path | None = None  # folder in PEFT's format
-    run: Mapping[str, Any] = field(default_factory=dict)  # config of the run that trained the adapter, if there is one
+    run: Mapping[str, Any] = field(default_factory=dict)  # config of the adapter's run, if any
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterato
         yield scratch
         for path in scratch.iterdir():
             if path.is_file():
-                path.chmod(0o644)  # safetensors makes private files; other users may have to read them
+                path.chmod(0o644)  # safetensors makes private files; others may need access
         _move(scratch, target)
 
 

@@ -34,7 +34,7 @@ READABLE = (
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")))
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 1 << 16  # metadata keys, tensors
-_MAX_STRINGS = 1 << 22  # in all arrays together; the largest vocabularies and merge lists have 2^18 to 2^19
+_MAX_STRINGS = 1 << 22  # in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
 _MAX_DIMENSIONS = 4
 
 

@@ -57,9 +57,9 @@ class ResolvedSource:
 
     kind: Literal["gguf", "hf"]
     path: Path  # the GGUF file, or the Hugging Face folder
-    name: str  # base model name in an adapter's config: the hub id, the package's file, or the path as given
+    name: str  # of the base in an adapter's config: hub id, package's file, or path as given
     copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
-    streamed: str = ""  # bucket folder whose safetensors are read by ranges; the other files are at `path`
+    streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
 
 
 @dataclass(frozen=True)

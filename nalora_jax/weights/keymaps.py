@@ -60,7 +60,7 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[int, ...]  # of each slot along axis 0; a single entry for a tensor that is not fused
+    rows: tuple[int, ...]  # of each slot along axis 0; one entry if the tensor is not fused
     transform: Transform
 
     def split(self, array: Array) -> tuple[Array, ...]:
@@ -99,8 +99,8 @@ class KeyMap:
 
     tensors: tuple[SourceTensor, ...]
     ignored: tuple[str, ...] = ()  # regexes of canonical names whose tensors are not loaded
-    aliases: tuple[tuple[str, str], ...] = ()  # (name, other): optional; if present it must equal `other`
-    renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) that convert a file's name to the canonical one
+    aliases: tuple[tuple[str, str], ...] = ()  # (name, other): optional, must equal `other`
+    renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) to canonical names
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -258,7 +258,7 @@ def pairs_from_halves(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-# ---------------------------------------------------------------- complete trees, for tests and small models
+# ---------------------------------------------------------------- complete trees (tests, small models)
 
 
 def params_from_tensors(

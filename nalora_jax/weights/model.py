@@ -46,7 +46,7 @@ class LoadedModel:
     origin: Origin | None = None  # source of the weights, if they were read from files
     processor: ImageProcessor | None = None  # for a model that was loaded with images
     added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's files lack
-    tokenizer_folder: Path | None = None  # folder of the tokenizer's files; None if it is in a GGUF file
+    tokenizer_folder: Path | None = None  # of the tokenizer's files; None if it is in a GGUF file
     resized: int = 0  # number of table rows if it differs from the files'; otherwise 0
 
 

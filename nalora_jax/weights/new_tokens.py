@@ -93,8 +93,7 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
     new = _own_tokens(base, folder, found, strict=rows != held)
     last = max(new.values(), default=-1)
     if tables is None and needed is not None:
-        # No table states the number of rows. It is the number of tokens, independent of the ids that a file
-        # names.
+        # No table states the number of rows: it is the number of tokens, not of the file's ids.
         if needed > last + 1:
             raise NaloraError(
                 f"{folder / CONFIG_NAME}: trainable_token_indices",

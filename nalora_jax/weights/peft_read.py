@@ -318,7 +318,7 @@ def _stack(
             alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
         leaves |= {f"{path}/a": a, f"{path}/b": b}
         if peft.dora:
-            ones = np.ones(d_out, np.float32)  # a layer without an adapter does not read its magnitude
+            ones = np.ones(d_out, np.float32)  # not read by layers without an adapter
             rows = [layers[i].magnitude if i in layers else ones for i in range(n_layers)]
             leaves[f"{path}/magnitude"] = np.stack([row for row in rows if row is not None])
         targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))

@@ -24,7 +24,7 @@ class VisionTensorRow:
 
     name: str
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    change: str = ""  # "transpose": kernels; "patches": a convolution's kernel; "lead": leading axes of length 1
+    change: str = ""  # "transpose" (kernels), "patches" (a convolution's kernel), "lead" (axes of length 1)
 
 
 def _dense(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
