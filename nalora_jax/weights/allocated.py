@@ -34,7 +34,8 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
         ranks = tuple(int(layer.sum(-1).max()) for layer in kept)
         if not max(ranks):
             continue
-        first = np.argsort(~kept, axis=-1, kind="stable")[..., : max(ranks)]  # zeros last
+        # Remaining ranks first, then zeros.
+        first = np.argsort(~kept, axis=-1, kind="stable")[..., : max(ranks)]
         leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
         rows = np.take_along_axis(b * kept[..., None], first[..., None], axis=-2)
         leaves[f"{path}/b"] = rows

@@ -155,7 +155,8 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     if not prefix:
         backend.normalizer = normalizers.Replace(" ", _SPACE)
-    elif file.get("general.architecture", str) == "phi3":  # as in its tokenizer.json
+    elif file.get("general.architecture", str) == "phi3":
+        # As in its tokenizer.json: a space precedes every piece of text.
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)

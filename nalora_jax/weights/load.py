@@ -33,7 +33,8 @@ from nalora_jax.ops.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-BLOCK = 1 << 16  # elements per read: 0.25 MB in float32, which fits in a core's cache
+# Elements per read: 0.25 MB in float32, which stays in a core's cache during the transposition.
+BLOCK = 1 << 16
 _QUANTIZED = 1 << 18  # elements quantized at once
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
 _ALIGNMENT = 64  # bytes; XLA's requirement for a host buffer that it uses without a copy

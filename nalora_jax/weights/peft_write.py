@@ -86,7 +86,8 @@ def export_adapter(
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
     if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
-        spec = replace(spec, dropout=0.0)  # PEFT does not load it for experts
+        # Dropout acts in training only, and PEFT refuses to load it for experts.
+        spec = replace(spec, dropout=0.0)
     settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
     tensors = dict(_tensors(entries, layout))
     if spec.saved or spec.token_indices:
@@ -233,7 +234,8 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
     scale = _common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.module.name: entry.module for entry in entries}
-    if any(module.parts[0] in layout.experts for module in adapted.values()):  # all three or none
+    # vLLM requires all three projections of the experts or none.
+    if any(module.parts[0] in layout.experts for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
     return [
         _Entry(name, layer, module, given[name] if name in given else _zeros(config, module, rank, scale))
@@ -323,9 +325,8 @@ def _number(value: float) -> int | float:
 def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
     """Returns a default value and a pattern for the modules with another value.
 
-    The default is the experts' most frequent value, otherwise the most frequent of all.
-
-    Keys are ``mlp.up_proj`` if all layers agree, full names otherwise.
+    The default is the experts' most frequent value, otherwise the most frequent of all. Keys
+    are ``mlp.up_proj`` if all layers agree, full names otherwise.
     """
     stacks = [values[entry.name] for entry in entries if entry.stacked]
     common = _common(stacks or values.values())

@@ -105,7 +105,8 @@ def _randomized_svd(w: jax.Array, rank: int, iterations: int, key: jax.Array) ->
 
     Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
     """
-    width = min(rank + max(8, rank // 2), *w.shape[-2:])  # oversampling
+    # Oversampling: the subspace is wider than the result.
+    width = min(rank + max(8, rank // 2), *w.shape[-2:])
     q = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), jnp.float32)
     q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
     wt = jnp.swapaxes(w, -1, -2)

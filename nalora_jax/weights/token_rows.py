@@ -71,7 +71,8 @@ def take_token_rows(
                 found=f"shape {rows.shape}",
             )
         if table is not None:
-            if rows is not None and table.shape == (config.vocab_size, config.d_model):  # else take_saved raises
+            # take_saved raises an error for a table with another shape.
+            if rows is not None and table.shape == (config.vocab_size, config.d_model):
                 table[list(ids)] = rows
             tensors[f"{module}.weight"] = table
         elif rows is not None and name in own:

@@ -71,7 +71,8 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
     added = tokenizer.backend.get_added_tokens_decoder()
     settings = read_json(folder / "tokenizer_config.json", missing={})
     slow = folder / "added_tokens.json"
-    if "added_tokens_decoder" in settings or slow.is_file():  # override tokenizer.json
+    # transformers gives these precedence over tokenizer.json.
+    if "added_tokens_decoder" in settings or slow.is_file():
         flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()}
         write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": listed})

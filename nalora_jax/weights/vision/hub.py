@@ -119,7 +119,7 @@ def resolve_file(weights: OnnxWeights, cache: Path | None = None) -> Path:
 
 
 def _snapshot(repository: str) -> Path:
-    """Returns a hub repository's files, from the local cache if it is complete."""
+    """Returns a hub repository's files, from the cache if complete, otherwise from the hub."""
     wanted = [*HUB_FILES, "1_Pooling/config.json"]
     for local in (True, False):
         try:

@@ -199,7 +199,10 @@ def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> Ima
 
 
 def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Initializes separately trained towers' projections and temperature, in float32."""
+    """Initializes projections and temperature of separately trained towers.
+
+    They are float32 because they are trained.
+    """
     projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
     leaves = trees.flatten(init_params(config, jax.random.key(seed)))
     shardings = _shardings(config, mesh)
