@@ -1,7 +1,7 @@
 """Nonlinearity-aware LoRA for gated-FFN Transformers in JAX: see README.md.
 
-The names below are the library's front door; they are imported when they are first used, so that ``import nalora_jax``
-is instant.
+The names below are the library's public API. Each is imported on first use, so that ``import
+nalora_jax`` is instant.
 """
 
 from __future__ import annotations

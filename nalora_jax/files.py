@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and detects later changes by digests.
+"""Writes files completely or not at all, and detects later changes by digests.
 
 The file ``digests.json`` of a folder has one entry per file in it:
 
@@ -85,7 +85,7 @@ def move_tree(folder: Any, target: Any) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Saves an array as `numpy.save` does, which however ignores a full disk in its last flush.
+    """Saves an array like `numpy.save`, which however ignores a full disk in its last flush.
 
     Raises:
       OSError: the system refused; it names the file, which may be truncated.

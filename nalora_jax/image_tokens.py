@@ -1,4 +1,4 @@
-"""Where images stand in a text: the placeholder that chat templates write, and the tokens that take its place."""
+"""Image placeholders of chat templates, and the tokens that replace them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How a model writes an image into its text.
+    """The format in which a model writes an image into its text.
 
     Example (LLaVA 1.5):
       >>> ImageTokens(token="<image>", token_id=32000, count=576, placeholder="<image>")
     """
 
-    token: str  # as the tokenizer knows it
+    token: str  # its name in the tokenizer
     token_id: int
-    count: int  # of them for each image
-    placeholder: str  # what a chat template, or a user, writes for an image
+    count: int  # tokens per image
+    placeholder: str  # text that a chat template, or a user, writes for an image
     before: str = ""  # texts around an image's tokens
     after: str = ""
 
@@ -28,19 +28,20 @@ class ImageTokens:
         return self.before + self.token * self.count + self.after
 
     def expanded(self, text: str) -> str:
-        """``text`` with the tokens of an image in the place of every placeholder."""
+        """Returns ``text`` with every placeholder replaced by the tokens of an image."""
         return self.expansion.join(text.split(self.placeholder))
 
     def reserved(self, text: str) -> bool:
-        """Whether a text holds what stands for images: a user's words must not."""
+        """Returns True if a text contains a placeholder or image token; users' text must not."""
         return self.placeholder in text or self.token in text
 
 
 def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose contents are lists of parts, which the templates of models that see loop over.
+    """Converts string contents to lists of parts, as multimodal templates expect.
 
     Example:
-      ``{"role": "user", "content": "Hi"}`` -> ``{"role": "user", "content": [{"type": "text", "text": "Hi"}]}``
+      ``{"role": "user", "content": "Hi"}`` -> ``{"role": "user", "content": [{"type": "text",
+      "text": "Hi"}]}``
     """
 
     def parts(content: Any) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Python files of users, executed before a run: they register rules, activations, families, sources.
+"""Executes the user's Python files first; they register rules, activations, families, sources.
 
-A file is recorded with the beginning of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name the executed content,
-and a run is not resumed with another one.
+A file is recorded with the first digits of its digest, ``my_rule.py@3f2a9c0d5e11``: settings name
+the executed content, and a resumed run rejects a file whose content has changed.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def import_file(name: str, folder: str | Path = ".") -> ImportedFile:
     """Executes a Python file, once in a process.
 
     Args:
-      name: its path, relative to ``folder``; with ``@`` and a digest, as recorded, only if its content has that digest.
+      name: its path, relative to ``folder``; with ``@`` and a digest, as recorded, only if its
+        content has that digest.
       folder: of the study or the working directory.
 
     Raises:
-      NaloraError: there is no such file, it fails, its content has another digest than the recorded one, or it
-        changed after this process imported it.
+      NaloraError: there is no such file, it fails, its content differs from the recorded digest,
+        or it changed after this process imported it.
     """
     where, (path_text, _, wanted) = f"--import {name}", name.partition("@")
     path = (Path(folder).expanduser() / Path(path_text).expanduser()).resolve()

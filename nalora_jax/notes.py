@@ -1,6 +1,7 @@
-"""What the library says while it works: notes on standard error, and how far long work has come; as text or as JSON.
+"""Log messages and progress reports on standard error, as text or as JSON.
 
-With ``NALORA_LOG_FORMAT=json`` in the environment (``--log-format json`` sets it) every line is one JSON object.
+With ``NALORA_LOG_FORMAT=json`` in the environment (``--log-format json`` sets it) every line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -16,36 +17,36 @@ from contextlib import contextmanager
 from nalora_jax.errors import bounded_text
 
 LOG_FORMAT = "NALORA_LOG_FORMAT"
-EVERY = 10.0  # seconds between lines about the same work where nobody shows it otherwise
+EVERY = 10.0  # seconds between log lines about the same work if no listener shows its progress
 
 log = logging.getLogger(__name__)
 
-# Gets what is done, how much of it, and how much there is (None: not known).
+# Receives the description of the work, the amount done, and the total (None: unknown).
 Listener = Callable[[str, int, int | None], None]
 _listeners: list[Listener] = []
 
 
 def as_json() -> bool:
-    """Whether lines are JSON objects."""
+    """Returns True if lines are JSON objects."""
     return os.environ.get(LOG_FORMAT) == "json"
 
 
 class _Bounded(logging.Formatter):
-    """Messages of at most 2 kB, as errors are: they quote what files hold. A traceback after one is whole."""
+    """Limits messages to 2 kB, like errors, since they quote files; tracebacks are not cut."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return bounded_text(super().formatMessage(record))
 
 
 class StderrHandler(logging.Handler):
-    """Writes to the standard error of the moment, which a progress bar may have replaced."""
+    """Writes to the current ``sys.stderr``, which a progress bar may have replaced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(_Bounded())
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line for a record."""
+        """Prints one line for a record."""
         line = self.format(record)
         if as_json():
             line = json.dumps({"time": record.created, "level": record.levelname, "message": line})
@@ -53,7 +54,7 @@ class StderrHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Shows the library's notes, if no program has decided where they go."""
+    """Prints the library's log to standard error, unless the program has configured a handler."""
     logger = logging.getLogger("nalora_jax")
     if not logger.handlers:
         logger.addHandler(StderrHandler())
@@ -63,7 +64,7 @@ def log_to_stderr() -> None:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Hands what `counting` says to ``listener`` instead of the log."""
+    """Passes the progress of `counting` to ``listener`` instead of the log."""
     _listeners.append(listener)
     try:
         yield
@@ -73,7 +74,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Says how far some work has come; yields the function that adds to what is done.
+    """Reports the progress of some work; yields a function that adds to the amount done.
 
     Example:
       >>> with counting("tokenizing", len(texts)) as done:
@@ -99,7 +100,7 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
 
 def progress_text(what: str, count: int, total: int | None) -> str:
-    """``tokenizing 120/400``, or what is known of it."""
+    """Formats progress: ``tokenizing 120/400``, or the known part of it."""
     if total is None:
         return f"{what} {count:,}" if count else f"{what} ..."
     return f"{what} {count:,}/{total:,}"

@@ -1,7 +1,8 @@
 """Redacts passwords and private paths of a run, and escapes names in Markdown.
 
-`redacted` is for all files of a run (log, checkpoints, report, trackers), `published` for model cards, which
-others read, and `markdown` and `code` for texts in Markdown, through which HTML would pass.
+`redacted` is for all files of a run (log, checkpoints, report, trackers), `published` for model
+cards, which others read, and `markdown` and `code` for texts in Markdown, which would otherwise
+pass HTML through.
 """
 
 from __future__ import annotations

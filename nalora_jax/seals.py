@@ -1,9 +1,9 @@
-"""Digests inside JSON objects, so that a damaged file is reported instead of read with other figures.
+"""Digests inside JSON objects, which detect damage and edits.
 
     {"step": 10, "loss": 3.2, "sha256": "9f86d081884c7d65"}
 
-The digest is of the object without it, as `json.dumps` writes it. Objects without a digest are accepted: earlier
-versions wrote none, and a user who edits a line removes it.
+The digest is computed from the object without it, as `json.dumps` writes it. Objects without a
+digest are accepted: earlier versions wrote none, and a user who edits a line removes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def unseal(record: Mapping[str, Any], where: str) -> dict[str, Any]:
       where: file and line, for the message.
 
     Raises:
-      NaloraError: the digest is of another content.
+      NaloraError: the digest does not match the content.
     """
     content = {name: value for name, value in record.items() if name != FIELD}
     if FIELD in record and record[FIELD] != _digest(content):

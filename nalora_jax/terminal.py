@@ -1,7 +1,8 @@
-"""Keeps a process alive whose terminal, pipe or ssh connection ends before it does.
+"""Keeps a process alive when its terminal, pipe or ssh connection ends first.
 
-A dropped connection sends SIGHUP and makes every later write to standard output or error fail: with EIO on a terminal,
-EPIPE on a pipe. A service manager may also start a process with these streams closed (``>&-``).
+A dropped connection sends SIGHUP and makes every later write to standard output or error fail:
+with EIO on a terminal, EPIPE on a pipe. A service manager may also start a process with these
+streams closed (``>&-``).
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# Errors of a write to a stream whose other end is gone for good.
+# Errors of a write to a stream whose other end is closed for good.
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 
 def open_closed_streams() -> None:
-    """Opens the null device in place of those of descriptors 0, 1 and 2 that are closed.
+    """Opens the null device for each of the descriptors 0, 1 and 2 that is closed.
 
-    Otherwise the next file or socket gets the number, and a message to standard error is written into it.
+    Otherwise the next file or socket gets the number, and a message to standard error is written
+    into it.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -37,7 +39,7 @@ def open_closed_streams() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Points a stream's descriptor at the null device, for C++ and for the text that is still in a buffer."""
+    """Redirects a stream's descriptor to the null device, for C++ and for buffered text."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, stream.fileno())
@@ -80,7 +82,7 @@ class LastingStream:
 
 @contextmanager
 def lasting(*names: str) -> Iterator[None]:
-    """Within this block the streams ``names`` of `sys` ("stdout", "stderr") are `LastingStream`."""
+    """Replaces streams of `sys` ("stdout", "stderr") by `LastingStream` for the block."""
     before = {name: getattr(sys, name) for name in names}
     within = {name: _lasting(stream) for name, stream in before.items()}
     for name, stream in within.items():
@@ -101,7 +103,7 @@ def _lasting(stream: Any) -> Any:
 
 @contextmanager
 def outliving_terminal() -> Iterator[None]:
-    """Within this block SIGHUP is ignored, as under ``nohup``, and standard output and error may go away.
+    """Ignores SIGHUP for the block, as ``nohup`` does, and lets standard streams be closed.
 
     A handler that a program has set for SIGHUP stays.
     """

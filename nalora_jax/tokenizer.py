@@ -1,7 +1,7 @@
-"""Text to token ids and back, and chat messages to text, for every model that this library loads.
+"""Tokenization and chat templates for every model that this library loads.
 
-A `Tokenizer` is a thin shell around a ``tokenizers.Tokenizer``: it adds what a decoder needs to know (which ids begin,
-end and pad a sequence, where generation stops) and renders chat templates as transformers does.
+A `Tokenizer` wraps a ``tokenizers.Tokenizer``: it adds the ids that a decoder needs (begin, end,
+padding and stop tokens) and renders chat templates as transformers does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AddedTokens:
 
     Args:
       plain: parts of a text; decoding shows them.
-      special: marks such as those of a chat template; decoding leaves them out.
+      special: marks, for example of a chat template; decoding leaves them out.
     """
 
     plain: tuple[str, ...] = ()
@@ -41,12 +41,12 @@ class AddedTokens:
 
     @staticmethod
     def of(data: DataConfig) -> AddedTokens:
-        """Those of a run's settings."""
+        """Returns the tokens that a run's settings add."""
         return AddedTokens(data.add_tokens, data.add_special_tokens)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All of them, in the order of their ids."""
+        """All added tokens, in the order of their ids."""
         return (*self.special, *self.plain)
 
     def __bool__(self) -> bool:
@@ -54,7 +54,7 @@ class AddedTokens:
 
 
 NO_TOKENS = AddedTokens()
-# Fields of a message that hold its reasoning; the first one that it has counts.
+# Fields of a message that may hold its reasoning; the first field that is present is used.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -63,17 +63,18 @@ class Tokenizer:
     """A tokenizer with its special ids and its chat template.
 
     Args:
-      backend: does the splitting; its own post-processor is not used.
-      bos_id: id put in front of a text, or None where the model knows none.
+      backend: splits the text; its post-processor is not used.
+      bos_id: id that precedes a text, or None if the model has none.
       eos_id: id that ends a text.
-      pad_id: id that fills unused positions; ``eos_id`` where the model has none of its own.
+      pad_id: id that fills unused positions; ``eos_id`` if the model has no padding token.
       eos_ids: every id at which generation stops.
       chat_template: jinja2 source, or None.
-      tool_template: jinja2 source for chats with tools, if the model has one apart (``tool_use`` in transformers).
-      add_bos: whether the model was trained with ``bos_id`` in front.
+      tool_template: jinja2 source for chats with tools, if the model has a separate one
+        (``tool_use`` in transformers).
+      add_bos: True if the model was trained with ``bos_id`` at the start of each text.
       special_tokens: by the names that chat templates use, e.g. ``{"eos_token": "<|im_end|>"}``.
-      rows: rows of the model's embedding, where that is known: a text that needs an id beyond them is refused.
-      images: how a model that sees writes images into its text.
+      rows: rows of the model's embedding, if known: a text that needs a larger id raises an error.
+      images: how a multimodal model writes images into its text.
     """
 
     backend: tokenizers.Tokenizer
@@ -90,17 +91,18 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id: rows that an embedding needs."""
+        """Number of rows that an embedding needs: the largest id plus one."""
         added = self.backend.get_added_tokens_decoder()
         return max(self.backend.get_vocab_size(with_added_tokens=False), *(token_id + 1 for token_id in added), 0)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``; with ``special``, the begin-of-sequence id in front where the model wants it.
+        """Returns the ids of ``text``; with ``special``, after the begin id if the model uses it.
 
         Special tokens written out in ``text`` become their ids, as in transformers.
 
         Raises:
-          NaloraError: the text is no Unicode text, the tokenizer fails at it, or an id has no row in the embedding.
+          NaloraError: the text is not valid Unicode, the tokenizer fails, or an id has no row in
+            the embedding.
         """
         with _complaints("text", text):
             ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -109,7 +111,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode(text, special=False)`` of each text, on all cores."""
+        """Returns ``encode(text, special=False)`` for each text, computed on all cores."""
         with _complaints("texts", *texts):
             found = [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         for ids in found:
@@ -117,19 +119,19 @@ class Tokenizer:
         return found
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of ``ids``."""
+        """Returns the text of ``ids``."""
         with _complaints("token ids"):
             text: str = self.backend.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special)
         return text
 
     def with_tokens(self, added: AddedTokens) -> Tokenizer:
-        """This tokenizer with further tokens, each of which is one id wherever it stands in a text.
+        """Returns this tokenizer with further tokens, each encoded as a single id.
 
-        Ids follow the last one. What is an added token already stays as it is; a text that the vocabulary holds keeps
-        its id.
+        New ids follow the last existing id. Tokens that were added before stay as they are; a text
+        that is in the vocabulary already keeps its id.
 
         Raises:
-          NaloraError: the tokenizer cannot hold one of them apart.
+          NaloraError: the tokenizer cannot encode one of the texts as a single token.
         """
         if not added:
             return self
@@ -137,7 +139,8 @@ class Tokenizer:
         own = {token.content for token in backend.get_added_tokens_decoder().values()}
         with _complaints("added tokens", *added.texts):
             for texts, add in ((added.special, backend.add_special_tokens), (added.plain, backend.add_tokens)):
-                # Not normalized: otherwise what a normalizer makes of the text around them decides whether they match.
+                # normalized=False: otherwise matching would depend on how a normalizer changes the
+                # surrounding text.
                 special = texts is added.special
                 add([tokenizers.AddedToken(t, special=special, normalized=False) for t in texts if t not in own])
         for text in added.texts:
@@ -147,15 +150,20 @@ class Tokenizer:
         return replace(self, backend=backend)
 
     def rows_for(self, added: AddedTokens, rows: int) -> int:
-        """Rows of an embedding of ``rows`` once ``added``, which this tokenizer has, are in it: as many if they fit."""
+        """Returns the number of embedding rows, at least ``rows``, for the ids of ``added``.
+
+        The tokens must already be in this tokenizer; if their ids fit, the result is ``rows``.
+        """
         ids = [self.backend.token_to_id(text) for text in added.texts]
         return max([rows, *(token_id + 1 for token_id in ids if token_id is not None)])
 
     def for_embedding(self, rows: int, where: str) -> Tokenizer:
-        """This tokenizer beside an embedding of ``rows`` rows.
+        """Returns this tokenizer for a model whose embedding has ``rows`` rows.
 
-        Files may list more tokens than the model has rows (a ``[PAD]`` that somebody added, the image tokens of a
-        model whose text part this is): they are refused where a text really needs one, and are no stop or padding ids.
+        Tokenizer files may list more tokens than the model has rows (a ``[PAD]`` that was added
+        later, or the image tokens of a multimodal model of which only the text part is loaded).
+        Such ids are dropped from the stop and padding ids, and a text that contains one raises an
+        error.
 
         Raises:
           NaloraError: the end-of-sequence id itself has no row; ``where`` names the tokenizer.
@@ -188,16 +196,16 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """``messages`` as the one text that the model was tuned on.
+        """Returns the text of a chat in the format that the model was tuned on.
 
         Args:
           messages: ``{"role": ..., "content": ...}`` dicts, in order.
-          add_generation_prompt: end with what precedes an assistant's answer.
+          add_generation_prompt: end with the text that precedes an assistant turn.
           tools: JSON schemas of the tools that the assistant may call.
 
         Raises:
-          NaloraError: the model has no chat template, or the template refuses the messages, or exceeds a limit of time
-            or memory.
+          NaloraError: the model has no chat template, or the template rejects the messages or
+            exceeds a limit of time or memory.
         """
         return self.render_chats([(messages, add_generation_prompt)], tools)[0]
 
@@ -206,10 +214,10 @@ class Tokenizer:
         chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[str]:
-        """`render_chat` of several (messages, add_generation_prompt), for little more than the cost of one.
+        """Renders several (messages, add_generation_prompt) pairs at about the cost of one.
 
-        Of a model that sees the texts hold the tokens of every image, and begin with the begin-of-sequence token, as
-        transformers' processors have it.
+        For a multimodal model the texts contain the tokens of every image and start with the
+        begin-of-sequence token, as with transformers' processors.
         """
         template = self.chat_template if tools is None or self.tool_template is None else self.tool_template
         if template is None:
@@ -243,10 +251,11 @@ class Tokenizer:
 
     @staticmethod
     def from_folder(path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder, or of an adapter's: what that lacks is as in ``base``.
+        """Returns the tokenizer in a model's or adapter's folder; ``base`` completes it.
 
-        Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json and config.json
-        (stop ids) and chat templates; only the first must exist.
+        Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+        generation_config.json and config.json (stop ids) and chat templates; only the first must
+        exist.
 
         Raises:
           NaloraError: a file is missing or damaged, or there is no end-of-sequence token.
@@ -287,7 +296,11 @@ class Tokenizer:
 
 
 def _for_template(message: Any) -> Any:
-    """Returns a message as transformers hands it to a template: without nulls, its reasoning under every usual name."""
+    """Returns a message as transformers passes it to a template.
+
+    Null fields are dropped, and reasoning is present under both ``thinking`` and
+    ``reasoning_content``.
+    """
     if not isinstance(message, Mapping):
         return message
     message = {name: value for name, value in message.items() if value is not None}
@@ -298,10 +311,10 @@ def _for_template(message: Any) -> Any:
 
 
 def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in ``path``, or a copy of ``missing`` where the file does not exist and that is given.
+    """Returns the JSON object in ``path``; if there is no file, a copy of ``missing``, if given.
 
     Raises:
-      NaloraError: no such file, not JSON, or not an object.
+      NaloraError: the file does not exist, is not JSON, or is not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -317,7 +330,11 @@ def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """A ``tokenizer.json`` without truncation and padding; a `NaloraError` where it is missing or damaged."""
+    """Reads a ``tokenizer.json`` and turns truncation and padding off.
+
+    Raises:
+      NaloraError: the file is missing or damaged.
+    """
     if not path.is_file():
         raise NaloraError(
             str(path),
@@ -333,25 +350,28 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_buffer(content)
     except NaloraError:
         raise
-    except BaseException as error:  # the binding raises plain Exceptions, and panics, which are none
+    except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
         if is_foreign(error):
             raise NaloraError(
                 str(path), expected="a tokenizer", found=error, remedy="download the file again"
             ) from error
         raise
-    backend.no_truncation()  # settings of whoever saved it last, not of the model
+    backend.no_truncation()  # stored by the program that saved the file last; not part of the model
     backend.no_padding()
     return backend
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether ``error`` came out of a library: everything but an interrupt; a panic in Rust is no `Exception`."""
+    """Returns True if ``error`` was raised by a library: any error except an interrupt.
+
+    A panic in Rust is a ``PanicException``, which is not an `Exception`.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def _complaints(what: str, *texts: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises into an error that names the text."""
+    """Converts errors of the tokenizers library to a `NaloraError` that names the text."""
     try:
         yield
     except BaseException as error:
@@ -367,7 +387,7 @@ def _complaints(what: str, *texts: str) -> Iterator[None]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be encoded: JSON may hold one half of a character that takes two."""
+    """Returns True if ``text`` can be encoded: JSON may contain half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -376,13 +396,13 @@ def is_unicode(text: str) -> bool:
 
 
 def _token_text(value: object) -> str:
-    """The text of a special token as configs write it: ``"</s>"`` or ``{"content": "</s>", ...}``."""
+    """Returns a special token's text from a config: ``"</s>"`` or ``{"content": "</s>", ...}``."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) and is_unicode(content) else ""
 
 
 def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
-    """The stop ids of generation_config.json and of config.json (a multimodal model's are those of its text part)."""
+    """Returns the stop ids in generation_config.json and config.json (or its ``text_config``)."""
     config = read_json(folder / "config.json", missing={})
     text = config.get("text_config")
     files = [read_json(folder / "generation_config.json", missing={}), config, text if isinstance(text, dict) else {}]
@@ -393,7 +413,10 @@ def _listed_stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
 
 
 def _adds_bos(backend: tokenizers.Tokenizer, bos_id: int | None, setting: object) -> bool:
-    """Whether texts start with ``bos_id``: as the config says, else as the backend's post-processor does."""
+    """Returns True if texts start with ``bos_id``.
+
+    The config's setting decides; without one, the backend's post-processor does.
+    """
     if bos_id is None:
         return False
     return setting if isinstance(setting, bool) else backend.encode("a").ids[:1] == [bos_id]

@@ -1,8 +1,9 @@
-"""A run's settings: frozen dataclasses, one comment per field, every default stated once, in this package.
+"""A run's settings: frozen dataclasses that define every default and comment every field.
 
-The command line (``train.py``, ``nalora train``) is generated from these classes, comments included; an experiment in
-``configs/`` is a Python file whose ``config()`` returns a `RunConfig` that differs from the defaults where it says so.
-The defaults are the main job: SmolLM2-135M-Instruct on SocialIQA, on two CPU cores.
+The command line (``train.py``, ``nalora train``) is generated from these classes, including the
+comments. An experiment in ``configs/`` is a Python file whose ``config()`` returns a `RunConfig`
+that sets only the values that differ from the defaults. The defaults are the main job:
+SmolLM2-135M-Instruct on SocialIQA, on two CPU cores.
 """
 
 from __future__ import annotations
@@ -67,37 +68,44 @@ __all__ = [
 @documented
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train and evaluate on, and how text becomes rows."""
+    """The training and evaluation data, and the conversion of text to packed sequences."""
 
     # A task of this library ("socialiqa", ...), "tfds:<name>", "hf:<org>/<name>", the path or gs:// or s3:// URL of a
     # file (JSONL, JSON, CSV, TSV, Parquet, Arrow, ArrayRecord) or folder; or several: "a.jsonl*3,b.parquet".
     dataset: str = "socialiqa"
-    # TFDS folder that holds (or receives) a "tfds:" data set; empty means TFDS's own default.
+    # TFDS folder that contains (or receives) a "tfds:" data set; empty means TFDS's default.
     data_dir: str = ""
     # Split to train on (TFDS split expressions work, e.g. "train[:10%]"); a file has one split, "train".
     train_split: str = "train"
-    # Split held out for evaluation, another file's path, or "auto": the split "validation" if there is one, else 5% of
-    # the training records, 20 where that is fewer, of fewer than 100 a fifth; at most 500, drawn once by a fixed seed.
+    # Split held out for evaluation, another file's path, or "auto": the split "validation" if
+    # there is one, else 5% of the training records (at least 20, or a fifth of fewer than 100
+    # records; at most 500), drawn once by a fixed seed.
     eval_split: str = "auto"
-    # Held-out examples that before and after are measured on (0: all that are left), drawn once by a fixed seed.
+    # Held-out examples for the evaluation before and after training (0: all that are left), drawn
+    # once by a fixed seed.
     eval_limit: int = 400
-    # Other held-out examples, measured along the way, which choose the checkpoint that is exported.
+    # Other held-out examples, evaluated during training, which select the checkpoint that is
+    # exported.
     select_limit: int = 200
-    # Tokens per row; 0, "auto" on the command line: a multiple of 8 that keeps 99% of the examples whole, at least 128
-    # if rows are packed, at most 2048 and the model's context.
+    # Tokens per packed sequence; 0, "auto" on the command line: a multiple of 8 that fits 99% of
+    # the examples without truncation, at least 128 with packing, at most 2048 and the model's
+    # context.
     max_length: int = 0
-    # Pack several examples into one row (they never attend to each other); off: one example a row.
+    # Pack several examples into one sequence (they never attend to each other); off: one example
+    # per sequence.
     pack: bool = True
     # Examples longer than max_length: "error", "drop" or "truncate" (from the left of the prompt).
     too_long: Literal["error", "drop", "truncate"] = "drop"
-    # Tokens that count in the loss: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
+    # Loss tokens: the "answer" (completion or last assistant turn), every "assistant" turn, "all".
     loss_on: Literal["answer", "assistant", "all"] = "answer"
     # Wrap prompts in the model's chat template.
     chat: bool = False
-    # Tokens to add to the tokenizer, each one id from now on; needs --lora.modules-to-save embed_tokens lm_head, or the
-    # ids in --lora.trainable-token-indices: new rows start as the mean of the others and are trained.
+    # Tokens to add to the tokenizer, each encoded as one id; needs --lora.modules-to-save
+    # embed_tokens lm_head, or the ids in --lora.trainable-token-indices: new rows start as the
+    # mean of the others and are trained.
     add_tokens: tuple[str, ...] = ()
-    # The same for special tokens, such as the marks of a tool call: generated answers are shown without them.
+    # The same for special tokens, such as the marks of a tool call: generated text is shown
+    # without them.
     add_special_tokens: tuple[str, ...] = ()
     # Field of a record that holds the prompt.
     prompt_field: str = "prompt"
@@ -105,9 +113,9 @@ class DataConfig:
     completion_field: str = "completion"
     # Field of a record that holds chat turns, in place of prompt and completion.
     messages_field: str = "messages"
-    # Examples trained on at most (0: all), the first after the shuffle.
+    # Largest number of training examples (0: all): the first after the shuffle.
     train_limit: int = 0
-    # Threads that put rows together ahead of the step; 0 does it in the step's own thread.
+    # Threads that assemble batches ahead of the step; 0 assembles them in the step's thread.
     workers: int = 1
 
 
@@ -116,9 +124,9 @@ class DataConfig:
 class TrainConfig:
     """Batch, intervals and checkpoints."""
 
-    # Rows per optimizer step over all devices.
+    # Packed sequences (examples of image tasks) per optimizer step over all devices.
     batch_size: int = 8
-    # Micro-batches that each step accumulates over; batch_size is split into them.
+    # Micro-batches per step; batch_size is split into them and their gradients are accumulated.
     accumulate: int = 1
     # Steps between log lines.
     log_every: int = 10
@@ -126,7 +134,7 @@ class TrainConfig:
     eval_every: int = -1
     # Steps between checkpoints; 0 turns checkpoints during training off.
     save_every: int = 50
-    # Checkpoints kept besides the best one.
+    # Checkpoints to keep in addition to the best one.
     keep: int = 2
     # Patience: stop after this many evaluations without a better metric (0: never).
     patience: int = 0
@@ -135,19 +143,21 @@ class TrainConfig:
 @documented
 @dataclass(frozen=True)
 class DebugConfig:
-    """Checks and measurements that cost time."""
+    """Expensive checks and measurements."""
 
-    # Check the gates of the live model in every step, channel by channel (chexify): the gate-compensation identity,
-    # Activation.gate against rho and its derivative, and what the block multiplies by what they say.
+    # Check the gates of the live model in every step, channel by channel (chexify): the
+    # pre-activation, the gate-compensation identity, Activation.gate against rho and its
+    # derivative, and the input of the down projection.
     check_gates: bool = False
-    # Tolerance of that check, relative to |F| + |S|; rounding of what is held in bf16 is allowed on top.
+    # Tolerance of that check, relative to |F| + |S|; bfloat16 rounding is allowed in addition.
     tolerance: float = 1e-4
-    # Write an xprof trace of STEPS steps from step START on, as START:STEPS, to `profile` in the output folder.
+    # Write an xprof trace of STEPS steps starting at step START, as START:STEPS, to `profile` in
+    # the output folder.
     profile: str = ""
 
     @property
     def profiled(self) -> range:
-        """Numbers of the steps that `profile` names, which is well formed; none without it."""
+        """Range of the steps that `profile` names, which must be well formed; empty without it."""
         first, _, count = self.profile.partition(":")
         return range(int(first), int(first) + int(count)) if self.profile else range(0)
 
@@ -155,27 +165,32 @@ class DebugConfig:
 @documented
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything one fine-tuning run needs; the defaults are the main job of the README."""
+    """All settings of one fine-tuning run; the defaults are the main job of the README."""
 
-    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf file; also their URL.
+    # An alias ("smollm2-135m-instruct"), a Hugging Face id, a folder with safetensors, or a .gguf
+    # file; also their URL.
     model: str = "smollm2-135m-instruct"
-    # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or this run's own with --resume.
+    # Folder of the run: checkpoints, adapter, metrics.jsonl, report.html. Must be new, or the same
+    # run's with --resume.
     output: str = "runs/default"
-    # Continue the run in `output` where its last checkpoint left it, with its own settings; "auto": if there is one.
-    # On the command line --resume FOLDER names the run too.
+    # Resume the run in `output` from its last checkpoint, with its recorded settings; "auto": if
+    # there is one. On the command line --resume FOLDER names the run too.
     resume: bool | Literal["auto"] = False
     # Optimizer steps.
     steps: int = 100
-    # Passes over the data, in place of steps; 0: what `steps` says.
+    # Passes over the data, in place of steps; 0: `steps` decides.
     epochs: float = 0.0
     # Seed of adapters, data order and dropout.
     seed: int = 0
-    # Where else the log goes: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow (docs/callbacks.md).
+    # Further outputs of the log: NAME or NAME:setting=value,... of tensorboard, wandb, mlflow
+    # (docs/callbacks.md).
     callbacks: tuple[str, ...] = ()
-    # Mechanisms beside the mask and the step scale: NAME or NAME:setting=value,... (docs/method.md lists them).
+    # Mechanisms in addition to the mask and the step scale: NAME or NAME:setting=value,...
+    # (docs/method.md lists them).
     mechanisms: tuple[str, ...] = ()
-    # Python files that are executed first, to register rules, activations, families or sources; recorded
-    # with their digests. Use only files that you trust. On the command line --import FILE ..., with any command.
+    # Python files that are executed first, to register your rules, activations, families or
+    # sources; recorded with their digests. Use only files that you trust. On the command line
+    # --import FILE ..., with any command.
     imports: tuple[str, ...] = ()
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -192,19 +207,19 @@ class RunConfig:
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain dicts, for JSON and the checkpoint's fingerprint."""
+        """Returns nested plain dicts, for JSON and the checkpoint's fingerprint."""
         return dataclasses.asdict(self)
 
     def without_mechanisms(self) -> RunConfig:
-        """The same run as plain LoRA."""
+        """Returns the same run as plain LoRA."""
         return dataclasses.replace(self, mask=MaskConfig("off"), step_scale=StepScaleConfig("off"), mechanisms=())
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
-    """The config whose `RunConfig.to_dict` is ``values``, also after JSON has made its tuples lists.
+    """Returns the config whose `RunConfig.to_dict` is ``values``; lists become tuples.
 
-    Fields that this version does not know are ignored, and fields that are missing have their defaults, so that logs of
-    other versions can be read.
+    Unknown fields are ignored and missing fields have their defaults, so that logs of other
+    versions can be read.
     """
     groups: dict[str, Any] = {}
     for one in dataclasses.fields(RunConfig):
@@ -224,7 +239,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**groups)
 
 
-# Every number of a run's settings; those of rules and gains are checked one by one.
+# Range of every numeric setting; rules and gains are checked in `check`.
 RANGES = {
     "steps": SIZE,
     "epochs": Range("a number", "[0, 1e6]"),
@@ -294,10 +309,10 @@ RANGES = {
 
 
 def check(config: RunConfig) -> RunConfig:
-    """Returns ``config`` itself, once every field that can be judged without data is in range.
+    """Returns ``config`` after checking every field that can be checked without data.
 
     Raises:
-      NaloraError: names the flag, what was expected and what was found.
+      NaloraError: names the flag, the expected value and the actual one.
     """
     if not isinstance(config, RunConfig):
         remedy = "RunConfig(steps=100, lora=LoRAConfig(...)); config_from_dict makes one of nested dicts"
@@ -341,7 +356,10 @@ def _check_type(wrong: WrongType | None) -> None:
 
 
 def _check_saved(config: RunConfig) -> None:
-    """Tables that are trained need a start that leaves the base alone, and a loss that knows of them."""
+    """Checks that initialization and loss support trained tables.
+
+    The initialization must leave the base unchanged.
+    """
     lora = config.lora
     ids = lora.trainable_token_indices
     fine = len(set(ids)) == len(ids) and all(map(COUNT.holds, ids))
@@ -363,10 +381,10 @@ def _check_saved(config: RunConfig) -> None:
 
 
 def _check_added(config: RunConfig) -> None:
-    """Added tokens need trained rows on both sides: nobody has learned to read them, nor to write them.
+    """Checks that rows of added tokens are trained in both tables, since both are new to the base.
 
-    Which ids they get, and so whether `trainable_token_indices` has them all, the tokenizer decides: see
-    `nalora_jax.train.inputs.check_layout`.
+    The tokenizer decides which ids they get, and so whether `trainable_token_indices` contains all
+    of them: see `nalora_jax.train.inputs.check_layout`.
     """
     data, saved = config.data, config.lora.modules_to_save
     for flag, texts in (("add-tokens", data.add_tokens), ("add-special-tokens", data.add_special_tokens)):

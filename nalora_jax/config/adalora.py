@@ -1,4 +1,4 @@
-"""Settings of AdaLoRA: how many ranks the adapters keep, and when they lose the others."""
+"""Settings of AdaLoRA: the number of remaining ranks, and the schedule of removals."""
 
 from __future__ import annotations
 
@@ -15,37 +15,43 @@ if TYPE_CHECKING:
 @documented
 @dataclass(frozen=True)
 class AdaLoRAConfig:
-    """AdaLoRA (arXiv 2303.10512): adapters begin with the ranks of their rules and keep those that matter most."""
+    """AdaLoRA (arXiv 2303.10512): adapters start with their rules' ranks and keep the best ones."""
 
     # Mean rank of the adapters at the end; 0: plain LoRA.
     target_rank: int = 0
-    # Share of the steps before the first rank is taken.
+    # Share of the steps before the first rank is removed.
     warmup_share: float = 0.1
-    # Share of the steps, at the end, in which the ranks stay as they are.
+    # Share of the steps, at the end, in which the ranks do not change.
     final_share: float = 0.3
     # Steps between two allocations.
     interval: int = 10
-    # Decay of the average sensitivity of a weight, |weight x gradient|.
+    # Decay of the EMA of a weight's sensitivity, |weight x gradient|.
     sensitivity_decay: float = 0.85
-    # Decay of the average distance of the sensitivity from that average.
+    # Decay of the EMA of the distance between the sensitivity and its EMA.
     uncertainty_decay: float = 0.85
-    # Weight of the penalty that holds A's columns, and B's rows, orthonormal.
+    # Weight of the penalty that keeps A's columns, and B's rows, orthonormal.
     orthogonality: float = 0.5
 
     def steps(self, total: int) -> tuple[int, int]:
-        """The last step with all ranks, and the step of the last allocation, of ``total`` steps from 1."""
+        """Returns the last step with all ranks and the step of the last allocation.
+
+        Steps are counted from 1 to ``total``.
+        """
         return int(self.warmup_share * total), total - int(self.final_share * total)
 
     def settled_at(self, total: int) -> int:
-        """The step from which the ranks are the final ones, 0 without AdaLoRA: no earlier state is exported."""
+        """Returns the first step with the final ranks; no earlier state is exported.
+
+        Without AdaLoRA it is 0.
+        """
         return self.steps(total)[1] if self.target_rank else 0
 
 
 def check_adalora(config: RunConfig) -> None:
-    """Refuses settings that do not go with AdaLoRA, whose ranks are known to be above the target by the rules alone.
+    """Raises an error for settings that are incompatible with AdaLoRA, judging by the rules.
 
     Raises:
-      NaloraError: names the flag, what was expected and what was found.
+      NaloraError: names the flag, the expected value and the actual one.
     """
     adalora, lora = config.adalora, config.lora
     if not adalora.target_rank:

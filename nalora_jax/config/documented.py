@@ -1,4 +1,4 @@
-"""Docstrings of settings: the comment above each field, for ``help`` as for the command line."""
+"""Docstrings of settings: the comment above each field, for ``help`` and the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def field_comments(kind: type) -> Mapping[str, str]:
 
 
 def documented(kind: T) -> T:
-    """Appends the fields with their comments to a dataclass's docstring, when it is first read."""
+    """Appends the fields with their comments to a dataclass's docstring, on first access."""
     kind.__doc__ = _Docstring(inspect.cleandoc(kind.__doc__ or ""))  # type: ignore[assignment]
     return kind
 
@@ -44,7 +44,7 @@ def summaries_only() -> Iterator[None]:
 
 
 class _Docstring:
-    """A docstring that reads its class's source only if somebody asks for it."""
+    """A docstring that reads its class's source only when it is accessed."""
 
     brief = False
 

@@ -1,4 +1,4 @@
-"""Settings of where and how a run computes: the mesh, numerics and memory."""
+"""Settings of the mesh, numerics and memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from nalora_jax.config.documented import documented
 @documented
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh: 0 leaves an axis to the library, -1 takes what is left.
+    """Devices along each axis of the mesh: 0 lets the library choose, -1 takes all others.
 
-    What is left to it is chosen by roofline, together with ``compute.remat``: the fastest that fits.
+    Axes with 0 are chosen by a roofline model, together with ``compute.remat``: the fastest choice
+    that fits in memory.
     """
 
-    # Batch is split, weights are replicated.
+    # Splits the batch; weights are replicated.
     data: int = 0
-    # Batch is split, weights are split too (gathered layer by layer).
+    # Splits the batch and the weights (gathered layer by layer).
     fsdp: int = 0
-    # Heads and FFN channels are split.
+    # Splits heads and FFN channels.
     tensor: int = 0
 
 
-# What waits for the backward pass: `nalora_jax.models.remat.REMAT`, or what is best.
+# Activations stored for the backward pass: `nalora_jax.models.remat.REMAT`, or "auto" for the
+# best.
 Remat = Literal[
     "auto", "none", "full", "attention", "dots", "full_offload", "attention_offload", "dots_offload"
 ]  # fmt: skip
@@ -35,23 +37,26 @@ Remat = Literal[
 class ComputeConfig:
     """Numerics and memory."""
 
-    # Dtype of base weights and matrix operands; adapters, sums and norms stay float32.
+    # Dtype of base weights and matmul operands; adapters, sums and norms stay float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    # Hold the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), or "none".
+    # Store the adapted model's projections quantized (QLoRA): "int8", "nf4" (4 bits), or "none".
     quantize: Literal["none", "int8", "nf4"] = "none"
-    # How operations are computed: "auto" (what is fastest on the platform), "xla" (plain JAX), or an implementation by
-    # name, such as "cpu".
+    # Implementation of the operations: "auto" (the fastest on the platform), "xla" (plain JAX), or
+    # an implementation by name, such as "cpu".
     implementation: str = "auto"
-    # Rematerialisation: "auto" (by platform, as measured), "none", "full", "dots" (save what takes a matmul), or
-    # "attention" (of that, nothing that is d_ff wide). With _offload, what is saved is in the host's memory (TPU, GPU).
+    # Rematerialization: "auto" (by platform, as measured), "none", "full", "dots" (store the
+    # results of matmuls), or "attention" (the same without results of width d_ff). With _offload,
+    # they are stored in the host's memory (TPU, GPU).
     remat: Remat = "auto"
-    # Take the channel statistics on one in n positions of each row (1: on all).
+    # Compute the channel statistics on one in n positions of each packed sequence (1: on all).
     stats_stride: int = 4
-    # Positions that they take of a row at most: longer rows have larger strides, the probe's too; 0: no bound.
+    # Largest number of these positions per packed sequence: longer sequences get larger strides,
+    # also for the probe; 0: no limit.
     stats_positions: int = 256
-    # Take the misalignment probe on one in n positions.
+    # Compute the misalignment probe on one in n positions.
     probe_stride: int = 8
-    # Rows of hidden states per chunk of the cross-entropy, on each device; 0 chooses by platform and vocabulary.
+    # Hidden states (tokens) per chunk of the cross-entropy, on each device; 0 chooses by platform
+    # and vocabulary.
     loss_chunk: int = 0
     # Keep compiled programs in the cache folder, so that the next start skips compilation.
     compilation_cache: bool = True

@@ -1,4 +1,4 @@
-"""Settings of preference tuning: what a pair of answers is, and how the loss weighs it."""
+"""Settings of preference tuning: the fields of a pair, and the loss."""
 
 from __future__ import annotations
 
@@ -12,33 +12,38 @@ from nalora_jax.errors import NaloraError
 @documented
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """Preference tuning on pairs of a chosen and a rejected answer; the reference is the base without the adapter."""
+    """Preference tuning on pairs of a chosen and a rejected response.
 
-    # "none" (the data set's answers are learned) or "dpo" (direct preference optimisation, arXiv 2305.18290).
+    The reference is the base without the adapter.
+    """
+
+    # "none" (train on the data set's responses) or "dpo" (direct preference optimization, arXiv
+    # 2305.18290).
     loss: Literal["none", "dpo"] = "none"
-    # Beta: how much a log-ratio to the reference counts; small values let the model move further.
+    # Beta: weight of the log-ratio to the reference; with small values the model may move further
+    # from it.
     beta: float = 0.1
-    # Share of pairs that are taken to be labelled the wrong way round (conservative DPO).
+    # Assumed share of pairs with swapped labels (conservative DPO).
     label_smoothing: float = 0.0
-    # Log-ratios per token of their answer instead of per answer, so that long answers do not count more; beta is then
-    # larger, 1 to 10 (TRL's "sigmoid_norm").
+    # Divide each log-ratio by the number of tokens of its response, so that long responses do not
+    # count more; beta is then larger, 1 to 10 (TRL's "sigmoid_norm").
     per_token: bool = False
-    # Field of a record that holds the preferred answer: a text, or chat messages.
+    # Field of a record that holds the preferred response: a text, or chat messages.
     chosen_field: str = "chosen"
-    # Field that holds the other answer.
+    # Field that holds the other response.
     rejected_field: str = "rejected"
 
 
 def check_preference(preference: PreferenceConfig, *, init: str, task: str) -> None:
-    """Refuses settings that do not go with preference tuning.
+    """Raises an error for settings that are incompatible with preference tuning.
 
     Args:
       preference: the settings, each number in its range.
-      init: how the adapters begin.
+      init: initialization of the adapters.
       task: of images; empty for text.
 
     Raises:
-      NaloraError: names the flag, what was expected and what was found.
+      NaloraError: names the flag, the expected value and the actual one.
     """
     if preference.loss == "none":
         return

@@ -1,4 +1,4 @@
-"""The numbers and paths that flags may have, and the errors that say so: judged at once, before anything is loaded."""
+"""Ranges and paths that flags may have, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from nalora_jax.errors import NaloraError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold: an interval, written as ``"(0, 1]"``, and perhaps one more number."""
+    """The numbers that a field may hold: an interval, ``"(0, 1]"``, and perhaps one more."""
 
     noun: str  # "a share", "a number", "a whole number"
     interval: str
     also: int | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether ``value`` is such a number; nan and infinities never are."""
+        """Returns True if ``value`` is in the range; nan and infinities never are."""
         kind: Any = Integral if self.noun == "a whole number" else Real
         if not isinstance(value, kind) or isinstance(value, bool):
             return False
@@ -31,19 +31,19 @@ class Range:
         return bool((above and below) or value == self.also)
 
     def __str__(self) -> str:
-        """In the words of an error."""
+        """Returns the range as text for an error message."""
         return f"{'' if self.also is None else f'{self.also} or '}{self.noun} in {self.interval}"
 
 
-INDEX = 2**31 - 1  # the largest number that JAX counts with
+INDEX = 2**31 - 1  # the largest int32, JAX's integer type
 COUNT, SIZE = Range("a whole number", f"[0, {INDEX}]"), Range("a whole number", f"[1, {INDEX}]")
 SEED, TOKENS = Range("a whole number", f"[0, {2**32 - 1}]"), Range("a whole number", f"[1, {2**24}]")
-LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: left to the library
-INTERVAL = Range("a whole number", f"[0, {INDEX}]", also=-1)  # -1: left to the library
+LENGTH = Range("a whole number", f"[0, {2**24}]")  # 0: the library chooses
+INTERVAL = Range("a whole number", f"[0, {INDEX}]", also=-1)  # -1: the library chooses
 ROWS, AXIS = Range("a whole number", "[1, 1000000]"), Range("a whole number", "[0, 1000000]", also=-1)
-PERMUTATION = Range("a whole number", f"[0, {2**32 - 1}]", also=-1)  # a seed; -1 is none
+PERMUTATION = Range("a whole number", f"[0, {2**32 - 1}]", also=-1)  # a seed; -1: none
 BELOW_ONE, SHARE = Range("a number", "[0, 1)"), Range("a share", "[0, 1]")
-# Of the settings of generation, here and on the command line.
+# Ranges of the generation settings, in Python and on the command line.
 SAMPLING = {
     "max_new_tokens": TOKENS,
     "temperature": Range("a number", "[0, 1e6]"),
@@ -60,7 +60,7 @@ RANK, ALPHA, GAIN = (
 
 
 def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") -> None:
-    """Refuses the first number of (nested) dataclasses that is out of its range; None stands for one not given.
+    """Raises an error for the first number that is out of its range; None means not given.
 
     Args:
       values: the dataclass.
@@ -68,7 +68,7 @@ def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") 
       prefix: of the flags' names.
 
     Raises:
-      NaloraError: names the flag, the range and what was found.
+      NaloraError: names the flag, the range and the value.
     """
     for name, allowed in ranges.items():
         found: Any = reduce(getattr, name.split("."), values)
@@ -76,7 +76,9 @@ def check_ranges(values: object, ranges: Mapping[str, Range], prefix: str = "") 
 
 
 def check_path(flag: str, path: object) -> None:
-    """Refuses a path that no file system takes: a part of more than 255 bytes, a null character, or nothing.
+    """Raises an error for a path that no file system accepts.
+
+    Examples: a part of more than 255 bytes, a null character, or an empty path.
 
     Raises:
       NaloraError: names the flag.
@@ -87,7 +89,7 @@ def check_path(flag: str, path: object) -> None:
 
 
 def is_path(text: str) -> bool:
-    """Whether a file system takes ``text`` as a path."""
+    """Returns True if a file system accepts ``text`` as a path."""
     longest = max((len(part.encode(errors="replace")) for part in Path(text).parts), default=0)
     return bool(text.strip()) and "\0" not in text and longest <= 255 and len(text.encode(errors="replace")) < 4096
 

@@ -1,4 +1,4 @@
-"""Settings that a run has written into its folder: checked when they are read, since somebody may have edited them."""
+"""Settings recorded in a run's folder, checked on reading: files may have been edited."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nalora_jax.errors import NaloraError
 
 
 def recorded_config(settings: Any, where: str) -> RunConfig:
-    """The config whose `RunConfig.to_dict` a run wrote; fields that this version does not know are ignored.
+    """Returns the config whose `RunConfig.to_dict` a run wrote; ignores unknown fields.
 
     Args:
       settings: parsed JSON, of any content.
       where: file and field, for the message.
 
     Raises:
-      NaloraError: it is no run's config, e.g. because somebody edited the line.
+      NaloraError: it is not a run's config, for example because the line was edited.
     """
     try:
         if not isinstance(settings, dict):

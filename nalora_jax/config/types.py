@@ -10,7 +10,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 
 class WrongType(NamedTuple):
-    """A field with a value of another type."""
+    """A field whose value has the wrong type."""
 
     field: str  # with dots, as on the command line
     hint: Any  # its declared type

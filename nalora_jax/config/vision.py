@@ -1,4 +1,4 @@
-"""Settings of runs on images: what is trained, on which fields, and how images become batches."""
+"""Settings of runs on images: task, record fields, and the conversion of images to batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DUAL = ("classify", "contrast")  # tasks of dual encoders
 @documented
 @dataclass(frozen=True)
 class VisionConfig:
-    """Dual encoders (CLIP, ...) and decoders that see (LLaVA, ...); the data set is --data.dataset as for text."""
+    """Dual encoders (CLIP, ...) and multimodal decoders (LLaVA, ...), on --data.dataset."""
 
-    # "" (a language model), "classify" (images among class prompts), "contrast" (images and their captions) or "chat"
-    # (conversations about images, with a decoder that sees).
+    # "" (a language model), "classify" (images among class prompts), "contrast" (images and their
+    # captions) or "chat" (conversations about images, with a multimodal decoder).
     task: Literal["", "classify", "contrast", "chat"] = ""
     # Training images per class, drawn by --seed; 0: all of them.
     shots: int = 16
-    # Prompts of a class, {} its name; features of several are averaged.
+    # Prompts of a class, {} is replaced by its name; features of several prompts are averaged.
     templates: tuple[str, ...] = ("a photo of a {}.",)
     # Names of the classes in place of the data set's own, in the order of its labels.
     classes: tuple[str, ...] = ()
@@ -31,32 +31,34 @@ class VisionConfig:
     label_field: str = "label"
     # Field that holds the image's caption.
     caption_field: str = "caption"
-    # chat: what captions answer, in records that have no messages and no prompt.
+    # chat: the prompt for captions, in records that have no messages and no prompt.
     prompt: str = "Describe the image."
-    # Random changes of training images, by (seed, step): "none", "flip", or "crop" (a part of it, and flips).
+    # Random changes of training images, by (seed, step): "none", "flip", or "crop" (a part of it,
+    # and flips).
     augment: Literal["none", "flip", "crop"] = "crop"
     # Smallest share of an image's area that a crop keeps.
     crop_area: float = 0.5
     # Images that are broken, animated or too large: "skip" (named in the log) or "error".
     broken: Literal["skip", "error"] = "skip"
-    # Pixels of an image at most; more is refused unread.
+    # Largest number of pixels of an image; larger images are rejected before they are decoded.
     max_pixels: int = 50_000_000
-    # classify, contrast: side in pixels of the squares that images become, a multiple of the patch size, for which
-    # positions are interpolated (smaller is faster); 0: the model's own.
+    # classify, contrast: side in pixels of the squares that images are resized to, a multiple of
+    # the patch size; positions are interpolated (smaller is faster); 0: the model's size.
     image_size: int = 0
-    # Tokens of a caption at most; 0: what the text encoder takes.
+    # Largest number of tokens of a caption; 0: the text encoder's limit.
     caption_length: int = 0
-    # Two towers "image+text" that never met: features of their new projections; 0: the narrower tower's width.
+    # Two separately trained towers "image+text": features of their new projections; 0: the
+    # narrower tower's width.
     features: int = 0
-    # Two towers that never met: trained by this loss.
+    # Two separately trained towers: the training loss.
     loss: Literal["softmax", "sigmoid"] = "softmax"
 
 
 def check_vision(vision: VisionConfig, *, accumulate: int, quantize: str) -> None:
-    """Refuses settings that are out of range.
+    """Raises an error for settings that are out of range.
 
     Raises:
-      NaloraError: names the flag, what was expected and what was found.
+      NaloraError: names the flag, the expected value and the actual one.
     """
     _require("templates", bool(vision.templates), "at least one prompt", "none")
     for template in vision.templates:

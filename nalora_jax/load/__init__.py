@@ -1,4 +1,4 @@
-"""A model by what a user calls it, with the adapter that belongs to it: what every verb but ``train`` starts from."""
+"""Loads a model by name with its adapter: used by every subcommand except ``train``."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from nalora_jax.weights.new_tokens import check_adapter, for_adapter
 from nalora_jax.weights.peft import import_adapter
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
-ADAPTER = "adapter"  # of a run's folder: the exported adapter
+ADAPTER = "adapter"  # subfolder of a run: the exported adapter
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model's parts are, before any of them is read."""
+    """The locations of a model's parts, before any of them is read."""
 
-    base: str  # as `weights.load_model` takes it
+    base: str  # a name for `weights.load_model`
     adapter: Path | None = None  # folder in PEFT's format
-    run: Mapping[str, Any] = field(default_factory=dict)  # config of the run that made the adapter, if there is one
+    run: Mapping[str, Any] = field(default_factory=dict)  # config of the adapter's run, if any
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A base model, with an adapter or without, ready to run."""
+    """A base model, with or without an adapter, ready to run."""
 
     base: LoadedModel
     module: Decoder
@@ -52,7 +52,7 @@ class AdaptedModel:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What ``module.apply`` takes."""
+        """Variables for ``module.apply``."""
         return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
 
     @property
@@ -62,15 +62,16 @@ class AdaptedModel:
 
 
 def locate(model: str | Path, adapter: str | Path | None = None) -> Located:
-    """The base, the adapter and the run that ``model`` and ``adapter`` mean.
+    """Finds the base, the adapter and the run that ``model`` and ``adapter`` refer to.
 
     Args:
-      model: an alias, hub id, folder or .gguf file; or the folder of a run or of a PEFT adapter, which stands for the
-        base that it names together with itself.
-      adapter: folder of a run or of a PEFT adapter; in its own right where ``model`` is a base.
+      model: an alias, hub id, folder or .gguf file; or the folder of a run or of a PEFT adapter,
+        which means the adapter together with the base that it names.
+      adapter: folder of a run or of a PEFT adapter; allowed only if ``model`` is a base.
 
     Raises:
-      NaloraError: a folder given as an adapter holds none, there are two adapters, or an adapter names no base.
+      NaloraError: a folder given as an adapter has none, there are two adapters, or an adapter
+        names no base.
     """
     own = _adapter_folder(Path(model))
     if own is None:
@@ -105,20 +106,20 @@ def load(
     implementation: str = "auto",
     images: bool | None = None,
 ) -> AdaptedModel:
-    """The model called ``model``, with its adapter on; the arguments are those of `locate`, `weights.load_model` and
-    `nalora_jax.ops.dispatch.numerics_for`.
+    """Loads the model called ``model`` and applies its adapter.
 
-    A model is loaded to see ``images`` where that is asked for, by default where the run that made the adapter did.
+    The arguments are documented at `locate`, `weights.load_model` and
+    `nalora_jax.ops.dispatch.numerics_for`. ``images`` defaults to True if the run that trained the
+    adapter used images.
 
-    Without a dtype the base has that of the run that made the adapter, else bfloat16; it is quantized as in that run
-    with ``quantize="run"``. Where the adapter was trained with added tokens, the base has them: rows of
-    its embedding and head, and the tokenizer in the adapter's folder. Whoever has resolved the base's name gives what
-    was found as ``resolved``.
+    Without ``dtype`` the base has the dtype of the run that trained the adapter, otherwise
+    bfloat16; with ``quantize="run"`` it is quantized as in that run. If the adapter was trained
+    with added tokens, the base gets them: rows of its embedding and head, and the tokenizer in the
+    adapter's folder. ``resolved`` passes files that were resolved earlier.
 
     Raises:
       NaloraError: see `locate`, `weights.load_model`, `weights.new_tokens.for_adapter` and
-        `weights.peft.import_adapter`; or a tensor axis of the mesh
-        splits a head.
+        `weights.peft.import_adapter`; or a tensor axis of the mesh splits a head.
     """
     located = locate(model, adapter)
     run = config_from_dict(located.run)
@@ -142,20 +143,20 @@ def load(
 
 
 def holds_adapter(folder: str | Path) -> bool:
-    """Whether ``folder`` is that of a run with an adapter or of a PEFT adapter."""
+    """Returns True if ``folder`` belongs to a run with an adapter or is a PEFT adapter."""
     return _adapter_folder(Path(folder)) is not None
 
 
 def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -> AdaptedModel | None:
-    """The base of ``model`` with another adapter, its weights shared; None where ``adapter`` is no adapter's folder.
+    """Returns the base of ``model`` with another adapter; None if the folder has no adapter.
 
     Args:
-      model: a loaded model; its own adapter is left out.
+      model: a loaded model; its current adapter is left out.
       adapter: folder of a run or of a PEFT adapter.
-      mesh: as ``model`` was loaded on.
+      mesh: the mesh that ``model`` was loaded on.
 
     Raises:
-      NaloraError: the adapter cannot be read, or is one of another base or of other added tokens.
+      NaloraError: the adapter cannot be read, or belongs to another base or to other added tokens.
     """
     folder = _adapter_folder(Path(adapter))
     if folder is None:
@@ -169,20 +170,20 @@ def put_on(model: AdaptedModel, adapter: str | Path, mesh: Mesh | None = None) -
 
 
 def adapter_for(base: LoadedModel, folder: Path) -> tuple[dict[str, Any], AdapterSpec]:
-    """Another adapter for a model that is loaded, and its spec.
+    """Imports another adapter for a loaded model; returns its tree and its spec.
 
     Raises:
-      NaloraError: it cannot be read, or is one of another base or of other added tokens.
+      NaloraError: the adapter cannot be read, or belongs to another base or to other added tokens.
     """
     check_adapter(base, folder)
     return import_adapter(folder, base.config, fingerprint=base.fingerprint)
 
 
 def adapter_folder(path: Path) -> Path:
-    """The PEFT folder that ``path``, a run's folder or an adapter's own, means.
+    """Returns the PEFT folder of ``path``, which is a run's folder or an adapter's.
 
     Raises:
-      NaloraError: there is no adapter in it.
+      NaloraError: the folder has no adapter.
     """
     found = _adapter_folder(path)
     if found is None:
@@ -191,7 +192,7 @@ def adapter_folder(path: Path) -> Path:
 
 
 def base_of(adapter: Path) -> str:
-    """The base model that an adapter's config names.
+    """Returns the base model that an adapter's config names.
 
     Raises:
       NaloraError: the config cannot be read, or names none.
@@ -208,10 +209,10 @@ def base_of(adapter: Path) -> str:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """The config of the run in ``folder`` (the first line of its log), or {} where there is no run.
+    """Returns the config of the run in ``folder``, from its log's first line; {} without a run.
 
     Raises:
-      NaloraError: it is no run's config, e.g. because somebody edited the line.
+      NaloraError: the line is not a run's config, for example because it was edited.
     """
     found = _header(folder).get("run", {})
     if not isinstance(found, dict):
@@ -221,7 +222,7 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 
 def _base_of_run(folder: Path) -> str:
-    """The name that the run in ``folder`` noted of the very weights that it trained on; empty where it noted none."""
+    """Returns the recorded name of the base's exact weights; empty if it was not recorded."""
     base = _header(folder).get("base")
     name = base.get("name") if isinstance(base, dict) else None
     return name if isinstance(name, str) else ""
@@ -242,7 +243,7 @@ def _header(folder: Path) -> dict[str, Any]:
 
 
 def trained_in_turns(adapter: Path) -> bool | None:
-    """Returns whether a chat template wrote the texts that an adapter was trained on; None if its run did not note it.
+    """Returns True if a chat template wrote the adapter's training texts; None if unknown.
 
     Args:
       adapter: folder in PEFT's format.

@@ -1,4 +1,4 @@
-"""A dual encoder by what a user calls it, with the adapter that belongs to it; the counterpart of `nalora_jax.load`."""
+"""Loads a dual encoder by name with its adapter; the counterpart of `nalora_jax.load`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nalora_jax.weights.vision.peft import import_dual_adapter
 
 @dataclass(frozen=True)
 class AdaptedDual:
-    """A dual encoder, with an adapter or without, ready to run."""
+    """A dual encoder, with or without an adapter, ready to run."""
 
     base: LoadedDual
     encoders: Encoders
@@ -29,17 +29,18 @@ class AdaptedDual:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the encoders take."""
+        """Variables for the encoders."""
         return {"params": self.base.params} | ({} if self.lora is None else {"lora": self.lora})
 
 
 def load_adapted_dual(model: str, *, adapter: str | Path | None = None, dtype: str | None = None) -> AdaptedDual:
-    """The dual encoder called ``model``, with its adapter on.
+    """Loads the dual encoder called ``model`` and applies its adapter.
 
     Args:
-      model: as `nalora_jax.weights.vision.model.load_dual` takes it; or the folder of a run or of an adapter.
-      adapter: folder of a run or of an adapter; in its own right where ``model`` is a base.
-      dtype: of the base weights; by default the run's, else float32.
+      model: a name for `nalora_jax.weights.vision.model.load_dual`; or the folder of a run or of
+        an adapter.
+      adapter: folder of a run or of an adapter; allowed only if ``model`` is a base.
+      dtype: of the base weights; by default the run's, otherwise float32.
 
     Raises:
       NaloraError: see `nalora_jax.load.locate` and `load_dual`.

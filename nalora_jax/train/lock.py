@@ -49,11 +49,16 @@ class Lock:
         descriptor = _open_locked(path)
         try:
             _wait_for_other_host(path, descriptor)
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_own_name()).encode(), 0)
+            removed = not _is_at(path, descriptor)  # the other host has released its lock meanwhile
+            if not removed:
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_own_name()).encode(), 0)
         except BaseException:
             os.close(descriptor)
             raise
+        if removed:
+            os.close(descriptor)
+            return cls.acquire(path)
         lock = cls(path, descriptor)
         threading.Thread(target=lock._beat, name="output lock", daemon=True).start()
         return lock
@@ -88,12 +93,17 @@ def _open_locked(path: Path) -> int:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise _held(path, holder) from None
                 raise
-        try:
-            if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
+        if _is_at(path, descriptor):
+            return descriptor
         os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Returns True if ``path`` is the name of the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _wait_for_other_host(path: Path, descriptor: int) -> None:

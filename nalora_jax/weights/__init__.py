@@ -1,4 +1,4 @@
-"""Files in and out."""
+"""Reading and writing of model and adapter files."""
 
 from nalora_jax.weights.model import LoadedModel, load_model
 

@@ -1,12 +1,13 @@
-"""Several adapters on one base: stacked and chosen per example, or combined into one.
+"""Several adapters on one base: stacked and selected per example, or combined into one.
 
-A bank has a fixed number of slots of a fixed rank, so that loading, replacing and unloading adapters never changes a
-shape, and a compiled program serves them all:
+A bank has a fixed number of slots of a fixed rank, so that loading, replacing and unloading
+adapters never changes a shape, and one compiled program serves all of them:
 
     bank = AdapterBank.empty(config, slots=4, rank=16)
     bank = bank.load("legal", lora, spec).load("chat", other, other_spec)
     model = Decoder(config, bank.spec, ...)
-    model.apply({"params": params, "lora": bank.lora}, tokens, adapter_ids=bank.ids(["chat", None, "legal"]))
+    variables = {"params": params, "lora": bank.lora}
+    model.apply(variables, tokens, adapter_ids=bank.ids(["chat", None, "legal"]))
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ Adapter = tuple[Mapping[str, Any], AdapterSpec]  # a lora tree and its spec
 
 @dataclass(frozen=True)
 class AdapterBank:
-    """Slots for adapters of one base; immutable, every change gives a new bank.
+    """Slots for adapters of one base; immutable, every change returns a new bank.
 
     Attributes:
       config: the base.
-      names: what is in each slot, None where it is empty.
+      names: name of the adapter in each slot, None if it is empty.
       spec: of the stack, for the decoder; scales are folded into B, so every scale is 1.
-      lora: the stack, ``layers/ffn/gate_proj/a [layers, slots, d_in, rank]`` and ``b [layers, slots, rank, d_out]``.
+      lora: the stack, ``layers/ffn/gate_proj/a [layers, slots, d_in, rank]`` and ``b [layers,
+        slots, rank, d_out]``.
     """
 
     config: ModelConfig
@@ -45,11 +47,11 @@ class AdapterBank:
 
     @staticmethod
     def empty(config: ModelConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None) -> AdapterBank:
-        """A bank without adapters.
+        """Returns a bank without adapters.
 
         Args:
           config: the base model.
-          slots: how many adapters fit.
+          slots: number of adapters that fit.
           rank: the largest rank that fits; smaller ones are zero-padded.
           targets: stacked paths that can be adapted, by default every projection.
 
@@ -76,10 +78,11 @@ class AdapterBank:
         return AdapterBank(config, (None,) * slots, spec, trees.unflatten(leaves))
 
     def load(self, name: str, lora: Mapping[str, Any], spec: AdapterSpec) -> AdapterBank:
-        """The bank with an adapter in the slot of ``name``, or in the first empty one.
+        """Returns the bank with an adapter in the slot of ``name``, or in the first empty slot.
 
         Raises:
-          NaloraError: no slot is free, the rank is too large, a target is missing in the bank, or it is DoRA.
+          NaloraError: no slot is free, the rank is too large, a target is missing in the bank, or
+            the adapter is DoRA.
         """
         if name not in self.names and None not in self.names:
             held = ", ".join(str(held) for held in self.names)
@@ -92,12 +95,12 @@ class AdapterBank:
         return replace(bank, names=(*self.names[:slot], name, *self.names[slot + 1 :]))
 
     def unload(self, name: str) -> AdapterBank:
-        """The bank without ``name``; its slot is the base again."""
+        """Returns the bank without ``name``; its slot computes the base again."""
         slot = self._slot(name)
         return replace(self._with_slot(slot, {}, name), names=(*self.names[:slot], None, *self.names[slot + 1 :]))
 
     def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
-        """``adapter_ids`` of a batch: the slot of each example's adapter, -1 for the base."""
+        """Returns ``adapter_ids`` of a batch: each example's slot, -1 for the base."""
         return jnp.asarray([-1 if name is None else self._slot(name) for name in names], jnp.int32)
 
     def _slot(self, name: str) -> int:
@@ -124,7 +127,7 @@ class AdapterBank:
 
 
 def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[dict[str, Any], AdapterSpec]:
-    """One adapter whose update is the weighted sum of the others', exactly: ranks add up.
+    """Returns one adapter whose update is the exact weighted sum of several; ranks add up.
 
     Args:
       adapters: trees and specs on the same base.
@@ -134,7 +137,8 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
       Tree and spec; alpha equals rank everywhere, because the scales are folded into B.
 
     Raises:
-      NaloraError: none given, another number of weights, or DoRA (whose update is not linear).
+      NaloraError: there are no adapters, another number of weights, or DoRA (whose update is not
+        linear).
     """
     if not adapters or len(adapters) != len(weights):
         found = f"{len(adapters)} adapters and {len(weights)} weights"
@@ -156,7 +160,7 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float]) -> t
 
 
 def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple[Any, Any]]:
-    """A and ``s B`` by path, ``[layers, ...]`` each."""
+    """Returns A and ``s B`` by path, ``[layers, ...]`` each."""
     flat = trees.flatten(lora)
     found = {}
     for path, _ in spec.targets:
@@ -167,7 +171,7 @@ def folded_scales(lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, tuple
 
 
 def padded(value: Any, rank: int, axis: int, where: str) -> Any:
-    """``value`` with zeros up to ``rank`` along its rank axis."""
+    """Zero-pads ``value`` to ``rank`` along its rank axis."""
     if value.shape[axis] > rank:
         remedy = "make the bank with a larger rank"
         raise NaloraError(f"{where}: rank", expected=f"at most {rank}", found=value.shape[axis], remedy=remedy)

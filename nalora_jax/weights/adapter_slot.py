@@ -1,10 +1,11 @@
-"""One place for an adapter on a base: adapters of any rank up to its own take turns in it, and no program changes.
+"""A slot whose adapter can be exchanged, up to the slot's rank, without a new program.
 
-A program is compiled for the shapes and scales of an adapter. In a slot every projection has an adapter of one rank,
-zero where the adapter at hand has none, with its scale folded into B:
+A program is compiled for the shapes and scales of an adapter. In a slot every projection has an
+adapter of one rank, zero if the current adapter has none there, with its scale folded into B:
 
     slot = AdapterSlot.on(config, rank=16)
-    generator = Generator(Decoder(config, slot.spec, ...), {"params": params, "lora": slot.fill(None, None)}, tokenizer)
+    variables = {"params": params, "lora": slot.fill(None, None)}
+    generator = Generator(Decoder(config, slot.spec, ...), variables, tokenizer)
     generator = generator.with_lora(slot.fill(lora, spec))  # another adapter, the same programs
 """
 
@@ -26,7 +27,7 @@ from nalora_jax.weights.saved_modules import with_whole_tables
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """Shapes that adapters of one base are put into.
+    """Fixed shapes for adapters of one base.
 
     Attributes:
       config: the base.
@@ -38,7 +39,7 @@ class AdapterSlot:
 
     @staticmethod
     def on(config: ModelConfig, *, rank: int) -> AdapterSlot:
-        """The slot of a base for adapters of at most ``rank``."""
+        """Returns the slot of a base for adapters of at most ``rank``."""
         targets = []
         for path, shape in sorted(projection_shapes(config).items()):
             ranks, layers = min(rank, *shape[-2:]), depths(config)[path]
@@ -47,25 +48,26 @@ class AdapterSlot:
 
     @staticmethod
     def rank_of(spec: AdapterSpec) -> int:
-        """The rank of the slot that an adapter needs."""
+        """Returns the slot rank that an adapter needs."""
         return max((target.rank for _, target in spec.targets), default=0)
 
     def fill(
         self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None, params: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The adapter in the slot's shapes; zeros, which leave the base as it is, where there is none.
+        """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 
-        Tables that are trained as a whole come along; programs are compiled once with them and once without. Trained
-        rows come as whole tables, for a program would be compiled for their ids.
+        Fully trained tables are included; programs are compiled once with them and once without.
+        Trained rows are converted to full tables, because a program would be compiled for their
+        ids.
 
         Args:
           lora: float32 tree of the adapter.
           spec: its ranks and scales.
-          params: of the base, needed where rows of its tables were trained.
+          params: of the base, needed if rows of its tables were trained.
 
         Raises:
-          NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not linear, or it has
-            trained rows and there are no ``params``.
+          NaloraError: a rank is larger than the slot's, the adapter is DoRA, whose update is not
+            linear, or it has trained rows and there are no ``params``.
         """
         if spec is not None and spec.dora:
             raise NaloraError("adapter", expected="a linear adapter", found="DoRA", remedy="merge it instead")

@@ -1,4 +1,4 @@
-"""What AdaLoRA leaves of its adapters, as plain LoRA: each layer with its own rank."""
+"""Converts the result of AdaLoRA to plain LoRA, with a separate rank for each layer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from nalora_jax.trees import flatten, unflatten
 
 
 def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[str, Any], AdapterSpec]:
-    """The plain adapters that equal adapters with a diagonal, ``s A diag(e) B``, without the ranks whose ``e`` is 0.
+    """Converts ``s A diag(e) B`` to plain adapters without the ranks whose ``e`` is 0.
 
-    A layer's alpha falls with its rank, so that its scale stays; a layer without any rank left has no adapter. Experts
-    of one layer share a rank, the largest of theirs.
+    A layer's alpha decreases with its rank, so that its scale stays the same; a layer with no
+    remaining rank has no adapter. Experts of one layer share a rank, the largest of their ranks.
 
     Args:
-      lora: the trained tree in host memory, stacked (``layers/ffn/gate_proj/{a, b, singular}``), float32.
+      lora: the trained tree in host memory, stacked (``layers/ffn/gate_proj/{a, b, singular}``),
+        float32.
       spec: of these adapters.
 
     Returns:
-      The tree, zero-padded to the largest rank of each projection, and its spec; projections of which nothing is left
-      are in neither.
+      The tree, zero-padded to the largest rank of each projection, and its spec; both omit
+      projections with no remaining rank.
     """
     leaves, targets = flatten(lora), []
     for path, target in spec.targets:
@@ -33,7 +34,8 @@ def remaining_ranks(lora: Mapping[str, Any], spec: AdapterSpec) -> tuple[dict[st
         ranks = tuple(int(layer.sum(-1).max()) for layer in kept)
         if not max(ranks):
             continue
-        first = np.argsort(~kept, axis=-1, kind="stable")[..., : max(ranks)]  # what is kept, then zeros
+        # Remaining ranks first, then zeros.
+        first = np.argsort(~kept, axis=-1, kind="stable")[..., : max(ranks)]
         leaves[f"{path}/a"] = np.take_along_axis(a * singular[..., None, :], first[..., None, :], axis=-1)
         rows = np.take_along_axis(b * kept[..., None], first[..., None], axis=-2)
         leaves[f"{path}/b"] = rows

@@ -18,33 +18,36 @@ from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.redaction import code, is_hub_id, markdown, published
 from nalora_jax.weights.origin import Origin
 
-# SPDX names of licences that the hub calls otherwise than in lower case.
+# SPDX names whose identifier on the hub is not the lower-case name.
 _HUB_LICENSES = {"LicenseRef-Gemma": "gemma"}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. Evaluations are lines of metrics.jsonl: ``{"accuracy":, "low":, "high":, "loss":, "n":}``."""
+    """The content of a card.
+
+    Evaluations are lines of metrics.jsonl: ``{"accuracy":, "low":, "high":, "loss":, "n":}``.
+    """
 
     kind: Literal["adapter", "merged"]
-    base_model: str  # what loads the very base again: a hub id, a path, or a package's file
+    base_model: str  # loads the exact base again: a hub id, a path, or a package's file
     spec: AdapterSpec
-    run: RunConfig | None = None  # settings of the training run, where it was one of this library
-    command: str = ""  # what was typed
+    run: RunConfig | None = None  # settings of the training run, if this library ran it
+    command: str = ""  # the command line as typed
     license: str = ""  # of the base model: an SPDX name or a hub identifier
     before: Mapping[str, Any] | None = None  # evaluation of the base
     after: Mapping[str, Any] | None = None  # evaluation with the adapter
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that trained it
-    device: str = ""  # what it was trained on
+    device: str = ""  # hardware of the training run
     origin: Origin | None = None  # the base's file, number formats and digest
-    resized: int = 0  # rows of the embedding where tokens were added to the base; 0 where it has them
+    resized: int = 0  # rows of the embedding if tokens were added to the base; otherwise 0
 
 
 def render_card(card: Card) -> str:
-    """The card's text: YAML front matter, and Markdown for people.
+    """Returns the card's text: YAML front matter, and Markdown for people.
 
-    A local path of a base model or a data file is named in the text by its last part only, and not at all in the front
-    matter, which holds hub identifiers.
+    The text shortens a local path of a base model or a data file to its last part. The front
+    matter contains hub identifiers only, no paths.
     """
     parts = [
         f"---\n{_front_matter(card)}\n---",
@@ -72,7 +75,7 @@ def write_card(folder: str | Path, card: Card) -> Path:
 
 
 def hub_license(name: str) -> str:
-    """The hub's identifier of a licence given by its SPDX name: ``Apache-2.0`` -> ``apache-2.0``."""
+    """Returns the hub's identifier of an SPDX licence name: ``Apache-2.0`` -> ``apache-2.0``."""
     return _HUB_LICENSES.get(name, name.lower())
 
 
@@ -157,7 +160,7 @@ def _measured(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _precision(card: Card) -> str:
-    """Which numbers the results belong to, and what happens on others."""
+    """Describes the base's precision during the evaluation, and the effect of another one."""
     if card.origin is None:
         return ""
     held = f", held as {_held(card.run)}" if card.run else ""
@@ -268,12 +271,12 @@ def _licence(card: Card) -> str:
 
 
 def _held_out(split: str) -> str:
-    """What the results were measured on, in words."""
+    """Describes the examples that the results were measured on."""
     return "its validation split or else some of its records" if split == "auto" else f"split {code(_short(split))}"
 
 
 def _short(name: str) -> str:
-    """Returns a name as a card has it: a path by its last part."""
+    """Returns a name for the card; a path is shortened to its last part."""
     short: str = published(name, "model")
     return short
 
@@ -293,7 +296,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block whose fence is longer than any run of backticks in ``text``."""
+    """Returns a code block whose fence is longer than any run of backticks in ``text``."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from nalora_jax.errors import NaloraError
 
 @contextmanager
 def new_folder(folder: str | Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
-    """Yields a temporary folder that gets the name ``folder`` when the block ends without an error.
+    """Yields a temporary folder that is renamed to ``folder`` if the block succeeds.
 
     Args:
       folder: must not exist or be empty, unless ``replaces`` allows more.
-      replaces: names of files, relative to ``folder``, that it may hold already; it is then replaced completely.
-        Anything else in it belongs to someone else.
+      replaces: names of files, relative to ``folder``, that it may contain already; it is then
+        replaced completely. Any other content raises an error, since it was written by another
+        program or user.
 
     Raises:
-      NaloraError: the folder has other content, or the file system refused (a full disk, no permission). The
-        temporary folder is removed, and ``folder`` stays as it was.
+      NaloraError: the folder has other content, or the file system refused (a full disk, no
+        permission). The temporary folder is removed, and ``folder`` stays as it was.
     """
     target = Path(folder)
     _check_free(target, replaces)
     with _scratch(target) as scratch:
-        scratch.chmod(0o755)  # mkdtemp's 0700 would travel with the rename
+        scratch.chmod(0o755)  # the rename keeps mkdtemp's 0700
         yield scratch
         for path in scratch.iterdir():
             if path.is_file():
-                path.chmod(0o644)  # safetensors makes private files; others may have to serve them
+                path.chmod(0o644)  # safetensors makes private files; others may need access
         _move(scratch, target)
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file name; what is written there becomes ``path`` when the block ends without an error.
+    """Yields a temporary file name; the file is renamed to ``path`` if the block succeeds.
 
     Raises:
-      NaloraError: ``path`` exists, or the file system refused. Nothing of the attempt is left behind.
+      NaloraError: ``path`` exists, or the file system refused. Temporary files are removed.
     """
     target = Path(path)
     if os.path.lexists(target):
@@ -57,13 +58,16 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target``, gone in the end; what the file system refuses is a NaloraError."""
+    """Yields a temporary folder next to ``target`` and removes it at the end.
+
+    File system errors become a `NaloraError`.
+    """
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield scratch
-    except (OSError, SafetensorError) as error:  # safetensors' writer wraps what the system says
+    except (OSError, SafetensorError) as error:  # safetensors' writer wraps the system's errors
         raise NaloraError(
             str(target),
             expected="a place that can be written",
@@ -76,7 +80,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def can_exist(path: Path) -> bool:
-    """Whether the system can be asked for ``path`` at all: not with a name of more than 255 bytes."""
+    """Returns True if the system accepts ``path``; it may not if a name exceeds 255 bytes."""
     try:
         path.exists()
     except OSError:
@@ -85,7 +89,7 @@ def can_exist(path: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, keys sorted as the ecosystem's own writers do."""
+    """Writes ``value`` as indented JSON with sorted keys, like PEFT and transformers."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -105,7 +109,10 @@ def _check_free(target: Path, replaces: Collection[str]) -> None:
 
 
 def _entries(folder: Path) -> Iterator[str]:
-    """Yields the names of files in a folder and in its subfolders, and of whatever else is there with a slash."""
+    """Yields names of files in a folder and its subfolders.
+
+    Empty folders and deeper folders are listed with a slash at the end.
+    """
     for path in folder.iterdir():
         below = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
         for each in below or [path]:
@@ -113,7 +120,7 @@ def _entries(folder: Path) -> Iterator[str]:
 
 
 def _move(scratch: Path, target: Path) -> None:
-    """Renames ``scratch`` to ``target``; an old folder there is moved aside first and removed last."""
+    """Renames ``scratch`` to ``target``; an old folder there is moved aside and removed last."""
     if not target.exists():
         scratch.rename(target)
         return

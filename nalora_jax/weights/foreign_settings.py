@@ -1,4 +1,4 @@
-"""Conversion of another library's settings, field by field: each is carried over, refused with a reason, or printed."""
+"""Converts another library's settings; each field is converted, refused or reported."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Field:
     ours: str = ""  # the setting, dotted; empty without one
     note: str = ""  # for the table
     value: Callable[[Any], Any] = lambda value: value  # our value of theirs; may be `Refused`
-    ignored: bool = False  # without influence on the result
+    ignored: bool = False  # no effect on the result
 
 
 def only(*accepted: Any, because: str) -> Callable[[Any], Any]:
-    """Refuses every value but ``accepted``, which have no effect here."""
+    """Returns a conversion that accepts only ``accepted``, values without effect here."""
     return lambda value: None if any(value == one for one in (None, *accepted, {}, [])) else Refused(because)
 
 
 def choice(table: Mapping[Any, Any], because: str) -> Callable[[Any], Any]:
-    """Returns our value from a table, and refuses values that are not in it."""
+    """Returns a conversion by a table that refuses values that are not in it."""
     return lambda value: table.get(value, Refused(because)) if isinstance(value, str) else Refused(because)
 
 

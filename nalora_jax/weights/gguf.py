@@ -1,8 +1,9 @@
-"""GGUF files: metadata, and tensors dequantized block by block.
+"""Reads GGUF files: metadata, and tensors dequantized block by block.
 
-Block layouts and dequantization are the ``gguf`` package's. Its `GGUFReader` is not used: it makes several Python
-objects for every token of the vocabulary (3 s for 49,152 tokens, 10 s for 262,144), and believes every count of a
-damaged file. The header is read here instead, with every count and offset held against the file's size before use.
+Block layouts and dequantization come from the ``gguf`` package. Its `GGUFReader` is not used: it
+creates several Python objects for every token of the vocabulary (3 s for 49,152 tokens, 10 s for
+262,144), and it trusts every count in a damaged file. The header is read here instead, and every
+count and offset is checked against the file's size before use.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ READABLE = (
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")))
 _STRING, _ARRAY = 8, 9
 _MAX_ITEMS = 1 << 16  # metadata keys, tensors
-_MAX_STRINGS = 1 << 22  # of all arrays together; the largest vocabularies and merge lists have 2^18 to 2^19
+_MAX_STRINGS = 1 << 22  # in all arrays; the largest vocabularies and merge lists have 2^18 to 2^19
 _MAX_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor as the header describes it."""
+    """A tensor as described in the header."""
 
     shape: tuple[int, ...]  # slowest axis first
     kind: GGMLQuantizationType
     offset: int  # in the file
-    row_bytes: int  # of one row along the last axis
+    row_bytes: int  # bytes of one row along the last axis
     nbytes: int
 
 
@@ -55,7 +56,8 @@ class GGUFFile:
       metadata: values by key: numbers, strings, numpy arrays, or lists of strings.
 
     Raises:
-      NaloraError: not a GGUF file, another version or byte order, or a header that does not fit the file.
+      NaloraError: not a GGUF file, another version or byte order, or a header that does not fit
+        the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,11 +76,11 @@ class GGUFFile:
         return str(self.path)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor by llama.cpp's name, slowest axis first."""
+        """Returns the shape of every tensor by llama.cpp's name, slowest axis first."""
         return {name: stored.shape for name, stored in self._tensors.items()}
 
     def check_readable(self, name: str) -> None:
-        """Refuses a quantization that is not read."""
+        """Raises an error if the tensor's quantization is not supported."""
         kind = self._tensors[name].kind
         if kind.name not in READABLE:
             raise NaloraError(
@@ -89,7 +91,7 @@ class GGUFFile:
             )
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor, float32 unless the file holds 16-bit floats."""
+        """Returns a slice of a tensor: float32, or the file's 16-bit floats."""
         stored = self._tensors[name]
         if len(stored.shape) == 1:
             return self._rows(name, stored, 0, 1)[0][index]
@@ -99,15 +101,15 @@ class GGUFFile:
         return flat.reshape(-1, *stored.shape[1:])[(slice(None), *rest)]
 
     def stored(self, name: str) -> FileTensor:
-        """Where a tensor's bytes lie."""
+        """Returns the location of a tensor's bytes."""
         one = self._tensors[name]
         return FileTensor(self.path, one.offset, one.nbytes, one.kind.name)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The metadata value of ``key``, of Python type ``kind`` (an int passes for a float).
+        """Returns the metadata value of ``key`` as ``kind``; an int is accepted as a float.
 
         Raises:
-          NaloraError: it is not there and has no default, or is of another type.
+          NaloraError: the key is missing and has no default, or its value has another type.
         """
         value = self.metadata.get(key, default)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -118,7 +120,7 @@ class GGUFFile:
         return value
 
     def _rows(self, name: str, stored: _Stored, start: int, stop: int) -> np.ndarray:
-        """Rows along the last axis as numbers: ``[stop - start, shape[-1]]``."""
+        """Returns dequantized rows along the last axis: ``[stop - start, shape[-1]]``."""
         raw = self._bytes(name, stored.offset + start * stored.row_bytes, (stop - start) * stored.row_bytes)
         raw = raw.reshape(stop - start, stored.row_bytes)
         if stored.kind is GGMLQuantizationType.F16:
@@ -145,7 +147,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """Reads forward through a mapped file and never past its end."""
+    """A reader that moves forward through a mapped file and checks its end."""
 
     def __init__(self, memory: mmap.mmap, where: str) -> None:
         self.memory, self.where = memory, where
@@ -161,7 +163,7 @@ class _Cursor:
         )
 
     def skip(self, count: int) -> int:
-        """Where the next ``count`` bytes begin, once they are known to exist."""
+        """Skips ``count`` bytes, which must be in the file, and returns their start."""
         if count > self.size - self.at:
             raise self.error(f"{count} more bytes", f"{self.size - self.at} until the end of the file")
         self.at += count
@@ -171,7 +173,7 @@ class _Cursor:
         return struct.unpack_from(form, self.memory, self.skip(size))
 
     def count(self, limit: int, what: str) -> int:
-        """A count of things, each of at least one byte."""
+        """Reads a count of items that take at least one byte each."""
         (count,) = self.numbers("<Q", 8)
         if count > min(limit, self.size - self.at):
             raise self.error(f"at most {min(limit, self.size - self.at)} {what}", count)
@@ -211,7 +213,8 @@ class _Cursor:
             raise self.error("a value type of GGUF", kind)
         dtype = np.dtype(_SCALARS[kind])
         number = np.frombuffer(self.memory, dtype, 1, self.skip(dtype.itemsize))[0]
-        # A float32 as the decimal that it was written from: 1e-05, not 9.999999747378752e-06.
+        # Converts a float32 to the decimal that it was written from: 1e-05, not
+        # 9.999999747378752e-06.
         return float(str(number)) if dtype == np.float32 else number.item()
 
 

@@ -1,7 +1,8 @@
-"""A GGUF file's metadata as the ``config.json`` that the same model has on the hub.
+"""Converts a GGUF file's metadata to the ``config.json`` of the same model on the hub.
 
-So there is one reader of model descriptions (`ModelConfig.from_hf`), and a model that came from a GGUF file can be
-written as a Hugging Face folder. What llama.cpp hard-codes per architecture instead of storing it is marked below.
+This way `ModelConfig.from_hf` is the only reader of model descriptions, and a model from a GGUF
+file can be written as a Hugging Face folder. Comments mark values that llama.cpp hard-codes per
+architecture instead of storing them.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ _SPECIAL = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """The ``config.json`` of the model in ``file``.
+    """Returns the ``config.json`` of the model in ``file``.
 
     Raises:
-      NaloraError: an architecture that is not read, or a metadata key that is missing or of the wrong type.
+      NaloraError: an unsupported architecture, or a metadata key that is missing or has the wrong
+        type.
     """
     architecture = file.get("general.architecture", str)
     if architecture not in _FAMILIES:
@@ -67,7 +69,7 @@ class _Reader:
         return f"{self.architecture}.{key}" in self.file.metadata
 
     def number(self, key: str, kind: type[Any], default: Any = None) -> Any:
-        """A number, also where the file lists it once per layer and all layers agree."""
+        """Returns a number; a list with one value per layer is accepted if all values are equal."""
         name = f"{self.architecture}.{key}"
         value = self.file.metadata.get(name)
         if not isinstance(value, np.ndarray):
@@ -82,7 +84,7 @@ class _Reader:
         return kind(value[0].item())
 
     def tensor(self, name: str) -> np.ndarray | None:
-        """A small tensor as float64, or None."""
+        """Returns a small tensor as float64, or None."""
         shape = self.file.shapes().get(name)
         if shape is None:
             return None
@@ -94,7 +96,7 @@ class _Reader:
 
 
 def _shape(r: _Reader) -> dict[str, Any]:
-    """Sizes; those of heads and vocabulary are where llama.cpp looks for them."""
+    """Returns the model's sizes, from the same keys and tensors as llama.cpp."""
     width, heads = r.number("embedding_length", int), r.number("attention.head_count", int)
     vocabulary = r.file.shapes().get("token_embd.weight")
     if vocabulary is None:
@@ -146,7 +148,7 @@ def _named_scaling(r: _Reader) -> dict[str, Any] | None:
 
 
 def _long_factors(r: _Reader) -> dict[str, Any] | None:
-    """LongRoPE, whose two lists of divisors are tensors."""
+    """Returns LongRoPE's settings; its two lists of divisors are tensors in the file."""
     short, long = r.tensor("rope_factors_short.weight"), r.tensor("rope_factors_long.weight")
     if short is None or long is None:
         return None
@@ -162,12 +164,15 @@ def _long_factors(r: _Reader) -> dict[str, Any] | None:
 
 
 def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
-    """Llama 3's scaling, stored as one divisor per frequency; divisors that it cannot give are kept as they are."""
+    """Returns Llama 3's scaling, which is stored as one divisor per frequency.
+
+    Divisors that do not match Llama 3's formula are returned as LongRoPE lists.
+    """
     divisors = r.tensor("rope_freqs.weight")
     if divisors is None:
         return None
     plain = RopeSpec(dim=2 * divisors.size, theta=theta)
-    # The settings that Llama 3.1, 3.2 and 3.3 share; their largest divisor is the stretch itself.
+    # Llama 3.1, 3.2 and 3.3 share these settings; the largest divisor is the scaling factor.
     spec = replace(plain, kind="llama3", factor=float(divisors.max()), max_positions=8192)
     if np.allclose(inverse_frequencies(plain) / inverse_frequencies(spec), divisors, rtol=1e-4):
         return {
@@ -182,7 +187,7 @@ def _frequency_factors(r: _Reader, theta: float) -> dict[str, Any] | None:
     return {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": length, **both}
 
 
-# ---------------------------------------------------------------- what one architecture has and others do not
+# ---------------------------------------------------------------- settings of single architectures
 
 
 def _no_extras(r: _Reader) -> dict[str, Any]:
@@ -235,7 +240,10 @@ def _gemma3(r: _Reader) -> dict[str, Any]:
 
 
 def _query_scalar(r: _Reader, *, largest: int) -> int:
-    """Not stored: llama.cpp takes a head's width, and in the family's 27B model the model's width per head."""
+    """Returns query_pre_attn_scalar, which is not stored.
+
+    llama.cpp uses the head's width or, in the family's 27B model, the model's width per head.
+    """
     if r.number("block_count", int) == largest:
         return int(r.number("embedding_length", int) // r.number("attention.head_count", int))
     return int(r.number("attention.key_length", int))

@@ -1,8 +1,9 @@
-"""GGUF files for llama.cpp: a merged model, or an adapter for ``--lora``.
+"""Writes GGUF files for llama.cpp: a merged model, or an adapter for ``--lora``.
 
-A merged file copies the base GGUF's metadata field by field (tokenizer, hyper-parameters, chat template), so the base
-must have come from one. For another base, write a merged Hugging Face folder and convert that with llama.cpp's own
-``convert_hf_to_gguf.py``. An adapter file carries no tokenizer, so it can be written for every family.
+A merged file copies the base GGUF's metadata field by field (tokenizer, hyper-parameters, chat
+template), so the base must be a GGUF file. For another base, write a merged Hugging Face folder
+and convert it with llama.cpp's ``convert_hf_to_gguf.py``. An adapter file has no tokenizer, so it
+can be written for every family.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from nalora_jax.weights.peft_modules import ModuleAdapter, fuse
 from nalora_jax.weights.peft_write import layer_adapter
 from nalora_jax.weights.saved_modules import refuse_saved
 
-# What a file can be written as, and llama.cpp's number of it in general.file_type.
+# Formats of written files, with llama.cpp's numbers for general.file_type.
 KINDS = {
     "F32": LlamaFileType.ALL_F32,
     "F16": LlamaFileType.MOSTLY_F16,
@@ -57,10 +58,10 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "qwen3_moe": "qwen3moe",
 } | {name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "smollm3", "granite")}
-# Metadata of a file as such, not of the model in it.
+# Metadata that describes the file, not the model in it.
 _OWN_FIELDS = ("GGUF.", "split.", "quantize.")
 _OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version")
-_BLOCK = 32  # numbers that Q8_0 quantizes together; rows must be multiples
+_BLOCK = 32  # values that Q8_0 quantizes together; row lengths must be multiples
 
 
 def write_merged_gguf(
@@ -83,12 +84,13 @@ def write_merged_gguf(
       lora: adapters, or None to write the base.
       spec: their spec.
       base: the GGUF file that the base was loaded from.
-      kind: format of the matrices, one of `KINDS`; vectors and routers stay float32, as llama.cpp wants them.
-      tokenizer: of the model where tokens were added to it: they are listed after the base's own.
+      kind: format of the matrices, one of `KINDS`; vectors and routers stay float32, as llama.cpp
+        requires.
+      tokenizer: of the model if tokens were added to it: they are listed after the base's tokens.
 
     Raises:
-      NaloraError: an unknown kind, a base that is not a GGUF file of this architecture, an existing file or a failed
-        write.
+      NaloraError: an unknown kind, a base that is not a GGUF file of this architecture, an
+        existing file or a failed write.
     """
     if kind not in KINDS:
         raise NaloraError("GGUF format", expected=f"one of {', '.join(KINDS)}", found=repr(kind))
@@ -98,7 +100,7 @@ def write_merged_gguf(
     ]
     _check_base(base, reader, items, config)
     kinds = {item.name: item.kind for item in items}
-    # Frequency factors are tensors there, and settings here.
+    # RoPE frequency factors are tensors in GGUF files and settings in this library.
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
     items += [_Item(factor.name, tuple(factor.shape[::-1].tolist()), factor.tensor_type) for factor in factors]
     merged = merged_tensors(config, params, lora, spec, dtype=np.dtype(np.float32), source="gguf")
@@ -114,9 +116,10 @@ def write_merged_gguf(
 
 
 def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> Path:
-    """Writes the adapter as a GGUF file that llama.cpp adds to a base of any quantization (``--lora``).
+    """Writes the adapter as a GGUF file for llama.cpp's ``--lora``, for any quantization.
 
-    The file has one alpha, and llama.cpp divides it by each tensor's own rank: what differs is folded into B.
+    The file has one alpha, which llama.cpp divides by each tensor's rank; deviating scales are
+    folded into B.
 
     Args:
       path: a new file.
@@ -125,8 +128,8 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
       spec: ranks, alphas and variant.
 
     Raises:
-      NaloraError: DoRA (llama.cpp has none), a family that llama.cpp's names are not known of, an existing file or a
-        failed write.
+      NaloraError: DoRA (llama.cpp has none), a family whose names in llama.cpp are not known, an
+        existing file or a failed write.
     """
     if spec.dora:
         rule = "LoRA or rsLoRA: llama.cpp has no DoRA"
@@ -139,7 +142,8 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
         factor = adapter.scale * adapter.rank / alpha
         b = adapter.b if factor == 1 else adapter.b * np.float32(factor)
         tensors[f"{tensor.name}.lora_a"] = adapter.a.swapaxes(-1, -2)  # [..., r, d_in]
-        # [..., d_out, r]: the kernel's way back to the file (a transposition, for some a regrouping of rows) is B's too
+        # [..., d_out, r]: B needs the same conversion as the kernel (a transposition, for some
+        # also a regrouping of rows)
         tensors[f"{tensor.name}.lora_b"] = np.asarray(tensor.transform.back(b))
     with new_file(path) as scratch:
         writer = GGUFWriter(scratch, ARCHITECTURES[config.model_type])
@@ -152,13 +156,14 @@ def write_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str,
 
 
 def verify_adapter_gguf(path: str | Path, config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec) -> float:
-    """Reads an adapter file back and compares every update with the one that was meant.
+    """Reads an adapter file back and compares every update with the expected one.
 
     Returns:
-      The largest difference of ``alpha / r * B A``, over the largest entry of the update that was meant.
+      The largest difference of ``alpha / r * B A``, divided by the largest entry of the expected
+      update.
 
     Raises:
-      NaloraError: the file cannot be read, or holds another adapter.
+      NaloraError: the file cannot be read, or contains another adapter.
     """
     file = GGUFFile(path)
     alpha = file.get(Keys.Adapter.LORA_ALPHA, float)
@@ -189,7 +194,7 @@ def _whole(file: GGUFFile, name: str) -> np.ndarray:
 def _adapters(
     config: ModelConfig, lora: Mapping[str, Any], spec: AdapterSpec
 ) -> Iterator[tuple[SourceTensor, ModuleAdapter]]:
-    """Every adapted tensor of llama.cpp's files and its adapter, fused where they fuse."""
+    """Yields llama.cpp's adapted tensors with their adapters, fused if the tensor is."""
     leaves = flatten(lora)
     for tensor in keymap_for(config, "gguf").tensors:
         layer = tensor.slots[0].layer
@@ -211,15 +216,15 @@ class _Item:
 
 
 class _Checked(np.ndarray):
-    """An array that Python writes: numpy's own ``tofile`` says nothing where its last flush meets a full disk."""
+    """An array written by Python: numpy's ``tofile`` ignores a full disk at its last flush."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
-        """The bytes alone, as ``sep`` and ``format`` ask for by default."""
+        """Writes the bytes; ``sep`` and ``format`` are ignored."""
         fid.write(self.view(np.ndarray).view(np.uint8))
 
 
 def _write(writer: GGUFWriter, items: Iterable[_Item], data: Iterable[np.ndarray]) -> None:
-    """Header, metadata, and then the tensors' bytes one after the other."""
+    """Writes header, metadata, and then the tensors' bytes one after the other."""
     for item in items:
         shape = quant_shape_to_byte_shape(item.shape, item.kind)
         writer.add_tensor_info(item.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=item.kind)
@@ -235,7 +240,11 @@ def _write(writer: GGUFWriter, items: Iterable[_Item], data: Iterable[np.ndarray
 
 
 def _tensor_kind(tensor: SourceTensor, kind: str) -> GGMLQuantizationType:
-    """Matrices in ``kind``; vectors and routers in float32; float16 where rows do not fill Q8_0's blocks."""
+    """Returns the format of a tensor.
+
+    Matrices have ``kind``, vectors and routers float32, and matrices whose rows do not fill Q8_0's
+    blocks float16.
+    """
     if len(tensor.shape) < 2 or "router" in tensor.slots[0].path:
         return GGMLQuantizationType.F32
     if kind == "Q8_0" and tensor.shape[-1] % _BLOCK:
@@ -256,7 +265,7 @@ def _open(base: str | Path) -> GGUFReader:
 
 
 def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], config: ModelConfig) -> None:
-    """The metadata that will be copied must describe these very tensors; tables may have been trained and resized."""
+    """Checks that the base's metadata describes these tensors, except the tables' row counts."""
     stored = {tensor.name: tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
     tables = {"output.weight", "token_embd.weight"}
     for item in items:
@@ -272,13 +281,16 @@ def _check_base(base: str | Path, reader: GGUFReader, items: Iterable[_Item], co
 
 
 def _token_fields(reader: GGUFReader, rows: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Fields of the vocabulary where it is not the base's: a token of every row, and the chat template."""
+    """Returns the changed vocabulary fields; empty if none changed.
+
+    There is a token for every row; a changed chat template is included.
+    """
     held = next((int(tensor.shape[-1]) for tensor in reader.tensors if tensor.name == "token_embd.weight"), rows)
     if "tokenizer.ggml.tokens" not in reader.fields or (tokenizer is None and held == rows):
         return {}
     tokens = list(reader.fields["tokenizer.ggml.tokens"].contents())[:rows]
     missing = range(len(tokens), rows)
-    tokens += [f"[PAD{number}]" for number in missing]  # as llama.cpp's converter calls them
+    tokens += [f"[PAD{number}]" for number in missing]  # names used by llama.cpp's converter
     changed: dict[str, Any] = {"tokenizer.ggml.tokens": tokens}
     for name, filler in (("token_type", int(TokenType.UNUSED)), ("scores", 0.0)):
         if stored := reader.fields.get(f"tokenizer.ggml.{name}"):
@@ -298,7 +310,7 @@ def _token_fields(reader: GGUFReader, rows: int, tokenizer: Tokenizer | None) ->
 
 
 def _copy_fields(reader: GGUFReader, writer: GGUFWriter, changed: Mapping[str, Any]) -> None:
-    """Every field of the model itself, with its type; those of ``changed`` with another value."""
+    """Copies every field of the model with its type; fields in ``changed`` get another value."""
     for name, stored in reader.fields.items():
         if name in _OWN_KEYS or name.startswith(_OWN_FIELDS):
             continue

@@ -1,7 +1,8 @@
-"""The tokenizer that a GGUF file's metadata describes.
+"""Builds the tokenizer that a GGUF file's metadata describes.
 
-Two kinds of vocabulary are read: byte-level BPE ("gpt2", with its merges listed, and named rules for splitting text
-first) and SentencePiece BPE ("llama": Llama 2, Mistral, Gemma, Phi-3; merges follow from the scores).
+Two kinds of vocabulary are supported: byte-level BPE ("gpt2", with a list of merges and a named
+rule for splitting text first) and SentencePiece BPE ("llama": Llama 2, Mistral, Gemma, Phi-3;
+merges follow from the scores).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nalora_jax.weights.gguf import GGUFFile
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "▁"
-# What ends an answer, by name: metadata has one end-of-sequence id, chat models stop at others too.
+# Stop tokens by name: metadata has one end-of-sequence id, but chat models also stop at others.
 _STOPS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
 
 _LLAMA3 = (
@@ -31,7 +32,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the expression that cuts text into words; "" is GPT-2's own, "digits" that after single digits
+# tokenizer.ggml.pre -> the expression that cuts text into words; "" is GPT-2's rule, "digits" the
+# same after splitting off single digits
 _SPLITS = {
     "": "",
     "default": "",
@@ -48,15 +50,15 @@ _SPLITS = {
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _TEKKEN,
 }
-# Vocabularies in which a whole word that is a token wins over what the merges would make of it.
+# Vocabularies in which a word that is a token takes precedence over the result of the merges.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 
 
 def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
-    """The tokenizer in ``file``.
+    """Builds the tokenizer in ``file``.
 
     Raises:
-      NaloraError: a kind of vocabulary or a splitting rule that is not known, or metadata that does not fit together.
+      NaloraError: an unknown kind of vocabulary or splitting rule, or inconsistent metadata.
     """
     kind = file.get("tokenizer.ggml.model", str)
     tokens = _strings(file, "tokenizer.ggml.tokens")
@@ -67,7 +69,7 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
         _add_special(backend, tokens, _numbers(file, "token_type", len(tokens), default=1))
     except NaloraError:
         raise
-    except BaseException as error:  # the binding raises plain Exceptions, and panics, which are none
+    except BaseException as error:  # the binding raises Exceptions, and panics (BaseException)
         if ours.is_foreign(error):
             raise _error(file, "tokens", "a vocabulary and merges that fit together", error) from error
         raise
@@ -75,7 +77,7 @@ def read_tokenizer(file: GGUFFile) -> ours.Tokenizer:
 
 
 def _wrapped(file: GGUFFile, backend: Tokenizer, tokens: list[str], *, adds_bos: bool) -> ours.Tokenizer:
-    """The special ids, and the texts that chat templates refer to."""
+    """Adds the special ids, and the special tokens' texts for chat templates."""
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
     ids = {name: _token_id(file, key, len(tokens)) for name, key in names.items()}
     eos_id = ids["eos"]
@@ -113,7 +115,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS))
     backend.pre_tokenizer = _splitter(_SPLITS[rule])
-    if _SPLITS[rule] == _QWEN2:  # its own tokenizer.json composes characters first
+    if _SPLITS[rule] == _QWEN2:  # its tokenizer.json composes characters first
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -134,7 +136,7 @@ def _splitter(rule: str) -> Any:
 
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     known = set(tokens)
-    # Files spell runs of spaces as spaces where everything else has the visible mark.
+    # GGUF files write runs of spaces as spaces; the tokenizer needs SentencePiece's visible mark.
     spelled = [t if t.strip(" ") or not t or _SPACE * len(t) in known else _SPACE * len(t) for t in tokens]
     kinds = _numbers(file, "token_type", len(tokens), default=1)
     scores = _numbers(file, "scores", len(tokens), default=0)
@@ -153,7 +155,8 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     if not prefix:
         backend.normalizer = normalizers.Replace(" ", _SPACE)
-    elif file.get("general.architecture", str) == "phi3":  # as its tokenizer.json: in front of every piece of text
+    elif file.get("general.architecture", str) == "phi3":
+        # As in its tokenizer.json: a space precedes every piece of text.
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
@@ -164,17 +167,18 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
 def _merges_from_scores(
     vocabulary: dict[str, int], tokens: Sequence[str], scores: np.ndarray, kinds: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Every split of a token into two tokens, the best token's first.
+    """Returns every split of a token into two tokens, the best token's first.
 
-    SentencePiece merges the pair whose result has the highest score; of equal scores the first token in the file wins.
-    User-defined tokens carry no meaningful score and come before all others, as in the models' own merge lists.
+    SentencePiece merges the pair whose result has the highest score; of equal scores the first
+    token in the file is used. User-defined tokens have no meaningful score and come before all
+    others, as in the models' merge lists.
     """
     order = np.lexsort((np.arange(len(tokens)), -scores, kinds != _USER_DEFINED))
     return [pair for i in order.tolist() for pair in _splits(tokens[i], vocabulary)]
 
 
 def _splits(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Its cuts into two tokens, the longest left part first, as in the models' own merge lists."""
+    """Returns the token's splits into two tokens, longest left part first, as in merge lists."""
     cuts = [k for k in range(len(token) - 1, 0, -1) if token[:k] in vocabulary and token[k:] in vocabulary]
     return [(token[:k], token[k:]) for k in cuts]
 
@@ -183,7 +187,7 @@ def _splits(token: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _add_special(backend: Tokenizer, tokens: list[str], kinds: np.ndarray) -> None:
-    """Control and user-defined tokens are recognised in text before anything else is split."""
+    """Registers control and user-defined tokens, which are recognized before any text is split."""
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
         chosen = [tokens[i] for i in np.flatnonzero(kinds == kind)]
         known = [token for token in chosen if backend.token_to_id(token) is not None]  # others would get new ids
@@ -196,7 +200,7 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
 
 
 def _numbers(file: GGUFFile, name: str, length: int, *, default: float) -> np.ndarray:
-    """One number per token."""
+    """Returns one number per token."""
     key = f"tokenizer.ggml.{name}"
     if key not in file.metadata:
         return np.full(length, default)

@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json, and the tensors of one or several safetensors files.
 
-Only safetensors is read. ``.bin`` and ``.pt`` files are pickles, which run code of their author's when they are opened.
+Only safetensors is read. ``.bin`` and ``.pt`` files are pickles, which can execute arbitrary code
+when they are opened.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from nalora_jax.weights.shards import DTYPES as WRITTEN
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOAT8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
-DTYPES = WRITTEN | _FLOAT8  # that are read
+DTYPES = WRITTEN | _FLOAT8  # supported for reading
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_MAPPED = 16 << 20  # bytes
-_NEIGHBOURS = 1 << 20  # bytes that a system may map with those that are asked for
+_NEIGHBOURS = 1 << 20  # bytes that the system may map in addition to the requested bytes
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Stored:
 
     @property
     def format(self) -> np.dtype:
-        """Of its numbers; as bare bytes where they are no floats (a mask among the tensors that are not needed)."""
+        """NumPy type of the numbers; raw bytes if they are not floats (e.g. an unused mask)."""
         return DTYPES.get(self.dtype) or np.dtype((np.void, (self.stop - self.start) // max(1, math.prod(self.shape))))
 
 
@@ -50,14 +51,14 @@ class SafetensorsFolder:
     """The tensors of a folder, as a `TensorSource`.
 
     Raises:
-      NaloraError: no safetensors file, or several without an index; a damaged or truncated file; an index that names a
-        missing file or a tensor that its file does not hold.
+      NaloraError: no safetensors file, or several without an index; a damaged or truncated file;
+        an index that names a missing file, or a tensor that is not in its file.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._maps: dict[Path, np.ndarray] = {}  # the files' bytes, where they lie
-        self._mapped = 0  # bytes of them in memory
+        self._maps: dict[Path, np.ndarray] = {}  # memory maps of the files
+        self._mapped = 0  # bytes of the maps in memory
         self._tensors = self._read_headers()
 
     @property
@@ -66,7 +67,7 @@ class SafetensorsFolder:
         return str(self.folder)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor by name."""
+        """Returns the shape of every tensor by name."""
         return self._shapes
 
     @cached_property
@@ -74,7 +75,7 @@ class SafetensorsFolder:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
     def check_readable(self, name: str) -> None:
-        """Refuses a tensor that is not of one of `DTYPES`."""
+        """Raises an error if a tensor's type is not in `DTYPES`."""
         stored = self._tensors[name]
         if stored.dtype not in DTYPES:
             raise NaloraError(
@@ -85,7 +86,7 @@ class SafetensorsFolder:
             )
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor in the file's own number format: read-only, and read from the file as it is used."""
+        """Returns a read-only slice of a tensor in the file's format, read on access."""
         stored = self._tensors[name]
         flat = self._bytes(stored.file)[stored.start : stored.stop].view(stored.format)
         array = flat.reshape(stored.shape or (1,))[index]
@@ -93,26 +94,29 @@ class SafetensorsFolder:
         return array
 
     def stored(self, name: str) -> FileTensor:
-        """Where a tensor's bytes lie."""
+        """Returns the location of a tensor's bytes."""
         one = self._tensors[name]
         return FileTensor(one.file, one.start, one.stop - one.start, one.dtype)
 
     def _bytes(self, path: Path) -> np.ndarray:
-        """A file, mapped anew now and then: its pages in memory count as this process's until then."""
+        """Returns a memory map of a file, renewed every `_MAX_MAPPED` bytes.
+
+        Mapped pages count as this process's memory until the map is renewed.
+        """
         if self._mapped > _MAX_MAPPED:
             self._maps, self._mapped = {}, 0
-        maps = self._maps  # another thread may begin anew
+        maps = self._maps  # another thread may replace self._maps
         if path not in maps:
             with _complaints(path):
                 maps[path] = np.asarray(np.memmap(path, np.uint8, "r"))
         return maps[path]
 
     def _names(self) -> list[str]:
-        """Names of the folder's files."""
+        """Returns the names of the folder's files."""
         return [path.name for path in self.folder.iterdir() if path.is_file()]
 
     def _header(self, file: str) -> dict[str, Stored]:
-        """The tensors of one file."""
+        """Returns the tensors of one file."""
         return read_header(self.folder / file)
 
     def _read_headers(self) -> dict[str, Stored]:
@@ -134,9 +138,9 @@ class SafetensorsFolder:
         return tensors
 
     def _index(self) -> dict[str, str] | None:
-        """Returns the file name by tensor name, or None without an index or with one file of all tensors.
+        """Returns the file of each tensor; None if one file has all tensors or there is no index.
 
-        Both of them may be there; transformers reads the one file.
+        If both exist, the single file is used, as in transformers.
         """
         path = self.folder / INDEX
         if SINGLE in self._names() or not path.exists():
@@ -172,12 +176,12 @@ class SafetensorsFolder:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a file may be called so: systems take 255 bytes, and no half characters."""
+    """Returns True if ``text`` can be a file name: at most 255 bytes, and valid Unicode."""
     return 0 < len(text.encode("utf-8", "replace")) <= 255 and is_unicode(text)
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, once the safetensors library has found every number of its header to be right."""
+    """Returns the tensors of one file, after the safetensors library has validated its header."""
     with _complaints(path), safe_open(str(path), framework="numpy"), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -200,7 +204,7 @@ def _pickle_remedy(names: Collection[str]) -> str:
 
 @contextmanager
 def _complaints(path: Path) -> Iterator[None]:
-    """Turns what safetensors says about a file into an error that names it."""
+    """Converts errors of safetensors to a `NaloraError` that names the file."""
     try:
         yield
     except (SafetensorError, OSError) as error:

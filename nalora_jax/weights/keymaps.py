@@ -1,11 +1,15 @@
-"""Which tensor of a file is which leaf of ours: one table per family and file format, and its way back.
+"""Maps a file's tensors to leaves of the parameter tree, by a table per family and format.
 
-A table's row names a tensor, the leaves that its rows are shared among (fused projections have several), and what is
-done to each. Shapes follow from the model's config, so a `KeyMap` knows every tensor that a file must hold, no other::
+A row of a table names a tensor, the leaves that it fills (several for a fused projection), and the
+transformation of each. Shapes follow from the model's config, so a `KeyMap` lists exactly the
+tensors that a file must contain::
 
-    HF    model.layers.3.mlp.gate_proj.weight  [d_ff, d]            -> layers/ffn/gate_proj/kernel [3]  (transposed)
-    HF    model.layers.3.mlp.gate_up_proj.weight  [2 d_ff, d]       -> gate_proj/kernel [3], up_proj/kernel [3]
-    GGUF  blk.3.attn_q.weight  [heads * head_dim, d]                -> q_proj/kernel [3]  (row pairs regrouped)
+    HF    model.layers.3.mlp.gate_proj.weight [d_ff, d]
+            -> layers/ffn/gate_proj/kernel [3]  (transposed)
+    HF    model.layers.3.mlp.gate_up_proj.weight [2 d_ff, d]
+            -> layers/ffn/gate_proj/kernel [3], layers/ffn/up_proj/kernel [3]
+    GGUF  blk.3.attn_q.weight [heads * head_dim, d]
+            -> layers/attn/q_proj/kernel [3]  (row pairs regrouped)
 """
 
 from __future__ import annotations
@@ -24,25 +28,28 @@ from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import keytables
 from nalora_jax.weights.keytables import Source, TensorRow
 
-Array = Any  # numpy or jax arrays: every conversion uses methods that both have
+Array = Any  # numpy or jax arrays: conversions use only methods that both have
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in the parameter tree: ``layer`` indexes a stacked leaf, ``expert`` the axis after it."""
+    """A position in the parameter tree.
+
+    ``layer`` indexes a stacked leaf, ``expert`` the axis after it.
+    """
 
     path: str  # e.g. "layers/ffn/gate_proj/kernel"
     layer: int | None = None
-    expert: int | None = None  # None in a mixture: the tensor holds all experts
+    expert: int | None = None  # None in a mixture: the tensor contains all experts
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a tensor on the way in, and its inverse on the way out."""
+    """The conversion of a tensor when it is loaded, and its inverse."""
 
     into: Callable[[Array], Array]
     back: Callable[[Array], Array]
-    swaps: bool = False  # the last two axes change places
+    swaps: bool = False  # exchanges the last two axes
     mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
 
 
@@ -53,25 +60,25 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[int, ...]  # of each slot along axis 0; a single entry where nothing is fused
+    rows: tuple[int, ...]  # of each slot along axis 0; one entry if the tensor is not fused
     transform: Transform
 
     def split(self, array: Array) -> tuple[Array, ...]:
-        """The tensor's slots, in order, each in our layout."""
+        """Splits the tensor into its slots, in order, each in our layout."""
         if len(self.slots) == 1:
             return (self.transform.into(array),)
         ends = np.cumsum(self.rows).tolist()
         return tuple(self.transform.into(array[end - size : end]) for end, size in zip(ends, self.rows, strict=True))
 
     def join(self, parts: Sequence[Array]) -> np.ndarray:
-        """The inverse of `split`: the file's tensor from its slots."""
+        """Builds the file's tensor from its slots: the inverse of `split`."""
         arrays = [np.asarray(self.transform.back(part)) for part in parts]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One slot seen from the file: ``leaf[layer, expert] = convert(file[source])``."""
+    """The source of one slot: ``leaf[layer, expert] = convert(file[source])``."""
 
     path: str
     layer: int | None
@@ -82,22 +89,22 @@ class Entry:
 
     @property
     def slot(self) -> Slot:
-        """Where the converted tensor goes."""
+        """The target of the converted tensor."""
         return Slot(self.path, self.layer, self.expert)
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Everything between one family's files of one format and the parameter tree."""
+    """The complete mapping between one family's files of one format and the parameter tree."""
 
     tensors: tuple[SourceTensor, ...]
-    ignored: tuple[str, ...] = ()  # regexes of canonical names that carry no weights of ours
-    aliases: tuple[tuple[str, str], ...] = ()  # (name, other): may be present, then it must equal `other`
-    renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) that turn a file's name into the canonical one
+    ignored: tuple[str, ...] = ()  # regexes of canonical names whose tensors are not loaded
+    aliases: tuple[tuple[str, str], ...] = ()  # (name, other): optional, must equal `other`
+    renames: tuple[tuple[str, str], ...] = ()  # (regex, replacement) to canonical names
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """Every slot with its source, fused tensors split into one entry each."""
+        """Every slot with its source; a fused tensor has one entry for each part."""
         return tuple(
             Entry(slot.path, slot.layer, slot.expert, tensor.name, tensor.shape, _part(tensor, i))
             for tensor in self.tensors
@@ -106,7 +113,7 @@ class KeyMap:
 
     @cached_property
     def by_slot(self) -> dict[Slot, tuple[SourceTensor, int]]:
-        """For every slot its tensor and its index among that tensor's slots."""
+        """The tensor of every slot, and the slot's index in it."""
         return {slot: (tensor, i) for tensor in self.tensors for i, slot in enumerate(tensor.slots)}
 
     @cached_property
@@ -115,24 +122,27 @@ class KeyMap:
         return {tensor.name: tensor for tensor in self.tensors}
 
     def canonical(self, name: str) -> str:
-        """A file's tensor name without the prefixes of wrappers (e.g. a multimodal model's)."""
+        """Returns a tensor's name without wrappers' prefixes (e.g. a multimodal model's)."""
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
 
     def is_ignored(self, name: str) -> bool:
-        """Whether a file's tensor is known and not needed."""
+        """Returns True if a file's tensor is known and not needed."""
         return any(re.search(pattern, self.canonical(name)) for pattern in self.ignored)
 
     def check(self, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
-        """The file's name of every canonical tensor, once names and shapes are exactly the expected ones.
+        """Checks that a file has exactly the expected tensors with the expected shapes.
 
         Args:
-          found: shape of every tensor of the file(s), by the file's own name.
+          found: shape of every tensor of the file(s), by its name in the file.
           where: the file or folder, for the message.
 
+        Returns:
+          The file's name of every tensor, by canonical name.
+
         Raises:
-          NaloraError: a tensor is missing, unknown, twice there, or has another shape.
+          NaloraError: a tensor is missing, unknown, present twice, or has another shape.
         """
         names: dict[str, str] = {}
         for name, shape in found.items():
@@ -156,7 +166,7 @@ class KeyMap:
         return names
 
     def _nearest(self, name: str) -> str:
-        """What the config lets one expect in the place of an unknown name."""
+        """Describes the expected tensors that are closest to an unknown name."""
         stems = (re.sub(r"\d+", "0", name).rsplit(".", cut)[0] for cut in (1, 2))
         near = next(filter(None, ([known for known in self.by_name if known.startswith(stem)] for stem in stems)), [])[
             :4
@@ -169,7 +179,7 @@ def _part(tensor: SourceTensor, index: int) -> Callable[[Array], Array]:
 
 
 def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
-    """The key map of a model's files.
+    """Returns the key map of a model's files.
 
     Args:
       config: the model.
@@ -188,7 +198,7 @@ def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
 
 
 def _tensors(row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
-    """The tensors of one row: one, one per layer, or one per layer and expert."""
+    """Yields the tensors of one row: one, one per layer, or one per layer and expert."""
     layers = range(config.n_layers) if "{layer}" in row.name else [None]
     experts = range(config.n_experts) if "{expert}" in row.name else [None]
     lead = ("{layer}" in row.name) + ("{expert}" in row.name)
@@ -232,7 +242,9 @@ def _swap(array: Array) -> Array:
 
 
 def halves_from_pairs(rows: Array, heads: int) -> Array:
-    """Rows of each head from llama.cpp's order (rotated partners adjacent) to transformers' (half a head apart).
+    """Reorders each head's rows from llama.cpp's order to transformers'.
+
+    Rotated partners are adjacent in llama.cpp and half a head apart in transformers.
 
     Example, one head of four rows: ``[0, 2, 1, 3] -> [0, 1, 2, 3]``.
     """
@@ -241,18 +253,18 @@ def halves_from_pairs(rows: Array, heads: int) -> Array:
 
 
 def pairs_from_halves(rows: Array, heads: int) -> Array:
-    """The inverse of `halves_from_pairs`."""
+    """Reorders rows to llama.cpp's order: the inverse of `halves_from_pairs`."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-# ---------------------------------------------------------------- whole trees, for tests and small models
+# ---------------------------------------------------------------- complete trees (tests, small models)
 
 
 def params_from_tensors(
     config: ModelConfig, get_tensor: Callable[[str], Array], source: Source = "hf", dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """The parameter tree of a model whose tensors ``get_tensor`` returns by canonical name."""
+    """Builds a model's parameter tree; ``get_tensor`` returns tensors by canonical name."""
     leaves = {path: np.zeros(shape, dtype) for path, shape in param_shapes(config).items()}
     for tensor in keymap_for(config, source).tensors:
         for slot, part in zip(tensor.slots, tensor.split(np.asarray(get_tensor(tensor.name))), strict=True):
@@ -263,7 +275,7 @@ def params_from_tensors(
 def tensors_from_params(
     config: ModelConfig, params: Mapping[str, Any], source: Source = "hf"
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of a model's file, one at a time: the inverse of `params_from_tensors`."""
+    """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
     for tensor in keymap_for(config, source).tensors:
         yield tensor.name, tensor.join([leaves[slot.path][_index(slot)] for slot in tensor.slots])

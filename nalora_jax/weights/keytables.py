@@ -1,7 +1,8 @@
-"""The tables of `keymaps`: tensor names of every family, as transformers' files and as llama.cpp's have them.
+"""The tables of `keymaps`: tensor names of every family in transformers' and in llama.cpp's files.
 
-A row is (name, leaves, change). ``{layer}`` and ``{expert}`` in a name run over the stack. Rows whose leaves a config
-does not have (biases, an untied head) drop out, so one table serves every variant of its family.
+A row is (name, leaves, change). ``{layer}`` and ``{expert}`` in a name run over the stack. Rows
+whose leaves a config does not have (biases, an untied head) are dropped, so one table serves every
+variant of its family.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ class TensorRow:
     """One kind of tensor."""
 
     name: str
-    paths: tuple[str, ...]  # several where the file fuses them along its first axis
+    paths: tuple[str, ...]  # several if the file fuses them along its first axis
     # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows.
     change: Change = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """All tensors of one family in one format, and what else may be in a file."""
+    """All tensors of one family in one format, and further tensors that a file may contain."""
 
     rows: tuple[TensorRow, ...]
     ignored: tuple[str, ...] = ()
@@ -38,7 +39,7 @@ class Table:
 
 
 def table(config: ModelConfig, source: Source) -> Table:
-    """The table of ``config``'s family.
+    """Returns the table of ``config``'s family.
 
     Raises:
       NaloraError: ``source`` is "gguf" and the family's names there are not known.
@@ -54,7 +55,7 @@ def table(config: ModelConfig, source: Source) -> Table:
 
 
 def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[TensorRow, ...] | None:
-    """Rows of a family, of one from outside too (`nalora_jax.models.families.register_family`)."""
+    """Returns the rows of a family, built-in or added by `models.families.register_family`."""
     if model_type in tables:
         return tables[model_type]
     own = registered.tensors_of(model_type)
@@ -66,7 +67,7 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
 # ---------------------------------------------------------------- transformers
 
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
-# A multimodal model holds the text model beside these.
+# Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -81,7 +82,7 @@ _HF_ENDS = (
 
 
 def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[TensorRow, ...]:
-    """Kernels and biases of projections that transformers and we call by the same names."""
+    """Returns kernels and biases of projections whose names equal transformers' names."""
     stem = f"model.layers.{{layer}}.{module}"
     kernels = (TensorRow(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
     biases = (TensorRow(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)
@@ -153,7 +154,8 @@ HF: dict[str, tuple[TensorRow, ...]] = {
 
 # ---------------------------------------------------------------- llama.cpp
 
-# Frequency factors (llama3, LongRoPE) are tensors there: the loader reads them into the config, not into parameters.
+# Frequency factors (llama3, LongRoPE) are tensors there: the loader reads them into the config,
+# not into parameters.
 GGUF_IGNORED = (r"^rope_freqs\.weight$", r"^(blk\.\d+\.)?rope_factors_(long|short)\.weight$")
 
 _GGUF_NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
@@ -190,7 +192,8 @@ _GGUF_POST = {"attn_post_norm": "post_attention_norm", "ffn_post_norm": "post_ff
 _GGUF_QK = {"attn/q_norm": "attn_q_norm", "attn/k_norm": "attn_k_norm"}
 _GGUF_FFN = _gguf_dense("ffn", _GGUF_FFN_NAMES)
 _GGUF_ATTENTION = _gguf_dense("attn", _GGUF_NAMES)
-# Families whose rotation llama.cpp does on adjacent pairs; the others rotate half a head apart, as transformers does.
+# Families for which llama.cpp rotates adjacent pairs; in others it pairs channels half a head
+# apart, like transformers.
 _GGUF_PAIRED = _gguf_dense("attn", _GGUF_NAMES, pairs=("q_proj", "k_proj"))
 _GGUF_LLAMA = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_FFN)
 _GGUF_QWEN2 = (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_ATTENTION, *_GGUF_FFN)
@@ -204,7 +207,7 @@ _GGUF_EXPERTS = (
 
 
 def _gguf_gemma(norms: dict[str, str]) -> tuple[TensorRow, ...]:
-    """llama.cpp's Gemma files hold 1 + w."""
+    """Returns Gemma's norms; llama.cpp's Gemma files store 1 + w."""
     return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
 
 

@@ -1,9 +1,10 @@
-"""Tensors of a file into the parameter tree, one block at a time, straight to the devices that hold them.
+"""Loads a file's tensors into the parameter tree, block by block, directly to their devices.
 
-A file format is a `TensorSource`; what its tensors are called and how they are transposed is a `KeyMap`. Every device's
-part of every leaf is one buffer that is filled from slices of the file, by all cores: memory that the system has to
-find first costs more than the copy into it, and comes faster to several at once. On a CPU JAX takes such a buffer over
-without a copy, so loading needs the parameters' own bytes and a block per core.
+A file format is a `TensorSource`; a `KeyMap` maps its tensor names to leaves and states how each
+is transposed. Each device's part of a leaf is one buffer that all cores fill from slices of the
+file: allocating memory takes longer than copying into it, and is faster on several cores at once.
+On a CPU JAX uses such a buffer without a copy, so loading needs the size of the parameters plus
+one block per core.
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ from nalora_jax.ops.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
-BLOCK = 1 << 16  # elements read at once: a quarter of a megabyte, which stays in a core's cache while it is transposed
+# Elements per read: 0.25 MB in float32, which stays in a core's cache during the transposition.
+BLOCK = 1 << 16
 _QUANTIZED = 1 << 18  # elements quantized at once
 WORKERS = min(8, os.cpu_count() or 1)  # more do not read memory faster
-_ALIGNMENT = 64  # bytes; what XLA asks of a host buffer that it uses as it is
+_ALIGNMENT = 64  # bytes; XLA's requirement for a host buffer that it uses without a copy
 
-Index = tuple[slice, ...]  # start and stop given, no step
+Index = tuple[slice, ...]  # start and stop are set, no step
 Key = tuple[tuple[int, int], ...]  # the same, hashable
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A tensor's bytes in a file."""
+    """The location of a tensor's bytes in a file."""
 
     file: Path
     start: int  # bytes from the beginning of the file
     size: int
-    format: str  # as the file calls it: "BF16", "Q4_1"
+    format: str  # the file's name for it: "BF16", "Q4_1"
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Bytes of the tensor, uint8 ``[count]``, fewer where the file is cut off.
+        """Reads bytes of the tensor: uint8 ``[count]``, fewer if the file is cut off.
 
         Raises:
           NaloraError: the file cannot be read.
@@ -70,16 +72,16 @@ class TensorSource(Protocol):
         """The file or folder, for messages."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor by the file's own name."""
+        """Returns the shape of every tensor by its name in the file."""
 
     def check_readable(self, name: str) -> None:
-        """Raises a NaloraError unless the tensor's number format is one that `read` knows."""
+        """Raises a NaloraError unless `read` supports the tensor's number format."""
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor as floating-point numbers, reading little more of the file than that."""
+        """Returns a slice of a tensor as floats, reading little more of the file."""
 
     def stored(self, name: str) -> FileTensor:
-        """Where a tensor's bytes lie, and in which number format."""
+        """Returns the location and number format of a tensor's bytes."""
 
 
 def load_params(
@@ -91,20 +93,20 @@ def load_params(
     shardings: Mapping[str, Sharding] | None = None,
     quantized: Kind | None = None,
 ) -> dict[str, Any]:
-    """The parameter tree of a model.
+    """Loads the parameter tree of a model.
 
     Args:
       config: the model; its shapes are checked against the source's before anything is read.
       source: the file(s).
       keymap: of the same model and file format.
       dtype: of every parameter, "bfloat16" or "float32".
-      shardings: where each leaf lives, by slash-joined path; by default on the first device.
-      quantized: what the projections' kernels are held as, in place of ``dtype``; each tensor is quantized from the
-        file's own numbers as it is read, so that no more than one is ever held as floats.
+      shardings: sharding of each leaf, by slash-joined path; by default the first device.
+      quantized: format of the projections' kernels, instead of ``dtype``. Each tensor is quantized
+        from the file's values as it is read, so that at most one tensor is in memory as floats.
 
     Raises:
-      NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a separate output head where
-        the config says that it is the embedding.
+      NaloraError: an unknown dtype; a missing, unknown, misshapen or unreadable tensor; or a
+        separate output head although the config ties it to the embedding.
     """
     return load_leaves(param_shapes(config), source, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
 
@@ -118,7 +120,7 @@ def load_leaves(
     shardings: Mapping[str, Sharding] | None = None,
     quantized: Kind | None = None,
 ) -> dict[str, Any]:
-    """`load_params` of a model that is described by the shapes of its leaves alone."""
+    """Loads a model that is described by the shapes of its leaves; see `load_params`."""
     names = check_tensors(source, keymap, dtype)
     fills: dict[str, list[_Fill]] = defaultdict(list)
     for tensor in keymap.tensors:
@@ -138,7 +140,11 @@ def load_leaves(
 
 
 def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") -> dict[str, str]:
-    """The file's name of every canonical tensor, after every check that needs no weights (and the tied head's)."""
+    """Runs every check that needs no weights, and compares a tied head with the embedding.
+
+    Returns:
+      The file's name of every tensor, by canonical name.
+    """
     if dtype not in DTYPES:
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=dtype)
     names = keymap.check(source.shapes(), source.where)
@@ -149,7 +155,7 @@ def check_tensors(source: TensorSource, keymap: KeyMap, dtype: str = "float32") 
 
 
 def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str]) -> None:
-    """A tied head may be stored as well, but only as the embedding's equal."""
+    """Checks that a tied head that is stored as a separate tensor equals the embedding."""
     aliases = dict(keymap.aliases)
     for name, shape in source.shapes().items():
         other = aliases.get(keymap.canonical(name))
@@ -172,7 +178,7 @@ def _check_aliases(source: TensorSource, keymap: KeyMap, names: Mapping[str, str
 
 
 class _Fill:
-    """One tensor's (or, of a fused one, one part's) place in a leaf."""
+    """The position of a tensor, or of one part of a fused tensor, in a leaf."""
 
     def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
         self.name = name  # in the file
@@ -182,7 +188,7 @@ class _Fill:
         self.rows = tensor.rows[number]
 
     def places(self, index: Index) -> Iterator[tuple[tuple[Any, ...], Index]]:
-        """Position in the leading axes of a slice of the leaf, and the slice of this part; none if it is outside."""
+        """Yields the leading position and the trailing slice of this part, if it is inside."""
         lead, trailing = index[: len(self.lead)], index[len(self.lead) :]
         if all(part.start <= i < part.stop for i, part in zip(self.lead, lead, strict=True)):
             yield tuple(i - part.start for i, part in zip(self.lead, lead, strict=True)), trailing
@@ -195,7 +201,7 @@ class _Fill:
         """
         k, n = share
         if self.tensor.transform.mixes_rows:
-            if k:  # the first share is all of it
+            if k:  # the first share writes all of it
                 return
             whole = source.read(self.name, self._shifted(_whole((self.rows, *self.tensor.shape[1:]))))
             target[...] = self.tensor.transform.into(whole)[index].astype(target.dtype)
@@ -216,19 +222,22 @@ class _Fill:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """What fills one leaf, and who does the work."""
+    """The tensors that fill one leaf, their source, and the thread pool that reads them."""
 
     fills: list[_Fill]
     source: TensorSource
     pool: Executor
 
     def read(self, index: Index, dtype: Any) -> np.ndarray:
-        """A slice of the leaf."""
+        """Returns a slice of the leaf."""
         (buffer,) = self.read_all([index], dtype)
         return buffer
 
     def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
-        """Slices of the leaf, tensor by tensor: ranges of a tensor that several slices need are read close together."""
+        """Returns slices of the leaf, filled tensor by tensor.
+
+        Ranges of a tensor that several slices need are read close together.
+        """
         buffers = [_aligned(tuple(part.stop - part.start for part in index), dtype) for index in indices]
         jobs = [
             partial(fill.into, buffer[(*place, ...)], rest, self.source)  # a view, of a scalar too
@@ -236,20 +245,20 @@ class _Reader:
             for index, buffer in zip(indices, buffers, strict=True)
             for place, rest in fill.places(index)
         ]
-        shares = -(-WORKERS // max(1, len(jobs)))  # few tensors are shared by several workers each
+        shares = -(-WORKERS // max(1, len(jobs)))  # several workers share a tensor if there are few
         tasks = [(job, (k, shares)) for job in jobs for k in range(shares)]
-        list(self.pool.map(_run, tasks))  # a list, for the errors
+        list(self.pool.map(_run, tasks))  # list() raises the workers' errors
         return buffers
 
 
 def _run(task: tuple[Callable[[tuple[int, int]], None], tuple[int, int]]) -> None:
     job, share = task
-    with np.errstate(all="ignore"):  # a file's own infinities and NaNs are not ours to warn about
+    with np.errstate(all="ignore"):  # no warnings about infinities and NaNs in the file
         job(share)
 
 
 def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reader) -> jax.Array:
-    """The leaf as a global array; each distinct slice of this process's devices is read once."""
+    """Returns the leaf as a global array; each distinct slice is read once per process."""
     keys = list({_given(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()})
     slices = [tuple(slice(*part) for part in key) for key in keys]
     buffers = dict(zip(keys, reader.read_all(slices, dtype), strict=True))
@@ -257,7 +266,7 @@ def _leaf(shape: tuple[int, ...], dtype: Any, sharding: Sharding, reader: _Reade
 
 
 def _given(index: Index | None, shape: tuple[int, ...]) -> Key:
-    """Start and stop along every axis."""
+    """Returns start and stop along every axis."""
     return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
 
 
@@ -265,7 +274,7 @@ _quantize = jax.jit(quantize, static_argnums=1)
 
 
 def _quantized_leaf(shape: tuple[int, ...], kind: Kind, sharding: Sharding, reader: _Reader) -> Quantized:
-    """The leaf's codes and scales, those of this process's devices, some output channels of one layer at a time."""
+    """Quantizes this process's parts of the leaf, some output channels of one layer at a time."""
     like = jax.eval_shape(partial(quantize, kind=kind), jax.ShapeDtypeStruct(shape, np.float32))
     wholes = (like.codes, like.scales)
     places = [_fitted(part.shape, sharding) for part in wholes]
@@ -289,14 +298,14 @@ def quantized_parts(
     scales: Iterable[Key],
     read: Callable[[Index, Any], np.ndarray],
 ) -> tuple[dict[Key, np.ndarray], dict[Key, np.ndarray]]:
-    """Parts of a quantized leaf, without more of the float leaf than the blocks of weights that they touch.
+    """Computes parts of a quantized leaf, reading only the blocks of weights that they need.
 
     Args:
       shape: of the float leaf.
       kind: of the codes.
-      codes: which parts of its codes, as starts and stops; whole along leading axes.
-      scales: which parts of its scales.
-      read: a slice of the float leaf.
+      codes: parts of its codes, as starts and stops; leading axes are not split.
+      scales: parts of its scales, in the same form.
+      read: returns a slice of the float leaf.
 
     Returns:
       The codes and the scales by part.
@@ -330,16 +339,16 @@ class _Target:
 
     buffer: np.ndarray
     rows: tuple[int, int]  # of the codes or scales
-    inputs: int  # that a row stands for
+    inputs: int  # input channels per row
     codes: bool
 
     def blocks(self, block: int) -> tuple[int, int]:
-        """Inputs of the blocks of weights that it touches."""
+        """Returns start and stop of the input channels in the blocks that this part overlaps."""
         start, stop = self.rows[0] * self.inputs, self.rows[1] * self.inputs
         return start // block * block, -(-stop // block) * block
 
     def take(self, made: Quantized, lead: tuple[int, ...], begin: int, channels: slice) -> None:
-        """Its share of ``made``, whose inputs begin at ``begin``."""
+        """Copies this part's share of ``made``, whose first input channel is ``begin``."""
         part: np.ndarray = np.asarray(made.codes if self.codes else made.scales)
         part, first = part.reshape(part.shape[-2:]), begin // self.inputs
         start, stop = max(self.rows[0], first), min(self.rows[1], first + len(part))
@@ -349,7 +358,7 @@ class _Target:
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted spans, those that touch made one."""
+    """Merges sorted spans that touch or overlap."""
     joined: list[tuple[int, int]] = []
     for start, stop in spans:
         if joined and start <= joined[-1][1]:
@@ -360,7 +369,7 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
-    """Where the float kernel would be; an axis that became too short to be split is whole everywhere."""
+    """Returns the float kernel's sharding, without splits that do not divide the new shape."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     parts = [(part,) if isinstance(part, str) else part or () for part in sharding.spec]
@@ -370,7 +379,7 @@ def _fitted(shape: tuple[int, ...], sharding: Sharding) -> Sharding:
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array that JAX can use on a CPU without copying it."""
+    """Returns an uninitialized array that JAX can use on a CPU without copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -382,7 +391,7 @@ def _whole(shape: tuple[int, ...]) -> Index:
 
 
 def _blocks(index: Index) -> Iterator[Index]:
-    """``index`` cut along its first axis into pieces of about `BLOCK` elements."""
+    """Yields ``index`` cut along its first axis into pieces of about `BLOCK` elements."""
     first, *rest = index
     step = max(1, BLOCK // max(1, math.prod(part.stop - part.start for part in rest)))
     for start in range(first.start, first.stop, step):

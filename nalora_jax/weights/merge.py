@@ -1,9 +1,9 @@
-"""Adapters folded into the base: merged parameters, and a Hugging Face folder of them.
+"""Merges adapters into the base: merged parameters, and a Hugging Face folder with them.
 
-    W' = W + s A B                                 LoRA
-    W' = m (W + s A B) / |W + s A B|               DoRA, norm over the inputs of each output channel
+    W' = W + s A B                         LoRA
+    W' = m (W + s A B) / |W + s A B|       DoRA, norm over the inputs of each output channel
 
-computed in float32 and rounded once to the weight's own dtype.
+The result is computed in float32 and rounded once to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from nalora_jax.weights.shards import TensorInfo, write_shards
 from nalora_jax.weights.tokenizer_files import copy_tokenizer, write_tokenizer
 from nalora_jax.weights.vision.sight import file_name, model_keymap
 
-# What the text models of multimodal ones are called on their own.
+# Class names of the text models of multimodal models.
 _TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM"}
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
-    """The base parameters with every adapter folded in: the same function without a ``lora`` collection.
+    """Returns the base parameters with every adapter merged, for use without ``lora``.
 
     Args:
-      params: base parameters, layers stacked; adapted kernels are replaced, all other leaves are shared.
+      params: base parameters, layers stacked; adapted kernels are replaced, all other leaves are
+        shared.
       lora: adapters, stacked.
       spec: their ranks, alphas and variant.
     """
@@ -62,14 +63,14 @@ def merge(params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec)
 def _merge_stack(
     kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, magnitude: jax.Array | None
 ) -> jax.Array:
-    """Every layer of a stacked kernel ``[layers, ..., d_in, d_out]``, one at a time."""
+    """Merges every layer of a stacked kernel ``[layers, ..., d_in, d_out]``, one at a time."""
 
     def one(layer: tuple[Any, ...]) -> jax.Array:
         w, a, b, s, m = layer
         merged = w.astype(jnp.float32) + s * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
         if m is not None:
             scaled = merged * jnp.expand_dims(m / jnp.linalg.norm(merged, axis=-2), -2)
-            merged = jnp.where(s == 0, merged, scaled)  # scale 0 is rank 0: unadapted
+            merged = jnp.where(s == 0, merged, scaled)  # scale 0 means rank 0: no adapter
         return merged.astype(w.dtype)
 
     merged: jax.Array = lax.map(one, (kernel, a, b, scale, magnitude))
@@ -85,15 +86,15 @@ def merged_tensors(
     dtype: np.dtype | None = None,
     source: Source = "hf",
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of the merged model's file, one at a time, on the host.
+    """Yields names and tensors of the merged model's file, one at a time, on the host.
 
     Args:
       config: the model.
       params: base parameters, on any device.
-      lora: adapters, or None for the base as it is.
+      lora: adapters, or None for the unmodified base.
       spec: their spec.
-      dtype: of every tensor; by default each keeps its parameter's.
-      source: whose names and layouts: transformers' or llama.cpp's.
+      dtype: of every tensor; by default its parameter's dtype.
+      source: format of names and layouts: transformers' ("hf") or llama.cpp's ("gguf").
     """
     refuse_saved(spec, "merge", "fold them in first (weights.saved_modules.fold_saved)")
     leaves, adapters = flatten(params), flatten(lora or {})
@@ -106,7 +107,7 @@ def merged_tensors(
 def _slot_value(
     leaves: Mapping[str, Any], adapters: Mapping[str, Any], spec: AdapterSpec, slot: Slot, dtype: np.dtype | None
 ) -> np.ndarray:
-    """One layer's (or one expert's) parameter, adapter folded in, in the dtype that it is written in."""
+    """Returns one layer's (or one expert's) merged parameter in the dtype of the written file."""
     index = tuple(i for i in (slot.layer, slot.expert) if i is not None)
     value = np.asarray(leaves[slot.path][index])
     target = dtype or value.dtype
@@ -135,10 +136,11 @@ def write_merged(
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
 ) -> Path:
-    """Writes the merged model as a folder that transformers loads, without a second copy of it in memory.
+    """Writes the merged model as a folder for transformers, without a second copy in memory.
 
-    The folder holds config.json, generation_config.json, the tokenizer's files, the chat template, the weights as one
-    safetensors file or as shards with an index, and the card. It appears whole or not at all.
+    The folder contains config.json, generation_config.json, the tokenizer's files, the chat
+    template, the weights as one safetensors file or as shards with an index, and the card. It
+    appears complete or not at all.
 
     Args:
       folder: new or empty.
@@ -147,15 +149,16 @@ def write_merged(
       lora: adapters, or None to write the base.
       spec: their spec.
       hf_config: the base's ``config.json`` (`LoadedModel.hf_config`).
-      tokenizer: the base's folder, whose files are copied; or a `Tokenizer` (of a GGUF file), which is written; or what
-        writes the files into a folder (`nalora_jax.weights.new_tokens.tokenizer_writer`).
-      dtype: "float32", "float16" or "bfloat16"; by default each tensor keeps its parameter's.
+      tokenizer: the base's folder, whose files are copied; or a `Tokenizer` (of a GGUF file),
+        which is written; or a function that writes the files into a folder
+        (`nalora_jax.weights.new_tokens.tokenizer_writer`).
+      dtype: "float32", "float16" or "bfloat16"; by default each tensor has its parameter's dtype.
       shard_bytes: largest file.
       card: text of README.md (`nalora_jax.weights.card`).
 
     Raises:
-      NaloraError: an unknown dtype, a ``config.json`` that describes another model, a folder with other content, or a
-        failed write (nothing is left behind).
+      NaloraError: an unknown dtype, a ``config.json`` that describes another model, a folder with
+        other content, or a failed write (temporary files are removed).
     """
     chosen = _dtype(dtype)
     leaves = flatten(params)
@@ -189,7 +192,7 @@ def _stored_dtype(leaves: Mapping[str, Any], tensor: SourceTensor) -> np.dtype:
 
 
 def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInfo]) -> dict[str, Any]:
-    """``config.json`` of the merged model: the base's, of its text model alone, in the written dtype."""
+    """Returns the merged model's ``config.json``, in the written dtype."""
     settings = dict(raw)
     if raw.get("model_type") in MULTIMODAL and config.sight is None:  # only the text model is here
         settings = text_part(raw, "config.json")

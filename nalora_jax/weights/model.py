@@ -1,4 +1,4 @@
-"""A model's name in, everything that a run needs of it out."""
+"""Loads a base model by name: weights, config, tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ class LoadedModel:
     """A base model, ready to run."""
 
     config: ModelConfig
-    params: dict[str, Any]  # the frozen tree of the contract: embed, layers (stacked), final_norm, lm_head
+    params: dict[str, Any]  # the frozen tree: embed, layers (stacked), final_norm, lm_head
     tokenizer: Tokenizer
-    source: str  # what its adapters call their base, and what loads it again: see `Origin.name`
+    source: str  # the base's name in its adapters, which also loads it again: see `Origin.name`
     fingerprint: str  # of all weights; see `weights.origin.fingerprint`
     hf_config: dict[str, Any] | None  # the config.json, or its equivalent for a GGUF file
-    origin: Origin | None = None  # where the weights come from, where they come from files
-    processor: ImageProcessor | None = None  # of a model that was loaded to see
-    added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's own files lack
-    tokenizer_folder: Path | None = None  # holds the tokenizer's files; None where a GGUF file has it
-    resized: int = 0  # rows of its tables where they are not those of its files; 0 where they are
+    origin: Origin | None = None  # source of the weights, if they were read from files
+    processor: ImageProcessor | None = None  # for a model that was loaded with images
+    added: tuple[str, ...] = ()  # tokens that its tokenizer has and the base's files lack
+    tokenizer_folder: Path | None = None  # of the tokenizer's files; None if it is in a GGUF file
+    resized: int = 0  # number of table rows if it differs from the files'; otherwise 0
 
 
 def read_config(found: hub.ResolvedSource, *, images: bool = False, added: AddedTokens = NO_TOKENS) -> ModelConfig:
-    """The architecture of a model, read from its description alone: no weight is.
+    """Reads the architecture of a model from its description, without any weights.
 
     Args:
       found: its files.
-      images: with what it sees images by; see `ModelConfig.from_hf`.
-      added: tokens that its embedding gets rows for.
+      images: include the vision tower and projector; see `ModelConfig.from_hf`.
+      added: tokens for which the embedding gets rows.
 
     Raises:
       NaloraError: the description cannot be read or understood.
@@ -70,14 +70,15 @@ def read_config(found: hub.ResolvedSource, *, images: bool = False, added: Added
 
 
 def added_ids(found: hub.ResolvedSource, added: AddedTokens) -> dict[str, int]:
-    """Ids that tokens get which a model's tokenizer does not have yet, without those that it has.
+    """Returns the ids of added tokens, without the tokens that the model's tokenizer has already.
 
     Args:
       found: the model's files.
       added: the tokens.
 
     Raises:
-      NaloraError: the tokenizer cannot be read, or cannot hold one of them apart.
+      NaloraError: the tokenizer cannot be read, or cannot encode one of the texts as a single
+        token.
     """
     if not added:
         return {}
@@ -92,7 +93,9 @@ def _files_tokenizer(found: hub.ResolvedSource) -> Tokenizer:
 
 
 def read_tokenizer_of(found: hub.ResolvedSource, config: ModelConfig, added: AddedTokens = NO_TOKENS) -> Tokenizer:
-    """The tokenizer of a model with the tokens that are added to it, beside its embedding; no weight is read.
+    """Returns a model's tokenizer with added tokens, checked against its embedding.
+
+    No weight is read.
 
     Raises:
       NaloraError: its files are missing or damaged.
@@ -114,17 +117,22 @@ def load_model(
     """Loads a model by name.
 
     Args:
-      source: an alias, a Hugging Face folder, a GGUF file or a hub id; see `weights.hub.resolve`. Or what that found.
+      source: an alias, a Hugging Face folder, a GGUF file or a hub id (see `weights.hub.resolve`),
+        or the result of `resolve`.
       dtype: of the parameters, "bfloat16" or "float32".
-      mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first device by default.
-      cache: where packages are kept.
-      quantized: hold the projections' kernels as "int8" or "nf4" (`nalora_jax.ops.quantize`) instead of ``dtype``.
-      images: load a multimodal model with what it sees images by; by default its text model alone.
+      mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first
+        device by default.
+      cache: folder for downloaded packages.
+      quantized: store the projections' kernels as "int8" or "nf4" (`nalora_jax.ops.quantize`)
+        instead of ``dtype``.
+      images: load a multimodal model with its vision tower and projector; by default its text
+        model alone.
 
     Raises:
-      NaloraError: the model cannot be found, read or understood; the message names the file and the field.
+      NaloraError: the model cannot be found, read or understood; the message names the file and
+        the field.
     """
-    if dtype not in DTYPES:  # before anything is downloaded
+    if dtype not in DTYPES:  # checked before the download
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
     found = hub.resolve(source, cache) if isinstance(source, str) else source
     raw, config, tensors, tokenizer = _opened(found, images)
@@ -154,7 +162,7 @@ def load_model(
 
 
 def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], ModelConfig, TensorSource, Tokenizer]:
-    """Description, tensors (not read yet) and tokenizer of either kind of source."""
+    """Returns the description, tensors (not read yet) and tokenizer of either kind of source."""
     if found.kind == "gguf":
         file = GGUFFile(found.path)
         raw = hf_config(file)
@@ -167,7 +175,7 @@ def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], Mo
 
 
 def image_tokens(sight: Sight, raw: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> ImageTokens:
-    """How a model writes an image into its text.
+    """Returns the format in which a model writes an image into its text.
 
     Raises:
       NaloraError: a token that its config.json names is not in its tokenizer.

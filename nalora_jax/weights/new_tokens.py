@@ -1,13 +1,15 @@
-"""Tokens that a model's own files do not have: added for a run, or those that somebody's adapter was trained with.
+"""Tokens that the base's files lack: added for a run, or required by an existing adapter.
 
-A token needs an id in the tokenizer and a row in the embedding and in the output head. Ids follow the tokenizer's last
-one; a table gets as many rows as that takes, and none where it has them already (Qwen's have more rows than tokens).
+A token needs an id in the tokenizer and a row in the embedding and in the output head. New ids
+follow the tokenizer's last one. A table grows only if it is too small for them (Qwen's tables have
+more rows than tokens).
 
     embed/embedding [vocab, d_model]   ->   [rows, d_model]     new rows: the mean of all others
     lm_head/kernel  [d_model, vocab]   ->   [d_model, rows]     new columns: the mean of all others
 
-The mean is what transformers' ``resize_token_embeddings`` draws new rows around, with a spread of next to nothing: a
-token that starts there is likely nowhere (Hewitt, "Initializing new word embeddings", 2021).
+transformers' ``resize_token_embeddings`` draws new rows around the same mean, with a very small
+spread. A model with such rows gives the new token a low probability in every context (Hewitt,
+"Initializing new word embeddings", 2021).
 """
 
 from __future__ import annotations
@@ -38,19 +40,19 @@ from nalora_jax.weights.tokenizer_files import write_extended, write_tokenizer
 
 log = logging.getLogger(__name__)
 
-_UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")  # names of rows that no token has
+_UNUSED = re.compile(r"\[PAD\d+\]|<unused\d+>|<\|?reserved\w*\|?>")  # names of rows without a token
 
 
 def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) -> LoadedModel:
-    """The model with tokens in its tokenizer, and rows for them in its tables; what is added is said in the log.
+    """Adds tokens to a model's tokenizer and rows to its tables, and logs the additions.
 
     Args:
-      base: the model as its files have it.
-      added: the tokens; those that the tokenizer has already are left as they are.
-      mesh: where its parameters are, if on one.
+      base: the model as stored in its files.
+      added: the tokens; tokens that the tokenizer has already are left unchanged.
+      mesh: the mesh of the model's parameters, if they are on one.
 
     Raises:
-      NaloraError: the tokenizer cannot hold one of them apart.
+      NaloraError: the tokenizer cannot encode one of the texts as a single token.
     """
     if not added:
         return base
@@ -68,19 +70,21 @@ def with_added(base: LoadedModel, added: AddedTokens, mesh: Mesh | None = None) 
 
 
 def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> LoadedModel:
-    """The model with the tokens and the rows that an adapter was trained with; itself where there are no others.
+    """Returns the model with an adapter's tokens and rows; ``base`` if it needs no others.
 
-    The tokenizer in the adapter's folder is taken where it has tokens that the base's lacks. What its tables do not
-    hold of new rows (an adapter whose embedding alone was saved) are means, as in a new run.
+    The tokenizer in the adapter's folder is used if it has tokens that the base's lacks. New rows
+    that the adapter's tables do not contain (for example the head's, if only the embedding was
+    saved) are initialized to the mean, as in a new run.
 
     Args:
-      base: the model as its files have it.
-      folder: in PEFT's format, with the tokenizer that belongs to it where tokens were added.
-      mesh: where the parameters are, if on one.
+      base: the model as stored in its files.
+      folder: adapter in PEFT's format, including its tokenizer if tokens were added.
+      mesh: the mesh of the model's parameters, if they are on one.
 
     Raises:
-      NaloraError: the tables have fewer rows than the tokenizer has tokens, or more while no tokenizer says what for;
-        a trained row is of a token that neither has; or the tokenizer is one of another base.
+      NaloraError: the tables have fewer rows than the tokenizer has tokens; they have more rows
+        than the base, and there is no tokenizer that lists the extra tokens; a row was trained for
+        a token that is in none of the tokenizers; or the tokenizer belongs to another base.
     """
     held = base.config.vocab_size
     tables, needed = table_rows(folder, TENSORS_NAME, base.config), rows_of_indices(folder, base.config)
@@ -89,7 +93,7 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
     new = _own_tokens(base, folder, found, strict=rows != held)
     last = max(new.values(), default=-1)
     if tables is None and needed is not None:
-        # No table says how many rows there were: as many as there are tokens, whatever ids a file names.
+        # No table states the number of rows: it is the number of tokens, not of the file's ids.
         if needed > last + 1:
             raise NaloraError(
                 f"{folder / CONFIG_NAME}: trainable_token_indices",
@@ -125,10 +129,12 @@ def for_adapter(base: LoadedModel, folder: Path, mesh: Mesh | None = None) -> Lo
 
 
 def check_adapter(base: LoadedModel, folder: Path) -> None:
-    """Refuse an adapter of other tokens than those that ``base`` was loaded with: programs and ids are shared.
+    """Raises an error if an adapter needs other tokens than the loaded model has.
+
+    Adapters of one loaded model share compiled programs and token ids.
 
     Raises:
-      NaloraError: it has tokens of its own, or tables with another number of rows.
+      NaloraError: the adapter has further tokens, or tables with another number of rows.
     """
     rows = table_rows(folder, TENSORS_NAME, base.config) or rows_of_indices(folder, base.config)
     new = _own_tokens(base, folder, rows, strict=bool(base.added) or rows != base.config.vocab_size)
@@ -145,11 +151,12 @@ def check_adapter(base: LoadedModel, folder: Path) -> None:
 
 
 def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callable[[Path], None]:
-    """What writes the tokenizer of a model with added tokens into a folder, as transformers reads it.
+    """Returns a function that writes the tokenizer with its added tokens to a folder.
 
     Args:
       base: the model.
-      files: folder of the base, whose generation_config.json goes along; none for an adapter's folder.
+      files: folder of the base, whose generation_config.json is copied too; None for an adapter's
+        folder.
     """
     if base.tokenizer_folder is None:
         return lambda folder: write_tokenizer(base.tokenizer, folder, max_length=base.config.max_positions)
@@ -157,17 +164,21 @@ def tokenizer_writer(base: LoadedModel, *, files: Path | None = None) -> Callabl
 
 
 def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bool) -> dict[str, int]:
-    """Ids of the tokens that the tokenizer in ``folder`` has beyond that of ``base``; none where there is no such file.
+    """Returns the ids of tokens in ``folder``'s tokenizer that ``base`` lacks.
+
+    The result is empty if there is no tokenizer file.
 
     Args:
       base: the model.
-      folder: of the adapter.
-      rows: of the tables that the adapter has; None where it has none, and its tokenizer does not matter.
-      strict: whether it is an error where an id means one token here and another one there; else the base's tokenizer
-        is taken, with a warning (files in other formats may spell the same tokens in other ways).
+      folder: the adapter's folder.
+      rows: number of rows of the adapter's tables; None if it has none, and then its tokenizer
+        does not matter.
+      strict: raise an error if an id has different tokens in the two tokenizers. Otherwise the
+        base's tokenizer is used, with a warning (files in other formats may spell the same tokens
+        differently).
 
     Raises:
-      NaloraError: it cannot be read; or it is another tokenizer, where that is an error.
+      NaloraError: the tokenizer cannot be read, or with ``strict`` belongs to another base.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -189,7 +200,8 @@ def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bo
             if rows is not None:
                 log.warning("%s has %s: the model's own tokenizer is taken", path, found)
             return {}
-    # What the base has as a piece of text is a token of its own once it was added.
+    # A text that is an ordinary vocabulary entry of the base becomes a separate token once it is
+    # added.
     matched, before = map(_added_tokens, backends)
     new = {text: token_id for text, token_id in theirs.items() if text not in ours} | {
         text: token_id for text, token_id in matched.items() if text not in before
@@ -198,12 +210,12 @@ def _own_tokens(base: LoadedModel, folder: Path, rows: int | None, *, strict: bo
 
 
 def _added_tokens(backend: tokenizers.Tokenizer) -> dict[str, int]:
-    """Ids of the tokens that are matched before a text is split."""
+    """Returns the ids of the tokens that are matched before a text is split."""
     return {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()}
 
 
 def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | None) -> LoadedModel:
-    """The model with tables of ``rows`` rows, and ``tokenizer``."""
+    """Returns the model with tables of ``rows`` rows and with ``tokenizer``."""
     tokenizer = tokenizer.for_embedding(rows, f"{base.source}: tokenizer")
     if rows == base.config.vocab_size:
         return replace(base, tokenizer=tokenizer)
@@ -218,7 +230,7 @@ def _resized(base: LoadedModel, rows: int, tokenizer: Tokenizer, mesh: Mesh | No
 
 
 def _with_rows(path: str, table: jax.Array, rows: int, axis: int, mesh: Mesh | None) -> jax.Array:
-    """``table`` with ``rows`` along ``axis``, laid out as a table of its new shape is."""
+    """Returns ``table`` with ``rows`` entries along ``axis``, sharded for its new shape."""
     shape = list(table.shape)
     shape[axis] = rows
     placed = table.sharding
@@ -238,13 +250,13 @@ def _resize(table: jax.Array, *, rows: int, axis: int) -> jax.Array:
 
 
 def _described(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """A ``config.json`` with another number of rows, that of a multimodal model's text part where it has one."""
+    """Returns a ``config.json`` with ``rows`` as vocab_size (multimodal: of its text part)."""
     if isinstance(raw.get("text_config"), dict):
         return {**raw, "text_config": {**raw["text_config"], "vocab_size": rows}}
     return {**raw, "vocab_size": rows}
 
 
 def _shown(tokens: Mapping[str, int], most: int = 5) -> str:
-    """The first few of them with their ids."""
+    """Formats the first ``most`` tokens with their ids."""
     listed = [f"{text!r} ({token_id})" for text, token_id in list(tokens.items())[:most]]
     return ", ".join([*listed, f"and {len(tokens) - most} more"] if len(tokens) > most else listed)

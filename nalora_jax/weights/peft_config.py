@@ -1,4 +1,4 @@
-"""``adapter_config.json``: read, checked, and matched against module names exactly as PEFT matches them."""
+"""Reads and checks ``adapter_config.json`` and matches module names exactly as PEFT does."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from nalora_jax.weights import peft_adalora
 CONFIG_NAME = "adapter_config.json"
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_RANK = 2**20
-# Expressions in one field: more than any model has modules of a name; each is compiled, and matched with every module.
+# Limit of expressions in one field, above the number of modules of any model. Each expression is
+# compiled and matched with every module.
 _MAX_PATTERNS = 4096
 
-# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...) train on a
-# changed base, so their factors mean nothing on the original one until they are converted.
+# Initializations that leave the base weights unchanged. The others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA, ...) train on a changed base; their factors must be converted before they can be used
+# with the original base.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
-# Fields without influence on the adapter's function. `init_lora_weights` and its settings matter only through
-# `_PLAIN_INITS`; `fan_in_fan_out` is ignored by PEFT for Linear layers.
+# Fields that do not change the adapter's function. `init_lora_weights` and its settings matter
+# only through `_PLAIN_INITS`; `fan_in_fan_out` is ignored by PEFT for Linear layers.
 _INERT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -66,9 +68,10 @@ _READ = {
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The part of ``adapter_config.json`` that decides an adapter's function.
+    """The fields of ``adapter_config.json`` that determine an adapter's function.
 
-    Module names are those of the transformers model, without PEFT's prefix: ``model.layers.3.mlp.gate_proj``.
+    Module names are transformers' names, without PEFT's prefix:
+    ``model.layers.3.mlp.gate_proj``.
     """
 
     where: str
@@ -83,15 +86,20 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
-    adalora: bool = False  # its tensors are still those of AdaLoRA; the fields here are a plain LoRA's
+    adalora: bool = False  # the tensors have AdaLoRA's form; these fields describe plain LoRA
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     tied: bool = False  # ensure_weight_tying
-    # trainable_token_indices: by the table's name, in the order of the rows; a bare list is the embedding's.
+    # trainable_token_indices: by the table's name, in the order of the rows; a list without a name
+    # is the embedding's.
     token_indices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def choose(self, modules: Sequence[str], parameters: Sequence[str] = ()) -> Choices:
-        """What this config says about a model's Linear modules (not the output head) and parameters, as PEFT reads it.
+        """Selects the targeted modules and parameters, with ranks and alphas, as PEFT does.
+
+        Args:
+          modules: names of the model's Linear modules, without the output head.
+          parameters: names of its parameters that can be targeted, e.g. stacks of experts.
 
         Raises:
           NaloraError: a regular expression takes too long.
@@ -110,7 +118,7 @@ class PeftConfig:
         )
 
     def _named(self, names: Sequence[str], wanted: tuple[str, ...] | str, every: str = "") -> set[str]:
-        """Those of ``names`` that a list of names and suffixes, or one expression, means."""
+        """Returns the ``names`` that match a list of names and suffixes, or one expression."""
         if not isinstance(wanted, str):
             suffixes = frozenset(wanted)
             return {name for name in names if _has_suffix(name, suffixes)}
@@ -120,7 +128,7 @@ class PeftConfig:
         return {name for name, match in zip(names, found, strict=True) if match is not None}
 
     def _in_layers(self, names: Sequence[str]) -> set[str]:
-        """Those of ``names`` in the layers of ``layers_to_transform``."""
+        """Returns the members of ``names`` in the layers of ``layers_to_transform``."""
         if not self.layers_to_transform:
             return set(names)
         layers = {str(index) for index in self.layers_to_transform}
@@ -130,7 +138,10 @@ class PeftConfig:
         return {name for name, match in zip(names, first, strict=True) if match in layers}
 
     def _keys(self, field_name: str, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """For every name, the first key of a pattern that matches its end from a dot on (``get_pattern_key``)."""
+        """Yields each name with the first key that matches a suffix (``get_pattern_key``).
+
+        A suffix starts at the beginning of the name or after a dot; the key is "" if none matches.
+        """
         keys = list(getattr(self, field_name))
         found = self._matches(field_name, [_suffix_pattern(key) for key in keys], names)
         for number, name in enumerate(names):
@@ -157,20 +168,21 @@ class PeftConfig:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where an adapter sits in a model, and with which rank and alpha."""
+    """The modules and parameters that an adapter targets, with their ranks and alphas."""
 
     modules: frozenset[str]  # targeted Linear modules
     parameters: frozenset[str]  # targeted parameters, e.g. stacks of experts
-    ranks: Mapping[str, int]  # of every module and parameter, were it targeted
+    ranks: Mapping[str, int]  # for every module and parameter, targeted or not
     alphas: Mapping[str, float]
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """The checked ``adapter_config.json`` of ``folder``.
+    """Reads and checks the ``adapter_config.json`` of ``folder``.
 
     Raises:
-      NaloraError: the file is missing or no JSON object, rank, alpha or targets are missing or ill-typed, or the
-        adapter uses a feature that this library does not have. The message names the field.
+      NaloraError: the file is missing or not a JSON object, rank, alpha or targets are missing or
+        have the wrong type, or the adapter uses a feature that this library does not support. The
+        message names the field.
     """
     path = folder / CONFIG_NAME
     raw = _read_json(path)
@@ -241,7 +253,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
             remedy="convert it first: in PEFT, save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     for key, value in fields.raw.items():
-        # A field of a newer PEFT that is off changes nothing; one that is on might.
+        # A field of a newer PEFT is harmless if it is off; if it is on it may change the function.
         if key not in _INERT | _READ and value not in (None, False, "none") and value != [] and value != {}:
             raise NaloraError(
                 f"{fields.where}: {key}",
@@ -333,7 +345,7 @@ class _Fields:
             raise self._error(key, f"at most {_MAX_PATTERNS:,} patterns", f"{len(patterns):,}")
 
     def _regex(self, key: str, pattern: str, use: Callable[[str], str] = str) -> str:
-        """``pattern``, if it is an expression also in the ``use`` that is made of it."""
+        """Returns ``pattern`` if it and the expression ``use(pattern)`` are both valid."""
         try:
             bounded.matches([pattern, use(pattern)], [])
         except bounded.BoundedError as error:
@@ -346,17 +358,17 @@ class _Fields:
 
 
 def _suffix_pattern(key: str) -> str:
-    """What PEFT makes of a key of rank_pattern or alpha_pattern."""
+    """Returns the expression that PEFT builds from a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({key})$"
 
 
 def _layer_pattern(name: str) -> str:
-    """What PEFT makes of an entry of layers_pattern; the group is the layer's number."""
+    """Returns PEFT's expression for an entry of layers_pattern; its group is the layer index."""
     return rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\."
 
 
 def _has_suffix(name: str, suffixes: frozenset[str]) -> bool:
-    """Whether ``name``, or its end from some dot on, is among ``suffixes``."""
+    """Returns True if ``suffixes`` contains ``name`` or a part of it that starts after a dot."""
     parts = name.split(".")
     return any(".".join(parts[first:]) in suffixes for first in range(len(parts)))
 

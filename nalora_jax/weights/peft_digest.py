@@ -19,9 +19,10 @@ log = logging.getLogger(__name__)
 
 FINGERPRINT_KEY = "nalora.base_fingerprint"
 DIGEST_KEY = "nalora.sha256"
-# Written with every digest, so that a file whose digest lost its name is not mistaken for a file of another tool.
+# Written with every digest, so that a file without its digest's key is not mistaken for another
+# tool's file.
 LAYOUT_KEY = "nalora.layout"
-# Fields of adapter_config.json that decide the function of the tensors.
+# Fields of adapter_config.json that determine the function of the tensors.
 _MEANING = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out", "bias"),
     *("target_modules", "target_parameters"),
@@ -49,7 +50,7 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], meta
     The base model's path, and other settings that the library does not compute with, may be edited.
     """
     meaning = {name: settings.get(name) for name in _MEANING}
-    # Files of earlier versions do not have these fields, and digests without them.
+    # Earlier versions wrote files without these fields, and digests without them.
     meaning |= {name: settings[name] for name in _LATER_MEANING if settings.get(name)}
     noted = {name: value for name, value in metadata.items() if name != DIGEST_KEY}
     digest = hashlib.sha256(json.dumps([meaning, noted], sort_keys=True).encode())
@@ -60,9 +61,9 @@ def _digest(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any], meta
 
 
 def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Refuses a file of this library that was changed since it was written, or whose ``adapter_config.json`` was."""
+    """Raises an error if a file of this library, or its config, was changed since its export."""
     if DIGEST_KEY not in metadata and LAYOUT_KEY not in metadata:
-        return  # another tool's
+        return  # written by another tool
     settings = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
     noted, found = metadata.get(DIGEST_KEY, "none"), _digest(tensors, settings, metadata)
     if noted != found:
@@ -75,7 +76,7 @@ def check_digest(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappin
 
 
 def check_fingerprint(path: Path, metadata: Mapping[str, str], fingerprint: str | None) -> None:
-    """Refuses an adapter of another base model, if the file has its base's fingerprint."""
+    """Raises an error if the file's base fingerprint belongs to another base model."""
     noted = metadata.get(FINGERPRINT_KEY)
     if not noted or not fingerprint or noted == fingerprint:
         return

@@ -1,8 +1,9 @@
-"""Which transformers module holds which projection: the shape of PEFT adapters, family by family.
+"""Maps projections to modules of transformers, family by family, for PEFT adapters.
 
-Most families have one Linear module per projection. Phi-3 fuses q, k, v and gate, up into one module each. Mixtures of
-experts hold all experts of a layer in two parameters (transformers 5: PEFT's ``target_parameters``), or one Linear
-module per expert and projection (transformers 4, and what vLLM reads).
+Most families have one Linear module per projection. Phi-3 fuses q, k, v and gate, up into one
+module each. Mixtures of experts store all experts of a layer in two parameters (transformers 5:
+PEFT's ``target_parameters``), or one Linear module per expert and projection (transformers 4, and
+the format that vLLM reads).
 
 An adapter of a fused module is exact: with parts of rank r1, r2, ... it has rank r1 + r2 + ...::
 
@@ -29,12 +30,12 @@ class HostModule:
 
     name: str  # within the layer: "mlp.gate_up_proj"
     parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
-    whole: bool = False  # the name is the module's full one, with {layer} in it where there are several
+    whole: bool = False  # the name is the full one, with {layer} in it if there are several
 
 
 @dataclass(frozen=True)
 class ModuleLayout:
-    """Where a family keeps its projections."""
+    """The modules of a family's projections."""
 
     modules: tuple[HostModule, ...]  # Linear modules
     parameters: tuple[HostModule, ...] = ()  # stacks of experts, in the order in which they are registered
@@ -42,7 +43,7 @@ class ModuleLayout:
     prefix: str = "model.layers"
 
     def full_name(self, layer: int, module: str | HostModule) -> str:
-        """``mlp.gate_proj`` of layer 3 -> ``model.layers.3.mlp.gate_proj``."""
+        """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
         if isinstance(module, str):
             return f"{self.prefix}.{layer}.{module}"
         return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
@@ -56,10 +57,10 @@ _LAYER, _EXPERT = ".{layer}.", "{expert}"
 
 
 def module_layout(config: ModelConfig) -> ModuleLayout:
-    """The layout of the family of ``config``: the modules whose weights its checkpoints hold.
+    """Returns the layout of a family: the modules whose weights are in its checkpoints.
 
-    Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the module
-    ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
+    Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
+    module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
     shapes = projection_shapes(config)
     modules: list[HostModule] = [
@@ -79,8 +80,8 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     return ModuleLayout(tuple(modules), _STACKS if experts else (), experts, prefix)
 
 
-# Beginnings of the modules' names of multimodal models, as in transformers 5, by those of releases before it:
-# 4.52 to 4.57, and up to 4.51.
+# Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
+# earlier releases (4.52 to 4.57, and up to 4.51).
 _TOWER = "model.vision_tower."
 _EARLIER: tuple[dict[str, str], ...] = (
     {_TOWER: f"{_TOWER}vision_model."},
@@ -93,9 +94,9 @@ _EARLIER: tuple[dict[str, str], ...] = (
 
 
 def layout_of(config: ModelConfig, modules: Iterable[str]) -> ModuleLayout:
-    """The layout of `module_layout`, with the names of the release of transformers that wrote ``modules``.
+    """Returns `module_layout` with the names of the transformers release that wrote ``modules``.
 
-    Of equals the latest.
+    If several releases match equally well, the latest is used.
     """
     latest, written = module_layout(config), set(modules)
     if config.sight is None:
@@ -118,13 +119,13 @@ def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
 
 
 def part_widths(config: ModelConfig, module: HostModule) -> list[int]:
-    """``d_out`` of every part of ``module``."""
+    """Returns ``d_out`` of every part of ``module``."""
     shapes = projection_shapes(config)
     return [shapes[part][-1] for part in module.parts]
 
 
 def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
-    """Kernel shape ``(..., d_in, d_out)`` of ``module`` as a whole."""
+    """Returns the kernel shape ``(..., d_in, d_out)`` of the complete ``module``."""
     shape = projection_shapes(config)[module.parts[0]]
     return (*shape[:-1], sum(part_widths(config, module)))
 
@@ -134,7 +135,7 @@ def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ModuleAdapter:
-    """One layer's adapter without padding, in this library's layout; experts lead with their axis."""
+    """One layer's adapter without padding; the axis of experts, if any, comes first."""
 
     a: np.ndarray  # [..., d_in, r] float32
     b: np.ndarray  # [..., r, d_out] float32
@@ -148,10 +149,10 @@ class ModuleAdapter:
 
 
 def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> ModuleAdapter | None:
-    """One adapter of a fused module from those of its parts; None if no part is adapted.
+    """Combines the adapters of a fused module's parts into one; None if no part has an adapter.
 
     Args:
-      parts: per part its adapter, or None where the part is unadapted (its outputs get zeros).
+      parts: the adapter of each part, or None (its outputs get zeros).
       widths: ``d_out`` of every part.
 
     Scales that differ are folded into B, relative to the first part's.
@@ -176,10 +177,10 @@ def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> Module
 
 
 def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter | None]:
-    """The parts of a fused module's adapter: the exact inverse of `fuse`, up to folded scales.
+    """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
 
-    A part keeps the ranks that reach its outputs; a part that no rank reaches is unadapted. A fresh adapter (B all
-    zero) keeps every rank in every part.
+    A part keeps the ranks that reach its outputs; a part that no rank reaches gets no adapter. A
+    fresh adapter (B all zero) keeps every rank in every part.
     """
     if len(widths) == 1:
         return [adapter]
@@ -188,7 +189,7 @@ def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter |
     for start, width in zip(np.cumsum([0, *widths[:-1]]), widths, strict=True):
         block = adapter.b[..., start : start + width]
         magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
-        # Without its magnitude a part would lose its column norms, so DoRA keeps every part.
+        # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
         keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))
         found = ModuleAdapter(adapter.a[..., keep], block[..., keep, :], adapter.scale, magnitude)
         parts.append(found if found.rank else None)
@@ -196,23 +197,23 @@ def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter |
 
 
 def compact(adapter: ModuleAdapter) -> ModuleAdapter:
-    """The adapter without the ranks whose row of B is zero: the same function."""
+    """Returns the equivalent adapter without the ranks whose row of B is zero."""
     keep = _live_ranks(adapter.b)
     return ModuleAdapter(adapter.a[..., keep], adapter.b[..., keep, :], adapter.scale, adapter.magnitude)
 
 
 def without_padding(adapter: ModuleAdapter) -> ModuleAdapter:
-    """The adapter without ranks that do nothing, unless none does anything yet (a fresh adapter)."""
+    """Returns the adapter without ranks that have no effect; fresh ones (B = 0) unchanged."""
     return compact(adapter) if adapter.b.any() else adapter
 
 
 def _live_ranks(b: np.ndarray) -> np.ndarray:
-    """Bool ``[r]``: ranks with a nonzero entry in ``b [..., r, d_out]`` (of any expert)."""
+    """Returns bool ``[r]``: ranks with a nonzero entry in ``b [..., r, d_out]`` (of any expert)."""
     return np.any(b != 0, axis=tuple(i for i in range(b.ndim) if i != b.ndim - 2))
 
 
 def alpha_for(scale: float, rank: int, *, rslora: bool) -> float:
-    """The alpha that gives ``scale`` at ``rank``, rid of the rounding of ``alpha / rank * rank``."""
+    """Returns the alpha that gives ``scale`` at ``rank``, without ``alpha / rank``'s rounding."""
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     neat = round(alpha, 6)
     return neat if math.isclose(alpha, neat, rel_tol=1e-12) else alpha

@@ -1,4 +1,4 @@
-"""PEFT adapter folders read: ``adapter_config.json`` + ``adapter_model.safetensors`` -> stacked tree and spec."""
+"""Reads PEFT adapter folders (config and safetensors) as a stacked tree and its spec."""
 
 from __future__ import annotations
 
@@ -44,27 +44,30 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 def import_adapter(
     folder: str | Path, config: ModelConfig, *, fingerprint: str | None = None, layout: ModuleLayout | None = None
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """A PEFT LoRA or AdaLoRA adapter as this library's ``lora`` tree.
+    """Reads a PEFT LoRA or AdaLoRA adapter as this library's ``lora`` tree.
 
-    Understands rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and "all-linear" (matched
-    as PEFT matches them), target_parameters, layers_to_transform, exclude_modules, modules_to_save,
-    trainable_token_indices, adapters on the embedding and the head (as whole tables), fused projections, mixtures of
-    experts and models that see as PEFT writes them for transformers 4 and 5, and float32, float16 and bfloat16 files.
-    Every tensor is consumed and every targeted module must have its tensors, so an adapter never does less than its
-    file says.
+    Supports rank_pattern, alpha_pattern, rsLoRA, DoRA, target lists, regular expressions and
+    "all-linear" (matched exactly as in PEFT), target_parameters, layers_to_transform,
+    exclude_modules, modules_to_save, trainable_token_indices, adapters on the embedding and the
+    head (as full tables), fused projections, mixtures of experts and multimodal models as PEFT
+    writes them for transformers 4 and 5, and float32, float16 and bfloat16 files. Every tensor is
+    consumed and every targeted module must have its tensors, so no part of an adapter is dropped
+    silently.
 
     Args:
-      folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+      folder: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
       config: the base model.
-      fingerprint: of the base model's weights; compared with the one that `export_adapter` noted, where it did.
+      fingerprint: of the base model's weights; compared with the fingerprint recorded by
+        `export_adapter`, if any.
       layout: module names, for a model outside the known families.
 
     Returns:
-      ``(lora, spec)``: nested dict of float32 numpy arrays, stacked and zero-padded to the largest rank of each
-      projection, and the spec that describes them.
+      ``(lora, spec)``: nested dict of float32 numpy arrays, stacked and zero-padded to the largest
+      rank of each projection, and the spec that describes them.
 
     Raises:
-      NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field or tensor.
+      NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field
+        or tensor.
     """
     folder = Path(folder)
     peft = read_peft_config(folder)
@@ -86,7 +89,7 @@ def import_adapter(
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of ``adapter_model.safetensors`` in float32, and the file's metadata."""
+    """Returns every tensor of ``adapter_model.safetensors`` in float32, and the file's metadata."""
     path = folder / TENSORS_NAME
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
@@ -123,12 +126,12 @@ def _floats(path: Path, handle: Any, name: str) -> np.ndarray:
     return values
 
 
-# ---------------------------------------------------------------- what the configuration asks for
+# ---------------------------------------------------------------- expected tensors
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """A place where tensors can be: a Linear module, one expert's module, or a stack of experts."""
+    """A possible location of tensors: a Linear module, an expert, or a stack of experts."""
 
     key: str  # module name in the tensors' keys
     name: str  # module or parameter name that patterns are matched with
@@ -152,7 +155,7 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
     weights = [f"{name}.weight" for name, *_ in linear]
     choices = peft.choose([name for name, *_ in linear], [*parameters, *weights])
     for (name, layer, module, expert), weight in zip(linear, weights, strict=True):
-        # An adapter on a Linear module's weight computes what an adapter on the module computes.
+        # An adapter on a Linear module's weight computes the same as an adapter on the module.
         key = weight if weight in choices.parameters else name
         given = (choices.ranks[key], choices.alphas[key])
         yield _Slot(name, name, layer, module, key == weight or name in choices.modules, *given, expert=expert)
@@ -167,7 +170,7 @@ def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Itera
 def _linear_modules(
     layout: ModuleLayout, config: ModelConfig, layer: int
 ) -> Iterator[tuple[str, int, HostModule, int | None]]:
-    """Name, layer, module and expert of every Linear module of a layer."""
+    """Yields name, layer, module and expert of every Linear module of a layer."""
     layers = depths(config)
     for module in layout.modules:
         if layer < layers[module.parts[0]]:
@@ -178,7 +181,7 @@ def _linear_modules(
 
 
 def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> dict[str, dict[str, np.ndarray]]:
-    """Tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ..., "b": ...}}``."""
+    """Groups tensors by module and kind: ``{"model.layers.0.mlp.up_proj": {"a": ...}}``."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -202,7 +205,7 @@ def by_module(tensors: Mapping[str, np.ndarray], path: Path, *, dora: bool) -> d
 def _check_complete(
     peft: PeftConfig, path: Path, slots: Mapping[str, _Slot], modules: Mapping[str, dict[str, np.ndarray]]
 ) -> None:
-    """Every module of the file is known and targeted, and every targeted module is in the file."""
+    """Checks that the file's modules and the targeted modules are the same."""
     for key in modules:
         if key not in slots:
             known = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in slots})
@@ -229,13 +232,13 @@ def _check_complete(
         )
 
 
-# ---------------------------------------------------------------- tensors into the tree
+# ---------------------------------------------------------------- conversion to the tree
 
 
 def _pieces(
     config: ModelConfig, peft: PeftConfig, path: Path, found: list[tuple[_Slot, dict[str, np.ndarray]]]
 ) -> dict[str, dict[int, ModuleAdapter]]:
-    """Adapters by stacked path and layer."""
+    """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
     for slot, parts in found:
@@ -258,7 +261,7 @@ def _pieces(
 def _adapter(
     config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, parts: dict[str, np.ndarray]
 ) -> ModuleAdapter:
-    """One slot's tensors, checked, in this library's layout."""
+    """Checks one slot's tensors and converts them to this library's layout."""
     shape = module_shape(config, slot.module)
     d_in, d_out = shape[-2:]
     rank = slot.rank
@@ -286,7 +289,7 @@ def _adapter(
 
 
 def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
-    """One adapter with an expert axis; ranks padded, scales folded relative to the first expert's."""
+    """Stacks experts' adapters: ranks padded, scales folded relative to the first expert's."""
     rank, scale = max(member.rank for member in members), members[0].scale
     a = np.zeros((len(members), members[0].a.shape[0], rank), np.float32)
     b = np.zeros((len(members), rank, members[0].b.shape[1]), np.float32)
@@ -299,7 +302,7 @@ def _join_experts(members: list[ModuleAdapter]) -> ModuleAdapter:
 def _stack(
     config: ModelConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """The tree, zero-padded over layers, and its spec."""
+    """Stacks adapters over layers with zero-padding; returns the tree and its spec."""
     shapes, counts = projection_shapes(config), depths(config)
     leaves: dict[str, np.ndarray] = {}
     targets = []
@@ -315,7 +318,7 @@ def _stack(
             alphas[layer] = alpha_for(piece.scale, piece.rank, rslora=peft.rslora)
         leaves |= {f"{path}/a": a, f"{path}/b": b}
         if peft.dora:
-            ones = np.ones(d_out, np.float32)  # an unadapted layer never reads its magnitude
+            ones = np.ones(d_out, np.float32)  # not read by layers without an adapter
             rows = [layers[i].magnitude if i in layers else ones for i in range(n_layers)]
             leaves[f"{path}/magnitude"] = np.stack([row for row in rows if row is not None])
         targets.append((path, TargetSpec(tuple(ranks), tuple(alphas))))

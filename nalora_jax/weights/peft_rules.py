@@ -1,4 +1,4 @@
-"""Modules of transformers' models, as PEFT's settings name them, as ordered rules over this library's projections."""
+"""Converts module names in PEFT's settings to ordered rules over this library's projections."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.targets import TABLES
 
-# What transformers calls a projection, and where it is in the paths that rules are searched in.
+# transformers' name of each projection, and its pattern in the paths that rules are searched in.
 MODULES = {name: f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
 MODULES |= {name: f"ffn/{name}" for name in ("gate_proj", "up_proj", "down_proj")}
-# Fused ones, and those of Mixtral's experts.
+# Fused projections, and the projections of Mixtral's experts.
 MODULES |= {"qkv_proj": "attn/(q|k|v)_proj", "gate_up_proj": "ffn/(gate|up)_proj"}
 MODULES |= {"w1": "ffn/gate_proj", "w3": "ffn/up_proj", "w2": "ffn/down_proj"}
 _NAME = re.compile(r"[\w.]+")
@@ -28,14 +28,14 @@ def rules_of(
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Rules ``PATTERN:RANK:ALPHA`` that adapt what PEFT's settings adapt.
+    """Returns rules ``PATTERN:RANK:ALPHA`` that target the same modules as PEFT's settings.
 
     Example:
       >>> rules_of(rank=8, alpha=16, targets=["q_proj", "v_proj"], ranks={"v_proj": 4})
       ['attn/v_proj:4:16', 'attn/q_proj:8:16', 'attn/v_proj:8:16']
 
     Raises:
-      NaloraError: an expression, a name that no supported model has, or none at all.
+      NaloraError: a regular expression, a name that no supported model has, or no names at all.
     """
     ranks, alphas = dict(ranks or {}), dict(alphas or {})
     if targets is None:
@@ -64,7 +64,7 @@ def rules_of(
     within = f"layers/({'|'.join(map(str, numbers))})/" if numbers else ""
     wanted = {_path(name, "target_modules") for name in kept}
     named = {name: _path(name, "rank_pattern, alpha_pattern") for name in [*ranks, *alphas]}
-    # A pattern for a module that is not targeted means nothing to PEFT.
+    # PEFT ignores a pattern for a module that is not targeted.
     special = [name for name, path in named.items() if re.sub(r"^layers/\d+/", "", path) in wanted]
     found = [
         _rule(_path(name, "rank_pattern, alpha_pattern"), ranks.get(name, rank), alphas.get(name, alpha), within)
@@ -80,7 +80,7 @@ def _rule(path: str, rank: Any, alpha: Any, within: str) -> str:
 
 
 def _path(name: str, where: str) -> str:
-    """The pattern of a module: of every layer, or of the one that its name gives."""
+    """Returns the pattern of a module: in every layer, or in the layer that its name contains."""
     bare = name.removeprefix("^").removesuffix("$")
     last = bare.rpartition(".")[2]
     if last in TABLES:

@@ -52,12 +52,12 @@ def _indices(value: Any) -> Any:
 
 
 def _token_modules(value: Any) -> list[str]:
-    """Returns the names of the tables; a bare list means the embedding."""
+    """Returns the names of the tables; a list without a name means the embedding."""
     named = value if isinstance(value, Mapping) else {"embed_tokens": value}
     return sorted({str(name).rpartition(".")[2] for name, ids in named.items() if ids})
 
 
-# Fields of which rules are made are marked by the setting "lora.rules".
+# Fields that are combined into rules have the setting "lora.rules".
 PEFT: dict[str, Field] = {
     "r": Field("lora.rules", "rank of each rule"),
     "lora_alpha": Field("lora.rules", "alpha of each rule"),
@@ -118,10 +118,10 @@ PEFT: dict[str, Field] = {
 
 
 def from_peft(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """Returns a run's settings and notes from an ``adapter_config.json`` or a `LoraConfig` as a dict.
+    """Returns settings and notes from an ``adapter_config.json`` or a `LoraConfig` as a dict.
 
     Raises:
-      NaloraError: one that names every field that is refused, with the reason.
+      NaloraError: names every unsupported field, with the reason.
     """
     values, allocation = training_settings(values)
     settings, notes = converted(values, PEFT, "LoraConfig")

@@ -1,4 +1,4 @@
-"""PEFT adapter folders written: stacked tree and spec -> ``adapter_config.json`` + ``adapter_model.safetensors``."""
+"""Writes PEFT adapter folders (config and safetensors) from a stacked tree and its spec."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ def export_adapter(
     layout: ModuleLayout | None = None,
     beside: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes an adapter that PEFT (and, with ``target="vllm"``, vLLM) loads as it stands.
+    """Writes an adapter that PEFT (and, with ``target="vllm"``, vLLM) loads unmodified.
 
-    Ranks are trimmed to each layer's own. What differs between layers or modules goes to rank_pattern and
-    alpha_pattern for PEFT; vLLM ignores those, so for vLLM ranks are zero-padded to the largest and scales are folded
-    into B, under one r and alpha. Projections that the family fuses get one exact adapter of the fused module. Experts
-    are written as PEFT's target_parameters for transformers 5, and expert by expert for vLLM.
+    Ranks are trimmed to each layer's rank. For PEFT, values that differ between layers or modules
+    are written to rank_pattern and alpha_pattern. vLLM ignores these fields, so for vLLM ranks are
+    zero-padded to the largest and scales are folded into B, under one r and alpha. Projections
+    that the family fuses get one exact adapter of the fused module. Experts are written as PEFT's
+    target_parameters for transformers 5, and expert by expert for vLLM.
 
     Args:
       lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
@@ -64,17 +65,19 @@ def export_adapter(
       config: the base model.
       folder: new or empty; the two files appear in it together or not at all.
       base_model_name: hub id or path that other tools load as the base.
-      target: which tool the files must work in.
+      target: the tool that must be able to load the files.
       max_lora_rank: vLLM's setting of that name.
-      fingerprint: of the base weights; noted in the file, checked by `import_adapter`.
+      fingerprint: of the base weights; recorded in the file, checked by `import_adapter`.
       extra: more fields of ``adapter_config.json``, e.g. ``{"revision": "main"}``.
-      overwrite: allow ``folder`` to hold an earlier adapter (its two files, a README.md and a tokenizer's files), which
-        is replaced.
+      overwrite: allow ``folder`` to contain an earlier adapter (its two files, a README.md and a
+        tokenizer's files), which is replaced.
       layout: module names, for a model outside the known families.
-      beside: writes further files of its own into the folder, such as a tokenizer with added tokens.
+      beside: function that writes further files into the folder, such as a tokenizer with added
+        tokens.
 
     Raises:
-      NaloraError: something that the tool cannot serve, by name; a folder with other content; a failed write.
+      NaloraError: the tool does not support a property of the adapter (the message names it); the
+        folder has other content; or a write fails.
     """
     layout = layout or module_layout(config)
     if target == "vllm":
@@ -83,7 +86,8 @@ def export_adapter(
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
     if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
-        spec = replace(spec, dropout=0.0)  # it acts in training only, and PEFT refuses to load it for experts
+        # Dropout acts in training only, and PEFT refuses to load it for experts.
+        spec = replace(spec, dropout=0.0)
     settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
     tensors = dict(_tensors(entries, layout))
     if spec.saved or spec.token_indices:
@@ -97,7 +101,7 @@ def export_adapter(
 
 
 def layer_adapter(leaves: Mapping[str, Any], spec: AdapterSpec, path: str, layer: int) -> ModuleAdapter | None:
-    """The adapter of one layer of ``path`` without its padding, or None where the layer is unadapted.
+    """Returns one layer's adapter of ``path`` without padding; None if the layer has none.
 
     Args:
       leaves: the flattened ``lora`` tree.
@@ -132,7 +136,7 @@ class _Entry:
 def _entries(
     lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig, layout: ModuleLayout, *, per_expert: bool
 ) -> Iterator[_Entry]:
-    """Every adapted module, fused where the family fuses."""
+    """Yields every adapted module, fused if the family fuses it."""
     leaves = flatten(lora)
     _check_known(spec, layout)
     layers = depths(config)
@@ -154,9 +158,10 @@ def _entries(
 
 
 def _even_stacks(entries: list[_Entry]) -> list[_Entry]:
-    """The same adapters, with one rank and one scale in all stacks of experts.
+    """Returns the same adapters, with one rank and one scale in all stacks of experts.
 
-    PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored": better to need none.
+    PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
+    ranks no pattern is needed.
     """
     stacks = [entry.adapter for entry in entries if entry.stacked]
     if not stacks:
@@ -167,7 +172,7 @@ def _even_stacks(entries: list[_Entry]) -> list[_Entry]:
 
 
 def _common(values: Iterable[Any]) -> Any:
-    """The value met most often, the first of them where several are."""
+    """Returns the most frequent value; the first of them if several are equally frequent."""
     return Counter(values).most_common(1)[0][0]
 
 
@@ -217,7 +222,7 @@ def _check_vllm(spec: AdapterSpec) -> None:
 
 
 def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, limit: int) -> list[_Entry]:
-    """The same adapters with one rank and one scale, on every layer of every module that they touch."""
+    """Returns the adapters with one rank and scale, on every layer of each adapted module."""
     rank = max(entry.adapter.rank for entry in entries)
     if rank > limit:
         raise NaloraError(
@@ -229,7 +234,8 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
     scale = _common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.module.name: entry.module for entry in entries}
-    if any(module.parts[0] in layout.experts for module in adapted.values()):  # vLLM wants all three, or none
+    # vLLM requires all three projections of the experts or none.
+    if any(module.parts[0] in layout.experts for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
     return [
         _Entry(name, layer, module, given[name] if name in given else _zeros(config, module, rank, scale))
@@ -240,13 +246,13 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
 
 
 def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
-    """Full names of ``module`` in a layer: one, or one per expert."""
+    """Returns the full names of ``module`` in a layer: one, or one per expert."""
     count = config.n_experts if module.parts[0] in layout.experts else 1
     return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
 
 
 def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
-    """Zero-padded to ``rank``, with B carrying the difference to ``scale``."""
+    """Zero-pads an adapter to ``rank`` and multiplies B by the ratio of its scale to ``scale``."""
     pad = rank - adapter.rank
     b = adapter.b if adapter.scale == scale else adapter.b * np.float32(adapter.scale / scale)
     still = [(0, 0)] * (b.ndim - 2)
@@ -266,7 +272,8 @@ def _tensors(entries: list[_Entry], layout: ModuleLayout) -> Iterator[tuple[str,
     for entry in entries:
         key, a, b = entry.name, entry.adapter.a.T, entry.adapter.b.T
         if entry.stacked:
-            # PEFT wraps the experts once per parameter: those registered later are further out.
+            # PEFT wraps the experts once per parameter; the last parameter registered is the
+            # outermost.
             later = layout.parameters[layout.parameters.index(entry.module) + 1 :]
             depth = sum((entry.layer, module.name) in stacks for module in later)
             key = entry.name.rpartition(".")[0] + ".base_layer" * depth
@@ -280,7 +287,7 @@ def _tensors(entries: list[_Entry], layout: ModuleLayout) -> Iterator[tuple[str,
 
 
 def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, rslora: bool) -> dict[str, Any]:
-    """``adapter_config.json`` without the base model's name."""
+    """Returns ``adapter_config.json`` without the base model's name."""
     ranks = {entry.name: entry.adapter.rank for entry in entries}
     alphas = {
         entry.name: _number(alpha_for(entry.adapter.scale, entry.adapter.rank, rslora=rslora)) for entry in entries
@@ -316,9 +323,10 @@ def _number(value: float) -> int | float:
 
 
 def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
-    """The default (that of the experts, else the commonest), and a pattern for the others.
+    """Returns a default value and a pattern for the modules with another value.
 
-    Keys are ``mlp.up_proj`` where all layers agree, full names otherwise.
+    The default is the experts' most frequent value, otherwise the most frequent of all. Keys
+    are ``mlp.up_proj`` if all layers agree, full names otherwise.
     """
     stacks = [values[entry.name] for entry in entries if entry.stacked]
     common = _common(stacks or values.values())
@@ -338,13 +346,13 @@ def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dic
 
 
 def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
-    """Short names of modules adapted in every layer, full names of the others."""
+    """Returns short names of modules adapted in every layer, full names of the others."""
     modules: dict[str, list[_Entry]] = {}
     for entry in entries:
         modules.setdefault(entry.module.name, []).append(entry)
     names: set[str] = set()
     for module, members in modules.items():
-        # Where there is a tower beside the decoder, both have modules of the same short names.
+        # A vision tower has modules with the same short names as the decoder.
         everywhere = config.sight is None and {member.layer for member in members} == set(range(config.n_layers))
         short = module if members[0].stacked else module.rpartition(".")[2]
         names |= {short} if everywhere else {member.name for member in members}

@@ -1,7 +1,7 @@
-"""PiSSA: adapters that start as a kernel's principal components (arXiv 2404.02948).
+"""PiSSA: adapters initialized with a kernel's principal components (arXiv 2404.02948).
 
-The kernel is split as ``W = W_res + s A0 B0``; training moves A and B on the frozen residual ``W_res``. The way back to
-plain LoRA is `nalora_jax.weights.nonzero_start`.
+The kernel is split as ``W = W_res + s A0 B0``; training changes A and B on the frozen residual
+``W_res``. `nalora_jax.weights.nonzero_start` converts the result to plain LoRA.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from nalora_jax.trees import flatten, unflatten
 def pissa_init(
     kernel: jax.Array, rank: int, scale: float, *, iterations: int | None = None, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Principal factors of a kernel and what they leave.
+    """Splits a kernel into its principal factors and the residual.
 
     Args:
-      kernel: ``[d_in, d_out]``, or ``[..., d_in, d_out]``: each matrix is split on its own.
-      rank: components taken, at most ``min(d_in, d_out)``.
+      kernel: ``[d_in, d_out]``, or ``[..., d_in, d_out]``: each matrix is split separately.
+      rank: number of components, at most ``min(d_in, d_out)``.
       scale: the adapter's ``s``; ``s A B`` is the best rank-``rank`` approximation of the kernel.
-      iterations: None for the exact decomposition; else that many subspace iterations of a randomized one, which costs
-        ``O(d_in d_out rank)`` instead of ``O(d_in d_out min(d_in, d_out))`` (PEFT's ``pissa_niter_<iterations>``).
+      iterations: None for the exact decomposition; otherwise the number of subspace iterations of
+        a randomized one, which costs ``O(d_in d_out rank)`` instead of ``O(d_in d_out min(d_in,
+        d_out))`` (PEFT's ``pissa_niter_<iterations>``).
       key: source of the random subspace, with ``iterations``; ``jax.random.key(0)`` if None.
 
     Returns:
-      ``(a [..., d_in, rank], b [..., rank, d_out], residual)``: factors in float32, the residual in the kernel's dtype,
-      rounded once (in bfloat16 that rounding is the only difference between residual + adapter and the kernel).
+      ``(a [..., d_in, rank], b [..., rank, d_out], residual)``: factors in float32, the residual
+      in the kernel's dtype, rounded once (in bfloat16 that rounding is the only difference between
+      residual + adapter and the kernel).
     """
     w = kernel.astype(jnp.float32)
     if iterations is None:
@@ -47,15 +49,17 @@ def pissa_init(
 def pissa_split(
     params: Mapping[str, Any], spec: AdapterSpec, *, iterations: int = 4
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A model's weights without the principal components of every adapted kernel, and the adapters that hold those.
+    """Moves every adapted kernel's principal components from the weights to the adapters.
 
     Args:
       params: base weights, layers stacked; they are not changed.
-      spec: of the adapters; each layer gives as many components as its rank.
-      iterations: of the randomized decomposition (deterministic: the same weights give the same split).
+      spec: of the adapters; the number of components of each layer is its rank.
+      iterations: of the randomized decomposition (deterministic: the same weights give the same
+        split).
 
     Returns:
-      ``(params, lora)``; together they compute what ``params`` alone did, up to the rounding of the residual's dtype.
+      ``(params, lora)``; together they compute the same as the original ``params``, up to the
+      rounding of the residual's dtype.
     """
     leaves: dict[str, Any] = flatten(params)
     adapters: dict[str, Any] = {}
@@ -79,7 +83,7 @@ _init = jax.jit(pissa_init, static_argnums=(1,), static_argnames=("iterations",)
 def _padded_init(
     kernel: jax.Array, rank: int, stored: int, scale: float, iterations: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`pissa_init` of one layer, its factors zero-padded to the stack's rank."""
+    """Runs `pissa_init` on one layer and zero-pads its factors to the stack's rank."""
     if rank == 0:
         lead = kernel.shape[:-2]
         zeros = jnp.zeros((*lead, kernel.shape[-2], stored)), jnp.zeros((*lead, stored, kernel.shape[-1]))
@@ -91,14 +95,18 @@ def _padded_init(
 
 
 def _svd(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``u [..., d_in, k], s [..., k], v [..., d_out, k]``: the last axis of all three counts components."""
+    """Returns ``u [..., d_in, k], s [..., k], v [..., d_out, k]`` of k singular values."""
     u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     return u, s, jnp.swapaxes(vt, -1, -2)
 
 
 def _randomized_svd(w: jax.Array, rank: int, iterations: int, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1: orthonormalised at every half step."""
-    width = min(rank + max(8, rank // 2), *w.shape[-2:])  # oversampling: the subspace is wider than what is kept
+    """Implements a randomized SVD with QR at every half step.
+
+    Source: Halko, Martinsson and Tropp (arXiv 0909.4061), algorithms 4.4 and 5.1.
+    """
+    # Oversampling: the subspace is wider than the result.
+    width = min(rank + max(8, rank // 2), *w.shape[-2:])
     q = jax.random.normal(key, (*w.shape[:-2], w.shape[-1], width), jnp.float32)
     q = jnp.linalg.qr(jnp.matmul(w, q, precision="highest"))[0]
     wt = jnp.swapaxes(w, -1, -2)

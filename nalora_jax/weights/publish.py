@@ -1,4 +1,4 @@
-"""A folder of this library's, with its card, to the hub."""
+"""Uploads a folder of this library, with its card, to the hub."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from nalora_jax.tokenizer import read_json
 from nalora_jax.weights.peft_config import CONFIG_NAME
 
 CARD = "README.md"
-# What a repository gets of a folder: an adapter's three files, or a merged model with its tokenizer.
+# Files that are uploaded: an adapter's three files, or a merged model with its tokenizer.
 FILES = (CARD, "*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
 
 
 def push_folder(
     folder: Path, repository: str, *, base_model: str | None = None, private: bool = False, message: str = ""
 ) -> str:
-    """Uploads an adapter or a merged model as one commit; the repository is made if there is none.
+    """Uploads an adapter or a merged model as one commit; creates the repository if there is none.
 
     Args:
-      folder: holds ``README.md``, and ``adapter_config.json`` or ``config.json`` with their weights; left as it is.
+      folder: contains ``README.md``, and ``adapter_config.json`` or ``config.json`` with their
+        weights; it is not changed.
       repository: hub id, ``owner/name``.
-      base_model: hub id that an adapter's uploaded files name as their base, in place of what they name here.
-      private: of a repository that is made.
+      base_model: hub id that an adapter's uploaded files name as their base, instead of the name
+        in ``folder``.
+      private: visibility of a new repository.
       message: of the commit.
 
     Returns:
       The address of the commit.
 
     Raises:
-      NaloraError: the folder is neither, has no card, or names a base that nobody else has; no token; or the hub
-        refuses or cannot be reached.
+      NaloraError: the folder is not an adapter or a merged model, has no card, or names a base
+        that is not on the hub; there is no token; or the hub refuses or cannot be reached.
     """
     _check_repository(repository)
     is_adapter = _check_folder(folder)
@@ -81,7 +83,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _check_folder(folder: Path) -> bool:
-    """Whether it is an adapter; a merged model otherwise."""
+    """Returns True for an adapter, False for a merged model; raises an error for other folders."""
     is_adapter = (folder / CONFIG_NAME).is_file()
     if not is_adapter and not ((folder / "config.json").is_file() and any(folder.glob("*.safetensors"))):
         expected = "the folder of a run, an adapter or a merged model"
@@ -99,7 +101,7 @@ def _base_of(folder: Path) -> str:
 
 @contextmanager
 def _prepared(folder: Path, base_model: str | None) -> Iterator[Path]:
-    """The folder itself, or a copy whose config and card name another base."""
+    """Yields the folder itself, or a copy whose config and card name another base."""
     if base_model is None:
         yield folder
         return
@@ -118,7 +120,7 @@ def _prepared(folder: Path, base_model: str | None) -> Iterator[Path]:
 
 @contextmanager
 def _complaints(repository: str) -> Iterator[None]:
-    """What the hub answers, as this library's errors."""
+    """Converts the hub's errors to `NaloraError`."""
     try:
         yield
     except errors.HfHubHTTPError as error:

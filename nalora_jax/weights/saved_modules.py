@@ -1,12 +1,15 @@
-"""Tables that are trained as a whole beside the adapters: PEFT's ``modules_to_save``, the token embedding and the head.
+"""Fully trained tables, PEFT's ``modules_to_save``: the token embedding and the head.
 
-They lie in the collection ``lora``, in float32, where they stand in for the base's:
+They are stored in the collection ``lora``, in float32, and replace the base's tables:
 
-    lora: {"embed": {"embedding": [vocab, d_model]}, "lm_head": {"kernel": [d_model, vocab]}, "layers": ...}
+    lora: {"embed": {"embedding": [vocab, d_model]},
+           "lm_head": {"kernel": [d_model, vocab]},
+           "layers": ...}
 
-A model with tied embeddings has one table for both, and PEFT keeps a trained copy for each module that is named, so
-that they part: with ``embed_tokens`` alone the head stays the base's. So does this library. PEFT's
-``ensure_weight_tying`` makes the head the trained embedding instead.
+A model with tied embeddings has one table for both. PEFT keeps a separate trained copy for each
+module that is named, which unties them: with ``embed_tokens`` alone the head stays the base's.
+This library does the same. With PEFT's ``ensure_weight_tying`` the head is the trained embedding
+instead.
 """
 
 from __future__ import annotations
@@ -28,27 +31,27 @@ from nalora_jax.weights.keymaps import keymap_for
 from nalora_jax.weights.peft_config import read_peft_config
 
 _HEAD, _EMBEDDING = TABLES["lm_head"], TABLES["embed_tokens"]
-# Of a module with trained rows: its table, which PEFT writes where it was resized.
+# Suffix of the table of a module with trained rows; PEFT writes the table if it was resized.
 RESIZED = "token_adapter.base_layer.weight"
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Name of each table's weight in transformers' files: ``{"embed_tokens": "model.embed_tokens.weight", ...}``."""
+    """Returns each table's name in transformers, e.g. ``model.embed_tokens.weight``."""
     tensors = keymap_for(replace(config, sight=None), "hf").tensors
     paths = {tensor.slots[0].path: tensor.name for tensor in tensors}
     return {"embed_tokens": paths[_EMBEDDING], "lm_head": paths.get(_HEAD, "lm_head.weight")}
 
 
 def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
-    """Rows of the trained tables in an adapter's folder; None where it has none, or cannot be read.
+    """Returns the row count of an adapter's trained tables; None if it has none or is unreadable.
 
     Args:
-      folder: in PEFT's format.
-      tensors: name of the file of tensors in it.
-      config: the base model; how many rows it has itself does not matter.
+      folder: adapter in PEFT's format.
+      tensors: name of its tensor file.
+      config: the base model; its number of rows is not used.
 
     Raises:
-      NaloraError: the embedding has other rows than the head.
+      NaloraError: the embedding and the head have different numbers of rows.
     """
     names = [f"base_model.model.{name}" for name in tensor_names(config).values()]
     keys = [*names, *(f"{name.removesuffix('.weight')}.{RESIZED}" for name in names)]
@@ -57,7 +60,7 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
             held = set(handle.keys())
             found = {key: handle.get_slice(key).get_shape()[0] for key in keys if key in held}
     except (SafetensorError, OSError, ValueError, IndexError):
-        return None  # reading the adapter says what is wrong
+        return None  # the error is reported when the adapter is read
     rows = set(found.values())
     if len(rows) > 1:
         shown = ", ".join(f"{count} of {key}" for key, count in found.items())
@@ -66,16 +69,17 @@ def table_rows(folder: Path, tensors: str, config: ModelConfig) -> int | None:
 
 
 def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
-    """Rows that a table needs for the ids of an adapter's trained rows; None where the base has them all.
+    """Returns the row count that an adapter's trained token ids need; None if the base's is
+    enough.
 
     Args:
-      folder: in PEFT's format.
+      folder: adapter in PEFT's format.
       config: the base model.
     """
     try:
         indices = read_peft_config(folder).token_indices
     except NaloraError:
-        return None  # reading the adapter says what is wrong
+        return None  # the error is reported when the adapter is read
     rows = 1 + max((token_id for _, ids in indices for token_id in ids), default=-1)
     return rows if rows > config.vocab_size else None
 
@@ -83,25 +87,26 @@ def rows_of_indices(folder: Path, config: ModelConfig) -> int | None:
 def take_saved(
     config: ModelConfig, tensors: dict[str, np.ndarray], names: Sequence[str], *, tied: bool, where: str
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The trained tables of an adapter file, taken out of its tensors.
+    """Removes the trained tables from an adapter's tensors and returns them.
 
     Args:
       config: the base model.
-      tensors: by PEFT's key; those of the tables are removed.
-      names: of ``modules_to_save``.
+      tensors: by PEFT's key; the entries of the tables are removed.
+      names: the entries of ``modules_to_save``.
       tied: ``ensure_weight_tying``: the head is the trained embedding.
-      where: names the file.
+      where: the file, for error messages.
 
     Returns:
-      Leaves of the ``lora`` tree by path, and the modules that they are.
+      Leaves of the ``lora`` tree by path, and the names of their modules.
 
     Raises:
-      NaloraError: a module that is not supported, a table that is missing, or one of another shape.
+      NaloraError: a module is not supported, or a table is missing or has the wrong shape.
     """
     leaves: dict[str, np.ndarray] = {}
     keys = {name: f"base_model.model.{tensor}" for name, tensor in tensor_names(config).items()}
-    # PEFT writes the head that it keeps tied, and both tables of an embedding that was resized, named or not; of those
-    # that are trained once more under their inner names, and what they were before.
+    # PEFT also writes a head that it keeps tied and, if the embedding was resized, both tables,
+    # even if they are not named. Trained tables are written a second time under their inner name
+    # (``modules_to_save``), together with their original values (``original_module``).
     for key in keys.values():
         for inner in ("modules_to_save", "original_module"):
             tensors.pop(f"{key.removesuffix('.weight')}.{inner}.weight", None)
@@ -131,7 +136,7 @@ def take_saved(
 
 
 def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The trained tables by PEFT's key, as its files hold them."""
+    """Returns the trained tables by PEFT's key, in the layout of its files."""
     leaves = trees.flatten(lora)
     found = {}
     for name in spec.saved:
@@ -143,12 +148,12 @@ def saved_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfi
 def fold_saved(
     config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
 ) -> tuple[ModelConfig, dict[str, Any], AdapterSpec]:
-    """The base with the trained tables, and trained rows of them, in place of its own.
+    """Replaces the base's tables by the trained tables and trained rows.
 
-    Embedding and head of a tied model part where one of them is trained without the other.
+    The embedding and head of a tied model become separate tables if only one of them is trained.
 
     Returns:
-      Config, parameters, and the spec of what is left of the adapter.
+      Config, parameters, and the spec of the remaining adapter.
     """
     if not spec.saved and not spec.token_indices:
         return config, dict(params), spec
@@ -170,13 +175,13 @@ def fold_saved(
 def with_whole_tables(
     config: ModelConfig, params: Mapping[str, Any], lora: Mapping[str, Any], spec: AdapterSpec
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """The adapter with whole trained tables in place of trained rows: the same function, whatever rows they are.
+    """Returns the equivalent adapter with full trained tables instead of trained rows.
 
     Args:
       config: the base model.
       params: its weights.
       lora: the adapter's tree.
-      spec: of the adapter.
+      spec: the adapter's spec.
     """
     if not spec.token_indices:
         return dict(lora), spec
@@ -194,10 +199,10 @@ def with_whole_tables(
 
 
 def refuse_saved(spec: AdapterSpec, where: str, remedy: str) -> None:
-    """Refuses an adapter with trained tables, or trained rows of them, where there is no place for them.
+    """Raises an error for trained tables or rows, which the target format cannot store.
 
     Raises:
-      NaloraError: it has some.
+      NaloraError: the adapter has trained tables or rows.
     """
     trained = [*spec.saved, *(f"rows of {name}" for name, _ in spec.token_indices)]
     if trained:

@@ -1,10 +1,12 @@
-"""Safetensors files written one tensor at a time.
+"""Writes safetensors files one tensor at a time.
 
-The library's own writer wants every tensor of a file in memory at once, which for a model is the model again. The
-format is a header that lists names, dtypes, shapes and byte ranges, and then the bytes, so that it can be streamed:
+The safetensors library's writer needs every tensor of a file in memory at once, which for a model
+is a second copy of the model. The format is a header with names, dtypes, shapes and byte ranges,
+followed by the bytes, so it can be streamed:
 
     8 bytes  length of the header, little endian
-    header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, "__metadata__": {"format": "pt"}}
+    header   {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
+              "__metadata__": {"format": "pt"}}
     data     the tensors' bytes in the header's order
 """
 
@@ -23,7 +25,7 @@ import numpy as np
 from nalora_jax.errors import NaloraError
 from nalora_jax.weights.folders import write_json
 
-# Names of numpy dtypes in safetensors, and back; those that model files use.
+# NumPy dtypes by their names in safetensors, restricted to the dtypes of model files.
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH = {"format": "pt"}
@@ -34,14 +36,14 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(text: str) -> int:
-    """Returns the bytes of a size as transformers writes it.
+    """Returns the number of bytes of a size in transformers' notation.
 
     Example:
       >>> parse_size("5GB"), parse_size("500MiB")
       (5000000000, 524288000)
 
     Raises:
-      NaloraError: it is none, or none of at least one byte.
+      NaloraError: the text is not a size, or is less than one byte.
     """
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
@@ -60,20 +62,20 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Size of its data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(
     folder: Path, infos: Iterable[TensorInfo], tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int
 ) -> None:
-    """``model.safetensors``, or numbered shards and their index where one file would exceed ``shard_bytes``.
+    """Writes ``model.safetensors``, or shards with an index if it would exceed ``shard_bytes``.
 
     Args:
-      folder: exists.
-      infos: what will come, in order.
-      tensors: name and array of each, in the same order; only one is held at a time.
-      shard_bytes: largest file; a tensor that is larger gets a file of its own.
+      folder: an existing folder.
+      infos: descriptions of the tensors, in order.
+      tensors: name and array of each, in the same order; only one is in memory at a time.
+      shard_bytes: largest file; a larger tensor gets a separate file.
     """
     shards = _plan(infos, shard_bytes)
     names = [_SINGLE]
@@ -98,9 +100,9 @@ def _plan(infos: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """One file that holds ``tensors``, sorted by name: equal tensors and metadata give equal bytes.
+    """Writes ``tensors``, sorted by name: equal tensors and metadata give equal bytes.
 
-    The library's own writer orders the metadata by a hash that differs between processes.
+    The safetensors library's writer orders the metadata by a hash that differs between processes.
     """
     infos = [TensorInfo(name, array.shape, array.dtype) for name, array in sorted(tensors.items())]
     _write_file(path, infos, iter(sorted(tensors.items())), metadata)

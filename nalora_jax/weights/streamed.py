@@ -1,6 +1,9 @@
-"""The safetensors of a folder in a bucket, read by ranges: no file is copied, and memory holds some chunks of a tensor.
+"""Reads the safetensors of a bucket folder by ranges, without copying files.
 
-A process reads the rows of a tensor that its devices hold. Where a mesh splits the other axis, it reads whole rows.
+Memory holds a few chunks of a tensor.
+
+A process reads the rows of a tensor that its devices need. If a mesh splits the other axis, it
+reads full rows.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ class StreamedFolder(SafetensorsFolder):
     """The tensors of a model's folder in a bucket, as a `TensorSource`.
 
     Args:
-      folder: local copies of its small files, the index of the shards among them.
+      folder: local copies of its small files, including the index of the shards.
       url: of the folder in the bucket.
 
     Raises:
-      NaloraError: as of `SafetensorsFolder`; the bucket refuses or does not answer.
+      NaloraError: see `SafetensorsFolder`; or the bucket refuses or does not respond.
     """
 
     def __init__(self, folder: Path, url: str) -> None:
@@ -48,7 +51,7 @@ class StreamedFolder(SafetensorsFolder):
         return self._url
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor in the file's own number format; the rows that hold it are fetched."""
+        """Returns a slice of a tensor in the file's format, fetching the rows around it."""
         stored = self._tensors[name]
         if not stored.shape:
             return self._fetched(stored, 0, stored.stop - stored.start).view(stored.format).reshape(())
@@ -58,7 +61,7 @@ class StreamedFolder(SafetensorsFolder):
         return flat.reshape(rows.stop - rows.start, *stored.shape[1:])[(slice(None), *columns)]
 
     def stored(self, name: str) -> FileTensor:
-        """The place of a tensor's bytes in the bucket."""
+        """Returns the location of a tensor's bytes in the bucket."""
         tensor = self._tensors[name]
         size = tensor.stop - tensor.start
         return _StreamedTensor(tensor.file, tensor.start, size, tensor.dtype, self._url_of(tensor))
@@ -67,7 +70,7 @@ class StreamedFolder(SafetensorsFolder):
         return f"{self._url}/{stored.file.name}"
 
     def _fetched(self, stored: Stored, start: int, stop: int) -> np.ndarray:
-        """Bytes of a tensor, uint8 ``[stop - start]``: a view of a chunk, or joined from several."""
+        """Returns bytes of a tensor, uint8 ``[stop - start]``, from one or more chunks."""
         url, parts = self._url_of(stored), []
         for first in range(start // CHUNK * CHUNK, stop, CHUNK):
             last = min(first + CHUNK, stored.stop - stored.start)
@@ -79,9 +82,10 @@ class StreamedFolder(SafetensorsFolder):
         return buckets.names(self._url)
 
     def _header(self, file: str) -> dict[str, Stored]:
-        """The tensors of one file, from its first bytes.
+        """Returns the tensors of one file, from its first bytes.
 
-        The safetensors library checks files alone: it gets one of the same header and size whose tensors are a hole.
+        The safetensors library checks local files only: it gets a sparse file with the same header
+        and size.
         """
         url = f"{self._url}/{file}"
         size, head = buckets.size(url), buckets.read(url, 0, _HEADER)
@@ -101,28 +105,28 @@ class StreamedFolder(SafetensorsFolder):
 
 @dataclass(frozen=True)
 class _StreamedTensor(FileTensor):
-    """A tensor's bytes in a bucket."""
+    """The location of a tensor's bytes in a bucket."""
 
     url: str
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Bytes of the tensor, uint8 ``[count]``."""
+        """Returns bytes of the tensor, uint8 ``[count]``."""
         first = self.start + start
         return np.frombuffer(buckets.read(self.url, first, first + count), np.uint8)
 
 
 class _Chunks:
-    """Ranges of files, each fetched once while it is among the last that were used."""
+    """A least-recently-used cache of file ranges; each cached range is fetched once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[str, int, int], Future[np.ndarray]] = OrderedDict()
 
     def get(self, url: str, start: int, stop: int) -> np.ndarray:
-        """Bytes of a file, uint8 ``[stop - start]``; a thread that needs what another one is fetching waits for it.
+        """Returns bytes ``start`` to ``stop`` of a file; waits for a fetch already in progress.
 
         Raises:
-          NaloraError: the bucket does not deliver them, or fewer.
+          NaloraError: the bucket does not deliver them, or delivers fewer.
         """
         key = (url, start, stop)
         with self._lock:
@@ -137,6 +141,8 @@ class _Chunks:
             try:
                 chunk.set_result(_bytes(url, start, stop))
             except BaseException as error:
+                with self._lock:
+                    self._held.pop(key, None)  # a later call tries again
                 chunk.set_exception(error)
         return chunk.result()
 

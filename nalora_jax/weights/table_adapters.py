@@ -1,10 +1,10 @@
-"""PEFT's low-rank adapters on the token embedding and the head, read as whole trained tables.
+"""PEFT's low-rank adapters on the token embedding and the head, read as full trained tables.
 
-    model.embed_tokens.lora_embedding_A [r, vocab]   lora_embedding_B [d_model, r]    W' = W + s (B A).T
-    lm_head.lora_A.weight [r, d_model]               lora_B.weight [vocab, r]         W' = W + s B A
+    model.embed_tokens.lora_embedding_A [r, vocab]  lora_embedding_B [d_model, r]  W + s (B A).T
+    lm_head.lora_A.weight [r, d_model]              lora_B.weight [vocab, r]       W + s B A
 
-PEFT writes the base's table W (``base_layer.weight``) next to such an adapter. The sum is a table of
-``modules_to_save`` (`nalora_jax.weights.saved_modules`): the same function, in float32.
+PEFT writes the base's table W (``base_layer.weight``) next to such an adapter. The sum is a table
+of ``modules_to_save`` (`nalora_jax.weights.saved_modules`): the same function, in float32.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ _BASE = "base_layer.weight"
 
 
 def fold_table_adapters(config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str) -> None:
-    """Replaces adapters on the embedding and the head by the tables that they make.
+    """Replaces adapters on the embedding and the head by the resulting tables.
 
     Args:
       config: the base model.
-      tensors: by PEFT's key; those of such adapters are removed, and tables added under the key of a trained one.
+      tensors: by PEFT's key; entries of such adapters are removed, and tables are added under the
+        key of a trained table.
       peft: ``adapter_config.json``.
-      where: names the file of tensors.
+      where: the tensor file, for error messages.
 
     Raises:
-      NaloraError: an adapter without its base's table, of another shape, with DoRA, or one that the config does not
-        name.
+      NaloraError: an adapter lacks its base's table, has the wrong shape, uses DoRA, or is not
+        covered by the config.
     """
     modules = [name.removesuffix(".weight") for name in tensor_names(config).values()]
     choices = peft.choose(modules)

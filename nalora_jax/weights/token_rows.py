@@ -1,13 +1,15 @@
-"""Rows of the embedding and the head that are trained alone: PEFT's ``trainable_token_indices`` in its files.
+"""Single trained rows of the embedding and head: PEFT's ``trainable_token_indices``.
 
-    model.embed_tokens.token_adapter.trainable_tokens_delta   [ids, d_model]   ->   embed/rows     [ids, d_model]
-    lm_head.token_adapter.trainable_tokens_delta              [ids, d_model]   ->   lm_head/rows   [ids, d_model]
+    model.embed_tokens.token_adapter.trainable_tokens_delta [ids, d_model]  ->  embed/rows
+    lm_head.token_adapter.trainable_tokens_delta [ids, d_model]             ->  lm_head/rows
 
-In spite of its name the delta is what the rows have become, not what was added to them. A tied head has the
-embedding's rows and no tensor of its own, unless it is named with other indices.
+In spite of its name the delta contains the trained rows themselves, not their difference to the
+base. A tied head shares the embedding's rows and has no separate tensor, unless it is named with
+other indices.
 
-An embedding that was resized before training is written beside the rows, as a whole (``token_adapter.base_layer``), for
-the rows of other new tokens are in no base. Such tables are read as those of ``modules_to_save``, rows put in.
+An embedding that was resized before training is also written in full
+(``token_adapter.base_layer``), because no base has the rows of the other new tokens. Such tables
+are read like ``modules_to_save``, with the trained rows inserted.
 """
 
 from __future__ import annotations
@@ -31,20 +33,23 @@ _ROWS = "token_adapter.trainable_tokens_delta"
 def take_token_rows(
     config: ModelConfig, tensors: dict[str, np.ndarray], peft: PeftConfig, where: str
 ) -> tuple[dict[str, np.ndarray], tuple[tuple[str, tuple[int, ...]], ...]]:
-    """The trained rows of an adapter file, taken out of its tensors; of resized tables a whole table is left there.
+    """Removes the trained rows from an adapter's tensors and returns them.
+
+    If the tables were resized, their full table stays in ``tensors``.
 
     Args:
       config: the base model, resized for the adapter.
-      tensors: by PEFT's key; those of rows are removed, and tables come under the key of a trained one.
+      tensors: by PEFT's key; entries of rows are removed, and resized tables are moved to the key
+        of a trained table.
       peft: ``adapter_config.json``.
-      where: names the file of tensors.
+      where: the tensor file, for error messages.
 
     Returns:
       Leaves of the ``lora`` tree by path, and the tables with their ids in the order of the rows.
 
     Raises:
-      NaloraError: an id that the base has no row for, a table that ``modules_to_save`` names too, rows that are missing
-        or of another shape.
+      NaloraError: an id has no row in the base, a table is also named by ``modules_to_save``, or
+        rows are missing or have the wrong shape.
     """
     spec = AdapterSpec(token_indices=peft.token_indices, saved=_names(peft.modules_to_save))
     remedy = "is it an adapter of another base, or of one with more tokens? Their tokenizer belongs into its folder"
@@ -54,7 +59,7 @@ def take_token_rows(
     kept = []
     for name, tensor in tensor_names(config).items():
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
-        # A tied head's are those of the embedding once more, where they are there at all.
+        # A tied head's rows, if they are in the file at all, are a copy of the embedding's.
         ids = own.get(name, own.get("embed_tokens", ()) if config.tie_embeddings else ())
         rows, table = tensors.pop(f"{module}.{_ROWS}", None), tensors.pop(f"{module}.{RESIZED}", None)
         if rows is None and name in own:
@@ -66,7 +71,8 @@ def take_token_rows(
                 found=f"shape {rows.shape}",
             )
         if table is not None:
-            if rows is not None and table.shape == (config.vocab_size, config.d_model):  # else it is refused there
+            # take_saved raises an error for a table with another shape.
+            if rows is not None and table.shape == (config.vocab_size, config.d_model):
                 table[list(ids)] = rows
             tensors[f"{module}.weight"] = table
         elif rows is not None and name in own:
@@ -81,7 +87,7 @@ def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def token_row_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The trained rows by PEFT's key, as its files hold them."""
+    """Returns the trained rows by PEFT's key, in the layout of its files."""
     leaves, names = trees.flatten(lora), tensor_names(config)
     return {
         f"base_model.model.{names[name].removesuffix('.weight')}.{_ROWS}": np.asarray(leaves[ROWS[name]], np.float32)
@@ -90,9 +96,10 @@ def token_row_tensors(lora: Mapping[str, Any], spec: AdapterSpec, config: ModelC
 
 
 def token_settings(spec: AdapterSpec) -> dict[str, Any]:
-    """The field of ``adapter_config.json``; none where no rows are trained.
+    """Returns the field of ``adapter_config.json``; empty if no rows are trained.
 
-    Example: ``{"trainable_token_indices": [5, 6]}`` of the embedding alone, else ``{"embed_tokens": [5, 6], ...}``.
+    Example: ``{"trainable_token_indices": [5, 6]}`` for the embedding alone, otherwise
+    ``{"embed_tokens": [5, 6], ...}``.
     """
     listed = {name: list(ids) for name, ids in spec.token_indices}
     if not listed:

@@ -1,4 +1,4 @@
-"""A tokenizer's files as transformers reads them: copied from the base's folder, or written from a `Tokenizer`."""
+"""Tokenizer files for transformers: copied from the base, or written from a `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.tokenizer import Tokenizer, read_json
 from nalora_jax.weights.folders import write_json
 
-# Everything beside the weights that a causal language model's folder may hold for its text side.
+# All files except the weights that a causal language model's folder may have for its text side.
 FILES = (
     "added_tokens.json",
     DEFAULT_FILE,
@@ -30,12 +30,12 @@ FILES = (
 )
 
 
-# What a model that sees has besides.
+# Further files of a multimodal model.
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def copy_tokenizer(source: Path, folder: Path, *, images: bool = False) -> None:
-    """Copies what ``source`` holds of `FILES`, and with ``images`` of `IMAGE_FILES`.
+    """Copies ``source``'s files that are in `FILES` or, with ``images``, in `IMAGE_FILES`.
 
     Raises:
       NaloraError: there is no tokenizer among them.
@@ -53,13 +53,14 @@ def _copy(name: str, source: Path, folder: Path) -> None:
 
 
 def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Path | None = None) -> None:
-    """Writes a tokenizer that tokens were added to: the files of ``source`` with its vocabulary.
+    """Writes a tokenizer with added tokens: the files of ``source`` with its vocabulary.
 
     Args:
       tokenizer: with the tokens.
-      source: holds the files that it was made from, or those of the adapter that it came with.
-      folder: exists.
-      base: folder of the base, whose generation_config.json and image settings go along; an adapter needs none.
+      source: folder with the files that it was built from, or with the files of its adapter.
+      folder: an existing folder.
+      base: folder of the base, whose generation_config.json and image settings are copied; None
+        for an adapter.
     """
     of_base = ("generation_config.json", *IMAGE_FILES)
     for name in (*FILES, *IMAGE_FILES):
@@ -70,7 +71,8 @@ def write_extended(tokenizer: Tokenizer, source: Path, folder: Path, *, base: Pa
     added = tokenizer.backend.get_added_tokens_decoder()
     settings = read_json(folder / "tokenizer_config.json", missing={})
     slow = folder / "added_tokens.json"
-    if "added_tokens_decoder" in settings or slow.is_file():  # transformers believes these more than tokenizer.json
+    # transformers gives these precedence over tokenizer.json.
+    if "added_tokens_decoder" in settings or slow.is_file():
         flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
         listed = {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added.items()}
         write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": listed})
@@ -84,8 +86,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
     """Writes tokenizer.json, tokenizer_config.json, generation_config.json and the chat templates.
 
     Args:
-      tokenizer: what is written; transformers will encode as its ``encode`` does.
-      folder: exists.
+      tokenizer: the tokenizer; transformers will encode like its ``encode``.
+      folder: an existing folder.
       max_length: the model's context.
     """
     _with_bos(tokenizer).save(str(folder / "tokenizer.json"))
@@ -105,7 +107,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> N
 
 
 def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """A copy of the backend whose post-processor adds the begin-of-sequence token where the model wants it."""
+    """Returns a copy of the backend that adds the begin token if the model uses one."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     if tokenizer.add_bos and tokenizer.bos_id is not None:
         token = backend.id_to_token(tokenizer.bos_id)

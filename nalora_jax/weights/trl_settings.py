@@ -1,7 +1,8 @@
 """Converts TRL's `SFTConfig` and `DPOConfig` to the settings of a run.
 
-`TRL` has every field that these classes add to `TrainingArguments`, and the common ones of that; docs/from_trl.md shows
-the table. Fields that a file does not name have TRL's defaults, and what cannot be carried over is returned as notes.
+`TRL` contains every field that these classes add to `TrainingArguments`, and the latter's common
+fields; docs/from_trl.md shows the table. Fields that a file does not set have TRL's defaults;
+settings that cannot be converted are returned as notes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _reported(value: Any) -> Any:
 
 
 def _dataset(value: Any) -> Any:
-    """Returns a path as it is, and a hub id with its scheme."""
+    """Returns a path unchanged, and a hub id with its scheme."""
     text = str(value)
     return text if re.search(r"\.\w+$|^[./~]", text) else f"hf:{text}"
 
@@ -202,7 +203,7 @@ DEFAULTS: dict[str, Any] = {
 }
 RATES: dict[Trainer, float] = {"sft": 2e-5, "dpo": 1e-6}
 LORA: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
-_PEFTS_TARGETS = ("q_proj", "v_proj")  # of Llama, Mistral, Mixtral, Gemma and Qwen
+_PEFTS_TARGETS = ("q_proj", "v_proj")  # for Llama, Mistral, Mixtral, Gemma and Qwen
 
 
 def trainer_of(values: Mapping[str, Any]) -> Trainer:
@@ -225,7 +226,7 @@ def from_trl(values: Mapping[str, Any], trainer: Trainer | None = None) -> tuple
     defaults = DEFAULTS | {"learning_rate": RATES[trainer]}
     if values.get("max_seq_length") is not None:
         defaults["max_length"] = values["max_seq_length"]
-    # null is the default, but of max_length, where it means no limit
+    # null is the default, except for max_length, for which it means no limit
     complete = defaults | {name: value for name, value in values.items() if value is not None or name == "max_length"}
     settings, notes = converted(complete, TRL, "SFTConfig" if trainer == "sft" else "DPOConfig")
     for part in (_length, _schedule, _batch, _lora, _evaluation, _precision, _data):
@@ -244,7 +245,7 @@ def _number(values: Mapping[str, Any], name: str, default: float) -> Any:
 
 
 def _length(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Length of a run and of its rows."""
+    """Sets the length of a run and of its packed sequences."""
     if settings.get("steps"):
         settings.pop("epochs", None)
     put(settings, "data.too_long", "truncate")
@@ -254,7 +255,7 @@ def _length(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _schedule(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Ends at 0 and warms up from 0, as transformers' schedules do."""
+    """Lets the learning rate end at 0 and warm up from 0, as transformers' schedules do."""
     put(settings, "optimizer.final_ratio", 0.0)
     put(settings, "optimizer.warmup_from_zero", True)
     steps = _number(values, "warmup_steps", 0)
@@ -274,7 +275,10 @@ def _batch(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Adapters of `ModelConfig`, with the defaults of TRL and PEFT; our own rules if TRL trains all weights."""
+    """Converts the adapters of `ModelConfig`, with the defaults of TRL and PEFT.
+
+    If TRL trains all weights, this library's default rules apply.
+    """
     named = [name for name in values if name.startswith("lora_") and values[name] is not None]
     notes = [] if values.get("use_peft") else ["without use_peft TRL trains all weights; here adapters are trained"]
     if not named and not values.get("use_peft"):
@@ -293,7 +297,7 @@ def _lora(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluation(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Intervals of evaluation: none by default, else `eval_steps`, else `logging_steps`."""
+    """Sets the evaluation interval: `eval_steps`, else `logging_steps`; none by default."""
     strategy = values["eval_strategy"]
     if strategy in _NO:
         put(settings, "train.eval_every", 0)
@@ -312,7 +316,10 @@ def _evaluation(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _precision(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """bfloat16 unless the file turns it off; TRL's default stores weights in float32 and computes in bfloat16."""
+    """Selects bfloat16 unless the file turns it off.
+
+    TRL's default stores weights in float32 and computes in bfloat16.
+    """
     mixed = values.get("bf16") in (None, True)
     dtype = settings.get("compute", {}).get("dtype", "float32" if values.get("dtype") != "auto" else "bfloat16")
     put(settings, "compute.dtype", "bfloat16" if mixed else dtype)
@@ -328,7 +335,7 @@ def _data(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _targets(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Tokens in the loss, which TRL chooses by the records unless the file does."""
+    """Sets the loss tokens, which TRL chooses by the records unless the file does."""
     if values.get("assistant_only_loss") or values.get("completion_only_loss") is not None:
         return []
     return [
@@ -338,7 +345,10 @@ def _targets(settings: Settings, values: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs(settings: Settings, values: Mapping[str, Any]) -> list[str]:
-    """Preference losses: rows hold both answers, and dropout is off by default."""
+    """Sets the preference loss; a packed sequence contains both responses of a pair.
+
+    Dropout is off by default, as in DPOConfig.
+    """
     put(settings, "preference.loss", "dpo")
     if _loss_name(values.get("loss_type")) == "sigmoid_norm":
         put(settings, "preference.per_token", True)

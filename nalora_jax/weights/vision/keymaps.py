@@ -1,6 +1,7 @@
-"""Tensor names of every encoder family, as transformers' files have them; see `nalora_jax.weights.keymaps`.
+"""Tensor names of every encoder family in transformers' files; see `nalora_jax.weights.keymaps`.
 
-A tower's table is written as for a folder of its own; in a dual encoder's file the names follow a prefix (``rows``).
+A tower's table has the names in a folder with this tower only; in a dual encoder's file the names
+have a prefix.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class VisionTensorRow:
     """One kind of tensor: ``{layer}`` in a name runs over the stack."""
 
     name: str
-    paths: tuple[str, ...]  # several where the file fuses them along its first axis
-    change: str = ""  # "transpose": kernels; "patches": a convolution's kernel; "lead": axes of length 1 in front
+    paths: tuple[str, ...]  # several if the file fuses them along its first axis
+    change: str = ""  # "transpose" (kernels), "patches" (a convolution's kernel), "lead" (axes of length 1)
 
 
 def _dense(name: str, path: str) -> tuple[VisionTensorRow, VisionTensorRow]:
@@ -60,7 +61,7 @@ _CLIP_VISION = (
     VisionTensorRow("embeddings.class_embedding", ("class_token",)),
     VisionTensorRow("embeddings.patch_embedding.weight", ("patches/kernel",), "patches"),
     VisionTensorRow("embeddings.position_embedding.weight", ("positions/embedding",)),
-    *_norm("pre_layrnorm", "embed_norm"),  # the files' own spelling
+    *_norm("pre_layrnorm", "embed_norm"),  # the spelling in the files
     *_norm("post_layernorm", "final_norm"),
     *_CLIP_LAYERS,
 )
@@ -99,7 +100,7 @@ _DINOV2 = (
         _VIT_ATTENTION | {"mlp.fc1": "ffn/in_proj", "mlp.fc2": "ffn/out_proj", "mlp.weights_out": "ffn/down_proj"},
         {"norm1": "attn_norm", "norm2": "ffn_norm"},
     ),
-    # A gated FFN's two halves are one tensor there.
+    # The files fuse the two halves of a gated FFN into one tensor.
     VisionTensorRow(
         "encoder.layer.{layer}.mlp.weights_in.weight",
         ("layers/ffn/gate_proj/kernel", "layers/ffn/up_proj/kernel"),
@@ -155,13 +156,17 @@ TABLES: dict[str, tuple[VisionTensorRow, ...]] = {
     "bert": _BERT,
 }
 
-# What a file may hold besides: buffers, heads of other tasks, and dense layers behind a pooling that is not used.
+# Further tensors that a file may contain: buffers, heads of other tasks, and the dense layer of an
+# unused pooler.
 _IGNORED = (r"position_ids$", r"^classifier\.", r"^cls\.", r"mask_token$")
 _POOLER_UNUSED = r"(^|\.)pooler\.dense\."
 
 
 def encoder_keymap(config: EncoderConfig) -> KeyMap:
-    """The key map of a folder that holds one tower; wrappers' prefixes (``bert.``, ``vision_model.``) are optional."""
+    """Returns the key map of a folder with one tower.
+
+    The prefixes of wrappers (``bert.``, ``vision_model.``) are optional.
+    """
     tensors = tuple(tower_tensors(config, "", ""))
     ignored = _IGNORED if config.pooler else (*_IGNORED, _POOLER_UNUSED)
     renames = (
@@ -172,7 +177,7 @@ def encoder_keymap(config: EncoderConfig) -> KeyMap:
 
 
 def dual_keymap(config: DualConfig) -> KeyMap:
-    """The key map of a dual encoder's folder."""
+    """Returns the key map of a dual encoder's folder."""
     tensors = [
         *tower_tensors(config.image, "image/", "vision_model."),
         *tower_tensors(config.text, "text/", "text_model."),
@@ -191,7 +196,7 @@ def dual_keymap(config: DualConfig) -> KeyMap:
 
 
 def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[SourceTensor]:
-    """A tower's tensors, under a prefix in the file and a path in the tree."""
+    """Yields a tower's tensors, under a prefix in the file and a path in the tree."""
     shapes = {f"{path}{name}": shape for name, shape in config.param_shapes().items()}
     covered: set[str] = set()
     for row in TABLES[config.model_type]:
@@ -199,7 +204,7 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
         if all(name in shapes for name in ours.paths):
             covered |= set(ours.paths)
             yield from row_tensors(ours, shapes, config)
-    # A pair's projections have names of their own, see `dual_keymap`.
+    # The projections of a pair have other names, see `dual_keymap`.
     left = {name for name in set(shapes) - covered if not name.endswith("projection/kernel")}
     assert not left, f"{config.model_type}: {left}"
 
@@ -207,7 +212,7 @@ def tower_tensors(config: EncoderConfig, path: str, prefix: str) -> Iterator[Sou
 def row_tensors(
     row: VisionTensorRow, shapes: Mapping[str, tuple[int, ...]], config: EncoderConfig
 ) -> Iterator[SourceTensor]:
-    """The tensors of one row: one, or one per layer."""
+    """Yields the tensors of one row: one, or one per layer."""
     layers = range(config.n_layers) if "{layer}" in row.name else [None]
     ours = [shapes[path]["{layer}" in row.name :] for path in row.paths]
     shape, rows, transform = _turned(row.change, ours, config)
@@ -221,7 +226,7 @@ def row_tensors(
 def _turned(
     change: str, ours: list[tuple[int, ...]], config: EncoderConfig
 ) -> tuple[tuple[int, ...], list[int], Transform]:
-    """Shape of the file's tensor, its rows per part, and what is done to it."""
+    """Returns the shape of the file's tensor, its rows per part, and the transformation."""
     first = ours[0]
     if change == "transpose":
         rows = [shape[-1] for shape in ours]
@@ -246,7 +251,10 @@ def _swap(array: Array) -> Array:
 
 
 def _from_conv(kernel: Array) -> Array:
-    """``[d, channels, p, p]`` -> ``[p * p * channels, d]``: a strided convolution is a product of its patches."""
+    """Converts ``[d, channels, p, p]`` to ``[p * p * channels, d]``.
+
+    A strided convolution is a matmul of its patches.
+    """
     return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
 
 
@@ -254,13 +262,13 @@ def _to_conv(kernel: Array, patch: int) -> Array:
     return kernel.reshape(patch, patch, -1, kernel.shape[-1]).transpose(3, 2, 0, 1)
 
 
-# ---------------------------------------------------------------- whole trees
+# ---------------------------------------------------------------- complete trees
 
 
 def params_from_tensors(
     config: DualConfig | EncoderConfig, tensors: Mapping[str, Array], dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """The parameter tree of a model whose tensors are at hand, by the file's names; for exporters' formats and tests.
+    """Builds a parameter tree from in-memory tensors by the file's names; for exporters, tests.
 
     Raises:
       NaloraError: a tensor is missing, unknown or misshapen.
@@ -278,7 +286,7 @@ def params_from_tensors(
 def tensors_from_params(
     config: DualConfig | EncoderConfig, params: Mapping[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of a model's file: the inverse of `params_from_tensors`."""
+    """Yields names and tensors of a model's file: the inverse of `params_from_tensors`."""
     leaves = flatten(params)
     keymap = dual_keymap(config) if isinstance(config, DualConfig) else encoder_keymap(config)
     for tensor in keymap.tensors:
@@ -287,7 +295,7 @@ def tensors_from_params(
 
 
 def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
-    """transformers' module of the stacked projection ``path``, with ``{layer}`` in it: where PEFT puts an adapter."""
+    """Returns transformers' module of the stacked projection ``path``, with ``{layer}`` in it."""
     if isinstance(config, EncoderConfig):
         tower, prefix, name = config, "", path
     else:
@@ -300,7 +308,7 @@ def module_names(config: DualConfig | EncoderConfig, path: str) -> str:
 
 
 def _in_memory(tower: EncoderConfig, name: str) -> str:
-    """The name that transformers 5's modules have where it differs from the files' (ViT, DINOv2)."""
+    """Returns the module name in transformers 5 if it differs from the files' (ViT, DINOv2)."""
     if tower.model_type not in ("vit", "dinov2"):
         return name
     name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)

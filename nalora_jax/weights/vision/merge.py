@@ -1,4 +1,4 @@
-"""A dual encoder with its adapters folded in, as a folder that transformers loads."""
+"""Writes a dual encoder with merged adapters as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_merged_dual(
     shard_bytes: int = 5 * 10**9,
     card: str | None = None,
 ) -> Path:
-    """Writes the merged pair beside its tokenizer and image processor; the folder appears whole or not at all.
+    """Writes the merged pair, tokenizer and image processor; a folder appears only if complete.
 
     Args:
       folder: new or empty.
@@ -40,14 +40,14 @@ def write_merged_dual(
       params: its weights.
       lora: the trained tree.
       spec: its spec.
-      source: the base's folder, whose config.json, tokenizer and processor are taken over.
+      source: the base's folder, whose config.json, tokenizer and processor are copied.
       dtype: "float32", "float16" or "bfloat16".
       shard_bytes: largest file.
       card: text of README.md.
 
     Raises:
-      NaloraError: towers that never met, which no format of transformers describes; an unknown dtype, a folder with
-        other content, or a failed write.
+      NaloraError: separately trained towers, which no format of transformers describes; an unknown
+        dtype, a folder with other content, or a failed write.
     """
     if config.trained:
         raise NaloraError(

@@ -1,4 +1,4 @@
-"""A dual encoder's name in, everything that a run needs of it out."""
+"""Loads a dual encoder or one tower by name, with tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nalora_jax.weights.vision import hub
 from nalora_jax.weights.vision.keymaps import dual_keymap, encoder_keymap
 from nalora_jax.weights.vision.onnx import OnnxFile
 
-# Between the names of two towers that were never trained together.
+# Separates the names of two towers that were trained separately.
 JOIN = "+"
 
 
@@ -38,14 +38,14 @@ class LoadedDual:
     params: dict[str, Any]
     tokenizer: TextTokenizer
     processor: ImageProcessor
-    source: str  # what its adapters call their base
+    source: str  # the base's name in its adapters
     fingerprint: str
-    origin: Origin | None = None  # where the weights come from, where they come from one folder
+    origin: Origin | None = None  # source of the weights, if they come from one folder
 
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """One tower, with what its inputs need."""
+    """One tower, with the tokenizer or image processor for its inputs."""
 
     config: EncoderConfig
     params: dict[str, Any]
@@ -69,18 +69,20 @@ def load_dual(
     """Loads a dual encoder.
 
     Args:
-      source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder; or two towers,
-        ``image+text``, each a folder, a hub id or an alias of `hub.ALIASES`, which are then given fresh projections.
+      source: a Hugging Face folder or hub id of CLIP, SigLIP, SigLIP 2 or a VisionTextDualEncoder;
+        or two towers, ``image+text``, each a folder, a hub id or an alias of `hub.ALIASES`, which
+        get fresh projections.
       dtype: of the parameters, "bfloat16" or "float32".
       mesh: devices that share the parameters; the first device by default.
-      cache: where packages are kept.
+      cache: folder for downloaded packages.
       d_out: features of two towers' projections; 0: the smaller tower's width.
-      loss: what two towers are to be trained by, "softmax" or "sigmoid".
+      loss: training loss of two towers, "softmax" or "sigmoid".
       seed: of the projections.
-      image_size: side of the images in pixels; 0: the model's own.
+      image_size: side of the images in pixels; 0: the model's size.
 
     Raises:
-      NaloraError: the model cannot be found, read or understood; the message names the file and the field.
+      NaloraError: the model cannot be found, read or understood; the message names the file and
+        the field.
     """
     _check_dtype(dtype)
     image, plus, text = source.partition(JOIN)
@@ -103,7 +105,7 @@ def load_dual(
 
 
 def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: str = "softmax") -> DualConfig:
-    """The description of a dual encoder, without its weights; arguments as of `load_dual`."""
+    """Returns a dual encoder's description, without weights; arguments as in `load_dual`."""
     image, plus, text = source.partition(JOIN)
     if plus and not Path(source).exists():
         seen, read = (_description(name.strip(), cache)[0] for name in (image, text))
@@ -113,7 +115,7 @@ def read_dual(source: str, *, cache: Path | None = None, d_out: int = 0, loss: s
 
 
 def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path | None, str]:
-    """A tower's architecture, its folder (None where its weights are one ONNX file), and its name."""
+    """Returns a tower's architecture, folder (None if it is one ONNX file), and name."""
     if source in hub.ONNX:
         return read_encoder(hub.ONNX[source].config, source), None, source
     folder, name = hub.resolve_folder(source, cache)
@@ -124,10 +126,10 @@ def _description(source: str, cache: Path | None) -> tuple[EncoderConfig, Path |
 def load_encoder(
     source: str, *, dtype: str, mesh: Mesh | None = None, cache: Path | None = None, prefix: str = ""
 ) -> LoadedEncoder:
-    """Loads one tower: a Hugging Face folder or hub id of an encoder, or an alias of `hub.ALIASES`.
+    """Loads one tower: an encoder's folder or hub id, or an alias of `hub.ALIASES`.
 
     Args:
-      source, dtype, mesh, cache: as of `load_dual`.
+      source, dtype, mesh, cache: as in `load_dual`.
       prefix: path of the tower in the tree that it will be part of, for the layout on the mesh.
 
     Raises:
@@ -162,10 +164,10 @@ def join(
     seed: int = 0,
     image_size: int = 0,
 ) -> LoadedDual:
-    """Two towers that were never trained together, with fresh projections; arguments as of `load_dual`.
+    """Combines two separately trained towers with fresh projections; arguments as in `load_dual`.
 
     Raises:
-      NaloraError: a tower is of the other kind, or their images cannot be made of that size.
+      NaloraError: a tower is of the other kind, or its images cannot be resized to that size.
     """
     width = d_out or min(tower.config.d_model for tower in (image, text))
     config = compose(image.config, text.config, width, loss)
@@ -180,7 +182,7 @@ def join(
 
 
 def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> ImageProcessor:
-    """The processor for squares of ``side`` pixels, where that is not 0."""
+    """Returns the processor for squares of ``side`` pixels; unchanged if ``side`` is 0."""
     if not side:
         return processor
     if config.any_shape:
@@ -197,7 +199,10 @@ def _of_side(processor: ImageProcessor, config: EncoderConfig, side: int) -> Ima
 
 
 def _fresh(config: DualConfig, seed: int, mesh: Mesh | None) -> dict[str, Any]:
-    """Projections and temperature of towers that have never met; float32, since they are trained."""
+    """Initializes projections and temperature of separately trained towers.
+
+    They are float32 because they are trained.
+    """
     projections = ("image/projection/kernel", "text/projection/kernel", "logit_scale", "logit_bias")
     leaves = trees.flatten(init_params(config, jax.random.key(seed)))
     shardings = _shardings(config, mesh)
@@ -213,7 +218,7 @@ def _tokenizer(folder: Path, config: EncoderConfig) -> TextTokenizer:
 
 
 def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
-    """The pooling that sentence-transformers notes beside a BERT."""
+    """Applies the pooling that sentence-transformers records for a BERT."""
     settings = read_json(folder / "1_Pooling" / "config.json", missing={})
     if config.model_type == "bert" and settings.get("pooling_mode_cls_token"):
         return replace(config, pooling="first")
@@ -221,7 +226,7 @@ def _pooled(config: EncoderConfig, folder: Path) -> EncoderConfig:
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:  # before anything is downloaded
+    if dtype not in DTYPES:  # checked before the download
         raise NaloraError("dtype", expected=" or ".join(DTYPES), found=repr(dtype))
 
 

@@ -1,4 +1,4 @@
-"""The weights of an ONNX file under the names that they had before the export."""
+"""Reads the weights of an ONNX file under the names that they had before the export."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ _WEIGHT = ("MatMul", "Gemm")
 
 
 class OnnxFile:
-    """The initialisers of an ONNX file, as a `nalora_jax.weights.load.TensorSource`.
+    """The initializers of an ONNX file, as a `nalora_jax.weights.load.TensorSource`.
 
-    PyTorch's exporter keeps a tensor's name unless it folds a transposition or a constant into it; then the name is
-    that of the node that reads it: the weight of ``/encoder/layer.0/attention/query/MatMul`` is
-    ``encoder.layer.0.attention.query.weight``, transposed.
+    PyTorch's exporter keeps a tensor's name unless it folds a transposition or a constant into it.
+    In that case the name is derived from the node that reads it: the weight of
+    ``/encoder/layer.0/attention/query/MatMul`` is ``encoder.layer.0.attention.query.weight``,
+    transposed.
 
     Args:
       path: the file.
-      prefix: of the names that are wanted ("backbone."); other tensors are left out, as are numbers that no layer has.
+      prefix: of the names to read ("backbone."); other tensors are left out, and so are constants
+        that belong to no layer.
 
     Raises:
-      NaloraError: the package onnx is missing, or the file is damaged or keeps its weights elsewhere.
+      NaloraError: the package onnx is missing, or the file is damaged or stores its weights in
+        other files.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
@@ -43,26 +46,26 @@ class OnnxFile:
         return str(self.path)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor by its name before the export."""
+        """Returns the shape of every tensor by its name before the export."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def check_readable(self, name: str) -> None:
-        """Refuses what is not float32, float16 or bfloat16."""
+        """Raises an error if the tensor is not float32, float16 or bfloat16."""
         kind = self._tensors[name].dtype
         if kind.kind != "f" and kind.name != "bfloat16":
             raise NaloraError(f"{self.path}: {name}", expected="floating-point numbers", found=kind.name)
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A slice of a tensor."""
+        """Returns a slice of a tensor."""
         tensor = self._tensors[name]
         return (tensor if tensor.shape else tensor.reshape(1))[index]
 
     def stored(self, name: str) -> FileTensor:
-        """The file as a whole: where a tensor's bytes lie within it is its format's affair."""
+        """Returns the complete file: a tensor's position depends on the ONNX encoding."""
         return FileTensor(self.path, 0, self.path.stat().st_size, self._tensors[name].dtype.name)
 
     def digest(self, config: Any) -> str:
-        """The model's fingerprint: of the description, and every byte of the file."""
+        """Returns the model's fingerprint: a hash of the description and every byte of the file."""
         text = f"{config} {file_sha256(self.path)} {self.prefix}"
         return FINGERPRINT_PREFIX + hashlib.sha256(text.encode()).hexdigest()
 
@@ -79,18 +82,18 @@ class OnnxFile:
             if any(tensor.external_data for tensor in graph.initializer):
                 raise ValueError("its weights lie in other files")
             arrays = {tensor.name: helper.to_array(tensor) for tensor in graph.initializer}
-            # Names that are no UTF-8 come as bytes, and fail where they are read as text.
+            # Names that are not UTF-8 are bytes; startswith raises a TypeError for them.
             found = {name: array for name, array in arrays.items() if not name.startswith("onnx::")}
             found |= dict(filter(None, (_named(node, arrays) for node in graph.node)))
             found |= _positions(graph, arrays, self.prefix)
-        except Exception as error:  # protobuf's own, or the system's
+        except Exception as error:  # protobuf's errors, or the system's
             raise NaloraError(self.where, expected="a whole ONNX file", found=f"{error}"[:200]) from error
         wanted = {name: array for name, array in found.items() if name.startswith(self.prefix)}
         return {name.removeprefix(self.prefix): array for name, array in wanted.items()}
 
 
 def _named(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray] | None:
-    """The weight that a product reads, by its layer's name, in PyTorch's orientation."""
+    """Returns the weight that a matmul reads, by its layer's name, in PyTorch's orientation."""
     if node.op_type not in _WEIGHT or len(node.input) < 2 or not node.input[1].startswith("onnx::"):
         return None
     array = arrays.get(node.input[1])
@@ -102,7 +105,10 @@ def _named(node: Any, arrays: Mapping[str, np.ndarray]) -> tuple[str, np.ndarray
 
 
 def _positions(graph: Any, arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """A ViT's position embeddings, which an export that resizes them cuts in two: the class token's, the patches'."""
+    """Joins a ViT's position embeddings.
+
+    An export that resizes them splits them into the class token's and the patches'.
+    """
     width = max((a.shape[-1] for n, a in arrays.items() if n.endswith("cls_token")), default=0)
     parts: dict[str, np.ndarray] = {}
     for node in graph.node:

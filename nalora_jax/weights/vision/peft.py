@@ -1,8 +1,8 @@
-"""PEFT adapter folders of dual encoders: written and read, both towers in one file.
+"""Writes and reads PEFT adapter folders of dual encoders, with both towers in one file.
 
-The two files are PEFT's own (``PeftModel.from_pretrained(CLIPModel..., folder)`` loads them). What training changed
-besides the adapters (projections between towers that had never met, the temperature) has no place in them and lies
-beside, in ``trained.safetensors``, under transformers' names.
+The two files have PEFT's format (``PeftModel.from_pretrained(CLIPModel..., folder)`` loads them).
+Other trained parameters (projections between separately trained towers, the temperature) cannot be
+stored there and are written to ``trained.safetensors``, under transformers' names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nalora_jax.weights.vision.keymaps import module_names
 
 TRAINED = "trained.safetensors"
 OWN_FILES = frozenset({CONFIG_NAME, TENSORS_NAME, TRAINED, "README.md"})
-# Leaves that may be trained as a whole, as transformers calls them; kernels are transposed there.
+# Leaves that may be fully trained, with transformers' names; kernels are transposed there.
 _WHOLE = {
     "image/projection/kernel": "visual_projection.weight",
     "text/projection/kernel": "text_projection.weight",
@@ -52,16 +52,16 @@ def export_dual_adapter(
     fingerprint: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes an adapter of either or both towers as PEFT loads it.
+    """Writes an adapter of one or both towers in PEFT's format.
 
     Args:
       lora: the trained tree (`nalora_jax.models.vision.dual.init_lora`).
       spec: its spec.
       config: the pair.
       folder: new or empty; the files appear in it together or not at all.
-      base_model_name: what other tools load as the base.
-      fingerprint: of the base weights; noted in the file, checked by `import_dual_adapter`.
-      overwrite: allow ``folder`` to hold an earlier adapter, which is replaced.
+      base_model_name: hub id or path that other tools load as the base.
+      fingerprint: of the base weights; recorded in the file, checked by `import_dual_adapter`.
+      overwrite: allow ``folder`` to contain an earlier adapter, which is replaced.
 
     Raises:
       NaloraError: a folder with other content, or a failed write.
@@ -87,12 +87,13 @@ def export_dual_adapter(
 def import_dual_adapter(
     folder: str | Path, config: DualConfig, *, fingerprint: str | None = None
 ) -> tuple[dict[str, Any], AdapterSpec]:
-    """A PEFT LoRA adapter of a dual encoder as this library's ``lora`` tree and the spec that describes it.
+    """Reads a PEFT LoRA adapter of a dual encoder as this library's ``lora`` tree and its spec.
 
     Every tensor is consumed and every targeted module of the towers' layers must have its tensors.
 
     Raises:
-      NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field or tensor.
+      NaloraError: anything missing, unknown, misshapen or unsupported; the message names the field
+        or tensor.
     """
     folder = Path(folder)
     peft = read_peft_config(folder)
@@ -131,7 +132,7 @@ def import_dual_adapter(
 def verify_dual_export(
     folder: str | Path, lora: Mapping[str, Any], spec: AdapterSpec, config: DualConfig, fingerprint: str | None = None
 ) -> None:
-    """Reads an exported adapter back and compares it with the tree that it came from, number by number.
+    """Reads an exported adapter back and compares every value with the original tree.
 
     Raises:
       NaloraError: the file cannot be read, or differs.
@@ -185,7 +186,8 @@ def _settings(adapters: Mapping[str, ModuleAdapter], spec: AdapterSpec) -> dict[
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        # Full names: both towers have modules of the same short names, and perhaps only one is adapted.
+        # Full names: both towers have modules with the same short names, and perhaps only one is
+        # adapted.
         "target_modules": sorted(adapters),
         "task_type": None,
         "use_dora": spec.dora,
@@ -196,7 +198,7 @@ def _settings(adapters: Mapping[str, ModuleAdapter], spec: AdapterSpec) -> dict[
 def _read(
     shape: tuple[int, ...], rank: int, scale: float, parts: Mapping[str, np.ndarray], where: str
 ) -> ModuleAdapter:
-    """One module's tensors, checked, in this library's layout."""
+    """Checks one module's tensors and converts them to this library's layout."""
     d_in, d_out = shape
     wanted = {"a": (rank, d_in), "b": (d_out, rank), "magnitude": (d_out,)}
     for kind, tensor in parts.items():
@@ -208,7 +210,7 @@ def _read(
 def _stacked(
     config: DualConfig, peft: PeftConfig, pieces: Mapping[str, Mapping[int, ModuleAdapter]]
 ) -> tuple[dict[str, np.ndarray], AdapterSpec]:
-    """Leaves by path, zero-padded over layers, and their spec."""
+    """Stacks adapters over layers with zero-padding; returns leaves by path and their spec."""
     shapes, depths = config.projection_shapes(), config.depths()
     leaves: dict[str, np.ndarray] = {}
     targets = []
@@ -229,7 +231,7 @@ def _stacked(
 
 
 def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
-    """The leaves that were trained as a whole."""
+    """Reads the leaves that were fully trained."""
     shapes = trained_shapes(config)
     if not shapes:
         return {}

@@ -1,4 +1,4 @@
-"""Tensor names of what a multimodal model sees by, as transformers' files have them, and PEFT's modules there."""
+"""Tensor names and PEFT modules of vision towers and projectors in multimodal models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nalora_jax.weights.keytables import SIGHT, Source
 from nalora_jax.weights.vision.keymaps import TABLES, VisionTensorRow, row_tensors, tower_tensors
 
 _TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
-# Files of transformers 4 and 5, and of the models' own repositories.
+# Prefixes in files of transformers 4 and 5, and in the models' original repositories.
 _RENAMES = (
     (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
     (r"^(model\.)?multi_modal_projector\.", _PROJECTOR),
@@ -33,7 +33,9 @@ _PROJECTORS: dict[str, tuple[VisionTensorRow, ...]] = {
 
 
 def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
-    """The key map of a model's files, with what it sees by; llama.cpp's files hold the language model alone.
+    """Returns the key map of a model's files, including vision tower and projector.
+
+    llama.cpp's files have the text model only.
 
     Raises:
       NaloraError: see `nalora_jax.weights.keymaps.keymap_for`.
@@ -47,7 +49,10 @@ def model_keymap(config: ModelConfig, source: Source) -> KeyMap:
 
 
 def file_name(config: ModelConfig, name: str) -> str:
-    """What a tensor is called in the files of multimodal models' own repositories, which every transformers reads."""
+    """Returns a tensor's name in the models' original repositories.
+
+    Every transformers release can read these names.
+    """
     if config.sight is None:
         return name
     name = re.sub(r"^(lm_head|model)\.", r"language_model.\1.", name)
@@ -55,7 +60,10 @@ def file_name(config: ModelConfig, name: str) -> str:
 
 
 def sight_modules(sight: Sight | None) -> dict[str, str]:
-    """transformers' module of every projection beside the decoder's, by stacked path, ``{layer}`` in it."""
+    """Returns transformers' module of each projection outside the decoder, by stacked path.
+
+    Module names contain ``{layer}``.
+    """
     if sight is None:
         return {}
     found = {}
@@ -69,7 +77,7 @@ def sight_modules(sight: Sight | None) -> dict[str, str]:
 
 
 def _tower(sight: Sight) -> Iterator[SourceTensor]:
-    """The tower's tensors; those that are not run go to a branch of their own."""
+    """Yields the tower's tensors; weights of layers that are not run get a separate branch."""
     run = sight.running.param_shapes()
 
     def place(slot: Slot) -> Slot:
@@ -85,7 +93,7 @@ def _tower(sight: Sight) -> Iterator[SourceTensor]:
 
 
 def _projector(sight: Sight) -> Iterator[SourceTensor]:
-    """The projector's tensors; its two products are a stack of one layer."""
+    """Yields the projector's tensors; its two matmuls are a stack of one layer."""
     shapes = sight.param_shapes()
     for row in _PROJECTORS[sight.projector]:
         (path,) = row.paths
