@@ -10,13 +10,13 @@ decorator.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.imports import imported
 
 T = TypeVar("T")
 
@@ -63,7 +63,8 @@ class Registry(Generic[T]):
             registers something else.
         """
         if name not in self._values and not self._load(name):
-            files = ", ".join(map(str, imported())) or "none"
+            imports = sys.modules.get("nalora_jax.imports")  # loaded if files were imported
+            files = ", ".join(map(str, imports.imported() if imports else ())) or "none"
             remedy = f"--import FILE registers a {self._kind} of your own (imported: {files}), or an entry point does"
             expected = f"one of {', '.join(self.names())}"
             raise NaloraError(self._flag or self._kind, expected=expected, found=repr(name), remedy=remedy)

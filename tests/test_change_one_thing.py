@@ -158,7 +158,7 @@ def test_the_command_of_the_page_trains_with_the_rule(
         command.execute(["train", "--resume", "runs/loud", "--steps", "3"])
     (tmp_path / "loud.py").write_text(FILES["loud"] + "# changed\n")
     monkeypatch.setattr(imports, "_IMPORTED", {})
-    mechanism._MECHANISMS._values.pop("loud")
+    mechanism.MECHANISMS._values.pop("loud")
     with pytest.raises(NaloraError, match=r"expected the settings that it was made with: imports.0 = "):
         command.execute(["train", "--import", "loud.py", "--resume", "runs/loud", "--steps", "3"])
 

@@ -118,7 +118,7 @@ def test_every_command_is_one(block: Block, tmp_path: Path, monkeypatch: pytest.
     for name, content in ((one.title, one.text) for one in BLOCKS if one.page == block.page and one.title):
         (tmp_path / name).write_text(content)  # what `--import` reads
     monkeypatch.setattr(imports, "_IMPORTED", {})
-    monkeypatch.setattr(mechanism._MECHANISMS, "_values", dict(mechanism._MECHANISMS._values))
+    monkeypatch.setattr(mechanism.MECHANISMS, "_values", dict(mechanism.MECHANISMS._values))
     text = re.sub(r'"([^"]*)"', lambda quoted: quoted[0].replace("\n", " "), block.text)
     for words in lines_of(text):
         check_command(words)

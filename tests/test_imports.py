@@ -11,6 +11,7 @@ from nalora_jax.cli import command
 from nalora_jax.errors import NaloraError
 from nalora_jax.imports import import_file
 from nalora_jax.study.protocol import read_protocol
+from nalora_jax.train import mechanisms
 
 RULE = """
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ settings.mechanisms = ["plain_of_study"]
 @pytest.fixture(autouse=True)
 def _registries(monkeypatch):
     monkeypatch.setattr(imports, "_IMPORTED", {})
-    monkeypatch.setattr(mechanism._MECHANISMS, "_values", dict(mechanism._MECHANISMS._values))
+    monkeypatch.setattr(mechanism.MECHANISMS, "_values", dict(mechanism.MECHANISMS._values))
 
 
 def written(path: Path, name: str) -> Path:
@@ -54,7 +55,7 @@ def test_a_file_is_executed_once_and_recorded_with_its_digest(tmp_path):
     first = import_file(str(path))
     assert import_file(f"{path}@{first.digest[:12]}") is first
     assert str(first) == f"{path}@{first.digest[:12]}"
-    assert mechanism.make("plain_of_file:share=0.25").share == 0.25
+    assert mechanisms.make("plain_of_file:share=0.25").share == 0.25
     assert not (tmp_path / "__pycache__").exists()
 
 
@@ -93,10 +94,10 @@ def test_the_command_line_imports_files_and_records_them(tmp_path):
 def test_an_unknown_rule_names_the_imported_files(tmp_path):
     path = written(tmp_path / "mine.py", "named")
     with pytest.raises(NaloraError, match=r"--import FILE registers a mechanism of your own \(imported: none\)"):
-        mechanism.make("absent")
+        mechanisms.make("absent")
     import_file(str(path))
     with pytest.raises(NaloraError, match=r"--mechanisms: .*'absent'; .*\(imported: .*mine.py@[0-9a-f]{12}\)"):
-        mechanism.make("absent")
+        mechanisms.make("absent")
 
 
 def test_settings_files_and_recorded_runs_execute_no_files(tmp_path, monkeypatch):
@@ -118,4 +119,4 @@ def test_a_protocol_imports_files_next_to_it(tmp_path):
     protocol = read_protocol(tmp_path)
     assert [file.path for file in imports.imported()] == ["rules/mine.py"]
     config = protocol.config("m", "t", "mine", 1e-3, 1)
-    assert mechanism.make(config.mechanisms[0]).name == "plain_of_study"
+    assert mechanisms.make(config.mechanisms[0]).name == "plain_of_study"

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from nalora_jax.__main__ import main
 from nalora_jax.errors import NaloraError
-from nalora_jax.mechanism import _MECHANISMS
+from nalora_jax.mechanism import MECHANISMS
 from nalora_jax.study import execution
 from nalora_jax.study.identity import check_records, record_digest, rule_files
 from nalora_jax.study.plan import Run, wanted
@@ -218,7 +218,7 @@ def rule(tmp_path: Path) -> Iterator[Path]:
     spec.loader.exec_module(module)
     yield path
     del sys.modules["my_rule"]
-    _MECHANISMS._values.pop("of_a_user")
+    MECHANISMS._values.pop("of_a_user")
 
 
 def test_a_rule_whose_file_changed_does_not_count_as_done(rule: Path, study: Path) -> None:
