@@ -100,8 +100,8 @@ def compare_samples(other: Sequence[Mapping[str, Any]], model: Sequence[Mapping[
     """
     ids = [[(sample["doc_id"], sample.get("filter")) for sample in rows] for rows in (other, model)]
     if ids[0] != ids[1] or not model:
-        found = "other items" if model else "no item"
-        raise NaloraError("--against", expected="answers to the same items", found=found)
+        items = "other items" if model else "no item"
+        raise NaloraError("--against", expected="answers to the same items", found=items)
     found: dict[str, Any] = {}
     for metric in model[0]["metrics"]:
         before, after = (np.array([row["metrics"].get(metric, np.nan) for row in rows]) for rows in (other, model))
