@@ -30,7 +30,7 @@ _QUOTED = re.compile(r"(?<=[\"'])(?:~[\w.-]*|\.{1,2})?[/\\][^\"']*[/\\](?=[^\"'/
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PATHS = ("model", "output", "dataset", "data_dir", "train_split", "eval_split")  # settings that may be paths
 _PATTERNS = ("rules", "rates", "mechanisms")  # settings with slashes that are not paths
-_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<!\w)_|_(?!\w))")  # not the underscore in a word
+_SPECIAL = re.compile(r"([\\`*\[\]<>#~&]|(?<![^\W_])_|_(?![^\W_]))")  # not the underscore in a word
 
 
 def redacted(value: Any) -> Any:

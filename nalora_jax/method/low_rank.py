@@ -143,7 +143,8 @@ def _residual(x: jax.Array, adapter: Adapter, numerics: Numerics) -> tuple[jax.A
         chex.assert_shape(mask, b.shape[1:])
     flat = x.reshape(-1, x.shape[-1])  # [rows, d_in]
     y, hidden = _low_rank(flat, a, b, jnp.asarray(scale, jnp.float32), mask, numerics)
-    return y.reshape(*x.shape[:-1], -1), hidden.reshape(*x.shape[:-1], -1)
+    lead = x.shape[:-1]
+    return y.reshape(*lead, b.shape[1]), hidden.reshape(*lead, b.shape[0])
 
 
 # ---------------------------------------------------------------- the layer

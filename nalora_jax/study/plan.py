@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from nalora_jax.config import RunConfig
+from nalora_jax.config.vision import DUAL
 from nalora_jax.errors import NaloraError
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
@@ -31,8 +32,10 @@ _LATER = {
     "compute": ("stats_positions",),
     "step_scale": ("tau",),
     "optimizer": ("warmup_steps", "warmup_from_zero"),
+    "debug": ("profile",),
 }
-_LATER_GROUPS = ("adalora",)  # whole groups that are newer
+_LATER_GROUPS = ("adalora", "imports")  # groups and single settings that are newer
+_FIRST_LENGTH = 128  # the default row length of the first records, which image tasks ignore
 
 
 class Cell(NamedTuple):
@@ -193,6 +196,8 @@ def _as_first_recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns ``settings`` without settings of `_LATER` and `_LATER_GROUPS` that have their default."""
     usual = RunConfig().to_dict()
     settings = {name: v for name, v in settings.items() if name not in _LATER_GROUPS or v != usual[name]}
+    if settings["vision"]["task"] in DUAL and not settings["data"]["max_length"]:
+        settings["data"] = settings["data"] | {"max_length": _FIRST_LENGTH}
     return settings | {
         group: {
             name: value for name, value in settings[group].items() if name not in names or value != usual[group][name]

@@ -17,10 +17,11 @@ from nalora_jax.config import LoRAConfig, LoRARule, MaskConfig, StepScaleConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.integrations import adapt_nnx
 from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
-from nalora_jax.method import activations, statistics
+from nalora_jax.method import activations
 from nalora_jax.method.low_rank import residual
 from nalora_jax.method.optimizer import nalora
 from nalora_jax.method.state import channel_factors, init_gate_state, own_factors, update_gate_state
+from nalora_jax.ops import reductions
 from nalora_jax.train.mechanisms import make_mechanisms
 
 D, F, LAYERS = 16, 40, 2
@@ -78,7 +79,7 @@ def test_values_gradients_and_statistics_are_those_of_the_functions(remat: bool)
             delta = residual(x, own["gate_proj"]["a"], own["gate_proj"]["b"], 2.0, masks[f"layers/{i}/ffn"])
             z = base + delta
             ones = jnp.ones(z.shape[:-1], bool)
-            probe = Probe(*(statistics.sampled(v, ones, GateStatsConfig().probe_stride) for v in (base, delta)))
+            probe = Probe(*(reductions.sampled(v, ones, GateStatsConfig().probe_stride) for v in (base, delta)))
             stats[f"layers/{i}/ffn"] = gate_statistics(z, probe, ones, activations.get("silu"), GateStatsConfig())
             h = jax.nn.silu(z) * (x @ up)
             x = x + h @ down + residual(h, own["down_proj"]["a"], own["down_proj"]["b"], 2.0)

@@ -15,7 +15,7 @@ from tests.tiny import HAS_CPU
 
 def test_an_implementation_with_other_parameters_is_refused_where_it_is_registered(monkeypatch) -> None:
     """A call with the parameter that it lacks would fail on its own platform only, which no test here runs on."""
-    monkeypatch.setattr("nalora_jax.ops.dispatch._IMPLEMENTATIONS", {})
+    monkeypatch.setattr("nalora_jax.ops.dispatch.IMPLEMENTATIONS", {})
     mine = Implementation("mine", platform="gpu")
 
     @operation
@@ -39,9 +39,9 @@ def test_an_implementation_with_other_parameters_is_refused_where_it_is_register
 def test_own_implementations_are_found_without_being_asked_for() -> None:
     """By whoever runs an operation, such as a script, a notebook or a study."""
     program = (
-        "import sys; from nalora_jax.ops.dispatch import _IMPLEMENTATIONS, Numerics, Platform; "
+        "import sys; from nalora_jax.ops.dispatch import IMPLEMENTATIONS, Numerics, Platform; "
         "assert 'nalora_jax.cpu.register' not in sys.modules; "
-        "Numerics(platform=Platform('cpu')).hooks; print(*_IMPLEMENTATIONS)"
+        "Numerics(platform=Platform('cpu')).hooks; print(*IMPLEMENTATIONS)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

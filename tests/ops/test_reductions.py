@@ -13,6 +13,7 @@ from nalora_jax import distributed
 from nalora_jax.config import MeshConfig
 from nalora_jax.method import statistics
 from nalora_jax.ops.reductions import by_shard, count, first_alone
+from nalora_jax.train.gate_metrics import layer_means
 
 SEQ, D_FF = 3, 6
 
@@ -85,6 +86,6 @@ def test_a_layer_s_figures_are_the_same_by_shard():
     block = {name: rng.uniform(size=(2, 4, D_FF)).astype(np.float32) for name in ("slope", "feature", "selection")}
     block |= {"occupancy": rng.uniform(size=(2, 4, 4, D_FF)).astype(np.float32)}
     block |= {name: rng.uniform(1, 2, size=(2, 4)).astype(np.float32) for name in statistics.COUNTS}
-    whole = statistics.layer_means({name: value.sum(1) for name, value in block.items()})
-    for name, value in statistics.layer_means(block).items():
+    whole = layer_means({name: value.sum(1) for name, value in block.items()})
+    for name, value in layer_means(block).items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-5, err_msg=name)
