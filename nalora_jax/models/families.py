@@ -75,11 +75,6 @@ def base_config(f: Fields, name: str, **features: Any) -> ModelConfig:
 
     The features are fields of `ModelConfig`.
     """
-    return _base(f, name, **features)
-
-
-def _base(f: Fields, name: str, **features: Any) -> ModelConfig:
-    """Returns the shared fields of all families, updated with ``features``."""
     heads = f.integer("num_attention_heads", high=2**16)
     d_model = f.integer("hidden_size")
     if f.get("head_dim") is None and d_model % heads:
@@ -179,29 +174,29 @@ def _optional_windows(f: Fields, slides: Callable[[int], bool]) -> tuple[int, ..
 
 
 def _llama(f: Fields, name: str) -> ModelConfig:
-    return _base(f, name, ffn_bias=f.flag("mlp_bias"), **_attention_bias(f))
+    return base_config(f, name, ffn_bias=f.flag("mlp_bias"), **_attention_bias(f))
 
 
 def _mistral(f: Fields, name: str) -> ModelConfig:
-    return _base(f, name, windows=_same_window(f))
+    return base_config(f, name, windows=_same_window(f))
 
 
 def _qwen2(f: Fields, name: str) -> ModelConfig:
     first = f.integer("max_window_layers", low=0)
-    return _base(f, name, windows=_optional_windows(f, lambda i: i >= first), qkv_bias=True)
+    return base_config(f, name, windows=_optional_windows(f, lambda i: i >= first), qkv_bias=True)
 
 
 def _qwen3(f: Fields, name: str) -> ModelConfig:
     first = f.integer("max_window_layers", low=0)
     windows = _optional_windows(f, lambda i: i >= first)
-    return _base(f, name, windows=windows, qk_norm="head", **_attention_bias(f))
+    return base_config(f, name, windows=windows, qk_norm="head", **_attention_bias(f))
 
 
 def _gemma(f: Fields, name: str) -> ModelConfig:
     activation = _activation(f, "hidden_act" if f.get("hidden_activation") is None else "hidden_activation")
     if activation == "gelu":  # the first releases wrote "gelu" and meant the tanh form
         activation = _activation(Fields({}, _GELU, f.where), "hidden_act")
-    return _base(f, name, activation=activation, **_gemma_traits(f), **_attention_bias(f))
+    return base_config(f, name, activation=activation, **_gemma_traits(f), **_attention_bias(f))
 
 
 def _gemma_traits(f: Fields) -> dict[str, float]:
@@ -209,7 +204,7 @@ def _gemma_traits(f: Fields) -> dict[str, float]:
 
 
 def _gemma2(f: Fields, name: str) -> ModelConfig:
-    return _base(
+    return base_config(
         f,
         name,
         activation=_activation(f, "hidden_activation"),
@@ -230,7 +225,7 @@ def _gemma3(f: Fields, name: str) -> ModelConfig:
     kinds = _layer_types(f, n_layers) or _alternating(n_layers, pattern)
     local = {_SLIDING: {"rope_theta": f.number("rope_local_base_freq", default=10_000.0)}}
     ropes, index = read_ropes(f, f.integer("head_dim", high=2**16), kinds, {_FULL: {"rope_theta": 1e6}} | local)
-    return _base(
+    return base_config(
         f,
         name,
         activation=_activation(f, "hidden_activation"),
@@ -258,11 +253,11 @@ def _gemma_windows(f: Fields, pattern: int) -> tuple[int, ...]:
 def _phi3(f: Fields, name: str) -> ModelConfig:
     for feature in ("resid_pdrop", "embd_pdrop"):
         f.refuse(feature, "set it to 0: only attention and adapter dropout exist")
-    return _base(f, name, windows=_same_window(f))
+    return base_config(f, name, windows=_same_window(f))
 
 
 def _olmo2(f: Fields, name: str) -> ModelConfig:
-    return _base(f, name, qk_norm="projection", pre_norm=False, post_norm=True, **_attention_bias(f))
+    return base_config(f, name, qk_norm="projection", pre_norm=False, post_norm=True, **_attention_bias(f))
 
 
 def _smollm3(f: Fields, name: str) -> ModelConfig:
@@ -272,7 +267,7 @@ def _smollm3(f: Fields, name: str) -> ModelConfig:
     if rotates is None:
         rotates = [(i + 1) % interval != 0 for i in range(n_layers)]
     ropes, _ = read_ropes(f, _head_dim(f), _layer_types(f, n_layers))
-    return _base(
+    return base_config(
         f,
         name,
         ropes=ropes,
@@ -289,7 +284,7 @@ def _head_dim(f: Fields) -> int:
 
 
 def _granite(f: Fields, name: str) -> ModelConfig:
-    return _base(
+    return base_config(
         f,
         name,
         ffn_bias=f.flag("mlp_bias"),
@@ -302,7 +297,7 @@ def _granite(f: Fields, name: str) -> ModelConfig:
 
 
 def _mixtral(f: Fields, name: str) -> ModelConfig:
-    return _base(
+    return base_config(
         f,
         name,
         windows=_same_window(f),
@@ -316,7 +311,7 @@ def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
     step = f.integer("decoder_sparse_step")
     if step != 1:
         raise f.error("decoder_sparse_step", "1: a mixture in every layer", step)
-    return _base(
+    return base_config(
         f,
         name,
         d_ff=f.integer("moe_intermediate_size"),

@@ -190,7 +190,7 @@ def estimate(
         weights=(layer * base.n_layers + ends) / (fsdp * tensor),
         # A or B is split over fsdp. Tables are, too; in a step they and their gradients are
         # gathered.
-        state=adapters * 4 / max(1, fsdp if fsdp > 1 else 1) ** 0.5 / tensor + tables * 4 / fsdp,
+        state=adapters * 4 / max(1, fsdp) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=_working(where, base, tokens, (fsdp, tensor), wide=wide, offloads=offloads)
         + (2 * tables + _transposed(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
