@@ -23,7 +23,8 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.errors import NaloraError
 from nalora_jax.method.step import init_state
 from nalora_jax.models.adapters import adapter_spec, init_lora
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import KERNELS, gathered, quantize
 from nalora_jax.plan.machines import Topology
 from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step, measured_blocks

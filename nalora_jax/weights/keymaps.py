@@ -15,7 +15,7 @@ tensors that a file must contain::
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import keytables
 from nalora_jax.weights.keytables import Source, TensorRow
@@ -190,26 +191,42 @@ def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
     """
     table = keytables.table(config, source)
     shapes = param_shapes(config)
-    rows = [row for row in table.rows if any(path in shapes for path in row.paths)]
-    covered = [path for row in rows for path in row.paths]
-    assert sorted(covered) == sorted(shapes), f"{config.model_type}: {set(covered) ^ set(shapes)}"
-    tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
+    tensors = tuple(tensor for row in table.rows for tensor in _tensors(row, shapes, config))
+    covered = {slot.path for tensor in tensors for slot in tensor.slots}
+    assert covered == set(shapes), f"{config.model_type}: {covered ^ set(shapes)}"
     return KeyMap(tensors, table.ignored, table.aliases, table.renames)
 
 
 def _tensors(row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
     """Yields the tensors of one row: one, one per layer, or one per layer and expert."""
-    layers = range(config.n_layers) if "{layer}" in row.name else [None]
+    if "{layer}" not in row.name:
+        yield from _of_stack(row, row.paths, shapes, config, [(None, None)])
+        return
+    for stack in stacks(config):
+        paths = tuple(path.replace("layers", stack.prefix, 1) for path in row.paths)
+        yield from _of_stack(row, paths, shapes, stack.config, enumerate(stack.layers))
+
+
+def _of_stack(
+    row: TensorRow,
+    paths: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+    layers: Iterable[tuple[int | None, int | None]],
+) -> Iterator[SourceTensor]:
+    """Yields the tensors of a row in a stack, for pairs of index and number of its layers."""
+    if not any(path in shapes for path in paths) or row.experts not in (None, config.n_experts > 0):
+        return
     experts = range(config.n_experts) if "{expert}" in row.name else [None]
     lead = ("{layer}" in row.name) + ("{expert}" in row.name)
     transform = _transform(row, config)
-    ours = [shapes[path][lead:] for path in row.paths]
+    ours = [shapes[path][lead:] for path in paths]
     theirs = [(*s[:-2], s[-1], s[-2]) if transform.swaps else s for s in ours]
     shape = (sum(s[0] for s in theirs), *theirs[0][1:])
-    for layer in layers:
+    for index, number in layers:
         for expert in experts:
-            slots = tuple(Slot(path, layer, expert) for path in row.paths)
-            name = row.name.format(layer=layer, expert=expert)
+            slots = tuple(Slot(path, index, expert) for path in paths)
+            name = row.name.format(layer=number, expert=expert)
             yield SourceTensor(name, shape, slots, tuple(s[0] for s in theirs), transform)
 
 

@@ -26,6 +26,7 @@ class TensorRow:
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
     # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows.
     change: Change = ""
+    experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
 
 
 @dataclass(frozen=True)

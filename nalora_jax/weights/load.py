@@ -28,7 +28,8 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.ops.quantize import KERNELS, Kind, Quantized, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 

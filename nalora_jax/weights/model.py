@@ -16,7 +16,8 @@ from nalora_jax.data.images.processor import ImageProcessor, read_processor
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.vision.sight import Sight
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json

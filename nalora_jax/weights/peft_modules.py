@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -62,14 +63,14 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    shapes = projection_shapes(config)
+    paths_of_model = {path for path, _ in locate(config)}
     modules: list[HostModule] = [
         HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
     ]
     experts: dict[str, str] = {}
     for row in keytables.table(config, "hf").rows:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        if paths[0] not in shapes or not row.paths[0].endswith("/kernel"):
+        if paths[0] not in paths_of_model or not row.paths[0].endswith("/kernel"):
             continue
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
         if _EXPERT in name:
@@ -114,20 +115,21 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
 
 
 def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
-    layers = depths(config)
-    return {layout.full_name(i, module) for module in layout.modules for i in range(layers[module.parts[0]])}
+    places = locate(config)
+    layers = range(1 + max(layer for _, layer in places))
+    return {layout.full_name(i, m) for m in layout.modules for i in layers if (m.parts[0], i) in places}
 
 
-def part_widths(config: ModelConfig, module: HostModule) -> list[int]:
-    """Returns ``d_out`` of every part of ``module``."""
-    shapes = projection_shapes(config)
-    return [shapes[part][-1] for part in module.parts]
+def part_widths(config: ModelConfig, module: HostModule, layer: int) -> list[int]:
+    """Returns ``d_out`` of every part of a layer's ``module``."""
+    shapes, places = projection_shapes(config), locate(config)
+    return [shapes[places[part, layer][0]][-1] for part in module.parts]
 
 
-def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
-    """Returns the kernel shape ``(..., d_in, d_out)`` of the complete ``module``."""
-    shape = projection_shapes(config)[module.parts[0]]
-    return (*shape[:-1], sum(part_widths(config, module)))
+def module_shape(config: ModelConfig, module: HostModule, layer: int) -> tuple[int, ...]:
+    """Returns the kernel shape ``(..., d_in, d_out)`` of a layer's complete ``module``."""
+    shape = projection_shapes(config)[locate(config)[module.parts[0], layer][0]]
+    return (*shape[:-1], sum(part_widths(config, module, layer)))
 
 
 # ---------------------------------------------------------------- adapters of one layer

@@ -21,8 +21,9 @@ import torch
 import transformers
 
 from nalora_jax.models.cache import init_cache
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
 
 TOLERANCE = 1e-5  # largest logit difference over the largest logit

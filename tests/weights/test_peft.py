@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.trees import flatten, map_named
 from nalora_jax.weights.peft import export_adapter, import_adapter, max_logit_difference, verify_export
 from nalora_jax.weights.peft_modules import module_layout
