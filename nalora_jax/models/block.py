@@ -58,6 +58,8 @@ class Block(nn.Module):
         if c.post_norm:
             y = self._norm("ffn_post_norm", y)
         x = self._add(x, y)
+        if c.tail is not None:
+            x = c.tail.module(c, self._options(c.tail.name))(x, layer, shared)
         return constrain(x, self.activation_sharding), None if layer.cached is None else update
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:

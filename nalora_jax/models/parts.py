@@ -91,7 +91,7 @@ class Part(ABC):
 
     @abstractmethod
     def param_shapes(self, config: ModelConfig) -> Shapes:
-        """Returns the shapes of one layer's parameters, without `projections` and their kernels."""
+        """Returns the shapes of one layer's parameters, kernels and biases of `projections` included."""
 
     @abstractmethod
     def projections(self, config: ModelConfig) -> Shapes:
@@ -109,6 +109,8 @@ class Part(ABC):
 class Mixer(Part):
     """A part that mixes the tokens of a row, in place of attention."""
 
+    attends: ClassVar[bool] = False  # True: softmax attention with the config's heads and windows
+
     @abstractmethod
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
         """Returns the module: ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``."""
@@ -116,6 +118,28 @@ class Mixer(Part):
     @abstractmethod
     def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Any:
         """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`)."""
+
+
+class AttentionMixer(Mixer):
+    """A form of softmax attention.
+
+    Cache and costs follow from the config's heads and windows, as for `models.attention.Attention`.
+    """
+
+    name = "attn"
+    attends = True
+
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns 0: scores and weighted sums are counted by the config's heads."""
+        return 0.0
+
+    def saved(self, config: ModelConfig) -> float:
+        """Returns 0: saved heads are counted by the config."""
+        return 0.0
+
+    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Any:
+        """Returns None: the layers cache keys and values."""
+        return None
 
 
 class FeedForward(Part):
@@ -128,3 +152,15 @@ class FeedForward(Part):
     @abstractmethod
     def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns channel shape and activation of each gated block, by its path within the part."""
+
+
+class Tail(Part):
+    """A part that ends a layer: it receives and returns the residual stream."""
+
+    @abstractmethod
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module: ``(x, LayerInputs, SharedInputs) -> x``."""
+
+    @abstractmethod
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the part's gated blocks, as `FeedForward.gates`."""

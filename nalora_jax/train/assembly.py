@@ -31,7 +31,7 @@ from nalora_jax.models.adapters import adapter_spec, init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_remat
-from nalora_jax.models.stacks import gate_blocks
+from nalora_jax.models.stacks import gate_blocks, key_heads
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.cross_entropy import Head
@@ -110,7 +110,7 @@ def assemble(
       NaloraError: rules that match nothing or ask for impossible ranks, rows that the tables do not
         have, or a tensor axis that splits a head.
     """
-    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=base.n_kv_heads)
+    distributed.check_heads(mesh, n_heads=base.n_heads, n_kv_heads=key_heads(base))
     if base.sight is not None:
         if config.lora.init != "default":
             raise NaloraError("--lora.init", expected="default for a model that sees", found=config.lora.init)

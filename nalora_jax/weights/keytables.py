@@ -47,7 +47,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT), aliases, HF_RENAMES)
+        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT, *_SENSES), aliases, HF_RENAMES)
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
@@ -70,6 +70,8 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+# The same of Gemma 4, with audio.
+_SENSES = (r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder)\.",)
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -137,6 +139,15 @@ def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[TensorRow, 
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
 _HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
+_HF_GEMMA4 = (
+    *_HF_ENDS,
+    *_HF_FOUR_NORMS,
+    *_HF_ATTENTION,
+    *_HF_QK_NORMS,
+    *_HF_FFN,
+    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/layer_scalar",)),
+)
+
 HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
@@ -145,6 +156,8 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma": _HF_LLAMA,
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "gemma4_text": _HF_GEMMA4,
+    "gemma4_unified_text": _HF_GEMMA4,
     "phi3": _HF_PHI3,
     "olmo2": (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
     "smollm3": _HF_LLAMA,

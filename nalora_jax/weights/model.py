@@ -148,6 +148,8 @@ def load_model(
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
+    if config.model_type != raw.get("model_type") and config.sight is None:
+        log.info("the text model (%s) of %s: images are left out", config.model_type, raw["model_type"])
     folder = found.path if found.kind == "hf" else None
     return LoadedModel(
         config,

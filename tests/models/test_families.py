@@ -57,6 +57,23 @@ LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 3.5],
 }
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 6,
+    "final_logit_softcapping": 2.0,
+    "attention_bias": True,
+    "hidden_size_per_layer_input": 0,
+    "use_bidirectional_attention": "vision",
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,22 @@ CASES = (
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    Case("gemma4_text", "sliding and full layers, K = V, proportional RoPE, layer scalars, biases", GEMMA4),
+    Case(
+        "gemma4_unified_text",
+        "values of projections, linear RoPE, untied head",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": False,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e5, "partial_rotary_factor": 0.25},
+                "sliding_attention": {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
             },
         },
     ),
@@ -239,11 +272,13 @@ def build(case: Case) -> Pair:
     config = transformers.AutoConfig.for_model(case.family, **(SIZES | case.config))
     theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
+        scalars = [(name, x) for name, x in theirs.named_buffers() if name.endswith("layer_scalar")]
+        for name, parameter in [*theirs.named_parameters(), *scalars]:
             # Spread such that logits depend on the tokens and continuations do not run into one token at once.
             tied = config.tie_word_embeddings  # a large tied embedding makes every token predict itself
             spread = (0.05 if tied else 1.0) if "embed_tokens" in name else 0.2
-            centre = float("norm" in name and "gemma" not in case.family)  # Gemma's files hold w of 1 + w
+            of_scale = "norm" in name or "scal" in name
+            centre = float(of_scale and ("gemma4" in case.family or "gemma" not in case.family))  # other Gemmas hold w of 1 + w
             parameter.copy_(torch.randn_like(parameter) * spread + centre)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)

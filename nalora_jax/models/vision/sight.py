@@ -206,6 +206,12 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
     )
 
 
+def _text_only(f: Fields, text: ModelConfig) -> Sight:
+    """Refuses images of a family whose towers are not implemented."""
+    seen = ", ".join(name for name, entry in MULTIMODAL.items() if entry[0] is not _text_only)
+    raise f.error("model_type", f"a model whose images can be read: {seen}", f.raw["model_type"], "load its text model")
+
+
 _CLIP_LARGE: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -238,4 +244,6 @@ Reader = Callable[[Fields, "ModelConfig"], Sight]
 MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
+    "gemma4": (_text_only, {}, {"model_type": "gemma4_text", "tie_word_embeddings": True}),
+    "gemma4_unified": (_text_only, {}, {"model_type": "gemma4_unified_text", "tie_word_embeddings": True}),
 }
