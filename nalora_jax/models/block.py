@@ -134,6 +134,9 @@ class Attention(nn.Module):
         config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.activation_sharding)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         rest: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts}
+        if c.attn_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,))
+            rest["sinks"] = sinks.astype(jnp.float32)
         out: jax.Array = attention(q, keys, window, config, self.numerics.within(), **rest)
         return out
 
@@ -202,6 +205,8 @@ class Block(nn.Module):
             "n_experts": c.n_experts,
             "top_k": c.experts_per_token,
             "norm_topk": c.norm_topk,
+            "router_bias": c.router_bias,
+            "up_limit": c.up_limit,
             "sharding": self.routing_sharding or self.activation_sharding,
         }
         return kind(

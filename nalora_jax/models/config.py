@@ -41,6 +41,7 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
     gated: bool = True  # phi(x W_gate) * (x W_up); False: phi(x W_in)
+    up_limit: float = 0.0  # experts: phi is multiplied by 1 + clip(x W_up, -limit, limit); 0: by x W_up
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
@@ -50,6 +51,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
+    attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies the outputs of attention and FFN
@@ -57,6 +59,7 @@ class ModelConfig:
     final_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 means none
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
+    router_bias: bool = False
     norm_topk: bool = True  # scale the chosen experts' weights to sum to 1
     sight: Sight | None = None  # image tower and projector of a vision-language model
 
@@ -140,13 +143,17 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     widths = {"q": config.n_heads * config.head_dim, "k": config.n_kv_heads * config.head_dim}
     for name in ("q", "k") if config.qk_norm else ():
         shapes[f"attn/{name}_norm/scale"] = (config.head_dim if config.qk_norm == "head" else widths[name],)
+    if config.attn_sinks:
+        shapes["attn/sinks"] = (config.n_heads,)
     if config.n_experts:
         shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
+    if config.router_bias:
+        shapes["ffn/router/bias"] = (config.n_experts,)
     for path, shape in _projections(config).items():
         path = path.removeprefix("layers/")
         shapes[f"{path}/kernel"] = shape
         if _has_bias(config, path):
-            shapes[f"{path}/bias"] = shape[-1:]
+            shapes[f"{path}/bias"] = (*shape[:-2], shape[-1])
     return shapes
 
 

@@ -194,6 +194,19 @@ CASES = (
         },
     ),
     Case(
+        "gpt_oss",
+        "attention sinks, 8 experts with biases, top-3, clamped gate, alternating windows, YaRN",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,  # some gates and many up projections are clamped
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0},
+        },
+    ),
+    Case(
         "qwen3_moe",
         "8 experts, top-2, not normalised",
         {
