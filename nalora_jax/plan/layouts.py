@@ -12,6 +12,7 @@ are.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from nalora_jax.models.remat import OFFLOAD
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
 from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
+from nalora_jax.ops.quantize import kernels
 from nalora_jax.ops.splash_attention import SPLASH, takes
 from nalora_jax.ops.triton_attention import TRITON
 from nalora_jax.ops.triton_attention import takes as triton_takes
@@ -44,6 +46,8 @@ _GATHERED = 3  # kernels that are gathered at once, each as large as the largest
 _OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
 # Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
 _READ_NARROW, _READ_WIDE = 130, 170
+# Bytes of a quantized weight, scales included.
+_WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
 _WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
 
 
@@ -176,9 +180,10 @@ def estimate(
     micro = config.train.batch_size // config.train.accumulate
     rows = micro / (data * fsdp)
     tokens = rows * seq
-    width = {"int8": 1.0, "nf4": 0.55}.get(config.compute.quantize, 0.0)
+    quantize = config.compute.quantize
     wide = 4.0 if config.compute.dtype == "float32" else 2.0
-    layer, ends = _weights(base, width or wide, wide)
+    width = _WIDTHS.get(quantize, wide)
+    layer, ends = _weights(base, width, wide, "" if quantize == "none" else kernels(quantize))
     adapters = 4.0 * sum(sum(projection_shapes(base)[path][-2:]) * sum(target.ranks) for path, target in spec.targets)
     tables = 4.0 * base.d_model * base.vocab_size * len(spec.saved)
     tables /= tensor if base.vocab_size % tensor == 0 else 1  # an axis that does not divide their rows is dropped
@@ -193,7 +198,7 @@ def estimate(
         state=adapters * 4 / max(1, fsdp) ** 0.5 / tensor + tables * 4 / fsdp,
         activations=kept * min(_UNDER_WAY if offloads else base.n_layers, base.n_layers),
         working=_working(where, base, tokens, (fsdp, tensor), wide=wide, offloads=offloads)
-        + (2 * tables + _transposed(where, base, width or wide) / (fsdp * tensor) if fsdp > 1 else 0.0),
+        + (2 * tables + _transposed(where, base, width) / (fsdp * tensor) if fsdp > 1 else 0.0),
         host=kept * base.n_layers if offloads else 0.0,
         gathers=0.0,
         transfers=0.0,
@@ -230,12 +235,15 @@ def decoder_alone(base: ModelConfig, spec: AdapterSpec) -> tuple[ModelConfig, Ad
     return replace(base, sight=None), replace(spec, targets=own)
 
 
-def _weights(base: ModelConfig, of_projections: float, of_others: float) -> tuple[float, float]:
-    """Returns the bytes of one layer, and the bytes outside of layers."""
-    projections = {f"{path}/kernel" for path in projection_shapes(base)}
+def _weights(base: ModelConfig, narrow: float, wide: float, pattern: str) -> tuple[float, float]:
+    """Returns the bytes of one layer, and the bytes outside of layers.
+
+    Projections whose paths ``pattern`` matches have ``narrow`` bytes per weight, other weights ``wide``.
+    """
+    projections = {f"{path}/kernel" for path in projection_shapes(base) if re.search(pattern, f"{path}/kernel")}
     layer = ends = 0.0
     for path, shape in param_shapes(base).items():
-        size = math.prod(shape) * (of_projections if path in projections else of_others)
+        size = math.prod(shape) * (narrow if path in projections else wide)
         if path.startswith("layers/"):
             layer += size / base.n_layers
         else:

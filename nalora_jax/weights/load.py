@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.config import ModelConfig, param_shapes
-from nalora_jax.ops.quantize import KERNELS, Kind, Quantized, quantize
+from nalora_jax.ops.quantize import Kind, Quantized, kernels, quantize
 from nalora_jax.weights.keymaps import KeyMap, SourceTensor
 
 DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -132,7 +132,7 @@ def load_leaves(
     with ThreadPoolExecutor(WORKERS) as pool:
         for path, shape in shapes.items():
             reader = _Reader(fills[path], source, pool)
-            if quantized and re.search(KERNELS, path):
+            if quantized and re.search(kernels(quantized), path):
                 leaves[path] = _quantized_leaf(shape, quantized, where[path], reader)
             else:
                 leaves[path] = _leaf(shape, DTYPES[dtype], where[path], reader)
