@@ -66,7 +66,9 @@ def _check_quantization(f: Fields) -> None:
         return
     if stored.get("quant_method") != "mxfp4":
         remedy = "load the unquantized model"
-        raise stored.error("quant_method", "'mxfp4', or no quantization_config", repr(stored.get("quant_method")), remedy)
+        raise stored.error(
+            "quant_method", "'mxfp4', or no quantization_config", repr(stored.get("quant_method")), remedy
+        )
     for key in sorted(stored.raw.keys() - {"quant_method", "modules_to_not_convert", "dequantize"}):
         stored.refuse(key)
     listed = stored.get("modules_to_not_convert")

@@ -140,7 +140,9 @@ def dequantize(kernel: Quantized) -> jax.Array:
     low, high = kernel.codes & 15, kernel.codes >> 4
     # [..., d_in / 2, 2, d_out]: the two codes of a byte are neighbours along the inputs
     codes = jnp.stack([low, high], axis=-2).reshape(*lead, d_in, d_out)
-    levels, scales = (mxfp4.LEVELS, mxfp4.powers(kernel.scales)) if kernel.kind == "mxfp4" else (NF4_LEVELS, kernel.scales)
+    levels, scales = (
+        (mxfp4.LEVELS, mxfp4.powers(kernel.scales)) if kernel.kind == "mxfp4" else (NF4_LEVELS, kernel.scales)
+    )
     unit = jnp.take(jnp.asarray(levels, jnp.float32), codes.astype(jnp.int32))
     block = _BLOCKS[kernel.kind]
     blocks = unit.reshape(*lead, d_in // block, block, d_out)

@@ -265,6 +265,8 @@ def _attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int)
     """Returns attention's implementation for rows of a shard; "" for the plain function."""
     if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
         return SPLASH.name
+    if base.attn_sinks:  # no kernel of a GPU has them
+        return ""
     by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
     if where.chip.platform == CUDNN.platform and by_cudnn:
         return CUDNN.name

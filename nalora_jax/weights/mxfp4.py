@@ -58,7 +58,7 @@ class PackedTensors:
             if len(shape) != 4 or shape[-1] * 2 != BLOCK or scales != shape[:-1]:
                 raise NaloraError(
                     f"{self.where}: {name}",
-                    expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}] and {whole + _SCALES} without the last",
+                    expected=f"[experts, outputs, inputs / {BLOCK}, {BLOCK // 2}], and scales without the last axis",
                     found=f"{shape} and {scales or 'no scales'}",
                 )
             stored[whole] = (shape[0], shape[2] * BLOCK, shape[1])

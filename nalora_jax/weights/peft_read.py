@@ -246,7 +246,8 @@ def _pieces(
         if slot.expert is not None:
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
-        for part, piece in zip(slot.module.parts, split(adapter, part_widths(config, slot.module)), strict=True):
+        widths, alternates = part_widths(config, slot.module), slot.module.alternates
+        for part, piece in zip(slot.module.parts, split(adapter, widths, alternates=alternates), strict=True):
             if piece is not None:
                 pieces.setdefault(part, {})[slot.layer] = piece
     for (part, layer), members in experts.items():

@@ -27,7 +27,12 @@ from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.mxfp4 import with_floats
 
 RELEASED = {
-    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
     "quant_method": "mxfp4",
 }
 SIZES: dict[str, Any] = {

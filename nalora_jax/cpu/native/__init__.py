@@ -218,7 +218,11 @@ def cached_attention(
     arguments = *new, cached.k.stack, cached.v.stack, jnp.asarray(cached.k.at, jnp.int32), *own, *others
     sinks = jnp.full(n, -1e30) if sinks is None else sinks
     result: jax.Array = _call("cached_attention", [jax.ShapeDtypeStruct((batch, n, dim), jnp.float32)])(
-        *arguments, jnp.asarray(heads.window, jnp.int32), sinks.astype(jnp.float32), scale=np.float32(scale), cap=np.float32(softcap)
+        *arguments,
+        jnp.asarray(heads.window, jnp.int32),
+        sinks.astype(jnp.float32),
+        scale=np.float32(scale),
+        cap=np.float32(softcap),
     )[0]
     return result[:, None]
 

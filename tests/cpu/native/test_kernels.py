@@ -335,7 +335,9 @@ def test_attention_of_a_token_to_a_cache(
     assert worst(compiled(native.cached_attention, heads_of_token, cached, 0.3, softcap), want) < 1e-5
     sinks = np.linspace(-3, 9, heads)  # of the last token's score sums, some are above and some below
     share = np.exp(logsumexp - np.logaddexp(logsumexp, sinks))
-    lost = compiled(lambda *x: native.cached_attention(*x[:2], 0.3, softcap, x[2]), heads_of_token, cached, jnp.asarray(sinks))
+    lost = compiled(
+        lambda *x: native.cached_attention(*x[:2], 0.3, softcap, x[2]), heads_of_token, cached, jnp.asarray(sinks)
+    )
     assert worst(lost, want * share[:, None, :, None]) < 1e-5
 
 
