@@ -12,7 +12,14 @@ from typing import Any
 from nalora_jax.fields import Fields
 from nalora_jax.method import activations
 from nalora_jax.models.config import ModelConfig
-from nalora_jax.models.family_fields import alternating, attention_bias, base_config, layer_types, windows_of
+from nalora_jax.models.family_fields import (
+    alternating,
+    attention_bias,
+    base_config,
+    first_present,
+    layer_types,
+    windows_of,
+)
 
 DEFAULTS: dict[str, Any] = {
     "head_dim": 64,
@@ -20,7 +27,6 @@ DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-5,
     "sliding_window": 128,
-    "num_local_experts": 128,
     "num_experts_per_tok": 4,
     "swiglu_alpha": 1.702,
     "swiglu_limit": 7.0,
@@ -53,7 +59,7 @@ def read_gpt_oss(f: Fields, name: str) -> ModelConfig:
         ffn_bias=True,
         router_bias=True,
         windows=windows_of(f, layer_types(f, n_layers) or alternating(n_layers, 2)),
-        n_experts=f.integer("num_local_experts", high=2**12),
+        n_experts=f.integer(first_present(f, "num_local_experts", "num_experts"), high=2**12, default=128),
         experts_per_token=f.integer("num_experts_per_tok", high=2**12),
         **attention_bias(f),
     )
