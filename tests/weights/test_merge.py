@@ -142,8 +142,15 @@ FAMILIES = {
     "granite": (ALL, {"rslora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
+    "gpt_oss": (ALL, {}),
 }
-WITH_DECODER = ("llama", "gemma3_text", "phi3", "mixtral")  # the others would only repeat it, at a compilation each
+WITH_DECODER = (
+    "llama",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "gpt_oss",
+)  # the others would only repeat it, at a compilation each
 
 
 @pytest.mark.parametrize("family", FAMILIES)
