@@ -66,13 +66,15 @@ _TABLE_RULES: Rules = (
 PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
+    (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
+    (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
     (r"norm/(scale|bias)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
     (r"(^|/)(class_token|probe|sinks|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
-    (r"(^|/)layer_scalar$", P()),
+    (r"(^|/)tail/scale$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split

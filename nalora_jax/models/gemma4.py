@@ -1,7 +1,8 @@
 """Reader of the text models of Gemma 4.
 
 Sliding and full layers differ in head size, key/value heads and RoPE; in full layers the values may
-be the unnormalized keys. Every layer ends in a scale of the residual stream.
+be the unnormalized keys. Every layer ends in a scale of the residual stream. In small models every
+layer has embeddings of the tokens, and the last layers read keys and values of earlier layers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family_fields import (
     FULL,
     SLIDING,
@@ -52,6 +54,7 @@ _ROPES: dict[str, dict[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
 }
+Features = tuple[tuple[str, Any], ...]
 _ROPE_TYPES = ("default", "linear", "proportional")
 
 
@@ -59,16 +62,15 @@ def read_gemma4(f: Fields, name: str) -> ModelConfig:
     """Returns the config of a text model of Gemma 4."""
     for field in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
-    for feature in ("hidden_size_per_layer_input", "num_kv_shared_layers", "enable_moe_block"):
-        f.refuse(feature)
+    f.refuse("enable_moe_block")
     types = _types(f)
-    by_type = {kind: _attention(f, kind, types) for kind in sorted(set(types))}
-    layers = [by_type[kind] for kind in types]
+    layers = _layers(f, types)
     kinds = tuple(dict.fromkeys(layers))
+    width = f.integer("hidden_size_per_layer_input", low=0, default=0)
     return base_config(
         f,
         name,
-        **dict(by_type.get(SLIDING, by_type[FULL])),
+        **dict(kinds[0]),
         kinds=kinds,
         layer_kinds=tuple(kinds.index(layer) for layer in layers),
         activation=activation_name(f, "hidden_activation"),
@@ -78,7 +80,8 @@ def read_gemma4(f: Fields, name: str) -> ModelConfig:
         query_scale=1.0,
         embed_scale=f.integer("hidden_size") ** 0.5,
         final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
-        tail=ScaledTail(),
+        tail=ScaledTail(width),
+        layer_embeddings=LayerEmbeddings(_table_rows(f), width) if width else None,
         **attention_bias(f),
     )
 
@@ -94,19 +97,41 @@ def _types(f: Fields) -> list[str]:
     return types
 
 
-def _attention(f: Fields, kind: str, types: Sequence[str]) -> tuple[tuple[str, Any], ...]:
-    """Returns the fields of `ModelConfig` that depend on a layer's type."""
+def _table_rows(f: Fields) -> int:
+    rows, vocabulary = f.integer("vocab_size_per_layer_input"), f.integer("vocab_size")
+    if rows < vocabulary:
+        raise f.error("vocab_size_per_layer_input", f"vocab_size ({vocabulary}) or more", rows)
+    return rows
+
+
+def _layers(f: Fields, types: Sequence[str]) -> list[Features]:
+    """Returns the fields of `ModelConfig` that depend on a layer's type and on its keys, by layer.
+
+    The last layers read the keys and values of the last layer before them that has their type.
+    """
+    of_type = {kind: _features(f, kind, types) for kind in sorted(set(types))}
+    reading = f.integer("num_kv_shared_layers", low=0, high=2**10, default=0)
+    first, d_ff = len(types) - reading, f.integer("intermediate_size")
+    if reading and set(types[: max(first, 0)]) != set(types):
+        raise f.error("num_kv_shared_layers", "a layer of every type before the layers without keys", reading)
+    last = {kind: layer for layer, kind in enumerate(types[:first])} if reading else {}
+    wide = 2 if f.flag("use_double_wide_mlp") else 1
+    layers = []
+    for layer, kind in enumerate(types):
+        keys_as_values = f.flag("attention_k_eq_v") and kind == FULL
+        mixer = NormedAttention(keys_as_values, hands=kind if last.get(kind) == layer else "")
+        if layer >= first:
+            mixer = NormedAttention(reads=kind)
+        layers.append((*of_type[kind], ("mixer", mixer), ("d_ff", d_ff * (wide if layer >= first else 1))))
+    return layers
+
+
+def _features(f: Fields, kind: str, types: Sequence[str]) -> Features:
     head_dim, kv_heads = _heads(f, kind, types)
     heads = f.integer("num_attention_heads", high=2**16)
     if heads % kv_heads:
         raise f.error(f"key/value heads of {kind}", f"a divisor of num_attention_heads ({heads})", kv_heads)
-    keys_as_values = f.flag("attention_k_eq_v") and kind == FULL
-    return (
-        ("head_dim", head_dim),
-        ("n_kv_heads", kv_heads),
-        ("ropes", _ropes(f, kind, head_dim)),
-        ("mixer", NormedAttention(keys_as_values)),
-    )
+    return ("head_dim", head_dim), ("n_kv_heads", kv_heads), ("ropes", _ropes(f, kind, head_dim))
 
 
 def _heads(f: Fields, kind: str, types: Sequence[str]) -> tuple[int, int]:

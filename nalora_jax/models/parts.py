@@ -35,9 +35,21 @@ class LayerInputs:
     window: jax.Array | None  # int []; None if every layer attends globally
     rope: jax.Array | None  # int [], index into the rotary tables; None if there is only one
     scales: dict[str, dict[str, jax.Array]]  # adapters' scales by part ("attn", "ffn") and projection
+    embedded: jax.Array | None  # [batch, seq, width], `ModelConfig.layer_embeddings` of the layer
     # The layer's state of earlier calls; or the layer's index if it reads cached keys in place from
     # `SharedInputs.cache`.
     cached: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HandedKeys:
+    """Keys and values of a layer that later layers read."""
+
+    k: jax.Array  # [batch, seq, kv_heads, head_dim], rotated
+    v: jax.Array
+    cached: Any  # `LayerInputs.cached` of the layer
+    prefix: str = field(metadata={"static": True})  # of its stack
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +67,7 @@ class SharedInputs:
     cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values
     # int [batch or 1, seq], position from which a token is seen, if not its own
     starts: jax.Array | None = None
+    handed: dict[str, HandedKeys] = field(default_factory=dict)  # by name (`Mixer.hands`)
     deterministic: bool = field(default=True, metadata={"static": True})
 
 
@@ -110,6 +123,8 @@ class Mixer(Part):
     """A part that mixes the tokens of a row, in place of attention."""
 
     attends: ClassVar[bool] = False  # True: softmax attention with the config's heads and windows
+    hands: str = ""  # name under which later layers read this layer's keys and values
+    reads: str = ""  # name of an earlier layer's keys and values that this layer reads
 
     @abstractmethod
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:

@@ -117,6 +117,8 @@ def param_shapes(config: ModelConfig) -> Shapes:
     for stack in stacks(config):
         of_layer = _layer_shapes(stack.config).items()
         shapes |= {f"{stack.prefix}/{path}": (len(stack.layers), *shape) for path, shape in of_layer}
+    if config.layer_embeddings is not None:
+        shapes |= config.layer_embeddings.param_shapes(config)
     shapes["final_norm/scale"] = (d,)
     if not config.tie_embeddings:
         shapes["lm_head/kernel"] = (d, v)

@@ -13,6 +13,7 @@ from typing import Literal
 from nalora_jax.errors import NaloraError
 from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import stacks
 
 Source = Literal["hf", "gguf"]
 Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
@@ -48,7 +49,8 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT, *_SENSES), aliases, HF_RENAMES)
+        ignored = (*_ROTARY, *SIGHT, *_SENSES, *_unread_keys(config))
+        return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
@@ -64,6 +66,12 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
     if isinstance(own, str):
         return tables.get(own)
     return own if tables is HF else None
+
+
+def _unread_keys(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the pattern of keys and values of layers that read an earlier layer's."""
+    layers = [str(layer) for stack in stacks(config) if stack.config.reads for layer in stack.layers]
+    return (rf"^model\.layers\.({'|'.join(layers)})\.self_attn\.[kv]_(proj|norm)\.",) if layers else ()
 
 
 # ---------------------------------------------------------------- transformers
@@ -146,7 +154,13 @@ _HF_GEMMA4 = (
     *_HF_ATTENTION,
     *_HF_QK_NORMS,
     *_HF_FFN,
-    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/layer_scalar",)),
+    *_hf_norms(**{"tail/norm": "post_per_layer_input_norm"}),
+    TensorRow("model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),
+    TensorRow("model.embed_tokens_per_layer.weight", ("layer_embeddings/embedding",)),
+    TensorRow("model.per_layer_model_projection.weight", ("layer_embeddings/projection/kernel",), "transpose"),
+    TensorRow("model.per_layer_projection_norm.weight", ("layer_embeddings/norm/scale",)),
 )
 
 _HF_GPT_OSS = (

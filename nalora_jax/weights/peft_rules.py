@@ -15,6 +15,7 @@ MODULES |= {name: f"ffn/{name}" for name in ("gate_proj", "up_proj", "down_proj"
 # Fused projections, and the projections of Mixtral's experts.
 MODULES |= {"qkv_proj": "attn/(q|k|v)_proj", "gate_up_proj": "ffn/(gate|up)_proj"}
 MODULES |= {"w1": "ffn/gate_proj", "w3": "ffn/up_proj", "w2": "ffn/down_proj"}
+MODULES |= {"per_layer_input_gate": "tail/gate_proj", "per_layer_projection": "tail/down_proj"}
 _NAME = re.compile(r"[\w.]+")
 
 

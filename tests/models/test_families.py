@@ -179,6 +179,19 @@ CASES = (
         },
     ),
     Case(
+        "gemma4_text",
+        "per-layer embeddings, keys of earlier layers, double-wide FFN",
+        {
+            **GEMMA4,
+            "attention_k_eq_v": False,
+            "num_global_key_value_heads": None,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 130,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    Case(
         "phi3",
         "fused projections, LongRoPE, partial rotation, sliding window",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": ORIGINAL, "sliding_window": WINDOW},
@@ -305,7 +318,7 @@ def build(case: Case) -> Pair:
         for name, parameter in [*theirs.named_parameters(), *scalars]:
             # Spread such that logits depend on the tokens and continuations do not run into one token at once.
             tied = config.tie_word_embeddings  # a large tied embedding makes every token predict itself
-            spread = (0.05 if tied else 1.0) if "embed_tokens" in name else 0.2
+            spread = (0.05 if tied else 1.0) if "embed_tokens.weight" in name else 0.2
             of_scale = "norm" in name or "scal" in name
             centre = float(of_scale and ("gemma4" in case.family or "gemma" not in case.family))  # other Gemmas hold w of 1 + w
             parameter.copy_(torch.randn_like(parameter) * spread + centre)

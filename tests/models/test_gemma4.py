@@ -51,7 +51,17 @@ COMMON: dict[str, Any] = {
     "eos_token_id": None,
 }
 # Features of the released sizes.
-MODELS: dict[str, dict[str, Any]] = {"31b": COMMON}
+MODELS: dict[str, dict[str, Any]] = {
+    "31b": COMMON,
+    "e2b": COMMON
+    | {
+        "attention_k_eq_v": False,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 64,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+}
 RANK, ALPHA, ROWS, SEQ = 3, 5.0, 8, 16
 TOKENS = np.random.default_rng(1).integers(1, 64, (ROWS, SEQ)).astype(np.int32)
 
@@ -73,7 +83,7 @@ def build(name: str) -> Pair:
     theirs = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, tensor in theirs.state_dict().items():
-            spread = 0.05 if "embed_tokens.weight" in key else 0.3
+            spread = 0.05 if "embed_tokens.weight" in key else 0.2
             tensor.copy_(torch.randn(tensor.shape) * spread + float("norm" in key or "scal" in key))
     config = ModelConfig.from_hf(theirs.config.to_dict())
     state = {key: tensor.numpy().copy() for key, tensor in theirs.state_dict().items()}
@@ -83,8 +93,8 @@ def build(name: str) -> Pair:
 def adapters(config: ModelConfig) -> tuple[dict[str, Any], AdapterSpec]:
     rng, leaves, layers = np.random.default_rng(0), {}, depths(config)
     for path, (*lead, d_in, d_out) in projection_shapes(config).items():
-        leaves[f"{path}/a"] = rng.normal(0, 0.3, (layers[path], *lead, d_in, RANK)).astype(np.float32)
-        leaves[f"{path}/b"] = rng.normal(0, 0.3, (layers[path], *lead, RANK, d_out)).astype(np.float32)
+        leaves[f"{path}/a"] = rng.normal(0, 0.15, (layers[path], *lead, d_in, RANK)).astype(np.float32)
+        leaves[f"{path}/b"] = rng.normal(0, 0.15, (layers[path], *lead, RANK, d_out)).astype(np.float32)
     targets = ((path, TargetSpec((RANK,) * n, (ALPHA,) * n)) for path, n in sorted(layers.items()))
     return unflatten(leaves), AdapterSpec(tuple(targets))
 
