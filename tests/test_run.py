@@ -28,11 +28,9 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
 )
 from nalora_jax.data.sources import RecordsSource
@@ -116,8 +114,7 @@ def settings(base: Path, questions: Path) -> RunConfig:
         model=str(base),
         steps=40,
         lora=LoRAConfig(rules=(LoRARule("ffn", 8), LoRARule("attn", 4))),
-        mask=MaskConfig("soft", warmup=3),
-        step_scale=StepScaleConfig("homogeneity", warmup=3),
+        mechanisms=("soft:power=2,warmup=3", "homogeneity:warmup=3"),
         optimizer=OptimizerConfig(learning_rate=2e-2),
         data=DataConfig(
             dataset=str(questions),
@@ -445,7 +442,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     [
         (["--lora.rules", "nothing:4"], "'nothing', which matches nothing"),
         (["--lora.rules", "ffn:17"], "rank"),
-        (["--mask.keep", "0"], "--mask.keep: expected a share in (0, 1], found 0"),
+        (["--mechanisms", "hard:keep=0"], "mechanism hard: keep: expected a share in (0, 1], found 0"),
         (["--data.dataset", "missing.jsonl"], "missing.jsonl"),
         (["--model", "missing-folder/model.gguf"], "missing-folder/model.gguf"),
         (["--mesh.data", "3"], "--mesh"),

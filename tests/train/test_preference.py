@@ -19,11 +19,9 @@ from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
     check,
 )
@@ -78,8 +76,7 @@ def settings(preference, **changes):
     return RunConfig(
         steps=8,
         lora=LoRAConfig(rules=(LoRARule("ffn", 4), LoRARule("q_proj", 2))),
-        mask=MaskConfig("soft", warmup=1),
-        step_scale=StepScaleConfig("homogeneity", warmup=1),
+        mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         compute=ComputeConfig(dtype="float32", stats_stride=1),
         preference=preference,
