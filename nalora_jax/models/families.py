@@ -14,7 +14,7 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.method import activations
 from nalora_jax.models import registered
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, reads_configs
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
 from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
@@ -33,7 +33,6 @@ _GEMMA3: dict[str, Any] = {
 }
 
 
-@reads_configs
 def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfig:
     """Returns the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
@@ -63,6 +62,11 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     config = reader(fields, name)
     _check(config, fields)
     return config
+
+
+def built_in() -> tuple[str, ...]:
+    """Returns the values of ``model_type`` that this module reads."""
+    return tuple(_READERS)
 
 
 def supported() -> tuple[str, ...]:
@@ -386,5 +390,3 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         },
     ),
 }
-
-registered.RESERVED.update(_READERS)
