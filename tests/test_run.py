@@ -35,7 +35,7 @@ from nalora_jax.config import (
 )
 from nalora_jax.data.sources import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.models.targets import AdapterSpec
@@ -45,7 +45,7 @@ from nalora_jax.weights.merge import write_merged
 from nalora_jax.weights.peft import import_adapter
 from tests import tiny
 
-nalora_run = importlib.import_module("nalora_jax.run")  # the package's attribute of this name is the function
+nalora_run = importlib.import_module("nalora_jax.job")
 
 WORDS = ["<end>", "<unk>", *string.ascii_lowercase]
 HF = {

@@ -29,12 +29,12 @@ from nalora_jax.config.preference import PreferenceConfig
 from nalora_jax.data.preference import pair_data
 from nalora_jax.data.sources import RecordsSource
 from nalora_jax.errors import NaloraError
+from nalora_jax.job import run
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.target_losses import target_losses
-from nalora_jax.run import run
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
 from nalora_jax.train.preference import dpo
