@@ -19,7 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.tokenizer import is_unicode, read_json
+from nalora_jax.tokenizer import read_json
+from nalora_jax.tokenizer_backend import is_unicode
 from nalora_jax.weights.shards import DTYPES as WRITTEN
 from nalora_jax.weights.tensors import FileTensor, Index
 
