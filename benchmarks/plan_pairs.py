@@ -10,7 +10,8 @@ from typing import Any
 from nalora_jax.config import MaskConfig, RunConfig, StepScaleConfig, TrainConfig
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.plan.layouts import choose
 from nalora_jax.plan.machines import topology
 

@@ -61,7 +61,7 @@ class ChatArgs:
     # Dtype of the base weights. By default the run's, else bfloat16.
     dtype: Literal["bfloat16", "float32"] | None = None
     # Quantize the adapted model's projections. By default as in the run, else not.
-    quantize: Literal["none", "int8", "nf4"] | None = None
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] | None = None
     # Devices along each axis of the mesh; -1 or 0 takes whatever is left.
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1, fsdp=1, tensor=1))
 

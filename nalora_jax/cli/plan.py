@@ -54,7 +54,7 @@ class PlanArgs:
     # Rematerialization; "auto" chooses it together with the mesh.
     remat: Remat = "auto"
     # Quantize the adapted model's projections.
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
     # Price of one chip per hour: shows the cost of a million tokens.
     price: float | None = None
     # Also write the figures to this file, one JSON line per topology.

@@ -100,7 +100,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     dtype: str | None = None,
-    quantize: Literal["none", "int8", "nf4", "run"] = "none",
+    quantize: Literal["none", "int8", "nf4", "mxfp4", "run"] = "none",
     mesh: Mesh | None = None,
     resolved: ResolvedSource | None = None,
     implementation: str = "auto",

@@ -28,6 +28,8 @@ from nalora_jax.models.family_fields import (
     windows_of,
 )
 from nalora_jax.models.family_fields import base_config as base_config
+from nalora_jax.models.gpt_oss import DEFAULTS as GPT_OSS
+from nalora_jax.models.gpt_oss import read_gpt_oss
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
 from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
@@ -71,7 +73,8 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     fields = Fields(raw, _COMMON | defaults, where)
     for feature in ("use_bidirectional_attention", "output_router_logits", "router_jitter_noise"):
         fields.refuse(feature)
-    fields.refuse("quantization_config", "load the unquantized model")
+    if name != "gpt_oss":  # whose reader accepts the released form
+        fields.refuse("quantization_config", "load the unquantized model")
     config = reader(fields, name)
     _check(config, fields)
     return config
@@ -284,6 +287,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
             "num_experts_per_tok": 2,
         },
     ),
+    "gpt_oss": (read_gpt_oss, GPT_OSS),
     "qwen3_moe": (
         _qwen3_moe,
         _QWEN

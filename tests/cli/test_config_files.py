@@ -204,6 +204,6 @@ def test_a_dry_run_says_what_would_run_and_loads_no_weight(
 
 
 def tiny_shapes(base: Any) -> Any:
-    from nalora_jax.models.config import projection_shapes
+    from nalora_jax.models.stacks import projection_shapes
 
     return projection_shapes(base)

@@ -20,7 +20,7 @@ from nalora_jax.evaluate.heldout import Evaluator
 from nalora_jax.evaluate.items import Answers, compare_answers
 from nalora_jax.load import load
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.peft import export_adapter
 from tests import tiny

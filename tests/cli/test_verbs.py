@@ -20,8 +20,9 @@ from nalora_jax.cli.outputs import data_of
 from nalora_jax.config import DataConfig, LoRAConfig, LoRARule
 from nalora_jax.load import load
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.inspect import layer_summary
 from nalora_jax.report.inspection import inspect_texts

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 
 LLAMA = {
     "model_type": "llama",
@@ -87,6 +88,18 @@ OLD_FORMS = {
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
     "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
     "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
+    "gpt-oss": {
+        **LLAMA,
+        "model_type": "gpt_oss",
+        "rope_theta": 150_000,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "swiglu_limit": 7.0,
+    },
 }  # fmt: skip
 
 
@@ -164,6 +177,12 @@ REFUSED = {
     "growing queries in another family": (
         {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
         "llama_4_scaling_beta",
+    ),
+    "another gate in gpt-oss": ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
+    "no clamp in gpt-oss": ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit: expected a finite number"),
+    "another quantization of gpt-oss": (
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
+        "quant_method: expected 'mxfp4'.* found 'awq'",
     ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),

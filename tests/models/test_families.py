@@ -21,8 +21,9 @@ import torch
 import transformers
 
 from nalora_jax.models.cache import init_cache
-from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
@@ -217,6 +218,35 @@ CASES = (
             "attention_bias": True,
             "use_sliding_window": True,
             "sliding_window": WINDOW,
+        },
+    ),
+    Case(
+        "gpt_oss",
+        "attention sinks, 8 experts with biases, top-3, clamped gate, alternating windows, YaRN",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,  # some gates and many up projections are clamped
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0},
+        },
+    ),
+    Case(
+        "gpt_oss",
+        "no biases of attention, one key head, tied, windows in other layers, default RoPE",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
         },
     ),
     Case(

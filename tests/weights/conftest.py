@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import params_from_tensors
@@ -58,6 +59,13 @@ FEATURES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

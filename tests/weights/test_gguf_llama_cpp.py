@@ -19,7 +19,8 @@ from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.load import load
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.trees import unflatten
 from nalora_jax.weights.keymaps import tensors_from_params

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import (
     Slot,
     halves_from_pairs,

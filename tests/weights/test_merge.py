@@ -16,8 +16,9 @@ import tokenizers
 from safetensors import safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, map_named, size_bytes, unflatten
@@ -143,8 +144,15 @@ FAMILIES = {
     "granite": (ALL, {"rslora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
+    "gpt_oss": (ALL, {}),
 }
-WITH_DECODER = ("llama", "gemma3_text", "phi3", "mixtral")  # the others would only repeat it, at a compilation each
+WITH_DECODER = (
+    "llama",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "gpt_oss",
+)  # the others would only repeat it, at a compilation each
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,8 +22,8 @@ from nalora_jax.errors import NaloraError
 from nalora_jax.generate.programs import view_weights
 from nalora_jax.load import load, put_on
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import projection_shapes
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.cross_entropy import Head
 from nalora_jax.ops.dispatch import Numerics

@@ -87,7 +87,7 @@ class Sight:
         return {path: 1 if path in self._mlp() else self.used_layers for path in self.projection_shapes()}
 
     def gate_blocks(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Returns the FFN blocks; see `nalora_jax.models.config.gate_blocks`."""
+        """Returns the FFN blocks; see `nalora_jax.models.stacks.gate_blocks`."""
         blocks: dict[str, tuple[tuple[int, ...], str]] = {
             "image/layers/ffn": ((self.used_layers, self.tower.d_ff), self.tower.activation)
         }

@@ -32,9 +32,10 @@ from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.method import activations, ffn
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.layers import ResidualNorm
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
