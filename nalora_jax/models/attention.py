@@ -13,7 +13,7 @@ from nalora_jax.dense import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RMSNorm, apply_rope
+from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
@@ -51,7 +51,10 @@ class Attention(nn.Module):
         if c.qk_norm == "head":
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = self._rope_table(layer, shared)
-        return apply_rope(q, table), apply_rope(k, table), v
+        q, k = apply_rope(q, table), apply_rope(k, table)
+        if c.query_growth:
+            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
+        return q, k, v
 
     def _projected(
         self, x: jax.Array, widths: Mapping[str, int], layer: LayerInputs, shared: SharedInputs

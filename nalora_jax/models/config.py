@@ -7,8 +7,9 @@ set and does not import them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.models.layers import RopeSpec
@@ -52,6 +53,9 @@ class ModelConfig:
     post_norm: bool = False  # norms of their outputs, before the residual sum
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
+    # Queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 means never.
+    query_growth: float = 0.0
+    growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
     attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
@@ -126,21 +130,10 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        return _READERS[0](raw, where, images)
+        families = import_module("nalora_jax.models.families")  # which imports this module
+        config: ModelConfig = families.read(raw, where, images)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
-
-
-Reader = Callable[[Mapping[str, Any], str, bool], ModelConfig]
-_READERS: list[Reader] = []
-
-
-def reads_configs(reader: Reader) -> Reader:
-    """Registers the function that `ModelConfig.from_hf` calls.
-
-    `nalora_jax.models.families` imports this module, so this module cannot import the reader.
-    """
-    _READERS[:] = [reader]
-    return reader

@@ -36,8 +36,8 @@ from nalora_jax.weights.vision.sight import file_name, model_keymap
 
 # Class names of the text models of multimodal models.
 _TEXT_CLASSES = {"gemma3_text": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "gemma4_text": "Gemma4ForCausalLM"}
-_TEXT_CLASSES |= {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
+_TEXT_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+_TEXT_CLASSES |= {"gemma4_text": "Gemma4ForCausalLM", "gemma4_unified_text": "Gemma4UnifiedForCausalLM"}
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 

@@ -207,9 +207,9 @@ def _gemma3(f: Fields, text: ModelConfig) -> Sight:
 
 
 def _text_only(f: Fields, text: ModelConfig) -> Sight:
-    """Refuses images of a family whose towers are not implemented."""
-    seen = ", ".join(name for name, entry in MULTIMODAL.items() if entry[0] is not _text_only)
-    raise f.error("model_type", f"a model whose images can be read: {seen}", f.raw["model_type"], "load its text model")
+    expected = f"one of {', '.join(name for name, (reader, *_) in MULTIMODAL.items() if reader is not _text_only)}"
+    remedy = "leave --vision.task (or --image) out to use its text model"
+    raise f.error("model_type", expected, repr(f.raw["model_type"]), remedy)
 
 
 _CLIP_LARGE: dict[str, Any] = {
@@ -244,6 +244,8 @@ Reader = Callable[[Fields, "ModelConfig"], Sight]
 MULTIMODAL: dict[str, tuple[Reader, dict[str, Any], dict[str, Any]]] = {
     "llava": (_llava, _LLAVA, _LLAMA),
     "gemma3": (_gemma3, {"mm_tokens_per_image": 256, "image_token_index": 262_144}, {"tie_word_embeddings": True}),
+    # Without images: the text model alone is implemented.
+    "mistral3": (_text_only, {}, {"model_type": "mistral", "tie_word_embeddings": False}),
     "gemma4": (_text_only, {}, {"model_type": "gemma4_text", "tie_word_embeddings": True}),
     "gemma4_unified": (_text_only, {}, {"model_type": "gemma4_unified_text", "tie_word_embeddings": True}),
 }

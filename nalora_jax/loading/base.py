@@ -18,7 +18,7 @@ from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.vision.sight import Sight
+from nalora_jax.models.vision.sight import MULTIMODAL, Sight
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
@@ -26,10 +26,10 @@ from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.load import DTYPES, TensorSource, load_params
 from nalora_jax.weights.mxfp4 import with_floats
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.streamed import StreamedFolder
+from nalora_jax.weights.tensors import DTYPES, TensorSource, load_params
 from nalora_jax.weights.vision.sight import model_keymap
 
 log = logging.getLogger(__name__)
@@ -149,8 +149,8 @@ def load_model(
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
-    if config.model_type != raw.get("model_type") and config.sight is None:
-        log.info("the text model (%s) of %s: images are left out", config.model_type, raw["model_type"])
+    if raw.get("model_type") in MULTIMODAL and config.sight is None:
+        log.info("%s: the text model of %s, without its image tower", found.path, raw["model_type"])
     folder = found.path if found.kind == "hf" else None
     return LoadedModel(
         config,
