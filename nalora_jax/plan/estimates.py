@@ -100,7 +100,8 @@ def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
 def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
     """Returns the bytes of HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
     each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
-    return base.n_layers * tokens * base.experts_per_token * each
+    layers = sum(config.n_layers for config in uniform(base) if config.n_experts)
+    return layers * tokens * base.experts_per_token * each
 
 
 def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:

@@ -13,6 +13,7 @@ An adapter of a fused module is exact: with parts of rank r1, r2, ... it has ran
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,10 +51,6 @@ class ModuleLayout:
         return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
 
 
-_STACKS = (
-    HostModule("mlp.experts.gate_up_proj", ("layers/ffn/gate_proj", "layers/ffn/up_proj")),
-    HostModule("mlp.experts.down_proj", ("layers/ffn/down_proj",)),
-)
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
 
 
@@ -63,22 +60,40 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    paths_of_model = {path for path, _ in locate(config)}
     modules: list[HostModule] = [
         HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
     ]
     experts: dict[str, str] = {}
     for row in keytables.table(config, "hf").rows:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        if paths[0] not in paths_of_model or not row.paths[0].endswith("/kernel"):
-            continue
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
-        if _EXPERT in name:
+        of_experts = _EXPERT in name
+        if not row.paths[0].endswith("/kernel") or not layers_with(config, paths[0], experts=of_experts):
+            continue
+        if of_experts:
             experts[paths[0]] = name.replace(_EXPERT, "{}")
         else:
             modules.append(HostModule(name, paths))
     prefix = "model.layers" if config.sight is None else "model.language_model.layers"
-    return ModuleLayout(tuple(modules), _STACKS if experts else (), experts, prefix)
+    return ModuleLayout(tuple(modules), _stacks(experts), experts, prefix)
+
+
+def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
+    """Returns the two parameters that hold all experts of a layer in transformers 5."""
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
+    return tuple(
+        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{part}" for part in parts))
+        for folder in folders
+        for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
+    )
+
+
+@functools.cache
+def layers_with(config: ModelConfig, path: str, *, experts: bool) -> frozenset[int]:
+    """Returns the layers that have a projection at a uniform path, of experts or not."""
+    shapes = projection_shapes(config)
+    places = ((layer, shapes[stacked]) for (name, layer), (stacked, _) in locate(config).items() if name == path)
+    return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -115,9 +130,8 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
 
 
 def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
-    places = locate(config)
-    layers = range(1 + max(layer for _, layer in places))
-    return {layout.full_name(i, m) for m in layout.modules for i in layers if (m.parts[0], i) in places}
+    modules = layout.modules
+    return {layout.full_name(i, m) for m in modules for i in layers_with(config, m.parts[0], experts=False)}
 
 
 def part_widths(config: ModelConfig, module: HostModule, layer: int) -> list[int]:

@@ -25,6 +25,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleLayout,
     alpha_for,
     fuse,
+    layers_with,
     module_layout,
     module_shape,
     part_widths,
@@ -87,10 +88,10 @@ def export_adapter(
     entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
-    if any(entry.stacked or entry.module.parts[0] in layout.experts for entry in entries):
+    if any(entry.stacked or _is_expert(entry.module) for entry in entries):
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         spec = replace(spec, dropout=0.0)
-    settings = _settings(entries, config, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
+    settings = _settings(entries, config, layout, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
     tensors = dict(_tensors(entries, layout))
     if spec.saved or spec.token_indices:
         tensors |= saved_tensors(lora, spec, config) | token_row_tensors(lora, spec, config)
@@ -144,10 +145,10 @@ def _entries(
     places = locate(config)
     for layer in range(1 + max(layer for _, layer in places)):
         for module in (*layout.modules, *layout.parameters):
-            if (module.parts[0], layer) not in places:
+            stacked = module in layout.parameters
+            if layer not in layers_with(config, module.parts[0], experts=stacked):
                 continue
             parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
-            stacked = module in layout.parameters
             if stacked and per_expert:
                 yield from _expert_entries(layout, config, module, layer, parts)
                 continue
@@ -237,22 +238,26 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.module.name: entry.module for entry in entries}
     # vLLM requires all three projections of the experts or none.
-    if any(module.parts[0] in layout.experts for module in adapted.values()):
+    if any(_is_expert(module) for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
-    places = locate(config)
     return [
         _Entry(name, layer, module, given[name] if name in given else _zeros(config, module, layer, rank, scale))
         for layer in range(config.n_layers)
         for module in adapted.values()
-        if (module.parts[0], layer) in places
+        if layer in layers_with(config, module.parts[0], experts=_is_expert(module))
         for name in _names(config, layout, layer, module)
     ]
 
 
 def _names(config: ModelConfig, layout: ModuleLayout, layer: int, module: HostModule) -> list[str]:
     """Returns the full names of ``module`` in a layer: one, or one per expert."""
-    count = config.n_experts if module.parts[0] in layout.experts else 1
+    count = config.n_experts if _is_expert(module) else 1
     return [layout.full_name(layer, module.name.format(expert)) for expert in range(count)]
+
+
+def _is_expert(module: HostModule) -> bool:
+    """Returns True for the pattern of one expert's modules, "experts.{}.w1"."""
+    return "{}" in module.name
 
 
 def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
@@ -290,7 +295,9 @@ def _tensors(entries: list[_Entry], layout: ModuleLayout) -> Iterator[tuple[str,
             yield f"base_model.model.{key}.lora_magnitude_vector", np.ascontiguousarray(entry.adapter.magnitude)
 
 
-def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, rslora: bool) -> dict[str, Any]:
+def _settings(
+    entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, spec: AdapterSpec, *, rslora: bool
+) -> dict[str, Any]:
     """Returns ``adapter_config.json`` without the base model's name."""
     ranks = {entry.name: entry.adapter.rank for entry in entries}
     alphas = {
@@ -311,14 +318,14 @@ def _settings(entries: list[_Entry], config: ModelConfig, spec: AdapterSpec, *, 
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_names([entry for entry in entries if not entry.stacked], config),
+        "target_modules": _target_modules([entry for entry in entries if not entry.stacked], config, layout),
         "task_type": "CAUSAL_LM",
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
     settings |= token_settings(spec)
     if stacks:
-        settings["target_parameters"] = _target_names(stacks, config)
+        settings["target_parameters"] = _target_parameters(stacks, config)
     return settings
 
 
@@ -349,16 +356,39 @@ def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dic
     return common, dict(sorted(pattern.items()))
 
 
-def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
-    """Returns short names of modules adapted in every layer, full names of the others."""
-    modules: dict[str, list[_Entry]] = {}
+def _target_modules(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout) -> list[str]:
+    """Returns short names that match adapted modules only, and the full names of the others."""
+    adapted: dict[str, set[str]] = {}
     for entry in entries:
-        modules.setdefault(entry.module.name, []).append(entry)
+        adapted.setdefault(_last(entry.name), set()).add(entry.name)
+    known: dict[str, set[str]] = {}
+    for module in layout.modules:
+        for layer in layers_with(config, module.parts[0], experts=False):
+            known.setdefault(_last(module.name), set()).add(layout.full_name(layer, module))
     names: set[str] = set()
-    for module, members in modules.items():
+    for last, members in adapted.items():
         # A vision tower has modules with the same short names as the decoder.
-        layers = {layer for path, layer in locate(config) if path == members[0].module.parts[0]}
-        everywhere = config.sight is None and {member.layer for member in members} == layers
-        short = module if members[0].stacked else module.rpartition(".")[2]
-        names |= {short} if everywhere else {member.name for member in members}
+        everywhere = config.sight is None and members >= known.get(last, set())
+        names |= {last} if everywhere and _experts_in_all(entries, last, config) else members
+    return sorted(names)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _experts_in_all(entries: list[_Entry], last: str, config: ModelConfig) -> bool:
+    """Returns True if the experts named ``last`` are adapted in all layers that have experts, or in none."""
+    experts = [entry for entry in entries if _is_expert(entry.module) and _last(entry.name) == last]
+    layers = {layer for entry in experts for layer in layers_with(config, entry.module.parts[0], experts=True)}
+    return {entry.layer for entry in experts} == layers
+
+
+def _target_parameters(entries: list[_Entry], config: ModelConfig) -> list[str]:
+    """Returns names within the layer of stacks adapted in every layer, full names of the others."""
+    names: set[str] = set()
+    for module in {entry.module for entry in entries}:
+        members = [entry for entry in entries if entry.module == module]
+        everywhere = {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=True)
+        names |= {module.name} if everywhere else {entry.name for entry in members}
     return sorted(names)
