@@ -44,6 +44,15 @@ class ModuleLayout:
     experts: Mapping[str, str] = field(default_factory=dict)  # path -> Linear module of one expert, "experts.{}.w1"
     prefix: str = "model.layers"
 
+    def weight_only(self, module: HostModule) -> bool:
+        """Returns True if PEFT adapts a Linear module by its weight only, as a parameter.
+
+        PEFT takes names of target_modules that end like an expert's modules in transformers 4 for
+        the experts, also if they name a dense layer or a shared expert.
+        """
+        lasts = {pattern.rpartition(".")[2] for pattern in self.experts.values()}
+        return module in self.modules and module.name.rpartition(".")[2] in lasts
+
     def full_name(self, layer: int, module: str | HostModule) -> str:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
         if isinstance(module, str):

@@ -88,7 +88,7 @@ def export_adapter(
     entries = list(_entries(lora, spec, config, layout, per_expert=target == "vllm"))
     entries = _one_rank(entries, config, layout, max_lora_rank) if target == "vllm" else _even_stacks(entries)
     rslora = spec.rslora and target == "peft"
-    if any(entry.stacked or _is_expert(entry.module) for entry in entries):
+    if any(entry.parameter or _is_expert(entry.module) for entry in entries):
         # Dropout acts in training only, and PEFT refuses to load it for experts.
         spec = replace(spec, dropout=0.0)
     settings = _settings(entries, config, layout, spec, rslora=rslora) | {"base_model_name_or_path": base_model_name}
@@ -133,7 +133,8 @@ class _Entry:
     layer: int
     module: HostModule
     adapter: ModuleAdapter
-    stacked: bool = False
+    stacked: bool = False  # of all experts
+    parameter: bool = False  # named in target_parameters
 
 
 def _entries(
@@ -146,6 +147,7 @@ def _entries(
     for layer in range(1 + max(layer for _, layer in places)):
         for module in (*layout.modules, *layout.parameters):
             stacked = module in layout.parameters
+            parameter = stacked or (layout.weight_only(module) and not per_expert)
             if layer not in layers_with(config, module.parts[0], experts=stacked):
                 continue
             parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
@@ -156,22 +158,22 @@ def _entries(
             if adapter is None:
                 continue
             name = layout.full_name(layer, module)
-            _check_dora(spec, name, adapter, stacked=stacked)
-            yield _Entry(name, layer, module, adapter, stacked)
+            _check_dora(spec, name, adapter, parameter=parameter)
+            yield _Entry(name, layer, module, adapter, stacked, parameter)
 
 
 def _even_stacks(entries: list[_Entry]) -> list[_Entry]:
-    """Returns the same adapters, with one rank and one scale in all stacks of experts.
+    """Returns the same adapters, with one rank and one scale in all parameters.
 
     PEFT applies rank_pattern to parameters too, but warns that the keys "were ignored". With equal
     ranks no pattern is needed.
     """
-    stacks = [entry.adapter for entry in entries if entry.stacked]
-    if not stacks:
+    adapters = [entry.adapter for entry in entries if entry.parameter]
+    if not adapters:
         return entries
-    rank = max(adapter.rank for adapter in stacks)
-    scale = _common(adapter.scale for adapter in stacks)
-    return [replace(entry, adapter=_fold(entry.adapter, rank, scale)) if entry.stacked else entry for entry in entries]
+    rank = max(adapter.rank for adapter in adapters)
+    scale = _common(adapter.scale for adapter in adapters)
+    return [replace(e, adapter=_fold(e.adapter, rank, scale)) if e.parameter else e for e in entries]
 
 
 def _common(values: Iterable[Any]) -> Any:
@@ -197,14 +199,14 @@ def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
             raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
 
 
-def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, stacked: bool) -> None:
-    if spec.dora and (stacked or adapter.magnitude is None):
+def _check_dora(spec: AdapterSpec, name: str, adapter: ModuleAdapter, *, parameter: bool) -> None:
+    if spec.dora and (parameter or adapter.magnitude is None):
         raise NaloraError(
             f"DoRA at {name}",
             expected="a Linear module (PEFT has no DoRA for experts)"
-            if stacked
+            if parameter
             else "an adapter on every projection that the family fuses into this module, for its column norms",
-            found="experts" if stacked else "some without",
+            found="experts" if parameter else "some without",
             remedy="merge the adapter instead",
         )
 
@@ -236,7 +238,9 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
         )
     scale = _common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
-    adapted = {entry.module.name: entry.module for entry in entries}
+    lasts = {_last(entry.module.name) for entry in entries}
+    adapted = {module.name: module for module in layout.modules if _last(module.name) in lasts and not module.whole}
+    adapted |= {entry.module.name: entry.module for entry in entries}
     # vLLM requires all three projections of the experts or none.
     if any(_is_expert(module) for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
@@ -305,7 +309,8 @@ def _settings(
     }
     rank, rank_pattern = _pattern(ranks, entries)
     alpha, alpha_pattern = _pattern(alphas, entries)
-    stacks = [entry for entry in entries if entry.stacked]
+    modules = [entry for entry in entries if not entry.parameter]
+    parameters = [entry for entry in entries if entry.parameter]
     settings = {
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -318,14 +323,14 @@ def _settings(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_modules([entry for entry in entries if not entry.stacked], config, layout),
+        "target_modules": _target_modules(modules, config, layout),
         "task_type": "CAUSAL_LM",
         "use_dora": spec.dora,
         "use_rslora": rslora,
     }
     settings |= token_settings(spec)
-    if stacks:
-        settings["target_parameters"] = _target_parameters(stacks, config)
+    if parameters:
+        settings["target_parameters"] = _target_parameters(parameters, config)
     return settings
 
 
@@ -336,11 +341,11 @@ def _number(value: float) -> int | float:
 def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dict[str, Any]]:
     """Returns a default value and a pattern for the modules with another value.
 
-    The default is the experts' most frequent value, otherwise the most frequent of all. Keys
+    The default is the parameters' most frequent value, otherwise the most frequent of all. Keys
     are ``mlp.up_proj`` if all layers agree, full names otherwise.
     """
-    stacks = [values[entry.name] for entry in entries if entry.stacked]
-    common = _common(stacks or values.values())
+    parameters = [values[entry.name] for entry in entries if entry.parameter]
+    common = _common(parameters or values.values())
     modules: dict[str, list[str]] = {}
     for entry in entries:
         modules.setdefault(entry.module.name, []).append(entry.name)
@@ -357,7 +362,7 @@ def _pattern(values: Mapping[str, Any], entries: list[_Entry]) -> tuple[Any, dic
 
 
 def _target_modules(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout) -> list[str]:
-    """Returns short names that match adapted modules only, and the full names of the others."""
+    """Returns short names of modules that are adapted in all layers, full names of the others."""
     adapted: dict[str, set[str]] = {}
     for entry in entries:
         adapted.setdefault(_last(entry.name), set()).add(entry.name)
@@ -368,8 +373,7 @@ def _target_modules(entries: list[_Entry], config: ModelConfig, layout: ModuleLa
     names: set[str] = set()
     for last, members in adapted.items():
         # A vision tower has modules with the same short names as the decoder.
-        everywhere = config.sight is None and members >= known.get(last, set())
-        names |= {last} if everywhere and _experts_in_all(entries, last, config) else members
+        names |= {last} if config.sight is None and members >= known.get(last, set()) else members
     return sorted(names)
 
 
@@ -377,18 +381,13 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _experts_in_all(entries: list[_Entry], last: str, config: ModelConfig) -> bool:
-    """Returns True if the experts named ``last`` are adapted in all layers that have experts, or in none."""
-    experts = [entry for entry in entries if _is_expert(entry.module) and _last(entry.name) == last]
-    layers = {layer for entry in experts for layer in layers_with(config, entry.module.parts[0], experts=True)}
-    return {entry.layer for entry in experts} == layers
-
-
 def _target_parameters(entries: list[_Entry], config: ModelConfig) -> list[str]:
-    """Returns names within the layer of stacks adapted in every layer, full names of the others."""
+    """Returns names within the layer of parameters adapted in all layers, full names of the others."""
     names: set[str] = set()
     for module in {entry.module for entry in entries}:
         members = [entry for entry in entries if entry.module == module]
-        everywhere = {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=True)
-        names |= {module.name} if everywhere else {entry.name for entry in members}
+        stacked = members[0].stacked
+        everywhere = {entry.layer for entry in members} == layers_with(config, module.parts[0], experts=stacked)
+        weight = "" if stacked else ".weight"
+        names |= {f"{name}{weight}" for name in ([module.name] if everywhere else [m.name for m in members])}
     return sorted(names)
