@@ -27,7 +27,7 @@ from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.moe import MoEFFN
-from nalora_jax.models.stacks import projection_shapes
+from nalora_jax.models.stacks import layer_numbers, projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.quantize import quantize
@@ -177,10 +177,15 @@ MIXTRAL = {
 }
 
 
-def test_a_decoder_s_loss_gradients_and_statistics():
+# A dense layer, and one with experts and a shared expert.
+GLM = MIXTRAL | {"model_type": "glm4_moe", "n_routed_experts": 4, "moe_intermediate_size": 24, "n_shared_experts": 2}
+
+
+@pytest.mark.parametrize("raw", [MIXTRAL, GLM], ids=lambda raw: raw["model_type"])
+def test_a_decoder_s_loss_gradients_and_statistics(raw):
     """Through the scan over layers and rematerialisation."""
-    base = ModelConfig.from_hf(MIXTRAL)
-    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), base.n_layers)
+    base = ModelConfig.from_hf(raw)
+    spec = resolve(LoRAConfig(rules=(LoRARule("ffn/", RANK),)), projection_shapes(base), layer_numbers(base))
     params, lora = init_params(base, jax.random.key(0)), init_lora(base, spec, jax.random.key(1))
     lora = jax.tree.map(lambda x: x + 0.1, lora)
     tokens = np.random.default_rng(0).integers(0, 64, (ROWS, SEQ)).astype(np.int32)
