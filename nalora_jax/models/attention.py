@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from nalora_jax.dense import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
@@ -79,5 +80,8 @@ class Attention(nn.Module):
         config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding)
         window = GLOBAL_WINDOW if layer.window is None else layer.window
         rest: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts}
+        if c.attn_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,))
+            rest["sinks"] = sinks.astype(jnp.float32)
         out: jax.Array = attention(q, keys, window, config, self.options.numerics.within(), **rest)
         return out

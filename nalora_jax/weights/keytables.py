@@ -15,7 +15,7 @@ from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
 
 Source = Literal["hf", "gguf"]
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose"]
+Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class TensorRow:
 
     name: str
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows.
+    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
+    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...
     change: Change = ""
     experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
 
@@ -155,6 +156,22 @@ _HF_GLM_EXPERTS = (
     *_HF_DENSE_LAYERS,
 )
 
+_HF_GPT_OSS = (
+    TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",)),
+    TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
+    *(
+        TensorRow(
+            f"model.layers.{{layer}}.mlp.experts.gate_up_proj{theirs}",
+            (f"layers/ffn/gate_proj/{ours}", f"layers/ffn/up_proj/{ours}"),
+            "columns",
+        )
+        for ours, theirs in {"kernel": "", "bias": "_bias"}.items()
+    ),
+    TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
+    TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+)
+
 HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
     "mistral": _HF_LLAMA,
@@ -171,6 +188,7 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
     "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),
     "glm4_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_GLM_EXPERTS),
+    "gpt_oss": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_GPT_OSS),
 }
 
 # ---------------------------------------------------------------- llama.cpp

@@ -209,5 +209,6 @@ def _settings(raw: Mapping[str, Any], config: ModelConfig, infos: list[TensorInf
             remedy="pass the config.json of the model whose parameters these are",
         )
     largest = max(infos, key=lambda info: info.nbytes)
+    settings.pop("quantization_config", None)  # floats are written
     settings["dtype"] = settings["torch_dtype"] = largest.dtype.name  # transformers 5 and 4 read one each
     return settings

@@ -75,6 +75,18 @@ OLD_FORMS = {
     "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
     "Qwen1.5-MoE": {**LLAMA, "model_type": "qwen2_moe", "num_experts": 8, "rope_theta": 1e6, "sliding_window": 8},
     "GLM-4.5": {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16},
+    "gpt-oss": {
+        **LLAMA,
+        "model_type": "gpt_oss",
+        "rope_theta": 150_000,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "swiglu_limit": 7.0,
+    },
 }  # fmt: skip
 
 
@@ -139,6 +151,12 @@ REFUSED = {
     ),
     "attention to the future": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     "capped scores in Gemma 3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "logit_softcapping"),
+    "another gate in gpt-oss": ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
+    "no clamp in gpt-oss": ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit: expected a finite number"),
+    "another quantization of gpt-oss": (
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
+        "quant_method: expected 'mxfp4'.* found 'awq'",
+    ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
 }  # fmt: skip

@@ -195,6 +195,35 @@ CASES = (
         },
     ),
     Case(
+        "gpt_oss",
+        "attention sinks, 8 experts with biases, top-3, clamped gate, alternating windows, YaRN",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,  # some gates and many up projections are clamped
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0},
+        },
+    ),
+    Case(
+        "gpt_oss",
+        "no biases of attention, one key head, tied, windows in other layers, default RoPE",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
+    Case(
         "qwen3_moe",
         "8 experts in every second layer, top-2, not normalised",
         {

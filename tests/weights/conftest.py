@@ -47,6 +47,13 @@ FEATURES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

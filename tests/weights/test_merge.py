@@ -151,6 +151,7 @@ FAMILIES = {
     "qwen3_moe": (ALL, {"rslora": True}),
     "qwen2_moe": (SHARED, {}),
     "glm4_moe": (GLM, {"rslora": True}),
+    "gpt_oss": (ALL, {}),
 }
 WITH_DECODER = (
     "llama",
@@ -158,6 +159,7 @@ WITH_DECODER = (
     "phi3",
     "mixtral",
     "glm4_moe",
+    "gpt_oss",
 )  # the others would only repeat it, at a compilation each
 
 
