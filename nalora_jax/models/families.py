@@ -12,7 +12,7 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
-from nalora_jax.models import registered
+from nalora_jax.models import recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
@@ -285,3 +285,5 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
     "qwen2_moe": (read_qwen2_moe, _QWEN | QWEN2_MOE),
     "glm4_moe": (read_glm4_moe, GLM4_MOE),
 }
+
+_READERS |= recent_families.READERS
