@@ -23,7 +23,7 @@ import transformers
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
@@ -459,12 +459,12 @@ def measure_greedy(case: Case, steps: int = 64) -> int:
 
 def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
     """Adapters of rank 2 on every projection, B not zero."""
-    shapes = projection_shapes(config)
-    spec = AdapterSpec(tuple((path, TargetSpec((2,) * config.n_layers, (3.0,) * config.n_layers)) for path in shapes))
+    shapes, layers = projection_shapes(config), depths(config)
+    spec = AdapterSpec(tuple((path, TargetSpec((2,) * layers[path], (3.0,) * layers[path])) for path in shapes))
     rng, leaves = np.random.default_rng(3), {}
     for path, (*lead, d_in, d_out) in shapes.items():
         for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
-            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (config.n_layers, *lead, *shape)).astype(np.float32)
+            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (layers[path], *lead, *shape)).astype(np.float32)
     return unflatten(leaves), spec
 
 
