@@ -69,7 +69,7 @@ PARAM_RULES: Rules = (
     (r"(^|/)layer_embeddings/embedding$", P("tensor", "fsdp")),
     (r"(^|/)layer_embeddings/projection/kernel$", P("fsdp", None)),
     (r"norm/(scale|bias)$", P()),
-    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
+    (r"(^|/)(router/(correction|scale)|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),

@@ -55,6 +55,7 @@ class Block(nn.Module):
             token_weights=shared.token_weights,
             deterministic=shared.deterministic,
             adapter_ids=shared.adapter_ids,
+            **({"stream": x} if c.ffn is not None and c.ffn.reads_stream else {}),
         )
         if c.post_norm:
             y = self._norm("ffn_post_norm", y)

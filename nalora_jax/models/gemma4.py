@@ -2,7 +2,8 @@
 
 Sliding and full layers differ in head size, key/value heads and RoPE; in full layers the values may
 be the unnormalized keys. Every layer ends in a scale of the residual stream. In small models every
-layer has embeddings of the tokens, and the last layers read keys and values of earlier layers.
+layer has embeddings of the tokens, and the last layers read keys and values of earlier layers; in
+mixtures every layer adds experts to its gated block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from nalora_jax.fields import Fields
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.dense_and_experts import DenseAndExperts
 from nalora_jax.models.embedding import LayerEmbeddings
 from nalora_jax.models.family_fields import (
     FULL,
@@ -62,7 +64,6 @@ def read_gemma4(f: Fields, name: str) -> ModelConfig:
     """Returns the config of a text model of Gemma 4."""
     for field in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
-    f.refuse("enable_moe_block")
     types = _types(f)
     layers = _layers(f, types)
     kinds = tuple(dict.fromkeys(layers))
@@ -82,6 +83,7 @@ def read_gemma4(f: Fields, name: str) -> ModelConfig:
         final_softcap=f.number("final_logit_softcapping", default=0.0, zero=True),
         tail=ScaledTail(width),
         layer_embeddings=LayerEmbeddings(_table_rows(f), width) if width else None,
+        **_experts(f),
         **attention_bias(f),
     )
 
@@ -122,8 +124,25 @@ def _layers(f: Fields, types: Sequence[str]) -> list[Features]:
         mixer = NormedAttention(keys_as_values, hands=kind if last.get(kind) == layer else "")
         if layer >= first:
             mixer = NormedAttention(reads=kind)
-        layers.append((*of_type[kind], ("mixer", mixer), ("d_ff", d_ff * (wide if layer >= first else 1))))
+        width = d_ff * (wide if layer >= first else 1)
+        layers.append((*of_type[kind], ("mixer", mixer), *_feed_forward(f, width)))
     return layers
+
+
+def _feed_forward(f: Fields, width: int) -> Features:
+    """Returns the fields of a gated block of ``width`` channels, with experts added if the model has them."""
+    if not f.flag("enable_moe_block"):
+        return (("d_ff", width),)
+    return ("d_ff", f.integer("moe_intermediate_size")), ("ffn", DenseAndExperts(width))
+
+
+def _experts(f: Fields) -> dict[str, int]:
+    if not f.flag("enable_moe_block"):
+        return {}
+    n_experts, chosen = f.integer("num_experts", high=2**12), f.integer("top_k_experts", high=2**12)
+    if chosen > n_experts:
+        raise f.error("top_k_experts", f"at most {n_experts} experts", chosen)
+    return {"n_experts": n_experts, "experts_per_token": chosen}
 
 
 def _features(f: Fields, kind: str, types: Sequence[str]) -> Features:

@@ -8,7 +8,8 @@ other part is a frozen dataclass of its sizes, in a module of its own, that `Mod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
@@ -75,6 +76,17 @@ def part_adapters(spec: AdapterSpec, path: str) -> Adapters:
     """Returns the adapters of the part at a stacked path (``layers/attn``) by projection name."""
     ranks = ((p.removeprefix(f"{path}/"), t.rank) for p, t in spec.targets if p.startswith(f"{path}/"))
     return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
+
+
+def adapters_below(adapters: Adapters, prefix: str) -> Adapters:
+    """Returns the adapters of a part's projections below ``prefix``."""
+    ranks = ((name.removeprefix(prefix), rank) for name, rank in adapters.ranks if name.startswith(prefix))
+    return replace(adapters, ranks=tuple(ranks))
+
+
+def scales_below(scales: Mapping[str, Any] | None, prefix: str) -> dict[str, Any]:
+    """Returns the scales of a part's projections below ``prefix``."""
+    return {name.removeprefix(prefix): s for name, s in (scales or {}).items() if name.startswith(prefix)}
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -159,6 +171,8 @@ class AttentionMixer(Mixer):
 
 class FeedForward(Part):
     """A part that transforms each token, in place of the gated block."""
+
+    reads_stream: ClassVar[bool] = False  # True: the module also gets ``stream``, the norm's input
 
     @abstractmethod
     def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:

@@ -172,7 +172,24 @@ _HF_GEMMA4 = (
     *_HF_ATTENTION,
     *_HF_QK_NORMS,
     *_HF_FFN,
-    *_hf_norms(**{"tail/norm": "post_per_layer_input_norm"}),
+    *_hf_dense("mlp", "ffn/dense", _GATED),
+    TensorRow(
+        "model.layers.{layer}.experts.gate_up_proj",
+        ("layers/ffn/experts/gate_proj/kernel", "layers/ffn/experts/up_proj/kernel"),
+        "transpose",
+    ),
+    TensorRow("model.layers.{layer}.experts.down_proj", ("layers/ffn/experts/down_proj/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.proj.weight", ("layers/ffn/experts/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.router.scale", ("layers/ffn/router_norm/scale",)),
+    TensorRow("model.layers.{layer}.router.per_expert_scale", ("layers/ffn/experts/router/scale",)),
+    *_hf_norms(
+        **{
+            "ffn/dense_norm": "post_feedforward_layernorm_1",
+            "ffn/experts_norm": "pre_feedforward_layernorm_2",
+            "ffn/experts_post_norm": "post_feedforward_layernorm_2",
+            "tail/norm": "post_per_layer_input_norm",
+        }
+    ),
     TensorRow("model.layers.{layer}.per_layer_input_gate.weight", ("layers/tail/gate_proj/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.per_layer_projection.weight", ("layers/tail/down_proj/kernel",), "transpose"),
     TensorRow("model.layers.{layer}.layer_scalar", ("layers/tail/scale",)),

@@ -165,7 +165,11 @@ CASES = (
             },
         },
     ),
-    Case("gemma4_text", "sliding and full layers, K = V, proportional RoPE, layer scalars, biases", GEMMA4),
+    Case(
+        "gemma4_text",
+        "sliding and full layers, K = V, proportional RoPE, layer scalars, biases, experts added to the FFN",
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 12},
+    ),
     Case(
         "gemma4_unified_text",
         "values of projections, linear RoPE, untied head",
