@@ -64,6 +64,9 @@ def read_gemma4(f: Fields, name: str) -> ModelConfig:
     """Returns the config of a text model of Gemma 4."""
     for field in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
         f.refuse(field, "rotary embeddings are read from rope_parameters")
+    if name == "gemma4_unified_text":
+        for feature in ("hidden_size_per_layer_input", "enable_moe_block"):
+            f.refuse(feature, "this family has no such layers")
     types = _types(f)
     layers = _layers(f, types)
     kinds = tuple(dict.fromkeys(layers))
