@@ -163,7 +163,8 @@ def _heads(f: Fields, kind: str, types: Sequence[str]) -> tuple[int, int]:
     list layers that differ (``per_layer_config``).
     """
     head_dim = f.integer("head_dim", high=2**16)
-    kv_heads = f.integer("num_key_value_heads", high=2**16)
+    heads = f.integer("num_attention_heads", high=2**16)
+    kv_heads = f.integer("num_key_value_heads", high=2**16, default=heads)
     if f.get("per_layer_config") is not None:
         return _listed_heads(f, kind, types, head_dim, kv_heads)
     if kind == FULL:
