@@ -285,6 +285,8 @@ RANGES = {
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
     "mesh.tensor": AXIS,
+    "mesh.run": COUNT,
+    "mesh.runs_per_device": COUNT,
     "train.batch_size": ROWS,
     "train.accumulate": ROWS,
     "train.log_every": SIZE,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import chex
 import jax
@@ -20,6 +21,7 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
+from nalora_jax.distributed.mesh import RUN
 from nalora_jax.errors import NaloraError
 from nalora_jax.gate_checks import BROKEN, GateChecks, require_compensated
 from nalora_jax.measurement import GateStatsConfig
@@ -52,6 +54,19 @@ log = logging.getLogger(__name__)
 _STEPS = itertools.count()
 
 
+class PureStep(Protocol):
+    """Builds the step of an assembly for other values of its settings."""
+
+    def __call__(self, adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        """Returns a step that is not compiled.
+
+        Args:
+          adapters: of the assembly's projections, with other scales or larger ranks.
+          mechanisms: with the assembly's memory and maybe other settings.
+          numbers: of the optimizer, see `nalora_jax.train.optimizers.make_optimizer`.
+        """
+
+
 @dataclass(frozen=True)
 class Assembly:
     """A compiled training run: model, optimizer, step function and initial state."""
@@ -68,6 +83,7 @@ class Assembly:
     begin: Callable[[Any, int], TrainState]  # initial state for an adapter and a seed
     state_metrics: StateMetrics  # compiled on first use
     initial: Any = None  # adapters before the first step in host memory, if B != 0
+    pure: PureStep | None = None  # builds the step that is not compiled
 
     @property
     def eval_model(self) -> Decoder:
@@ -136,10 +152,16 @@ def assemble(
 
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        trained = build_optimizer(config, base, spec, mechanisms, last, numbers)
+        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
+
     compiled = jax.jit(fresh, out_shardings=placed)
-    step = compile_step(config, base, model, optimizer, mechanisms, mesh, placed, processor)
+    step = jit_step(config, pure(spec, mechanisms, {}), mesh, placed)
     state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
-    return Assembly(config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial)
+    return Assembly(
+        config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial, pure
+    )
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
@@ -237,10 +259,11 @@ def build_optimizer(
     spec: AdapterSpec,
     mechanisms: Mechanisms,
     last: optax.GradientTransformation | None = None,
+    numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
     """Chains inner optimizer, mechanisms on gates, ``last``, and AdaLoRA's rank allocation."""
     settings = with_learning_rate(config, base.d_model).optimizer
-    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio)
+    inner = make_optimizer(settings, config.steps, config.lora.plus_ratio, numbers)
     optimizer = nalora(inner, _gates(base, spec), mechanisms)
     if last is not None:
         optimizer = optax.with_extra_args_support(optax.chain(optimizer, last))
@@ -318,7 +341,20 @@ def compile_step(
     placed: Any,
     processor: ImageProcessor | None = None,
 ) -> Step:
-    """Jits the step: one trace per run, state donated, chexified if gates are checked."""
+    """Jits the step of `make_step`; see `jit_step`."""
+    return jit_step(config, make_step(config, base, model, optimizer, mechanisms, mesh, processor), mesh, placed)
+
+
+def make_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mechanisms: Mechanisms,
+    mesh: Mesh,
+    processor: ImageProcessor | None = None,
+) -> Step:
+    """Builds the step of a decoder, not compiled."""
     settings = StepConfig(
         mechanisms=mechanisms,
         stats_sharding=distributed.row_sharding(mesh),
@@ -327,7 +363,7 @@ def compile_step(
         verify=require_compensated if config.debug.check_gates else None,
     )
     objective = text_objective(config, base, model, mesh, processor)
-    return jit_step(config, make_train_step(optimizer, settings, objective), mesh, placed)
+    return make_train_step(optimizer, settings, objective)
 
 
 def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: Mesh) -> NextToken:
@@ -339,6 +375,7 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         compute.loss_chunk,
         distributed.batch_shards(mesh),
         head_sharding(base, mesh),
+        RUN in mesh.shape,
     )
 
 
@@ -363,7 +400,10 @@ def text_objective(
 
 
 def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
-    """Jits a pure step like `compile_step`; ``placed`` is the sharding of the state."""
+    """Jits a pure step: one trace per run, state donated, chexified if gates are checked.
+
+    ``placed`` is the sharding of the state.
+    """
     step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
     step = chex.assert_max_traces(step, n=1)
     step.__name__ = "train_step"  # the name is part of the compilation cache's key

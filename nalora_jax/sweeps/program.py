@@ -1,0 +1,100 @@
+"""The compiled step of several runs: `jax.vmap` of a run's step, with the frozen base unbatched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nalora_jax import distributed, trees
+from nalora_jax.distributed.mesh import RUN
+from nalora_jax.method.step import Batch, TrainState
+from nalora_jax.sweeps.groups import widest
+from nalora_jax.sweeps.stack import common_shapes, shared, stack, stacked_sharding, take, unpadded
+from nalora_jax.sweeps.values import Values, mechanisms_with, spec_with, values_of
+from nalora_jax.train.assembly import Assembly
+
+
+class SweepProgram:
+    """The runs of one program and their compiled step.
+
+    Args:
+      runs: assemblies on one mesh, with one `nalora_jax.sweeps.groups.program_key`.
+      width: of the model, for automatic learning rates; 0 for image and text encoders.
+
+    Attributes:
+      params: the frozen weights; arrays that differ between runs have an axis ``[runs]``.
+      values: the values in which the runs differ, on the mesh.
+    """
+
+    def __init__(self, runs: Sequence[Assembly], width: int = 0) -> None:
+        first = runs[0]
+        self.runs, self.mesh = tuple(runs), first.mesh
+        self._spec, self._shapes = widest([run.spec for run in runs]), common_shapes([run.state for run in runs])
+        padded = trees.map_named(lambda path, x: jax.ShapeDtypeStruct(self._shapes[path], x.dtype), first.state)
+        self._solo = distributed.shardings(padded, self.mesh, distributed.STATE_RULES)
+        self._places = jax.tree.map(lambda place: stacked_sharding(self.mesh, place), self._solo)
+        self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
+        self.values: Values = jax.device_put(values_of(runs, width), self._by_run)
+        weights, self._axes = shared([run.params for run in runs], self.mesh)
+        self.params = first.view(weights) if self._axes is None else {"params": weights}
+        self._compiled: Any = jax.jit(
+            self._step,
+            donate_argnums=(1,),
+            out_shardings=(self._places, self._by_run),
+            compiler_options=distributed.compiler_options(self.mesh),
+        )
+        self._take = jax.jit(take, out_shardings=self._solo)
+
+    def begin(self, states: Sequence[TrainState]) -> TrainState:
+        """Returns the states of all runs as one state with an axis ``[runs]``."""
+        joined: TrainState = stack(states, self._shapes, self._places)
+        return joined
+
+    def step(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the states after a step and the metrics of each run, ``[runs, ...]``.
+
+        Args:
+          states: of all runs; donated.
+          batch: arrays ``[runs, accumulate, rows, ...]``.
+          active: by run; the state of other runs stays as it is.
+        """
+        result: tuple[TrainState, dict[str, Any]] = self._compiled(*self._arguments(states, batch, active))
+        return result
+
+    def lower(self, states: TrainState, batch: Batch) -> Any:
+        """Returns the lowered step (``jax.stages.Lowered``)."""
+        return self._compiled.lower(*self._arguments(states, batch, [True] * len(self.runs)))
+
+    def state_of(self, states: TrainState, index: int) -> TrainState:
+        """Returns the state of one run, with the shapes of its solo run."""
+        padded = self._take(states, jnp.int32(index))
+        shapes = {path: leaf.shape for path, leaf in trees.flatten(self.runs[index].state).items()}
+        state: TrainState = unpadded(padded, shapes)
+        return state
+
+    def _arguments(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[Any, ...]:
+        return self.params, states, batch, self.values, jax.device_put(np.array(active), self._by_run)
+
+    def _step(self, params: Any, states: TrainState, batch: Batch, values: Values, active: jax.Array) -> Any:
+        axes = None if self._axes is None else {"params": self._axes}
+        spmd = RUN if RUN in self.mesh.shape else None
+        return jax.vmap(self._one, in_axes=(axes, 0, 0, 0, 0), spmd_axis_name=spmd)(
+            params, states, batch, values, active
+        )
+
+    def _one(
+        self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any], active: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the step of one run."""
+        first = self.runs[0]
+        assert first.pure is not None
+        mechanisms = mechanisms_with(first.mechanisms, values)
+        step = first.pure(spec_with(self._spec, values["scales"]), mechanisms, values["numbers"])
+        after, metrics = step(params, state, batch)
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics

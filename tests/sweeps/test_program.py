@@ -1,0 +1,197 @@
+"""The step of several runs against the steps of the same runs alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nalora_jax import distributed, trees
+from nalora_jax.config import (
+    ComputeConfig,
+    LoRAConfig,
+    LoRARule,
+    MaskConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepScaleConfig,
+)
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import init_params
+from nalora_jax.sweeps.groups import program_key
+from nalora_jax.sweeps.program import SweepProgram
+from nalora_jax.sweeps.stack import batch_of
+from nalora_jax.train.assembly import Assembly, assemble
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+BASE = ModelConfig.from_hf(LLAMA)
+CONFIG = RunConfig(
+    steps=20,
+    lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
+    mask=MaskConfig("soft", warmup=1, permute=3),
+    step_scale=StepScaleConfig("curvature", warmup=1),
+    optimizer=OptimizerConfig(learning_rate=1e-2),
+    compute=ComputeConfig(dtype="float32", probe_stride=1, implementation="xla"),
+)
+ROWS, SEQ = 4, 16
+
+
+def _batch(seed: int) -> dict[str, np.ndarray]:
+    """Rows of two packed examples and padding."""
+    rng = np.random.default_rng(seed)
+    cut, end = rng.integers(2, 7, (ROWS, 1)), rng.integers(9, SEQ + 1, (ROWS, 1))
+    place = np.arange(SEQ)[None, :]
+    segments = np.where(place < cut, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    weights = (rng.uniform(size=(ROWS, SEQ)) < 0.7) & (segments > 0)
+    flat = {
+        "tokens": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
+        "targets": rng.integers(0, 96, (ROWS, SEQ)).astype(np.int32),
+        "loss_weights": weights.astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    }
+    return {name: value[None] for name, value in flat.items()}
+
+
+def _assembled(configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any = None) -> list[Assembly]:
+    mesh = mesh or distributed.make_mesh(MeshConfig(), jax.devices()[:1])
+    params = init_params(base, jax.random.key(1))
+    params = jax.device_put(params, distributed.shardings(params, mesh, distributed.PARAM_RULES))
+    return [assemble(config, base, params, mesh) for config in configs]
+
+
+def _solo(run: Assembly, steps: int) -> Any:
+    """The adapters after the run's own steps, alone."""
+    state, params = run.state, run.view(run.params)
+    for i in range(steps):
+        batch = distributed.make_global_batch(_batch(100 * run.config.seed + i), run.mesh, rows_axis=1)
+        state, metrics = run.step(params, state, batch)
+    return jax.device_get(state.lora), jax.device_get(metrics)
+
+
+def _together(runs: Sequence[Assembly], steps: int, active: Sequence[bool] | None = None) -> tuple[SweepProgram, Any]:
+    program = SweepProgram(runs)
+    states = program.begin([run.state for run in runs])
+    for i in range(steps):
+        batch = batch_of([_batch(100 * run.config.seed + i) for run in runs], program.mesh)
+        states, metrics = program.step(states, batch, active or [True] * len(runs))
+    return program, (states, jax.device_get(metrics))
+
+
+def _difference(one: Any, other: Any) -> float:
+    """The largest difference of any array, over that array's largest value."""
+    flat = trees.flatten(other)
+    return max(
+        float(np.max(np.abs(leaf - flat[path])) / np.max(np.abs(flat[path])))
+        for path, leaf in trees.flatten(one).items()
+    )
+
+
+def test_runs_of_one_program_equal_their_solo_runs() -> None:
+    """They differ in everything that may differ: rates, schedule, decay, betas, clip, seed, alpha, rank, rules."""
+    other = replace(
+        CONFIG,
+        seed=1,
+        steps=30,
+        lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))),
+        mask=MaskConfig("soft", warmup=3, permute=-1, power=1.5, decay=0.9, frozen_after=5),
+        step_scale=StepScaleConfig("curvature", warmup=2, tau=0.05),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, weight_decay=0.1, b1=0.8, b2=0.95, clip_norm=0.3, warmup_steps=4, schedule="linear"
+        ),
+    )
+    third = replace(CONFIG, seed=2, optimizer=replace(CONFIG.optimizer, learning_rate=2e-2))
+    runs = _assembled([CONFIG, other, third])
+    assert len({program_key(run.config, run.spec) for run in runs}) == 1
+    program, (states, metrics) = _together(runs, 20)
+    for index, run in enumerate(runs):
+        lora, alone = _solo(run, 20)
+        state = program.state_of(states, index)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, run.state)
+        assert _difference(jax.device_get(state.lora), lora) < 1e-4
+        assert metrics["loss"][index] == pytest.approx(float(alone["loss"]), rel=1e-4)
+    padding = trees.flatten(jax.device_get(states.lora))["layers/ffn/gate_proj/a"][1, :, :, 2:]
+    assert np.all(padding == 0)
+
+
+# SGD: Adam's first updates divide rounding errors by gradients of the same size.
+EIGHT = [
+    replace(CONFIG, seed=seed, steps=4, optimizer=OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0))
+    for seed in range(8)
+]
+
+
+def _ids(sizes: str | None, order: str | None, count: int) -> np.ndarray:
+    """Device numbers in HLO's notation ``[sizes]T(order)``."""
+    devices = np.arange(count).reshape([int(size) for size in sizes.split(",")] if sizes else [count])
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
+
+
+def _groups(text: str) -> list[list[list[int]]]:
+    """The device groups of every collective in a compiled program, by partition number."""
+    groups = []
+    for line in text.splitlines():
+        if not re.search(r"(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", line):
+            continue
+        if match := re.search(
+            r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line
+        ):
+            axes, sizes, order, joined = match.groups()
+            named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+            devices = _ids(sizes, order, math.prod(named.values())).reshape(tuple(named.values()))
+            within = [list(named).index(name) for name in re.findall(r"'(\w+)'", joined)]
+            devices = np.moveaxis(devices, within, range(-len(within), 0))
+            groups.append(devices.reshape(-1, math.prod(devices.shape[-len(within) :])).tolist())
+        elif match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+            rows, columns, sizes, order = match.groups()
+            groups.append(_ids(sizes, order, int(rows) * int(columns)).reshape(int(rows), int(columns)).tolist())
+        elif match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line):
+            groups.append([[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", match[1])])
+        else:
+            raise AssertionError(f"a collective without groups: {line}")
+    return groups
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> Any:
+    """Adapters of eight runs after two steps, all on one device."""
+    program, (states, _) = _together(_assembled(EIGHT), 2)
+    return [jax.device_get(program.state_of(states, index).lora) for index in range(8)]
+
+
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(run=8), MeshConfig(run=4, fsdp=2), MeshConfig(run=2, data=1, fsdp=2, tensor=2)], ids=str
+)
+def test_runs_on_a_mesh_equal_those_on_one_device(sizes: MeshConfig, on_one_device: Any) -> None:
+    """No collective of the step joins devices of two runs."""
+    mesh = distributed.make_mesh(sizes)
+    program, (states, _) = _together(_assembled(EIGHT, mesh=mesh), 2)
+    for index, lora in enumerate(on_one_device):
+        assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 1e-4
+    batch = batch_of([_batch(index) for index in range(8)], mesh)
+    compiled = program.lower(states, batch).compile().as_text()
+    per_run = mesh.devices.size // sizes.run
+    groups = _groups(compiled)
+    assert bool(groups) == (per_run > 1)
+    assert all(len({device // per_run for device in group}) == 1 for each in groups for group in each)
