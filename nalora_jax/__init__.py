@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from nalora_jax.errors import NaloraError
     from nalora_jax.generate import Generator
     from nalora_jax.load import AdaptedModel, load
-    from nalora_jax.run import RunResult, run
+    from nalora_jax.run import run
+    from nalora_jax.running import RunResult
+    from nalora_jax.sweeps.run import SweepResult, sweep
     from nalora_jax.weights import LoadedModel, load_model
     from nalora_jax.weights.peft import export_adapter, import_adapter
 
@@ -53,6 +55,7 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "StepScaleConfig",
+    "SweepResult",
     "TrainConfig",
     "VisionConfig",
     "export_adapter",
@@ -60,6 +63,7 @@ __all__ = [
     "load",
     "load_model",
     "run",
+    "sweep",
 ]
 
 _HOMES = {
@@ -78,8 +82,9 @@ _HOMES = {
     "OptimizerConfig": "config",
     "PreferenceConfig": "config",
     "RunConfig": "config",
-    "RunResult": "run",
+    "RunResult": "running",
     "StepScaleConfig": "config",
+    "SweepResult": "sweeps.run",
     "TrainConfig": "config",
     "VisionConfig": "config",
     "export_adapter": "weights.peft",
@@ -87,6 +92,7 @@ _HOMES = {
     "load": "load",
     "load_model": "weights",
     "run": "run",
+    "sweep": "sweeps.run",
 }
 
 

@@ -150,8 +150,13 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def row_sharding(mesh: Mesh | None) -> NamedSharding | None:
-    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None on one device."""
-    return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and mesh.size > 1 else None
+    """Returns the sharding of ``[batch, seq, d_model]`` by rows; None if each run has one device."""
+    return NamedSharding(mesh, P(BATCH_AXES)) if mesh is not None and devices_per_run(mesh) > 1 else None
+
+
+def devices_per_run(mesh: Mesh) -> int:
+    """Returns the number of devices that train a run together."""
+    return mesh.size // mesh.shape.get(RUN, 1)
 
 
 def check_heads(mesh: Mesh, *, n_heads: int, n_kv_heads: int) -> None:

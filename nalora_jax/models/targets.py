@@ -75,6 +75,8 @@ class AdapterSpec:
     # AdaLoRA: a diagonal between A and B during training; adapter files store plain A and B.
     adalora: bool = False
     dropout: float = 0.0
+    # A starts at zero instead of B; the trained adapter does not depend on it in any other way.
+    zero_a: bool = field(default=False, compare=False)
     # Names in `TABLES` that are trained entirely (PEFT's modules_to_save).
     saved: tuple[str, ...] = ()
     # By table in `ROWS`: token ids whose rows are trained (PEFT's trainable_token_indices), in the

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from nalora_jax import trees
 from nalora_jax.config import RunConfig
-from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.models.targets import AdapterSpec, ScaledTarget
 from nalora_jax.sweeps.values import accepts_traced, numeric_settings
 from nalora_jax.train.mechanisms import make_mechanisms
 
@@ -35,12 +35,12 @@ def grouped(runs: Sequence[T], key: Callable[[T], str]) -> list[list[T]]:
     return list(groups.values())
 
 
-def program_key(config: RunConfig, spec: AdapterSpec) -> str:
+def program_key(config: RunConfig, spec: AdapterSpec | None) -> str:
     """Returns the settings that runs of one program have in common, as text.
 
     Args:
       config: settings of a run, with concrete steps and sequence length.
-      spec: its adapters.
+      spec: its adapters; None if they are not known yet, so that the rules must be equal.
     """
     named = trees.flatten(config.to_dict())
     named = {path.replace("/", "."): value for path, value in named.items()}
@@ -58,7 +58,8 @@ def widest(specs: Sequence[AdapterSpec]) -> AdapterSpec:
 
     def target(path: str, first: Any) -> Any:
         ranks = [dict(spec.targets)[path].ranks for spec in specs]
-        return replace(first, ranks=tuple(map(max, zip(*ranks, strict=True))))
+        largest = tuple(map(max, zip(*ranks, strict=True)))
+        return ScaledTarget(largest, first.alphas, first.scales(rslora=specs[0].rslora))
 
     first = specs[0]
     return replace(first, targets=tuple((path, target(path, each)) for path, each in first.targets))
@@ -69,8 +70,10 @@ def _is_static(config: RunConfig) -> bool:
     return bool(config.adalora.target_rank) or config.optimizer.name == "adafactor"
 
 
-def _adapters(config: RunConfig, spec: AdapterSpec) -> list[Any]:
+def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
     """Returns the adapted projections, with ranks if these cannot be padded."""
+    if spec is None:
+        return list(config.lora.rules)
     ranks = _is_static(config)
     return [(path, target.ranks if ranks else len(target.ranks)) for path, target in spec.targets]
 

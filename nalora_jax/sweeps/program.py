@@ -12,12 +12,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
-from nalora_jax.distributed.mesh import RUN
+from nalora_jax.distributed import RUN
 from nalora_jax.method.step import Batch, TrainState
 from nalora_jax.sweeps.groups import widest
 from nalora_jax.sweeps.stack import common_shapes, shared, stack, stacked_sharding, take, unpadded
 from nalora_jax.sweeps.values import Values, mechanisms_with, spec_with, values_of
 from nalora_jax.train.assembly import Assembly
+from nalora_jax.train.state_metrics import StateMetrics
 
 
 class SweepProgram:
@@ -26,13 +27,15 @@ class SweepProgram:
     Args:
       runs: assemblies on one mesh, with one `nalora_jax.sweeps.groups.program_key`.
       width: of the model, for automatic learning rates; 0 for image and text encoders.
+      slots: length of the axis ``[runs]``, if larger; the last run fills it and does not change.
 
     Attributes:
       params: the frozen weights; arrays that differ between runs have an axis ``[runs]``.
       values: the values in which the runs differ, on the mesh.
     """
 
-    def __init__(self, runs: Sequence[Assembly], width: int = 0) -> None:
+    def __init__(self, runs: Sequence[Assembly], width: int = 0, slots: int = 0) -> None:
+        runs = [*runs, *[runs[-1]] * max(0, slots - len(runs))]
         first = runs[0]
         self.runs, self.mesh = tuple(runs), first.mesh
         self._spec, self._shapes = widest([run.spec for run in runs]), common_shapes([run.state for run in runs])
@@ -50,10 +53,12 @@ class SweepProgram:
             compiler_options=distributed.compiler_options(self.mesh),
         )
         self._take = jax.jit(take, out_shardings=self._solo)
+        self._measure: Any = jax.jit(jax.vmap(self._metrics_of_one), out_shardings=self._by_run)
 
     def begin(self, states: Sequence[TrainState]) -> TrainState:
         """Returns the states of all runs as one state with an axis ``[runs]``."""
-        joined: TrainState = stack(states, self._shapes, self._places)
+        filled = [*states, *[states[-1]] * (len(self.runs) - len(states))]
+        joined: TrainState = stack(filled, self._shapes, self._places)
         return joined
 
     def step(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[TrainState, dict[str, Any]]:
@@ -62,7 +67,7 @@ class SweepProgram:
         Args:
           states: of all runs; donated.
           batch: arrays ``[runs, accumulate, rows, ...]``.
-          active: by run; the state of other runs stays as it is.
+          active: by run; the state of other runs, and of filled slots, stays as it is.
         """
         result: tuple[TrainState, dict[str, Any]] = self._compiled(*self._arguments(states, batch, active))
         return result
@@ -78,15 +83,38 @@ class SweepProgram:
         state: TrainState = unpadded(padded, shapes)
         return state
 
+    def measure(self, states: TrainState) -> list[dict[str, Any]]:
+        """Returns `nalora_jax.train.state_metrics.StateMetrics.measure` of every run."""
+        measured = jax.tree.map(distributed.fetch, self._measure(states, self.values))
+        of_runs = [jax.tree.map(lambda leaf, i=index: leaf[i], measured) for index in range(len(self.runs))]
+        return [run.state_metrics.record(*found) for run, found in zip(self.runs, of_runs, strict=True)]
+
+    def _metrics_of_one(self, state: TrainState, values: Mapping[str, Any]) -> Any:
+        mechanisms = mechanisms_with(self.runs[0].mechanisms, values)
+        return StateMetrics(mechanisms, spec_with(self._spec, values["scales"]), self.mesh).compute(state)
+
     def _arguments(self, states: TrainState, batch: Batch, active: Sequence[bool]) -> tuple[Any, ...]:
-        return self.params, states, batch, self.values, jax.device_put(np.array(active), self._by_run)
+        trains = np.zeros(len(self.runs), bool)
+        trains[: len(active)] = active
+        return self.params, states, batch, self.values, jax.device_put(trains, self._by_run)
 
     def _step(self, params: Any, states: TrainState, batch: Batch, values: Values, active: jax.Array) -> Any:
         axes = None if self._axes is None else {"params": self._axes}
-        spmd = RUN if RUN in self.mesh.shape else None
-        return jax.vmap(self._one, in_axes=(axes, 0, 0, 0, 0), spmd_axis_name=spmd)(
-            params, states, batch, values, active
-        )
+        in_axes = (axes, 0, 0, 0, 0)
+        if RUN not in self.mesh.shape:
+            return jax.vmap(self._one, in_axes)(params, states, batch, values, active)
+        if distributed.devices_per_run(self.mesh) > 1:
+            return jax.vmap(self._one, in_axes, spmd_axis_name=RUN)(params, states, batch, values, active)
+        # Every device runs the program of one device, so that nothing can cross the axis.
+        specs = {None: P(), 0: P(RUN)}
+        of_params = jax.tree.map(lambda axis: specs[axis], axes, is_leaf=lambda axis: axis is None)
+        return jax.shard_map(
+            jax.vmap(self._one, in_axes),
+            mesh=self.mesh,
+            in_specs=(of_params, P(RUN), P(RUN), P(RUN), P(RUN)),
+            out_specs=P(RUN),
+            check_vma=False,
+        )(params, states, batch, values, active)
 
     def _one(
         self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any], active: jax.Array

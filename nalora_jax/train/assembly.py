@@ -21,7 +21,6 @@ from nalora_jax import distributed, trees
 from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
-from nalora_jax.distributed.mesh import RUN
 from nalora_jax.errors import NaloraError
 from nalora_jax.gate_checks import BROKEN, GateChecks, require_compensated
 from nalora_jax.measurement import GateStatsConfig
@@ -110,6 +109,7 @@ def assemble(
     *,
     last: optax.GradientTransformation | None = None,
     processor: ImageProcessor | None = None,
+    like: Assembly | None = None,
 ) -> Assembly:
     """Builds adapters, optimizer and step of a run.
 
@@ -120,6 +120,7 @@ def assemble(
       mesh: the run's devices.
       last: transform applied to the updates after all transforms of the config.
       processor: image processor of a vision-language model.
+      like: an assembly with the same program. With the same adapters, its compiled functions are shared.
 
     Raises:
       NaloraError: rules that match nothing or ask for impossible ranks, rows that the tables do not
@@ -132,6 +133,10 @@ def assemble(
         distributed.check_heads(mesh, n_heads=base.sight.tower.n_heads, n_kv_heads=base.sight.tower.n_heads)
     spec = adapter_spec(config, base)
     mechanisms = build_mechanisms(config, base, spec)
+    if like is not None and like.spec == spec and config.lora.init != "pissa":
+        lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.starts_from_base else None)
+        state = like.begin(lora, config.seed)
+        return replace(like, config=config, mechanisms=mechanisms, state=state, params=params, initial=None)
     model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), measured=mechanisms.statistics)
     optimizer = build_optimizer(config, base, spec, mechanisms, last)
 
@@ -152,6 +157,7 @@ def assemble(
 
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
+
     def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
         trained = build_optimizer(config, base, spec, mechanisms, last, numbers)
         return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
@@ -299,7 +305,7 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
     The kernel is split over "tensor" along the vocabulary only. The loss processes the batch in
     chunks, and a kernel that is split over "fsdp" would be gathered in each of them.
     """
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return None
     by_vocabulary = P("tensor", None) if base.tie_embeddings else P(None, "tensor")
     shape = (base.vocab_size, base.d_model) if base.tie_embeddings else (base.d_model, base.vocab_size)
@@ -308,7 +314,7 @@ def head_sharding(base: ModelConfig, mesh: Mesh) -> NamedSharding | None:
 
 def _step_shardings(base: ModelConfig, spec: AdapterSpec, mesh: Mesh) -> dict[str, Any]:
     """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return {}
     shapes = trees.flatten(jax.eval_shape(lambda key: init_lora(base, spec.linear, key), jax.random.key(0)))
     for name in spec.saved:
@@ -375,7 +381,7 @@ def next_token(base: ModelConfig, model: Decoder, compute: ComputeConfig, mesh: 
         compute.loss_chunk,
         distributed.batch_shards(mesh),
         head_sharding(base, mesh),
-        RUN in mesh.shape,
+        distributed.RUN in mesh.shape and distributed.devices_per_run(mesh) > 1,
     )
 
 

@@ -144,7 +144,8 @@ def dual_program(
     places = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
 
     def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        towers = Towers(model.clone(adapters=adapters), processor, adapted, mesh if mesh.size > 1 else None)
+        shared = mesh if distributed.devices_per_run(mesh) > 1 else None
+        towers = Towers(model.clone(adapters=adapters), processor, adapted, shared)
         objective = Classify(towers) if config.vision.task == "classify" else Contrast(towers, base.loss)
         settings = StepConfig(
             mechanisms,
@@ -218,7 +219,7 @@ def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], g
 
 def _shardings(lora: Any, mesh: Mesh) -> dict[str, Any]:
     """Returns the layouts of adapters and masks within a step; empty on one device."""
-    if mesh.size == 1:
+    if distributed.devices_per_run(mesh) == 1:
         return {}
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lora)
     return {

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ import pytest
 
 from nalora_jax import distributed, trees
 from nalora_jax.config import (
+    AdaLoRAConfig,
     ComputeConfig,
+    DataConfig,
     LoRAConfig,
     LoRARule,
     MaskConfig,
@@ -23,13 +26,18 @@ from nalora_jax.config import (
     OptimizerConfig,
     RunConfig,
     StepScaleConfig,
+    TrainConfig,
 )
+from nalora_jax.config.preference import PreferenceConfig
+from nalora_jax.config.vision import VisionConfig
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
 from nalora_jax.sweeps.groups import program_key
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.sweeps.stack import batch_of
-from nalora_jax.train.assembly import Assembly, assemble
+from nalora_jax.train.assembly import Assembly, assemble, starting_at
+from nalora_jax.train.dual_pieces import dual_pieces, image_records
+from tests import tiny
 
 LLAMA = {
     "model_type": "llama",
@@ -81,21 +89,22 @@ def _assembled(configs: Sequence[RunConfig], base: ModelConfig = BASE, mesh: Any
     return [assemble(config, base, params, mesh) for config in configs]
 
 
-def _solo(run: Assembly, steps: int) -> Any:
-    """The adapters after the run's own steps, alone."""
-    state, params = run.state, run.view(run.params)
+def _solo(run: Assembly, steps: int, batches: Any = None) -> Any:
+    """The adapters and the last metrics of a run's steps, alone; donates its state."""
+    state, params, batches = run.state, run.view(run.params), batches or _batch
     for i in range(steps):
-        batch = distributed.make_global_batch(_batch(100 * run.config.seed + i), run.mesh, rows_axis=1)
+        batch = distributed.make_global_batch(batches(100 * run.config.seed + i), run.mesh, rows_axis=1)
         state, metrics = run.step(params, state, batch)
     return jax.device_get(state.lora), jax.device_get(metrics)
 
 
-def _together(runs: Sequence[Assembly], steps: int, active: Sequence[bool] | None = None) -> tuple[SweepProgram, Any]:
-    program = SweepProgram(runs)
+def _together(runs: Sequence[Assembly], steps: int, batches: Any = None) -> tuple[SweepProgram, Any]:
+    """The states and the last metrics of all runs after some steps of one program."""
+    program, batches = SweepProgram(runs), batches or _batch
     states = program.begin([run.state for run in runs])
     for i in range(steps):
-        batch = batch_of([_batch(100 * run.config.seed + i) for run in runs], program.mesh)
-        states, metrics = program.step(states, batch, active or [True] * len(runs))
+        batch = batch_of([batches(100 * run.config.seed + i) for run in runs], program.mesh)
+        states, metrics = program.step(states, batch, [True] * len(runs))
     return program, (states, jax.device_get(metrics))
 
 
@@ -195,3 +204,78 @@ def test_runs_on_a_mesh_equal_those_on_one_device(sizes: MeshConfig, on_one_devi
     groups = _groups(compiled)
     assert bool(groups) == (per_run > 1)
     assert all(len({device // per_run for device in group}) == 1 for each in groups for group in each)
+
+
+def _variant(seed: int, rank: int = 2, **changes: Any) -> RunConfig:
+    """A run of three steps whose rate depends on its seed."""
+    lora = LoRAConfig(rules=(LoRARule("ffn", rank), LoRARule("q_proj", 2)))
+    optimizer = OptimizerConfig("sgd", 0.1 * (seed + 1), clip_norm=0.0)
+    return replace(CONFIG, **{"seed": seed, "steps": 3, "lora": lora, "optimizer": optimizer} | changes)
+
+
+def test_experts_of_several_runs_are_one_grouped_matmul() -> None:
+    """Runs of a mixture of experts with different ranks, on one device and with one run on each of eight."""
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    base = ModelConfig.from_hf(LLAMA | experts | {"num_hidden_layers": 1, "intermediate_size": 32})
+    configs = [_variant(seed, 2 + 2 * (seed % 2)) for seed in range(8)]
+    runs = _assembled(configs[:2], base)
+    program, (states, _) = _together(runs, 3)
+    alone = [_solo(run, 3)[0] for run in runs]
+    on_mesh, (placed, _) = _together(_assembled(configs, base, distributed.make_mesh(MeshConfig(run=8))), 3)
+    for index, lora in enumerate(alone):
+        assert _difference(jax.device_get(program.state_of(states, index).lora), lora) < 1e-4
+        assert _difference(jax.device_get(on_mesh.state_of(placed, index).lora), lora) < 1e-4
+
+
+def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
+    """Compares the last run of a program with its solo run; all of them share the code of the step."""
+    program, (states, metrics) = _together(runs, 3, batches)
+    lora, alone = _solo(runs[-1], 3, batches)
+    assert _difference(jax.device_get(program.state_of(states, len(runs) - 1).lora), lora) < 1e-4
+    assert metrics["loss"][-1] == pytest.approx(float(alone["loss"]), rel=1e-4)
+
+
+def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
+    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
+    settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mask": MaskConfig("hard")}
+    configs = [_variant(0, **settings), _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)})]
+    _assert_like_solo(_assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)})
+
+
+def test_adalora_allocates_the_ranks_of_each_run() -> None:
+    settings = {"adalora": AdaLoRAConfig(target_rank=1, warmup_share=0.0, final_share=0.3, interval=1)}
+    lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dropout=0.1)
+    configs = [_variant(seed, lora=lora, **settings) for seed in range(2)]
+    _assert_like_solo(_assembled(configs))
+
+
+def test_lowered_kernels_belong_to_their_run() -> None:
+    """LoRA-GA lowers the kernels by initial adapters that depend on the run's batches."""
+    runs = []
+    for run in _assembled([_variant(seed, lora=LoRAConfig(rules=(LoRARule("ffn", 2),))) for seed in range(2)]):
+        rng = np.random.default_rng(run.config.seed)
+        start = jax.tree.map(lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape) * 0.1, x.dtype), run.state.lora)
+        runs.append(starting_at(run, start))
+    _assert_like_solo(runs)
+
+
+def test_both_towers_of_a_dual_encoder(dual_folder: Any, tmp_path: Path) -> None:
+    colours = {"red": (200, 30, 30), "green": (30, 180, 40)}
+    data = str(tiny.make_pictures(tmp_path, colours, count=8, size=(18, 20)))
+    config = _variant(
+        0,
+        model=str(dual_folder("clip")),
+        lora=LoRAConfig(rules=(LoRARule("ffn", 2),)),
+        data=DataConfig(data, train_split="train[:60%]", eval_split="train[60%:]", workers=0),
+        train=TrainConfig(batch_size=4),
+        vision=VisionConfig("contrast", augment="none"),
+    )
+    mesh, records = distributed.make_mesh(MeshConfig(), jax.devices()[:1]), image_records(config)
+    first = dual_pieces(config, *records, mesh)
+    other = replace(config, seed=1, optimizer=replace(config.optimizer, learning_rate=0.2))
+    pieces = [first, dual_pieces(other, *records, mesh, like=first)]
+
+    def batches(seed: int) -> Any:
+        return pieces[seed // 100].data.batch_at(4 * (seed % 100))
+
+    _assert_like_solo([each.assembly for each in pieces], batches)
