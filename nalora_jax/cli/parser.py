@@ -177,6 +177,8 @@ class StudyArgs:
     study: Positional[Path]
     # run, verify: maximum number of runs that this process executes (0: all; verify: three).
     limit: int = 0
+    # run: runs of a method that train in one program; 0: one on a CPU, 16 elsewhere.
+    together: int = 0
     # run: methods whose runs this process executes (none: all), to get the most urgent results
     # first.
     methods: tuple[str, ...] = ()
@@ -197,7 +199,7 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     ExportArgs: {"max_lora_rank": Range("a whole number", "[1, 65536]")},
     InspectArgs: {"limit": COUNT, "max_length": TOKENS, "seed": SEED},
-    StudyArgs: {"limit": COUNT},
+    StudyArgs: {"limit": COUNT, "together": COUNT},
     ClassifyArgs: {"top": SIZE},
     RetrieveArgs: {"top": SIZE},
 }

@@ -234,7 +234,7 @@ def study(args: cli.StudyArgs) -> None:
     if args.action == "run":
         from nalora_jax.study.execution import run_study
 
-        run_study(protocol, limit=args.limit, methods=args.methods)
+        run_study(protocol, limit=args.limit, methods=args.methods, together=args.together)
     elif args.action == "verify":
         from nalora_jax.study.verification import verify
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from signal import Signals
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from nalora_jax.notes import counting
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.sweeps.stack import batch_of
 from nalora_jax.train.loop import FitResult, Follower
+from nalora_jax.train.preemption import StopSignals
 
 
 class RunLoop:
@@ -64,16 +66,41 @@ class RunLoop:
             self.active, self.error = False, error
 
 
-def fit_all(program: SweepProgram, runs: Sequence[RunLoop], measured: StatesMetrics) -> list[FitResult]:
+class StopOfAll(StopSignals):
+    """The stop request of several runs, asked once after each step, so that all end after the same one."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        super().__init__()
+        self._signals, self._asked = signals, False
+
+    @property
+    def signal(self) -> Signals:
+        """Returns the signal that stopped the runs."""
+        return self._signals.signal
+
+    def ask(self, step: int) -> None:
+        """Reads the request after ``step`` steps of the program; all processes call it."""
+        self._asked = self._signals.asked(step)
+
+    def asked(self, step: int) -> bool:
+        """Returns True if the runs have to stop."""
+        del step
+        return self._asked
+
+
+def fit_all(
+    program: SweepProgram, runs: Sequence[RunLoop], measured: StatesMetrics, stop: StopOfAll | None = None
+) -> list[FitResult]:
     """Runs all steps of all runs, and returns their results.
 
     Args:
       program: the compiled program.
       runs: in the program's order.
       measured: the metrics of states that the runs' hooks read.
+      stop: the stop request that the runs' hooks read.
     """
     states = program.begin([run.follower.result.state for run in runs])
-    first = True
+    first, step = True, 0
     while any(run.active for run in runs):
         rows = [run.batch() for run in runs]
         batch = batch_of([*rows, *rows[-1:] * (len(program.runs) - len(rows))], program.mesh)
@@ -82,6 +109,9 @@ def fit_all(program: SweepProgram, runs: Sequence[RunLoop], measured: StatesMetr
                 program.lower(states, batch).compile()
             first = False
         states, metrics = program.step(states, batch, [run.active for run in runs])
+        step += 1
+        if stop is not None:
+            stop.ask(step)
         fetched = _Fetched(metrics)
         measured.of(program, states)
         for index, run in enumerate(runs):

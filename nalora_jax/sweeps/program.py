@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nalora_jax import distributed, trees
@@ -44,10 +44,11 @@ class SweepProgram:
         self._places = jax.tree.map(lambda place: stacked_sharding(self.mesh, place), self._solo)
         self._by_run = stacked_sharding(self.mesh, NamedSharding(self.mesh, P()))
         self.values: Values = jax.device_put(values_of(runs, width), self._by_run)
-        weights, self._axes = shared([run.params for run in runs], self.mesh)
-        self.params = first.view(weights) if self._axes is None else {"params": weights}
+        weights, axes = shared([run.params for run in runs], self.mesh)
+        self.params = first.view(weights) if axes is None else {"params": weights}
+        of_params = None if axes is None else {"params": axes}
         self._compiled: Any = jax.jit(
-            self._step,
+            step_of_runs(self._one, self.mesh, of_params),
             donate_argnums=(1,),
             out_shardings=(self._places, self._by_run),
             compiler_options=distributed.compiler_options(self.mesh),
@@ -98,31 +99,38 @@ class SweepProgram:
         trains[: len(active)] = active
         return self.params, states, batch, self.values, jax.device_put(trains, self._by_run)
 
-    def _step(self, params: Any, states: TrainState, batch: Batch, values: Values, active: jax.Array) -> Any:
-        axes = None if self._axes is None else {"params": self._axes}
-        in_axes = (axes, 0, 0, 0, 0)
-        if RUN not in self.mesh.shape:
-            return jax.vmap(self._one, in_axes)(params, states, batch, values, active)
-        if distributed.devices_per_run(self.mesh) > 1:
-            return jax.vmap(self._one, in_axes, spmd_axis_name=RUN)(params, states, batch, values, active)
-        # Every device runs the program of one device, so that nothing can cross the axis.
-        specs = {None: P(), 0: P(RUN)}
-        of_params = jax.tree.map(lambda axis: specs[axis], axes, is_leaf=lambda axis: axis is None)
-        return jax.shard_map(
-            jax.vmap(self._one, in_axes),
-            mesh=self.mesh,
-            in_specs=(of_params, P(RUN), P(RUN), P(RUN), P(RUN)),
-            out_specs=P(RUN),
-            check_vma=False,
-        )(params, states, batch, values, active)
-
-    def _one(
-        self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any], active: jax.Array
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def _one(self, params: Any, state: TrainState, batch: Batch, values: Mapping[str, Any]) -> Any:
         """Returns the step of one run."""
         first = self.runs[0]
         assert first.pure is not None
         mechanisms = mechanisms_with(first.mechanisms, values)
         step = first.pure(spec_with(self._spec, values["scales"]), mechanisms, values["numbers"])
-        after, metrics = step(params, state, batch)
+        return step(params, state, batch)
+
+
+def step_of_runs(step: Callable[..., Any], mesh: Mesh, params_axes: Any = None) -> Callable[..., Any]:
+    """Returns the step of all runs, ``(params, states, batch, values, active) -> (states, metrics)``.
+
+    Args:
+      step: of one run, ``(params, state, batch, values) -> (state, metrics)``.
+      mesh: the sweep's devices.
+      params_axes: axis ``[runs]`` of each array of the params, 0 or None; None: no array has it.
+    """
+
+    def one(params: Any, state: TrainState, batch: Batch, values: Any, active: jax.Array) -> Any:
+        after, metrics = step(params, state, batch, values)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), after, state), metrics
+
+    in_axes = (params_axes, 0, 0, 0, 0)
+    if RUN not in mesh.shape:
+        return jax.vmap(one, in_axes)
+    if distributed.devices_per_run(mesh) > 1:
+        return jax.vmap(one, in_axes, spmd_axis_name=RUN)
+    # Every device runs the program of one device, so that nothing can cross the axis.
+    specs = {None: P(), 0: P(RUN)}
+    of_params = jax.tree.map(lambda axis: specs[axis], params_axes, is_leaf=lambda axis: axis is None)
+    in_specs = (of_params, P(RUN), P(RUN), P(RUN), P(RUN))
+    mapped: Callable[..., Any] = jax.shard_map(
+        jax.vmap(one, in_axes), mesh=mesh, in_specs=in_specs, out_specs=P(RUN), check_vma=False
+    )
+    return mapped

@@ -32,7 +32,7 @@ from nalora_jax.sweeps.compare import write_page
 from nalora_jax.sweeps.fit import Fitting
 from nalora_jax.sweeps.grid import FILE, axes_of, check_names, grid
 from nalora_jax.sweeps.groups import grouped, program_key
-from nalora_jax.sweeps.loop import RunLoop, StatesMetrics, fit_all
+from nalora_jax.sweeps.loop import RunLoop, StatesMetrics, StopOfAll, fit_all
 from nalora_jax.sweeps.program import SweepProgram
 from nalora_jax.terminal import outliving_terminal
 from nalora_jax.train.callbacks import Callback, make_callbacks
@@ -222,16 +222,16 @@ class _Group:
 
     def _fit(self, started: Sequence[Running]) -> list[RunLoop]:
         """Runs the steps of several runs in one program."""
-        measured = StatesMetrics()
+        measured, stop = StatesMetrics(), StopOfAll(self._stop)
         assemblies = [running.pieces.assembly for running in started]
         program = SweepProgram(assemblies, self._fits.width, slots=self._fits.slots(len(started)))
         loops = []
         for index, running in enumerate(started):
-            running.hooks = replace(running.hooks, state_metrics=measured.run(index))
+            running.hooks = replace(running.hooks, state_metrics=measured.run(index), stop=stop)
             loops.append(RunLoop(running.follower(), running.batches, start=running.start, steps=running.config.steps))
         log.info("%s", self._fits.describe(len(started)))
         with self._stop.between_steps():
-            fit_all(program, loops, measured)
+            fit_all(program, loops, measured, stop)
         return loops
 
 

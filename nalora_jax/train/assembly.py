@@ -135,8 +135,8 @@ def assemble(
     mechanisms = build_mechanisms(config, base, spec)
     if like is not None and like.spec == spec and config.lora.init != "pissa":
         lora = init_lora(base, spec, jax.random.key(config.seed), params if spec.starts_from_base else None)
-        state = like.begin(lora, config.seed)
-        return replace(like, config=config, mechanisms=mechanisms, state=state, params=params, initial=None)
+        state, pure = like.begin(lora, config.seed), _pure_step(config, base, like.model, mesh, processor, last)
+        return replace(like, config=config, mechanisms=mechanisms, state=state, params=params, initial=None, pure=pure)
     model = build_model(base, spec, config.compute, mesh, checks=gate_checks_of(config), measured=mechanisms.statistics)
     optimizer = build_optimizer(config, base, spec, mechanisms, last)
 
@@ -158,16 +158,30 @@ def assemble(
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     placed = distributed.shardings(jax.eval_shape(fresh, lora, key), mesh, distributed.STATE_RULES)
 
-    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        trained = build_optimizer(config, base, spec, mechanisms, last, numbers)
-        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
-
+    pure = _pure_step(config, base, model, mesh, processor, last)
     compiled = jax.jit(fresh, out_shardings=placed)
     step = jit_step(config, pure(spec, mechanisms, {}), mesh, placed)
     state, metrics = begin(lora, config.seed), StateMetrics(mechanisms, spec, mesh)
     return Assembly(
         config, model, spec, mesh, mechanisms, optimizer, state, params, step, begin, metrics, initial, pure
     )
+
+
+def _pure_step(
+    config: RunConfig,
+    base: ModelConfig,
+    model: Decoder,
+    mesh: Mesh,
+    processor: ImageProcessor | None,
+    last: optax.GradientTransformation | None,
+) -> PureStep:
+    """Returns the builder of a decoder's step."""
+
+    def pure(adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
+        trained = build_optimizer(config, base, model.adapters, mechanisms, last, numbers)
+        return make_step(config, base, model.clone(adapters=adapters), trained, mechanisms, mesh, processor)
+
+    return pure
 
 
 def _with_starts(params: Any, lora: Any, mesh: Mesh) -> Any:
