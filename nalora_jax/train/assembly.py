@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,7 +20,7 @@ from nalora_jax.config import ComputeConfig, RunConfig
 from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import NaloraError
-from nalora_jax.gate_checks import BROKEN, GateChecks, require_compensated
+from nalora_jax.gate_checks import GateChecks, require_compensated
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.optimizer import find_gates, nalora
@@ -39,6 +37,7 @@ from nalora_jax.ops.numerics import numerics_for
 from nalora_jax.ops.storage import prepare
 from nalora_jax.train.adalora import adalora
 from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.jitted import PureStep, jit_step
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.objectives import NextToken, SeenNextToken
@@ -49,21 +48,6 @@ from nalora_jax.weights.nonzero_start import difference_as_lora, lower_kernels
 from nalora_jax.weights.pissa import pissa_split
 
 log = logging.getLogger(__name__)
-
-_STEPS = itertools.count()
-
-
-class PureStep(Protocol):
-    """Builds the step of an assembly for other values of its settings."""
-
-    def __call__(self, adapters: AdapterSpec, mechanisms: Mechanisms, numbers: Mapping[str, Any]) -> Step:
-        """Returns a step that is not compiled.
-
-        Args:
-          adapters: of the assembly's projections, with other scales or larger ranks.
-          mechanisms: with the assembly's memory and maybe other settings.
-          numbers: of the optimizer, see `nalora_jax.train.optimizers.make_optimizer`.
-        """
 
 
 @dataclass(frozen=True)
@@ -417,46 +401,3 @@ def text_objective(
     blocks = tuple(measured_blocks(base, model.adapters))
     fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     return SeenNextToken(**fields, processor=processor, measured=blocks)
-
-
-def jit_step(config: RunConfig, step: Step, mesh: Mesh, placed: Any) -> Step:
-    """Jits a pure step: one trace per run, state donated, chexified if gates are checked.
-
-    ``placed`` is the sharding of the state.
-    """
-    step.__name__ = f"train_step_{next(_STEPS)}"  # chex counts traces by name and call site; a process may run twice
-    step = chex.assert_max_traces(step, n=1)
-    step.__name__ = "train_step"  # the name is part of the compilation cache's key
-    compiled = jax.jit(
-        step,
-        donate_argnums=(1,),
-        out_shardings=(placed, NamedSharding(mesh, P())),
-        compiler_options=distributed.compiler_options(mesh),
-    )
-    return compiled if not config.debug.check_gates else _checked(compiled)
-
-
-def _is_no_reminder(record: logging.LogRecord) -> bool:
-    """Returns False for Chex's reminder at exit of unawaited checks; here all are awaited."""
-    return "chexify assertion statuses were not inspected" not in str(record.msg)
-
-
-def _checked(step: Step) -> Step:
-    """Returns the step with value checks; a failed check raises this library's error."""
-    armed = chex.chexify(step, async_check=False)
-    logging.getLogger("absl").addFilter(_is_no_reminder)
-
-    def run(params: Any, state: TrainState, batch: Any) -> Any:
-        try:
-            return armed(params, state, batch)
-        except AssertionError as error:
-            if BROKEN not in str(error):
-                raise
-            raise NaloraError(
-                "--debug.check-gates",
-                expected="phi(z + dz) - phi(z) = F + S in every layer",
-                found=str(error).split("[failed at")[0].strip(),
-                remedy="a gate computes something else than its activation says; report this with the model's name",
-            ) from error
-
-    return run

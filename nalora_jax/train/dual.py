@@ -28,9 +28,10 @@ from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.models.vision.config import TOWERS, DualConfig
 from nalora_jax.models.vision.dual import DualEncoder, init_lora
 from nalora_jax.ops.numerics import numerics_for
-from nalora_jax.train.assembly import Assembly, PureStep, gate_checks_of, jit_step
+from nalora_jax.train.assembly import Assembly, gate_checks_of
 from nalora_jax.train.dual_objectives import Classify, Contrast, Towers
 from nalora_jax.train.gate_metrics import layer_metrics
+from nalora_jax.train.jitted import PureStep, jit_step
 from nalora_jax.train.learning_rate import with_learning_rate
 from nalora_jax.train.mechanisms import make_mechanisms
 from nalora_jax.train.optimizers import make_optimizer
