@@ -12,7 +12,7 @@ from nalora_jax.dense import LoRADense
 from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
 from nalora_jax.models.cache import KeyValues
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
-from nalora_jax.models.layers import RMSNorm, apply_rope
+from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
 from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
 from nalora_jax.ops.attention import CachedKeys, Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
@@ -47,6 +47,10 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
         q, k = apply_rope(q, table), apply_rope(k, table)
+        if c.query_growth:
+            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
+        if c.query_growth:
+            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
         out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
         o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
         return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)

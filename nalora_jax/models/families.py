@@ -12,7 +12,7 @@ from typing import Any
 
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
-from nalora_jax.models import registered
+from nalora_jax.models import recent_families, registered
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
@@ -303,3 +303,5 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         },
     ),
 }
+
+_READERS |= recent_families.READERS

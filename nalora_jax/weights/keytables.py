@@ -107,6 +107,7 @@ _HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_
 _HF_POST_NORMS = _hf_norms(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm")
 _HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm")
 _HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
+_HF_OLMO2 = (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN)
 _HF_PHI3 = (
     *_HF_ENDS,
     *_HF_PRE_NORMS,
@@ -163,7 +164,9 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
     "phi3": _HF_PHI3,
-    "olmo2": (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "olmo2": _HF_OLMO2,
+    "olmo3": _HF_OLMO2,
+    "ministral3": _HF_LLAMA,
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
@@ -230,6 +233,7 @@ def _gguf_gemma(norms: dict[str, str]) -> tuple[TensorRow, ...]:
     return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
 
 
+_GGUF_OLMO2 = (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN)
 _GGUF_PHI3 = (
     *_gguf_ends(),
     *_gguf_norms(_GGUF_PRE),
@@ -248,7 +252,9 @@ GGUF: dict[str, tuple[TensorRow, ...]] = {
     "gemma2": _gguf_gemma(_GGUF_PRE | _GGUF_POST),
     "gemma3_text": _gguf_gemma(_GGUF_PRE | _GGUF_POST | _GGUF_QK),
     "phi3": _GGUF_PHI3,
-    "olmo2": (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN),
+    "olmo2": _GGUF_OLMO2,
+    "olmo3": _GGUF_OLMO2,
+    "ministral3": _GGUF_LLAMA,
     "smollm3": _GGUF_LLAMA,
     "granite": _GGUF_LLAMA,
     "mixtral": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_EXPERTS),

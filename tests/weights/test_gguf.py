@@ -180,6 +180,15 @@ def test_every_number_format_is_read_whole_and_in_slices(tmp_path: Path, name: s
 
 # ---------------------------------------------------------------- models
 
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8}
+
+
+def add_yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(8)
+
+
 FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
     "llama": ("llama", {}, lambda w: w.add_rope_freq_base(10_000.0)),
     "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": None}, lambda w: w.add_rope_freq_base(1e4)),
@@ -193,6 +202,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Write]] = {
     "gemma3_text": ("gemma3", {}, lambda w: (w.add_sliding_window(4), w.add_rope_freq_base(1e6))),
     "phi3": ("phi3", {"sliding_window": 4}, lambda w: (w.add_sliding_window(4), w.add_rope_dimension_count(8))),
     "olmo2": ("olmo2", {}, lambda w: w.add_rope_freq_base(1e4)),
+    "olmo3": (
+        "olmo2",
+        {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+        lambda w: (
+            w.add_sliding_window(4),
+            w.add_sliding_window_pattern([True, False, True]),
+            w.add_rope_freq_base(5e5),
+            add_yarn(w),
+        ),
+    ),
+    "ministral3": (
+        "mistral3",
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.25}
+        },
+        lambda w: (
+            w.add_rope_freq_base(5e5),
+            add_yarn(w),
+            w.add_rope_scaling_yarn_beta_fast(16.0),
+            w.add_rope_scaling_yarn_log_mul(0.5),
+            w.add_attn_temperature_scale(0.25),
+        ),
+    ),
     "smollm3": (
         "smollm3",
         {"no_rope_layer_interval": 4, "no_rope_layers": None, "num_hidden_layers": 5},

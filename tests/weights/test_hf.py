@@ -418,3 +418,21 @@ def test_mutated_configs_give_only_our_error(tmp_path: Path) -> None:
     ]
     changed += [flipped(rng, text, len(text)) for _ in range(200)]
     assert outcomes(tmp_path, "config.json", changed) > 300
+
+
+def test_a_multimodal_folder_loads_as_its_text_model_and_says_so(tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    text = {**RAW, "model_type": "ministral3", "head_dim": 8, "pad_token_id": 0, "rms_norm_eps": 1e-5}
+    tower = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Mistral3Config(text_config=text, vision_config=tower, tie_word_embeddings=False)
+    theirs = transformers.AutoModelForImageTextToText.from_config(config)
+    theirs.save_pretrained(tmp_path)
+    tokenizer_files(tmp_path)
+    with caplog.at_level("INFO"):
+        model = load_model(str(tmp_path), dtype="float32")
+    assert f"{tmp_path}: the text model of mistral3, without its image tower" in caplog.messages
+    assert (model.config.model_type, model.config.query_growth) == ("ministral3", 0.1)
+    expected = theirs.model.language_model.layers[2].mlp.up_proj.weight.detach().numpy().T
+    np.testing.assert_array_equal(flatten(model.params)["layers/ffn/up_proj/kernel"][2], expected)
+    np.testing.assert_array_equal(model.params["lm_head"]["kernel"], theirs.lm_head.weight.detach().numpy().T)

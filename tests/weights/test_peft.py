@@ -246,6 +246,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", FFN | ATTENTION, {}),
     "gemma2": ("gemma2", FFN, {}),
     "olmo2": ("olmo2", FFN | ATTENTION, {}),
+    "olmo3": ("olmo3", MIXED, {}),
+    "ministral3": ("ministral3", FFN | ATTENTION, {}),
     "phi3": ("phi3", FFN | ATTENTION, {}),
     "phi3 mixed": ("phi3", MIXED, {}),
     "phi3 rslora": ("phi3", MIXED, {"rslora": True}),
