@@ -7,8 +7,9 @@ set and does not import them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.models.layers import RopeSpec
@@ -111,21 +112,10 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        return _READERS[0](raw, where, images)
+        families = import_module("nalora_jax.models.families")  # which imports this module
+        config: ModelConfig = families.read(raw, where, images)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
-
-
-Reader = Callable[[Mapping[str, Any], str, bool], ModelConfig]
-_READERS: list[Reader] = []
-
-
-def reads_configs(reader: Reader) -> Reader:
-    """Registers the function that `ModelConfig.from_hf` calls.
-
-    `nalora_jax.models.families` imports this module, so this module cannot import the reader.
-    """
-    _READERS[:] = [reader]
-    return reader

@@ -13,7 +13,7 @@ from typing import Any
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.models import recent_families, registered
-from nalora_jax.models.config import ModelConfig, reads_configs
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.family_fields import (
     FULL,
     GRANITE,
@@ -49,7 +49,6 @@ _GEMMA3: dict[str, Any] = {
 }
 
 
-@reads_configs
 def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfig:
     """Returns the `ModelConfig` of a parsed ``config.json``; see `ModelConfig.from_hf`."""
     if not isinstance(raw, Mapping):
@@ -80,6 +79,11 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     config = reader(fields, name)
     _check(config, fields)
     return config
+
+
+def built_in() -> tuple[str, ...]:
+    """Returns the values of ``model_type`` that this module reads."""
+    return tuple(_READERS)
 
 
 def supported() -> tuple[str, ...]:
@@ -291,4 +295,3 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
 }
 
 _READERS |= recent_families.READERS
-registered.RESERVED.update(_READERS)

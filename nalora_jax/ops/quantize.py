@@ -9,7 +9,7 @@
 A quantized kernel replaces the array in the ``params`` tree. Operations expand it one layer at a
 time, in the forward pass and again in the backward pass, so that the float kernel is never saved.
 Adapters and their gradients stay float32. Norms, biases, embeddings and routers are not quantized.
-`nalora_jax.weights.load` quantizes a model one tensor at a time while it reads it.
+`nalora_jax.weights.tensors` quantizes a model one tensor at a time while it reads it.
 """
 
 from __future__ import annotations

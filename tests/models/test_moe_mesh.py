@@ -19,7 +19,7 @@ from nalora_jax.config import ComputeConfig, LoRAConfig, LoRARule, MeshConfig
 from nalora_jax.evaluate.perplexity import _batch_log_probs
 from nalora_jax.gate_checks import GateChecks
 from nalora_jax.generate.shapes import place_batch
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.method import statistics
 from nalora_jax.method.ffn import Adapters
@@ -244,7 +244,7 @@ def test_evaluation_routes_by_shard_as_training_does(monkeypatch):
         made = SimpleNamespace(model=build_model(base, spec, ComputeConfig(dtype="float32"), one))
         model = Assembly.eval_model.fget(made)
         loaded = SimpleNamespace(config=base, params=placed)
-        monkeypatch.setattr(import_module("nalora_jax.load"), "load_model", lambda *_, **__: loaded)
+        monkeypatch.setattr(import_module("nalora_jax.loading.adapted"), "load_model", lambda *_, **__: loaded)
         assert load("some", mesh=one).module.routing_sharding == model.routing_sharding
         arguments = {"params": placed, "lora": lora}, place_batch(batch, one)
         program = _batch_log_probs.lower(model, *arguments).compile()

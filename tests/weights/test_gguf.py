@@ -19,13 +19,14 @@ from safetensors.numpy import load_file
 from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.trees import flatten
-from nalora_jax.weights import load, load_model
+from nalora_jax.weights import tensors
 from nalora_jax.weights.gguf import READABLE, GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
-from nalora_jax.weights.load import load_params
+from nalora_jax.weights.tensors import load_params
 
 TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", *(f"<extra{i}>" for i in range(38))]
 KINDS = [2, 3, 3, *[1] * 7, *[5] * 38]
@@ -326,7 +327,7 @@ def test_rows_that_llama_cpp_regroups_are_right_on_a_mesh_and_in_blocks(
 ) -> None:
     path = str(write_llama(tmp_path / "m.gguf"))
     alone = flatten(load_model(path, dtype="float32").params)
-    monkeypatch.setattr(load, "BLOCK", 40)
+    monkeypatch.setattr(tensors, "BLOCK", 40)
     for sizes in ((8, 1, 1), (1, 4, 2), (2, 2, 2)):
         spread = load_model(path, dtype="float32", mesh=make_mesh(MeshConfig(*sizes)))
         for name, leaf in flatten(spread.params).items():

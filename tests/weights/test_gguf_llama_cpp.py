@@ -17,7 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
-from nalora_jax.load import load
+from nalora_jax.loading.adapted import load
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes, projection_shapes

@@ -19,10 +19,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from nalora_jax.config import MeshConfig
 from nalora_jax.distributed import make_mesh
 from nalora_jax.errors import NaloraError
+from nalora_jax.loading.base import load_model
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.ops import mxfp4
 from nalora_jax.ops.quantize import dequantize, quantize
-from nalora_jax.weights import load_model
 from nalora_jax.weights.hf import SafetensorsFolder
 from nalora_jax.weights.mxfp4 import with_floats
 

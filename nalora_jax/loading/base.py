@@ -26,10 +26,10 @@ from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.load import DTYPES, TensorSource, load_params
 from nalora_jax.weights.mxfp4 import with_floats
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.streamed import StreamedFolder
+from nalora_jax.weights.tensors import DTYPES, TensorSource, load_params
 from nalora_jax.weights.vision.sight import model_keymap
 
 log = logging.getLogger(__name__)
