@@ -31,7 +31,7 @@ Rules = Sequence[tuple[str, P]]
 _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
-    ("router", "fsdp", None),
+    ("(router|bcx_proj)", "fsdp", None),
 )
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
 
@@ -71,7 +71,7 @@ PARAM_RULES: Rules = (
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
     (r"(^|/)(patches|pooler|projection)/(kernel|bias)$", P()),
-    (r"(^|/)(class_token|probe|sinks|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
+    (r"(^|/)(class_token|probe|sinks|taps|taps_bias|attn_scale|ffn_scale|logit_scale|logit_bias)$", P()),
 )
 
 # The train state between steps: adapters, optimizer, gate EMAs, counters. Both mesh axes that split
