@@ -67,6 +67,7 @@ PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
     (r"norm/(scale|bias)$", P()),
+    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
