@@ -21,7 +21,8 @@ import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.saved_modules import refuse_saved
 
@@ -68,13 +69,12 @@ class AdapterBank:
             raise NaloraError("adapter bank", expected="a dense model", found=found, remedy="merge, or switch trees")
         if slots < 1 or rank < 1:
             raise NaloraError("adapter bank", expected="at least one slot of rank 1", found=f"{slots} of rank {rank}")
-        target = TargetSpec((rank,) * config.n_layers, (float(rank),) * config.n_layers)
-        leaves = {}
+        layers, leaves = depths(config), {}
         for path in paths:
             d_in, d_out = shapes[path]
-            leaves[f"{path}/a"] = jnp.zeros((config.n_layers, slots, d_in, rank), jnp.float32)
-            leaves[f"{path}/b"] = jnp.zeros((config.n_layers, slots, rank, d_out), jnp.float32)
-        spec = AdapterSpec(tuple((path, target) for path in paths))
+            leaves[f"{path}/a"] = jnp.zeros((layers[path], slots, d_in, rank), jnp.float32)
+            leaves[f"{path}/b"] = jnp.zeros((layers[path], slots, rank, d_out), jnp.float32)
+        spec = AdapterSpec(tuple((path, TargetSpec.even(rank, layers[path])) for path in paths))
         return AdapterBank(config, (None,) * slots, spec, trees.unflatten(leaves))
 
     def load(self, name: str, lora: Mapping[str, Any], spec: AdapterSpec) -> AdapterBank:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import uniform_path
+from nalora_jax.models.stacks import locate
 from nalora_jax.models.targets import AdapterSpec, adapter_scale
 from nalora_jax.trees import flatten
 from nalora_jax.weights.folders import new_folder, write_json
@@ -57,7 +59,8 @@ def export_adapter(
     are written to rank_pattern and alpha_pattern. vLLM ignores these fields, so for vLLM ranks are
     zero-padded to the largest and scales are folded into B, under one r and alpha. Projections
     that the family fuses get one exact adapter of the fused module. Experts are written as PEFT's
-    target_parameters for transformers 5, and expert by expert for vLLM.
+    target_parameters for transformers 5, and expert by expert for vLLM, unless the family's own
+    files stack them (gpt-oss), whose target_parameters vLLM reads.
 
     Args:
       lora: stacked tree, e.g. ``layers/ffn/gate_proj/{a, b}``.
@@ -139,17 +142,17 @@ def _entries(
     """Yields every adapted module, fused if the family fuses it."""
     leaves = flatten(lora)
     _check_known(spec, layout)
-    layers = depths(config)
-    for layer in range(max(layers.values())):
+    places = locate(config)
+    for layer in range(1 + max(layer for _, layer in places)):
         for module in (*layout.modules, *layout.parameters):
-            if layer >= layers[module.parts[0]]:
+            if (module.parts[0], layer) not in places:
                 continue
-            parts = [layer_adapter(leaves, spec, path, layer) for path in module.parts]
+            parts = [layer_adapter(leaves, spec, *places[path, layer]) for path in module.parts]
             stacked = module in layout.parameters
-            if stacked and per_expert:
+            if stacked and per_expert and layout.experts:
                 yield from _expert_entries(layout, config, module, layer, parts)
                 continue
-            adapter = fuse(parts, part_widths(config, module))
+            adapter = fuse(parts, part_widths(config, module, layer), alternates=module.alternates)
             if adapter is None:
                 continue
             name = layout.full_name(layer, module)
@@ -190,7 +193,7 @@ def _expert_entries(
 def _check_known(spec: AdapterSpec, layout: ModuleLayout) -> None:
     known = {path for module in (*layout.modules, *layout.parameters) for path in module.parts}
     for path, _ in spec.targets:
-        if path not in known:
+        if uniform_path(path) not in known:
             raise NaloraError(f"adapter at {path}", expected=f"one of {', '.join(sorted(known))}", found=path)
 
 
@@ -234,13 +237,24 @@ def _one_rank(entries: list[_Entry], config: ModelConfig, layout: ModuleLayout, 
     scale = _common(entry.adapter.scale for entry in entries)
     given = {entry.name: _fold(entry.adapter, rank, scale) for entry in entries}
     adapted = {entry.module.name: entry.module for entry in entries}
+    stacks = {module.name for module in layout.parameters}
     # vLLM requires all three projections of the experts or none.
     if any(module.parts[0] in layout.experts for module in adapted.values()):
         adapted |= {name: HostModule(name, (path,)) for path, name in layout.experts.items()}
+    if stacks.intersection(adapted):  # and all stacks of experts or none
+        adapted |= {module.name: module for module in layout.parameters}
+
+    def entry(name: str, layer: int, module: HostModule) -> _Entry:
+        stacked = module.name in stacks
+        adapter = given.get(name) or _zeros(config, module, layer, rank, scale, stacked=stacked)
+        return _Entry(name, layer, module, adapter, stacked)
+
+    places = locate(config)
     return [
-        _Entry(name, layer, module, given[name] if name in given else _zeros(config, module, rank, scale))
+        entry(name, layer, module)
         for layer in range(config.n_layers)
         for module in adapted.values()
+        if (module.parts[0], layer) in places
         for name in _names(config, layout, layer, module)
     ]
 
@@ -259,9 +273,11 @@ def _fold(adapter: ModuleAdapter, rank: int, scale: float) -> ModuleAdapter:
     return ModuleAdapter(np.pad(adapter.a, [*still, (0, 0), (0, pad)]), np.pad(b, [*still, (0, pad), (0, 0)]), scale)
 
 
-def _zeros(config: ModelConfig, module: HostModule, rank: int, scale: float) -> ModuleAdapter:
-    d_in, d_out = module_shape(config, module)[-2:]
-    return ModuleAdapter(np.zeros((d_in, rank), np.float32), np.zeros((rank, d_out), np.float32), scale)
+def _zeros(
+    config: ModelConfig, module: HostModule, layer: int, rank: int, scale: float, *, stacked: bool
+) -> ModuleAdapter:
+    *lead, d_in, d_out = module_shape(config, module, layer)[0 if stacked else -2 :]
+    return ModuleAdapter(np.zeros((*lead, d_in, rank), np.float32), np.zeros((*lead, rank, d_out), np.float32), scale)
 
 
 # ---------------------------------------------------------------- the two files
@@ -353,7 +369,8 @@ def _target_names(entries: list[_Entry], config: ModelConfig) -> list[str]:
     names: set[str] = set()
     for module, members in modules.items():
         # A vision tower has modules with the same short names as the decoder.
-        everywhere = config.sight is None and {member.layer for member in members} == set(range(config.n_layers))
+        layers = {layer for path, layer in locate(config) if path == members[0].module.parts[0]}
+        everywhere = config.sight is None and {member.layer for member in members} == layers
         short = module if members[0].stacked else module.rpartition(".")[2]
         names |= {short} if everywhere else {member.name for member in members}
     return sorted(names)

@@ -13,7 +13,8 @@ import pytest
 from nalora_jax.cli.plan import PlanArgs, plan
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.plan.figures import Figures
 from nalora_jax.plan.layouts import candidates, choose, estimate

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.weights.keymaps import (
     Slot,
     halves_from_pairs,
@@ -36,12 +37,14 @@ ARCHITECTURES = {
     "mixtral": "llama",
     "gemma3_text": "gemma3",
     "qwen3_moe": "qwen3moe",
+    "olmo3": "olmo2",
+    "ministral3": "mistral3",
 }
 
 
 def config_of(family: str, **changes) -> ModelConfig:
     raw = {**SIZES, "model_type": family, **changes}
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "olmo3"):
         raw["sliding_window"] = 8
     return ModelConfig.from_hf(raw)
 

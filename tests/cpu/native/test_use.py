@@ -19,11 +19,9 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
 )
 from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
@@ -32,9 +30,10 @@ from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.method import activations, ffn
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.layers import ResidualNorm
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
@@ -365,8 +364,7 @@ BASE = ModelConfig.from_hf(
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
-    mask=MaskConfig("soft", warmup=1),
-    step_scale=StepScaleConfig("homogeneity", warmup=1),
+    mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
     compute=ComputeConfig(dtype="bfloat16", probe_stride=1),
 )
