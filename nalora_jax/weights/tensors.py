@@ -182,10 +182,8 @@ class _Fill:
     """The position of a tensor, or of one part of a fused tensor, in a leaf."""
 
     def __init__(self, name: str, tensor: SourceTensor, number: int, lead: tuple[int, ...]) -> None:
-        self.name = name  # in the file
-        self.tensor = tensor
-        self.lead = lead  # the leaf's leading indices: layer, expert
-        self.number = number  # of the part
+        self.name, self.tensor = name, tensor  # its name in the file
+        self.lead, self.number = lead, number  # the leaf's leading indices: layer, expert; number of the part
         self.first_row = 0 if tensor.transform.alternates else sum(tensor.rows[:number])
         self.rows = tensor.rows[number]
 
@@ -235,8 +233,7 @@ class _Reader:
 
     def read(self, index: Index, dtype: Any) -> np.ndarray:
         """Returns a slice of the leaf."""
-        (buffer,) = self.read_all([index], dtype)
-        return buffer
+        return self.read_all([index], dtype)[0]
 
     def read_all(self, indices: Sequence[Index], dtype: Any) -> list[np.ndarray]:
         """Returns slices of the leaf, filled tensor by tensor.
