@@ -55,7 +55,7 @@ def draw(shapes):
 
 
 @pytest.mark.parametrize(
-    ("source", "family"), [("hf", name) for name in sorted(supported())] + [("gguf", name) for name in sorted(GGUF)]
+    ("family", "source"), [(family, "hf") for family in sorted(supported())] + [(family, "gguf") for family in GGUF]
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_leaf_is_filled_and_goes_back(family, source, tied):
@@ -126,6 +126,13 @@ def test_text_model_of_a_multimodal_file(prefix):
     names = keymap.check(found, "folder")
     assert names["model.norm.weight"] == f"{prefix}norm.weight"
     assert len(names) == len(keymap.tensors)
+
+
+def test_the_layer_that_predicts_further_tokens_is_left_out():
+    keymap = keymap_for(config_of("glm4_moe"), "hf")
+    assert keymap.is_ignored("model.layers.2.eh_proj.weight")
+    assert not keymap.is_ignored("model.layers.1.mlp.gate.weight")
+    assert not keymap.is_ignored("model.layers.20.mlp.gate.weight")
 
 
 WRONG = {
