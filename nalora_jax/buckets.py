@@ -21,7 +21,8 @@ from typing import Any
 from nalora_jax import downloads
 from nalora_jax.errors import NaloraError
 
-# By scheme: the package that reads it, the extra that has the package, and the command that logs in.
+# By scheme: the package that reads it, the extra that has the package, and the
+# command that logs in.
 _STORES = {
     "gs": ("gcsfs", "gcs", "gcloud auth application-default login"),
     "s3": ("s3fs", "s3", "aws configure"),

@@ -48,7 +48,12 @@ class Fields:
             return self.defaults[name] if name == "rope_theta" else None
         if name in self.raw:
             default = self.defaults[name]
-            raise self.error(name, "a value", "null", f"leave the field out for the family's default, {default!r}")
+            raise self.error(
+                name,
+                "a value",
+                "null",
+                f"leave the field out for the family's default, {default!r}",
+            )
         return self.defaults[name]
 
     def error(self, name: str, expected: object, found: object, remedy: str = "") -> NaloraError:
@@ -62,7 +67,11 @@ class Fields:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(name, f"a whole number from {low} to {high}", "nothing" if value is None else repr(value))
+            raise self.error(
+                name,
+                f"a whole number from {low} to {high}",
+                "nothing" if value is None else repr(value),
+            )
         return value
 
     def number(self, name: str, *, default: float | None = None, zero: bool = False) -> float:

@@ -56,7 +56,12 @@ class _Docstring:
             return self.summary
         if not self._text:
             lines = [
-                fill(f"{name}: {text or _summary(owner, name)}", 100, initial_indent="  ", subsequent_indent="    ")
+                fill(
+                    f"{name}: {text or _summary(owner, name)}",
+                    100,
+                    initial_indent="  ",
+                    subsequent_indent="    ",
+                )
                 for name, text in field_comments(owner).items()
             ]
             self._text = "\n".join([self.summary, "", "Attributes:", *lines])

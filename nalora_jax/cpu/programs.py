@@ -42,9 +42,9 @@ class CPUHooks(PlatformHooks):
     def best_remat(self, d_model: int, numerics: Numerics, *, gated: bool = True) -> str:
         """Returns "attention" for narrow gated models on AMX tiles, else "dots".
 
-        The time of a matmul per byte of its result grows with d_model, the time to save a byte does not.
-        A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with "dots"
-        (benchmarks/few_shot.py).
+        The time of a matmul per byte of its result grows with d_model, the time to save a byte does
+        not. A block with one wide matmul has half as much to save: CLIP ViT-B/16 is 6% faster with
+        "dots" (benchmarks/few_shot.py).
         """
         tiles = numerics.operand == "bfloat16" and usable(numerics) and native.multiplies_on_tiles()
         return "attention" if tiles and gated and d_model <= _WIDEST_RECOMPUTED else "dots"

@@ -24,8 +24,19 @@ CONVERSATIONS = "conversations"
 # Field with the images of a record (encoded, or paths of files), for vision-language models.
 IMAGES = "__images__"
 # ShareGPT's names of speakers, and the roles of chat templates.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "bing": "assistant"}
-ROLES |= {"bard": "assistant", "model": "assistant", "observation": "tool", "function_response": "tool"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+}
+ROLES |= {
+    "bard": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
 ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
 # Roles of chat templates and their synonyms, which templates would render unchanged.

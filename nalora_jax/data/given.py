@@ -82,7 +82,11 @@ class FormattedSource(Source):
 
 
 def given_sources(
-    config: DataConfig, *, data: Data | None = None, source: Mapping[str, Source] | None = None, format: Format | None
+    config: DataConfig,
+    *,
+    data: Data | None = None,
+    source: Mapping[str, Source] | None = None,
+    format: Format | None,
 ) -> tuple[DataConfig, Mapping[str, Source] | None]:
     """Returns in-memory data as sources by split, with the matching data settings.
 

@@ -75,7 +75,11 @@ def register_source(name: str) -> Callable[[Opener], Opener]:
 
 
 def open_source(
-    config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+    config: DataConfig,
+    split: str,
+    *,
+    cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
 ) -> Source:
     """Returns the records of ``split`` of ``config.dataset``; a mixture's sets are concatenated.
 
@@ -177,7 +181,11 @@ def open_train(config: DataConfig, *, cache: Path | None = None, source: Mapping
 
 
 def open_held_out(
-    config: DataConfig, split: str, *, cache: Path | None = None, source: Mapping[str, Source] | None = None
+    config: DataConfig,
+    split: str,
+    *,
+    cache: Path | None = None,
+    source: Mapping[str, Source] | None = None,
 ) -> Source:
     """Returns the records of an evaluation split, which may be "auto"."""
     if split != AUTO:

@@ -225,11 +225,17 @@ def _write(scratch: Path, examples: Iterator[tuple[int, Example]], dropped: int,
     """Streams examples into the files of a store; memory grows by only 16 bytes per example."""
     offsets, records, digest = [0], [], hashlib.sha256()
     targets = longest = 0
-    with (scratch / "tokens.bin").open("wb") as tokens, (scratch / "answer.bin").open("wb") as answer:
+    with (
+        (scratch / "tokens.bin").open("wb") as tokens,
+        (scratch / "answer.bin").open("wb") as answer,
+    ):
         for record, example in examples:
             size = len(example.ids)
             longest = max(longest, size)
-            ids, mask = example.ids.astype("<i4").tobytes(), example.answer.astype(np.uint8).tobytes()
+            ids, mask = (
+                example.ids.astype("<i4").tobytes(),
+                example.answer.astype(np.uint8).tobytes(),
+            )
             tokens.write(ids)
             answer.write(mask)
             digest.update(size.to_bytes(8, "little") + ids + mask)

@@ -59,7 +59,10 @@ def require_harness() -> None:
         import lm_eval.api.model  # noqa: F401
     except ImportError as error:
         raise NaloraError(
-            "lm-eval", expected="the package", found="not installed", remedy="pip install 'nalora_jax[eval]'"
+            "lm-eval",
+            expected="the package",
+            found="not installed",
+            remedy="pip install 'nalora_jax[eval]'",
         ) from error
 
 
@@ -94,7 +97,11 @@ class Requests:
             options = generation_settings(batch[0][1].args[1])
             room = self._longest - options["max_new_tokens"]
             if room < 1:
-                raise NaloraError("max_gen_toks", expected=f"below {self._longest}", found=options["max_new_tokens"])
+                raise NaloraError(
+                    "max_gen_toks",
+                    expected=f"below {self._longest}",
+                    found=options["max_new_tokens"],
+                )
             prompts = [self._encode(request.args[0])[-room:] or [self._start] for _, request in batch]
             made = self._generator.generate(prompts, batch_size=self._batch_size, **options)
             texts |= {index: text for (index, _), text in zip(batch, made, strict=True)}

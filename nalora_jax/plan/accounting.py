@@ -115,7 +115,11 @@ class Program:
         while names:
             for instruction in self.computations[names.pop()].instructions.values():
                 names += [name for name in instruction.calls if name in self.computations]
-                if instruction.opcode == "constant" and instruction.shapes[0].dtype in ("s32", "s64", "u32"):
+                if instruction.opcode == "constant" and instruction.shapes[0].dtype in (
+                    "s32",
+                    "s64",
+                    "u32",
+                ):
                     limits += [int(value) for value in re.findall(r"^(-?\d+)\)", instruction.attributes)]
         return max([limit for limit in limits if limit > 0], default=1) - first_count(loop, holder)
 
@@ -181,7 +185,11 @@ class Program:
                 yield self._collective(parts[0][1], parts[0][2], scheduled, callers)
 
     def _collective(
-        self, instruction: Instruction, holder: Computation, scheduled: Computation, callers: list[str]
+        self,
+        instruction: Instruction,
+        holder: Computation,
+        scheduled: Computation,
+        callers: list[str],
     ) -> Collective:
         kind = instruction.opcode.removesuffix("-start")
         devices = group_size(instruction.attributes)

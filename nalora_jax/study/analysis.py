@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from nalora_jax.study.plan import MEASURES, Cell, Tuning, cells, cost, test_runs, tuning, tuning_runs
+from nalora_jax.study.plan import (
+    MEASURES,
+    Cell,
+    Tuning,
+    cells,
+    cost,
+    test_runs,
+    tuning,
+    tuning_runs,
+)
 from nalora_jax.study.protocol import Protocol
 from nalora_jax.study.records import Record
 from nalora_jax.study.statistics import Paired, holm, paired
@@ -50,8 +59,9 @@ class MethodResult:
 class Measure:
     """A quantity by which test runs are compared; small values are good."""
 
-    # primary: the protocol's metric at the chosen rate. other: further measures of the test items there.
-    # multiple: the metric at a multiple of the chosen rate. probe: the change of the loss on other data.
+    # primary: the protocol's metric at the chosen rate. other: further measures of the test
+    # items there. multiple: the metric at a multiple of the chosen rate. probe: the change of
+    # the loss on other data.
     kind: Literal["primary", "other", "multiple", "probe"]
     label: str
     value: Callable[[Record], float | None]

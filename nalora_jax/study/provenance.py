@@ -59,7 +59,10 @@ def _current_rules(protocol: Protocol, method: str) -> dict[str, str]:
 
 
 def check_tests(
-    protocol: Protocol, store: Records, records: Mapping[str, Record], listed: Sequence[Mapping[str, Any]]
+    protocol: Protocol,
+    store: Records,
+    records: Mapping[str, Record],
+    listed: Sequence[Mapping[str, Any]],
 ) -> None:
     """Checks that all tests were made under this protocol, and that each finished test has its record.
 

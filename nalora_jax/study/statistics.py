@@ -101,7 +101,8 @@ def sign_test(below: int, above: int) -> float:
 def signed_rank_test(difference: np.ndarray, resolution: float = 0.0) -> float:
     """Returns the exact two-sided p-value of Wilcoxon's signed-rank test, for tied differences too.
 
-    The sum of the positive differences' mid-ranks is compared with its distribution over all 2^n signs.
+    The sum of the positive differences' mid-ranks is compared with its
+    distribution over all 2^n signs.
 
     Args:
       difference: ``[n]``; values of 0 are left out.

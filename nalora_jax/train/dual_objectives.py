@@ -50,7 +50,11 @@ class Towers:
         return found
 
     def _encode(self, tower: str, variables: Mapping[str, Any], inputs: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        options: dict[str, Any] = {"method": f"encode_{tower}", "deterministic": False, "rngs": {"dropout": key}}
+        options: dict[str, Any] = {
+            "method": f"encode_{tower}",
+            "deterministic": False,
+            "rngs": {"dropout": key},
+        }
         if tower not in self.observed:
             return normalised(self.model.apply(variables, inputs, **options)), {}
         features, written = self.model.apply(variables, inputs, mutable=["gate_stats"], **options)

@@ -84,7 +84,10 @@ def _write(folder: Path, initial: Mapping[str, Any]) -> None:
     scratch = folder.with_name(f".{folder.name}.new")
     try:
         scratch.mkdir()
-        save_file({path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()}, scratch / _FILE)
+        save_file(
+            {path: np.ascontiguousarray(leaf) for path, leaf in trees.flatten(initial).items()},
+            scratch / _FILE,
+        )
         files.write_digests(scratch)
         scratch.rename(folder)
     except (OSError, SafetensorError) as error:

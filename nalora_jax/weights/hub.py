@@ -172,7 +172,12 @@ def _resolve_alias(name: str, alias: Alias, cache: Path | None) -> ResolvedSourc
     try:
         return _resolve_local(_cached_snapshot(alias.hub_id) or _download_snapshot(alias.hub_id), alias.hub_id)
     except NaloraError as from_hub:
-        log.warning("%s: using the package mirror (%s) instead of the hub: %s", name, alias.file_name, from_hub.found)
+        log.warning(
+            "%s: using the package mirror (%s) instead of the hub: %s",
+            name,
+            alias.file_name,
+            from_hub.found,
+        )
         return _mirrored(name, alias, cache, from_hub)
 
 
@@ -289,7 +294,10 @@ def _check_model_file(path: Path) -> None:
         )
     if path.suffix == ".safetensors":
         raise NaloraError(
-            str(path), expected="the folder of a model", found="one of its files", remedy=f"give {path.parent}"
+            str(path),
+            expected="the folder of a model",
+            found="one of its files",
+            remedy=f"give {path.parent}",
         )
     try:
         with path.open("rb") as file:
@@ -359,7 +367,11 @@ def _download_snapshot(repository: str, file: str = "") -> Path:
         return _snapshot(repository, file, local=False)
     except errors.HFValidationError as error:
         raise NaloraError(repository, expected="a hub id like owner/name", found=error) from error
-    except (OSError, ValueError, errors.HfHubHTTPError) as error:  # no network, a full disk, a server's failure
+    except (
+        OSError,
+        ValueError,
+        errors.HfHubHTTPError,
+    ) as error:  # no network, a full disk, a server's failure
         refused = refusal(repository, error)
         if refused is not None:
             raise refused from error

@@ -226,7 +226,10 @@ class ListedImages(ImageSource):
         self._rows = _listed(listed) if listed is not None else _by_folder(path, fields)
         self._root = (listed or path).parent if path.is_file() else path
         digest = hashlib.sha256(repr(self._rows).encode())
-        with tfds_errors(self.name, 'an image folder has one split, "train", or slices of it such as "train[-20%:]"'):
+        with tfds_errors(
+            self.name,
+            'an image folder has one split, "train", or slices of it such as "train[-20%:]"',
+        ):
             self._spans = _slices(split, len(self._rows))
         self._index = np.concatenate([np.arange(start, stop) for _, start, stop in self._spans])
         self.fingerprint = f"images:{digest.hexdigest()}:{split}"
@@ -255,7 +258,10 @@ class ListedImages(ImageSource):
 
     def _record(self, index: int) -> dict[str, Any]:
         row = dict(self._rows[int(self._index[index])])
-        name = next((row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)), None)
+        name = next(
+            (row[n] for n in (self.fields.image_field, *_NAMES) if isinstance(row.get(n), str)),
+            None,
+        )
         if name is not None:
             row[self.fields.image_field] = self._inside(name)
         return row
@@ -267,7 +273,11 @@ class ListedImages(ImageSource):
         """
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root.resolve()):
-            raise NaloraError(f"{self.name}: {name}", expected="a file in the list's folder", found="one outside of it")
+            raise NaloraError(
+                f"{self.name}: {name}",
+                expected="a file in the list's folder",
+                found="one outside of it",
+            )
         return path
 
 
@@ -358,7 +368,11 @@ def _listed(path: Path) -> list[dict[str, Any]]:
         lines = JsonLines(path)
         return [lines[i] for i in range(len(lines))]
     if path.suffix.lower() not in (".csv", ".tsv"):
-        raise NaloraError(str(path), expected="a .csv or .jsonl file, or a folder", found=path.suffix or "no ending")
+        raise NaloraError(
+            str(path),
+            expected="a .csv or .jsonl file, or a folder",
+            found=path.suffix or "no ending",
+        )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
@@ -366,7 +380,11 @@ def _listed(path: Path) -> list[dict[str, Any]]:
         raise NaloraError(str(path), expected="a CSV file with a header", found=error) from error
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise NaloraError(f"{path}:{number}", expected="as many cells as the header has", found="more or fewer")
+            raise NaloraError(
+                f"{path}:{number}",
+                expected="as many cells as the header has",
+                found="more or fewer",
+            )
     return [dict(row) for row in rows]
 
 
@@ -374,7 +392,10 @@ def _by_folder(path: Path, fields: VisionConfig) -> list[dict[str, Any]]:
     """Returns every image below ``path``, with the name of its folder as the class."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
     return [
-        {fields.image_field: str(p.relative_to(path)), fields.label_field: p.relative_to(path).parts[0]}
+        {
+            fields.image_field: str(p.relative_to(path)),
+            fields.label_field: p.relative_to(path).parts[0],
+        }
         for p in files
         if p.parent != path
     ]
