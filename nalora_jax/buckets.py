@@ -41,7 +41,9 @@ def url(name: str) -> str | None:
     It repairs ``Path("gs://bucket")``, which has lost a slash.
     """
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", name)
-    return f"{match[1]}://{name[match.end() :]}" if match else None
+    if match:
+        return f"{match[1]}://{name[match.end() :]}"
+    return None
 
 
 def is_url(name: object) -> bool:

@@ -45,7 +45,9 @@ class Fields:
         if value is not None or name not in self.defaults:
             return value
         if name in self.raw and name in _NULL_MEANS:
-            return self.defaults[name] if name == "rope_theta" else None
+            if name == "rope_theta":
+                return self.defaults[name]
+            return None
         if name in self.raw:
             default = self.defaults[name]
             raise self.error(

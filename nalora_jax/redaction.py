@@ -58,7 +58,9 @@ def redacted(value: Any) -> Any:
 
 
 def _redacted_setting(name: str, value: Any) -> Any:
-    return MARK if isinstance(value, str) and value and _NAMED.search(name) else redacted(value)
+    if isinstance(value, str) and value and _NAMED.search(name):
+        return MARK
+    return redacted(value)
 
 
 def published(value: Any, name: str = "") -> Any:

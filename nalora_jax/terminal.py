@@ -106,7 +106,9 @@ def lasting(*names: str) -> Iterator[None]:
 
 
 def _lasting(stream: Any) -> Any:
-    return stream if stream is None or isinstance(stream, LastingStream) else LastingStream(stream)
+    if stream is None or isinstance(stream, LastingStream):
+        return stream
+    return LastingStream(stream)
 
 
 @contextmanager

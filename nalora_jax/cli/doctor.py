@@ -261,7 +261,9 @@ def _caches() -> tuple[dict[str, str], list[str]]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB"
 
 
 def _section(title: str, rows: Mapping[str, str]) -> None:

@@ -72,4 +72,6 @@ def _summary(owner: type, name: str) -> str:
     """Returns the docstring of the settings in a field, without their own fields."""
     kind = next(field.default_factory for field in fields(owner) if field.name == name)
     docstring = vars(kind).get("__doc__")
-    return " ".join(docstring.summary.split()) if isinstance(docstring, _Docstring) else ""
+    if isinstance(docstring, _Docstring):
+        return " ".join(docstring.summary.split())
+    return ""

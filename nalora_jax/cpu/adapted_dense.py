@@ -35,7 +35,9 @@ def adapted_dense(x: jax.Array, dense: Dense, numerics: Numerics) -> Adapted:
         return NotImplemented
     if is_native(_rows(x), numerics.operand, numerics):
         return together(NativeProducts(numerics), x, [dense])[0]
-    return together(FusedProducts(numerics), x, [dense])[0] if worthwhile(x, dense.kernel) else NotImplemented
+    if worthwhile(x, dense.kernel):
+        return together(FusedProducts(numerics), x, [dense])[0]
+    return NotImplemented
 
 
 @CPU.implements(ops.parallel_dense)
@@ -172,7 +174,9 @@ def contraction_multiple(numerics: Numerics) -> int:
     AMX tiles take 32 bf16 values: 608 columns, the last 24 of them zeros, are a fifth faster than
     584.
     """
-    return 32 if numerics.operand == "bfloat16" and native.has_tiles() else 1
+    if numerics.operand == "bfloat16" and native.has_tiles():
+        return 32
+    return 1
 
 
 @jax.tree_util.register_dataclass

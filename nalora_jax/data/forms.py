@@ -247,7 +247,9 @@ def _without_null(value: Any) -> Any:
     """Removes the nulls with which an Arrow column fills fields that only other rows have."""
     if isinstance(value, dict):
         return {name: _without_null(part) for name, part in value.items() if part is not None}
-    return [_without_null(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_null(part) for part in value]
+    return value
 
 
 def _part(part: Any, where: str) -> str:

@@ -145,7 +145,9 @@ def _judge(source: Source, indices: np.ndarray, config: DataConfig, tokenizer: T
 
 def _selection(size: int, limit: int, seed: int) -> np.ndarray:
     """Returns the indices of the records to use, in the source's order."""
-    return np.arange(size) if not 0 < limit < size else np.sort(permutation(size, seed)[:limit])
+    if not 0 < limit < size:
+        return np.arange(size)
+    return np.sort(permutation(size, seed)[:limit])
 
 
 def _examples(

@@ -62,7 +62,9 @@ def domains(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
     """Returns the number of TPU slices, joined by a data-centre network; 1 on any other platform."""
-    return len(domains(devices)) if platform_name(devices[0]) == "tpu" else 1
+    if platform_name(devices[0]) == "tpu":
+        return len(domains(devices))
+    return 1
 
 
 def torus(devices: Sequence[jax.Device]) -> tuple[int, ...] | None:

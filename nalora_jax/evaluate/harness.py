@@ -120,7 +120,9 @@ class Requests:
     def _start(self) -> int:
         """Returns the context of texts without one: begin-of-text, or else end-of-text."""
         tokenizer = self._generator.tokenizer
-        return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if tokenizer.bos_id is None:
+            return tokenizer.eos_id
+        return tokenizer.bos_id
 
     @property
     def _longest(self) -> int:
@@ -144,7 +146,9 @@ class Requests:
         if not context:
             ids = self._generator.tokenizer.encode(continuation, special=False)[-self._longest :]
             # A text that starts with the start token has its context already.
-            return (ids[:1], ids[1:]) if ids[:1] == [self._start] and len(ids) > 1 else ([self._start], ids)
+            if ids[:1] == [self._start] and len(ids) > 1:
+                return (ids[:1], ids[1:])
+            return ([self._start], ids)
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = self._encode(bare + continuation), self._encode(bare)

@@ -139,7 +139,9 @@ def _random(leaf: Any, key: jax.Array) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key(0) if leaf.shape == () else jax.random.split(jax.random.key(0), leaf.shape)
+        if leaf.shape == ():
+            return jax.random.key(0)
+        return jax.random.split(jax.random.key(0), leaf.shape)
     return jnp.zeros(leaf.shape, leaf.dtype)
 
 

@@ -241,4 +241,6 @@ def _parent(model: Any, own: str) -> tuple[Any, str]:
 def _child(parent: Any, name: str) -> Any:
     if name.isdigit():
         return parent[int(name)]
-    return getattr(parent, name) if hasattr(parent, name) else parent[name]
+    if hasattr(parent, name):
+        return getattr(parent, name)
+    return parent[name]

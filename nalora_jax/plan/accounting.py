@@ -164,7 +164,9 @@ class Program:
     @staticmethod
     def _inner(instruction: Instruction) -> tuple[str, ...]:
         """Returns the computations whose instructions are part of this one."""
-        return () if instruction.opcode in ("while", "conditional", "call") else instruction.calls
+        if instruction.opcode in ("while", "conditional", "call"):
+            return ()
+        return instruction.calls
 
     # ------------------------------------------------------------ collectives
 
@@ -299,7 +301,9 @@ class Program:
     def _read(self, computation: Computation, index: int) -> float:
         """Returns the bytes of its operand that a fusion reads."""
         parameter = computation.parameter(index)
-        return math.inf if parameter is None else self._read_of(computation, parameter)
+        if parameter is None:
+            return math.inf
+        return self._read_of(computation, parameter)
 
     def _read_of(self, computation: Computation, source: Instruction) -> float:
         total = 0.0
@@ -398,5 +402,7 @@ def _used(instruction: Instruction, index: int, held: float) -> float:
 def _changed(instruction: Instruction, computation: Computation, written: float) -> float:
     if instruction.opcode == "dynamic-update-slice":
         update = computation.instructions.get(instruction.operands[1])
-        return written if update is None else sum(shape.size for shape in update.shapes)
+        if update is None:
+            return written
+        return sum(shape.size for shape in update.shapes)
     return written

@@ -97,7 +97,9 @@ def _result(protocol: Protocol, cell: Cell, records: Mapping[str, Record]) -> Me
 
 def named(metric: str) -> str:
     """Returns the label of a metric's cost."""
-    return metric if metric == "loss" else f"1 - {metric.replace('_', ' ')}"
+    if metric == "loss":
+        return metric
+    return f"1 - {metric.replace('_', ' ')}"
 
 
 def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[Measure]:
@@ -115,7 +117,9 @@ def measures(protocol: Protocol, cell_results: Sequence[MethodResult]) -> list[M
 
 
 def _test_cost(metric: str, record: Record) -> float | None:
-    return cost(metric, record["test"]) if metric in record["test"] else None
+    if metric in record["test"]:
+        return cost(metric, record["test"])
+    return None
 
 
 def forgotten(probe: str, record: Record) -> float:
@@ -208,7 +212,9 @@ def _movement(records: Sequence[Record]) -> float | None:
 
 def mean(values: Sequence[float]) -> float:
     """Returns the mean; NaN without values."""
-    return math.fsum(values) / len(values) if values else math.nan
+    if values:
+        return math.fsum(values) / len(values)
+    return math.nan
 
 
 def deviation(values: Sequence[float]) -> float:

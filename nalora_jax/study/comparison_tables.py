@@ -139,7 +139,9 @@ def _brief(protocol: Protocol, compared: Sequence[MethodComparison], kind: str, 
 def other_measures(protocol: Protocol, compared: Sequence[MethodComparison]) -> str:
     """Returns the comparisons by the secondary measures of the test items."""
     rows = _brief(protocol, compared, "other", "measure")
-    return f"## Paired differences of secondary measures\n\n{rows}" if rows else ""
+    if rows:
+        return f"## Paired differences of secondary measures\n\n{rows}"
+    return ""
 
 
 def multiples(protocol: Protocol, cell_results: Sequence[MethodResult], compared: Sequence[MethodComparison]) -> str:

@@ -142,4 +142,6 @@ def _git(protocol: Protocol, *arguments: str) -> str | None:
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError:
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode == 0:
+        return result.stdout.strip()
+    return None

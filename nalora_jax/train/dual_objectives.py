@@ -165,9 +165,13 @@ def sigmoid_contrastive(
 
 def _rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Constrains the rows of ``x`` to be split over the batch axes."""
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
 def _everybodys(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Constrains ``x`` to be replicated on every device."""
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P()))

@@ -72,7 +72,9 @@ def layer_means(sums: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _parts(name: str) -> int:
-    return statistics.get(name).parts if name in statistics.TABLE else 0
+    if name in statistics.TABLE:
+        return statistics.get(name).parts
+    return 0
 
 
 def _layer_total(x: Array, parts: int) -> Array:

@@ -220,7 +220,9 @@ def to_json(value: Any) -> Any:
     if isinstance(value, bool | int | str | None):
         return value
     if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
+        if math.isfinite(value):
+            return float(f"{value:.9g}")
+        return None
     if isinstance(value, Path):
         return str(value)
     return to_json(np.asarray(value).tolist())

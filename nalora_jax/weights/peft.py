@@ -98,7 +98,9 @@ def _effective(adapter: ModuleAdapter | None) -> ModuleAdapter | None:
     if adapter is None:
         return None
     live = compact(adapter)
-    return live if live.rank or live.magnitude is not None else None
+    if live.rank or live.magnitude is not None:
+        return live
+    return None
 
 
 def _relative(a: ModuleAdapter, b: ModuleAdapter) -> float:

@@ -40,11 +40,15 @@ def _reported(value: Any) -> Any:
 def _dataset(value: Any) -> Any:
     """Returns a path unchanged, and a hub id with its scheme."""
     text = str(value)
-    return text if re.search(r"\.\w+$|^[./~]", text) else f"hf:{text}"
+    if re.search(r"\.\w+$|^[./~]", text):
+        return text
+    return f"hf:{text}"
 
 
 def _steps(value: Any) -> Any:
-    return max(1, round(value)) if isinstance(value, int | float) and value >= 1 else Refused("give a number of steps")
+    if isinstance(value, int | float) and value >= 1:
+        return max(1, round(value))
+    return Refused("give a number of steps")
 
 
 def _warmup(value: Any) -> Any:
@@ -55,7 +59,9 @@ def _warmup(value: Any) -> Any:
 
 
 def _loss_name(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return value
 
 
 def _loss(value: Any) -> Any:

@@ -112,7 +112,9 @@ class ImageProcessor:
         short, long = min(height, width), max(height, width)
         # Rounded down, as in torchvision.
         other = int(self.shortest * long / short)
-        return (other, self.shortest) if width <= height else (self.shortest, other)
+        if width <= height:
+            return (other, self.shortest)
+        return (self.shortest, other)
 
     def _patches(self, image: Any) -> dict[str, np.ndarray]:
         p = self.patch_size

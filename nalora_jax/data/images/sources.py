@@ -194,7 +194,9 @@ class TfdsImages(ImageSource):
         """Returns the class names of the label's feature, or ()."""
         features, field = self._info.features, self.fields.label_field
         # TFDS's features have no `get`.
-        return tuple(getattr(features[field], "names", ()) or ()) if field in features else ()
+        if field in features:
+            return tuple(getattr(features[field], "names", ()) or ())
+        return ()
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns the records, with texts decoded and images as bytes."""
@@ -204,7 +206,9 @@ class TfdsImages(ImageSource):
 
     def _plain(self, name: str, value: Any) -> Any:
         if name == self.fields.image_field:
-            return bytes(value) if isinstance(value, bytes) else bytes(np.asarray(value).item())
+            if isinstance(value, bytes):
+                return bytes(value)
+            return bytes(np.asarray(value).item())
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim)
@@ -340,7 +344,9 @@ def usable(source: ImageSource, indices: Sequence[int], vision: VisionConfig) ->
 
 
 def _own_fields(name: str, vision: VisionConfig) -> VisionConfig:
-    return replace(vision, label_field=OWN[name]) if vision.label_field == "label" else vision
+    if vision.label_field == "label":
+        return replace(vision, label_field=OWN[name])
+    return vision
 
 
 def _own(name: str, split: str, cache: Path, **options: Any) -> Any:

@@ -272,4 +272,6 @@ def _read_whole(folder: Path, config: DualConfig) -> dict[str, np.ndarray]:
 
 
 def _outside(value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value.T) if value.ndim == 2 else value
+    if value.ndim == 2:
+        return np.ascontiguousarray(value.T)
+    return value
