@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, RunConfig
 from nalora_jax.config.vision import VisionConfig
+from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData
-from nalora_jax.data.images.sources import ImageSource, open_images
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.sources import check_disjoint
 from nalora_jax.evaluate.images import ClassEvaluator, Encoders, Images, RetrievalEvaluator
 from nalora_jax.models.vision.dual import init_lora

@@ -32,7 +32,8 @@ from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.chat import text_field
 from nalora_jax.data.forms import IMAGES, ROLES, Parts, canonical
 from nalora_jax.data.images.files import Limits, open_image
-from nalora_jax.data.images.sources import OWN, ImageSource, open_images
+from nalora_jax.data.images.opened import OWN, open_images
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.mixture import components
 from nalora_jax.data.source import Record, Source, Span
 from nalora_jax.data.sources import open_source

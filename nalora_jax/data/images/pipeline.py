@@ -14,8 +14,9 @@ import numpy as np
 from nalora_jax.config.vision import VisionConfig
 from nalora_jax.data.images.augment import augmented, generator
 from nalora_jax.data.images.files import Limits, open_image
+from nalora_jax.data.images.opened import usable
 from nalora_jax.data.images.processor import ImageProcessor
-from nalora_jax.data.images.sources import ImageSource, usable
+from nalora_jax.data.images.sources import ImageSource
 from nalora_jax.data.images.text import TextTokenizer
 from nalora_jax.data.packing import permutation
 from nalora_jax.data.pipeline import BatchIterator, HostBatch

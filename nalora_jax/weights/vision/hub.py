@@ -16,7 +16,7 @@ from nalora_jax.data.images.processor import ImageProcessor
 from nalora_jax.downloads import PackageFile
 from nalora_jax.errors import NaloraError
 from nalora_jax.paths import expand_user
-from nalora_jax.weights.hub import HUB_FILES, refusal
+from nalora_jax.weights.hub_snapshots import HUB_FILES, refusal
 
 _MINILM = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _MINILM_FILES = {
