@@ -82,11 +82,12 @@ def train_ours(options: argparse.Namespace, method: str) -> dict[str, Any]:
     import jax
     import training
 
-    import nalora_jax.load  # noqa: F401  which registers the CPU's implementations where they are, as a run does
+    import nalora_jax.loading.adapted  # noqa: F401  which registers the CPU's implementations where they are, as a run does
     from nalora_jax import config as c
     from nalora_jax import distributed
-    from nalora_jax.models.config import ModelConfig, projection_shapes
+    from nalora_jax.models.config import ModelConfig
     from nalora_jax.models.decoder import init_params
+    from nalora_jax.models.stacks import projection_shapes
     from nalora_jax.models.targets import resolve
     from nalora_jax.plan.auto import laid_out
     from nalora_jax.plan.machines import of_devices

@@ -102,7 +102,8 @@ def _step(method: str, layers: int, mesh: Any, rows: int, seq: int, *, chunk: in
     from nalora_jax import distributed, trees
     from nalora_jax.method.step import init_state
     from nalora_jax.models.adapters import init_lora
-    from nalora_jax.models.config import ModelConfig, param_shapes, projection_shapes
+    from nalora_jax.models.config import ModelConfig
+    from nalora_jax.models.stacks import param_shapes, projection_shapes
     from nalora_jax.models.targets import resolve
     from nalora_jax.train.assembly import build_mechanisms, build_model, build_optimizer, compile_step
 

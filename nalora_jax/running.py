@@ -21,7 +21,7 @@ from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import describe
 from nalora_jax.evaluate.statistics import compare
 from nalora_jax.files import write_atomically
-from nalora_jax.load import ADAPTER
+from nalora_jax.loading.adapted import ADAPTER
 from nalora_jax.method.step import TrainState
 from nalora_jax.redaction import redacted
 from nalora_jax.report.history import read_evaluation

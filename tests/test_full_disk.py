@@ -18,8 +18,9 @@ from nalora_jax.data.pipeline import train_data
 from nalora_jax.errors import NaloraError
 from nalora_jax.files import write_array
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.report.html import write_report
 from nalora_jax.report.inspect import LayerSummary, save_picture

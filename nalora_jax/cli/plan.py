@@ -15,11 +15,9 @@ from nalora_jax.config import (
     ComputeConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     Remat,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
     check,
 )
@@ -61,7 +59,7 @@ class PlanArgs:
     # Rematerialization; "auto" chooses it together with the mesh.
     remat: Remat = "auto"
     # Quantize the adapted model's projections.
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    quantize: Literal["none", "int8", "nf4", "mxfp4"] = "none"
     # Price of one chip per hour: shows the cost of a million tokens.
     price: float | None = None
     # Also write the figures to this file, one JSON line per topology.
@@ -74,11 +72,7 @@ class PlanArgs:
     steps: int = 0
     # Axes of the mesh; axes without a size are chosen automatically.
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    # The mask on the gates' updates: --mask.kind of nalora train.
-    mask: Literal["off", "hard", "soft"] = MaskConfig().kind
-    # The step scale: --step-scale.kind of nalora train.
-    step_scale: Literal["off", "curvature", "homogeneity"] = StepScaleConfig().kind
-    # Additional mechanisms, as for nalora train.
+    # Rules that weigh the gates' gradients and updates, as for nalora train.
     mechanisms: tuple[str, ...] = RunConfig().mechanisms
 
 
@@ -178,8 +172,6 @@ def _config(args: PlanArgs, rows: int) -> RunConfig:
             lora=LoRAConfig(rules=args.rules, modules_to_save=args.modules_to_save),
             mesh=args.mesh,
             mechanisms=args.mechanisms,
-            mask=MaskConfig(args.mask),
-            step_scale=StepScaleConfig(args.step_scale),
             train=TrainConfig(batch_size=rows, accumulate=args.accumulate),
             compute=ComputeConfig(remat=args.remat, quantize=args.quantize),
         )

@@ -15,7 +15,8 @@ import numpy as np
 from nalora_jax.config import RunConfig
 from nalora_jax.dense import init_a
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, layer_numbers, projection_shapes
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec, TargetSpec, resolve
 from nalora_jax.trees import flatten, unflatten
 
@@ -30,7 +31,7 @@ def adapter_spec(config: RunConfig, base: ModelConfig) -> AdapterSpec:
     Raises:
       NaloraError: a rule has no match, or asks for an impossible rank.
     """
-    spec = resolve(config.lora, projection_shapes(base), depths(base))
+    spec = resolve(config.lora, projection_shapes(base), layer_numbers(base))
     return replace(spec, adalora=config.adalora.target_rank > 0, zero_a=config.lora.init == "zero_a")
 
 

@@ -1,11 +1,13 @@
-"""The cache of keys and values that generation reads and extends.
+"""The cache of layers' states that generation reads and extends.
 
-All rows share one write index, so a call appends one slice to the stacked arrays for any row
-lengths. Padding on either side fills slots of segment 0, which no query attends to.
+Attention layers cache keys and values; other mixers have a state of constant size. All rows share
+one write index, so a call appends one slice to the stacked arrays for any row lengths. Padding on
+either side fills slots of segment 0, which no query attends to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +15,68 @@ import jax
 import jax.numpy as jnp
 
 from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import stacks
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.storage import Kernel, Stored
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Cache:
-    """Keys and values of all layers, with the position and segment of every slot."""
+class KeyValues:
+    """Cached keys and values of a stack of attention layers."""
 
     k: Kernel  # [layers, batch, kv_heads, head_dim, slots], in the platform's fastest storage form
     v: Kernel  # [layers, batch, kv_heads, slots, head_dim]
+
+    def grow(self, length: int) -> KeyValues:
+        """Returns the state with empty slots appended up to ``length``."""
+        return KeyValues(_padded(self.k, 4, length), _padded(self.v, 3, length))
+
+    def repeat(self, count: int) -> KeyValues:
+        """Returns the state with every row repeated ``count`` times."""
+        return KeyValues(*(_repeated(x, count) for x in (self.k, self.v)))
+
+    def extended(self, update: tuple[jax.Array, jax.Array], index: jax.Array, numerics: Numerics) -> KeyValues:
+        """Returns the state with new keys and values written to the slots after ``index``.
+
+        ``update`` has ``[layers, batch, seq, kv_heads, head_dim]`` of both.
+        """
+        k, v = update
+        return KeyValues(
+            _written(self.k, k.transpose(0, 1, 3, 4, 2), 4, index, numerics),
+            _written(self.v, v.transpose(0, 1, 3, 2, 4), 3, index, numerics),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Recurrent:
+    """Arrays ``[layers, batch, ...]`` of a stack whose state has one size for any number of tokens.
+
+    A mixer's update is its new arrays. Padding must leave them unchanged.
+    """
+
+    arrays: dict[str, jax.Array]
+
+    def grow(self, length: int) -> Recurrent:
+        """Returns the state itself."""
+        return self
+
+    def repeat(self, count: int) -> Recurrent:
+        """Returns the state with every row repeated ``count`` times."""
+        return Recurrent({name: _repeated(x, count) for name, x in self.arrays.items()})
+
+    def extended(self, update: dict[str, jax.Array], index: jax.Array, numerics: Numerics) -> Recurrent:
+        """Returns the new state."""
+        return Recurrent({name: new.astype(self.arrays[name].dtype) for name, new in update.items()})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The states of all layers, with the position and segment of every slot of cached keys."""
+
+    states: dict[str, Any]  # by stack: `KeyValues`, `Recurrent`, or another class with their methods
     positions: jax.Array  # int32 [batch, slots]
     segments: jax.Array  # int32 [batch, slots]; 0: an empty or a padding slot
     lengths: jax.Array  # int32 [batch]: real tokens so far, the position of the next one
@@ -39,11 +92,9 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
     A compiled program does not detect writes beyond the last slot: they overwrite the last slots.
     The caller must choose ``length`` accordingly.
     """
-    lead = (config.n_layers, batch, config.n_kv_heads)
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(
-        k=numerics.hooks.store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
-        v=numerics.hooks.store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
+        states={stack.prefix: _init_state(stack.config, batch, length, numerics) for stack in stacks(config)},
         positions=slots,
         segments=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -51,34 +102,40 @@ def init_cache(config: ModelConfig, batch: int, length: int, numerics: Numerics 
     )
 
 
+def _init_state(config: ModelConfig, batch: int, length: int, numerics: Numerics) -> Any:
+    if config.mixer is not None:
+        return config.mixer.init_state(config, batch, numerics)
+    lead, store = (config.n_layers, batch, config.n_kv_heads), numerics.hooks.store
+    return KeyValues(
+        store(jnp.zeros((*lead, config.head_dim, length), numerics.operand)),
+        store(jnp.zeros((*lead, length, config.head_dim), numerics.operand)),
+    )
+
+
 def grow(cache: Cache, length: int) -> Cache:
     """Returns the cache with empty slots appended up to ``length``."""
-
-    def pad(x: Any, axis: int) -> Any:
-        more = [(0, 0)] * x.ndim
-        more[axis] = (0, length - x.shape[axis])
-        return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
-
-    positions, segments = pad(cache.positions, 1), pad(cache.segments, 1)
-    return replace(cache, k=pad(cache.k, 4), v=pad(cache.v, 3), positions=positions, segments=segments)
+    return replace(
+        cache,
+        states={name: state.grow(length) for name, state in cache.states.items()},
+        positions=_padded(cache.positions, 1, length),
+        segments=_padded(cache.segments, 1, length),
+    )
 
 
 def repeat(cache: Cache, count: int) -> Cache:
     """Returns the cache with every row repeated ``count`` times."""
-    k, v = (jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), x) for x in (cache.k, cache.v))
     rows = {name: jnp.repeat(getattr(cache, name), count, axis=0) for name in ("positions", "segments", "lengths")}
-    return replace(cache, k=k, v=v, **rows)
+    return replace(cache, states={name: state.repeat(count) for name, state in cache.states.items()}, **rows)
 
 
 def extend(
-    cache: Cache, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array, numerics: Numerics
+    cache: Cache, updates: Mapping[str, Any], positions: jax.Array, segments: jax.Array, numerics: Numerics
 ) -> Cache:
     """Returns the cache extended by new tokens.
 
     Args:
       cache: updated in place if its buffers are donated.
-      k: ``[layers, batch, seq, kv_heads, head_dim]`` of the new tokens.
-      v: the same.
+      updates: by stack, the updates of its layers' states, with a leading axis ``[layers]``.
       positions: int ``[batch, seq]``.
       segments: int ``[batch, seq]``, 0 for padding.
       numerics: as for `init_cache`.
@@ -86,25 +143,34 @@ def extend(
     if cache.positions.shape[1] == 0:
         cache = grow(cache, positions.shape[1])
     zero = jnp.zeros((), jnp.int32)
-
-    def write(stack: Kernel, new: jax.Array, axis: int) -> Kernel:
-        if isinstance(stack, Stored):
-            same = numerics.hooks.store(new.astype(numerics.operand))
-        else:
-            same = new.astype(stack.dtype)
-        start = [zero] * stack.ndim
-        start[axis] = cache.index
-        written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
-        return written
-
     return Cache(
-        k=write(cache.k, k.transpose(0, 1, 3, 4, 2), 4),
-        v=write(cache.v, v.transpose(0, 1, 3, 2, 4), 3),
+        states={name: state.extended(updates[name], cache.index, numerics) for name, state in cache.states.items()},
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, (zero, cache.index)),
         segments=jax.lax.dynamic_update_slice(cache.segments, segments, (zero, cache.index)),
         lengths=cache.lengths + jnp.sum(segments > 0, axis=1, dtype=jnp.int32),
         index=cache.index + positions.shape[1],
     )
+
+
+def _padded(x: Any, axis: int, length: int) -> Any:
+    """Returns ``x`` with zeros appended along ``axis`` up to ``length``."""
+    more = [(0, 0)] * x.ndim
+    more[axis] = (0, length - x.shape[axis])
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, more), x)
+
+
+def _repeated(x: Any, count: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=1), x)
+
+
+def _written(stack: Kernel, new: jax.Array, axis: int, index: jax.Array, numerics: Numerics) -> Kernel:
+    """Returns ``stack`` with ``new`` at ``index`` along ``axis``."""
+    stored = isinstance(stack, Stored)
+    same = numerics.hooks.store(new.astype(numerics.operand)) if stored else new.astype(stack.dtype)
+    start = [jnp.zeros((), jnp.int32)] * stack.ndim
+    start[axis] = index
+    written: Kernel = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), stack, same)
+    return written
 
 
 def default_positions(segments: jax.Array) -> jax.Array:

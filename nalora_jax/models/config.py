@@ -7,13 +7,15 @@ set and does not import them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from nalora_jax.models.layers import RopeSpec
 
 if TYPE_CHECKING:
+    from nalora_jax.models.parts import FeedForward, Mixer
     from nalora_jax.models.vision.sight import Sight
 
 # A window longer than any sequence: global attention as an integer that can be scanned over layers.
@@ -41,6 +43,7 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     tie_embeddings: bool = False  # the head is the transposed embedding
     gated: bool = True  # phi(x W_gate) * (x W_up); False: phi(x W_in)
+    up_limit: float = 0.0  # experts: phi is multiplied by 1 + clip(x W_up, -limit, limit); 0: by x W_up
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
@@ -49,7 +52,11 @@ class ModelConfig:
     post_norm: bool = False  # norms of their outputs, before the residual sum
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
+    # Queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 means never.
+    query_growth: float = 0.0
+    growth_length: int = 0
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
+    attn_sinks: bool = False  # a learned score per head that every query sees and that has no value
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies the outputs of attention and FFN
@@ -57,8 +64,15 @@ class ModelConfig:
     final_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0 means none
     n_experts: int = 0  # 0: a dense FFN
     experts_per_token: int = 0
+    router_bias: bool = False
     norm_topk: bool = True  # scale the chosen experts' weights to sum to 1
     sight: Sight | None = None  # image tower and projector of a vision-language model
+    mixer: Mixer | None = None  # in place of attention
+    ffn: FeedForward | None = None  # in place of the feed-forward block that the fields above describe
+    # Kinds of layers: the fields that differ from this config's. `models.stacks` gives each kind's
+    # config; `windows` and `rope_index` list all layers of the model in order.
+    kinds: tuple[tuple[tuple[str, Any], ...], ...] = ()
+    layer_kinds: tuple[int, ...] = ()  # per layer: its entry of `kinds`; () means this config everywhere
 
     @property
     def rope_theta(self) -> float:
@@ -98,99 +112,10 @@ class ModelConfig:
           NaloraError: an unknown ``model_type``, a missing or ill-typed field, or a feature that is
             not implemented.
         """
-        return _READERS[0](raw, where, images)
+        families = import_module("nalora_jax.models.families")  # which imports this module
+        config: ModelConfig = families.read(raw, where, images)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, for JSON and fingerprints."""
         return dataclasses.asdict(self)
-
-
-Reader = Callable[[Mapping[str, Any], str, bool], ModelConfig]
-_READERS: list[Reader] = []
-
-
-def reads_configs(reader: Reader) -> Reader:
-    """Registers the function that `ModelConfig.from_hf` calls.
-
-    `nalora_jax.models.families` imports this module, so this module cannot import the reader.
-    """
-    _READERS[:] = [reader]
-    return reader
-
-
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every base parameter by path, layers stacked.
-
-    Example (Llama, tied):
-      ``{"embed/embedding": (V, D), "layers/attn/q_proj/kernel": (L, D, H * hd), ..., "final_norm/scale": (D,)}``
-    """
-    d, v = config.d_model, config.vocab_size
-    shapes: dict[str, tuple[int, ...]] = {"embed/embedding": (v, d)}
-    shapes |= {f"layers/{path}": (config.n_layers, *shape) for path, shape in _layer_shapes(config).items()}
-    shapes["final_norm/scale"] = (d,)
-    if not config.tie_embeddings:
-        shapes["lm_head/kernel"] = (d, v)
-    return shapes | ({} if config.sight is None else config.sight.param_shapes())
-
-
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    norms = ["attn_norm", "ffn_norm"] if config.pre_norm else []
-    norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
-    shapes: dict[str, tuple[int, ...]] = {f"{name}/scale": (config.d_model,) for name in norms}
-    widths = {"q": config.n_heads * config.head_dim, "k": config.n_kv_heads * config.head_dim}
-    for name in ("q", "k") if config.qk_norm else ():
-        shapes[f"attn/{name}_norm/scale"] = (config.head_dim if config.qk_norm == "head" else widths[name],)
-    if config.n_experts:
-        shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
-    for path, shape in _projections(config).items():
-        path = path.removeprefix("layers/")
-        shapes[f"{path}/kernel"] = shape
-        if _has_bias(config, path):
-            shapes[f"{path}/bias"] = shape[-1:]
-    return shapes
-
-
-def _has_bias(config: ModelConfig, path: str) -> bool:
-    if path.startswith("ffn/"):
-        return config.ffn_bias
-    return config.o_bias if path == "attn/o_proj" else config.qkv_bias
-
-
-def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns per-layer kernel shapes of all projections that can be adapted, by stacked path.
-
-    Kernels of experts have a leading axis ``[experts]``.
-
-    Example:
-      ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``
-    """
-    return _projections(config) | ({} if config.sight is None else config.sight.projection_shapes())
-
-
-def depths(config: ModelConfig) -> dict[str, int]:
-    """Returns the number of stacked layers by path of `projection_shapes`; 1 for a projector."""
-    own = dict.fromkeys(_projections(config), config.n_layers)
-    return own | ({} if config.sight is None else config.sight.depths())
-
-
-def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns channel shape and activation of every FFN, by stacked path, the decoder's first.
-
-    Example (Llama): ``{"layers/ffn": ((L, F), "silu")}``.
-    """
-    experts = (config.n_experts,) if config.n_experts else ()
-    own = {"layers/ffn": ((config.n_layers, *experts, config.d_ff), config.activation)}
-    return own | ({} if config.sight is None else config.sight.gate_blocks())
-
-
-def _projections(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    d, f = config.d_model, config.d_ff
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    ffn = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-    if not config.gated:
-        ffn = {"in_proj": (d, f), "out_proj": (f, d)}
-    experts = (config.n_experts,) if config.n_experts else ()
-    attn = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
-    return {f"layers/attn/{name}": shape for name, shape in attn.items()} | {
-        f"layers/ffn/{name}": (*experts, *shape) for name, shape in ffn.items()
-    }

@@ -20,11 +20,14 @@ from jax.sharding import PartitionSpec as P
 
 from nalora_jax.dense import frozen_kernel
 from nalora_jax.measurement import GateStatsConfig
-from nalora_jax.models.block import Block, LayerInputs, SharedInputs, constrain
-from nalora_jax.models.cache import Cache, default_positions, extend
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes
+from nalora_jax.models.block import Block
+from nalora_jax.models.cache import Cache, KeyValues, default_positions, extend
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.layers import RMSNorm, identity_table, rope_table, sequence_lengths
-from nalora_jax.models.remat import stacked
+from nalora_jax.models.parts import LayerInputs, SharedInputs, constrain
+from nalora_jax.models.paths import leaf_dtype
+from nalora_jax.models.remat import rematerialized, scanned, stacked
+from nalora_jax.models.stacks import Stack, groups, param_shapes, stacks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import dot
@@ -60,14 +63,12 @@ class Decoder(nn.Module):
         c = self.config
         trained = dict(self.adapters.token_indices).get("embed_tokens", ())
         self.embed = Embedding(c.vocab_size, c.d_model, self.activation_sharding, trained)
-        self.layers = stacked(Block, self.remat, c.n_layers)(
-            c,
-            self.adapters,
-            self.numerics,
-            self.stats or GateStatsConfig(),
-            self.activation_sharding,
-            self.routing_sharding,
-        )
+        shardings = self.activation_sharding, self.routing_sharding
+        options = (self.adapters, self.numerics, self.stats or GateStatsConfig(), *shardings)
+        if c.layer_kinds:
+            self.layers = Groups(c, self.remat, options)
+        else:
+            self.layers = stacked(Block, self.remat, c.n_layers)(c, *options)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset, self.numerics.result)
         if not c.tie_embeddings:
             self.lm_head = LMHead(c.vocab_size)
@@ -107,10 +108,8 @@ class Decoder(nn.Module):
         shared = _shared_inputs(
             self.config, tokens, positions, segment_ids, token_weights, cache, adapter_ids, deterministic
         )
-        if cache is not None and self.numerics.hooks.reads_cache_in_place(tokens.shape[1], cache.k, self.numerics):
-            assert isinstance(cache.k, LayerStack)
-            assert isinstance(cache.v, LayerStack)
-            shared = replace(shared, cache=(cache.k, cache.v))
+        if cache is not None:
+            shared = replace(shared, cache=_read_in_place(cache, tokens.shape[1], self.numerics))
         x = self.embed(tokens, self.numerics).astype(jnp.float32) * self.config.embed_scale
         if features is not None:
             sight = self.config.sight
@@ -120,19 +119,17 @@ class Decoder(nn.Module):
             if sight.mutual:
                 shared = replace(shared, starts=run_starts(places, shared.positions, shared.segments))
         x = constrain(x, self.activation_sharding)
-        x, new_keys = self.layers(
-            x.astype(self.numerics.result),
-            _layer_inputs(self.config, self.adapters, cache, in_place=shared.cache is not None),
-            shared,
-        )
+        inputs = {stack.prefix: _layer_inputs(stack, self.adapters, cache, shared) for stack in stacks(self.config)}
+        uniform = not self.config.layer_kinds
+        x, updates = self.layers(x.astype(self.numerics.result), inputs["layers"] if uniform else inputs, shared)
         hidden = self.final_norm(x)
         if self.is_initializing():
             self.unembed(hidden)
         if cache is None:
             return hidden
-        k, v = new_keys
         positions, segments = (jnp.broadcast_to(i, tokens.shape) for i in (shared.positions, shared.segments))
-        return hidden, extend(cache, k, v, positions, segments, self.numerics)
+        updates = {"layers": updates} if uniform else updates
+        return hidden, extend(cache, updates, positions, segments, self.numerics)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns float32 logits ``[..., vocab]`` of ``hidden [..., d_model]``.
@@ -176,6 +173,46 @@ def run_starts(places: jax.Array, positions: jax.Array, segments: jax.Array) -> 
     goes_on = places[:, 1:] & places[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     first = jnp.concatenate([jnp.ones_like(places[:, :1]), ~goes_on], axis=1)
     return positions - (index - lax.cummax(jnp.where(first, index, 0), axis=1))
+
+
+class Period(nn.Module):
+    """One period of a group of layers."""
+
+    stacks: tuple[Stack, ...]
+    remat: str
+    options: tuple[Any, ...]  # of `Block`, after its config
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layers: tuple[LayerInputs, ...], shared: SharedInputs
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Returns ``[batch, seq, d_model]``, and the update of every layer's state."""
+        block, updates = rematerialized(Block, self.remat), []
+        for number, (stack, layer) in enumerate(zip(self.stacks, layers, strict=True)):
+            x, update = block(stack.config, *self.options, stack.prefix, name=f"block{number}")(x, layer, shared)
+            updates.append(update)
+        return x, tuple(updates)
+
+
+class Groups(nn.Module):
+    """Layers of several kinds: each group is scanned over its periods."""
+
+    config: ModelConfig
+    remat: str
+    options: tuple[Any, ...]  # of `Block`, after its config
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, inputs: dict[str, LayerInputs], shared: SharedInputs
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns ``[batch, seq, d_model]``, and the updates of the layers' states by stack."""
+        updates: dict[str, Any] = {}
+        for number, group in enumerate(groups(self.config)):
+            period = scanned(Period, len(group[0].layers))(group, self.remat, self.options, name=f"group{number}")
+            prefixes = [stack.prefix for stack in group]
+            x, of_group = period(x, tuple(inputs[prefix] for prefix in prefixes), shared)
+            updates |= zip(prefixes, of_group, strict=True)
+        return x, updates
 
 
 class Embedding(nn.Module):
@@ -262,21 +299,34 @@ class LMHead(nn.Module):
         return logits
 
 
-def _layer_inputs(config: ModelConfig, adapters: AdapterSpec, cache: Cache | None, *, in_place: bool) -> LayerInputs:
-    """Returns the inputs that are scanned over the layers."""
+def _layer_inputs(stack: Stack, adapters: AdapterSpec, cache: Cache | None, shared: SharedInputs) -> LayerInputs:
+    """Returns the inputs that are scanned over the layers of a stack."""
     scales: dict[str, dict[str, jax.Array]] = {}
     for path, _ in adapters.targets:
-        if path.startswith("layers/"):  # the others belong to the image tower and the projector
-            _, block, name = path.split("/")
-            scales.setdefault(block, {})[name] = jnp.asarray(adapters.scales(path))
-    windows, ropes = config.layer_windows, config.layer_ropes
-    cached = None if cache is None else jnp.arange(config.n_layers) if in_place else (cache.k, cache.v)
+        if path.startswith(f"{stack.prefix}/"):
+            part, _, name = path.removeprefix(f"{stack.prefix}/").partition("/")
+            scales.setdefault(part, {})[name] = jnp.asarray(adapters.scales(path))
+    windows, ropes = stack.config.layer_windows, stack.config.layer_ropes
+    cached = None if cache is None else cache.states[stack.prefix]
+    if stack.prefix in (shared.cache or {}):
+        cached = jnp.arange(len(stack.layers))
     return LayerInputs(
         window=None if set(windows) == {GLOBAL_WINDOW} else jnp.asarray(windows, jnp.int32),
         rope=None if set(ropes) == {0} else jnp.asarray(ropes, jnp.int32),
         scales=scales,
         cached=cached,
     )
+
+
+def _read_in_place(cache: Cache, seq: int, numerics: Numerics) -> dict[str, tuple[LayerStack, LayerStack]]:
+    """Returns the keys and values, by stack, that attention of ``seq`` tokens reads in place."""
+    stacks_in_place = {}
+    for prefix, state in cache.states.items():
+        if isinstance(state, KeyValues) and numerics.hooks.reads_cache_in_place(seq, state.k, numerics):
+            assert isinstance(state.k, LayerStack)
+            assert isinstance(state.v, LayerStack)
+            stacks_in_place[prefix] = state.k, state.v
+    return stacks_in_place
 
 
 def _shared_inputs(
@@ -303,7 +353,7 @@ def _shared_inputs(
     rows = max(positions.shape[0], segments.shape[0])
     positions, segments = (jnp.broadcast_to(x, (rows, tokens.shape[1])) for x in (positions, segments))
     return SharedInputs(
-        tables=_rope_tables(config, positions, segments),
+        tables={stack.prefix: _rope_tables(stack.config, positions, segments) for stack in stacks(config)},
         positions=positions,
         segments=segments,
         token_weights=token_weights,
@@ -342,10 +392,10 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
         if path.endswith("/scale"):
             of_encoder = path.startswith(("image/", "unused/"))  # their norms have no offset
             leaf = 1.0 - (0.0 if of_encoder else config.norm_offset) + 0.1 * noise
-        elif path.endswith("/bias"):
+        elif path.endswith(("/bias", "/correction")):
             leaf = 0.02 * noise
         else:
             small = path.endswith(("/embedding", "/class_token", "/probe"))
             leaf = noise * (0.02 if small else 1.0 / math.sqrt(shape[-2]))
-        leaves[path] = leaf.astype(dtype)
+        leaves[path] = leaf.astype(leaf_dtype(path, dtype))
     return unflatten(leaves)

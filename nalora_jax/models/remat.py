@@ -54,13 +54,22 @@ def check_remat(asked: str, platform: str) -> None:
 
 
 def stacked(block: Any, remat: str, n_layers: int) -> Any:
-    """Returns ``block``, a module of one layer, scanned over layers and rematerialized.
+    """Returns ``block``, a module of one layer, scanned over layers and rematerialized."""
+    return scanned(rematerialized(block, remat), n_layers)
+
+
+def rematerialized(block: Any, remat: str) -> Any:
+    """Returns ``block``, a module of one layer, with the rematerialization policy ``remat``.
 
     A block whose input is offloaded must name it `LAYER_INPUT` at its start.
     """
     if remat not in REMAT:
         raise ValueError(f"remat: expected one of {', '.join(REMAT)}, found {remat!r}")
-    block = block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=False)
+    return block if remat == "none" else nn.remat(block, policy=_policy(remat), prevent_cse=False)
+
+
+def scanned(block: Any, n_layers: int) -> Any:
+    """Returns ``block`` scanned over the leading axis of its variables and of its first input."""
     return nn.scan(
         block,
         variable_broadcast=STACKS,

@@ -10,7 +10,7 @@ Sources: LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; AdaLoRA, 2303.10512.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from nalora_jax.config import LoRAConfig
 from nalora_jax.errors import NaloraError
+from nalora_jax.models.paths import layer_path, uniform_path
 from nalora_jax.path_rules import match_rules
 
 # Tables that can be trained entirely, by PEFT's module name: their path in ``params`` and ``lora``.
@@ -33,6 +34,11 @@ class TargetSpec:
 
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
+
+    @staticmethod
+    def even(rank: int, layers: int) -> TargetSpec:
+        """Returns the spec of ``layers`` layers of one rank, with scale 1."""
+        return TargetSpec((rank,) * layers, (float(rank),) * layers)
 
     @property
     def rank(self) -> int:
@@ -116,7 +122,8 @@ class AdapterSpec:
 
     def describe(self) -> str:
         """Returns a summary of the trained arrays, e.g. ``ffn/gate_proj (8), ffn/up_proj (8)``."""
-        names = [f"{path.replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        names = [f"{uniform_path(path).replace('layers/', '', 1)} ({spec.rank})" for path, spec in self.targets]
+        names = list(dict.fromkeys(names))
         names += [f"{len(ids)} rows of {name}" for name, ids in self.token_indices]
         return ", ".join(names) or "projections alone"
 
@@ -137,7 +144,7 @@ def adapter_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
 
 
 def resolve(
-    config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], n_layers: int | Mapping[str, int]
+    config: LoRAConfig, shapes: Mapping[str, tuple[int, ...]], numbers: int | Mapping[str, Sequence[int]]
 ) -> AdapterSpec:
     """Returns the adapters that the rules of ``config`` select on a model.
 
@@ -146,14 +153,16 @@ def resolve(
       shapes: kernel shape ``(..., d_in, d_out)`` of every projection that can be adapted, by
         stacked path, e.g. ``{"layers/ffn/gate_proj": (576, 1536)}``. Rules are searched in
         ``layers/<i>/ffn/gate_proj``.
-      n_layers: length of the stack; by path if the lengths differ (the towers of a dual encoder).
+      numbers: the layers of every path, e.g. ``{"layers/ffn/gate_proj": range(30)}``; or the number
+        of layers, if all paths have the same.
 
     Raises:
       NaloraError: a rule has no match, a rank is negative or larger than the projection, or an
         alpha is not positive.
     """
-    depths = {path: n_layers if isinstance(n_layers, int) else n_layers[path] for path in shapes}
-    names = {_layer_path(path, i): (path, i) for path in shapes for i in range(depths[path])}
+    if isinstance(numbers, int):
+        numbers = dict.fromkeys(shapes, range(numbers))
+    names = {layer_path(path, number): (path, i) for path in shapes for i, number in enumerate(numbers[path])}
     matched = match_rules([(rule.pattern, rule) for rule in config.rules], names, where="--lora.rules")
     specs: dict[str, tuple[list[int], list[float]]] = {}
     for name, rule in matched.items():
@@ -170,7 +179,7 @@ def resolve(
         alpha = 2.0 * rule.rank if rule.alpha is None else rule.alpha
         if rule.rank and not (math.isfinite(alpha) and alpha > 0):
             raise NaloraError(f"--lora.rules {rule.pattern!r}: alpha", expected="a number above 0", found=rule.alpha)
-        ranks, alphas = specs.setdefault(path, ([0] * depths[path], [1.0] * depths[path]))
+        ranks, alphas = specs.setdefault(path, ([0] * len(numbers[path]), [1.0] * len(numbers[path])))
         ranks[layer], alphas[layer] = rule.rank, float(alpha or 1.0)
     targets = tuple((path, TargetSpec(tuple(r), tuple(a))) for path, (r, a) in sorted(specs.items()) if max(r) > 0)
     if not targets:
@@ -186,12 +195,3 @@ def resolve(
     return AdapterSpec(
         targets, rslora=config.rslora, dora=config.dora, dropout=config.dropout, saved=saved, token_indices=rows
     )
-
-
-def _layer_path(path: str, layer: int) -> str:
-    """Returns ``layers/3/ffn/gate_proj`` for ``layers/ffn/gate_proj`` and layer 3.
-
-    A prefix before ``layers`` is kept.
-    """
-    head, _, tail = path.partition("layers/")
-    return f"{head}layers/{layer}/{tail}"

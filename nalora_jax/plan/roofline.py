@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nalora_jax.config import RunConfig
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.stacks import projection_shapes, stacks
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.splash_attention import block_sizes, computed_pairs
 from nalora_jax.ops.triton_attention import computed_pairs as triton_pairs
@@ -52,14 +53,29 @@ class Roofline:
 def attention_flops(base: ModelConfig, seq: int) -> float:
     """Returns the forward flops of scores and weighted sums for one row, over all layers.
 
-    Only pairs within causality and windows count.
+    Only pairs within causality and windows count. The mixers of layers without attention count with
+    all their flops outside of projections.
     """
     total = 0.0
-    for window in base.layer_windows:
-        seen = min(window, seq) if window < GLOBAL_WINDOW else seq
-        pairs = seq * seen - seen * (seen - 1) / 2 if seen < seq else seq * (seq + 1) / 2
-        total += 4.0 * pairs * base.n_heads * base.head_dim
+    for config in uniform(base):
+        if config.mixer is not None:
+            total += config.n_layers * config.mixer.flops(config, seq)
+            continue
+        for window in config.layer_windows:
+            seen = min(window, seq) if window < GLOBAL_WINDOW else seq
+            pairs = seq * seen - seen * (seen - 1) / 2 if seen < seq else seq * (seq + 1) / 2
+            total += 4.0 * pairs * config.n_heads * config.head_dim
     return total
+
+
+def mixer_flops(base: ModelConfig, seq: int) -> float:
+    """Returns the part of `attention_flops` in layers without attention."""
+    return sum(c.n_layers * c.mixer.flops(c, seq) for c in uniform(base) if c.mixer is not None)
+
+
+def uniform(base: ModelConfig) -> list[ModelConfig]:
+    """Returns the uniform config of every stack."""
+    return [stack.config for stack in stacks(base)]
 
 
 def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float = 1.0) -> float:
@@ -71,30 +87,44 @@ def splash_flops(base: ModelConfig, seq: int, *, forward: float, backward: float
     kernels.
     """
     total = 0.0
-    for window in base.layer_windows:
-        fused = "use_fused_bwd_kernel" in block_sizes(seq, window)
-        products = 2 * forward + (5 if fused else 7) * backward
-        total += products * 2.0 * computed_pairs(seq, window) * base.n_heads * base.head_dim
+    for config in _attending(base):
+        for window in config.layer_windows:
+            fused = "use_fused_bwd_kernel" in block_sizes(seq, window)
+            products = 2 * forward + (5 if fused else 7) * backward
+            total += products * 2.0 * computed_pairs(seq, window) * config.n_heads * config.head_dim
     return total
 
 
 def causal_flops(base: ModelConfig, seq: int, products: float) -> float:
-    """Returns the flops of ``products`` attention matmuls in one layer for one row on GPUs.
+    """Returns the flops of ``products`` attention matmuls for one row on GPUs, over all layers.
 
     Kernels compute all blocks of 128 queries and keys that causality touches, for any window.
     """
-    return products * 2.0 * triton_pairs(seq) * base.n_heads * base.head_dim
+    widths = sum(config.n_layers * config.n_heads * config.head_dim for config in _attending(base))
+    return products * 2.0 * triton_pairs(seq) * widths
+
+
+def _attending(base: ModelConfig) -> list[ModelConfig]:
+    return [config for config in uniform(base) if config.mixer is None]
 
 
 def active_parameters(base: ModelConfig) -> float:
     """Returns the weights that multiply every token: with the head, without the embedding."""
-    total = 0.0
-    for path, shape in projection_shapes(base).items():
-        size = float(shape[-1] * shape[-2])
-        if base.n_experts and "/ffn/" in path:
-            size *= base.experts_per_token
-        total += base.n_layers * size
-    return total + base.d_model * base.vocab_size + base.n_layers * base.d_model * base.n_experts
+    total = float(base.d_model * base.vocab_size)
+    for config in uniform(base):
+        layer = sum(active_size(config, shape) for shape in projection_shapes(config).values())
+        total += config.n_layers * (layer + config.d_model * config.n_experts)
+    return total
+
+
+def active_size(config: ModelConfig, shape: tuple[int, ...]) -> float:
+    """Returns the weights of a projection that multiply one token.
+
+    ``shape`` is that of `projection_shapes`: experts have a leading axis, and a token reaches
+    ``config.experts_per_token`` of them.
+    """
+    chosen = config.experts_per_token if len(shape) == 3 else 1
+    return float(shape[-1] * shape[-2] * chosen)
 
 
 def useful_flops(base: ModelConfig, spec: AdapterSpec, rows: float, seq: int) -> float:
@@ -116,10 +146,11 @@ def kernel_flops(
     """Returns the flops of attention kernels in a step, which XLA does not count."""
     calls = program.custom_calls
     if any(name in calls for name in _ON_GPUS):
-        products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items())
+        layers = sum(config.n_layers for config in _attending(base))
+        products = sum(count * calls.get(name, 0.0) for name, count in _ON_GPUS.items()) / layers
         return rows / accumulate * causal_flops(base, seq, products) / n_tensor
     # Every window is a branch, and each layer runs one of them.
-    layers = len(set(base.layer_windows)) * base.n_layers * accumulate
+    layers = accumulate * sum(len(set(config.layer_windows)) * config.n_layers for config in _attending(base))
     runs = {
         part: sum(times for name, times in calls.items() if "splash" in name and f"_{part}" in name)
         for part in ("fwd", "dkv")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RESPONSIVE = 0.5
 CAPTION = (
     "slope: mean of |phi'| over tokens and channels. responsive: share of channels whose own mean |phi'| is at least "
-    "half of their layer's mean (the default soft mask gives the others less than a quarter of an update). Regions: "
+    "half of their layer's mean (the squared soft mask gives the others less than a quarter of an update). Regions: "
     "share of pre-activations. misalignment: sum|S| / sum|F| of the adapter; limit: the same for a residual of "
     "the same direction and vanishing size (of a random direction where no adapter moves the gate), so that it changes "
     "in training, and as a rule falls."
@@ -45,6 +45,25 @@ class LayerSummary:
     occupancy: np.ndarray  # [L, 4], shares of the regions inverted, contracting, expanding, linear
     misalignment: np.ndarray  # sum|S| / sum|F|; NaN for a gate that no adapter changes
     limit: np.ndarray  # its linear limit; NaN in a layer without a probe residual
+    names: tuple[str, ...] = ()  # of the rows; () for the numbers of layers
+
+
+def by_layer(summaries: Mapping[str, LayerSummary], layers: Mapping[str, Sequence[int]]) -> LayerSummary:
+    """Returns one summary of several blocks, in the order of the model's layers.
+
+    Args:
+      summaries: by path of the block, ``layers/ffn`` or ``layers/group0/block1/ffn/shared``.
+      layers: the numbers of the layers of every stack, by prefix.
+    """
+    rows = []
+    for path, summary in summaries.items():
+        prefix = next(prefix for prefix in layers if path.startswith(f"{prefix}/"))
+        part = path.removeprefix(f"{prefix}/ffn").removeprefix("/")
+        rows += [(number, part, summary, index) for index, number in enumerate(layers[prefix])]
+    rows.sort(key=lambda row: row[:2])
+    columns = ("slope", "responsive", "occupancy", "misalignment", "limit")
+    values = {name: np.stack([getattr(summary, name)[index] for *_, summary, index in rows]) for name in columns}
+    return LayerSummary(**values, names=tuple(f"{number} {part}".strip() for number, part, *_ in rows))
 
 
 def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> LayerSummary:
@@ -91,7 +110,7 @@ def layer_summary(stats: Mapping[str, Any], probe: Mapping[str, Any] | None = No
 def responsive_share(slope: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Returns the share of gate channels whose mean |phi'| is at least half their layer's mean.
 
-    The threshold (`RESPONSIVE`) is relative to the layer, as the mask is: the default soft mask,
+    The threshold (`RESPONSIVE`) is relative to the layer, as the mask is: the soft mask with power 2,
     (slope / mean)^2, gives the other channels less than a quarter of an update. The layer's mean
     slope shows if the layer as a whole responds.
 
@@ -115,8 +134,8 @@ def layer_table(summary: LayerSummary, title: str = "") -> Table:
     table.add_column("layer", justify="right")
     for name in columns:
         table.add_column(name, justify="right")
-    for layer in range(len(summary.slope)):
-        table.add_row(str(layer), *(cell(values[layer], name) for name, values in columns.items()))
+    for layer, label in enumerate(summary.names or map(str, range(len(summary.slope)))):
+        table.add_row(label, *(cell(values[layer], name) for name, values in columns.items()))
     table.add_section()
     table.add_row("mean", *(cell(np.nanmean(values), name) for name, values in columns.items()), style="bold")
     return table

@@ -13,12 +13,13 @@ import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.load import AdaptedModel
+from nalora_jax.loading.adapted import AdaptedModel
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import depths, gate_blocks, layer_numbers, stacks
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
-from nalora_jax.report.inspect import LayerSummary, layer_summary
+from nalora_jax.report.inspect import LayerSummary, by_layer, layer_summary
 from nalora_jax.tokenizer import Tokenizer
 
 ROWS = 8  # texts in one batch
@@ -57,15 +58,16 @@ def inspect_texts(
     sums = _gate_sums(model.module, model.variables, batches)
     spec, lora = _probe(model, seed)
     probe = _gate_sums(replace(model.module, adapters=spec), {"params": model.base.params, "lora": lora}, batches)
-    return layer_summary(sums, probe)
+    summaries = {block: layer_summary(sums[block], probe[block]) for block in sums}
+    return by_layer(summaries, {stack.prefix: stack.layers for stack in stacks(model.base.config)})
 
 
 def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]:
     """Returns a small random adapter on the gate of every layer."""
     config = model.base.config
-    name = "gate_proj" if config.gated else "in_proj"
-    target = TargetSpec((PROBE_RANK,) * config.n_layers, (float(PROBE_RANK),) * config.n_layers)
-    spec = AdapterSpec(((f"layers/ffn/{name}", target),))
+    gates = {f"{block}/{name}" for block in gate_blocks(config) for name in ("gate_proj", "in_proj")}
+    paths = [path for path in layer_numbers(config) if path in gates and path.startswith("layers/")]
+    spec = AdapterSpec(tuple((path, TargetSpec.even(PROBE_RANK, depths(config)[path])) for path in paths))
     a_key, b_key = jax.random.split(jax.random.key(seed))
 
     def fill(path: str, leaf: jax.Array) -> jax.Array:
@@ -76,19 +78,20 @@ def _probe(model: AdaptedModel, seed: int) -> tuple[AdapterSpec, dict[str, Any]]
 
 def _gate_sums(
     module: Decoder, variables: dict[str, Any], batches: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Returns the statistics of the gated block, summed over batches."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the statistics of every gated block, summed over batches."""
     observed = replace(module, stats=GateStatsConfig(stride=1, probe_stride=1))
 
     @partial(jax.jit)
     def run(variables: dict[str, Any], tokens: jax.Array, segments: jax.Array) -> Any:
         return observed.apply(variables, tokens, segment_ids=segments, mutable=["gate_stats"])[1]["gate_stats"]
 
-    total: dict[str, np.ndarray] = {}
+    total: dict[str, dict[str, Any]] = {}
     for tokens, segments in batches:
         for path, value in trees.flatten(run(variables, jnp.asarray(tokens), jnp.asarray(segments))).items():
-            name = path.rpartition("/")[2]
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
+            block, _, name = path.rpartition("/")
+            sums = total.setdefault(block, {})
+            sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
     if not total:
         raise NaloraError("inspect", expected="a model with self-gated feed-forward blocks", found="one without")
     return total

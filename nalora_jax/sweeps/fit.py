@@ -13,7 +13,8 @@ from nalora_jax.config import MeshConfig, RunConfig
 from nalora_jax.distributed.devices import memory_statistics
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import adapter_spec
-from nalora_jax.models.config import ModelConfig, depths, param_shapes, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 
 _USABLE = 0.9  # share of a device's memory
 _STATES = 4  # adapter, gradient and two moments, in float32

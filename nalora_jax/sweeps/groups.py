@@ -21,7 +21,7 @@ _VALUES = (
     r"^(output|resume|seed|steps|epochs|callbacks)$",
     r"^optimizer\.(learning_rate|schedule|warmup_\w+|final_ratio|weight_decay|b1|b2)$",
     r"^train\.(log_every|eval_every|save_every|keep|patience)$",
-    r"^(mask|step_scale|mechanisms)\b",  # see `_rules`
+    r"^mechanisms\b",  # see `_rules`
     r"^lora\.rules\b",  # see `_adapters`
     r"^(optimizer\.clip_norm|lora\.plus_ratio)$",  # see `program_key`
 )
@@ -80,9 +80,7 @@ def _adapters(config: RunConfig, spec: AdapterSpec | None) -> list[Any]:
 
 def _rules(config: RunConfig) -> list[Any]:
     """Returns each mechanism's label and class, with the settings that its rule cannot take as arrays."""
-    mechanisms = make_mechanisms(
-        config.mask, config.step_scale, config.mechanisms, activation="silu", total_steps=config.steps, seed=config.seed
-    )
+    mechanisms = make_mechanisms(config.mechanisms, activation="silu")
     described = []
     for label, mechanism in mechanisms.entries:
         facts = {"seed": config.seed, "total_steps": config.steps}

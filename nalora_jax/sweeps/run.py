@@ -22,11 +22,11 @@ from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.errors import Interrupted, TrainingDivergedError
 from nalora_jax.files import write_atomically
 from nalora_jax.imports import import_files
+from nalora_jax.job import Inputs, continued, inputs_of, mesh_of
 from nalora_jax.models.adapters import adapter_spec
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.ops.dispatch import AUTO, XLA
 from nalora_jax.redaction import redacted
-from nalora_jax.run import Inputs, continued, inputs_of, mesh_of
 from nalora_jax.running import BaseMetrics, Running, RunResult, way_on
 from nalora_jax.sweeps.compare import write_page
 from nalora_jax.sweeps.fit import Fitting

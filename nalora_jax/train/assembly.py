@@ -27,9 +27,10 @@ from nalora_jax.method.optimizer import find_gates, nalora
 from nalora_jax.method.state import Mechanisms
 from nalora_jax.method.step import Objective, Step, StepConfig, TrainState, init_state, make_train_step
 from nalora_jax.models.adapters import adapter_spec, init_lora
-from nalora_jax.models.config import ModelConfig, gate_blocks
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
 from nalora_jax.models.remat import chosen_remat
+from nalora_jax.models.stacks import gate_blocks
 from nalora_jax.models.targets import ROWS, TABLES, AdapterSpec
 from nalora_jax.models.vision.decoder import decoder_for
 from nalora_jax.ops.cross_entropy import Head
@@ -241,8 +242,6 @@ def build_model(
 def build_mechanisms(config: RunConfig, base: ModelConfig, spec: AdapterSpec) -> Mechanisms:
     """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
     found = make_mechanisms(
-        config.mask,
-        config.step_scale,
         config.mechanisms,
         activation=base.activation,
         total_steps=config.steps,
@@ -289,7 +288,8 @@ def gate_checks_of(config: RunConfig) -> GateChecks | None:
 def measured_blocks(base: ModelConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
     """Returns channel shapes by block, of the decoder and of other blocks with adapters."""
     adapted = {path.rpartition("/")[0] for path, _ in spec.targets}
-    return {path: shape for path, (shape, _) in gate_blocks(base).items() if path == "layers/ffn" or path in adapted}
+    blocks = gate_blocks(base).items()
+    return {path: shape for path, (shape, _) in blocks if path.startswith("layers/") or path in adapted}
 
 
 def head_of(base: ModelConfig) -> Head:

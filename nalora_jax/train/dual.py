@@ -186,7 +186,8 @@ def resolve_dual(config: RunConfig, base: DualConfig) -> AdapterSpec:
     """Returns both towers' adapters; none if every rule has rank 0 and projections are trained."""
     if base.trained and all(rule.rank == 0 for rule in config.lora.rules):
         return AdapterSpec()
-    return resolve(config.lora, base.projection_shapes(), base.depths())
+    numbers = {path: range(depth) for path, depth in base.depths().items()}
+    return resolve(config.lora, base.projection_shapes(), numbers)
 
 
 def adapted_towers(spec: AdapterSpec) -> tuple[str, ...]:
@@ -203,8 +204,6 @@ def _mechanisms(config: RunConfig, base: DualConfig, adapted: tuple[str, ...], g
     """Returns the mechanisms of a run; none, with a warning, if no adapter is on a gate."""
     first = base.towers[adapted[0] if adapted else "image"].activation
     found = make_mechanisms(
-        config.mask,
-        config.step_scale,
         config.mechanisms,
         activation=first,
         total_steps=config.steps,

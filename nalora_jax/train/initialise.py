@@ -39,9 +39,17 @@ from nalora_jax import distributed, trees
 from nalora_jax.method import statistics
 from nalora_jax.method.optimizer import find_gates
 from nalora_jax.method.state import Mechanisms
-from nalora_jax.method.step import Batch, Objective, StepConfig, accumulate, micro_gradients, over_shards
+from nalora_jax.method.step import (
+    Batch,
+    Objective,
+    StepConfig,
+    accumulate,
+    micro_gradients,
+    over_shards,
+)
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.train.assembly import Assembly, next_token
 
@@ -76,8 +84,9 @@ def gradient_adapters(assembly: Assembly, base: ModelConfig, batches: Sequence[B
     wide = {path: min(count + max(8, count // 2), *shapes[path][-2:]) for path, count in taken.items()}
     search = _Search(assembly, base, wide, batches)
     key = jax.random.key(seed)
+    layers = depths(base)
     a = {
-        path: jax.random.normal(jax.random.fold_in(key, i), (base.n_layers, *shapes[path][:-1], width))
+        path: jax.random.normal(jax.random.fold_in(key, i), (layers[path], *shapes[path][:-1], width))
         for i, (path, width) in enumerate(wide.items())
     }
     rows, slopes = search.rows(a)
@@ -113,13 +122,19 @@ class _Search:
     """Matmuls with G, computed as gradients of adapters at scale 1 with A = 0 or B = 0."""
 
     def __init__(
-        self, assembly: Assembly, base: ModelConfig, wide: Mapping[str, int], batches: Sequence[Batch]
+        self,
+        assembly: Assembly,
+        base: ModelConfig,
+        wide: Mapping[str, int],
+        batches: Sequence[Batch],
     ) -> None:
-        targets = tuple(
-            (path, TargetSpec((width,) * base.n_layers, (float(width),) * base.n_layers))
-            for path, width in wide.items()
+        layers = depths(base)
+        targets = tuple((path, TargetSpec.even(width, layers[path])) for path, width in wide.items())
+        self._spec, self._batches, self._params = (
+            AdapterSpec(targets),
+            batches,
+            assembly.view(assembly.params),
         )
-        self._spec, self._batches, self._params = AdapterSpec(targets), batches, assembly.view(assembly.params)
         model = assembly.model.clone(adapters=self._spec)
         mesh = assembly.mesh
         config = StepConfig(Mechanisms((), base.activation), stats_sharding=model.stats.sharding)
@@ -196,7 +211,7 @@ def _place(left: Matrices, right: Matrices, assembly: Assembly, base: ModelConfi
         leaves[f"{path}/a"] = jnp.where(used[..., None, :], length * left[path][..., : target.rank], 0.0)
         if lora_ga:
             second = np.array(target.ranks)[:, None] + np.arange(target.rank)  # triplets r to 2r of each layer
-            second = second.reshape(base.n_layers, *(1,) * (a.ndim - 3), target.rank, 1)
+            second = second.reshape(len(target.ranks), *(1,) * (a.ndim - 3), target.rank, 1)
             rows = jnp.take_along_axis(right[path], second, axis=-2)
             leaves[f"{path}/b"] = jnp.where(used[..., None], length * rows, 0.0)
     return trees.unflatten(leaves)

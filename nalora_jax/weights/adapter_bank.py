@@ -21,7 +21,8 @@ import numpy as np
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.weights.saved_modules import refuse_saved
 
@@ -65,16 +66,24 @@ class AdapterBank:
             raise NaloraError("targets", expected=f"some of {', '.join(sorted(shapes))}", found=", ".join(unknown))
         if config.n_experts:
             found = f"{config.n_experts} experts"
-            raise NaloraError("adapter bank", expected="a dense model", found=found, remedy="merge, or switch trees")
+            raise NaloraError(
+                "adapter bank",
+                expected="a dense model",
+                found=found,
+                remedy="merge, or switch trees",
+            )
         if slots < 1 or rank < 1:
-            raise NaloraError("adapter bank", expected="at least one slot of rank 1", found=f"{slots} of rank {rank}")
-        target = TargetSpec((rank,) * config.n_layers, (float(rank),) * config.n_layers)
-        leaves = {}
+            raise NaloraError(
+                "adapter bank",
+                expected="at least one slot of rank 1",
+                found=f"{slots} of rank {rank}",
+            )
+        layers, leaves = depths(config), {}
         for path in paths:
             d_in, d_out = shapes[path]
-            leaves[f"{path}/a"] = jnp.zeros((config.n_layers, slots, d_in, rank), jnp.float32)
-            leaves[f"{path}/b"] = jnp.zeros((config.n_layers, slots, rank, d_out), jnp.float32)
-        spec = AdapterSpec(tuple((path, target) for path in paths))
+            leaves[f"{path}/a"] = jnp.zeros((layers[path], slots, d_in, rank), jnp.float32)
+            leaves[f"{path}/b"] = jnp.zeros((layers[path], slots, rank, d_out), jnp.float32)
+        spec = AdapterSpec(tuple((path, TargetSpec.even(rank, layers[path])) for path in paths))
         return AdapterBank(config, (None,) * slots, spec, trees.unflatten(leaves))
 
     def load(self, name: str, lora: Mapping[str, Any], spec: AdapterSpec) -> AdapterBank:
@@ -88,7 +97,12 @@ class AdapterBank:
             held = ", ".join(str(held) for held in self.names)
             raise NaloraError("adapter bank", expected="a free slot", found=held, remedy="unload one first")
         if spec.dora:
-            raise NaloraError(f"adapter {name}", expected="a linear adapter", found="DoRA", remedy="merge it instead")
+            raise NaloraError(
+                f"adapter {name}",
+                expected="a linear adapter",
+                found="DoRA",
+                remedy="merge it instead",
+            )
         refuse_saved(spec, f"adapter {name}", "merge it instead")
         slot = self.names.index(name if name in self.names else None)
         bank = self._with_slot(slot, folded_scales(lora, spec), f"adapter {name}")
@@ -97,7 +111,10 @@ class AdapterBank:
     def unload(self, name: str) -> AdapterBank:
         """Returns the bank without ``name``; its slot computes the base again."""
         slot = self._slot(name)
-        return replace(self._with_slot(slot, {}, name), names=(*self.names[:slot], None, *self.names[slot + 1 :]))
+        return replace(
+            self._with_slot(slot, {}, name),
+            names=(*self.names[:slot], None, *self.names[slot + 1 :]),
+        )
 
     def ids(self, names: Sequence[str | None]) -> jnp.ndarray:
         """Returns ``adapter_ids`` of a batch: each example's slot, -1 for the base."""

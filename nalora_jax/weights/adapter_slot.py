@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, projection_shapes
 from nalora_jax.models.targets import TABLES, AdapterSpec, TargetSpec
 from nalora_jax.weights.adapter_bank import folded_scales, padded
 from nalora_jax.weights.saved_modules import with_whole_tables
@@ -42,8 +43,7 @@ class AdapterSlot:
         """Returns the slot of a base for adapters of at most ``rank``."""
         targets = []
         for path, shape in sorted(projection_shapes(config).items()):
-            ranks, layers = min(rank, *shape[-2:]), depths(config)[path]
-            targets.append((path, TargetSpec((ranks,) * layers, (float(ranks),) * layers)))
+            targets.append((path, TargetSpec.even(min(rank, *shape[-2:]), depths(config)[path])))
         return AdapterSlot(config, AdapterSpec(tuple(targets)))
 
     @staticmethod
@@ -52,7 +52,10 @@ class AdapterSlot:
         return max((target.rank for _, target in spec.targets), default=0)
 
     def fill(
-        self, lora: Mapping[str, Any] | None, spec: AdapterSpec | None, params: Mapping[str, Any] | None = None
+        self,
+        lora: Mapping[str, Any] | None,
+        spec: AdapterSpec | None,
+        params: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Returns the adapter in the slot's shapes; zeros if there is no adapter.
 

@@ -8,6 +8,8 @@ tensors that a file must contain::
             -> layers/ffn/gate_proj/kernel [3]  (transposed)
     HF    model.layers.3.mlp.gate_up_proj.weight [2 d_ff, d]
             -> layers/ffn/gate_proj/kernel [3], layers/ffn/up_proj/kernel [3]
+    HF    model.layers.3.mlp.experts.gate_up_proj [E, d, 2 d_ff]
+            -> layers/ffn/gate_proj/kernel [3], layers/ffn/up_proj/kernel [3]  (columns alternate)
     GGUF  blk.3.attn_q.weight [heads * head_dim, d]
             -> layers/attn/q_proj/kernel [3]  (row pairs regrouped)
 """
@@ -15,7 +17,7 @@ tensors that a file must contain::
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,7 +25,8 @@ from typing import Any, Literal
 import numpy as np
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes, stacks
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights import keytables
 from nalora_jax.weights.keytables import Source, TensorRow
@@ -51,6 +54,7 @@ class Transform:
     back: Callable[[Array], Array]
     swaps: bool = False  # exchanges the last two axes
     mixes_rows: bool = False  # a slice of the result needs more than the same slice of the tensor
+    alternates: bool = False  # the slots' columns alternate along the last axis
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,23 @@ class SourceTensor:
     name: str  # canonical name, see `KeyMap.canonical`
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
-    rows: tuple[int, ...]  # of each slot along axis 0; one entry if the tensor is not fused
+    rows: tuple[int, ...]  # of each slot along axis 0, which all share if columns alternate
     transform: Transform
 
     def split(self, array: Array) -> tuple[Array, ...]:
         """Splits the tensor into its slots, in order, each in our layout."""
         if len(self.slots) == 1:
             return (self.transform.into(array),)
+        if self.transform.alternates:
+            return tuple(array[..., i :: len(self.slots)] for i in range(len(self.slots)))
         ends = np.cumsum(self.rows).tolist()
         return tuple(self.transform.into(array[end - size : end]) for end, size in zip(ends, self.rows, strict=True))
 
     def join(self, parts: Sequence[Array]) -> np.ndarray:
         """Builds the file's tensor from its slots: the inverse of `split`."""
         arrays = [np.asarray(self.transform.back(part)) for part in parts]
+        if self.transform.alternates:
+            return np.stack(arrays, axis=-1).reshape(self.shape)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=0)
 
 
@@ -190,32 +198,52 @@ def keymap_for(config: ModelConfig, source: Literal["hf", "gguf"]) -> KeyMap:
     """
     table = keytables.table(config, source)
     shapes = param_shapes(config)
-    rows = [row for row in table.rows if any(path in shapes for path in row.paths)]
-    covered = [path for row in rows for path in row.paths]
-    assert sorted(covered) == sorted(shapes), f"{config.model_type}: {set(covered) ^ set(shapes)}"
-    tensors = tuple(tensor for row in rows for tensor in _tensors(row, shapes, config))
+    tensors = tuple(tensor for row in table.rows for tensor in _tensors(row, shapes, config))
+    covered = {slot.path for tensor in tensors for slot in tensor.slots}
+    assert covered == set(shapes), f"{config.model_type}: {covered ^ set(shapes)}"
     return KeyMap(tensors, table.ignored, table.aliases, table.renames)
 
 
 def _tensors(row: TensorRow, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> Iterator[SourceTensor]:
     """Yields the tensors of one row: one, one per layer, or one per layer and expert."""
-    layers = range(config.n_layers) if "{layer}" in row.name else [None]
+    if "{layer}" not in row.name:
+        yield from _of_stack(row, row.paths, shapes, config, [(None, None)])
+        return
+    for stack in stacks(config):
+        paths = tuple(path.replace("layers", stack.prefix, 1) for path in row.paths)
+        yield from _of_stack(row, paths, shapes, stack.config, enumerate(stack.layers))
+
+
+def _of_stack(
+    row: TensorRow,
+    paths: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+    layers: Iterable[tuple[int | None, int | None]],
+) -> Iterator[SourceTensor]:
+    """Yields the tensors of a row in a stack, for pairs of index and number of its layers."""
+    if not any(path in shapes for path in paths) or row.experts not in (None, config.n_experts > 0):
+        return
     experts = range(config.n_experts) if "{expert}" in row.name else [None]
     lead = ("{layer}" in row.name) + ("{expert}" in row.name)
     transform = _transform(row, config)
-    ours = [shapes[path][lead:] for path in row.paths]
+    ours = [shapes[path][lead:] for path in paths]
     theirs = [(*s[:-2], s[-1], s[-2]) if transform.swaps else s for s in ours]
     shape = (sum(s[0] for s in theirs), *theirs[0][1:])
-    for layer in layers:
+    if transform.alternates:
+        shape = (*theirs[0][:-1], sum(s[-1] for s in theirs))
+    for index, number in layers:
         for expert in experts:
-            slots = tuple(Slot(path, layer, expert) for path in row.paths)
-            name = row.name.format(layer=layer, expert=expert)
+            slots = tuple(Slot(path, index, expert) for path in paths)
+            name = row.name.format(layer=number, expert=expert)
             yield SourceTensor(name, shape, slots, tuple(s[0] for s in theirs), transform)
 
 
 def _transform(row: TensorRow, config: ModelConfig) -> Transform:
     if row.change == "transpose":
         return Transform(_swap, _swap, swaps=True)
+    if row.change == "columns":
+        return Transform(_same, _same, alternates=True)
     if row.change == "minus_one":
         return Transform(lambda array: array - 1, lambda array: array + 1)
     if row.change in ("pairs", "pairs_transpose"):

@@ -15,7 +15,7 @@ from nalora_jax.models import registered
 from nalora_jax.models.config import ModelConfig
 
 Source = Literal["hf", "gguf"]
-Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose"]
+Change = Literal["", "transpose", "minus_one", "pairs", "pairs_transpose", "columns"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,10 @@ class TensorRow:
 
     name: str
     paths: tuple[str, ...]  # several if the file fuses them along its first axis
-    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows.
+    # "transpose": kernels; "minus_one": norms stored as 1 + w; "pairs...": llama.cpp's order of rotated rows;
+    # "columns": the last axis of the paths' arrays alternates: first, second, first, ...
     change: Change = ""
+    experts: bool | None = None  # True: only in layers with a mixture of experts; False: only in the others
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT), aliases, HF_RENAMES)
+        ignored = (*_ROTARY, *SIGHT)
+        if config.model_type == "glm4_moe":  # the layer that predicts further tokens
+            ignored += (rf"^model\.layers\.{config.n_layers}\.",)
+        return Table(_rows(HF, config.model_type) or (), ignored, aliases, HF_RENAMES)
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
@@ -81,11 +86,12 @@ _HF_ENDS = (
 )
 
 
-def _hf_dense(module: str, folder: str, names: tuple[str, ...]) -> tuple[TensorRow, ...]:
+def _hf_dense(module: str, folder: str, names: tuple[str, ...], experts: bool | None = None) -> tuple[TensorRow, ...]:
     """Returns kernels and biases of projections whose names equal transformers' names."""
     stem = f"model.layers.{{layer}}.{module}"
-    kernels = (TensorRow(f"{stem}.{name}.weight", (f"layers/{folder}/{name}/kernel",), "transpose") for name in names)
-    biases = (TensorRow(f"{stem}.{name}.bias", (f"layers/{folder}/{name}/bias",)) for name in names)
+    leaves = {name: f"layers/{folder}/{name}" for name in names}
+    kernels = (TensorRow(f"{stem}.{n}.weight", (f"{leaf}/kernel",), "transpose", experts) for n, leaf in leaves.items())
+    biases = (TensorRow(f"{stem}.{n}.bias", (f"{leaf}/bias",), "", experts) for n, leaf in leaves.items())
     return (*kernels, *biases)
 
 
@@ -97,7 +103,8 @@ def _hf_norms(**names: str) -> tuple[TensorRow, ...]:
 
 
 _HF_ATTENTION = _hf_dense("self_attn", "attn", ("q_proj", "k_proj", "v_proj", "o_proj"))
-_HF_FFN = _hf_dense("mlp", "ffn", ("gate_proj", "up_proj", "down_proj"))
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_HF_FFN = _hf_dense("mlp", "ffn", _GATED)
 _HF_QK_NORMS = tuple(
     TensorRow(f"model.layers.{{layer}}.self_attn.{n}.weight", (f"layers/attn/{n}/scale",)) for n in ("q_norm", "k_norm")
 )
@@ -105,6 +112,7 @@ _HF_PRE_NORMS = _hf_norms(attn_norm="input_layernorm", ffn_norm="post_attention_
 _HF_POST_NORMS = _hf_norms(attn_post_norm="post_attention_layernorm", ffn_post_norm="post_feedforward_layernorm")
 _HF_FOUR_NORMS = _HF_POST_NORMS + _hf_norms(attn_norm="input_layernorm", ffn_norm="pre_feedforward_layernorm")
 _HF_LLAMA = (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_FFN)
+_HF_OLMO2 = (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN)
 _HF_PHI3 = (
     *_HF_ENDS,
     *_HF_PRE_NORMS,
@@ -123,18 +131,80 @@ _HF_PHI3 = (
 )
 
 
-def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[TensorRow, ...]:
-    stem = f"model.layers.{{layer}}.{module}"
-    names = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+def _hf_experts(module: str, names: tuple[str, ...], folder: str = "ffn") -> tuple[TensorRow, ...]:
+    """Returns router and experts; ``names`` are transformers' names of gate, up and down."""
+    stem, leaf = f"model.layers.{{layer}}.{module}", f"layers/{folder}"
     experts = (
-        TensorRow(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"layers/ffn/{ours}/kernel",), "transpose")
-        for ours, theirs in names.items()
+        TensorRow(f"{stem}.experts.{{expert}}.{theirs}.weight", (f"{leaf}/{ours}/kernel",), "transpose", True)
+        for ours, theirs in zip(_GATED, names, strict=True)
     )
-    return (TensorRow(f"{stem}.gate.weight", ("layers/ffn/router/kernel",), "transpose"), *experts)
+    return (TensorRow(f"{stem}.gate.weight", (f"{leaf}/router/kernel",), "transpose"), *experts)
 
 
-_HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
-_HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
+_HF_MIXTRAL = _hf_experts("block_sparse_moe", ("w1", "w3", "w2"))
+_HF_DENSE_LAYERS = _hf_dense("mlp", "ffn", _GATED, experts=False)
+_HF_QWEN_EXPERTS = (*_hf_experts("mlp", _GATED), *_HF_DENSE_LAYERS)
+_HF_QWEN2_EXPERTS = (
+    *_hf_experts("mlp", _GATED, "ffn/experts"),
+    *_hf_dense("mlp.shared_expert", "ffn/shared", _GATED),
+    TensorRow("model.layers.{layer}.mlp.shared_expert_gate.weight", ("layers/ffn/shared_gate/kernel",), "transpose"),
+    *_HF_DENSE_LAYERS,
+)
+_HF_GLM_EXPERTS = (
+    *_hf_experts("mlp", _GATED, "ffn/experts"),
+    TensorRow("model.layers.{layer}.mlp.gate.e_score_correction_bias", ("layers/ffn/experts/router/correction",)),
+    *_hf_dense("mlp.shared_experts", "ffn/shared", _GATED),
+    *_HF_DENSE_LAYERS,
+)
+
+_HF_SINKS = TensorRow("model.layers.{layer}.self_attn.sinks", ("layers/attn/sinks",))
+_HF_GPT_OSS = (
+    _HF_SINKS,
+    TensorRow("model.layers.{layer}.mlp.router.weight", ("layers/ffn/router/kernel",), "transpose"),
+    TensorRow("model.layers.{layer}.mlp.router.bias", ("layers/ffn/router/bias",)),
+    *(
+        TensorRow(
+            f"model.layers.{{layer}}.mlp.experts.gate_up_proj{theirs}",
+            (f"layers/ffn/gate_proj/{ours}", f"layers/ffn/up_proj/{ours}"),
+            "columns",
+        )
+        for ours, theirs in {"kernel": "", "bias": "_bias"}.items()
+    ),
+    TensorRow("model.layers.{layer}.mlp.experts.down_proj", ("layers/ffn/down_proj/kernel",)),
+    TensorRow("model.layers.{layer}.mlp.experts.down_proj_bias", ("layers/ffn/down_proj/bias",)),
+)
+
+_HF_LFM2_NAMES = {
+    "attn/q_proj": "self_attn.q_proj",
+    "attn/k_proj": "self_attn.k_proj",
+    "attn/v_proj": "self_attn.v_proj",
+    "attn/o_proj": "self_attn.out_proj",
+    "conv/bcx_proj": "conv.in_proj",
+    "conv/o_proj": "conv.out_proj",
+    "ffn/gate_proj": "feed_forward.w1",
+    "ffn/up_proj": "feed_forward.w3",
+    "ffn/down_proj": "feed_forward.w2",
+}
+_HF_LFM2 = (
+    _HF_ENDS[0],
+    TensorRow("model.embedding_norm.weight", ("final_norm/scale",)),
+    _HF_ENDS[2],
+    *_hf_norms(attn_norm="operator_norm", ffn_norm="ffn_norm"),
+    *(
+        TensorRow(f"model.layers.{{layer}}.self_attn.{n}_layernorm.weight", (f"layers/attn/{n}_norm/scale",))
+        for n in ("q", "k")
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.weight", (f"layers/{ours}/kernel",), "transpose")
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    *(
+        TensorRow(f"model.layers.{{layer}}.{theirs}.bias", (f"layers/{ours}/bias",))
+        for ours, theirs in _HF_LFM2_NAMES.items()
+    ),
+    TensorRow("model.layers.{layer}.conv.conv.weight", ("layers/conv/taps",)),
+    TensorRow("model.layers.{layer}.conv.conv.bias", ("layers/conv/taps_bias",)),
+)
 
 HF: dict[str, tuple[TensorRow, ...]] = {
     "llama": _HF_LLAMA,
@@ -145,11 +215,18 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma2": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_FFN),
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
     "phi3": _HF_PHI3,
-    "olmo2": (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "olmo2": _HF_OLMO2,
+    "olmo3": _HF_OLMO2,
+    "ministral3": _HF_LLAMA,
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
+    "granite_swa": (*_HF_LLAMA, _HF_SINKS),
+    "lfm2": _HF_LFM2,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),
     "qwen3_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_QWEN_EXPERTS),
+    "qwen2_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QWEN2_EXPERTS),
+    "glm4_moe": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_GLM_EXPERTS),
+    "gpt_oss": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_GPT_OSS),
 }
 
 # ---------------------------------------------------------------- llama.cpp
@@ -211,6 +288,7 @@ def _gguf_gemma(norms: dict[str, str]) -> tuple[TensorRow, ...]:
     return (*_gguf_ends("minus_one"), *_gguf_norms(norms, "minus_one"), *_GGUF_ATTENTION, *_GGUF_FFN)
 
 
+_GGUF_OLMO2 = (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN)
 _GGUF_PHI3 = (
     *_gguf_ends(),
     *_gguf_norms(_GGUF_PRE),
@@ -229,7 +307,9 @@ GGUF: dict[str, tuple[TensorRow, ...]] = {
     "gemma2": _gguf_gemma(_GGUF_PRE | _GGUF_POST),
     "gemma3_text": _gguf_gemma(_GGUF_PRE | _GGUF_POST | _GGUF_QK),
     "phi3": _GGUF_PHI3,
-    "olmo2": (*_gguf_ends(), *_gguf_norms(_GGUF_POST | _GGUF_QK), *_GGUF_ATTENTION, *_GGUF_FFN),
+    "olmo2": _GGUF_OLMO2,
+    "olmo3": _GGUF_OLMO2,
+    "ministral3": _GGUF_LLAMA,
     "smollm3": _GGUF_LLAMA,
     "granite": _GGUF_LLAMA,
     "mixtral": (*_gguf_ends(), *_gguf_norms(_GGUF_PRE), *_GGUF_PAIRED, *_GGUF_EXPERTS),

@@ -13,13 +13,15 @@ An adapter of a fused module is exact: with parts of rank r1, r2, ... it has ran
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import locate, projection_shapes
 from nalora_jax.weights import keytables
 from nalora_jax.weights.vision.sight import sight_modules
 
@@ -31,6 +33,7 @@ class HostModule:
     name: str  # within the layer: "mlp.gate_up_proj"
     parts: tuple[str, ...]  # stacked paths: ("layers/ffn/gate_proj", "layers/ffn/up_proj")
     whole: bool = False  # the name is the full one, with {layer} in it if there are several
+    alternates: bool = False  # the parts' outputs alternate instead of following each other
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,15 @@ class ModuleLayout:
     experts: Mapping[str, str] = field(default_factory=dict)  # path -> Linear module of one expert, "experts.{}.w1"
     prefix: str = "model.layers"
 
+    def weight_only(self, module: HostModule) -> bool:
+        """Returns True if PEFT adapts a Linear module by its weight only, as a parameter.
+
+        PEFT takes names of target_modules that end like an expert's modules in transformers 4 for
+        the experts, also if they name a dense layer or a shared expert.
+        """
+        lasts = {pattern.rpartition(".")[2] for pattern in self.experts.values()}
+        return module in self.modules and module.name.rpartition(".")[2] in lasts
+
     def full_name(self, layer: int, module: str | HostModule) -> str:
         """Returns the full name, e.g. ``model.layers.3.mlp.gate_proj`` for layer 3."""
         if isinstance(module, str):
@@ -49,10 +61,6 @@ class ModuleLayout:
         return module.name.format(layer=layer) if module.whole else self.full_name(layer, module.name)
 
 
-_STACKS = (
-    HostModule("mlp.experts.gate_up_proj", ("layers/ffn/gate_proj", "layers/ffn/up_proj")),
-    HostModule("mlp.experts.down_proj", ("layers/ffn/down_proj",)),
-)
 _LAYER, _EXPERT = ".{layer}.", "{expert}"
 
 
@@ -62,22 +70,43 @@ def module_layout(config: ModelConfig) -> ModuleLayout:
     Example: the row ``model.layers.{layer}.mlp.gate_up_proj.weight`` of Phi-3's table is the
     module ``mlp.gate_up_proj`` with the parts ``layers/ffn/gate_proj`` and ``layers/ffn/up_proj``.
     """
-    shapes = projection_shapes(config)
     modules: list[HostModule] = [
         HostModule(name, (path,), whole=True) for path, name in sight_modules(config.sight).items()
     ]
     experts: dict[str, str] = {}
+    stacks: list[HostModule] = []
     for row in keytables.table(config, "hf").rows:
         paths = tuple(path.removesuffix("/kernel") for path in row.paths)
-        if paths[0] not in shapes or not row.paths[0].endswith("/kernel"):
-            continue
         name = row.name.partition(_LAYER)[2].removesuffix(".weight")
-        if _EXPERT in name:
-            experts[paths[0]] = name.replace(_EXPERT, "{}")
-        else:
+        if not row.paths[0].endswith("/kernel"):
+            continue
+        if row.experts is not False and layers_with(config, paths[0], experts=True):
+            if _EXPERT in name:
+                experts[paths[0]] = name.replace(_EXPERT, "{}")
+            else:
+                stacks.append(HostModule(name, paths, alternates=row.change == "columns"))
+        elif _EXPERT not in name and layers_with(config, paths[0], experts=False):
             modules.append(HostModule(name, paths))
     prefix = "model.layers" if config.sight is None else "model.language_model.layers"
-    return ModuleLayout(tuple(modules), _STACKS if experts else (), experts, prefix)
+    return ModuleLayout(tuple(modules), _stacks(experts) or tuple(stacks), experts, prefix)
+
+
+def _stacks(experts: Iterable[str]) -> tuple[HostModule, ...]:
+    """Returns the two parameters that hold all experts of a layer in transformers 5."""
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in experts)
+    return tuple(
+        HostModule(f"mlp.experts.{name}", tuple(f"{folder}/{part}" for part in parts))
+        for folder in folders
+        for name, parts in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
+    )
+
+
+@functools.cache
+def layers_with(config: ModelConfig, path: str, *, experts: bool) -> frozenset[int]:
+    """Returns the layers that have a projection at a uniform path, of experts or not."""
+    shapes = projection_shapes(config)
+    places = ((layer, shapes[stacked]) for (name, layer), (stacked, _) in locate(config).items() if name == path)
+    return frozenset(layer for layer, shape in places if (len(shape) == 3) == experts)
 
 
 # Prefixes of module names in multimodal models: a prefix of transformers 5, mapped to its form in
@@ -114,20 +143,20 @@ def _renamed(layout: ModuleLayout, names: Mapping[str, str]) -> ModuleLayout:
 
 
 def _names(layout: ModuleLayout, config: ModelConfig) -> set[str]:
-    layers = depths(config)
-    return {layout.full_name(i, module) for module in layout.modules for i in range(layers[module.parts[0]])}
+    modules = layout.modules
+    return {layout.full_name(i, m) for m in modules for i in layers_with(config, m.parts[0], experts=False)}
 
 
-def part_widths(config: ModelConfig, module: HostModule) -> list[int]:
-    """Returns ``d_out`` of every part of ``module``."""
-    shapes = projection_shapes(config)
-    return [shapes[part][-1] for part in module.parts]
+def part_widths(config: ModelConfig, module: HostModule, layer: int) -> list[int]:
+    """Returns ``d_out`` of every part of a layer's ``module``."""
+    shapes, places = projection_shapes(config), locate(config)
+    return [shapes[places[part, layer][0]][-1] for part in module.parts]
 
 
-def module_shape(config: ModelConfig, module: HostModule) -> tuple[int, ...]:
-    """Returns the kernel shape ``(..., d_in, d_out)`` of the complete ``module``."""
-    shape = projection_shapes(config)[module.parts[0]]
-    return (*shape[:-1], sum(part_widths(config, module)))
+def module_shape(config: ModelConfig, module: HostModule, layer: int) -> tuple[int, ...]:
+    """Returns the kernel shape ``(..., d_in, d_out)`` of a layer's complete ``module``."""
+    shape = projection_shapes(config)[locate(config)[module.parts[0], layer][0]]
+    return (*shape[:-1], sum(part_widths(config, module, layer)))
 
 
 # ---------------------------------------------------------------- adapters of one layer
@@ -148,12 +177,15 @@ class ModuleAdapter:
         return int(self.a.shape[-1])
 
 
-def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> ModuleAdapter | None:
+def fuse(
+    parts: Sequence[ModuleAdapter | None], widths: Sequence[int], *, alternates: bool = False
+) -> ModuleAdapter | None:
     """Combines the adapters of a fused module's parts into one; None if no part has an adapter.
 
     Args:
       parts: the adapter of each part, or None (its outputs get zeros).
       widths: ``d_out`` of every part.
+      alternates: the parts' outputs alternate; they are equally wide and have no magnitudes.
 
     Scales that differ are folded into B, relative to the first part's.
     """
@@ -170,13 +202,15 @@ def fuse(parts: Sequence[ModuleAdapter | None], widths: Sequence[int]) -> Module
             b[..., row : row + part.rank, column : column + width] = block
             row += part.rank
         column += width
+    if alternates:
+        b = b.reshape(*lead, rank, len(parts), -1).swapaxes(-1, -2).reshape(b.shape)
     magnitude = None
     if present[0].magnitude is not None and len(present) == len(parts):
         magnitude = np.concatenate([part.magnitude for part in present if part.magnitude is not None])
     return ModuleAdapter(np.concatenate([part.a for part in present], axis=-1), b, scale, magnitude)
 
 
-def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter | None]:
+def split(adapter: ModuleAdapter, widths: Sequence[int], *, alternates: bool = False) -> list[ModuleAdapter | None]:
     """Splits a fused module's adapter into its parts: inverts `fuse` up to folded scales.
 
     A part keeps the ranks that reach its outputs; a part that no rank reaches gets no adapter. A
@@ -186,8 +220,9 @@ def split(adapter: ModuleAdapter, widths: Sequence[int]) -> list[ModuleAdapter |
         return [adapter]
     fresh = not adapter.b.any()
     parts: list[ModuleAdapter | None] = []
-    for start, width in zip(np.cumsum([0, *widths[:-1]]), widths, strict=True):
-        block = adapter.b[..., start : start + width]
+    for number, (start, width) in enumerate(zip(np.cumsum([0, *widths[:-1]]), widths, strict=True)):
+        taken = slice(number, None, len(widths)) if alternates else slice(start, start + width)
+        block = adapter.b[..., taken]
         magnitude = None if adapter.magnitude is None else adapter.magnitude[start : start + width]
         # A part needs its magnitude to keep its column norms, so with DoRA every part stays.
         keep = _live_ranks(block) | (fresh or (magnitude is not None and not block.any()))

@@ -13,7 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, depths, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import depths, locate, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, adapter_scale
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.peft_adalora import as_lora_tensors
@@ -24,6 +25,7 @@ from nalora_jax.weights.peft_modules import (
     ModuleAdapter,
     ModuleLayout,
     alpha_for,
+    layers_with,
     layout_of,
     module_shape,
     part_widths,
@@ -145,12 +147,12 @@ class _Slot:
 
 
 def _slots(layout: ModuleLayout, config: ModelConfig, peft: PeftConfig) -> Iterator[_Slot]:
-    most = max(depths(config).values())
+    most = 1 + max(layer for _, layer in locate(config))
     linear = [place for layer in range(most) for place in _linear_modules(layout, config, layer)]
-    stacks = {
-        layer: [(layout.full_name(layer, stack.name), stack) for stack in layout.parameters]
-        for layer in range(config.n_layers)
-    }
+    stacks: dict[int, list[tuple[str, HostModule]]] = {}
+    for stack in layout.parameters:
+        for layer in sorted(layers_with(config, stack.parts[0], experts=True)):
+            stacks.setdefault(layer, []).append((layout.full_name(layer, stack.name), stack))
     parameters = [name for listed in stacks.values() for name, _ in listed]
     weights = [f"{name}.weight" for name, *_ in linear]
     choices = peft.choose([name for name, *_ in linear], [*parameters, *weights])
@@ -171,12 +173,11 @@ def _linear_modules(
     layout: ModuleLayout, config: ModelConfig, layer: int
 ) -> Iterator[tuple[str, int, HostModule, int | None]]:
     """Yields name, layer, module and expert of every Linear module of a layer."""
-    layers = depths(config)
     for module in layout.modules:
-        if layer < layers[module.parts[0]]:
+        if layer in layers_with(config, module.parts[0], experts=False):
             yield layout.full_name(layer, module), layer, module, None
-    for path, pattern in layout.experts.items() if layer < config.n_layers else ():
-        for expert in range(config.n_experts):
+    for path, pattern in layout.experts.items():
+        for expert in range(config.n_experts if layer in layers_with(config, path, experts=True) else 0):
             yield layout.full_name(layer, pattern.format(expert)), layer, HostModule(pattern, (path,)), expert
 
 
@@ -241,20 +242,24 @@ def _pieces(
     """Returns adapters by stacked path and layer."""
     pieces: dict[str, dict[int, ModuleAdapter]] = {}
     experts: dict[tuple[str, int], dict[int, ModuleAdapter]] = {}
+    places = locate(config)
     for slot, parts in found:
         adapter = _adapter(config, peft, path, slot, parts)
         if slot.expert is not None:
             experts.setdefault((slot.module.parts[0], slot.layer), {})[slot.expert] = adapter
             continue
-        for part, piece in zip(slot.module.parts, split(adapter, part_widths(config, slot.module)), strict=True):
+        widths, alternates = part_widths(config, slot.module, slot.layer), slot.module.alternates
+        for part, piece in zip(slot.module.parts, split(adapter, widths, alternates=alternates), strict=True):
             if piece is not None:
-                pieces.setdefault(part, {})[slot.layer] = piece
+                stacked, index = places[part, slot.layer]
+                pieces.setdefault(stacked, {})[index] = piece
     for (part, layer), members in experts.items():
         if len(members) != config.n_experts:
             raise NaloraError(
                 f"{path}: experts of layer {layer}", expected=f"adapters on all {config.n_experts}", found=len(members)
             )
-        pieces.setdefault(part, {})[layer] = _join_experts([members[e] for e in range(config.n_experts)])
+        stacked, index = places[part, layer]
+        pieces.setdefault(stacked, {})[index] = _join_experts([members[e] for e in range(config.n_experts)])
     return pieces
 
 
@@ -262,7 +267,7 @@ def _adapter(
     config: ModelConfig, peft: PeftConfig, path: Path, slot: _Slot, parts: dict[str, np.ndarray]
 ) -> ModuleAdapter:
     """Checks one slot's tensors and converts them to this library's layout."""
-    shape = module_shape(config, slot.module)
+    shape = module_shape(config, slot.module, slot.layer)
     d_in, d_out = shape[-2:]
     rank = slot.rank
     count = config.n_experts if slot.stacked else 1

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import DataConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.plan.auto import laid_out
 from nalora_jax.plan.layouts import choose

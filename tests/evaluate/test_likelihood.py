@@ -17,7 +17,7 @@ from nalora_jax.evaluate import likelihood
 from nalora_jax.evaluate.likelihood import score_groups
 from nalora_jax.evaluate.plan import choose_layout, make_batches, split_group
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 
 

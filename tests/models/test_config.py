@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, param_shapes, projection_shapes
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
 from nalora_jax.models.families import supported
+from nalora_jax.models.stacks import param_shapes, projection_shapes
 
 LLAMA = {
     "model_type": "llama",
@@ -69,9 +70,38 @@ OLD_FORMS = {
         "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3},
     },
+    "OLMo 3": {
+        **LLAMA,
+        "model_type": "olmo3",
+        "rope_theta": 500000,
+        "rope_scaling": {
+            "attention_factor": 1.2,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "rope_type": "yarn",
+        },
+        "sliding_window": 8,
+    },
+    "Ministral 3": {**LLAMA, "model_type": "ministral3", "head_dim": 8},
     "SmolLM3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0], "rope_theta": 5e6},
     "Mixtral": {**LLAMA, "model_type": "mixtral", "sliding_window": None, "rope_theta": 1e6},
     "Qwen3-MoE": {**LLAMA, "model_type": "qwen3_moe", "num_experts": 8, "head_dim": 16, "rope_theta": 1e6},
+    "Qwen1.5-MoE": {**LLAMA, "model_type": "qwen2_moe", "num_experts": 8, "rope_theta": 1e6, "sliding_window": 8},
+    "GLM-4.5": {**LLAMA, "model_type": "glm4_moe", "n_routed_experts": 8, "rope_theta": 1e6, "head_dim": 16},
+    "gpt-oss": {
+        **LLAMA,
+        "model_type": "gpt_oss",
+        "rope_theta": 150_000,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        "num_local_experts": 4,
+        "sliding_window": 8,
+        "swiglu_limit": 7.0,
+    },
 }  # fmt: skip
 
 
@@ -92,12 +122,20 @@ def test_multimodal_gemma3_is_its_text_model():
     assert config.tie_embeddings
 
 
+def test_images_of_mistral3_are_refused_by_name():
+    raw = {"model_type": "mistral3", "text_config": {**LLAMA, "model_type": "ministral3"}, "vision_config": {}}
+    assert ModelConfig.from_hf(raw).model_type == "ministral3"
+    with pytest.raises(NaloraError, match=r"model_type: expected one of llava, gemma3, found 'mistral3'"):
+        ModelConfig.from_hf(raw, images=True)
+
+
 def test_unknown_family_names_the_supported_ones():
     with pytest.raises(NaloraError, match="model_type") as error:
         ModelConfig.from_hf({**LLAMA, "model_type": "gpt2"})
     assert all(name in str(error.value) for name in supported())
 
 
+GLM = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 2}
 REFUSED = {
     "no vocab_size": ({"vocab_size": None}, "vocab_size: expected a whole number .* found nothing"),
     "heads as text": ({"num_attention_heads": "4"}, "num_attention_heads"),
@@ -117,8 +155,13 @@ REFUSED = {
         {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
         "short_factor: expected a list of 4",
     ),
-    "dense layers in a mixture": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0]}, "mlp_only"),
-    "every second layer": ({"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 2}, "sparse_step"),
+    "a dense layer too many": ({"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [4]}, "mlp_only"),
+    "uneven groups of experts": ({**GLM, "n_group": 3}, "n_group: expected equal groups .* of the 8 experts, found 3"),
+    "groups of single experts": ({**GLM, "n_group": 8}, "n_group"),
+    "more groups kept than there are": ({**GLM, "n_group": 2, "topk_group": 3}, "topk_group: expected at most 2"),
+    "too few groups kept": ({**GLM, "n_group": 4, "num_experts_per_tok": 3}, "topk_group: .*num_experts_per_tok"),
+    "two layers of predictions": ({**GLM, "num_nextn_predict_layers": 2}, "num_nextn_predict_layers: expected 0 or 1"),
+    "no scaling of experts": ({**GLM, "routed_scaling_factor": 0}, "routed_scaling_factor"),
     "more chosen than there are": ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok"),
     "auxiliary loss": ({"model_type": "mixtral", "output_router_logits": True}, "output_router_logits"),
     "chunked attention": ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4}, "layer_types"),
@@ -130,6 +173,25 @@ REFUSED = {
     ),
     "attention to the future": ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
     "capped scores in Gemma 3": ({"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "logit_softcapping"),
+    "one rotation for both kinds of OLMo 3's layers": (
+        {"model_type": "olmo3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "rope_parameters: expected parameters for 'full_attention' and 'sliding_attention', found rope_theta, rope_typ",
+    ),
+    "a base that transformers reads for full layers only": ({"model_type": "olmo3", "rope_theta": 1e4}, "rope_theta"),
+    "growing queries without an original context": (
+        {"model_type": "ministral3", "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta: expected 0 without",
+    ),
+    "growing queries in another family": (
+        {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+        "llama_4_scaling_beta",
+    ),
+    "another gate in gpt-oss": ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
+    "no clamp in gpt-oss": ({"model_type": "gpt_oss", "swiglu_limit": 0}, "swiglu_limit: expected a finite number"),
+    "another quantization of gpt-oss": (
+        {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
+        "quant_method: expected 'mxfp4'.* found 'awq'",
+    ),
     "residual dropout": ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop"),
     "a list": ([1, 2], "a JSON object"),
 }  # fmt: skip
@@ -155,7 +217,9 @@ FIELDS = sorted(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([*supported(), "gemma3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
+@given(
+    st.sampled_from([*supported(), "gemma3", "mistral3"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3)
+)
 def test_only_this_librarys_error_comes_out(family, changes):
     try:
         config = ModelConfig.from_hf({**LLAMA, "head_dim": 8, **changes, "model_type": family})
@@ -193,7 +257,8 @@ def nullable(family: str) -> list[str]:
 
 @pytest.mark.parametrize("family", supported())
 def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
-    base = {**LLAMA, "model_type": family, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    base = {**LLAMA, "model_type": family, "num_experts_per_tok": 2, "pad_token_id": 0}
+    base |= {"n_routed_experts": 4} if family == "glm4_moe" else {"num_experts": 4}
     for name in nullable(family):
         raw = {**base, name: None}
         try:
@@ -216,7 +281,7 @@ def test_null_fields_mean_what_they_mean_in_transformers(family: str) -> None:
         else:
             expected = tuple(window if kind == "sliding_attention" else GLOBAL_WINDOW for kind in kinds)
         assert ours.layer_windows == expected, name
-        assert ours.n_kv_heads == theirs.num_key_value_heads, name
+        assert ours.n_kv_heads == (theirs.num_key_value_heads or theirs.num_attention_heads), name
         assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8), name
         assert ours.attn_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0), name
         assert ours.final_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0), name

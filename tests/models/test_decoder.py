@@ -14,8 +14,9 @@ from nalora_jax.config import LoRAConfig
 from nalora_jax.measurement import GateStatsConfig
 from nalora_jax.models.adapters import init_lora
 from nalora_jax.models.cache import default_positions, init_cache
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec, resolve
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.numerics import numerics_for

@@ -21,9 +21,13 @@ import torch
 import transformers
 
 from nalora_jax.models.cache import init_cache
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
+from nalora_jax.models.targets import AdapterSpec, TargetSpec
+from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
+from nalora_jax.weights.merge import merged_tensors
 
 TOLERANCE = 1e-5  # largest logit difference over the largest logit
 SIZES = {
@@ -152,6 +156,29 @@ CASES = (
     ),
     Case("olmo2", "post-norms only, qk-norm over projections, biases", {"attention_bias": True}),
     Case(
+        "olmo3",
+        "windows and full layers, YaRN in full layers, post-norms only, qk-norm over projections, biases, one KV head",
+        {
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    Case(
+        "ministral3",
+        "YaRN with mscale, query scale by position, sliding window, MHA",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.6},
+        },
+    ),
+    Case(
         "smollm3",
         "layers without RoPE, sliding there, biases",
         {
@@ -175,6 +202,35 @@ CASES = (
         },
     ),
     Case(
+        "granite_swa",
+        "attention sinks, a rotary base per layer and none in one, windows, multipliers, biases, MHA",
+        {
+            "num_key_value_heads": 4,
+            "sliding_window": WINDOW,
+            "layer_rope_theta": [1e4, 0.0, 1e2, 1e4],
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    Case(
+        "lfm2",
+        "gated short convolutions of width 4 and attention layers, qk-norm, tied",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+            "conv_L_cache": 4,
+            "norm_eps": 1e-3,
+            "block_multiple_of": 20,
+            "block_ffn_dim_multiplier": 1.3,
+        },
+    ),
+    Case(
         "mixtral",
         "4 experts, top-2, sliding window",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "head_dim": 16},
@@ -194,14 +250,89 @@ CASES = (
         },
     ),
     Case(
+        "gpt_oss",
+        "attention sinks, 8 experts with biases, top-3, clamped gate, alternating windows, YaRN",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,  # some gates and many up projections are clamped
+            "rope_parameters": {**YARN, "truncate": False, "beta_fast": 16.0},
+        },
+    ),
+    Case(
+        "gpt_oss",
+        "no biases of attention, one key head, tied, windows in other layers, default RoPE",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
+    Case(
         "qwen3_moe",
-        "8 experts, top-2, not normalised",
+        "8 experts in every second layer, top-2, not normalised",
         {
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "norm_topk_prob": False,
             "moe_intermediate_size": 24,
             "head_dim": 16,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    Case(
+        "qwen2_moe",
+        "8 experts, top-3, not normalised, gated shared expert, a dense layer, sliding window",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 2,
+        },
+    ),
+    Case(
+        "glm4_moe",
+        "top-3 of 8 experts in 2 of 4 groups, scores corrected, scaled, 2 shared experts, "
+        "a dense layer, qk-norm, biases, partial YaRN",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.25},
+        },
+    ),
+    Case(
+        "glm4_moe",
+        "experts in all layers, weights not normalised, default RoPE",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 0,
+            "rms_norm_eps": 1e-2,
         },
     ),
 )
@@ -244,6 +375,9 @@ def build(case: Case) -> Pair:
             spread = (0.05 if tied else 1.0) if "embed_tokens" in name else 0.2
             centre = float("norm" in name and "gemma" not in case.family)  # Gemma's files hold w of 1 + w
             parameter.copy_(torch.randn_like(parameter) * spread + centre)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         raw = json.loads((Path(folder) / "config.json").read_text())
@@ -352,6 +486,69 @@ def measure_greedy(case: Case, steps: int = 64) -> int:
     return int(np.cumprod(ours == theirs, axis=1).sum(axis=1).min())
 
 
+def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
+    """Adapters of rank 2 on every projection, B not zero."""
+    shapes, layers = projection_shapes(config), depths(config)
+    spec = AdapterSpec(tuple((path, TargetSpec((2,) * layers[path], (3.0,) * layers[path])) for path in shapes))
+    rng, leaves = np.random.default_rng(3), {}
+    for path, (*lead, d_in, d_out) in shapes.items():
+        for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
+            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (layers[path], *lead, *shape)).astype(np.float32)
+    return unflatten(leaves), spec
+
+
+def kernel_gradients(pair: Pair, merged: dict, tokens: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """transformers' gradients of the mean loss with the weights ``merged``, by our paths."""
+    with tempfile.TemporaryDirectory() as folder:
+        pair.theirs.config.save_pretrained(folder)
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in merged.items()}
+        safetensors.numpy.save_file(tensors, Path(folder) / "model.safetensors", {"format": "pt"})
+        model = type(pair.theirs).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        mask = torch.tensor(real.astype(np.int64))
+        logits = model(torch.tensor(tokens), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        targets = torch.tensor(np.where(real, tokens, -100))[:, 1:]
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten()).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        model.save_pretrained(folder)
+        gradients = safetensors.numpy.load_file(Path(folder) / "model.safetensors")
+    return flatten(params_from_tensors(pair.config, gradients.__getitem__))
+
+
+def measure_gradients(case: Case) -> float:
+    """Largest difference of the adapters' gradients over the largest entry of their leaf, right padding.
+
+    The reference is the chain rule on transformers' gradients of the merged weights W + s A B.
+    """
+    pair, tokens = build(case), random_tokens(2, SEQ)
+    real = np.arange(SEQ)[None] < np.array([SEQ - 3, SEQ - 3 if case.one_length else SHORT])[:, None]
+    tokens = np.where(real, tokens, 0)
+    lora, spec = random_adapters(pair.config)
+    reset_rope(pair)
+    theirs = kernel_gradients(pair, dict(merged_tensors(pair.config, pair.params, lora, spec)), tokens, real)
+    model = Decoder(pair.config, spec)
+
+    @jax.jit
+    @jax.grad
+    def ours(lora):
+        variables = {"params": pair.params, "lora": lora}
+        hidden = model.apply(variables, tokens, segment_ids=real.astype(np.int32))
+        logits = model.apply(variables, hidden, method="unembed")
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)[..., 0]
+        return jnp.sum(losses * real[:, 1:]) / real[:, 1:].sum()
+
+    gradients, leaves, worst = flatten(ours(lora)), flatten(lora), 0.0
+    for path, _ in spec.targets:
+        kernel, scale = theirs[f"{path}/kernel"], spec.scales(path)[0]
+        a, b = leaves[f"{path}/a"], leaves[f"{path}/b"]
+        expected = {"a": scale * kernel @ b.swapaxes(-1, -2), "b": scale * a.swapaxes(-1, -2) @ kernel}
+        for name, gradient in expected.items():
+            error = np.abs(gradients[f"{path}/{name}"] - gradient).max()
+            worst = max(worst, float(error / np.abs(gradient).max()))
+    return worst
+
+
 # The continuation needs a program of its own to compile: one case per family, and RoPE that changes as it grows.
 GREEDY = tuple({case.family: case for case in reversed(CASES)}.values()) + tuple(
     case for case in CASES if case.family == "llama" and case.one_length
@@ -394,6 +591,11 @@ class TestFamily:
 @pytest.mark.parametrize("case", GREEDY, ids=by_name)
 def test_greedy_continuation_with_cache_is_identical(case):
     assert measure_greedy(case) == 64
+
+
+@pytest.mark.parametrize("case", GREEDY, ids=by_name)
+def test_adapters_get_the_gradients_of_transformers(case):
+    assert measure_gradients(case) <= 1e-4
 
 
 def test_every_family_has_a_case():

@@ -12,9 +12,10 @@ import pytest
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.remat import OFFLOAD, REMAT, check_remat
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.ops import cudnn_attention
 from nalora_jax.ops.dispatch import Platform

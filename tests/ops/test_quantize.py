@@ -10,8 +10,9 @@ import pytest
 from nalora_jax import trees
 from nalora_jax.errors import NaloraError
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.ops.dispatch import Numerics
 from nalora_jax.ops.matmul import matmul

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nalora_jax.config import RunConfig, TrainConfig
-from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.plan.decide import EXHAUSTED, MOST, Compiled, Search, decide
 from nalora_jax.plan.layouts import Layout, choose, fitting

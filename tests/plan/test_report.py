@@ -10,7 +10,7 @@ import pytest
 
 from nalora_jax.config import ComputeConfig, LoRAConfig, MeshConfig, RunConfig, TrainConfig
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import projection_shapes
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.plan import report
 from nalora_jax.plan.figures import Figures

@@ -19,9 +19,9 @@ def test_all_combinations_become_runs_with_folders_named_by_their_values() -> No
 
 
 def test_values_have_the_type_of_their_setting() -> None:
-    rules, wide = axes_of(["lora.rules=ffn:2+attn:4:8,ffn:16", "mask.mask-gradient=true,no"])
+    rules, wide = axes_of(["lora.rules=ffn:2+attn:4:8,ffn:16", "lora.dora=true,no"])
     assert rules == ("lora.rules", ((LoRARule("ffn", 2), LoRARule("attn", 4, 8.0)), (LoRARule("ffn", 16),)))
-    assert wide == ("mask.mask_gradient", (True, False))
+    assert wide == ("lora.dora", (True, False))
     assert axes_of(["optimizer.weight-decay=0,1"])[0][1] == (0.0, 1.0)
     names = [Path(run.output).name for run in grid(RunConfig(), [rules])]
     assert names == ["rules-ffn-2+attn-4-8.0", "rules-ffn-16"]

@@ -11,10 +11,8 @@ from nalora_jax.config import (
     AdaLoRAConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
 )
 from nalora_jax.models.adapters import adapter_spec
@@ -23,7 +21,8 @@ from nalora_jax.plan.models import CONFIGS
 from nalora_jax.sweeps.groups import grouped, program_key, widest
 
 BASE = ModelConfig.from_hf(CONFIGS["llama-3.1-8b"])
-CONFIG = RunConfig(mask=MaskConfig("soft"), optimizer=OptimizerConfig(learning_rate=1e-3))
+CONFIG = RunConfig(mechanisms=("soft", "curvature_cap"), optimizer=OptimizerConfig(learning_rate=1e-3))
+_SOFT = "soft:power=1.5,low=0.1,high=3,decay=0.9,warmup=2,frozen_after=4,permute=1"
 RULE = LoRAConfig(rules=(LoRARule("ffn", 4, 5.0),))
 
 
@@ -37,8 +36,7 @@ def _key(config: RunConfig) -> str:
         {"seed": 3, "steps": 7, "output": "runs/other"},
         {"optimizer": OptimizerConfig("adamw", 2e-3, "linear", weight_decay=0.1, b1=0.8, b2=0.9, clip_norm=2.0)},
         {"lora": RULE},
-        {"mask": MaskConfig("soft", power=1.5, low=0.1, high=3.0, decay=0.9, warmup=2, frozen_after=4, permute=1)},
-        {"step_scale": StepScaleConfig("curvature", tau=0.3)},
+        {"mechanisms": (_SOFT, "curvature_cap:tau=0.3")},
         {"train": TrainConfig(log_every=3, patience=2)},
     ],
     ids=lambda changes: "+".join(changes),
@@ -55,9 +53,9 @@ def test_values_do_not_need_another_program(changes: dict[str, Any]) -> None:
         {"lora": LoRAConfig(rules=(LoRARule("ffn/gate", 8),))},
         {"lora": LoRAConfig(init="pissa")},
         {"lora": LoRAConfig(plus_ratio=4.0)},
-        {"mask": MaskConfig("hard")},
-        {"mask": MaskConfig("off")},
-        {"mechanisms": ("delta",)},
+        {"mechanisms": ("hard", "curvature_cap")},
+        {"mechanisms": ("curvature_cap", "soft")},
+        {"mechanisms": ()},
         {"adalora": AdaLoRAConfig(target_rank=2)},
         {"train": TrainConfig(batch_size=16)},
     ],
@@ -70,7 +68,7 @@ def test_other_programs_are_other_groups(changes: dict[str, Any]) -> None:
 def test_a_setting_that_a_rule_cannot_trace_is_a_group() -> None:
     """The hard mask rounds its share to a number of channels, with which it calls `top_k`."""
     keeps = [
-        replace(CONFIG, mask=MaskConfig("hard", keep=keep, decay=decay)) for keep in (0.5, 0.25) for decay in (0.9, 0.8)
+        replace(CONFIG, mechanisms=(f"hard:keep={keep},decay={decay}",)) for keep in (0.5, 0.25) for decay in (0.9, 0.8)
     ]
     assert [len(group) for group in grouped(keeps, _key)] == [2, 2]
 

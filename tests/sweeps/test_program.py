@@ -21,11 +21,9 @@ from nalora_jax.config import (
     DataConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
     TrainConfig,
 )
 from nalora_jax.config.preference import PreferenceConfig
@@ -57,8 +55,7 @@ BASE = ModelConfig.from_hf(LLAMA)
 CONFIG = RunConfig(
     steps=20,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
-    mask=MaskConfig("soft", warmup=1, permute=3),
-    step_scale=StepScaleConfig("curvature", warmup=1),
+    mechanisms=("soft:warmup=1,power=2,permute=3", "curvature_cap:warmup=1"),
     optimizer=OptimizerConfig(learning_rate=1e-2),
     compute=ComputeConfig(dtype="float32", probe_stride=1, implementation="xla"),
 )
@@ -124,8 +121,10 @@ def test_runs_of_one_program_equal_their_solo_runs() -> None:
         seed=1,
         steps=30,
         lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 2, 5.0), LoRARule("attn/(q|v)_proj", 2))),
-        mask=MaskConfig("soft", warmup=3, permute=-1, power=1.5, decay=0.9, frozen_after=5),
-        step_scale=StepScaleConfig("curvature", warmup=2, tau=0.05),
+        mechanisms=(
+            "soft:warmup=3,power=1.5,decay=0.9,frozen_after=5",
+            "curvature_cap:warmup=2,tau=0.05",
+        ),
         optimizer=OptimizerConfig(
             learning_rate=3e-3, weight_decay=0.1, b1=0.8, b2=0.95, clip_norm=0.3, warmup_steps=4, schedule="linear"
         ),
@@ -237,7 +236,7 @@ def _assert_like_solo(runs: Sequence[Assembly], batches: Any = None) -> None:
 
 def test_preference_pairs_with_magnitudes_and_zero_a() -> None:
     lora = LoRAConfig(rules=(LoRARule("ffn", 2),), dora=True, init="zero_a", plus_ratio=2.0)
-    settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mask": MaskConfig("hard")}
+    settings = {"lora": lora, "preference": PreferenceConfig("dpo"), "mechanisms": ("hard",)}
     configs = [_variant(0, **settings), _variant(1, **settings | {"lora": replace(lora, plus_ratio=3.0)})]
     _assert_like_solo(_assembled(configs), lambda seed: _batch(seed) | {"pairs": np.ones((1, ROWS, 1), np.float32)})
 

@@ -23,7 +23,7 @@ from nalora_jax.train import text_pieces
 from nalora_jax.train.progress import Progress
 from tests import tiny
 
-nalora_run = import_module("nalora_jax.run")  # the package's attribute of this name is the function
+nalora_run = import_module("nalora_jax.job")  # the package's attribute of this name is the function
 
 RATES = (2e-2, 1e-2, 1e3)  # the last one diverges, with a weight decay of the same size
 

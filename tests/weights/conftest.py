@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import params_from_tensors
@@ -38,6 +39,18 @@ FEATURES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 4},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "olmo2": {},
+    "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "smollm3": {"no_rope_layer_interval": 2},
     "granite": {
         "embedding_multiplier": 3.0,
@@ -46,12 +59,32 @@ FEATURES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "swiglu_limit": 1.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 20,
         "decoder_sparse_step": 1,
         "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 12,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
     },
 }
 
@@ -73,6 +106,9 @@ def tiny_model() -> Callable[..., tuple[Any, ModelConfig]]:
         with torch.no_grad():
             for parameter in model.parameters():  # the defaults leave logits near zero and norms at one
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
         return model, ModelConfig.from_hf(model.config.to_dict())
 
     return build
@@ -107,15 +143,15 @@ def random_lora() -> Callable[..., tuple[dict[str, Any], AdapterSpec]]:
         rng = np.random.default_rng(seed)
         shapes, leaves, specs = projection_shapes(config), {}, []
         for name, (ranks, alphas) in sorted(targets.items()):
-            path = f"layers/{name}"
+            path, n = f"layers/{name}", len(ranks)
             *lead, d_in, d_out = shapes[path]
-            a = rng.normal(0, 0.3, (config.n_layers, *lead, d_in, max(ranks))).astype(np.float32)
-            b = rng.normal(0, 0.3, (config.n_layers, *lead, max(ranks), d_out)).astype(np.float32)
+            a = rng.normal(0, 0.3, (n, *lead, d_in, max(ranks))).astype(np.float32)
+            b = rng.normal(0, 0.3, (n, *lead, max(ranks), d_out)).astype(np.float32)
             for layer, rank in enumerate(ranks):
                 a[layer, ..., rank:], b[layer, ..., rank:, :] = 0, 0
             leaves |= {f"{path}/a": a, f"{path}/b": b}
             if variant.get("dora"):
-                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (config.n_layers, *lead, d_out)).astype(np.float32)
+                leaves[f"{path}/magnitude"] = rng.uniform(0.5, 2, (n, *lead, d_out)).astype(np.float32)
             specs.append((path, TargetSpec(ranks, alphas)))
         return unflatten(leaves), AdapterSpec(tuple(specs), **variant)
 

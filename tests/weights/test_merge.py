@@ -16,8 +16,9 @@ import tokenizers
 from safetensors import safe_open
 
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, param_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
+from nalora_jax.models.stacks import param_shapes
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.trees import flatten, map_named, size_bytes, unflatten
@@ -38,6 +39,13 @@ TARGETS = {
 }
 ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
+}
+SHARED = {f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts", "shared") for n in ("gate", "down")}
+# GLM-4.5 with a dense layer and two with experts.
+GLM = {
+    f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
+    for stack, ranks in {"group0/block0": (3,), "group1/block0": (4, 2)}.items()
+    for name in ("attn/v", *(("ffn/up",) if len(ranks) == 1 else ("ffn/experts/gate", "ffn/shared/down")))
 }
 NO_ADAPTERS = AdapterSpec()
 TOKENS = np.array([[1, 5, 9, 30, 7, 11, 2, 40], [3, 3, 8, 21, 44, 6, 17, 9]])
@@ -137,12 +145,24 @@ FAMILIES = {
     "gemma3_text": (TARGETS, {"dora": True}),
     "phi3": (ALL, {"dora": True}),
     "olmo2": (TARGETS, {}),
+    "olmo3": (ALL, {"rslora": True}),
+    "ministral3": (TARGETS, {"dora": True}),
     "smollm3": (ALL, {}),
     "granite": (ALL, {"rslora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
+    "qwen2_moe": (SHARED, {}),
+    "glm4_moe": (GLM, {"rslora": True}),
+    "gpt_oss": (ALL, {}),
 }
-WITH_DECODER = ("llama", "gemma3_text", "phi3", "mixtral")  # the others would only repeat it, at a compilation each
+WITH_DECODER = (
+    "llama",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "glm4_moe",
+    "gpt_oss",
+)  # the others would only repeat it, at a compilation each
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,13 +284,17 @@ def test_tokenizer_files_of_the_base_are_copied(small, tmp_path):
         write(tmp_path / "n", config, params, lora, spec, raw, tokenizer=tmp_path / "empty")
 
 
-def test_multimodal_base_becomes_its_text_model(tiny_model, tmp_path):
-    model, config = tiny_model("gemma3_text")
-    raw = {"model_type": "gemma3", "text_config": model.config.to_dict(), "tie_word_embeddings": True}
+@pytest.mark.parametrize(
+    ("family", "text", "name"),
+    [("gemma3", "gemma3_text", "Gemma3ForCausalLM"), ("mistral3", "ministral3", "Ministral3ForCausalLM")],
+)
+def test_multimodal_base_becomes_its_text_model(family, text, name, tiny_model, tmp_path):
+    model, config = tiny_model(text, tie_word_embeddings=True)
+    raw = {"model_type": family, "text_config": model.config.to_dict(), "tie_word_embeddings": True}
     params = random_params(config)
     write(tmp_path / "m", config, params, None, NO_ADAPTERS, raw)
     loaded = load(tmp_path / "m")
-    assert type(loaded).__name__ == "Gemma3ForCausalLM"
+    assert type(loaded).__name__ == name
     np.testing.assert_array_equal(loaded.model.embed_tokens.weight.detach(), params["embed"]["embedding"])
 
 

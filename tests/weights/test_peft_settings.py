@@ -13,7 +13,8 @@ from nalora_jax.__main__ import main
 from nalora_jax.cli.config_files import settings_of
 from nalora_jax.config import check
 from nalora_jax.errors import NaloraError
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import resolve
 from nalora_jax.weights.foreign_settings import table_of
 from nalora_jax.weights.peft_rules import rules_of

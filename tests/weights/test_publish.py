@@ -15,8 +15,9 @@ import pytest
 from nalora_jax.__main__ import main
 from nalora_jax.config import LoRAConfig, LoRARule
 from nalora_jax.models.adapters import init_lora
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import init_params
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.models.targets import AdapterSpec, resolve
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.weights.card import Card, write_card

@@ -22,8 +22,8 @@ from nalora_jax.method import activations
 from nalora_jax.method.ffn import GatedFFN, SelfGatedFFN
 from nalora_jax.method.low_rank import Dense as AdaptedDense
 from nalora_jax.method.low_rank import adapted_dense, parallel_dense
-from nalora_jax.models.block import block_adapters, constrain
 from nalora_jax.models.decoder import Embedding
+from nalora_jax.models.parts import constrain, part_adapters
 from nalora_jax.models.remat import stacked
 from nalora_jax.models.targets import AdapterSpec
 from nalora_jax.models.vision.config import EncoderConfig
@@ -288,7 +288,7 @@ class EncoderAttention(nn.Module):
         return adapted_dense(out.reshape(*x.shape[:-1], -1), o, n).y
 
     def _dense(self, name: str, bias: bool, scales: dict[str, jax.Array], shared: Shared) -> AdaptedDense:
-        c, adapters = self.config, block_adapters(self.adapters, "attn")
+        c, adapters = self.config, part_adapters(self.adapters, "layers/attn")
         module = LoRADense(
             c.d_model, adapters.rank(name), bias, adapters.dora, adapters.dropout, self.numerics, name=name
         )
@@ -335,7 +335,7 @@ class EncoderBlock(nn.Module):
             d_model=c.d_model,
             d_ff=c.d_ff,
             activation=c.activation,
-            adapters=block_adapters(self.adapters, "ffn"),
+            adapters=part_adapters(self.adapters, "layers/ffn"),
             use_bias=True,
             numerics=self.numerics,
             stats=self.stats,

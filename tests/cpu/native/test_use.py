@@ -19,11 +19,9 @@ from nalora_jax.config import (
     DebugConfig,
     LoRAConfig,
     LoRARule,
-    MaskConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
-    StepScaleConfig,
 )
 from nalora_jax.cpu import native
 from nalora_jax.errors import NaloraError
@@ -32,9 +30,10 @@ from nalora_jax.measurement import GateStatsConfig, Probe, gate_statistics
 from nalora_jax.method import activations, ffn
 from nalora_jax.method.ffn import gated_product
 from nalora_jax.method.low_rank import Adapter, Dense, adapted_dense, parallel_dense
-from nalora_jax.models.config import ModelConfig, projection_shapes
+from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder, init_params
 from nalora_jax.models.layers import ResidualNorm
+from nalora_jax.models.stacks import projection_shapes
 from nalora_jax.ops.attention import Keys, attention
 from nalora_jax.ops.blockwise_attention import AttentionConfig
 from nalora_jax.ops.cross_entropy import Head, cross_entropy
@@ -45,6 +44,7 @@ from nalora_jax.ops.reductions import sampled
 from nalora_jax.ops.storage import STACKS, prepare
 from nalora_jax.tokenizer import Tokenizer
 from nalora_jax.train.assembly import assemble
+from tests.cpu.native.conftest import KINDS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = Numerics("bfloat16", "float32", "bfloat16", "bfloat16", platform=Platform("cpu"))
@@ -215,9 +215,10 @@ def test_attention(softcap: float, both: Any) -> None:
     close(*both(run))
 
 
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("viewed", [True, False])
+@pytest.mark.parametrize(
+    ("compact", "transposed", "viewed"),  # every pair of two values
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, True)],
+)
 def test_cross_entropy(compact: bool, transposed: bool, viewed: bool, both: Any) -> None:
     """Rows along the sequence are for meshes that split the batch, and stay XLA's."""
     (hidden,) = draw(2, (2, 30, 32))
@@ -363,8 +364,7 @@ BASE = ModelConfig.from_hf(
 CONFIG = RunConfig(
     steps=8,
     lora=LoRAConfig(rules=(LoRARule("ffn/(gate|up|down)_proj", 4), LoRARule("attn/(q|v)_proj", 2))),
-    mask=MaskConfig("soft", warmup=1),
-    step_scale=StepScaleConfig("homogeneity", warmup=1),
+    mechanisms=("soft:power=2,warmup=1", "homogeneity:warmup=1"),
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.5, clip_norm=0.0, schedule="constant"),
     compute=ComputeConfig(dtype="bfloat16", probe_stride=1),
 )
@@ -424,6 +424,7 @@ def steps(config: RunConfig, count: int = 3) -> Any:
     return jax.device_get((state.lora, losses))
 
 
+@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
 def test_three_steps_of_a_model_and_the_same_bits_twice(both: Any) -> None:
     assert numerics_for("bfloat16", "cpu").inner == "bfloat16"
     (lora, losses), (lora_xla, losses_xla) = both(lambda: steps(CONFIG))
@@ -448,6 +449,7 @@ def test_rematerialisation_changes_roundings_at_most() -> None:
             np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernels", dict.fromkeys((KINDS[0], KINDS[-1])), indirect=True)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_generated_text(rows: int, kernels: str, both: Any, called: list[str]) -> None:
     """Products of few rows and attention to the cache, where they are native; the widest margins leave no tie."""

@@ -17,10 +17,11 @@ from nalora_jax import distributed
 from nalora_jax.config import RunConfig, check
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
-from nalora_jax.data.sources import Source
+from nalora_jax.data.source import Source
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.imports import import_files
+from nalora_jax.loading.base import read_config, read_tokenizer_of
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.remat import check_remat
 from nalora_jax.ops.numerics import check_implementation
@@ -43,7 +44,6 @@ from nalora_jax.train.settle import settled
 from nalora_jax.train.snapshot import check_settings
 from nalora_jax.train.text_pieces import text_pieces
 from nalora_jax.weights.hub import ResolvedSource, resolve
-from nalora_jax.weights.model import read_config, read_tokenizer_of
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from nalora_jax.data.images.processor import ImageProcessor, read_processor
 from nalora_jax.errors import NaloraError
 from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
-from nalora_jax.models.config import ModelConfig, param_shapes
-from nalora_jax.models.vision.sight import Sight
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes
+from nalora_jax.models.vision.sight import MULTIMODAL, Sight
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
@@ -25,9 +26,10 @@ from nalora_jax.weights.gguf import GGUFFile
 from nalora_jax.weights.gguf_config import hf_config
 from nalora_jax.weights.gguf_tokenizer import read_tokenizer
 from nalora_jax.weights.hf import SafetensorsFolder
-from nalora_jax.weights.load import DTYPES, TensorSource, load_params
+from nalora_jax.weights.mxfp4 import with_floats
 from nalora_jax.weights.origin import Origin, origin
 from nalora_jax.weights.streamed import StreamedFolder
+from nalora_jax.weights.tensors import DTYPES, TensorSource, load_params
 from nalora_jax.weights.vision.sight import model_keymap
 
 log = logging.getLogger(__name__)
@@ -123,8 +125,8 @@ def load_model(
       mesh: devices that share the parameters, by the rules of `nalora_jax.distributed`; the first
         device by default.
       cache: folder for downloaded packages.
-      quantized: store the projections' kernels as "int8" or "nf4" (`nalora_jax.ops.quantize`)
-        instead of ``dtype``.
+      quantized: store the projections' kernels as "int8", "nf4" or "mxfp4"
+        (`nalora_jax.ops.quantize`) instead of ``dtype``.
       images: load a multimodal model with its vision tower and projector; by default its text
         model alone.
 
@@ -143,10 +145,12 @@ def load_model(
         processor = _processor(found.path, config.sight)
     keymap = model_keymap(config, found.kind)
     shardings = None if mesh is None else _shardings(config, mesh)
-    params = load_params(config, tensors, keymap, dtype=dtype, shardings=shardings, quantized=quantized)
+    params = load_params(config, with_floats(tensors), keymap, dtype=dtype, shardings=shardings, quantized=quantized)
     params = gathered(params, "fsdp")
     known = origin(config, found, tensors, together=mesh is not None)
     log.info("base model: %s", known.describe())
+    if raw.get("model_type") in MULTIMODAL and config.sight is None:
+        log.info("%s: the text model of %s, without its image tower", found.path, raw["model_type"])
     folder = found.path if found.kind == "hf" else None
     return LoadedModel(
         config,

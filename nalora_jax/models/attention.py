@@ -1,0 +1,89 @@
+"""Causal self-attention of a decoder layer, shared by all families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nalora_jax.dense import LoRADense
+from nalora_jax.method.low_rank import Dense, adapted_dense, parallel_dense
+from nalora_jax.models.cache import KeyValues
+from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig
+from nalora_jax.models.layers import RMSNorm, apply_rope, query_scales
+from nalora_jax.models.parts import LayerInputs, PartOptions, SharedInputs
+from nalora_jax.ops.attention import CachedKeys, Keys, attention
+from nalora_jax.ops.blockwise_attention import AttentionConfig
+from nalora_jax.ops.storage import round_and_save
+
+NewKeys = tuple[jax.Array, jax.Array]
+
+
+class Attention(nn.Module):
+    """Adapted projections, query and key norms, RoPE and softmax attention."""
+
+    config: ModelConfig
+    options: PartOptions
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: LayerInputs, shared: SharedInputs) -> tuple[jax.Array, NewKeys]:
+        """Returns ``[batch, seq, d_model]``, and this call's keys and values."""
+        c = self.config
+        widths = {"q_proj": c.n_heads, "k_proj": c.n_kv_heads, "v_proj": c.n_kv_heads}
+        layers = [
+            self._dense(name, c.d_model, heads * c.head_dim, c.qkv_bias, layer, shared)
+            for name, heads in widths.items()
+        ]
+        q, k, v = (made.y for made in parallel_dense(x, layers, self.options.numerics))
+        if c.qk_norm:
+            q, k = round_and_save(q, self.options.numerics), round_and_save(k, self.options.numerics)
+        if c.qk_norm == "projection":
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+        # [batch, seq, heads, head_dim]
+        q, k, v = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+        table = shared.tables[self.options.prefix][0 if layer.rope is None else layer.rope]
+        q, k = apply_rope(q, table), apply_rope(k, table)
+        if c.query_growth:
+            q = q * query_scales(shared.positions, c.query_growth, c.growth_length)[..., None, None]
+        out = self._attend(q, k, v, layer, shared).reshape(*x.shape[:-1], -1)
+        o_proj = self._dense("o_proj", c.n_heads * c.head_dim, c.d_model, c.o_bias, layer, shared)
+        return adapted_dense(out, o_proj, self.options.numerics).y, (k, v)
+
+    def _dense(self, name: str, d_in: int, d_out: int, bias: bool, layer: LayerInputs, shared: SharedInputs) -> Dense:
+        adapters, scale = self.options.adapters, layer.scales.get("attn", {}).get(name, 1.0)
+        rank, numerics = adapters.rank(name), self.options.numerics
+        module = LoRADense(d_out, rank, bias, adapters.dora, adapters.dropout, numerics, name=name)
+        dense: Dense = module.dense(d_in, scale, deterministic=shared.deterministic, adapter_ids=shared.adapter_ids)
+        return dense
+
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerInputs, shared: SharedInputs) -> jax.Array:
+        c = self.config
+        keys = Keys(k, v, shared.positions, shared.segments)
+        cached: CachedKeys | None = None
+        if layer.cached is not None:
+            assert shared.cached_positions is not None
+            assert shared.cached_segments is not None
+            integers = shared.cached_positions, shared.cached_segments
+            if isinstance(layer.cached, KeyValues):
+                k_then, v_then = layer.cached.k, layer.cached.v
+            else:
+                assert shared.cache is not None
+                k_then, v_then = (stack.layer(layer.cached) for stack in shared.cache[self.options.prefix])
+            cached = CachedKeys(k_then, v_then, *integers)
+        rng = None if shared.deterministic or not c.attn_dropout else self.make_rng("dropout")
+        windows = tuple(sorted(set(c.layer_windows)))
+        config = AttentionConfig(c.score_scale, c.attn_softcap, c.attn_dropout, windows, self.options.sharding)
+        window = GLOBAL_WINDOW if layer.window is None else layer.window
+        rest: dict[str, Any] = {"cached": cached, "dropout_rng": rng, "starts": shared.starts}
+        if c.attn_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros_init(), (c.n_heads,))
+            rest["sinks"] = sinks.astype(jnp.float32)
+        out: jax.Array = attention(q, keys, window, config, self.options.numerics.within(), **rest)
+        return out

@@ -1,0 +1,130 @@
+"""The parts of a layer and their inputs: a mixer of tokens, and a feed-forward block.
+
+Attention, the gated block and the mixture of experts are described by fields of `ModelConfig`. Any
+other part is a frozen dataclass of its sizes, in a module of its own, that `ModelConfig.mixer` or
+`ModelConfig.ffn` holds: it names its parameters and returns its Linen module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import flax.linen as nn
+import jax
+from jax.sharding import NamedSharding
+
+from nalora_jax.measurement import GateStatsConfig
+from nalora_jax.method.ffn import Adapters
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.dispatch import Numerics
+from nalora_jax.ops.storage import LayerStack
+
+if TYPE_CHECKING:
+    from nalora_jax.models.config import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs that differ by layer; every leaf is stacked over the layers of a stack and scanned."""
+
+    window: jax.Array | None  # int []; None if every layer attends globally
+    rope: jax.Array | None  # int [], index into the rotary tables; None if there is only one
+    scales: dict[str, dict[str, jax.Array]]  # adapters' scales by part ("attn", "ffn") and projection
+    # The layer's state of earlier calls; or the layer's index if it reads cached keys in place from
+    # `SharedInputs.cache`.
+    cached: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedInputs:
+    """Inputs that are the same for all layers, or for all layers of a stack."""
+
+    tables: dict[str, jax.Array]  # by stack: float32 [tables, 2, batch, seq, dim / 2]
+    positions: jax.Array  # int [batch or 1, seq]
+    segments: jax.Array  # int [batch or 1, seq]
+    token_weights: jax.Array | None  # [batch, seq], for statistics
+    adapter_ids: jax.Array | None  # int [batch]
+    cached_positions: jax.Array | None  # int [batch, slots]
+    cached_segments: jax.Array | None  # int [batch, slots]
+    cache: dict[str, tuple[LayerStack, LayerStack]] | None = None  # by stack: all layers' keys and values
+    # int [batch or 1, seq], position from which a token is seen, if not its own
+    starts: jax.Array | None = None
+    deterministic: bool = field(default=True, metadata={"static": True})
+
+
+def part_adapters(spec: AdapterSpec, path: str) -> Adapters:
+    """Returns the adapters of the part at a stacked path (``layers/attn``) by projection name."""
+    ranks = ((p.removeprefix(f"{path}/"), t.rank) for p, t in spec.targets if p.startswith(f"{path}/"))
+    return Adapters(tuple(ranks), dora=spec.dora, dropout=spec.dropout)
+
+
+def constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """Returns ``x`` with its sharding pinned.
+
+    Without the constraint the compiler may shard activations like the weights instead of by batch.
+    """
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+@dataclass(frozen=True)
+class PartOptions:
+    """Options of a part's module that are not sizes of the model."""
+
+    prefix: str  # of the stack: "layers", or "layers/group0/block1"
+    adapters: Adapters
+    numerics: Numerics
+    stats: GateStatsConfig
+    sharding: NamedSharding | None  # of [batch, seq, d_model] between layers
+    routing: NamedSharding | None  # the same for tokens that are routed to experts
+
+
+class Part(ABC):
+    """Sizes of a part; every method takes the uniform config of its stack."""
+
+    name: ClassVar[str]  # of the module: parameters are at layers/<name>/...
+
+    @abstractmethod
+    def param_shapes(self, config: ModelConfig) -> Shapes:
+        """Returns the shapes of one layer's parameters, without `projections` and their kernels."""
+
+    @abstractmethod
+    def projections(self, config: ModelConfig) -> Shapes:
+        """Returns kernel shapes ``(..., d_in, d_out)`` of projections that can be adapted, by name."""
+
+    @abstractmethod
+    def flops(self, config: ModelConfig, seq: int) -> float:
+        """Returns the forward flops of one layer and row, without `projections`."""
+
+    @abstractmethod
+    def saved(self, config: ModelConfig) -> float:
+        """Returns the values per token, as wide as projections, that are saved for the backward pass."""
+
+
+class Mixer(Part):
+    """A part that mixes the tokens of a row, in place of attention."""
+
+    @abstractmethod
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module: ``(x, LayerInputs, SharedInputs) -> (y, update of its state)``."""
+
+    @abstractmethod
+    def init_state(self, config: ModelConfig, batch: int, numerics: Numerics) -> Any:
+        """Returns the state of ``config.n_layers`` layers before the first token (`models.cache`)."""
+
+
+class FeedForward(Part):
+    """A part that transforms each token, in place of the gated block."""
+
+    @abstractmethod
+    def module(self, config: ModelConfig, options: PartOptions) -> nn.Module:
+        """Returns the module, with the call signature of `nalora_jax.method.ffn.GatedFFN`."""
+
+    @abstractmethod
+    def gates(self, config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns channel shape and activation of each gated block, by its path within the part."""

@@ -1,0 +1,227 @@
+"""The layers of a decoder as stacks: layers of one kind are stored along a leading axis.
+
+A model whose layers are all alike has one stack, ``layers``. Otherwise the layers are divided into
+groups, each of which repeats a period of kinds. Every position of a period is a stack. The division
+compiles the fewest layers. Examples (D: dense, M: mixture, L: linear attention, A: attention)::
+
+    D M M M M          group0 repeats D once, group1 repeats M 4 times
+                       layers/group0/block0: layer 0;      layers/group1/block0: layers 1, 2, 3, 4
+    L L L A L L L A    group0 repeats L L L A twice
+                       layers/group0/block0: layers 0, 4;  ...; layers/group0/block3: layers 3, 7
+
+Paths of a uniform model name an array of any model together with a layer's number: `locate` maps
+``("layers/ffn/gate_proj", 5)`` to the stack's path and the index on its leading axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.paths import uniform_path
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one kind."""
+
+    prefix: str  # "layers", or "layers/group0/block1"
+    config: ModelConfig  # a uniform model of only these layers
+    layers: tuple[int, ...]  # their numbers in the model
+
+
+@functools.cache
+def groups(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
+    """Returns the groups of layers in order, each as the stacks of its period."""
+    if not config.layer_kinds:
+        return ((Stack("layers", config, tuple(range(config.n_layers))),),)
+    divided = []
+    for number, (start, end, period) in enumerate(_divide(config.layer_kinds)):
+        stacks = []
+        for position in range(period):
+            layers = tuple(range(start + position, end, period))
+            stacks.append(Stack(f"layers/group{number}/block{position}", _of_kind(config, layers), layers))
+        divided.append(tuple(stacks))
+    return tuple(divided)
+
+
+def stacks(config: ModelConfig) -> tuple[Stack, ...]:
+    """Returns all stacks of a decoder."""
+    return tuple(stack for group in groups(config) for stack in group)
+
+
+def _of_kind(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+    """Returns the uniform config of some layers of one kind."""
+    own = dict(config.kinds[config.layer_kinds[layers[0]]])
+    if config.windows and "windows" not in own:
+        own["windows"] = tuple(config.windows[layer] for layer in layers)
+    if config.rope_index and "ropes" not in own:
+        own["rope_index"] = tuple(config.rope_index[layer] for layer in layers)
+    return replace(config, kinds=(), layer_kinds=(), n_layers=len(layers), sight=None, **own)
+
+
+def _divide(kinds: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Returns (start, end, period) of consecutive groups with the smallest sum of periods.
+
+    Of several such divisions the one with the fewest groups is taken.
+    """
+    best: list[tuple[tuple[int, int], list[tuple[int, int, int]]]] = [((0, 0), [])]
+    for end in range(1, len(kinds) + 1):
+        options = []
+        for start in range(end):
+            (cost, count), division = best[start]
+            period = _period(kinds[start:end])
+            options.append(((cost + period, count + 1), [*division, (start, end, period)]))
+        best.append(min(options))
+    return best[-1][1]
+
+
+def _period(kinds: Sequence[int]) -> int:
+    """Returns the length of the shortest period that repeats without a remainder."""
+    n = len(kinds)
+    return next(p for p in range(1, n + 1) if n % p == 0 and kinds[p:] == kinds[:-p])
+
+
+# ---------------------------------------------------------------- names
+
+
+@functools.cache
+def locate(config: ModelConfig) -> Mapping[tuple[str, int], tuple[str, int]]:
+    """Returns stacked path and index of every projection by its uniform path and layer number."""
+    numbers = layer_numbers(config)
+    return {(uniform_path(path), n): (path, i) for path in numbers for i, n in enumerate(numbers[path])}
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def param_shapes(config: ModelConfig) -> Shapes:
+    """Returns the shape of every base parameter by path, layers stacked.
+
+    Example (Llama, tied):
+      ``{"embed/embedding": (V, D), "layers/attn/q_proj/kernel": (L, D, H * hd), ..., "final_norm/scale": (D,)}``
+    """
+    d, v = config.d_model, config.vocab_size
+    shapes: Shapes = {"embed/embedding": (v, d)}
+    for stack in stacks(config):
+        of_layer = _layer_shapes(stack.config).items()
+        shapes |= {f"{stack.prefix}/{path}": (len(stack.layers), *shape) for path, shape in of_layer}
+    shapes["final_norm/scale"] = (d,)
+    if not config.tie_embeddings:
+        shapes["lm_head/kernel"] = (d, v)
+    return shapes | ({} if config.sight is None else config.sight.param_shapes())
+
+
+def projection_shapes(config: ModelConfig) -> Shapes:
+    """Returns per-layer kernel shapes of all projections that can be adapted, by stacked path.
+
+    Kernels of experts have a leading axis ``[experts]``.
+
+    Example:
+      ``{"layers/attn/q_proj": (576, 576), ..., "layers/ffn/gate_proj": (576, 1536)}``
+    """
+    shapes: Shapes = {}
+    for stack in stacks(config):
+        shapes |= {f"{stack.prefix}/{name}": shape for name, shape in _projections(stack.config).items()}
+    return shapes | ({} if config.sight is None else config.sight.projection_shapes())
+
+
+def layer_numbers(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the layers of every path of `projection_shapes`; a projector counts as layer 0."""
+    numbers = {
+        f"{stack.prefix}/{name}": stack.layers for stack in stacks(config) for name in _projections(stack.config)
+    }
+    of_images = {} if config.sight is None else config.sight.depths()
+    return numbers | {path: tuple(range(depth)) for path, depth in of_images.items()}
+
+
+def depths(config: ModelConfig) -> dict[str, int]:
+    """Returns the number of stacked layers by path of `projection_shapes`; 1 for a projector."""
+    return {path: len(numbers) for path, numbers in layer_numbers(config).items()}
+
+
+def gate_blocks(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns channel shape and activation of every FFN, by stacked path, the decoder's first.
+
+    Example (Llama): ``{"layers/ffn": ((L, F), "silu")}``.
+    """
+    blocks: dict[str, tuple[tuple[int, ...], str]] = {}
+    for stack in stacks(config):
+        for name, (shape, activation) in _gates(stack.config).items():
+            blocks[f"{stack.prefix}/{name}"] = ((len(stack.layers), *shape), activation)
+    return blocks | ({} if config.sight is None else config.sight.gate_blocks())
+
+
+# ---------------------------------------------------------------- one layer of a uniform config
+
+
+def _layer_shapes(config: ModelConfig) -> Shapes:
+    norms = ["attn_norm", "ffn_norm"] if config.pre_norm else []
+    norms += ["attn_post_norm", "ffn_post_norm"] if config.post_norm else []
+    shapes: Shapes = {f"{name}/scale": (config.d_model,) for name in norms}
+    for part in (config.mixer, config.ffn):
+        if part is not None:
+            shapes |= {f"{part.name}/{path}": shape for path, shape in part.param_shapes(config).items()}
+    if config.mixer is None:
+        shapes |= _qk_norm_shapes(config)
+        shapes |= {"attn/sinks": (config.n_heads,)} if config.attn_sinks else {}
+    if config.n_experts and config.ffn is None:
+        shapes["ffn/router/kernel"] = (config.d_model, config.n_experts)
+        shapes |= {"ffn/router/bias": (config.n_experts,)} if config.router_bias else {}
+    for path, shape in (_attention(config) | _feed_forward(config)).items():
+        shapes[f"{path}/kernel"] = shape
+        if _has_bias(config, path):
+            shapes[f"{path}/bias"] = (*shape[:-2], shape[-1])
+    return shapes
+
+
+def _qk_norm_shapes(config: ModelConfig) -> Shapes:
+    widths = {"q": config.n_heads * config.head_dim, "k": config.n_kv_heads * config.head_dim}
+    names = ("q", "k") if config.qk_norm else ()
+    return {f"attn/{n}_norm/scale": (config.head_dim if config.qk_norm == "head" else widths[n],) for n in names}
+
+
+def _has_bias(config: ModelConfig, path: str) -> bool:
+    if path.startswith("ffn/"):
+        return config.ffn_bias
+    return config.o_bias if path == "attn/o_proj" else config.qkv_bias
+
+
+def _projections(config: ModelConfig) -> Shapes:
+    shapes = _attention(config) | _feed_forward(config)
+    for part in (config.mixer, config.ffn):
+        if part is not None:
+            shapes |= {f"{part.name}/{name}": shape for name, shape in part.projections(config).items()}
+    return shapes
+
+
+def _attention(config: ModelConfig) -> Shapes:
+    if config.mixer is not None:
+        return {}
+    d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    shapes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+    return {f"attn/{name}": shape for name, shape in shapes.items()}
+
+
+def _feed_forward(config: ModelConfig) -> Shapes:
+    if config.ffn is not None:
+        return {}
+    d, f = config.d_model, config.d_ff
+    shapes = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    if not config.gated:
+        shapes = {"in_proj": (d, f), "out_proj": (f, d)}
+    experts = (config.n_experts,) if config.n_experts else ()
+    return {f"ffn/{name}": (*experts, *shape) for name, shape in shapes.items()}
+
+
+def _gates(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns channel shape and activation of each gated block of a layer, by path."""
+    if config.ffn is not None:
+        of_part = config.ffn.gates(config).items()
+        return {f"{config.ffn.name}/{name}".removesuffix("/"): gate for name, gate in of_part}
+    experts = (config.n_experts,) if config.n_experts else ()
+    return {"ffn": ((*experts, config.d_ff), config.activation)}

@@ -1,0 +1,217 @@
+"""Estimates of bytes and flops of a decoder's layers on one chip, which `plan.layouts` combines.
+
+The constants are fitted to compiled programs (docs/pods.md).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.targets import AdapterSpec
+from nalora_jax.ops.cudnn_attention import CUDNN, fits_as_bias
+from nalora_jax.ops.cudnn_attention import takes as cudnn_takes
+from nalora_jax.ops.splash_attention import SPLASH, takes
+from nalora_jax.ops.triton_attention import TRITON
+from nalora_jax.ops.triton_attention import takes as triton_takes
+from nalora_jax.plan.machines import Topology
+from nalora_jax.plan.roofline import (
+    active_parameters,
+    active_size,
+    attention_flops,
+    causal_flops,
+    mixer_flops,
+    splash_flops,
+    uniform,
+    useful_flops,
+)
+
+_LOGITS = 1 << 27  # floats of a chunk of the loss (`nalora_jax.ops.cross_entropy`)
+_GATHERED = 3  # kernels that are gathered at once, each as large as the largest of a layer
+# Kernels of experts in memory at once, gathered or not: of two layers, with copies for the backward
+# pass. v5e has more.
+_OF_EXPERTS, _OF_EXPERTS_ON_V5E = 8, 10
+# Bytes of HBM traffic for each number of an expert's row, d_model or d_ff wide.
+_READ_NARROW, _READ_WIDE = 130, 170
+# Bytes of a quantized weight, scales included.
+WIDTHS = {"int8": 1.0, "nf4": 0.55, "mxfp4": 0.53125}
+_WIDE = 4  # float32 arrays as wide as the FFN that are live within a layer
+
+
+def weight_bytes(base: ModelConfig, narrow: float, wide: float, pattern: str) -> tuple[float, float]:
+    """Returns the mean bytes of a layer, and the bytes outside of layers.
+
+    Projections whose paths ``pattern`` matches have ``narrow`` bytes per weight, other weights ``wide``.
+    """
+    projections = {f"{path}/kernel" for path in projection_shapes(base) if re.search(pattern, f"{path}/kernel")}
+    layer = ends = 0.0
+    for path, shape in param_shapes(base).items():
+        size = math.prod(shape) * (narrow if path in projections else wide)
+        if path.startswith("layers/"):
+            layer += size / base.n_layers
+        else:
+            ends += size
+    return layer, ends
+
+
+def summed_bytes(base: ModelConfig, tokens: float, tensor: int, remat: str, wide: float) -> float:
+    """Returns the bytes that reach a chip in the sums over ``tensor``; 0 if it is 1.
+
+    Each layer has two sums in the forward and two in the backward pass, of ``[tokens, d_model]``;
+    recomputed layers repeat their sums.
+    """
+    sums = 4 + {"full": 2, "attention": 0, "dots": 0}.get(remat, 0)
+    return sums * base.n_layers * 2 * (tensor - 1) / tensor * tokens * base.d_model * wide
+
+
+def attention_kernel(where: Topology, base: ModelConfig, rows: float, seq: int) -> str:
+    """Returns attention's implementation for rows of a shard; "" for the plain function."""
+    if where.chip.platform == SPLASH.platform and takes(seq, base.head_dim):
+        return SPLASH.name
+    if base.attn_sinks:  # no kernel of a GPU has them
+        return ""
+    by_cudnn = cudnn_takes(seq, base.head_dim, base.attn_softcap) and fits_as_bias(rows, seq)
+    if where.chip.platform == CUDNN.platform and by_cudnn:
+        return CUDNN.name
+    known = (base.head_dim, base.layer_windows, base.attn_softcap)
+    if where.chip.platform == TRITON.platform and triton_takes(seq, *known):
+        return TRITON.name
+    return ""
+
+
+def hidden_share(where: Topology, base: ModelConfig) -> float:
+    """Returns the share of gathered bytes that overlaps with matmuls.
+
+    See `nalora_jax.distributed.compiler_options`. The shares for experts are from compiled programs
+    of Mixtral-8x7B; on GPUs and on v5p it is faster to split experts over ``tensor``.
+    """
+    return {"v5e": 0.65, "v6e": 0.85}.get(where.kind, 0.0) if base.n_experts else 1.0
+
+
+def transposed_bytes(where: Topology, base: ModelConfig, wide: float) -> float:
+    """Returns the bytes of kernels that are transposed at the start of a step, summed over devices.
+
+    NCCL gathers along the first axis in memory. That axis differs from the split axis if fsdp
+    splits outputs. Kernels of experts are transposed on TPUs, too, for the backward pass.
+    """
+    late = ("/down_proj", "/o_proj") if where.chip.platform == "gpu" else ()
+    total = 0.0
+    for config in uniform(base):
+        shapes = projection_shapes(config).items()
+        total += config.n_layers * sum(math.prod(s) for path, s in shapes if path.endswith(late) or len(s) == 3)
+    return wide * total
+
+
+def sorted_row_bytes(base: ModelConfig, tokens: float, tensor: int) -> float:
+    """Returns the bytes of HBM traffic of a step for rows sorted by expert (from two compiled mixtures)."""
+    each = _READ_NARROW * base.d_model + _READ_WIDE * base.d_ff / tensor
+    return base.n_layers * tokens * base.experts_per_token * each
+
+
+def saved_values(base: ModelConfig, remat: str, tensor: int, kernel: str) -> float:
+    """Returns the values per token and layer that are saved for the backward pass."""
+    if base.mixer is not None:
+        heads = base.mixer.saved(base) / tensor
+        return _saved_with(base, remat, tensor, heads)
+    # With splash attention and cuDNN the result is saved with the projections; the plain function
+    # also saves its inputs.
+    queries, keys = {SPLASH.name: (2, 2), CUDNN.name: (2, 2), TRITON.name: (1, 2)}.get(kernel, (3, 4))
+    # Query and key norms save their inputs, and so do norms after attention.
+    normed = bool(base.qk_norm)
+    heads = ((queries + normed) * base.n_heads + (keys + normed) * base.n_kv_heads) * base.head_dim / tensor
+    return _saved_with(base, remat, tensor, heads)
+
+
+def _saved_with(base: ModelConfig, remat: str, tensor: int, heads: float) -> float:
+    """Returns `saved_values` for the values that the mixer saves."""
+    residuals = (2 + base.post_norm) * base.d_model
+    chosen = base.experts_per_token if base.n_experts else 1
+    wide = (2 if base.gated else 1) * base.d_ff * chosen / tensor
+    if base.ffn is not None:
+        wide = base.ffn.saved(base) / tensor
+    return {
+        "full": base.d_model,
+        "attention": residuals + heads,
+        "dots": residuals + heads + wide,
+        "none": 6 * base.d_model + 3 * heads + 4 * wide,
+    }[remat]
+
+
+def working_bytes(
+    where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], *, wide: float, offloads: bool
+) -> float:
+    """Returns the peak of live bytes without saved activations.
+
+    It occurs in one layer, or in the loss with its head.
+    """
+    fsdp, tensor = split
+    layer = max(_in_layer(where, config, tokens, split, wide) for config in uniform(base))
+    table = base.d_model * base.vocab_size * wide / tensor
+    head = (1 + _copies(where, base, fsdp, offloads=offloads)) * table if fsdp > 1 else 0.0
+    rows = min(tokens, max(_LOGITS // base.vocab_size // 128 * 128, 128))
+    loss = 2 * 4.0 * rows * base.vocab_size / tensor + 2 * tokens * base.d_model * 4.0
+    # If activations are offloaded, the head is gathered after the last layer has been computed.
+    return max(layer, head + loss) if offloads else head + max(layer, loss)
+
+
+def _in_layer(where: Topology, base: ModelConfig, tokens: float, split: tuple[int, int], wide: float) -> float:
+    """Returns the live bytes within a layer of a stack."""
+    fsdp, tensor = split
+    chosen = base.experts_per_token if base.n_experts else 1
+    kernel = max(math.prod(shape) for shape in projection_shapes(base).values()) / tensor
+    at_once = _GATHERED * (fsdp > 1)
+    if base.n_experts:
+        at_once = _OF_EXPERTS_ON_V5E if where.kind == "v5e" else _OF_EXPERTS
+    # Each expert has separate rows.
+    width = max(base.d_ff / tensor, base.d_model if base.n_experts else 0) * chosen
+    return _WIDE * 4.0 * tokens * width + at_once * kernel * wide
+
+
+def _copies(where: Topology, base: ModelConfig, fsdp: int, *, offloads: bool) -> float:
+    """Returns the number of transposed or padded copies of the gathered head (docs/pods.md).
+
+    A tied head is split along its rows' elements, and a part of an untied one may not consist of
+    whole tiles of 16 rows.
+    """
+    if where.chip.platform == "gpu":
+        return 0.9 if base.tie_embeddings else 0.0
+    if where.kind == "v5e":
+        return 0.9 if base.tie_embeddings or not offloads else 0.0
+    return 2.4 if base.tie_embeddings or base.d_model // fsdp % 16 else 0.0
+
+
+def executed_flops(base: ModelConfig, spec: AdapterSpec, remat: str, rows: float, seq: int, kernel: str) -> float:
+    """Returns the flops of a step on the rows of one shard, recomputation included."""
+    again = sum(config.n_layers * _recomputed(config, remat) for config in uniform(base))
+    tokens, seen = rows * seq, rows * attention_flops(base, seq)
+    adapters = useful_flops(base, spec, rows, seq) - tokens * 4 * active_parameters(base) - 3 * seen
+    # Only "full" recomputes the forward pass of splash attention and cuDNN; every policy recomputes
+    # it for the others. The backward pass takes five matmuls for the plain function and cuDNN,
+    # seven for Triton, against two in the forward pass.
+    passes = 2 if remat == "full" else 1
+    if kernel == SPLASH.name:
+        kernels = rows * (splash_flops(base, seq, forward=passes) + 4 * mixer_flops(base, seq))
+    elif kernel == CUDNN.name:
+        kernels = rows * causal_flops(base, seq, 2 * passes + 5)
+    else:
+        kernels = (5.5 if kernel == TRITON.name else 4.5) * seen
+    return tokens * (4 * active_parameters(base) + 2 * again) + adapters + kernels
+
+
+def _recomputed(config: ModelConfig, remat: str) -> float:
+    """Returns the weights of one layer that a token meets again in the backward pass."""
+    sizes = {path: active_size(config, shape) for path, shape in projection_shapes(config).items()}
+    outputs = sum(size for path, size in sizes.items() if path.endswith(("/down_proj", "/out_proj")))
+    inputs = sum(size for path, size in sizes.items() if path.endswith(("/gate_proj", "/up_proj", "/in_proj")))
+    # No policy saves the FFN's result, which a norm after it, or the weights of experts, read in
+    # the backward pass.
+    down = outputs if config.post_norm or config.n_experts else 0.0
+    return {"full": sum(sizes.values()) - outputs, "attention": inputs}.get(remat, 0.0) + down
+
+
+def mean_over_layers(base: ModelConfig, of_layer: Callable[[ModelConfig], float]) -> float:
+    """Returns the mean over layers of a function of their stack's config."""
+    return sum(config.n_layers * of_layer(config) for config in uniform(base)) / base.n_layers

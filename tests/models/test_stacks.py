@@ -1,0 +1,132 @@
+"""Layers of several kinds: their division into stacks, names, and equality with the uniform decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nalora_jax.config import LoRAConfig, LoRARule
+from nalora_jax.models.adapters import init_lora
+from nalora_jax.models.cache import init_cache
+from nalora_jax.models.config import ModelConfig
+from nalora_jax.models.decoder import Decoder, init_params
+from nalora_jax.models.paths import layer_path, uniform_path
+from nalora_jax.models.stacks import depths, gate_blocks, groups, layer_numbers, locate, projection_shapes, stacks
+from nalora_jax.models.targets import resolve
+from nalora_jax.trees import flatten, unflatten
+
+RAW = {
+    "model_type": "gemma3_text",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 5,
+}
+UNIFORM = ModelConfig.from_hf(RAW)
+# The same model with layers 0 and 6 of another kind by name only: groups [A], [B A] x 2, [B], [A] or fewer.
+MIXED = dataclasses.replace(UNIFORM, kinds=((), (("norm_eps", UNIFORM.norm_eps),)), layer_kinds=(1, 0, 1, 1, 0, 1, 1))
+
+
+def to_stacks(tree):
+    """Distributes the stacked leaves of the uniform model over the stacks of `MIXED`."""
+    leaves = {}
+    for path, leaf in flatten(tree).items():
+        if not path.startswith("layers/"):
+            leaves[path] = leaf
+            continue
+        for stack in stacks(MIXED):
+            leaves[path.replace("layers", stack.prefix, 1)] = leaf[np.array(stack.layers)]
+    return unflatten(leaves)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ((0, 1, 1, 1), [("group0/block0", (0,)), ("group1/block0", (1, 2, 3))]),
+        ((0, 0, 0, 1) * 3, [(f"group0/block{i}", (i, i + 4, i + 8)) for i in range(4)]),
+        ((2, 0, 1, 0, 1), [("group0/block0", (0,)), ("group1/block0", (1, 3)), ("group1/block1", (2, 4))]),
+    ],
+)
+def test_layers_are_divided_into_the_fewest_compiled_blocks(kinds, expected):
+    config = dataclasses.replace(UNIFORM, n_layers=len(kinds), kinds=((),) * 3, layer_kinds=kinds)
+    config = dataclasses.replace(config, windows=tuple(range(1, len(kinds) + 1)), rope_index=())
+    assert [(s.prefix.removeprefix("layers/"), s.layers) for s in stacks(config)] == expected
+    assert all(s.config.windows == tuple(i + 1 for i in s.layers) for s in stacks(config))
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12))
+def test_every_layer_is_in_one_stack_of_its_kind(kinds):
+    config = dataclasses.replace(UNIFORM, n_layers=len(kinds), kinds=((),) * 3, layer_kinds=tuple(kinds), windows=())
+    config = dataclasses.replace(config, rope_index=())
+    listed = sorted(layer for stack in stacks(config) for layer in stack.layers)
+    assert listed == list(range(len(kinds)))
+    assert all(len({kinds[layer] for layer in stack.layers}) == 1 for stack in stacks(config))
+    in_order = [tuple(s.layers[i] for s in group) for group in groups(config) for i in range(len(group[0].layers))]
+    assert [layer for period in in_order for layer in period] == list(range(len(kinds)))
+
+
+def test_names_of_a_layer_do_not_depend_on_its_stack():
+    path = "layers/group1/block0/ffn/gate_proj"
+    assert uniform_path(path) == "layers/ffn/gate_proj"
+    assert layer_path(path, 5) == "layers/5/ffn/gate_proj"
+    assert layer_path("image/layers/ffn/in_proj", 2) == "image/layers/2/ffn/in_proj"
+    numbers, places = layer_numbers(MIXED), locate(MIXED)
+    assert {numbers[stacked][i] for (name, _), (stacked, i) in places.items() if name == "layers/attn/q_proj"} == set(
+        range(7)
+    )
+    assert places["layers/ffn/up_proj", 5][0] in projection_shapes(MIXED)
+    assert sum(depth for path, depth in depths(MIXED).items() if path.endswith("/ffn/gate_proj")) == 7
+    assert {shape[1:] for shape, _ in gate_blocks(MIXED).values()} == {(24,)}
+
+
+def test_rules_name_layers_by_their_number_in_the_model():
+    config = LoRAConfig(rules=(LoRARule("layers/5/ffn/gate_proj", 3), LoRARule("", 0)))
+    spec = resolve(config, projection_shapes(MIXED), layer_numbers(MIXED))
+    ((path, target),) = spec.targets
+    assert (path, target.ranks.index(3)) == locate(MIXED)["layers/ffn/gate_proj", 5]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_mixed_decoder_equals_the_uniform_one(remat):
+    config = LoRAConfig(rules=(LoRARule("ffn/", 4), LoRARule("attn/[qv]", 2), LoRARule("", 0)))
+    spec = resolve(config, projection_shapes(UNIFORM), layer_numbers(UNIFORM))
+    mixed_spec = resolve(config, projection_shapes(MIXED), layer_numbers(MIXED))
+    params = init_params(UNIFORM, jax.random.key(0))
+    lora = jax.tree.map(lambda leaf: leaf + 0.02, init_lora(UNIFORM, spec, jax.random.key(1)))
+    tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 64)
+
+    def loss(lora, model, params):
+        variables = {"params": params, "lora": lora}
+        hidden, written = model.apply(variables, tokens, mutable=["gate_stats"])
+        return jnp.sum(jnp.square(model.apply(variables, hidden, method="unembed"))), written["gate_stats"]
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    theirs = gradient(lora, Decoder(UNIFORM, spec, remat=remat), params)
+    ours = gradient(to_stacks(lora), Decoder(MIXED, mixed_spec, remat=remat), to_stacks(params))
+    for mine, uniform in zip(ours, theirs, strict=True):
+        expected = flatten(to_stacks(uniform))
+        assert flatten(mine).keys() == expected.keys()
+        for path, leaf in flatten(mine).items():
+            np.testing.assert_allclose(leaf, expected[path], rtol=2e-5, atol=2e-5, err_msg=path)
+
+
+def test_a_mixed_decoder_reads_its_cache():
+    params = to_stacks(init_params(UNIFORM, jax.random.key(0)))
+    tokens, model = jax.random.randint(jax.random.key(2), (2, 12), 0, 64), Decoder(MIXED)
+    at_once = jax.jit(model.apply)({"params": params}, tokens)
+    step = jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache))
+    cache, pieces = init_cache(MIXED, 2, 12), []
+    for piece in jnp.split(tokens, 3, axis=1):
+        hidden, cache = step(piece, cache)
+        pieces.append(hidden)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), at_once, rtol=1e-5, atol=1e-5)
