@@ -22,7 +22,7 @@ from nalora_jax.config import RunConfig, check
 from nalora_jax.config.vision import DUAL
 from nalora_jax.data.given import Data, Format, given_sources
 from nalora_jax.data.pipeline import BatchIterator, stream_text
-from nalora_jax.data.sources import Source
+from nalora_jax.data.source import Source
 from nalora_jax.distributed import platform_of
 from nalora_jax.errors import Interrupted, NaloraError
 from nalora_jax.evaluate.heldout import describe

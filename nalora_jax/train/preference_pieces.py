@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from nalora_jax import distributed
 from nalora_jax.config import RunConfig
 from nalora_jax.data.preference import Pair, held_out_pairs, pair_data
-from nalora_jax.data.sources import Source, open_pair
+from nalora_jax.data.source import Source
+from nalora_jax.data.sources import open_pair
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.preference import PreferenceEvaluator
 from nalora_jax.loading.base import LoadedModel

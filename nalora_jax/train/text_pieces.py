@@ -16,7 +16,7 @@ from nalora_jax.data.forms import in_turns
 from nalora_jax.data.items import digest
 from nalora_jax.data.pipeline import TrainData, train_data
 from nalora_jax.data.questions import held_out
-from nalora_jax.data.sources import Source
+from nalora_jax.data.source import Source
 from nalora_jax.errors import NaloraError
 from nalora_jax.evaluate.seeing import evaluator_of
 from nalora_jax.loading.base import LoadedModel, load_model
