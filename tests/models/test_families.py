@@ -23,7 +23,7 @@ import transformers
 from nalora_jax.models.cache import init_cache
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.decoder import Decoder
-from nalora_jax.models.stacks import param_shapes, projection_shapes
+from nalora_jax.models.stacks import depths, param_shapes, projection_shapes
 from nalora_jax.models.targets import AdapterSpec, TargetSpec
 from nalora_jax.trees import flatten, unflatten
 from nalora_jax.weights.keymaps import keymap_for, params_from_tensors, tensors_from_params
@@ -440,11 +440,12 @@ def measure_greedy(case: Case, steps: int = 64) -> int:
 def random_adapters(config: ModelConfig) -> tuple[dict, AdapterSpec]:
     """Adapters of rank 2 on every projection, B not zero."""
     shapes = projection_shapes(config)
-    spec = AdapterSpec(tuple((path, TargetSpec((2,) * config.n_layers, (3.0,) * config.n_layers)) for path in shapes))
+    layers = depths(config)
+    spec = AdapterSpec(tuple((path, TargetSpec((2,) * layers[path], (3.0,) * layers[path])) for path in shapes))
     rng, leaves = np.random.default_rng(3), {}
     for path, (*lead, d_in, d_out) in shapes.items():
         for name, shape in {"a": (d_in, 2), "b": (2, d_out)}.items():
-            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (config.n_layers, *lead, *shape)).astype(np.float32)
+            leaves[f"{path}/{name}"] = rng.normal(0, 0.1, (layers[path], *lead, *shape)).astype(np.float32)
     return unflatten(leaves), spec
 
 
@@ -571,6 +572,19 @@ NO_CAPS = Case(
 def test_null_soft_caps_mean_off():
     assert measure_plain(NO_CAPS) <= TOLERANCE
     assert build(NO_CAPS).config.final_softcap == build(NO_CAPS).config.attn_softcap == 0
+
+
+BIASED = Case(
+    "lfm2",
+    "biases of the convolution",
+    {"layer_types": ["conv", "full_attention"] * 2, "conv_bias": True, "conv_L_cache": 2, "tie_word_embeddings": False},
+)
+
+
+def test_packed_rows_start_a_biased_convolution_anew():
+    """In transformers left padding feeds the bias of B times that of u to a row's first tokens."""
+    assert measure_plain(BIASED) <= TOLERANCE
+    assert measure_packing(BIASED) <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.one_length], ids=by_name)

@@ -142,6 +142,7 @@ FAMILIES = {
     "ministral3": (TARGETS, {"dora": True}),
     "smollm3": (ALL, {}),
     "granite": (ALL, {"rslora": True}),
+    "granite_swa": (TARGETS, {"dora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
     "gpt_oss": (ALL, {}),
