@@ -67,6 +67,7 @@ PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
     (r"norm/(scale|bias)$", P()),
+    (r"(^|/)(router/correction|shared_gate/kernel)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),
@@ -78,7 +79,7 @@ PARAM_RULES: Rules = (
 # weights split one axis of each leaf, because moments of large ranks take gigabytes.
 STATE_RULES: Rules = (
     (r"(^|/)v_(row|col)/", P()),  # factored second moments (Adafactor) are small and no longer shaped like a weight
-    *_adapter_rules(lambda axis: "fsdp" if axis == "fsdp" else _WHOLE if axis == "tensor" else None),
+    *_adapter_rules(lambda axis: {"fsdp": "fsdp", "tensor": _WHOLE}.get(axis)),
     *_TABLE_RULES,  # fully trained tables and their moments
     # Memories of mechanisms and statistics of blocks end in an axis of channels, except counts and
     # checks.
@@ -148,7 +149,9 @@ def fit_spec(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
 
 def _fit_axis(axis: Any, size: int, mesh: Mesh) -> Any:
     """Returns the longest prefix of one or several axes that divides ``size``, or None."""
-    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    if axis is None:
+        return None
+    names = (axis,) if isinstance(axis, str) else axis
     for count in range(len(names), 0, -1):
         if size % math.prod(mesh.shape[name] for name in names[:count]) == 0:
             return next(iter(names)) if count == 1 else tuple(names[:count])
