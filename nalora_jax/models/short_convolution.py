@@ -45,7 +45,7 @@ class ShortConvolution(Mixer):
 
     def flops(self, config: ModelConfig, seq: int) -> float:
         """Returns the flops of the taps and of both gates for one layer and row."""
-        return 2.0 * seq * config.d_model * (self.width + 1)
+        return seq * config.d_model * (2.0 * self.width + 1)
 
     def saved(self, config: ModelConfig) -> float:
         """Returns the values per token of B, C and u."""

@@ -202,8 +202,14 @@ REFUSED = {
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "awq"}},
         "quant_method: expected 'mxfp4'.* found 'awq'",
     ),
-    "a rotary base that grows nothing": ({"model_type": "granite_swa", "layer_rope_theta": [1e4] * 3 + [0.5]}, "rope_theta"),
-    "a linear layer in LFM2": ({"model_type": "lfm2", "layer_types": ["conv", "linear_attention"] * 2}, "linear_attention"),
+    "a rotary base below 1": (
+        {"model_type": "granite_swa", "layer_rope_theta": [1e4, 1e4, 1e4, 0.5]},
+        "layer_rope_theta: expected numbers above 1",
+    ),
+    "a linear layer in LFM2": (
+        {"model_type": "lfm2", "layer_types": ["conv", "linear_attention"] * 2},
+        "layer_types: expected 'full_attention' or 'conv', found 'linear_attention'",
+    ),
     "a layer beyond the last": ({"model_type": "lfm2", "full_attn_idxs": [1, 4]}, "full_attn_idxs"),
     "an ungated block in LFM2": ({"model_type": "lfm2", "block_use_swiglu": False}, "block_use_swiglu"),
     "another width of LFM2's convolution": ({"model_type": "lfm2", "conv_dim": 48}, r"hidden_size \(32\)"),
