@@ -33,7 +33,7 @@ from nalora_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from nalora_jax.data.sources import RecordsSource
+from nalora_jax.data.source import RecordsSource
 from nalora_jax.errors import NaloraError, TrainingDivergedError
 from nalora_jax.loading.adapted import load
 from nalora_jax.models.config import ModelConfig

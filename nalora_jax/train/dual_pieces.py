@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nalora_jax import distributed
-from nalora_jax.config import RunConfig
-from nalora_jax.config.vision import VisionConfig
+from nalora_jax.config import RunConfig, VisionConfig
 from nalora_jax.data.images.opened import open_images
 from nalora_jax.data.images.pipeline import ImageData, caption_tokens, draw_shots, readable
 from nalora_jax.data.images.sources import ImageSource

@@ -622,6 +622,19 @@ def test_null_soft_caps_mean_off():
     assert build(NO_CAPS).config.final_softcap == build(NO_CAPS).config.attn_softcap == 0
 
 
+BIASED = Case(
+    "lfm2",
+    "biases of the convolution",
+    {"layer_types": ["conv", "full_attention"] * 2, "conv_bias": True, "conv_L_cache": 2, "tie_word_embeddings": False},
+)
+
+
+def test_packed_rows_start_a_biased_convolution_anew():
+    """In transformers left padding feeds the bias of B times that of u to a row's first tokens."""
+    assert measure_plain(BIASED) <= TOLERANCE
+    assert measure_packing(BIASED) <= TOLERANCE
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.one_length], ids=by_name)
 def test_a_row_has_its_own_rope_length_whatever_it_is_batched_with(case):
     """transformers takes the longest row's for all: its short row depends on its neighbour, and ours does not."""

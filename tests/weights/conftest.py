@@ -58,6 +58,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 2.0,
     },
+    "granite_swa": {"sliding_window": 4, "layer_rope_theta": [1e4, 0.0, 1e3], "attention_multiplier": 0.3},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "num_local_experts": 4,

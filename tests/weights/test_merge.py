@@ -41,6 +41,13 @@ ALL = {f"attn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in "qkvo"} | {
     f"ffn/{n}_proj": ((4, 4, 4), (8.0, 8.0, 8.0)) for n in ("gate", "up", "down")
 }
 SHARED = {f"ffn/{part}/{n}_proj": ALL["ffn/up_proj"] for part in ("experts", "shared") for n in ("gate", "down")}
+# LFM2 with a convolution, attention and a convolution.
+LFM2 = {
+    "group0/block0/conv/bcx_proj": ((3,), (8.0,)),
+    "group0/block1/attn/o_proj": ((2,), (5.0,)),
+    "group0/block2/conv/o_proj": ((4,), (3.0,)),
+    "group0/block2/ffn/gate_proj": ((2,), (2.0,)),
+}
 # GLM-4.5 with a dense layer and two with experts.
 GLM = {
     f"{stack}/{name}_proj": (ranks, tuple(map(float, ranks)))
@@ -149,6 +156,8 @@ FAMILIES = {
     "ministral3": (TARGETS, {"dora": True}),
     "smollm3": (ALL, {}),
     "granite": (ALL, {"rslora": True}),
+    "granite_swa": (TARGETS, {"dora": True}),
+    "lfm2": (LFM2, {"dora": True}),
     "mixtral": (TARGETS, {}),
     "qwen3_moe": (ALL, {"rslora": True}),
     "qwen2_moe": (SHARED, {}),
@@ -161,6 +170,7 @@ WITH_DECODER = (
     "phi3",
     "mixtral",
     "glm4_moe",
+    "lfm2",
     "gpt_oss",
 )  # the others would only repeat it, at a compilation each
 
