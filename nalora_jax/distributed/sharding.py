@@ -32,6 +32,8 @@ _PROJECTIONS: tuple[tuple[str, str, str | None], ...] = (
     ("(q|k|v|gate|up|in)_proj", "fsdp", "tensor"),  # outputs are split over tensor
     ("(o|down|out)_proj", "tensor", "fsdp"),  # outputs are summed over tensor
     ("router", "fsdp", None),
+    ("in_proj_(qkvz?|z)", "fsdp", "tensor"),
+    ("in_proj_(a|b|ba)", "fsdp", None),
 )
 _WHOLE = ("tensor", "fsdp")  # for axes that the train state splits over both
 
@@ -67,6 +69,7 @@ PARAM_RULES: Rules = (
     *_kernel_rules(),
     *_TABLE_RULES,
     (r"norm/(scale|bias)$", P()),
+    (r"(^|/)(conv/weight|a_log|dt_bias)$", P()),
     # Encoders: weights that are small compared with their layers.
     (r"(^|/)tokens/embedding$", P("tensor", "fsdp")),
     (r"(^|/)(positions|types)/embedding$", P()),

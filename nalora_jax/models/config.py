@@ -51,6 +51,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # 1 if the checkpoint stores w of the norm scale 1 + w
     query_scale: float = 0.0  # multiplies the scores; 0 means head_dim ** -0.5
     attn_softcap: float = 0.0  # scores become cap * tanh(scores / cap); 0 means none
+    attn_gate: bool = False  # q_proj also computes gates: each head's output is multiplied by sigmoid(gate)
     attn_dropout: float = 0.0  # rate on attention probabilities, in training only
     embed_scale: float = 1.0  # multiplies the embeddings
     residual_scale: float = 1.0  # multiplies the outputs of attention and FFN

@@ -15,11 +15,12 @@ from nalora_jax.fields import Fields
 from nalora_jax.method import activations
 from nalora_jax.models import registered
 from nalora_jax.models.config import GLOBAL_WINDOW, ModelConfig, reads_configs
+from nalora_jax.models.gated_delta_net import GatedDeltaNet
 from nalora_jax.models.registered import register_family as register_family
 from nalora_jax.models.ropes import read_ropes
-from nalora_jax.models.vision.sight import MULTIMODAL, read_sight, text_part
+from nalora_jax.models.vision.sight import MULTIMODAL, contains_text_model, read_sight, text_part
 
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+_SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
 _COMMON: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 # Nested text configs list only the differences from these defaults.
 _GEMMA3: dict[str, Any] = {
@@ -39,7 +40,7 @@ def read(raw: Mapping[str, Any], where: str, images: bool = False) -> ModelConfi
     if not isinstance(raw, Mapping):
         raise NaloraError(where, expected="a JSON object", found=type(raw).__name__)
     name = raw.get("model_type")
-    if isinstance(name, str) and name in MULTIMODAL:  # the text model is one of its parts
+    if contains_text_model(name, images=images):  # the text model is one of its parts
         text = read(text_part(raw, where), f"{where}: text_config", False)
         return replace(text, sight=read_sight(raw, text, where)) if images else text
     if images:
@@ -324,6 +325,47 @@ def _qwen3_moe(f: Fields, name: str) -> ModelConfig:
     )
 
 
+def _qwen3_5(f: Fields, name: str) -> ModelConfig:
+    return base_config(f, name, **_hybrid_traits(f))
+
+
+def _hybrid_traits(f: Fields) -> dict[str, Any]:
+    """Returns the fields of layers of gated attention and of Gated DeltaNet."""
+    if f.get("attn_output_gate") is False:
+        raise f.error("attn_output_gate", "true: attention of this family has output gates", False)
+    n_layers = f.integer("num_hidden_layers", high=2**10)
+    kinds = f.items("layer_types", n_layers, str)
+    if kinds is None:
+        interval = f.integer("full_attention_interval")
+        kinds = [_LINEAR if (i + 1) % interval else _FULL for i in range(n_layers)]
+    if unknown := set(kinds) - {_FULL, _LINEAR}:
+        raise f.error("layer_types", f"{_FULL!r} or {_LINEAR!r}", repr(min(unknown)))
+    ropes, _ = read_ropes(f, f.integer("head_dim", high=2**16), None)
+    return {
+        "ropes": ropes,
+        "qk_norm": "head",
+        "norm_offset": 1.0,
+        "attn_gate": True,
+        "kinds": ((), (("mixer", _delta_net(f)),)),
+        "layer_kinds": tuple(int(kind == _LINEAR) for kind in kinds),
+        **_attention_bias(f),
+    }
+
+
+def _delta_net(f: Fields, *, fused: bool = False) -> GatedDeltaNet:
+    keys, values = (f.integer(f"linear_num_{name}_heads", high=2**16) for name in ("key", "value"))
+    if values % keys:
+        raise f.error("linear_num_value_heads", f"a multiple of linear_num_key_heads ({keys})", values)
+    return GatedDeltaNet(
+        keys,
+        values,
+        f.integer("linear_key_head_dim", high=2**16),
+        f.integer("linear_value_head_dim", high=2**16),
+        f.integer("linear_conv_kernel_dim", high=2**10),
+        fused,
+    )
+
+
 def _first_present(f: Fields, *names: str) -> str:
     """Returns the first of a field's names in the file; transformers 5 renamed some fields."""
     return next((name for name in names if f.get(name) is not None), names[0])
@@ -332,6 +374,27 @@ def _first_present(f: Fields, *names: str) -> str:
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32_768}
+
+_HYBRID = {
+    "head_dim": 256,
+    "max_position_embeddings": 32_768,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+# Nested text configs list only the differences from these defaults.
+_QWEN3_5 = _HYBRID | {
+    "vocab_size": 248_320,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
 
 _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]] = {
     "llama": (_llama, {}),
@@ -364,6 +427,7 @@ _READERS: dict[str, tuple[Callable[[Fields, str], ModelConfig], dict[str, Any]]]
         _granite,
         {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0},
     ),
+    "qwen3_5_text": (_qwen3_5, _QWEN3_5),
     "mixtral": (
         _mixtral,
         {

@@ -16,6 +16,8 @@ from nalora_jax.models.layers import ROPE_KINDS, RopeSpec
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _ALWAYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings"}
+# Sections of MRoPE have no effect on text, whose three positions are equal.
+_ALWAYS |= {"mrope_section", "mrope_interleaved"}
 _KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -79,8 +81,8 @@ def _spec(f: Fields, name: str, own: Mapping[str, Any], head_dim: int) -> RopeSp
     for key in sorted(own.keys() - _ALWAYS - _KEYS[kind]):
         rope.refuse(key, f"rope_type {kind!r} has no such parameter here")
     partial = rope.number("partial_rotary_factor", default=f.number("partial_rotary_factor", default=1.0))
-    if partial != 1.0 and not phi3:
-        raise rope.error("partial_rotary_factor", "1: partial rotation is Phi-3's only", partial)
+    if partial != 1.0 and not phi3 and "partial_rotary_factor" not in f.defaults:
+        raise rope.error("partial_rotary_factor", "1: this family rotates all dimensions", partial)
     dim = int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
         raise rope.error("partial_rotary_factor", f"an even share of head_dim ({head_dim})", f"{dim} dimensions")

@@ -45,4 +45,4 @@ def causal_conv_after(
     inputs = jnp.take_along_axis(inputs, order[..., None], axis=1)
     out = causal_conv(inputs, kernel, jnp.ones((1, inputs.shape[1]), jnp.int32))
     back = jnp.argsort(order, axis=1)[:, held:, None]
-    return jnp.take_along_axis(out, back, axis=1), inputs[:, -held:]
+    return jnp.take_along_axis(out, back, axis=1), inputs[:, inputs.shape[1] - held :]

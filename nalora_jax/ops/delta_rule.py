@@ -112,8 +112,8 @@ def _chunk(carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]) -> 
     system = jnp.tril(beta[..., None] * kk * pairs, -1)
     delta = solve_unit(system, beta[..., None] * (v.astype(jnp.float32) - carried * of_k))
     out = carried * of_q + _product("bgncs,bgnse->bgnce", qk * pairs, delta)
-    kept = _within((runs[:, -1:] == before[:, None]), jnp.exp(last))
-    state = kept * state + _product("bgcd,bgnce->bgnde", k, remaining * delta)
+    decayed = _within(runs[:, -1:] == before[:, None], jnp.exp(last)) * state
+    state = decayed + _product("bgcd,bgnce->bgnde", k, remaining * delta)
     return (state, runs[:, -1]), out
 
 

@@ -28,7 +28,7 @@ from nalora_jax.ops.storage import Stored
 
 Kind = Literal["int8", "nf4"]
 _BLOCK = 64
-KERNELS = r"layers/.*_proj/kernel$"  # the leaves that are quantized in a quantized model
+KERNELS = r"layers/.*_proj(_[a-z]+)?/kernel$"  # the leaves that are quantized in a quantized model
 # The 16 levels of NormalFloat4: quantiles of N(0, 1) with an exact zero, scaled to [-1, 1] (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0,

@@ -47,7 +47,7 @@ def table(config: ModelConfig, source: Source) -> Table:
     """
     if source == "hf":
         aliases = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ()
-        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT), aliases, HF_RENAMES)
+        return Table(_rows(HF, config.model_type) or (), (*_ROTARY, *SIGHT, *UNUSED), aliases, HF_RENAMES)
     rows = _rows(GGUF, config.model_type)
     if rows is None:
         raise NaloraError("GGUF", expected=f"one of {', '.join(GGUF)}", found=config.model_type)
@@ -70,6 +70,8 @@ def _rows(tables: dict[str, tuple[TensorRow, ...]], model_type: str) -> tuple[Te
 _ROTARY = (r"rotary_emb\.inv_freq$", r"rotary_emb\.(cos|sin)_cached$")
 # Vision tensors that a multimodal model has next to the text model.
 SIGHT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+# Tensors of parts that the text model does not use: Qwen3.5's tower, and heads for several tokens.
+UNUSED = (r"^(model\.)?visual\.", r"^mtp\.")
 HF_RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?(?=(embed_tokens|layers|norm)\.)", "model."),
@@ -134,6 +136,23 @@ def _hf_experts(module: str, gate: str, up: str, down: str) -> tuple[TensorRow, 
     return (TensorRow(f"{stem}.gate.weight", ("layers/ffn/router/kernel",), "transpose"), *experts)
 
 
+def _hf_delta_net(*inputs: str) -> tuple[TensorRow, ...]:
+    """Returns the tensors of Gated DeltaNet, with the names of the projections of its input."""
+    names = {"conv1d.weight": "conv/weight", "A_log": "a_log", "dt_bias": "dt_bias", "norm.weight": "norm/scale"}
+    rows = (
+        TensorRow(f"model.layers.{{layer}}.linear_attn.{theirs}", (f"layers/linear_attn/{ours}",))
+        for theirs, ours in names.items()
+    )
+    return (*_hf_dense("linear_attn", "linear_attn", (*inputs, "out_proj")), *rows)
+
+
+_HF_QWEN3_5 = (
+    *_HF_ENDS,
+    *_HF_PRE_NORMS,
+    *_HF_ATTENTION,
+    *_HF_QK_NORMS,
+    *_hf_delta_net("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
 _HF_MIXTRAL = _hf_experts("block_sparse_moe", "w1", "w3", "w2")
 _HF_QWEN_EXPERTS = _hf_experts("mlp", "gate_proj", "up_proj", "down_proj")
 
@@ -147,6 +166,7 @@ HF: dict[str, tuple[TensorRow, ...]] = {
     "gemma3_text": (*_HF_ENDS, *_HF_FOUR_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
     "phi3": _HF_PHI3,
     "olmo2": (*_HF_ENDS, *_HF_POST_NORMS, *_HF_ATTENTION, *_HF_QK_NORMS, *_HF_FFN),
+    "qwen3_5_text": (*_HF_QWEN3_5, *_HF_FFN),
     "smollm3": _HF_LLAMA,
     "granite": _HF_LLAMA,
     "mixtral": (*_HF_ENDS, *_HF_PRE_NORMS, *_HF_ATTENTION, *_HF_MIXTRAL),

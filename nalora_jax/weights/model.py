@@ -18,7 +18,7 @@ from nalora_jax.fields import Fields
 from nalora_jax.image_tokens import ImageTokens
 from nalora_jax.models.config import ModelConfig
 from nalora_jax.models.stacks import param_shapes
-from nalora_jax.models.vision.sight import Sight
+from nalora_jax.models.vision.sight import Sight, contains_text_model
 from nalora_jax.ops.quantize import Kind, gathered
 from nalora_jax.tokenizer import NO_TOKENS, AddedTokens, Tokenizer, read_json
 from nalora_jax.weights import hub
@@ -171,6 +171,8 @@ def _opened(found: hub.ResolvedSource, images: bool) -> tuple[dict[str, Any], Mo
     where = found.path / "config.json"
     raw = read_json(where)
     config = ModelConfig.from_hf(raw, str(where), images=images)
+    if config.sight is None and contains_text_model(raw["model_type"], images=False):
+        log.info("%s: the text model (%s) of %s is read", found.path, config.model_type, raw["model_type"])
     tensors = StreamedFolder(found.path, found.streamed) if found.streamed else SafetensorsFolder(found.path)
     return raw, config, tensors, Tokenizer.from_folder(found.path)
 

@@ -68,6 +68,8 @@ class Case:
     config: dict = field(hash=False)
     # transformers takes the longest row of a batch for everybody's RoPE length: compare rows of one length there.
     one_length: bool = False
+    # Norms of small values amplify the float32 rounding of a recurrence, in both libraries.
+    tolerance: float = TOLERANCE
 
 
 CASES = (
@@ -174,6 +176,36 @@ CASES = (
             "attention_bias": True,
             "mlp_bias": True,
         },
+    ),
+    Case(
+        "qwen3_5_text",
+        "Gated DeltaNet and gated attention in given order, YaRN of half a head, width 3, biases",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 4,
+            "linear_conv_kernel_dim": 3,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {**YARN, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+        tolerance=5e-5,
+    ),
+    Case(
+        "qwen3_5_text",
+        "defaults: attention in layer 3, a quarter of a head rotates; tied",
+        {
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "tie_word_embeddings": True,
+        },
+        tolerance=5e-5,
     ),
     Case(
         "mixtral",
@@ -366,14 +398,14 @@ def by_name(case: Case) -> str:
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 class TestFamily:
     def test_logits_agree_beyond_the_window(self, case):
-        assert measure_plain(case) <= TOLERANCE
+        assert measure_plain(case) <= case.tolerance
 
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_logits_agree_with_padding(self, case, side):
-        assert measure_padding(case, side) <= TOLERANCE
+        assert measure_padding(case, side) <= case.tolerance
 
     def test_packing_equals_separate_runs(self, case):
-        assert measure_packing(case) <= TOLERANCE
+        assert measure_packing(case) <= case.tolerance
 
     def test_tensors_go_back_to_the_files_form(self, case):
         pair = build(case)
